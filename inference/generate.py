@@ -1,0 +1,372 @@
+"""Batched generation from the command line: prompts in, one JSON line for each sample out.
+
+- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py)
+- each line is on disk when its sample is finished; after a kill, --resume goes on with the samples that are missing and
+  draws the very same ones, whatever the batch size
+
+    python inference/generate.py --checkpoint_path DIR --prompt "The capital of France is"
+    python inference/generate.py --checkpoint_path DIR --prompt_file prompts.jsonl --output_file out.jsonl
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from models.checkpoint import generation_eos_ids
+from models.decode import load_for_inference, weight_bytes
+from models.generation import Completion, Engine, Request, SamplingParams
+from models.model import ModelConfig
+from models.tokenizer import Tokenizer
+from training.common import (
+    ArgumentParser,
+    Runtime,
+    add_model_arguments,
+    card,
+    choose_runtime,
+    device_name,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    peak_memory,
+    peaks,
+    positive_int,
+    progress_bar,
+    run_script,
+    write_json,
+)
+from training.data import Record, check_ids, check_vocabulary, encode_prompt, get_prompt, read_records
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Generates completions for prompts, in batches, from a Hugging Face folder.")
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--prompt", action="append", default=None, help="a prompt; may be given several times")
+    add("--prompt_file", type=Path, default=None, help="JSON or JSONL records with a prompt each")
+    add("--output_file", type=Path, default=None, help="JSONL file for the samples; standard output if absent")
+    add("--resume", action="store_true", help="go on with the samples that --output_file does not have yet")
+    add("--max_new_tokens", type=positive_int, default=256, help="most tokens of a completion")
+    add("--temperature", type=non_negative_float, default=1.0, help="0 is greedy")
+    add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
+    add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
+    add("--num_samples", type=positive_int, default=1, help="samples for each prompt")
+    add("--batch_size", type=positive_int, default=8, help="slots: sequences that are decoded together")
+    add(
+        "--max_seq_len",
+        type=positive_int,
+        default=None,
+        help="most tokens of prompt and completion; what the run needs",
+    )
+    add("--overlong", choices=["refuse", "skip", "truncate"], default="refuse", help="prompts that leave no room")
+    add("--stop", action="append", default=None, help="a text that ends a completion; may be given several times")
+    add("--chat", action="store_true", help="put text prompts through the chat template, as the user's message")
+    add("--return_token_ids", action="store_true", help="add token_ids to each line")
+    add("--quantize", choices=["none", "int8", "int4"], default="none", help="weight-only quantisation")
+    add("--tensor_parallel_size", type=positive_int, default=1, help="ranks that share the model")
+    return parser
+
+
+class Prompt(NamedTuple):
+    idx: int
+    record: Record
+    ids: list[int]
+
+
+@torch.inference_mode()
+def main(
+    *,
+    checkpoint_path: Path,
+    device: str | None,
+    dtype: str | None,
+    seed: int,
+    compile: bool | None,
+    prompt: list[str] | None,
+    prompt_file: Path | None,
+    output_file: Path | None,
+    resume: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_samples: int,
+    batch_size: int,
+    max_seq_len: int | None,
+    overlong: str,
+    stop: list[str] | None,
+    chat: bool,
+    return_token_ids: bool,
+    quantize: str,
+    tensor_parallel_size: int,
+) -> None:
+    if quantize != "none":
+        raise ValueError(f"--quantize {quantize}: quantisation is not available yet; use none")
+    if tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("generation runs in one process so far: --tensor_parallel_size 1, without torchrun")
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt or --prompt_file")
+    if resume and output_file is None:
+        raise ValueError("--resume needs the --output_file to go on with")
+    if stop and not all(stop):
+        raise ValueError("--stop must not be empty")
+    if output_file is not None and not resume and output_file.exists() and output_file.stat().st_size:
+        raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
+
+    runtime = choose_runtime(device, dtype, compile)
+    config = ModelConfig.from_hf(checkpoint_path)
+    context = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > context:
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
+    tokenizer = Tokenizer(checkpoint_path)
+    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
+    records = (
+        read_records(prompt_file)
+        if prompt_file is not None
+        else [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(prompt)]
+    )
+    limit = max_seq_len or context
+    prompts, notes = encode_prompts(
+        records, tokenizer, config.vocab_size, limit=limit, max_new_tokens=max_new_tokens, overlong=overlong, chat=chat
+    )
+    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
+    params = SamplingParams(temperature, top_k, top_p, seed, eos_ids, tuple(stop or ()))
+    requests = [
+        Request(p.idx, sample_idx, p.ids, min(max_new_tokens, limit - len(p.ids)))
+        for p in prompts
+        for sample_idx in range(num_samples)
+    ]
+    begun_with = {
+        "checkpoint_path": str(checkpoint_path.resolve()),
+        "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
+        "max_new_tokens": max_new_tokens,
+        "max_seq_len": limit,
+        "num_samples": num_samples,
+        "return_token_ids": return_token_ids,
+        **dataclasses.asdict(params),
+    }
+    done = read_finished(output_file, begun_with) if resume else set()
+    requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
+
+    model = load_for_inference(checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile)
+    engine = Engine(
+        model,
+        params,
+        num_slots=max(1, min(batch_size, len(requests))),
+        max_seq_len=max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1),
+        tokenizer=tokenizer,
+        compile=runtime.compile,
+    )
+    say = print if output_file is not None else lambda text: print(text, file=sys.stderr)  # stdout is for the samples
+    say(start_card(checkpoint_path, config, runtime, engine, len(prompts), len(requests), len(done), notes))
+    record_of = {p.idx: p.record for p in prompts}
+    with SampleWriter(output_file, begun_with, resume) as writer, TokenCounter(len(requests)) as counter:
+        for completion in engine.generate(requests, on_token=counter.count):
+            writer.write(line_of(completion, record_of[completion.request.idx], return_token_ids))
+            counter.finish_sample()
+    say(end_card(engine, model, runtime))
+
+
+def encode_prompts(
+    records: list[Record],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    *,
+    limit: int,
+    max_new_tokens: int,
+    overlong: str,
+    chat: bool,
+) -> tuple[list[Prompt], list[str]]:
+    """(prompts with their ids, remarks for the card). A prompt is overlong if it leaves no room for one token;
+    truncating cuts its beginning, but for the BOS, so that prompt and completion fit."""
+    prompts, skipped, truncated, short = [], 0, 0, 0
+    for idx, record in enumerate(tqdm(records, desc="tokenising", unit="prompt", delay=1, leave=False)):
+        prompt = get_prompt(record)
+        if chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        try:
+            ids = encode_prompt(prompt, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from None
+        if not ids:
+            raise ValueError(f"{record.where}: the prompt is empty, and this tokenizer has no BOS to start from")
+        check_ids(ids, vocab_size, record.where)
+        if len(ids) >= limit:
+            if overlong == "refuse":
+                raise ValueError(
+                    f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; raise "
+                    "--max_seq_len or choose --overlong skip or truncate"
+                )
+            if overlong == "skip":
+                skipped += 1
+                continue
+            truncated += 1
+            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            keep = max(1, limit - max_new_tokens - len(bos))
+            ids = (bos if limit > 2 else []) + ids[-keep:]
+        short += len(ids) + max_new_tokens > limit
+        prompts.append(Prompt(idx, record, ids))
+    if not prompts:
+        raise ValueError(f"all {skipped} prompts leave no room in {limit} tokens")
+    remarks = (
+        (skipped, "prompts skipped as too long"),
+        (truncated, "prompts truncated"),
+        (short, f"prompts with room for fewer than {max_new_tokens} new tokens"),
+    )
+    return prompts, [f"{count} {what}" for count, what in remarks if count]
+
+
+# -------------------------------------------------------------------------------------- the output
+
+
+def sidecar(output_file: Path) -> Path:
+    """Remembers what an output file was begun with."""
+    return output_file.with_name(output_file.name + ".args.json")
+
+
+def read_finished(output_file: Path, begun_with: dict) -> set[tuple[int, int]]:
+    """The (idx, sample_idx) that an earlier run finished; a torn last line does not count. Raises ValueError if that
+    run had other prompts or flags."""
+    if not output_file.exists() or not output_file.stat().st_size:
+        print(f"{output_file}: nothing to resume, starting from the beginning")
+        return set()
+    if not sidecar(output_file).is_file():
+        raise ValueError(
+            f"{sidecar(output_file)}: missing, so --resume cannot tell what {output_file.name} was begun with"
+        )
+    try:
+        earlier = json.loads(sidecar(output_file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{sidecar(output_file)}: not valid JSON: {error}") from None
+    differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
+    if differing:
+        raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
+    done = set()
+    for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                sample = json.loads(line)
+                done.add((sample["idx"], sample["sample_idx"]))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{output_file}:{number}: not a line that generate.py wrote") from None
+    return done
+
+
+class SampleWriter:
+    """Appends lines to the output file, each in one write; without a file, prints them (for people, if to a
+    terminal)."""
+
+    def __init__(self, output_file: Path | None, begun_with: dict, resume: bool):
+        self.file = None
+        if output_file is None:
+            return
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(sidecar(output_file), begun_with)
+        self.file = open(output_file, "a+b")  # noqa: SIM115 (closed by __exit__)
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a line torn by a kill
+
+    def write(self, line: dict) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.file.flush()
+        elif sys.stdout.isatty():
+            prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
+            tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
+        else:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+    def __enter__(self) -> "SampleWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:
+    """A sample as it is written; the record's other fields follow."""
+    line = {
+        "idx": completion.request.idx,
+        "sample_idx": completion.request.sample_idx,
+        "prompt": get_prompt(record),
+        "output": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+        "logprob": sum(completion.logprobs),
+    }
+    if return_token_ids:
+        line["token_ids"] = completion.token_ids
+    return line | {name: value for name, value in record.fields.items() if name not in line and name != "input"}
+
+
+# --------------------------------------------------------------------------------- what people see
+
+
+class TokenCounter:
+    """A progress bar over samples that shows tokens/s."""
+
+    def __init__(self, num_samples: int):
+        self.bar = progress_bar(total=num_samples, desc="generating", unit="sample")
+        self.num_tokens = 0
+
+    def count(self, request: Request, token: int) -> None:
+        self.num_tokens += 1
+        if self.num_tokens % 64 == 0:
+            self.show()
+
+    def finish_sample(self) -> None:
+        self.bar.update(1)
+
+    def show(self) -> None:
+        rate = self.num_tokens / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"{rate:,.0f} tok/s", refresh=False)
+        self.bar.update(0)
+
+    def __enter__(self) -> "TokenCounter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.show()
+        self.bar.close()
+
+
+def start_card(path, config, runtime, engine, num_prompts, num_requests, num_done, notes) -> str:
+    rows = {
+        "model": f"{path}, {config.num_parameters() / 1e6:,.1f} M parameters",
+        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
+        + (", compiled" if runtime.compile else ""),
+        "work": f"{num_prompts} prompts, {num_requests} samples to draw"
+        + (f", {num_done} done before" * bool(num_done)),
+        "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens",
+    }
+    return card("generate", rows | ({"note": "; ".join(notes)} if notes else {}))
+
+
+def end_card(engine: Engine, model: nn.Module, runtime: Runtime) -> str:
+    """Rates of the decode steps. MBU = bytes read a second (weights once a step, and the cache as far as attention
+    reads it) over the memory bandwidth of the datasheet, where that is known."""
+    rows = {}
+    if engine.num_steps:
+        seconds = engine.decode_seconds
+        rate, step = engine.num_decoded / seconds, 1e3 * seconds / engine.num_steps
+        rows["decoding"] = f"{rate:,.1f} tok/s, {step:.2f} ms a step of {engine.num_slots} slots"
+        bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
+        peak = peaks(runtime.device)
+        rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")
+    if engine.prefill_seconds:
+        rows["prefill"] = f"{engine.num_prompt_tokens / engine.prefill_seconds:,.1f} tok/s"
+    rows["memory"] = f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"
+    return card("done", rows)
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

@@ -1,0 +1,299 @@
+"""Hugging Face folders in, Hugging Face folders out.
+
+- a model is built on the meta device and each parameter is then read straight from the files: safetensors by slices
+  (whole or sharded by the index), `.bin` through a memory map; so a rank that wants only its shard passes its slices
+- whatever is missing, unexpected or wrongly shaped is listed in the error before anything is loaded
+- a folder is written beside its place and renamed; into a folder that exists (a run directory) config.json moves
+  last, so a folder with a config.json is whole
+- pickle is read with weights_only=True only
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.model import ModelConfig, Transformer, read_hf_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SHARD_BYTES = 5_000_000_000
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def our_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def hf_name(name: str) -> str:
+    return name if name.startswith(("lm_head.", "score.")) else "model." + name
+
+
+class WeightFiles:
+    """The tensors of a Hugging Face folder under our names; reads nothing but headers until asked for a tensor.
+
+    Raises FileNotFoundError for a missing file or shard, ValueError for one that is truncated or not what it says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._file_of: dict[str, tuple[Path, str]] = {}  # our name -> (file, name in the file)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[Path, dict[str, Tensor]] = {}
+        files, listed = self._files()
+        for path in files:
+            for name, shape in self._headers(path):
+                if name.endswith(IGNORED_SUFFIX) or (listed is not None and listed.get(name) != path.name):
+                    continue
+                self._file_of[our_name(name)] = (path, name)
+                self._shapes[our_name(name)] = shape
+        if listed is not None:
+            absent = [n for n in listed if our_name(n) not in self._file_of and not n.endswith(IGNORED_SUFFIX)]
+            if absent:
+                path = self.folder / listed[absent[0]]
+                raise ValueError(f"{path}: the index says it holds {_some(absent)}, and it does not")
+
+    def _files(self) -> tuple[list[Path], dict[str, str] | None]:
+        """(weight files, the index's weight_map or None)"""
+        for stem in ("model.safetensors", "pytorch_model.bin"):
+            index = self.folder / f"{stem}.index.json"
+            if index.is_file():
+                try:
+                    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                    files = [self.folder / name for name in sorted(set(weight_map.values()))]
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{index}: not a shard index with a weight_map ({error!r})") from None
+                missing = [path.name for path in files if not path.is_file()]
+                if missing:
+                    raise FileNotFoundError(f"{self.folder}: the shards {_some(missing)} of {index.name} are missing")
+                return files, weight_map
+            if (self.folder / stem).is_file():
+                return [self.folder / stem], None
+        raise FileNotFoundError(
+            f"{self.folder}: no weights here (model.safetensors or pytorch_model.bin, whole or with an index)"
+        )
+
+    def _handle(self, path: Path):
+        """An open weight file. A safetensors file is opened anew for each tensor, so that the pages read so far do not
+        stay mapped; a `.bin` is one pickle, opened once."""
+        if path in self._open:
+            return self._open[path]
+        try:
+            if path.suffix == ".safetensors":
+                return safe_open(path, framework="pt")
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path}: truncated or not a weight file: {reason}") from None
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
+        self._open[path] = tensors
+        return tensors
+
+    def _headers(self, path: Path) -> Iterable[tuple[str, tuple[int, ...]]]:
+        handle = self._handle(path)
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+            tensor = handle.get_slice(name) if path.suffix == ".safetensors" else handle[name]
+            shape = tensor.get_shape() if path.suffix == ".safetensors" else getattr(tensor, "shape", None)
+            if shape is None:
+                raise ValueError(f"{path}: the entry {name!r} is not a tensor")
+            yield name, tuple(shape)
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or the part of it that `slices` (one for each leading dimension) picks, as stored, on the CPU.
+        The result may be a view of the memory-mapped file: copy it before writing to it."""
+        path, stored_name = self._file_of[name]
+        handle = self._handle(path)
+        if path.suffix == ".safetensors":
+            return handle.get_slice(stored_name)[slices] if slices else handle.get_tensor(stored_name)
+        return handle[stored_name][slices] if slices else handle[stored_name]
+
+    def check(self, expected: dict[str, tuple[int, ...]], allowed: Iterable[str] = ()) -> None:
+        """Raises ValueError that lists what is missing, unexpected (and not `allowed`) or wrongly shaped."""
+        missing = [hf_name(name) for name in expected if name not in self._shapes]
+        unexpected = [hf_name(name) for name in self._shapes if name not in expected and name not in set(allowed)]
+        wrong = [
+            f"{hf_name(name)} is {list(self._shapes[name])}, should be {list(shape)}"
+            for name, shape in expected.items()
+            if name in self._shapes and self._shapes[name] != shape
+        ]
+        lists = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong))
+        problems = [f"{what}: {_some(names)}" for what, names in lists if names]
+        if problems:
+            raise ValueError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems)}")
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    param_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Transformer:
+    """A Transformer with the weights of a Hugging Face folder.
+
+    param_dtype: the dtype of the parameters, None keeps the files'. compute_dtype: of the activations, None takes the
+    parameters'. Raises what ModelConfig.from_hf and WeightFiles raise.
+    """
+    config = ModelConfig.from_hf(folder)
+    files = WeightFiles(folder)
+    with torch.device("meta"):
+        model = Transformer(config, compute_dtype)
+    load_weights(model, files, device=device, dtype=param_dtype)
+    return model
+
+
+def load_weights(
+    model: Transformer, files: WeightFiles, *, device: torch.device | str, dtype: torch.dtype | None = None
+) -> None:
+    """Gives every parameter of a model built on meta its values, one tensor at a time, and recomputes the buffers."""
+    parameters = dict(model.named_parameters())  # tied weights appear once
+    files.check(
+        {name: tuple(p.shape) for name, p in parameters.items()},
+        allowed=["lm_head.weight"] if model.config.tie_word_embeddings else [],
+    )
+    for name in tqdm(parameters, desc="loading", unit="tensor", delay=1, leave=False):
+        tensor = files.read(name).to(device=device, dtype=dtype, copy=True)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.reset_buffers(device)
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The floating dtype in which a folder keeps its embedding."""
+    return WeightFiles(folder).read("embed_tokens.weight", (slice(0, 1),)).dtype
+
+
+def save_folder(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: dict,
+    copy_from: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder that transformers opens.
+
+    tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
+    config.json; its dtype key is brought up to date. copy_from: a folder whose tokenizer and generation files are
+    copied byte for byte. The folder appears whole or not at all; in a folder that exists, config.json is replaced last.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.partial"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    saved_dtype = _write_shards(staging, tensors, config.get("tie_word_embeddings", False), dtype, max_shard_bytes)
+    for name in COPIED_FILES if copy_from is not None else ():
+        if (Path(copy_from) / name).is_file():
+            shutil.copyfile(Path(copy_from) / name, staging / name)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config = {**config, key: str(saved_dtype).removeprefix("torch.")}
+    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in staging.iterdir():
+        shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
+        _sync(path)
+    if not folder.exists():
+        os.rename(staging, folder)
+    else:
+        _move_into(staging, folder)
+    _sync(folder.parent)
+
+
+def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
+    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors); returns their dtype."""
+    shards: list[list[str]] = []
+    total, pending, pending_bytes, saved_dtype = 0, {}, 0, torch.float32
+
+    def flush():
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        saved_dtype = tensor.dtype
+        if pending and pending_bytes + tensor.nbytes > max_bytes:
+            flush()
+            pending, pending_bytes = {}, 0
+        pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(folder / "shard-0", folder / "model.safetensors")
+        return saved_dtype
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"shard-{i}", folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return saved_dtype
+
+
+def _move_into(staging: Path, folder: Path) -> None:
+    """Replaces the checkpoint in a folder that has other files too. Without config.json it is no checkpoint, so that
+    goes first and comes last."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+        old.unlink()
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, folder / path.name)
+    _sync(folder)
+    staging.rmdir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def generation_eos_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
+    """The ids that end a generation: from generation_config.json, else config.json (an int or a list), else
+    `default`."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+            return tuple(ids)
+    return () if default is None else (default,)

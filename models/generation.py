@@ -1,0 +1,399 @@
+"""The batched generation engine.
+
+- a fixed number of slots over one static KV cache; a finished slot takes the next prompt at once
+- ragged prompts: every row has its own position, nothing is left-padded
+- samples of one prompt share one prefill, and the vocabulary projection is computed for its last position only
+- sampling noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the
+  same samples whatever the number of slots, the order of the prompts or a restart, and no two samples share noise
+- one decode step returns a token and its log-prob, [B] each; stopping is decided on the device, and the host looks
+  every `look_every` steps; attention length comes in buckets, so a compiled step (CUDA graphs) serves a whole run
+
+Dimensions: B slots, V vocabulary, P prompts prefilled together.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.decode import KVCache
+from models.model import Transformer
+from models.tokenizer import StreamDecoder, Tokenizer
+
+MASK64 = (1 << 64) - 1
+PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
+    top_p is kept, as in transformers. stop: strings that end a completion; they are not part of it."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise."""
+
+    idx: int
+    sample_idx: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+
+
+@dataclass
+class Completion:
+    """token_ids: without the EOS or the stop string that ended it. logprobs: one for each sampled token, those
+    included, under the full softmax at the sampling temperature (greedy: temperature 1). text is "" without a tokenizer."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def _mix64(x: int) -> int:
+    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return x ^ (x >> 31)
+
+
+def _signed(x: int, bits: int = 64) -> int:
+    return x - (1 << bits) if x >> (bits - 1) else x
+
+
+def _mix64_tensor(x: Tensor) -> Tensor:
+    """_mix64 on int64 tensors; torch's >> is arithmetic, so the sign's copies are masked off."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def row_key(seed: int, idx: int, sample_idx: int) -> int:
+    """The key of one sample, a signed 64-bit integer."""
+    key = 0
+    for part in (seed, idx, sample_idx):
+        key = _mix64((key + part + 0x9E3779B97F4A7C15) & MASK64)
+    return _signed(key)
+
+
+def token_hashes(vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """One well-mixed int32 for each token id, [V]."""
+    ids = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
+    return ((_mix64_tensor(ids) & 0xFFFFFFFF) - 2**31).to(torch.int32)
+
+
+def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor:
+    """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
+
+    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V']
+    from token_hashes. Integer arithmetic mod 2^32 throughout, so every device draws the same bits; 31 of them make a
+    uniform whose small values keep full relative precision, hence also the tail that decides rare tokens.
+    """
+    mixed = _mix64_tensor(keys + positions * _signed(0x9E3779B97F4A7C15))
+    low = ((mixed & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
+    high = (((mixed >> 32) & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
+    x = (hashes ^ low).mul_(_signed(0x85EBCA6B, 32))
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+    x = x.add_(high).mul_(_signed(0xC2B2AE35, 32))
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    x = x.mul_(_signed(0x9E3779B1, 32))
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_and_(0x7FFFFFFF)
+    return x.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
+
+
+def sample(
+    logits: Tensor, keys: Tensor, positions: Tensor, hashes: Tensor, params: SamplingParams
+) -> tuple[Tensor, Tensor]:
+    """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]).
+
+    logits [B, V]; keys, positions int64 [B]; hashes int32 [V]. The token with the least Exp(1) / p has distribution p
+    (the Gumbel-max trick in the form of an exponential race), so a token's noise need not know the other tokens.
+    """
+    logits = logits.float()
+    if params.temperature == 0:
+        best, tokens = logits.max(dim=-1)
+        return tokens, best - logits.logsumexp(dim=-1)
+    logits = logits / params.temperature
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    if params.top_k or params.top_p < 1:
+        kept, ids = _filter(logits, params)
+        race = (kept - normaliser).exp_().div_(exponential_noise(keys, positions, hashes[ids]))
+        choice = race.argmax(dim=-1, keepdim=True)
+        tokens, chosen = ids.gather(-1, choice), kept.gather(-1, choice)
+    else:
+        race = (logits - normaliser).exp_().div_(exponential_noise(keys, positions, hashes))
+        tokens = race.argmax(dim=-1, keepdim=True)
+        chosen = logits.gather(-1, tokens)
+    return tokens[:, 0], (chosen - normaliser)[:, 0]
+
+
+def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """(logits of the candidates in falling order, -inf where a filter drops one; their ids), each [B, k]."""
+    V = logits.shape[-1]
+    if params.top_k:
+        kept, ids = logits.topk(min(params.top_k, V), dim=-1)
+    elif logits.device.type == "cpu" and V > 2048:
+        # a sort of the whole vocabulary takes as long as a small model's layers; the mass is nearly always at the top
+        kept, ids = logits.topk(1024, dim=-1)
+        if ((kept - logits.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
+            kept, ids = logits.sort(dim=-1, descending=True)
+    else:
+        kept, ids = logits.sort(dim=-1, descending=True)
+    if params.top_p < 1:
+        within = kept if params.top_k else logits  # top-p is a share of what top-k has left
+        probs = (kept - within.logsumexp(dim=-1, keepdim=True)).exp()
+        mass_before = probs.cumsum(dim=-1) - probs
+        mass_before[:, 0] = -1.0  # the best token stays, also for top_p 0
+        kept = kept.masked_fill(mass_before >= params.top_p, float("-inf"))
+    return kept, ids
+
+
+# ------------------------------------------------------------------------------------------ engine
+
+
+class _Running:
+    """A sample under way on the host's side: collects tokens and decides when it has ended."""
+
+    def __init__(self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None):
+        self.completion = Completion(request)
+        self.params, self.tokenizer = params, tokenizer
+        self.decoder = StreamDecoder(tokenizer, request.prompt_ids) if params.stop else None
+        self.streamed = ""
+
+    def push(self, token: int, logprob: float) -> bool:
+        """Takes a sampled token; True if it was the last."""
+        done = self.completion
+        done.logprobs.append(logprob)
+        if token in self.params.stop_token_ids:
+            done.finish_reason = "stop"
+        else:
+            done.token_ids.append(token)
+            last = len(done.token_ids) == done.request.max_new_tokens
+            if self.decoder is not None and self._stop_string(token, last):
+                return True
+            done.finish_reason = "length" if last else ""
+        if done.finish_reason and self.tokenizer is not None:
+            done.text = self.tokenizer.decode_continuation(done.request.prompt_ids, done.token_ids)
+        return bool(done.finish_reason)
+
+    def _stop_string(self, token: int, last: bool) -> bool:
+        old = len(self.streamed)
+        self.streamed += self.decoder.push(token) + (self.decoder.flush() if last else "")
+        longest = max(map(len, self.params.stop))
+        places = [self.streamed.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
+        places = [place for place in places if place >= 0]
+        if not places:
+            return False
+        done, text = self.completion, self.streamed[: min(places)]
+        # the tokens of the text: drop those at the end that lie wholly in the stop string
+        ids, prompt_ids = done.token_ids, done.request.prompt_ids
+        while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):
+            ids.pop()
+        done.text, done.finish_reason = text, "stop"
+        return True
+
+
+class Engine(nn.Module):
+    """Draws samples with the inference copy of a model (models.decode.to_inference).
+
+    num_slots: rows of every decode step. max_seq_len: most tokens of a prompt with its completion. look_every: decode
+    steps between two looks of the host, 1 where looking costs nothing. compile: torch.compile the decode step; with
+    CUDA graphs on a GPU. tokenizer: for texts and stop strings; without it completions hold ids only.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: SamplingParams,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        tokenizer: Tokenizer | None = None,
+        compile: bool = False,
+        look_every: int | None = None,
+    ):
+        super().__init__()
+        if params.stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        self.model, self.params, self.tokenizer, self.num_slots = model, params, tokenizer, num_slots
+        device, config = model.embed_tokens.weight.device, model.config
+        self.device, self.compiled = device, compile
+        self.look_every = look_every or (1 if device.type == "cpu" else 8)
+        self.cache_len = -(-max_seq_len // 8) * 8
+        self.cache = KVCache(
+            config,
+            num_slots=num_slots,
+            max_seq_len=self.cache_len,
+            dtype=model.compute_dtype or model.embed_tokens.weight.dtype,
+            device=device,
+        )
+        # the state of the slots lives on the device, at fixed addresses
+        for name in ("tokens", "positions", "keys", "remaining"):
+            self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("hashes", token_hashes(config.vocab_size, device), persistent=False)
+        stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
+        self.register_buffer("stop_ids", stop_ids, persistent=False)
+        self._step = self._decode_step
+        if compile:
+            options = {"mode": "reduce-overhead"} if device.type != "cpu" else {}
+            self._step = torch.compile(self._decode_step, fullgraph=True, dynamic=False, **options)
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Iterable[Request], on_token: Callable[[Request, int], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yields completions in the order of finishing. on_token is called for every sampled token, stop tokens too.
+
+        Requests with equal prompts share a prefill when they follow one another.
+        """
+        queue = deque(requests)
+        for request in queue:
+            if not request.prompt_ids or request.max_new_tokens < 1:
+                raise ValueError(f"prompt {request.idx}: needs at least one prompt token and one token to generate")
+            if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
+                raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
+        self._resident: tuple[list[int], int, Tensor] | None = (
+            None  # the newest prompt, a slot that holds it, its logits
+        )
+        running: dict[int, _Running] = {}
+
+        def take(slot: int, token: int, logprob: float) -> Iterator[Completion]:
+            if on_token is not None:
+                on_token(running[slot].completion.request, token)
+            if running[slot].push(token, logprob):
+                yield running.pop(slot).completion
+
+        while queue or running:
+            free = [slot for slot in range(self.num_slots) if slot not in running]
+            if queue and free:
+                placed = [(slot, queue.popleft()) for slot in free[: len(queue)]]
+                running |= {slot: _Running(request, self.params, self.tokenizer) for slot, request in placed}
+                for (slot, _), token, logprob in zip(placed, *self._timed("prefill_seconds", self._admit, placed)):
+                    yield from take(slot, token, logprob)
+                continue  # a first token may have been the last
+            in_use = max(len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values())
+            tokens, logprobs = self._timed("decode_seconds", self._decode, in_use)
+            for row_tokens, row_logprobs in zip(tokens, logprobs):
+                self.num_decoded += len(running)
+                for slot in sorted(running):
+                    yield from take(slot, row_tokens[slot], row_logprobs[slot])
+
+    def _timed(self, counter: str, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        setattr(self, counter, getattr(self, counter) + time.perf_counter() - start)
+        return result
+
+    def _admit(self, placed: list[tuple[int, Request]]) -> tuple[list[int], list[float]]:
+        """Prefills the slots with their prompts and draws the first token of each: (tokens, logprobs)."""
+        logits_of: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # prompt -> (slot that holds it, logits [V])
+        if self._resident is not None:
+            prompt_ids, slot, logits = self._resident
+            sharing = [s for s, request in placed if request.prompt_ids == prompt_ids]
+            self.cache.copy_prefix(slot, [s for s in sharing if s != slot], len(prompt_ids))
+            logits_of[tuple(prompt_ids)] = (slot, logits)
+        fresh: dict[tuple[int, ...], int] = {}
+        copies: list[tuple[int, int, int]] = []
+        for slot, request in placed:
+            prompt = tuple(request.prompt_ids)
+            if prompt in fresh:
+                copies.append((fresh[prompt], slot, len(prompt)))
+            elif prompt not in logits_of:
+                fresh[prompt] = slot
+        for group in _groups(fresh, PREFILL_TOKENS):
+            for prompt, logits in zip(group, self._prefill(group, [fresh[prompt] for prompt in group])):
+                logits_of[prompt] = (fresh[prompt], logits)
+        for source, target, length in copies:
+            self.cache.copy_prefix(source, [target], length)
+
+        slot, request = placed[-1]
+        self._resident = (request.prompt_ids, slot, logits_of[tuple(request.prompt_ids)][1])
+        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
+        slots = tensor([slot for slot, _ in placed])
+        lengths = tensor([len(request.prompt_ids) for _, request in placed])
+        keys = tensor([row_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
+        logits = torch.stack([logits_of[tuple(request.prompt_ids)][1] for _, request in placed])
+        tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params)
+        remaining = tensor([request.max_new_tokens - 1 for _, request in placed])
+        self.tokens[slots], self.positions[slots], self.keys[slots] = tokens, lengths, keys
+        self.remaining[slots] = remaining
+        self.active[slots] = ~self._stops(tokens) & (remaining > 0)
+        return tokens.tolist(), logprobs.tolist()
+
+    def _stops(self, tokens: Tensor) -> Tensor:
+        return (tokens[:, None] == self.stop_ids).any(dim=-1)
+
+    def _prefill(self, prompts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
+        """The logits that follow each prompt, [P, V]; the prompts run packed end to end, and fill the slots' caches."""
+        lengths = [len(prompt) for prompt in prompts]
+        self.num_prompt_tokens += sum(lengths)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        hidden = self.model(ids[None], positions[None], self.cache.prefill(slots, lengths))[0]
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self.model.lm_head(hidden[last])
+
+    def _decode(self, in_use: int) -> tuple[list[list[int]], list[list[float]]]:
+        """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
+        length = self._bucket(in_use + self.look_every)
+        outputs = []
+        for _ in range(self.look_every):
+            tokens, logprobs = self._step(length)
+            outputs.append((tokens.clone(), logprobs.clone()) if self.compiled else (tokens, logprobs))
+        self.num_steps += self.look_every
+        self.cache_bytes_read += self.look_every * self.num_slots * length * self.cache.bytes_per_token
+        tokens, logprobs = (torch.stack(part).tolist() for part in zip(*outputs))
+        return tokens, logprobs
+
+    def _bucket(self, length: int) -> int:
+        """The attention length for at least `length` positions: a compiled step must see few of them (torch.compile
+        stops at 8 variants), an eager one can follow closely."""
+        step = 32 if not self.compiled else max(64, -(-self.cache_len // (7 * 64)) * 64)
+        return min(-(-length // step) * step, self.cache_len)
+
+    def _decode_step(self, length: int) -> tuple[Tensor, Tensor]:
+        attend = self.cache.decode(self.positions, length)
+        hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)
+        logits = self.model.lm_head(hidden[:, 0])
+        tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params)
+        # a row that has ended repeats its last step at its last position until the host gives it a new prompt
+        going = self.active
+        self.tokens.copy_(torch.where(going, tokens, self.tokens))
+        self.positions.add_(going)
+        self.remaining.sub_(going.long())
+        self.active.copy_(going & ~self._stops(tokens) & (self.remaining > 0))
+        return tokens, logprobs
+
+
+def _groups(prompts: Iterable[tuple[int, ...]], max_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Consecutive prompts in groups of at most max_tokens tokens; a longer prompt stands alone."""
+    group, size = [], 0
+    for prompt in prompts:
+        if group and size + len(prompt) > max_tokens:
+            yield group
+            group, size = [], 0
+        group.append(prompt)
+        size += len(prompt)
+    if group:
+        yield group

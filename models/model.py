@@ -1,0 +1,368 @@
+"""The LLaMA family (LLaMA 1 to 3.3, Code Llama, Llemma, DeepSeek LLM / Coder / Math / R1-Distill-Llama).
+
+- the shape comes from a Hugging Face config.json, never from a folder's name; PRESETS serve benchmarks and as
+  documentation
+- parameters carry Hugging Face's names less the leading "model.", so nothing is ever converted
+- attention is an argument: forward() takes `attend(layer, q, k, v)`; training passes nothing (causal), the generation
+  engine passes one that writes and reads its KV cache, so the same layers serve both
+- RMSNorm and RoPE compute in fp32 whatever the weights are; Linear casts its weight to the input's dtype, which is how
+  fp32 master weights and bf16 compute go together without autocast
+
+Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim, E model dim, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a LLaMA model, under Hugging Face's key names.
+
+    rope_scaling is None or a dict whose "rope_type" is one of ROPE_KEYS and which holds that type's numbers.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = field(default=None)
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, source: dict | str | Path) -> "ModelConfig":
+        """Reads a Hugging Face config: a dict, a config.json, or a folder with one.
+
+        Raises ValueError, naming the key, for anything that this Transformer would compute wrongly.
+        """
+        config, where = (source, "config") if isinstance(source, dict) else read_hf_config(source)
+        if config.get("model_type") != "llama":
+            raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not supported, only 'llama'")
+        for key, supported in (("hidden_act", "silu"), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
+            if config.get(key, supported) != supported:
+                raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
+
+        def number(key, kind=int, default=None):
+            value = config.get(key)
+            value = default if value is None else value
+            if value is None:
+                raise ValueError(f"{where}: the key {key!r} is missing")
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
+                raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
+            return kind(value)
+
+        hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+        num_kv_heads = number("num_key_value_heads", default=num_heads)
+        if config.get("head_dim") is None and hidden_size % num_heads:
+            raise ValueError(f"{where}: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"{where}: num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_kv_heads}"
+            )
+        head_dim = number("head_dim", default=hidden_size // num_heads)
+        if head_dim % 2:
+            raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
+        rope_theta, rope_scaling = _rope_settings(config, where)
+        return cls(
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=number("max_position_embeddings", default=2048),
+            rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def num_parameters(self) -> int:
+        """Number of parameters, tied embeddings counted once."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(self).parameters())
+
+
+def read_hf_config(source: str | Path) -> tuple[dict, str]:
+    """(contents of config.json, its path) for a folder or a file; ValueError / FileNotFoundError if unusable."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(config).__name__}")
+    return config, str(path)
+
+
+def _rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
+    """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
+    rope_theta and rope_scaling at the top, with "type" or "rope_type"."""
+    nested = config.get("rope_parameters")
+    key = "rope_parameters" if nested else "rope_scaling"
+    settings = nested or config.get("rope_scaling") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: {key} must be an object, not {settings!r}")
+    theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"{where}: rope_theta must be a positive number, not {theta!r}")
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where}: {key}.partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    if rope_type == "default":
+        return float(theta), None
+    if rope_type not in ROPE_KEYS:
+        raise ValueError(f"{where}: {key} of type {rope_type!r} is not supported, only default, {', '.join(ROPE_KEYS)}")
+    scaling = {"rope_type": rope_type}
+    for name in ROPE_KEYS[rope_type]:
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{where}: {key}.{name} must be a positive number for type {rope_type!r}, not {value!r}")
+        scaling[name] = value
+    return float(theta), scaling
+
+
+def rope_inv_freq(config: ModelConfig) -> Tensor:
+    """Inverse frequencies of the rotary embedding (Su et al. 2021, arXiv 2104.09864), fp32 [D/2] on the CPU.
+
+    linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: only wavelengths that are long
+    beside the original context are stretched, with a ramp in between (Llama 3.1, arXiv 2407.21783).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    if scaling["rope_type"] == "linear":
+        return inv_freq / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inv_freq
+    keep = (context / wavelength - low) / (high - low)  # 1: untouched, 0: fully stretched, between: the ramp
+    ramped = (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
+    return torch.where(
+        wavelength < context / high,
+        inv_freq,
+        torch.where(wavelength > context / low, inv_freq / scaling["factor"], ramped),
+    )
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, T, H, D], the halves of D being the two coordinates (Hugging Face's layout), in fp32; returns x's
+    dtype. cos, sin: fp32 [B, T, 1, D]."""
+    y = x.float()
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each token sees itself and the earlier ones of its row. q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
+
+    Right padding needs no mask: no real token ever sees it.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        B, T, _ = x.shape
+        if self.qkv_proj is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            q, k, v = self.qkv_proj(x)
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # [B, T, H or K, D]
+        y = attend(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        return self.o_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.gate_up_proj is None else self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder with a language-model head.
+
+    compute_dtype: the dtype of the activations; None takes the weights'.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
+    ) -> Tensor:
+        """input_ids [B, T] -> the final normed hidden states [B, T, E]. The logits are `lm_head` of these, which
+        callers take only where they need them. position_ids [B, T] default to 0..T-1."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        angles = position_ids[..., None].float() * self.inv_freq  # [B, T, D/2]
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)  # [B, T, 1, D]
+        cos, sin = angles.cos(), angles.sin()
+        x = self.embed_tokens(input_ids)
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+    def reset_buffers(self, device: torch.device | str) -> None:
+        """Computes what is not in a checkpoint; needed after to_empty or a build on meta."""
+        self.inv_freq = rope_inv_freq(self.config).to(device)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights, N(0, 0.02) with norms 1 and biases 0, as Hugging Face initialises LLaMA."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+
+def _preset(hidden, ffn, layers, heads, kv_heads, vocab, context, theta=1e4, eps=1e-5, **more) -> ModelConfig:
+    more.setdefault("head_dim", hidden // heads)
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        **more,
+    )
+
+
+def _llama3_rope(factor: float) -> dict:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+_LLAMA_31_8B = _preset(4096, 14336, 32, 32, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(8.0))
+_LLAMA_31_70B = _preset(8192, 28672, 80, 64, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(8.0))
+PRESETS = {
+    "meta-llama/Llama-2-7b-chat-hf": _preset(4096, 11008, 32, 32, 32, 32000, 4096),
+    "meta-llama/Llama-2-13b-chat-hf": _preset(5120, 13824, 40, 40, 40, 32000, 4096),
+    "meta-llama/Llama-2-70b-chat-hf": _preset(8192, 28672, 80, 64, 8, 32000, 4096),
+    "codellama/CodeLlama-7b-Python-hf": _preset(4096, 11008, 32, 32, 32, 32000, 16384, 1e6),
+    "codellama/CodeLlama-34b-Python-hf": _preset(8192, 22016, 48, 64, 8, 32000, 16384, 1e6),
+    "EleutherAI/llemma_7b": _preset(4096, 11008, 32, 32, 32, 32016, 4096),
+    "EleutherAI/llemma_34b": _preset(8192, 22016, 48, 64, 8, 32000, 4096, 1e6),
+    "deepseek-ai/deepseek-llm-7b-base": _preset(4096, 11008, 30, 32, 32, 102400, 4096, eps=1e-6),
+    "deepseek-ai/deepseek-math-7b-base": _preset(4096, 11008, 30, 32, 32, 102400, 4096, eps=1e-6),
+    "deepseek-ai/deepseek-coder-6.7b-base": _preset(
+        4096, 11008, 32, 32, 32, 32256, 16384, 1e5, 1e-6, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    ),
+    "meta-llama/Meta-Llama-3-8B": _preset(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),
+    "meta-llama/Meta-Llama-3-70B": _preset(8192, 28672, 80, 64, 8, 128256, 8192, 5e5),
+    "meta-llama/Llama-3.1-8B": _LLAMA_31_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_31_70B,
+    "meta-llama/Llama-3.2-1B": _preset(
+        2048, 8192, 16, 32, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(32.0), tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.2-3B": _preset(
+        3072, 8192, 28, 24, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(32.0), tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_31_70B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA_31_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": _LLAMA_31_70B,
+}

@@ -1,0 +1,167 @@
+"""Fetch a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path.
+
+- huggingface_hub does the work: progress bars, parallel files, a token from --token, HF_TOKEN or `hf auth login`
+- the weights come in one format only: safetensors, and .bin only where there is no safetensors; the shards are those
+  that the index names, so `original/`, `consolidated.*`, GGUF, ONNX and other copies stay where they are
+- the same command again continues an interrupted download: files that have arrived are not fetched twice
+- remote code is neither fetched nor run
+"""
+
+import fnmatch
+import json
+import re
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training.common import ArgumentParser, run_script
+
+# What a folder needs beside its weights, by lower-case name; only from the top level of the repository.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "licen[cs]e*",
+    "use_policy*",
+    "notice*",
+    "readme*",
+)
+# In order of preference. Where an index and a single file lie side by side, only the index and its shards are fetched.
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+def small_files(names):
+    """The config, tokenizer, licence and readme files among a repository's file names (top level only)."""
+    return [name for name in names if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
+
+
+def weight_file(names):
+    """The one file through which the weights are read: an index or a single file; ValueError if there is none."""
+    for name in WEIGHTS:
+        if name in names:
+            return name
+    kinds = sorted({Path(name).suffix for name in names if "/" not in name and Path(name).suffix})
+    raise ValueError(f"no weights in a format we read ({', '.join(WEIGHTS)}); its files are {', '.join(kinds)}")
+
+
+def shards(index_path):
+    """The files an index names, in order."""
+    return sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def check_folder(folder, names):
+    """Refuses a folder that holds anything but an earlier download of this repository: files would get mixed."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file, not a folder; choose another one")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.exists() else set()
+    present = {name for name in present if not name.startswith(".cache/")}
+    foreign = sorted(present - set(names))
+    if not foreign and present and not (folder / ".cache" / "huggingface").is_dir():
+        foreign = sorted(present)
+    if foreign:
+        raise ValueError(
+            f"--output_dir {folder} already holds {foreign[0]}, which did not come from this repository; "
+            "choose another --output_dir or remove the folder"
+        )
+
+
+def fetch(repo, folder, revision, token):
+    """Downloads what is needed of `repo` into `folder`; returns ({name: bytes}, commit)."""
+    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings}
+    if "config.json" not in sizes:
+        raise ValueError("no config.json at its top level: not a model folder that transformers would open")
+    weights = weight_file(sizes)
+    check_folder(folder, sizes)
+    wanted = [*small_files(sizes), weights]
+    if weights.endswith(".index.json"):
+        wanted += shards(hf_hub_download(repo, weights, revision=info.sha, local_dir=folder, token=token))
+    missing = [name for name in wanted if name not in sizes]
+    if missing:
+        raise ValueError(f"{weights} names {missing[0]}, which the repository does not have")
+
+    # The commit, not the branch's name: a push in between must not mix two versions.
+    patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in wanted]
+    snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=patterns, token=token)
+
+    # With a folder already there, snapshot_download only warns when the hub refuses it, and trusts what lies there.
+    for name in wanted:
+        path = folder / name
+        if not path.is_file() or (sizes[name] is not None and path.stat().st_size != sizes[name]):
+            raise OSError(f"{path} is missing or incomplete: delete it if it is there and run the same command again")
+    for leftover in folder.glob(".cache/huggingface/download/*.incomplete"):  # a killed download's, never read again
+        leftover.unlink(missing_ok=True)
+    return {name: (folder / name).stat().st_size for name in wanted}, info.sha
+
+
+def main(*, repo, output_dir, revision, token):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
+        raise ValueError(f"{repo!r} is not a repository name: write it as ORG/NAME, e.g. meta-llama/Llama-2-7b-chat-hf")
+    folder = output_dir or Path("checkpoints") / repo
+    hub = constants.ENDPOINT
+    try:
+        files, commit = fetch(repo, folder, revision, token or None)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repo} is gated: accept its terms at {hub}/{repo}, make a token at {hub}/settings/tokens, "
+            "then pass it as HF_TOKEN=hf_... or --token"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"no repository {repo} on {hub}: check the spelling; if it is private, pass a token that may read it "
+            f"(from {hub}/settings/tokens) as HF_TOKEN=hf_... or --token"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} has no revision {revision!r}: --revision takes a branch, tag or commit") from error
+    except EntryNotFoundError as error:
+        raise OSError(f"{repo}: {one_line(error)}") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise OSError(f"{hub} answered for {repo}: {one_line(error)}; try again later") from error
+        raise ValueError(
+            f"{hub} refused {repo} ({error.response.status_code}): the token is wrong or may not read it; "
+            f"make one at {hub}/settings/tokens and pass it as HF_TOKEN=hf_... or --token"
+        ) from error
+    except HTTPError as error:  # everything below HTTP: name lookup, refused connection, timeout, proxy
+        raise OSError(
+            f"cannot reach {hub} ({one_line(error)}): check the network, then run the same command"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{repo}: {one_line(error)}") from error
+
+    print(f"{repo} ({commit[:12]}): {len(files)} files, {sum(files.values()) / 1e9:.2f} GB in {folder}")
+    print(
+        f"Try: python inference/generate.py --checkpoint_path {folder} --prompt 'Once upon a time' --max_new_tokens 64"
+    )
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser("Fetches a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path.")
+    add = parser.add_argument
+    add("repo", metavar="ORG/NAME", help="repository on the Hugging Face hub")
+    add("--output_dir", type=Path, default=None, help="folder to write; checkpoints/ORG/NAME")
+    add("--revision", default=None, help="branch, tag or commit; the main branch")
+    add("--token", default=None, help="access token; HF_TOKEN, or the one of `hf auth login`")
+    run_script(main, parser)

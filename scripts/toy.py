@@ -1,0 +1,287 @@
+"""A small world to try everything on, without any download: a model folder, a tokenizer and problems to learn from.
+
+The task is to add up a row of digits, keeping the running sum, one step a line, and to end with the answer alone:
+
+    prompt      7+5+9+4          completion   7+5=12
+                                              12+9=21
+                                              21+4=25
+                                              25
+
+- easy to hard: rows of 2 to 8 digits; the long ones are rare in train.jsonl and common in heldout.jsonl, so a model
+  fine-tuned on the first is right on about half of the second and later stages have room to improve it
+- each line can be checked by itself (`step_labels`), and so can the answer (`correct`, a reward function for PPO)
+- the same seed writes the same bytes
+
+    python scripts/toy.py --output_dir runs/toy               writes model/, train.jsonl, heldout.jsonl, prompts.jsonl
+    python scripts/toy.py --output_dir runs/toy --score F     accuracy of generate.py's output lines F on heldout.jsonl
+"""
+
+import io
+import itertools
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.checkpoint import save_folder
+from models.model import ModelConfig, Transformer
+from training.common import ArgumentParser, non_negative_int, positive_int, run_script
+
+# {difficulty: share}; the difficulty is the number of terms.
+TRAIN_MIX = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.05}
+HELDOUT_MIX = {4: 0.2, 5: 0.2, 6: 0.2, 7: 0.2, 8: 0.2}
+CHARACTERS = "0123456789+="  # beside them the tokenizer has every byte; a newline is the byte <0x0A>, as in LLaMA
+UNK, BOS, EOS, PAD = range(4)
+
+
+# --- the task: pure functions of text ---------------------------------------------------------------------------------
+
+
+def make_problem(rng, num_terms):
+    """A tuple of `num_terms` numbers from 1 to 9."""
+    return tuple(rng.randint(1, 9) for _ in range(num_terms))
+
+
+def prompt_of(terms):
+    return "+".join(map(str, terms)) + "\n"
+
+
+def terms_of(prompt):
+    """The terms of a prompt; ValueError if it is none of ours."""
+    if not re.fullmatch(r"[1-9](\+[1-9])+\n?", prompt):
+        raise ValueError(f"not a problem of this toy: {prompt!r}")
+    return tuple(map(int, prompt.split("+")))
+
+
+def solution_steps(terms):
+    """The lines of the worked solution: one for each addition, then the sum."""
+    sums = list(itertools.accumulate(terms))
+    steps = [f"{before}+{term}={after}" for before, term, after in zip(sums, terms[1:], sums[1:], strict=False)]
+    return [*steps, str(sums[-1])]
+
+
+def solution(terms):
+    return "\n".join(solution_steps(terms))
+
+
+def final_answer(text):
+    """The number on the last line, as a string without leading zeros; None where that line is not a number."""
+    line = text.strip().split("\n")[-1]
+    return str(int(line)) if re.fullmatch(r"[0-9]+", line) else None
+
+
+def is_correct(completion, answer):
+    """Whether the final answer is right; the working is not looked at."""
+    return final_answer(completion) == str(answer)
+
+
+def step_labels(prompt, completion):
+    """One 0/1 for each line of a completion, for process rewards: 1 if the worked solution has this line at this place,
+    whatever stands before it."""
+    right = solution_steps(terms_of(prompt))
+    lines = completion.rstrip("\n").split("\n")
+    return [int(i < len(right) and line == right[i]) for i, line in enumerate(lines)]
+
+
+def correct(prompts: list[str], completions: list[str], examples: list[dict]) -> list[float]:
+    """Reward function (--reward_fn scripts/toy.py:correct): 1.0 for a right final answer, else 0.0."""
+    return [
+        float(is_correct(completion, example["answer"]))
+        for completion, example in zip(completions, examples, strict=True)
+    ]
+
+
+# --- writing the world ------------------------------------------------------------------------------------------------
+
+
+def sample_problems(rng, mix, number, *, taken, repeats):
+    """`number` problems in random order with the shares of `mix`, none of them in the set `taken`.
+
+    repeats: whether a problem may come twice; without repeats those drawn are added to `taken`.
+    """
+    counts = {num_terms: int(share * number) for num_terms, share in mix.items()}
+    counts[max(mix)] += number - sum(counts.values())
+    problems = []
+    for num_terms, count in counts.items():
+        if not repeats and count > 9**num_terms // 2:
+            raise ValueError(f"{number} problems: there are too few with {num_terms} terms for that; ask for fewer")
+        while count:
+            problem = make_problem(rng, num_terms)
+            if problem not in taken:
+                problems.append(problem)
+                count -= 1
+                if not repeats:
+                    taken.add(problem)
+    rng.shuffle(problems)
+    return problems
+
+
+def record(terms, *, completion):
+    fields = {"prompt": prompt_of(terms)}
+    if completion:
+        fields["completion"] = solution(terms)
+    return {**fields, "answer": str(sum(terms)), "difficulty": len(terms)}
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def train_tokenizer():
+    """A sentencepiece model in LLaMA's manner, as bytes: BPE, no normalisation, one token a digit, byte fallback."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(CHARACTERS)]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=4 + 256 + len(CHARACTERS) + 1,  # specials, bytes, the characters, the space
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=PAD,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_model(folder, seed):
+    """A randomly initialised LLaMA of 1.1 M parameters with its tokenizer."""
+    tokenizer = train_tokenizer()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size(),
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "torch_dtype": "float32",
+    }
+    model = Transformer(ModelConfig.from_hf(config))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    save_folder(folder, model.state_dict().items(), config=config)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer_config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+        **tokens,
+    }
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    for name, content in (
+        ("tokenizer_config.json", tokenizer_config),
+        ("special_tokens_map.json", tokens),
+        ("generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return model
+
+
+def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
+    """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir {folder} is already there; remove it or choose another one")
+    files, taken = {}, set()
+    for name, mix, number in (
+        ("heldout", HELDOUT_MIX, num_heldout),
+        ("prompts", HELDOUT_MIX, num_prompts),
+        ("train", TRAIN_MIX, num_train),
+    ):
+        rng = random.Random(f"{name} {seed}")
+        problems = sample_problems(rng, mix, number, taken=taken, repeats=name == "train")
+        files[name] = [record(terms, completion=name != "prompts") for terms in problems]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "num_train": num_train, "num_heldout": num_heldout, "num_prompts": num_prompts}
+    (folder / "toy.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    for name, records in files.items():
+        write_jsonl(folder / f"{name}.jsonl", records)
+        print(f"{folder}/{name}.jsonl: {len(records)} problems, e.g. {json.dumps(records[0])}")
+    model = write_model(folder / "model", seed)
+    print(f"{folder}/model: LLaMA with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M random parameters")
+
+
+# --- scoring what generate.py wrote -----------------------------------------------------------------------------------
+
+
+def read_jsonl(path, *fields):
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
+        for field in fields:
+            if not isinstance(records[-1], dict) or field not in records[-1]:
+                raise ValueError(f"{path}:{number}: no field {field!r}")
+    if not records:
+        raise ValueError(f"{path}: empty")
+    return records
+
+
+def score(output_file, heldout_file, *, num_shown):
+    """Prints the accuracy of all samples, overall and by difficulty, and `num_shown` of them."""
+    examples = {record["prompt"]: record for record in read_jsonl(heldout_file, "prompt", "answer", "difficulty")}
+    samples = read_jsonl(output_file, "prompt", "output")
+    for number, sample in enumerate(samples, start=1):
+        if sample["prompt"] not in examples:
+            raise ValueError(f"{output_file}:{number}: prompt {sample['prompt']!r} is not in {heldout_file}")
+    matched = [examples[sample["prompt"]] for sample in samples]
+    rewards = correct([s["prompt"] for s in samples], [s["output"] for s in samples], matched)
+    by_difficulty = {}
+    for reward, example in zip(rewards, matched, strict=True):
+        by_difficulty.setdefault(example["difficulty"], []).append(reward)
+    for i in range(0, len(samples), -(-len(samples) // num_shown)) if num_shown else ():
+        verdict = "right" if rewards[i] else f"wrong, it is {matched[i]['answer']}"
+        print(f"  {samples[i]['prompt'].strip()} -> {samples[i]['output'].strip()[:120]!r} ({verdict})")
+    parts = ", ".join(f"{d} terms {sum(r) / len(r):.1%}" for d, r in sorted(by_difficulty.items()))
+    print(f"accuracy {sum(rewards) / len(rewards):.1%} of {len(rewards)} samples ({parts})")
+
+
+def main(*, output_dir, seed, num_train, num_heldout, num_prompts, score_file, num_shown):
+    if score_file is not None:
+        score(score_file, output_dir / "heldout.jsonl", num_shown=num_shown)
+    else:
+        write_world(output_dir, seed=seed, num_train=num_train, num_heldout=num_heldout, num_prompts=num_prompts)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser("Writes a small world without any download: a model, a tokenizer, problems to learn from.")
+    add = parser.add_argument
+    add(
+        "--output_dir", type=Path, default=Path("runs/toy"), help="folder to write; with --score, the one to score with"
+    )
+    add("--seed", type=int, default=0, help="decides the weights and the problems")
+    add("--num_train", type=positive_int, default=20480, help="worked problems to train on")
+    add("--num_heldout", type=positive_int, default=300, help="worked problems to measure with")
+    add("--num_prompts", type=positive_int, default=4000, help="problems without a solution, for PPO and DPO")
+    add(
+        "--score", dest="score_file", type=Path, default=None, help="generate.py's output file to score; writes nothing"
+    )
+    add("--num_shown", type=non_negative_int, default=6, help="samples to print with --score")
+    run_script(main, parser)

@@ -1,0 +1,367 @@
+"""What all scripts do alike: the command line, start-up, errors, optimizer, schedule, metrics, the run directory.
+
+- run_script is the only place where an exception becomes a message: a user's mistake (ValueError, OSError) is one
+  line on stderr and exit code 2; anything else is a bug and keeps its traceback, as does everything with
+  TRACEBACK=1 in the environment
+- nothing here knows a loss or a data format
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+
+from models.checkpoint import DTYPES
+from models.model import ModelConfig
+
+# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
+# name. A device that is not listed prints no MFU or MBU.
+PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100 80GB PCIe": (312e12, 1.94e12),
+    "A100": (312e12, 1.56e12),
+    "MI300X": (1307e12, 5.3e12),
+    "MI250X": (383e12, 3.28e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "RTX 3090": (71e12, 0.936e12),
+}
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default of None is described by the help text
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults shown in --help, no abbreviations, and errors of one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Callable:
+    """An argparse type: an int or float that is > above, >= least and <= most."""
+    bounds = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
+    bounds += [f"<= {most}"] * (most < math.inf)
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > above and value >= least and value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} {' and '.join(bounds)}".rstrip())
+        return value
+
+    return parse
+
+
+positive_int = number(int, least=1)
+non_negative_int = number(int, least=0)
+positive_float = number(float, above=0, most=sys.float_info.max)
+non_negative_float = number(float, least=0, most=sys.float_info.max)
+fraction = number(float, least=0, most=1)
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """The flags of every script that runs a model."""
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="Hugging Face folder with the model")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default=None,
+        help="dtype of the computation; bfloat16 on a GPU, float32 on the CPU",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile; on for a GPU, off for the CPU",
+    )
+
+
+def add_training_arguments(parser: ArgumentParser) -> None:
+    """The flags of every training script, beside those of add_model_arguments."""
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="run directory: metrics, checkpoints and at the end the model")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    add("--train_file", type=Path, required=True, help="JSON or JSONL records to train on")
+    add("--eval_file", type=Path, default=None, help="records to evaluate on")
+    add("--max_seq_len", type=positive_int, default=None, help="longest row in tokens; the model's context")
+    add("--overlong", choices=["refuse", "skip", "truncate"], default="refuse", help="what to do with longer records")
+    add("--batch_size", type=positive_int, default=32, help="rows per optimizer step, over all ranks")
+    add("--micro_batch_size", type=positive_int, default=None, help="rows per forward on one rank; --batch_size")
+    add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], default="cosine", help="what follows the warm-up")
+    add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps in which the learning rate rises")
+    add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW decay of matrices; not of norms and biases")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of AdamW's first moment")
+    add("--adam_beta2", type=fraction, default=0.95, help="decay of AdamW's second moment")
+    add("--adam_eps", type=positive_float, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
+    add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
+    add(
+        "--max_steps",
+        type=non_negative_int,
+        default=None,
+        help="optimizer steps, wins over --num_epochs; 0 only exports",
+    )
+    add(
+        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; else the file's"
+    )
+    add("--eval_steps", type=positive_int, default=None, help="evaluate every so many steps; at the end only")
+    add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
+    add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
+    add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
+    add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
+
+
+def run_script(main: Callable, parser: ArgumentParser) -> None:
+    """Parses the command line and calls main with the arguments as keywords."""
+    args = parser.parse_args()
+    try:
+        main(**vars(args))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------- start-up
+
+
+class Runtime(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    compile: bool
+
+
+def choose_runtime(device: str | None, dtype: str | None, compile: bool | None) -> Runtime:
+    """Fills in what the user left open. Raises ValueError for a device that is not there."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {device}: not a device name; try cpu or cuda") from None
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {device}: there is no such GPU here ({torch.cuda.device_count()} found)")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: only cpu and cuda (NVIDIA or AMD) are supported")
+    on_gpu = chosen.type == "cuda"
+    chosen_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if on_gpu else torch.float32)
+    return Runtime(chosen, chosen_dtype, on_gpu if compile is None else compile)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """(FLOP/s in bf16, bytes/s) of a known GPU, else None."""
+    name = device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None) if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device's allocator, or of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def card(title: str, rows: dict[str, object]) -> str:
+    """A short table for people: one aligned line for each row."""
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def progress_bar(**options) -> tqdm:
+    """A tqdm bar; where stderr is not a terminal it writes seldom, so that log files stay short."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 10, smoothing=0, dynamic_ncols=True, **options)
+
+
+# ------------------------------------------------------------------------------------ optimisation
+
+
+def make_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:
+    """The learning rate of optimizer step `step`, counted from 1: it rises linearly over ceil(warmup_ratio *
+    total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one step after the last."""
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+    return peak * factor
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
+    """FLOPs of forward and backward for one token of a row of seq_len tokens: 6 for each weight that multiplies it, and
+    the causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B)."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6 * (config.num_parameters() - embedding) + 6 * attention
+
+
+# ------------------------------------------------------------------------------- the run directory
+
+
+def prepare_output_dir(output_dir: Path, resume: bool) -> None:
+    """Raises ValueError if the run would mix with an earlier one."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file")
+    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"--output_dir {output_dir}: is not empty; take another, empty it, or go on with --resume")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a small JSON file at once: beside and renamed."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+class Metrics:
+    """metrics.jsonl: one object for each logged step, flushed at once."""
+
+    def __init__(self, output_dir: Path, *, after_step: int = 0):
+        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
+        self.path = output_dir / "metrics.jsonl"
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= after_step:
+                kept.append(line)
+        self.path.write_bytes(b"".join(kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, values: dict[str, float]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+class Stopwatch:
+    """Seconds since the last call; waits for the device first, so that the time is that of finished work."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        now = self._now()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+def check_finite(step: int, rows: list[int], **values: float | Tensor) -> None:
+    """Raises ValueError that names the step and its records if a value is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            shown = ", ".join(map(str, rows[:64])) + (", ..." if len(rows) > 64 else "")
+            raise ValueError(f"step {step}: {name} is {float(value)}; records of the step (from 0): {shown}")
+
+
+class StopSignal:
+    """SIGTERM asks for an end after the current step."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+
+# ---------------------------------------------------------------------------- checkpoints of a run
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, limit: int
+) -> None:
+    """Writes checkpoints/step-000100, whole or not at all, and removes all but the newest `limit`."""
+    path = output_dir / "checkpoints" / f"step-{step:06d}"
+    staging = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=staging)
+    shutil.rmtree(path, ignore_errors=True)  # of a run that was resumed from an earlier step
+    os.rename(staging, path)
+    for old in _checkpoints(output_dir)[:-limit]:
+        shutil.rmtree(old)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """From the oldest to the newest."""
+    found = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
+    which it says. A broken one is passed over with a warning; ValueError if all are broken."""
+    found = _checkpoints(output_dir)
+    if not found:
+        print(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
+        return 0
+    for path in reversed(found):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"{path}: broken, trying the one before ({type(error).__name__}: {reason})")
+            continue
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        print(f"{path}: resuming after step {int(path.name[5:])}")
+        return int(path.name[5:])
+    raise ValueError(
+        f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
+    )

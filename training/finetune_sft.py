@@ -1,0 +1,233 @@
+"""Supervised fine-tuning: next-token cross entropy on completions, from one Hugging Face folder to another.
+
+- records: prompt + completion, chat messages (loss on the assistant's turns), or plain text; training/data.py
+- the loss of a step is the mean over all its learnt tokens, whatever the micro-batches
+- fp32 master weights, bf16 or fp32 computation
+
+    python training/finetune_sft.py --checkpoint_path DIR --train_file train.jsonl --output_dir runs/sft
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from models.checkpoint import DTYPES, load_model, save_folder, stored_dtype
+from models.model import ModelConfig, Transformer, read_hf_config
+from models.tokenizer import Tokenizer
+from training.common import (
+    ArgumentParser,
+    Metrics,
+    StopSignal,
+    Stopwatch,
+    add_model_arguments,
+    add_training_arguments,
+    card,
+    check_finite,
+    choose_runtime,
+    device_name,
+    learning_rate_at,
+    load_newest_checkpoint,
+    make_optimizer,
+    peak_memory,
+    peaks,
+    prepare_output_dir,
+    progress_bar,
+    run_script,
+    save_checkpoint,
+    training_flops_per_token,
+    write_json,
+)
+from training.data import (
+    EncodingCounts,
+    Example,
+    check_vocabulary,
+    collate,
+    encode_sft_file,
+    micro_batches,
+    training_batches,
+)
+from training.losses import token_cross_entropy
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Supervised fine-tuning of the model in a Hugging Face folder.")
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    return parser
+
+
+def main(
+    *,
+    checkpoint_path: Path,
+    device: str | None,
+    dtype: str | None,
+    seed: int,
+    compile: bool | None,
+    output_dir: Path,
+    resume: bool,
+    train_file: Path,
+    eval_file: Path | None,
+    max_seq_len: int | None,
+    overlong: str,
+    batch_size: int,
+    micro_batch_size: int | None,
+    learning_rate: float,
+    lr_schedule: str,
+    warmup_ratio: float,
+    weight_decay: float,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_eps: float,
+    max_grad_norm: float,
+    num_epochs: int,
+    max_steps: int | None,
+    shuffle: bool,
+    eval_steps: int | None,
+    save_steps: int | None,
+    save_total_limit: int,
+    log_steps: int,
+    export_dtype: str | None,
+) -> None:
+    args = dict(locals())
+    micro_batch_size = micro_batch_size or batch_size
+    if micro_batch_size > batch_size:
+        raise ValueError(f"--micro_batch_size {micro_batch_size} is larger than --batch_size {batch_size}")
+    if eval_steps is not None and eval_file is None:
+        raise ValueError("--eval_steps needs an --eval_file")
+    prepare_output_dir(output_dir, resume)
+
+    # load: the data first, since it is quick to be wrong
+    runtime = choose_runtime(device, dtype, compile)
+    config = ModelConfig.from_hf(checkpoint_path)
+    max_seq_len = max_seq_len or config.max_position_embeddings
+    if max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {config.max_position_embeddings} tokens")
+    tokenizer = Tokenizer(checkpoint_path)
+    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
+    limits = {"vocab_size": config.vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
+    train, counts = encode_sft_file(train_file, tokenizer, **limits)
+    evaluation, eval_counts = encode_sft_file(eval_file, tokenizer, **limits) if eval_file else ([], None)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else 0
+
+    model = load_model(checkpoint_path, device=runtime.device, param_dtype=torch.float32, compute_dtype=runtime.dtype)
+    if runtime.compile:
+        for block in model.layers:
+            block.compile()
+    optimizer = make_optimizer(
+        model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        betas=(adam_beta1, adam_beta2),
+        eps=adam_eps,
+    )
+    total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
+    first_step = 1 + (load_newest_checkpoint(output_dir, model, optimizer) if resume else 0)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "args.json", args)
+    metrics = Metrics(output_dir, after_step=first_step - 1)
+    rows = {
+        "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
+        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
+        "train": describe(train, counts),
+        "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
+    }
+    print(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
+
+    # loop
+    flops_per_second = (peaks(runtime.device) or (None,))[0]
+    order = {"seed": seed, "shuffle": shuffle}
+    before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
+    num_tokens = sum(len(train[i].input_ids) for _, numbers in before for i in numbers)
+    stop, watch = StopSignal(), Stopwatch(runtime.device)
+    bar = progress_bar(total=total_steps, initial=first_step - 1, desc="training", unit="step")
+    for step, numbers in training_batches(
+        len(train), batch_size, **order, first_step=first_step, last_step=total_steps
+    ):
+        batch = [train[i] for i in numbers]
+        num_targets = max(1, sum(example.num_targets for example in batch))
+        loss = torch.zeros((), device=runtime.device)
+        for examples in micro_batches(batch, micro_batch_size):
+            input_ids, labels = collate(examples, pad_token_id, runtime.device)
+            micro_loss = token_cross_entropy(model(input_ids), model.lm_head.weight, labels) / num_targets
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        check_finite(step, numbers, loss=loss, grad_norm=grad_norm)
+        lr = learning_rate_at(
+            step, peak=learning_rate, schedule=lr_schedule, total_steps=total_steps, warmup_ratio=warmup_ratio
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # log
+        lengths = [len(example.input_ids) for example in batch]
+        num_tokens += sum(lengths)
+        rate = sum(lengths) / watch.lap()
+        line = {
+            "step": step,
+            "loss": loss.item(),
+            "learning_rate": lr,
+            "grad_norm": grad_norm.item(),
+            "num_tokens": num_tokens,
+            "tokens_per_second": rate,
+        }
+        if flops_per_second:
+            mean_len = sum(n * n for n in lengths) / sum(lengths)  # the row length that a token sees on average
+            line["mfu"] = rate * training_flops_per_token(config, mean_len) / flops_per_second
+        evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
+        if evaluate_now:
+            line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id)
+            bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
+            watch.lap()
+        if evaluate_now or step % log_steps == 0 or step == total_steps:
+            metrics.write(line)
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
+        bar.update(1)
+
+        # save
+        if stop.received or (save_steps and step % save_steps == 0 and step < total_steps):
+            save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
+            watch.lap()
+        if stop.received:
+            bar.close()
+            print(f"stopped by a signal after step {step}; go on with --resume")
+            return
+    bar.close()
+
+    save_folder(
+        output_dir,
+        model.state_dict().items(),
+        config=read_hf_config(checkpoint_path)[0],
+        copy_from=checkpoint_path,
+        dtype=DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path),
+    )
+    print(f"{output_dir}: model written; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, examples: list[Example], micro_batch_size: int, pad_token_id: int) -> float:
+    """The mean loss over all learnt tokens."""
+    device = model.embed_tokens.weight.device
+    total = torch.zeros((), device=device)
+    for rows in micro_batches(examples, micro_batch_size):
+        input_ids, labels = collate(rows, pad_token_id, device)
+        total += token_cross_entropy(model(input_ids), model.lm_head.weight, labels)
+    return total.item() / sum(example.num_targets for example in examples)
+
+
+def describe(examples: list[Example], counts: EncodingCounts) -> str:
+    tokens = sum(len(example.input_ids) for example in examples)
+    learnt = sum(example.num_targets for example in examples)
+    parts = [f"{len(examples):,} records, {tokens:,} tokens, {learnt:,} of them learnt"]
+    parts += [f"{count:,} {name.replace('_', ' ')}" for name, count in counts._asdict().items() if count]
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that calculates, in a few minutes and without any download but the Python packages:
+# From nothing to a model that adds up, in a few minutes and without any download but the Python packages:
 # writes a toy world (scripts/toy.py), fine-tunes its model, and compares held-out accuracy before and after.
 # Everything lands in runs/toy; a second run replaces that folder. A GPU is used if there is one.
 set -euo pipefail
@@ -47,4 +47,4 @@ generate "$out/sft" "$out/after.jsonl"
 step "Done"
 echo "before: $(tail -n 1 "$out/before.jsonl.score")"
 echo "after:  $(tail -n 1 "$out/after.jsonl.score")"
-echo "Try:    $python inference/generate.py --checkpoint_path $out/sft --prompt \$'347+85\\n' --temperature 0 --max_new_tokens 64"
+echo "Try:    $python inference/generate.py --checkpoint_path $out/sft --prompt \$'7+5+9+4\\n' --temperature 0 --max_new_tokens 64"

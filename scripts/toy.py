@@ -277,7 +277,7 @@ if __name__ == "__main__":
         "--output_dir", type=Path, default=Path("runs/toy"), help="folder to write; with --score, the one to score with"
     )
     add("--seed", type=int, default=0, help="decides the weights and the problems")
-    add("--num_train", type=positive_int, default=20480, help="worked problems to train on")
+    add("--num_train", type=positive_int, default=24000, help="worked problems to train on")
     add("--num_heldout", type=positive_int, default=300, help="worked problems to measure with")
     add("--num_prompts", type=positive_int, default=4000, help="problems without a solution, for PPO and DPO")
     add(

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random GQA LLaMA folder with a sentencepiece tokenizer; read it only."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.write_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_model(folder):
+    """transformers' view of `folder`."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,0 +1,122 @@
+"""What the tests share: tiny Hugging Face folders written by transformers, records, and ways to run a script."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import sentencepiece
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 384
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """A tokenizer.model like LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, of VOCAB_SIZE pieces."""
+    text = [
+        f"{a} plus {b} is {a + b}. The answer to question {a} is {b}, or so it seems."
+        for a in range(40)
+        for b in (3, 17)
+    ]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_tokenizer(folder: Path, **config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.15, **config):
+    """Writes a random LLaMA folder with transformers, and a tokenizer; returns transformers' model."""
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": std,  # wide enough that the logits of a random model differ clearly
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(shape | config))).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # transformers starts them at 0, where a dropped bias would not show
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def write_records(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run(script: str, *args: object) -> Result:
+    """Runs a script's command line (`inference/generate.py`) in this process: the same path as from a shell, without
+    the seconds of a new interpreter."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            module.run_script(module.main, module.parser())
+        except SystemExit as exit:
+            code = exit.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def start(script: str, *args: object) -> subprocess.Popen:
+    """Starts a script in a process of its own, one thread, output captured."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    """A user's mistake: exit code 2, one line on stderr with all `parts` in it, nothing else."""
+    assert result.code == 2, result
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in result.stderr, (part, result.stderr)

@@ -52,9 +52,8 @@ class Request:
 
 @dataclass
 class Completion:
-    """token_ids: without the EOS or the stop string that ended it. logprobs: one for each sampled token, those included,
-    under the full softmax at the sampling temperature (greedy: temperature 1). text:
-    "" without a tokenizer."""
+    """token_ids: without the EOS or the stop string that ended it. text: "" without a tokenizer. logprobs: one for
+    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1)."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)

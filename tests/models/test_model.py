@@ -1,0 +1,258 @@
+"""The network against transformers, on random folders that transformers wrote."""
+
+import json
+
+import pytest
+import torch
+
+from models.checkpoint import load_model
+from models.model import PRESETS, ModelConfig, Transformer, rope_inv_freq
+from tests import tiny
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "many heads": {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3},
+    "wide head_dim": {"head_dim": 32},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "theta and eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-3},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
+    "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5e5}},
+    "everything": {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+    },
+}
+
+
+def logits_of(model: Transformer, input_ids: torch.Tensor, **more) -> torch.Tensor:
+    with torch.no_grad():
+        return model.lm_head(model(input_ids, **more))
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_transformers(tmp_path, config):
+    """Catches: a wrong head order, a bias left out, RoPE halves swapped, a wrong frequency, norm or residual."""
+    theirs = tiny.write_model(tmp_path, **config)
+    ours = load_model(tmp_path)
+    input_ids = torch.randint(tiny.VOCAB_SIZE, (3, 200))
+    with torch.no_grad():
+        expected = theirs(input_ids).logits
+    assert expected.std() > 0.3  # else the comparison would say little
+    torch.testing.assert_close(logits_of(ours, input_ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "theta and eps"])
+def test_older_spelling_of_rope_settings(tmp_path, name):
+    """Catches: top-level rope_theta / rope_scaling (with "type" or "rope_type") ignored beside the nested spelling."""
+    theirs = tiny.write_model(tmp_path, **VARIANTS[name])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    nested = config.pop("rope_parameters")
+    config["rope_theta"] = nested.pop("rope_theta")
+    if nested["rope_type"] == "linear":
+        nested["type"] = nested.pop("rope_type")
+    config["rope_scaling"] = nested if nested.get("rope_type") != "default" else None
+    del config["head_dim"]
+    path.write_text(json.dumps(config))
+    input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 150))
+    with torch.no_grad():
+        expected = theirs(input_ids).logits
+    torch.testing.assert_close(logits_of(load_model(tmp_path), input_ids), expected, atol=1e-4, rtol=0)
+
+
+def test_right_padding_changes_nothing(folder):
+    """Catches: attention that looks ahead, where a padded row would differ from the same row alone."""
+    model = load_model(folder)
+    row = torch.randint(3, tiny.VOCAB_SIZE, (1, 20))
+    padded = torch.cat((row, torch.zeros(1, 13, dtype=torch.int64)), dim=1)
+    torch.testing.assert_close(logits_of(model, padded)[:, :20], logits_of(model, row), atol=1e-5, rtol=0)
+
+
+def test_position_ids(folder, hf_model):
+    """Catches: positions that are taken from the row instead of from the argument."""
+    input_ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 12))
+    positions = torch.arange(12) * 3 + torch.tensor([[0], [50]])
+    with torch.no_grad():
+        expected = hf_model(input_ids, position_ids=positions).logits
+    actual = logits_of(load_model(folder), input_ids, position_ids=positions)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_bf16_compute_on_fp32_weights(folder):
+    """Catches: norms or RoPE in bf16, and a compute dtype that does not reach the layers or reaches the weights."""
+    model, reference = load_model(folder, compute_dtype=torch.bfloat16), load_model(folder)
+    input_ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 64))
+    hidden = model(input_ids)
+    assert hidden.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = logits_of(reference, input_ids)
+    error = (logits_of(model, input_ids).float() - expected).norm() / expected.norm()
+    assert error < 0.02
+
+
+def test_gradients_equal_transformers(folder, hf_model):
+    """Catches: a detached path, a cast that loses a gradient."""
+    model = load_model(folder)
+    input_ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 30))
+    model.lm_head(model(input_ids)).logsumexp(-1).sum().backward()
+    hf_model.zero_grad()
+    hf_model(input_ids).logits.logsumexp(-1).sum().backward()
+    theirs = {name.removeprefix("model."): p.grad for name, p in hf_model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, theirs[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# What the public config.json files say, or follows from them: parameters as the model cards count them.
+PUBLIC_SIZES = {
+    "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-chat-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-chat-hf": 68_976_648_192,
+    "codellama/CodeLlama-7b-Python-hf": 6_738_415_616,
+    "codellama/CodeLlama-34b-Python-hf": 33_743_970_304,
+    "EleutherAI/llemma_7b": 6_738_546_688,
+    "EleutherAI/llemma_34b": 33_743_970_304,
+    "deepseek-ai/deepseek-llm-7b-base": 6_910_365_696,
+    "deepseek-ai/deepseek-math-7b-base": 6_910_365_696,
+    "deepseek-ai/deepseek-coder-6.7b-base": 6_740_512_768,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
+}
+
+
+def test_preset_sizes():
+    """Catches: a wrong width, depth, vocabulary or head count in a preset."""
+    assert {name: config.num_parameters() for name, config in PRESETS.items()} == PUBLIC_SIZES
+
+
+def public_config(name: str) -> dict:
+    """The config.json of these folders as published, as far as it decides the network."""
+    base = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 32000}
+    shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    by_family = {
+        "Llama-2-7b": ((4096, 11008, 32, 32, 32), {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+        "Llama-2-70b": ((8192, 28672, 80, 64, 8), {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+        "CodeLlama-34b": (
+            (8192, 22016, 48, 64, 8),
+            {"max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 1000000},
+        ),
+        "deepseek-math-7b": (
+            (4096, 11008, 30, 32, 32),
+            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000, "vocab_size": 102400},
+        ),
+        "deepseek-coder-6.7b": (
+            (4096, 11008, 32, 32, 32),
+            {
+                "max_position_embeddings": 16384,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 100000,
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+                "vocab_size": 32256,
+            },
+        ),
+        "Llama-3.2-1B": (
+            (2048, 8192, 16, 32, 8),
+            {
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 500000.0,
+                "rope_scaling": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
+                "vocab_size": 128256,
+                "head_dim": 64,
+                "tie_word_embeddings": True,
+            },
+        ),
+    }
+    values, more = next(entry for family, entry in by_family.items() if family in name)
+    return base | dict(zip(shape, values)) | more
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta-llama/Llama-2-7b-chat-hf",
+        "meta-llama/Llama-2-70b-chat-hf",
+        "codellama/CodeLlama-34b-Python-hf",
+        "deepseek-ai/deepseek-math-7b-base",
+        "deepseek-ai/deepseek-coder-6.7b-base",
+        "meta-llama/Llama-3.2-1B",
+    ],
+)
+def test_presets_equal_their_config(name):
+    """Catches: a preset whose theta, eps, context, scaling or tying differs from the folder's, which no size shows."""
+    assert ModelConfig.from_hf(public_config(name)) == PRESETS[name]
+
+
+def test_rope_frequencies_equal_transformers():
+    """Catches: a wrong ramp of llama3 scaling at the widths and factors of the real models."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for config in PRESETS.values():
+        rope = dict(config.rope_scaling or {"rope_type": "default"}, rope_theta=config.rope_theta)
+        theirs = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=rope,
+        )
+        torch.testing.assert_close(rope_inv_freq(config), LlamaRotaryEmbedding(theirs).inv_freq, atol=0, rtol=1e-6)
+
+
+GOOD = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {**LLAMA3}}, "original_max_position_embeddings"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_theta": "big"}, "rope_theta"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 18}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_attention_heads": 2.5}, "num_attention_heads"),
+        ({"vocab_size": "32"}, "vocab_size"),
+        ({"head_dim": 5}, "head_dim"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_unsupported_configs_name_the_key(change, culprit):
+    """Catches: a config that would load and compute something else."""
+    ModelConfig.from_hf(GOOD)
+    with pytest.raises(ValueError, match=culprit):
+        ModelConfig.from_hf(GOOD | change)

@@ -151,6 +151,7 @@ def main(
         "max_seq_len": limit,
         "num_samples": num_samples,
         "return_token_ids": return_token_ids,
+        "dtype": str(runtime.dtype),
         **dataclasses.asdict(params),
     }
     done = read_finished(output_file, begun_with) if resume else set()
@@ -200,7 +201,7 @@ def encode_prompts(
             raise ValueError(f"{record.where}: the prompt is empty, and this tokenizer has no BOS to start from")
         check_ids(ids, vocab_size, record.where)
         if len(ids) >= limit:
-            if overlong == "refuse":
+            if overlong == "refuse" or limit < 2:
                 raise ValueError(
                     f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; raise "
                     "--max_seq_len or choose --overlong skip or truncate"
@@ -275,14 +276,16 @@ class SampleWriter:
         self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a line torn by a kill
 
     def write(self, line: dict) -> None:
+        # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
+        encoded = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace")
         if self.file is not None:
-            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.file.write(encoded + b"\n")
             self.file.flush()
         elif sys.stdout.isatty():
             prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
         else:
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(encoded.decode(), flush=True)
 
     def __enter__(self) -> "SampleWriter":
         return self
@@ -305,7 +308,8 @@ def line_of(completion: Completion, record: Record, return_token_ids: bool) -> d
     }
     if return_token_ids:
         line["token_ids"] = completion.token_ids
-    return line | {name: value for name, value in record.fields.items() if name not in line and name != "input"}
+    said = {*line, "prompt" if "prompt" in record.fields else "input"}
+    return line | {name: value for name, value in record.fields.items() if name not in said}
 
 
 # --------------------------------------------------------------------------------- what people see

@@ -147,7 +147,7 @@ def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     V = logits.shape[-1]
     if params.top_k:
         kept, ids = logits.topk(min(params.top_k, V), dim=-1)
-    elif logits.device.type == "cpu" and V > 2048:
+    elif logits.device.type == "cpu" and V > 2048 and not torch.compiler.is_compiling():
         # a sort of the whole vocabulary takes as long as a small model's layers; the mass is nearly always at the top
         kept, ids = logits.topk(1024, dim=-1)
         if ((kept - logits.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
@@ -251,6 +251,8 @@ class Engine(nn.Module):
         self.register_buffer("stop_ids", stop_ids, persistent=False)
         self._step = self._decode_step
         if compile:
+            # the limit counts the variants of all engines of a process together; 8 is one engine's buckets
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = {"mode": "reduce-overhead"} if device.type != "cpu" else {}
             self._step = torch.compile(self._decode_step, fullgraph=True, dynamic=False, **options)
         self.reset_stats()

@@ -34,7 +34,7 @@ from training.common import ArgumentParser, non_negative_int, positive_int, run_
 
 # {difficulty: share}; the difficulty is the number of terms.
 TRAIN_MIX = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.05}
-HELDOUT_MIX = {4: 0.2, 5: 0.2, 6: 0.2, 7: 0.2, 8: 0.2}
+HELDOUT_MIX = {5: 0.2, 6: 0.2, 7: 0.3, 8: 0.3}
 CHARACTERS = "0123456789+="  # beside them the tokenizer has every byte; a newline is the byte <0x0A>, as in LLaMA
 UNK, BOS, EOS, PAD = range(4)
 
@@ -277,7 +277,7 @@ if __name__ == "__main__":
         "--output_dir", type=Path, default=Path("runs/toy"), help="folder to write; with --score, the one to score with"
     )
     add("--seed", type=int, default=0, help="decides the weights and the problems")
-    add("--num_train", type=positive_int, default=24000, help="worked problems to train on")
+    add("--num_train", type=positive_int, default=25600, help="worked problems to train on")
     add("--num_heldout", type=positive_int, default=300, help="worked problems to measure with")
     add("--num_prompts", type=positive_int, default=4000, help="problems without a solution, for PPO and DPO")
     add(

@@ -176,7 +176,7 @@ def test_bad_input(world, tmp_path):
     for folder, change, word in (
         (world, {}, str(world)),
         (broken, {}, str(broken)),
-        (new, {"num_heldout": 100_000}, "100000"),
+        (new, {"num_heldout": 1_000_000}, "1000000"),
         (new, {"score_file": foreign}, "heldout.jsonl"),
         (world, {"score_file": tmp_path / "none.jsonl"}, "none.jsonl"),
         (world, {"score_file": broken}, "broken.jsonl:2"),

@@ -41,7 +41,12 @@ def parser() -> ArgumentParser:
     add("--temperature", type=non_negative_float, default=0.7, help="0 is greedy")
     add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
     add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
-    add("--max_seq_len", type=positive_int, default=4096, help="most tokens of the conversation; at most the context")
+    add(
+        "--max_seq_len",
+        type=positive_int,
+        default=None,
+        help="most tokens of the conversation; the context, 4096 at most",
+    )
     return parser
 
 
@@ -58,13 +63,16 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
-    max_seq_len: int,
+    max_seq_len: int | None,
 ) -> None:
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
     tokenizer = Tokenizer(checkpoint_path)
     check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
-    limit = min(max_seq_len, config.max_position_embeddings)
+    context = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > context:
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
+    limit = max_seq_len or min(4096, context)
     eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
     params = SamplingParams(temperature, top_k, top_p, seed, eos_ids)
     model = load_for_inference(checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile)

@@ -187,7 +187,7 @@ def encode_prompts(
     chat: bool,
 ) -> tuple[list[Prompt], list[str]]:
     """(prompts with their ids, remarks for the card). A prompt is overlong if it leaves no room for one token;
-    truncating cuts its beginning, but for the BOS, so that prompt and completion fit."""
+    truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
     prompts, skipped, truncated, short = [], 0, 0, 0
     for idx, record in enumerate(tqdm(records, desc="tokenising", unit="prompt", delay=1, leave=False)):
         prompt = get_prompt(record)
@@ -211,8 +211,8 @@ def encode_prompts(
                 continue
             truncated += 1
             bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            keep = max(1, limit - max_new_tokens - len(bos))
-            ids = (bos if limit > 2 else []) + ids[-keep:]
+            keep = max(limit - max_new_tokens, limit // 2) - len(bos)  # at least half of the room is the prompt's
+            ids = bos + ids[len(ids) - keep :]
         short += len(ids) + max_new_tokens > limit
         prompts.append(Prompt(idx, record, ids))
     if not prompts:

@@ -11,6 +11,7 @@
 Dimensions: B slots, V vocabulary, P prompts prefilled together.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,10 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-4:  # logits / temperature must stay finite
+            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,11 @@ class _Running:
     def push(self, token: int, logprob: float) -> bool:
         """Takes a sampled token; True if it was the last."""
         done = self.completion
+        if not math.isfinite(logprob):
+            raise ValueError(
+                f"prompt {done.request.idx}: the log-probability of a token is {logprob}; the weights are broken, or "
+                "overflow in this dtype"
+            )
         done.logprobs.append(logprob)
         if token in self.params.stop_token_ids:
             done.finish_reason = "stop"

@@ -5,8 +5,9 @@ from tests import tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """Tiny models gain nothing from a second thread, and lose much to it on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

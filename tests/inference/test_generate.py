@@ -1,0 +1,525 @@
+"""inference/generate.py from its command line: lines, prompts, resuming after kills, bad input."""
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inference.generate import SampleWriter
+from models.tokenizer import Tokenizer
+from tests import tiny
+
+SCRIPT = "inference/generate.py"
+FIELDS = {
+    "idx": int,
+    "sample_idx": int,
+    "prompt": str,
+    "output": str,
+    "finish_reason": str,
+    "num_tokens": int,
+    "logprob": float,
+}
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+def generate(folder, *flags, new=8):
+    return tiny.run(SCRIPT, "--checkpoint_path", folder, "--max_new_tokens", new, *flags)
+
+
+def lines_of(result):
+    assert result.code == 0, result.stderr
+    return sorted(map(json.loads, result.stdout.splitlines()), key=lambda line: (line["idx"], line["sample_idx"]))
+
+
+def keys(lines):
+    return [(line["idx"], line["sample_idx"]) for line in lines]
+
+
+def records(count, **more):
+    return [{"prompt": f"{i} plus {i % 7} is", **more} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def chat_folder(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(folder, path)
+    tiny.write_tokenizer(path, chat_template=TEMPLATE)
+    return path
+
+
+# -------------------------------------------------------------------------------------------- lines
+
+
+def test_lines_have_the_pinned_fields(folder, hf_model, tmp_path):
+    """Catches a field that is missing, renamed, of another type or counted from 1, ids that are not those of the
+    output, EOS ids other than generation_config.json's, an EOS among the ids or counted, and a logprob that is a mean,
+    lacks the EOS or is taken at another temperature."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    eos_ids = list(range(290, 320))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(4))
+    out = tmp_path / "deep" / "er" / "out.jsonl"  # a missing output folder is made
+    flags = ("--num_samples", 3, "--temperature", 0.8, "--return_token_ids")
+    result = generate(model, "--prompt_file", prompts, "--output_file", out, *flags, new=12)
+    assert result.code == 0, result
+    tokenizer = Tokenizer(model)
+    lines = tiny.read_lines(out)
+    assert sorted(keys(lines)) == [(i, s) for i in range(4) for s in range(3)]
+    assert {line["finish_reason"] for line in lines} == {"stop", "length"}
+    for line in lines:
+        assert list(line) == [*FIELDS, "token_ids"]
+        assert all(type(line[name]) is kind for name, kind in FIELDS.items())
+        prompt_ids, ids, stopped = tokenizer.encode(line["prompt"]), line["token_ids"], line["finish_reason"] == "stop"
+        assert prompt_ids[0] == 1 and line["prompt"] == f"{line['idx']} plus {line['idx']} is"
+        assert len(ids) == line["num_tokens"] and not set(ids) & set(eos_ids)
+        assert stopped or line["num_tokens"] == 12
+        assert tokenizer.decode_continuation(prompt_ids, ids) == line["output"]
+        with torch.no_grad():
+            logits = hf_model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 :]
+        logprobs = (logits / 0.8).log_softmax(-1)
+        total = logprobs[:-1].gather(1, torch.tensor(ids, dtype=torch.int64)[:, None]).sum()
+        possible = total + logprobs[-1, eos_ids] if stopped else total[None]
+        assert (possible - line["logprob"]).abs().min() < 1e-3
+
+
+def test_fields_of_a_record_are_carried(folder, tmp_path):
+    """Catches a reference answer that gets lost on its way to a reward function, or that overwrites a result."""
+    rows = [
+        {"prompt": "1 plus", "answer": {"value": 3, "text": "drei é"}, "idx": 77, "output": "mine"},
+        {"prompt": "2 plus", "input": "kept beside a prompt"},
+        {"input": "3 plus", "level": None},
+    ]
+    lines = lines_of(generate(folder, "--prompt_file", tiny.write_records(tmp_path / "p.jsonl", rows)))
+    assert [line["prompt"] for line in lines] == ["1 plus", "2 plus", "3 plus"]
+    assert lines[0]["answer"] == rows[0]["answer"] and lines[0]["idx"] == 0 and lines[0]["output"] != "mine"
+    assert lines[1]["input"] == "kept beside a prompt"
+    assert "input" not in lines[2] and lines[2]["level"] is None and "token_ids" not in lines[2]
+
+
+def test_a_json_list_is_jsonl_is_a_flag(folder, tmp_path):
+    """Catches a format that is told by the file's suffix, and prompts that are numbered otherwise."""
+    rows = records(3)
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    from_list = lines_of(generate(folder, "--prompt_file", tmp_path / "list.jsonl"))
+    tiny.write_records(tmp_path / "lines.json", rows)
+    assert lines_of(generate(folder, "--prompt_file", tmp_path / "lines.json")) == from_list
+    flags = [part for row in rows for part in ("--prompt", row["prompt"])]
+    assert lines_of(generate(folder, *flags)) == from_list
+    assert len({line["output"] for line in from_list}) == 3
+
+
+def test_standard_output_is_clean_jsonl(folder):
+    """Catches cards and progress bars among the samples, and text that is not UTF-8."""
+    result = generate(folder, "--prompt", "1 plus 2", "--num_samples", 5)
+    assert keys(lines_of(result)) == [(0, s) for s in range(5)]
+    assert "tok/s" in result.stderr and "model" in result.stderr
+
+
+def test_half_a_surrogate_pair_survives(folder, tmp_path):
+    """Catches a record that json can read and UTF-8 cannot hold: it must not end a run half-way."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "1 plus", "tag": "x\\ud83d\\u00e9"}\n')
+    out = tmp_path / "out.jsonl"
+    assert generate(folder, "--prompt_file", prompts, "--output_file", out).code == 0
+    assert tiny.read_lines(out)[0]["tag"] == "x\ud83dé"
+    assert lines_of(generate(folder, "--prompt_file", prompts))[0]["tag"] == "x\ud83dé"
+
+
+def test_chat_prompts_go_through_the_template(chat_folder, tmp_path):
+    """Catches a template that is left out, applied twice, lacks the assistant's header or has two BOS."""
+    text = "1 plus 2"
+    messages = [{"role": "user", "content": text}]
+    spelled = f"[user] {text}\n[assistant] "
+    prompts = tiny.write_records(tmp_path / "p.jsonl", [{"prompt": messages}])
+    as_messages = lines_of(generate(chat_folder, "--prompt_file", prompts))
+    as_chat = lines_of(generate(chat_folder, "--prompt", text, "--chat"))
+    as_text = lines_of(generate(chat_folder, "--prompt", "<s>" + spelled))
+    plain = lines_of(generate(chat_folder, "--prompt", text))
+    assert as_messages[0]["prompt"] == messages and as_chat[0]["prompt"] == text
+    assert as_messages[0]["output"] == as_chat[0]["output"] == as_text[0]["output"] != plain[0]["output"]
+    assert as_chat[0]["logprob"] == pytest.approx(as_text[0]["logprob"], abs=1e-4)
+
+
+def test_stop_strings_end_samples(folder):
+    """Catches --stop that is ignored, or whose text stays in the output."""
+    free = lines_of(generate(folder, "--prompt", "1 plus 2", "--num_samples", 8, new=30))
+    letter = next(c for c in "aeinorst" if any(c in line["output"] for line in free))
+    stopped = lines_of(
+        generate(folder, "--prompt", "1 plus 2", "--num_samples", 8, "--stop", letter, "--stop", "zzz", new=30)
+    )
+    for before, after in zip(free, stopped):
+        assert after["output"] == before["output"].split(letter)[0]
+        assert after["finish_reason"] == ("stop" if letter in before["output"] else before["finish_reason"])
+
+
+def test_compute_dtype_is_a_flag(folder):
+    """Catches --dtype bfloat16 that runs in fp32, or not at all."""
+    flags = ("--prompt", "1 plus 2", "--temperature", 0)
+    bf16 = generate(folder, *flags, "--dtype", "bfloat16")
+    assert "bfloat16" in bf16.stderr
+    fp32 = lines_of(generate(folder, *flags))
+    assert lines_of(bf16)[0]["logprob"] != fp32[0]["logprob"]
+
+
+# ----------------------------------------------------------------------------------------- long prompts
+
+
+def test_overlong_prompts(folder, hf_model, tmp_path):
+    """Catches prompts that are cut without a word, lose their BOS or their end, and a shifted numbering where one is
+    skipped."""
+    long = "The answer to question 3 is 17, or so it seems. " * 4
+    prompts = tiny.write_records(tmp_path / "p.jsonl", [{"prompt": p} for p in ("1 plus", long, "2 plus")])
+    flags = ("--prompt_file", prompts, "--max_seq_len", 24, "--temperature", 0, "--return_token_ids")
+    out = tmp_path / "out.jsonl"
+    tiny.assert_refused(generate(folder, *flags, "--output_file", out), f"{prompts}:2", "24", "--overlong")
+    assert not out.exists()
+
+    skipped = generate(folder, *flags, "--overlong", "skip")
+    assert keys(lines_of(skipped)) == [(0, 0), (2, 0)]
+    assert "1 prompts skipped" in skipped.stderr
+
+    truncated = generate(folder, *flags, "--overlong", "truncate")
+    lines = lines_of(truncated)
+    assert keys(lines) == [(0, 0), (1, 0), (2, 0)] and "1 prompts truncated" in truncated.stderr
+    ids = Tokenizer(folder).encode(long)
+    ids = [1, *ids[-(24 - 8 - 1) :]]
+    with torch.no_grad():
+        out = hf_model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0)
+    assert lines[1]["token_ids"] == [token for token in out[0, len(ids) :].tolist() if token != 2]
+
+
+def test_truncation_leaves_the_prompt_half_of_the_room(folder):
+    """Catches a prompt cut down to nothing because --max_new_tokens asks for all of the room."""
+    flags = ("--prompt", "1 plus 2 is 3. " * 20, "--max_seq_len", 24, "--overlong", "truncate", "--num_samples", 4)
+    assert max(line["num_tokens"] for line in lines_of(generate(folder, *flags, new=500))) == 12
+
+
+def test_broken_weights(folder, tmp_path):
+    """Catches NaN log-probs written as if they were results."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    edit_tensors(model, lambda t: t["model.norm.weight"].fill_(float("nan")))
+    result = generate(model, "--prompt", "a")
+    assert result.code == 2 and result.stdout == "" and "prompt 0: the log-probability" in result.stderr
+
+
+def test_a_prompt_may_leave_room_for_less(folder):
+    """Catches a completion that runs over --max_seq_len, or a prompt that is refused though a token fits."""
+    num = len(Tokenizer(folder).encode("1 plus 2"))
+    result = generate(folder, "--prompt", "1 plus 2", "--max_seq_len", num + 3, "--num_samples", 6, new=50)
+    assert max(line["num_tokens"] for line in lines_of(result)) == 3
+    assert "1 prompts with room for fewer than 50" in result.stderr
+    tiny.assert_refused(generate(folder, "--prompt", "1 plus 2", "--max_seq_len", num), "no room")
+
+
+# -------------------------------------------------------------------------------------------- resume
+
+
+def run_flags(prompts, out, *more):
+    sampling = ("--temperature", 0.9, "--top_p", 0.95, "--seed", 3)
+    return ("--prompt_file", prompts, "--output_file", out, *sampling, *more)
+
+
+def test_three_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
+    """Catches samples that are lost, drawn twice, torn, or other than without the kills, with another batch size
+    too."""
+    folder = tmp_path / "model"
+    tiny.write_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(200, level=1))
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    rng = random.Random()  # moments differ from run to run: none may matter
+    seen = 0
+    for slots, target in ((3, 20), (4, 80), (2, 140)):
+        flags = run_flags(prompts, out, "--max_new_tokens", 30, "--batch_size", slots, "--resume")
+        process = tiny.start(SCRIPT, "--checkpoint_path", folder, *flags)
+        wanted, deadline = max(seen + 1, target - rng.randrange(15)), time.monotonic() + 60
+        while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode == -9, f"ended before it was killed: {stderr}"
+        before, seen = seen, out.read_bytes().count(b"\n")
+        assert before < seen < 200, "the kill lands inside the run"
+    result = generate(folder, *run_flags(prompts, out, "--resume", "--batch_size", 16), new=30)
+    assert result.code == 0 and f"{seen} done before" in result.stdout, result
+    assert generate(folder, *run_flags(prompts, whole, "--batch_size", 8), new=30).code == 0
+
+    lines, expected = ({(x["idx"], x["sample_idx"]): x for x in tiny.read_lines(path)} for path in (out, whole))
+    assert len(tiny.read_lines(out)) == 200 and lines.keys() == expected.keys() == {(i, 0) for i in range(200)}
+    for key, line in expected.items():  # the sum of log-probs rounds with the batch
+        assert lines[key].pop("logprob") == pytest.approx(line.pop("logprob"), abs=1e-3)
+    assert lines == expected
+
+
+def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
+    """Catches a torn line that is kept, glued to the next one, or that takes its neighbours with it."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "out.jsonl"
+    flags = run_flags(prompts, out, "--num_samples", 3)
+    assert generate(folder, *flags).code == 0
+    expected = out.read_bytes().splitlines(keepends=True)
+    for kept in (b"".join(expected[:4]) + expected[4][:25], expected[0][:-1]):
+        out.write_bytes(kept)
+        assert generate(folder, *flags, "--resume", "--batch_size", 1).code == 0
+        found = {(x["idx"], x["sample_idx"]): x["output"] for x in tiny.read_lines(out)}
+        assert found == {(x["idx"], x["sample_idx"]): x["output"] for x in map(json.loads, expected)}
+        assert out.read_bytes().count(b"\n") == len(expected)
+
+
+def test_a_line_is_on_disk_at_once(tmp_path):
+    """Catches lines that wait in a buffer, where a kill takes them."""
+    out = tmp_path / "out.jsonl"
+    with SampleWriter(out, {}, resume=False) as writer:
+        for count in (1, 2):
+            writer.write({"idx": count})
+            assert len(tiny.read_lines(out)) == count
+
+
+def test_resuming_a_complete_run_changes_nothing(folder, tmp_path):
+    """Catches samples that are appended again."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "out.jsonl"
+    flags = run_flags(prompts, out, "--num_samples", 2)
+    assert generate(folder, *flags).code == 0
+    before = out.read_bytes()
+    result = generate(folder, *flags, "--resume")
+    assert result.code == 0 and out.read_bytes() == before, result
+
+
+def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
+    """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "new" / "out.jsonl"
+    result = generate(folder, *run_flags(prompts, out, "--resume"))
+    assert result.code == 0 and "nothing to resume" in result.stdout
+    assert len(tiny.read_lines(out)) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        (("--temperature", 0.5), "temperature"),
+        (("--top_p", 0.5), "top_p"),
+        (("--top_k", 7), "top_k"),
+        (("--seed", 4), "seed"),
+        (("--max_new_tokens", 9), "max_new_tokens"),
+        (("--max_seq_len", 100), "max_seq_len"),
+        (("--num_samples", 2), "num_samples"),
+        (("--stop", "x"), "stop"),
+        (("--dtype", "bfloat16"), "dtype"),
+        (("--return_token_ids",), "return_token_ids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_resume_with_other_flags_is_refused(half_done, tmp_path, flags, culprit):
+    """Catches a file in which half of the samples are of another kind."""
+    folder, prompts, out = half_done
+    before = out.read_bytes(), sidecar(out).read_bytes()
+    result = generate(folder, *run_flags(prompts, out, "--resume"), *flags)
+    tiny.assert_refused(result, str(out), culprit)
+    assert (out.read_bytes(), sidecar(out).read_bytes()) == before
+
+
+def sidecar(out):
+    return out.with_name(out.name + ".args.json")
+
+
+@pytest.fixture(scope="module")
+def half_done(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("half")
+    prompts, out = tiny.write_records(path / "p.jsonl", records(4)), path / "out.jsonl"
+    assert generate(folder, *run_flags(prompts, out)).code == 0
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
+    return folder, prompts, out
+
+
+def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_path):
+    """Catches lines of other prompts, or of another model, in one file."""
+    folder, _, out = half_done
+    before = out.read_bytes()
+    other = tiny.write_records(tmp_path / "p.jsonl", records(5))
+    tiny.assert_refused(generate(folder, *run_flags(other, out, "--resume")), "prompts")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tiny.assert_refused(generate(copy, *run_flags(half_done[1], out, "--resume")), "checkpoint_path")
+    assert out.read_bytes() == before
+
+
+def test_resume_of_a_strange_file_is_refused(half_done, tmp_path):
+    """Catches a file of somebody else's that is taken for samples, with or without the sidecar."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(begun.read_bytes())
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), sidecar(out).name, "missing")
+    sidecar(out).write_text("{")
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), sidecar(out).name)
+    sidecar(out).write_bytes(sidecar(begun).read_bytes())
+    out.write_text('{"idx": 0, "sample_idx": 0}\nhello\n')
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), f"{out}:2")
+    assert out.read_text() == '{"idx": 0, "sample_idx": 0}\nhello\n'
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+FILE_CASES = {  # name: (content of the prompt file, what the message names)
+    "empty": (b"", ("p.jsonl", "no records")),
+    "blank": (b"\n \n", ("p.jsonl", "no records")),
+    "empty list": (b"[]", ("p.jsonl", "no records")),
+    "malformed line": (b'{"prompt": "a"}\n{"prompt": \n', ("p.jsonl:2",)),
+    "malformed list": (b'[{"prompt": "a"},', ("p.jsonl", "JSON list")),
+    "not an object": (b'{"prompt": "a"}\n\n5\n', ("p.jsonl:3", "int")),
+    "no prompt": (b'{"prompt": "a"}\n{"question": "b"}\n', ("p.jsonl:2", "'prompt'", "question")),
+    "prompt of a wrong type": (b'{"prompt": 5}\n', ("p.jsonl:1", "prompt", "int")),
+    "no message": (b'{"prompt": [5]}\n', ("p.jsonl:1",)),
+    "messages without a template": (b'{"prompt": [{"role": "user", "content": "a"}]}\n', ("p.jsonl:1", "template")),
+    "half a surrogate pair": (b'{"prompt": "a\\ud800"}\n', ("p.jsonl:1", "surrogate")),
+    "not UTF-8": (b'{"prompt": "\xff"}\n', ("p.jsonl", "UTF-8")),
+    "longer than the context": (
+        b'{"prompt": "a"}\n{"prompt": "' + b"1 plus 2 " * 200 + b'"}\n',
+        ("p.jsonl:2", "256", "--overlong"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILE_CASES)
+def test_bad_prompt_files(folder, tmp_path, case):
+    """Catches a bad record that is skipped, read as something else, or found out about after the model is loaded."""
+    content, parts = FILE_CASES[case]
+    (tmp_path / "p.jsonl").write_bytes(content)
+    result = generate(folder, "--prompt_file", tmp_path / "p.jsonl", "--output_file", tmp_path / "new" / "out.jsonl")
+    tiny.assert_refused(result, *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+FLAG_CASES = {  # name: (flags, what the message names)
+    "no prompt": ((), ("--prompt", "--prompt_file")),
+    "two prompts": (("--prompt", "a", "--prompt_file", "b"), ("--prompt", "--prompt_file")),
+    "missing file": (("--prompt_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
+    "a folder as file": (("--prompt_file", "."), (".: no such file",)),
+    "no GPU": (("--prompt", "a", "--device", "cuda:9"), ("--device cuda:9",)),
+    "no device": (("--prompt", "a", "--device", "abacus"), ("abacus",)),
+    "temperature": (("--prompt", "a", "--temperature", "-1"), ("--temperature", "-1")),
+    "temperature too small": (("--prompt", "a", "--temperature", "1e-40"), ("temperature 1e-40",)),
+    "temperature NaN": (("--prompt", "a", "--temperature", "nan"), ("--temperature", "nan")),
+    "top_p": (("--prompt", "a", "--top_p", "2"), ("--top_p", "2")),
+    "top_k": (("--prompt", "a", "--top_k", "-5"), ("--top_k", "-5")),
+    "no new tokens": (("--prompt", "a", "--max_new_tokens", "0"), ("--max_new_tokens",)),
+    "no slots": (("--prompt", "a", "--batch_size", "0"), ("--batch_size",)),
+    "no samples": (("--prompt", "a", "--num_samples", "0"), ("--num_samples",)),
+    "max_seq_len": (("--prompt", "a", "--max_seq_len", "257"), ("--max_seq_len 257", "256")),
+    "no room at all": (("--prompt", "a", "--max_seq_len", "1", "--overlong", "truncate"), ("no room",)),
+    "nothing left": (("--prompt", "a", "--max_seq_len", "1", "--overlong", "skip"), ("no room",)),
+    "no template": (("--prompt", "a", "--chat"), ("template",)),
+    "empty stop": (("--prompt", "a", "--stop", ""), ("--stop",)),
+    "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
+    "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
+    "quantize": (("--prompt", "a", "--quantize", "int8"), ("--quantize int8",)),
+    "tensor parallel": (("--prompt", "a", "--tensor_parallel_size", "2"), ("--tensor_parallel_size",)),
+}
+
+
+@pytest.mark.parametrize("case", FLAG_CASES)
+def test_bad_flags(folder, tmp_path, case):
+    """Catches a flag that is ignored, clamped, or answered with a traceback."""
+    flags, parts = FLAG_CASES[case]
+    result = tiny.run(SCRIPT, "--checkpoint_path", folder, "--output_file", tmp_path / "out.jsonl", *flags)
+    tiny.assert_refused(result, *parts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_occupied_output_file_is_left_alone(folder, tmp_path):
+    """Catches a second run that appends to, or overwrites, the first one's samples."""
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious\n")
+    result = generate(folder, "--prompt", "a", "--output_file", out)
+    tiny.assert_refused(result, "--output_file", str(out), "--resume")
+    assert out.read_text() == "precious\n" and len(list(tmp_path.iterdir())) == 1
+    tiny.assert_refused(generate(folder, "--prompt", "a", "--output_file", tmp_path), str(tmp_path))
+    tiny.assert_refused(generate(folder, "--prompt", "a", "--resume"), "--resume", "--output_file")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "remove"}
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def lose_a_shard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard = "model-00002-of-00002.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cut_the_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+FOLDER_CASES = {  # name: (what is done to a good folder, what the message names)
+    "no folder": (shutil.rmtree, ("model", "no such file or folder")),
+    "no config": (lambda f: (f / "config.json").unlink(), ("config.json",)),
+    "broken config": (lambda f: (f / "config.json").write_text('{"model_type": '), ("config.json", "JSON")),
+    "model type": (lambda f: edit_config(f, model_type="mamba"), ("config.json", "'mamba'")),
+    "no hidden size": (lambda f: edit_config(f, hidden_size="remove"), ("config.json", "'hidden_size'")),
+    "rope type": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        ("config.json", "'yarn'"),
+    ),
+    "activation": (lambda f: edit_config(f, hidden_act="gelu"), ("hidden_act", "'gelu'")),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("no weights",)),
+    "missing shard": (lose_a_shard, ("model-00002-of-00002.safetensors", "missing")),
+    "truncated weights": (cut_the_weights, ("model.safetensors", "truncated")),
+    "extra tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.layers.0.self_attn.sink": torch.zeros(4)})),
+        ("unexpected", "model.layers.0.self_attn.sink"),
+    ),
+    "missing tensor": (
+        lambda f: edit_tensors(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        ("missing", "model.layers.1.mlp.up_proj.weight"),
+    ),
+    "wrong shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.ones(63)})),
+        ("model.norm.weight", "[63]", "[64]"),
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ("tokenizer.model", "tokenizer.json")),
+    "broken tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"nonsense"), ("tokenizer.model",)),
+    "tokenizer of another model": (lambda f: edit_config(f, vocab_size=300), ("does not fit", "384", "300")),
+    "EOS of a wrong type": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        ("generation_config.json", "eos_token_id"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER_CASES)
+def test_bad_folders(folder, tmp_path, case):
+    """Catches a folder that is computed wrongly, or fails without saying which file, key or tensor is at fault."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    damage, parts = FOLDER_CASES[case]
+    damage(model)
+    result = generate(model, "--prompt", "a", "--output_file", tmp_path / "new" / "out.jsonl")
+    tiny.assert_refused(result, *parts)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    """Catches a message that only the tests' process gets: warnings, a traceback, another exit code."""
+    out = tmp_path / "out.jsonl"
+    process = tiny.start(SCRIPT, "--checkpoint_path", tmp_path / "nowhere", "--prompt", "a", "--output_file", out)
+    stdout, stderr = process.communicate(timeout=60)
+    tiny.assert_refused(tiny.Result(process.returncode, stdout, stderr), "nowhere")
+    assert stdout == "" and not out.exists()

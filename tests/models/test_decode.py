@@ -1,0 +1,115 @@
+"""The inference copy and its cache: fused and packed weights, refresh(), rows of the cache."""
+
+import pytest
+import torch
+
+from models.checkpoint import load_model
+from models.decode import KVCache, can_pack, load_for_inference, refresh, to_inference, weight_bytes
+from models.generation import Engine, Request, SamplingParams
+from models.model import causal_attention
+from tests import tiny
+
+CPU = torch.device("cpu")
+REQUESTS = [Request(i, 0, [1, *range(3 + i, 8 + 3 * i)], 6 + i) for i in range(6)]
+VARIANTS = {
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "std": 0.5},
+    "head_dim": {"head_dim": 24, "num_key_value_heads": 1},
+}
+
+
+def greedy_ids(model):
+    engine = Engine(model, SamplingParams(0.0), num_slots=4, max_seq_len=64)
+    return {c.request.idx: c.token_ids for c in engine.generate(REQUESTS)}
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_refresh_gives_the_new_model(tmp_path, variant, pack):
+    """Catches a weight, bias, norm or tied head that refresh() forgets, or that it mixes up in a fused product."""
+    for seed in (0, 1):
+        tiny.write_model(tmp_path / str(seed), seed=seed, **VARIANTS[variant])
+    old, new = load_model(tmp_path / "0"), load_model(tmp_path / "1")
+    for model, scale in ((old, 1.0), (new, 0.7)):  # norms that differ too: transformers starts them all at 1
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.data.uniform_(0.5, 1.5).mul_(scale).add_(torch.randn_like(parameter) * (1 - scale))
+    copy = to_inference(old, pack=pack)
+    before = greedy_ids(copy)
+    addresses = [t.data_ptr() for t in (*copy.parameters(), *copy.buffers())]
+    refresh(copy, new)
+    assert [t.data_ptr() for t in (*copy.parameters(), *copy.buffers())] == addresses, "CUDA graphs need them fixed"
+    after = greedy_ids(copy)
+    expected = greedy_ids(to_inference(new, pack=False))
+    assert after == expected and after != before
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="this CPU has no bf16 kernels in oneDNN")
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "plain"])
+def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
+    """Catches fp32 master weights that arrive in a bf16 copy as fp32."""
+    for seed in (0, 1):
+        tiny.write_model(tmp_path / str(seed), seed=seed)
+    copy = to_inference(load_model(tmp_path / "0", param_dtype=torch.bfloat16), pack=pack)
+    refresh(copy, load_model(tmp_path / "1"))
+    fresh = to_inference(load_model(tmp_path / "1", param_dtype=torch.bfloat16), pack=pack)
+    assert greedy_ids(copy) == greedy_ids(fresh)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "biases"])
+def test_fused_products_compute_what_the_layers_did(tmp_path, variant):
+    """Catches q, k and v (or gate and up) in the wrong order, and a packed weight that is not the plain one."""
+    tiny.write_model(tmp_path, **VARIANTS[variant])
+    model = load_model(tmp_path)
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.lm_head(model(ids))
+        for pack in (False, True):
+            copy = to_inference(load_model(tmp_path), pack=pack)
+            torch.testing.assert_close(copy.lm_head(copy(ids)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weight_bytes_counts_each_product_once(tmp_path):
+    """Catches an MBU that counts the embedding, or that loses the packed weights."""
+    tiny.write_model(tmp_path)
+    source = load_model(tmp_path)
+    expected = sum(p.nbytes for name, p in source.named_parameters() if "proj" in name or "lm_head" in name)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model = load_for_inference(tmp_path, device=CPU, dtype=dtype)
+        assert weight_bytes(model) == expected * size // 4
+
+
+def test_decode_attends_to_its_own_row_and_no_further(folder):
+    """Catches a mask that is one off, rows of the cache that are mixed up, and a read of the unused tail: every place
+    that must not be seen holds a huge value."""
+    config = load_model(folder).config
+    num_heads, num_kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    cache = KVCache(config, num_slots=3, max_seq_len=16, dtype=torch.float32, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    lengths, slots = [4, 1, 7], [2, 0, 1]
+    rows = {}
+    for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
+        rows[name] = [torch.randn(1, n + 1, heads, D, generator=generator) for n in lengths]
+    for buffer in cache.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(1e4)
+    packed = [torch.cat([t[:, :-1] for t in rows[name]], dim=1) for name in "qkv"]
+    whole = [causal_attention(0, *(rows[name][i] for name in "qkv")) for i in range(3)]
+    prefilled = cache.prefill(slots, lengths)(1, *packed)
+    torch.testing.assert_close(prefilled, torch.cat([t[:, :-1] for t in whole], dim=1))
+    order = [slots.index(slot) for slot in range(3)]
+    new = [torch.cat([rows[name][i][:, -1:] for i in order]) for name in "qkv"]
+    attend = cache.decode(torch.tensor([lengths[i] for i in order]), 10)
+    torch.testing.assert_close(attend(1, *new), torch.cat([whole[i][:, -1:] for i in order]))
+
+
+def test_copied_prefix_decodes_like_its_source(folder):
+    """Catches a copy that is a position short, or that leaves a layer out."""
+    model = to_inference(load_model(folder), pack=False)
+    prompt = [1, 9, 8, 7, 6]
+    engine = Engine(model, SamplingParams(0.0), num_slots=3, max_seq_len=32)
+    found = [c.token_ids for c in engine.generate([Request(i, 0, prompt, 8) for i in range(3)])]
+    assert engine.num_prompt_tokens == len(prompt)
+    assert found == [found[0]] * 3

@@ -15,11 +15,13 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,6 +30,9 @@ from tqdm import tqdm
 
 from models.checkpoint import DTYPES
 from models.model import ModelConfig
+
+# what torch.distributed.checkpoint says whenever there is one process without torchrun
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
 # name. A device that is not listed prints no MFU or MBU.
@@ -153,6 +158,9 @@ def run_script(main: Callable, parser: ArgumentParser) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share the message's line
+            bar.leave = False
+            bar.close()
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"{parser.prog}: error: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -230,7 +238,7 @@ def make_optimizer(
 def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:
     """The learning rate of optimizer step `step`, counted from 1: it rises linearly over ceil(warmup_ratio *
     total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one step after the last."""
-    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    warmup_steps = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
     if step <= warmup_steps:
         return peak * step / warmup_steps
     progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -249,12 +257,28 @@ def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
 # ------------------------------------------------------------------------------- the run directory
 
 
-def prepare_output_dir(output_dir: Path, resume: bool) -> None:
-    """Raises ValueError if the run would mix with an earlier one."""
+# A run that goes on with another of these would take other batches than those it has yet to take.
+DATA_ARGS = ("train_file", "batch_size", "shuffle", "seed", "max_seq_len", "overlong")
+
+
+def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
+    """Raises ValueError if the run would mix with an earlier one, or go on with other data."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
     if not resume and output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output_dir {output_dir}: is not empty; take another, empty it, or go on with --resume")
+    if (output_dir / "config.json").exists() and not (output_dir / "args.json").exists():
+        raise ValueError(f"--output_dir {output_dir}: holds a model and no run to --resume; it would be overwritten")
+    if resume and (output_dir / "args.json").exists():
+        earlier = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
+        changed = [f"--{name}" for name in DATA_ARGS if name in args and earlier.get(name) != _plain(args[name])]
+        if changed:
+            raise ValueError(f"--resume {output_dir}: the run was begun with other {', '.join(changed)}")
+
+
+def _plain(value: object) -> object:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -325,16 +349,26 @@ class StopSignal:
 def save_checkpoint(
     output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, limit: int
 ) -> None:
-    """Writes checkpoints/step-000100, whole or not at all, and removes all but the newest `limit`."""
+    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to this one. Later ones are
+    removed: they are what a run that was resumed from an earlier step could not read."""
     path = output_dir / "checkpoints" / f"step-{step:06d}"
     staging = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    for left_over in path.parent.glob(".step-*.partial"):  # of a run that was killed while saving
+        shutil.rmtree(left_over)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=staging)
-    shutil.rmtree(path, ignore_errors=True)  # of a run that was resumed from an earlier step
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # a BaseException
+        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+        raise OSError(f"{staging}: cannot be written: {reasons}") from error
+    shutil.rmtree(path, ignore_errors=True)
     os.rename(staging, path)
-    for old in _checkpoints(output_dir)[:-limit]:
-        shutil.rmtree(old)
+    found = _checkpoints(output_dir)
+    kept = found[: found.index(path) + 1][-limit:]
+    for other in found:
+        if other not in kept:
+            shutil.rmtree(other)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -354,7 +388,7 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
         try:
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             print(f"{path}: broken, trying the one before ({type(error).__name__}: {reason})")

@@ -38,7 +38,7 @@ def read_records(path: str | Path) -> list[Record]:
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a valid JSON list: {error}") from None
         found = [(f"{path}: item {i}", item) for i, item in enumerate(items)]
     else:
@@ -47,7 +47,7 @@ def read_records(path: str | Path) -> list[Record]:
             if line.strip():
                 try:
                     found.append((f"{path}:{number}", json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
     if not found:
         raise ValueError(f"{path}: holds no records")
@@ -172,7 +172,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bo
     try:
         if "messages" in fields:
             return _encode_chat(fields["messages"], tokenizer)
-        if "text" in fields:
+        if "text" in fields and "completion" not in fields and "output" not in fields:
             _require(isinstance(fields["text"], str), "text must be a string")
             ids = [*encode_text(fields["text"], tokenizer), *_eos(tokenizer)]
             return Example(ids, list(ids)), False
@@ -224,6 +224,7 @@ def _encode_chat(messages: object, tokenizer: Tokenizer, first: int = 0) -> tupl
     for i, message in enumerate(messages):
         if i < first or message["role"] != "assistant":
             continue
+        _require(i > 0, "message 0 is the assistant's, so there is nothing it answers")
         before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
         _require(
@@ -234,8 +235,9 @@ def _encode_chat(messages: object, tokenizer: Tokenizer, first: int = 0) -> tupl
         start = _common_prefix(header, ids)
         differs |= start != len(header)
         end = _common_prefix(tokenizer.encode(after, add_special_tokens=False), ids)
-        special = [j for j in range(start, end) if ids[j] in tokenizer.special_ids]
-        end = special[-1] + 1 if special else end
+        added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
+        if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of what was said
+            end = added[-1] + 1
         labels[start:end] = ids[start:end]
     return Example(ids, labels), differs
 

@@ -97,7 +97,7 @@ def main(
         raise ValueError(f"--micro_batch_size {micro_batch_size} is larger than --batch_size {batch_size}")
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
-    prepare_output_dir(output_dir, resume)
+    prepare_output_dir(output_dir, resume, args)
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(device, dtype, compile)
@@ -183,6 +183,7 @@ def main(
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
             line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id)
+            check_finite(step, numbers, eval_loss=line["eval_loss"])
             bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:

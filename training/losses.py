@@ -14,8 +14,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     neither logits nor their gradients exist for more than one chunk."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_grad = hidden.requires_grad or weight.requires_grad
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -40,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * grad_output).to(ctx.weight_dtype), None
+        return grad_hidden, (grad_weight * grad_output).to(ctx.weight_dtype), None, None
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -54,4 +53,6 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_i
     targets = labels[:, 1:].reshape(-1)
     learnt = (targets != ignore_index).nonzero()[:, 0]
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learnt)
-    return _LinearCrossEntropy.apply(hidden, weight, targets.index_select(0, learnt))
+    # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets.index_select(0, learnt), needs_grad)

@@ -1,0 +1,492 @@
+"""training/data.py: what of a record becomes which token, which tokens are learnt, and in which order rows come."""
+
+import json
+from collections import Counter
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, pre_tokenizers, processors
+
+from models.tokenizer import Tokenizer
+from tests import tiny
+from training.data import (
+    EncodingCounts,
+    Example,
+    Record,
+    check_vocabulary,
+    collate,
+    encode_prompt,
+    encode_sft_file,
+    encode_sft_record,
+    encode_text,
+    epoch_order,
+    micro_batches,
+    read_records,
+    training_batches,
+)
+
+BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
+LIMITS = {"vocab_size": tiny.VOCAB_SIZE, "max_seq_len": 100, "overlong": "refuse"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def encode(tokenizer, **fields):
+    return encode_sft_record(Record("train.jsonl:7", fields), tokenizer)[0]
+
+
+def learnt(example):
+    """The ids with a label; each label must be the id at its place."""
+    assert len(example.input_ids) == len(example.labels)
+    assert all(label in (-100, i) for i, label in zip(example.input_ids, example.labels))
+    return [label for label in example.labels if label != -100]
+
+
+def spans(example, tokenizer):
+    """The texts of the learnt runs of tokens."""
+    found, run = [], []
+    for label in [*example.labels, -100]:
+        if label != -100:
+            run.append(label)
+        elif run:
+            found.append(
+                tokenizer.decode_continuation([tokenizer.bos_token_id or 0, 40], run, skip_special_tokens=False)
+            )
+            run = []
+    return found
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_formats_by_content(name, bom, tmp_path):
+    """Catches a format chosen by the suffix, and a byte order mark, CRLF, blank lines or U+2028 (which str.splitlines
+    takes for the end of a line) that break a record or shift its line number."""
+    path = tmp_path / name
+    lines = '\r\n{"text": "a\u2028b\u0085c"}\r\n\r\n  \n{"text": "2"}'
+    path.write_bytes(bom + lines.encode())
+    assert read_records(path) == [
+        Record(f"{path}:2", {"text": "a\u2028b\u0085c"}),
+        Record(f"{path}:5", {"text": "2"}),
+    ]
+    path.write_bytes(bom + b' \n[{"text": "1"},\n\n {"text": "2"}]\n')
+    assert read_records(path) == [Record(f"{path}: item 0", {"text": "1"}), Record(f"{path}: item 1", {"text": "2"})]
+
+
+@pytest.mark.parametrize(
+    "content, where",
+    [
+        (b'{"a": 1}\n\n{"a": \n', ":3: not valid JSON"),
+        (b'{"a": 1}\n{"a": 1} {"a": 2}\n', ":2: not valid JSON"),
+        (b'{"a": 1}\n"text"\n', ":2: must be an object with named fields, not a str"),
+        (b'[{"a": 1}, 5]', ": item 1: must be an object with named fields, not a int"),
+        (b'[{"a": 1}', ": not a valid JSON list"),
+        (b'{"a": ' + b"[" * 100_000, ":1: not valid JSON"),
+        (b"[" * 100_000, ": not a valid JSON list"),
+        (b'{"a": "caf\xe9"}', ": not UTF-8"),
+        (b" \n\n", ": holds no records"),
+        (b"[]", ": holds no records"),
+    ],
+)
+def test_broken_files(content, where, tmp_path):
+    """Catches a complaint without the file and line, and a library's exception that gets through."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_records(path)
+    assert str(caught.value).startswith(f"{path}{where}")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_records(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        read_records(tmp_path)
+
+
+# --------------------------------------------------------------------------- prompt and completion
+
+
+def test_prompt_and_completion(tokenizer, oracle):
+    """Catches the prompt in the loss, EOS left out or out of the loss, BOS missing or doubled, and a prompt that is
+    encoded otherwise than for generation."""
+    prompt, completion = "Question: what is 3 plus 4?", " The answer is 7."
+    example, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
+    prompt_ids = oracle(prompt)["input_ids"]
+    assert example.input_ids == [*oracle(prompt + completion)["input_ids"], EOS]
+    assert example.input_ids[: len(prompt_ids)] == prompt_ids == encode_prompt(prompt, tokenizer)
+    assert learnt(example) == example.input_ids[len(prompt_ids) :]
+    assert example.labels[: len(prompt_ids)] == [-100] * len(prompt_ids)
+    assert example.input_ids.count(BOS) == 1 and example.input_ids.count(EOS) == 1 and not differs
+    assert example.num_targets == len(learnt(example))
+
+
+def test_aliases_and_empty_parts(tokenizer):
+    """Catches `input`/`output` unread, and a crash or a lost EOS where the completion (or the prompt) is empty."""
+    assert encode(tokenizer, input="a b", output=" c") == encode(tokenizer, prompt="a b", completion=" c")
+    empty = encode(tokenizer, prompt="a b", completion="")
+    assert empty.input_ids[-1] == EOS and learnt(empty) == [EOS]
+    no_prompt = encode(tokenizer, prompt="", completion="a b")
+    assert no_prompt.input_ids[0] == BOS and learnt(no_prompt) == no_prompt.input_ids[1:]
+
+
+@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"add_prefix_space": False}], ids=str)
+@pytest.mark.parametrize("prompt, completion", [("The ans", "wer is 5"), ("so: <", "/s> it"), ("It ", " is")])
+def test_prompt_that_merges_with_its_completion(config, prompt, completion, tmp_path):
+    """Catches a prompt whose ids are not those of generation, where both together are split otherwise."""
+    tiny.write_tokenizer(tmp_path, **config)
+    tokenizer = Tokenizer(tmp_path)
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    whole = encode_text(prompt + completion, tokenizer)
+    example, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
+    assert differs == (whole[: len(prompt_ids)] != prompt_ids)
+    assert differs or "ans" not in prompt
+    assert example.input_ids[: len(prompt_ids)] == prompt_ids
+    assert learnt(example) == example.input_ids[len(prompt_ids) :] and example.input_ids[-1] == EOS
+    alone = tokenizer.encode(completion, add_special_tokens=False)
+    assert example.input_ids[len(prompt_ids) : -1] == (alone if differs else whole[len(prompt_ids) :])
+
+
+def test_text(tokenizer, oracle):
+    """Catches a plain text without EOS, and its first token (BOS) counted as something to learn."""
+    example = encode(tokenizer, text="The answer is 7.")
+    assert example.input_ids == [*oracle("The answer is 7.")["input_ids"], EOS] == learnt(example)
+    assert example.num_targets == len(example.input_ids) - 1
+
+
+def test_bos_spelled_in_the_text(tokenizer):
+    """Catches a second BOS where the record spells its own."""
+    for fields in ({"text": "<s>The"}, {"prompt": "<s>The", "completion": " answer"}):
+        example = encode(tokenizer, **fields)
+        assert example.input_ids[0] == BOS and example.input_ids.count(BOS) == 1
+    assert encode_prompt("<s>The", tokenizer).count(BOS) == 1
+
+
+@pytest.mark.parametrize("bos, eos", [(False, False), (False, True), (True, True)])
+def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
+    """Catches EOS between prompt and completion, two of them at the end, and a BOS that nobody asked for."""
+    tiny.write_tokenizer(tmp_path, add_bos_token=bos, add_eos_token=eos)
+    example = encode(Tokenizer(tmp_path), prompt="The", completion=" answer")
+    assert example.input_ids.count(BOS) == bos and example.input_ids.count(EOS) == 1
+    assert example.input_ids[-1] == EOS and len(learnt(example)) == 1 + len(
+        Tokenizer(tmp_path).encode("The answer", add_special_tokens=False)
+    ) - len(Tokenizer(tmp_path).encode("The", add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        ({}, "'prompt' is missing (found: none)"),
+        ({"prompt": "a", "answer": "b"}, "'completion' is missing (found: prompt, answer)"),
+        ({"completion": "b"}, "'prompt' is missing"),
+        ({"prompt": 5, "completion": "b"}, "prompt must be text or a list of messages, not a int"),
+        ({"prompt": None, "completion": "b"}, "prompt must be"),
+        ({"prompt": "a", "completion": 5}, "completion must be a string"),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "completion must be a string"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": 5}, "completion must be text or a list"),
+        ({"text": ["a"]}, "text must be a string"),
+        ({"text": "a\ud83d"}, "surrogate"),
+        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),
+    ],
+    ids=str,
+)
+def test_records_that_cannot_be_used(fields, complaint, tokenizer):
+    """Catches a complaint that does not name the record or says something else than what is wrong."""
+    with pytest.raises(ValueError) as caught:
+        encode(tokenizer, **fields)
+    assert str(caught.value).startswith("train.jsonl:7: ") and complaint in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- chats
+
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = '' %}{% endif %}"
+    "{% for message in loop_messages %}"
+    "{% set content = system_message + message['content'] if loop.index0 == 0 else message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REWRITES = CHATML.replace(
+    "message['content']",
+    "(message['content'] if loop.last or message['role'] == 'user' else '(earlier)')",
+)
+PLAIN = "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] + '\n' }}{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "chatml_added": CHATML, "rewrites": REWRITES, "plain": PLAIN}
+END_OF_TURN = {
+    "llama2": " </s>",
+    "llama2_legacy": " </s>",
+    "llama3": "<|eot_id|>",
+    "chatml": "<|im_end|>",
+    "chatml_added": "<|im_end|>",  # the tokens are added ones, not special ones
+    "plain": "\n",  # no token at all
+}
+
+
+def write_chat_tokenizer(folder, kind):
+    """Llama 2: sentencepiece; the others byte-level, with the special tokens of their kind."""
+    if kind.startswith("llama2"):
+        tiny.write_tokenizer(folder, chat_template=LLAMA2, legacy=kind.endswith("legacy"))
+        return
+    special = ["<|begin|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    special += ["<|im_start|>", "<|im_end|>"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["user assistant system\n\nthe answer is yes. the question is no."] * 8, trainer)
+    backend.add_special_tokens(special[:5] if kind == "chatml_added" else special)
+    backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
+    backend.post_processor = processors.TemplateProcessing(
+        single=["<|begin|>:0", "$A:0"], special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))]
+    )
+    end = {"llama3": "<|eot_id|>", "chatml_added": "<|end|>"}.get(kind, "<|im_end|>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token=end)
+    fast.chat_template = TEMPLATES[kind]
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory):
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            write_chat_tokenizer(folder, kind)
+            made[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        return made[kind]
+
+    return make
+
+
+CHAT = [
+    {"role": "user", "content": "what is the question?"},
+    {"role": "assistant", "content": "the answer\nis yes."},
+    {"role": "user", "content": "and the next one?"},
+    {"role": "assistant", "content": "no. 🙂"},
+]
+SYSTEM = {"role": "system", "content": "the assistant is assistant"}
+
+
+def answers(kind, *contents):
+    space = " " if kind.startswith("llama2") else ""
+    return [space + content + END_OF_TURN[kind] for content in contents]
+
+
+@pytest.mark.parametrize("kind", END_OF_TURN)
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
+def test_chat_learns_the_assistants_turns(kind, system, chat_tokenizer):
+    """Catches the assistant's header or the user's turns in the loss, the end-of-turn token out of it, what the
+    template writes after that token in it, only one of several turns learnt, and BOS or EOS added to the template."""
+    tokenizer, oracle = chat_tokenizer(kind)
+    messages = system + CHAT
+    example, differs = encode_sft_record(Record("x", {"messages": messages}), tokenizer)
+    assert example.input_ids == oracle.apply_chat_template(messages)["input_ids"]
+    assert spans(example, tokenizer) == answers(kind, "the answer\nis yes.", "no. 🙂")
+    assert not differs and example.num_targets == len(learnt(example))
+    for i, message in enumerate(messages):  # each turn starts where generation would start
+        if message["role"] == "assistant":
+            header = encode_prompt(messages[:i], tokenizer)
+            assert example.input_ids[: len(header)] == header and example.labels[len(header) - 1] == -100
+            assert example.labels[len(header)] == example.input_ids[len(header)]
+
+
+@pytest.mark.parametrize("kind", END_OF_TURN)
+def test_prompt_as_messages(kind, chat_tokenizer):
+    """Catches the assistant's turns of the prompt learnt, and a completion as text treated otherwise than as a message,
+    or prompt ids that are not those of generation."""
+    tokenizer, _ = chat_tokenizer(kind)
+    prompt = [SYSTEM, *CHAT[:3]]
+    as_text, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": "no. 🙂"}), tokenizer)
+    assert as_text == encode(tokenizer, prompt=prompt, completion=CHAT[3:]) and not differs
+    assert as_text.input_ids == encode(tokenizer, messages=[SYSTEM, *CHAT]).input_ids
+    assert spans(as_text, tokenizer) == answers(kind, "no. 🙂")
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    assert as_text.input_ids[: len(prompt_ids)] == prompt_ids
+    assert as_text.labels[: len(prompt_ids)] == [-100] * len(prompt_ids)
+    several = encode(tokenizer, prompt=CHAT[:1], completion=CHAT[1:])
+    assert spans(several, tokenizer) == answers(kind, "the answer\nis yes.", "no. 🙂")
+
+
+def test_special_token_within_an_answer(chat_tokenizer):
+    """Catches an answer that is learnt only up to a special token that it quotes."""
+    for kind in ("plain", "chatml"):
+        tokenizer, _ = chat_tokenizer(kind)
+        answer = {"role": "assistant", "content": "it says <|im_start|> there"}
+        example = encode(tokenizer, messages=[CHAT[0], answer])
+        assert spans(example, tokenizer) == answers(kind, answer["content"])
+
+
+def test_chat_without_an_answer(chat_tokenizer):
+    """Catches a conversation without an assistant's turn that teaches the user's."""
+    tokenizer, _ = chat_tokenizer("llama3")
+    assert encode(tokenizer, messages=CHAT[:1]).num_targets == 0
+
+
+def test_template_that_rewrites_earlier_turns(chat_tokenizer):
+    """Catches labels at wrong places under a template that shows a turn otherwise once others follow it."""
+    tokenizer, _ = chat_tokenizer("rewrites")
+    with pytest.raises(ValueError, match=r"^train.jsonl:7: the chat template writes message 1 differently"):
+        encode(tokenizer, messages=CHAT)
+    assert spans(encode(tokenizer, messages=CHAT[:2]), tokenizer) == ["the answer\nis yes.<|im_end|>"]
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "a"}], [{"role": "user", "content": None}], {}, None])
+def test_bad_messages(messages, chat_tokenizer):
+    """Catches a traceback, or a complaint without the record, for messages that are none."""
+    tokenizer, _ = chat_tokenizer("llama3")
+    with pytest.raises(ValueError, match=r"^train.jsonl:7: .*message"):
+        encode(tokenizer, messages=messages)
+    if messages:
+        with pytest.raises(ValueError, match=r"^train.jsonl:7: "):
+            encode(tokenizer, prompt=CHAT[:1], completion=messages)
+
+
+# ------------------------------------------------------------------------------------ whole files
+
+
+def test_overlong_records(tokenizer, tmp_path):
+    """Catches an EOS after a cut (it would teach to stop in the middle), a limit that is off by one, a record dropped
+    or cut without being counted, and a cut that leaves nothing to learn counted as learnt."""
+    records = [
+        {"prompt": "a b c", "completion": " d e f g"},
+        {"prompt": "a", "completion": " b"},
+        {"prompt": "a b c d e f g h i j k l m n o p", "completion": " q"},
+    ]
+    path = tiny.write_records(tmp_path / "train.jsonl", records)
+    whole, counts = encode_sft_file(path, tokenizer, **LIMITS)
+    assert counts == EncodingCounts(0, 0, 0, 0)
+    limit = len(whole[0].input_ids)
+    assert len(whole[2].input_ids) > limit
+    with pytest.raises(ValueError, match=f"^{path}:3: {len(whole[2].input_ids)} tokens, the limit is {limit}"):
+        encode_sft_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit})
+    skipped, counts = encode_sft_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "skip"})
+    assert skipped == whole[:2] and counts == EncodingCounts(0, 1, 0, 0)
+    limits = {**LIMITS, "max_seq_len": limit - 1, "overlong": "truncate"}
+    cut, counts = encode_sft_file(path, tokenizer, **limits)
+    assert counts == EncodingCounts(2, 0, 1, 0) and cut[1] == whole[1]
+    for before, after in zip(whole, cut):
+        assert after.input_ids == before.input_ids[: limit - 1] and after.labels == before.labels[: limit - 1]
+    assert cut[0].input_ids[-1] != EOS and cut[0].num_targets == whole[0].num_targets - 1 and not cut[2].num_targets
+
+
+def test_counts_and_nothing_to_learn(tokenizer, tmp_path):
+    """Catches a record with nothing to learn not reported, a file of only such records accepted (its loss would be 0 at
+    every step), and a record split into other tokens not counted."""
+    tiny.write_tokenizer(tmp_path / "bare", add_bos_token=False)
+    bare = Tokenizer(tmp_path / "bare")
+    nothing = {"text": ""}  # EOS alone: no token before it to predict it from
+    records = [{"prompt": "The ans", "completion": "wer"}, nothing, nothing]
+    examples, counts = encode_sft_file(tiny.write_records(tmp_path / "a", records), bare, **LIMITS)
+    assert counts == EncodingCounts(0, 0, 2, 1) and len(examples) == 3
+    path = tiny.write_records(tmp_path / "b", [nothing, nothing])
+    with pytest.raises(ValueError, match=f"^{path}: no record has a token to learn"):
+        encode_sft_file(path, bare, **LIMITS)
+    path = tiny.write_records(tmp_path / "c", [{"text": "a b c d e f"}])
+    with pytest.raises(ValueError, match=f"^{path}: no record has a token to learn .0 records kept, 1 too long"):
+        encode_sft_file(path, bare, **{**LIMITS, "max_seq_len": 3, "overlong": "skip"})
+
+
+def test_ids_beyond_the_model(tmp_path):
+    """Catches an index out of range inside the model, from a tokenizer that knows more tokens than it, or a folder
+    refused for a pad token without an embedding that no text ever uses."""
+    extra = {str(tiny.VOCAB_SIZE): {"content": "<|extra|>", "special": True}}
+    tiny.write_tokenizer(tmp_path, added_tokens_decoder=extra)
+    tokenizer = Tokenizer(tmp_path)
+    check_vocabulary(tokenizer, tiny.VOCAB_SIZE, tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer does not fit: it has 384 tokens"):
+        check_vocabulary(tokenizer, tiny.VOCAB_SIZE - 1, tmp_path)
+    path = tiny.write_records(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "a <|extra|>"}])
+    with pytest.raises(ValueError, match=f"{path}:2: holds token id 384"):
+        encode_sft_file(path, tokenizer, **LIMITS)
+
+
+# ----------------------------------------------------------------------------- order and batches
+
+
+def steps(num_rows, batch_size, first, last, *, seed=0, shuffle=True):
+    return list(training_batches(num_rows, batch_size, seed=seed, shuffle=shuffle, first_step=first, last_step=last))
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(10, 4), (8, 4), (3, 5), (1, 1)])
+def test_every_row_once_per_epoch(num_rows, batch_size):
+    """Catches rows repeated or dropped (the last incomplete batch among them), and steps counted wrongly."""
+    per_epoch = -(-num_rows // batch_size)
+    batches = steps(num_rows, batch_size, 1, 3 * per_epoch)
+    assert [step for step, _ in batches] == list(range(1, 3 * per_epoch + 1))
+    for epoch in range(3):
+        rows = [rows for _, rows in batches[epoch * per_epoch : (epoch + 1) * per_epoch]]
+        assert Counter(i for batch in rows for i in batch) == Counter(range(num_rows))
+        assert all(len(r) == batch_size for r in rows[:-1])
+
+
+def test_order_can_be_resumed_anywhere():
+    """Catches an order that depends on where the run started or on the global random state: a resumed run would repeat
+    some rows and skip others."""
+    whole = steps(23, 4, 1, 20)
+    state = torch.get_rng_state()
+    for first in range(1, 22):
+        torch.rand(first)
+        assert steps(23, 4, first, 20) == whole[first - 1 :]
+    torch.set_rng_state(state)
+    steps(23, 4, 1, 20)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shuffle():
+    """Catches the same order in each epoch or for each seed, and --no-shuffle that shuffles."""
+    orders = {tuple(epoch_order(50, seed=seed, epoch=epoch, shuffle=True)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16 and tuple(range(50)) not in orders
+    assert [rows for _, rows in steps(5, 2, 1, 6, shuffle=False)] == [[0, 1], [2, 3], [4]] * 2
+
+
+def test_shuffle_is_uniform():
+    """Catches an order that favours a place: over 600 seeds every row comes first about equally often."""
+    first = Counter(epoch_order(6, seed=seed, epoch=0, shuffle=True)[0] for seed in range(600))
+    assert sum((first[i] - 100) ** 2 / 100 for i in range(6)) < 20.5  # chi-square, 5 degrees, p = 0.001
+
+
+def row(length, start=10):
+    return Example(list(range(start, start + length)), [-100, *range(start + 1, start + length)])
+
+
+def test_micro_batches():
+    """Catches a row lost or used twice, a micro-batch larger than asked, and long rows beside short ones."""
+    rows = [row(n) for n in (3, 9, 4, 8, 5)]
+    for size in range(1, 7):
+        groups = list(micro_batches(rows, size))
+        assert all(1 <= len(group) <= size for group in groups) and len(groups) == -(-len(rows) // size)
+        assert [len(r.input_ids) for group in groups for r in group] == [3, 4, 5, 8, 9]
+        assert all(any(r is other for other in rows) for group in groups for r in group)
+
+
+def test_collate():
+    """Catches padding on the left or in the loss."""
+    input_ids, labels = collate([row(2), row(4, 20)], 7, torch.device("cpu"))
+    assert input_ids.tolist() == [[10, 11, 7, 7], [20, 21, 22, 23]]
+    assert labels.tolist() == [[-100, 11, -100, -100], [-100, 21, 22, 23]]
+    assert input_ids.dtype == labels.dtype == torch.int64

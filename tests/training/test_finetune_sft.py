@@ -1,0 +1,648 @@
+"""training/finetune_sft.py against a plain loop over transformers' model, through kills and resumes, and its refusals.
+
+The reference runs rows one by one without padding and takes one mean over all learnt tokens of an optimizer step.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from models.checkpoint import load_model
+from models.tokenizer import Tokenizer
+from tests import tiny
+from training import common, finetune_sft
+from training.data import Record, encode_sft_record, training_batches
+
+SCRIPT = "training/finetune_sft.py"
+KEYS = {"step", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    """The script takes SIGTERM over for its process, which here is pytest's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def make_records(count=11):
+    records = [
+        {
+            "prompt": f"Question {i}:" + " and so" * (i % 4),
+            "completion": f" the answer is {i + 3}" + " or more" * (i % 3),
+        }
+        for i in range(count - 1)
+    ]
+    # cut to --max_seq_len 30 it has nothing to learn
+    return [*records[:2], {"prompt": "very long " * 30, "completion": " never seen"}, *records[2:]]
+
+
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory):
+    return tiny.write_records(tmp_path_factory.mktemp("data") / "train.jsonl", make_records())
+
+
+def flags(checkpoint_path, train_file, output_dir, **more):
+    given = {"max_seq_len": 30, "overlong": "truncate", "learning_rate": 1e-3, "adam_eps": 1e-6, "device": "cpu"}
+    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
+    return [part for name, value in given.items() for part in _flag(name, value)]
+
+
+def _flag(name, value):
+    return [f"--{name}"] if value is True else [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
+
+
+def finetune(*args, **more):
+    result = tiny.run(SCRIPT, *flags(*args, **more))
+    assert result.code == 0, result.stderr
+    return result
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype, name
+
+
+# ---------------------------------------------------------------------- against transformers' model
+
+
+def encoded(folder, records, max_seq_len=30):
+    """(input_ids, labels) of each record, cut to max_seq_len; test_data.py is what holds them against transformers."""
+    tokenizer = Tokenizer(folder)
+    examples = [encode_sft_record(Record(str(i), fields), tokenizer)[0] for i, fields in enumerate(records)]
+    return [(e.input_ids[:max_seq_len], e.labels[:max_seq_len]) for e in examples]
+
+
+def summed_loss(model, rows):
+    total = 0.0
+    for input_ids, labels in rows:
+        logits = model(input_ids=torch.tensor([input_ids])).logits[0]
+        total = total + F.cross_entropy(logits[:-1].float(), torch.tensor(labels[1:]), reduction="sum")
+    return total
+
+
+def count_targets(rows):
+    return sum(label != -100 for _, labels in rows for label in labels[1:])
+
+
+def reference_run(folder, rows, batches, rates, *, weight_decay=0.0, max_grad_norm=1.0, betas=(0.9, 0.95)):
+    """Plain PyTorch: (model, [(loss, grad_norm)])."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    norms_and_biases = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("bias")]
+    others = [p for n, p in model.named_parameters() if not ("norm" in n or n.endswith("bias"))]
+    groups = [
+        {"params": others, "weight_decay": weight_decay},
+        {"params": norms_and_biases, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=1e-6, lr=1.0, foreach=False)
+    history = []
+    for numbers, rate in zip(batches, rates, strict=True):
+        batch = [rows[i] for i in numbers]
+        loss = summed_loss(model, batch) / count_targets(batch)
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, max_grad_norm / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((loss.item(), norm.item()))
+    return model.eval(), history
+
+
+def assert_equals_reference(output_dir, model, history):
+    lines = tiny.read_lines(output_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(history) + 1))
+    for line, (loss, norm) in zip(lines, history, strict=True):
+        assert line["loss"] == pytest.approx(loss, abs=1e-5) and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    ours = weights_of(output_dir)
+    theirs = dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=0, atol=1e-5, msg=name)
+
+
+VARIANTS = {
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, train_file):
+    """For each variant: the folder and the reference's first step over all 11 records, one of them all masked."""
+    made = {}
+
+    def make(variant, weight_decay, max_grad_norm):
+        key = (variant, weight_decay, max_grad_norm)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(variant)
+            tiny.write_model(folder, seed=3, **VARIANTS[variant])
+            rows = encoded(folder, make_records())
+            assert [count_targets([row]) for row in rows].count(0) == 1
+            settings = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+            made[key] = folder, *reference_run(folder, rows, [range(11)], [1e-3], **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 11])
+@pytest.mark.parametrize(
+    "variant, weight_decay, max_grad_norm", [("gqa", 0.0, 0.05), ("tied", 0.3, 0.05), ("biases", 0.3, 1000.0)]
+)
+def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_step, train_file, tmp_path):
+    """Catches means of micro-batches instead of the mean over tokens, clipping per micro-batch or not at all, padding
+    that is attended to or learnt, prompts in the loss, labels not shifted, decay of norms and biases, a tied head
+    that does not learn, and a record with nothing to learn that spoils the step."""
+    folder, model, history = one_step(variant, weight_decay, max_grad_norm)
+    assert (history[0][1] > max_grad_norm) == (max_grad_norm < 1)
+    more = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "micro_batch_size": micro_batch_size}
+    finetune(folder, train_file, tmp_path / "out", batch_size=11, lr_schedule="constant", **more)
+    assert_equals_reference(tmp_path / "out", model, history)
+
+
+def test_steps_with_a_schedule(folder, train_file, tmp_path):
+    """Catches a learning rate one step late, gradients not reset, an order other than perm(seed, epoch), a loss that is
+    not divided by the last, smaller batch's own count, and Adam's flags lost on the way."""
+    rows = encoded(folder, make_records())
+    batches = [numbers for _, numbers in training_batches(11, 4, seed=5, shuffle=True, first_step=1, last_step=6)]
+    rates = [5e-4, 1e-3, *(5e-4 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    model, history = reference_run(folder, rows, batches, rates, weight_decay=0.1, betas=(0.8, 0.9))
+    more = {"adam_beta1": 0.8, "adam_beta2": 0.9, "weight_decay": 0.1, "seed": 5, "micro_batch_size": 3}
+    schedule = {"num_epochs": 2, "warmup_ratio": 0.3, "lr_schedule": "cosine"}
+    finetune(folder, train_file, tmp_path / "out", batch_size=4, **schedule, **more)
+    assert_equals_reference(tmp_path / "out", model, history)
+    assert [line["learning_rate"] for line in tiny.read_lines(tmp_path / "out/metrics.jsonl")] == pytest.approx(rates)
+
+
+def test_bfloat16_computation(one_step, train_file, tmp_path):
+    """Catches weights or moments kept in bf16 (a weight would not move by 1e-3), and a computation that is not near."""
+    folder, model, history = one_step("gqa", 0.0, 0.05)
+    finetune(
+        folder,
+        train_file,
+        tmp_path / "out",
+        batch_size=11,
+        lr_schedule="constant",
+        max_grad_norm=0.05,
+        dtype="bfloat16",
+    )
+    (line,) = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert line["loss"] == pytest.approx(history[0][0], rel=5e-3) and line["loss"] != history[0][0]
+    assert line["grad_norm"] == pytest.approx(history[0][1], rel=5e-2)
+    before, after = weights_of(folder), weights_of(tmp_path / "out")
+    ours = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    theirs = torch.cat([(model.get_parameter(name).detach() - before[name]).flatten() for name in before])
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95 and ours.abs().max() < 1.1e-3
+
+
+# ------------------------------------------------------------------------------------ export and logs
+
+
+def test_the_export_is_what_was_trained(train_file, tmp_path, monkeypatch):
+    """Catches an export of other weights than those in memory, or one that transformers does not open or reads
+    otherwise, and tokenizer or generation files that are not the input's byte for byte."""
+    source = tmp_path / "in"
+    tiny.write_model(source, seed=4, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
+    (source / "generation_config.json").write_text('{"temperature":   0.25, "eos_token_id": [2, 7]}')
+    (source / "chat_template.jinja").write_bytes("{{ messages }} é\r\n".encode())
+    trained = []
+    monkeypatch.setattr(finetune_sft, "load_model", lambda *a, **k: trained.append(load_model(*a, **k)) or trained[0])
+    finetune(source, train_file, tmp_path / "out", batch_size=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    input_ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = trained[0].lm_head(trained[0](input_ids))
+        torch.testing.assert_close(ours, model(input_ids).logits, rtol=1e-5, atol=1e-5)
+        before = transformers.AutoModelForCausalLM.from_pretrained(source).eval()(input_ids).logits
+    assert (ours - before).abs().max() > 0.1
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("The answer")["input_ids"] == Tokenizer(source).encode("The answer")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_steps_only_export(dtype, tied, train_file, tmp_path):
+    """Catches weights changed by loading and saving alone, and --max_steps 0 taken for "not given"."""
+    tiny.write_model(tmp_path / "in", dtype=dtype, tie_word_embeddings=tied)
+    finetune(tmp_path / "in", train_file, tmp_path / "out", max_steps=0, num_epochs=3)
+    assert_same_weights(tmp_path / "in", tmp_path / "out")
+    assert tiny.read_lines(tmp_path / "out/metrics.jsonl") == []
+
+
+def test_export_dtype(train_file, tmp_path):
+    """Catches a bf16 folder that comes back twice as large, --export_dtype ignored, and a config.json that is wrong
+    about it."""
+    tiny.write_model(tmp_path / "in", dtype=torch.bfloat16)
+    for given, dtype in (({}, "bfloat16"), ({"export_dtype": "float32"}, "float32")):
+        out = tmp_path / dtype
+        finetune(tmp_path / "in", train_file, out, max_steps=1, **given)
+        assert {tensor.dtype for tensor in weights_of(out).values()} == {getattr(torch, dtype)}
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        assert model.dtype == getattr(torch, dtype)
+    changed = [name for name, w in weights_of(tmp_path / "float32").items() if not torch.equal(w, w.bfloat16().float())]
+    assert changed  # the fp32 export holds the master weights, not their rounding
+
+
+def test_metrics_and_evaluation(folder, hf_model, train_file, tmp_path):
+    """Catches an eval_loss that is a mean of means or counts prompts, --max_steps that loses against --num_epochs,
+    lines missing or doubled under --log_steps, --eval_steps ignored, and keys that dashboards know renamed."""
+    eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(7))
+    more = {"eval_file": eval_file, "eval_steps": 2, "max_steps": 5, "num_epochs": 9, "batch_size": 4}
+    result = finetune(folder, train_file, tmp_path / "out", micro_batch_size=3, **more)
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 5]
+    assert all(line.keys() - {"eval_loss"} == KEYS for line in lines)
+    rows = encoded(folder, make_records(7))
+    with torch.no_grad():
+        wanted = summed_loss(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), rows)
+    assert lines[-1]["eval_loss"] == pytest.approx(wanted.item() / count_targets(rows), abs=1e-5)
+    lengths = [len(input_ids) for input_ids, _ in encoded(folder, make_records())]
+    order = [numbers for _, numbers in training_batches(11, 4, seed=0, shuffle=True, first_step=1, last_step=5)]
+    seen = [sum(lengths[i] for numbers in order[:n] for i in numbers) for n in range(1, 6)]
+    assert [line["num_tokens"] for line in lines] == seen
+    assert "2 truncated" in result.stdout and "1 nothing to learn" in result.stdout
+    args = json.loads((tmp_path / "out/args.json").read_text())
+    assert (args["adam_beta1"], args["adam_beta2"], args["adam_eps"], args["max_steps"]) == (0.9, 0.95, 1e-6, 5)
+    # seldom logged: the same run, with lines for every third step, for evaluations and for the last
+    finetune(folder, train_file, tmp_path / "seldom", micro_batch_size=3, **more, log_steps=3)
+    seldom = tiny.read_lines(tmp_path / "seldom/metrics.jsonl")
+    assert [line["step"] for line in seldom] == [2, 3, 4, 5]
+    timed = {"tokens_per_second"}
+    for line in seldom:
+        full = lines[line["step"] - 1]
+        assert {k: line[k] for k in line.keys() - timed} == {k: full[k] for k in full.keys() - timed}
+
+
+def test_order_of_the_file(folder, train_file, tmp_path):
+    """Catches --no-shuffle that shuffles, or --seed without effect."""
+
+    def losses(name, **more):
+        finetune(folder, train_file, tmp_path / name, batch_size=1, max_steps=2, learning_rate=0, **more)
+        return [line["loss"] for line in tiny.read_lines(tmp_path / name / "metrics.jsonl")]
+
+    rows = encoded(folder, make_records())
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = [summed_loss(hf_model, [row]).item() / count_targets([row]) for row in rows[:2]]
+    assert losses("file", shuffle=False) == pytest.approx(wanted, abs=1e-5)
+    assert losses("seed0") != losses("seed1", seed=1)
+
+
+# ------------------------------------------------------------------------------------ kill and resume
+
+RUN = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 4, "weight_decay": 0.1, "warmup_ratio": 0.2}
+LAST_STEP = 16
+
+
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied")
+    tiny.write_model(folder, tie_word_embeddings=True, attention_bias=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tied_folder, train_file, tmp_path_factory):
+    """The run that nobody interrupts; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    finetune(tied_folder, train_file, out, **RUN, save_steps=6)
+    return out
+
+
+def deterministic(lines):
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(resumed, whole):
+    assert_same_weights(resumed, whole)
+    ours, theirs = tiny.read_lines(resumed / "metrics.jsonl"), tiny.read_lines(whole / "metrics.jsonl")
+    assert deterministic(ours) == deterministic(theirs) and [line["step"] for line in ours] == list(
+        range(1, LAST_STEP + 1)
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
+    """Catches a batch repeated or skipped after a resume, Adam's moments or step count lost, a learning rate that
+    starts again, a step twice in metrics.jsonl, and SIGTERM that dies or saves nothing."""
+    run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
+    process = tiny.start(SCRIPT, *flags(tied_folder, train_file, out, **run))
+    while process.poll() is None and not (out / "checkpoints/step-000002").exists():
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.15))
+    process.send_signal(how)
+    printed, errors = process.communicate(timeout=60)
+    done = (out / "config.json").exists()  # it may have finished meanwhile
+    assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
+    if how == signal.SIGTERM and not done:
+        assert "stopped by a signal after step" in printed
+        last = tiny.read_lines(out / "metrics.jsonl")[-1]["step"]
+        assert (out / "checkpoints" / f"step-{last:06d}").is_dir()  # nothing is lost
+    assert "resuming after step" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
+    assert_same_run(out, whole)
+
+
+def stop_after(monkeypatch, step):
+    """Sends SIGTERM to this process while the run writes the metrics of a step."""
+    write = common.Metrics.write
+
+    def write_and_stop(self, values):
+        write(self, values)
+        if values["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(finetune_sft.Metrics, "write", write_and_stop)
+
+
+@pytest.mark.parametrize("steps", [(1,), (4, 9), (LAST_STEP,)], ids=str)
+def test_stop_anywhere_and_resume(steps, whole, tied_folder, train_file, tmp_path, monkeypatch):
+    """Catches an error of one step in the data cursor at the start, in mid-epoch, at an epoch's end and at the last
+    step, and a run that was stopped twice."""
+    out = tmp_path / "out"
+    for n, step in enumerate(steps):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            result = finetune(tied_folder, train_file, out, **RUN, **({"resume": True} if n else {}))
+        assert f"stopped by a signal after step {step};" in result.stdout and not (out / "config.json").exists()
+        assert f"step-{step:06d}" in os.listdir(out / "checkpoints")
+    finetune(tied_folder, train_file, out, **RUN, resume=True)
+    assert_same_run(out, whole)
+
+
+def test_resume_without_a_checkpoint(whole, tied_folder, train_file, tmp_path):
+    """Catches the same command, restarted after an early kill, refused, or its old lines kept."""
+    out = tmp_path / "out"
+    result = finetune(tied_folder, train_file, out, **RUN, resume=True)
+    assert f"{out}: no checkpoint to resume from, starting from the beginning" in result.stdout
+    assert_same_run(out, whole)
+    finetune(tied_folder, train_file, out, **RUN, resume=True)  # after its end too: it saved no checkpoint
+    assert_same_run(out, whole)
+
+
+def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_path):
+    """Catches a run that stops at a broken newest checkpoint, or goes on from half of it."""
+    run, out = {**RUN, "save_steps": 6}, tmp_path / "out"
+    shutil.copytree(whole, out)
+    (data,) = (out / "checkpoints/step-000012").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-3000])
+    result = finetune(tied_folder, train_file, out, **run, resume=True)
+    assert "step-000012: broken" in result.stdout and "resuming after step 6" in result.stdout
+    assert_same_run(out, whole)
+    for checkpoint_path in (out / "checkpoints").iterdir():
+        (checkpoint_path / ".metadata").write_bytes(b"")
+    before = (out / "model.safetensors").read_bytes()
+    result = tiny.run(SCRIPT, *flags(tied_folder, train_file, out, **run, resume=True))
+    tiny.assert_refused(result, f"{out / 'checkpoints'}: no checkpoint can be read")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("moves, finished", [(0, True), (1, False), (1, True), (3, False)])
+def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file, tmp_path, monkeypatch):
+    """Catches a config.json beside weights or a tokenizer that are not all there yet: it could be taken for whole."""
+    out, run = tmp_path / "out", {**RUN, "save_steps": 12}
+    if finished:  # the export of a run that is resumed after its end meets an older one
+        shutil.copytree(whole, out)
+    replace, left = os.replace, [moves]
+
+    def killed(source, target):
+        if Path(source).parent.name.endswith(".partial"):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert tiny.run(SCRIPT, *flags(tied_folder, train_file, out, **run, resume=True)).code == 130
+    assert not (out / "config.json").exists()
+    assert "resuming after step 12" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
+    assert_same_run(out, whole)
+    assert not list(tmp_path.glob(".*"))  # what the killed export left is gone
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_non_finite_loss(folder, train_file, tmp_path, monkeypatch):
+    """Catches a run that goes on with NaN, or saves it over the last good checkpoint, or does not say where it was."""
+    out, run = tmp_path / "out", {**RUN, "save_steps": 2}
+    calls, real = [], finetune_sft.token_cross_entropy
+
+    def overflows(hidden, weight, labels):
+        calls.append(1)
+        with torch.no_grad():
+            weight[5, 5] = math.inf if len(calls) > 7 else weight[5, 5]  # 2 + 2 + 2 + 1 micro-batches until then
+        return real(hidden, weight, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_sft, "token_cross_entropy", overflows)
+        result = tiny.run(SCRIPT, *flags(folder, train_file, out, **run))
+    batches = dict(training_batches(11, 3, seed=0, shuffle=True, first_step=1, last_step=LAST_STEP))
+    shown = ", ".join(map(str, batches[5]))
+    tiny.assert_refused(result, "step 5: loss is", f"records of the step (from 0): {shown}\n")
+    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-000002", "step-000004"]
+    assert not (out / "config.json").exists()
+    assert "resuming after step 4" in finetune(folder, train_file, out, **run, resume=True).stdout
+
+
+def test_infinite_weight(folder, train_file, tmp_path):
+    """Catches a broken input model trained on."""
+    broken = copy_with(folder, tmp_path / "in", lambda w: w["model.norm.weight"].__setitem__(3, math.inf))
+    result = tiny.run(SCRIPT, *flags(broken, train_file, tmp_path / "out"))
+    tiny.assert_refused(result, "step 1: loss is nan; records of the step (from 0): ")
+    assert tiny.read_lines(tmp_path / "out/metrics.jsonl") == []
+
+
+def copy_with(folder, target, change_weights=None, **config):
+    """A copy of a model folder with other weights or config values."""
+    shutil.copytree(folder, target)
+    if change_weights is not None:
+        weights = weights_of(target)
+        change_weights(weights)
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    path = target / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return target
+
+
+GOOD = '{"prompt": "a", "completion": " b"}\n'
+LONG = json.dumps({"prompt": "word " * 40, "completion": " b"}) + "\n"
+BAD_RECORDS = {
+    "empty": ("", "train.jsonl: holds no records"),
+    "malformed": (GOOD + '{"prompt": "a", \n', "train.jsonl:2: not valid JSON"),
+    "not an object": (GOOD + "5\n", "train.jsonl:2: must be an object"),
+    "missing field": (GOOD + '{"prompt": "a"}\n', "train.jsonl:2: the field 'completion' is missing"),
+    "wrong type": (GOOD * 2 + '{"prompt": 5, "completion": "b"}\n', "train.jsonl:3: prompt must be text"),
+    "not UTF-8": (GOOD.encode() + b'{"text": "\xff"}', "train.jsonl: not UTF-8"),
+    "too long": (GOOD + LONG, "train.jsonl:2: ", " tokens, the limit is 30; raise --max_seq_len"),
+    "no template": (GOOD + '{"messages": [{"role": "user", "content": "a"}]}\n', "train.jsonl:2: "),
+    "messages not a list": (GOOD + '{"messages": "hello"}\n', "train.jsonl:2: messages must be a list"),
+    "surrogate": ('{"text": "\\ud83d"}\n', "train.jsonl:1: the text to encode holds a lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+@pytest.mark.parametrize("which", ["train_file", "eval_file"])
+def test_bad_records(name, which, folder, tmp_path):
+    """Catches a complaint without file and line, a traceback, and an output folder made for nothing."""
+    content, *complaints = BAD_RECORDS[name]
+    bad, good = tmp_path / "train.jsonl", tmp_path / "good.jsonl"
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    good.write_text(GOOD)
+    files = {"train_file": good, which: bad}
+    result = tiny.run(SCRIPT, *flags(folder, output_dir=tmp_path / "out", overlong="refuse", **files))
+    tiny.assert_refused(result, str(bad), *complaints)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_records_with_nothing_to_learn(folder, tmp_path):
+    """Catches a run that trains on nothing."""
+    path = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "word " * 40, "completion": " b"}] * 2)
+    for overlong in ("truncate", "skip"):
+        result = tiny.run(SCRIPT, *flags(folder, path, tmp_path / "out", overlong=overlong))
+        tiny.assert_refused(result, f"{path}: no record has a token to learn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_chats(folder, tmp_path):
+    """Catches a message list that is none, or a template that fails, reported without the record."""
+    chatty = tmp_path / "in"
+    shutil.copytree(folder, chatty)
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}{{ nothing.x if false }}"
+    tiny.write_tokenizer(chatty, chat_template=template)
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for bad in ({"messages": [{"content": "a"}]}, {"messages": []}, {"prompt": [], "completion": "a"}):
+        path = tiny.write_records(tmp_path / "train.jsonl", [good, bad])
+        result = tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out"))
+        tiny.assert_refused(result, f"{path}:2: ", "message")
+    tiny.write_tokenizer(chatty, chat_template="{{ raise_exception('only\n tools') }}")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out")), f"{path}:1: ", "only tools")
+    assert not (tmp_path / "out").exists()
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+BAD_FOLDERS = {
+    "no folder": (shutil.rmtree, ["no such file or folder"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights here"]),
+    "truncated weights": (lambda f: cut(f / "model.safetensors", 5000), ["model.safetensors: truncated"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
+    "broken tokenizer": (lambda f: cut(f / "tokenizer.model", 999), ["tokenizer.model: not a sentencepiece model"]),
+}
+BAD_CONFIGS = {
+    "model type": ({"model_type": "mamba"}, ["config.json", "mamba"]),
+    "rope type": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        ["config.json", "'yarn' is not supported"],
+    ),
+    "heads": ({"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3"]),
+    "vocabulary": ({"vocab_size": 300}, ["the tokenizer does not fit: it has 384 tokens", "300"]),
+    "activation": ({"hidden_act": "gelu"}, ["config.json", "gelu"]),
+}
+BAD_WEIGHTS = {
+    "missing": (lambda w: w.pop("model.norm.weight"), ["missing tensors: model.norm.weight"]),
+    "extra": (lambda w: w.update(extra=torch.ones(1)), ["unexpected tensors", "extra"]),
+    "shape": (
+        lambda w: w.update({"lm_head.weight": torch.ones(384, 63)}),
+        ["lm_head.weight is [384, 63], should be [384, 64]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_FOLDERS, *BAD_CONFIGS, *BAD_WEIGHTS])
+def test_bad_model_folders(name, folder, train_file, tmp_path):
+    """Catches a traceback of a library, a complaint that does not name file, key or tensor, and output for nothing."""
+    source, change_weights, config = tmp_path / "in", None, {}
+    if name in BAD_CONFIGS:
+        config, parts = BAD_CONFIGS[name]
+    elif name in BAD_WEIGHTS:
+        change_weights, parts = BAD_WEIGHTS[name]
+    copy_with(folder, source, change_weights, **config)
+    if name in BAD_FOLDERS:
+        damage, parts = BAD_FOLDERS[name]
+        damage(source)
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(source, train_file, tmp_path / "out")), str(source), *parts)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+BAD_FLAGS = {
+    "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),
+    "eval steps": ({"eval_steps": 3}, ["--eval_steps needs an --eval_file"]),
+    "rate below 0": ({"learning_rate": -1}, ["--learning_rate", "-1"]),
+    "rate nan": ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+    "warm-up": ({"warmup_ratio": 2}, ["--warmup_ratio", "'2'"]),
+    "max_grad_norm": ({"max_grad_norm": 0}, ["--max_grad_norm", "'0'"]),
+    "beyond the context": ({"max_seq_len": 257}, ["--max_seq_len 257", "context is 256"]),
+    "batch size": ({"batch_size": 0}, ["--batch_size", "'0'"]),
+    "no train file": ({"train_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+    "no eval file": ({"eval_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+    "device": ({"device": "cuda:99"}, ["--device cuda:99: there is no such GPU"]),
+    "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
+    "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
+    "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),
+    "unknown": ({"gradient_magic": 1}, ["--gradient_magic"]),
+    "abbreviated": ({"learning": 1}, ["--learning"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(name, folder, train_file, tmp_path):
+    """Catches a value out of range found only after the model was loaded, or never."""
+    given, parts = BAD_FLAGS[name]
+    result = tiny.run(
+        SCRIPT, *flags(**{"checkpoint_path": folder, "train_file": train_file, **given}, output_dir=tmp_path / "out")
+    )
+    tiny.assert_refused(result, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_occupied_output_dir(folder, train_file, tmp_path):
+    """Catches an earlier run, a file or somebody's model overwritten."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, train_file, out)), f"--output_dir {out}: is not empty")
+    result = tiny.run(SCRIPT, *flags(folder, train_file, out / "notes.txt"))
+    tiny.assert_refused(result, f"--output_dir {out / 'notes.txt'}: is a file")
+    tiny.assert_refused(
+        tiny.run(SCRIPT, *flags(folder, train_file, folder, resume=True)), f"--output_dir {folder}: holds"
+    )
+    assert os.listdir(out) == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
+
+
+def test_from_the_shell(folder, train_file, tmp_path):
+    """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
+    process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
+    printed, errors = process.communicate(timeout=60)
+    tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "finetune_sft.py: error: ", "nowhere.jsonl")

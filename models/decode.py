@@ -4,7 +4,7 @@
   which makes a decode step of a small model 1.5 to 4 times faster than F.linear (one copy of the weights is kept, not
   two)
 - refresh() copies new weights into the copy in place, so a policy in training can hand over its weights in between
-- the cache is static, [slot, position, K, D] for each layer, and each sequence starts at index 0; prefill takes several
+- the cache is static, [slot, K, position, D] for each layer, and each sequence starts at index 0; prefill takes several
   prompts packed end to end without padding, decode one token for every slot; attention reads what a bucket holds
 
 Dimensions: B slots, T query tokens, N packed tokens, S cache length, H query heads, K key/value heads, D head dim.
@@ -30,7 +30,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class InferenceLinear(nn.Module):
-    """Linear layers that share an input, as one matrix product; returns one tensor, or a tuple if there are several."""
+    """Linear layers that share an input, as one matrix product; their outputs stand side by side in one tensor."""
 
     PACK_ROWS = 8  # the batch for which oneDNN chooses the layout; measured equal for 1 to 512 rows
 
@@ -67,12 +67,10 @@ class InferenceLinear(nn.Module):
             for mine, linear in zip(self.bias.split(self.sizes), linears):
                 mine.copy_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 # (the part of a block, the names of its Linear layers, the name of the product that replaces them)
@@ -130,7 +128,7 @@ def refresh(copy: Transformer, source: Transformer) -> None:
 
 
 class LayerCache(nn.Module):
-    """Keys and values of one layer, [B, S, K, D] each. A buffer for each layer, written by plain index assignment, is
+    """Keys and values of one layer, [B, K, S, D] each. A buffer for each layer, written by plain index assignment, is
     what torch.compile can update in place; slices of one buffer for all layers might be copied whole."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -151,14 +149,15 @@ class KVCache(nn.Module):
     ):
         super().__init__()
         self.dtype = torch.float32 if device.type == "cpu" else dtype
-        shape = (num_slots, max_seq_len, config.num_key_value_heads, config.head_dim)
+        shape = (num_slots, config.num_key_value_heads, max_seq_len, config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
-        self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
+        self.register_buffer("slots", torch.arange(num_slots, device=device)[:, None], persistent=False)
+        self.register_buffer("heads", torch.arange(shape[1], device=device)[None], persistent=False)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one cached token takes, over all layers."""
-        return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
+        return sum(2 * layer.k[0, :, 0].nbytes for layer in self.layers)
 
     def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
         """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
@@ -168,7 +167,7 @@ class KVCache(nn.Module):
             q, k, v = (t[0].to(self.dtype) for t in (q, k, v))  # [N, H or K, D]
             outputs = []
             for slot, length, q_, k_, v_ in zip(slots, lengths, q.split(lengths), k.split(lengths), v.split(lengths)):
-                cache.k[slot, :length], cache.v[slot, :length] = k_, v_
+                cache.k[slot, :, :length], cache.v[slot, :, :length] = k_.transpose(0, 1), v_.transpose(0, 1)
                 outputs.append(causal_attention(layer, q_[None], k_[None], v_[None])[0])
             return torch.cat(outputs)[None].to(dtype)
 
@@ -179,11 +178,13 @@ class KVCache(nn.Module):
         visible = torch.arange(length, device=positions.device) <= positions[:, None]  # [B, length]
         bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))[:, None, None]
 
+        places = positions[:, None]
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache = self.layers[layer]
-            cache.k[self.slots, positions] = k[:, 0].to(self.dtype)
-            cache.v[self.slots, positions] = v[:, 0].to(self.dtype)
-            keys, values = (t[:, :length].transpose(1, 2) for t in (cache.k, cache.v))  # [B, K, length, D]
+            cache.k[self.slots, self.heads, places] = k[:, 0].to(self.dtype)
+            cache.v[self.slots, self.heads, places] = v[:, 0].to(self.dtype)
+            keys, values = cache.k[:, :, :length], cache.v[:, :, :length]
             # the H / K query heads of one key head stand where query tokens would: no repetition of keys and values
             B, _, H, D = q.shape
             grouped = q.view(B, k.shape[2], -1, D).to(self.dtype)
@@ -196,5 +197,5 @@ class KVCache(nn.Module):
         """Gives other slots the first `length` positions of slot `source`."""
         for cache in self.layers:
             for target in targets:
-                cache.k[target, :length] = cache.k[source, :length]
-                cache.v[target, :length] = cache.v[source, :length]
+                cache.k[target, :, :length] = cache.k[source, :, :length]
+                cache.v[target, :, :length] = cache.v[source, :, :length]

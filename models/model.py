@@ -176,12 +176,19 @@ def rope_inv_freq(config: ModelConfig) -> Tensor:
     )
 
 
+def rope_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries the sign of its half."""
+    angles = (position_ids[..., None].float() * inv_freq).unsqueeze(2)  # [B, T, 1, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [B, T, H, D], the halves of D being the two coordinates (Hugging Face's layout), in fp32; returns x's
-    dtype. cos, sin: fp32 [B, T, 1, D]."""
+    dtype. cos, sin: fp32 [B, T, 1, D] from rope_tables."""
     y = x.float()
     first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -218,6 +225,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.group_size = config.num_attention_heads // config.num_key_value_heads
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
@@ -228,12 +236,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         B, T, _ = x.shape
         if self.qkv_proj is None:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         else:
-            q, k, v = self.qkv_proj(x)
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # [B, T, H or K, D]
-        y = attend(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.o_proj(y.reshape(B, T, -1))
+            qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key and K value heads: one rotation
+            K = qkv.shape[2] // (self.group_size + 2)
+            qk, v = qkv.tensor_split((qkv.shape[2] - K,), dim=2)
+            q, k = apply_rope(qk, cos, sin).tensor_split((qk.shape[2] - K,), dim=2)
+        return self.o_proj(attend(self.layer, q, k, v).reshape(B, T, -1))  # q [B, T, H, D], k and v [B, T, K, D]
 
 
 class MLP(nn.Module):
@@ -245,7 +255,10 @@ class MLP(nn.Module):
         self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.gate_up_proj is None else self.gate_up_proj(x)
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -286,9 +299,7 @@ class Transformer(nn.Module):
         callers take only where they need them. position_ids [B, T] default to 0..T-1."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        angles = position_ids[..., None].float() * self.inv_freq  # [B, T, D/2]
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)  # [B, T, 1, D]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = rope_tables(position_ids, self.inv_freq)
         x = self.embed_tokens(input_ids)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         for layer in self.layers:

@@ -12,16 +12,20 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models.model import ModelConfig, Transformer, read_hf_config
+from models.model import ModelConfig, Parallel, Transformer, read_hf_config
+from models.tp import is_main_rank, tensor_parallel_part
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5_000_000_000
@@ -156,33 +160,52 @@ def load_model(
     device: torch.device | str = "cpu",
     param_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    tp: DeviceMesh | None = None,
 ) -> Transformer:
-    """A Transformer with the weights of a Hugging Face folder.
+    """A Transformer with the weights of a Hugging Face folder, as plain tensors: for inference, and for one process.
 
     param_dtype: the dtype of the parameters, None keeps the files'. compute_dtype: of the activations, None takes the
-    parameters'. Raises what ModelConfig.from_hf and WeightFiles raise.
+    parameters'. tp: reads and holds only this rank's part. Raises what ModelConfig.from_hf and WeightFiles raise.
     """
     config = ModelConfig.from_hf(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype)
-    load_weights(model, files, device=device, dtype=param_dtype)
+        model = Transformer(config, compute_dtype, Parallel(tp))
+    load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 
 
+@torch.no_grad()
 def load_weights(
-    model: Transformer, files: WeightFiles, *, device: torch.device | str, dtype: torch.dtype | None = None
+    model: Transformer,
+    files: WeightFiles,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
 ) -> None:
-    """Gives every parameter of a model built on meta its values, one tensor at a time, and recomputes the buffers."""
+    """Gives every parameter of a model its values, one tensor at a time, and recomputes the buffers.
+
+    part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
+    may be on meta and of the whole shape, are replaced.
+    """
     parameters = dict(model.named_parameters())  # tied weights appear once
     files.check(
         {name: tuple(p.shape) for name, p in parameters.items()},
         allowed=["lm_head.weight"] if model.config.tie_word_embeddings else [],
     )
-    for name in tqdm(parameters, desc="loading", unit="tensor", delay=1, leave=False):
-        tensor = files.read(name).to(device=device, dtype=dtype, copy=True)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+    for name, parameter in tqdm(
+        parameters.items(), desc="loading", unit="tensor", delay=1, leave=False, disable=not is_main_rank()
+    ):
+        part = files.read(name, part_of(name, tuple(parameter.shape)))
+        if isinstance(parameter, DTensor):
+            shard = parameter.to_local()
+            assert shard.shape == part.shape, (name, shard.shape, part.shape)
+            shard.copy_(part)
+        else:
+            owner, _, attribute = name.rpartition(".")
+            part = nn.Parameter(part.to(device=device, dtype=dtype, copy=True))
+            setattr(model.get_submodule(owner), attribute, part)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     model.reset_buffers(device)
@@ -206,8 +229,13 @@ def save_folder(
 
     tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
     config.json; its dtype key is brought up to date. copy_from: a folder whose tokenizer and generation files are
-    copied byte for byte. The folder appears whole or not at all; in a folder that exists, config.json is replaced last.
+    copied byte for byte. Only the main rank writes. The folder appears whole or not at all; in a folder that
+    exists, config.json is replaced last.
     """
+    if not is_main_rank():
+        for _ in tensors:  # gathering them is a collective
+            pass
+        return
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.partial"

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import load_model
-from models.model import Attend, Linear, ModelConfig, Transformer, causal_attention
+from models.model import Attend, Linear, ModelConfig, RowLinear, Transformer, causal_attention
+from models.tp import leave_parallel, size_of
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,6 +42,7 @@ class InferenceLinear(nn.Module):
         self.num_bytes = sum(linear.weight.nbytes for linear in linears)
         self.packed = None
         first = linears[0]
+        self.parallel = first.parallel if isinstance(first, RowLinear) and size_of(first.parallel.tp) > 1 else None
         self.dtype = first.weight.dtype
         if pack or len(linears) > 1:
             self.register_buffer("weight", None if pack else torch.cat([linear.weight for linear in linears]))
@@ -68,9 +71,15 @@ class InferenceLinear(nn.Module):
                 mine.copy_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.parallel is None else None
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            y = F.linear(x, self.weight, bias)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        if self.parallel is not None:  # row-parallel: the bias is added once, to the sum
+            y = leave_parallel(y, self.parallel.tp)
+            y = y if self.bias is None else y + self.bias
+        return y
 
 
 # (the part of a block, the names of its Linear layers, the name of the product that replaces them)
@@ -100,10 +109,16 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
 
 
 def load_for_inference(
-    folder: str | Path, *, device: torch.device, dtype: torch.dtype, compile: bool = False
+    folder: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool = False,
+    tp: DeviceMesh | None = None,
 ) -> Transformer:
-    """The inference copy of the model in a Hugging Face folder. compile: whether it will run under torch.compile."""
-    model = load_model(folder, device=device, param_dtype=dtype)
+    """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. compile: whether it
+    will run under torch.compile."""
+    model = load_model(folder, device=device, param_dtype=dtype, tp=tp)
     return to_inference(model, pack=not compile and can_pack(device, dtype))
 
 
@@ -145,11 +160,18 @@ class KVCache(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_slots: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp: DeviceMesh | None = None,
     ):
         super().__init__()
         self.dtype = torch.float32 if device.type == "cpu" else dtype
-        shape = (num_slots, config.num_key_value_heads, max_seq_len, config.head_dim)
+        shape = (num_slots, config.num_key_value_heads // size_of(tp), max_seq_len, config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
         self.register_buffer("slots", torch.arange(num_slots, device=device)[:, None], persistent=False)
         self.register_buffer("heads", torch.arange(shape[1], device=device)[None], persistent=False)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.decode import KVCache
 from models.model import Transformer
 from models.tokenizer import StreamDecoder, Tokenizer
+from models.tp import gather_vocabulary
 
 MASK64 = (1 << 64) - 1
 PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
@@ -251,6 +252,7 @@ class Engine(nn.Module):
             max_seq_len=self.cache_len,
             dtype=model.compute_dtype or model.embed_tokens.weight.dtype,
             device=device,
+            tp=model.parallel.tp,
         )
         # the state of the slots lives on the device, at fixed addresses
         for name in ("tokens", "positions", "keys", "remaining"):
@@ -364,7 +366,11 @@ class Engine(nn.Module):
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         hidden = self.model(ids[None], positions[None], self.cache.prefill(slots, lengths))[0]
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self.model.lm_head(hidden[last])
+        return self._logits(hidden[last])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, E] -> [n, V], on every tp rank, which then all draw the same tokens."""
+        return gather_vocabulary(self.model.lm_head(hidden), self.model.config.vocab_size, self.model.parallel.tp)
 
     def _decode(self, in_use: int) -> tuple[list[list[int]], list[list[float]]]:
         """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
@@ -387,7 +393,7 @@ class Engine(nn.Module):
     def _decode_step(self, length: int) -> tuple[Tensor, Tensor]:
         attend = self.cache.decode(self.positions, length)
         hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)
-        logits = self.model.lm_head(hidden[:, 0])
+        logits = self._logits(hidden[:, 0])
         tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params)
         # a row that has ended repeats its last step at its last position until the host gives it a new prompt
         going = self.active

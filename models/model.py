@@ -15,11 +15,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from models.tp import embed, enter_parallel, leave_parallel, local, size_of, whole_sequence
 
 ROPE_KEYS = {
     "linear": ("factor",),
@@ -204,36 +210,65 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+class Parallel(NamedTuple):
+    """How one model is spread: the mesh of its tensor-parallel ranks (None: one rank), and whether the tokens between
+    the parallel layers are spread as well."""
+
+    tp: DeviceMesh | None = None
+    sequence_parallel: bool = False
+
+
 class Linear(nn.Linear):
-    """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16."""
+    """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16. Column-parallel:
+    a rank that holds some rows of the weight computes those outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else local(self.bias).to(x.dtype)
+        return F.linear(x, local(self.weight).to(x.dtype), bias)
+
+
+class RowLinear(Linear):
+    """Row-parallel: each rank holds some columns of the weight and the matching part of x; the sum gets the bias
+    once."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, parallel: Parallel):
+        super().__init__(in_features, out_features, bias=bias)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if size_of(self.parallel.tp) == 1:
+            return super().forward(x)
+        y = leave_parallel(F.linear(x, local(self.weight).to(x.dtype)), *self.parallel)
+        if self.bias is None:
+            return y
+        return y + local(self.bias, partial_grad=self.parallel.sequence_parallel).to(y.dtype)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, parallel: Parallel):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.parallel = eps, parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = local(self.weight, partial_grad=self.parallel.sequence_parallel).float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.parallel = layer, config.head_dim, parallel
         self.group_size = config.num_attention_heads // config.num_key_value_heads
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = RowLinear(q_size, config.hidden_size, bias=config.attention_bias, parallel=parallel)
         self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = enter_parallel(x, *self.parallel)
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -247,14 +282,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, parallel: Parallel):
         super().__init__()
+        self.parallel = parallel
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = RowLinear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, parallel=parallel
+        )
         self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
 
     def forward(self, x: Tensor) -> Tensor:
+        x = enter_parallel(x, *self.parallel)
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
@@ -262,31 +301,59 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def _save_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """Selective activation checkpointing: keep what matrix products and attention computed, recompute the cheap
+    rest."""
+    costly = ("mm", "addmm", "bmm", "linear", "attention")
+    name = str(operation).partition(".")[2]
+    return CheckpointPolicy.MUST_SAVE if any(c in name for c in costly) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.recompute = "none"  # activation checkpointing: none, full or selective
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
+        self.self_attn = Attention(config, layer, parallel)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
+        self.mlp = MLP(config, parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(x, cos, sin, attend)
+        selective = {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+        options = selective if self.recompute == "selective" else {}
+        return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False, **options)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nn.Embedding):
+    """Vocabulary-parallel: each rank holds some rows of the table."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: Parallel):
+        super().__init__(vocab_size, hidden_size)
+        self.parallel = parallel
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp)
+        return leave_parallel(rows, *self.parallel)
 
 
 class Transformer(nn.Module):
     """A decoder with a language-model head.
 
-    compute_dtype: the dtype of the activations; None takes the weights'.
+    compute_dtype: the dtype of the activations; None takes the weights'. parallel: how it is spread over ranks.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None, parallel: Parallel = Parallel()):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config, self.compute_dtype, self.parallel = config, compute_dtype, parallel
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel)
+        self.layers = nn.ModuleList(Block(config, layer, parallel) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -295,8 +362,10 @@ class Transformer(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """input_ids [B, T] -> the final normed hidden states [B, T, E]. The logits are `lm_head` of these, which
-        callers take only where they need them. position_ids [B, T] default to 0..T-1."""
+        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits are
+        `lm_head` of
+        these, which callers take only where they need them. position_ids [B, T] default to 0..T-1. Under sequence
+        parallelism T must be divisible by the tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = rope_tables(position_ids, self.inv_freq)
@@ -304,7 +373,8 @@ class Transformer(nn.Module):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        x = self.norm(x)
+        return whole_sequence(x, self.parallel.tp) if self.parallel.sequence_parallel else x
 
     def reset_buffers(self, device: torch.device | str) -> None:
         """Computes what is not in a checkpoint; needed after to_empty or a build on meta."""

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +29,7 @@ from tqdm import tqdm
 
 from models.checkpoint import DTYPES
 from models.model import ModelConfig
-
-# what torch.distributed.checkpoint says whenever there is one process without torchrun
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+from models.tp import is_main_rank
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
 # name. A device that is not listed prints no MFU or MBU.
@@ -145,6 +142,24 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
     add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
     add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
+    add(
+        "--tensor_parallel_size",
+        type=positive_int,
+        default=1,
+        help="ranks that share the model, adjacent under torchrun",
+    )
+    add(
+        "--sequence_parallel",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with tensor parallelism: spread the tokens between the parallel layers, which saves activations",
+    )
+    add(
+        "--activation_checkpointing",
+        choices=["none", "full", "selective"],
+        default="none",
+        help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
+    )
     add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
 
 
@@ -158,12 +173,16 @@ def run_script(main: Callable, parser: ArgumentParser) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
+        rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
         for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share the message's line
             bar.leave = False
             bar.close()
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+        print(f"{parser.prog}:{rank} error: {reason}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------- start-up
@@ -186,6 +205,8 @@ def choose_runtime(device: str | None, dtype: str | None, compile: bool | None) 
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: only cpu and cuda (NVIDIA or AMD) are supported")
     on_gpu = chosen.type == "cuda"
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     chosen_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if on_gpu else torch.float32)
     return Runtime(chosen, chosen_dtype, on_gpu if compile is None else compile)
 
@@ -217,7 +238,8 @@ def card(title: str, rows: dict[str, object]) -> str:
 
 def progress_bar(**options) -> tqdm:
     """A tqdm bar; where stderr is not a terminal it writes seldom, so that log files stay short."""
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 10, smoothing=0, dynamic_ncols=True, **options)
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not is_main_rank(), **options)
 
 
 # ------------------------------------------------------------------------------------ optimisation
@@ -289,10 +311,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one object for each logged step, flushed at once."""
+    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
 
     def __init__(self, output_dir: Path, *, after_step: int = 0):
         """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
+        self._file = None
+        if not is_main_rank():
+            return
         self.path = output_dir / "metrics.jsonl"
         kept = []
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
@@ -302,8 +327,9 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, values: dict[str, float]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
 
 class Stopwatch:
@@ -335,12 +361,20 @@ def check_finite(step: int, rows: list[int], **values: float | Tensor) -> None:
 class StopSignal:
     """SIGTERM asks for an end after the current step."""
 
-    def __init__(self):
-        self.received = False
+    def __init__(self, device: torch.device):
+        self.received, self.device = False, device
         signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_) -> None:
         self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any rank has received it: all ranks must end after the same step. A collective."""
+        if dist.get_world_size() == 1:
+            return self.received
+        flag = torch.tensor(int(self.received), dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 # ---------------------------------------------------------------------------- checkpoints of a run
@@ -353,8 +387,9 @@ def save_checkpoint(
     removed: they are what a run that was resumed from an earlier step could not read."""
     path = output_dir / "checkpoints" / f"step-{step:06d}"
     staging = path.with_name(f".{path.name}.partial")
-    for left_over in path.parent.glob(".step-*.partial"):  # of a run that was killed while saving
+    for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
         shutil.rmtree(left_over)
+    _barrier()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
@@ -362,13 +397,20 @@ def save_checkpoint(
     except CheckpointException as error:  # a BaseException
         reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
         raise OSError(f"{staging}: cannot be written: {reasons}") from error
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(staging, path)
-    found = _checkpoints(output_dir)
-    kept = found[: found.index(path) + 1][-limit:]
-    for other in found:
-        if other not in kept:
-            shutil.rmtree(other)
+    if is_main_rank():  # dcp.save returns when all ranks have written
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(staging, path)
+        found = _checkpoints(output_dir)
+        kept = found[: found.index(path) + 1][-limit:]
+        for other in found:
+            if other not in kept:
+                shutil.rmtree(other)
+    _barrier()
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -381,8 +423,9 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
     """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
     which it says. A broken one is passed over with a warning; ValueError if all are broken."""
     found = _checkpoints(output_dir)
+    say = print if is_main_rank() else lambda _: None
     if not found:
-        print(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
+        say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
         return 0
     for path in reversed(found):
         model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -391,10 +434,10 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
-            print(f"{path}: broken, trying the one before ({type(error).__name__}: {reason})")
+            say(f"{path}: broken, trying the one before ({type(error).__name__}: {reason})")
             continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        print(f"{path}: resuming after step {int(path.name[5:])}")
+        say(f"{path}: resuming after step {int(path.name[5:])}")
         return int(path.name[5:])
     raise ValueError(
         f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"

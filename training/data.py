@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.tokenizer import Tokenizer
+from models.tp import is_main_rank
 
 IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hugging Face
 
@@ -140,7 +141,9 @@ def encode_sft_file(
     overlong: refuse (ValueError), skip, or truncate (the end is cut, and no EOS is put after the cut).
     """
     examples, truncated, skipped, nothing, split_differently = [], 0, 0, 0, 0
-    for record in tqdm(read_records(path), desc="tokenising", unit="record", delay=1, leave=False):
+    for record in tqdm(
+        read_records(path), desc="tokenising", unit="record", delay=1, leave=False, disable=not is_main_rank()
+    ):
         example, differs = encode_sft_record(record, tokenizer)
         split_differently += differs
         check_ids(example.input_ids, vocab_size, record.where)
@@ -271,19 +274,25 @@ def training_batches(
         yield step, order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
-    """Rows in groups of at most `size`, of like length so that little is padded."""
+def micro_batches(examples: list[Example], size: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[list[Example]]:
+    """One rank's share of a batch in groups of at most `size` rows, of like length so that little is padded. Every rank
+    yields the same number of groups, since each is a collective; a group may be empty."""
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    for start in range(0, len(by_length), size):
-        yield by_length[start : start + size]
+    mine = by_length[dp_rank::dp_size]
+    for start in range(0, -(-len(examples) // dp_size), size):
+        yield mine[start : start + size]
 
 
-def collate(examples: list[Example], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input_ids, labels), int64 [B, T], padded on the right; labels are not shifted."""
-    length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_token_id)
-    labels = torch.full((len(examples), length), IGNORE_INDEX)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        labels[row, : len(example.labels)] = torch.tensor(example.labels)
+def collate(
+    examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(input_ids, labels), int64 [B, T], padded on the right to a multiple of `multiple_of`; labels are not shifted. No
+    examples give one row of padding."""
+    rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
+    length = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    labels = torch.full((len(rows), length), IGNORE_INDEX)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[i, : len(row.labels)] = torch.tensor(row.labels)
     return input_ids.to(device), labels.to(device)

@@ -13,10 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import DTYPES, load_model, save_folder, stored_dtype
+from models.checkpoint import DTYPES, save_folder, stored_dtype
+from models.fsdp import check_divisible, clip_grad_norm, data_parallel_size, full_tensors, init_mesh, load_for_training
 from models.model import ModelConfig, Transformer, read_hf_config
 from models.tokenizer import Tokenizer
+from models.tp import is_main_rank, size_of
 from training.common import (
     ArgumentParser,
     Metrics,
@@ -89,12 +93,19 @@ def main(
     save_steps: int | None,
     save_total_limit: int,
     log_steps: int,
+    tensor_parallel_size: int,
+    sequence_parallel: bool,
+    activation_checkpointing: str,
     export_dtype: str | None,
 ) -> None:
     args = dict(locals())
-    micro_batch_size = micro_batch_size or batch_size
-    if micro_batch_size > batch_size:
-        raise ValueError(f"--micro_batch_size {micro_batch_size} is larger than --batch_size {batch_size}")
+    dp_size = data_parallel_size(tensor_parallel_size)
+    if batch_size % dp_size:
+        raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
+    micro_batch_size = micro_batch_size or batch_size // dp_size
+    if micro_batch_size * dp_size > batch_size:
+        ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
+        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than --batch_size {batch_size}")
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     prepare_output_dir(output_dir, resume, args)
@@ -102,6 +113,7 @@ def main(
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
+    check_divisible(config, tensor_parallel_size)
     max_seq_len = max_seq_len or config.max_position_embeddings
     if max_seq_len > config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {config.max_position_embeddings} tokens")
@@ -112,10 +124,16 @@ def main(
     evaluation, eval_counts = encode_sft_file(eval_file, tokenizer, **limits) if eval_file else ([], None)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else 0
 
-    model = load_model(checkpoint_path, device=runtime.device, param_dtype=torch.float32, compute_dtype=runtime.dtype)
-    if runtime.compile:
-        for block in model.layers:
-            block.compile()
+    mesh = init_mesh(runtime.device, tensor_parallel_size)
+    model = load_for_training(
+        checkpoint_path,
+        mesh,
+        device=runtime.device,
+        compute_dtype=runtime.dtype,
+        sequence_parallel=sequence_parallel,
+        recompute=activation_checkpointing,
+        compile=runtime.compile,
+    )
     optimizer = make_optimizer(
         model,
         learning_rate=learning_rate,
@@ -126,23 +144,26 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = 1 + (load_newest_checkpoint(output_dir, model, optimizer) if resume else 0)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "args.json", args)
+    if is_main_rank():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "args.json", args)
     metrics = Metrics(output_dir, after_step=first_step - 1)
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
+        "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
         "train": describe(train, counts),
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
     }
-    print(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
+    say = print if is_main_rank() else lambda _: None
+    say(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
 
     # loop
     flops_per_second = (peaks(runtime.device) or (None,))[0]
     order = {"seed": seed, "shuffle": shuffle}
     before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
     num_tokens = sum(len(train[i].input_ids) for _, numbers in before for i in numbers)
-    stop, watch = StopSignal(), Stopwatch(runtime.device)
+    stop, watch = StopSignal(runtime.device), Stopwatch(runtime.device)
     bar = progress_bar(total=total_steps, initial=first_step - 1, desc="training", unit="step")
     for step, numbers in training_batches(
         len(train), batch_size, **order, first_step=first_step, last_step=total_steps
@@ -150,12 +171,12 @@ def main(
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
         loss = torch.zeros((), device=runtime.device)
-        for examples in micro_batches(batch, micro_batch_size):
-            input_ids, labels = collate(examples, pad_token_id, runtime.device)
-            micro_loss = token_cross_entropy(model(input_ids), model.lm_head.weight, labels) / num_targets
-            micro_loss.backward()
+        for examples in micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size):
+            micro_loss = summed_loss(model, examples, pad_token_id) / num_targets
+            (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        dist.all_reduce(loss, group=mesh["dp"].get_group())
+        grad_norm = clip_grad_norm(model, max_grad_norm)
         check_finite(step, numbers, loss=loss, grad_norm=grad_norm)
         lr = learning_rate_at(
             step, peak=learning_rate, schedule=lr_schedule, total_steps=total_steps, warmup_ratio=warmup_ratio
@@ -182,9 +203,10 @@ def main(
             line["mfu"] = rate * training_flops_per_token(config, mean_len) / flops_per_second
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
-            line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id)
+            line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id, mesh["dp"])
             check_finite(step, numbers, eval_loss=line["eval_loss"])
-            bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
+            if is_main_rank():
+                bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
@@ -192,33 +214,44 @@ def main(
         bar.update(1)
 
         # save
-        if stop.received or (save_steps and step % save_steps == 0 and step < total_steps):
+        stopping = stop.agreed()
+        if stopping or (save_steps and step % save_steps == 0 and step < total_steps):
             save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
             watch.lap()
-        if stop.received:
+        if stopping:
             bar.close()
-            print(f"stopped by a signal after step {step}; go on with --resume")
+            say(f"stopped by a signal after step {step}; go on with --resume")
             return
     bar.close()
 
     save_folder(
         output_dir,
-        model.state_dict().items(),
+        full_tensors(model),
         config=read_hf_config(checkpoint_path)[0],
         copy_from=checkpoint_path,
         dtype=DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path),
     )
-    print(f"{output_dir}: model written; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
+    say(f"{output_dir}: model written; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
+
+
+def summed_loss(model: Transformer, examples: list[Example], pad_token_id: int) -> torch.Tensor:
+    """The loss of this rank's rows, summed over their learnt tokens."""
+    multiple_of = size_of(model.parallel.tp) if model.parallel.sequence_parallel else 1
+    input_ids, labels = collate(examples, pad_token_id, model.inv_freq.device, multiple_of)
+    return token_cross_entropy(
+        model(input_ids), model.lm_head.weight, labels, vocab_size=model.config.vocab_size, tp=model.parallel.tp
+    )
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], micro_batch_size: int, pad_token_id: int) -> float:
-    """The mean loss over all learnt tokens."""
-    device = model.embed_tokens.weight.device
-    total = torch.zeros((), device=device)
-    for rows in micro_batches(examples, micro_batch_size):
-        input_ids, labels = collate(rows, pad_token_id, device)
-        total += token_cross_entropy(model(input_ids), model.lm_head.weight, labels)
+def evaluate(
+    model: Transformer, examples: list[Example], micro_batch_size: int, pad_token_id: int, dp: DeviceMesh
+) -> float:
+    """The mean loss over all learnt tokens, over all ranks."""
+    total = torch.zeros((), device=model.inv_freq.device)
+    for rows in micro_batches(examples, micro_batch_size, dp.get_local_rank(), dp.size()):
+        total += summed_loss(model, rows, pad_token_id)
+    dist.all_reduce(total, group=dp.get_group())
     return total.item() / sum(example.num_targets for example in examples)
 
 

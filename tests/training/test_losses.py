@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from training import losses
+from models import tp
 from training.losses import token_cross_entropy
 
 
@@ -51,7 +51,7 @@ def test_chunks(chunk, monkeypatch):
     hidden, weight, labels = make_batch()
     wanted = reference(hidden, weight, labels)
     grads = torch.autograd.grad(wanted * 0.3, (hidden, weight))
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(tp, "CHUNK_TOKENS", chunk)
     loss = token_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(loss * 0.3, (hidden, weight)), grads, strict=True):

@@ -1,0 +1,256 @@
+"""Tensor parallelism: who is sharded how, and the collectives that stand in the forward where they happen.
+
+- the layers compute on local tensors; `copy_to_ranks` and `sum_over_ranks` (Megatron's f and g, Shoeybi et al. 2019,
+  arXiv 1909.08053) are the only communication of a block; with one rank, or tp = None, they are the identity
+- trained weights are DTensors (FSDP2 and checkpoints need to know the whole), inference weights plain local shards;
+  `local` gives the tensor to compute with in either case
+- embedding and head are sharded over the vocabulary, which need not be divisible by the ranks; log-probs, entropy and
+  sampling combine a few numbers per token, and logits are never gathered
+
+`tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
+"""
+
+import os
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
+
+# The dimension in which a layer's weight is cut; a row-parallel layer's bias and the norms are whole on every rank.
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension of parameter `name` ("layers.0.self_attn.q_proj.weight") that is cut over tp ranks, or None."""
+    layer, _, kind = name.rpartition(".")
+    layer = layer.rpartition(".")[2]
+    if layer in COLUMN_PARALLEL:
+        return 0
+    return 1 if layer in ROW_PARALLEL and kind == "weight" else None
+
+
+def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
+    """[start, end) of chunk `index` when torch.chunk (and so DTensor) cuts `size` rows; the last ones may be short
+    or empty."""
+    step = -(-size // num_chunks)
+    return min(size, index * step), min(size, (index + 1) * step)
+
+
+def tensor_parallel_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None) -> tuple[slice, ...]:
+    """The part of the whole parameter `name` that this tp rank holds, a slice for each dimension."""
+    rank, size, cut = (0, 1, None) if tp is None else (tp.get_local_rank(), tp.size(), shard_dim(name))
+    return tuple(slice(*chunk_range(n, rank, size)) if dim == cut else slice(0, n) for dim, n in enumerate(shape))
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that prints and writes; true before torch.distributed starts, also."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def size_of(tp: DeviceMesh | None) -> int:
+    return 1 if tp is None else tp.size()
+
+
+def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
+    """The tensor to compute with. partial_grad: each rank contributes a part of the gradient of a whole weight."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial()] if partial_grad else None)
+
+
+def _all_reduce(x: Tensor, tp: DeviceMesh, operation: str = "sum") -> Tensor:
+    # Waited for here: an asynchronous result that enters a compiled region loses its gradient without a word (torch
+    # 2.13).
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, tp))
+
+
+def _all_gather(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
+    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim % x.dim(), tp))
+
+
+def _reduce_scatter(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, tp))
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+        ctx.tp = tp
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_reduce(grad, ctx.tp), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+        return _all_reduce(x, tp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+        ctx.tp = tp
+        return _all_gather(x, 1, tp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _reduce_scatter(grad, 1, ctx.tp), None
+
+
+class _SumAndScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+        ctx.tp = tp
+        return _reduce_scatter(x, 1, tp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, 1, ctx.tp), None
+
+
+class _WholeTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+        ctx.tp = tp
+        return _all_gather(x, 1, tp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.chunk(ctx.tp.size(), dim=1)[ctx.tp.get_local_rank()].contiguous(), None
+
+
+def enter_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = False) -> Tensor:
+    """Before column-parallel layers: every rank gets the whole x, and the ranks' gradients of x are summed.
+
+    x [B, T, E], or [B, T / tp, E] under sequence parallelism.
+    """
+    if size_of(tp) == 1:
+        return x
+    return _GatherTokens.apply(x, tp) if sequence_parallel else _Copy.apply(x, tp)
+
+
+def leave_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = False) -> Tensor:
+    """After a row-parallel layer: the ranks' parts of x [B, T, E] are summed; under sequence parallelism each rank
+    keeps
+    its tokens, [B, T / tp, E]."""
+    if size_of(tp) == 1:
+        return x
+    return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)
+
+
+def whole_sequence(x: Tensor, tp: DeviceMesh | None) -> Tensor:
+    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E] for what all ranks then compute alike."""
+    return x if size_of(tp) == 1 else _WholeTokens.apply(x, tp)
+
+
+def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
+    """This rank's part of the embedding of ids: rows of other ranks' tokens are 0, so the sum over ranks is the whole.
+
+    weight: the rank's rows of the [V, E] table.
+    """
+    if size_of(tp) == 1:
+        return torch.nn.functional.embedding(ids, weight)
+    start, end = chunk_range(vocab_size, tp.get_local_rank(), tp.size())
+    mine = (ids >= start) & (ids < end)
+    rows = torch.nn.functional.embedding(torch.where(mine, ids - start, 0), weight) if end > start else None
+    if rows is None:  # more ranks than chunks of the vocabulary
+        return weight.new_zeros(*ids.shape, weight.shape[1]) + 0 * weight.sum()
+    return torch.where(mine[..., None], rows, torch.zeros_like(rows))
+
+
+def gather_vocabulary(logits: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
+    """The whole logits [n, V] from each rank's part; for inference (no gradient)."""
+    if size_of(tp) == 1:
+        return logits
+    step = chunk_range(vocab_size, 0, tp.size())[1]
+    padded = torch.nn.functional.pad(logits, (0, step - logits.shape[1]))  # the last ranks may have fewer columns
+    return _all_gather(padded, -1, tp)[:, :vocab_size]
+
+
+CHUNK_TOKENS = 1024  # tokens whose logits exist at a time: [1024, V] in fp32 is 131 MB for V = 32000
+
+
+def _normaliser_and_target(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor]:
+    """(log of the sum of exp over the whole vocabulary, the target's logit), [n, 1] each, from this rank's logits
+    [n, V / tp] of tokens start, start + 1, ..."""
+    if size_of(tp) == 1:
+        return logits.logsumexp(dim=-1, keepdim=True), logits.gather(-1, targets[:, None])
+    largest = logits.new_full((len(logits), 1), -torch.inf) if logits.shape[1] == 0 else logits.amax(-1, keepdim=True)
+    largest = _all_reduce(largest, tp, "max")
+    total = (logits - largest).exp().sum(dim=-1, keepdim=True)
+    offsets, mine = _own_targets(targets, start, logits.shape[1])
+    target = torch.zeros_like(total)
+    if logits.shape[1]:
+        target = torch.where(mine, logits.gather(-1, offsets), target)
+    total, target = _all_reduce(torch.stack((total, target)), tp)
+    return total.log() + largest, target
+
+
+def _own_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """(column of each target in this rank's logits, 0 where another rank has it; whether this rank has it), [n, 1]
+    each."""
+    offsets = targets[:, None] - start
+    mine = (offsets >= 0) & (offsets < size)
+    return torch.where(mine, offsets, 0), mine
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Computes the loss chunk by chunk with its gradients, so that neither logits nor their gradients exist for more
+    than one chunk, and nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, needs_grad: bool
+    ) -> Tensor:
+        compute_weight = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        for first in range(0, len(hidden), CHUNK_TOKENS):
+            h, t = hidden[first : first + CHUNK_TOKENS], targets[first : first + CHUNK_TOKENS]
+            logits = (h @ compute_weight.T).float()
+            normaliser, target = _normaliser_and_target(logits, t, start, tp)
+            total += (normaliser - target).sum()
+            if needs_grad:
+                grad_logits = logits.sub_(normaliser).exp_()  # the softmax, less 1 at the target
+                if logits.shape[1]:
+                    offsets, mine = _own_targets(t, start, logits.shape[1])
+                    grad_logits.scatter_add_(-1, offsets, -mine.float())
+                grad_logits = grad_logits.to(h.dtype)
+                grad_hidden[first : first + CHUNK_TOKENS] = grad_logits @ compute_weight
+                grad_weight += grad_logits.T @ h
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
+) -> Tensor:
+    """Sum over tokens of the cross entropy of hidden @ weight.T (nats, an fp32 scalar, the same on all tp ranks).
+
+    hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N]. No token: 0,
+    with gradients 0.
+    """
+    hidden, weight = enter_parallel(hidden, tp), local(weight)
+    start = 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
+    # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)

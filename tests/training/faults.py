@@ -1,0 +1,62 @@
+"""Mistakes of parallel training, planted one at a time by tests/training/test_parallel.py."""
+
+import torch
+import torch.nn.functional as F
+
+from models import fsdp, model, tp
+from training import finetune_sft
+
+
+def plant(name: str) -> None:
+    {
+        "norm gradient not summed": _norm_gradient_not_summed,
+        "bias added by every rank": _bias_added_by_every_rank,
+        "mean of micro-batches": _mean_of_micro_batches,
+        "dp factor missing": _dp_factor_missing,
+        "input gradient not summed": _input_gradient_not_summed,
+        "padding row learnt twice": _rows_repeated,
+    }[name]()
+
+
+def _norm_gradient_not_summed() -> None:
+    model.local = lambda parameter, partial_grad=False: tp.local(parameter)
+
+
+def _bias_added_by_every_rank() -> None:
+    def forward(self, x):
+        return tp.leave_parallel(F.linear(x, tp.local(self.weight), tp.local(self.bias)), *self.parallel)
+
+    model.RowLinear.forward = forward
+
+
+def _mean_of_micro_batches() -> None:
+    real = finetune_sft.summed_loss
+
+    def summed_loss(model, examples, pad_token_id):
+        return real(model, examples, pad_token_id) / max(1, sum(e.num_targets for e in examples))
+
+    finetune_sft.summed_loss = summed_loss
+
+
+def _dp_factor_missing() -> None:
+    real = finetune_sft.summed_loss
+
+    def summed_loss(model, examples, pad_token_id):
+        loss = real(model, examples, pad_token_id)
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: grad / int(torch.distributed.get_world_size()))
+        return loss
+
+    finetune_sft.summed_loss = summed_loss
+
+
+def _input_gradient_not_summed() -> None:
+    tp._Copy.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
+def _rows_repeated() -> None:
+    real = finetune_sft.micro_batches
+    finetune_sft.micro_batches = lambda batch, size, rank, dp_size: real(batch, size, 0, dp_size)
+
+
+assert fsdp  # imported so that its names are those that finetune_sft uses

@@ -1,0 +1,45 @@
+"""Runs finetune_sft.main for several settings in the ranks of one torchrun launch, and keeps each run's gradients.
+
+    torchrun --nproc-per-node 4 tests/training/parallel_worker.py JOBS.json
+
+JOBS.json: a list of argument lists. Beside each --output_dir, OUT.gradients.pt holds the gradients of every step.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from training import finetune_sft
+
+torch.set_num_threads(1)
+if os.environ.get("FAULT"):  # tests/training/test_parallel.py plants these to see that it notices
+    from tests.training import faults
+
+    faults.plant(os.environ["FAULT"])
+
+
+def main(jobs: list[list[str]]) -> None:
+    clip = finetune_sft.clip_grad_norm
+    for arguments in jobs:
+        steps = []
+
+        def recording_clip(model, max_norm, steps=steps):
+            steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
+            return clip(model, max_norm)
+
+        finetune_sft.clip_grad_norm = recording_clip
+        args = finetune_sft.parser().parse_args(arguments)
+        finetune_sft.main(**vars(args))
+        if dist.get_rank() == 0:
+            torch.save(steps, f"{args.output_dir}.gradients.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,117 @@
+"""Training on several ranks against one process: losses, norms, every gradient and the weights, on gloo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+
+LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
+TIED = {"tie_word_embeddings": True, "num_key_value_heads": 4}
+BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
+FLAGS = {
+    "plain": ["--micro_batch_size", "1"],
+    "recompute": ["--activation_checkpointing", "full"],
+    "sequence parallel": ["--sequence_parallel", "--activation_checkpointing", "selective", "--micro_batch_size", "2"],
+    "compiled": ["--compile"],
+}
+
+
+def launch(ranks: int, jobs: list[list[str]], path, fault: str = "") -> None:
+    path.write_text(json.dumps(jobs))
+    worker = tiny.ROOT / "tests/training/parallel_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", worker, path]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULT": fault, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def arguments(folder, train_file, out, *more) -> list[str]:
+    flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--batch_size", 8]
+    flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
+    flags += ["--adam_eps", 1e-3]  # AdamW's first steps are signs: noise of near-zero gradients must stay small
+    return list(map(str, [*flags, *more]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two folders, ragged records (one with nothing to learn), and what one process makes of them."""
+    root = tmp_path_factory.mktemp("parallel")
+    records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
+    records.insert(3, {"prompt": "very long " * 30, "completion": " never seen"})
+    train_file = tiny.write_records(root / "train.jsonl", records)
+    for name, config in (("tied", TIED), ("biased", BIASED)):
+        tiny.write_model(root / name, **config)
+    jobs = [arguments(root / name, train_file, root / f"one-{name}") for name in ("tied", "biased")]
+    launch(1, jobs, root / "one.json")
+    return root, train_file
+
+
+def compare(root, name: str, out: str) -> float:
+    """The largest relative difference to one process, over losses, norms, gradients and weights."""
+    worst = 0.0
+    lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, f"one-{name}"))
+    assert len(lines) == len(wanted) == 4
+    for line, want in zip(lines, wanted):
+        for key in ("loss", "grad_norm"):
+            worst = max(worst, abs(line[key] - want[key]) / want[key])
+        assert line["num_tokens"] == want["num_tokens"]
+    gradients, wanted = (torch.load(root / f"{d}.gradients.pt") for d in (out, f"one-{name}"))
+    for step, want in zip(gradients, wanted):
+        assert step.keys() == want.keys()
+        total = torch.stack([g.norm() for g in want.values()]).norm()
+        for key in want:  # relative to its own size; but a key's bias has none in theory, only rounding
+            scale = max(want[key].norm().item(), 1e-3 * total.item())
+            worst = max(worst, (step[key] - want[key]).norm().item() / scale)
+    weights, wanted = (load_file(root / d / "model.safetensors") for d in (out, f"one-{name}"))
+    for key, want in wanted.items():
+        worst = max(worst, ((weights[key] - want).norm() / want.norm()).item())
+    return worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(world, layout):
+    """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
+    micro-batches or ranks instead of tokens, a rank that repeats or skips rows."""
+    root, train_file = world
+    ranks, tp_size = LAYOUTS[layout]
+    jobs, outs = [], []
+    for name in ("tied", "biased"):
+        for kind, flags in FLAGS.items():
+            if kind == "compiled" and (layout != "dp 2 x tp 2" or name == "tied"):
+                continue
+            if kind == "sequence parallel" and tp_size == 1:
+                continue
+            outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
+            more = [*flags, "--tensor_parallel_size", tp_size]
+            jobs.append(arguments(root / name, train_file, root / outs[-1][2], *more))
+    launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
+    found = {(name, kind): compare(root, name, out) for name, kind, out in outs}
+    assert max(found.values()) < 1e-5, found
+
+
+FAULTS = {  # name: (layout, flags)
+    "norm gradient not summed": ("tp 2", FLAGS["sequence parallel"]),
+    "bias added by every rank": ("tp 2", FLAGS["plain"]),
+    "mean of micro-batches": ("dp 2", FLAGS["plain"]),
+    "dp factor missing": ("dp 2", FLAGS["plain"]),
+    "input gradient not summed": ("tp 2", FLAGS["plain"]),
+    "padding row learnt twice": ("dp 2", FLAGS["plain"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_show(world, fault):
+    """Catches a comparison too weak to see the mistakes it is made for."""
+    root, train_file = world
+    layout, flags = FAULTS[fault]
+    ranks, tp_size = LAYOUTS[layout]
+    out = root / fault.replace(" ", "-")
+    job = arguments(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
+    launch(ranks, [job], root / "fault.json", fault)
+    assert compare(root, "biased", out.name) > 1e-3

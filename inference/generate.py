@@ -9,24 +9,29 @@
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from models.checkpoint import generation_eos_ids
 from models.decode import load_for_inference, weight_bytes
+from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import ModelConfig
 from models.tokenizer import Tokenizer
+from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
     Runtime,
@@ -60,7 +65,7 @@ def parser() -> ArgumentParser:
     add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
     add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
     add("--num_samples", type=positive_int, default=1, help="samples for each prompt")
-    add("--batch_size", type=positive_int, default=8, help="slots: sequences that are decoded together")
+    add("--batch_size", type=positive_int, default=8, help="slots: sequences decoded together on each dp rank")
     add(
         "--max_seq_len",
         type=positive_int,
@@ -72,7 +77,12 @@ def parser() -> ArgumentParser:
     add("--chat", action="store_true", help="put text prompts through the chat template, as the user's message")
     add("--return_token_ids", action="store_true", help="add token_ids to each line")
     add("--quantize", choices=["none", "int8", "int4"], default="none", help="weight-only quantisation")
-    add("--tensor_parallel_size", type=positive_int, default=1, help="ranks that share the model")
+    add(
+        "--tensor_parallel_size",
+        type=positive_int,
+        default=1,
+        help="ranks that share the model, adjacent under torchrun",
+    )
     return parser
 
 
@@ -110,8 +120,7 @@ def main(
 ) -> None:
     if quantize != "none":
         raise ValueError(f"--quantize {quantize}: quantisation is not available yet; use none")
-    if tensor_parallel_size > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("generation runs in one process so far: --tensor_parallel_size 1, without torchrun")
+    data_parallel_size(tensor_parallel_size)  # raises if it does not divide the ranks
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
     if resume and output_file is None:
@@ -123,6 +132,7 @@ def main(
 
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
+    check_divisible(config, tensor_parallel_size)
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
@@ -157,7 +167,11 @@ def main(
     done = read_finished(output_file, begun_with) if resume else set()
     requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
 
-    model = load_for_inference(checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile)
+    mesh = init_mesh(runtime.device, tensor_parallel_size)  # all ranks have looked at the files by now
+    requests = requests_of_rank(requests, mesh["dp"])
+    model = load_for_inference(
+        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=parallel_of(mesh).tp
+    )
     engine = Engine(
         model,
         params,
@@ -166,14 +180,24 @@ def main(
         tokenizer=tokenizer,
         compile=runtime.compile,
     )
-    say = print if output_file is not None else lambda text: print(text, file=sys.stderr)  # stdout is for the samples
-    say(start_card(checkpoint_path, config, runtime, engine, len(prompts), len(requests), len(done), notes))
+    stream = sys.stdout if output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
+    say = partial(print, file=stream) if is_main_rank() else lambda _: None
+    say(start_card(checkpoint_path, config, runtime, engine, mesh, len(prompts) * num_samples, len(done), notes))
     record_of = {p.idx: p.record for p in prompts}
-    with SampleWriter(output_file, begun_with, resume) as writer, TokenCounter(len(requests)) as counter:
+    with (
+        SampleWriter(output_file, begun_with, mesh["tp"].get_local_rank() == 0) as writer,
+        TokenCounter(len(requests)) as counter,
+    ):
         for completion in engine.generate(requests, on_token=counter.count):
             writer.write(line_of(completion, record_of[completion.request.idx], return_token_ids))
             counter.finish_sample()
-    say(end_card(engine, model, runtime))
+    say(end_card(engine, model, runtime, mesh["dp"]))
+
+
+def requests_of_rank(requests: list[Request], dp: DeviceMesh) -> list[Request]:
+    """One data-parallel rank's share: whole prompts in turn, so that a prompt's samples share its prefill."""
+    order = {idx: place for place, idx in enumerate(dict.fromkeys(request.idx for request in requests))}
+    return [request for request in requests if order[request.idx] % dp.size() == dp.get_local_rank()]
 
 
 def encode_prompts(
@@ -189,7 +213,9 @@ def encode_prompts(
     """(prompts with their ids, remarks for the card). A prompt is overlong if it leaves no room for one token;
     truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
     prompts, skipped, truncated, short = [], 0, 0, 0
-    for idx, record in enumerate(tqdm(records, desc="tokenising", unit="prompt", delay=1, leave=False)):
+    for idx, record in enumerate(
+        tqdm(records, desc="tokenising", unit="prompt", delay=1, leave=False, disable=not is_main_rank())
+    ):
         prompt = get_prompt(record)
         if chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
@@ -237,7 +263,8 @@ def read_finished(output_file: Path, begun_with: dict) -> set[tuple[int, int]]:
     """The (idx, sample_idx) that an earlier run finished; a torn last line does not count. Raises ValueError if that
     run had other prompts or flags."""
     if not output_file.exists() or not output_file.stat().st_size:
-        print(f"{output_file}: nothing to resume, starting from the beginning")
+        if is_main_rank():
+            print(f"{output_file}: nothing to resume, starting from the beginning")
         return set()
     if not sidecar(output_file).is_file():
         raise ValueError(
@@ -263,24 +290,34 @@ def read_finished(output_file: Path, begun_with: dict) -> set[tuple[int, int]]:
 
 class SampleWriter:
     """Appends lines to the output file, each in one write; without a file, prints them (for people, if to a
-    terminal)."""
+    terminal).
 
-    def __init__(self, output_file: Path | None, begun_with: dict, resume: bool):
-        self.file = None
-        if output_file is None:
-            return
-        output_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(sidecar(output_file), begun_with)
-        self.file = open(output_file, "a+b")  # noqa: SIM115 (closed by __exit__)
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a line torn by a kill
+    Several ranks append to one file, each line under a lock; of the ranks that share a model only one is `active`.
+    """
+
+    def __init__(self, output_file: Path | None, begun_with: dict, active: bool):
+        self.file, self.active = None, active
+        if output_file is not None and is_main_rank():
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(sidecar(output_file), begun_with)
+            with open(output_file, "a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a line torn by a kill
+        if dist.is_initialized():
+            dist.barrier()
+        if output_file is not None and active:
+            self.file = open(output_file, "ab")  # noqa: SIM115 (closed by __exit__)
 
     def write(self, line: dict) -> None:
+        if not self.active:
+            return
         # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
         encoded = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace")
         if self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
             self.file.write(encoded + b"\n")
             self.file.flush()
+            fcntl.flock(self.file, fcntl.LOCK_UN)
         elif sys.stdout.isatty():
             prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
@@ -343,31 +380,36 @@ class TokenCounter:
         self.bar.close()
 
 
-def start_card(path, config, runtime, engine, num_prompts, num_requests, num_done, notes) -> str:
+def start_card(path, config, runtime, engine, mesh, num_samples, num_done, notes) -> str:
     rows = {
         "model": f"{path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
         + (", compiled" if runtime.compile else ""),
-        "work": f"{num_prompts} prompts, {num_requests} samples to draw"
-        + (f", {num_done} done before" * bool(num_done)),
-        "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens",
+        "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
+        "work": f"{num_samples - num_done:,} samples to draw" + (f", {num_done:,} done before" * bool(num_done)),
+        "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens"
+        + " on each dp rank" * (mesh["dp"].size() > 1),
     }
     return card("generate", rows | ({"note": "; ".join(notes)} if notes else {}))
 
 
-def end_card(engine: Engine, model: nn.Module, runtime: Runtime) -> str:
-    """Rates of the decode steps. MBU = bytes read a second (weights once a step, and the cache as far as attention
-    reads it) over the memory bandwidth of the datasheet, where that is known."""
+def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh) -> str:
+    """Rates of the decode steps, of all data-parallel ranks together. MBU = bytes read a second (weights once a step,
+    and the cache as far as attention reads it) over the memory bandwidth of the datasheet, where that is known."""
     rows = {}
+    decoded = torch.tensor(engine.num_decoded / max(engine.decode_seconds, 1e-9), device=runtime.device)
+    prefilled = torch.tensor(engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9), device=runtime.device)
+    for total in (decoded, prefilled):
+        dist.all_reduce(total, group=dp.get_group())
     if engine.num_steps:
         seconds = engine.decode_seconds
-        rate, step = engine.num_decoded / seconds, 1e3 * seconds / engine.num_steps
+        rate, step = decoded.item(), 1e3 * seconds / engine.num_steps
         rows["decoding"] = f"{rate:,.1f} tok/s, {step:.2f} ms a step of {engine.num_slots} slots"
         bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")
     if engine.prefill_seconds:
-        rows["prefill"] = f"{engine.num_prompt_tokens / engine.prefill_seconds:,.1f} tok/s"
+        rows["prefill"] = f"{prefilled.item():,.1f} tok/s"
     rows["memory"] = f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"
     return card("done", rows)
 

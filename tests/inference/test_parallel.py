@@ -1,0 +1,78 @@
+"""generate.py under torchrun on gloo: the same samples as one process, one line for each."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
+
+
+def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [tiny.ROOT / "inference/generate.py", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=env)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A biased GQA folder whose vocabulary 2 does not divide, and 13 ragged prompts."""
+    root = tmp_path_factory.mktemp("parallel")
+    tiny.write_model(root / "model", attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
+    records = [{"prompt": f"{i} plus" + " so" * (i % 7), "answer": i} for i in range(13)]
+    return root, tiny.write_records(root / "prompts.jsonl", records)
+
+
+def by_sample(path) -> dict:
+    lines = tiny.read_lines(path)
+    found = {(line["idx"], line["sample_idx"]): line for line in lines}
+    assert len(found) == len(lines)  # one line for each sample
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(world, layout):
+    """Catches prompts that a rank leaves out or repeats, ranks of one model that draw different tokens, a bias added
+    twice, lines of two ranks mixed, and a resume that does not see all ranks' lines."""
+    root, prompts = world
+    ranks, tp_size = LAYOUTS[layout]
+    flags = ["--checkpoint_path", root / "model", "--prompt_file", prompts, "--num_samples", 3, "--batch_size", 8]
+    flags += ["--max_new_tokens", 24, "--temperature", 1.0, "--top_p", 0.95, "--return_token_ids"]
+    single = root / "single.jsonl"
+    if not single.exists():
+        assert tiny.run("inference/generate.py", *flags, "--output_file", single).code == 0
+    wanted = by_sample(single)
+    out = root / f"{ranks}-{tp_size}.jsonl"
+    flags += ["--output_file", out, "--tensor_parallel_size", tp_size]
+    done = torchrun(ranks, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def check():
+        found = by_sample(out)
+        assert found.keys() == wanted.keys() and len(found) == 39
+        for key, line in found.items():
+            assert line.pop("logprob") == pytest.approx(wanted[key]["logprob"], abs=1e-3)
+            assert line == {name: value for name, value in wanted[key].items() if name != "logprob"}
+
+    check()
+    if layout == "dp 2 x tp 2":  # a kill took some lines of both ranks, and one in its middle
+        lines = out.read_bytes().splitlines(keepends=True)
+        out.write_bytes(b"".join(lines[5:20]) + lines[20][:30])
+        done = torchrun(ranks, *flags, "--resume")
+        assert done.returncode == 0, done.stderr[-3000:]
+        check()
+
+
+def test_ranks_that_do_not_fit(world):
+    """Catches heads cut through the middle, and a world that the model's ranks do not divide."""
+    root, prompts = world
+    flags = ["--checkpoint_path", root / "model", "--prompt_file", prompts, "--output_file", root / "none.jsonl"]
+    result = tiny.run("inference/generate.py", *flags, "--tensor_parallel_size", 2)
+    tiny.assert_refused(result, "--tensor_parallel_size 2", "1 ranks")
+    done = torchrun(3, *flags, "--tensor_parallel_size", 3)
+    assert done.returncode != 0 and "num_attention_heads = 4" in done.stderr and "Traceback (" not in done.stdout
+    assert not (root / "none.jsonl").exists()

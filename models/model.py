@@ -11,11 +11,13 @@
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim, E model dim, V vocabulary.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.tp import embed, enter_parallel, leave_parallel, local, size_of, whole_sequence
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+if varlen_attn is not None and not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+    varlen_attn = None  # torch 2.11 and older
 
 ROPE_KEYS = {
     "linear": ("factor",),
@@ -210,6 +219,35 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def document_attention(lengths: list[list[int]], num_tokens: int, device: torch.device) -> Attend:
+    """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
+    follows them in a row of num_tokens is padding.
+
+    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on); others a mask.
+    """
+    lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
+    flat = [length for row in lengths for length in row]
+    ends = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device)
+    longest = max(flat)
+    document = torch.repeat_interleave(torch.tensor(flat, device=device)).view(len(lengths), num_tokens)  # [B, T]
+    places = torch.arange(num_tokens, device=device)
+    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
+
+    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype == torch.float32:
+            return masked(layer, q, k, v)
+        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
+        rows = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
+
+    return variable_length if device.type == "cuda" and varlen_attn is not None else masked
+
+
 class Parallel(NamedTuple):
     """How one model is spread: the mesh of its tensor-parallel ranks (None: one rank), and whether the tokens between
     the parallel layers are spread as well."""
@@ -304,7 +342,7 @@ class MLP(nn.Module):
 def _save_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
     """Selective activation checkpointing: keep what matrix products and attention computed, recompute the cheap
     rest."""
-    costly = ("mm", "addmm", "bmm", "linear", "attention")
+    costly = ("mm", "addmm", "bmm", "linear", "attention", "varlen_attn")
     name = str(operation).partition(".")[2]
     return CheckpointPolicy.MUST_SAVE if any(c in name for c in costly) else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -362,9 +400,8 @@ class Transformer(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits are
-        `lm_head` of
-        these, which callers take only where they need them. position_ids [B, T] default to 0..T-1. Under sequence
+        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits are `lm_head`
+        of these, which callers take only where they need them. position_ids [B, T] default to 0..T-1. Under sequence
         parallelism T must be divisible by the tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

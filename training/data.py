@@ -6,6 +6,7 @@
   number
 """
 
+import bisect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,15 +114,49 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 @dataclass
 class Example:
-    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted)."""
+    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted). A
+    packed row has the lengths of the records in it."""
 
     input_ids: list[int]
     labels: list[int]
+    lengths: list[int] | None = None
 
     @property
     def num_targets(self) -> int:
         """Number of tokens that are predicted and learnt; the first token of a row is never predicted."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
+    """Records put into rows of at most max_seq_len tokens, none of them split: longest first, each into the fullest row
+    that has room (best-fit decreasing). No record predicts the next one's first token."""
+    rows: list[list[Example]] = []
+    rows_with_room: dict[int, list[int]] = {}  # free tokens -> rows
+    rooms: list[int] = []  # the keys, sorted
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        place = bisect.bisect_left(rooms, size)
+        if place < len(rooms):
+            room = rooms[place]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rows_with_room[room], rooms[place]
+        else:
+            room, row = max_seq_len, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        if room - size not in rows_with_room:
+            rows_with_room[room - size] = []
+            bisect.insort(rooms, room - size)
+        rows_with_room[room - size].append(row)
+    return [
+        Example(
+            [token for example in row for token in example.input_ids],
+            [label for example in row for label in (IGNORE_INDEX, *example.labels[1:])],
+            [len(example.input_ids) for example in row],
+        )
+        for row in rows
+    ]
 
 
 class EncodingCounts(NamedTuple):
@@ -283,11 +318,18 @@ def micro_batches(examples: list[Example], size: int, dp_rank: int = 0, dp_size:
         yield mine[start : start + size]
 
 
-def collate(
-    examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1
-) -> tuple[Tensor, Tensor]:
-    """(input_ids, labels), int64 [B, T], padded on the right to a multiple of `multiple_of`; labels are not shifted. No
-    examples give one row of padding."""
+class Batch(NamedTuple):
+    """int64 [B, T] each, on the device. position_ids and lengths (of the records in each row) only if rows are
+    packed."""
+
+    input_ids: Tensor
+    labels: Tensor  # not shifted
+    position_ids: Tensor | None
+    lengths: list[list[int]] | None
+
+
+def collate(examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> Batch:
+    """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding."""
     rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
     length = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
     input_ids = torch.full((len(rows), length), pad_token_id)
@@ -295,4 +337,13 @@ def collate(
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
         labels[i, : len(row.labels)] = torch.tensor(row.labels)
-    return input_ids.to(device), labels.to(device)
+    packed = any(row.lengths is not None and len(row.lengths) > 1 for row in rows)
+    lengths = [row.lengths or [len(row.input_ids)] for row in rows] if packed else None
+    position_ids = None
+    if packed:
+        position_ids = torch.zeros_like(input_ids)
+        for i, row in enumerate(lengths):
+            places = torch.cat([torch.arange(length) for length in row])
+            position_ids[i, : len(places)] = places
+        position_ids = position_ids.to(device)
+    return Batch(input_ids.to(device), labels.to(device), position_ids, lengths)

@@ -7,6 +7,7 @@
     python training/finetune_sft.py --checkpoint_path DIR --train_file train.jsonl --output_dir runs/sft
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, save_folder, stored_dtype
 from models.fsdp import check_divisible, clip_grad_norm, data_parallel_size, full_tensors, init_mesh, load_for_training
-from models.model import ModelConfig, Transformer, read_hf_config
+from models.model import ModelConfig, Transformer, causal_attention, document_attention, read_hf_config
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank, size_of
 from training.common import (
@@ -53,6 +54,9 @@ from training.data import (
     micro_batches,
     training_batches,
 )
+from training.data import (
+    pack as pack_rows,
+)
 from training.losses import token_cross_entropy
 
 
@@ -60,6 +64,12 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser("Supervised fine-tuning of the model in a Hugging Face folder.")
     add_model_arguments(parser)
     add_training_arguments(parser)
+    parser.add_argument(
+        "--pack",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="put several records into each row of --max_seq_len tokens; they do not see each other",
+    )
     return parser
 
 
@@ -97,6 +107,7 @@ def main(
     sequence_parallel: bool,
     activation_checkpointing: str,
     export_dtype: str | None,
+    pack: bool,
 ) -> None:
     args = dict(locals())
     dp_size = data_parallel_size(tensor_parallel_size)
@@ -122,6 +133,11 @@ def main(
     limits = {"vocab_size": config.vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
     train, counts = encode_sft_file(train_file, tokenizer, **limits)
     evaluation, eval_counts = encode_sft_file(eval_file, tokenizer, **limits) if eval_file else ([], None)
+    train_notes = describe(train, counts)
+    if pack:
+        train = pack_rows(train, max_seq_len)
+        filled = sum(len(row.input_ids) for row in train) / (len(train) * max_seq_len)
+        train_notes += f"; packed into {len(train):,} rows, {filled:.1%} full"
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else 0
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)
@@ -152,7 +168,7 @@ def main(
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
         "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
-        "train": describe(train, counts),
+        "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
     }
     say = print if is_main_rank() else lambda _: None
@@ -199,7 +215,8 @@ def main(
             "tokens_per_second": rate,
         }
         if flops_per_second:
-            mean_len = sum(n * n for n in lengths) / sum(lengths)  # the row length that a token sees on average
+            seen = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
+            mean_len = sum(n * n for n in seen) / sum(seen)  # the length of its record, for the average token
             line["mfu"] = rate * training_flops_per_token(config, mean_len) / flops_per_second
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
@@ -237,10 +254,14 @@ def main(
 def summed_loss(model: Transformer, examples: list[Example], pad_token_id: int) -> torch.Tensor:
     """The loss of this rank's rows, summed over their learnt tokens."""
     multiple_of = size_of(model.parallel.tp) if model.parallel.sequence_parallel else 1
-    input_ids, labels = collate(examples, pad_token_id, model.inv_freq.device, multiple_of)
-    return token_cross_entropy(
-        model(input_ids), model.lm_head.weight, labels, vocab_size=model.config.vocab_size, tp=model.parallel.tp
-    )
+    device = model.inv_freq.device
+    batch = collate(examples, pad_token_id, device, multiple_of)
+    attend = causal_attention
+    if batch.lengths is not None:
+        attend = document_attention(batch.lengths, batch.input_ids.shape[1], device)
+    hidden = model(batch.input_ids, batch.position_ids, attend)
+    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    return token_cross_entropy(hidden, model.lm_head.weight, batch.labels, **vocabulary)
 
 
 @torch.no_grad()

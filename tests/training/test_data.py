@@ -23,6 +23,7 @@ from training.data import (
     encode_text,
     epoch_order,
     micro_batches,
+    pack,
     read_records,
     training_batches,
 )
@@ -484,9 +485,30 @@ def test_micro_batches():
         assert all(any(r is other for other in rows) for group in groups for r in group)
 
 
+def test_pack():
+    """Catches a record that is split, lost, repeated or predicts its neighbour, and rows left needlessly empty."""
+    sizes = [3, 9, 1, 7, 2, 8, 10, 4, 6, 5, 10]
+    rows = [row(size, 100 * i) for i, size in enumerate(sizes)]
+    packed = pack(rows, 10)
+    assert sorted(n for p in packed for n in p.lengths) == sorted(sizes) and len(packed) == 7  # 65 tokens
+    for p in packed:
+        assert len(p.input_ids) == len(p.labels) == sum(p.lengths) <= 10
+        start = 0
+        for length in p.lengths:
+            ids = p.input_ids[start : start + length]
+            assert ids == rows[ids[0] // 100].input_ids
+            assert p.labels[start : start + length] == [-100, *rows[ids[0] // 100].labels[1:]]
+            start += length
+    assert sum(p.num_targets for p in packed) == sum(r.num_targets for r in rows)
+    batch = collate([Example([5] * 5, [5] * 5, [2, 3]), Example([6] * 3, [6] * 3, [3])], 0, torch.device("cpu"), 4)
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert batch.lengths == [[2, 3], [3]]
+
+
 def test_collate():
     """Catches padding on the left or in the loss."""
-    input_ids, labels = collate([row(2), row(4, 20)], 7, torch.device("cpu"))
+    input_ids, labels, position_ids, lengths = collate([row(2), row(4, 20)], 7, torch.device("cpu"))
+    assert position_ids is None and lengths is None
     assert input_ids.tolist() == [[10, 11, 7, 7], [20, 21, 22, 23]]
     assert labels.tolist() == [[-100, 11, -100, -100], [-100, 21, 22, 23]]
     assert input_ids.dtype == labels.dtype == torch.int64

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -192,6 +193,22 @@ def test_steps_with_a_schedule(folder, train_file, tmp_path):
     finetune(folder, train_file, tmp_path / "out", batch_size=4, **schedule, **more)
     assert_equals_reference(tmp_path / "out", model, history)
     assert [line["learning_rate"] for line in tiny.read_lines(tmp_path / "out/metrics.jsonl")] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_packed_equals_unpacked(folder, train_file, tmp_path, recompute):
+    """Catches records of one row that see each other, positions that do not restart, a record that predicts the next
+    one's first token, and another gradient from recomputation."""
+    one = {"batch_size": 11, "max_seq_len": 100, "lr_schedule": "constant", "max_grad_norm": 1e3, "adam_eps": 1e-3}
+    finetune(folder, train_file, tmp_path / "rows", **one)
+    result = finetune(folder, train_file, tmp_path / "packed", **one, pack=True, activation_checkpointing=recompute)
+    assert int(re.search(r"packed into (\d+) rows", result.stdout)[1]) < 9
+    (rows,), (packed,) = (tiny.read_lines(tmp_path / d / "metrics.jsonl") for d in ("rows", "packed"))
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert packed[key] == pytest.approx(rows[key], rel=1e-5), key
+    rows, packed = weights_of(tmp_path / "rows"), weights_of(tmp_path / "packed")
+    for name in rows:
+        torch.testing.assert_close(packed[name], rows[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_bfloat16_computation(one_step, train_file, tmp_path):

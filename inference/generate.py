@@ -46,6 +46,7 @@ from training.common import (
     peaks,
     positive_int,
     progress_bar,
+    read_json_object,
     run_script,
     write_json,
 )
@@ -224,7 +225,7 @@ def encode_prompts(
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
         if not ids:
-            raise ValueError(f"{record.where}: the prompt is empty, and this tokenizer has no BOS to start from")
+            raise ValueError(f"{record.where}: the prompt has no tokens, so there is nothing to go on from")
         check_ids(ids, vocab_size, record.where)
         if len(ids) >= limit:
             if overlong == "refuse" or limit < 2:
@@ -270,10 +271,7 @@ def read_finished(output_file: Path, begun_with: dict) -> set[tuple[int, int]]:
         raise ValueError(
             f"{sidecar(output_file)}: missing, so --resume cannot tell what {output_file.name} was begun with"
         )
-    try:
-        earlier = json.loads(sidecar(output_file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{sidecar(output_file)}: not valid JSON: {error}") from None
+    earlier = read_json_object(sidecar(output_file))
     differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
     if differing:
         raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
@@ -408,6 +406,8 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh)
         bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")
+    if engine.compile_seconds:
+        rows["compiling"] = f"{engine.compile_seconds:,.1f} s, not counted above"
     if engine.prefill_seconds:
         rows["prefill"] = f"{prefilled.item():,.1f} tok/s"
     rows["memory"] = f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"

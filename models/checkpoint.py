@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,8 @@ class WeightFiles:
     def _files(self) -> tuple[list[Path], dict[str, str] | None]:
         """(weight files, the index's weight_map or None)"""
         for stem in ("model.safetensors", "pytorch_model.bin"):
+            if (self.folder / stem).is_file():  # before an index, as transformers does
+                return [self.folder / stem], None
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
                 try:
@@ -88,8 +91,6 @@ class WeightFiles:
                 if missing:
                     raise FileNotFoundError(f"{self.folder}: the shards {_some(missing)} of {index.name} are missing")
                 return files, weight_map
-            if (self.folder / stem).is_file():
-                return [self.folder / stem], None
         raise FileNotFoundError(
             f"{self.folder}: no weights here (model.safetensors or pytorch_model.bin, whole or with an index)"
         )
@@ -102,7 +103,8 @@ class WeightFiles:
         try:
             if path.suffix == ".safetensors":
                 return safe_open(path, framework="pt")
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            zipped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: truncated or not a weight file: {reason}") from None
@@ -265,7 +267,11 @@ def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, 
     total, pending, pending_bytes, saved_dtype = 0, {}, 0, torch.float32
 
     def flush():
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            shutil.rmtree(folder)
+            raise OSError(f"{folder}: cannot be written: {error}") from None
         shards.append(list(pending))
 
     for name, tensor in tensors:
@@ -319,7 +325,7 @@ def generation_eos_ids(folder: str | Path, default: int | None = None) -> tuple[
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None
-        if value is not None:
+        if value is not None and value != []:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")

@@ -261,7 +261,7 @@ class Engine(nn.Module):
         self.register_buffer("hashes", token_hashes(config.vocab_size, device), persistent=False)
         stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         self.register_buffer("stop_ids", stop_ids, persistent=False)
-        self._step = self._decode_step
+        self._step, self._compiled_lengths = self._decode_step, set()
         if compile:
             # the limit counts the variants of all engines of a process together; 8 is one engine's buckets
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -271,7 +271,7 @@ class Engine(nn.Module):
 
     def reset_stats(self) -> None:
         self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
 
     @torch.no_grad()
     def generate(
@@ -307,9 +307,16 @@ class Engine(nn.Module):
                     yield from take(slot, token, logprob)
                 continue  # a first token may have been the last
             in_use = max(len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values())
-            tokens, logprobs = self._timed("decode_seconds", self._decode, in_use)
+            length = self._bucket(in_use + self.look_every)
+            first = self.compiled and length not in self._compiled_lengths  # its time is mostly the compiler's
+            self._compiled_lengths.add(length)
+            counter = "compile_seconds" if first else "decode_seconds"
+            tokens, logprobs = self._timed(counter, self._decode, length)
             for row_tokens, row_logprobs in zip(tokens, logprobs):
-                self.num_decoded += len(running)
+                if not first:
+                    self.num_decoded += len(running)
+                    self.num_steps += 1
+                    self.cache_bytes_read += self.num_slots * length * self.cache.bytes_per_token
                 for slot in sorted(running):
                     yield from take(slot, row_tokens[slot], row_logprobs[slot])
 
@@ -372,15 +379,12 @@ class Engine(nn.Module):
         """hidden [n, E] -> [n, V], on every tp rank, which then all draw the same tokens."""
         return gather_vocabulary(self.model.lm_head(hidden), self.model.config.vocab_size, self.model.parallel.tp)
 
-    def _decode(self, in_use: int) -> tuple[list[list[int]], list[list[float]]]:
+    def _decode(self, length: int) -> tuple[list[list[int]], list[list[float]]]:
         """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
-        length = self._bucket(in_use + self.look_every)
         outputs = []
         for _ in range(self.look_every):
             tokens, logprobs = self._step(length)
             outputs.append((tokens.clone(), logprobs.clone()) if self.compiled else (tokens, logprobs))
-        self.num_steps += self.look_every
-        self.cache_bytes_read += self.look_every * self.num_slots * length * self.cache.bytes_per_token
         tokens, logprobs = (torch.stack(part).tolist() for part in zip(*outputs))
         return tokens, logprobs
 

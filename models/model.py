@@ -82,7 +82,8 @@ class ModelConfig:
             value = default if value is None else value
             if value is None:
                 raise ValueError(f"{where}: the key {key!r} is missing")
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf or kind(value) != value:
                 raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
             return kind(value)
 
@@ -98,6 +99,9 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
         rope_theta, rope_scaling = _rope_settings(config, where)
+        for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if config.get(key) not in (None, True, False):
+                raise ValueError(f"{where}: {key} must be true or false, not {config[key]!r}")
         return cls(
             vocab_size=number("vocab_size"),
             hidden_size=hidden_size,
@@ -117,8 +121,13 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Number of parameters, tied embeddings counted once."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in Transformer(self).parameters())
+        E, ffn = self.hidden_size, self.intermediate_size
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        attention = 2 * E * (heads + kv_heads) * self.head_dim
+        attention += self.attention_bias * ((heads + 2 * kv_heads) * self.head_dim + E)
+        mlp = 3 * E * ffn + self.mlp_bias * (2 * ffn + E)
+        embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * E
+        return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
@@ -132,7 +141,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(config).__name__}")
@@ -142,9 +151,8 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
 def _rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
     rope_theta and rope_scaling at the top, with "type" or "rope_type"."""
-    nested = config.get("rope_parameters")
-    key = "rope_parameters" if nested else "rope_scaling"
-    settings = nested or config.get("rope_scaling") or {}
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # of both, transformers takes this
+    settings = config.get(key) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: {key} must be an object, not {settings!r}")
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -155,11 +163,13 @@ def _rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     if rope_type == "default":
         return float(theta), None
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         raise ValueError(f"{where}: {key} of type {rope_type!r} is not supported, only default, {', '.join(ROPE_KEYS)}")
     scaling = {"rope_type": rope_type}
     for name in ROPE_KEYS[rope_type]:
         value = settings.get(name)
+        if value is None and name == "original_max_position_embeddings":
+            value = config.get("max_position_embeddings")
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{where}: {key}.{name} must be a positive number for type {rope_type!r}, not {value!r}")
         scaling[name] = value

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import save_folder
 from models.model import ModelConfig, Transformer
 from training.common import ArgumentParser, non_negative_int, positive_int, run_script
+from training.data import get_field, read_records
 
 # {difficulty: share}; the difficulty is the number of terms.
 TRAIN_MIX = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.05}
@@ -229,28 +230,15 @@ def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
 # --- scoring what generate.py wrote -----------------------------------------------------------------------------------
 
 
-def read_jsonl(path, *fields):
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-        for field in fields:
-            if not isinstance(records[-1], dict) or field not in records[-1]:
-                raise ValueError(f"{path}:{number}: no field {field!r}")
-    if not records:
-        raise ValueError(f"{path}: empty")
-    return records
-
-
 def score(output_file, heldout_file, *, num_shown):
     """Prints the accuracy of all samples, overall and by difficulty, and `num_shown` of them."""
-    examples = {record["prompt"]: record for record in read_jsonl(heldout_file, "prompt", "answer", "difficulty")}
-    samples = read_jsonl(output_file, "prompt", "output")
-    for number, sample in enumerate(samples, start=1):
-        if sample["prompt"] not in examples:
-            raise ValueError(f"{output_file}:{number}: prompt {sample['prompt']!r} is not in {heldout_file}")
+    examples = {get_field(record, "prompt"): record.fields for record in read_records(heldout_file)}
+    lines = read_records(output_file)
+    for line in lines:
+        get_field(line, "output")
+        if get_field(line, "prompt") not in examples:
+            raise ValueError(f"{line.where}: prompt {line.fields['prompt']!r} is not in {heldout_file}")
+    samples = [line.fields for line in lines]
     matched = [examples[sample["prompt"]] for sample in samples]
     rewards = correct([s["prompt"] for s in samples], [s["output"] for s in samples], matched)
     by_difficulty = {}

@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import logging
 import math
 import os
 import pickle
@@ -88,6 +89,7 @@ non_negative_int = number(int, least=0)
 positive_float = number(float, above=0, most=sys.float_info.max)
 non_negative_float = number(float, least=0, most=sys.float_info.max)
 fraction = number(float, least=0, most=1)
+below_one = number(float, least=0, most=math.nextafter(1, 0))
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -124,8 +126,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--lr_schedule", choices=["constant", "linear", "cosine"], default="cosine", help="what follows the warm-up")
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps in which the learning rate rises")
     add("--weight_decay", type=non_negative_float, default=0.0, help="AdamW decay of matrices; not of norms and biases")
-    add("--adam_beta1", type=fraction, default=0.9, help="decay of AdamW's first moment")
-    add("--adam_beta2", type=fraction, default=0.95, help="decay of AdamW's second moment")
+    add("--adam_beta1", type=below_one, default=0.9, help="decay of AdamW's first moment")
+    add("--adam_beta2", type=below_one, default=0.95, help="decay of AdamW's second moment")
     add("--adam_eps", type=positive_float, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
     add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
@@ -170,7 +172,9 @@ def run_script(main: Callable, parser: ArgumentParser) -> None:
         main(**vars(args))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
@@ -178,6 +182,8 @@ def run_script(main: Callable, parser: ArgumentParser) -> None:
             bar.leave = False
             bar.close()
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
         print(f"{parser.prog}:{rank} error: {reason}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -279,8 +285,18 @@ def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
 # ------------------------------------------------------------------------------- the run directory
 
 
-# A run that goes on with another of these would take other batches than those it has yet to take.
-DATA_ARGS = ("train_file", "batch_size", "shuffle", "seed", "max_seq_len", "overlong")
+# A run that goes on with another of these would not be the same run: another model, or other batches.
+FIXED_ARGS = (
+    "checkpoint_path",
+    "train_file",
+    "batch_size",
+    "shuffle",
+    "seed",
+    "max_seq_len",
+    "overlong",
+    "pack",
+    "dtype",
+)
 
 
 def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
@@ -292,15 +308,31 @@ def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
     if (output_dir / "config.json").exists() and not (output_dir / "args.json").exists():
         raise ValueError(f"--output_dir {output_dir}: holds a model and no run to --resume; it would be overwritten")
     if resume and (output_dir / "args.json").exists():
-        earlier = json.loads((output_dir / "args.json").read_text(encoding="utf-8"))
-        changed = [f"--{name}" for name in DATA_ARGS if name in args and earlier.get(name) != _plain(args[name])]
+        earlier = read_json_object(output_dir / "args.json")
+        changed = [f"--{name}" for name in FIXED_ARGS if name in args and earlier.get(name) != _recorded(args[name])]
         if changed:
             raise ValueError(f"--resume {output_dir}: the run was begun with other {', '.join(changed)}")
 
 
-def _plain(value: object) -> object:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(value, default=str))
+def _recorded(value: object) -> object:
+    """A flag's value as args.json holds it; paths are absolute, so that a run can be resumed from elsewhere."""
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def read_json_object(path: Path) -> dict:
+    """A small JSON file that holds an object; ValueError that names the file otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold an object, not a {type(value).__name__}")
+    return value
+
+
+def write_args(output_dir: Path, args: dict) -> None:
+    """args.json: the flags of the run."""
+    write_json(output_dir / "args.json", {name: _recorded(value) for name, value in args.items()})
 
 
 def write_json(path: Path, value: object) -> None:
@@ -320,10 +352,17 @@ class Metrics:
             return
         self.path = output_dir / "metrics.jsonl"
         kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= after_step:
-                kept.append(line)
-        self.path.write_bytes(b"".join(kept))
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    if json.loads(line)["step"] <= after_step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{self.path}:{number}: not a line that a training script wrote") from None
+        staging = self.path.with_name(".metrics.jsonl.partial")
+        staging.write_bytes(b"".join(kept))
+        os.replace(staging, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, values: dict[str, float]) -> None:
@@ -361,18 +400,18 @@ def check_finite(step: int, rows: list[int], **values: float | Tensor) -> None:
 class StopSignal:
     """SIGTERM asks for an end after the current step."""
 
-    def __init__(self, device: torch.device):
-        self.received, self.device = False, device
+    def __init__(self):
+        self.received = False
         signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_) -> None:
         self.received = True
 
-    def agreed(self) -> bool:
+    def agreed(self, device: torch.device) -> bool:
         """Whether any rank has received it: all ranks must end after the same step. A collective."""
         if dist.get_world_size() == 1:
             return self.received
-        flag = torch.tensor(int(self.received), dtype=torch.int32, device=self.device)
+        flag = torch.tensor(int(self.received), dtype=torch.int32, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -431,11 +470,17 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
         try:
+            logging.disable(logging.CRITICAL)  # it logs tracebacks of what is reported here in a line
+            if not (path / ".metadata").is_file():
+                raise FileNotFoundError(".metadata is missing")
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            say(f"{path}: broken, trying the one before ({type(error).__name__}: {reason})")
+            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+            reason = " ".join(str(next(iter(failures))[0]).split())[:200]
+            say(f"{path}: broken, trying the one before ({reason})")
             continue
+        finally:
+            logging.disable(logging.NOTSET)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         say(f"{path}: resuming after step {int(path.name[5:])}")
         return int(path.name[5:])

@@ -43,7 +43,7 @@ from training.common import (
     run_script,
     save_checkpoint,
     training_flops_per_token,
-    write_json,
+    write_args,
 )
 from training.data import (
     EncodingCounts,
@@ -110,6 +110,7 @@ def main(
     pack: bool,
 ) -> None:
     args = dict(locals())
+    stop = StopSignal()
     dp_size = data_parallel_size(tensor_parallel_size)
     if batch_size % dp_size:
         raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
@@ -124,6 +125,8 @@ def main(
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
+    hf_config = read_hf_config(checkpoint_path)[0]
+    saved_dtype = DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path)
     check_divisible(config, tensor_parallel_size)
     max_seq_len = max_seq_len or config.max_position_embeddings
     if max_seq_len > config.max_position_embeddings:
@@ -160,9 +163,14 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = 1 + (load_newest_checkpoint(output_dir, model, optimizer) if resume else 0)
 
+    if first_step > total_steps + 1:
+        raise ValueError(
+            f"--resume: the run has done {first_step - 1} steps already, and only {total_steps} are asked for"
+        )
+
     if is_main_rank():
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "args.json", args)
+        write_args(output_dir, args)
     metrics = Metrics(output_dir, after_step=first_step - 1)
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
@@ -179,7 +187,7 @@ def main(
     order = {"seed": seed, "shuffle": shuffle}
     before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
     num_tokens = sum(len(train[i].input_ids) for _, numbers in before for i in numbers)
-    stop, watch = StopSignal(runtime.device), Stopwatch(runtime.device)
+    watch = Stopwatch(runtime.device)
     bar = progress_bar(total=total_steps, initial=first_step - 1, desc="training", unit="step")
     for step, numbers in training_batches(
         len(train), batch_size, **order, first_step=first_step, last_step=total_steps
@@ -231,8 +239,8 @@ def main(
         bar.update(1)
 
         # save
-        stopping = stop.agreed()
-        if stopping or (save_steps and step % save_steps == 0 and step < total_steps):
+        stopping = stop.agreed(runtime.device)
+        if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
             save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
             watch.lap()
         if stopping:
@@ -244,9 +252,9 @@ def main(
     save_folder(
         output_dir,
         full_tensors(model),
-        config=read_hf_config(checkpoint_path)[0],
+        config=hf_config,
         copy_from=checkpoint_path,
-        dtype=DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path),
+        dtype=saved_dtype,
     )
     say(f"{output_dir}: model written; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from models.checkpoint import load_model
 from models.model import PRESETS, ModelConfig, Transformer, rope_inv_freq
@@ -48,6 +49,27 @@ def test_logits_equal_transformers(tmp_path, config):
         expected = theirs(input_ids).logits
     assert expected.std() > 0.3  # else the comparison would say little
     torch.testing.assert_close(logits_of(ours, input_ids), expected, atol=1e-4, rtol=0)
+
+
+def test_both_spellings_at_once(tmp_path):
+    """Catches a rope_scaling that a user adds to a newer config, and that transformers obeys, being ignored."""
+    tiny.write_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"type": "linear", "factor": 4.0}}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 90))
+    with torch.no_grad():
+        expected = theirs(input_ids).logits
+    torch.testing.assert_close(logits_of(load_model(tmp_path), input_ids), expected, atol=1e-4, rtol=0)
+
+
+def test_parameter_count():
+    """Catches a formula that leaves out what a variant adds."""
+    for change in VARIANTS.values():
+        rope = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 33, "intermediate_size": 20, **change}
+        config = ModelConfig.from_hf({"model_type": "llama", "num_hidden_layers": 3, **rope})
+        with torch.device("meta"):
+            assert config.num_parameters() == sum(p.numel() for p in Transformer(config).parameters())
 
 
 @pytest.mark.parametrize("name", ["linear", "llama3", "theta and eps"])
@@ -237,7 +259,9 @@ GOOD = {
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {**LLAMA3}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, "rope_scaling"),
+        ({"num_hidden_layers": float("inf")}, "num_hidden_layers"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),

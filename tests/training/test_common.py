@@ -30,6 +30,7 @@ from training.common import (
     run_script,
     save_checkpoint,
     training_flops_per_token,
+    write_args,
     write_json,
 )
 
@@ -240,10 +241,22 @@ def test_output_dir(tmp_path):
     assert json.loads((tmp_path / "args.json").read_text()) == {"path": str(tmp_path), "text": "é"}
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{", "5"])
+def test_unusable_args_and_metrics(tmp_path, content):
+    """Catches a traceback, or a message without the file's name, for files of a run that somebody edited."""
+    (tmp_path / "args.json").write_text(content)
+    with pytest.raises(ValueError, match=r"args\.json: "):
+        prepare_output_dir(tmp_path, True, {"seed": 0})
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{content or "{}"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        Metrics(tmp_path, after_step=5)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_resume_with_other_data(tmp_path):
     """Catches a run that goes on with other batches than those it has yet to take."""
     args = {"train_file": tmp_path / "a", "batch_size": 4, "seed": 0, "num_epochs": 1}
-    write_json(tmp_path / "args.json", args)
+    write_args(tmp_path, args)
     prepare_output_dir(tmp_path, True, {**args, "num_epochs": 2})
     with pytest.raises(ValueError, match="--train_file, --batch_size"):
         prepare_output_dir(tmp_path, True, {**args, "train_file": tmp_path / "b", "batch_size": 8})

@@ -6,18 +6,22 @@ An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /clear forgets the conv
 folder's chat template; a folder without one continues plain text.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 
 from models.checkpoint import generation_eos_ids
 from models.decode import load_for_inference
+from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
 from models.tokenizer import StreamDecoder, Tokenizer
+from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
     add_model_arguments,
@@ -41,6 +45,7 @@ def parser() -> ArgumentParser:
     add("--temperature", type=non_negative_float, default=0.7, help="0 is greedy")
     add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
     add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
+    add("--tensor_parallel_size", type=positive_int, default=1, help="ranks that share the model: all of torchrun's")
     add(
         "--max_seq_len",
         type=positive_int,
@@ -63,10 +68,14 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
+    tensor_parallel_size: int,
     max_seq_len: int | None,
 ) -> None:
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
+    check_divisible(config, tensor_parallel_size)
+    if data_parallel_size(tensor_parallel_size) > 1:
+        raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
     tokenizer = Tokenizer(checkpoint_path)
     check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
     context = config.max_position_embeddings
@@ -75,17 +84,17 @@ def main(
     limit = max_seq_len or min(4096, context)
     eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
     params = SamplingParams(temperature, top_k, top_p, seed, eos_ids)
-    model = load_for_inference(checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile)
+    tp = parallel_of(init_mesh(runtime.device, tensor_parallel_size)).tp
+    model = load_for_inference(
+        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=tp
+    )
     engine = Engine(model, params, num_slots=1, max_seq_len=limit, compile=runtime.compile, look_every=1)
-    print(f"{checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")
+    say(f"{checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")
 
     opening = [{"role": "system", "content": system}] if system else []
     messages, turn = list(opening), 0
     while True:
-        try:
-            text = input("\n> ")
-        except EOFError:
-            break
+        text = read_line()
         if not text.strip():
             break
         if text.strip() == "/clear":
@@ -98,12 +107,28 @@ def main(
         check_ids(prompt_ids, config.vocab_size, "this message")
         room = limit - len(prompt_ids)
         if room < 1:
-            print(f"(the conversation fills the {limit} tokens: /clear it, or start with a larger --max_seq_len)")
+            say(f"(the conversation fills the {limit} tokens: /clear it, or start with a larger --max_seq_len)")
             messages.pop()
             continue
         request = Request(turn, 0, prompt_ids, min(max_new_tokens, room))
         messages.append({"role": "assistant", "content": answer(engine, tokenizer, request)})
         turn += 1
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints on the main rank."""
+    if is_main_rank():
+        print(text, end=end, flush=True)
+
+
+def read_line() -> str:
+    """What the user types at the main rank, on every rank; "" at the end of input."""
+    line = [""]
+    if is_main_rank():
+        with contextlib.suppress(EOFError):
+            line = [input("\n> ")]
+    dist.broadcast_object_list(line, src=0)
+    return line[0]
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
@@ -112,7 +137,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
 
     def show(text: str) -> None:
         said.append(text)
-        print(text, end="", flush=True)
+        say(text, end="")
 
     def on_token(_: Request, token: int) -> None:
         if token not in engine.params.stop_token_ids:
@@ -122,10 +147,10 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
         for completion in engine.generate([request], on_token):
             show(decoder.flush())
             if completion.finish_reason == "length":
-                print(" [cut at the token limit]", end="")
+                say(" [cut at the token limit]", end="")
     except KeyboardInterrupt:
         show(decoder.flush())
-    print()
+    say("")
     return "".join(said)
 
 

@@ -1,5 +1,6 @@
 """generate.py under torchrun on gloo: the same samples as one process, one line for each."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def test_layouts_agree(world, layout):
         done = torchrun(ranks, *flags, "--resume")
         assert done.returncode == 0, done.stderr[-3000:]
         check()
+
+
+def test_chat_on_two_ranks(world):
+    """Catches ranks that wait for their own input, or all print the answer."""
+    root, _ = world
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tiny.ROOT / "inference/chat.py", "--checkpoint_path", root / "model", "--temperature", 0]
+    command += ["--max_new_tokens", 12, "--tensor_parallel_size", 2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = {"input": "3 plus so\n\n", "capture_output": True, "text": True, "timeout": 100, "env": env}
+    done = subprocess.run(list(map(str, command)), **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ["--checkpoint_path", root / "model", "--prompt", "3 plus so", "--temperature", 0, "--max_new_tokens", 12]
+    line = json.loads(tiny.run("inference/generate.py", *flags).stdout)
+    assert done.stdout.count(line["output"]) == 1 and done.stdout.count("an empty line ends the chat") == 1
 
 
 def test_ranks_that_do_not_fit(world):

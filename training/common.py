@@ -93,8 +93,13 @@ below_one = number(float, least=0, most=math.nextafter(1, 0))
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """The flags of every script that runs a model."""
+    """The flags of every script that runs a model of a folder."""
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="Hugging Face folder with the model")
+    add_runtime_arguments(parser)
+
+
+def add_runtime_arguments(parser: ArgumentParser) -> None:
+    """Where and how to compute."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the GPU if there is one")
     parser.add_argument(
         "--dtype",

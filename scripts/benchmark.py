@@ -1,0 +1,248 @@
+"""Speed beside the physical limit, with random weights.
+
+- the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
+- generate: decode and prefill rates of the engine; sft: tokens/s of whole optimizer steps
+- --compare runs transformers on the same shape in alternating processes and prints the ratios; one process's timing
+  alone says little on a shared machine
+- the last line is JSON
+
+    python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
+    python scripts/benchmark.py sft --preset 134m --dtype bfloat16 --batch_size 4 --seq_len 512
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from models.decode import can_pack, to_inference, weight_bytes
+from models.fsdp import clip_grad_norm, init_mesh, parallel_of, shard_model
+from models.generation import Engine, Request, SamplingParams
+from models.model import PRESETS, ModelConfig, Transformer
+from training.common import (
+    ArgumentParser,
+    Stopwatch,
+    add_runtime_arguments,
+    card,
+    choose_runtime,
+    device_name,
+    make_optimizer,
+    peak_memory,
+    positive_int,
+    run_script,
+    training_flops_per_token,
+)
+from training.losses import token_cross_entropy
+
+SIZES = {
+    "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
+    "1b": PRESETS["meta-llama/Llama-3.2-1B"],
+    "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
+    "8b": PRESETS["meta-llama/Llama-3.1-8B"],
+}
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Speed beside the physical limit, with random weights.")
+    add_runtime_arguments(parser)
+    add = parser.add_argument
+    add("job", choices=["generate", "sft"], help="what to measure")
+    add("--preset", choices=list(SIZES), default="134m", help="shape of the model")
+    add("--batch_size", type=positive_int, default=8, help="slots, or rows of an optimizer step")
+    add("--prompt_len", type=positive_int, default=64, help="generate: tokens of each prompt")
+    add("--new_tokens", type=positive_int, default=128, help="generate: tokens of each completion")
+    add("--seq_len", type=positive_int, default=512, help="sft: tokens of each row")
+    add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="sft: recompute")
+    add("--repeats", type=positive_int, default=3, help="timed runs (generate) or steps (sft), after one to warm up")
+    add("--engine", choices=["ours", "transformers"], default="ours", help="what to run")
+    add("--compare", type=positive_int, default=None, help="alternate ours and transformers so many times")
+    return parser
+
+
+def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: int, seed: int, **options) -> None:
+    if compare:
+        compare_engines(compare)
+        return
+    runtime = choose_runtime(options["device"], options["dtype"], options["compile"])
+    config = SIZES[preset]
+    torch.manual_seed(seed)
+    flops, bandwidth = ceilings(runtime.device)
+    measure = {"generate": measure_generate, "sft": measure_sft}[job] if engine == "ours" else peer(job)
+    result = measure(config, runtime, repeats, options)
+    rows = {
+        "model": f"{preset}, {config.num_parameters() / 1e6:,.1f} M parameters, random",
+        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
+        + ", compiled" * runtime.compile,
+        "versions": f"torch {torch.__version__}, engine {engine}",
+        "ceilings": f"{flops / 1e12:,.2f} TFLOP/s (matrix product), {bandwidth / 1e9:,.1f} GB/s (copy)",
+        "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {repeats})",
+    }
+    if "bytes_per_second" in result:
+        result["mbu"] = result["bytes_per_second"] / bandwidth
+        rows["bandwidth"] = f"{result['bytes_per_second'] / 1e9:,.1f} GB/s, {result['mbu']:.1%} of the copy"
+    if "flops_per_second" in result:
+        result["mfu"] = result["flops_per_second"] / flops
+        rows["rate"] = f"{result['flops_per_second'] / 1e12:,.2f} TFLOP/s, {result['mfu']:.1%} of the matrix product"
+    result["peak_memory"] = peak_memory(runtime.device)
+    rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
+    print(card(f"{job}, {setting(job, options)}", rows))
+    print(json.dumps({"job": job, "preset": preset, "engine": engine, **rows, **result}))
+
+
+def setting(job: str, options: dict) -> str:
+    if job == "generate":
+        return "{batch_size} slots, {prompt_len} + {new_tokens} tokens".format(**options)
+    return "{batch_size} x {seq_len} tokens, recompute {activation_checkpointing}".format(**options)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median time of a call, after one that does not count."""
+    function()
+    watch, times = Stopwatch(device), []
+    for _ in range(repeats):
+        function()
+        times.append(watch.lap())
+    return statistics.median(times)
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """(FLOP/s of a bf16 matrix product, bytes/s of a copy, read and written), measured."""
+    size, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    source = torch.randn(length, device=device)
+    target = torch.empty_like(source)
+    product = seconds_of(lambda: a @ b, device, 7)
+    copy = seconds_of(lambda: target.copy_(source), device, 7)
+    return 2 * size**3 / product, 2 * source.nbytes / copy
+
+
+@torch.inference_mode()
+def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    model.to_empty(device=runtime.device).init_weights()
+    model.reset_buffers(runtime.device)
+    to_inference(model, pack=not runtime.compile and can_pack(runtime.device, runtime.dtype))
+    batch, prompt_len, new_tokens = (options[name] for name in ("batch_size", "prompt_len", "new_tokens"))
+    engine = Engine(
+        model,
+        SamplingParams(),
+        num_slots=batch,
+        max_seq_len=prompt_len + new_tokens,
+        compile=runtime.compile,
+    )
+    prompts = torch.randint(3, config.vocab_size, (batch, prompt_len)).tolist()
+    results = []
+    for _ in range(repeats + 1):
+        engine.reset_stats()
+        start = time.perf_counter()
+        for _ in engine.generate([Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)]):
+            pass
+        seconds = time.perf_counter() - start
+        read = engine.num_steps * weight_bytes(model) + engine.cache_bytes_read
+        results.append((batch * new_tokens / seconds, read / max(engine.decode_seconds, 1e-9), engine.decode_seconds))
+    rate, bandwidth, decode = (statistics.median(column) for column in zip(*results[1:]))
+    return {
+        "tokens_per_second": rate,
+        "bytes_per_second": bandwidth,
+        "ms_per_step": 1e3 * decode / engine.num_steps,
+    }
+
+
+def measure_sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    mesh = init_mesh(runtime.device, 1)
+    with torch.device("meta"):
+        model = Transformer(config, runtime.dtype, parallel_of(mesh))
+    recompute = options["activation_checkpointing"]
+    shard_model(model, mesh, compute_dtype=runtime.dtype, recompute=recompute, compile=runtime.compile)
+    model.to_empty(device=runtime.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().normal_(0.0, 0.02)
+    model.reset_buffers(runtime.device)
+    optimizer = make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    shape = (options["batch_size"], options["seq_len"])
+    ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+    tokens = ids.numel()
+
+    def step() -> None:
+        (token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens).backward()
+        clip_grad_norm(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    rate = tokens / seconds_of(step, runtime.device, repeats)
+    return {"tokens_per_second": rate, "flops_per_second": rate * training_flops_per_token(config, shape[1])}
+
+
+def peer(job: str) -> Callable:
+    """The same job with transformers: generate(), or a plain loop of its model with bf16 autocast and AdamW."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--engine transformers needs it installed: pip install transformers") from None
+
+    def build(config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+        shape = {name: getattr(config, name) for name in names}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device, dtype)
+
+    def generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        model = build(config, runtime.dtype, runtime.device).eval()
+        batch, prompt_len, new_tokens = (options[name] for name in ("batch_size", "prompt_len", "new_tokens"))
+        ids = torch.randint(3, config.vocab_size, (batch, prompt_len), device=runtime.device)
+        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, "do_sample": True}
+        run = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)  # noqa: E731
+        return {"tokens_per_second": batch * new_tokens / seconds_of(run, runtime.device, repeats)}
+
+    def sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        model = build(config, torch.float32, runtime.device).train()
+        optimizer = make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        shape = (options["batch_size"], options["seq_len"])
+        ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+
+        def step() -> None:
+            with torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.dtype != torch.float32):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return {"tokens_per_second": ids.numel() / seconds_of(step, runtime.device, repeats)}
+
+    return {"generate": generate, "sft": sft}[job]
+
+
+def compare_engines(rounds: int) -> None:
+    """Runs this command with either engine in turn, each in a process of its own, and prints the ratios."""
+    arguments = sys.argv[1:]
+    at = arguments.index("--compare")
+    del arguments[at : at + 2]
+    found = {"ours": [], "transformers": []}
+    for i in range(rounds):
+        for engine, results in found.items():
+            command = [sys.executable, __file__, *arguments, "--engine", engine]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"--engine {engine} failed: {done.stderr.strip().splitlines()[-1]}")
+            results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            speed, memory = results[-1]["tokens_per_second"], results[-1]["peak_memory"] / 1e9
+            print(f"round {i + 1}: {engine:12} {speed:10,.1f} tok/s, {memory:,.2f} GB peak", flush=True)
+    pairs = list(zip(found["ours"], found["transformers"]))
+    speed = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
+    memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
+    print(f"ours / transformers: speed {', '.join(f'{x:.2f}' for x in speed)}; memory {statistics.median(memory):.2f}")
+    print(json.dumps({"speed_ratios": speed, "memory_ratios": memory, "ours": found["ours"][-1]}))
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

@@ -29,7 +29,7 @@ from models.checkpoint import generation_eos_ids
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingParams
-from models.model import ModelConfig
+from models.model import ModelConfig, read_json_object
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.common import (
@@ -46,7 +46,6 @@ from training.common import (
     peaks,
     positive_int,
     progress_bar,
-    read_json_object,
     run_script,
     write_json,
 )

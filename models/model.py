@@ -139,13 +139,18 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    return read_json_object(path), str(path)
+
+
+def read_json_object(path: Path) -> dict:
+    """A small JSON file that holds an object; ValueError that names the file otherwise."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(config).__name__}")
-    return config, str(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def _rope_settings(config: dict, where: str) -> tuple[float, dict | None]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from models.checkpoint import DTYPES
-from models.model import ModelConfig
+from models.model import ModelConfig, read_json_object
 from models.tp import is_main_rank
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
@@ -322,17 +322,6 @@ def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
 def _recorded(value: object) -> object:
     """A flag's value as args.json holds it; paths are absolute, so that a run can be resumed from elsewhere."""
     return str(value.resolve()) if isinstance(value, Path) else value
-
-
-def read_json_object(path: Path) -> dict:
-    """A small JSON file that holds an object; ValueError that names the file otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold an object, not a {type(value).__name__}")
-    return value
 
 
 def write_args(output_dir: Path, args: dict) -> None:

@@ -180,22 +180,6 @@ def gather_vocabulary(logits: Tensor, vocab_size: int, tp: DeviceMesh | None) ->
 CHUNK_TOKENS = 1024  # tokens whose logits exist at a time: [1024, V] in fp32 is 131 MB for V = 32000
 
 
-def _normaliser_and_target(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exp over the whole vocabulary, the target's logit), [n, 1] each, from this rank's logits
-    [n, V / tp] of tokens start, start + 1, ..."""
-    if size_of(tp) == 1:
-        return logits.logsumexp(dim=-1, keepdim=True), logits.gather(-1, targets[:, None])
-    largest = logits.new_full((len(logits), 1), -torch.inf) if logits.shape[1] == 0 else logits.amax(-1, keepdim=True)
-    largest = _all_reduce(largest, tp, "max")
-    total = (logits - largest).exp().sum(dim=-1, keepdim=True)
-    offsets, mine = _own_targets(targets, start, logits.shape[1])
-    target = torch.zeros_like(total)
-    if logits.shape[1]:
-        target = torch.where(mine, logits.gather(-1, offsets), target)
-    total, target = _all_reduce(torch.stack((total, target)), tp)
-    return total.log() + largest, target
-
-
 def _own_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """(column of each target in this rank's logits, 0 where another rank has it; whether this rank has it), [n, 1]
     each."""
@@ -216,19 +200,34 @@ class _CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        # two buffers serve all chunks: fresh ones of this size cost the CPU more than the arithmetic
+        raw_buffer = hidden.new_empty(min(len(hidden), CHUNK_TOKENS), len(weight))
+        buffer = raw_buffer if hidden.dtype == torch.float32 else raw_buffer.float()
         for first in range(0, len(hidden), CHUNK_TOKENS):
             h, t = hidden[first : first + CHUNK_TOKENS], targets[first : first + CHUNK_TOKENS]
-            logits = (h @ compute_weight.T).float()
-            normaliser, target = _normaliser_and_target(logits, t, start, tp)
-            total += (normaliser - target).sum()
+            raw, logits = raw_buffer[: len(h)], buffer[: len(h)]
+            torch.mm(h, compute_weight.T, out=raw)
+            if logits is not raw:
+                logits.copy_(raw)
+            offsets, mine = _own_targets(t, start, logits.shape[1])
+            largest, target = logits.new_full((len(h), 1), -torch.inf), logits.new_zeros(len(h), 1)
+            if logits.shape[1]:
+                largest = logits.amax(dim=-1, keepdim=True)
+                target = torch.where(mine, logits.gather(-1, offsets), target)
+            if size_of(tp) > 1:
+                largest = _all_reduce(largest, tp, "max")
+            partition = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+            if size_of(tp) > 1:
+                partition, target = _all_reduce(torch.stack((partition, target)), tp)
+            total += (partition.log() + largest - target).sum()
             if needs_grad:
-                grad_logits = logits.sub_(normaliser).exp_()  # the softmax, less 1 at the target
+                logits.div_(partition)  # the softmax, less 1 at the target
                 if logits.shape[1]:
-                    offsets, mine = _own_targets(t, start, logits.shape[1])
-                    grad_logits.scatter_add_(-1, offsets, -mine.float())
-                grad_logits = grad_logits.to(h.dtype)
-                grad_hidden[first : first + CHUNK_TOKENS] = grad_logits @ compute_weight
-                grad_weight += grad_logits.T @ h
+                    logits.scatter_add_(-1, offsets, -mine.float())
+                if logits is not raw:
+                    raw.copy_(logits)
+                grad_hidden[first : first + CHUNK_TOKENS] = raw @ compute_weight
+                grad_weight += raw.T @ h
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

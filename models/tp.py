@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
+# torch 2.13 deprecates the *_tensor names for *_single ones, which 2.12 and older lack
+_gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_scatter_single = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 # The dimension in which a layer's weight is cut; a row-parallel layer's bias and the norms are whole on every rank.
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -68,11 +72,11 @@ def _all_reduce(x: Tensor, tp: DeviceMesh, operation: str = "sum") -> Tensor:
 
 
 def _all_gather(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim % x.dim(), tp))
+    return funcol.wait_tensor(_gather_single(x.contiguous(), dim % x.dim(), tp))
 
 
 def _reduce_scatter(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, tp))
+    return funcol.wait_tensor(_scatter_single(x.contiguous(), "sum", dim, tp))
 
 
 class _Copy(torch.autograd.Function):

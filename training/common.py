@@ -7,6 +7,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import math
@@ -149,6 +150,12 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
     add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
     add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="where else metrics go; the package must be installed",
+    )
     add(
         "--tensor_parallel_size",
         type=positive_int,
@@ -336,12 +343,18 @@ def write_json(path: Path, value: object) -> None:
     os.replace(staging, path)
 
 
+def check_installed(report_to: str) -> None:
+    """Raises ValueError that says what to install for --report_to."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
+
+
 class Metrics:
     """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
 
-    def __init__(self, output_dir: Path, *, after_step: int = 0):
+    def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
         """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
-        self._file = None
+        self._file, self._report = None, None
         if not is_main_rank():
             return
         self.path = output_dir / "metrics.jsonl"
@@ -359,10 +372,23 @@ class Metrics:
         os.replace(staging, self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(output_dir / "tensorboard", purge_step=after_step + 1)
+            self._report = lambda step, values: [board.add_scalar(name, x, step) for name, x in values.items()]
+        elif report_to == "wandb":
+            import wandb
+
+            run = wandb.init(dir=output_dir, name=output_dir.name, resume="allow")
+            self._report = lambda step, values: run.log(values, step=step)
+
     def write(self, values: dict[str, float]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+        if self._report is not None:
+            self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 
 
 class Stopwatch:

@@ -31,6 +31,7 @@ from training.common import (
     add_training_arguments,
     card,
     check_finite,
+    check_installed,
     choose_runtime,
     device_name,
     learning_rate_at,
@@ -103,6 +104,7 @@ def main(
     save_steps: int | None,
     save_total_limit: int,
     log_steps: int,
+    report_to: str,
     tensor_parallel_size: int,
     sequence_parallel: bool,
     activation_checkpointing: str,
@@ -120,6 +122,7 @@ def main(
         raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than --batch_size {batch_size}")
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
+    check_installed(report_to)
     prepare_output_dir(output_dir, resume, args)
 
     # load: the data first, since it is quick to be wrong
@@ -171,7 +174,7 @@ def main(
     if is_main_rank():
         output_dir.mkdir(parents=True, exist_ok=True)
         write_args(output_dir, args)
-    metrics = Metrics(output_dir, after_step=first_step - 1)
+    metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",

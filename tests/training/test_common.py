@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from training.common import (
     ArgumentParser,
     Metrics,
     check_finite,
+    check_installed,
     choose_runtime,
     fraction,
     learning_rate_at,
@@ -376,3 +378,29 @@ def test_no_checkpoint(tmp_path, capsys):
     """Catches a --resume before the first checkpoint refused, or one that does not say where it starts."""
     assert load_newest_checkpoint(tmp_path, *trained(0)) == 0
     assert "no checkpoint to resume from, starting from the beginning" in capsys.readouterr().out
+
+
+def test_report_to(tmp_path, monkeypatch):
+    """Catches metrics that do not reach the dashboard, or reach it without their step, and a missing package noticed
+    late or with a traceback."""
+    with pytest.raises(ValueError, match="pip install not_there"):
+        check_installed("not_there")
+    check_installed("none")
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    Metrics(tmp_path, report_to="wandb").write({"step": 3, "loss": 1.5})
+    assert logged == [(3, {"loss": 1.5})]
+    boards = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            boards.append((path, purge_step))
+
+        def add_scalar(self, name, value, step):
+            boards.append((name, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    Metrics(tmp_path, after_step=3, report_to="tensorboard").write({"step": 4, "loss": 1.25})
+    assert boards == [(tmp_path / "tensorboard", 4), ("loss", 1.25, 4)]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]

@@ -122,12 +122,7 @@ class _SumAndScatterTokens(torch.autograd.Function):
         return _all_gather(grad, 1, ctx.tp), None
 
 
-class _WholeTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
-        ctx.tp = tp
-        return _all_gather(x, 1, tp)
-
+class _WholeTokens(_GatherTokens):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad.chunk(ctx.tp.size(), dim=1)[ctx.tp.get_local_rank()].contiguous(), None
@@ -145,8 +140,7 @@ def enter_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = F
 
 def leave_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = False) -> Tensor:
     """After a row-parallel layer: the ranks' parts of x [B, T, E] are summed; under sequence parallelism each rank
-    keeps
-    its tokens, [B, T / tp, E]."""
+    keeps its tokens, [B, T / tp, E]."""
     if size_of(tp) == 1:
         return x
     return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)

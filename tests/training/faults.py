@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from models import fsdp, model, tp
+from models import model, tp
 from training import finetune_sft
 
 
@@ -57,6 +57,3 @@ def _input_gradient_not_summed() -> None:
 def _rows_repeated() -> None:
     real = finetune_sft.micro_batches
     finetune_sft.micro_batches = lambda batch, size, rank, dp_size: real(batch, size, 0, dp_size)
-
-
-assert fsdp  # imported so that its names are those that finetune_sft uses

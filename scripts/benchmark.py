@@ -33,13 +33,13 @@ from training.common import (
     card,
     choose_runtime,
     device_name,
-    make_optimizer,
     peak_memory,
     positive_int,
     run_script,
     training_flops_per_token,
 )
 from training.losses import token_cross_entropy
+from training.optim import make_optimizer
 
 SIZES = {
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),

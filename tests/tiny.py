@@ -16,6 +16,8 @@ import sentencepiece
 import torch
 import transformers
 
+from training.common import run_main
+
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 384
 
@@ -97,8 +99,8 @@ def run(script: str, *args: object) -> Result:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            module.run_script(module.main, module.parser())
-        except SystemExit as exit:
+            code = run_main(module.main, module.parser())
+        except SystemExit as exit:  # argparse
             code = exit.code or 0
     return Result(code, out.getvalue(), err.getvalue())
 

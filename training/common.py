@@ -1,4 +1,4 @@
-"""What all scripts do alike: the command line, start-up, errors, optimizer, schedule, metrics, the run directory.
+"""What all scripts do alike: the command line, start-up, errors, and what a person sees.
 
 - run_script is the only place where an exception becomes a message: a user's mistake (ValueError, OSError) is one
   line on stderr and exit code 2; anything else is a bug and keeps its traceback, as does everything with
@@ -7,14 +7,10 @@
 """
 
 import argparse
-import importlib.util
+import contextlib
 import json
-import logging
 import math
 import os
-import pickle
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,14 +19,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor
 from tqdm import tqdm
 
 from models.checkpoint import DTYPES
-from models.model import ModelConfig, read_json_object
+from models.model import ModelConfig
 from models.tp import is_main_rank
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
@@ -178,14 +171,30 @@ def add_training_arguments(parser: ArgumentParser) -> None:
 
 
 def run_script(main: Callable, parser: ArgumentParser) -> None:
-    """Parses the command line and calls main with the arguments as keywords."""
+    """Parses the command line, calls main with the arguments as keywords, and ends the process."""
+    end_process(run_main(main, parser))
+
+
+def end_process(code: int) -> None:
+    """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
+    and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
+
+
+def run_main(main: Callable, parser: ArgumentParser) -> int:
+    """The exit code of a command line, run in this process; a user's mistake is reported here."""
     args = parser.parse_args()
     try:
         main(**vars(args))
+        return 0
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -197,7 +206,7 @@ def run_script(main: Callable, parser: ArgumentParser) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
         print(f"{parser.prog}:{rank} error: {reason}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -248,6 +257,14 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
+    """FLOPs of forward and backward for one token of a row of seq_len tokens: 6 for each weight that multiplies it, and
+    the causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B)."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6 * (config.num_parameters() - embedding) + 6 * attention
+
+
 def card(title: str, rows: dict[str, object]) -> str:
     """A short table for people: one aligned line for each row."""
     width = max(map(len, rows))
@@ -260,135 +277,11 @@ def progress_bar(**options) -> tqdm:
     return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not is_main_rank(), **options)
 
 
-# ------------------------------------------------------------------------------------ optimisation
-
-
-def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-
-
-def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:
-    """The learning rate of optimizer step `step`, counted from 1: it rises linearly over ceil(warmup_ratio *
-    total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one step after the last."""
-    warmup_steps = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
-    return peak * factor
-
-
-def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
-    """FLOPs of forward and backward for one token of a row of seq_len tokens: 6 for each weight that multiplies it, and
-    the causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B)."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    return 6 * (config.num_parameters() - embedding) + 6 * attention
-
-
-# ------------------------------------------------------------------------------- the run directory
-
-
-# A run that goes on with another of these would not be the same run: another model, or other batches.
-FIXED_ARGS = (
-    "checkpoint_path",
-    "train_file",
-    "batch_size",
-    "shuffle",
-    "seed",
-    "max_seq_len",
-    "overlong",
-    "pack",
-    "dtype",
-)
-
-
-def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
-    """Raises ValueError if the run would mix with an earlier one, or go on with other data."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir}: is a file")
-    if not resume and output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"--output_dir {output_dir}: is not empty; take another, empty it, or go on with --resume")
-    if (output_dir / "config.json").exists() and not (output_dir / "args.json").exists():
-        raise ValueError(f"--output_dir {output_dir}: holds a model and no run to --resume; it would be overwritten")
-    if resume and (output_dir / "args.json").exists():
-        earlier = read_json_object(output_dir / "args.json")
-        changed = [f"--{name}" for name in FIXED_ARGS if name in args and earlier.get(name) != _recorded(args[name])]
-        if changed:
-            raise ValueError(f"--resume {output_dir}: the run was begun with other {', '.join(changed)}")
-
-
-def _recorded(value: object) -> object:
-    """A flag's value as args.json holds it; paths are absolute, so that a run can be resumed from elsewhere."""
-    return str(value.resolve()) if isinstance(value, Path) else value
-
-
-def write_args(output_dir: Path, args: dict) -> None:
-    """args.json: the flags of the run."""
-    write_json(output_dir / "args.json", {name: _recorded(value) for name, value in args.items()})
-
-
 def write_json(path: Path, value: object) -> None:
     """Writes a small JSON file at once: beside and renamed."""
     staging = path.with_name(f".{path.name}.partial")
     staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(staging, path)
-
-
-def check_installed(report_to: str) -> None:
-    """Raises ValueError that says what to install for --report_to."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
-
-
-class Metrics:
-    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
-
-    def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
-        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
-        self._file, self._report = None, None
-        if not is_main_rank():
-            return
-        self.path = output_dir / "metrics.jsonl"
-        kept = []
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n"):
-                try:
-                    if json.loads(line)["step"] <= after_step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{self.path}:{number}: not a line that a training script wrote") from None
-        staging = self.path.with_name(".metrics.jsonl.partial")
-        staging.write_bytes(b"".join(kept))
-        os.replace(staging, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(output_dir / "tensorboard", purge_step=after_step + 1)
-            self._report = lambda step, values: [board.add_scalar(name, x, step) for name, x in values.items()]
-        elif report_to == "wandb":
-            import wandb
-
-            run = wandb.init(dir=output_dir, name=output_dir.name, resume="allow")
-            self._report = lambda step, values: run.log(values, step=step)
-
-    def write(self, values: dict[str, float]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
-        if self._report is not None:
-            self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 
 
 class Stopwatch:
@@ -415,95 +308,3 @@ def check_finite(step: int, rows: list[int], **values: float | Tensor) -> None:
         if not math.isfinite(value):
             shown = ", ".join(map(str, rows[:64])) + (", ..." if len(rows) > 64 else "")
             raise ValueError(f"step {step}: {name} is {float(value)}; records of the step (from 0): {shown}")
-
-
-class StopSignal:
-    """SIGTERM asks for an end after the current step."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_) -> None:
-        self.received = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank has received it: all ranks must end after the same step. A collective."""
-        if dist.get_world_size() == 1:
-            return self.received
-        flag = torch.tensor(int(self.received), dtype=torch.int32, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-
-# ---------------------------------------------------------------------------- checkpoints of a run
-
-
-def save_checkpoint(
-    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, limit: int
-) -> None:
-    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to this one. Later ones are
-    removed: they are what a run that was resumed from an earlier step could not read."""
-    path = output_dir / "checkpoints" / f"step-{step:06d}"
-    staging = path.with_name(f".{path.name}.partial")
-    for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
-        shutil.rmtree(left_over)
-    _barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # a BaseException
-        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
-        raise OSError(f"{staging}: cannot be written: {reasons}") from error
-    if is_main_rank():  # dcp.save returns when all ranks have written
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(staging, path)
-        found = _checkpoints(output_dir)
-        kept = found[: found.index(path) + 1][-limit:]
-        for other in found:
-            if other not in kept:
-                shutil.rmtree(other)
-    _barrier()
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """From the oldest to the newest."""
-    found = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
-    which it says. A broken one is passed over with a warning; ValueError if all are broken."""
-    found = _checkpoints(output_dir)
-    say = print if is_main_rank() else lambda _: None
-    if not found:
-        say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
-        return 0
-    for path in reversed(found):
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        try:
-            logging.disable(logging.CRITICAL)  # it logs tracebacks of what is reported here in a line
-            if not (path / ".metadata").is_file():
-                raise FileNotFoundError(".metadata is missing")
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
-            reason = " ".join(str(next(iter(failures))[0]).split())[:200]
-            say(f"{path}: broken, trying the one before ({reason})")
-            continue
-        finally:
-            logging.disable(logging.NOTSET)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        say(f"{path}: resuming after step {int(path.name[5:])}")
-        return int(path.name[5:])
-    raise ValueError(
-        f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
-    )

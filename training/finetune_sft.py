@@ -24,27 +24,18 @@ from models.tokenizer import Tokenizer
 from models.tp import is_main_rank, size_of
 from training.common import (
     ArgumentParser,
-    Metrics,
-    StopSignal,
     Stopwatch,
     add_model_arguments,
     add_training_arguments,
     card,
     check_finite,
-    check_installed,
     choose_runtime,
     device_name,
-    learning_rate_at,
-    load_newest_checkpoint,
-    make_optimizer,
     peak_memory,
     peaks,
-    prepare_output_dir,
     progress_bar,
     run_script,
-    save_checkpoint,
     training_flops_per_token,
-    write_args,
 )
 from training.data import (
     EncodingCounts,
@@ -59,6 +50,16 @@ from training.data import (
     pack as pack_rows,
 )
 from training.losses import token_cross_entropy
+from training.optim import learning_rate_at, make_optimizer
+from training.run_dir import (
+    Metrics,
+    StopSignal,
+    check_installed,
+    load_newest_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
+    write_args,
+)
 
 
 def parser() -> ArgumentParser:
@@ -248,9 +249,11 @@ def main(
             watch.lap()
         if stopping:
             bar.close()
+            metrics.close()
             say(f"stopped by a signal after step {step}; go on with --resume")
             return
     bar.close()
+    metrics.close()
 
     save_folder(
         output_dir,

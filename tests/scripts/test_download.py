@@ -149,6 +149,7 @@ def reset(hub):
 # seconds: one process runs most of the commands of this file, one after the other.
 WORKER = """
 import contextlib, io, json, os, runpy, sys, traceback
+os._exit = sys.exit  # the script ends its process without the interpreter's shutdown; this one goes on
 for line in sys.stdin:
     script, cwd, args, token = json.loads(line)
     os.chdir(cwd)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from training import finetune_sft
+from training.common import end_process
 
 torch.set_num_threads(1)
 if os.environ.get("FAULT"):  # tests/training/test_parallel.py plants these to see that it notices
@@ -38,8 +39,8 @@ def main(jobs: list[list[str]]) -> None:
         finetune_sft.main(**vars(args))
         if dist.get_rank() == 0:
             torch.save(steps, f"{args.output_dir}.gradients.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
+    end_process(0)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from models.tokenizer import Tokenizer
 from tests import tiny
-from training import common, finetune_sft
+from training import finetune_sft, run_dir
 from training.data import Record, encode_sft_record, training_batches
 
 SCRIPT = "training/finetune_sft.py"
@@ -387,7 +387,7 @@ def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
 
 def stop_after(monkeypatch, step):
     """Sends SIGTERM to this process while the run writes the metrics of a step."""
-    write = common.Metrics.write
+    write = run_dir.Metrics.write
 
     def write_and_stop(self, values):
         write(self, values)

@@ -1,0 +1,235 @@
+"""training/run_dir.py: metrics, checkpoints and what a run refuses to go on with."""
+
+import json
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from training.common import write_json
+from training.optim import make_optimizer
+from training.run_dir import (
+    Metrics,
+    check_installed,
+    load_newest_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
+    write_args,
+)
+
+
+def test_metrics_resume(tmp_path):
+    """Catches a step twice in metrics.jsonl after a resume, and a torn last line that makes the file unreadable."""
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3, 4):
+        metrics.write({"step": step, "loss": step / 2})
+        assert tiny.read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == step  # flushed at once
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    metrics = Metrics(tmp_path, after_step=2)
+    metrics.write({"step": 3, "loss": -1})
+    assert [(line["step"], line["loss"]) for line in tiny.read_lines(tmp_path / "metrics.jsonl")] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, -1),
+    ]
+    Metrics(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_output_dir(tmp_path):
+    """Catches a run mixed with another, and somebody's model overwritten by a run that only says --resume."""
+    prepare_output_dir(tmp_path / "new", False, {})
+    prepare_output_dir(tmp_path / "new", True, {})
+    assert not (tmp_path / "new").exists()
+    prepare_output_dir(tmp_path, False, {})
+    (tmp_path / "metrics.jsonl").touch()
+    prepare_output_dir(tmp_path, True, {})
+    with pytest.raises(ValueError, match="not empty"):
+        prepare_output_dir(tmp_path, False, {})
+    with pytest.raises(ValueError, match="is a file"):
+        prepare_output_dir(tmp_path / "metrics.jsonl", True, {})
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="no run to --resume"):
+        prepare_output_dir(tmp_path, True, {})
+    write_json(tmp_path / "args.json", {"path": tmp_path, "text": "é"})
+    prepare_output_dir(tmp_path, True, {})
+    assert json.loads((tmp_path / "args.json").read_text()) == {"path": str(tmp_path), "text": "é"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "5"])
+def test_unusable_args_and_metrics(tmp_path, content):
+    """Catches a traceback, or a message without the file's name, for files of a run that somebody edited."""
+    (tmp_path / "args.json").write_text(content)
+    with pytest.raises(ValueError, match=r"args\.json: "):
+        prepare_output_dir(tmp_path, True, {"seed": 0})
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{content or "{}"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        Metrics(tmp_path, after_step=5)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_resume_with_other_data(tmp_path):
+    """Catches a run that goes on with other batches than those it has yet to take."""
+    args = {"train_file": tmp_path / "a", "batch_size": 4, "seed": 0, "num_epochs": 1}
+    write_args(tmp_path, args)
+    prepare_output_dir(tmp_path, True, {**args, "num_epochs": 2})
+    with pytest.raises(ValueError, match="--train_file, --batch_size"):
+        prepare_output_dir(tmp_path, True, {**args, "train_file": tmp_path / "b", "batch_size": 8})
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def trained(steps, *, tied=True, seed=0):
+    """A small model with tied weights, a norm and `steps` optimizer steps behind it."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "norm": nn.RMSNorm(4), "head": nn.Linear(4, 7, bias=False)})
+    if tied:
+        model["head"].weight = model["embed"].weight
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(1, steps + 1):
+        train_step(model, optimizer, step)
+    return model, optimizer
+
+
+def train_step(model, optimizer, step):
+    ids = torch.tensor([step % 7, (3 * step) % 7])
+    nn.functional.cross_entropy(model["head"](model["norm"](model["embed"](ids))), ids.flip(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def names(output_dir):
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoint_restores_everything(tied, tmp_path):
+    """Catches a moment, a step count or a tied weight lost: the next steps would differ."""
+    model, optimizer = trained(3, tied=tied)
+    save_checkpoint(tmp_path, 3, model, optimizer, limit=2)
+    fresh, fresh_optimizer = trained(0, tied=tied, seed=1)
+    assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == 3
+    assert torch.equal(weights(fresh), weights(model))
+    for step in (4, 5):
+        train_step(model, optimizer, step)
+        train_step(fresh, fresh_optimizer, step)
+        assert torch.equal(weights(fresh), weights(model)), step
+
+
+def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    """Catches a half-written checkpoint under its final name, and what a killed save left behind kept for ever."""
+    model, optimizer = trained(1)
+
+    rename = os.rename
+
+    def killed(source, target):
+        if Path(target).name == "step-000001":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        save_checkpoint(tmp_path, 1, model, optimizer, limit=2)
+    assert load_newest_checkpoint(tmp_path, *trained(0)) == 0
+    save_checkpoint(tmp_path, 2, model, optimizer, limit=2)
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_checkpoint_limit(tmp_path):
+    """Catches the newest removed instead of the oldest, an order by name (step-1000000 < step-999999), and a good
+    checkpoint removed in favour of a later one that could not be read."""
+    model, optimizer = trained(1)
+    for step in (5, 999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, model, optimizer, limit=2)
+    assert names(tmp_path) == ["step-1000000", "step-999999"]
+    assert load_newest_checkpoint(tmp_path, model, optimizer) == 1_000_000
+    save_checkpoint(tmp_path, 7, model, optimizer, limit=1)  # resumed from an earlier one
+    assert names(tmp_path) == ["step-000007"]
+
+
+def damage(path, how):
+    if how == "no metadata":
+        (path / ".metadata").unlink()
+    elif how == "cut metadata":
+        (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:50])
+    elif how == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    else:
+        (data,) = path.glob("*.distcp")
+        data.unlink() if how == "no data" else data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["no metadata", "cut metadata", "no data", "cut data", "empty"])
+def test_broken_checkpoints(how, tmp_path, capsys):
+    """Catches a resume from half a checkpoint, a crash where an older one is whole, and a silent start from nothing."""
+    model, optimizer = trained(0)
+    for step in (1, 2):
+        train_step(model, optimizer, step)
+        save_checkpoint(tmp_path, step, model, optimizer, limit=2)
+        if step == 1:
+            wanted = weights(model)
+    damage(tmp_path / "checkpoints" / "step-000002", how)
+    fresh, fresh_optimizer = trained(0, seed=1)
+    assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == 1
+    printed = capsys.readouterr().out
+    assert "step-000002: broken" in printed and "resuming after step 1" in printed
+    assert torch.equal(weights(fresh), wanted)
+    train_step(fresh, fresh_optimizer, 2)  # the moments too are those of step 1
+    assert torch.equal(weights(fresh), weights(model))
+    damage(tmp_path / "checkpoints" / "step-000001", how)
+    with pytest.raises(ValueError, match="checkpoints: no checkpoint can be read"):
+        load_newest_checkpoint(tmp_path, fresh, fresh_optimizer)
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    """Catches a --resume before the first checkpoint refused, or one that does not say where it starts."""
+    assert load_newest_checkpoint(tmp_path, *trained(0)) == 0
+    assert "no checkpoint to resume from, starting from the beginning" in capsys.readouterr().out
+
+
+def test_report_to(tmp_path, monkeypatch):
+    """Catches metrics that do not reach the dashboard, or reach it without their step, and a missing package noticed
+    late or with a traceback."""
+    with pytest.raises(ValueError, match="pip install not_there"):
+        check_installed("not_there")
+    check_installed("none")
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    metrics = Metrics(tmp_path, report_to="wandb")
+    metrics.write({"step": 3, "loss": 1.5})
+    metrics.close()
+    assert logged == [(3, {"loss": 1.5}), "end"]
+    boards = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            boards.append((path, purge_step))
+
+        def add_scalar(self, name, value, step):
+            boards.append((name, value, step))
+
+        def close(self):
+            boards.append("end")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    metrics = Metrics(tmp_path, after_step=3, report_to="tensorboard")
+    metrics.write({"step": 4, "loss": 1.25})
+    metrics.close()
+    assert boards == [(tmp_path / "tensorboard", 4), ("loss", 1.25, 4), "end"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]

@@ -1,0 +1,210 @@
+"""A run directory: its flags, metrics and checkpoints.
+
+- args.json, metrics.jsonl, checkpoints/step-000100/ (torch.distributed.checkpoint), and at the end the model itself
+- a checkpoint is whole or absent; --resume takes the newest one that can be read
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from models.model import read_json_object
+from models.tp import is_main_rank
+from training.common import write_json
+
+# A run that goes on with another of these would not be the same run: another model, or other batches.
+FIXED_ARGS = (
+    "checkpoint_path",
+    "train_file",
+    "batch_size",
+    "shuffle",
+    "seed",
+    "max_seq_len",
+    "overlong",
+    "pack",
+    "dtype",
+)
+
+
+def prepare_output_dir(output_dir: Path, resume: bool, args: dict) -> None:
+    """Raises ValueError if the run would mix with an earlier one, or go on with other data."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file")
+    if not resume and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"--output_dir {output_dir}: is not empty; take another, empty it, or go on with --resume")
+    if (output_dir / "config.json").exists() and not (output_dir / "args.json").exists():
+        raise ValueError(f"--output_dir {output_dir}: holds a model and no run to --resume; it would be overwritten")
+    if resume and (output_dir / "args.json").exists():
+        earlier = read_json_object(output_dir / "args.json")
+        changed = [f"--{name}" for name in FIXED_ARGS if name in args and earlier.get(name) != _recorded(args[name])]
+        if changed:
+            raise ValueError(f"--resume {output_dir}: the run was begun with other {', '.join(changed)}")
+
+
+def _recorded(value: object) -> object:
+    """A flag's value as args.json holds it; paths are absolute, so that a run can be resumed from elsewhere."""
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def write_args(output_dir: Path, args: dict) -> None:
+    """args.json: the flags of the run."""
+    write_json(output_dir / "args.json", {name: _recorded(value) for name, value in args.items()})
+
+
+def check_installed(report_to: str) -> None:
+    """Raises ValueError that says what to install for --report_to."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
+
+
+class Metrics:
+    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
+
+    def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
+        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
+        self._file, self._report, self._close = None, None, None
+        if not is_main_rank():
+            return
+        self.path = output_dir / "metrics.jsonl"
+        kept = []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    if json.loads(line)["step"] <= after_step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{self.path}:{number}: not a line that a training script wrote") from None
+        staging = self.path.with_name(".metrics.jsonl.partial")
+        staging.write_bytes(b"".join(kept))
+        os.replace(staging, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(output_dir / "tensorboard", purge_step=after_step + 1)
+            self._report = lambda step, values: [board.add_scalar(name, x, step) for name, x in values.items()]
+            self._close = board.close
+        elif report_to == "wandb":
+            import wandb
+
+            run = wandb.init(dir=output_dir, name=output_dir.name, resume="allow")
+            self._report = lambda step, values: run.log(values, step=step)
+            self._close = run.finish
+
+    def write(self, values: dict[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        if self._report is not None:
+            self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
+
+    def close(self) -> None:
+        """Lets the reporters finish; a run that ends by an error does without."""
+        if self._close is not None:
+            self._close()
+
+
+class StopSignal:
+    """SIGTERM asks for an end after the current step."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank has received it: all ranks must end after the same step. A collective."""
+        if dist.get_world_size() == 1:
+            return self.received
+        flag = torch.tensor(int(self.received), dtype=torch.int32, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+# ---------------------------------------------------------------------------- checkpoints of a run
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, limit: int
+) -> None:
+    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to this one. Later ones are
+    removed: they are what a run that was resumed from an earlier step could not read."""
+    path = output_dir / "checkpoints" / f"step-{step:06d}"
+    staging = path.with_name(f".{path.name}.partial")
+    for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
+        shutil.rmtree(left_over)
+    _barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # a BaseException
+        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+        raise OSError(f"{staging}: cannot be written: {reasons}") from error
+    if is_main_rank():  # dcp.save returns when all ranks have written
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(staging, path)
+        found = _checkpoints(output_dir)
+        kept = found[: found.index(path) + 1][-limit:]
+        for other in found:
+            if other not in kept:
+                shutil.rmtree(other)
+    _barrier()
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """From the oldest to the newest."""
+    found = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
+    which it says. A broken one is passed over with a warning; ValueError if all are broken."""
+    found = _checkpoints(output_dir)
+    say = print if is_main_rank() else lambda _: None
+    if not found:
+        say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
+        return 0
+    for path in reversed(found):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            logging.disable(logging.CRITICAL)  # it logs tracebacks of what is reported here in a line
+            if not (path / ".metadata").is_file():
+                raise FileNotFoundError(".metadata is missing")
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+            reason = " ".join(str(next(iter(failures))[0]).split())[:200]
+            say(f"{path}: broken, trying the one before ({reason})")
+            continue
+        finally:
+            logging.disable(logging.NOTSET)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        say(f"{path}: resuming after step {int(path.name[5:])}")
+        return int(path.name[5:])
+    raise ValueError(
+        f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
+    )

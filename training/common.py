@@ -23,8 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.checkpoint import DTYPES
+from models.fsdp import check_divisible, data_parallel_size
 from models.model import ModelConfig
+from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
+from training.data import check_vocabulary
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
 # name. A device that is not listed prints no MFU or MBU.
@@ -238,6 +241,38 @@ def choose_runtime(device: str | None, dtype: str | None, compile: bool | None) 
     return Runtime(chosen, chosen_dtype, on_gpu if compile is None else compile)
 
 
+def split_batch(batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int) -> tuple[int, int]:
+    """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together."""
+    dp_size = data_parallel_size(tensor_parallel_size)
+    if batch_size % dp_size:
+        raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
+    micro_batch_size = micro_batch_size or batch_size // dp_size
+    if micro_batch_size * dp_size > batch_size:
+        ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
+        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than --batch_size {batch_size}")
+    return dp_size, micro_batch_size
+
+
+def open_folder(
+    checkpoint_path: Path, max_seq_len: int | None, tensor_parallel_size: int
+) -> tuple[ModelConfig, Tokenizer, int]:
+    """The model's shape, its tokenizer, and the longest row: max_seq_len, or the model's context. Raises ValueError if
+    they do not go together or the model cannot be cut over so many ranks."""
+    config = ModelConfig.from_hf(checkpoint_path)
+    check_divisible(config, tensor_parallel_size)
+    context = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > context:
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
+    tokenizer = Tokenizer(checkpoint_path)
+    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
+    return config, tokenizer, max_seq_len or context
+
+
+def pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
+    """The id that fills rows up; many folders name a pad token that has no embedding, and any other does as well."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else 0
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
@@ -263,6 +298,12 @@ def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6 * (config.num_parameters() - embedding) + 6 * attention
+
+
+def say(text: str) -> None:
+    """Prints on the main rank alone."""
+    if is_main_rank():
+        print(text, flush=True)
 
 
 def card(title: str, rows: dict[str, object]) -> str:

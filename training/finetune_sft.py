@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, save_folder, stored_dtype
-from models.fsdp import check_divisible, clip_grad_norm, data_parallel_size, full_tensors, init_mesh, load_for_training
-from models.model import ModelConfig, Transformer, causal_attention, document_attention, read_hf_config
-from models.tokenizer import Tokenizer
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.model import Transformer, causal_attention, document_attention, read_hf_config
 from models.tp import is_main_rank, size_of
 from training.common import (
     ArgumentParser,
@@ -31,16 +30,19 @@ from training.common import (
     check_finite,
     choose_runtime,
     device_name,
+    open_folder,
+    pad_id,
     peak_memory,
     peaks,
     progress_bar,
     run_script,
+    say,
+    split_batch,
     training_flops_per_token,
 )
 from training.data import (
     EncodingCounts,
     Example,
-    check_vocabulary,
     collate,
     encode_sft_file,
     micro_batches,
@@ -54,11 +56,10 @@ from training.optim import learning_rate_at, make_optimizer
 from training.run_dir import (
     Metrics,
     StopSignal,
+    begin_or_resume,
     check_installed,
-    load_newest_checkpoint,
     prepare_output_dir,
     save_checkpoint,
-    write_args,
 )
 
 
@@ -114,13 +115,7 @@ def main(
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
-    dp_size = data_parallel_size(tensor_parallel_size)
-    if batch_size % dp_size:
-        raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
-    micro_batch_size = micro_batch_size or batch_size // dp_size
-    if micro_batch_size * dp_size > batch_size:
-        ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
-        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than --batch_size {batch_size}")
+    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size)
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     check_installed(report_to)
@@ -128,15 +123,9 @@ def main(
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(device, dtype, compile)
-    config = ModelConfig.from_hf(checkpoint_path)
+    config, tokenizer, max_seq_len = open_folder(checkpoint_path, max_seq_len, tensor_parallel_size)
     hf_config = read_hf_config(checkpoint_path)[0]
     saved_dtype = DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path)
-    check_divisible(config, tensor_parallel_size)
-    max_seq_len = max_seq_len or config.max_position_embeddings
-    if max_seq_len > config.max_position_embeddings:
-        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {config.max_position_embeddings} tokens")
-    tokenizer = Tokenizer(checkpoint_path)
-    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
     limits = {"vocab_size": config.vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
     train, counts = encode_sft_file(train_file, tokenizer, **limits)
     evaluation, eval_counts = encode_sft_file(eval_file, tokenizer, **limits) if eval_file else ([], None)
@@ -145,7 +134,7 @@ def main(
         train = pack_rows(train, max_seq_len)
         filled = sum(len(row.input_ids) for row in train) / (len(train) * max_seq_len)
         train_notes += f"; packed into {len(train):,} rows, {filled:.1%} full"
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id < config.vocab_size else 0
+    pad_token_id = pad_id(tokenizer, config)
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)
     model = load_for_training(
@@ -165,16 +154,7 @@ def main(
         eps=adam_eps,
     )
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
-    first_step = 1 + (load_newest_checkpoint(output_dir, model, optimizer) if resume else 0)
-
-    if first_step > total_steps + 1:
-        raise ValueError(
-            f"--resume: the run has done {first_step - 1} steps already, and only {total_steps} are asked for"
-        )
-
-    if is_main_rank():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_args(output_dir, args)
+    first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
@@ -183,7 +163,6 @@ def main(
         "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
     }
-    say = print if is_main_rank() else lambda _: None
     say(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
 
     # loop

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from models.model import read_json_object
 from models.tp import is_main_rank
-from training.common import write_json
+from training.common import say, write_json
 
 # A run that goes on with another of these would not be the same run: another model, or other batches.
 FIXED_ARGS = (
@@ -183,7 +183,6 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
     """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
     which it says. A broken one is passed over with a warning; ValueError if all are broken."""
     found = _checkpoints(output_dir)
-    say = print if is_main_rank() else lambda _: None
     if not found:
         say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
         return 0
@@ -208,3 +207,23 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.
     raise ValueError(
         f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
     )
+
+
+def begin_or_resume(
+    output_dir: Path,
+    args: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    resume: bool,
+) -> int:
+    """The number of the first step to take, from 1; with `resume` the model and the optimizer are put back to what they
+    were before it. Writes args.json. Raises ValueError if the run has gone further than it is asked to."""
+    done = load_newest_checkpoint(output_dir, model, optimizer) if resume else 0
+    if done > total_steps:
+        raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
+    if is_main_rank():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_args(output_dir, args)
+    return 1 + done

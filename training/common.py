@@ -159,6 +159,12 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         help="ranks that share the model, adjacent under torchrun",
     )
     add(
+        "--dp_replicate",
+        type=positive_int,
+        default=1,
+        help="hybrid sharding: so many whole copies of the model, each cut over the other ranks; the number of nodes",
+    )
+    add(
         "--sequence_parallel",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -169,6 +175,19 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         choices=["none", "full", "selective"],
         default="none",
         help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
+    )
+    add(
+        "--sync_every_micro_batch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reduce the gradients over the ranks after each micro-batch; else after the last: less communication, "
+        "but every rank holds the whole gradients",
+    )
+    add(
+        "--cpu_offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep weights, gradients and optimizer state in the CPU's memory, and step there; for GPUs",
     )
     add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
 
@@ -241,9 +260,11 @@ def choose_runtime(device: str | None, dtype: str | None, compile: bool | None) 
     return Runtime(chosen, chosen_dtype, on_gpu if compile is None else compile)
 
 
-def split_batch(batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int) -> tuple[int, int]:
+def split_batch(
+    batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int, dp_replicate: int = 1
+) -> tuple[int, int]:
     """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together."""
-    dp_size = data_parallel_size(tensor_parallel_size)
+    dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
     if batch_size % dp_size:
         raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
     micro_batch_size = micro_batch_size or batch_size // dp_size

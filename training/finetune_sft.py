@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, save_folder, stored_dtype
-from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.model import Transformer, causal_attention, document_attention, read_hf_config
 from models.tp import is_main_rank, size_of
 from training.common import (
@@ -108,14 +108,17 @@ def main(
     log_steps: int,
     report_to: str,
     tensor_parallel_size: int,
+    dp_replicate: int,
     sequence_parallel: bool,
     activation_checkpointing: str,
+    sync_every_micro_batch: bool,
+    cpu_offload: bool,
     export_dtype: str | None,
     pack: bool,
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
-    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size)
+    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     check_installed(report_to)
@@ -136,7 +139,7 @@ def main(
         train_notes += f"; packed into {len(train):,} rows, {filled:.1%} full"
     pad_token_id = pad_id(tokenizer, config)
 
-    mesh = init_mesh(runtime.device, tensor_parallel_size)
+    mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
     model = load_for_training(
         checkpoint_path,
         mesh,
@@ -145,6 +148,7 @@ def main(
         sequence_parallel=sequence_parallel,
         recompute=activation_checkpointing,
         compile=runtime.compile,
+        cpu_offload=cpu_offload,
     )
     optimizer = make_optimizer(
         model,
@@ -159,7 +163,7 @@ def main(
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
-        "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
+        "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
         "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
     }
@@ -178,7 +182,8 @@ def main(
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
         loss = torch.zeros((), device=runtime.device)
-        for examples in micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size):
+        mine = micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size)
+        for examples in reducing_gradients(model, mine, every=sync_every_micro_batch):
             micro_loss = summed_loss(model, examples, pad_token_id) / num_targets
             (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
             loss += micro_loss.detach()

@@ -24,6 +24,13 @@ FLAGS = {
     "sequence parallel": ["--sequence_parallel", "--activation_checkpointing", "selective", "--micro_batch_size", "2"],
     "packed": ["--pack", "--batch_size", "2"],
     "compiled": ["--compile"],
+    "one reduction": ["--micro_batch_size", "1", "--no-sync_every_micro_batch"],
+}
+ONCE = ("packed", "one reduction")  # with one of the two models
+HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
+    "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1"],
+    "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
+    "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
 }
 
 
@@ -91,11 +98,14 @@ def test_layouts_agree(world, layout):
         for kind, flags in FLAGS.items():
             if kind == "compiled" and (layout != "dp 2 x tp 2" or name == "tied"):
                 continue
-            if (kind == "sequence parallel" and tp_size == 1) or (kind == "packed" and name == "tied"):
+            if (kind == "sequence parallel" and tp_size == 1) or (kind in ONCE and name == "tied"):
                 continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
             jobs.append(arguments(root / name, train_file, root / outs[-1][2], *more))
+    for kind, flags in HYBRID.items() if ranks == 4 else ():
+        outs.append(("biased", kind, kind.replace(" ", "-")))
+        jobs.append(arguments(root / "biased", train_file, root / outs[-1][2], *flags))
     launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
@@ -108,6 +118,7 @@ FAULTS = {  # name: (layout, flags)
     "dp factor missing": ("dp 2", FLAGS["plain"]),
     "input gradient not summed": ("tp 2", FLAGS["plain"]),
     "padding row learnt twice": ("dp 2", FLAGS["plain"]),
+    "replicas not averaged": ("dp 2", ["--dp_replicate", "2"]),
 }
 
 
@@ -163,3 +174,18 @@ def test_kill_and_resume_on_four_ranks(world):
     resumed = load_file(root / "elsewhere" / "model.safetensors")
     for name in wanted:
         assert (resumed[name] - wanted[name]).norm() / wanted[name].norm() < 1e-4, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cpu_offload(world):
+    """Catches weights or gradients left on the wrong side, a norm or an export that cannot reach them, and a step taken
+    before the gradients have arrived."""
+    root, train_file = world
+    outs = [root / "on-gpu", root / "offloaded"]
+    for out, flag in zip(outs, ("--no-cpu_offload", "--cpu_offload")):
+        more = ["--dtype", "float32", "--no-compile", "--device", "cuda", "--micro_batch_size", 2, "--save_steps", 2]
+        result = tiny.run("training/finetune_sft.py", *arguments(root / "tied", train_file, out, *more, flag))
+        assert result.code == 0, result.stderr
+    wanted, offloaded = (load_file(out / "model.safetensors") for out in outs)
+    for name in wanted:
+        assert (offloaded[name] - wanted[name]).norm() / wanted[name].norm() < 1e-5, name

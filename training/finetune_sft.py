@@ -54,12 +54,12 @@ from training.data import (
 from training.losses import token_cross_entropy
 from training.optim import learning_rate_at, make_optimizer
 from training.run_dir import (
+    CheckpointWriter,
     Metrics,
     StopSignal,
     begin_or_resume,
     check_installed,
     prepare_output_dir,
-    save_checkpoint,
 )
 
 
@@ -160,6 +160,8 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    in_background = runtime.device.type == "cuda" and not cpu_offload  # which would hold the state in memory twice
+    checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=save_total_limit, asynchronous=in_background)
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
@@ -229,13 +231,15 @@ def main(
         # save
         stopping = stop.agreed(runtime.device)
         if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
-            save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
+            checkpoints.save(step)
             watch.lap()
         if stopping:
+            checkpoints.finish()
             bar.close()
             metrics.close()
             say(f"stopped by a signal after step {step}; go on with --resume")
             return
+    checkpoints.finish()
     bar.close()
     metrics.close()
 

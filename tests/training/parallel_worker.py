@@ -1,4 +1,5 @@
 """Runs finetune_sft.main for several settings in the ranks of one torchrun launch, and keeps each run's gradients.
+Checkpoints are asynchronous, as on GPUs.
 
     torchrun --nproc-per-node 4 tests/training/parallel_worker.py JOBS.json
 
@@ -26,7 +27,8 @@ if os.environ.get("FAULT"):  # tests/training/test_parallel.py plants these to s
 
 
 def main(jobs: list[list[str]]) -> None:
-    clip = finetune_sft.clip_grad_norm
+    clip, writer = finetune_sft.clip_grad_norm, finetune_sft.CheckpointWriter
+    finetune_sft.CheckpointWriter = lambda *args, **options: writer(*args, **{**options, "asynchronous": True})
     for arguments in jobs:
         steps = []
 

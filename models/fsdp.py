@@ -87,14 +87,18 @@ def load_for_training(
     sequence_parallel: bool = False,
     recompute: str = "none",
     compile: bool = False,
+    head: str = "lm",
+    new_score: Tensor | None = None,
 ) -> Transformer:
-    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part; fp32 weights."""
+    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part; fp32 weights.
+
+    head: "lm" or "score"; new_score: see load_weights, alike on all ranks."""
     config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel))
+        model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel), head)
     shard_model(model, mesh, compute_dtype=compute_dtype, recompute=recompute, compile=compile)
     model.to_empty(device=device)
-    load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh))
+    load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
     return model
 
 
@@ -114,6 +118,8 @@ def shard_model(
     )
     for block in model.layers:
         fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
+    if hasattr(model, "score"):  # a scalar head computes in fp32
+        fully_shard(model.score, mesh=mesh["dp"], mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     fully_shard(model, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=False)
 
 

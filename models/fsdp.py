@@ -113,7 +113,7 @@ def shard_model(
             block.compile()
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
-        reduce_dtype=torch.float32,
+        reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
     for block in model.layers:

@@ -116,9 +116,9 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, bool
         margin = record.fields.get("margin")
         if margin is not None:
             margin = _number("margin", margin)
-        prompt_length = len(encode_prompt(prompt, tokenizer))
         chosen, chosen_differs = encode_answer(prompt, chosen, tokenizer, "chosen")
         rejected, rejected_differs = encode_answer(prompt, rejected, tokenizer, "rejected")
+        prompt_length = len(encode_prompt(prompt, tokenizer))
         assert chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
         return Pair(prompt_length, chosen, rejected, margin), chosen_differs or rejected_differs
 
@@ -141,7 +141,7 @@ def _prompt_and_sides(record: Record) -> tuple[str | list[dict], str | list[dict
     require(shared, "there is no prompt: chosen and rejected begin with different messages")
     require(
         prompt is None or any(isinstance(message, dict) and message.get("content") == prompt for message in shared),
-        "prompt is none of the messages that chosen and rejected both begin with",
+        "prompt is none of the messages that chosen and rejected both begin with; correct it or leave it out",
     )
     return shared, chosen[num_shared:], rejected[num_shared:]
 
@@ -224,8 +224,8 @@ def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Score
     with naming(record):
         prompt, completion = get_prompt(record), get_field(record, "completion", "output")
         label = _label("label", get_field(record, "label"))
-        prompt_length = len(encode_prompt(prompt, tokenizer))
         row, differs = encode_answer(prompt, completion, tokenizer)
+        prompt_length = len(encode_prompt(prompt, tokenizer))
         return Scored(row.input_ids, [len(row.input_ids) - 1], [label], prompt_length), differs
 
 

@@ -198,7 +198,8 @@ def test_lean_optimizers_on_four_ranks(world):
         for key, want in four.items():
             assert torch.equal(again[key], want), (name, key)
             for other in (one, alone):
-                differ, error = (other[key] != want).float().mean(), (other[key] - want).norm() / want.norm()
+                differ, error = (other[key] != want).sum(), (other[key] - want).norm() / want.norm()
                 # gradients agree to 1e-6; where one is rounded to another bf16 number, or a weight or a moment lies
                 # that close to where its rounding turns, the results are neighbours: a few elements, one ulp each
-                assert (differ < 0.03 and error < 2e-3) if "bf16" in name else error < 3e-5, (name, key, differ, error)
+                few = differ < 5 + 0.01 * want.numel() and error < 2e-3
+                assert few if "bf16" in name else error < 3e-5, (name, key, differ, error)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from models.decode import KVCache
 from models.model import Transformer
+from models.noise import column_hashes, noise_key, random_bits
 from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import gather_vocabulary
 
-MASK64 = (1 << 64) - 1
 PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
 
 
@@ -71,54 +71,14 @@ class Completion:
 # ---------------------------------------------------------------------------------------- sampling
 
 
-def _mix64(x: int) -> int:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
-    return x ^ (x >> 31)
-
-
-def _signed(x: int, bits: int = 64) -> int:
-    return x - (1 << bits) if x >> (bits - 1) else x
-
-
-def _mix64_tensor(x: Tensor) -> Tensor:
-    """_mix64 on int64 tensors; torch's >> is arithmetic, so the sign's copies are masked off."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def row_key(seed: int, idx: int, sample_idx: int) -> int:
-    """The key of one sample, a signed 64-bit integer."""
-    key = 0
-    for part in (seed, idx, sample_idx):
-        key = _mix64((key + part + 0x9E3779B97F4A7C15) & MASK64)
-    return _signed(key)
-
-
-def token_hashes(vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """One well-mixed int32 for each token id, [V]."""
-    ids = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
-    return ((_mix64_tensor(ids) & 0xFFFFFFFF) - 2**31).to(torch.int32)
-
-
 def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor:
     """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
 
-    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V']
-    from token_hashes. Integer arithmetic mod 2^32 throughout, so every device draws the same bits; 31 of them make a
-    uniform whose small values keep full relative precision, hence also the tail that decides rare tokens.
+    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
+    the column hashes of the tokens. 31 bits make a uniform whose small values keep full relative precision, hence also
+    the tail that decides rare tokens.
     """
-    mixed = _mix64_tensor(keys + positions * _signed(0x9E3779B97F4A7C15))
-    low = ((mixed & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
-    high = (((mixed >> 32) & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
-    x = (hashes ^ low).mul_(_signed(0x85EBCA6B, 32))
-    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
-    x = x.add_(high).mul_(_signed(0xC2B2AE35, 32))
-    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
-    x = x.mul_(_signed(0x9E3779B1, 32))
-    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_and_(0x7FFFFFFF)
+    x = random_bits(keys, positions, hashes).bitwise_and_(0x7FFFFFFF)
     return x.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
 
 
@@ -258,7 +218,7 @@ class Engine(nn.Module):
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool, device=device), persistent=False)
-        self.register_buffer("hashes", token_hashes(config.vocab_size, device), persistent=False)
+        self.register_buffer("hashes", column_hashes(config.vocab_size, device), persistent=False)
         stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         self.register_buffer("stop_ids", stop_ids, persistent=False)
         self._step, self._compiled_lengths = self._decode_step, set()
@@ -353,7 +313,7 @@ class Engine(nn.Module):
         tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
         slots = tensor([slot for slot, _ in placed])
         lengths = tensor([len(request.prompt_ids) for _, request in placed])
-        keys = tensor([row_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
+        keys = tensor([noise_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
         logits = torch.stack([logits_of[tuple(request.prompt_ids)][1] for _, request in placed])
         tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params)
         remaining = tensor([request.max_new_tokens - 1 for _, request in placed])

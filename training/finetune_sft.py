@@ -2,7 +2,7 @@
 
 - records: prompt + completion, chat messages (loss on the assistant's turns), or plain text; training/data.py
 - the loss of a step is the mean over all its learnt tokens, whatever the micro-batches
-- fp32 master weights, bf16 or fp32 computation
+- fp32 master weights, or bf16 ones rounded stochastically; bf16 or fp32 computation
 
     python training/finetune_sft.py --checkpoint_path DIR --train_file train.jsonl --output_dir runs/sft
 """
@@ -98,6 +98,8 @@ def main(
     adam_beta1: float,
     adam_beta2: float,
     adam_eps: float,
+    param_dtype: str,
+    optim: str,
     max_grad_norm: float,
     num_epochs: int,
     max_steps: int | None,
@@ -142,6 +144,7 @@ def main(
         mesh,
         device=runtime.device,
         compute_dtype=runtime.dtype,
+        param_dtype=DTYPES[param_dtype],
         sequence_parallel=sequence_parallel,
         recompute=activation_checkpointing,
         compile=runtime.compile,
@@ -152,13 +155,18 @@ def main(
         weight_decay=weight_decay,
         betas=(adam_beta1, adam_beta2),
         eps=adam_eps,
+        optim=optim,
+        seed=seed,
+        compile=runtime.compile,
     )
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
-        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
+        "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
+        "optimizer": optim,
         "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
         "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",

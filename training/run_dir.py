@@ -35,6 +35,8 @@ FIXED_ARGS = (
     "overlong",
     "pack",
     "dtype",
+    "param_dtype",
+    "optim",
 )
 
 

@@ -26,7 +26,7 @@ MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in t
 
 def add_sample_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--num_eval_samples", type=non_negative_int, default=2, help="answers to show at each evaluation; 0 is none")
+    add("--num_eval_samples", type=non_negative_int, default=2, help="answers to --eval_file shown at each evaluation")
     add("--eval_max_new_tokens", type=positive_int, default=128, help="most tokens of such an answer")
     add("--eval_temperature", type=non_negative_float, default=0.0, help="temperature of such answers; 0 is greedy")
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import DTYPES, save_folder, stored_dtype
+from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
 from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.generation import SamplingParams
 from models.model import Transformer, causal_attention, document_attention, read_hf_config
 from models.tp import is_main_rank, size_of
 from training.common import (
@@ -61,12 +62,14 @@ from training.run_dir import (
     prepare_output_dir,
     save_checkpoint,
 )
+from training.samples import EvalSamples, add_sample_arguments, prompts_of
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser("Supervised fine-tuning of the model in a Hugging Face folder.")
     add_model_arguments(parser)
     add_training_arguments(parser)
+    add_sample_arguments(parser)
     parser.add_argument(
         "--pack",
         action=argparse.BooleanOptionalAction,
@@ -113,6 +116,9 @@ def main(
     sequence_parallel: bool,
     activation_checkpointing: str,
     export_dtype: str | None,
+    num_eval_samples: int,
+    eval_max_new_tokens: int,
+    eval_temperature: float,
     pack: bool,
 ) -> None:
     args = dict(locals())
@@ -137,6 +143,8 @@ def main(
         filled = sum(len(row.input_ids) for row in train) / (len(train) * max_seq_len)
         train_notes += f"; packed into {len(train):,} rows, {filled:.1%} full"
     pad_token_id = pad_id(tokenizer, config)
+    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
+    sampling = SamplingParams(eval_temperature, seed=seed, stop_token_ids=eos_ids)
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)
     model = load_for_training(
@@ -162,6 +170,18 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    samples = None
+    if evaluation and num_eval_samples:
+        samples = EvalSamples(
+            model,
+            tokenizer,
+            prompts_of(evaluation, num_eval_samples),
+            sampling,
+            max_new_tokens=eval_max_new_tokens,
+            runtime=runtime,
+            output_dir=output_dir,
+            after_step=first_step - 1,
+        )
     compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
@@ -223,6 +243,8 @@ def main(
             check_finite(step, numbers, eval_loss=line["eval_loss"])
             if is_main_rank():
                 bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
+            if samples is not None:
+                samples.show(step, bar.write)
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)

@@ -336,6 +336,27 @@ def test_top_p_of_a_large_vocabulary_equals_the_full_sort(flat_rows, top_p):
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("params", [SamplingParams(1.0, top_k=20), SamplingParams(0.7, top_k=60, top_p=0.9)], ids=str)
+def test_ties_at_the_end_of_top_k(params, monkeypatch):
+    """Catches candidates that depend on how a kernel orders equal logits: all that tie with the last are kept, as in
+    transformers, and the CPU's shortcut over few candidates draws what the whole vocabulary does."""
+    rounded = (3 * torch.randn(256, 3000, generator=torch.Generator().manual_seed(0)) * 4).round() / 4
+    last = rounded.topk(params.top_k).values[:, -1:]
+    tied = (rounded >= last).sum(-1) > params.top_k
+    assert 30 < tied.sum() < 256
+    keys, positions, hashes = torch.arange(256), torch.arange(256), column_hashes(3000)
+    for logits in (rounded, rounded[tied], rounded[~tied]):  # the shortcut is for batches without a tie
+        n = len(logits)
+        tokens, logprobs = sample(logits, keys[:n], positions[:n], hashes, params)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            whole_tokens, whole_logprobs = sample(logits, keys[:n], positions[:n], hashes, params)
+        assert torch.equal(tokens, whole_tokens) and torch.equal(logprobs, whole_logprobs)
+        if params.top_p == 1:
+            noise = exponential_noise(keys[:n], positions[:n], hashes)
+            assert torch.equal(tokens, (hf_filtered(logits, params).exp() / noise).argmax(-1))
+
+
 @pytest.mark.parametrize(
     "params", [SamplingParams(1.0, top_p=0.0), SamplingParams(1.0, top_k=1), SamplingParams(1e-4)], ids=str
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from models.tp import linear_cross_entropy
+from models.tp import linear_cross_entropy, linear_logprobs
 
 
 def token_cross_entropy(
@@ -34,10 +34,37 @@ def token_cross_entropy(
     with vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
     1]. Only positions with a label are projected. 0, with gradients 0, if there is none.
     """
+    hidden, targets = _learnt(hidden, labels, ignore_index)
+    return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    tp: DeviceMesh | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
+    the number of labels[:, 1:] other than ignore_index. Entropies are 0 unless asked for.
+
+    Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
+    """
+    hidden, targets = _learnt(hidden, labels, ignore_index)
+    options = {"vocab_size": vocab_size, "tp": tp, "temperature": temperature, "entropy": entropy}
+    return linear_logprobs(hidden, weight, targets, **options)
+
+
+def _learnt(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(hidden states [N, E] that predict a label, those labels [N])"""
     targets = labels[:, 1:].reshape(-1)
     learnt = (targets != ignore_index).nonzero()[:, 0]
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learnt)
-    return linear_cross_entropy(hidden, weight, targets.index_select(0, learnt), vocab_size=vocab_size, tp=tp)
+    return hidden, targets.index_select(0, learnt)
 
 
 # ----------------------------------------------------------------------------------- reward models
@@ -148,8 +175,7 @@ def dpo_loss(
 def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """(summed log-probabilities of each row's learnt tokens, fp32 [B]; their number, int64 [B]).
 
-    token_logps [N]: the log-probability of every learnt token, that is of labels[:, 1:] other than ignore_index, row
-    by row, as token_cross_entropy takes them; labels int64 [B, T], not shifted.
+    token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
     """
     learnt = labels[:, 1:] != ignore_index
     rows = learnt.nonzero()[:, 0]

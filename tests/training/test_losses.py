@@ -21,6 +21,7 @@ from training.losses import (
     pointwise_loss,
     sequence_logps,
     token_cross_entropy,
+    token_logps,
 )
 from training.preferences import Pair, collate_pairs
 
@@ -164,10 +165,8 @@ def fixture_batch():
 
 
 def model_logps(model, batch):
-    logps = F.log_softmax(model(batch.input_ids).logits[:, :-1], dim=-1)
-    targets = batch.labels[:, 1:]
-    learnt = targets != -100
-    return sequence_logps(logps[learnt].gather(1, targets[learnt][:, None])[:, 0], batch.labels)
+    hidden = model.model(batch.input_ids)[0]
+    return sequence_logps(token_logps(hidden, model.lm_head.weight, batch.labels)[0], batch.labels)
 
 
 def fixture_loss(case, batch, policy):

@@ -163,16 +163,18 @@ def load_model(
     param_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     tp: DeviceMesh | None = None,
+    head: str = "lm",
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face folder, as plain tensors: for inference, and for one process.
 
     param_dtype: the dtype of the parameters, None keeps the files'. compute_dtype: of the activations, None takes the
-    parameters'. tp: reads and holds only this rank's part. Raises what ModelConfig.from_hf and WeightFiles raise.
+    parameters'. tp: reads and holds only this rank's part. head: "lm" or "score". Raises what ModelConfig.from_hf and
+    WeightFiles raise.
     """
     config = ModelConfig.from_hf(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, Parallel(tp))
+        model = Transformer(config, compute_dtype, Parallel(tp), head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 
@@ -185,21 +187,25 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
+    new_score: Tensor | None = None,
 ) -> None:
     """Gives every parameter of a model its values, one tensor at a time, and recomputes the buffers.
 
     part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
-    may be on meta and of the whole shape, are replaced.
+    may be on meta and of the whole shape, are replaced. new_score: the weight [1, E] of a scalar head on a folder that
+    has a language-model head, which is then left out.
     """
     parameters = dict(model.named_parameters())  # tied weights appear once
+    without_file = {} if new_score is None else {"score.weight": new_score}
     files.check(
-        {name: tuple(p.shape) for name, p in parameters.items()},
-        allowed=["lm_head.weight"] if model.config.tie_word_embeddings else [],
+        {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file},
+        allowed=["lm_head.weight"] if model.config.tie_word_embeddings or without_file else [],
     )
     for name, parameter in tqdm(
         parameters.items(), desc="loading", unit="tensor", delay=1, leave=False, disable=not is_main_rank()
     ):
-        part = files.read(name, part_of(name, tuple(parameter.shape)))
+        slices = part_of(name, tuple(parameter.shape))
+        part = without_file[name][slices] if name in without_file else files.read(name, slices)
         if isinstance(parameter, DTensor):
             shard = parameter.to_local()
             assert shard.shape == part.shape, (name, shard.shape, part.shape)
@@ -208,8 +214,7 @@ def load_weights(
             owner, _, attribute = name.rpartition(".")
             part = nn.Parameter(part.to(device=device, dtype=dtype, copy=True))
             setattr(model.get_submodule(owner), attribute, part)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()
     model.reset_buffers(device)
 
 

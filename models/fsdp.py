@@ -4,7 +4,8 @@
 - hybrid sharding: dp = dp_replicate x dp_shard, and only dp_shard adjacent ranks (a node, say) share the parameters
 - every parameter of a trained model is a DTensor on the whole mesh: cut over tp where models/tp.py says so, then by
   rows over dp (or dp_shard); norms are whole over tp
-- weights and optimizer state are fp32, gathered in the compute dtype, and gradients are reduced in fp32
+- weights are stored in fp32, or in bf16 for an optimizer that rounds stochastically, and gathered in the compute dtype;
+  gradients are reduced in fp32 and then take the weights' dtype
 
 Order: build on meta -> tensor-parallel -> activation checkpointing -> compile each block -> fully_shard ->
 materialise -> buffers -> load.
@@ -109,25 +110,28 @@ def load_for_training(
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
+    param_dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     recompute: str = "none",
     compile: bool = False,
     cpu_offload: bool = False,
+    head: str = "lm",
+    new_score: Tensor | None = None,
 ) -> Transformer:
-    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part; fp32 weights.
+    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
 
-    cpu_offload: parameters and gradients live in the CPU's memory, and so does the state of an optimizer over them,
-    which steps there; the device holds what it is computing with. Raises ValueError where the device is the CPU.
-    """
+    head: "lm" or "score"; new_score: see load_weights, alike on all ranks. cpu_offload: parameters and gradients live
+    in the CPU's memory, and so does the state of an optimizer over them, which steps there; the device holds what it
+    is computing with. Raises ValueError where the device is the CPU."""
     if cpu_offload and device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel))
-    options = {"compute_dtype": compute_dtype, "recompute": recompute, "compile": compile}
-    shard_model(model, mesh, **options, cpu_offload=cpu_offload)
+        model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel), head)
+    dtypes = {"compute_dtype": compute_dtype, "param_dtype": param_dtype}
+    shard_model(model, mesh, **dtypes, recompute=recompute, compile=compile, cpu_offload=cpu_offload)
     model.to_empty(device="cpu" if cpu_offload else device)
-    load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh))
+    load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
     return model
 
 
@@ -136,19 +140,23 @@ def shard_model(
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
+    param_dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     compile: bool = False,
     cpu_offload: bool = False,
 ) -> None:
-    """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded."""
-    _to_dtensors(model, mesh["tp"])
+    """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded.
+
+    param_dtype: of the stored weights, norms included, since FSDP2 wants one dtype in a group. Gradients arrive in it.
+    """
+    _to_dtensors(model, mesh["tp"], param_dtype)
     for block in model.layers:
         block.recompute = recompute
         if compile:
             block.compile()
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
-        reduce_dtype=torch.float32,
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
     options = {
@@ -158,11 +166,13 @@ def shard_model(
     }
     for block in model.layers:
         fully_shard(block, **options)
+    if hasattr(model, "score"):  # a scalar head computes in fp32
+        fully_shard(model.score, **{**options, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
     fully_shard(model, **options, reshard_after_forward=False)
 
 
-def _to_dtensors(model: nn.Module, tp: DeviceMesh) -> None:
-    """Replaces each parameter by this rank's part as a DTensor; tied parameters stay tied."""
+def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
+    """Replaces each parameter by this rank's part as a DTensor of that dtype; tied parameters stay tied."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
@@ -172,7 +182,7 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh) -> None:
                 part = parameter[tensor_parallel_part(name, shape, tp)]
                 placement = Replicate() if dim is None else Shard(dim)
                 whole = DTensor.from_local(
-                    part.detach().contiguous(),
+                    part.detach().to(dtype).contiguous(),
                     tp,
                     [placement],
                     run_check=False,
@@ -210,5 +220,11 @@ def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: b
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Clips the gradients to a global norm over all ranks and returns the norm before, a plain scalar tensor."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if all(p.grad.dtype == torch.float32 for p in parameters):
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:  # torch would round the norm of bf16 gradients to bf16, three digits
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

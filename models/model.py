@@ -395,29 +395,48 @@ class Embedding(nn.Embedding):
         return leave_parallel(rows, *self.parallel)
 
 
-class Transformer(nn.Module):
-    """A decoder with a language-model head.
+class ScoreHead(nn.Linear):
+    """One number for each token, in fp32: reward models and critics. Whole on every rank."""
 
-    compute_dtype: the dtype of the activations; None takes the weights'. parallel: how it is spread over ranks.
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), local(self.weight).float())[..., 0]  # [B, T, E] -> [B, T]
+
+
+class Transformer(nn.Module):
+    """A decoder with a language-model head, `lm_head`, or a scalar one, `score`.
+
+    compute_dtype: the dtype of the activations; None takes the weights'. parallel: how it is spread over ranks. head:
+    "lm" or "score".
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None, parallel: Parallel = Parallel()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype | None = None,
+        parallel: Parallel = Parallel(),
+        head: str = "lm",
+    ):
         super().__init__()
         self.config, self.compute_dtype, self.parallel = config, compute_dtype, parallel
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel)
         self.layers = nn.ModuleList(Block(config, layer, parallel) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        if head == "score":
+            self.score = ScoreHead(config.hidden_size)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
         self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits are `lm_head`
-        of these, which callers take only where they need them. position_ids [B, T] default to 0..T-1. Under sequence
-        parallelism T must be divisible by the tensor-parallel ranks."""
+        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits or scores are
+        `lm_head` or `score` of these, which callers take only where they need them. position_ids [B, T] default to
+        0..T-1. Under sequence parallelism T must be divisible by the tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = rope_tables(position_ids, self.inv_freq)
@@ -427,6 +446,11 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, attend)
         x = self.norm(x)
         return whole_sequence(x, self.parallel.tp) if self.parallel.sequence_parallel else x
+
+    def tie_weights(self) -> None:
+        """Makes the head share the embedding's weight where the config says so."""
+        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
+            self.lm_head.weight = self.embed_tokens.weight
 
     def reset_buffers(self, device: torch.device | str) -> None:
         """Computes what is not in a checkpoint; needed after to_empty or a build on meta."""

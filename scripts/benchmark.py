@@ -235,7 +235,7 @@ def training_memory(
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
     loss = logits + (4 + c) * table + 2 * c * tokens * E  # with the head's gradient
     widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
-    reduction = c + 4 + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
+    reduction = c + (4 if dp > 1 else c) + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
     overlapping = (widest, reduction * block)
     backward = (max if on_cpu else sum)(overlapping) + 2 * c * block + c * table
     return {

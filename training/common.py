@@ -8,6 +8,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -131,6 +132,19 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--adam_beta1", type=below_one, default=0.9, help="decay of AdamW's first moment")
     add("--adam_beta2", type=below_one, default=0.95, help="decay of AdamW's second moment")
     add("--adam_eps", type=positive_float, default=1e-8, help="AdamW's epsilon")
+    add(
+        "--param_dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of the stored weights and gradients; bfloat16 weights get fp32 updates, rounded stochastically "
+        "(bytes for a parameter, its gradient and AdamW's moments: 16 or 12, with adamw_8bit 10 or 6)",
+    )
+    add(
+        "--optim",
+        choices=["adamw", "adamw_8bit"],
+        default="adamw",
+        help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
+    )
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
     add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
     add(
@@ -256,8 +270,20 @@ def choose_runtime(device: str | None, dtype: str | None, compile: bool | None) 
     on_gpu = chosen.type == "cuda"
     if on_gpu and "LOCAL_RANK" in os.environ:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not on_gpu:
+        keep_freed_memory()
     chosen_dtype = DTYPES[dtype] if dtype else (torch.bfloat16 if on_gpu else torch.float32)
     return Runtime(chosen, chosen_dtype, on_gpu if compile is None else compile)
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep what is freed, also blocks above 32 MB, for the next step: a fresh page costs the CPU more than
+    the arithmetic on it (an SFT step of the 134M model takes a sixth less time). glibc alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def split_batch(

@@ -8,10 +8,11 @@
 
 import bisect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,28 @@ def read_records(path: str | Path) -> list[Record]:
         if not isinstance(item, dict):
             raise ValueError(f"{where}: must be an object with named fields, not a {type(item).__name__}")
     return [Record(where, item) for where, item in found]
+
+
+def tokenising(path: Path) -> Iterable[Record]:
+    """The records of a file that is being tokenised, with a progress bar."""
+    records = read_records(path)
+    return tqdm(records, desc="tokenising", unit="record", delay=1, leave=False, disable=not is_main_rank())
+
+
+@contextmanager
+def naming(record: Record) -> Iterator[None]:
+    """A ValueError raised within says where the record is."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(record.where):
+            raise
+        raise ValueError(f"{record.where}: {error}") from None
+
+
+def require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise ValueError(complaint)
 
 
 def get_field(record: Record, *names: str) -> object:
@@ -176,9 +199,7 @@ def encode_sft_file(
     overlong: refuse (ValueError), skip, or truncate (the end is cut, and no EOS is put after the cut).
     """
     examples, truncated, skipped, nothing, split_differently = [], 0, 0, 0, 0
-    for record in tqdm(
-        read_records(path), desc="tokenising", unit="record", delay=1, leave=False, disable=not is_main_rank()
-    ):
+    for record in tokenising(path):
         example, differs = encode_sft_record(record, tokenizer)
         split_differently += differs
         check_ids(example.input_ids, vocab_size, record.where)
@@ -207,39 +228,32 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bo
     assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS.
     """
     fields = record.fields
-    try:
+    with naming(record):
         if "messages" in fields:
-            return _encode_chat(fields["messages"], tokenizer)
+            return encode_messages(fields["messages"], tokenizer)
         if "text" in fields and "completion" not in fields and "output" not in fields:
-            _require(isinstance(fields["text"], str), "text must be a string")
+            require(isinstance(fields["text"], str), "text must be a string")
             ids = [*encode_text(fields["text"], tokenizer), *_eos(tokenizer)]
             return Example(ids, list(ids)), False
         prompt, completion = get_prompt(record), get_field(record, "completion", "output")
         if isinstance(prompt, list):
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            _require(isinstance(answer, list), "completion must be text or a list of messages")
-            return _encode_chat(prompt + answer, tokenizer, first=len(prompt))
-        _require(isinstance(completion, str), "completion must be a string where prompt is one")
-        return _encode_completion(prompt, completion, tokenizer)
-    except ValueError as error:
-        if str(error).startswith(record.where):
-            raise
-        raise ValueError(f"{record.where}: {error}") from None
-
-
-def _require(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise ValueError(complaint)
+            require(isinstance(answer, list), "completion must be text or a list of messages")
+            return encode_messages(prompt + answer, tokenizer, first=len(prompt))
+        require(isinstance(completion, str), "completion must be a string where prompt is one")
+        return encode_completion(prompt, completion, tokenizer)
 
 
 def _eos(tokenizer: Tokenizer) -> list[int]:
-    _require(
+    require(
         tokenizer.eos_token_id is not None, f"{tokenizer.config_path.parent}: the tokenizer has no EOS token to train"
     )
     return [tokenizer.eos_token_id]
 
 
-def _encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, bool]:
+def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, bool]:
+    """(prompt, completion and EOS, with loss on the latter two; whether the prompt's ids are no prefix of the whole
+    text's, so that the completion is encoded alone)."""
     prompt_ids = encode_text(prompt, tokenizer)
     ids = encode_text(prompt + completion, tokenizer)
     differs = ids[: len(prompt_ids)] != prompt_ids
@@ -249,23 +263,23 @@ def _encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tu
     return Example(ids, [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids) :]), differs
 
 
-def _encode_chat(messages: object, tokenizer: Tokenizer, first: int = 0) -> tuple[Example, bool]:
+def encode_messages(messages: object, tokenizer: Tokenizer, first: int = 0) -> tuple[Example, bool]:
     """A conversation with loss on the assistant's turns from message `first` on.
 
     A turn runs from the end of its header (what the template adds as the generation prompt) to its end-of-turn token;
     what the template puts after that, often a newline, is not the assistant's.
     """
-    _require(isinstance(messages, list), "messages must be a list")
+    require(isinstance(messages, list), "messages must be a list")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
     labels, differs = [IGNORE_INDEX] * len(ids), False
     for i, message in enumerate(messages):
         if i < first or message["role"] != "assistant":
             continue
-        _require(i > 0, "message 0 is the assistant's, so there is nothing it answers")
+        require(i > 0, "message 0 is the assistant's, so there is nothing it answers")
         before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
-        _require(
+        require(
             after.startswith(before) and text.startswith(after),
             f"the chat template writes message {i} differently once others follow; give it as prompt and completion",
         )
@@ -273,11 +287,17 @@ def _encode_chat(messages: object, tokenizer: Tokenizer, first: int = 0) -> tupl
         start = _common_prefix(header, ids)
         differs |= start != len(header)
         end = _common_prefix(tokenizer.encode(after, add_special_tokens=False), ids)
-        added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
-        if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of what was said
-            end = added[-1] + 1
+        end = turn_end(ids, start, end, tokenizer)
         labels[start:end] = ids[start:end]
     return Example(ids, labels), differs
+
+
+def turn_end(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> int:
+    """One past the end-of-turn token of the turn ids[start:end]; `end` if the template writes no such token."""
+    added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
+    if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of what was said
+        return added[-1] + 1
+    return end
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -309,12 +329,20 @@ def training_batches(
         yield step, order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(examples: list[Example], size: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[list[Example]]:
+Row = TypeVar("Row")
+
+
+def micro_batches(
+    rows: list[Row], size: int, dp_rank: int = 0, dp_size: int = 1, key: Callable[[Row], int] | None = None
+) -> Iterator[list[Row]]:
     """One rank's share of a batch in groups of at most `size` rows, of like length so that little is padded. Every rank
-    yields the same number of groups, since each is a collective; a group may be empty."""
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    yields the same number of groups, since each is a collective; a group may be empty.
+
+    key: the length of a row; by default that of its input_ids.
+    """
+    by_length = sorted(rows, key=key or (lambda row: len(row.input_ids)))
     mine = by_length[dp_rank::dp_size]
-    for start in range(0, -(-len(examples) // dp_size), size):
+    for start in range(0, -(-len(rows) // dp_size), size):
         yield mine[start : start + size]
 
 

@@ -280,3 +280,20 @@ def test_unsupported_configs_name_the_key(change, culprit):
     ModelConfig.from_hf(GOOD)
     with pytest.raises(ValueError, match=culprit):
         ModelConfig.from_hf(GOOD | change)
+
+
+def test_score_head(folder, tmp_path):
+    """Catches scores that are not transformers', that are rounded to bf16, and a head made up where there is none."""
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig.from_pretrained(folder)
+    shape.num_labels, shape.pad_token_id = 1, 0
+    theirs = transformers.LlamaForSequenceClassification(shape).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path, head="score")
+    ids = torch.randint(3, 300, (2, 9))
+    with torch.no_grad():
+        scores = ours.score(ours(ids))
+        torch.testing.assert_close(scores[:, -1], theirs(ids).logits[:, 0], atol=1e-5, rtol=1e-5)
+        assert scores.shape == (2, 9) and ours.bfloat16().score(ours(ids)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"missing tensors: score.weight; unexpected tensors: lm_head.weight"):
+        load_model(folder, head="score")

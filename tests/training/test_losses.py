@@ -1,11 +1,29 @@
-"""training/losses.py against torch's cross_entropy over transformers' logits: values and every gradient."""
+"""training/losses.py against torch's cross_entropy over transformers' logits, and against what TRL's trainers compute
+(fixtures/losses.json): values and gradients."""
+
+import json
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models import tp
-from training.losses import token_cross_entropy
+from tests.training.fixtures import make_loss_fixtures as made
+from training.data import Example
+from training.losses import (
+    DPO_LOSSES,
+    REFERENCE_FREE,
+    auc,
+    calibration_error,
+    dpo_loss,
+    pairwise_loss,
+    pointwise_loss,
+    sequence_logps,
+    token_cross_entropy,
+    token_logps,
+)
+from training.preferences import Pair, collate_pairs
 
 
 def make_batch(rows=3, length=9, width=16, vocab=37, *, seed=0, dtype=torch.float32):
@@ -125,3 +143,223 @@ def test_extreme_logits():
     loss = token_cross_entropy(hidden, weight, torch.tensor([[0, 1]]))
     loss.backward()
     assert loss.item() == 1000 and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+# ------------------------------------------------------------------------------------ against TRL
+
+FIXTURES = json.loads(made.FILE.read_text())
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def fixture_batch():
+    """The fixture's pairs as our own batch: four pairs of ragged rows in one forward."""
+
+    def row(prompt_ids, completion_ids):
+        return Example(prompt_ids + completion_ids, [-100] * len(prompt_ids) + completion_ids)
+
+    pairs = [
+        Pair(len(p["prompt_ids"]), row(p["prompt_ids"], p["chosen_ids"]), row(p["prompt_ids"], p["rejected_ids"]), m)
+        for p, m in zip(FIXTURES["pairs"], FIXTURES["margins"], strict=True)
+    ]
+    return collate_pairs(pairs, made.PAD, torch.device("cpu"))
+
+
+def model_logps(model, batch):
+    hidden = model.model(batch.input_ids)[0]
+    return sequence_logps(token_logps(hidden, model.lm_head.weight, batch.labels)[0], batch.labels)
+
+
+def fixture_loss(case, batch, policy):
+    sums, lengths = model_logps(policy, batch)
+    with torch.no_grad():
+        reference, _ = model_logps(made.tiny_model(1.0), batch)
+    options = {key: case[key] for key in ("beta", "label_smoothing", "simpo_gamma", "rpo_alpha") if key in case}
+    references = (None, None) if case["kind"] in REFERENCE_FREE else reference.chunk(2)
+    return dpo_loss(case["kind"], *sums.chunk(2), *references, *lengths.chunk(2), **options)
+
+
+def check_gradient(model, weight, case):
+    torch.testing.assert_close(weight.grad.flatten(), torch.tensor(case["grad"]), **CLOSE)
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert norm == pytest.approx(case["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", FIXTURES["dpo"], ids=lambda case: "-".join(map(str, list(case.values())[:3])))
+def test_dpo_equals_trl(case):
+    """Catches any deviation from TRL's losses, rewards and gradients: a sign, a scale, a term, a length without its
+    EOS, the padding of ragged rows."""
+    policy = made.tiny_model(0.0)
+    result = fixture_loss(case, fixture_batch(), policy)
+    for name, value in result._asdict().items():
+        torch.testing.assert_close(value, torch.tensor(case[name]), **CLOSE, msg=lambda text, n=name: f"{n}: {text}")
+    assert not result.chosen_rewards.requires_grad and not result.rejected_rewards.requires_grad
+    result.losses.mean().backward()
+    check_gradient(policy, policy.lm_head.weight, case)
+
+
+def drop_eos(case, batch):
+    labels = batch.labels.clone()
+    labels[torch.arange(len(labels)), batch.last] = -100
+    return case, batch._replace(labels=labels)
+
+
+def shift_labels(case, batch):
+    return case, batch._replace(labels=batch.labels.roll(1, dims=1))
+
+
+def shift_input(case, batch):
+    return case, batch._replace(input_ids=batch.input_ids.roll(1, dims=1))
+
+
+def swap_sides(case, batch):
+    halves = [torch.cat(x.chunk(2)[::-1]) for x in (batch.input_ids, batch.labels, batch.last)]
+    return case, batch._replace(input_ids=halves[0], labels=halves[1], last=halves[2])
+
+
+def learn_the_prompt(case, batch):
+    learnt = torch.arange(batch.labels.shape[1]) <= batch.last[:, None]
+    return case, batch._replace(labels=torch.where(learnt, batch.input_ids, -100))
+
+
+def no_smoothing(case, batch):
+    return {key: value for key, value in case.items() if key != "label_smoothing"}, batch
+
+
+def other_beta(case, batch):
+    return case | {"beta": 1.1 * case["beta"]}, batch
+
+
+@pytest.mark.parametrize(
+    "fault", [drop_eos, shift_labels, shift_input, swap_sides, learn_the_prompt, no_smoothing, other_beta]
+)
+def test_fixtures_show_faults(fault):
+    """Catches fixtures too weak to tell: with each of these mistakes, test_dpo_equals_trl must fail by far."""
+    for case in FIXTURES["dpo"]:
+        if fault is no_smoothing and "label_smoothing" not in case:
+            continue
+        if fault is learn_the_prompt and case["kind"] not in ("ipo_avg", "simpo", "rpo"):
+            continue  # without lengths the prompt's log-probability, the same on both sides, cancels
+        losses = fixture_loss(*fault(case, fixture_batch()), made.tiny_model(0.0)).losses
+        assert (losses - torch.tensor(case["losses"])).abs().max() > 5e-3, case["kind"]
+
+
+@pytest.mark.parametrize("case", FIXTURES["reward"], ids=lambda case: "-".join(list(case)[:-3]) or "plain")
+def test_pairwise_equals_trl(case):
+    """Catches chosen and rejected swapped, a margin added instead of subtracted, the centring term's scale, and a score
+    read from padding or from the token before the last."""
+    model, batch = made.tiny_reward_model(), fixture_batch()
+    scores = model.score(model.model(batch.input_ids).last_hidden_state)[..., 0]
+    scores = scores[torch.arange(len(scores)), batch.last]
+    margin = batch.margin if "margin" in case else None
+    losses = pairwise_loss(*scores.chunk(2), margin, case.get("center_coef", 0.0))
+    torch.testing.assert_close(losses, torch.tensor(case["losses"]), **CLOSE)
+    losses.mean().backward()
+    check_gradient(model, model.score.weight, case)
+    swapped = pairwise_loss(*scores.chunk(2)[::-1], margin, case.get("center_coef", 0.0))
+    assert (swapped - torch.tensor(case["losses"])).abs().max() > 0.05
+
+
+def test_pointwise_equals_transformers():
+    """Catches probabilities taken for logits, hard labels only, and a mean where the sum is wanted."""
+    model, batch = made.tiny_reward_model(), fixture_batch()
+    model.config.problem_type = "multi_label_classification"  # transformers' BCE with logits
+    labels = torch.tensor([0.0, 1.0, 0.3, 0.9, 1.0, 0.0, 0.5, 0.25])
+    output = model(input_ids=batch.input_ids, labels=labels[:, None])
+    losses = pointwise_loss(output.logits[:, 0], labels)
+    assert losses.shape == (8,)
+    torch.testing.assert_close(losses.mean(), output.loss, **CLOSE)
+    scores = torch.linspace(-6, 6, 8).requires_grad_()
+    pointwise_loss(scores, labels).sum().backward()
+    torch.testing.assert_close(scores.grad, scores.detach().sigmoid() - labels, **CLOSE)
+
+
+# ------------------------------------------------------------------------------- their properties
+
+
+def random_logps(rows=64, scale=40.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (2, rows), generator=generator)
+    logps = -torch.rand(2, rows, generator=generator) * scale
+    return logps, lengths
+
+
+def test_first_loss():
+    """Catches a reference that is not subtracted exactly: where policy and reference are one, h is 0."""
+    (chosen, rejected), lengths = random_logps(scale=900.0)
+    first = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 6.25, "ipo_avg": 6.25}
+    for kind, value in first.items():
+        for smoothing in (0.0, 0.3):
+            result = dpo_loss(kind, chosen, rejected, chosen, rejected, *lengths, beta=0.2, label_smoothing=smoothing)
+            assert (result.losses - value).abs().max() <= 1e-6
+            assert not result.chosen_rewards.any() and not result.rejected_rewards.any()
+    rpo = dpo_loss("rpo", chosen, rejected, chosen, rejected, *lengths, beta=0.2, rpo_alpha=0.5)
+    torch.testing.assert_close(rpo.losses, math.log(2) - 0.5 * chosen / lengths[0], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", DPO_LOSSES)
+def test_dpo_numbers(kind):
+    """Catches overflow for log-probabilities of long answers, NaN for an empty completion, arithmetic in bf16, and a
+    batch whose pairs are not independent of each other."""
+    (chosen, rejected), lengths = random_logps(scale=1e5)
+    lengths[:, 0] = chosen[0] = rejected[0] = 0
+    chosen = chosen.requires_grad_()
+    reference = rejected.flip(0), chosen.detach().flip(0)
+    options = {"beta": 0.3, "label_smoothing": 0.1}
+    losses = dpo_loss(kind, chosen, rejected, *reference, *lengths, **options).losses
+    (grad,) = torch.autograd.grad(losses.sum(), chosen)
+    assert losses.shape == (64,) and losses.isfinite().all() and grad.isfinite().all()
+    one = dpo_loss(kind, *(x[5:6] for x in (chosen, rejected, *reference)), *(x[5:6] for x in lengths), **options)
+    assert torch.equal(one.losses, losses[5:6])
+    low = [x.detach().bfloat16() for x in (chosen, rejected, *reference)]
+    result = dpo_loss(kind, *low, *lengths, **options)
+    assert torch.equal(result.losses, dpo_loss(kind, *(x.float() for x in low), *lengths, **options).losses)
+    assert {x.dtype for x in result} == {torch.float32}
+
+
+def test_what_dpo_refuses():
+    """Catches a misspelt loss, and the division by zero of the robust loss."""
+    (chosen, rejected), lengths = random_logps()
+    for kind, smoothing, words in (("dpo", 0.0, "none of sigmoid"), ("robust", 0.5, "label_smoothing 0.5")):
+        with pytest.raises(ValueError, match=words):
+            dpo_loss(kind, chosen, rejected, chosen, rejected, *lengths, beta=0.1, label_smoothing=smoothing)
+
+
+def test_sequence_logps():
+    """Catches a row without a label that shifts the others, the first label counted, and a lost gradient."""
+    labels = torch.tensor([[-100, 5, 6, -100], [-100] * 4, [7, -100, -100, 8]])
+    logps = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
+    sums, lengths = sequence_logps(logps, labels)
+    assert sums.tolist() == [-3.0, 0.0, -4.0] and lengths.tolist() == [2, 0, 1]
+    (sums * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert logps.grad.tolist() == [1.0, 1.0, 3.0]
+    sums, lengths = sequence_logps(torch.zeros(0), torch.full((2, 2), -100))
+    assert sums.tolist() == [0.0, 0.0] and lengths.tolist() == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def test_auc():
+    """Catches ties counted as right or as wrong (a constant score must give 0.5), soft labels, and one class only."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (2, 5, 40, 300):
+        scores = torch.randint(-4, 5, (size,), generator=generator) / 4
+        labels = (torch.rand(size, generator=generator) < 0.4).float()
+        labels[:2] = torch.tensor([0.2, 0.7])
+        right, wrong = scores[labels >= 0.5], scores[labels < 0.5]
+        wins = (right[:, None] > wrong).float() + 0.5 * (right[:, None] == wrong).float()
+        assert auc(scores, labels) == pytest.approx(wins.mean().item(), abs=1e-6)
+    assert auc(torch.zeros(10), torch.arange(10) % 2) == 0.5
+    assert auc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1])) == 1.0
+    assert math.isnan(auc(torch.zeros(3), torch.ones(3)))
+
+
+def test_calibration_error():
+    """Catches signed gaps that cancel between intervals, unweighted intervals, and a probability of 1 out of range."""
+    probs = torch.tensor([0.05, 0.15, 0.15, 0.95, 1.0])
+    labels = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+    assert calibration_error(probs, labels) == pytest.approx((0.95 + 0.3 + 0.05) / 5)
+    assert calibration_error(probs, probs) == 0
+    draw = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    outcome = (torch.rand(200_000, generator=torch.Generator().manual_seed(1)) < draw).float()
+    assert calibration_error(draw, outcome) < 0.01 < 0.2 < calibration_error(1 - draw, outcome)

@@ -1,0 +1,574 @@
+"""training/preferences.py: the tokens of pairs, labelled completions and labelled steps, and where their scores sit."""
+
+import json
+import random
+import re
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, pre_tokenizers
+
+from models.tokenizer import Tokenizer
+from tests import tiny
+from tests.models.test_tokenizer import byte_level_folder
+from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM, TEMPLATES, write_chat_tokenizer
+from training.data import Record, encode_prompt, encode_sft_record, micro_batches
+from training.preferences import (
+    Pair,
+    PreferenceCounts,
+    Scored,
+    collate_pairs,
+    collate_scored,
+    encode_answer,
+    encode_pair_file,
+    encode_pair_record,
+    encode_pointwise_record,
+    encode_process_record,
+    encode_scored_file,
+    encode_steps,
+    pair_length,
+)
+
+LIMITS = {"vocab_size": 500, "max_seq_len": 200, "overlong": "refuse"}
+CPU = torch.device("cpu")
+FOLDERS = ["sentencepiece", "legacy", "no_prefix_space", "byte_level"]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """(our tokenizer, transformers') of a folder by its kind."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            if kind.startswith("newlines"):
+                write_newline_tokenizer(folder, TEMPLATES[kind.removeprefix("newlines_")])
+            elif kind in END_OF_TURN or kind == "rewrites":
+                write_chat_tokenizer(folder, kind)
+            elif kind == "byte_level":
+                byte_level_folder(folder, "llama3")
+            else:
+                flags = {"legacy": {"legacy": True}, "no_prefix_space": {"add_prefix_space": False}}
+                tiny.write_tokenizer(folder, **flags.get(kind, {}))
+            made[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(opened):
+    return opened("sentencepiece")[0]
+
+
+def write_newline_tokenizer(folder, template):
+    """A byte-level tokenizer that merges whatever is often side by side, several newlines among it."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    lines = [f"{a}\n\n{b}.\n" for a in ("the", "yes", "plus") for b in ("no", "er", "is")]
+    backend.train_from_iterator(lines, trainer)
+    special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], additional_special_tokens=special[1:]
+    )
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+
+
+def pair(tokenizer, **fields):
+    return encode_pair_record(Record("train.jsonl:7", fields), tokenizer)[0]
+
+
+def check_labels(example, prompt_length):
+    assert example.labels[:prompt_length] == [-100] * prompt_length
+    assert example.labels[prompt_length:] == example.input_ids[prompt_length:]
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_pair_of_texts(kind, opened):
+    """Catches ids other than supervised fine-tuning's (EOS missing, BOS twice, a prompt in the loss), sides swapped, a
+    margin lost, and two rows that do not begin with the same prompt."""
+    tokenizer, oracle = opened(kind)
+    prompt, chosen, rejected = "Question: how many apples are there?", " Answer: there are 7.", " hello hello\n"
+    made = pair(tokenizer, prompt=prompt, chosen=chosen, rejected=rejected, margin=2)
+    eos = [oracle.eos_token_id]
+    assert made.chosen.input_ids == oracle(prompt + chosen)["input_ids"] + eos
+    assert made.rejected.input_ids == oracle(prompt + rejected)["input_ids"] + eos
+    assert made.prompt_length == len(oracle(prompt)["input_ids"]) and made.margin == 2.0
+    for side, text in ((made.chosen, chosen), (made.rejected, rejected)):
+        assert side.input_ids[: made.prompt_length] == encode_prompt(prompt, tokenizer)
+        check_labels(side, made.prompt_length)
+        assert side == encode_sft_record(Record("x", {"prompt": prompt, "completion": text}), tokenizer)[0]
+    assert pair(tokenizer, prompt=prompt, chosen=chosen, rejected="").margin is None
+    assert pair(tokenizer, input=prompt, chosen=chosen, rejected=rejected, margin=None).margin is None
+
+
+def test_prompt_that_merges_with_one_side(tokenizer):
+    """Catches the two sides given different prompt ids where only one of them merges with the prompt."""
+    made, differs = encode_pair_record(Record("x", {"prompt": "The ans", "chosen": "wer", "rejected": " 5"}), tokenizer)
+    prompt_ids = encode_prompt("The ans", tokenizer)
+    assert differs and made.prompt_length == len(prompt_ids)
+    for side in (made.chosen, made.rejected):
+        assert side.input_ids[: len(prompt_ids)] == prompt_ids
+        check_labels(side, made.prompt_length)
+
+
+@pytest.mark.parametrize("kind", END_OF_TURN)
+def test_pair_of_chats(kind, opened):
+    """Catches a score on what the template writes after the end of the turn, that token left out of the loss, EOS added
+    behind it, and a prompt that is encoded otherwise than for generation."""
+    tokenizer, oracle = opened(kind)
+    prompt, sides = [SYSTEM, *CHAT[:3]], {"chosen": "no. 🙂", "rejected": "the answer\nis yes."}
+    made = pair(tokenizer, prompt=prompt, **sides)
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    assert made.prompt_length == len(prompt_ids)
+    for name, text in sides.items():
+        side, answer = getattr(made, name), {"role": "assistant", "content": text}
+        whole = oracle.apply_chat_template([*prompt, answer])["input_ids"]
+        assert side.input_ids == whole[: len(side.input_ids)] and side.input_ids[: len(prompt_ids)] == prompt_ids
+        assert not tokenizer.decode(whole[len(side.input_ids) :]).strip()
+        check_labels(side, made.prompt_length)
+        turn = tokenizer.decode_continuation(prompt_ids, side.input_ids[len(prompt_ids) :], skip_special_tokens=False)
+        assert turn == (" " if kind.startswith("llama2") else "") + text + END_OF_TURN[kind]
+    as_messages = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    assert pair(tokenizer, prompt=prompt, **as_messages) == made
+    whole = {name: prompt + messages for name, messages in as_messages.items()}
+    assert pair(tokenizer, **whole) == made  # the prompt is implicit
+    assert pair(tokenizer, prompt=prompt, **whole) == made  # or said three times
+    assert pair(tokenizer, prompt=CHAT[2]["content"], **whole) == made  # or as text beside messages
+
+
+def test_implicit_prompt(opened):
+    """Catches a prompt that swallows the answer where both sides are equal or one is the beginning of the other, and a
+    turn after the first difference taken for the prompt's."""
+    tokenizer, _ = opened("llama3")
+    first = encode_prompt(CHAT[:1], tokenizer)
+    same = pair(tokenizer, chosen=CHAT[:2], rejected=CHAT[:2])
+    assert same.prompt_length == len(first) and same.chosen == same.rejected
+    longer = pair(tokenizer, chosen=CHAT, rejected=CHAT[:2])
+    assert longer.prompt_length == len(first)
+    assert longer.chosen.input_ids[: len(same.chosen.input_ids)] == longer.rejected.input_ids == same.chosen.input_ids
+    other = [CHAT[0], {"role": "assistant", "content": "no."}, *CHAT[2:]]
+    several = pair(tokenizer, chosen=CHAT, rejected=other)
+    assert several.prompt_length == len(first) and several.chosen == longer.chosen
+    sft = encode_sft_record(Record("x", {"messages": other}), tokenizer)[0]
+    assert several.rejected == sft  # loss on both turns of the assistant, not on the user's
+
+
+def test_answer_that_merges_with_the_header(opened):
+    """Catches two sides with different prompt ids where a template's header merges with one answer's first characters:
+    "assistant:\\n" and "\\n" make one token of this tokenizer."""
+    tokenizer, _ = opened("newlines_plain")
+    prompt_ids = encode_prompt(CHAT[:1], tokenizer)
+    record = Record("x", {"prompt": CHAT[:1], "chosen": "\nthe answer", "rejected": "no."})
+    made, differs = encode_pair_record(record, tokenizer)
+    assert differs and made.prompt_length == len(prompt_ids)
+    for side, text in ((made.chosen, "\nthe answer\n"), (made.rejected, "no.\n")):
+        assert side.input_ids[: len(prompt_ids)] == prompt_ids
+        assert tokenizer.decode_continuation(prompt_ids, side.input_ids[len(prompt_ids) :]) == text
+        check_labels(side, made.prompt_length)
+    chatml, _ = opened("newlines_chatml")
+    made, differs = encode_pair_record(record, chatml)
+    assert differs and chatml.decode(made.chosen.input_ids[-1:], skip_special_tokens=False) == "<|im_end|>"
+    assert made.chosen.input_ids.count(made.chosen.input_ids[-1]) == 2  # the user's turn, and this one
+
+
+USER, ANSWER = CHAT[0], CHAT[1]
+BAD_PAIRS = [
+    ({"prompt": "a", "rejected": "b"}, "'chosen' is missing (found: prompt, rejected)"),
+    ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+    ({"chosen": "a b", "rejected": "a c"}, "'prompt' is missing"),
+    ({"prompt": 5, "chosen": "b", "rejected": "c"}, "prompt must be text or a list of messages, not a int"),
+    ({"prompt": None, "chosen": "b", "rejected": "c"}, "prompt must be"),
+    ({"prompt": "a", "chosen": 5, "rejected": "c"}, "chosen must be text or a list of messages, not a int"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected must be text or a list of messages, not a NoneType"),
+    ({"prompt": "a", "chosen": "b", "rejected": [ANSWER]}, "one is text, the other a list"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin must be a finite number, not '1'"),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")},
+        "margin must be a finite number, not nan",
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")},
+        "margin must be a finite number, not inf",
+    ),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin must be a finite number, not 1000"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "margin must be a finite number, not True"),
+    ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "surrogate"),
+    ({"prompt": [USER], "chosen": [], "rejected": [ANSWER]}, "chosen holds no message"),
+    ({"prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}, "rejected must begin and end with a message of the"),
+    ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER]}, "chosen must begin and end"),
+    ({"prompt": [USER], "chosen": ["hello"], "rejected": [ANSWER]}, "chosen must begin and end"),
+    ({"prompt": [], "chosen": [ANSWER], "rejected": [ANSWER]}, "there is nothing it answers"),
+    ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "chat message 0"),
+    ({"chosen": [ANSWER], "rejected": [ANSWER]}, "there is no prompt"),
+    ({"chosen": [], "rejected": []}, "there is no prompt"),
+    ({"chosen": [USER, ANSWER], "rejected": [CHAT[2], ANSWER]}, "there is no prompt: chosen and rejected begin with"),
+    ({"chosen": [USER, CHAT[2]], "rejected": [USER, ANSWER]}, "chosen must begin and end"),
+    ({"prompt": "what?", "chosen": [USER, ANSWER], "rejected": [USER, CHAT[3]]}, "prompt is none of the messages"),
+]
+
+
+@pytest.mark.parametrize("fields, complaint", BAD_PAIRS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
+def test_pairs_that_cannot_be_used(fields, complaint, opened, tmp_path):
+    """Catches a complaint that does not name the record or says something else than what is wrong, and a traceback."""
+    with pytest.raises(ValueError) as caught:
+        pair(opened("llama3")[0], **fields)
+    assert type(caught.value) is ValueError
+    assert str(caught.value).startswith("train.jsonl:7: ") and complaint in str(caught.value), caught.value
+
+
+def test_pairs_under_other_templates(opened, tokenizer):
+    """Catches a folder without a template, or one that rewrites earlier turns, used all the same."""
+    with pytest.raises(ValueError, match=r"^train.jsonl:7: .*no chat template"):
+        pair(tokenizer, prompt=[USER], chosen="b", rejected="c")
+    rewrites, _ = opened("rewrites")
+    with pytest.raises(ValueError, match=r"^train.jsonl:7: the chat template writes message 1 differently"):
+        pair(rewrites, prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[1:2])
+    assert pair(rewrites, prompt=CHAT[:1], chosen="b", rejected="c").chosen.num_targets
+
+
+# ------------------------------------------------------------------------------------ whole files
+
+
+def refused(call, where, complaint):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).startswith(str(where)) and complaint in str(caught.value), caught.value
+
+
+def test_overlong_pairs(tokenizer, tmp_path):
+    """Catches a limit off by one, an EOS after a cut, the side that fits cut as well, a record cut within its prompt
+    (no token of the answer is left to compare) instead of skipped, and what is dropped or cut left uncounted."""
+    records = [
+        {"prompt": "a b", "chosen": " c", "rejected": " d e f g h i j", "margin": 1.5},
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "a b c d e f g h i j k l m n", "chosen": " q", "rejected": " r"},
+        {"prompt": "a b", "chosen": " c d e f g h x", "rejected": " c d e f g h y"},
+    ]
+    path = tiny.write_records(tmp_path / "train.jsonl", records)
+    whole, counts = encode_pair_file(path, tokenizer, **LIMITS)
+    assert counts == PreferenceCounts(0, 0, 0, 0) and [p.margin for p in whole] == [1.5, None, None, None]
+    limit = max(pair_length(whole[0]), pair_length(whole[3]))
+    assert whole[2].prompt_length > limit
+    longest = pair_length(whole[2])
+    encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": longest})
+    complaint = f"{longest} tokens, the limit is {longest - 1}"
+    refused(
+        lambda: encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": longest - 1}), f"{path}:3: ", complaint
+    )
+    kept, counts = encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "skip"})
+    assert kept == [whole[0], whole[1], whole[3]] and counts == PreferenceCounts(0, 1, 0, 0)
+    limit = whole[0].prompt_length + 3
+    cut, counts = encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "truncate"})
+    assert counts == PreferenceCounts(2, 1, 1, 0) and cut[1] == whole[1]
+    assert cut[0].chosen == whole[0].chosen and cut[0].margin == 1.5
+    for before, after in ((whole[0], cut[0]), (whole[3], cut[2])):
+        assert after.rejected.input_ids == before.rejected.input_ids[:limit]
+        check_labels(after.rejected, before.prompt_length)
+    assert cut[2].chosen == cut[2].rejected  # they differ beyond the cut: counted as identical
+    full = {**LIMITS, "overlong": "truncate", "max_seq_len": whole[0].prompt_length}
+    assert len(encode_pair_file(path, tokenizer, **full)[0]) == 1  # one token of the answer must fit
+    full["max_seq_len"] = 1
+    refused(lambda: encode_pair_file(path, tokenizer, **full), path, "no record is left: all 4 are too long for 1")
+
+
+def test_pair_files(tokenizer, tmp_path):
+    """Catches identical sides refused or uncounted, a file of nothing but them accepted, merged prompts uncounted, an
+    error without its line, and an id beyond the model in either side."""
+    same = {"prompt": "a", "chosen": " b", "rejected": " b"}
+    merged = {"prompt": "The ans", "chosen": "wer", "rejected": " b"}
+    pairs, counts = encode_pair_file(tiny.write_records(tmp_path / "a", [same, merged, same]), tokenizer, **LIMITS)
+    assert len(pairs) == 3 and counts == PreferenceCounts(0, 0, 2, 1)
+    path = tiny.write_records(tmp_path / "b", [same, same])
+    refused(lambda: encode_pair_file(path, tokenizer, **LIMITS), path, "the same in every record")
+    path = tiny.write_records(tmp_path / "c", [merged, {**merged, "margin": []}])
+    refused(lambda: encode_pair_file(path, tokenizer, **LIMITS), f"{path}:2: ", "margin")
+    small = {**LIMITS, "vocab_size": tokenizer.encode(" q")[-1]}
+    for side in ("chosen", "rejected"):
+        record = {"prompt": "", "chosen": "", "rejected": "", side: " q"}
+        path = tiny.write_records(tmp_path / side, [record])
+        refused(lambda p=path: encode_pair_file(p, tokenizer, **small), f"{path}:1: ", "holds token id")
+
+
+# ---------------------------------------------------------------------------- labelled completions
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_pointwise(kind, opened):
+    """Catches a score off the EOS, and labels other than those given."""
+    tokenizer, oracle = opened(kind)
+    for label, value in ((0, 0.0), (1, 1.0), (True, 1.0), (False, 0.0), (0.25, 0.25)):
+        fields = {"prompt": "the answer is", "completion": " 7, hello.", "label": label}
+        row, differs = encode_pointwise_record(Record("x", fields), tokenizer)
+        assert row.input_ids == [*oracle("the answer is 7, hello.")["input_ids"], oracle.eos_token_id]
+        assert row.positions == [len(row.input_ids) - 1] and row.labels == [value] and not differs
+        assert type(row.labels[0]) is float and row.prompt_length == len(oracle("the answer is")["input_ids"])
+
+
+@pytest.mark.parametrize("kind", END_OF_TURN)
+def test_pointwise_chat(kind, opened):
+    """Catches a score behind the end of the turn, which generation never reaches."""
+    tokenizer, _ = opened(kind)
+    fields = {"prompt": CHAT[:1], "completion": ANSWER["content"], "label": 1}
+    row, _ = encode_pointwise_record(Record("x", fields), tokenizer)
+    answer, _ = encode_answer(CHAT[:1], [ANSWER], tokenizer)
+    assert row.input_ids == answer.input_ids and row.positions == [len(row.input_ids) - 1]
+    assert answer.labels[-1] == row.input_ids[-1]
+    tail = tokenizer.decode_continuation([40], row.input_ids[row.prompt_length :], skip_special_tokens=False)
+    assert tail.endswith(END_OF_TURN[kind])
+
+
+GOOD = {"prompt": "a", "completion": " b", "label": 1}
+BAD_POINTS = [
+    ({"completion": "b", "label": 1}, "'prompt' is missing (found: completion, label)"),
+    ({"prompt": "a", "label": 1}, "'completion' is missing"),
+    ({"prompt": "a", "completion": "b"}, "'label' is missing"),
+    ({**GOOD, "prompt": 5}, "prompt must be text or a list of messages, not a int"),
+    ({**GOOD, "prompt": []}, "there is nothing it answers"),
+    ({**GOOD, "completion": 5}, "completion must be text where prompt is text"),
+    ({**GOOD, "completion": [ANSWER]}, "completion must be text where prompt is text"),
+    ({**GOOD, "prompt": [USER], "completion": 5}, "completion must be text or a list of messages, not a int"),
+    ({**GOOD, "prompt": [USER], "completion": [USER]}, "completion must begin and end with a message of the assistant"),
+    ({**GOOD, "label": 2}, "label must be 0, 1 or a probability between them, not 2"),
+    ({**GOOD, "label": -0.1}, "label must be 0, 1 or a probability between them, not -0.1"),
+    ({**GOOD, "label": "1"}, "label must be a finite number, not '1'"),
+    ({**GOOD, "label": None}, "label must be a finite number, not None"),
+    ({**GOOD, "label": [1]}, "label must be a finite number, not [1]"),
+    ({**GOOD, "label": float("nan")}, "label must be a finite number, not nan"),
+    ({**GOOD, "completion": "b\ud83d"}, "surrogate"),
+]
+
+
+@pytest.mark.parametrize("fields, complaint", BAD_POINTS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
+def test_points_that_cannot_be_used(fields, complaint, opened, tmp_path):
+    """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(fields)}\n")
+    call = lambda: encode_scored_file(path, opened("llama3")[0], kind="pointwise", **LIMITS)  # noqa: E731
+    refused(call, f"{path}:2: ", complaint)
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+STEPS = ["12 + 34 = 46.", "The answer is 46, hello there.", " and so\nit is"]
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("separator", ["\n", "\n\n", " ;", "<|eot_id|>", ""])
+def test_steps(kind, separator, opened):
+    """Catches a label off the last token of step + separator, an EOS, BOS twice, and steps encoded one by one, where a
+    sentencepiece tokenizer puts a space before each that no generated text has."""
+    tokenizer, oracle = opened(kind)
+    record = {"prompt": "Question: how many?\n", "completions": STEPS, "labels": [1, True, 0.25]}
+    row, differs = encode_process_record(Record("x", record), separator, tokenizer)
+    assert (row.input_ids, row.positions) == encode_steps(record["prompt"], STEPS, separator, tokenizer)
+    text = record["prompt"] + "".join(step + separator for step in STEPS)
+    assert differs == (row.input_ids != oracle(text)["input_ids"])
+    assert not differs or separator == ""
+    assert row.labels == [1.0, 1.0, 0.25] and row.prompt_length == len(oracle(record["prompt"])["input_ids"])
+    assert row.positions[-1] == len(row.input_ids) - 1
+    if not differs:
+        for i, position in enumerate(row.positions):
+            upto = record["prompt"] + "".join(step + separator for step in STEPS[: i + 1])
+            assert tokenizer.decode(row.input_ids[: position + 1], skip_special_tokens=False).endswith(upto)
+            assert row.input_ids[: position + 1] == oracle(upto)["input_ids"]
+
+
+def test_steps_whose_tokens_would_merge(opened):
+    """Catches a token that spans two steps, or the prompt and a step, and with it a label on another step's text."""
+    tokenizer, oracle = opened("sentencepiece")
+    ids, positions = encode_steps("The ans", ["wer is 7 pl", "us"], "", tokenizer)
+    parts = [oracle(text, add_special_tokens=False)["input_ids"] for text in ("wer is 7 pl", "us")]
+    assert ids == oracle("The ans")["input_ids"] + parts[0] + parts[1]
+    assert (
+        positions == [len(ids) - len(parts[1]) - 1, len(ids) - 1] and ids != oracle("The answer is 7 plus")["input_ids"]
+    )
+    record = Record("x", {"prompt": "The ans", "completions": ["wer is 7 pl", "us"], "labels": [1, 0]})
+    assert encode_process_record(record, "", tokenizer)[1]
+    tokenizer, _ = opened("newlines_plain")
+    assert len(tokenizer.encode("\n\n")) == 1
+    ids, positions = encode_steps("the answer\n", ["\nis", "\nyes"], "\n", tokenizer)
+    assert [tokenizer.decode(ids[: p + 1]) for p in positions] == ["the answer\n\nis\n", "the answer\n\nis\n\nyes\n"]
+
+
+@pytest.mark.parametrize("kind", [*FOLDERS, "newlines_plain"])
+def test_any_steps(kind, opened):
+    """Catches a step's ids or position that depend on the steps after it (scores of partial solutions would differ),
+    and tokens that span a boundary, for texts in which they would like to."""
+    tokenizer, _ = opened(kind)
+    draw = random.Random(0)
+    spaces = re.compile(r"\s" if kind in ("sentencepiece", "legacy") else "$^")  # they put one before a text
+    for _ in range(150):
+        texts = [
+            "".join(draw.choices(["a", " ", "\n", "the", "7", ".", "é", "🙂", "plus", "er"], k=6)) for _ in range(5)
+        ]
+        separator = draw.choice(["\n", "\n\n", "", " ", "."])
+        ids, positions = encode_steps(texts[0], texts[1:], separator, tokenizer)
+        assert len(positions) == 4 and positions == sorted(set(positions)) and positions[-1] == len(ids) - 1
+        for k in range(5):
+            some, places = encode_steps(texts[0], texts[1 : 1 + k], separator, tokenizer)
+            assert some == ids[: len(some)] and places == positions[:k]
+            text = texts[0] + "".join(step + separator for step in texts[1 : 1 + k])
+            assert spaces.sub("", tokenizer.decode(some[tokenizer.adds_bos :])) == spaces.sub("", text)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "chatml"])
+def test_steps_after_a_chat(kind, opened):
+    """Catches the template's header missing, or an end of turn between the steps."""
+    tokenizer, oracle = opened(kind)
+    record = {"prompt": [SYSTEM, USER], "completions": ["the answer", "is yes."], "labels": [1, 0]}
+    row, differs = encode_process_record(Record("x", record), "\n", tokenizer)
+    header = oracle.apply_chat_template([SYSTEM, USER], tokenize=False, add_generation_prompt=True)
+    assert row.input_ids == oracle(header + "the answer\nis yes.\n", add_special_tokens=False)["input_ids"]
+    assert row.input_ids[: row.prompt_length] == encode_prompt([SYSTEM, USER], tokenizer) and not differs
+    first = oracle(header + "the answer\n", add_special_tokens=False)["input_ids"]
+    assert row.positions == [len(first) - 1, len(row.input_ids) - 1]
+
+
+def test_overlong_scored_rows(tokenizer, tmp_path):
+    """Catches the label of a step that was cut kept (or moved to another), a row with no label left, a cut completion's
+    label lost, an EOS after the cut, and anything uncounted."""
+    steps = {"prompt": "a b", "completions": ["c d", "e", "f g h"], "labels": [1, 0.5, 0]}
+    path = tiny.write_records(tmp_path / "steps", [steps, {**steps, "prompt": "a b c d e f g h i j k l m n o"}])
+    (whole, long), counts = encode_scored_file(path, tokenizer, kind="process", **LIMITS)
+    assert counts == PreferenceCounts(0, 0, 0, 0)
+
+    def encode(limit, overlong, kind="process", file=path):
+        limits = {**LIMITS, "max_seq_len": limit, "overlong": overlong}
+        return encode_scored_file(file, tokenizer, kind=kind, **limits)
+
+    refused(
+        lambda: encode(len(whole.input_ids), "refuse"), f"{path}:2: ", f"{len(long.input_ids)} tokens, the limit is"
+    )
+    assert encode(len(whole.input_ids), "skip") == ([whole], PreferenceCounts(0, 1, 0, 0))
+    for limit in range(1, len(whole.input_ids)):
+        kept = [position for position in whole.positions if position < limit]
+        if not kept:
+            refused(lambda n=limit: encode(n, "truncate"), path, "no record is left: all 2 are too long")
+            continue
+        (cut,), counts = encode(limit, "truncate")
+        assert cut == Scored(whole.input_ids[: kept[-1] + 1], kept, whole.labels[: len(kept)], whole.prompt_length)
+        assert counts == PreferenceCounts(1, 1, 0, 0)
+
+    path = tiny.write_records(tmp_path / "points", [{"prompt": "a b", "completion": " c d e", "label": 0.25}])
+    (whole,), _ = encode_scored_file(path, tokenizer, kind="pointwise", **LIMITS)
+    size = len(whole.input_ids)
+    refused(
+        lambda: encode(size - 1, "refuse", "pointwise", path), f"{path}:1: ", f"{size} tokens, the limit is {size - 1}"
+    )
+    for limit in range(whole.prompt_length + 1, size):
+        (cut,), counts = encode(limit, "truncate", "pointwise", path)
+        assert (
+            cut == Scored(whole.input_ids[:limit], [limit - 1], [0.25], whole.prompt_length) and counts.truncated == 1
+        )
+    refused(lambda: encode(whole.prompt_length, "truncate", "pointwise", path), path, "no record is left")
+
+
+RIGHT = {"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}
+BAD_STEPS = [
+    ({"completions": ["b"], "labels": [1]}, "'prompt' is missing (found: completions, labels)"),
+    ({"prompt": "a", "labels": [1]}, "'completions' is missing"),
+    ({"prompt": "a", "completions": ["b"]}, "'labels' is missing"),
+    ({**RIGHT, "prompt": 5}, "prompt must be text or a list of messages, not a int"),
+    ({**RIGHT, "prompt": []}, "messages must be a non-empty list"),
+    ({**RIGHT, "completions": "b\nc"}, "completions must be a list of steps, not a str"),
+    ({**RIGHT, "completions": [], "labels": []}, "completions holds no step"),
+    ({**RIGHT, "completions": ["b", ""]}, "completions[1] is an empty step"),
+    ({**RIGHT, "completions": [" \n", "c"]}, "completions[0] is an empty step"),
+    ({**RIGHT, "completions": ["b", 5]}, "completions[1] must be text, not a int"),
+    ({**RIGHT, "completions": ["b", ["c"]]}, "completions[1] must be text, not a list"),
+    ({**RIGHT, "completions": ["b", "c\ud83d"]}, "surrogate"),
+    ({**RIGHT, "labels": [1]}, "2 completions but 1 labels"),
+    ({**RIGHT, "labels": [1, 0, 1]}, "2 completions but 3 labels"),
+    ({**RIGHT, "labels": 1}, "labels must be a list, one for each step, not a int"),
+    ({**RIGHT, "labels": [1, 2]}, "labels[1] must be 0, 1 or a probability between them, not 2"),
+    ({**RIGHT, "labels": [-1, 1]}, "labels[0] must be 0, 1 or a probability"),
+    ({**RIGHT, "labels": [1, None]}, "labels[1] must be a finite number, not None"),
+    ({**RIGHT, "labels": ["good", 1]}, "labels[0] must be a finite number, not 'good'"),
+    ({**RIGHT, "labels": [float("nan"), 1]}, "labels[0] must be a finite number, not nan"),
+]
+
+
+@pytest.mark.parametrize("fields, complaint", BAD_STEPS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
+def test_steps_that_cannot_be_used(fields, complaint, opened, tmp_path):
+    """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{json.dumps(RIGHT)}\n{json.dumps(fields)}\n")
+    call = lambda: encode_scored_file(path, opened("llama3")[0], kind="process", **LIMITS)  # noqa: E731
+    refused(call, f"{path}:2: ", complaint)
+
+
+def test_step_without_a_token(tokenizer):
+    """Catches two steps that share one position, since one has no text and the separator is empty."""
+    with pytest.raises(ValueError, match="step 1 with its separator has no token"):
+        encode_steps("a", ["b", ""], "", tokenizer)
+    assert len(set(encode_steps("a", ["b", "", "", "c"], "\n", tokenizer)[1])) == 4
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+def made_pairs(tokenizer, count=7):
+    words = " d e f g h i j k l m n o p"
+    return [
+        pair(tokenizer, prompt="a b", chosen=words[: 2 * i], rejected=words[: 2 * ((3 * i) % 5)], margin=i or None)
+        for i in range(count)
+    ]
+
+
+def test_collate_pairs(tokenizer):
+    """Catches sides that are mixed up or in another order, padding in the loss, a last token that is padding, and a
+    missing margin read as something else than 0."""
+    pairs = made_pairs(tokenizer)
+    batch = collate_pairs(pairs, 0, CPU, multiple_of=4)
+    assert batch.input_ids.shape[0] == 14 and batch.input_ids.shape[1] % 4 == 0
+    rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    for ids, labels, last, row in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.last.tolist(), rows):
+        assert ids[: last + 1] == row.input_ids and not any(ids[last + 1 :])
+        assert labels[: last + 1] == row.labels and set(labels[last + 1 :]) <= {-100}
+    assert batch.margin.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0] and batch.margin.dtype == torch.float32
+    empty = collate_pairs([], 5, CPU, multiple_of=4)
+    assert empty.input_ids.tolist() == [[5] * 4] * 2 and not (empty.labels != -100).any()
+    assert empty.last.tolist() == [1, 1] and empty.margin.tolist() == [0.0]
+
+
+def test_collate_scored():
+    """Catches a label beside another position than its own, or read from another row."""
+    rows = [Scored([1, 2, 3, 4], [1, 3], [1.0, 0.5]), Scored([5, 6], [1], [0.0])]
+    batch = collate_scored(rows, 9, CPU)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    assert batch.input_ids[batch.rows, batch.positions].tolist() == [2, 4, 6]
+    assert batch.labels.tolist() == [1.0, 0.5, 0.0] and batch.labels.dtype == torch.float32
+    empty = collate_scored([], 9, CPU, multiple_of=4)
+    assert empty.input_ids.tolist() == [
+        [9] * 4
+    ] and empty.rows.shape == empty.positions.shape == empty.labels.shape == (0,)
+    scores = torch.zeros(1, 4, requires_grad=True)
+    scores[empty.rows, empty.positions].sum().backward()
+    assert not scores.grad.any()
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
+def test_micro_batches_of_pairs(dp_size, tokenizer):
+    """Catches ranks with different numbers of groups (a collective would hang), a pair lost, used twice or torn apart,
+    and long pairs beside short ones."""
+    pairs = made_pairs(tokenizer)
+    for size in (1, 2, 4, 8):
+        ranks = [list(micro_batches(pairs, size, rank, dp_size, key=pair_length)) for rank in range(dp_size)]
+        assert len({len(groups) for groups in ranks}) == 1
+        used = [p for groups in ranks for group in groups for p in group]
+        assert sorted(map(id, used)) == sorted(map(id, pairs))
+        for groups in ranks:
+            lengths = [pair_length(p) for group in groups for p in group]
+            assert lengths == sorted(lengths) and all(len(group) <= size for group in groups)
+    assert isinstance(used[0], Pair)

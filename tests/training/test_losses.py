@@ -16,6 +16,7 @@ from training.losses import (
     REFERENCE_FREE,
     auc,
     calibration_error,
+    completion_logps,
     dpo_loss,
     pairwise_loss,
     pointwise_loss,
@@ -164,10 +165,7 @@ def fixture_batch():
 
 
 def model_logps(model, batch):
-    logps = F.log_softmax(model(batch.input_ids).logits[:, :-1], dim=-1)
-    targets = batch.labels[:, 1:]
-    learnt = targets != -100
-    return sequence_logps(logps[learnt].gather(1, targets[learnt][:, None])[:, 0], batch.labels)
+    return completion_logps(model.model(batch.input_ids)[0], model.lm_head.weight, batch.labels)
 
 
 def fixture_loss(case, batch, policy):
@@ -333,8 +331,21 @@ def test_sequence_logps():
     assert sums.tolist() == [-3.0, 0.0, -4.0] and lengths.tolist() == [2, 0, 1]
     (sums * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert logps.grad.tolist() == [1.0, 1.0, 3.0]
-    sums, lengths = sequence_logps(torch.zeros(0), torch.full((2, 2), -100))
-    assert sums.tolist() == [0.0, 0.0] and lengths.tolist() == [0, 0]
+    hidden, weight, labels = make_batch()
+    sums, lengths = completion_logps(hidden, weight, labels)
+    torch.testing.assert_close(-sums.sum(), reference(hidden, weight, labels), rtol=1e-6, atol=1e-6)
+    assert lengths.tolist() == (labels[:, 1:] != -100).sum(dim=1).tolist() and not sums[1]
+
+
+def test_no_pairs():
+    """Catches a rank without pairs whose backward misses the collectives (no graph), or gives NaN."""
+    hidden, weight, _ = make_batch(rows=2, length=2)
+    batch = collate_pairs([], 0, torch.device("cpu"))
+    sums, lengths = completion_logps(hidden, weight, batch.labels)
+    for kind in DPO_LOSSES:
+        result = dpo_loss(kind, *sums.chunk(2), *sums.detach().chunk(2), *lengths.chunk(2), beta=0.1)
+        result.losses[:0].sum().backward(retain_graph=True)
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 # ----------------------------------------------------------------------------------------- metrics

@@ -101,7 +101,7 @@ def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 DPO_LOSSES = ("sigmoid", "ipo", "ipo_avg", "hinge", "robust", "simpo", "rpo")
 REFERENCE_FREE = ("simpo",)  # no reference model is needed
-SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # what label_smoothing has a meaning for
+SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # those that label_smoothing has a meaning for
 
 
 class DPOLoss(NamedTuple):
@@ -147,6 +147,8 @@ def dpo_loss(
     """
     if kind not in DPO_LOSSES:
         raise ValueError(f"loss {kind!r} is none of {', '.join(DPO_LOSSES)}")
+    if label_smoothing and kind not in SMOOTHED:
+        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for the {kind} loss")
     if kind == "robust" and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing {label_smoothing}: the robust loss needs 0 <= label_smoothing < 0.5")
     chosen, rejected = chosen_logps.float(), rejected_logps.float()

@@ -155,7 +155,7 @@ def dpo_loss(
     chosen_means = chosen / chosen_lengths.clamp(min=1)
     if kind == "simpo":
         chosen_ratios, rejected_ratios = chosen_means, rejected / rejected_lengths.clamp(min=1)
-    else:  # in this order, so that policy = reference gives exactly 0
+    else:
         chosen_ratios, rejected_ratios = chosen - ref_chosen_logps.float(), rejected - ref_rejected_logps.float()
     h = chosen_ratios - rejected_ratios
 

@@ -3,23 +3,27 @@
 - q/k/v and gate/up become one matrix product each; on the CPU every weight is reordered once for oneDNN's kernels,
   which makes a decode step of a small model 1.5 to 4 times faster than F.linear (one copy of the weights is kept, not
   two)
-- refresh() copies new weights into the copy in place, so a policy in training can hand over its weights in between
+- copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
+  block at a time: nobody generates through FSDP, which would gather the model for every token
 - the cache is static, [slot, K, position, D] for each layer, and each sequence starts at index 0; prefill takes several
   prompts packed end to end without padding, decode one token for every slot; attention reads what a bucket holds
 
 Dimensions: B slots, T query tokens, N packed tokens, S cache length, H query heads, K key/value heads, D head dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import load_model
-from models.model import Attend, Linear, ModelConfig, RowLinear, Transformer, causal_attention
-from models.tp import leave_parallel, size_of
+from models.model import Attend, Block, Linear, ModelConfig, Parallel, RowLinear, Transformer, causal_attention
+from models.tp import leave_parallel, local, size_of
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -38,7 +42,7 @@ class InferenceLinear(nn.Module):
 
     def __init__(self, linears: list[Linear], *, pack: bool):
         super().__init__()
-        self.sizes = [linear.out_features for linear in linears]
+        self.sizes = [len(linear.weight) for linear in linears]  # of this tp rank, unlike out_features
         self.num_bytes = sum(linear.weight.nbytes for linear in linears)
         self.packed = None
         first = linears[0]
@@ -55,7 +59,8 @@ class InferenceLinear(nn.Module):
 
     @torch.no_grad()
     def _pack(self, linears: list[Linear]) -> None:
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
+        weights = [local(linear.weight) for linear in linears]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype), self.PACK_ROWS)
 
     @torch.no_grad()
@@ -63,12 +68,12 @@ class InferenceLinear(nn.Module):
         """Takes new values of the same linear layers, without changing any tensor's address (but the packed one's)."""
         if self.packed is None:
             for mine, linear in zip(self.weight.split(self.sizes), linears):
-                mine.copy_(linear.weight)
+                mine.copy_(local(linear.weight))
         else:
             self._pack(linears)
         if self.bias is not None:
             for mine, linear in zip(self.bias.split(self.sizes), linears):
-                mine.copy_(linear.bias)
+                mine.copy_(local(linear.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None
@@ -98,14 +103,18 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """
     model.requires_grad_(False)
     for block in model.layers:
-        for part_name, names, product in FUSIONS:
-            part = getattr(block, part_name)
-            fused = InferenceLinear([getattr(part, name) for name in names], pack=pack)
-            for name in names:
-                setattr(part, name, None)
-            setattr(part, product, fused)
+        _fuse(block, pack)
     model.lm_head = InferenceLinear([model.lm_head], pack=pack)
     return model.eval()
+
+
+def _fuse(block: Block, pack: bool) -> None:
+    for part_name, names, product in FUSIONS:
+        part = getattr(block, part_name)
+        fused = InferenceLinear([getattr(part, name) for name in names], pack=pack)
+        for name in names:
+            setattr(part, name, None)
+        setattr(part, product, fused)
 
 
 def load_for_inference(
@@ -128,18 +137,61 @@ def weight_bytes(model: Transformer) -> int:
     return sum(module.num_bytes for module in model.modules() if isinstance(module, InferenceLinear))
 
 
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """While it lasts, the parameters of a module are this tp rank's whole part, also those of FSDP (a collective over
+    dp; not of the modules in it that are wrapped themselves)."""
+    sharded = isinstance(module, FSDPModule)
+    if sharded:
+        module.unshard()
+    yield
+    if sharded:
+        module.reshard()
+
+
+@torch.no_grad()
+def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
+    """An inference copy beside a model in training, on the same tp ranks, in its compute dtype; refresh() keeps it up
+    to date. A collective over dp. pack: as for to_inference."""
+    with torch.device("meta"):
+        copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
+    for mine, theirs in zip(copy.layers, source.layers):
+        with _gathered(theirs):
+            _take_parameters(mine, theirs, source.compute_dtype)
+        _fuse(mine, pack)
+    with _gathered(source):
+        for name in ("embed_tokens", "norm", "lm_head"):
+            if name == "lm_head" and source.config.tie_word_embeddings:
+                copy.lm_head.weight = copy.embed_tokens.weight
+            else:
+                _take_parameters(getattr(copy, name), getattr(source, name), source.compute_dtype)
+    copy.lm_head = InferenceLinear([copy.lm_head], pack=pack)
+    copy.reset_buffers(source.inv_freq.device)
+    return copy.requires_grad_(False).eval()
+
+
+def _take_parameters(mine: nn.Module, theirs: nn.Module, dtype: torch.dtype | None) -> None:
+    for name, parameter in theirs.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        values = local(parameter).to(dtype=dtype, copy=True)  # FSDP takes its storage back
+        setattr(mine.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+
+
 @torch.no_grad()
 def refresh(copy: Transformer, source: Transformer) -> None:
-    """Brings an inference copy up to date with a model of the same shape, in place, one block at a time."""
+    """Brings an inference copy up to date with a model of the same shape, in place, one block at a time; where FSDP
+    holds the source, a collective over dp."""
     for mine, theirs in zip(copy.layers, source.layers):
-        for part_name, names, product in FUSIONS:
-            part = getattr(theirs, part_name)
-            getattr(getattr(mine, part_name), product).refresh([getattr(part, name) for name in names])
-        mine.input_layernorm.weight.copy_(theirs.input_layernorm.weight)
-        mine.post_attention_layernorm.weight.copy_(theirs.post_attention_layernorm.weight)
-    copy.embed_tokens.weight.copy_(source.embed_tokens.weight)
-    copy.norm.weight.copy_(source.norm.weight)
-    copy.lm_head.refresh([source.lm_head])
+        with _gathered(theirs):
+            for part_name, names, product in FUSIONS:
+                part = getattr(theirs, part_name)
+                getattr(getattr(mine, part_name), product).refresh([getattr(part, name) for name in names])
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                getattr(mine, name).weight.copy_(local(getattr(theirs, name).weight))
+    with _gathered(source):
+        copy.embed_tokens.weight.copy_(local(source.embed_tokens.weight))
+        copy.norm.weight.copy_(local(source.norm.weight))
+        copy.lm_head.refresh([source.lm_head])
 
 
 class LayerCache(nn.Module):

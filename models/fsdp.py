@@ -3,7 +3,8 @@
 - world = dp x tp, tp ranks adjacent; one process without torchrun is the same code on a mesh of 1 x 1
 - every parameter of a trained model is a DTensor on the whole mesh: cut over tp where models/tp.py says so, then by
   rows over dp; norms are whole over tp
-- weights and optimizer state are fp32, gathered in the compute dtype, and gradients are reduced in fp32
+- weights are stored in fp32, or in bf16 for an optimizer that rounds stochastically, and gathered in the compute dtype;
+  gradients are reduced in fp32 and then take the weights' dtype
 
 Order: build on meta -> tensor-parallel -> activation checkpointing -> compile each block -> fully_shard ->
 materialise -> buffers -> load.
@@ -84,35 +85,46 @@ def load_for_training(
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
+    param_dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     recompute: str = "none",
     compile: bool = False,
     head: str = "lm",
     new_score: Tensor | None = None,
 ) -> Transformer:
-    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part; fp32 weights.
+    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
 
     head: "lm" or "score"; new_score: see load_weights, alike on all ranks."""
     config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel), head)
-    shard_model(model, mesh, compute_dtype=compute_dtype, recompute=recompute, compile=compile)
+    dtypes = {"compute_dtype": compute_dtype, "param_dtype": param_dtype}
+    shard_model(model, mesh, **dtypes, recompute=recompute, compile=compile)
     model.to_empty(device=device)
     load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
     return model
 
 
 def shard_model(
-    model: Transformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype, recompute: str = "none", compile: bool = False
+    model: Transformer,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    param_dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+    compile: bool = False,
 ) -> None:
-    """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded."""
-    _to_dtensors(model, mesh["tp"])
+    """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded.
+
+    param_dtype: of the stored weights, norms included, since FSDP2 wants one dtype in a group. Gradients arrive in it.
+    """
+    _to_dtensors(model, mesh["tp"], param_dtype)
     for block in model.layers:
         block.recompute = recompute
         if compile:
             block.compile()
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+        param_dtype=compute_dtype,
         reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
@@ -123,8 +135,8 @@ def shard_model(
     fully_shard(model, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=False)
 
 
-def _to_dtensors(model: nn.Module, tp: DeviceMesh) -> None:
-    """Replaces each parameter by this rank's part as a DTensor; tied parameters stay tied."""
+def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
+    """Replaces each parameter by this rank's part as a DTensor of that dtype; tied parameters stay tied."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
@@ -134,7 +146,7 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh) -> None:
                 part = parameter[tensor_parallel_part(name, shape, tp)]
                 placement = Replicate() if dim is None else Shard(dim)
                 whole = DTensor.from_local(
-                    part.detach().contiguous(),
+                    part.detach().to(dtype).contiguous(),
                     tp,
                     [placement],
                     run_check=False,
@@ -153,5 +165,11 @@ def full_tensors(model: nn.Module):
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Clips the gradients to a global norm over all ranks and returns the norm before, a plain scalar tensor."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if all(p.grad.dtype == torch.float32 for p in parameters):
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:  # torch would round the norm of bf16 gradients to bf16, three digits
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -4,7 +4,8 @@
 - ragged prompts: every row has its own position, nothing is left-padded
 - samples of one prompt share one prefill, and the vocabulary projection is computed for its last position only
 - sampling noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the
-  same samples whatever the number of slots, the order of the prompts or a restart, and no two samples share noise
+  same samples whatever the number of slots, the order of the prompts, the ranks or a restart, and no two share noise
+- ranks that share a model draw from their parts of the vocabulary and agree on a winner, without gathering logits
 - one decode step returns a token and its log-prob, [B] each; stopping is decided on the device, and the host looks
   every `look_every` steps; attention length comes in buckets, so a compiled step (CUDA graphs) serves a whole run
 
@@ -19,20 +20,22 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from models.decode import KVCache
 from models.model import Transformer
+from models.noise import column_hashes, noise_key, random_bits
 from models.tokenizer import StreamDecoder, Tokenizer
-from models.tp import gather_vocabulary
+from models.tp import chunk_range, gather_ranks, gather_vocabulary, pad_vocabulary, size_of
 
-MASK64 = (1 << 64) - 1
 PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
-    top_p is kept, as in transformers. stop: strings that end a completion; they are not part of it."""
+    top_p is kept, as in transformers; so is a token as likely as the last that a filter keeps. stop: strings that end
+    a completion; they are not part of it."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -71,102 +74,85 @@ class Completion:
 # ---------------------------------------------------------------------------------------- sampling
 
 
-def _mix64(x: int) -> int:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
-    return x ^ (x >> 31)
-
-
-def _signed(x: int, bits: int = 64) -> int:
-    return x - (1 << bits) if x >> (bits - 1) else x
-
-
-def _mix64_tensor(x: Tensor) -> Tensor:
-    """_mix64 on int64 tensors; torch's >> is arithmetic, so the sign's copies are masked off."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def row_key(seed: int, idx: int, sample_idx: int) -> int:
-    """The key of one sample, a signed 64-bit integer."""
-    key = 0
-    for part in (seed, idx, sample_idx):
-        key = _mix64((key + part + 0x9E3779B97F4A7C15) & MASK64)
-    return _signed(key)
-
-
-def token_hashes(vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """One well-mixed int32 for each token id, [V]."""
-    ids = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device)
-    return ((_mix64_tensor(ids) & 0xFFFFFFFF) - 2**31).to(torch.int32)
-
-
 def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor:
     """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
 
-    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V']
-    from token_hashes. Integer arithmetic mod 2^32 throughout, so every device draws the same bits; 31 of them make a
-    uniform whose small values keep full relative precision, hence also the tail that decides rare tokens.
+    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
+    the column hashes of the tokens. 31 bits make a uniform whose small values keep full relative precision, hence also
+    the tail that decides rare tokens.
     """
-    mixed = _mix64_tensor(keys + positions * _signed(0x9E3779B97F4A7C15))
-    low = ((mixed & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
-    high = (((mixed >> 32) & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
-    x = (hashes ^ low).mul_(_signed(0x85EBCA6B, 32))
-    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
-    x = x.add_(high).mul_(_signed(0xC2B2AE35, 32))
-    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
-    x = x.mul_(_signed(0x9E3779B1, 32))
-    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_and_(0x7FFFFFFF)
+    x = random_bits(keys, positions, hashes).bitwise_and_(0x7FFFFFFF)
     return x.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
 
 
 def sample(
-    logits: Tensor, keys: Tensor, positions: Tensor, hashes: Tensor, params: SamplingParams
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    hashes: Tensor,
+    params: SamplingParams,
+    tp: DeviceMesh | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]).
+    """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
 
-    logits [B, V]; keys, positions int64 [B]; hashes int32 [V]. The token with the least Exp(1) / p has distribution p
-    (the Gumbel-max trick in the form of an exponential race), so a token's noise need not know the other tokens.
+    logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]. The token with the
+    largest logit - log Exp(1) has distribution softmax(logits) (the Gumbel-max trick), so a token's noise need not know
+    the other tokens, and a rank need not know the other ranks' logits. A tie goes to the lowest id.
     """
+    V, offset = len(hashes), 0
     logits = logits.float()
-    if params.temperature == 0:
-        best, tokens = logits.max(dim=-1)
-        return tokens, best - logits.logsumexp(dim=-1)
-    logits = logits / params.temperature
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    if params.top_k or params.top_p < 1:
-        kept, ids = _filter(logits, params)
-        race = (kept - normaliser).exp_().div_(exponential_noise(keys, positions, hashes[ids]))
-        choice = race.argmax(dim=-1, keepdim=True)
-        tokens, chosen = ids.gather(-1, choice), kept.gather(-1, choice)
-    else:
-        race = (logits - normaliser).exp_().div_(exponential_noise(keys, positions, hashes))
-        tokens = race.argmax(dim=-1, keepdim=True)
-        chosen = logits.gather(-1, tokens)
+    if size_of(tp) > 1:
+        offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
+        logits = pad_vocabulary(logits, V, tp, -torch.inf)
+        hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
+    scores, ids = logits, None
+    if params.temperature:
+        logits = logits / params.temperature
+        kept = logits
+        if params.top_k or params.top_p < 1:
+            kept, ids = _filter(logits, params, V, tp)
+        noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
+        scores = noise.log_().neg_().add_(kept)
+    best, tokens = scores.max(dim=-1, keepdim=True)
+    tokens = tokens if ids is None else ids.gather(-1, tokens)
+    chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
+    if size_of(tp) > 1:  # ids are exact in fp32 up to 2^24
+        mine = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
+        best, tokens, chosen, normaliser = gather_ranks(mine, tp).unbind(-1)  # [B, tp] each
+        winner = best.argmax(dim=-1, keepdim=True)
+        tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
+        normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
     return tokens[:, 0], (chosen - normaliser)[:, 0]
 
 
-def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """(logits of the candidates in falling order, -inf where a filter drops one; their ids), each [B, k]."""
-    V = logits.shape[-1]
+def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
+    """(this rank's logits, -inf where a filter drops one; None); or only some of them, with all that the filters keep
+    among them, and their ids in rising order."""
+    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if params.top_k:
-        kept, ids = logits.topk(min(params.top_k, V), dim=-1)
-    elif logits.device.type == "cpu" and V > 2048 and not torch.compiler.is_compiling():
-        # a sort of the whole vocabulary takes as long as a small model's layers; the mass is nearly always at the top
-        kept, ids = logits.topk(1024, dim=-1)
-        if ((kept - logits.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
-            kept, ids = logits.sort(dim=-1, descending=True)
-    else:
-        kept, ids = logits.sort(dim=-1, descending=True)
+        few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
+        top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
+        top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
+    else:  # top-p alone needs the order of the whole vocabulary
+        within = gather_vocabulary(logits, V, tp)
+        few, ids = within.topk(min(1024, V), dim=-1) if branching else within.sort(dim=-1, descending=True)
+        # on the CPU a sort takes as long as a small model's layers, and the mass is nearly always at the top
+        if branching and ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
+            few, ids = within.sort(dim=-1, descending=True)
+        top = few
+    threshold = top[:, -1:]
     if params.top_p < 1:
-        within = kept if params.top_k else logits  # top-p is a share of what top-k has left
-        probs = (kept - within.logsumexp(dim=-1, keepdim=True)).exp()
+        probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
         mass_before = probs.cumsum(dim=-1) - probs
         mass_before[:, 0] = -1.0  # the best token stays, also for top_p 0
-        kept = kept.masked_fill(mass_before >= params.top_p, float("-inf"))
-    return kept, ids
+        threshold = top.masked_fill(mass_before >= params.top_p, float("inf")).amin(dim=-1, keepdim=True)
+    # the noise of few tokens is cheaper than that of all; with top-p alone the few are those of all tp ranks
+    fewer = branching and few.shape[-1] < logits.shape[-1] and (params.top_k or size_of(tp) == 1)
+    if fewer and (few[:, -1:] < threshold).all():
+        ids, order = ids.sort(dim=-1)
+        few = few.gather(-1, order)
+        return few.masked_fill(few < threshold, float("-inf")), ids
+    return logits.masked_fill(logits < threshold, float("-inf")), None
 
 
 # ------------------------------------------------------------------------------------------ engine
@@ -258,7 +244,7 @@ class Engine(nn.Module):
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool, device=device), persistent=False)
-        self.register_buffer("hashes", token_hashes(config.vocab_size, device), persistent=False)
+        self.register_buffer("hashes", column_hashes(config.vocab_size, device), persistent=False)
         stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         self.register_buffer("stop_ids", stop_ids, persistent=False)
         self._step, self._compiled_lengths = self._decode_step, set()
@@ -328,7 +314,9 @@ class Engine(nn.Module):
 
     def _admit(self, placed: list[tuple[int, Request]]) -> tuple[list[int], list[float]]:
         """Prefills the slots with their prompts and draws the first token of each: (tokens, logprobs)."""
-        logits_of: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # prompt -> (slot that holds it, logits [V])
+        logits_of: dict[
+            tuple[int, ...], tuple[int, Tensor]
+        ] = {}  # prompt -> (slot that holds it, its part of the logits [V])
         if self._resident is not None:
             prompt_ids, slot, logits = self._resident
             sharing = [s for s, request in placed if request.prompt_ids == prompt_ids]
@@ -353,9 +341,9 @@ class Engine(nn.Module):
         tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
         slots = tensor([slot for slot, _ in placed])
         lengths = tensor([len(request.prompt_ids) for _, request in placed])
-        keys = tensor([row_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
+        keys = tensor([noise_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
         logits = torch.stack([logits_of[tuple(request.prompt_ids)][1] for _, request in placed])
-        tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params)
+        tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params, self.model.parallel.tp)
         remaining = tensor([request.max_new_tokens - 1 for _, request in placed])
         self.tokens[slots], self.positions[slots], self.keys[slots] = tokens, lengths, keys
         self.remaining[slots] = remaining
@@ -366,18 +354,15 @@ class Engine(nn.Module):
         return (tokens[:, None] == self.stop_ids).any(dim=-1)
 
     def _prefill(self, prompts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
-        """The logits that follow each prompt, [P, V]; the prompts run packed end to end, and fill the slots' caches."""
+        """The logits that follow each prompt, [P, V], of which a tp rank has its part; the prompts run packed end to
+        end, and fill the slots' caches."""
         lengths = [len(prompt) for prompt in prompts]
         self.num_prompt_tokens += sum(lengths)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         hidden = self.model(ids[None], positions[None], self.cache.prefill(slots, lengths))[0]
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self._logits(hidden[last])
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, E] -> [n, V], on every tp rank, which then all draw the same tokens."""
-        return gather_vocabulary(self.model.lm_head(hidden), self.model.config.vocab_size, self.model.parallel.tp)
+        return self.model.lm_head(hidden[last])
 
     def _decode(self, length: int) -> tuple[list[list[int]], list[list[float]]]:
         """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
@@ -397,8 +382,8 @@ class Engine(nn.Module):
     def _decode_step(self, length: int) -> tuple[Tensor, Tensor]:
         attend = self.cache.decode(self.positions, length)
         hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)
-        logits = self._logits(hidden[:, 0])
-        tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params)
+        logits, tp = self.model.lm_head(hidden[:, 0]), self.model.parallel.tp
+        tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params, tp)
         # a row that has ended repeats its last step at its last position until the host gives it a new prompt
         going = self.active
         self.tokens.copy_(torch.where(going, tokens, self.tokens))

@@ -5,7 +5,7 @@
 - trained weights are DTensors (FSDP2 and checkpoints need to know the whole), inference weights plain local shards;
   `local` gives the tensor to compute with in either case
 - embedding and head are sharded over the vocabulary, which need not be divisible by the ranks; log-probs, entropy and
-  sampling combine a few numbers per token, and logits are never gathered
+  sampling combine a few numbers per token; logits are gathered only for top-p without top-k
 
 `tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
 """
@@ -168,13 +168,22 @@ def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -
     return torch.where(mine[..., None], rows, torch.zeros_like(rows))
 
 
+def pad_vocabulary(x: Tensor, vocab_size: int, tp: DeviceMesh | None, value: float) -> Tensor:
+    """This rank's columns [..., V'] filled up to as many as the first rank has: the last ranks may have fewer."""
+    missing = chunk_range(vocab_size, 0, size_of(tp))[1] - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
+
+
 def gather_vocabulary(logits: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
     """The whole logits [n, V] from each rank's part; for inference (no gradient)."""
     if size_of(tp) == 1:
         return logits
-    step = chunk_range(vocab_size, 0, tp.size())[1]
-    padded = torch.nn.functional.pad(logits, (0, step - logits.shape[1]))  # the last ranks may have fewer columns
-    return _all_gather(padded, -1, tp)[:, :vocab_size]
+    return _all_gather(pad_vocabulary(logits, vocab_size, tp, -torch.inf), -1, tp)[:, :vocab_size]
+
+
+def gather_ranks(x: Tensor, tp: DeviceMesh) -> Tensor:
+    """x [n, k] of each rank, in the order of the ranks: [n, tp, k]; for inference (no gradient)."""
+    return _all_gather(x[:, None], 1, tp)
 
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at a time: [1024, V] in fp32 is 131 MB for V = 32000

@@ -132,6 +132,19 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--adam_beta1", type=below_one, default=0.9, help="decay of AdamW's first moment")
     add("--adam_beta2", type=below_one, default=0.95, help="decay of AdamW's second moment")
     add("--adam_eps", type=positive_float, default=1e-8, help="AdamW's epsilon")
+    add(
+        "--param_dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of the stored weights and gradients; bfloat16 weights get fp32 updates, rounded stochastically "
+        "(bytes for a parameter, its gradient and AdamW's moments: 16 or 12, with adamw_8bit 10 or 6)",
+    )
+    add(
+        "--optim",
+        choices=["adamw", "adamw_8bit"],
+        default="adamw",
+        help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
+    )
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
     add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
     add(

@@ -2,7 +2,7 @@
 
 - records: prompt + completion, chat messages (loss on the assistant's turns), or plain text; training/data.py
 - the loss of a step is the mean over all its learnt tokens, whatever the micro-batches
-- fp32 master weights, bf16 or fp32 computation
+- fp32 master weights, or bf16 ones rounded stochastically; bf16 or fp32 computation
 
     python training/finetune_sft.py --checkpoint_path DIR --train_file train.jsonl --output_dir runs/sft
 """
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import DTYPES, save_folder, stored_dtype
+from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
 from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.generation import SamplingParams
 from models.model import Transformer, causal_attention, document_attention, read_hf_config
 from models.tp import is_main_rank, size_of
 from training.common import (
@@ -61,12 +62,14 @@ from training.run_dir import (
     prepare_output_dir,
     save_checkpoint,
 )
+from training.samples import EvalSamples, add_sample_arguments, prompts_of
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser("Supervised fine-tuning of the model in a Hugging Face folder.")
     add_model_arguments(parser)
     add_training_arguments(parser)
+    add_sample_arguments(parser)
     parser.add_argument(
         "--pack",
         action=argparse.BooleanOptionalAction,
@@ -98,6 +101,8 @@ def main(
     adam_beta1: float,
     adam_beta2: float,
     adam_eps: float,
+    param_dtype: str,
+    optim: str,
     max_grad_norm: float,
     num_epochs: int,
     max_steps: int | None,
@@ -111,6 +116,9 @@ def main(
     sequence_parallel: bool,
     activation_checkpointing: str,
     export_dtype: str | None,
+    num_eval_samples: int,
+    eval_max_new_tokens: int,
+    eval_temperature: float,
     pack: bool,
 ) -> None:
     args = dict(locals())
@@ -135,6 +143,8 @@ def main(
         filled = sum(len(row.input_ids) for row in train) / (len(train) * max_seq_len)
         train_notes += f"; packed into {len(train):,} rows, {filled:.1%} full"
     pad_token_id = pad_id(tokenizer, config)
+    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
+    sampling = SamplingParams(eval_temperature, seed=seed, stop_token_ids=eos_ids)
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)
     model = load_for_training(
@@ -142,6 +152,7 @@ def main(
         mesh,
         device=runtime.device,
         compute_dtype=runtime.dtype,
+        param_dtype=DTYPES[param_dtype],
         sequence_parallel=sequence_parallel,
         recompute=activation_checkpointing,
         compile=runtime.compile,
@@ -152,13 +163,30 @@ def main(
         weight_decay=weight_decay,
         betas=(adam_beta1, adam_beta2),
         eps=adam_eps,
+        optim=optim,
+        seed=seed,
+        compile=runtime.compile,
     )
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    samples = None
+    if evaluation and num_eval_samples:
+        samples = EvalSamples(
+            model,
+            tokenizer,
+            prompts_of(evaluation, num_eval_samples),
+            sampling,
+            max_new_tokens=eval_max_new_tokens,
+            runtime=runtime,
+            output_dir=output_dir,
+            after_step=first_step - 1,
+        )
+    compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
-        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')} on float32 weights",
+        "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
+        "optimizer": optim,
         "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
         "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
@@ -215,6 +243,8 @@ def main(
             check_finite(step, numbers, eval_loss=line["eval_loss"])
             if is_main_rank():
                 bar.write(f"step {step}: eval_loss {line['eval_loss']:.4f}")
+            if samples is not None:
+                samples.show(step, bar.write)
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)

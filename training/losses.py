@@ -34,40 +34,33 @@ def token_cross_entropy(
     with vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
     1]. Only positions with a label are projected. 0, with gradients 0, if there is none.
     """
-    hidden, targets = _learnt_tokens(hidden, labels, ignore_index)
+    hidden, targets = _learnt(hidden, labels, ignore_index)
     return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)
 
 
-def completion_logps(
+def token_logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
     vocab_size: int | None = None,
     tp: DeviceMesh | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of each row's learnt tokens, summed, fp32 [B]; their number, int64 [B]): what the DPO family is
-    about. Arguments as for token_cross_entropy; a row without labels gives 0 and 0."""
-    learnt, targets = _learnt_tokens(hidden, labels, ignore_index)
-    logps, _ = linear_logprobs(learnt, weight, targets, vocab_size=vocab_size, tp=tp)
-    return sequence_logps(logps, labels, ignore_index)
+    """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
+    the number of labels[:, 1:] other than ignore_index. Entropies are 0 unless asked for.
 
-
-def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """(sums of token_logps over each row, fp32 [B]; their number, int64 [B]).
-
-    token_logps [N]: the log-probability of every learnt token, that is of labels[:, 1:] other than ignore_index, row
-    by row; labels int64 [B, T], not shifted.
+    Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
     """
-    learnt = labels[:, 1:] != ignore_index
-    # not index_add, whose sums on a GPU differ from run to run
-    placed = torch.zeros(learnt.shape, device=labels.device).masked_scatter(learnt, token_logps.float())
-    return placed.sum(dim=1), learnt.sum(dim=1)
+    hidden, targets = _learnt(hidden, labels, ignore_index)
+    options = {"vocab_size": vocab_size, "tp": tp, "temperature": temperature, "entropy": entropy}
+    return linear_logprobs(hidden, weight, targets, **options)
 
 
-def _learnt_tokens(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(hidden states [N, E] that predict a learnt token, those tokens [N])."""
+def _learnt(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(hidden states [N, E] that predict a label, those labels [N])"""
     targets = labels[:, 1:].reshape(-1)
     learnt = (targets != ignore_index).nonzero()[:, 0]
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learnt)
@@ -179,6 +172,17 @@ def dpo_loss(
     else:
         losses = smoothed(beta * h) - rpo_alpha * chosen_means
     return DPOLoss(losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach())
+
+
+def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(summed log-probabilities of each row's learnt tokens, fp32 [B]; their number, int64 [B]).
+
+    token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
+    """
+    learnt = labels[:, 1:] != ignore_index
+    # not index_add, whose sums on a GPU differ from run to run
+    placed = torch.zeros(learnt.shape, device=labels.device).masked_scatter(learnt, token_logps.float())
+    return placed.sum(dim=1), learnt.sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------ metrics

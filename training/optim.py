@@ -1,21 +1,279 @@
-"""The optimizer and its schedule."""
+"""The optimizers and their schedule.
+
+- fp32 weights with fp32 moments are torch's fused AdamW; AdamW below is for bf16 weights and for 8-bit moments
+- bf16 weights are updated in fp32 and rounded back stochastically: to the nearest, a weight of 0.01 would never move at
+  a learning rate of 2e-5
+- the rounding noise is a pure function of (seed, step, parameter, place in the whole tensor): exact resume needs no
+  saved state, all layouts over ranks round alike, and replicas stay equal
+- 8-bit moments keep the shape and placements of their parameter, so a checkpoint can be resumed on another layout
+
+Bytes for each parameter, over all ranks: weight + gradient + both moments
+
+|           | float32          | bfloat16         |
+|-----------|------------------|------------------|
+| adamw     | 4 + 4 + 8   = 16 | 2 + 2 + 8   = 12 |
+| adamw_8bit| 4 + 4 + 2.1 = 10 | 2 + 2 + 2.1 =  6 |
+
+The gradient of a bf16 weight is reduced over ranks in fp32 and then stored, and summed over micro-batches, in bf16.
+
+Dimensions: R rows, C columns of this rank's part of a parameter; a vector is a single column.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from models.fsdp import sharded_part
+from models.noise import column_hashes, noise_key, random_bits
+from models.tp import local
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+BLOCK = 256  # most columns that share a scale
+FEWEST_QUANTIZED = 4096  # a smaller parameter keeps fp32 moments, as in Dettmers et al. 2022
+CHUNK_ELEMENTS = 1 << 24  # of a parameter, whose fp32 copies (64 MB each) exist at a time
+ROUNDING = 0x524E44  # makes the rounding noise another stream than the sampling noise of the same seed
 
 
 def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    optim: str = "adamw",
+    seed: int = 0,
+    compile: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
+
+    optim: one of OPTIMIZERS. seed: of the rounding of bf16 weights. compile: fuse the update of what is not torch's
+    own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    if optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    places = {p: _place(i, name, p, quantize=optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
+    return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, places=places, seed=seed, compile=compile)
+
+
+# ------------------------------------------------------------------------------ stochastic rounding
+
+
+def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 x to bf16: one of the two neighbours, each with the probability that makes the mean x.
+
+    bits: int32 of x's shape; the low 16 are the noise. They are added to the 16 bits that bf16 has not, and a carry
+    moves the magnitude to the next number. bf16 numbers, infinities and NaN stay what they are.
+    """
+    rounded = (x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)  # a NaN's carry would overflow
+
+
+# ---------------------------------------------------------------------------------- 8-bit moments
+
+
+def dynamic_levels(signed: bool) -> Tensor:
+    """The numbers of 8-bit dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), ascending, fp32.
+
+    Each decade below 1 has half as many levels, evenly spaced, as the one above it. signed: 255 of either sign, and 0.
+    -1 is one of them: the paper ends at -0.993, so a block's largest moment would shrink at each step if negative.
+    Unsigned: 256 without the paper's 0, since a second moment that is rounded to 0 would divide by eps.
+    """
+    decades, most = (6, 64) if signed else (8, 128)
+    values = [torch.ones(1, dtype=torch.float64)]
+    for decade in range(decades):
+        edges = torch.linspace(0.1, 1, (most >> decade) + 1, dtype=torch.float64)
+        values.append((edges[1:] + edges[:-1]) / 2 * 10.0**-decade)
+    positive = torch.cat(values)
+    return (torch.cat((-positive, positive.new_zeros(1), positive)) if signed else positive).sort().values.float()
+
+
+def quantize_blocks(x: Tensor, num_blocks: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [R, C] to (uint8 [R, C], the blocks' largest magnitudes, fp32 [R, num_blocks])."""
+    blocks = x.view(x.shape[0], num_blocks, -1)
+    scale = blocks.abs().amax(dim=-1, keepdim=True)
+    relative = torch.where(scale > 0, blocks / scale, 0.0)
+    codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    return codes.to(torch.uint8).view(x.shape), scale.squeeze(-1)
+
+
+def dequantize_blocks(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """The fp32 [R, C] of quantize_blocks."""
+    values = levels[codes.to(torch.int32)].view(*scale.shape, -1)
+    return (values * scale[..., None]).view(codes.shape)
+
+
+# ------------------------------------------------------------------------------------------- AdamW
+
+
+class Place(NamedTuple):
+    """index: of the parameter in the model. row, column: where in the whole this rank's part begins. block: columns
+    that share a scale of 8-bit moments; 0: fp32 moments."""
+
+    index: int
+    row: int
+    column: int
+    block: int
+
+
+def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place:
+    shape = tuple(parameter.shape)
+    assert 1 <= len(shape) <= 2, (name, shape)
+    whole = tuple(slice(0, size) for size in shape)
+    part = sharded_part(name, shape, parameter.device_mesh) if isinstance(parameter, DTensor) else whole
+    column = part[1].start if len(shape) == 2 else 0
+    block = 0
+    if quantize and len(shape) == 2 and parameter.numel() >= FEWEST_QUANTIZED:
+        # The same on every layout, and whole wherever tensor parallelism of up to 8 cuts the columns.
+        cut = shape[1] // math.gcd(shape[1], 8)
+        block = max(size for size in range(1, BLOCK + 1) if cut % size == 0)
+        if block < 8:  # columns without a fitting divisor: scales would take more than the codes
+            block = 0
+        elif column % block or part[1].stop % block:
+            raise ValueError(
+                f"--optim adamw_8bit: tensor parallelism cuts {name} ({shape[1]} columns) within its blocks of {block};"
+                " take --tensor_parallel_size 1, 2, 4 or 8, or --optim adamw"
+            )
+    return Place(index, part[0].start, column, block)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW in fp32 arithmetic for bf16 weights, which it rounds stochastically, and for 8-bit moments.
+
+    places: the Place of each parameter. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit
+    ones are uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are
+    DTensors where the parameter is one.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        places: dict[Tensor, Place],
+        seed: int,
+        compile: bool = False,
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self.places, self.seed = places, seed
+        self.update = torch.compile(_update, dynamic=True) if compile else _update
+        device = next(iter(places)).device
+        self.levels = {name: dynamic_levels(name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_of(parameter, group)
+
+    def _step_of(self, parameter: Tensor, group: dict) -> None:
+        state, place = self.state[parameter], self.places[parameter]
+        if not state:
+            state.update(_new_state(parameter, place.block))
+        state["step"] += 1
+        step, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
+        factors = {
+            "decay": 1 - lr * group["weight_decay"],
+            "beta1": beta1,
+            "rest1": 1 - beta1,
+            "beta2": beta2,
+            "rest2": 1 - beta2,
+            "step_size": lr / (1 - beta1**step),
+            "correction2": math.sqrt(1 - beta2**step),
+            "eps": group["eps"],
+        }
+        # tensors, since a compiled update would be compiled anew for each number
+        factors = {name: torch.tensor(value, dtype=torch.float32) for name, value in factors.items()}
+
+        tensors = {name: t for name, t in state.items() if name != "step"} | {"grad": parameter.grad}
+        tensors = {name: _matrix(t) for name, t in tensors.items()}
+        weight = _matrix(parameter)
+        num_rows, num_columns = weight.shape
+        rows = torch.arange(place.row, place.row + num_rows, device=weight.device)
+        keys = torch.full_like(rows, noise_key(ROUNDING, self.seed, step, place.index))
+        hashes = column_hashes(place.column + num_columns, weight.device)[place.column :]
+        chunk = max(1, CHUNK_ELEMENTS // max(1, num_columns))
+        for i in range(0, num_rows, chunk):
+            part = slice(i, i + chunk)
+            tensors_part = {name: t[part] for name, t in tensors.items()}
+            self.update(weight[part], tensors_part, self.levels, (keys[part], rows[part], hashes), factors)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch's, but the states keep their dtypes: it would convert all of them to the parameter's."""
+        super().load_state_dict({**state_dict, "state": {}})
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, parameter in zip(ids, parameters):
+            if i in state_dict["state"]:
+                self.state[parameter] = dict(state_dict["state"][i])
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """This rank's part as [R, C], sharing its memory."""
+    part = local(tensor.detach())
+    return part[:, None] if part.dim() == 1 else part
+
+
+def _new_state(parameter: Tensor, block: int) -> dict[str, Tensor]:
+    state = {"step": torch.zeros(())}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if block else torch.float32)
+        if block:
+            state[f"{name}_scale"] = _new_scale(parameter, block)
+    return state
+
+
+def _new_scale(parameter: Tensor, block: int) -> Tensor:
+    shape = torch.Size((parameter.shape[0], parameter.shape[1] // block))
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(shape, device=parameter.device)
+    rows, columns = parameter.to_local().shape
+    part = torch.zeros(rows, columns // block, device=parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+
+
+def _update(
+    weight: Tensor,
+    tensors: dict[str, Tensor],
+    levels: dict[str, Tensor],
+    noise: tuple[Tensor, Tensor, Tensor],
+    factors: dict[str, Tensor],
+) -> None:
+    """One step for some rows of a parameter, in place; AdamW of torch in its order of operations."""
+    moments = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name], scale = tensors[name], tensors.get(f"{name}_scale")
+        if scale is not None:
+            moments[name] = dequantize_blocks(tensors[name], scale, levels[name])
+    f, grad = factors, tensors["grad"].float()
+    exp_avg = moments["exp_avg"] * f["beta1"] + grad * f["rest1"]
+    exp_avg_sq = moments["exp_avg_sq"] * f["beta2"] + grad * grad * f["rest2"]
+    denominator = exp_avg_sq.sqrt() / f["correction2"] + f["eps"]
+    new = weight.float() * f["decay"] - exp_avg / denominator * f["step_size"]
+    weight.copy_(stochastic_round(new, random_bits(*noise)) if weight.dtype == torch.bfloat16 else new)
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        scale = tensors.get(f"{name}_scale")
+        if scale is None:
+            tensors[name].copy_(moment)
+        else:
+            codes, largest = quantize_blocks(moment, scale.shape[1], levels[name])
+            tensors[name].copy_(codes)
+            scale.copy_(largest)
+
+
+# ---------------------------------------------------------------------------------------- schedule
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:

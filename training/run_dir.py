@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,8 @@ FIXED_ARGS = (
     "overlong",
     "pack",
     "dtype",
+    "param_dtype",
+    "optim",
 )
 
 
@@ -69,6 +72,25 @@ def check_installed(report_to: str) -> None:
         raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
 
 
+def open_log(path: Path, after_step: int) -> IO[str]:
+    """A file of JSON lines, each with its `step`, to append to; the lines of an earlier run after `after_step` are
+    dropped, to be written again, and a torn one."""
+    kept = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\n"):
+            try:
+                if json.loads(line)["step"] <= after_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_bytes(b"".join(kept))
+    os.replace(staging, path)
+    # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
+    return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
 class Metrics:
     """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
 
@@ -77,20 +99,7 @@ class Metrics:
         self._file, self._report, self._close = None, None, None
         if not is_main_rank():
             return
-        self.path = output_dir / "metrics.jsonl"
-        kept = []
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n"):
-                try:
-                    if json.loads(line)["step"] <= after_step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{self.path}:{number}: not a line that a training script wrote") from None
-        staging = self.path.with_name(".metrics.jsonl.partial")
-        staging.write_bytes(b"".join(kept))
-        os.replace(staging, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._file = open_log(output_dir / "metrics.jsonl", after_step)
 
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

@@ -9,12 +9,19 @@ import pytest
 
 from tests import tiny
 
+SAMPLING = {
+    "top-p": ["--top_p", 0.95],
+    "greedy": ["--temperature", 0],
+    "temperature": ["--temperature", 0.8],
+    "top-k": ["--top_k", 9],
+    "both": ["--top_k", 20, "--top_p", 0.9],
+}
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 
 
-def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *args: object, script: str = "inference/generate.py") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [tiny.ROOT / "inference/generate.py", *args]
+    command += [tiny.ROOT / script, *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=env)
 
@@ -35,37 +42,56 @@ def by_sample(path) -> dict:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(world, layout):
-    """Catches prompts that a rank leaves out or repeats, ranks of one model that draw different tokens, a bias added
-    twice, lines of two ranks mixed, and a resume that does not see all ranks' lines."""
+def flags_for(world, kind: str, out) -> list[object]:
     root, prompts = world
-    ranks, tp_size = LAYOUTS[layout]
     flags = ["--checkpoint_path", root / "model", "--prompt_file", prompts, "--num_samples", 3, "--batch_size", 8]
-    flags += ["--max_new_tokens", 24, "--temperature", 1.0, "--top_p", 0.95, "--return_token_ids"]
-    single = root / "single.jsonl"
-    if not single.exists():
-        assert tiny.run("inference/generate.py", *flags, "--output_file", single).code == 0
-    wanted = by_sample(single)
-    out = root / f"{ranks}-{tp_size}.jsonl"
-    flags += ["--output_file", out, "--tensor_parallel_size", tp_size]
-    done = torchrun(ranks, *flags)
+    return [*flags, "--max_new_tokens", 24, "--return_token_ids", "--output_file", out, *SAMPLING[kind]]
+
+
+@pytest.fixture(scope="module")
+def wanted(world):
+    """What one process draws."""
+    found = {}
+    for kind in SAMPLING:
+        out = world[0] / f"single-{kind}.jsonl"
+        assert tiny.run("inference/generate.py", *flags_for(world, kind, out)).code == 0
+        found[kind] = by_sample(out)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(world, wanted, layout):
+    """Catches prompts that a rank leaves out or repeats, ranks of one model that draw different tokens, a bias added
+    twice, a rank's ids or candidates taken for the whole vocabulary's, a log-prob under a part of the softmax, lines of
+    two ranks mixed, and a resume that does not see all ranks' lines."""
+    root, _ = world
+    ranks, tp_size = LAYOUTS[layout]
+    jobs = {}
+    for kind in SAMPLING:
+        out = root / f"{ranks}-{tp_size}-{kind}.jsonl"
+        jobs[kind] = [*map(str, flags_for(world, kind, out)), "--tensor_parallel_size", str(tp_size)]
+    path = root / f"{ranks}-{tp_size}.json"
+    path.write_text(json.dumps(list(jobs.values())))
+    done = torchrun(ranks, path, script="tests/inference/parallel_worker.py")
     assert done.returncode == 0, done.stderr[-3000:]
 
-    def check():
-        found = by_sample(out)
-        assert found.keys() == wanted.keys() and len(found) == 39
+    def check(kind):
+        found = by_sample(root / f"{ranks}-{tp_size}-{kind}.jsonl")
+        assert found.keys() == wanted[kind].keys() and len(found) == 39
         for key, line in found.items():
-            assert line.pop("logprob") == pytest.approx(wanted[key]["logprob"], abs=1e-3)
-            assert line == {name: value for name, value in wanted[key].items() if name != "logprob"}
+            want = wanted[kind][key]
+            assert line["logprob"] == pytest.approx(want["logprob"], abs=1e-3)
+            assert {**line, "logprob": 0} == {**want, "logprob": 0}, (kind, key)
 
-    check()
+    for kind in SAMPLING:
+        check(kind)
     if layout == "dp 2 x tp 2":  # a kill took some lines of both ranks, and one in its middle
+        out = root / f"{ranks}-{tp_size}-top-p.jsonl"
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[5:20]) + lines[20][:30])
-        done = torchrun(ranks, *flags, "--resume")
+        done = torchrun(ranks, *jobs["top-p"], "--resume")
         assert done.returncode == 0, done.stderr[-3000:]
-        check()
+        check("top-p")
 
 
 def test_chat_on_two_ranks(world):

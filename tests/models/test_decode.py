@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.decode import KVCache, can_pack, load_for_inference, refresh, to_inference, weight_bytes
+from models.decode import (
+    KVCache,
+    can_pack,
+    copy_for_inference,
+    load_for_inference,
+    refresh,
+    to_inference,
+    weight_bytes,
+)
+from models.fsdp import full_tensors, init_mesh, load_for_training
 from models.generation import Engine, Request, SamplingParams
 from models.model import causal_attention
 from tests import tiny
@@ -56,6 +65,55 @@ def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
     refresh(copy, load_model(tmp_path / "1"))
     fresh = to_inference(load_model(tmp_path / "1", param_dtype=torch.bfloat16), pack=pack)
     assert greedy_ids(copy) == greedy_ids(fresh)
+
+
+@pytest.fixture
+def mesh():
+    yield init_mesh(CPU, 1)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant, pack", [("tied", False), ("biases", True), ("gqa", False)])
+def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_dtype):
+    """Catches a copy that is stale in some weight (block, embedding, final norm, head), shares storage with FSDP's
+    weights or is not in the compute dtype; and a refresh that moves storage, or leaves FSDP's weights gathered or
+    changed for the training that goes on. Several ranks: tests/training/test_parallel.py."""
+    pack = pack and can_pack(CPU, compute_dtype)
+    tiny.write_model(tmp_path, **VARIANTS[variant])
+    source = load_for_training(tmp_path, mesh, device=CPU, compute_dtype=compute_dtype)
+    copy = copy_for_inference(source, pack=pack)
+    assert {t.dtype for t in (*copy.parameters(), *copy.buffers())} - {torch.float32} <= {compute_dtype}
+    assert copy.embed_tokens.weight.dtype == compute_dtype
+    tensors = [*copy.parameters(), *copy.buffers()]
+    addresses = [t.data_ptr() for t in tensors]
+
+    def expected():
+        plain = load_model(tmp_path)
+        for name, values in full_tensors(source):
+            plain.get_parameter(name).data.copy_(values)
+        return to_inference(plain.to(compute_dtype), pack=pack)
+
+    def same_outputs():
+        plain, ids = expected(), torch.arange(3, 40)[None]
+        plain.reset_buffers(CPU)
+        with torch.no_grad():
+            return torch.equal(copy.lm_head(copy(ids)), plain.lm_head(plain(ids)))
+
+    assert same_outputs()
+    for changed in ("layers.1.mlp", "self_attn", "layernorm", "embed_tokens", "norm", "lm_head"):
+        with torch.no_grad():
+            for name, parameter in source.named_parameters():
+                if name.startswith(changed) or changed in name:
+                    parameter.to_local().mul_(1.25)
+        assert same_outputs() == (changed == "lm_head" and variant == "tied"), changed
+        with torch.no_grad():
+            source(torch.tensor([[1, 2]]))  # an evaluation leaves the root gathered
+        refresh(copy, source)
+        assert same_outputs(), changed
+    assert [t.data_ptr() for t in tensors] == addresses and all(a is b for a, b in zip(tensors, copy.parameters()))
+    assert all(hasattr(p, "device_mesh") and p.dtype == torch.float32 for p in source.parameters())
+    source(torch.tensor([[1, 2]])).float().sum().backward()
 
 
 @pytest.mark.parametrize("variant", ["gqa", "biases"])

@@ -12,7 +12,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from models.checkpoint import load_model
 from models.decode import load_for_inference, to_inference
-from models.generation import Engine, Request, SamplingParams, exponential_noise, row_key, sample, token_hashes
+from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
+from models.noise import column_hashes, noise_key
 from models.tokenizer import Tokenizer
 from tests import tiny
 
@@ -157,7 +158,7 @@ def test_logprobs_and_noise_are_those_of_the_definition(folder, hf_model, params
     """Catches log-probs taken after the filters, at another temperature, one token late or without the EOS; and noise
     that is not that of the token's own seed, prompt, sample and position."""
     completions = list(make_engine(folder, params, num_slots=4).generate(ragged_requests(8, num_samples=3)))
-    hashes = token_hashes(tiny.VOCAB_SIZE)
+    hashes = column_hashes(tiny.VOCAB_SIZE)
     num_stopped = 0
     for completion in completions:
         request = completion.request
@@ -175,7 +176,7 @@ def test_logprobs_and_noise_are_those_of_the_definition(folder, hf_model, params
                 if params.temperature == 0:
                     token = logprobs.argmax(-1)
                 else:
-                    key = torch.tensor([row_key(params.seed, request.idx, request.sample_idx)])
+                    key = torch.tensor([noise_key(params.seed, request.idx, request.sample_idx)])
                     noise = exponential_noise(key, torch.tensor([start + i]), hashes)
                     token = (hf_filtered(logits, params).exp() / noise).argmax(-1)
                 if i < len(completion.token_ids):
@@ -218,12 +219,12 @@ def test_equal_prompts_with_other_numbers_get_other_samples(folder):
     assert len({tuple(ids) for ids, _ in found.values()}) == 6
 
 
-def test_row_keys_and_token_hashes_do_not_collide():
+def test_noise_keys_and_column_hashes_do_not_collide():
     """Catches keys of (1, 0) and (0, 1) that are the same, and token ids that would share all their noise."""
-    keys = {row_key(seed, idx, s) for seed in range(-4, 4) for idx in range(64) for s in range(64)}
+    keys = {noise_key(seed, idx, s) for seed in range(-4, 4) for idx in range(64) for s in range(64)}
     assert len(keys) == 8 * 64 * 64
     for vocab_size in (32000, 32256, 102400, 128256):
-        assert token_hashes(vocab_size).unique().numel() == vocab_size
+        assert column_hashes(vocab_size).unique().numel() == vocab_size
 
 
 def chi_square_limit(dof, z=3.72):
@@ -246,8 +247,8 @@ def assert_drawn_from(counts, probs):
 
 def test_noise_is_exponential_in_its_tail_too():
     """Catches a hash of few bits or a uniform without small values: the tail below 1e-3 decides the rare tokens."""
-    keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
-    hashes = token_hashes(4096)
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
+    hashes = column_hashes(4096)
     draws = torch.cat([exponential_noise(keys, torch.full((64,), p), hashes).flatten() for p in range(16)]).double()
     n = draws.numel()  # 4.2 million
     assert draws.min() > 0
@@ -263,10 +264,10 @@ def test_noise_of_neighbours_is_independent(neighbours):
     """Catches noise that two samples, positions or tokens share, or that correlates (a sum of the parts, say)."""
     base = [(seed, idx, s) for seed in range(2) for idx in range(2) for s in range(32)]
     step = {"seeds": (1, 0, 0), "prompts": (0, 1, 0), "samples": (0, 0, 1)}.get(neighbours, (0, 0, 0))
-    hashes = token_hashes(1025)
+    hashes = column_hashes(1025)
 
     def uniforms(shift, p_shift, t_shift):
-        keys = torch.tensor([row_key(*(a + b for a, b in zip(key, shift))) for key in base])
+        keys = torch.tensor([noise_key(*(a + b for a, b in zip(key, shift))) for key in base])
         parts = [
             exponential_noise(keys, torch.full_like(keys, p + p_shift), hashes[t_shift : 1024 + t_shift])
             for p in range(0, 32, 2)
@@ -326,13 +327,34 @@ def test_top_p_of_a_large_vocabulary_equals_the_full_sort(flat_rows, top_p):
     logits = torch.randn(64, 5000)
     peaked = {"none": slice(0, 64), "some": slice(0, 32), "all": slice(0, 0)}[flat_rows]
     logits[peaked] *= 6
-    keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
-    positions, hashes = torch.arange(64), token_hashes(5000)
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
+    positions, hashes = torch.arange(64), column_hashes(5000)
     params = SamplingParams(1.0, top_p=top_p)
     tokens, logprobs = sample(logits, keys, positions, hashes, params)
     expected = (hf_filtered(logits, params).exp() / exponential_noise(keys, positions, hashes)).argmax(-1)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(1.0, top_k=20), SamplingParams(0.7, top_k=60, top_p=0.9)], ids=str)
+def test_ties_at_the_end_of_top_k(params, monkeypatch):
+    """Catches candidates that depend on how a kernel orders equal logits: all that tie with the last are kept, as in
+    transformers, and the CPU's shortcut over few candidates draws what the whole vocabulary does."""
+    rounded = (3 * torch.randn(256, 3000, generator=torch.Generator().manual_seed(0)) * 4).round() / 4
+    last = rounded.topk(params.top_k).values[:, -1:]
+    tied = (rounded >= last).sum(-1) > params.top_k
+    assert 30 < tied.sum() < 256
+    keys, positions, hashes = torch.arange(256), torch.arange(256), column_hashes(3000)
+    for logits in (rounded, rounded[tied], rounded[~tied]):  # the shortcut is for batches without a tie
+        n = len(logits)
+        tokens, logprobs = sample(logits, keys[:n], positions[:n], hashes, params)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            whole_tokens, whole_logprobs = sample(logits, keys[:n], positions[:n], hashes, params)
+        assert torch.equal(tokens, whole_tokens) and torch.equal(logprobs, whole_logprobs)
+        if params.top_p == 1:
+            noise = exponential_noise(keys[:n], positions[:n], hashes)
+            assert torch.equal(tokens, (hf_filtered(logits, params).exp() / noise).argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
     torchrun --nproc-per-node 4 tests/training/parallel_worker.py JOBS.json
 
 JOBS.json: a list of argument lists. Beside each --output_dir, OUT.gradients.pt holds the gradients of every step.
+["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,9 +27,21 @@ if os.environ.get("FAULT"):  # tests/training/test_parallel.py plants these to s
     faults.plant(os.environ["FAULT"])
 
 
+def rewind(run: str, copy: str, step: str) -> None:
+    if dist.get_rank() == 0:
+        for name in ("args.json", "metrics.jsonl", f"checkpoints/step-{int(step):06d}"):
+            target = Path(copy) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if target.name.startswith("step-") else shutil.copyfile)(Path(run) / name, target)
+    dist.barrier()
+
+
 def main(jobs: list[list[str]]) -> None:
     clip = finetune_sft.clip_grad_norm
     for arguments in jobs:
+        if arguments[0] == "rewind":
+            rewind(*arguments[1:])
+            continue
         steps = []
 
         def recording_clip(model, max_norm, steps=steps):

@@ -17,12 +17,12 @@ from training.losses import (
     SMOOTHED,
     auc,
     calibration_error,
-    completion_logps,
     dpo_loss,
     pairwise_loss,
     pointwise_loss,
     sequence_logps,
     token_cross_entropy,
+    token_logps,
 )
 from training.preferences import Pair, collate_pairs
 
@@ -166,7 +166,8 @@ def fixture_batch():
 
 
 def model_logps(model, batch):
-    return completion_logps(model.model(batch.input_ids)[0], model.lm_head.weight, batch.labels)
+    hidden = model.model(batch.input_ids)[0]
+    return sequence_logps(token_logps(hidden, model.lm_head.weight, batch.labels)[0], batch.labels)
 
 
 def fixture_loss(case, batch, policy):
@@ -334,7 +335,7 @@ def test_sequence_logps():
     (sums * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert logps.grad.tolist() == [1.0, 1.0, 3.0]
     hidden, weight, labels = make_batch()
-    sums, lengths = completion_logps(hidden, weight, labels)
+    sums, lengths = sequence_logps(token_logps(hidden, weight, labels)[0], labels)
     torch.testing.assert_close(-sums.sum(), reference(hidden, weight, labels), rtol=1e-6, atol=1e-6)
     assert lengths.tolist() == (labels[:, 1:] != -100).sum(dim=1).tolist() and not sums[1]
 
@@ -343,7 +344,7 @@ def test_no_pairs():
     """Catches a rank without pairs whose backward misses the collectives (no graph), or gives NaN."""
     hidden, weight, _ = make_batch(rows=2, length=2)
     batch = collate_pairs([], 0, torch.device("cpu"))
-    sums, lengths = completion_logps(hidden, weight, batch.labels)
+    sums, lengths = sequence_logps(token_logps(hidden, weight, batch.labels)[0], batch.labels)
     for kind in DPO_LOSSES:
         result = dpo_loss(kind, *sums.chunk(2), *sums.detach().chunk(2), *lengths.chunk(2), beta=0.1)
         result.losses[:0].sum().backward(retain_graph=True)

@@ -1,12 +1,24 @@
-"""training/optim.py: schedule and optimizer, against hand-computed values."""
+"""training/optim.py: schedule and optimizers, against hand-computed values and torch's AdamW in fp32."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from training.optim import learning_rate_at, make_optimizer
+from models.noise import column_hashes, noise_key, random_bits
+from tests import tiny
+from training.optim import (
+    dequantize_blocks,
+    dynamic_levels,
+    learning_rate_at,
+    make_optimizer,
+    quantize_blocks,
+    stochastic_round,
+)
+
+ADAM = {"weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def rates(schedule, total, warmup):
@@ -47,3 +59,236 @@ def test_optimizer_decays_matrices_only(folder):
         decays = p.dim() == 2 and not name.startswith("frozen")
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if decays else 1), msg=name)
     assert {(g["betas"], g["eps"], g["lr"]) for g in optimizer.param_groups} == {((0.8, 0.7), 1e-3, 0.1)}
+
+
+# ------------------------------------------------------------------------ bf16 weights, 8-bit moments
+
+
+def noise(rows: int, columns: int) -> torch.Tensor:
+    keys = torch.tensor([noise_key(7, step) for step in range(rows)])
+    return random_bits(keys, torch.zeros_like(keys), column_hashes(columns))
+
+
+def test_stochastic_rounding():
+    """Catches a bias, a probability that is not the distance, a wrong sign's direction, exact numbers that move, and
+    infinities or NaN that become numbers; subnormals are rounded like the rest."""
+    rows = 4096
+    step = torch.tensor([2.0**-7, -(2.0**-7), 2.0**-20, 2.0**90, 2.0**-133, -(2.0**-133)])  # an ulp of bf16
+    base = torch.tensor([1.0, -1.0, 2.0**-13, 2.0**97, 2.0**-126, -3 * 2.0**-133])
+    fractions = torch.tensor([0.0, 2.0**-12, 0.1, 0.25, 0.5, 0.75, 0.9, 1 - 2.0**-12])
+    x = (base[:, None] + step[:, None] * fractions).flatten()
+    exact = ((x.double() - base.double().repeat_interleave(8)) / step.double().repeat_interleave(8)).float()
+    rounded = stochastic_round(x.expand(rows, -1), noise(rows, len(x))).float()
+    away = (rounded - base.repeat_interleave(8)) / step.repeat_interleave(8)
+    assert ((away == 0) | (away == 1)).all()  # one of the two neighbours
+    assert (away[:, exact == 0] == 0).all()
+    sigma = (exact * (1 - exact) / rows).sqrt()
+    scores = ((away.mean(0) - exact) / sigma)[(exact > 0.01) & (exact < 0.99)]
+    assert scores.abs().max() < 4 and 0.4 < scores.square().mean() < 1.8, scores  # 30 independent normal numbers
+    assert away[:, (exact > 0) & (exact < 0.01)].mean() < 2e-3 and away[:, exact > 0.99].mean() > 0.998
+
+    special = torch.tensor([math.inf, -math.inf, math.nan, -0.0, 0.0, 3.3895313892515355e38])
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    special = torch.cat((special, nans))
+    rounded = stochastic_round(special.expand(rows, -1), noise(rows, len(special))).float()
+    torch.testing.assert_close(rounded, special.expand(rows, -1), rtol=0, atol=0, equal_nan=True)
+    assert torch.signbit(rounded[:, 3]).all() and not torch.signbit(rounded[:, 4]).any()
+
+
+def moved(dtype, optim, steps=20, lr=2e-5, seed=0):
+    """How far two matrices of 0.01 go under a constant gradient, which moves fp32 weights by lr at each step."""
+    model = nn.ParameterList([nn.Parameter(torch.full((64, 64), 0.01, dtype=dtype)) for _ in range(2)])
+    if optim == "torch":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    else:
+        optimizer = make_optimizer(model, learning_rate=lr, optim=optim, seed=seed, **ADAM)
+    for _ in range(steps):
+        for p in model:
+            p.grad = torch.full_like(p, -0.25)
+        optimizer.step()
+    start = torch.tensor(0.01, dtype=dtype).float()
+    return torch.stack([p.detach().float() - start for p in model])
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_bf16_weights_follow_small_updates(optim):
+    """Catches rounding to the nearest, where nothing ever moves, and noise that is the same at every step, for every
+    parameter or under every seed: the mean would be right, and the weights far apart."""
+    assert (moved(torch.bfloat16, "torch") == 0).all()  # the trap
+    distances = moved(torch.bfloat16, optim)
+    wanted = moved(torch.float32, "adamw").mean()
+    assert wanted.item() == pytest.approx(20 * 2e-5, rel=1e-3)
+    ulp = 2.0**-14
+    p = 2e-5 / ulp
+    spread = ulp * math.sqrt(20 * p * (1 - p))  # of a binomial number of ulps
+    assert abs(distances.mean() - wanted) < 4 * spread / math.sqrt(distances.numel())
+    assert distances.std().item() == pytest.approx(spread, rel=0.05)
+    for other in (distances[1], moved(torch.bfloat16, optim, seed=1)[0]):
+        assert abs(torch.corrcoef(torch.stack((distances[0].flatten(), other.flatten())))[0, 1]) < 4 / 64
+    assert torch.equal(distances, moved(torch.bfloat16, optim))
+
+
+class Regression(nn.Module):
+    """y = x @ weight.T towards a teacher that is at most 0.004 away in each weight."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = 0.01 + 0.01 * torch.rand(64, 64, generator=generator)
+        self.target = weight + 0.008 * torch.rand(64, 64, generator=generator) - 0.004
+        self.x = torch.randn(256, 64, generator=generator)
+        self.weight = nn.Parameter(weight.to(dtype))
+
+    def loss(self) -> torch.Tensor:
+        return (self.x @ (self.weight.float() - self.target).T).square().mean()
+
+    def fit(self, optimizer: torch.optim.Optimizer, steps: int = 400) -> tuple[float, float]:
+        first = self.loss().item()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss().backward()
+            optimizer.step()
+        return first, self.loss().item()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
+def test_learns_like_fp32(betas):
+    """Catches an optimizer that learns, but less than AdamW in fp32 does: nearest rounding, a lost bias correction, and
+    second moments that their quantisation keeps from decaying."""
+    flags = {**ADAM, "betas": betas, "learning_rate": 2e-5}
+    model = Regression(torch.float32)
+    first, wanted = model.fit(make_optimizer(model, **flags))
+    assert wanted < 0.002 * first
+    for dtype in (torch.float32, torch.bfloat16):
+        for optim in ("adamw", "adamw_8bit"):
+            model = Regression(dtype)
+            last = model.fit(make_optimizer(model, optim=optim, **flags))[1]
+            assert last < wanted + 0.003 * first, (dtype, optim)  # rounding leaves each weight about an ulp away
+    model = Regression(torch.bfloat16)
+    nearest = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=betas, weight_decay=0.0)
+    assert model.fit(nearest)[1] > 0.7 * first
+
+
+def test_trains_a_model_like_fp32(folder, tmp_path):
+    """Catches what the regression above does not show: norms, embeddings and small matrices of a LLaMA in bf16, flags
+    that do not reach the optimizer, and activations in the weights' dtype."""
+    sums = [{"prompt": f"{i} plus {i % 7} is", "completion": f" {i + i % 7}"} for i in range(64)]
+    train_file = tiny.write_records(tmp_path / "train.jsonl", sums)
+    losses = {}
+    for name, flags in (("fp32", []), ("lean", ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"])):
+        args = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", tmp_path / name]
+        args += ["--batch_size", 8, "--max_steps", 40, "--learning_rate", 1e-3, "--dtype", "float32"]
+        result = tiny.run("training/finetune_sft.py", *args, *flags)
+        assert result.code == 0, result.stderr
+        assert ("float32 on bfloat16 weights" in result.stdout) == (name == "lean")
+        losses[name] = [line["loss"] for line in tiny.read_lines(tmp_path / name / "metrics.jsonl")]
+    first, wanted, found = losses["fp32"][0], sum(losses["fp32"][-8:]) / 8, sum(losses["lean"][-8:]) / 8
+    assert wanted < first / 2 and found == pytest.approx(wanted, rel=0.01)
+    refused = tiny.run("training/finetune_sft.py", *args, "--resume")
+    tiny.assert_refused(refused, "begun with other --param_dtype, --optim")
+
+
+def mixed_model(dtype: torch.dtype) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    parts = {"big": nn.Linear(80, 64), "small": nn.Linear(8, 8), "norm": nn.RMSNorm(64)}
+    return nn.ModuleDict(parts).to(dtype)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_one_step_is_adamw_in_fp32(optim):
+    """Catches arithmetic in bf16, a wrong formula or bias correction, and decay of norms and biases: from equal weights
+    and moments, each new bf16 weight is a neighbour of what torch's AdamW computes in fp32."""
+    flags = {**ADAM, "learning_rate": 3e-3, "weight_decay": 0.5}
+    model = mixed_model(torch.bfloat16)
+    optimizer = make_optimizer(model, optim=optim, **flags)
+    reference = mixed_model(torch.float32)
+    expected = make_optimizer(reference, **flags)
+    for step in range(4 if optim == "adamw" else 1):  # later, 8-bit moments are no longer equal
+        for p, q in zip(model.parameters(), reference.parameters()):
+            p.grad = torch.randn_like(p) * 10.0**-step
+            q.grad, q.data = p.grad.float(), p.detach().float()
+        optimizer.step()
+        expected.step()
+        for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+            lower = (q.data.view(torch.int32) & -0x10000).view(torch.float32)
+            ulp = (lower.view(torch.int32) + 0x10000).view(torch.float32) - lower
+            away = (p.detach().float() - lower) / ulp
+            # a number in fp32's last bit beside a bf16 one may come out on its other side
+            near = (away == 0) | (away == 1) | ((p.detach() - q).abs() < 1.01 * ulp.abs())
+            assert near.all() and 0 < away.mean() < 1, (step, name)
+            if optim == "adamw":
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    assert optimizer.state[p][moment].dtype == torch.float32
+                    torch.testing.assert_close(optimizer.state[p][moment], expected.state[q][moment], msg=name)
+
+
+def test_fp32_weights_with_8_bit_moments_start_as_adamw():
+    """Catches rounding noise on fp32 weights, and quantisation before the moments are used."""
+    models, flags = [mixed_model(torch.float32) for _ in range(2)], {**ADAM, "learning_rate": 3e-3}
+    for model, optim in zip(models, ("adamw", "adamw_8bit")):
+        optimizer = make_optimizer(model, optim=optim, **flags)
+        generator = torch.Generator().manual_seed(1)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_quantisation_error(signed):
+    """Catches levels that are not those of the paper, a scale shared beyond its block, and a positive second moment
+    that becomes 0."""
+    levels = dynamic_levels(signed)
+    assert len(levels.unique()) == (255 if signed else 256) and levels.max() == 1
+    assert torch.equal(levels, -levels.flip(0)) if signed else levels.min() > 0
+    torch.manual_seed(0)
+    x = 10.0 ** (-7 * torch.rand(32, 8 * 64))
+    x = x * torch.randn_like(x).sign() if signed else x
+    x.view(32, 8, 64)[:, :4] *= 1e-3
+    x[0, :64], x[1, 7] = 0, 1e4  # an empty block, and a spike that must spoil its own block only
+    codes, scale = quantize_blocks(x, 8, levels)
+    assert codes.dtype == torch.uint8 and codes.shape == x.shape and scale.shape == (32, 8)
+    blocks, back = x.view(32, 8, 64), dequantize_blocks(codes, scale, levels).view(32, 8, 64)
+    assert torch.equal(scale, blocks.abs().amax(-1)) and (back[0, 0] == 0).all()
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    relative = (blocks / largest).abs()
+    for decade in range(5):  # half the distance of two levels, relative to the smallest number of the decade
+        inside = (relative <= 10.0**-decade) & (relative > 10.0 ** -(decade + 1))
+        error = ((back - blocks) / blocks)[inside].abs().max()
+        assert error < 1.01 * 4.5 / 2 ** ((6 if signed else 7) - decade), (decade, error)
+    if not signed:
+        assert (back[blocks > 0] > 0).all()
+
+
+def test_state_size_and_what_is_quantised():
+    """Catches moments that are not 8-bit, scales that cost as much as the codes, and a norm or small matrix among the
+    quantised ones."""
+    model = nn.ModuleDict({"big": nn.Linear(2048, 64), "small": nn.Linear(8, 8), "norm": nn.RMSNorm(8192)})
+    model = model.to(torch.bfloat16)
+    optimizer = make_optimizer(model, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        size = sum(t.nbytes for key, t in optimizer.state[p].items() if key != "step") / p.numel()
+        assert size == (2 + 2 * 4 / 256 if name == "big.weight" else 8), name
+
+
+def test_state_survives_load_state_dict():
+    """Catches moments converted to the weights' dtype, as torch's load_state_dict does with every state."""
+    model = mixed_model(torch.bfloat16)
+    optimizer = make_optimizer(model, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    other = copy.deepcopy(model)
+    other_optimizer = make_optimizer(other, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    for step in range(4):
+        torch.manual_seed(step)
+        gradients = [torch.randn_like(p) for p in model.parameters()]
+        if step == 2:
+            other.load_state_dict(model.state_dict())
+            other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for m, o in ((model, optimizer), (other, other_optimizer))[: 1 if step < 2 else 2]:
+            for p, gradient in zip(m.parameters(), gradients):
+                p.grad = gradient.clone()
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))

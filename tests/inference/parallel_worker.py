@@ -1,0 +1,51 @@
+"""Runs generate.main for several settings in the ranks of one torchrun launch, and holds sampling from parts of the
+vocabulary against sampling from the whole.
+
+    torchrun --nproc-per-node 2 tests/inference/parallel_worker.py JOBS.json
+
+JOBS.json: a list of argument lists.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from inference import generate
+from models.generation import SamplingParams, row_key, sample, token_hashes
+from models.tp import chunk_range
+from training.common import end_process
+
+torch.set_num_threads(1)
+FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
+SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1.0) for filters in FILTERS)]
+
+
+def check_sampling() -> None:
+    """Every rank draws what one process draws from the whole logits, also where many are equal, where the ranks do not
+    divide the vocabulary, and where some have nothing of it."""
+    tp = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
+    positions = torch.arange(64)
+    for V in (5, 385, 3000):
+        smooth = 3 * torch.randn(64, V, generator=generator)
+        for logits in (smooth, smooth.round(), smooth.bfloat16()):
+            start, end = chunk_range(V, tp.get_local_rank(), tp.size())
+            for params in SETTINGS:
+                wanted, wanted_logprobs = sample(logits, keys, positions, token_hashes(V), params)
+                tokens, logprobs = sample(logits[:, start:end], keys, positions, token_hashes(V), params, tp)
+                assert torch.equal(tokens, wanted), (V, logits.dtype, params)
+                torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
+
+
+if __name__ == "__main__":
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        generate.main(**vars(generate.parser().parse_args(arguments)))
+    check_sampling()
+    end_process(0)

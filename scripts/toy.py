@@ -14,6 +14,8 @@ The task is to add up a row of digits, keeping the running sum, one step a line,
 
     python scripts/toy.py --output_dir runs/toy               writes model/, train.jsonl, heldout.jsonl, prompts.jsonl
     python scripts/toy.py --output_dir runs/toy --score F     accuracy of generate.py's output lines F on heldout.jsonl
+    python scripts/toy.py --samples F --pairs_file P --steps_file S
+                                                              records for reward models and DPO from such lines
 """
 
 import io
@@ -251,8 +253,60 @@ def score(output_file, heldout_file, *, num_shown):
     print(f"accuracy {sum(rewards) / len(rewards):.1%} of {len(rewards)} samples ({parts})")
 
 
-def main(*, output_dir, seed, num_train, num_heldout, num_prompts, score_file, num_shown):
-    if score_file is not None:
+# --- what reward models and DPO learn from ----------------------------------------------------------------------------
+
+
+def judged_samples(samples_file):
+    """{prompt: (right outputs, wrong outputs)} of generate.py's output lines, each output once. A sample that ran out
+    of tokens is left out: it has no end to judge."""
+    judged = {}
+    for line in read_records(samples_file):
+        prompt, output = get_field(line, "prompt"), get_field(line, "output")
+        right, wrong = judged.setdefault(prompt, ([], []))
+        outputs = right if is_correct(output, sum(terms_of(prompt))) else wrong
+        if line.fields.get("finish_reason") != "length" and output not in outputs:
+            outputs.append(output)
+    return judged
+
+
+def pairs_of(judged):
+    """Right against wrong samples of the same prompt, each sample in one pair at most."""
+    return [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for prompt, (right, wrong) in judged.items()
+        for chosen, rejected in zip(right, wrong, strict=False)
+    ]
+
+
+def steps_of(judged):
+    """The lines of every sample with a 0/1 label each."""
+    return [
+        {"prompt": prompt, "completions": output.rstrip("\n").split("\n"), "labels": step_labels(prompt, output)}
+        for prompt, outputs in judged.items()
+        for output in itertools.chain(*outputs)
+        if all(line.strip() for line in output.rstrip("\n").split("\n"))
+    ]
+
+
+def write_judged(samples_file, pairs_file, steps_file):
+    judged = judged_samples(samples_file)
+    for path, records in ((pairs_file, pairs_of(judged)), (steps_file, steps_of(judged))):
+        if path is not None:
+            if not records:
+                raise ValueError(f"{samples_file}: no record for {path.name}: all samples are right, or all are wrong")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(path, records)
+            print(f"{path}: {len(records)} records from {len(judged)} prompts")
+
+
+def main(
+    *, output_dir, seed, num_train, num_heldout, num_prompts, score_file, num_shown, samples, pairs_file, steps_file
+):
+    if samples is not None:
+        if pairs_file is None and steps_file is None:
+            raise ValueError("--samples needs a --pairs_file or a --steps_file to write")
+        write_judged(samples, pairs_file, steps_file)
+    elif score_file is not None:
         score(score_file, output_dir / "heldout.jsonl", num_shown=num_shown)
     else:
         write_world(output_dir, seed=seed, num_train=num_train, num_heldout=num_heldout, num_prompts=num_prompts)
@@ -271,5 +325,8 @@ if __name__ == "__main__":
     add(
         "--score", dest="score_file", type=Path, default=None, help="generate.py's output file to score; writes nothing"
     )
+    add("--samples", type=Path, default=None, help="generate.py's output file to make --pairs_file or --steps_file of")
+    add("--pairs_file", type=Path, default=None, help="right against wrong samples, for pairwise rewards and DPO")
+    add("--steps_file", type=Path, default=None, help="the lines of the samples with labels, for process rewards")
     add("--num_shown", type=non_negative_int, default=6, help="samples to print with --score")
     run_script(main, parser)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import sentencepiece
 import torch
 import transformers
@@ -122,3 +123,10 @@ def assert_refused(result: Result, *parts: str) -> None:
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
     for part in parts:
         assert part in result.stderr, (part, result.stderr)
+
+
+def refused(call, where, complaint):
+    """call() raises a ValueError that begins with the place and says what is wrong."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).startswith(str(where)) and complaint in str(caught.value), caught.value

@@ -94,7 +94,7 @@ def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 DPO_LOSSES = ("sigmoid", "ipo", "ipo_avg", "hinge", "robust", "simpo", "rpo")
 REFERENCE_FREE = ("simpo",)  # no reference model is needed
-SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # what label_smoothing has a meaning for
+SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # those that label_smoothing has a meaning for
 
 
 class DPOLoss(NamedTuple):
@@ -140,13 +140,15 @@ def dpo_loss(
     """
     if kind not in DPO_LOSSES:
         raise ValueError(f"loss {kind!r} is none of {', '.join(DPO_LOSSES)}")
+    if label_smoothing and kind not in SMOOTHED:
+        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for the {kind} loss")
     if kind == "robust" and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing {label_smoothing}: the robust loss needs 0 <= label_smoothing < 0.5")
     chosen, rejected = chosen_logps.float(), rejected_logps.float()
     chosen_means = chosen / chosen_lengths.clamp(min=1)
     if kind == "simpo":
         chosen_ratios, rejected_ratios = chosen_means, rejected / rejected_lengths.clamp(min=1)
-    else:  # in this order, so that policy = reference gives exactly 0
+    else:
         chosen_ratios, rejected_ratios = chosen - ref_chosen_logps.float(), rejected - ref_rejected_logps.float()
     h = chosen_ratios - rejected_ratios
 
@@ -178,9 +180,9 @@ def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100
     token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
     """
     learnt = labels[:, 1:] != ignore_index
-    rows = learnt.nonzero()[:, 0]
-    sums = torch.zeros(len(labels), dtype=torch.float32, device=token_logps.device)
-    return sums.index_add(0, rows, token_logps.float()), learnt.sum(dim=1)
+    # not index_add, whose sums on a GPU differ from run to run
+    placed = torch.zeros(learnt.shape, device=labels.device).masked_scatter(learnt, token_logps.float())
+    return placed.sum(dim=1), learnt.sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------ metrics

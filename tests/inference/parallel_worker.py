@@ -7,16 +7,16 @@ JOBS.json: a list of argument lists.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from inference import generate
+from models.fsdp import init_mesh
 from models.generation import SamplingParams, row_key, sample, token_hashes
 from models.tp import chunk_range
 from training.common import end_process
@@ -29,7 +29,7 @@ SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1
 def check_sampling() -> None:
     """Every rank draws what one process draws from the whole logits, also where many are equal, where the ranks do not
     divide the vocabulary, and where some have nothing of it."""
-    tp = init_device_mesh("cpu", (dist.get_world_size(),))
+    tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
     keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
     positions = torch.arange(64)

@@ -166,6 +166,37 @@ def test_score(world, tmp_path):
     assert len(shown) == 3
 
 
+def test_judged_samples(tmp_path):
+    """Catches a right solution called rejected, a pair over two problems, a sample used twice or without an end, and
+    labels of other lines."""
+    right, wrong, cut = "7+5=12\n12", "7+5=11\n11", "7+5=1"
+    lines = [
+        {"prompt": "7+5\n", "output": right, "finish_reason": "stop"},
+        {"prompt": "7+5\n", "output": wrong, "finish_reason": "stop"},
+        {"prompt": "7+5\n", "output": right, "finish_reason": "stop"},
+        {"prompt": "7+5\n", "output": "7+5=12\n11", "finish_reason": "stop"},
+        {"prompt": "2+2\n", "output": "2+2=5\n5", "finish_reason": "stop"},
+        {"prompt": "7+5\n", "output": cut, "finish_reason": "length"},
+    ]
+    samples, pairs, steps = (tmp_path / name for name in ("samples.jsonl", "sub/pairs.jsonl", "sub/steps.jsonl"))
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run("--samples", samples, "--pairs_file", pairs, "--steps_file", steps)
+    assert result.returncode == 0, result.stderr
+    assert records(pairs) == [{"prompt": "7+5\n", "chosen": right, "rejected": wrong}]
+    labels = {tuple(r["completions"]): r["labels"] for r in records(steps)}
+    assert labels == {
+        ("7+5=12", "12"): [1, 1],
+        ("7+5=11", "11"): [0, 0],
+        ("7+5=12", "11"): [1, 0],
+        ("2+2=5", "5"): [0, 0],
+    }
+    samples.write_text(json.dumps(lines[0]) + "\n")
+    for args in (("--pairs_file", tmp_path / "new"), ()):
+        result = run("--samples", samples, *args)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_input(world, tmp_path):
     """Catches tracebacks, messages without the culprit, and a folder that is overwritten."""
     broken, foreign, empty = tmp_path / "broken.jsonl", tmp_path / "foreign.jsonl", tmp_path / "empty.jsonl"
@@ -190,6 +221,9 @@ def test_bad_input(world, tmp_path):
             "num_prompts": 10,
             "score_file": None,
             "num_shown": 1,
+            "samples": None,
+            "pairs_file": None,
+            "steps_file": None,
         }
         with pytest.raises((ValueError, OSError), match=re.escape(word)):
             toy.main(output_dir=folder, **{**arguments, **change})

@@ -14,6 +14,7 @@ from training.data import Example
 from training.losses import (
     DPO_LOSSES,
     REFERENCE_FREE,
+    SMOOTHED,
     auc,
     calibration_error,
     dpo_loss,
@@ -288,7 +289,7 @@ def test_first_loss():
     (chosen, rejected), lengths = random_logps(scale=900.0)
     first = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 6.25, "ipo_avg": 6.25}
     for kind, value in first.items():
-        for smoothing in (0.0, 0.3):
+        for smoothing in (0.0, 0.3)[: 1 + (kind in SMOOTHED)]:
             result = dpo_loss(kind, chosen, rejected, chosen, rejected, *lengths, beta=0.2, label_smoothing=smoothing)
             assert (result.losses - value).abs().max() <= 1e-6
             assert not result.chosen_rewards.any() and not result.rejected_rewards.any()
@@ -304,7 +305,7 @@ def test_dpo_numbers(kind):
     lengths[:, 0] = chosen[0] = rejected[0] = 0
     chosen = chosen.requires_grad_()
     reference = rejected.flip(0), chosen.detach().flip(0)
-    options = {"beta": 0.3, "label_smoothing": 0.1}
+    options = {"beta": 0.3, "label_smoothing": 0.1 * (kind in SMOOTHED)}
     losses = dpo_loss(kind, chosen, rejected, *reference, *lengths, **options).losses
     (grad,) = torch.autograd.grad(losses.sum(), chosen)
     assert losses.shape == (64,) and losses.isfinite().all() and grad.isfinite().all()
@@ -317,9 +318,10 @@ def test_dpo_numbers(kind):
 
 
 def test_what_dpo_refuses():
-    """Catches a misspelt loss, and the division by zero of the robust loss."""
+    """Catches a misspelt loss, the division by zero of the robust loss, and label smoothing that does nothing."""
     (chosen, rejected), lengths = random_logps()
-    for kind, smoothing, words in (("dpo", 0.0, "none of sigmoid"), ("robust", 0.5, "label_smoothing 0.5")):
+    smoothed = (("robust", 0.5, "needs 0 <= label"), ("hinge", 0.1, "no meaning"), ("ipo", 0.1, "no meaning"))
+    for kind, smoothing, words in (("dpo", 0.0, "none of sigmoid"), *smoothed):
         with pytest.raises(ValueError, match=words):
             dpo_loss(kind, chosen, rejected, chosen, rejected, *lengths, beta=0.1, label_smoothing=smoothing)
 
@@ -332,8 +334,21 @@ def test_sequence_logps():
     assert sums.tolist() == [-3.0, 0.0, -4.0] and lengths.tolist() == [2, 0, 1]
     (sums * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert logps.grad.tolist() == [1.0, 1.0, 3.0]
-    sums, lengths = sequence_logps(torch.zeros(0), torch.full((2, 2), -100))
-    assert sums.tolist() == [0.0, 0.0] and lengths.tolist() == [0, 0]
+    hidden, weight, labels = make_batch()
+    sums, lengths = sequence_logps(token_logps(hidden, weight, labels)[0], labels)
+    torch.testing.assert_close(-sums.sum(), reference(hidden, weight, labels), rtol=1e-6, atol=1e-6)
+    assert lengths.tolist() == (labels[:, 1:] != -100).sum(dim=1).tolist() and not sums[1]
+
+
+def test_no_pairs():
+    """Catches a rank without pairs whose backward misses the collectives (no graph), or gives NaN."""
+    hidden, weight, _ = make_batch(rows=2, length=2)
+    batch = collate_pairs([], 0, torch.device("cpu"))
+    sums, lengths = sequence_logps(token_logps(hidden, weight, batch.labels)[0], batch.labels)
+    for kind in DPO_LOSSES:
+        result = dpo_loss(kind, *sums.chunk(2), *sums.detach().chunk(2), *lengths.chunk(2), beta=0.1)
+        result.losses[:0].sum().backward(retain_graph=True)
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 # ----------------------------------------------------------------------------------------- metrics

@@ -74,7 +74,16 @@ from training.losses import (
 )
 from training.optim import learning_rate_at, make_optimizer
 from training.rewards import has_score_head, load_reward_function, open_reward_folder, score_answers
-from training.rollouts import Prompt, answer_logps, answer_values, draw, load_prompts, over_ranks, prompt_numbers, shares
+from training.rollouts import (
+    Prompt,
+    answer_logps,
+    answer_values,
+    draw,
+    load_prompts,
+    over_ranks,
+    prompt_numbers,
+    shares,
+)
 from training.run_dir import (
     CheckpointWriter,
     Metrics,
@@ -484,8 +493,10 @@ def main(
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
-        shown = f"score {line['objective/scores']:.3f}, KL {line['objective/kl']:.3f}, {line['tokens_per_second']:,.0f} tok/s"
-        bar.set_postfix_str(shown, refresh=False)
+        score, rate = line["objective/scores"], line["tokens_per_second"]
+        bar.set_postfix_str(
+            f"score {score:.3f}, KL {kl_now:.3f}, {line['tokens_per_second']:,.0f} tok/s", refresh=False
+        )
         bar.update(1)
 
         # save

@@ -494,9 +494,7 @@ def main(
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
         score, rate = line["objective/scores"], line["tokens_per_second"]
-        bar.set_postfix_str(
-            f"score {score:.3f}, KL {kl_now:.3f}, {line['tokens_per_second']:,.0f} tok/s", refresh=False
-        )
+        bar.set_postfix_str(f"score {score:.3f}, KL {line['objective/kl']:.3f}, {rate:,.0f} tok/s", refresh=False)
         bar.update(1)
 
         # save

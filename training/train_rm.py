@@ -358,8 +358,8 @@ def initial_score(hidden_size: int, seed: int) -> Tensor:
 
 
 def rewards_of(model: Transformer, rows: list[Pair] | list[Scored], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """(rewards, targets) of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. Without
-    rows there are none, but the gradient's collectives stay."""
+    """(rewards, targets) of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. No
+    rows: none of either, but the gradient's collectives stay."""
     multiple_of = size_of(model.parallel.tp) if model.parallel.sequence_parallel else 1
     device = model.inv_freq.device
     if rows and isinstance(rows[0], Pair):

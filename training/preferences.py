@@ -203,19 +203,25 @@ def encode_scored_file(
             return encode_pointwise_record(record, tokenizer)
         return encode_process_record(record, step_separator, tokenizer)
 
-    def cut(row: Scored) -> Scored | None:
-        if kind == "pointwise":
-            if row.prompt_length >= max_seq_len:
-                return None
-            return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
-        whole = sum(position < max_seq_len for position in row.positions)
-        if not whole:
-            return None
-        ids = row.input_ids[: row.positions[whole - 1] + 1]
-        return Scored(ids, row.positions[:whole], row.labels[:whole], row.prompt_length)
-
+    cut = cut_completion if kind == "pointwise" else cut_steps
     limits = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
-    return _encode_file(path, encode, lambda row: [row.input_ids], cut, **limits)
+    return _encode_file(path, encode, lambda row: [row.input_ids], lambda row: cut(row, max_seq_len), **limits)
+
+
+def cut_completion(row: Scored, max_seq_len: int) -> Scored | None:
+    """The beginning of a longer row, with its score on the last token; None if no token of the completion is left."""
+    if row.prompt_length >= max_seq_len:
+        return None
+    return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
+
+
+def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
+    """The whole steps of a longer row that fit; None if none does."""
+    whole = sum(position < max_seq_len for position in row.positions)
+    if not whole:
+        return None
+    ids = row.input_ids[: row.positions[whole - 1] + 1]
+    return Scored(ids, row.positions[:whole], row.labels[:whole], row.prompt_length)
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:
@@ -233,19 +239,39 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
     """(row with a label on the last token of each step, see encode_steps; whether it is not split into the tokens of
     its whole text) of a record with `prompt`, `completions`, a list of steps, and `labels`, one for each step."""
     with naming(record):
-        prompt, steps, labels = get_prompt(record), get_field(record, "completions"), get_field(record, "labels")
-        require(isinstance(steps, list), f"completions must be a list of steps, not a {type(steps).__name__}")
+        prompt, steps, labels = get_prompt(record), get_steps(record), get_field(record, "labels")
         require(isinstance(labels, list), f"labels must be a list, one for each step, not a {type(labels).__name__}")
-        require(steps, "completions holds no step")
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
-        for i, step in enumerate(steps):
-            require(isinstance(step, str), f"completions[{i}] must be text, not a {type(step).__name__}")
-            require(step.strip(), f"completions[{i}] is an empty step")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
         text = _text_of(prompt, tokenizer) + "".join(step + step_separator for step in steps)
         whole = encode_text(text, tokenizer) if isinstance(prompt, str) else tokenizer.encode(text, False)
         return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), ids != whole
+
+
+def get_steps(record: Record) -> list[str]:
+    """The record's `completions`: at least one step, each of them text."""
+    steps = get_field(record, "completions")
+    require(isinstance(steps, list), f"completions must be a list of steps, not a {type(steps).__name__}")
+    require(steps, "completions holds no step")
+    for i, step in enumerate(steps):
+        require(isinstance(step, str), f"completions[{i}] must be text, not a {type(step).__name__}")
+        require(step.strip(), f"completions[{i}] is an empty step")
+    return steps
+
+
+def split_steps(text: str, separator: str) -> list[str]:
+    """The steps of a text: it is cut after each separator that ends something, so that the steps, each followed by the
+    separator, are the text again. A last step without a separator counts, white space after the last step does not, and
+    blank parts before a step belong to it. A text of white space alone is one empty step."""
+    steps, blank = [], ""
+    for part in text.split(separator):
+        if part.strip():
+            steps.append(blank + part)
+            blank = ""
+        else:
+            blank += part + separator
+    return steps or [""]
 
 
 def encode_steps(

@@ -35,8 +35,8 @@ HOSTILE = [
 
 
 def write_reward_model(folder, *, num_labels=1, settings=None, **config):
-    """A random reward model written by transformers, with our tokenizer; settings: what train_rm.py adds to config.json.
-    Returns transformers' model."""
+    """A random reward model written by transformers, with our tokenizer. settings: what train_rm.py adds to
+    config.json. Returns transformers' model."""
     shape = {
         "vocab_size": tiny.VOCAB_SIZE,
         "hidden_size": 64,
@@ -129,11 +129,11 @@ def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
         {"prompt": f"{i} plus", "completion": HOSTILE[i], "tag": [i, None], "idx": "mine"} for i in random_order * 3
     ]
     lines = scored(rm, tmp_path, records, "--batch_size", batch_size)
-    assert len({line["reward"] for line in lines}) == len(HOSTILE)
+    assert len({round(line["reward"], 3) for line in lines}) == len(HOSTILE)
     theirs = transformers.AutoTokenizer.from_pretrained(rm)
     for record, line in zip(records, lines, strict=True):
         assert {name: value for name, value in line.items() if name != "reward"} == record
-        ids = theirs(record["prompt"] + record["completion"]).input_ids + [2]
+        ids = [*theirs(record["prompt"] + record["completion"]).input_ids, 2]
         with torch.no_grad():  # the model finds the last token that is not the pad token by itself
             assert hf(torch.tensor([ids])).logits.item() == pytest.approx(line["reward"], abs=1e-4)
 
@@ -204,7 +204,8 @@ def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
 
 def test_pairs(rm, hf, tmp_path):
     """Catches chosen and rejected that are swapped, and an accuracy of something else."""
-    records = [{"prompt": f"{i} plus", "chosen": f" {i} is", "rejected": " so " * i} for i in range(1, 8)]
+    sides = [(f" {i} is", " so " * i)[:: (-1) ** i] for i in range(1, 8)]
+    records = [{"prompt": f"{i} plus", "chosen": a, "rejected": b} for i, (a, b) in enumerate(sides)]
     data, out = tiny.write_records(tmp_path / "pairs.jsonl", records), tmp_path / "out.jsonl"
     result = score(rm, data, out, "--batch_size", 3)
     tokenizer, right = Tokenizer(rm), 0
@@ -312,8 +313,9 @@ def test_overlong_records(rm, prm, hf, tmp_path):
     [line] = scored(prm, tmp_path, [steps], *limit, "--overlong", "truncate", name="steps.jsonl")
     [whole] = scored(prm, tmp_path, [steps], name="whole.jsonl")
     assert line["step_rewards"] == pytest.approx(whole["step_rewards"][:2], abs=1e-4)
-    everything_too_long = score(rm, data, tmp_path / "no.jsonl", "--max_seq_len", 2, "--overlong", "skip")
-    tiny.assert_refused(everything_too_long, "all 4 records")
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    result = score(rm, data, tmp_path / "no.jsonl", "--max_seq_len", 2, "--overlong", "skip")
+    tiny.assert_refused(result, "all 4 records")
 
 
 # -------------------------------------------------------------------------------------------- resume
@@ -351,7 +353,7 @@ def test_three_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
 
 
 def test_a_torn_line_and_another_batch_size(rm, tmp_path):
-    """Catches a torn line that is kept or glued to the next one, and a resume that counts on the first run's windows."""
+    """Catches a torn line that is kept or glued to the next one, and a resume that needs the first run's windows."""
     data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(40)), tmp_path / "out.jsonl"
     assert score(rm, data, out, "--batch_size", 1).code == 0
     wanted = out.read_bytes().splitlines(keepends=True)
@@ -402,7 +404,7 @@ def samples(rewards, answers=None):
 
 
 def test_best_of_n_by_hand():
-    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, and where there is none by text."""
+    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none."""
     lines = samples([1.0, -5.0, 3.0, -2.0, 3.0, -2.5])
     assert choose_best(lines) == [lines[2], lines[3]]
     unnumbered = [{k: v for k, v in line.items() if k not in ("idx", "sample_idx")} for line in lines]

@@ -402,7 +402,7 @@ class ScoreHead(nn.Linear):
         super().__init__(hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.float(), local(self.weight).float())[..., 0]  # [B, T, E] -> [B, T]
+        return hidden.float() @ local(self.weight).float()[0]  # [B, T, E] -> [B, T], no view: FSDP2 warns of those
 
 
 class Transformer(nn.Module):

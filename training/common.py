@@ -116,16 +116,49 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
-    """The flags of every training script, beside those of add_model_arguments."""
+    """The flags of the scripts that learn from a file of records, beside those of add_model_arguments."""
+    add_run_arguments(parser)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="run directory: metrics, checkpoints and at the end the model")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
     add("--train_file", type=Path, required=True, help="JSON or JSONL records to train on")
     add("--eval_file", type=Path, default=None, help="records to evaluate on")
     add("--max_seq_len", type=positive_int, default=None, help="longest row in tokens; the model's context")
     add("--overlong", choices=["refuse", "skip", "truncate"], default="refuse", help="what to do with longer records")
     add("--batch_size", type=positive_int, default=32, help="rows per optimizer step, over all ranks")
-    add("--micro_batch_size", type=positive_int, default=None, help="rows per forward on one rank; --batch_size")
+    add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
+    add(
+        "--max_steps",
+        type=non_negative_int,
+        default=None,
+        help="optimizer steps, wins over --num_epochs; 0 only exports",
+    )
+    add(
+        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; else the file's"
+    )
+    add_optimizer_arguments(parser)
+    add_parallel_arguments(parser)
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """A run directory, and what goes into it when."""
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="run directory: metrics, checkpoints and at the end the model")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    add("--eval_steps", type=positive_int, default=None, help="evaluate every so many steps; at the end only")
+    add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
+    add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
+    add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="where else metrics go; the package must be installed",
+    )
+    add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
+
+
+def add_optimizer_arguments(parser: ArgumentParser) -> None:
+    """AdamW and its schedule."""
+    add = parser.add_argument
     add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], default="cosine", help="what follows the warm-up")
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps in which the learning rate rises")
@@ -147,31 +180,23 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
     )
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
-    add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
-    add(
-        "--max_steps",
-        type=non_negative_int,
-        default=None,
-        help="optimizer steps, wins over --num_epochs; 0 only exports",
-    )
-    add(
-        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; else the file's"
-    )
-    add("--eval_steps", type=positive_int, default=None, help="evaluate every so many steps; at the end only")
-    add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
-    add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
-    add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
-    add(
-        "--report_to",
-        choices=["none", "tensorboard", "wandb"],
-        default="none",
-        help="where else metrics go; the package must be installed",
-    )
+
+
+def add_parallel_arguments(parser: ArgumentParser) -> None:
+    """How a step is spread over ranks and over forwards."""
+    add = parser.add_argument
+    add("--micro_batch_size", type=positive_int, default=None, help="rows per forward on one rank; --batch_size")
     add(
         "--tensor_parallel_size",
         type=positive_int,
         default=1,
         help="ranks that share the model, adjacent under torchrun",
+    )
+    add(
+        "--dp_replicate",
+        type=positive_int,
+        default=1,
+        help="hybrid sharding: so many whole copies of the model, each cut over the other ranks; the number of nodes",
     )
     add(
         "--sequence_parallel",
@@ -185,7 +210,19 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         default="none",
         help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
     )
-    add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
+    add(
+        "--sync_every_micro_batch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reduce the gradients over the ranks after each micro-batch; else after the last: less communication, "
+        "but every rank holds the whole gradients",
+    )
+    add(
+        "--cpu_offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep weights, gradients and optimizer state in the CPU's memory, and step there; for GPUs",
+    )
 
 
 def run_script(main: Callable, parser: ArgumentParser) -> None:
@@ -268,9 +305,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def split_batch(batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int) -> tuple[int, int]:
+def split_batch(
+    batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int, dp_replicate: int = 1
+) -> tuple[int, int]:
     """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together."""
-    dp_size = data_parallel_size(tensor_parallel_size)
+    dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
     if batch_size % dp_size:
         raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
     micro_batch_size = micro_batch_size or batch_size // dp_size

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.inference.test_parallel import torchrun
 from training.choosing import choose_best, choose_by_vote, final_answer
 from training.data import Record, encode_prompt
 from training.preferences import encode_answer, encode_process_record, split_steps
@@ -393,6 +394,37 @@ def test_resume_without_a_file_starts_from_the_beginning(rm, tmp_path):
     """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
     lines = scored(rm, tmp_path, ragged(3), "--resume", name="new/deep/out.jsonl")
     assert len(lines) == 3
+
+
+def test_ranks_agree_with_one_process(tmp_path):
+    """Catches records that a rank leaves out or scores in another's place, a head that is summed over tp, ranks that
+    all write, choices of a part of the samples, and a resume with other windows."""
+    folder = tmp_path / "model"
+    write_reward_model(folder, num_key_value_heads=4, attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
+    edit_config(folder, **PROCESS)
+    records = [{**record, "output": f"so\n{'it is ' * (i % 9)}\n{i}"} for i, record in enumerate(sampled(9))]
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    flags = ("--aggregate", "mean", "--best_of_n", "--batch_size", 1)
+    assert score(folder, data, tmp_path / "one.jsonl", *flags).code == 0
+    wanted, best = (tiny.read_lines(tmp_path / name) for name in ("one.scored.jsonl", "one.jsonl"))
+    jobs = []
+    for tp_size in (1, 2, 4):  # dp 4, 2 x 2 and tp 4
+        common = ["--checkpoint_path", folder, "--data_file", data, "--output_file", tmp_path / f"{tp_size}.jsonl"]
+        jobs.append([str(part) for part in (*common, *flags, "--tensor_parallel_size", tp_size)])
+    shutil.copyfile(tmp_path / "one.scored.jsonl.args.json", tmp_path / "2.scored.jsonl.args.json")
+    kept = (tmp_path / "one.scored.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "2.scored.jsonl").write_bytes(b"".join(kept[:20]) + kept[20][:30])
+    jobs[1].append("--resume")
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(4, "inference.score", tmp_path / "jobs.json", script="tests/inference/parallel_worker.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("27 records to score") == 2 and done.stdout.count("20 done before") == 1
+    for tp_size in (1, 2, 4):
+        for name, expected in ((f"{tp_size}.scored.jsonl", wanted), (f"{tp_size}.jsonl", best)):
+            for line, want in zip(tiny.read_lines(tmp_path / name), expected, strict=True):
+                assert line["step_rewards"] == pytest.approx(want["step_rewards"], abs=1e-4)
+                assert line["reward"] == pytest.approx(want["reward"], abs=1e-4)
+                assert line["output"] == want["output"] and list(line) == list(want)
 
 
 # ------------------------------------------------------------------------------------------ choosing

@@ -163,7 +163,7 @@ def main(
         "dtype": str(runtime.dtype),
         **dataclasses.asdict(params),
     }
-    finished = read_begun(output_file, begun_with, ("idx", "sample_idx"), "generate.py") if resume else []
+    finished = read_begun(output_file, begun_with, "generate.py", ("idx", "sample_idx")) if resume else []
     done = {(line["idx"], line["sample_idx"]) for line in finished}
     requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
 

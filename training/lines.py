@@ -8,6 +8,7 @@
 
 import fcntl
 import json
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,9 +29,9 @@ def refuse_occupied(output_file: Path) -> None:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
 
 
-def read_begun(output_file: Path, begun_with: dict, fields: tuple[str, ...], writer: str) -> list[dict]:
-    """The lines that an earlier run finished; a torn last line does not count. Each has the `fields`. Raises ValueError
-    if that run had other data or flags, or if the file is not one that `writer` wrote."""
+def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
+    """The lines that an earlier run finished; a torn last line does not count. Raises ValueError if that run had other
+    data or flags, or if a line is none that `writer` wrote, with these fields."""
     if not output_file.exists() or not output_file.stat().st_size:
         if is_main_rank():
             print(f"{output_file}: nothing to resume, starting from the beginning")
@@ -47,17 +48,25 @@ def read_begun(output_file: Path, begun_with: dict, fields: tuple[str, ...], wri
     for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
-                lines.append(json.loads(line))
-                for name in fields:
-                    lines[-1][name]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote") from None
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict) or not found.keys() >= set(fields):
+                raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
+            lines.append(found)
     return lines
 
 
 def encode_line(line: dict) -> bytes:
     """One JSON line. Half a surrogate pair, which UTF-8 cannot hold, is written as JSON's own escape."""
     return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes a whole file of JSON lines at once: beside and renamed."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_bytes(b"".join(map(encode_line, lines)))
+    os.replace(staging, path)
 
 
 class LineWriter:

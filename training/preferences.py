@@ -178,6 +178,18 @@ def encode_answer(
     return Example(ids[:end], labels[:end]), differs
 
 
+def encode_unfinished(prompt: str | list[dict], text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the prompt and of an answer that ran out of tokens: nothing ends it, and it is the text as generated,
+    which no chat template has rewritten."""
+    if isinstance(prompt, str):
+        return encode_completion(prompt, text, tokenizer)[0].input_ids[:-1]
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    ids = tokenizer.encode(_text_of(prompt, tokenizer) + text, add_special_tokens=False)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = prompt_ids + tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
 # ------------------------------------------------------------------ labelled completions and steps
 
 
@@ -316,6 +328,62 @@ def _label(name: str, value: object) -> float:
     label = float(value) if isinstance(value, bool) else _number(name, value)
     require(0 <= label <= 1, f"{name} must be 0, 1 or a probability between them, not {ascii(value)[:60]}")
     return label
+
+
+# ------------------------------------------------------------------------------ answers to be scored
+
+
+def is_sample(record: Record) -> bool:
+    """Whether generate.py wrote it: then `output` is what was said, whatever fields the prompt's record had."""
+    return "finish_reason" in record.fields
+
+
+def is_pair(record: Record) -> bool:
+    fields = record.fields
+    answered = is_sample(record) or "completion" in fields or "completions" in fields or "output" in fields
+    return not answered and ("chosen" in fields or "rejected" in fields)
+
+
+def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> list[Scored]:
+    """The rows of a record without labels, as in training: one, or chosen and rejected of a pair.
+
+    separator: None scores an answer on its last token, EOS if it was finished; else what ends a step, and each step of
+    `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
+    place.
+    """
+    with naming(record):
+        if is_pair(record):
+            require(separator is None, "a pair, and this process model scores the steps of completions")
+            pair, _ = encode_pair_record(record, tokenizer)
+            sides = (pair.chosen.input_ids, pair.rejected.input_ids)
+            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides]
+        prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
+        if separator is not None:
+            steps = split_steps(answer, separator) if isinstance(answer, str) else answer
+            ids, positions = encode_steps(prompt, steps, separator, tokenizer)
+        elif is_sample(record) and record.fields["finish_reason"] == "length":
+            ids = encode_unfinished(prompt, answer, tokenizer)
+            positions = [len(ids) - 1]
+        else:
+            ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
+            positions = [len(ids) - 1]
+        require(ids, "has no tokens, so there is no place for a score")
+        return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))]
+
+
+def get_answer(record: Record, *, steps: bool) -> str | list:
+    """What the record says to its prompt: text, or a list of messages; where steps are scored, text or a list of
+    them."""
+    if is_sample(record):
+        reason, answer = record.fields["finish_reason"], get_field(record, "output")
+        require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
+        require(isinstance(answer, str), f"output must be text, not a {type(answer).__name__}")
+        return answer
+    if steps and "completions" in record.fields:
+        return get_steps(record)
+    answer = get_field(record, "completion", "output")
+    require(not steps or isinstance(answer, str), f"completion must be text, not a {type(answer).__name__}")
+    return answer
 
 
 # -------------------------------------------------------------------------------- files and batches

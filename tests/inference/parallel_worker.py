@@ -1,11 +1,12 @@
-"""Runs generate.main for several settings in the ranks of one torchrun launch, and holds sampling from parts of the
-vocabulary against sampling from the whole.
+"""Runs a script for several settings in the ranks of one torchrun launch; for generate.py, also holds sampling from
+parts of the vocabulary against sampling from the whole.
 
-    torchrun --nproc-per-node 2 tests/inference/parallel_worker.py JOBS.json
+    torchrun --nproc-per-node 2 tests/inference/parallel_worker.py inference.generate JOBS.json
 
 JOBS.json: a list of argument lists.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -15,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from inference import generate
 from models.fsdp import init_mesh
 from models.generation import SamplingParams, row_key, sample, token_hashes
 from models.tp import chunk_range
@@ -45,7 +45,9 @@ def check_sampling() -> None:
 
 
 if __name__ == "__main__":
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
-        generate.main(**vars(generate.parser().parse_args(arguments)))
-    check_sampling()
+    script = importlib.import_module(sys.argv[1])
+    for arguments in json.loads(Path(sys.argv[2]).read_text()):
+        script.main(**vars(script.parser().parse_args(arguments)))
+    if sys.argv[1] == "inference.generate":
+        check_sampling()
     end_process(0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, WeightFiles, save_folder, stored_dtype
-from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.model import Transformer, read_hf_config
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank, size_of
@@ -60,12 +60,12 @@ from training.preferences import (
     encode_scored_file,
 )
 from training.run_dir import (
+    CheckpointWriter,
     Metrics,
     StopSignal,
     begin_or_resume,
     check_installed,
     prepare_output_dir,
-    save_checkpoint,
 )
 from training.samples import visible
 
@@ -133,8 +133,11 @@ def main(
     log_steps: int,
     report_to: str,
     tensor_parallel_size: int,
+    dp_replicate: int,
     sequence_parallel: bool,
     activation_checkpointing: str,
+    sync_every_micro_batch: bool,
+    cpu_offload: bool,
     export_dtype: str | None,
     loss: str,
     center_coef: float,
@@ -143,7 +146,7 @@ def main(
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
-    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size)
+    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     if center_coef and loss != "pairwise":
@@ -165,7 +168,7 @@ def main(
     pad_token_id = pad_id(tokenizer, config)
     has_head = "score.weight" in WeightFiles(checkpoint_path).names()
 
-    mesh = init_mesh(runtime.device, tensor_parallel_size)
+    mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
     model = load_for_training(
         checkpoint_path,
         mesh,
@@ -175,6 +178,7 @@ def main(
         sequence_parallel=sequence_parallel,
         recompute=activation_checkpointing,
         compile=runtime.compile,
+        cpu_offload=cpu_offload,
         head="score",
         new_score=None if has_head else initial_score(config.hidden_size, seed),
     )
@@ -191,13 +195,15 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    in_background = runtime.device.type == "cuda" and not cpu_offload  # which would hold the state in memory twice
+    checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=save_total_limit, asynchronous=in_background)
     compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "head": "the folder's own" if has_head else "new",
         "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
         "optimizer": optim,
-        "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
+        "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
         "loss": loss,
         "train": describe(train, counts),
         "eval": eval_notes,
@@ -220,7 +226,8 @@ def main(
         targets = targets_of(batch, runtime.device)
         rewards = torch.zeros(places[-1].stop, device=runtime.device)
         mean_loss = torch.zeros((), device=runtime.device)
-        for mine in shares_of(batch, micro_batch_size, mesh["dp"]):
+        shares = shares_of(batch, micro_batch_size, mesh["dp"])
+        for mine in reducing_gradients(model, shares, every=sync_every_micro_batch):
             micro_rewards, micro_targets = rewards_of(model, [batch[i] for i in mine], pad_token_id)
             micro_loss = losses_of(loss, micro_rewards, micro_targets, center_coef).sum() / len(targets)
             (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
@@ -268,13 +275,15 @@ def main(
         # save
         stopping = stop.agreed(runtime.device)
         if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
-            save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
+            checkpoints.save(step)
             watch.lap()
         if stopping:
+            checkpoints.finish()
             bar.close()
             metrics.close()
             say(f"stopped by a signal after step {step}; go on with --resume")
             return
+    checkpoints.finish()
     bar.close()
     metrics.close()
 

@@ -3,7 +3,7 @@
 - a loss is not averaged here: callers sum it and divide by the global number of pairs (examples, tokens) of the
   optimizer step, so neither micro-batches nor ranks change it
 - log-probabilities of a completion are sums over its tokens, EOS included; where a loss wants the mean, it divides
-- tests/training/fixtures holds what TRL's trainers give for the same inputs
+- tests/training/fixtures holds what TRL, verl and OpenRLHF give for the same inputs
 
 Dimensions: B batch (pairs), T tokens, E model dim, V vocabulary, N tokens or examples that are learnt.
 """
@@ -213,7 +213,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     rewards, values [B, T]: the value at t is that of the state in which token t is chosen. Returns (advantages,
     returns), fp32 [B, T], 0 outside the mask; returns = advantages + values, so before any whitening.
     """
-    rewards, values = torch.where(mask, rewards.float(), 0.0), torch.where(mask, values.float(), 0.0)
+    rewards, values = rewards.float(), torch.where(mask, values.float(), 0.0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(len(values))
     for t in reversed(range(values.shape[1])):

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from models.fsdp import init_mesh
-from models.generation import SamplingParams, row_key, sample, token_hashes
+from models.generation import SamplingParams, sample
+from models.noise import column_hashes, noise_key
 from models.tp import chunk_range
 from training.common import end_process
 
@@ -31,15 +32,15 @@ def check_sampling() -> None:
     divide the vocabulary, and where some have nothing of it."""
     tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
-    keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
     positions = torch.arange(64)
     for V in (5, 385, 3000):
         smooth = 3 * torch.randn(64, V, generator=generator)
         for logits in (smooth, smooth.round(), smooth.bfloat16()):
             start, end = chunk_range(V, tp.get_local_rank(), tp.size())
             for params in SETTINGS:
-                wanted, wanted_logprobs = sample(logits, keys, positions, token_hashes(V), params)
-                tokens, logprobs = sample(logits[:, start:end], keys, positions, token_hashes(V), params, tp)
+                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params)
+                tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
                 assert torch.equal(tokens, wanted), (V, logits.dtype, params)
                 torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
 

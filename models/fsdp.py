@@ -172,7 +172,8 @@ def shard_model(
 
 
 def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
-    """Replaces each parameter by this rank's part as a DTensor of that dtype; tied parameters stay tied."""
+    """Replaces each parameter by this rank's part as a DTensor of that dtype (a scalar head's is fp32); tied parameters
+    stay tied."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
@@ -182,7 +183,7 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
                 part = parameter[tensor_parallel_part(name, shape, tp)]
                 placement = Replicate() if dim is None else Shard(dim)
                 whole = DTensor.from_local(
-                    part.detach().to(dtype).contiguous(),
+                    part.detach().to(torch.float32 if name == "score.weight" else dtype).contiguous(),
                     tp,
                     [placement],
                     run_check=False,

@@ -365,6 +365,16 @@ def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
     return 6 * (config.num_parameters() - embedding) + 6 * attention
 
 
+def throughput(config: ModelConfig, device: torch.device, lengths: list[int], seconds: float) -> dict[str, float]:
+    """The metrics tokens_per_second, and mfu where the device's peak is known. lengths: of the records of a step."""
+    rate = sum(lengths) / seconds
+    peak = peaks(device)
+    if peak is None:
+        return {"tokens_per_second": rate}
+    mean_len = sum(n * n for n in lengths) / sum(lengths)  # the length of its record, for the average token
+    return {"tokens_per_second": rate, "mfu": rate * training_flops_per_token(config, mean_len) / peak[0]}
+
+
 def say(text: str) -> None:
     """Prints on the main rank alone."""
     if is_main_rank():

@@ -34,12 +34,11 @@ from training.common import (
     open_folder,
     pad_id,
     peak_memory,
-    peaks,
     progress_bar,
     run_script,
     say,
     split_batch,
-    training_flops_per_token,
+    throughput,
 )
 from training.data import (
     EncodingCounts,
@@ -200,7 +199,6 @@ def main(
     say(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
 
     # loop
-    flops_per_second = (peaks(runtime.device) or (None,))[0]
     order = {"seed": seed, "shuffle": shuffle}
     before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
     num_tokens = sum(len(train[i].input_ids) for _, numbers in before for i in numbers)
@@ -229,21 +227,16 @@ def main(
         optimizer.zero_grad(set_to_none=True)
 
         # log
-        lengths = [len(example.input_ids) for example in batch]
+        lengths = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
         num_tokens += sum(lengths)
-        rate = sum(lengths) / watch.lap()
         line = {
             "step": step,
             "loss": loss.item(),
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
             "num_tokens": num_tokens,
-            "tokens_per_second": rate,
+            **throughput(config, runtime.device, lengths, watch.lap()),
         }
-        if flops_per_second:
-            seen = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
-            mean_len = sum(n * n for n in seen) / sum(seen)  # the length of its record, for the average token
-            line["mfu"] = rate * training_flops_per_token(config, mean_len) / flops_per_second
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
             line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id, mesh["dp"])
@@ -255,7 +248,7 @@ def main(
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
-        bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tok/s", refresh=False)
         bar.update(1)
 
         # save

@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import sys
@@ -29,7 +28,7 @@ from models.checkpoint import generation_eos_ids
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingParams
-from models.model import ModelConfig, read_json_object
+from models.model import ModelConfig
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.common import (
@@ -47,9 +46,9 @@ from training.common import (
     positive_int,
     progress_bar,
     run_script,
-    write_json,
 )
 from training.data import Record, check_ids, check_vocabulary, encode_prompt, get_prompt, read_records
+from training.lines import LineWriter, encode_line, read_begun, refuse_occupied
 
 
 def parser() -> ArgumentParser:
@@ -127,8 +126,8 @@ def main(
         raise ValueError("--resume needs the --output_file to go on with")
     if stop and not all(stop):
         raise ValueError("--stop must not be empty")
-    if output_file is not None and not resume and output_file.exists() and output_file.stat().st_size:
-        raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
+    if output_file is not None and not resume:
+        refuse_occupied(output_file)
 
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
@@ -164,7 +163,8 @@ def main(
         "dtype": str(runtime.dtype),
         **dataclasses.asdict(params),
     }
-    done = read_finished(output_file, begun_with) if resume else set()
+    finished = read_begun(output_file, begun_with, "generate.py", ("idx", "sample_idx")) if resume else []
+    done = {(line["idx"], line["sample_idx"]) for line in finished}
     requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)  # all ranks have looked at the files by now
@@ -184,10 +184,9 @@ def main(
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     say(start_card(checkpoint_path, config, runtime, engine, mesh, len(prompts) * num_samples, len(done), notes))
     record_of = {p.idx: p.record for p in prompts}
-    with (
-        SampleWriter(output_file, begun_with, mesh["tp"].get_local_rank() == 0) as writer,
-        TokenCounter(len(requests)) as counter,
-    ):
+    active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
+    writer = LinePrinter(active) if output_file is None else LineWriter(output_file, begun_with, active)
+    with writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):
             writer.write(line_of(completion, record_of[completion.request.idx], return_token_ids))
             counter.finish_sample()
@@ -254,79 +253,24 @@ def encode_prompts(
 # -------------------------------------------------------------------------------------- the output
 
 
-def sidecar(output_file: Path) -> Path:
-    """Remembers what an output file was begun with."""
-    return output_file.with_name(output_file.name + ".args.json")
+class LinePrinter:
+    """Stands where a LineWriter does when there is no output file: for people, if standard output is a terminal."""
 
-
-def read_finished(output_file: Path, begun_with: dict) -> set[tuple[int, int]]:
-    """The (idx, sample_idx) that an earlier run finished; a torn last line does not count. Raises ValueError if that
-    run had other prompts or flags."""
-    if not output_file.exists() or not output_file.stat().st_size:
-        if is_main_rank():
-            print(f"{output_file}: nothing to resume, starting from the beginning")
-        return set()
-    if not sidecar(output_file).is_file():
-        raise ValueError(
-            f"{sidecar(output_file)}: missing, so --resume cannot tell what {output_file.name} was begun with"
-        )
-    earlier = read_json_object(sidecar(output_file))
-    differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
-    if differing:
-        raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
-    done = set()
-    for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                sample = json.loads(line)
-                done.add((sample["idx"], sample["sample_idx"]))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{output_file}:{number}: not a line that generate.py wrote") from None
-    return done
-
-
-class SampleWriter:
-    """Appends lines to the output file, each in one write; without a file, prints them (for people, if to a
-    terminal).
-
-    Several ranks append to one file, each line under a lock; of the ranks that share a model only one is `active`.
-    """
-
-    def __init__(self, output_file: Path | None, begun_with: dict, active: bool):
-        self.file, self.active = None, active
-        if output_file is not None and is_main_rank():
-            output_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(sidecar(output_file), begun_with)
-            with open(output_file, "a+b") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a line torn by a kill
-        if dist.is_initialized():
-            dist.barrier()
-        if output_file is not None and active:
-            self.file = open(output_file, "ab")  # noqa: SIM115 (closed by __exit__)
+    def __init__(self, active: bool):
+        self.active = active
 
     def write(self, line: dict) -> None:
-        if not self.active:
-            return
-        # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
-        encoded = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace")
-        if self.file is not None:
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-            self.file.write(encoded + b"\n")
-            self.file.flush()
-            fcntl.flock(self.file, fcntl.LOCK_UN)
-        elif sys.stdout.isatty():
+        if self.active and sys.stdout.isatty():
             prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
-        else:
-            print(encoded.decode(), flush=True)
+        elif self.active:
+            print(encode_line(line).decode(), end="", flush=True)
 
-    def __enter__(self) -> "SampleWriter":
+    def __enter__(self) -> "LinePrinter":
         return self
 
     def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()
+        pass
 
 
 def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:

@@ -104,7 +104,8 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     model.requires_grad_(False)
     for block in model.layers:
         _fuse(block, pack)
-    model.lm_head = InferenceLinear([model.lm_head], pack=pack)
+    if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
+        model.lm_head = InferenceLinear([model.lm_head], pack=pack)
     return model.eval()
 
 
@@ -124,10 +125,11 @@ def load_for_inference(
     dtype: torch.dtype,
     compile: bool = False,
     tp: DeviceMesh | None = None,
+    head: str = "lm",
 ) -> Transformer:
     """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. compile: whether it
-    will run under torch.compile."""
-    model = load_model(folder, device=device, param_dtype=dtype, tp=tp)
+    will run under torch.compile. head: "lm" or "score"."""
+    model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
     return to_inference(model, pack=not compile and can_pack(device, dtype))
 
 

@@ -62,13 +62,15 @@ class Request:
 @dataclass
 class Completion:
     """token_ids: without the EOS or the stop string that ended it. text: "" without a tokenizer. logprobs: one for
-    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1)."""
+    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1).
+    stop_token_id: the EOS that ended it, if one did."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
+    stop_token_id: int | None = None
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -177,7 +179,7 @@ class _Running:
             )
         done.logprobs.append(logprob)
         if token in self.params.stop_token_ids:
-            done.finish_reason = "stop"
+            done.finish_reason, done.stop_token_id = "stop", token
         else:
             done.token_ids.append(token)
             last = len(done.token_ids) == done.request.max_new_tokens

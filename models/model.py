@@ -402,7 +402,8 @@ class ScoreHead(nn.Linear):
         super().__init__(hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.float(), local(self.weight).float())[..., 0]  # [B, T, E] -> [B, T]
+        # [B, T, E] -> [B, T], and not a view, which FSDP's hooks warn of
+        return torch.matmul(hidden.float(), local(self.weight)[0].float())
 
 
 class Transformer(nn.Module):

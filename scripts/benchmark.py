@@ -2,6 +2,7 @@
 
 - the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
 - generate: decode and prefill rates of the engine; sft, dpo: tokens/s of whole optimizer steps
+- memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
   the ratios; one process's timing alone says little on a shared machine
 - the last line is JSON
@@ -9,16 +10,19 @@
     python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
     python scripts/benchmark.py sft --preset 134m --dtype bfloat16 --batch_size 4 --seq_len 512
     python scripts/benchmark.py dpo --preset 134m --dtype bfloat16 --batch_size 4 --prompt_len 128 --new_tokens 128
+    python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,11 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from models.decode import can_pack, to_inference, weight_bytes
-from models.fsdp import clip_grad_norm, init_mesh, parallel_of, shard_model
+from models.fsdp import check_divisible, clip_grad_norm, init_mesh, parallel_of, reducing_gradients, shard_model
 from models.generation import Engine, Request, SamplingParams
 from models.model import PRESETS, ModelConfig, Transformer
+from models.tp import CHUNK_TOKENS
 from training.common import (
     ArgumentParser,
+    Runtime,
     Stopwatch,
     add_runtime_arguments,
     card,
@@ -39,6 +45,7 @@ from training.common import (
     peak_memory,
     positive_int,
     run_script,
+    say,
     training_flops_per_token,
 )
 from training.data import IGNORE_INDEX, Example
@@ -47,6 +54,7 @@ from training.optim import make_optimizer
 from training.preferences import Pair, collate_pairs
 
 SIZES = {
+    "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
     "1b": PRESETS["meta-llama/Llama-3.2-1B"],
     "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
@@ -59,13 +67,13 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser("Speed beside the physical limit, with random weights.")
     add_runtime_arguments(parser)
     add = parser.add_argument
-    add("job", choices=list(PEERS), help="what to measure")
+    add("job", choices=[*PEERS, "memory"], help="what to measure")
     add("--preset", choices=list(SIZES), default="134m", help="shape of the model")
-    add("--batch_size", type=positive_int, default=8, help="slots; sft: rows of a step; dpo: pairs of a step")
+    add("--batch_size", type=positive_int, default=8, help="slots, rows of a step, or its pairs (memory: micro-batch)")
     add("--prompt_len", type=positive_int, default=64, help="generate, dpo: tokens of each prompt")
     add("--new_tokens", type=positive_int, default=128, help="generate, dpo: tokens of each completion")
-    add("--seq_len", type=positive_int, default=512, help="sft: tokens of each row")
-    add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="sft, dpo: recompute")
+    add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
+    add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
     add(
         "--precompute_ref",
         action=argparse.BooleanOptionalAction,
@@ -74,22 +82,31 @@ def parser() -> ArgumentParser:
     )
     add("--repeats", type=positive_int, default=3, help="timed runs (generate) or steps, after one to warm up")
     add("--engine", choices=["ours", "peer"], default="ours", help="what to run; the peer is transformers, or trl")
+    add("--layouts", nargs="+", type=layout, default=None, help="memory: dp x tp, as 1x1 8x1 4x2; this run's ranks")
+    add("--measure", action="store_true", help="memory: train with random weights and print the measured peak beside")
     add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
     add("--peer_python", type=Path, default=Path(sys.executable), help="--compare: interpreter that has the peer")
     return parser
+
+
+def layout(text: str) -> tuple[int, int]:
+    dp, _, tp = text.partition("x")
+    return positive_int(dp), positive_int(tp)
 
 
 def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: int, seed: int, **options) -> None:
     if compare:
         compare_engines(job, compare, options["peer_python"])
         return
+    if job == "memory":
+        report_memory(preset, options)
+        return
     runtime = choose_runtime(options["device"], options["dtype"], options["compile"])
     config = SIZES[preset]
     torch.manual_seed(seed)
     flops, bandwidth = ceilings(runtime.device)
-    measure = (
-        {"generate": measure_generate, "sft": measure_sft, "dpo": measure_dpo}[job] if engine == "ours" else peer(job)
-    )
+    ours = {"generate": measure_generate, "sft": measure_sft, "dpo": measure_dpo}
+    measure = ours[job] if engine == "ours" else peer(job)
     result = measure(config, runtime, repeats, options)
     rows = {
         "model": f"{preset}, {config.num_parameters() / 1e6:,.1f} M parameters, random",
@@ -177,9 +194,9 @@ def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) 
     }
 
 
-def sharded_model(config: ModelConfig, runtime, **options) -> Transformer:
-    """A random model as the training scripts have it. options: of shard_model."""
-    mesh = init_mesh(runtime.device, 1)
+def sharded_model(config: ModelConfig, runtime: Runtime, tensor_parallel_size: int = 1, **options) -> Transformer:
+    """A model of random weights on the ranks of this run, as the training scripts have it. options: of shard_model."""
+    mesh = init_mesh(runtime.device, tensor_parallel_size)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh))
     shard_model(model, mesh, compute_dtype=runtime.dtype, compile=runtime.compile, **options)
@@ -191,10 +208,13 @@ def sharded_model(config: ModelConfig, runtime, **options) -> Transformer:
     return model
 
 
-def measure_steps(model: Transformer, loss_of: Callable[[], torch.Tensor], runtime, repeats: int) -> float:
-    """Seconds of an optimizer step."""
-    optimizer = make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+def random_model(config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int):
+    """(a model of random weights, its optimizer), ready for training on the ranks of this run."""
+    model = sharded_model(config, runtime, tensor_parallel_size, recompute=recompute)
+    return model, make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
 
+
+def seconds_of_step(model, optimizer, loss_of: Callable[[], torch.Tensor], runtime: Runtime, repeats: int) -> float:
     def step() -> None:
         loss_of().backward()
         clip_grad_norm(model, 1.0)
@@ -205,7 +225,7 @@ def measure_steps(model: Transformer, loss_of: Callable[[], torch.Tensor], runti
 
 
 def measure_sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
-    model = sharded_model(config, runtime, recompute=options["activation_checkpointing"])
+    model, optimizer = random_model(config, runtime, options["activation_checkpointing"], tensor_parallel_size=1)
     shape = (options["batch_size"], options["seq_len"])
     ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
     tokens = ids.numel()
@@ -213,7 +233,7 @@ def measure_sft(config: ModelConfig, runtime, repeats: int, options: dict) -> di
     def loss_of() -> torch.Tensor:
         return token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens
 
-    rate = tokens / measure_steps(model, loss_of, runtime, repeats)
+    rate = tokens / seconds_of_step(model, optimizer, loss_of, runtime, repeats)
     return {"tokens_per_second": rate, "flops_per_second": rate * training_flops_per_token(config, shape[1])}
 
 
@@ -229,7 +249,7 @@ def measure_dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> di
     for prompt, sides in zip(*(ids.tolist() for ids in random_pairs(config, options))):
         rows = [Example(prompt + side, [IGNORE_INDEX] * len(prompt) + side) for side in sides]
         pairs.append(Pair(len(prompt), *rows))
-    model = sharded_model(config, runtime, recompute=options["activation_checkpointing"])
+    model, optimizer = random_model(config, runtime, options["activation_checkpointing"], tensor_parallel_size=1)
     reference = sharded_model(config, runtime, param_dtype=runtime.dtype).requires_grad_(False)
 
     def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,9 +271,107 @@ def measure_dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> di
         return dpo_loss("sigmoid", *logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2), beta=0.1).losses.mean()
 
     length = options["prompt_len"] + options["new_tokens"]
-    rate = 2 * len(pairs) * length / measure_steps(model, loss_of, runtime, repeats)
+    rate = 2 * len(pairs) * length / seconds_of_step(model, optimizer, loss_of, runtime, repeats)
     flops = training_flops_per_token(config, length) * (1 if options["precompute_ref"] else 4 / 3)
     return {"tokens_per_second": rate, "flops_per_second": rate * flops}
+
+
+def training_memory(
+    config: ModelConfig,
+    *,
+    dp: int,
+    tp: int,
+    tokens: int,
+    recompute: str = "none",
+    compute_bytes: int = 2,
+    on_cpu: bool = False,
+) -> dict[str, float]:
+    """Bytes on each rank at the peak of an optimizer step of several micro-batches of `tokens` tokens, by purpose.
+
+    fp32 weights, gradients and AdamW moments; embedding and head gathered throughout, a block and the next one at a
+    time; the activations that autograd keeps of the eager layers with a fused attention. The peak is in the loss, in
+    the backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: RMSNorm keeps two
+    fp32 copies of its input instead of one, and no block's backward overlaps with the reduction of the one before.
+    """
+    E, F, H, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, compute_bytes
+    q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    table = config.vocab_size * E / tp
+    root = (2 - config.tie_word_embeddings) * table + E
+    block = (2 * E * (q + kv) + 3 * E * F) / tp + 2 * E
+    shard = (config.num_hidden_layers * block + root) / dp
+
+    norm = (4 * (2 if on_cpu else 1) + c) * E  # a token's fp32 input of a norm, and the output
+    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
+
+    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
+    loss = logits + (4 + c) * table + 2 * c * tokens * E  # with the head's gradient
+    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
+    reduction = c + (4 if dp > 1 else c) + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
+    overlapping = (widest, reduction * block)
+    backward = (max if on_cpu else sum)(overlapping) + 2 * c * block + c * table
+    return {
+        "parameters": 4 * shard,
+        "gradients": 4 * shard,
+        "AdamW moments": 8 * shard,
+        "embedding and head, gathered": c * root,
+        "activations": kept,
+        "at the peak": max(loss, backward, reduction * root - kept),
+    }
+
+
+def report_memory(preset: str, options: dict) -> None:
+    """Prints training_memory for each layout, and what this run's ranks took."""
+    config, recompute = SIZES[preset], options["activation_checkpointing"]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    layouts = options["layouts"] or [(world, 1)]
+    runtime = choose_runtime(options["device"], options["dtype"] or "bfloat16", False)
+    shape = (options["batch_size"], options["seq_len"])
+    tables = []
+    for dp, tp in layouts:
+        check_divisible(config, tp)
+        sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
+        on_cpu = options["measure"] and runtime.device.type == "cpu"
+        found = training_memory(config, **sizes, compute_bytes=runtime.dtype.itemsize, on_cpu=on_cpu)
+        found["sum"] = sum(found.values())
+        if options["measure"]:
+            if dp * tp != world:
+                raise ValueError(f"--measure takes one layout, of the {world} ranks of this run")
+            if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
+                raise ValueError("--measure on the CPU counts right with dp 1 only")
+            found["measured"] = measure_memory(config, runtime, recompute, tp, shape)
+        tables.append(found)
+        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in found.items()}
+        if options["measure"]:
+            rows["measured"] += f", the sum is {found['sum'] / found['measured'] - 1:+.1%} off"
+        title = f"memory of {preset}, dp {dp} x tp {tp}, {setting('sft', options)}"
+        say(card(title, rows))
+    say(json.dumps({"job": "memory", "preset": preset, "layouts": layouts, "bytes": tables}))
+
+
+def measure_memory(
+    config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int, shape: tuple[int, int]
+) -> int:
+    """The most bytes that were allocated on this rank in two optimizer steps of two micro-batches each."""
+
+    def train() -> None:
+        model, optimizer = random_model(config, runtime, recompute, tensor_parallel_size)
+        ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+        vocabulary = {"vocab_size": config.vocab_size, "tp": model.parallel.tp}
+        for _ in range(2):
+            for rows in reducing_gradients(model, [ids, ids], every=True):
+                token_cross_entropy(model(rows), model.lm_head.weight, rows, **vocabulary).backward()
+            clip_grad_norm(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    if runtime.device.type == "cuda":
+        train()
+        return torch.cuda.max_memory_allocated(runtime.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def peer(job: str) -> Callable:

@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -115,16 +116,49 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
-    """The flags of every training script, beside those of add_model_arguments."""
+    """The flags of the scripts that learn from a file of records, beside those of add_model_arguments."""
+    add_run_arguments(parser)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="run directory: metrics, checkpoints and at the end the model")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
     add("--train_file", type=Path, required=True, help="JSON or JSONL records to train on")
     add("--eval_file", type=Path, default=None, help="records to evaluate on")
     add("--max_seq_len", type=positive_int, default=None, help="longest row in tokens; the model's context")
     add("--overlong", choices=["refuse", "skip", "truncate"], default="refuse", help="what to do with longer records")
     add("--batch_size", type=positive_int, default=32, help="rows per optimizer step, over all ranks")
-    add("--micro_batch_size", type=positive_int, default=None, help="rows per forward on one rank; --batch_size")
+    add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
+    add(
+        "--max_steps",
+        type=non_negative_int,
+        default=None,
+        help="optimizer steps, wins over --num_epochs; 0 only exports",
+    )
+    add(
+        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; else the file's"
+    )
+    add_optimizer_arguments(parser)
+    add_parallel_arguments(parser)
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """A run directory, and what goes into it when."""
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="run directory: metrics, checkpoints and at the end the model")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    add("--eval_steps", type=positive_int, default=None, help="evaluate every so many steps; at the end only")
+    add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
+    add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
+    add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="where else metrics go; the package must be installed",
+    )
+    add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
+
+
+def add_optimizer_arguments(parser: ArgumentParser) -> None:
+    """AdamW and its schedule."""
+    add = parser.add_argument
     add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], default="cosine", help="what follows the warm-up")
     add("--warmup_ratio", type=fraction, default=0.03, help="share of the steps in which the learning rate rises")
@@ -146,31 +180,23 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
     )
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this global norm")
-    add("--num_epochs", type=positive_int, default=1, help="passes over the training file")
-    add(
-        "--max_steps",
-        type=non_negative_int,
-        default=None,
-        help="optimizer steps, wins over --num_epochs; 0 only exports",
-    )
-    add(
-        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="a new order each epoch; else the file's"
-    )
-    add("--eval_steps", type=positive_int, default=None, help="evaluate every so many steps; at the end only")
-    add("--save_steps", type=positive_int, default=None, help="save a checkpoint every so many steps; none")
-    add("--save_total_limit", type=positive_int, default=2, help="checkpoints to keep")
-    add("--log_steps", type=positive_int, default=1, help="write metrics every so many steps")
-    add(
-        "--report_to",
-        choices=["none", "tensorboard", "wandb"],
-        default="none",
-        help="where else metrics go; the package must be installed",
-    )
+
+
+def add_parallel_arguments(parser: ArgumentParser) -> None:
+    """How a step is spread over ranks and over forwards."""
+    add = parser.add_argument
+    add("--micro_batch_size", type=positive_int, default=None, help="rows per forward on one rank; --batch_size")
     add(
         "--tensor_parallel_size",
         type=positive_int,
         default=1,
         help="ranks that share the model, adjacent under torchrun",
+    )
+    add(
+        "--dp_replicate",
+        type=positive_int,
+        default=1,
+        help="hybrid sharding: so many whole copies of the model, each cut over the other ranks; the number of nodes",
     )
     add(
         "--sequence_parallel",
@@ -184,7 +210,19 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         default="none",
         help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
     )
-    add("--export_dtype", choices=list(DTYPES), default=None, help="dtype of the exported model; the input folder's")
+    add(
+        "--sync_every_micro_batch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reduce the gradients over the ranks after each micro-batch; else after the last: less communication, "
+        "but every rank holds the whole gradients",
+    )
+    add(
+        "--cpu_offload",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep weights, gradients and optimizer state in the CPU's memory, and step there; for GPUs",
+    )
 
 
 def run_script(main: Callable, parser: ArgumentParser) -> None:
@@ -267,9 +305,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def split_batch(batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int) -> tuple[int, int]:
+def split_batch(
+    batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int, dp_replicate: int = 1
+) -> tuple[int, int]:
     """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together."""
-    dp_size = data_parallel_size(tensor_parallel_size)
+    dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
     if batch_size % dp_size:
         raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
     micro_batch_size = micro_batch_size or batch_size // dp_size
@@ -292,6 +332,26 @@ def open_folder(
     tokenizer = Tokenizer(checkpoint_path)
     check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
     return config, tokenizer, max_seq_len or context
+
+
+def load_function(flag: str, place: str) -> Callable:
+    """The Python function that a flag names as FILE.py:NAME. Raises ValueError or FileNotFoundError, naming the flag.
+    The file is a program of the user's, and its top level runs here."""
+    path, _, name = place.rpartition(":")
+    if not path.endswith(".py") or not name:
+        raise ValueError(f"{flag} {place}: must be FILE.py:NAME")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it can fail in any way
+        raise ValueError(f"{flag} {path}: cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{flag} {path}: has no function {name!r}")
+    return function
 
 
 def pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
@@ -324,6 +384,16 @@ def training_flops_per_token(config: ModelConfig, seq_len: float) -> float:
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6 * (config.num_parameters() - embedding) + 6 * attention
+
+
+def throughput(config: ModelConfig, device: torch.device, lengths: list[int], seconds: float) -> dict[str, float]:
+    """The metrics tokens_per_second, and mfu where the device's peak is known. lengths: of the records of a step."""
+    rate = sum(lengths) / seconds
+    peak = peaks(device)
+    if peak is None:
+        return {"tokens_per_second": rate}
+    mean_len = sum(n * n for n in lengths) / sum(lengths)  # the length of its record, for the average token
+    return {"tokens_per_second": rate, "mfu": rate * training_flops_per_token(config, mean_len) / peak[0]}
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
-from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.generation import SamplingParams
 from models.model import Transformer, causal_attention, document_attention, read_hf_config
 from models.tp import is_main_rank, size_of
@@ -34,12 +34,11 @@ from training.common import (
     open_folder,
     pad_id,
     peak_memory,
-    peaks,
     progress_bar,
     run_script,
     say,
     split_batch,
-    training_flops_per_token,
+    throughput,
 )
 from training.data import (
     EncodingCounts,
@@ -55,12 +54,12 @@ from training.data import (
 from training.losses import token_cross_entropy
 from training.optim import learning_rate_at, make_optimizer
 from training.run_dir import (
+    CheckpointWriter,
     Metrics,
     StopSignal,
     begin_or_resume,
     check_installed,
     prepare_output_dir,
-    save_checkpoint,
 )
 from training.samples import EvalSamples, add_sample_arguments, prompts_of
 
@@ -113,8 +112,11 @@ def main(
     log_steps: int,
     report_to: str,
     tensor_parallel_size: int,
+    dp_replicate: int,
     sequence_parallel: bool,
     activation_checkpointing: str,
+    sync_every_micro_batch: bool,
+    cpu_offload: bool,
     export_dtype: str | None,
     num_eval_samples: int,
     eval_max_new_tokens: int,
@@ -123,7 +125,7 @@ def main(
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
-    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size)
+    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     check_installed(report_to)
@@ -146,7 +148,7 @@ def main(
     eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
     sampling = SamplingParams(eval_temperature, seed=seed, stop_token_ids=eos_ids)
 
-    mesh = init_mesh(runtime.device, tensor_parallel_size)
+    mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
     model = load_for_training(
         checkpoint_path,
         mesh,
@@ -156,6 +158,7 @@ def main(
         sequence_parallel=sequence_parallel,
         recompute=activation_checkpointing,
         compile=runtime.compile,
+        cpu_offload=cpu_offload,
     )
     optimizer = make_optimizer(
         model,
@@ -170,6 +173,8 @@ def main(
     total_steps = num_epochs * -(-len(train) // batch_size) if max_steps is None else max_steps
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    in_background = runtime.device.type == "cuda" and not cpu_offload  # which would hold the state in memory twice
+    checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=save_total_limit, asynchronous=in_background)
     samples = None
     if evaluation and num_eval_samples:
         samples = EvalSamples(
@@ -187,14 +192,13 @@ def main(
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
         "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
         "optimizer": optim,
-        "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
+        "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
         "train": train_notes,
         "steps": f"{first_step} to {total_steps}, {batch_size} rows each in micro-batches of {micro_batch_size}",
     }
     say(card("finetune_sft", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
 
     # loop
-    flops_per_second = (peaks(runtime.device) or (None,))[0]
     order = {"seed": seed, "shuffle": shuffle}
     before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
     num_tokens = sum(len(train[i].input_ids) for _, numbers in before for i in numbers)
@@ -206,7 +210,8 @@ def main(
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
         loss = torch.zeros((), device=runtime.device)
-        for examples in micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size):
+        mine = micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size)
+        for examples in reducing_gradients(model, mine, every=sync_every_micro_batch):
             micro_loss = summed_loss(model, examples, pad_token_id) / num_targets
             (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
             loss += micro_loss.detach()
@@ -222,21 +227,16 @@ def main(
         optimizer.zero_grad(set_to_none=True)
 
         # log
-        lengths = [len(example.input_ids) for example in batch]
+        lengths = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
         num_tokens += sum(lengths)
-        rate = sum(lengths) / watch.lap()
         line = {
             "step": step,
             "loss": loss.item(),
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
             "num_tokens": num_tokens,
-            "tokens_per_second": rate,
+            **throughput(config, runtime.device, lengths, watch.lap()),
         }
-        if flops_per_second:
-            seen = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
-            mean_len = sum(n * n for n in seen) / sum(seen)  # the length of its record, for the average token
-            line["mfu"] = rate * training_flops_per_token(config, mean_len) / flops_per_second
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
             line["eval_loss"] = evaluate(model, evaluation, micro_batch_size, pad_token_id, mesh["dp"])
@@ -248,19 +248,21 @@ def main(
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
-        bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tok/s", refresh=False)
         bar.update(1)
 
         # save
         stopping = stop.agreed(runtime.device)
         if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
-            save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
+            checkpoints.save(step)
             watch.lap()
         if stopping:
+            checkpoints.finish()
             bar.close()
             metrics.close()
             say(f"stopped by a signal after step {step}; go on with --resume")
             return
+    checkpoints.finish()
     bar.close()
     metrics.close()
 

@@ -185,6 +185,140 @@ def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100
     return placed.sum(dim=1), learnt.sum(dim=1)
 
 
+# ------------------------------------------------------------------------------------------------ PPO
+# Schulman et al. 2017 (arXiv 1707.06347) on answers of a language model: Ziegler et al. 2019 (1909.08593).
+#
+# mask bool [B, T]: the tokens that the policy chose, the EOS that ended the answer included; one stretch in each row,
+# wherever it starts. What lies outside it may be anything, NaN too. Only the losses (policy, value, KL) have gradients.
+
+
+@torch.no_grad()
+def shaped_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """The reward of each token: -kl_coef (logp - ref_logp), on a row's last masked token plus its score; fp32 [B, T],
+    0 outside the mask (Ziegler et al. 2019, arXiv 1909.08593, section 2; Ouyang et al. 2022, 2203.02155).
+
+    scores [B]; logps, ref_logps [B, T] in nats, of the policy at rollout and of the reference. The log-ratio (k1) is
+    negative on many tokens and must stay so: its mean is the KL, and clamped at 0 it leads to another policy.
+    """
+    rewards = torch.where(mask, -kl_coef * (logps.float() - ref_logps.float()), 0.0)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # of the tokens from here on one is masked: this one
+    return rewards + torch.where(last, scores.float()[:, None], 0.0)
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over the masked tokens:
+    A_t = sum_k (gamma lam)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}), where V is 0 past the last masked token.
+
+    rewards, values [B, T]: the value at t is that of the state in which token t is chosen. Returns (advantages,
+    returns), fp32 [B, T], 0 outside the mask; returns = advantages + values, so before any whitening.
+    """
+    rewards, values = torch.where(mask, rewards.float(), 0.0), torch.where(mask, values.float(), 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+@torch.no_grad()
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """x scaled to variance 1 (unbiased) over the mask, and to mean 0, or with shift_mean off to the mean it had; fp32,
+    0 outside the mask.
+
+    x, mask of one shape: the values of all ranks' answers, which the caller gathers. One value alone has variance 0.
+    """
+    # sums in fp64, so that neither the padding nor the order of the rows shows in the result
+    x, count = torch.where(mask, x.double(), 0.0), mask.sum()
+    mean = x.sum() / count.clamp(min=1)
+    variance = torch.where(mask, x - mean, 0.0).square().sum() / (count - 1).clamp(min=1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0).float()
+
+
+class PPOStats(NamedTuple):
+    """fp32 [N] each, without gradient: average them over tokens."""
+
+    ratio: Tensor  # pi / pi_old
+    clipped: Tensor  # 1 where the clipped term is the larger one, as TRL's clipfrac counts; dual_clip is not counted
+    approx_kl: Tensor  # 0.5 (logp - old_logp)^2, TRL's policy/approxkl_avg
+
+
+def ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cliprange: float, dual_clip: float | None = None
+) -> tuple[Tensor, PPOStats]:
+    """(max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)), stats) of each token, r = exp(logp - old_logp), fp32 [N].
+
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7. With dual_clip c > 1 the loss of a token with A < 0 is at most -c A,
+    and its gradient 0 beyond that (Ye et al. 2020, 1912.09729, eq. 5). logps, old_logps (nats), advantages: [N].
+    """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip {dual_clip}: a bound on the ratio where the advantage is negative, more than 1")
+    advantages, log_ratios = advantages.float(), logps.float() - old_logps.float()
+    ratios = log_ratios.clamp(-20, 20).exp()  # an infinite ratio would make its gradient NaN even where it is clipped
+    plain, clipped = -advantages * ratios, -advantages * ratios.clamp(1 - cliprange, 1 + cliprange)
+    losses = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    return losses, PPOStats(ratios.detach(), (clipped > plain).float(), 0.5 * log_ratios.detach().square())
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float | None
+) -> tuple[Tensor, Tensor]:
+    """(0.5 max((V - R)^2, (V' - R)^2), 1 where the second is the larger one) of each token, fp32 [N]: V' is V held
+    within cliprange_value of the value at rollout. None or 0: 0.5 (V - R)^2.
+
+    As in OpenAI's baselines (Engstrom et al. 2020, arXiv 2005.12729, section 3). values, old_values, returns [N].
+    """
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    plain = (values - returns).square()
+    if not cliprange_value:
+        return 0.5 * plain, torch.zeros_like(plain).detach()
+    held = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped = (held - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), (clipped > plain).float()
+
+
+def sequence_kl_loss(log_ratios: Tensor) -> Tensor:
+    """0.5 (sum_t log pi - log ref)^2 of each sequence, fp32 [B]: the KL in the loss instead of in the reward.
+
+    log_ratios [B, T]: logp - ref_logp, 0 outside the mask. On samples of the policy its mean gradient is that of
+    KL(pi || ref) (Liu et al. 2025, arXiv 2510.01555: k2 as loss); the half square of each token by itself would forget
+    the KL of the tokens after it, and samples of an older policy bias it.
+    """
+    return 0.5 * log_ratios.float().sum(dim=1).square()
+
+
+@torch.no_grad()
+def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """(k1, k3) of each token, fp32: the log-ratio d = logp - ref_logp, and exp(-d) - 1 + d, which is never negative.
+
+    On samples of the policy both have the KL to the reference (nats) as their mean (Schulman 2020,
+    joschu.net/blog/kl-approx.html). Metrics only: as a reward or a loss k3 leads to another optimum.
+    """
+    k1 = logps.float() - ref_logps.float()
+    return k1, torch.expm1(-k1) + k1
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
+    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): the controller of Ziegler et al. 2019 (arXiv
+    1909.08593, section 2.2). kl, target: nats per answer; n answers in this update; horizon in answers."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+@torch.no_grad()
+def importance_weights(logps: Tensor, engine_logps: Tensor, cap: float) -> Tensor:
+    """min(exp(logp - engine_logp), cap) of each token, fp32 [N]: truncated importance sampling (Ionides 2008; for
+    rollouts of an inference engine Yao et al. 2025, fengyao.notion.site/off-policy-rl) as a factor of its policy loss.
+
+    logps of the trained model at rollout, engine_logps of the engine that drew the tokens; nats, [N].
+    """
+    return (logps.float() - engine_logps.float()).exp().clamp(max=cap)
+
+
 # ------------------------------------------------------------------------------------------ metrics
 
 

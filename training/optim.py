@@ -51,9 +51,12 @@ def make_optimizer(
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
 
     optim: one of OPTIMIZERS. seed: of the rounding of bf16 weights. compile: fuse the update of what is not torch's
-    own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments.
+    own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU is to hold them.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
+    if optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
+        raise ValueError("--optim adamw_8bit saves memory of a GPU, which --cpu_offload has freed; take --optim adamw")
     groups = [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},

@@ -181,6 +181,18 @@ def encode_answer(
     return Example(ids[:end], labels[:end]), differs
 
 
+def encode_unfinished(prompt: str | list[dict], text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the prompt and of an answer that ran out of tokens: nothing ends it, and it is the text as generated,
+    which no chat template has rewritten."""
+    if isinstance(prompt, str):
+        return encode_completion(prompt, text, tokenizer)[0].input_ids[:-1]
+    prompt_ids = encode_prompt(prompt, tokenizer)
+    ids = tokenizer.encode(_text_of(prompt, tokenizer) + text, add_special_tokens=False)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        ids = prompt_ids + tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
 # ------------------------------------------------------------------ labelled completions and steps
 
 
@@ -206,19 +218,25 @@ def encode_scored_file(
             return encode_pointwise_record(record, tokenizer)
         return encode_process_record(record, step_separator, tokenizer)
 
-    def cut(row: Scored) -> Scored | None:
-        if kind == "pointwise":
-            if row.prompt_length >= max_seq_len:
-                return None
-            return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
-        whole = sum(position < max_seq_len for position in row.positions)
-        if not whole:
-            return None
-        ids = row.input_ids[: row.positions[whole - 1] + 1]
-        return Scored(ids, row.positions[:whole], row.labels[:whole], row.prompt_length)
-
+    cut = cut_completion if kind == "pointwise" else cut_steps
     limits = {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
-    return _encode_file(path, encode, lambda row: [row.input_ids], cut, **limits)
+    return _encode_file(path, encode, lambda row: [row.input_ids], lambda row: cut(row, max_seq_len), **limits)
+
+
+def cut_completion(row: Scored, max_seq_len: int) -> Scored | None:
+    """The beginning of a longer row, with its score on the last token; None if no token of the completion is left."""
+    if row.prompt_length >= max_seq_len:
+        return None
+    return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
+
+
+def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
+    """The whole steps of a longer row that fit; None if none does."""
+    whole = sum(position < max_seq_len for position in row.positions)
+    if not whole:
+        return None
+    ids = row.input_ids[: row.positions[whole - 1] + 1]
+    return Scored(ids, row.positions[:whole], row.labels[:whole], row.prompt_length)
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:
@@ -236,19 +254,39 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
     """(row with a label on the last token of each step, see encode_steps; whether it is not split into the tokens of
     its whole text) of a record with `prompt`, `completions`, a list of steps, and `labels`, one for each step."""
     with naming(record):
-        prompt, steps, labels = get_prompt(record), get_field(record, "completions"), get_field(record, "labels")
-        require(isinstance(steps, list), f"completions must be a list of steps, not a {type(steps).__name__}")
+        prompt, steps, labels = get_prompt(record), get_steps(record), get_field(record, "labels")
         require(isinstance(labels, list), f"labels must be a list, one for each step, not a {type(labels).__name__}")
-        require(steps, "completions holds no step")
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
-        for i, step in enumerate(steps):
-            require(isinstance(step, str), f"completions[{i}] must be text, not a {type(step).__name__}")
-            require(step.strip(), f"completions[{i}] is an empty step")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
         text = _text_of(prompt, tokenizer) + "".join(step + step_separator for step in steps)
         whole = encode_text(text, tokenizer) if isinstance(prompt, str) else tokenizer.encode(text, False)
         return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), ids != whole
+
+
+def get_steps(record: Record) -> list[str]:
+    """The record's `completions`: at least one step, each of them text."""
+    steps = get_field(record, "completions")
+    require(isinstance(steps, list), f"completions must be a list of steps, not a {type(steps).__name__}")
+    require(steps, "completions holds no step")
+    for i, step in enumerate(steps):
+        require(isinstance(step, str), f"completions[{i}] must be text, not a {type(step).__name__}")
+        require(step.strip(), f"completions[{i}] is an empty step")
+    return steps
+
+
+def split_steps(text: str, separator: str) -> list[str]:
+    """The steps of a text: it is cut after each separator that ends something, so that the steps, each followed by the
+    separator, are the text again. A last step without a separator counts, white space after the last step does not, and
+    blank parts before a step belong to it. A text of white space alone is one empty step."""
+    steps, blank = [], ""
+    for part in text.split(separator):
+        if part.strip():
+            steps.append(blank + part)
+            blank = ""
+        else:
+            blank += part + separator
+    return steps or [""]
 
 
 def encode_steps(
@@ -293,6 +331,62 @@ def _label(name: str, value: object) -> float:
     label = float(value) if isinstance(value, bool) else _number(name, value)
     require(0 <= label <= 1, f"{name} must be 0, 1 or a probability between them, not {ascii(value)[:60]}")
     return label
+
+
+# ------------------------------------------------------------------------------ answers to be scored
+
+
+def is_sample(record: Record) -> bool:
+    """Whether generate.py wrote it: then `output` is what was said, whatever fields the prompt's record had."""
+    return "finish_reason" in record.fields
+
+
+def is_pair(record: Record) -> bool:
+    fields = record.fields
+    answered = is_sample(record) or "completion" in fields or "completions" in fields or "output" in fields
+    return not answered and ("chosen" in fields or "rejected" in fields)
+
+
+def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> list[Scored]:
+    """The rows of a record without labels, as in training: one, or chosen and rejected of a pair.
+
+    separator: None scores an answer on its last token, EOS if it was finished; else what ends a step, and each step of
+    `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
+    place.
+    """
+    with naming(record):
+        if is_pair(record):
+            require(separator is None, "a pair, and this process model scores the steps of completions")
+            pair, _ = encode_pair_record(record, tokenizer)
+            sides = (pair.chosen.input_ids, pair.rejected.input_ids)
+            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides]
+        prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
+        if separator is not None:
+            steps = split_steps(answer, separator) if isinstance(answer, str) else answer
+            ids, positions = encode_steps(prompt, steps, separator, tokenizer)
+        elif is_sample(record) and record.fields["finish_reason"] == "length":
+            ids = encode_unfinished(prompt, answer, tokenizer)
+            positions = [len(ids) - 1]
+        else:
+            ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
+            positions = [len(ids) - 1]
+        require(ids, "has no tokens, so there is no place for a score")
+        return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))]
+
+
+def get_answer(record: Record, *, steps: bool) -> str | list:
+    """What the record says to its prompt: text, or a list of messages; where steps are scored, text or a list of
+    them."""
+    if is_sample(record):
+        reason, answer = record.fields["finish_reason"], get_field(record, "output")
+        require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
+        require(isinstance(answer, str), f"output must be text, not a {type(answer).__name__}")
+        return answer
+    if steps and "completions" in record.fields:
+        return get_steps(record)
+    answer = get_field(record, "completion", "output")
+    require(not steps or isinstance(answer, str), f"completion must be text, not a {type(answer).__name__}")
+    return answer
 
 
 # -------------------------------------------------------------------------------- files and batches

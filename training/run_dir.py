@@ -11,13 +11,14 @@ import os
 import pickle
 import shutil
 import signal
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -35,16 +36,18 @@ FIXED_ARGS = (
     "max_seq_len",
     "overlong",
     "pack",
-    "dtype",
-    "param_dtype",
-    "optim",
     "loss",
+    "center_coef",
+    "step_separator",
     "beta",
     "label_smoothing",
     "simpo_gamma",
     "rpo_alpha",
     "ref_checkpoint_path",
     "quantize_ref",
+    "dtype",
+    "param_dtype",
+    "optim",
 )
 
 
@@ -156,37 +159,84 @@ class StopSignal:
 # ---------------------------------------------------------------------------- checkpoints of a run
 
 
-def save_checkpoint(
-    output_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, limit: int
-) -> None:
-    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to this one. Later ones are
-    removed: they are what a run that was resumed from an earlier step could not read."""
-    path = output_dir / "checkpoints" / f"step-{step:06d}"
-    staging = path.with_name(f".{path.name}.partial")
-    for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
-        shutil.rmtree(left_over)
-    _barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.save(state, checkpoint_id=staging, no_dist=not dist.is_initialized())
-    except CheckpointException as error:  # a BaseException
-        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
-        raise OSError(f"{staging}: cannot be written: {reasons}") from error
-    if is_main_rank():  # dcp.save returns when all ranks have written
-        shutil.rmtree(path, ignore_errors=True)
+class CheckpointWriter:
+    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to it. Later ones are
+    removed: they are what a run that was resumed from an earlier step could not read.
+
+    asynchronous: save returns when the state is copied to the CPU's memory, and a thread writes it while training goes
+    on; it has its final name as soon as all ranks have written. A failure is raised by the next save or by finish,
+    which comes before the process ends; a run that ends by an error drops what is still being written.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        limit: int,
+        asynchronous: bool = False,
+    ):
+        self.output_dir, self.model, self.optimizer, self.limit = output_dir, model, optimizer, limit
+        self._thread = _one_thread(model) if asynchronous else None
+        self._pending: Future | None = None
+        # its collectives run beside those of the training, which would otherwise be taken for them
+        self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
+
+    def save(self, step: int) -> None:
+        """Saves what the model and the optimizer hold now. A collective."""
+        self.finish()
+        path = self.output_dir / "checkpoints" / f"step-{step:06d}"
+        for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
+            shutil.rmtree(left_over)
+        if dist.is_initialized():
+            dist.barrier()
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        if self._thread is None:
+            self._write(state, path)
+        else:
+            self._pending = self._thread.submit(self._write, _copied(state), path)
+
+    def finish(self) -> None:
+        """Returns when the last checkpoint is in its place; raises OSError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, state: dict, path: Path) -> None:
+        staging = path.with_name(f".{path.name}.partial")
+        try:
+            dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # a BaseException
+            reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+            raise OSError(f"{staging}: cannot be written: {reasons}") from error
+        if not is_main_rank():
+            return
+        shutil.rmtree(path, ignore_errors=True)  # dcp.save returns when all ranks have written
         os.rename(staging, path)
-        found = _checkpoints(output_dir)
-        kept = found[: found.index(path) + 1][-limit:]
+        found = _checkpoints(self.output_dir)
+        kept = found[: found.index(path) + 1][-self.limit :]
         for other in found:
             if other not in kept:
                 shutil.rmtree(other)
-    _barrier()
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _one_thread(model: nn.Module) -> ThreadPoolExecutor:
+    if not next(model.parameters()).is_cuda:
+        return ThreadPoolExecutor(max_workers=1)
+    # a thread begins on the first GPU, which belongs to another rank
+    device = torch.cuda.current_device()
+    return ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _copied(state: object) -> object:
+    """A state dict with its tensors copied to the CPU."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -120,14 +120,14 @@ class EvalSamples:
 
 def block(line: dict) -> str:
     """A sample in three short lines for a terminal: the end of the prompt, and the beginning of both answers."""
-    prompt, answer, wanted = (_visible(line[name]) for name in ("prompt", "output", "reference"))
+    prompt, answer, wanted = (visible(line[name]) for name in ("prompt", "output", "reference"))
     unfinished = " (not finished)" if line["finish_reason"] == "length" else ""
     prompt = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
     answer, wanted = (text if len(text) <= 300 else f"{text[:300]} ..." for text in (answer, wanted))
     return f"  prompt  {prompt}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """One line that any terminal takes: line breaks and control characters as escapes, and what standard output cannot
     encode too, since a run must not end by what its model says."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

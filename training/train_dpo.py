@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
-from models.fsdp import check_divisible, clip_grad_norm, full_tensors, init_mesh, load_for_training
+from models.fsdp import (
+    check_divisible,
+    clip_grad_norm,
+    full_tensors,
+    init_mesh,
+    load_for_training,
+    reducing_gradients,
+)
 from models.generation import SamplingParams
 from models.model import ModelConfig, Transformer, read_hf_config
 from models.tp import is_main_rank, size_of
@@ -43,13 +50,12 @@ from training.common import (
     open_folder,
     pad_id,
     peak_memory,
-    peaks,
     positive_float,
     progress_bar,
     run_script,
     say,
     split_batch,
-    training_flops_per_token,
+    throughput,
 )
 from training.data import micro_batches, training_batches
 from training.losses import DPO_LOSSES, REFERENCE_FREE, SMOOTHED, DPOLoss, dpo_loss, sequence_logps, token_logps
@@ -57,12 +63,12 @@ from training.optim import learning_rate_at, make_optimizer
 from training.preferences import Pair, PreferenceCounts, collate_pairs, encode_pair_file, pair_length
 from training.reference import precompute, weights_digest
 from training.run_dir import (
+    CheckpointWriter,
     Metrics,
     StopSignal,
     begin_or_resume,
     check_installed,
     prepare_output_dir,
-    save_checkpoint,
 )
 from training.samples import EvalSamples, add_sample_arguments, prompts_of
 
@@ -145,8 +151,11 @@ def main(
     log_steps: int,
     report_to: str,
     tensor_parallel_size: int,
+    dp_replicate: int,
     sequence_parallel: bool,
     activation_checkpointing: str,
+    sync_every_micro_batch: bool,
+    cpu_offload: bool,
     export_dtype: str | None,
     num_eval_samples: int,
     eval_max_new_tokens: int,
@@ -162,7 +171,7 @@ def main(
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
-    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size)
+    dp_size, micro_batch_size = split_batch(batch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
     if eval_steps is not None and eval_file is None:
         raise ValueError("--eval_steps needs an --eval_file")
     check_loss(loss, label_smoothing, simpo_gamma, rpo_alpha, ref_checkpoint_path, quantize_ref)
@@ -186,7 +195,7 @@ def main(
     total_steps = num_epochs * steps_per_epoch if max_steps is None else max_steps
     order = {"seed": seed, "shuffle": shuffle}
 
-    mesh = init_mesh(runtime.device, tensor_parallel_size)
+    mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
     load = partial(
         load_for_training,
         mesh=mesh,
@@ -194,6 +203,7 @@ def main(
         compute_dtype=runtime.dtype,
         sequence_parallel=sequence_parallel,
         compile=runtime.compile,
+        cpu_offload=cpu_offload,
     )
     # the reference: rounded as the policy is, so that equal weights give equal log-probs
     ref_folder = ref_checkpoint_path or checkpoint_path
@@ -236,6 +246,8 @@ def main(
     )
     first_step = begin_or_resume(output_dir, args, model, optimizer, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    in_background = runtime.device.type == "cuda" and not cpu_offload  # which would hold the state in memory twice
+    checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=save_total_limit, asynchronous=in_background)
     samples = None
     if evaluation and num_eval_samples:
         samples = EvalSamples(
@@ -265,14 +277,13 @@ def main(
         "loss": f"{loss}, beta {beta}",
         "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
         "optimizer": optim,
-        "ranks": f"dp {dp_size} x tp {tensor_parallel_size}",
+        "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
         "train": describe(train, counts),
         "steps": f"{first_step} to {total_steps}, {batch_size} pairs each in micro-batches of {micro_batch_size}",
     }
     say(card("train_dpo", rows | ({"eval": describe(evaluation, eval_counts)} if evaluation else {})))
 
     # loop
-    flops_per_second = (peaks(runtime.device) or (None,))[0]
     before = training_batches(len(train), batch_size, **order, first_step=1, last_step=first_step - 1)
     num_tokens = sum(sum(row_lengths([train[i] for i in numbers])) for _, numbers in before)
     watch = Stopwatch(runtime.device)
@@ -282,7 +293,8 @@ def main(
     ):
         batch = [train[i] for i in numbers]
         sums = torch.zeros(1 + len(MEANS), device=runtime.device)
-        for pairs in micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size, key=pair_length):
+        mine = micro_batches(batch, micro_batch_size, mesh["dp"].get_local_rank(), dp_size, key=pair_length)
+        for pairs in reducing_gradients(model, mine, every=sync_every_micro_batch):
             micro_loss, micro_sums = summed_loss(model, reference, pairs, loss_of, pad_token_id)
             (micro_loss / len(batch) * dp_size).backward()  # FSDP averages gradients over dp
             sums += micro_sums
@@ -301,19 +313,17 @@ def main(
         # log
         lengths = row_lengths(batch)
         num_tokens += sum(lengths)
-        rate = sum(lengths) / watch.lap()
+        speed = throughput(config, runtime.device, lengths, watch.lap())
+        if "mfu" in speed and reference is not None:
+            speed["mfu"] *= 4 / 3  # its forward costs a third of the policy's forward and backward
         line = {
             "step": step,
             **means,
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
             "num_tokens": num_tokens,
-            "tokens_per_second": rate,
+            **speed,
         }
-        if flops_per_second:
-            mean_len = sum(n * n for n in lengths) / sum(lengths)  # the length of its row, for the average token
-            forwards = 4 / 3 if reference is not None else 1  # a forward costs a third of the policy's passes
-            line["mfu"] = rate * forwards * training_flops_per_token(config, mean_len) / flops_per_second
         evaluate_now = evaluation and (step == total_steps or (eval_steps and step % eval_steps == 0))
         if evaluate_now:
             batches = eval_batches(evaluation, batch_size)
@@ -328,19 +338,21 @@ def main(
             watch.lap()
         if evaluate_now or step % log_steps == 0 or step == total_steps:
             metrics.write(line)
-        bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tok/s", refresh=False)
         bar.update(1)
 
         # save
         stopping = stop.agreed(runtime.device)
         if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
-            save_checkpoint(output_dir, step, model, optimizer, limit=save_total_limit)
+            checkpoints.save(step)
             watch.lap()
         if stopping:
+            checkpoints.finish()
             bar.close()
             metrics.close()
             say(f"stopped by a signal after step {step}; go on with --resume")
             return
+    checkpoints.finish()
     bar.close()
     metrics.close()
 

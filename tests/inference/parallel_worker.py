@@ -1,11 +1,12 @@
-"""Runs generate.main for several settings in the ranks of one torchrun launch, and holds sampling from parts of the
-vocabulary against sampling from the whole.
+"""Runs a script for several settings in the ranks of one torchrun launch; for generate.py, also holds sampling from
+parts of the vocabulary against sampling from the whole.
 
-    torchrun --nproc-per-node 2 tests/inference/parallel_worker.py JOBS.json
+    torchrun --nproc-per-node 2 tests/inference/parallel_worker.py inference.generate JOBS.json
 
 JOBS.json: a list of argument lists.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -15,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from inference import generate
 from models.fsdp import init_mesh
-from models.generation import SamplingParams, row_key, sample, token_hashes
+from models.generation import SamplingParams, sample
+from models.noise import column_hashes, noise_key
 from models.tp import chunk_range
 from training.common import end_process
 
@@ -31,21 +32,23 @@ def check_sampling() -> None:
     divide the vocabulary, and where some have nothing of it."""
     tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
-    keys = torch.tensor([row_key(0, idx, 0) for idx in range(64)])
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
     positions = torch.arange(64)
     for V in (5, 385, 3000):
         smooth = 3 * torch.randn(64, V, generator=generator)
         for logits in (smooth, smooth.round(), smooth.bfloat16()):
             start, end = chunk_range(V, tp.get_local_rank(), tp.size())
             for params in SETTINGS:
-                wanted, wanted_logprobs = sample(logits, keys, positions, token_hashes(V), params)
-                tokens, logprobs = sample(logits[:, start:end], keys, positions, token_hashes(V), params, tp)
+                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params)
+                tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
                 assert torch.equal(tokens, wanted), (V, logits.dtype, params)
                 torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
 
 
 if __name__ == "__main__":
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
-        generate.main(**vars(generate.parser().parse_args(arguments)))
-    check_sampling()
+    script = importlib.import_module(sys.argv[1])
+    for arguments in json.loads(Path(sys.argv[2]).read_text()):
+        script.main(**vars(script.parser().parse_args(arguments)))
+    if sys.argv[1] == "inference.generate":
+        check_sampling()
     end_process(0)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inference.generate import SampleWriter
 from models.tokenizer import Tokenizer
 from tests import tiny
+from training.lines import LineWriter
 
 SCRIPT = "inference/generate.py"
 FIELDS = {
@@ -275,7 +275,7 @@ def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
 def test_a_line_is_on_disk_at_once(tmp_path):
     """Catches lines that wait in a buffer, where a kill takes them."""
     out = tmp_path / "out.jsonl"
-    with SampleWriter(out, {}, active=True) as writer:
+    with LineWriter(out, {}, active=True) as writer:
         for count in (1, 2):
             writer.write({"idx": count})
             assert len(tiny.read_lines(out)) == count

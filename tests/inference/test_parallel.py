@@ -72,7 +72,7 @@ def test_layouts_agree(world, wanted, layout):
         jobs[kind] = [*map(str, flags_for(world, kind, out)), "--tensor_parallel_size", str(tp_size)]
     path = root / f"{ranks}-{tp_size}.json"
     path.write_text(json.dumps(list(jobs.values())))
-    done = torchrun(ranks, path, script="tests/inference/parallel_worker.py")
+    done = torchrun(ranks, "inference.generate", path, script="tests/inference/parallel_worker.py")
     assert done.returncode == 0, done.stderr[-3000:]
 
     def check(kind):

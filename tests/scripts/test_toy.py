@@ -221,6 +221,9 @@ def test_bad_input(world, tmp_path):
             "num_prompts": 10,
             "score_file": None,
             "num_shown": 1,
+            "samples": None,
+            "pairs_file": None,
+            "steps_file": None,
         }
         with pytest.raises((ValueError, OSError), match=re.escape(word)):
             toy.main(output_dir=folder, **{**arguments, **change})

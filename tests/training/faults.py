@@ -15,6 +15,7 @@ def plant(name: str) -> None:
         "dp factor missing": _dp_factor_missing,
         "input gradient not summed": _input_gradient_not_summed,
         "padding row learnt twice": _rows_repeated,
+        "replicas not averaged": _replicas_not_averaged,
     }[name]()
 
 
@@ -57,3 +58,12 @@ def _input_gradient_not_summed() -> None:
 def _rows_repeated() -> None:
     real = finetune_sft.micro_batches
     finetune_sft.micro_batches = lambda batch, size, rank, dp_size: real(batch, size, 0, dp_size)
+
+
+def _replicas_not_averaged() -> None:
+    real = torch.distributed.all_reduce  # of FSDP's gradients and of the loss, a scalar
+
+    def all_reduce(tensor, *args, **kwargs):
+        return real(tensor, *args, **kwargs) if tensor.dim() == 0 else None
+
+    torch.distributed.all_reduce = all_reduce

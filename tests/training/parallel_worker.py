@@ -1,4 +1,5 @@
 """Runs finetune_sft.main for several settings in the ranks of one torchrun launch, and keeps each run's gradients.
+Checkpoints are asynchronous, as on GPUs.
 
     torchrun --nproc-per-node 4 tests/training/parallel_worker.py JOBS.json
 
@@ -37,7 +38,8 @@ def rewind(run: str, copy: str, step: str) -> None:
 
 
 def main(jobs: list[list[str]]) -> None:
-    clip = finetune_sft.clip_grad_norm
+    clip, writer = finetune_sft.clip_grad_norm, finetune_sft.CheckpointWriter
+    finetune_sft.CheckpointWriter = lambda *args, **options: writer(*args, **{**options, "asynchronous": True})
     for arguments in jobs:
         if arguments[0] == "rewind":
             rewind(*arguments[1:])

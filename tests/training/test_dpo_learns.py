@@ -35,7 +35,7 @@ def write_letters(folder):
 
 
 def answer_logps(folder, pieces):
-    """The log-probability of each answer, EOS included, under a folder's model by transformers; of the answers alone."""
+    """Of each answer, EOS included, under a folder's model by transformers; normalised over the answers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = [[pieces["?"], *(pieces[letter] for letter in answer), pieces["</s>"]] for answer in ANSWERS]
     ids = torch.tensor([row + [0] * (4 - len(row)) for row in rows])

@@ -624,6 +624,8 @@ BAD_FLAGS = {
     "no train file": ({"train_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
     "no eval file": ({"eval_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
     "device": ({"device": "cuda:99"}, ["--device cuda:99: there is no such GPU"]),
+    "replicas": ({"dp_replicate": 2}, ["--dp_replicate 2 does not divide the 1 data-parallel ranks"]),
+    "offload to itself": ({"cpu_offload": True}, ["--cpu_offload", "this run is on the CPU"]),
     "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),

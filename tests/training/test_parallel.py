@@ -1,5 +1,6 @@
 """Training on several ranks against one process: losses, norms, every gradient and the weights, on gloo."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,13 @@ FLAGS = {
     ],
     "packed": ["--pack", "--batch_size", "2"],
     "compiled": ["--compile"],
+    "one reduction": ["--micro_batch_size", "1", "--no-sync_every_micro_batch"],
+}
+ONCE = ("packed", "one reduction")  # with one of the two models
+HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
+    "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "2"],
+    "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
+    "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
 }
 
 
@@ -102,11 +111,14 @@ def test_layouts_agree(world, layout):
         for kind, flags in FLAGS.items():
             if kind == "compiled" and (layout != "dp 2 x tp 2" or name == "tied"):
                 continue
-            if (kind == "sequence parallel" and tp_size == 1) or (kind == "packed" and name == "tied"):
+            if (kind == "sequence parallel" and tp_size == 1) or (kind in ONCE and name == "tied"):
                 continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
             jobs.append(arguments(root / name, train_file, root / outs[-1][2], *more))
+    for kind, flags in HYBRID.items() if ranks == 4 else ():
+        outs.append(("biased", kind, kind.replace(" ", "-")))
+        jobs.append(arguments(root / "biased", train_file, root / outs[-1][2], *flags))
     launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
@@ -114,6 +126,12 @@ def test_layouts_agree(world, layout):
         if kind in ("plain", "sequence parallel"):
             samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, f"one-{name}"))
             assert [sample["step"] for sample in samples] == [2, 2, 2, 4, 4, 4] and samples == wanted, (name, kind)
+    if ranks == 4:  # one process takes the hybrid run's checkpoint, which a thread wrote
+        shutil.rmtree(root / "hybrid/checkpoints/step-000004")
+        job = arguments(root / "biased", train_file, root / "hybrid", "--resume")
+        result = tiny.run("training/finetune_sft.py", *job)
+        assert result.code == 0 and "resuming after step 2" in result.stdout, result.stderr
+        assert compare(root, "biased", "hybrid") < 1e-5
 
 
 FAULTS = {  # name: (layout, flags)
@@ -123,6 +141,7 @@ FAULTS = {  # name: (layout, flags)
     "dp factor missing": ("dp 2", FLAGS["plain"]),
     "input gradient not summed": ("tp 2", FLAGS["plain"]),
     "padding row learnt twice": ("dp 2", FLAGS["plain"]),
+    "replicas not averaged": ("dp 2", ["--dp_replicate", "2"]),
 }
 
 
@@ -143,12 +162,27 @@ def start_ranks(ranks: int, *args: object) -> subprocess.Popen:
     command += [tiny.ROOT / "training/finetune_sft.py", *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(list(map(str, command)), env=env, start_new_session=True, **pipe)
+    return subprocess.Popen(list(map(str, command)), env=env, **pipe)
+
+
+def rank_pids(run: subprocess.Popen) -> list[int]:
+    """The ranks that torchrun started, each in a session of its own: killing torchrun leaves them alive."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # of a process that has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return [pid for pid, parent in parents.items() if parent == run.pid]
+
+
+def wait_until(condition, run: subprocess.Popen) -> None:
+    while not condition():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        time.sleep(0.002)
 
 
 def test_kill_and_resume_on_four_ranks(world):
-    """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole, and
-    a checkpoint that only the ranks that wrote it can read."""
+    """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole,
+    ranks that do not agree where a signal stops them, and a checkpoint that only the ranks that wrote it can read."""
     root, train_file = world
     flags = ["--max_steps", 30, "--save_steps", 3, "--tensor_parallel_size", 2, "--save_total_limit", 3]
     whole = start_ranks(4, *arguments(root / "tied", train_file, root / "whole", *flags))
@@ -156,14 +190,25 @@ def test_kill_and_resume_on_four_ranks(world):
 
     out = root / "killed"
     run = start_ranks(4, *arguments(root / "tied", train_file, out, *flags))
-    while not list(out.glob("checkpoints/step-0000*")):
-        assert run.poll() is None, run.communicate()[0][-3000:]
-        time.sleep(0.02)
-    time.sleep(random.random() / 4)  # somewhere between two checkpoints, or in one
-    os.killpg(run.pid, signal.SIGKILL)
+    wait_until(lambda: list(out.glob("checkpoints/step-0000*")), run)
+    ranks = rank_pids(run)
+    assert len(ranks) == 4
+    wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), run)  # into one that is being written
+    time.sleep(random.random() / 20)
+    for pid in (run.pid, *ranks):
+        os.kill(pid, signal.SIGKILL)
     run.wait(timeout=60)
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")
+
+    run = start_ranks(4, *arguments(root / "tied", train_file, out, *flags, "--resume"))
+    newest = max(out.glob("checkpoints/step-*"))
+    wait_until(lambda: max(out.glob("checkpoints/step-*")) > newest, run)
+    os.kill(random.choice(rank_pids(run)), signal.SIGTERM)  # any one of them stops all
+    assert run.wait(timeout=60) == 0, run.communicate()[0][-3000:]
+    step = len(tiny.read_lines(out / "metrics.jsonl"))
+    assert f"stopped by a signal after step {step};" in run.communicate()[0]
+    assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
 
     run = start_ranks(4, *arguments(root / "tied", train_file, out, *flags, "--resume"))
     assert run.wait(timeout=200) == 0, run.communicate()[0][-3000:]
@@ -178,6 +223,21 @@ def test_kill_and_resume_on_four_ranks(world):
     resumed = load_file(root / "elsewhere" / "model.safetensors")
     for name in wanted:
         assert (resumed[name] - wanted[name]).norm() / wanted[name].norm() < 1e-4, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cpu_offload(world):
+    """Catches weights or gradients left on the wrong side, a norm or an export that cannot reach them, and a step taken
+    before the gradients have arrived."""
+    root, train_file = world
+    outs = [root / "on-gpu", root / "offloaded"]
+    for out, flag in zip(outs, ("--no-cpu_offload", "--cpu_offload")):
+        more = ["--dtype", "float32", "--no-compile", "--device", "cuda", "--micro_batch_size", 2, "--save_steps", 2]
+        result = tiny.run("training/finetune_sft.py", *arguments(root / "tied", train_file, out, *more, flag))
+        assert result.code == 0, result.stderr
+    wanted, offloaded = (load_file(out / "model.safetensors") for out in outs)
+    for name in wanted:
+        assert (offloaded[name] - wanted[name]).norm() / wanted[name].norm() < 1e-5, name
 
 
 LEAN = {  # name: (folder, flags)

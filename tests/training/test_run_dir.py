@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -15,11 +18,11 @@ from tests import tiny
 from training.common import write_json
 from training.optim import make_optimizer
 from training.run_dir import (
+    CheckpointWriter,
     Metrics,
     check_installed,
     load_newest_checkpoint,
     prepare_output_dir,
-    save_checkpoint,
     write_args,
 )
 
@@ -110,6 +113,10 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def save(output_dir, step, model, optimizer, *, limit):
+    CheckpointWriter(output_dir, model, optimizer, limit=limit).save(step)
+
+
 def names(output_dir):
     return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
 
@@ -118,7 +125,7 @@ def names(output_dir):
 def test_checkpoint_restores_everything(tied, tmp_path):
     """Catches a moment, a step count or a tied weight lost: the next steps would differ."""
     model, optimizer = trained(3, tied=tied)
-    save_checkpoint(tmp_path, 3, model, optimizer, limit=2)
+    save(tmp_path, 3, model, optimizer, limit=2)
     fresh, fresh_optimizer = trained(0, tied=tied, seed=1)
     assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == 3
     assert torch.equal(weights(fresh), weights(model))
@@ -128,9 +135,12 @@ def test_checkpoint_restores_everything(tied, tmp_path):
         assert torch.equal(weights(fresh), weights(model)), step
 
 
-def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
-    """Catches a half-written checkpoint under its final name, and what a killed save left behind kept for ever."""
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_checkpoint_is_whole_or_absent(asynchronous, tmp_path, monkeypatch):
+    """Catches a half-written checkpoint under its final name, what a killed save left behind kept for ever, and a
+    failure of the thread that nobody hears of."""
     model, optimizer = trained(1)
+    checkpoints = CheckpointWriter(tmp_path, model, optimizer, limit=2, asynchronous=asynchronous)
 
     rename = os.rename
 
@@ -141,10 +151,66 @@ def test_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "rename", killed)
-        save_checkpoint(tmp_path, 1, model, optimizer, limit=2)
+        checkpoints.save(1)
+        checkpoints.finish()
     assert load_newest_checkpoint(tmp_path, *trained(0)) == 0
-    save_checkpoint(tmp_path, 2, model, optimizer, limit=2)
+    checkpoints.save(2)
+    checkpoints.finish()
     assert names(tmp_path) == ["step-000002"]
+
+
+def test_asynchronous_checkpoints(tmp_path):
+    """Catches training that goes on in the tensors that are still being written, a save that overtakes the one before,
+    and one that waits although it need not."""
+    model, optimizer = trained(0)
+    checkpoints = CheckpointWriter(tmp_path, model, optimizer, limit=9, asynchronous=True)
+    started, go_on = threading.Event(), threading.Event()
+    checkpoints._thread.submit(lambda: started.set() or go_on.wait(60))  # the thread is as slow as a full disk
+    assert started.wait(60)
+    history = {}
+    for step in (1, 2, 3):
+        train_step(model, optimizer, step)
+        history[step] = weights(model)
+        checkpoints.save(step)
+        if step == 1:
+            assert not (tmp_path / "checkpoints/step-000001").exists()
+            go_on.set()
+    train_step(model, optimizer, 4)
+    checkpoints.finish()
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+    for step in (3, 2, 1):
+        fresh, fresh_optimizer = trained(0, seed=1)
+        assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == step
+        assert torch.equal(weights(fresh), history[step])
+        train_step(fresh, fresh_optimizer, step + 1)
+        assert torch.equal(weights(fresh), history.get(step + 1, weights(model)))
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:06d}")
+
+
+def keep_saving(output_dir):
+    """Run in a process of its own by the test below, until it is killed."""
+    model, optimizer = trained(0)
+    checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=2, asynchronous=True)
+    for step in range(1, 10_000):
+        train_step(model, optimizer, step)
+        checkpoints.save(step)
+
+
+def test_kill_during_an_asynchronous_save(tmp_path):
+    """Catches a half checkpoint under its final name, and one that holds the weights of a later step."""
+    code = "import sys, pathlib; from tests.training import test_run_dir as t; t.keep_saving(pathlib.Path(sys.argv[1]))"
+    saving = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=tiny.ROOT)
+    folder = tmp_path / "checkpoints"
+    while not list(folder.glob("step-*")) or not list(folder.glob(".step-*.partial")):
+        assert saving.poll() is None
+        time.sleep(0.001)
+    saving.kill()
+    saving.wait()
+    model, optimizer = trained(0)
+    step = load_newest_checkpoint(tmp_path, model, optimizer)
+    assert step > 0 and torch.equal(weights(model), weights(trained(step)[0]))
+    CheckpointWriter(tmp_path, model, optimizer, limit=1).save(step + 1)
+    assert names(tmp_path) == [f"step-{step + 1:06d}"]
 
 
 def test_checkpoint_limit(tmp_path):
@@ -152,10 +218,10 @@ def test_checkpoint_limit(tmp_path):
     checkpoint removed in favour of a later one that could not be read."""
     model, optimizer = trained(1)
     for step in (5, 999_999, 1_000_000):
-        save_checkpoint(tmp_path, step, model, optimizer, limit=2)
+        save(tmp_path, step, model, optimizer, limit=2)
     assert names(tmp_path) == ["step-1000000", "step-999999"]
     assert load_newest_checkpoint(tmp_path, model, optimizer) == 1_000_000
-    save_checkpoint(tmp_path, 7, model, optimizer, limit=1)  # resumed from an earlier one
+    save(tmp_path, 7, model, optimizer, limit=1)  # resumed from an earlier one
     assert names(tmp_path) == ["step-000007"]
 
 
@@ -178,7 +244,7 @@ def test_broken_checkpoints(how, tmp_path, capsys):
     model, optimizer = trained(0)
     for step in (1, 2):
         train_step(model, optimizer, step)
-        save_checkpoint(tmp_path, step, model, optimizer, limit=2)
+        save(tmp_path, step, model, optimizer, limit=2)
         if step == 1:
             wanted = weights(model)
     damage(tmp_path / "checkpoints" / "step-000002", how)

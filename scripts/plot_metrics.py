@@ -1,0 +1,110 @@
+"""Draws the curves of runs, metrics.jsonl, as one PNG: a panel for each metric, a line for each run.
+
+python scripts/plot_metrics.py runs/toy/sft runs/toy/ppo --output_file curves.png
+python scripts/plot_metrics.py runs/toy/ppo --metrics objective/scores objective/kl --output_file ppo.png
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from training.common import ArgumentParser, positive_int, run_script
+from training.data import read_records
+
+# Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
+SHOWN = (
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "objective/scores",
+    "eval_objective/scores",
+    "objective/kl",
+    "objective/entropy",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/clipfrac_avg",
+    "grad_norm",
+    "learning_rate",
+)
+
+
+def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl. Raises ValueError that names the line."""
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in read_records(path):
+        step = line.fields.get("step")
+        if not isinstance(step, int):
+            raise ValueError(f"{line.where}: no line of a run's metrics, it has no step")
+        for name, value in line.fields.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(name, []).append((step, float(value)))
+    return series
+
+
+def smoothed(values: list[float], window: int) -> list[float]:
+    """The mean of each value and the window - 1 before it."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / (min(i + 1, window)) for i in range(len(values))]
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Draws the metrics of runs as a PNG.")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", help="run directories, or metrics.jsonl files")
+    add("--output_file", type=Path, default=Path("curves.png"), help="picture to write")
+    add("--metrics", nargs="+", default=None, help="metrics to draw; what tells how a run went")
+    add("--window", type=positive_int, default=1, help="draw the mean of so many steps, the single values pale")
+    return parser
+
+
+def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, window: int) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    if output_file.suffix.lower() != ".png":
+        raise ValueError(f"--output_file {output_file}: must end in .png")
+    series = [(run, read_metrics(run)) for run in runs]
+    known = {name for _, found in series for name in found}
+    for name in metrics or ():
+        if name not in known:
+            raise ValueError(f"--metrics {name}: no run has it; there are {', '.join(sorted(known))}")
+    drawn = metrics or [name for name in SHOWN if name in known]
+    if not drawn:
+        raise ValueError(f"{runs[0]}: nothing to draw; name some with --metrics: {', '.join(sorted(known))}")
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, drawn):
+        for i, (run, found) in enumerate(series):
+            if name in found:
+                steps, values = zip(*found[name])
+                style = {"color": f"C{i % 10}", "marker": "." if len(steps) < 12 else None}
+                if window > 1:
+                    axis.plot(steps, values, alpha=0.25, **style)
+                axis.plot(steps, smoothed(values, window), label=run.name, **style)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_visible(False)
+    if len(runs) > 1:
+        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
+    figure.supxlabel("step", fontsize=9, y=0.06 if len(runs) > 1 else 0.0)
+    figure.tight_layout(rect=(0, 0.06 if len(runs) > 1 else 0, 1, 1))
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output_file, dpi=120)
+    pyplot.close(figure)
+    print(f"{output_file}: {', '.join(drawn)}")
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

@@ -1,0 +1,667 @@
+"""inference/score.py from its command line: scores, records, resuming after kills, choosing, bad input."""
+
+import json
+import math
+import random
+import shutil
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.tokenizer import Tokenizer
+from tests import tiny
+from tests.inference.test_parallel import torchrun
+from training.choosing import choose_best, choose_by_vote, final_answer
+from training.data import Record, encode_prompt
+from training.preferences import encode_answer, encode_process_record, split_steps
+
+SCRIPT = "inference/score.py"
+PROCESS = {"reward_model_type": "process", "step_separator": "\n"}
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}"
+TEMPLATE += "{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+HOSTILE = [
+    "",
+    " ",
+    "\n\n",
+    "3 plus 17 is 20.",
+    "é ü \u4f60\u597d \U0001f600 \u200b e\u0301",
+    "<s> </s> <unk>",
+    "The answer to question 3 is 17, or so it seems. " * 8,
+    "\ttab\x00null\r\n",
+    "x" * 150,
+]
+
+
+def write_reward_model(folder, *, num_labels=1, settings=None, **config):
+    """A random reward model written by transformers, with our tokenizer. settings: what train_rm.py adds to
+    config.json. Returns transformers' model."""
+    shape = {
+        "vocab_size": tiny.VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "num_labels": num_labels,
+    }
+    torch.manual_seed(5)
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**(shape | config))).eval()
+    model.save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    edit_config(folder, **(settings or {}))
+    return model
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory):
+    """An outcome model as transformers writes it."""
+    path = tmp_path_factory.mktemp("rm") / "model"
+    write_reward_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf(rm):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(rm).eval()
+
+
+@pytest.fixture(scope="module")
+def prm(rm, tmp_path_factory):
+    """The same weights as a process model."""
+    path = tmp_path_factory.mktemp("prm") / "model"
+    shutil.copytree(rm, path)
+    edit_config(path, **PROCESS, reward_mean=0.5, reward_std=2.0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat_rm(rm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(rm, path)
+    tiny.write_tokenizer(path, chat_template=TEMPLATE)
+    return path
+
+
+def score(folder, data, out, *flags):
+    return tiny.run(SCRIPT, "--checkpoint_path", folder, "--data_file", data, "--output_file", out, *flags)
+
+
+def scored(folder, tmp_path, records, *flags, name="out.jsonl"):
+    """The lines that a run on these records writes."""
+    data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / name
+    result = score(folder, data, out, *flags)
+    assert result.code == 0, result.stderr
+    return tiny.read_lines(out)
+
+
+def hf_scores(hf, ids):
+    """transformers' score at every position of a row."""
+    with torch.no_grad():
+        hidden = hf.model(torch.tensor([ids])).last_hidden_state
+        return hf.score(hidden)[0, :, 0].tolist()
+
+
+def rows_of(lines, *names):
+    return [[line[name] for name in names] for line in lines]
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
+    """Catches a score taken at the padding or before the EOS, an EOS or BOS that is missing or doubled, scores that
+    come back in the order of length, padding that is seen, and a record that loses or changes a field."""
+    random_order = random.Random(0).sample(range(len(HOSTILE)), len(HOSTILE))
+    records = [
+        {"prompt": f"{i} plus", "completion": HOSTILE[i], "tag": [i, None], "idx": "mine"} for i in random_order * 3
+    ]
+    lines = scored(rm, tmp_path, records, "--batch_size", batch_size)
+    assert len({round(line["reward"], 3) for line in lines}) == len(HOSTILE)
+    theirs = transformers.AutoTokenizer.from_pretrained(rm)
+    for record, line in zip(records, lines, strict=True):
+        assert {name: value for name, value in line.items() if name != "reward"} == record
+        ids = [*theirs(record["prompt"] + record["completion"]).input_ids, 2]
+        with torch.no_grad():  # the model finds the last token that is not the pad token by itself
+            assert hf(torch.tensor([ids])).logits.item() == pytest.approx(line["reward"], abs=1e-4)
+
+
+def test_scores_do_not_depend_on_windows(rm, tmp_path, monkeypatch):
+    """Catches records that a window's end loses or mixes up."""
+    records = [{"prompt": f"{i} plus", "completion": "so " * (i * 7 % 23)} for i in range(37)]
+    wanted = scored(rm, tmp_path, records)
+    monkeypatch.setattr("inference.score.WINDOW", 2)
+    lines = scored(rm, tmp_path, records, "--batch_size", 3, name="small.jsonl")
+    assert rows_of(lines, "prompt", "completion") == rows_of(wanted, "prompt", "completion")
+    for line, want in zip(lines, wanted):
+        assert line["reward"] == pytest.approx(want["reward"], abs=1e-4)
+
+
+def test_a_model_with_tied_embeddings(tmp_path):
+    """Catches a head that is looked for where a config ties embeddings to the language model's, which is not there."""
+    model = write_reward_model(tmp_path / "tied", tie_word_embeddings=True)
+    [line] = scored(tmp_path / "tied", tmp_path, [{"prompt": "1 plus", "completion": " 2"}])
+    ids = [*Tokenizer(tmp_path / "tied").encode("1 plus 2"), 2]
+    assert line["reward"] == pytest.approx(hf_scores(model, ids)[-1], abs=1e-4)
+
+
+def test_bfloat16_is_near(rm, tmp_path):
+    """Catches --dtype that is ignored, and a head that rounds the scores themselves."""
+    records = [{"prompt": f"{i} plus", "completion": " so it seems"} for i in range(8)]
+    exact = scored(rm, tmp_path, records)
+    near = scored(rm, tmp_path, records, "--dtype", "bfloat16", name="near.jsonl")
+    for a, b in zip(exact, near):
+        assert a["reward"] != b["reward"] == pytest.approx(a["reward"], abs=0.25)
+
+
+def test_generated_lines_are_scored_as_they_ended(rm, hf, tmp_path):
+    """Catches an EOS after an answer that ran out of tokens, none after one that stopped, and a reference answer of the
+    data file that is scored in the place of the sample."""
+    common = {"idx": 0, "prompt": "3 plus", "output": " 4 is 7", "num_tokens": 4, "logprob": -1.0}
+    records = [
+        {**common, "sample_idx": 0, "finish_reason": "stop", "completion": "the reference", "chosen": "carried along"},
+        {**common, "sample_idx": 1, "finish_reason": "length", "completion": "the reference"},
+        {"input": "3 plus", "output": " 4 is 7"},
+    ]
+    lines = scored(rm, tmp_path, records)
+    ids = Tokenizer(rm).encode("3 plus 4 is 7")
+    unfinished, finished = hf_scores(hf, [*ids, 2])[-2:]
+    assert [line["reward"] for line in lines] == pytest.approx([finished, unfinished, finished], abs=1e-4)
+    assert abs(finished - unfinished) > 1e-2
+
+
+def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
+    """Catches a template that is left out, an end of turn that is missing or stands before the score, and one after an
+    answer that ran out of tokens."""
+    prompt = [{"role": "user", "content": "3 plus 4"}]
+    answer = [{"role": "assistant", "content": "is 7"}]
+    sample = {"prompt": prompt, "output": "is 7", "idx": 0, "sample_idx": 0}
+    records = [
+        {"prompt": prompt, "completion": answer},
+        {**sample, "finish_reason": "stop"},
+        {**sample, "finish_reason": "length"},
+    ]
+    lines = scored(chat_rm, tmp_path, records)
+    tokenizer = Tokenizer(chat_rm)
+    row, _ = encode_answer(prompt, answer, tokenizer)
+    unfinished = [*encode_prompt(prompt, tokenizer), *tokenizer.encode("is 7", add_special_tokens=False)]
+    assert row.input_ids[-1] == 2 and row.input_ids[:-1] != row.input_ids
+    wanted = [hf_scores(hf, row.input_ids)[-1]] * 2 + [hf_scores(hf, unfinished)[-1]]
+    assert [line["reward"] for line in lines] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_pairs(rm, hf, tmp_path):
+    """Catches chosen and rejected that are swapped, and an accuracy of something else."""
+    sides = [(f" {i} is", " so " * i)[:: (-1) ** i] for i in range(1, 8)]
+    records = [{"prompt": f"{i} plus", "chosen": a, "rejected": b} for i, (a, b) in enumerate(sides)]
+    data, out = tiny.write_records(tmp_path / "pairs.jsonl", records), tmp_path / "out.jsonl"
+    result = score(rm, data, out, "--batch_size", 3)
+    tokenizer, right = Tokenizer(rm), 0
+    for record, line in zip(records, tiny.read_lines(out), strict=True):
+        assert list(line) == [*record, "chosen_reward", "rejected_reward"]
+        for side in ("chosen", "rejected"):
+            ids = [*tokenizer.encode(record["prompt"] + record[side]), 2]
+            assert line[f"{side}_reward"] == pytest.approx(hf_scores(hf, ids)[-1], abs=1e-4)
+        right += line["chosen_reward"] > line["rejected_reward"]
+    assert 0 < right < 7 and f"{right / 7:.1%} of 7 pairs" in result.stdout
+
+
+def test_normalize(rm, tmp_path):
+    """Catches statistics that are applied unasked, or the wrong way round."""
+    model = shutil.copytree(rm, tmp_path / "model")
+    edit_config(model, reward_model_type="pairwise", reward_mean=1.5, reward_std=0.25)
+    records = [{"prompt": "1", "completion": c} for c in "abc"]
+    raw = scored(rm, tmp_path, records)
+    assert scored(model, tmp_path, records, name="unasked.jsonl") == raw
+    normal = scored(model, tmp_path, records, "--normalize", name="normal.jsonl")
+    assert [x["reward"] for x in normal] == pytest.approx([(x["reward"] - 1.5) / 0.25 for x in raw])
+
+
+# ----------------------------------------------------------------------------------- process models
+
+
+def test_steps_are_scored_where_they_were_trained(prm, hf, tmp_path):
+    """Catches scores before the separator, an EOS at the end, and a text that is cut into other steps than the list."""
+    steps = ["3 plus 17 is 20.", " so é \U0001f600", "it seems"]
+    text = "\n".join(steps)
+    prompt = "The question\n"
+    sample = {"prompt": prompt, "output": text, "idx": 0, "sample_idx": 0, "completions": ["not this"]}
+    records = [
+        {"prompt": prompt, "completions": steps, "labels": [1, 0, 1]},
+        {"prompt": prompt, "completion": text},
+        {"prompt": prompt, "completion": text + "\n"},
+        {**sample, "finish_reason": "stop"},
+        {**sample, "finish_reason": "length"},
+        {"prompt": prompt, "completions": steps[:2]},
+        {"prompt": prompt, "completion": ""},
+    ]
+    lines = scored(prm, tmp_path, records, "--batch_size", 2)
+    row, _ = encode_process_record(Record("x", records[0]), "\n", Tokenizer(prm))
+    everywhere = hf_scores(hf, row.input_ids)
+    wanted = [everywhere[position] for position in row.positions]
+    for line in lines[:5]:
+        assert line["step_rewards"] == pytest.approx(wanted, abs=1e-4) and "reward" not in line
+    assert lines[5]["step_rewards"] == pytest.approx(wanted[:2], abs=1e-4)
+    assert len(lines[6]["step_rewards"]) == 1  # of the separator
+
+
+@pytest.mark.parametrize(
+    "text, steps",
+    [
+        ("a\nb", ["a", "b"]),
+        ("a\nb\n", ["a", "b"]),
+        ("a\n\nb\n\n \n", ["a", "\nb"]),
+        ("\n a \n", ["\n a "]),
+        ("", [""]),
+        (" \n\n", [""]),
+    ],
+)
+def test_split_steps(text, steps):
+    """Catches text that is lost between two steps, and blank lines that count as steps."""
+    assert split_steps(text, "\n") == steps
+    assert not steps[0] or "".join(step + "\n" for step in steps).rstrip() == text.rstrip()
+
+
+def test_aggregates(prm, tmp_path):
+    """Catches logits that are multiplied or averaged in the place of probabilities, and the last step for the first."""
+    records = [{"prompt": "1 plus", "completions": ["2 is", "3", "so it"]}, {"prompt": "1", "completions": ["2"]}]
+    wanted = {"min": min, "prod": math.prod, "last": lambda p: p[-1], "mean": lambda p: sum(p) / len(p)}
+    for how, function in wanted.items():
+        for line in scored(prm, tmp_path, records, "--aggregate", how, name=f"{how}.jsonl"):
+            probabilities = [1 / (1 + math.exp(-s)) for s in line["step_rewards"]]
+            assert line["reward"] == pytest.approx(function(probabilities))
+
+
+# ----------------------------------------------------------------------------------------- long records
+
+
+def test_overlong_records(rm, prm, hf, tmp_path):
+    """Catches a cut without a word, an EOS after the cut, and a skipped record that shifts the others."""
+    long = "so it seems " * 30
+    records = [{"prompt": "1 plus", "completion": c} for c in ("2", long, "3")]
+    records.append({"prompt": long, "completion": "4"})
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    limit = ("--max_seq_len", 24)
+    tiny.assert_refused(score(rm, data, tmp_path / "out.jsonl", *limit), f"{data}:2", "24", "--overlong")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+    result = score(rm, data, tmp_path / "skip.jsonl", *limit, "--overlong", "skip")
+    skipped = tiny.read_lines(tmp_path / "skip.jsonl")
+    assert [line["completion"] for line in skipped] == ["2", "3"] and "2 records skipped" in result.stdout
+
+    result = score(rm, data, tmp_path / "cut.jsonl", *limit, "--overlong", "truncate")
+    lines = tiny.read_lines(tmp_path / "cut.jsonl")
+    assert [line["completion"] for line in lines] == ["2", long, "3"]
+    assert "1 records truncated" in result.stdout and "1 records skipped" in result.stdout
+    ids = Tokenizer(rm).encode("1 plus" + long)[:24]
+    assert lines[1]["reward"] == pytest.approx(hf_scores(hf, ids)[-1], abs=1e-4)
+    assert lines[0]["reward"] == pytest.approx(skipped[0]["reward"], abs=1e-4)
+
+    steps = {"prompt": "1 plus", "completions": ["2 is", "3", long]}
+    [line] = scored(prm, tmp_path, [steps], *limit, "--overlong", "truncate", name="steps.jsonl")
+    [whole] = scored(prm, tmp_path, [steps], name="whole.jsonl")
+    assert line["step_rewards"] == pytest.approx(whole["step_rewards"][:2], abs=1e-4)
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    result = score(rm, data, tmp_path / "no.jsonl", "--max_seq_len", 2, "--overlong", "skip")
+    tiny.assert_refused(result, "all 4 records")
+
+
+# -------------------------------------------------------------------------------------------- resume
+
+
+def ragged(count):
+    return [{"prompt": f"{i} plus", "completion": "so it " * (i * 7 % 19), "idx": i} for i in range(count)]
+
+
+def test_three_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
+    """Catches records that are lost, written twice, torn, out of order, or scored otherwise than without the kills."""
+    folder = tmp_path / "model"
+    write_reward_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
+    data = tiny.write_records(tmp_path / "data.jsonl", ragged(600))
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    rng, seen = random.Random(), 0  # moments differ from run to run: none may matter
+    command = ("--checkpoint_path", folder, "--data_file", data, "--output_file", out, "--batch_size", 1, "--resume")
+    for _ in range(3):
+        process = tiny.start(SCRIPT, *command)
+        wanted, deadline = seen + rng.randint(1, 100), time.monotonic() + 60
+        while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode == -9, f"ended before it was killed: {stderr}"
+        before, seen = seen, out.read_bytes().count(b"\n")
+        assert before < seen < 600, "the kill lands inside the run"
+    result = tiny.run(SCRIPT, *command)
+    assert result.code == 0 and f"{seen} done before" in result.stdout, result
+    assert score(folder, data, whole, "--batch_size", 1).code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert [line["idx"] for line in tiny.read_lines(out)] == list(range(600))
+
+
+def test_a_torn_line_and_another_batch_size(rm, tmp_path):
+    """Catches a torn line that is kept or glued to the next one, and a resume that needs the first run's windows."""
+    data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(40)), tmp_path / "out.jsonl"
+    assert score(rm, data, out, "--batch_size", 1).code == 0
+    wanted = out.read_bytes().splitlines(keepends=True)
+    for kept in (b"".join(wanted[:7]) + wanted[7][:25], wanted[0][:-1], b"".join(wanted[:33]), b"".join(wanted)):
+        out.write_bytes(kept)
+        result = score(rm, data, out, "--batch_size", 2, "--resume")
+        assert result.code == 0, result
+        lines = tiny.read_lines(out)
+        assert [line["idx"] for line in lines] == list(range(40))
+        for line, want in zip(lines, map(json.loads, wanted)):
+            assert line["reward"] == pytest.approx(want["reward"], abs=1e-4)
+    assert out.read_bytes() == b"".join(wanted)  # nothing was left to do
+
+
+def test_resume_with_something_else_is_refused(rm, tmp_path):
+    """Catches scores of other records, another model or other flags in one file."""
+    data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(4)), tmp_path / "out.jsonl"
+    assert score(rm, data, out).code == 0
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
+    before = out.read_bytes()
+    other = tiny.write_records(tmp_path / "other.jsonl", [*ragged(3), {"prompt": "3 plus", "completion": "else"}])
+    copy = shutil.copytree(rm, tmp_path / "copy")
+    edit_config(copy, reward_mean=0.0, reward_std=1.0)
+    tiny.assert_refused(score(rm, other, out, "--resume"), str(out), "data")
+    tiny.assert_refused(score(copy, data, out, "--resume"), "checkpoint_path")
+    tiny.assert_refused(score(copy, data, out, "--resume", "--normalize"), "normalize")
+    tiny.assert_refused(score(rm, data, out, "--resume", "--dtype", "bfloat16"), "dtype")
+    tiny.assert_refused(score(rm, data, out, "--resume", "--max_seq_len", 200), "max_seq_len")
+    tiny.assert_refused(score(rm, data, out, "--resume", "--best_of_n"), str(out), "was not begun with --best_of_n")
+    tiny.assert_refused(score(rm, data, out), "--output_file", "--resume")
+    assert out.read_bytes() == before
+    (tmp_path / "out.jsonl.args.json").unlink()
+    tiny.assert_refused(score(rm, data, out, "--resume"), "out.jsonl.args.json", "missing")
+
+
+def test_resume_without_a_file_starts_from_the_beginning(rm, tmp_path):
+    """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
+    lines = scored(rm, tmp_path, ragged(3), "--resume", name="new/deep/out.jsonl")
+    assert len(lines) == 3
+
+
+def test_ranks_agree_with_one_process(tmp_path):
+    """Catches records that a rank leaves out or scores in another's place, a head that is summed over tp, ranks that
+    all write, choices of a part of the samples, and a resume with other windows."""
+    folder = tmp_path / "model"
+    write_reward_model(folder, num_key_value_heads=4, attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
+    edit_config(folder, **PROCESS)
+    records = [{**record, "output": f"so\n{'it is ' * (i % 9)}\n{i}"} for i, record in enumerate(sampled(9))]
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    flags = ("--aggregate", "mean", "--best_of_n", "--batch_size", 1)
+    assert score(folder, data, tmp_path / "one.jsonl", *flags).code == 0
+    wanted, best = (tiny.read_lines(tmp_path / name) for name in ("one.scored.jsonl", "one.jsonl"))
+    jobs = []
+    for tp_size in (1, 2, 4):  # dp 4, 2 x 2 and tp 4
+        common = ["--checkpoint_path", folder, "--data_file", data, "--output_file", tmp_path / f"{tp_size}.jsonl"]
+        jobs.append([str(part) for part in (*common, *flags, "--tensor_parallel_size", tp_size)])
+    shutil.copyfile(tmp_path / "one.scored.jsonl.args.json", tmp_path / "2.scored.jsonl.args.json")
+    kept = (tmp_path / "one.scored.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "2.scored.jsonl").write_bytes(b"".join(kept[:20]) + kept[20][:30])
+    jobs[1].append("--resume")
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = torchrun(4, "inference.score", tmp_path / "jobs.json", script="tests/inference/parallel_worker.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("27 records to score") == 2 and done.stdout.count("20 done before") == 1
+    for tp_size in (1, 2, 4):
+        for name, expected in ((f"{tp_size}.scored.jsonl", wanted), (f"{tp_size}.jsonl", best)):
+            for line, want in zip(tiny.read_lines(tmp_path / name), expected, strict=True):
+                assert line["step_rewards"] == pytest.approx(want["step_rewards"], abs=1e-4)
+                assert line["reward"] == pytest.approx(want["reward"], abs=1e-4)
+                assert line["output"] == want["output"] and list(line) == list(want)
+
+
+# ------------------------------------------------------------------------------------------ choosing
+
+
+def samples(rewards, answers=None):
+    """Lines of two prompts in turn, as score.py writes them."""
+    return [{"idx": i % 2, "sample_idx": i // 2, "prompt": f"p{i % 2}", "reward": r} for i, r in enumerate(rewards)]
+
+
+def test_best_of_n_by_hand():
+    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none."""
+    lines = samples([1.0, -5.0, 3.0, -2.0, 3.0, -2.5])
+    assert choose_best(lines) == [lines[2], lines[3]]
+    unnumbered = [{k: v for k, v in line.items() if k not in ("idx", "sample_idx")} for line in lines]
+    assert choose_best(unnumbered) == [unnumbered[2], unnumbered[3]]
+    same_text = [{**line, "prompt": "p"} for line in lines]  # the same prompt stood twice in its file
+    assert choose_best(same_text) == [same_text[2], same_text[3]]
+    chats = [{**line, "prompt": [{"role": "user", "content": line["prompt"]}]} for line in unnumbered]
+    assert choose_best(chats) == [chats[2], chats[3]]
+
+
+def test_weighted_vote_by_hand():
+    """Catches a majority that is not weighted, the best single sample in the place of the sum, a winner that depends on
+    rounding, and samples without an answer that vote."""
+    lines = [{"prompt": "p", "output": f"{i}", "reward": r} for i, r in enumerate([0.5, 0.9, 0.6, 0.1, 0.1, 0.95])]
+    [best] = choose_by_vote(lines, ["a", "b", "a", "c", "c", None], weight=float)
+    assert best == {**lines[2], "voted_answer": "a", "votes": pytest.approx({"a": 1.1, "b": 0.9, "c": 0.2})}
+    [best] = choose_by_vote(lines, ["a", "b", "a", "b", "c", "b"], weight=lambda reward: 1)
+    assert best["voted_answer"] == "b" and best["output"] == "5"
+    [best] = choose_by_vote(lines, [None] * 6, weight=float)
+    assert best == {**lines[5], "voted_answer": None, "votes": {}}
+    tied = [{"prompt": "p", "reward": r} for r in (0.1, 0.3, 0.2, 0.3, 0.2, 0.1)]
+    [best] = choose_by_vote(tied, ["x", "y", "x", "x", "y", "y"], weight=float)
+    assert best["voted_answer"] == "x" and best["reward"] == 0.3
+
+
+def test_final_answer():
+    """Catches braces that end too early, and a last line that is blank."""
+    assert final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert final_answer("3+4=7\n 7 \n\n") == "7"
+    assert final_answer("broken \\boxed{1\nlast") == "last"
+    assert final_answer(" \n") is None
+
+
+def sampled(count=4):
+    """generate.py's lines: 3 prompts, `count` samples each, in no order."""
+    lines = [
+        {
+            "idx": i,
+            "sample_idx": s,
+            "prompt": f"{i} plus",
+            "output": f"so it is\n{(i + s) % 2}",
+            "finish_reason": "stop",
+        }
+        for i in range(3)
+        for s in range(count)
+    ]
+    return random.Random(1).sample(lines, len(lines))
+
+
+def test_choosing_from_the_command_line(rm, tmp_path):
+    """Catches a choice that is not that of the scored lines, votes with raw scores, scored lines that are lost, and
+    another result after a resume or by another choice from the same scores."""
+    every = scored(rm, tmp_path, sampled())
+    best = scored(rm, tmp_path, sampled(), "--best_of_n", name="best.jsonl")
+    assert best == choose_best(every) and len(best) == 3
+    assert tiny.read_lines(tmp_path / "best.scored.jsonl") == every
+
+    answers = [line["output"][-1] for line in every]
+    wanted = choose_by_vote(every, answers, weight=lambda s: 1 / (1 + math.exp(-s)))
+    vote = scored(rm, tmp_path, sampled(), "--weighted_vote", "--resume", name="best.jsonl")
+    assert [line["voted_answer"] for line in vote] == [line["voted_answer"] for line in wanted]
+    for line, want in zip(vote, wanted):
+        assert line["votes"] == pytest.approx(want.pop("votes")) and line.items() >= want.items()
+
+    whole = (tmp_path / "best.jsonl").read_bytes()
+    kept = (tmp_path / "best.scored.jsonl").read_bytes()
+    (tmp_path / "best.jsonl").unlink()
+    (tmp_path / "best.scored.jsonl").write_bytes(kept[: len(kept) // 2])
+    scored(rm, tmp_path, sampled(), "--weighted_vote", "--resume", name="best.jsonl")
+    assert (tmp_path / "best.jsonl").read_bytes() == whole and (tmp_path / "best.scored.jsonl").read_bytes() == kept
+    data = tmp_path / "data.jsonl"
+    (tmp_path / "best.jsonl").unlink()
+    tiny.assert_refused(score(rm, data, tmp_path / "best.jsonl", "--best_of_n"), "best.scored.jsonl")
+
+
+def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
+    """Catches a sigmoid of a probability, and --answer_fn that is not called with the text."""
+    (tmp_path / "mine.py").write_text("def last(text):\n    return None if text.endswith('0') else text[-1]\n")
+    flags = ("--weighted_vote", "--aggregate", "prod", "--answer_fn", f"{tmp_path / 'mine.py'}:last")
+    for line in scored(prm, tmp_path, sampled(), *flags):
+        rewards = [
+            other["reward"]
+            for other in tiny.read_lines(tmp_path / "out.scored.jsonl")
+            if other["idx"] == line["idx"] and other["output"].endswith("1")
+        ]
+        assert line["votes"] == pytest.approx({"1": sum(rewards)}) and line["reward"] == max(rewards)
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+OUTCOME_CASES = {  # name: (content of the data file, flags, what the message names)
+    "empty": ("", (), ("data.jsonl", "no records")),
+    "malformed": ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', (), ("data.jsonl:2",)),
+    "not an object": ("5\n", (), ("data.jsonl:1", "int")),
+    "no prompt": ('{"completion": "b"}\n', (), ("data.jsonl:1", "'prompt'")),
+    "no completion": ('{"prompt": "a"}\n', (), ("data.jsonl:1", "'completion'")),
+    "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
+    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
+    "completion of a wrong type": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion")),
+    "half a pair": ('{"prompt": "a", "chosen": "b"}\n', (), ("data.jsonl:1", "'rejected'")),
+    "pair of a wrong type": ('{"prompt": "a", "chosen": "b", "rejected": 1}\n', (), ("data.jsonl:1", "rejected")),
+    "finish_reason": ('{"prompt": "a", "output": "b", "finish_reason": 1}\n', (), ("data.jsonl:1", "finish_reason")),
+    "sample without output": ('{"prompt": "a", "finish_reason": "stop"}\n', (), ("data.jsonl:1", "'output'")),
+    "scored already": ('{"prompt": "a", "completion": "b", "reward": 1}\n', (), ("data.jsonl:1", "'reward'")),
+    "no template": ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n', (), ("template",)),
+    "surrogate": ('{"prompt": "a", "completion": "\\ud800"}\n', (), ("data.jsonl:1", "surrogate")),
+    "too long": ('{"prompt": "a", "completion": "' + "1 plus " * 300 + '"}\n', (), ("data.jsonl:1", "256")),
+    "pairs to choose from": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ("--best_of_n",), (":1", "a pair")),
+}
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+FLAG_CASES = {  # name: (flags, what the message names)
+    "aggregate": (("--aggregate", "min"), ("--aggregate min", "not a process model")),
+    "aggregate of what": (("--aggregate", "max"), ("--aggregate", "'max'")),
+    "normalize": (("--normalize",), ("--normalize", "reward_mean")),
+    "both choices": (("--best_of_n", "--weighted_vote"), ("--best_of_n", "--weighted_vote")),
+    "answers for nothing": (("--answer_fn", "a.py:b"), ("--answer_fn", "--weighted_vote")),
+    "no function": (("--weighted_vote", "--answer_fn", "f.py"), ("--answer_fn f.py", "FILE.py:NAME")),
+    "no such file": (("--weighted_vote", "--answer_fn", "no.py:f"), ("--answer_fn no.py",)),
+    "no such function": (("--weighted_vote", "--answer_fn", "TMP/f.py:g"), ("--answer_fn", "'g'")),
+    "broken file": (("--weighted_vote", "--answer_fn", "TMP/broken.py:g"), ("broken.py", "ZeroDivisionError")),
+    "raising function": (("--weighted_vote", "--answer_fn", "TMP/f.py:f"), ("data.jsonl:1", "KeyError")),
+    "answer of a wrong type": (("--weighted_vote", "--answer_fn", "TMP/f.py:h"), ("data.jsonl:1", "int")),
+    "no rows": (("--batch_size", 0), ("--batch_size",)),
+    "context": (("--max_seq_len", 257), ("--max_seq_len 257", "256")),
+    "overlong": (("--overlong", "cut"), ("--overlong",)),
+    "quantize": (("--quantize", "int8"), ("--quantize int8",)),
+    "ranks": (("--tensor_parallel_size", 2), ("--tensor_parallel_size 2",)),
+    "device": (("--device", "abacus"), ("abacus",)),
+    "no data": (("--data_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
+}
+
+
+@pytest.mark.parametrize("case", [*OUTCOME_CASES, *FLAG_CASES])
+def test_bad_records_and_flags(rm, tmp_path, case):
+    """Catches bad input that is skipped, read as something else, found out about after scoring, or answered with a
+    traceback."""
+    content, flags, parts = OUTCOME_CASES[case] if case in OUTCOME_CASES else (GOOD, *FLAG_CASES[case])
+    (tmp_path / "data.jsonl").write_text(content)
+    (tmp_path / "f.py").write_text("def f(text):\n    raise KeyError(text)\n\ndef h(text):\n    return 1\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    flags = [str(flag).replace("TMP", str(tmp_path)) for flag in flags]
+    result = score(rm, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl", *flags)
+    tiny.assert_refused(result, *parts)
+    assert not (tmp_path / "new").exists()
+
+
+PROCESS_CASES = {  # name: (record, flags, what the message names)
+    "no steps": ({"prompt": "a", "completions": []}, (), (":1", "no step")),
+    "steps of a wrong type": ({"prompt": "a", "completions": "b"}, (), (":1", "list of steps")),
+    "a step of a wrong type": ({"prompt": "a", "completions": ["b", 1]}, (), (":1", "completions[1]")),
+    "an empty step": ({"prompt": "a", "completions": ["b", " "]}, (), (":1", "completions[1]")),
+    "messages": ({"prompt": "a", "completion": [{}]}, (), (":1", "completion", "list")),
+    "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, (), (":1", "pair", "steps")),
+    "normalize": ({"prompt": "a", "completion": "b"}, ("--normalize",), ("--normalize", "steps")),
+    "choosing": ({"prompt": "a", "completion": "b"}, ("--best_of_n",), ("--aggregate",)),
+    "voting": ({"prompt": "a", "completion": "b"}, ("--weighted_vote",), ("--aggregate",)),
+}
+
+
+@pytest.mark.parametrize("case", PROCESS_CASES)
+def test_bad_input_of_process_models(prm, tmp_path, case):
+    """Catches steps that are guessed, and flags that mean nothing for steps."""
+    record, flags, parts = PROCESS_CASES[case]
+    data = tiny.write_records(tmp_path / "data.jsonl", [record])
+    tiny.assert_refused(score(prm, data, tmp_path / "new" / "out.jsonl", *flags), *parts)
+    assert not (tmp_path / "new").exists()
+
+
+def broken_weights(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+FOLDER_CASES = {  # name: (what is done to a good folder, flags, what the message names)
+    "no folder": (shutil.rmtree, (), ("no such file or folder",)),
+    "reward_model_type": (lambda f: edit_config(f, reward_model_type="elo"), (), ("reward_model_type", "'elo'")),
+    "no separator": (lambda f: edit_config(f, reward_model_type="process"), (), ("step_separator", "None")),
+    "empty separator": (lambda f: edit_config(f, **(PROCESS | {"step_separator": ""})), (), ("step_separator",)),
+    "mean": (lambda f: edit_config(f, reward_mean="high"), (), ("reward_mean", "'high'")),
+    "std": (lambda f: edit_config(f, reward_mean=0, reward_std=0), ("--normalize",), ("--normalize", "reward_std")),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), (), ("no weights",)),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), (), ("tokenizer.model",)),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER_CASES)
+def test_bad_folders(rm, tmp_path, case):
+    """Catches a folder whose scores would mean something else."""
+    damage, flags, parts = FOLDER_CASES[case]
+    model = shutil.copytree(rm, tmp_path / "model")
+    damage(model)
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    tiny.assert_refused(score(model, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl", *flags), *parts)
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_without_one_score(folder, tmp_path):
+    """Catches a language model that gets a random head, and a classifier of which one class is taken."""
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    out = tmp_path / "new" / "out.jsonl"
+    tiny.assert_refused(score(folder, tmp_path / "data.jsonl", out), "no score head", "train_rm.py")
+    write_reward_model(tmp_path / "two", num_labels=2)
+    tiny.assert_refused(score(tmp_path / "two", tmp_path / "data.jsonl", out), "num_labels is 2")
+    assert not (tmp_path / "new").exists()
+
+
+def test_broken_weights(rm, tmp_path):
+    """Catches NaN rewards written as if they were results."""
+    model = shutil.copytree(rm, tmp_path / "model")
+    broken_weights(model)
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    result = score(model, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
+    assert result.code == 2 and "data.jsonl:1" in result.stderr and "nan" in result.stderr
+    assert not (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_an_occupied_output_file_is_left_alone(rm, tmp_path):
+    """Catches a run that overwrites what stood there."""
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious\n")
+    for flags in ((), ("--best_of_n",), ("--best_of_n", "--resume"), ("--resume",)):
+        assert score(rm, tmp_path / "data.jsonl", out, *flags).code == 2
+    tiny.assert_refused(score(rm, tmp_path / "data.jsonl", tmp_path / "data.jsonl"), "data.jsonl", "exists")
+    assert out.read_text() == "precious\n" and (tmp_path / "data.jsonl").read_text() == GOOD
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,51 @@
+"""scripts/benchmark.py: the arithmetic of a training run's memory."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from scripts import benchmark
+from scripts.benchmark import measure_memory, training_memory
+from tests import tiny
+from training.common import choose_runtime
+
+SMALL = benchmark.ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_arithmetic_against_a_measured_step(recompute):
+    """Catches a table that forgets what takes memory, or counts what is never there: an activation kept twice, whole
+    gradients, logits of all tokens."""
+    runtime = choose_runtime("cpu", "bfloat16", False)
+    measured = measure_memory(SMALL, runtime, recompute, 1, (2, 256))
+    sizes = training_memory(SMALL, dp=1, tp=1, tokens=512, recompute=recompute, on_cpu=True)
+    assert sum(sizes.values()) == pytest.approx(measured, rel=0.1), sizes
+
+
+def test_state_by_hand():
+    """Catches a layout whose ranks do not share what they should: 16 bytes of state for each parameter over dp x tp."""
+    config = benchmark.SIZES["7b"]
+    state = ("parameters", "gradients", "AdamW moments")
+    for dp, tp in ((1, 1), (8, 1), (4, 2)):
+        sizes = training_memory(config, dp=dp, tp=tp, tokens=4096)
+        wanted = 16 * config.num_parameters() / (dp * tp)
+        assert sum(sizes[name] for name in state) == pytest.approx(wanted, rel=1e-3)  # norms are whole over tp
+    one, two = (training_memory(config, dp=1, tp=tp, tokens=4096)["activations"] for tp in (1, 2))
+    assert one / 2 < two < one  # the norms are not divided
+    assert training_memory(config, dp=8, tp=1, tokens=8192)["activations"] == 2 * one
+
+
+def test_memory_on_paper():
+    """Catches a table without its layouts or its last line of JSON, and a layout that the model cannot have."""
+    result = tiny.run("scripts/benchmark.py", "memory", "--preset", "7b", "--layouts", "1x1", "4x2")
+    assert result.code == 0 and "dp 4 x tp 2" in result.stdout, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])["bytes"]
+    assert len(found) == 2 and all(math.isclose(sum(b.values()), 2 * b["sum"]) for b in found)
+    refused = tiny.run("scripts/benchmark.py", "memory", "--preset", "7b", "--layouts", "1x3")
+    tiny.assert_refused(refused, "--tensor_parallel_size 3", "num_attention_heads")
+    tiny.assert_refused(tiny.run("scripts/benchmark.py", "memory", "--layouts", "eight"), "--layouts")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    refused = tiny.run("scripts/benchmark.py", "memory", "--device", device, "--layouts", "1x2", "--measure")
+    tiny.assert_refused(refused, "--measure", "1 ranks")

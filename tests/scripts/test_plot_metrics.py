@@ -1,0 +1,57 @@
+"""scripts/plot_metrics.py: what it reads, what it draws, and what it refuses."""
+
+import json
+
+import pytest
+
+from scripts import plot_metrics
+from tests import tiny
+
+
+def write_run(folder, lines):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    ours = [
+        {"step": i, "loss": 2.0 / i, "grad_norm": float("nan") if i == 2 else 1.0, "time/x": 3} for i in range(1, 5)
+    ]
+    return write_run(tmp_path / "a", ours), write_run(tmp_path / "b", [{"step": 7, "objective/kl": 0.5}])
+
+
+def test_read_and_smooth(runs):
+    """Catches a value at another's step, a NaN that empties a panel, and a window that looks ahead."""
+    series = plot_metrics.read_metrics(runs[0])
+    assert series["loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
+    assert [step for step, _ in series["grad_norm"]] == [1, 3, 4]
+    assert plot_metrics.read_metrics(runs[1] / "metrics.jsonl") == {"objective/kl": [(7, 0.5)]}
+    assert plot_metrics.smoothed([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
+
+
+def test_picture(runs, tmp_path):
+    """Catches a picture that is not one, that forgets a run's metrics, or draws the clock."""
+    out = tmp_path / "new" / "curves.png"
+    result = tiny.run("scripts/plot_metrics.py", *runs, "--output_file", out, "--window", 2)
+    assert result.code == 0 and out.read_bytes().startswith(b"\x89PNG")
+    assert result.stdout.strip().endswith("curves.png: loss, objective/kl, grad_norm")
+    result = tiny.run("scripts/plot_metrics.py", runs[0], "--metrics", "time/x", "--output_file", out)
+    assert result.stdout.strip().endswith("curves.png: time/x")
+
+
+def test_refusals(runs, tmp_path):
+    """Catches tracebacks, and messages without what is wrong."""
+    out = ("--output_file", tmp_path / "x.png")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    for args, word in (
+        ((tmp_path / "none", *out), "none"),
+        ((tmp_path / "bad", *out), "metrics.jsonl:2"),
+        ((runs[0], "--metrics", "loss", "lost", *out), "lost"),
+        ((runs[0], "--output_file", tmp_path / "x.pdf"), "x.pdf"),
+        ((runs[0], "--window", 0, *out), "--window"),
+    ):
+        tiny.assert_refused(tiny.run("scripts/plot_metrics.py", *args), word)
+    assert not (tmp_path / "x.png").exists()

@@ -1,0 +1,546 @@
+"""training/train_rm.py against a plain loop over transformers' LlamaForSequenceClassification, what its export says in
+transformers, kills and resumes, and refusals. What it learns: test_rewards_learnt.py; several ranks: test_parallel.py.
+
+The reference tokenises with transformers, runs rows one by one without padding, and writes its losses out.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from training import train_rm
+from training.data import training_batches
+
+SCRIPT = "training/train_rm.py"
+CENTER = 0.1
+FIXED = {"loss", "learning_rate", "grad_norm", "mean_reward", "min_reward", "max_reward"}
+COUNTED = {"step", "num_tokens", "tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def make_records(loss, count=11):
+    """Ragged ones, with margins, soft labels and one to three steps."""
+    records = []
+    for i in range(count):
+        prompt = f"Question {i}:" + " and so" * (i % 4)
+        right, wrong = f" the answer is {i + 3}" + " or more" * (i % 3), f" it is {i}" + " so it seems" * (i % 5 == 2)
+        if loss == "pairwise":
+            records.append({"prompt": prompt, "chosen": right, "rejected": wrong, "margin": 0.5 * (i % 3)})
+        elif loss == "pointwise":
+            records.append({"prompt": prompt, "completion": [right, wrong][i % 2], "label": [1, 0, 0.7, True][i % 4]})
+        else:
+            steps = [right.strip(), wrong.strip(), f"{i} plus {i}"][: 1 + i % 3]
+            records.append({"prompt": prompt + "\n", "completions": steps, "labels": [1, 0, 0.25][: len(steps)]})
+    return records
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return {loss: tiny.write_records(root / f"{loss}.jsonl", make_records(loss)) for loss in train_rm.FIELDS}
+
+
+def flags(checkpoint_path, train_file, output_dir, **more):
+    given = {"learning_rate": 1e-3, "adam_eps": 1e-4, "lr_schedule": "constant", "warmup_ratio": 0, "device": "cpu"}
+    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
+    return [part for name, value in given.items() for part in ([f"--{name}"] + [str(value)] * (value is not True))]
+
+
+def train(*args, **more):
+    result = tiny.run(SCRIPT, *flags(*args, **more))
+    assert result.code == 0, result.stderr
+    return result
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def opened(folder):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------- against transformers' model
+
+
+class Judged:
+    """A record's texts in the reference's hands: token ids, where their scores are, and the loss of these scores."""
+
+    def __init__(self, record, tokenizer):
+        def ids(text):
+            return tokenizer(text)["input_ids"]
+
+        eos = [tokenizer.eos_token_id]
+        self.labels, self.margin = None, record.get("margin", 0.0)
+        if "chosen" in record:
+            self.rows = [ids(record["prompt"] + record[side]) + eos for side in ("chosen", "rejected")]
+            self.positions = [[len(row) - 1] for row in self.rows]
+        elif "completion" in record:
+            self.rows = [ids(record["prompt"] + record["completion"]) + eos]
+            self.positions, self.labels = [[len(self.rows[0]) - 1]], [float(record["label"])]
+        else:
+            texts = [
+                record["prompt"] + "".join(step + "\n" for step in record["completions"][:k])
+                for k in range(1, 1 + len(record["completions"]))
+            ]
+            self.rows, self.positions = [ids(texts[-1])], [[len(ids(text)) - 1 for text in texts]]
+            self.labels = list(map(float, record["labels"]))
+
+    def scores(self, model):
+        found = []
+        for row, positions in zip(self.rows, self.positions):
+            hidden = model.model(torch.tensor([row])).last_hidden_state
+            found.append(model.score(hidden)[0, positions, 0])
+        return torch.cat(found)
+
+    def losses(self, scores):
+        if self.labels is None:
+            chosen, rejected = scores
+            ranking = torch.log1p(torch.exp(-(chosen - rejected - self.margin)))
+            return (ranking + CENTER * (chosen + rejected) ** 2)[None]
+        p, labels = torch.sigmoid(scores), torch.tensor(self.labels)
+        return -(labels * p.log() + (1 - labels) * (1 - p).log())
+
+
+def judged(folder, loss, count=11):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return [Judged(record, tokenizer) for record in make_records(loss, count)]
+
+
+def reference_run(folder, records, batches, weight_decay):
+    """Plain PyTorch: (model, [(loss, grad_norm, scores)])."""
+    model = opened(folder).train()
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    others = [p for name, p in model.named_parameters() if "norm" not in name]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4, lr=1e-3, foreach=False)
+    history = []
+    for numbers in batches:
+        scores = [records[i].scores(model) for i in numbers]
+        losses = torch.cat([records[i].losses(s) for i, s in zip(numbers, scores)])
+        losses.mean().backward()
+        norm = torch.sqrt(sum(p.grad.double().square().sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, 1 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((losses.mean().item(), norm.item(), torch.cat(scores).detach()))
+    return model.eval(), history
+
+
+@pytest.fixture(scope="module")
+def reference(folder, files, tmp_path_factory):
+    """By loss: the reference's steps over 11 records in batches of 4, from the head that --max_steps 0 exports."""
+    made = {}
+
+    def make(loss):
+        if loss not in made:
+            start = tmp_path_factory.mktemp("start") / loss
+            train(folder, files[loss], start, loss=loss, max_steps=0, seed=7)
+            order = training_batches(11, 4, seed=7, shuffle=True, first_step=1, last_step=3)
+            made[loss] = reference_run(start, judged(folder, loss), [numbers for _, numbers in order], 0.1)
+        return made[loss]
+
+    return make
+
+
+def assert_equals_reference(out, loss, reference):
+    model, history = reference(loss)
+    lines = tiny.read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line, (mean_loss, norm, scores) in zip(lines, history, strict=True):
+        assert line["loss"] == pytest.approx(mean_loss, abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        wanted = {"mean_reward": scores.mean(), "min_reward": scores.min(), "max_reward": scores.max()}
+        if loss == "pairwise":
+            margins = scores[0::2] - scores[1::2]
+            wanted |= {"margin": margins.mean(), "accuracy": (margins > 0).float().mean()}
+        for name, value in wanted.items():
+            assert line[name] == pytest.approx(value.item(), abs=2e-5), name
+    ours, theirs = weights_of(out), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys() and "score.weight" in ours and "lm_head.weight" not in ours
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("loss", train_rm.FIELDS)
+def test_steps_equal_transformers(loss, micro_batch_size, folder, files, reference, tmp_path):
+    """Catches a score at another place than the last token (of the answer, of each step), or of a text without EOS;
+    chosen and rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead
+    of the mean over pairs or steps; and a head that does not learn, or not from where it is exported."""
+    more = {"batch_size": 4, "micro_batch_size": micro_batch_size, "weight_decay": 0.1, "seed": 7}
+    more |= {"center_coef": CENTER} if loss == "pairwise" else {}
+    train(folder, files[loss], tmp_path / "out", loss=loss, **more)
+    assert_equals_reference(tmp_path / "out", loss, reference)
+
+
+FAULTS = {  # name: what goes wrong in a batch of pairs
+    "score at the first pad": lambda batch: batch._replace(last=(batch.last + 1).clamp(max=batch.last.max())),
+    "score before EOS": lambda batch: batch._replace(last=batch.last - 1),
+    "sides swapped": lambda batch: batch._replace(
+        input_ids=batch.input_ids.roll(len(batch.margin), 0), last=batch.last.roll(len(batch.margin))
+    ),
+    "margin lost": lambda batch: batch._replace(margin=0 * batch.margin),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_show(fault, folder, files, reference, tmp_path, monkeypatch):
+    """Catches a comparison too weak to see the mistakes it is made for."""
+    real = train_rm.collate_pairs
+    monkeypatch.setattr(train_rm, "collate_pairs", lambda *args: FAULTS[fault](real(*args)))
+    more = {"batch_size": 4, "micro_batch_size": 4, "weight_decay": 0.1, "seed": 7, "center_coef": CENTER}
+    train(folder, files["pairwise"], tmp_path / "out", **more)
+    with pytest.raises(AssertionError):
+        assert_equals_reference(tmp_path / "out", "pairwise", reference)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation(recompute, folder, files, reference, tmp_path):
+    """Catches another gradient from recomputation."""
+    more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, "activation_checkpointing": recompute}
+    train(folder, files["process"], tmp_path / "out", loss="process", **more)
+    assert_equals_reference(tmp_path / "out", "process", reference)
+
+
+# ------------------------------------------------------------------------------- the head, the export
+
+
+def test_new_head(folder, files, tmp_path):
+    """Catches a head of another size than N(0, 1 / sqrt(E + 1)), one that is not a function of the seed, an export of
+    --max_steps 0 without it or with other weights than the folder's, and a head that is replaced where there is one."""
+    heads = {}
+    for name, source, seed in (("a", folder, 1), ("b", folder, 1), ("c", folder, 2), ("d", tmp_path / "a", 5)):
+        train(source, files["pairwise"], tmp_path / name, max_steps=0, seed=seed)
+        weights = weights_of(tmp_path / name)
+        heads[name] = weights.pop("score.weight")
+        assert heads[name].shape == (1, 64) and heads[name].dtype == torch.float32
+        assert all(torch.equal(w, weights_of(folder)[key]) for key, w in weights.items())
+    assert torch.equal(heads["a"], heads["b"]) and torch.equal(heads["a"], heads["d"])
+    assert not torch.equal(heads["a"], heads["c"])
+    many = torch.cat([train_rm.initial_score(64, seed) for seed in range(200)])
+    assert many.std().item() * math.sqrt(65) == pytest.approx(1, abs=0.02) and abs(many.mean()) < 0.005
+
+
+def test_continues_a_reward_model(folder, files, tmp_path):
+    """Catches a second stage that starts from a new head, or whose config.json speaks of the first."""
+    train(folder, files["process"], tmp_path / "first", loss="process", max_steps=2, step_separator="\\n")
+    result = train(
+        tmp_path / "first", files["pointwise"], tmp_path / "out", loss="pointwise", max_steps=1, batch_size=11
+    )
+    assert "the folder's own" in result.stdout
+    model = opened(tmp_path / "first").eval()
+    with torch.no_grad():
+        losses = torch.cat([r.losses(r.scores(model)) for r in judged(folder, "pointwise")])
+    (line,) = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert line["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    first, config = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("first", "out"))
+    assert (first["reward_model_type"], first["step_separator"]) == ("process", "\n")
+    assert config["reward_model_type"] == "pointwise" and "step_separator" not in config
+
+
+def padded(rows, pad_token_id, side):
+    length = max(map(len, rows))
+    fill = [[pad_token_id] * (length - len(row)) for row in rows]
+    ids = [row + pads if side == "right" else pads + row for row, pads in zip(rows, fill)]
+    mask = [[1] * len(r) + [0] * len(p) if side == "right" else [0] * len(p) + [1] * len(r) for r, p in zip(rows, fill)]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("loss", train_rm.FIELDS)
+def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
+    """Catches an export that transformers does not open without warnings, with two outputs, or whose last token it
+    does not find in a padded batch; other scores than those of the model in memory; and a reward_mean or reward_std of
+    other rows than the evaluation's."""
+    tiny.write_model(tmp_path / "in", seed=4, tie_word_embeddings=tied, problem_type="regression")
+    rewards, real = [], train_rm.all_rewards
+    monkeypatch.setattr(train_rm, "all_rewards", lambda *args: rewards.append(real(*args)) or rewards[-1])
+    eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(loss, 7))
+    out, more = tmp_path / "out", {"loss": loss, "batch_size": 4, "micro_batch_size": 3}
+    train(tmp_path / "in", files[loss], out, eval_file=eval_file, **more)
+    assert len(rewards) == 1  # the last evaluation's serve the export
+    ours, records = rewards[0], judged(out, loss, 7)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    assert (model.config.num_labels, model.config.id2label, model.config.problem_type) == (1, {0: "LABEL_0"}, None)
+    with torch.no_grad():
+        one_by_one = torch.cat([record.scores(model.eval()) for record in records])
+        torch.testing.assert_close(ours, one_by_one, rtol=0, atol=1e-5)
+        if loss != "process":
+            rows = [row for record in records for row in record.rows]
+            for side in ("right", "left"):
+                logits = model(**padded(rows, model.config.pad_token_id, side)).logits
+                torch.testing.assert_close(ours[:, None], logits, rtol=0, atol=1e-4)
+        else:  # as the README reads it
+            batch = padded([record.rows[0] for record in records], model.config.pad_token_id, "right")
+            scores = model.score(model.model(**batch).last_hidden_state)[..., 0]
+            found = [scores[i, record.positions[0]] for i, record in enumerate(records)]
+            torch.testing.assert_close(ours, torch.cat(found), rtol=0, atol=1e-4)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["reward_model_type"] == loss
+    assert config["reward_mean"] == pytest.approx(ours.mean().item(), abs=1e-6)
+    assert config["reward_std"] == pytest.approx(ours.std(correction=0).item(), abs=1e-6)
+    assert config.get("step_separator") == ("\n" if loss == "process" else None)
+    assert config["reward_position"] == "last_token" + "_of_step_and_separator" * (loss == "process")
+    before = json.loads((tmp_path / "in/config.json").read_text())
+    changed = {"architectures", "problem_type", "pad_token_id"}
+    assert {k: v for k, v in before.items() if k not in changed} == {k: config[k] for k in before.keys() - changed}
+
+
+def test_statistics_of_the_training_set(folder, files, tmp_path):
+    """Catches reward_mean and reward_std missing where there is nothing to evaluate on."""
+    train(folder, files["pairwise"], tmp_path / "out", batch_size=4)
+    model = opened(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = torch.cat([record.scores(model) for record in judged(folder, "pairwise")])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert config["reward_std"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+
+
+def test_bfloat16(folder, files, reference, tmp_path, monkeypatch):
+    """Catches a head that is kept or computed in bf16 beside bf16 weights, and numbers that are not near."""
+    trained, load = [], train_rm.load_for_training
+    monkeypatch.setattr(train_rm, "load_for_training", lambda *a, **k: trained.append(load(*a, **k)) or trained[0])
+    more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, "center_coef": CENTER}
+    train(folder, files["pairwise"], tmp_path / "out", dtype="bfloat16", param_dtype="bfloat16", **more)
+    dtypes = {name: parameter.dtype for name, parameter in trained[0].named_parameters()}
+    assert dtypes.pop("score.weight") == torch.float32 and set(dtypes.values()) == {torch.bfloat16}
+    hidden = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    assert trained[0].score(hidden).dtype == torch.float32
+    for line, (loss, _, _) in zip(tiny.read_lines(tmp_path / "out/metrics.jsonl"), reference("pairwise")[1]):
+        assert line["loss"] == pytest.approx(loss, rel=0.01 if line["step"] == 1 else 0.1) and line["loss"] != loss
+
+
+# ------------------------------------------------------------------------------- metrics and evaluation
+
+
+def calibration(probabilities, truths):
+    """The expected calibration error in ten bins, written out."""
+    total = 0.0
+    for k in range(10):
+        inside = [(p, t) for p, t in zip(probabilities, truths) if k / 10 <= p < (k + 1) / 10]
+        total += abs(sum(p for p, _ in inside) - sum(t for _, t in inside))
+    return total / len(probabilities)
+
+
+@pytest.mark.parametrize("loss", train_rm.FIELDS)
+def test_metrics_and_evaluation(loss, folder, files, tmp_path):
+    """Catches an evaluation that is a mean of means, of rewards before the step, or of chosen and rejected swapped;
+    keys that dashboards know renamed; and samples that are missing or show another reward."""
+    eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(loss, 7))
+    more = {"eval_file": eval_file, "eval_steps": 2, "max_steps": 5, "batch_size": 4, "micro_batch_size": 3}
+    more |= {"center_coef": CENTER} if loss == "pairwise" else {}
+    result = train(folder, files[loss], tmp_path / "out", loss=loss, **more)
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 5]
+    own = {"pairwise": {"accuracy", "margin"}, "pointwise": {"accuracy"}, "process": {"step_accuracy"}}[loss]
+    judging = own | {"mean_reward", "min_reward", "max_reward"}
+    evaluating = judging | {"loss", "calibration_error"} | ({"auc"} if loss != "pairwise" else set())
+    for line in lines:
+        wanted = {f"eval_{name}" for name in evaluating} if "eval_loss" in line else set()
+        assert line.keys() == FIXED | COUNTED | judging | wanted
+    records, model = judged(folder, loss, 7), opened(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = [record.scores(model) for record in records]
+        wanted = {"loss": torch.cat([r.losses(s) for r, s in zip(records, scores)]).mean().item()}
+    flat = torch.cat(scores).tolist()
+    wanted |= {"mean_reward": sum(flat) / len(flat), "min_reward": min(flat), "max_reward": max(flat)}
+    if loss == "pairwise":
+        margins = [c - r for c, r in zip(flat[0::2], flat[1::2])]
+        sure = [1 / (1 + math.exp(-abs(m))) for m in margins]
+        wanted |= {"accuracy": sum(m > 0 for m in margins) / 7, "margin": sum(margins) / 7}
+        wanted["calibration_error"] = calibration(sure, [float(m > 0) for m in margins])
+    else:
+        labels = [label for record in records for label in record.labels]
+        agree = [(s >= 0) == (label >= 0.5) for s, label in zip(flat, labels)]
+        wanted["accuracy" if loss == "pointwise" else "step_accuracy"] = sum(agree) / len(agree)
+        wanted["calibration_error"] = calibration([1 / (1 + math.exp(-s)) for s in flat], labels)
+        pairs = [(a, b) for a, x in zip(flat, labels) for b, y in zip(flat, labels) if x >= 0.5 > y]
+        wanted["auc"] = sum(a > b for a, b in pairs) / len(pairs)
+    for name, value in wanted.items():
+        assert lines[-1][f"eval_{name}"] == pytest.approx(value, abs=1e-4), name
+    tokens = [sum(map(len, record.rows)) for record in judged(folder, loss)]
+    order = [numbers for _, numbers in training_batches(11, 4, seed=0, shuffle=True, first_step=1, last_step=5)]
+    assert lines[-1]["num_tokens"] == sum(tokens[i] for numbers in order for i in numbers)
+    for text in ("Question 0:", "the answer is 3", f"{flat[0]:+.3f}"):
+        assert text in result.stdout.split("step 5:")[1], text
+
+
+# ------------------------------------------------------------------------------------ kill and resume
+
+RUN = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 4, "weight_decay": 0.1, "lr_schedule": "cosine"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_kill_and_resume(how, folder, files, tmp_path):
+    """Catches a batch repeated or skipped, a new head on resuming, moments lost, a step twice in metrics.jsonl, and
+    SIGTERM that saves nothing."""
+    loss = "pairwise" if how == signal.SIGKILL else "process"
+    run, out = {**RUN, "loss": loss, "eval_file": files[loss], "eval_steps": 5, "save_steps": 2}, tmp_path / "out"
+    train(folder, files[loss], tmp_path / "whole", **run)
+    process = tiny.start(SCRIPT, *flags(folder, files[loss], out, **run))
+    while process.poll() is None and not (out / "checkpoints/step-000002").exists():
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.1))
+    process.send_signal(how)
+    printed, errors = process.communicate(timeout=60)
+    done = (out / "config.json").exists()  # it may have finished meanwhile
+    assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
+    assert done or how == signal.SIGKILL or "stopped by a signal after step" in printed
+    assert "resuming after step" in train(folder, files[loss], out, **run, resume=True).stdout
+    ours, wanted = weights_of(out), weights_of(tmp_path / "whole")
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, wanted = (tiny.read_lines(d / "metrics.jsonl") for d in (out, tmp_path / "whole"))
+    timed = {"tokens_per_second"}
+    assert [line["step"] for line in ours] == list(range(1, 17))
+    assert [{k: line[k] for k in line.keys() - timed} for line in ours] == [
+        {k: line[k] for k in line.keys() - timed} for line in wanted
+    ]
+    assert (out / "config.json").read_bytes() == (tmp_path / "whole/config.json").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_non_finite_loss(folder, files, tmp_path, monkeypatch):
+    """Catches a run that goes on with NaN, or does not say where it was."""
+    calls, real = [], train_rm.pairwise_loss
+    overflows = lambda *args: real(*args) * (math.nan if len(calls) > 2 else 1)  # noqa: E731
+    monkeypatch.setattr(train_rm, "pairwise_loss", lambda *args: calls.append(1) or overflows(*args))
+    out = tmp_path / "out"
+    result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], out, batch_size=3, save_steps=1))
+    order = dict(training_batches(11, 3, seed=0, shuffle=True, first_step=1, last_step=4))
+    shown = ", ".join(map(str, order[3]))
+    tiny.assert_refused(result, "step 3: loss is nan", f"records of the step (from 0): {shown}\n")
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-000001", "step-000002"]
+    assert not (out / "config.json").exists()
+
+
+def with_weights(folder, target, **changed):
+    shutil.copytree(folder, target)
+    weights = weights_of(folder) | changed
+    weights = {name: w for name, w in weights.items() if w is not None}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+BAD_WEIGHTS = {
+    "two labels": ({"lm_head.weight": None, "score.weight": torch.ones(2, 64)}, ["score.weight is [2, 64]", "[1, 64]"]),
+    "two heads": ({"score.weight": torch.ones(1, 64)}, ["unexpected tensors: lm_head.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WEIGHTS)
+def test_bad_model_folders(name, folder, files, tmp_path):
+    """Catches a classifier of another shape taken for a reward model, and a head chosen for the user."""
+    changed, parts = BAD_WEIGHTS[name]
+    source = with_weights(folder, tmp_path / "in", **changed)
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(source, files["pairwise"], tmp_path / "out", max_steps=0)), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewards_that_are_not_finite(folder, files, tmp_path):
+    """Catches NaN written into config.json."""
+    source = with_weights(folder, tmp_path / "in", **{"model.norm.weight": torch.full((64,), math.inf)})
+    result = tiny.run(SCRIPT, *flags(source, files["pairwise"], tmp_path / "out", max_steps=0))
+    assert result.code == 2 and "error: the model's rewards are not finite" in result.stderr.split("\n")[-2]
+    assert not (tmp_path / "out/config.json").exists()
+
+
+PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
+POINT = {"prompt": "a", "completion": " b", "label": 1}
+STEPS = {"prompt": "a\n", "completions": ["b", "c"], "labels": [1, 0]}
+BAD_RECORDS = {  # name: (loss, good record, bad record, complaints)
+    "pointwise for pairwise": ("pairwise", PAIR, POINT, ["needs the field 'chosen'", "--loss pointwise"]),
+    "process for pairwise": ("pairwise", PAIR, STEPS, ["needs the field 'chosen'", "--loss process"]),
+    "pairwise for pointwise": ("pointwise", POINT, PAIR, ["needs the field 'label'", "--loss pairwise"]),
+    "process for pointwise": ("pointwise", POINT, STEPS, ["needs the field 'label'", "--loss process"]),
+    "pairwise for process": ("process", STEPS, PAIR, ["needs the field 'completions'", "--loss pairwise"]),
+    "pointwise for process": ("process", STEPS, POINT, ["needs the field 'completions'", "--loss pointwise"]),
+    "completion alone": ("pairwise", PAIR, {"prompt": "a", "completion": "b"}, ["field 'chosen' is missing"]),
+    "no rejected": ("pairwise", PAIR, {"prompt": "a", "chosen": "b"}, ["field 'rejected' is missing"]),
+    "no prompt": ("pairwise", PAIR, {"chosen": "b", "rejected": "c"}, ["field 'prompt' is missing"]),
+    "chosen a number": ("pairwise", PAIR, {**PAIR, "chosen": 5}, ["chosen must be text"]),
+    "margin": ("pairwise", PAIR, {**PAIR, "margin": "much"}, ["margin must be a finite number"]),
+    "label above 1": ("pointwise", POINT, {**POINT, "label": 2}, ["label must be 0, 1 or a probability"]),
+    "label a word": ("pointwise", POINT, {**POINT, "label": "good"}, ["label must be a finite number"]),
+    "labels too few": ("process", STEPS, {**STEPS, "labels": [1]}, ["2 completions but 1 labels"]),
+    "label of a step": ("process", STEPS, {**STEPS, "labels": [1, -1]}, ["labels[1] must be"]),
+    "no steps": ("process", STEPS, {**STEPS, "completions": [], "labels": []}, ["completions holds no step"]),
+    "steps as text": ("process", STEPS, {**STEPS, "completions": "b\nc"}, ["completions must be a list of steps"]),
+    "too long": ("pairwise", PAIR, {**PAIR, "rejected": " so" * 300}, ["tokens, the limit is 256"]),
+    "not an object": ("process", STEPS, 5, ["must be an object"]),
+}
+
+
+@pytest.mark.parametrize("which", ["train_file", "eval_file"])
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_bad_records(name, which, folder, tmp_path):
+    """Catches a complaint without file and line or without the fitting --loss, a traceback, and output for nothing."""
+    loss, good, bad, complaints = BAD_RECORDS[name]
+    files = {"train_file": tiny.write_records(tmp_path / "good.jsonl", [good])}
+    files[which] = tiny.write_records(tmp_path / "bad.jsonl", [good, bad])
+    result = tiny.run(SCRIPT, *flags(folder, output_dir=tmp_path / "out", loss=loss, **files))
+    tiny.assert_refused(result, f"{tmp_path / 'bad.jsonl'}:2: ", *complaints)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_FLAGS = {
+    "loss": ({"loss": "listwise"}, ["--loss", "listwise"]),
+    "centring labels": ({"loss": "process", "center_coef": 0.1}, ["--center_coef 0.1 is for --loss pairwise"]),
+    "centring below 0": ({"center_coef": -1}, ["--center_coef", "'-1'"]),
+    "samples below 0": ({"num_eval_samples": -1}, ["--num_eval_samples", "'-1'"]),
+    "eval steps": ({"eval_steps": 3}, ["--eval_steps needs an --eval_file"]),
+    "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),
+    "no train file": ({"train_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+    "no folder": ({"checkpoint_path": "nowhere"}, ["nowhere"]),
+    "beyond the context": ({"max_seq_len": 257}, ["--max_seq_len 257", "context is 256"]),
+    "nothing left": ({"max_seq_len": 3, "overlong": "skip"}, ["no record is left: all 11 are too long"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(name, folder, files, tmp_path):
+    given, parts = BAD_FLAGS[name]
+    given = {"checkpoint_path": folder, "train_file": files["pairwise"], **given}
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(output_dir=tmp_path / "out", **given)), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_learn(folder, tmp_path):
+    """Catches pairs of two equal answers trained on, and their number not reported where others are there."""
+    same = {"prompt": "a", "chosen": " b", "rejected": " b"}
+    path = tiny.write_records(tmp_path / "same.jsonl", [same, same])
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, path, tmp_path / "out")), "chosen and rejected are the same")
+    assert not (tmp_path / "out").exists()
+    path = tiny.write_records(tmp_path / "some.jsonl", [same, PAIR])
+    assert "1 identical" in train(folder, path, tmp_path / "out", max_steps=1, batch_size=2).stdout
+
+
+def test_another_loss_on_resume(folder, files, tmp_path):
+    """Catches a run that goes on with another loss, and an occupied folder."""
+    train(folder, files["pairwise"], tmp_path / "out", max_steps=2, save_steps=1)
+    again = {"max_steps": 3, "center_coef": 0.5, "step_separator": ";"}
+    result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "out", resume=True, **again))
+    tiny.assert_refused(result, "the run was begun with other --center_coef, --step_separator")
+    result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "out"))
+    tiny.assert_refused(result, f"--output_dir {tmp_path / 'out'}: is not empty")

@@ -1,0 +1,74 @@
+"""One of several samples of a prompt, by their rewards: the best, or the best of the answer with the most votes.
+
+Lines are generate.py's or any records with a prompt, as inference/score.py writes them, with a `reward`.
+"""
+
+import json
+import math
+from collections.abc import Callable
+
+from training.data import Record
+from training.preferences import get_answer
+
+
+def group_of(line: dict) -> str:
+    """What the samples of one prompt have in common: the prompt, and generate.py's number of it where there is one."""
+    return json.dumps([line.get("idx"), line.get("prompt", line.get("input"))])
+
+
+def choose_best(lines: list[dict]) -> list[dict]:
+    """The line with the highest reward of each prompt, of equal ones the first; prompts as they come."""
+    best: dict[str, dict] = {}
+    for line in lines:
+        group = group_of(line)
+        if group not in best or line["reward"] > best[group]["reward"]:
+            best[group] = line
+    return list(best.values())
+
+
+def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callable[[float], float]) -> list[dict]:
+    """The best line of each prompt's winning answer, with voted_answer and votes, {answer: sum of its samples' weights}
+    (weighted majority voting, as in Easy-to-Hard Generalization, arXiv 2403.09472).
+
+    Of equal answers the first in the file wins. Samples without an answer (None) have no vote; where no sample has one,
+    voted_answer is None and the line is the best of all.
+    """
+    groups: dict[str, list[tuple[dict, str | None]]] = {}
+    for line, answer in zip(lines, answers, strict=True):
+        groups.setdefault(group_of(line), []).append((line, answer))
+    chosen = []
+    for group in groups.values():
+        weights: dict[str, list[float]] = {}
+        for line, answer in group:
+            if answer is not None:
+                weights.setdefault(answer, []).append(weight(line["reward"]))
+        votes = {answer: math.fsum(cast) for answer, cast in weights.items()}  # equal for equal votes in any order
+        winner = max(votes, key=votes.get, default=None)
+        [best] = choose_best([line for line, answer in group if answer == winner])
+        chosen.append(best | {"voted_answer": winner, "votes": votes})
+    return chosen
+
+
+def answer_of(record: Record, separator: str | None, find_answer: Callable[[str], str | None]) -> str | None:
+    """The final answer in a record's completion."""
+    said = get_answer(record, steps=separator is not None)
+    if isinstance(said, list):  # messages, or steps
+        said = said[-1]["content"] if separator is None else "".join(step + separator for step in said)
+    try:
+        answer = find_answer(said)
+    except Exception as error:  # a function of the user's can fail in any way
+        raise ValueError(f"{record.where}: --answer_fn failed: {type(error).__name__}: {error}") from error
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError(f"{record.where}: --answer_fn returned a {type(answer).__name__}, not a string or None")
+    return answer
+
+
+def final_answer(text: str) -> str | None:
+    """What the last \\boxed{} holds, else the last line that is not blank; None where all are."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start + len("\\boxed{") : end].strip()
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)

@@ -1,0 +1,105 @@
+"""JSON lines that survive a kill: what inference/generate.py and inference/score.py write.
+
+- each line is one write, flushed: after a kill every line but maybe the last is whole, and that one is cut off and
+  written again
+- a small sidecar file beside the output remembers what it was begun with, so that --resume with other data or flags is
+  refused
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from models.model import read_json_object
+from models.tp import is_main_rank
+from training.common import write_json
+
+
+def sidecar(output_file: Path) -> Path:
+    """Remembers what an output file was begun with."""
+    return output_file.with_name(output_file.name + ".args.json")
+
+
+def refuse_occupied(output_file: Path) -> None:
+    """Raises ValueError if a new run would write over something."""
+    if output_file.exists() and output_file.stat().st_size:
+        raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
+
+
+def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
+    """The lines that an earlier run finished; a torn last line does not count. Raises ValueError if that run had other
+    data or flags, or if a line is none that `writer` wrote, with these fields."""
+    if not output_file.exists() or not output_file.stat().st_size:
+        if is_main_rank():
+            print(f"{output_file}: nothing to resume, starting from the beginning")
+        return []
+    if not sidecar(output_file).is_file():
+        raise ValueError(
+            f"{sidecar(output_file)}: missing, so --resume cannot tell what {output_file.name} was begun with"
+        )
+    earlier = read_json_object(sidecar(output_file))
+    differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
+    if differing:
+        raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
+    lines = []
+    for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict) or not found.keys() >= set(fields):
+                raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
+            lines.append(found)
+    return lines
+
+
+def encode_line(line: dict) -> bytes:
+    """One JSON line. Half a surrogate pair, which UTF-8 cannot hold, is written as JSON's own escape."""
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes a whole file of JSON lines at once: beside and renamed."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_bytes(b"".join(map(encode_line, lines)))
+    os.replace(staging, path)
+
+
+class LineWriter:
+    """Appends lines to a file, each in one write.
+
+    Several ranks append to one file, each line under a lock; those that are not `active` write nothing. Entering is a
+    collective of all ranks.
+    """
+
+    def __init__(self, output_file: Path, begun_with: dict, active: bool):
+        self.output_file, self.begun_with, self.active = output_file, begun_with, active
+        self.file = None
+
+    def write(self, line: dict) -> None:
+        if self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.file.write(encode_line(line))
+            self.file.flush()
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def __enter__(self) -> "LineWriter":
+        if is_main_rank():
+            self.output_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(sidecar(self.output_file), self.begun_with)
+            with open(self.output_file, "a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a line torn by a kill
+        if dist.is_initialized():
+            dist.barrier()
+        if self.active:
+            self.file = open(self.output_file, "ab")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,602 @@
+"""Proximal policy optimisation: a policy learns from scores of its own answers, held near a reference by their KL.
+
+- each update: draw answers with the generation engine (from an inference copy, refreshed in place), score them, take
+  log-probs of policy and reference and the critic's values with the training models, then --ppo_epochs over shuffled
+  minibatches with clipped losses
+- token in, token out: what was drawn is what is learnt, the EOS action included; nothing is decoded and encoded again
+- the KL is in the reward, k1 and unclamped (--kl_in reward), or in the loss, as the half square of the sequence's
+  log-ratio (--kl_in loss): both have pi_ref exp(r / kl_coef) / Z as their optimum
+- every number of an update is the same on all ranks, whatever the layout: answers and their log-probs are exchanged,
+  so advantages are computed and whitened on the whole of them
+
+Schulman et al. 2017 (arXiv 1707.06347); from human feedback: Ziegler et al. 2019 (1909.08593).
+
+    python training/train_ppo.py --checkpoint_path runs/sft --reward_checkpoint_path runs/rm \\
+        --prompt_file prompts.jsonl --output_dir runs/ppo
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
+from models.decode import can_pack, copy_for_inference, refresh
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
+from models.generation import Engine, SamplingParams
+from models.model import read_hf_config
+from models.tp import is_main_rank
+from training.common import (
+    ArgumentParser,
+    Stopwatch,
+    add_model_arguments,
+    add_optimizer_arguments,
+    add_parallel_arguments,
+    add_run_arguments,
+    card,
+    check_finite,
+    choose_runtime,
+    device_name,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    number,
+    open_folder,
+    pad_id,
+    peak_memory,
+    positive_float,
+    positive_int,
+    progress_bar,
+    run_script,
+    say,
+    split_batch,
+)
+from training.data import IGNORE_INDEX, Example, epoch_order
+from training.losses import (
+    adapted_kl_coef,
+    gae,
+    importance_weights,
+    kl_estimates,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sequence_kl_loss,
+    shaped_rewards,
+    whiten,
+)
+from training.optim import learning_rate_at, make_optimizer
+from training.rewards import has_score_head, load_reward_function, open_reward_folder, score_answers
+from training.rollouts import (
+    Prompt,
+    answer_logps,
+    answer_values,
+    draw,
+    load_prompts,
+    over_ranks,
+    prompt_numbers,
+    shares,
+)
+from training.run_dir import (
+    CheckpointWriter,
+    Metrics,
+    StopSignal,
+    begin_or_resume,
+    check_installed,
+    open_log,
+    prepare_output_dir,
+)
+from training.samples import visible
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Proximal policy optimisation of the model in a Hugging Face folder.")
+    add_model_arguments(parser)
+    add_run_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_parallel_arguments(parser)
+    parser.set_defaults(learning_rate=1e-6, lr_schedule="linear", adam_eps=1e-5)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--prompt_file", type=Path, required=True, help="records with a prompt; other fields go to --reward_fn")
+    add("--eval_prompt_file", type=Path, default=None, help="held-out prompts: their mean score and KL")
+    add("--overlong", choices=["refuse", "skip"], default="refuse", help="what to do with prompts that leave no room")
+    add("--reward_checkpoint_path", type=Path, default=None, help="folder of a reward model")
+    add(
+        "--reward_fn", default=None, help="FILE.py:NAME, a function (prompts, completions, examples) -> list of numbers"
+    )
+    add("--reward_model_weight", type=float, default=1.0, help="what the reward model's scores are multiplied by")
+    add("--reward_fn_weight", type=float, default=1.0, help="what the function's numbers are multiplied by")
+    add("--normalize_reward", action=switch, default=False, help="scores less reward_mean, by reward_std of the folder")
+    add(
+        "--process_reward",
+        choices=["min", "prod", "last", "mean", "steps"],
+        default="min",
+        help="of a process reward model: one of the steps' probabilities at the end, or each at its step's last token",
+    )
+    add("--missing_eos_penalty", type=positive_float, default=None, help="subtracted where an answer has no end; none")
+    add("--length_penalty", type=non_negative_float, default=0.0, help="subtracted for each token of an answer")
+    add(
+        "--value_checkpoint_path",
+        type=Path,
+        default=None,
+        help="where the critic starts; the reward model, or the policy with a zero head",
+    )
+    add("--ref_checkpoint_path", type=Path, default=None, help="the frozen reference; --checkpoint_path")
+    for name in ("ref", "reward"):
+        add(f"--quantize_{name}", choices=["none", "int8", "int4"], default="none", help=f"weights of the {name} model")
+    add("--total_steps", type=non_negative_int, default=100, help="updates; 0 only exports")
+    add("--rollout_batch_size", type=positive_int, default=64, help="answers per update, over all ranks")
+    add("--minibatch_size", type=positive_int, default=None, help="answers per optimizer step; --rollout_batch_size")
+    add("--ppo_epochs", type=positive_int, default=4, help="passes over the answers of an update")
+    add("--rollout_slots", type=positive_int, default=None, help="answers drawn at a time on a rank; up to 128")
+    add("--max_new_tokens", type=positive_int, default=256, help="most tokens of an answer")
+    add("--temperature", type=number(float, least=1e-4, most=1e4), default=1.0, help="of the sampler and all log-probs")
+    add("--kl_coef", type=non_negative_float, default=0.05, help="weight of the KL to the reference, in nats")
+    add("--kl_in", choices=["reward", "loss"], default="reward", help="where the KL stands")
+    add("--kl_target", type=positive_float, default=None, help="adapt --kl_coef to this KL of an answer; fixed")
+    add("--kl_horizon", type=positive_float, default=10000.0, help="answers over which it adapts")
+    add("--gamma", type=fraction, default=1.0, help="discount")
+    add("--lam", type=fraction, default=0.95, help="lambda of the generalised advantage estimate")
+    add("--cliprange", type=positive_float, default=0.2, help="how far a token's probability ratio may leave 1")
+    add("--dual_clip", type=number(float, above=1), default=None, help="bound on the ratio of bad tokens; none")
+    add("--cliprange_value", type=non_negative_float, default=0.2, help="how far a value may move; 0 is any distance")
+    add("--vf_coef", type=positive_float, default=1.0, help="weight of the value loss")
+    add("--value_learning_rate", type=non_negative_float, default=1e-5, help="peak learning rate of the critic")
+    add("--entropy_coef", type=non_negative_float, default=0.0, help="bonus for the entropy of a token")
+    add("--critic_warmup_steps", type=non_negative_int, default=0, help="updates in which the critic alone learns")
+    add("--whiten_rewards", action=switch, default=False, help="divide the rewards by their deviation")
+    add(
+        "--tis_cap",
+        type=number(float, least=1),
+        default=None,
+        help="weigh tokens by trainer / engine probability, at most this much (truncated importance sampling); off",
+    )
+    add("--num_eval_samples", type=non_negative_int, default=4, help="answers shown at each evaluation")
+    add("--debug_checks", action=switch, default=False, help="stop unless the first minibatch has ratio 1 and KL 0")
+    return parser
+
+
+class Rollout(NamedTuple):
+    """The answers of an update, the same on all ranks. A answers, R tokens of the longest, left-aligned."""
+
+    rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
+    texts: list[str]
+    finished: list[bool]  # whether it ended, rather than ran out of tokens
+    mask: Tensor  # bool [A, R]
+    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
+    logps: Tensor  # what the policy in training says,
+    ref_logps: Tensor  # the reference,
+    values: Tensor  # and the critic
+    scores: Tensor  # fp32 [A], penalties included, KL not
+    step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
+    seconds: dict[str, float]
+
+
+def main(
+    *,
+    checkpoint_path: Path,
+    device: str | None,
+    dtype: str | None,
+    seed: int,
+    compile: bool | None,
+    output_dir: Path,
+    resume: bool,
+    eval_steps: int | None,
+    save_steps: int | None,
+    save_total_limit: int,
+    log_steps: int,
+    report_to: str,
+    export_dtype: str | None,
+    learning_rate: float,
+    lr_schedule: str,
+    warmup_ratio: float,
+    weight_decay: float,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_eps: float,
+    param_dtype: str,
+    optim: str,
+    max_grad_norm: float,
+    micro_batch_size: int | None,
+    tensor_parallel_size: int,
+    dp_replicate: int,
+    sequence_parallel: bool,
+    activation_checkpointing: str,
+    sync_every_micro_batch: bool,
+    cpu_offload: bool,
+    prompt_file: Path,
+    eval_prompt_file: Path | None,
+    overlong: str,
+    reward_checkpoint_path: Path | None,
+    reward_fn: str | None,
+    reward_model_weight: float,
+    reward_fn_weight: float,
+    normalize_reward: bool,
+    process_reward: str,
+    missing_eos_penalty: float | None,
+    length_penalty: float,
+    value_checkpoint_path: Path | None,
+    ref_checkpoint_path: Path | None,
+    quantize_ref: str,
+    quantize_reward: str,
+    total_steps: int,
+    rollout_batch_size: int,
+    minibatch_size: int | None,
+    ppo_epochs: int,
+    rollout_slots: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    kl_coef: float,
+    kl_in: str,
+    kl_target: float | None,
+    kl_horizon: float,
+    gamma: float,
+    lam: float,
+    cliprange: float,
+    dual_clip: float | None,
+    cliprange_value: float,
+    vf_coef: float,
+    value_learning_rate: float,
+    entropy_coef: float,
+    critic_warmup_steps: int,
+    whiten_rewards: bool,
+    tis_cap: float | None,
+    num_eval_samples: int,
+    debug_checks: bool,
+) -> None:
+    args = dict(locals())
+    stop = StopSignal()
+    minibatch_size = minibatch_size or rollout_batch_size
+    if rollout_batch_size % minibatch_size:
+        raise ValueError(f"--minibatch_size {minibatch_size} does not divide --rollout_batch_size {rollout_batch_size}")
+    dp_size, micro_batch_size = split_batch(minibatch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
+    if reward_checkpoint_path is None and reward_fn is None:
+        raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
+    for name, value in (("ref", quantize_ref), ("reward", quantize_reward)):
+        if value != "none":
+            raise ValueError(f"--quantize_{name} {value}: quantised weights are not available yet; leave it at none")
+    if eval_steps is not None and eval_prompt_file is None:
+        raise ValueError("--eval_steps needs an --eval_prompt_file")
+    check_installed(report_to)
+    prepare_output_dir(output_dir, resume, args)
+
+    # load: files and settings first, since they are quick to be wrong
+    runtime = choose_runtime(device, dtype, compile)
+    config, tokenizer, context = open_folder(checkpoint_path, None, tensor_parallel_size)
+    hf_config = read_hf_config(checkpoint_path)[0]
+    saved_dtype = DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path)
+    judge = open_reward_folder(reward_checkpoint_path, checkpoint_path) if reward_checkpoint_path else None
+    function = load_reward_function(reward_fn) if reward_fn else None
+    prompts, skipped = load_prompts(prompt_file, tokenizer, context - max_new_tokens, config.vocab_size, overlong)
+    held_out = []
+    if eval_prompt_file:
+        held_out, _ = load_prompts(eval_prompt_file, tokenizer, context - max_new_tokens, config.vocab_size, overlong)
+    value_path = value_checkpoint_path or (
+        reward_checkpoint_path if judge and judge.same_tokenizer else checkpoint_path
+    )
+    longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + max_new_tokens
+    value_config, *_ = open_folder(value_path, longest, tensor_parallel_size)
+    if value_config.vocab_size != config.vocab_size:
+        raise ValueError(f"{value_path}: a critic reads the policy's tokens, and this one has another vocabulary")
+    ref_path = ref_checkpoint_path or checkpoint_path
+    if open_folder(ref_path, longest, tensor_parallel_size)[0].vocab_size != config.vocab_size:
+        raise ValueError(f"{ref_path}: a reference reads the policy's tokens, and this one has another vocabulary")
+    if normalize_reward and (judge is None or judge.mean is None or not judge.std or judge.step_separator is not None):
+        raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
+    pad_token_id = pad_id(tokenizer, config)
+    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
+    if not eos_ids:
+        raise ValueError(f"{checkpoint_path}: no EOS token, so no answer would ever end")
+
+    mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
+    placing = {"device": runtime.device, "compute_dtype": runtime.dtype, "compile": runtime.compile}
+    placing["sequence_parallel"] = sequence_parallel
+    learning = {"param_dtype": DTYPES[param_dtype], "recompute": activation_checkpointing, "cpu_offload": cpu_offload}
+    frozen = {"param_dtype": runtime.dtype}  # what the trained weights are cast to, so policy = reference is exact
+    policy = load_for_training(checkpoint_path, mesh, **placing, **learning)
+    zero_head = None if has_score_head(value_path) else torch.zeros(1, value_config.hidden_size)
+    critic = load_for_training(value_path, mesh, **placing, **learning, head="score", new_score=zero_head)
+    reference = load_for_training(ref_path, mesh, **placing, **frozen).requires_grad_(False)
+    reward_model = None
+    if judge is not None:
+        reward_model = load_for_training(judge.path, mesh, **placing, **frozen, head="score").requires_grad_(False)
+    settings = {"weight_decay": weight_decay, "betas": (adam_beta1, adam_beta2), "eps": adam_eps, "optim": optim}
+    settings |= {"seed": seed, "compile": runtime.compile}
+    optimizer = make_optimizer(policy, learning_rate=learning_rate, **settings)
+    value_optimizer = make_optimizer(critic, learning_rate=value_learning_rate, **settings)
+    trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both,
+    trained.register_buffer("kl_coef", torch.tensor(kl_coef, dtype=torch.float64))  # and what adapts
+    optimizers = [optimizer, value_optimizer]
+    first_step = begin_or_resume(output_dir, args, trained, optimizers, total_steps=total_steps, resume=resume)
+    metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
+    in_background = runtime.device.type == "cuda" and not cpu_offload  # which would hold the state in memory twice
+    checkpoints = CheckpointWriter(output_dir, trained, optimizers, limit=save_total_limit, asynchronous=in_background)
+    log = open_log(output_dir / "samples.jsonl", first_step - 1) if is_main_rank() and held_out else None
+    copy = copy_for_inference(policy, pack=not runtime.compile and can_pack(runtime.device, runtime.dtype))
+    engine = Engine(
+        copy,
+        SamplingParams(temperature, seed=seed, stop_token_ids=eos_ids),
+        num_slots=rollout_slots or min(128, -(-rollout_batch_size // dp_size)),
+        max_seq_len=longest,
+        tokenizer=tokenizer,
+        compile=runtime.compile,
+    )
+    compute = str(runtime.dtype).removeprefix("torch.")
+    rows = {
+        "policy": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
+        "reference": ref_path,
+        "critic": f"{value_path}{'' if zero_head is None else ', with a zero head'}",
+        "reward": " + ".join(str(part) for part in (reward_checkpoint_path, reward_fn) if part),
+        "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
+        "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
+        "prompts": f"{len(prompts):,}, {skipped:,} skipped; {len(held_out):,} held out",
+        "updates": f"{first_step} to {total_steps}, {rollout_batch_size} answers each in {ppo_epochs} epochs of "
+        f"{rollout_batch_size // minibatch_size} minibatches",
+    }
+    say(card("train_ppo", rows))
+
+    dp = mesh["dp"]
+    over = {"micro_batch_size": micro_batch_size, "dp": dp}
+    scoring = {"judge": judge, "reward_model": reward_model, "function": function, "tokenizer": tokenizer, **over}
+    scoring |= {"reward_model_weight": reward_model_weight, "reward_fn_weight": reward_fn_weight}
+    scoring |= {"normalize": normalize_reward, "process_reward": process_reward}
+    scoring |= {"missing_eos_penalty": missing_eos_penalty or 0.0, "length_penalty": length_penalty}
+
+    def collect(chosen: list[Prompt], first: int, sample_idx: int) -> Rollout:
+        """Answers to the prompts, scored, with the log-probs and values of the weights as they are now. first: number
+        of the first answer, which with sample_idx decides the sampler's noise."""
+        watch.lap()
+        drawn = draw(engine, chosen, first, sample_idx, max_new_tokens, dp)
+        rows = [
+            Example(prompt.ids + answer.ids, [IGNORE_INDEX] * len(prompt.ids) + answer.ids)
+            for prompt, answer in zip(chosen, drawn)
+        ]
+        seconds = {"rollout": watch.lap()}
+        texts, finished = [answer.text for answer in drawn], [answer.finished for answer in drawn]
+        width = max(len(answer.ids) for answer in drawn)
+        scores, step_rewards = score_answers(chosen, rows, texts, finished, width, **scoring)
+        seconds["score"] = watch.lap()
+        engine_logps = torch.zeros(len(rows), width)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, answer in enumerate(drawn):
+            mask[i, : len(answer.ids)] = True
+            engine_logps[i, : len(answer.ids)] = torch.tensor(answer.logps)
+        with torch.no_grad():
+            logps_of = partial(answer_logps, width=width, pad_token_id=pad_token_id, temperature=temperature)
+            logps = over_ranks(rows, lambda part: logps_of(policy, part)[0], **over)
+            ref_logps = over_ranks(rows, lambda part: logps_of(reference, part)[0], **over)
+            values = over_ranks(rows, lambda part: answer_values(critic, part, width, pad_token_id), **over)
+        seconds["logprobs"] = watch.lap()
+        mask, engine_logps = mask.to(runtime.device), engine_logps.to(runtime.device)
+        return Rollout(
+            rows, texts, finished, mask, engine_logps, logps, ref_logps, values, scores, step_rewards, seconds
+        )
+
+    # loop
+    watch = Stopwatch(runtime.device)
+    bar = progress_bar(total=total_steps, initial=first_step - 1, desc="updates", unit="update")
+    for step in range(first_step, total_steps + 1):
+        first = (step - 1) * rollout_batch_size
+        numbers = prompt_numbers(len(prompts), first, rollout_batch_size, seed=seed)
+        rollout = collect([prompts[i] for i in numbers], first, sample_idx=0)
+        mask, width, coef = rollout.mask, rollout.mask.shape[1], float(trained.kl_coef)
+        shaping = coef if kl_in == "reward" else 0.0
+        rewards = shaped_rewards(rollout.scores, rollout.logps, rollout.ref_logps, mask, shaping) + rollout.step_rewards
+        if whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
+        advantages = whiten(advantages, mask)
+        check_finite(step, numbers, rewards=rewards.sum(), advantages=advantages.sum())
+
+        schedule = {"schedule": lr_schedule, "total_steps": total_steps, "warmup_ratio": warmup_ratio}
+        for each, peak in ((optimizer, learning_rate), (value_optimizer, value_learning_rate)):
+            for group in each.param_groups:
+                group["lr"] = learning_rate_at(step, peak=peak, **schedule)
+        sums = TokenSums(runtime.device)
+        grad_norm = value_grad_norm = torch.zeros(())
+        for epoch in range(ppo_epochs):
+            order = epoch_order(rollout_batch_size, seed=seed, epoch=(step - 1) * ppo_epochs + epoch, shuffle=True)
+            for start in range(0, rollout_batch_size, minibatch_size):
+                chosen = order[start : start + minibatch_size]
+                num_tokens = int(mask[chosen].sum())
+
+                if step > critic_warmup_steps:
+                    for part in reducing_gradients(
+                        policy, shares(chosen, rollout.rows, **over), every=sync_every_micro_batch
+                    ):
+                        answers, m = [rollout.rows[i] for i in part], mask[part]
+                        logps, entropies = answer_logps(policy, answers, width, pad_token_id, temperature, entropy=True)
+                        logps, entropies = logps[: len(part)], entropies[: len(part)]  # no answers: a row of padding
+                        old_logps = rollout.logps[part]
+                        losses, seen = ppo_policy_loss(
+                            logps[m], old_logps[m], advantages[part][m], cliprange=cliprange, dual_clip=dual_clip
+                        )
+                        if tis_cap is not None:
+                            losses = losses * importance_weights(old_logps[m], rollout.engine_logps[part][m], tis_cap)
+                        loss = (losses.sum() - entropy_coef * entropies[m].sum()) / num_tokens
+                        if kl_in == "loss":
+                            log_ratios = (logps - rollout.ref_logps[part]) * m
+                            loss = loss + coef * sequence_kl_loss(log_ratios).sum() / len(chosen)
+                        (loss * dp_size).backward()  # FSDP averages gradients over dp
+                        sums.add(
+                            policy=losses, ratio=seen.ratio, ratio_square=seen.ratio.square(), clipped=seen.clipped
+                        )
+                        sums.add(approx_kl=seen.approx_kl, entropy=entropies[m], policy_tokens=torch.ones_like(losses))
+                    if debug_checks and epoch == start == 0:
+                        check_first_minibatch(
+                            sums, rollout, dp, same_as_reference=step == 1 and ref_path == checkpoint_path
+                        )
+                    grad_norm = clip_grad_norm(policy, max_grad_norm)
+                    check_finite(step, numbers, grad_norm=grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+                for part in reducing_gradients(
+                    critic, shares(chosen, rollout.rows, **over), every=sync_every_micro_batch
+                ):
+                    answers, m = [rollout.rows[i] for i in part], mask[part]
+                    values = answer_values(critic, answers, width, pad_token_id)[: len(part)]
+                    losses, clipped = ppo_value_loss(
+                        values[m], rollout.values[part][m], returns[part][m], cliprange_value=cliprange_value
+                    )
+                    (vf_coef * losses.sum() / num_tokens * dp_size).backward()
+                    sums.add(value=losses, value_clipped=clipped, value_tokens=torch.ones_like(losses))
+                value_grad_norm = clip_grad_norm(critic, max_grad_norm)
+                check_finite(step, numbers, value_grad_norm=value_grad_norm)
+                value_optimizer.step()
+                value_optimizer.zero_grad(set_to_none=True)
+        update_seconds = watch.lap()
+        refresh(copy, policy)
+        refresh_seconds = watch.lap()
+
+        # log
+        means, kl = sums.means(dp), ((rollout.logps - rollout.ref_logps) * mask).sum(1)
+        if kl_target is not None:
+            trained.kl_coef.fill_(adapted_kl_coef(coef, kl.mean().item(), kl_target, rollout_batch_size, kl_horizon))
+        seconds = {**rollout.seconds, "update": update_seconds, "refresh": refresh_seconds}
+        line = {
+            "step": step,
+            "loss": means["policy"] + vf_coef * means["value"],
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm.item(),
+            "value_grad_norm": value_grad_norm.item(),
+            "episode": first + rollout_batch_size,
+            **objectives(rollout, coef),
+            "policy/approxkl_avg": means["approx_kl"],
+            "policy/clipfrac_avg": means["clipped"],
+            "policy/entropy_avg": means["entropy"],
+            "loss/policy_avg": means["policy"],
+            "loss/value_avg": means["value"],
+            "val/clipfrac_avg": means["value_clipped"],
+            "val/ratio": means["ratio"],
+            "val/ratio_var": means["ratio_square"] - means["ratio"] ** 2,
+            "kl_coef": coef,
+            "num_tokens": int(mask.sum()),
+            "tokens_per_second": int(mask.sum()) / sum(seconds.values()),
+            "rollout_tokens_per_second": int(mask.sum()) / seconds["rollout"],
+            "update_tokens_per_second": ppo_epochs * int(mask.sum()) / seconds["update"],
+            **{f"time/{name}": value for name, value in seconds.items()},
+        }
+        evaluate_now = held_out and (step == total_steps or (eval_steps and step % eval_steps == 0))
+        if evaluate_now:
+            evaluation = collect(held_out, 0, sample_idx=1)  # other noise than training's, the same each time
+            line |= {f"eval_{name}": value for name, value in objectives(evaluation, coef).items()}
+            if log is not None:
+                bar.write(show_samples(step, held_out, evaluation, num_eval_samples, log))
+            watch.lap()
+        if evaluate_now or step % log_steps == 0 or step == total_steps:
+            metrics.write(line)
+        score, rate = line["objective/scores"], line["tokens_per_second"]
+        bar.set_postfix_str(f"score {score:.3f}, KL {line['objective/kl']:.3f}, {rate:,.0f} tok/s", refresh=False)
+        bar.update(1)
+
+        # save
+        stopping = stop.agreed(runtime.device)
+        if stopping or (save_steps and (step % save_steps == 0 or step == total_steps)):
+            checkpoints.save(step)
+        if stopping:
+            checkpoints.finish()
+            bar.close()
+            metrics.close()
+            say(f"stopped by a signal after update {step}; go on with --resume")
+            return
+    checkpoints.finish()
+    bar.close()
+    metrics.close()
+
+    exporting = {"copy_from": checkpoint_path, "dtype": saved_dtype}
+    value_config = {
+        **read_hf_config(value_path)[0],
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": 1,
+    }
+    save_folder(output_dir / "critic", full_tensors(critic), config=value_config, **exporting)
+    save_folder(output_dir, full_tensors(policy), config=hf_config, **exporting)
+    say(f"{output_dir}: policy written, its critic in critic/; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+class TokenSums:
+    """Sums of numbers per token over the minibatches of an update, and over the ranks when asked for their means."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.sums = device, {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double().sum()
+
+    def means(self, dp: DeviceMesh) -> dict[str, float]:
+        """By the number of tokens of the policy's or the critic's passes; 0 where there were none."""
+        names = ("policy", "ratio", "ratio_square", "clipped", "approx_kl", "entropy", "policy_tokens")
+        names += ("value", "value_clipped", "value_tokens")
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        found = torch.stack([zero + self.sums.get(name, 0.0) for name in names])
+        dist.all_reduce(found, group=dp.get_group())
+        found = dict(zip(names, found.tolist()))
+        count = lambda name: found["value_tokens" if name.startswith("value") else "policy_tokens"]  # noqa: E731
+        return {name: value / max(1.0, count(name)) for name, value in found.items()}
+
+
+def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
+    mask, log_ratio = rollout.mask, (rollout.logps - rollout.ref_logps) * rollout.mask
+    kl, k3 = (
+        log_ratio.sum(1).mean().item(),
+        (kl_estimates(rollout.logps, rollout.ref_logps)[1] * mask).sum(1).mean().item(),
+    )
+    gap = (rollout.logps - rollout.engine_logps)[mask].abs()
+    score = (rollout.scores + rollout.step_rewards.sum(1)).mean().item()
+    return {
+        "objective/kl": kl,
+        "objective/k3": k3,
+        "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "objective/scores": score,
+        "val/num_eos_tokens": sum(rollout.finished),
+        "completion_length": mask.sum(1).double().mean().item(),
+        "engine/logprob_gap_mean": gap.mean().item(),
+        "engine/logprob_gap_max": gap.max().item(),
+    }
+
+
+def check_first_minibatch(sums: TokenSums, rollout: Rollout, dp: DeviceMesh, *, same_as_reference: bool) -> None:
+    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, and KL 0 if it is the reference."""
+    means, tolerance = sums.means(dp), 1e-4 if rollout.logps.dtype == torch.float32 else 1e-2
+    wrong = []
+    if abs(means["ratio"] - 1) > tolerance or means["approx_kl"] > tolerance or means["clipped"] > 0:
+        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
+    largest = ((rollout.logps - rollout.ref_logps) * rollout.mask).abs().max().item()
+    if same_as_reference and largest > tolerance:
+        wrong.append(f"log-probs {largest} away from the reference's, which has the same weights")
+    if wrong:
+        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
+
+
+def show_samples(step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO) -> str:
+    """Writes all answers to the log, and returns the first `count` as a table for people."""
+    kls = ((rollout.logps - rollout.ref_logps) * rollout.mask).sum(1).tolist()
+    scores = (rollout.scores + rollout.step_rewards.sum(1)).tolist()
+    shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
+    for i, prompt in enumerate(prompts):
+        line = {"step": step, "prompt": prompt.text, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
+        log.write(json.dumps(line | {"finished": rollout.finished[i]}, ensure_ascii=False) + "\n")
+        if i < count:
+            end = "" if rollout.finished[i] else " (not finished)"
+            shown.append(f"  {scores[i]:8.3f}  {visible(prompt.text)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
+    log.flush()
+    return "\n".join(shown)
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

@@ -3,7 +3,7 @@
 - a loss is not averaged here: callers sum it and divide by the global number of pairs (examples, tokens) of the
   optimizer step, so neither micro-batches nor ranks change it
 - log-probabilities of a completion are sums over its tokens, EOS included; where a loss wants the mean, it divides
-- tests/training/fixtures holds what TRL's trainers give for the same inputs
+- tests/training/fixtures holds what TRL, verl and OpenRLHF give for the same inputs
 
 Dimensions: B batch (pairs), T tokens, E model dim, V vocabulary, N tokens or examples that are learnt.
 """
@@ -195,7 +195,7 @@ def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100
 @torch.no_grad()
 def shaped_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """The reward of each token: -kl_coef (logp - ref_logp), on a row's last masked token plus its score; fp32 [B, T],
-    0 outside the mask (Ziegler et al. 2019, arXiv 1909.08593, section 2; Ouyang et al. 2022, 2203.02155).
+    0 outside the mask (Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, 2203.02155).
 
     scores [B]; logps, ref_logps [B, T] in nats, of the policy at rollout and of the reference. The log-ratio (k1) is
     negative on many tokens and must stay so: its mean is the KL, and clamped at 0 it leads to another policy.
@@ -213,7 +213,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     rewards, values [B, T]: the value at t is that of the state in which token t is chosen. Returns (advantages,
     returns), fp32 [B, T], 0 outside the mask; returns = advantages + values, so before any whitening.
     """
-    rewards, values = torch.where(mask, rewards.float(), 0.0), torch.where(mask, values.float(), 0.0)
+    rewards, values = rewards.float(), torch.where(mask, values.float(), 0.0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(len(values))
     for t in reversed(range(values.shape[1])):
@@ -252,7 +252,7 @@ def ppo_policy_loss(
     """(max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)), stats) of each token, r = exp(logp - old_logp), fp32 [N].
 
     Schulman et al. 2017, arXiv 1707.06347, eq. 7. With dual_clip c > 1 the loss of a token with A < 0 is at most -c A,
-    and its gradient 0 beyond that (Ye et al. 2020, 1912.09729, eq. 5). logps, old_logps (nats), advantages: [N].
+    and its gradient 0 beyond that (Ye et al. 2020, 1912.09729). logps, old_logps (nats), advantages: [N].
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip {dual_clip}: a bound on the ratio where the advantage is negative, more than 1")
@@ -305,7 +305,7 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
     """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): the controller of Ziegler et al. 2019 (arXiv
-    1909.08593, section 2.2). kl, target: nats per answer; n answers in this update; horizon in answers."""
+    1909.08593). kl, target: nats per answer; n answers in this update; horizon in answers."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 

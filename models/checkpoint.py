@@ -125,6 +125,10 @@ class WeightFiles:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    def paths(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({path for path, _ in self._file_of.values()})
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 

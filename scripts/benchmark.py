@@ -1,22 +1,25 @@
 """Speed beside the physical limit, with random weights.
 
 - the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
-- generate: decode and prefill rates of the engine; sft: tokens/s of whole optimizer steps
+- generate: decode and prefill rates of the engine; sft, dpo: tokens/s of whole optimizer steps
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
-- --compare runs transformers on the same shape in alternating processes and prints the ratios; one process's timing
-  alone says little on a shared machine
+- --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
+  the ratios; one process's timing alone says little on a shared machine
 - the last line is JSON
 
     python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
     python scripts/benchmark.py sft --preset 134m --dtype bfloat16 --batch_size 4 --seq_len 512
+    python scripts/benchmark.py dpo --preset 134m --dtype bfloat16 --batch_size 4 --prompt_len 128 --new_tokens 128
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
 """
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -45,8 +48,10 @@ from training.common import (
     say,
     training_flops_per_token,
 )
-from training.losses import token_cross_entropy
+from training.data import IGNORE_INDEX, Example
+from training.losses import dpo_loss, sequence_logps, token_cross_entropy, token_logps
 from training.optim import make_optimizer
+from training.preferences import Pair, collate_pairs
 
 SIZES = {
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
@@ -55,24 +60,32 @@ SIZES = {
     "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
     "8b": PRESETS["meta-llama/Llama-3.1-8B"],
 }
+PEERS = {"generate": "transformers", "sft": "transformers", "dpo": "trl"}
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser("Speed beside the physical limit, with random weights.")
     add_runtime_arguments(parser)
     add = parser.add_argument
-    add("job", choices=["generate", "sft", "memory"], help="what to measure")
+    add("job", choices=[*PEERS, "memory"], help="what to measure")
     add("--preset", choices=list(SIZES), default="134m", help="shape of the model")
-    add("--batch_size", type=positive_int, default=8, help="slots, or rows of an optimizer step (memory: micro-batch)")
-    add("--prompt_len", type=positive_int, default=64, help="generate: tokens of each prompt")
-    add("--new_tokens", type=positive_int, default=128, help="generate: tokens of each completion")
+    add("--batch_size", type=positive_int, default=8, help="slots, rows of a step, or its pairs (memory: micro-batch)")
+    add("--prompt_len", type=positive_int, default=64, help="generate, dpo: tokens of each prompt")
+    add("--new_tokens", type=positive_int, default=128, help="generate, dpo: tokens of each completion")
     add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
-    add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="sft: recompute")
-    add("--repeats", type=positive_int, default=3, help="timed runs (generate) or steps (sft), after one to warm up")
-    add("--engine", choices=["ours", "transformers"], default="ours", help="what to run")
+    add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
+    add(
+        "--precompute_ref",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="dpo: the reference's log-probs once before training, else in each step",
+    )
+    add("--repeats", type=positive_int, default=3, help="timed runs (generate) or steps, after one to warm up")
+    add("--engine", choices=["ours", "peer"], default="ours", help="what to run; the peer is transformers, or trl")
     add("--layouts", nargs="+", type=layout, default=None, help="memory: dp x tp, as 1x1 8x1 4x2; this run's ranks")
     add("--measure", action="store_true", help="memory: train with random weights and print the measured peak beside")
-    add("--compare", type=positive_int, default=None, help="alternate ours and transformers so many times")
+    add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
+    add("--peer_python", type=Path, default=Path(sys.executable), help="--compare: interpreter that has the peer")
     return parser
 
 
@@ -83,7 +96,7 @@ def layout(text: str) -> tuple[int, int]:
 
 def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: int, seed: int, **options) -> None:
     if compare:
-        compare_engines(compare)
+        compare_engines(job, compare, options["peer_python"])
         return
     if job == "memory":
         report_memory(preset, options)
@@ -92,13 +105,14 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
     config = SIZES[preset]
     torch.manual_seed(seed)
     flops, bandwidth = ceilings(runtime.device)
-    measure = {"generate": measure_generate, "sft": measure_sft}[job] if engine == "ours" else peer(job)
+    ours = {"generate": measure_generate, "sft": measure_sft, "dpo": measure_dpo}
+    measure = ours[job] if engine == "ours" else peer(job)
     result = measure(config, runtime, repeats, options)
     rows = {
         "model": f"{preset}, {config.num_parameters() / 1e6:,.1f} M parameters, random",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
         + ", compiled" * runtime.compile,
-        "versions": f"torch {torch.__version__}, engine {engine}",
+        "versions": f"torch {torch.__version__}, engine {engine if engine == 'ours' else PEERS[job]}",
         "ceilings": f"{flops / 1e12:,.2f} TFLOP/s (matrix product), {bandwidth / 1e9:,.1f} GB/s (copy)",
         "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {repeats})",
     }
@@ -117,7 +131,13 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
 def setting(job: str, options: dict) -> str:
     if job == "generate":
         return "{batch_size} slots, {prompt_len} + {new_tokens} tokens".format(**options)
-    return "{batch_size} x {seq_len} tokens, recompute {activation_checkpointing}".format(**options)
+    recompute = f"recompute {options['activation_checkpointing']}"
+    if job == "sft":
+        return "{batch_size} x {seq_len} tokens, ".format(**options) + recompute
+    when = "before training" if options["precompute_ref"] else "in each step"
+    return (
+        "{batch_size} x 2 x ({prompt_len} + {new_tokens}) tokens, ".format(**options) + f"reference {when}, {recompute}"
+    )
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -174,18 +194,34 @@ def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) 
     }
 
 
-def random_model(config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int):
-    """(a model of random weights, its optimizer), ready for training on the ranks of this run."""
+def sharded_model(config: ModelConfig, runtime: Runtime, tensor_parallel_size: int = 1, **options) -> Transformer:
+    """A model of random weights on the ranks of this run, as the training scripts have it. options: of shard_model."""
     mesh = init_mesh(runtime.device, tensor_parallel_size)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh))
-    shard_model(model, mesh, compute_dtype=runtime.dtype, recompute=recompute, compile=runtime.compile)
+    shard_model(model, mesh, compute_dtype=runtime.dtype, compile=runtime.compile, **options)
     model.to_empty(device=runtime.device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(0.0, 0.02)
     model.reset_buffers(runtime.device)
+    return model
+
+
+def random_model(config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int):
+    """(a model of random weights, its optimizer), ready for training on the ranks of this run."""
+    model = sharded_model(config, runtime, tensor_parallel_size, recompute=recompute)
     return model, make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+
+
+def seconds_of_step(model, optimizer, loss_of: Callable[[], torch.Tensor], runtime: Runtime, repeats: int) -> float:
+    def step() -> None:
+        loss_of().backward()
+        clip_grad_norm(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return seconds_of(step, runtime.device, repeats)
 
 
 def measure_sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
@@ -194,14 +230,50 @@ def measure_sft(config: ModelConfig, runtime, repeats: int, options: dict) -> di
     ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
     tokens = ids.numel()
 
-    def step() -> None:
-        (token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens).backward()
-        clip_grad_norm(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss_of() -> torch.Tensor:
+        return token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens
 
-    rate = tokens / seconds_of(step, runtime.device, repeats)
+    rate = tokens / seconds_of_step(model, optimizer, loss_of, runtime, repeats)
     return {"tokens_per_second": rate, "flops_per_second": rate * training_flops_per_token(config, shape[1])}
+
+
+def random_pairs(config: ModelConfig, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompts [B, T], chosen and rejected completions [B, 2, T])"""
+    batch, prompt_len, new_tokens = (options[name] for name in ("batch_size", "prompt_len", "new_tokens"))
+    prompts = torch.randint(3, config.vocab_size, (batch, prompt_len))
+    return prompts, torch.randint(3, config.vocab_size, (batch, 2, new_tokens))
+
+
+def measure_dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    pairs = []
+    for prompt, sides in zip(*(ids.tolist() for ids in random_pairs(config, options))):
+        rows = [Example(prompt + side, [IGNORE_INDEX] * len(prompt) + side) for side in sides]
+        pairs.append(Pair(len(prompt), *rows))
+    model, optimizer = random_model(config, runtime, options["activation_checkpointing"], tensor_parallel_size=1)
+    reference = sharded_model(config, runtime, param_dtype=runtime.dtype).requires_grad_(False)
+
+    def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate_pairs(pairs, 0, runtime.device)
+        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
+        return sequence_logps(logps, batch.labels)
+
+    @torch.no_grad()
+    def reference_logps() -> torch.Tensor:
+        return logps_of(reference)[0]
+
+    known = None
+    if options["precompute_ref"]:
+        known, reference = reference_logps(), None
+
+    def loss_of() -> torch.Tensor:
+        logps, lengths = logps_of(model)
+        ref_logps = reference_logps() if known is None else known
+        return dpo_loss("sigmoid", *logps.chunk(2), *ref_logps.chunk(2), *lengths.chunk(2), beta=0.1).losses.mean()
+
+    length = options["prompt_len"] + options["new_tokens"]
+    rate = 2 * len(pairs) * length / seconds_of_step(model, optimizer, loss_of, runtime, repeats)
+    flops = training_flops_per_token(config, length) * (1 if options["precompute_ref"] else 4 / 3)
+    return {"tokens_per_second": rate, "flops_per_second": rate * flops}
 
 
 def training_memory(
@@ -303,11 +375,17 @@ def measure_memory(
 
 
 def peer(job: str) -> Callable:
-    """The same job with transformers: generate(), or a plain loop of its model with bf16 autocast and AdamW."""
+    """The same job with transformers' generate(), a plain loop of its model with bf16 autocast and AdamW, or TRL's
+    DPOTrainer."""
     try:
         import transformers
+
+        if job == "dpo":
+            import datasets
+            import tokenizers
+            import trl
     except ImportError:
-        raise ValueError("--engine transformers needs it installed: pip install transformers") from None
+        raise ValueError(f"--engine peer needs {PEERS[job]}: pip install it here or in --peer_python") from None
 
     def build(config: ModelConfig, dtype: torch.dtype, device: torch.device):
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -339,28 +417,75 @@ def peer(job: str) -> Callable:
 
         return {"tokens_per_second": ids.numel() / seconds_of(step, runtime.device, repeats)}
 
-    return {"generate": generate, "sft": sft}[job]
+    def dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        class Trainer(trl.DPOTrainer):
+            def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
+                return dataset
+
+        class Clock(transformers.TrainerCallback):
+            watch, times = Stopwatch(runtime.device), []
+
+            def on_step_begin(self, *args, **kwargs):
+                self.watch.lap()
+
+            def on_step_end(self, *args, **kwargs):
+                self.times.append(self.watch.lap())
+
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        pairs = [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            for prompt, (chosen, rejected) in zip(*(ids.tolist() for ids in random_pairs(config, options)))
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            settings = trl.DPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=len(pairs),
+                max_steps=repeats + 1,
+                learning_rate=1e-5,
+                max_length=None,
+                bf16=runtime.dtype == torch.bfloat16,
+                use_cpu=runtime.device.type == "cpu",
+                gradient_checkpointing=options["activation_checkpointing"] != "none",
+                precompute_ref_log_probs=options["precompute_ref"],
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            )
+            model = build(config, torch.float32, runtime.device)
+            more = {"train_dataset": datasets.Dataset.from_list(pairs), "callbacks": [Clock]}
+            if not options["precompute_ref"]:
+                more["ref_model"] = build(config, torch.float32, runtime.device)
+            Trainer(model, args=settings, processing_class=tokenizer, **more).train()
+        tokens = 2 * len(pairs) * (options["prompt_len"] + options["new_tokens"])
+        return {"tokens_per_second": tokens / statistics.median(Clock.times[1:])}
+
+    return {"generate": generate, "sft": sft, "dpo": dpo}[job]
 
 
-def compare_engines(rounds: int) -> None:
+def compare_engines(job: str, rounds: int, peer_python: Path) -> None:
     """Runs this command with either engine in turn, each in a process of its own, and prints the ratios."""
     arguments = sys.argv[1:]
     at = arguments.index("--compare")
     del arguments[at : at + 2]
-    found = {"ours": [], "transformers": []}
+    found = {"ours": [], "peer": []}
     for i in range(rounds):
         for engine, results in found.items():
-            command = [sys.executable, __file__, *arguments, "--engine", engine]
+            python = sys.executable if engine == "ours" else peer_python
+            command = [python, __file__, *arguments, "--engine", engine]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"--engine {engine} failed: {done.stderr.strip().splitlines()[-1]}")
             results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            name = engine if engine == "ours" else PEERS[job]
             speed, memory = results[-1]["tokens_per_second"], results[-1]["peak_memory"] / 1e9
-            print(f"round {i + 1}: {engine:12} {speed:10,.1f} tok/s, {memory:,.2f} GB peak", flush=True)
-    pairs = list(zip(found["ours"], found["transformers"]))
+            print(f"round {i + 1}: {name:12} {speed:10,.1f} tok/s, {memory:,.2f} GB peak", flush=True)
+    pairs = list(zip(found["ours"], found["peer"]))
     speed = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
     memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
-    print(f"ours / transformers: speed {', '.join(f'{x:.2f}' for x in speed)}; memory {statistics.median(memory):.2f}")
+    print(f"ours / {PEERS[job]}: speed {', '.join(f'{x:.2f}' for x in speed)}; memory {statistics.median(memory):.2f}")
     print(json.dumps({"speed_ratios": speed, "memory_ratios": memory, "ours": found["ours"][-1]}))
 
 

@@ -11,6 +11,7 @@
   the record is skipped
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,14 @@ from training.data import (
 @dataclass
 class Pair:
     """Two rows that begin with the same prompt_length ids; loss on what follows. margin: how much better the chosen one
-    is, in units of the reward; None where the record does not say."""
+    is, in units of the reward; None where the record does not say. reference: what a frozen model gives for the two
+    completions, summed log-probabilities; NaN until training/reference.py has computed it."""
 
     prompt_length: int
     chosen: Example
     rejected: Example
     margin: float | None = None
+    reference: tuple[float, float] = (math.nan, math.nan)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from models.model import read_json_object
 from models.tp import is_main_rank
 from training.common import say, write_json
 
-# A run that goes on with another of these would not be the same run: another model, or other batches.
+# A run that goes on with another of these would not be the same run: another model, other batches or another loss.
 FIXED_ARGS = (
     "checkpoint_path",
     "train_file",
@@ -39,6 +39,12 @@ FIXED_ARGS = (
     "loss",
     "center_coef",
     "step_separator",
+    "beta",
+    "label_smoothing",
+    "simpo_gamma",
+    "rpo_alpha",
+    "ref_checkpoint_path",
+    "quantize_ref",
     "dtype",
     "param_dtype",
     "optim",

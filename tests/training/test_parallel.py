@@ -62,6 +62,10 @@ def arguments(folder, train_file, out, *more) -> list[str]:
     return list(map(str, [*flags, *more]))
 
 
+def sft_job(*args: object) -> list[str]:
+    return ["finetune_sft", *arguments(*args)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Two folders, ragged records (one with nothing to learn), and what one process makes of them."""
@@ -71,8 +75,8 @@ def world(tmp_path_factory):
     train_file = tiny.write_records(root / "train.jsonl", records)
     for name, config in (("tied", TIED), ("biased", BIASED)):
         tiny.write_model(root / name, **config)
-    jobs = [arguments(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
-    jobs.append(arguments(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
+    jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
+    jobs.append(sft_job(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
     launch(1, jobs, root / "one.json")
     return root, train_file
 
@@ -115,10 +119,10 @@ def test_layouts_agree(world, layout):
                 continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
-            jobs.append(arguments(root / name, train_file, root / outs[-1][2], *more))
+            jobs.append(sft_job(root / name, train_file, root / outs[-1][2], *more))
     for kind, flags in HYBRID.items() if ranks == 4 else ():
         outs.append(("biased", kind, kind.replace(" ", "-")))
-        jobs.append(arguments(root / "biased", train_file, root / outs[-1][2], *flags))
+        jobs.append(sft_job(root / "biased", train_file, root / outs[-1][2], *flags))
     launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
@@ -152,7 +156,7 @@ def test_planted_faults_show(world, fault):
     layout, flags = FAULTS[fault]
     ranks, tp_size = LAYOUTS[layout]
     out = root / fault.replace(" ", "-")
-    job = arguments(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
+    job = sft_job(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
     launch(ranks, [job], root / "fault.json", fault)
     assert compare(root, "biased", out.name) > 1e-3
 
@@ -258,10 +262,10 @@ def test_lean_optimizers_on_four_ranks(world):
         run = arguments(root / folder, train_file, f"{out}-one", *more)
         assert tiny.run("training/finetune_sft.py", *run).code == 0
         more += ["--tensor_parallel_size", 2]
-        jobs.append(arguments(root / folder, train_file, f"{out}-four", *more))
+        jobs.append(sft_job(root / folder, train_file, f"{out}-four", *more))
         for copy in ("again", "alone"):
             jobs.append(["rewind", f"{out}-four", f"{out}-{copy}", "2"])
-        jobs.append(arguments(root / folder, train_file, f"{out}-again", *more, "--resume"))
+        jobs.append(sft_job(root / folder, train_file, f"{out}-again", *more, "--resume"))
     launch(4, jobs, root / "lean.json")
     for name, (folder, flags) in LEAN.items():
         out = root / f"lean-{name}"

@@ -1,0 +1,94 @@
+"""What training/train_dpo.py learns, where the best policy is known.
+
+All strings of at most two letters of ten are the answers to one prompt, each with a reward r. Pairs are drawn from the
+reference and judged by Bradley and Terry's rule. The optimum is pi* = ref exp(r / beta) / Z, and the regret of a
+policy pi, J(pi*) - J(pi) with J(pi) = E r - beta KL(pi | ref), is beta KL(pi | pi*) (Rafailov et al. 2023).
+"""
+
+import itertools
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from tests import tiny
+from training import train_dpo
+
+LETTERS = "abcdefghij"
+ANSWERS = ["".join(letters) for n in range(3) for letters in itertools.product(LETTERS, repeat=n)]
+BETA = 0.5
+NUM_PAIRS = 24576
+
+
+def write_letters(folder):
+    """A tokenizer with a token for each letter, and a random model."""
+    pieces = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", "?", *LETTERS])}
+    tiny.write_model(folder, vocab_size=len(pieces), std=0.08, hidden_size=64, max_position_embeddings=8)
+    (folder / "tokenizer.model").unlink()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=pieces, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return pieces
+
+
+def answer_logps(folder, pieces):
+    """Of each answer, EOS included, under a folder's model by transformers; normalised over the answers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows = [[pieces["?"], *(pieces[letter] for letter in answer), pieces["</s>"]] for answer in ANSWERS]
+    ids = torch.tensor([row + [0] * (4 - len(row)) for row in rows])
+    with torch.no_grad():
+        logps = model(ids).logits[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    places = torch.arange(3) < torch.tensor([len(row) - 1 for row in rows])[:, None]
+    return (logps * places).double().sum(dim=1).log_softmax(dim=0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(a random model that is reference and start, its letters, a file of pairs, pi*, the reference's regret)"""
+    root = tmp_path_factory.mktemp("letters")
+    pieces = write_letters(root / "model")
+    reference = answer_logps(root / "model", pieces)
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.randn(len(ANSWERS), generator=generator).double()
+    pairs = torch.multinomial(reference.exp(), 2 * NUM_PAIRS, replacement=True, generator=generator).view(-1, 2)
+    wins = torch.rand(NUM_PAIRS, generator=generator) < (rewards[pairs[:, 0]] - rewards[pairs[:, 1]]).sigmoid()
+    pairs = torch.where(wins[:, None], pairs, pairs.flip(1))
+    records = [{"prompt": "?", "chosen": ANSWERS[c], "rejected": ANSWERS[r]} for c, r in pairs.tolist()]
+    best = (reference + rewards / BETA).log_softmax(dim=0)
+    return root / "model", pieces, tiny.write_records(root / "pairs.jsonl", records), best, regret(reference, best)
+
+
+def regret(policy, best):
+    return BETA * (policy.exp() * (policy - best)).sum().item()
+
+
+def regret_of_training(world, out, *more):
+    """That of the trained policy, as a share of the reference's."""
+    folder, pieces, train_file, best, of_reference = world
+    flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--beta", BETA]
+    flags += ["--batch_size", 256, "--learning_rate", 2e-3, "--num_epochs", 2, "--max_grad_norm", 10, *more]
+    result = tiny.run("training/train_dpo.py", *flags)
+    assert result.code == 0, result.stderr
+    return regret(answer_logps(out, pieces), best) / of_reference
+
+
+def test_it_reaches_the_optimum(world, tmp_path):
+    """Catches whatever leaves the loss curve good and the policy bad: a wrong beta, a reference that moves, tokens left
+    out of the sum."""
+    assert regret_of_training(world, tmp_path / "out") < 0.08
+
+
+def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
+    """Catches a measure that does not notice the classic mistake, which leaves the loss as good."""
+    real = train_dpo.collate_pairs
+
+    def without_eos(*args):
+        batch = real(*args)
+        batch.labels[torch.arange(len(batch.labels)), batch.last] = -100
+        return batch
+
+    monkeypatch.setattr(train_dpo, "collate_pairs", without_eos)
+    assert regret_of_training(world, tmp_path / "out", "--num_epochs", 1) > 0.3

@@ -1,0 +1,235 @@
+"""training/train_dpo.py through kills and resumes, with a cache of the reference that is right or wrong, and its
+refusals."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.training.test_finetune_sft import assert_same_weights, copy_with, deterministic, weights_of
+from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
+from training import run_dir, train_dpo
+from training.data import training_batches
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    """The script takes SIGTERM over for its process, which here is pytest's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory):
+    return tiny.write_records(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS)
+
+
+# ------------------------------------------------------------------------------------ kill and resume
+
+RUN = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 4, "weight_decay": 0.1, "warmup_ratio": 0.2}
+LAST_STEP = 16
+
+
+@pytest.fixture(scope="module")
+def run_flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied") / "in"
+    tiny.write_model(folder, tie_word_embeddings=True, attention_bias=True)
+    path = tiny.write_records(folder.parent / "train.jsonl", RECORDS)
+    return folder, path
+
+
+@pytest.fixture(scope="module")
+def whole(run_flags, tmp_path_factory):
+    """The run that nobody interrupts; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(*run_flags, out, **RUN, save_steps=6)
+    return out
+
+
+def assert_same_run(resumed, whole):
+    assert_same_weights(resumed, whole)
+    ours, theirs = metrics_of(resumed), metrics_of(whole)
+    assert deterministic(ours) == deterministic(theirs)
+    assert [line["step"] for line in ours] == list(range(1, LAST_STEP + 1))
+
+
+READ = "log-probs of the reference read, a batch of "
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_kill_and_resume(how, whole, run_flags, tmp_path):
+    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft.py lists."""
+    run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
+    process = tiny.start(SCRIPT, *flags(*run_flags, out, **run))
+    while process.poll() is None and not (out / "checkpoints/step-000002").exists():
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.15))
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    done = (out / "config.json").exists()  # it may have finished meanwhile
+    assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
+    result = train(*run_flags, out, **run, resume=True)
+    assert "resuming after step" in result.stdout and f"ref_logps_train.safetensors: {READ}" in result.stdout
+    assert_same_run(out, whole)
+
+
+def stop_after(monkeypatch, step):
+    """Sends SIGTERM to this process while the run writes the metrics of a step."""
+    write = run_dir.Metrics.write
+
+    def write_and_stop(self, values):
+        write(self, values)
+        if values["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_dpo.Metrics, "write", write_and_stop)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("more", [{}, {"precompute_ref": False}], ids=["precomputed", "in each step"])
+def test_resume_without_the_cache(dtype, more, run_flags, tmp_path, monkeypatch):
+    """Catches a reference computed anew from the policy's checkpoint, or a head and embedding that the reference's
+    forward left gathered, for the first step after a resume."""
+    run = {**RUN, **more, "dtype": dtype}
+    train(*run_flags, tmp_path / "whole", **run)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert "stopped by a signal after step 7;" in train(*run_flags, out, **run).stdout
+    (out / "ref_logps_train.safetensors").unlink(missing_ok=True)
+    assert READ not in train(*run_flags, out, **run, resume=True).stdout
+    assert_same_run(out, tmp_path / "whole")
+
+
+def change_cache(path, change):
+    logps = load_file(path)["logps"]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"logps": change(logps)}, path, metadata=metadata)
+
+
+def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
+    """Catches log-probs of another reference, a broken file or other pairs' values used without a word."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    cache = out / "ref_logps_train.safetensors"
+    shutil.rmtree(out / "checkpoints/step-000016")
+    change_cache(cache, lambda logps: logps + 0.05)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    tampered = tiny.run(SCRIPT, *flags(*run_flags, out, **RUN, resume=True))
+    tiny.assert_refused(tampered, f"{cache}: record ", "remove the file to compute all anew")
+    cache.write_bytes(cache.read_bytes()[:-5])
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(*run_flags, out, **RUN, resume=True)), f"{cache}: cannot be read")
+    cache.write_bytes(before[cache])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    # the same command, but the reference has become another model, or the records others
+    folder = copy_with(run_flags[0], tmp_path / "in")
+    run = flags(folder, run_flags[1], tmp_path / "again", **RUN, save_steps=6)
+    assert tiny.run(SCRIPT, *run, "--max_steps", 1).code == 0
+    weights = weights_of(folder)
+    weights["model.norm.weight"][5] += 1e-6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = tiny.run(SCRIPT, *run, "--max_steps", 1, "--resume")
+    assert result.code == 0 and "another reference or another dtype; computing anew" in result.stdout
+
+
+@pytest.mark.parametrize("name, value", [("beta", 0.2), ("loss", "hinge"), ("label_smoothing", 0.1)])
+def test_another_loss_on_resume(name, value, whole, run_flags, tmp_path):
+    """Catches a run that goes on as another one."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    result = tiny.run(SCRIPT, *flags(*run_flags, out, **RUN, resume=True, **{name: value}))
+    tiny.assert_refused(result, f"the run was begun with other --{name}")
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_non_finite_loss(run_flags, tmp_path, monkeypatch):
+    """Catches a run that goes on with NaN, or saves it over the last good checkpoint, or does not say where it was."""
+    calls, real = [], train_dpo.dpo_loss
+
+    def overflows(*args, **kwargs):
+        calls.append(1)  # 2 + 2 + 1 + 2 + 1 micro-batches until the first infinite one
+        found = real(*args, **kwargs)
+        return found._replace(losses=found.losses * (math.inf if len(calls) > 8 else 1))
+
+    monkeypatch.setattr(train_dpo, "dpo_loss", overflows)
+    run = {**RUN, "batch_size": 4, "save_steps": 2}
+    result = tiny.run(SCRIPT, *flags(*run_flags, tmp_path / "out", **run))
+    batches = dict(training_batches(10, 4, seed=0, shuffle=True, first_step=1, last_step=9))
+    shown = ", ".join(map(str, batches[5]))
+    tiny.assert_refused(result, "step 5: loss is inf", f"records of the step (from 0): {shown}\n")
+    assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2, 3, 4]
+    assert sorted(os.listdir(tmp_path / "out/checkpoints")) == ["step-000002", "step-000004"]
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_infinite_reference(folder, train_file, tmp_path):
+    """Catches log-probs of a broken reference trained on."""
+    broken = copy_with(folder, tmp_path / "in", lambda w: w["model.norm.weight"].__setitem__(3, math.inf))
+    result = tiny.run(SCRIPT, *flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=broken))
+    tiny.assert_refused(result, "the reference gives record ", "not finite")
+    assert not (tmp_path / "out").exists()
+
+
+GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
+BAD_RECORDS = {
+    "empty file": ([], "holds no records"),
+    "no rejected": ([GOOD, {"prompt": "a", "chosen": " b"}], "train.jsonl:2: the field 'rejected' is missing"),
+    "types": ([GOOD, {**GOOD, "rejected": 3}], "train.jsonl:2: rejected must be text or a list of messages"),
+    "all identical": ([{**GOOD, "chosen": " c"}], "chosen and rejected are the same in every record"),
+    "margin": ([{**GOOD, "margin": "much"}], "train.jsonl:1: margin must be a finite number"),
+    "too long": ([{**GOOD, "chosen": " b" * 99}], "tokens, the limit is 40"),
+}
+BAD_FLAGS = {
+    "smoothing with ipo": ({"loss": "ipo", "label_smoothing": 0.1}, ["--label_smoothing", "--loss ipo"]),
+    "smoothing with hinge": ({"loss": "hinge", "label_smoothing": 0.1}, ["--label_smoothing", "--loss hinge"]),
+    "robust at a half": ({"loss": "robust", "label_smoothing": 0.5}, ["--label_smoothing 0.5", "robust"]),
+    "smoothing": ({"label_smoothing": 0.7}, ["--label_smoothing", "'0.7'"]),
+    "beta": ({"beta": 0}, ["--beta", "'0'"]),
+    "loss": ({"loss": "kto"}, ["--loss", "kto"]),
+    "reference for simpo": ({"loss": "simpo", "ref_checkpoint_path": "x"}, ["--ref_checkpoint_path", "simpo"]),
+    "gamma": ({"simpo_gamma": 0.3}, ["--simpo_gamma is for --loss simpo"]),
+    "alpha": ({"rpo_alpha": 0.3, "loss": "ipo"}, ["--rpo_alpha is for --loss rpo"]),
+    "quantised": ({"quantize_ref": "int8"}, ["--quantize_ref int8: not available yet"]),
+    "no reference there": ({"ref_checkpoint_path": "nowhere"}, ["nowhere: no such file or folder"]),
+    "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),
+    "eval steps": ({"eval_steps": 3}, ["--eval_steps needs an --eval_file"]),
+    "no eval file": ({"eval_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_RECORDS, *BAD_FLAGS])
+def test_bad_input(name, folder, train_file, tmp_path):
+    """Catches a mistake found late or never, a traceback, and output made for nothing."""
+    given, parts = BAD_FLAGS.get(name, ({"overlong": "refuse"}, [BAD_RECORDS.get(name, (0, ""))[1]]))
+    if name in BAD_RECORDS:
+        train_file = tiny.write_records(tmp_path / "train.jsonl", BAD_RECORDS[name][0])
+    result = tiny.run(SCRIPT, *flags(folder, train_file, tmp_path / "out", **given))
+    tiny.assert_refused(result, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reference_that_does_not_fit(folder, train_file, tmp_path):
+    """Catches a reference of another vocabulary, a shorter context, or with broken weights."""
+    tiny.write_model(tmp_path / "vocabulary", vocab_size=400)
+    tiny.write_model(tmp_path / "context", max_position_embeddings=32)
+    copy_with(folder, tmp_path / "weights", lambda w: w.pop("model.norm.weight"))
+    for name, part in (("vocabulary", "400"), ("context", "32 tokens"), ("weights", "missing tensors")):
+        args = flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=tmp_path / name)
+        tiny.assert_refused(tiny.run(SCRIPT, *args), str(tmp_path / name), part)
+        assert not (tmp_path / "out").exists()
+
+
+def test_from_the_shell(folder, tmp_path):
+    """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
+    process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
+    printed, errors = process.communicate(timeout=60)
+    tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "train_dpo.py: error: ", "nowhere.jsonl")

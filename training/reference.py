@@ -1,0 +1,138 @@
+"""What the frozen reference thinks of pairs, computed once before training and kept beside the run.
+
+- the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; one of
+  another key is computed anew, one of the same key is read, and a random batch of it is computed again and compared
+- a matrix product in bf16 may give a row other bits in another batch. So pairs are grouped as the first epoch groups
+  them, and a policy that begins as the reference begins with a loss of ln 2 to the last bit
+"""
+
+import hashlib
+import os
+import random
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.checkpoint import WeightFiles
+from models.tp import is_main_rank
+from training.common import progress_bar, say
+from training.data import micro_batches
+from training.preferences import Pair, pair_length
+
+
+def weights_digest(folder: Path, device: torch.device) -> str:
+    """SHA-256 of a folder's config.json and weight files, whole: a second or less for each GB. The main rank reads them
+    (they are about to be loaded, so this warms the page cache) and tells the others: a collective."""
+    digests = [None]
+    if is_main_rank():
+        paths = [folder / "config.json", *WeightFiles(folder).paths()]
+        with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+            digests = [hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()]
+    dist.broadcast_object_list(digests, src=0, device=device)
+    return digests[0]
+
+
+def _file_digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def pairs_digest(pairs: list[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            digest.update(array("q", [len(side.input_ids), *side.input_ids, *side.labels]))
+    return digest.hexdigest()
+
+
+def precompute(
+    logps_of: Callable[[list[Pair]], Tensor],
+    pairs: list[Pair],
+    batches: list[list[int]],
+    path: Path,
+    *,
+    key: dict[str, str],
+    tolerance: float,
+    micro_batch_size: int,
+    dp: DeviceMesh,
+    device: torch.device,
+) -> None:
+    """Sets `reference` of the pairs in `batches`: from the file where it has them, else computed and added to the file.
+    A collective.
+
+    logps_of: what the reference gives for some pairs, [2, B]; it is called for micro-batches of the batches, which
+    should be those of training. key: of the weights and the computation; that of the pairs is added. tolerance: how
+    far the batch that is computed again may be from the file, relative to 1 + |log-probability|. Raises ValueError if
+    it is further, if the file cannot be read, or for a value that is not finite.
+    """
+    key = {**key, "pairs": pairs_digest(pairs)}
+
+    def compute(batches: list[list[int]]) -> Tensor:
+        """[pairs, 2] on the CPU, 0 outside the batches."""
+        found = torch.zeros(len(pairs), 2, device=device)
+        for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
+            by_length = {"key": lambda i: pair_length(pairs[i])}
+            for rows in micro_batches(numbers, micro_batch_size, dp.get_local_rank(), dp.size(), **by_length):
+                found[rows] = logps_of([pairs[i] for i in rows]).T
+        dist.all_reduce(found, group=dp.get_group())
+        return found.cpu()
+
+    logps = _read(path, key)
+    if logps is None:
+        logps = torch.full((len(pairs), 2), torch.nan)
+    missing = [numbers for numbers in batches if logps[numbers].isnan().any()]
+    known = [numbers for numbers in batches if not logps[numbers].isnan().any()]
+    if known:
+        draw = torch.tensor(random.randrange(2**31), device=device)
+        dist.broadcast(draw, src=0)
+        numbers = known[int(draw) % len(known)]
+        again = compute([numbers])[numbers]
+        gap = ((again - logps[numbers]).abs() / (1 + again.abs())).amax(dim=1)
+        if not (gap <= tolerance).all():
+            worst = numbers[int(gap.argmax())]
+            raise ValueError(
+                f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
+                f"{_shown(again[numbers.index(worst)])} when computed again; remove the file to compute all anew"
+            )
+        say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} computed again and found equal")
+    if missing:
+        computed = compute(missing)
+        for numbers in missing:
+            logps[numbers] = computed[numbers]
+            if not computed[numbers].isfinite().all():
+                worst = next(i for i in numbers if not computed[i].isfinite().all())
+                raise ValueError(f"the reference gives record {worst} (from 0) {_shown(computed[worst])}, not finite")
+        if is_main_rank():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = path.with_name(f".{path.name}.partial")
+            save_file({"logps": logps}, staging, metadata=key)
+            os.replace(staging, path)
+    for pair, values in zip(pairs, logps.tolist()):
+        pair.reference = tuple(values)
+
+
+def _shown(logps: Tensor) -> str:
+    return " and ".join(f"{value:.5g}" for value in logps.tolist())
+
+
+def _read(path: Path, key: dict[str, str]) -> Tensor | None:
+    """The log-probs in a file, [pairs, 2], NaN where not computed; None if there is none of this key."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, logps = file.metadata(), file.get_tensor("logps")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read, remove it to compute it anew: {error}") from None
+    if found != key:
+        say(f"{path}: of other pairs, another reference or another dtype; computing anew")
+        return None
+    return logps

@@ -1,11 +1,13 @@
-"""Runs finetune_sft.main for several settings in the ranks of one torchrun launch, and keeps each run's gradients.
+"""Runs training scripts for several settings in the ranks of one torchrun launch, and keeps each run's gradients.
 
     torchrun --nproc-per-node 4 tests/training/parallel_worker.py JOBS.json
 
-JOBS.json: a list of argument lists. Beside each --output_dir, OUT.gradients.pt holds the gradients of every step.
+JOBS.json: a list of [SCRIPT, *arguments], SCRIPT being finetune_sft or another module of training/. Beside each
+--output_dir, OUT.gradients.pt holds the gradients of every step.
 ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import torch.distributed as dist
 
-from training import finetune_sft
+from models.fsdp import clip_grad_norm
 from training.common import end_process
 
 torch.set_num_threads(1)
@@ -37,20 +39,20 @@ def rewind(run: str, copy: str, step: str) -> None:
 
 
 def main(jobs: list[list[str]]) -> None:
-    clip = finetune_sft.clip_grad_norm
-    for arguments in jobs:
-        if arguments[0] == "rewind":
-            rewind(*arguments[1:])
+    for name, *arguments in jobs:
+        if name == "rewind":
+            rewind(*arguments)
             continue
+        script = importlib.import_module(f"training.{name}")
         steps = []
 
         def recording_clip(model, max_norm, steps=steps):
             steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
-            return clip(model, max_norm)
+            return clip_grad_norm(model, max_norm)
 
-        finetune_sft.clip_grad_norm = recording_clip
-        args = finetune_sft.parser().parse_args(arguments)
-        finetune_sft.main(**vars(args))
+        script.clip_grad_norm = recording_clip
+        args = script.parser().parse_args(arguments)
+        script.main(**vars(args))
         if dist.get_rank() == 0:
             torch.save(steps, f"{args.output_dir}.gradients.pt")
 

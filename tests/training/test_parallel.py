@@ -33,6 +33,11 @@ FLAGS = {
     "packed": ["--pack", "--batch_size", "2"],
     "compiled": ["--compile"],
 }
+REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a rank an empty micro-batch
+    "pairwise": ["--center_coef", "0.1", "--micro_batch_size", "1"],
+    "pointwise": ["--micro_batch_size", "3", "--activation_checkpointing", "full"],
+    "process": ["--micro_batch_size", "1", "--sequence_parallel"],
+}
 
 
 def launch(ranks: int, jobs: list[list[str]], path, fault: str = "") -> None:
@@ -53,6 +58,30 @@ def arguments(folder, train_file, out, *more) -> list[str]:
     return list(map(str, [*flags, *more]))
 
 
+def sft_job(*args: object) -> list[str]:
+    return ["finetune_sft", *arguments(*args)]
+
+
+def reward_job(root, loss, out, *more) -> list[str]:
+    folder = root / ("tied" if loss == "process" else "biased")
+    return ["train_rm", *arguments(folder, root / f"{loss}.jsonl", out, "--loss", loss, *REWARDS[loss], *more)]
+
+
+def judged_records(loss):
+    """Ragged ones for train_rm.py."""
+    records = []
+    for i in range(13):
+        prompt, good, bad = f"{i} plus" + " so" * (i % 5), f" {i} is" + " it" * (i % 4), " or" * (i % 6)
+        if loss == "pairwise":
+            records.append({"prompt": prompt, "chosen": good, "rejected": bad, "margin": i % 3})
+        elif loss == "pointwise":
+            records.append({"prompt": prompt, "completion": good, "label": (i % 4) / 3})
+        else:
+            labels = [i % 2, 1, 0][: 1 + i % 3]
+            records.append({"prompt": prompt + "\n", "completions": [good.strip()] * len(labels), "labels": labels})
+    return records
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Two folders, ragged records (one with nothing to learn), and what one process makes of them."""
@@ -62,8 +91,11 @@ def world(tmp_path_factory):
     train_file = tiny.write_records(root / "train.jsonl", records)
     for name, config in (("tied", TIED), ("biased", BIASED)):
         tiny.write_model(root / name, **config)
-    jobs = [arguments(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
-    jobs.append(arguments(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
+    jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
+    jobs.append(sft_job(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
+    for loss in REWARDS:
+        tiny.write_records(root / f"{loss}.jsonl", judged_records(loss))
+        jobs.append(reward_job(root, loss, root / f"one-{loss}"))
     launch(1, jobs, root / "one.json")
     return root, train_file
 
@@ -76,7 +108,12 @@ def compare(root, name: str, out: str) -> float:
     for line, want in zip(lines, wanted):
         for key in {"loss", "grad_norm", "eval_loss"} & line.keys() & want.keys():
             worst = max(worst, abs(line[key] - want[key]) / want[key])
+        for key in line.keys() & want.keys() - {"tokens_per_second"}:  # a mean reward may be all but 0
+            worst = max(worst, abs(line[key] - want[key]) / max(1, abs(want[key])))
         assert line["num_tokens"] == want["num_tokens"]
+    config, wanted = (json.loads((root / d / "config.json").read_text()) for d in (out, f"one-{name}"))
+    for key in ("reward_mean", "reward_std"):
+        worst = max(worst, abs(config.get(key, 0) - wanted.get(key, 0)))
     gradients, wanted = (torch.load(root / f"{d}.gradients.pt") for d in (out, f"one-{name}"))
     for step, want in zip(gradients, wanted):
         assert step.keys() == want.keys()
@@ -93,8 +130,9 @@ def compare(root, name: str, out: str) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
     """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
-    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, and samples at an evaluation that
-    are not those of the whole, current weights."""
+    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, samples at an evaluation that are
+    not those of the whole, current weights, a scalar head that differs between ranks, and rewards of one rank alone in
+    a metric."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]
     jobs, outs = [], []
@@ -106,7 +144,10 @@ def test_layouts_agree(world, layout):
                 continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
-            jobs.append(arguments(root / name, train_file, root / outs[-1][2], *more))
+            jobs.append(sft_job(root / name, train_file, root / outs[-1][2], *more))
+    for loss in REWARDS:
+        outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
+        jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
     launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
@@ -133,7 +174,7 @@ def test_planted_faults_show(world, fault):
     layout, flags = FAULTS[fault]
     ranks, tp_size = LAYOUTS[layout]
     out = root / fault.replace(" ", "-")
-    job = arguments(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
+    job = sft_job(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
     launch(ranks, [job], root / "fault.json", fault)
     assert compare(root, "biased", out.name) > 1e-3
 
@@ -198,10 +239,10 @@ def test_lean_optimizers_on_four_ranks(world):
         run = arguments(root / folder, train_file, f"{out}-one", *more)
         assert tiny.run("training/finetune_sft.py", *run).code == 0
         more += ["--tensor_parallel_size", 2]
-        jobs.append(arguments(root / folder, train_file, f"{out}-four", *more))
+        jobs.append(sft_job(root / folder, train_file, f"{out}-four", *more))
         for copy in ("again", "alone"):
             jobs.append(["rewind", f"{out}-four", f"{out}-{copy}", "2"])
-        jobs.append(arguments(root / folder, train_file, f"{out}-again", *more, "--resume"))
+        jobs.append(sft_job(root / folder, train_file, f"{out}-again", *more, "--resume"))
     launch(4, jobs, root / "lean.json")
     for name, (folder, flags) in LEAN.items():
         out = root / f"lean-{name}"

@@ -15,25 +15,23 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from models.checkpoint import WeightFiles
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.model import ModelConfig, Transformer, read_hf_config
+from models.model import ModelConfig, read_hf_config
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
-from training.choosing import answer_of, choose_best, choose_by_vote, final_answer
+from training.choosing import answer_of, choose_best, choose_by_vote, final_answer, sigmoid
 from training.common import (
     ArgumentParser,
     Runtime,
@@ -42,7 +40,6 @@ from training.common import (
     card,
     choose_runtime,
     device_name,
-    load_function,
     open_folder,
     pad_id,
     peak_memory,
@@ -53,9 +50,11 @@ from training.common import (
     say,
     training_flops_per_token,
 )
-from training.data import Record, check_ids, micro_batches, naming, read_records, require
+from training.data import Record, check_ids, naming, read_records, require
 from training.lines import LineWriter, read_begun, refuse_occupied, write_lines
-from training.preferences import Scored, collate_scored, cut_completion, cut_steps, encode_to_score
+from training.preferences import Scored, cut_completion, cut_steps, encode_to_score
+from training.rewards import aggregate as aggregate_steps
+from training.rewards import load_function, step_scores
 
 WINDOW = 16  # batches that are sorted by length together; what a kill loses at most
 ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "voted_answer", "votes")
@@ -188,6 +187,7 @@ def main(
         )
         if runtime.compile:
             model.compile(dynamic=True)
+    padding = pad_id(tokenizer, config)
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
     clock = Stopwatch(runtime.device)
     with (
@@ -197,7 +197,8 @@ def main(
         for start in range(first, len(items), size):
             window = items[start : start + size]
             rows = [row for item in window for row in item.rows]
-            scores = iter(score_rows(model, rows, batch_size, mesh["dp"], pad_id(tokenizer, config), bar))
+            options = {"micro_batch_size": batch_size, "pad_token_id": padding, "dp": mesh["dp"], "bar": bar}
+            scores = iter(step_scores(model, rows, **options))
             for i, item in enumerate(window, start=start):
                 line = line_of(item, [next(scores) for _ in item.rows], kind, normalize=normalize, aggregate=aggregate)
                 if i >= num_done:
@@ -214,11 +215,8 @@ def main(
         write_lines(output_file, chosen)
     say(card("done", {"records": f"{len(lines):,}", **speed, **summary(lines)}))
     if choosing:
-        say(
-            card(
-                "chosen", {"prompts": f"{len(chosen):,}, {len(lines) / len(chosen):.1f} samples each"} | summary(chosen)
-            )
-        )
+        prompts = f"{len(chosen):,}, {len(lines) / len(chosen):.1f} samples each"
+        say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -266,28 +264,6 @@ def check_flags(kind: Kind, folder: Path, *, normalize: bool, aggregate: str | N
         raise ValueError("--normalize: the scores of steps are logits of probabilities and stay as they are")
     if normalize and (kind.mean is None or not kind.std or kind.std < 0):
         raise ValueError(f"--normalize: {folder / 'config.json'} has no reward_mean and positive reward_std")
-
-
-def score_rows(
-    model: Transformer, rows: list[Scored], batch_size: int, dp: DeviceMesh, pad_token_id: int, bar: tqdm
-) -> list[list[float]]:
-    """The scores at the positions of each row, in the rows' order; computed in parts by the dp ranks, and all there on
-    every rank."""
-    device = model.inv_freq.device
-    ends = list(accumulate(len(row.positions) for row in rows))
-    scores = torch.zeros(ends[-1], device=device)
-    share = dp.get_local_rank(), dp.size()
-    for batch in micro_batches(list(enumerate(rows)), batch_size, *share, key=lambda pair: len(pair[1].input_ids)):
-        if not batch:
-            continue  # the forward has no collective over dp
-        inputs = collate_scored([row for _, row in batch], pad_token_id, device)
-        hidden = model(inputs.input_ids)
-        places = [place for i, row in batch for place in range(ends[i] - len(row.positions), ends[i])]
-        scores[places] = model.score(hidden[inputs.rows, inputs.positions])
-        num_tokens = sum(len(row.input_ids) for _, row in batch)
-        bar.update(min(bar.total - bar.n, num_tokens * dp.size()))
-    dist.all_reduce(scores, group=dp.get_group())
-    return [part.tolist() for part in scores.split([len(row.positions) for row in rows])]
 
 
 # ---------------------------------------------------------------------------------------- the records
@@ -346,24 +322,12 @@ def line_of(
     if kind.separator is not None:
         added = {"step_rewards": scores[0]}
         if aggregate is not None:
-            added["reward"] = AGGREGATES[aggregate]([sigmoid(score) for score in scores[0]])
+            added["reward"] = aggregate_steps(scores[0], aggregate)
     else:
         names = ("reward",) if len(item.rows) == 1 else ("chosen_reward", "rejected_reward")
         rewards = [(score - kind.mean) / kind.std if normalize else score for [score] in scores]
         added = dict(zip(names, rewards))
     return item.record.fields | added
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
-
-
-AGGREGATES: dict[str, Callable[[list[float]], float]] = {
-    "min": min,
-    "prod": math.prod,
-    "last": lambda probabilities: probabilities[-1],
-    "mean": lambda probabilities: math.fsum(probabilities) / len(probabilities),
-}
 
 
 # --------------------------------------------------------------------------------- what people see

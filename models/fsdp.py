@@ -152,7 +152,9 @@ def shard_model(
     _to_dtensors(model, mesh["tp"], param_dtype)
     for block in model.layers:
         block.recompute = recompute
-        if compile:
+        if compile and recompute == "full":  # torch 2.13 cannot compile a checkpoint of DTensors' local parts
+            block._forward = torch.compile(block._forward)
+        elif compile:
             block.compile()
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,

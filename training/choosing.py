@@ -72,3 +72,7 @@ def final_answer(text: str) -> str | None:
         if depth == 0:
             return text[start + len("\\boxed{") : end].strip()
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+
+
+def sigmoid(reward: float) -> float:
+    return 1 / (1 + math.exp(-reward)) if reward > 0 else math.exp(reward) / (1 + math.exp(reward))

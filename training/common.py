@@ -9,7 +9,6 @@
 import argparse
 import contextlib
 import ctypes
-import importlib.util
 import json
 import math
 import os
@@ -332,26 +331,6 @@ def open_folder(
     tokenizer = Tokenizer(checkpoint_path)
     check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
     return config, tokenizer, max_seq_len or context
-
-
-def load_function(flag: str, place: str) -> Callable:
-    """The Python function that a flag names as FILE.py:NAME. Raises ValueError or FileNotFoundError, naming the flag.
-    The file is a program of the user's, and its top level runs here."""
-    path, _, name = place.rpartition(":")
-    if not path.endswith(".py") or not name:
-        raise ValueError(f"{flag} {place}: must be FILE.py:NAME")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # it can fail in any way
-        raise ValueError(f"{flag} {path}: cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{flag} {path}: has no function {name!r}")
-    return function
 
 
 def pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int:

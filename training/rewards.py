@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
 
 from models.checkpoint import WeightFiles
 from models.model import ModelConfig, Transformer, read_hf_config
@@ -32,25 +33,33 @@ from training.rollouts import Prompt
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
 
 
-def load_reward_function(place: str) -> RewardFunction:
-    """The function NAME of "FILE.py:NAME". Raises FileNotFoundError or ValueError that says what is wrong with it."""
+def load_function(flag: str, place: str) -> Callable:
+    """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
+    wrong with it."""
     path, separator, name = place.rpartition(":")
     if not separator or not name.isidentifier():
-        raise ValueError(f"--reward_fn {place!r}: must be FILE.py:NAME")
+        raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward_fn {place}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location("reward_fn", path)
+        raise FileNotFoundError(f"{flag} {place}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(flag.lstrip("-"), path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--reward_fn {place}: {path} is not a Python file")
+        raise ValueError(f"{flag} {place}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's file does when it is run
-        raise ValueError(f"--reward_fn {place}: {path} cannot be imported: {_short(error)}") from error
+        raise ValueError(f"{flag} {place}: {path} cannot be imported: {_short(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"--reward_fn {place}: {path} has no function {name}")
+        raise ValueError(f"{flag} {place}: {path} has no function {name}")
+    return function
+
+
+def load_reward_function(place: str) -> RewardFunction:
+    """The function that --reward_fn names; see load_function. Raises ValueError also for other parameters."""
+    function = load_function("--reward_fn", place)
+    name = place.rpartition(":")[2]
     try:
         inspect.signature(function).bind([], [], [])
     except TypeError:
@@ -161,9 +170,16 @@ def rows_to_score(
 
 
 def step_scores(
-    model: Transformer, rows: list[Scored], *, micro_batch_size: int, pad_token_id: int, dp: DeviceMesh
+    model: Transformer,
+    rows: list[Scored],
+    *,
+    micro_batch_size: int,
+    pad_token_id: int,
+    dp: DeviceMesh,
+    bar: tqdm | None = None,
 ) -> list[list[float]]:
-    """The scores at each row's positions, the same on all ranks, which share the rows over `dp`. A collective."""
+    """The scores at each row's positions, the same on all ranks, which share the rows over `dp`. A collective. bar:
+    shows tokens."""
     device = model.inv_freq.device
     multiple_of = size_of(model.parallel.tp) if model.parallel.sequence_parallel else 1
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
@@ -178,9 +194,11 @@ def step_scores(
     with torch.no_grad():
         for group in numbers:
             batch = collate_scored([rows[i] for i in group], pad_token_id, device, multiple_of)
-            scores = model.score(model(batch.input_ids))[batch.rows, batch.positions]
+            scores = model.score(model(batch.input_ids)[batch.rows, batch.positions])
             places = [first[i] + j for i in group for j in range(len(rows[i].positions))]
             found[torch.tensor(places, dtype=torch.int64, device=device)] = scores
+            if bar is not None:
+                bar.update(min(bar.total - bar.n, dp.size() * sum(len(rows[i].input_ids) for i in group)))
     dist.all_reduce(found, group=dp.get_group())  # each score is one rank's; the others have 0 there
     values = found.tolist()
     return [values[a:b] for a, b in itertools.pairwise(first)]

@@ -34,6 +34,7 @@ FLAGS = {
     ],
     "packed": ["--pack", "--batch_size", "2"],
     "compiled": ["--compile"],
+    "compiled, recompute": ["--compile", "--activation_checkpointing", "full"],
     "one reduction": ["--micro_batch_size", "1", "--no-sync_every_micro_batch"],
 }
 ONCE = ("packed", "one reduction")  # with one of the two models
@@ -41,6 +42,11 @@ HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
     "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "2"],
     "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
     "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
+}
+REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a rank an empty micro-batch
+    "pairwise": ["--center_coef", "0.1", "--micro_batch_size", "1"],
+    "pointwise": ["--micro_batch_size", "3", "--activation_checkpointing", "full"],
+    "process": ["--micro_batch_size", "1", "--sequence_parallel"],
 }
 
 
@@ -66,6 +72,26 @@ def sft_job(*args: object) -> list[str]:
     return ["finetune_sft", *arguments(*args)]
 
 
+def reward_job(root, loss, out, *more) -> list[str]:
+    folder = root / ("tied" if loss == "process" else "biased")
+    return ["train_rm", *arguments(folder, root / f"{loss}.jsonl", out, "--loss", loss, *REWARDS[loss], *more)]
+
+
+def judged_records(loss):
+    """Ragged ones for train_rm.py."""
+    records = []
+    for i in range(13):
+        prompt, good, bad = f"{i} plus" + " so" * (i % 5), f" {i} is" + " it" * (i % 4), " or" * (i % 6)
+        if loss == "pairwise":
+            records.append({"prompt": prompt, "chosen": good, "rejected": bad, "margin": i % 3})
+        elif loss == "pointwise":
+            records.append({"prompt": prompt, "completion": good, "label": (i % 4) / 3})
+        else:
+            labels = [i % 2, 1, 0][: 1 + i % 3]
+            records.append({"prompt": prompt + "\n", "completions": [good.strip()] * len(labels), "labels": labels})
+    return records
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Two folders, ragged records (one with nothing to learn), and what one process makes of them."""
@@ -77,6 +103,9 @@ def world(tmp_path_factory):
         tiny.write_model(root / name, **config)
     jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
     jobs.append(sft_job(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
+    for loss in REWARDS:
+        tiny.write_records(root / f"{loss}.jsonl", judged_records(loss))
+        jobs.append(reward_job(root, loss, root / f"one-{loss}"))
     launch(1, jobs, root / "one.json")
     return root, train_file
 
@@ -89,7 +118,12 @@ def compare(root, name: str, out: str) -> float:
     for line, want in zip(lines, wanted):
         for key in {"loss", "grad_norm", "eval_loss"} & line.keys() & want.keys():
             worst = max(worst, abs(line[key] - want[key]) / want[key])
+        for key in line.keys() & want.keys() - {"tokens_per_second"}:  # a mean reward may be all but 0
+            worst = max(worst, abs(line[key] - want[key]) / max(1, abs(want[key])))
         assert line["num_tokens"] == want["num_tokens"]
+    config, wanted = (json.loads((root / d / "config.json").read_text()) for d in (out, f"one-{name}"))
+    for key in ("reward_mean", "reward_std"):
+        worst = max(worst, abs(config.get(key, 0) - wanted.get(key, 0)))
     gradients, wanted = (torch.load(root / f"{d}.gradients.pt") for d in (out, f"one-{name}"))
     for step, want in zip(gradients, wanted):
         assert step.keys() == want.keys()
@@ -106,14 +140,15 @@ def compare(root, name: str, out: str) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
     """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
-    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, and samples at an evaluation that
-    are not those of the whole, current weights."""
+    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, samples at an evaluation that are
+    not those of the whole, current weights, a scalar head that differs between ranks, and rewards of one rank alone in
+    a metric."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]
     jobs, outs = [], []
     for name in ("tied", "biased"):
         for kind, flags in FLAGS.items():
-            if kind == "compiled" and (layout != "dp 2 x tp 2" or name == "tied"):
+            if kind.startswith("compiled") and (layout != "dp 2 x tp 2" or name == "tied"):
                 continue
             if (kind == "sequence parallel" and tp_size == 1) or (kind in ONCE and name == "tied"):
                 continue
@@ -123,6 +158,9 @@ def test_layouts_agree(world, layout):
     for kind, flags in HYBRID.items() if ranks == 4 else ():
         outs.append(("biased", kind, kind.replace(" ", "-")))
         jobs.append(sft_job(root / "biased", train_file, root / outs[-1][2], *flags))
+    for loss in REWARDS:
+        outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
+        jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
     launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found

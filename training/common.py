@@ -305,16 +305,21 @@ def keep_freed_memory() -> None:
 
 
 def split_batch(
-    batch_size: int, micro_batch_size: int | None, tensor_parallel_size: int, dp_replicate: int = 1
+    batch_size: int,
+    micro_batch_size: int | None,
+    tensor_parallel_size: int,
+    dp_replicate: int = 1,
+    flag: str = "--batch_size",
 ) -> tuple[int, int]:
-    """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together."""
+    """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together; flag
+    gave the batch_size."""
     dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
     if batch_size % dp_size:
-        raise ValueError(f"--batch_size {batch_size} does not divide over {dp_size} data-parallel ranks")
+        raise ValueError(f"{flag} {batch_size} does not divide over {dp_size} data-parallel ranks")
     micro_batch_size = micro_batch_size or batch_size // dp_size
     if micro_batch_size * dp_size > batch_size:
         ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
-        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than --batch_size {batch_size}")
+        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than {flag} {batch_size}")
     return dp_size, micro_batch_size
 
 

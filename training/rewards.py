@@ -23,11 +23,20 @@ from tqdm import tqdm
 
 from models.checkpoint import WeightFiles
 from models.model import ModelConfig, Transformer, read_hf_config
-from models.tokenizer import Tokenizer
+from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import is_main_rank, size_of
-from training.common import pad_id
+from training.choosing import sigmoid
+from training.common import open_folder, pad_id
 from training.data import Example, encode_prompt, micro_batches
-from training.preferences import Scored, collate_scored, cut_steps, encode_answer, encode_steps, split_steps
+from training.preferences import (
+    Scored,
+    collate_scored,
+    cut_steps,
+    encode_answer,
+    encode_steps,
+    encode_unfinished,
+    split_steps,
+)
 from training.rollouts import Prompt
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
@@ -109,17 +118,19 @@ class RewardFolder(NamedTuple):
     step_separator: str | None  # of a process reward model
 
 
-def open_reward_folder(path: Path, policy_path: Path) -> RewardFolder:
-    """Raises ValueError if the folder holds no scalar head."""
-    config, hf_config = ModelConfig.from_hf(path), read_hf_config(path)[0]
+def open_reward_folder(path: Path, policy_path: Path, tensor_parallel_size: int) -> RewardFolder:
+    """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
+    config, tokenizer, _ = open_folder(path, None, tensor_parallel_size)
+    hf_config = read_hf_config(path)[0]
     if not has_score_head(path):
         raise ValueError(f"{path}: not a reward model, it has no score.weight; train one with training/train_rm.py")
-    same = path.resolve() == policy_path.resolve() or _tokenizer_bytes(path) == _tokenizer_bytes(policy_path)
+    same = _tokenizer_bytes(path) == _tokenizer_bytes(policy_path)
+    same = same and config.vocab_size == ModelConfig.from_hf(policy_path).vocab_size  # any id can be drawn
     is_process = hf_config.get("reward_model_type") == "process"
     return RewardFolder(
         path,
         config,
-        Tokenizer(path),
+        tokenizer,
         same,
         hf_config.get("reward_mean"),
         hf_config.get("reward_std"),
@@ -162,8 +173,8 @@ def rows_to_score(
         if folder.same_tokenizer:
             ids = answer.input_ids
         else:
-            ids = encode_answer(prompt, text, folder.tokenizer)[0].input_ids
-            ids = ids if ended else ids[:-1]
+            whole = encode_answer(prompt, text, folder.tokenizer)[0].input_ids if ended else None
+            ids = whole or encode_unfinished(prompt, text, folder.tokenizer)
         ids = ids[:max_seq_len]
         rows.append(Scored(ids, [len(ids) - 1], []))
     return rows
@@ -211,13 +222,13 @@ def aggregate(step_scores: list[float], how: str) -> float:
     return {"min": probs.min, "prod": probs.prod, "last": lambda: probs[-1], "mean": probs.mean}[how]().item()
 
 
-def place_of_steps(text: str, separator: str, token_texts: list[str]) -> list[int]:
+def place_of_steps(text: str, separator: str, lengths: list[int]) -> list[int]:
     """The token, counted from 0, that ends each of split_steps(text, separator): the first with which the text so far
-    holds the whole step. token_texts[i] is the text of the first i + 1 tokens."""
+    holds the whole step. lengths[i]: characters that the first i + 1 tokens have completed."""
     places, end = [], 0
     for step in split_steps(text, separator):
         end = min(end + len(step) + len(separator), len(text))
-        places.append(next((i for i, sofar in enumerate(token_texts) if len(sofar) >= end), len(token_texts) - 1))
+        places.append(next((i for i, length in enumerate(lengths) if length >= end), len(lengths) - 1))
     return places
 
 
@@ -259,11 +270,10 @@ def score_answers(
             elif process_reward != "steps":
                 scores[i] += reward_model_weight * aggregate(values, process_reward)
             else:
-                places = place_of_steps(
-                    texts[i], judge.step_separator, _token_texts(tokenizer, prompts[i].ids, rows[i])
-                )
+                lengths = _text_lengths(tokenizer, prompts[i].ids, rows[i])
+                places = place_of_steps(texts[i], judge.step_separator, lengths)
                 for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
-                    step_rewards[i, place] += reward_model_weight / (1 + math.exp(-value))
+                    step_rewards[i, place] += reward_model_weight * sigmoid(value)
     if function is not None:
         said = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
         scores += reward_fn_weight * torch.tensor(_on_main_rank(call_reward_function, function, *said))
@@ -287,7 +297,7 @@ def _on_main_rank(function: Callable, *args):
     return found[0]
 
 
-def _token_texts(tokenizer: Tokenizer, prompt_ids: list[int], row: Example) -> list[str]:
-    """The text of the first 1, 2, ... tokens of an answer."""
-    ids = row.input_ids[len(prompt_ids) :]
-    return [tokenizer.decode_continuation(prompt_ids, ids[: i + 1]) for i in range(len(ids))]
+def _text_lengths(tokenizer: Tokenizer, prompt_ids: list[int], row: Example) -> list[int]:
+    """Characters of the text of the first 1, 2, ... tokens of an answer."""
+    stream = StreamDecoder(tokenizer, prompt_ids)
+    return list(itertools.accumulate(len(stream.push(token)) for token in row.input_ids[len(prompt_ids) :]))

@@ -1,12 +1,13 @@
-"""Answers of a policy for PPO: prompts in a resumable order, drawn by all ranks and known to all, and what the training
-models say of their tokens.
+"""Answers of a policy for PPO: prompts in a resumable order, drawn by all ranks and known to all, what the training
+models say of their tokens, and what is measured of them.
 
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ from training.data import (
     naming,
     tokenising,
 )
-from training.losses import token_logps
+from training.losses import kl_estimates, token_logps
+from training.samples import visible
 
 
 class Prompt(NamedTuple):
@@ -144,3 +146,103 @@ def answer_values(model: Transformer, rows: list[Example], width: int, pad_token
     """The critic's value before each token of the answers, fp32 [n, width]."""
     hidden, labels = _forward(model, rows, pad_token_id)
     return _left_aligned(model.score(hidden)[:, :-1][labels[:, 1:] != IGNORE_INDEX], labels, width)
+
+
+class Rollout(NamedTuple):
+    """The answers of an update, the same on all ranks."""
+
+    rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
+    texts: list[str]
+    finished: list[bool]  # whether it ended, rather than ran out of tokens
+    mask: Tensor  # bool [A, R]
+    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
+    logps: Tensor  # what the policy in training says,
+    ref_logps: Tensor  # the reference,
+    values: Tensor  # and the critic
+    scores: Tensor  # fp32 [A], penalties included, KL not
+    step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
+    seconds: dict[str, float]
+
+    def kls(self) -> Tensor:
+        """The log-ratio to the reference of each answer, fp32 [A]: their mean is the KL."""
+        return ((self.logps - self.ref_logps) * self.mask).sum(1)
+
+    def all_scores(self) -> Tensor:
+        """fp32 [A]"""
+        return self.scores + self.step_rewards.sum(1)
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+class TokenSums:
+    """Sums over the tokens of an update's minibatches, and over the ranks when asked for their means."""
+
+    NAMES = ("loss", "policy", "ratio", "ratio_square", "clipped", "approx_kl", "entropy", "policy_tokens")
+    NAMES += ("value", "value_clipped", "value_tokens")
+
+    def __init__(self, device: torch.device):
+        self.sums = dict.fromkeys(self.NAMES, torch.zeros((), dtype=torch.float64, device=device))
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach().double().sum()
+
+    def means(self, dp: DeviceMesh) -> dict[str, float]:
+        """By the number of tokens of the policy's or the critic's passes; 0 where there were none. A collective."""
+        found = torch.stack(list(self.sums.values()))
+        dist.all_reduce(found, group=dp.get_group())
+        found = dict(zip(self.NAMES, found.tolist(), strict=True))
+        counts = {name: found["value_tokens" if name.startswith("value") else "policy_tokens"] for name in found}
+        return {name: value / max(1.0, counts[name]) for name, value in found.items()}
+
+
+def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
+    mask, kl, score = rollout.mask, rollout.kls().mean().item(), rollout.all_scores().mean().item()
+    gap = (rollout.logps - rollout.engine_logps)[mask].abs()
+    return {
+        "objective/kl": kl,
+        "objective/k3": (kl_estimates(rollout.logps, rollout.ref_logps)[1] * mask).sum(1).mean().item(),
+        "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "objective/scores": score,
+        "val/num_eos_tokens": sum(rollout.finished),
+        "completion_length": mask.sum(1).double().mean().item(),
+        "engine/logprob_gap_mean": gap.mean().item(),
+        "engine/logprob_gap_max": gap.max().item(),
+    }
+
+
+def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torch.dtype, *, is_reference: bool) -> None:
+    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, the engine's log-probs (a sampler of
+    another temperature leaves the ratio at 1), and those of the reference if it has the same weights.
+
+    means: of the first minibatch, see TokenSums. dtype: of the computation.
+    """
+    exact = dtype == torch.float32
+    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if exact else (2e-2, 1e-2, 5e-2)
+    wrong = []
+    if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
+        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
+    for name, others in (("engine", rollout.engine_logps), ("reference", rollout.ref_logps)):
+        away = (rollout.logps - others)[rollout.mask].abs().mean().item()
+        if not away <= gap and (name == "engine" or is_reference):
+            wrong.append(f"log-probs {away} away from those of the {name}, which has the same weights")
+    if wrong:
+        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
+
+
+def show_samples(step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO) -> str:
+    """Writes all answers to the log, and returns the first `count` as a table for people."""
+    kls, scores = rollout.kls().tolist(), rollout.all_scores().tolist()
+    shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
+    for i, prompt in enumerate(prompts):
+        line = {"step": step, "prompt": prompt.text, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
+        log.write(json.dumps(line | {"finished": rollout.finished[i]}, ensure_ascii=False) + "\n")
+        if i < count:
+            end = "" if rollout.finished[i] else " (not finished)"
+            shown.append(f"  {scores[i]:8.3f}  {visible(prompt.text)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
+    log.flush()
+    return "\n".join(shown)

@@ -16,24 +16,20 @@ Schulman et al. 2017 (arXiv 1707.06347); from human feedback: Ziegler et al. 201
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
 from models.decode import can_pack, copy_for_inference, refresh
 from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.generation import Engine, SamplingParams
-from models.model import read_hf_config
+from models.model import ModelConfig, read_hf_config
 from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
@@ -65,7 +61,6 @@ from training.losses import (
     adapted_kl_coef,
     gae,
     importance_weights,
-    kl_estimates,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_kl_loss,
@@ -76,13 +71,18 @@ from training.optim import learning_rate_at, make_optimizer
 from training.rewards import has_score_head, load_reward_function, open_reward_folder, score_answers
 from training.rollouts import (
     Prompt,
+    Rollout,
+    TokenSums,
     answer_logps,
     answer_values,
+    check_first_minibatch,
     draw,
     load_prompts,
+    objectives,
     over_ranks,
     prompt_numbers,
     shares,
+    show_samples,
 )
 from training.run_dir import (
     CheckpointWriter,
@@ -93,7 +93,6 @@ from training.run_dir import (
     open_log,
     prepare_output_dir,
 )
-from training.samples import visible
 
 
 def parser() -> ArgumentParser:
@@ -151,7 +150,7 @@ def parser() -> ArgumentParser:
     add("--value_learning_rate", type=non_negative_float, default=1e-5, help="peak learning rate of the critic")
     add("--entropy_coef", type=non_negative_float, default=0.0, help="bonus for the entropy of a token")
     add("--critic_warmup_steps", type=non_negative_int, default=0, help="updates in which the critic alone learns")
-    add("--whiten_rewards", action=switch, default=False, help="divide the rewards by their deviation")
+    add("--whiten_rewards", action=switch, default=False, help="rewards of deviation 1, their mean kept, as in TRL")
     add(
         "--tis_cap",
         type=number(float, least=1),
@@ -159,24 +158,13 @@ def parser() -> ArgumentParser:
         help="weigh tokens by trainer / engine probability, at most this much (truncated importance sampling); off",
     )
     add("--num_eval_samples", type=non_negative_int, default=4, help="answers shown at each evaluation")
-    add("--debug_checks", action=switch, default=False, help="stop unless the first minibatch has ratio 1 and KL 0")
+    add(
+        "--debug_checks",
+        action=switch,
+        default=False,
+        help="stop unless sampler and policy agree at first",
+    )
     return parser
-
-
-class Rollout(NamedTuple):
-    """The answers of an update, the same on all ranks. A answers, R tokens of the longest, left-aligned."""
-
-    rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
-    texts: list[str]
-    finished: list[bool]  # whether it ended, rather than ran out of tokens
-    mask: Tensor  # bool [A, R]
-    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
-    logps: Tensor  # what the policy in training says,
-    ref_logps: Tensor  # the reference,
-    values: Tensor  # and the critic
-    scores: Tensor  # fp32 [A], penalties included, KL not
-    step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
-    seconds: dict[str, float]
 
 
 def main(
@@ -256,7 +244,8 @@ def main(
     minibatch_size = minibatch_size or rollout_batch_size
     if rollout_batch_size % minibatch_size:
         raise ValueError(f"--minibatch_size {minibatch_size} does not divide --rollout_batch_size {rollout_batch_size}")
-    dp_size, micro_batch_size = split_batch(minibatch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
+    sizes = (minibatch_size, micro_batch_size, tensor_parallel_size, dp_replicate)
+    dp_size, micro_batch_size = split_batch(*sizes, flag="--minibatch_size")
     if reward_checkpoint_path is None and reward_fn is None:
         raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
     for name, value in (("ref", quantize_ref), ("reward", quantize_reward)):
@@ -264,6 +253,10 @@ def main(
             raise ValueError(f"--quantize_{name} {value}: quantised weights are not available yet; leave it at none")
     if eval_steps is not None and eval_prompt_file is None:
         raise ValueError("--eval_steps needs an --eval_prompt_file")
+    if kl_target is not None and not kl_coef:
+        raise ValueError(f"--kl_target {kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another")
+    if whiten_rewards and kl_in == "loss":
+        raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
     check_installed(report_to)
     prepare_output_dir(output_dir, resume, args)
 
@@ -272,22 +265,31 @@ def main(
     config, tokenizer, context = open_folder(checkpoint_path, None, tensor_parallel_size)
     hf_config = read_hf_config(checkpoint_path)[0]
     saved_dtype = DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path)
-    judge = open_reward_folder(reward_checkpoint_path, checkpoint_path) if reward_checkpoint_path else None
+    judge = None
+    if reward_checkpoint_path:
+        judge = open_reward_folder(reward_checkpoint_path, checkpoint_path, tensor_parallel_size)
     function = load_reward_function(reward_fn) if reward_fn else None
-    prompts, skipped = load_prompts(prompt_file, tokenizer, context - max_new_tokens, config.vocab_size, overlong)
-    held_out = []
-    if eval_prompt_file:
-        held_out, _ = load_prompts(eval_prompt_file, tokenizer, context - max_new_tokens, config.vocab_size, overlong)
+    if max_new_tokens >= context:
+        raise ValueError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
+        )
+    room = {"most": context - max_new_tokens, "vocab_size": config.vocab_size, "overlong": overlong}
+    prompts, skipped = load_prompts(prompt_file, tokenizer, **room)
+    held_out, held_out_skipped = load_prompts(eval_prompt_file, tokenizer, **room) if eval_prompt_file else ([], 0)
     value_path = value_checkpoint_path or (
         reward_checkpoint_path if judge and judge.same_tokenizer else checkpoint_path
     )
     longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + max_new_tokens
-    value_config, *_ = open_folder(value_path, longest, tensor_parallel_size)
-    if value_config.vocab_size != config.vocab_size:
-        raise ValueError(f"{value_path}: a critic reads the policy's tokens, and this one has another vocabulary")
     ref_path = ref_checkpoint_path or checkpoint_path
-    if open_folder(ref_path, longest, tensor_parallel_size)[0].vocab_size != config.vocab_size:
-        raise ValueError(f"{ref_path}: a reference reads the policy's tokens, and this one has another vocabulary")
+    for name, path in (("critic", value_path), ("reference", ref_path)):
+        other, *_ = open_folder(path, None, tensor_parallel_size)
+        if other.vocab_size != config.vocab_size:
+            raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
+        if other.max_position_embeddings < longest:
+            raise ValueError(
+                f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
+                f"{other.max_position_embeddings}; lower --max_new_tokens or take another folder"
+            )
     if normalize_reward and (judge is None or judge.mean is None or not judge.std or judge.step_separator is not None):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
     pad_token_id = pad_id(tokenizer, config)
@@ -301,7 +303,9 @@ def main(
     learning = {"param_dtype": DTYPES[param_dtype], "recompute": activation_checkpointing, "cpu_offload": cpu_offload}
     frozen = {"param_dtype": runtime.dtype}  # what the trained weights are cast to, so policy = reference is exact
     policy = load_for_training(checkpoint_path, mesh, **placing, **learning)
-    zero_head = None if has_score_head(value_path) else torch.zeros(1, value_config.hidden_size)
+    zero_head = None
+    if not has_score_head(value_path):
+        zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
     critic = load_for_training(value_path, mesh, **placing, **learning, head="score", new_score=zero_head)
     reference = load_for_training(ref_path, mesh, **placing, **frozen).requires_grad_(False)
     reward_model = None
@@ -312,7 +316,8 @@ def main(
     optimizer = make_optimizer(policy, learning_rate=learning_rate, **settings)
     value_optimizer = make_optimizer(critic, learning_rate=value_learning_rate, **settings)
     trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both,
-    trained.register_buffer("kl_coef", torch.tensor(kl_coef, dtype=torch.float64))  # and what adapts
+    trained.register_buffer("kl_coef", torch.tensor(kl_coef, dtype=torch.float64))  # what adapts, and a count
+    trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
     optimizers = [optimizer, value_optimizer]
     first_step = begin_or_resume(output_dir, args, trained, optimizers, total_steps=total_steps, resume=resume)
     metrics = Metrics(output_dir, after_step=first_step - 1, report_to=report_to)
@@ -336,7 +341,7 @@ def main(
         "reward": " + ".join(str(part) for part in (reward_checkpoint_path, reward_fn) if part),
         "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
         "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
-        "prompts": f"{len(prompts):,}, {skipped:,} skipped; {len(held_out):,} held out",
+        "prompts": f"{len(prompts):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long",
         "updates": f"{first_step} to {total_steps}, {rollout_batch_size} answers each in {ppo_epochs} epochs of "
         f"{rollout_batch_size // minibatch_size} minibatches",
     }
@@ -392,6 +397,7 @@ def main(
         if whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
+        spread = advantages[mask].std(correction=min(1, int(mask.sum()) - 1)).clamp(min=1e-4)
         advantages = whiten(advantages, mask)
         check_finite(step, numbers, rewards=rewards.sum(), advantages=advantages.sum())
 
@@ -411,28 +417,25 @@ def main(
                     for part in reducing_gradients(
                         policy, shares(chosen, rollout.rows, **over), every=sync_every_micro_batch
                     ):
-                        answers, m = [rollout.rows[i] for i in part], mask[part]
-                        logps, entropies = answer_logps(policy, answers, width, pad_token_id, temperature, entropy=True)
-                        logps, entropies = logps[: len(part)], entropies[: len(part)]  # no answers: a row of padding
+                        answers, m, count = [rollout.rows[i] for i in part], mask[part], len(part)
+                        said = answer_logps(policy, answers, width, pad_token_id, temperature, entropy=True)
+                        logps, entropies = said[0][:count], said[1][:count]  # no answers: a row of padding
                         old_logps = rollout.logps[part]
                         losses, seen = ppo_policy_loss(
                             logps[m], old_logps[m], advantages[part][m], cliprange=cliprange, dual_clip=dual_clip
                         )
                         if tis_cap is not None:
                             losses = losses * importance_weights(old_logps[m], rollout.engine_logps[part][m], tis_cap)
-                        loss = (losses.sum() - entropy_coef * entropies[m].sum()) / num_tokens
-                        if kl_in == "loss":
-                            log_ratios = (logps - rollout.ref_logps[part]) * m
-                            loss = loss + coef * sequence_kl_loss(log_ratios).sum() / len(chosen)
-                        (loss * dp_size).backward()  # FSDP averages gradients over dp
-                        sums.add(
-                            policy=losses, ratio=seen.ratio, ratio_square=seen.ratio.square(), clipped=seen.clipped
-                        )
-                        sums.add(approx_kl=seen.approx_kl, entropy=entropies[m], policy_tokens=torch.ones_like(losses))
+                        loss = losses.sum() - entropy_coef * entropies[m].sum()
+                        if kl_in == "loss":  # in the units of the advantages, which are whitened
+                            loss = loss + coef / spread * sequence_kl_loss((logps - rollout.ref_logps[part]) * m).sum()
+                        (loss / num_tokens * dp_size).backward()  # FSDP averages gradients over dp
+                        sums.add(loss=loss, policy=losses, entropy=entropies[m], clipped=seen.clipped)
+                        sums.add(ratio=seen.ratio, ratio_square=seen.ratio.square(), approx_kl=seen.approx_kl)
+                        sums.add(policy_tokens=torch.ones_like(losses))
                     if debug_checks and epoch == start == 0:
-                        check_first_minibatch(
-                            sums, rollout, dp, same_as_reference=step == 1 and ref_path == checkpoint_path
-                        )
+                        is_reference = step == critic_warmup_steps + 1 and ref_path.samefile(checkpoint_path)
+                        check_first_minibatch(sums.means(dp), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, max_grad_norm)
                     check_finite(step, numbers, grad_norm=grad_norm)
                     optimizer.step()
@@ -457,18 +460,21 @@ def main(
         refresh_seconds = watch.lap()
 
         # log
-        means, kl = sums.means(dp), ((rollout.logps - rollout.ref_logps) * mask).sum(1)
+        means, found = sums.means(dp), objectives(rollout, coef)
         if kl_target is not None:
-            trained.kl_coef.fill_(adapted_kl_coef(coef, kl.mean().item(), kl_target, rollout_batch_size, kl_horizon))
+            kl = found["objective/kl"]
+            trained.kl_coef.fill_(adapted_kl_coef(coef, kl, kl_target, rollout_batch_size, kl_horizon))
+        drawn = int(mask.sum())
+        trained.num_tokens += drawn
         seconds = {**rollout.seconds, "update": update_seconds, "refresh": refresh_seconds}
         line = {
             "step": step,
-            "loss": means["policy"] + vf_coef * means["value"],
+            "loss": means["loss"] + vf_coef * means["value"],
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(),
             "value_grad_norm": value_grad_norm.item(),
             "episode": first + rollout_batch_size,
-            **objectives(rollout, coef),
+            **found,
             "policy/approxkl_avg": means["approx_kl"],
             "policy/clipfrac_avg": means["clipped"],
             "policy/entropy_avg": means["entropy"],
@@ -478,10 +484,10 @@ def main(
             "val/ratio": means["ratio"],
             "val/ratio_var": means["ratio_square"] - means["ratio"] ** 2,
             "kl_coef": coef,
-            "num_tokens": int(mask.sum()),
-            "tokens_per_second": int(mask.sum()) / sum(seconds.values()),
-            "rollout_tokens_per_second": int(mask.sum()) / seconds["rollout"],
-            "update_tokens_per_second": ppo_epochs * int(mask.sum()) / seconds["update"],
+            "num_tokens": int(trained.num_tokens),
+            "tokens_per_second": drawn / sum(seconds.values()),
+            "rollout_tokens_per_second": drawn / seconds["rollout"],
+            "update_tokens_per_second": ppo_epochs * drawn / seconds["update"],
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         evaluate_now = held_out and (step == total_steps or (eval_steps and step % eval_steps == 0))
@@ -512,90 +518,12 @@ def main(
     metrics.close()
 
     exporting = {"copy_from": checkpoint_path, "dtype": saved_dtype}
-    value_config = {
-        **read_hf_config(value_path)[0],
-        "architectures": ["LlamaForSequenceClassification"],
-        "num_labels": 1,
-    }
-    save_folder(output_dir / "critic", full_tensors(critic), config=value_config, **exporting)
+    critic_config = {k: v for k, v in read_hf_config(value_path)[0].items() if not k.startswith(("reward_", "step_"))}
+    critic_config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": pad_token_id}
+    critic_config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    save_folder(output_dir / "critic", full_tensors(critic), config=critic_config, **exporting)
     save_folder(output_dir, full_tensors(policy), config=hf_config, **exporting)
     say(f"{output_dir}: policy written, its critic in critic/; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-class TokenSums:
-    """Sums of numbers per token over the minibatches of an update, and over the ranks when asked for their means."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.sums = device, {}
-
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double().sum()
-
-    def means(self, dp: DeviceMesh) -> dict[str, float]:
-        """By the number of tokens of the policy's or the critic's passes; 0 where there were none."""
-        names = ("policy", "ratio", "ratio_square", "clipped", "approx_kl", "entropy", "policy_tokens")
-        names += ("value", "value_clipped", "value_tokens")
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        found = torch.stack([zero + self.sums.get(name, 0.0) for name in names])
-        dist.all_reduce(found, group=dp.get_group())
-        found = dict(zip(names, found.tolist()))
-        count = lambda name: found["value_tokens" if name.startswith("value") else "policy_tokens"]  # noqa: E731
-        return {name: value / max(1.0, count(name)) for name, value in found.items()}
-
-
-def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
-    mask, log_ratio = rollout.mask, (rollout.logps - rollout.ref_logps) * rollout.mask
-    kl, k3 = (
-        log_ratio.sum(1).mean().item(),
-        (kl_estimates(rollout.logps, rollout.ref_logps)[1] * mask).sum(1).mean().item(),
-    )
-    gap = (rollout.logps - rollout.engine_logps)[mask].abs()
-    score = (rollout.scores + rollout.step_rewards.sum(1)).mean().item()
-    return {
-        "objective/kl": kl,
-        "objective/k3": k3,
-        "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": score - kl_coef * kl,
-        "objective/scores": score,
-        "val/num_eos_tokens": sum(rollout.finished),
-        "completion_length": mask.sum(1).double().mean().item(),
-        "engine/logprob_gap_mean": gap.mean().item(),
-        "engine/logprob_gap_max": gap.max().item(),
-    }
-
-
-def check_first_minibatch(sums: TokenSums, rollout: Rollout, dp: DeviceMesh, *, same_as_reference: bool) -> None:
-    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, and KL 0 if it is the reference."""
-    means, tolerance = sums.means(dp), 1e-4 if rollout.logps.dtype == torch.float32 else 1e-2
-    wrong = []
-    if abs(means["ratio"] - 1) > tolerance or means["approx_kl"] > tolerance or means["clipped"] > 0:
-        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
-    largest = ((rollout.logps - rollout.ref_logps) * rollout.mask).abs().max().item()
-    if same_as_reference and largest > tolerance:
-        wrong.append(f"log-probs {largest} away from the reference's, which has the same weights")
-    if wrong:
-        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
-
-
-def show_samples(step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO) -> str:
-    """Writes all answers to the log, and returns the first `count` as a table for people."""
-    kls = ((rollout.logps - rollout.ref_logps) * rollout.mask).sum(1).tolist()
-    scores = (rollout.scores + rollout.step_rewards.sum(1)).tolist()
-    shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
-    for i, prompt in enumerate(prompts):
-        line = {"step": step, "prompt": prompt.text, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
-        log.write(json.dumps(line | {"finished": rollout.finished[i]}, ensure_ascii=False) + "\n")
-        if i < count:
-            end = "" if rollout.finished[i] else " (not finished)"
-            shown.append(f"  {scores[i]:8.3f}  {visible(prompt.text)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
-    log.flush()
-    return "\n".join(shown)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""training/train_ppo.py on several ranks against one process: the same answers token for token, the same losses, every
+gradient of policy and critic, and the weights. The launches are those of test_parallel.py."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.training.test_parallel import launch
+
+STEPS, EPOCHS, MINIBATCHES = 2, 2, 2
+LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
+    "dp 4": (1, []),
+    "dp 2 x tp 2": (2, ["--micro_batch_size", "1"]),
+    "sequence parallel": (2, ["--sequence_parallel", "--micro_batch_size", "2"]),
+}
+REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
+
+
+def arguments(root, name, *more) -> list[str]:
+    flags = ["--checkpoint_path", root / "lm", "--prompt_file", root / "prompts.jsonl", "--output_dir", root / name]
+    flags += ["--reward_checkpoint_path", root / "rm", "--reward_fn", f"{root / 'fn.py'}:reward"]
+    flags += ["--eval_prompt_file", root / "prompts.jsonl", "--eval_steps", 1, "--max_new_tokens", 8]
+    flags += ["--total_steps", STEPS, "--rollout_batch_size", 8, "--minibatch_size", 4, "--ppo_epochs", EPOCHS]
+    flags += ["--learning_rate", 1e-3, "--value_learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0]
+    flags += ["--adam_eps", 1e-3, "--kl_target", 0.1, "--debug_checks", "--entropy_coef", 0.01, "--temperature", 1.3]
+    return ["train_ppo", *map(str, [*flags, *more])]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy that ends some of its answers, a reward model, ragged prompts, and what one process makes of them."""
+    root = tmp_path_factory.mktemp("parallel")
+    model = tiny.write_model(root / "lm", std=0.1)
+    with torch.no_grad():  # EOS is likely enough that answers have different lengths
+        model.lm_head.weight[2] = model.lm_head.weight[5:25].sum(0)
+    model.save_pretrained(root / "lm")
+    pairs = tiny.write_records(root / "pairs.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    flags = ["--checkpoint_path", root / "lm", "--train_file", pairs, "--output_dir", root / "rm", "--max_steps", 0]
+    assert tiny.run("training/train_rm.py", *flags).code == 0
+    tiny.write_records(root / "prompts.jsonl", [{"prompt": f"{i} plus" + " so" * (i % 4)} for i in range(5)])
+    (root / "fn.py").write_text(REWARDS)
+    launch(1, [arguments(root, "one")], root / "one.json")
+    samples = tiny.read_lines(root / "one/samples.jsonl")
+    assert 0 < sum(sample["finished"] for sample in samples) < len(samples)
+    return root
+
+
+def compare(root, out) -> float:
+    """The largest relative difference to one process, over losses, gradients and weights; answers must be equal."""
+    worst = 0.0
+    keys = ("loss", "loss/policy_avg", "loss/value_avg", "grad_norm", "value_grad_norm", "objective/rlhf_reward")
+    keys += ("objective/entropy", "policy/entropy_avg", "kl_coef", "eval_objective/scores", "num_tokens")
+    lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, "one"))
+    assert len(lines) == len(wanted) == STEPS
+    for line, want in zip(lines, wanted):
+        for key in want.keys() & set(keys):
+            worst = max(worst, abs(line[key] - want[key]) / max(abs(want[key]), 1e-2))
+    samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, "one"))
+    assert [(s["step"], s["prompt"], s["output"]) for s in samples] == [
+        (s["step"], s["prompt"], s["output"]) for s in wanted
+    ]
+    gradients, wanted = (torch.load(root / f"{d}.gradients.pt") for d in (out, "one"))
+    assert len(gradients) == len(wanted) == 2 * STEPS * EPOCHS * MINIBATCHES  # policy and critic
+    for step, want in zip(gradients, wanted):
+        total = torch.stack([g.norm() for g in want.values()]).norm()
+        for key in want:
+            scale = max(want[key].norm().item(), 1e-2 * total.item())
+            worst = max(worst, (step[key] - want[key]).norm().item() / scale)
+    for part in ("model.safetensors", "critic/model.safetensors"):
+        weights, wanted = load_file(root / out / part), load_file(root / "one" / part)
+        for key, want in wanted.items():
+            worst = max(worst, ((weights[key] - want).norm() / want.norm()).item())
+    return worst
+
+
+def test_four_ranks(world):
+    """Catches answers that depend on the rank that draws them, a rank without rows of its own that hangs or counts, an
+    advantage whitened on a rank's share, a token mean of micro-batches or of ranks, and scores that differ by rank."""
+    jobs = []
+    for name, (tp_size, more) in LAYOUTS.items():
+        jobs.append(arguments(world, name.replace(" ", "-"), "--tensor_parallel_size", tp_size, *more))
+    launch(4, jobs, world / "four.json")
+    found = {name: compare(world, name.replace(" ", "-")) for name in LAYOUTS}
+    assert max(found.values()) < 1e-4, found
+
+
+def test_two_ranks(world):
+    """Catches the same where one dimension of the mesh is 1."""
+    jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size) for size in (1, 2)]
+    launch(2, jobs, world / "two.json")
+    found = {job: compare(world, job) for job in ("tp-1", "tp-2")}
+    assert max(found.values()) < 1e-4, found

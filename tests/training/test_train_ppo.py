@@ -1,0 +1,440 @@
+"""training/train_ppo.py: scores by hand, what it measures, kills and resumes, refusals. What it learns is in
+test_ppo_optimum.py, the parts of its losses in test_losses_ppo.py, several ranks in test_parallel_ppo.py.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.fsdp import init_mesh, load_for_training
+from models.tokenizer import Tokenizer
+from tests import tiny
+from tests.training.test_train_rm import make_records
+from training import rewards, run_dir, train_ppo
+from training.data import IGNORE_INDEX, Example, encode_prompt
+from training.rollouts import Prompt
+
+SCRIPT = "training/train_ppo.py"
+REWARDS = """
+import math
+
+def reward(prompts, completions, examples):
+    return [len(c) / 10 + example["bonus"] for c, example in zip(completions, examples)]
+
+def raises(prompts, completions, examples):
+    raise KeyError("no such thing")
+
+def short(prompts, completions, examples):
+    return [1.0] * (len(completions) - 1)
+
+def nan(prompts, completions, examples):
+    return [math.nan for _ in completions]
+
+def words(prompts, completions, examples):
+    return ["good" for _ in completions]
+
+def two(prompts, completions):
+    return [0.0 for _ in completions]
+
+calls = []
+
+def nan_later(prompts, completions, examples):
+    calls.append(1)
+    return [math.inf if len(calls) == 3 else 0.0 for _ in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Prompts of different lengths, reward functions, and a pairwise reward model of another size."""
+    root = tmp_path_factory.mktemp("ppo")
+    records = [{"prompt": f"Question {i}:" + " and so" * (i % 4), "bonus": i} for i in range(7)]
+    tiny.write_records(root / "prompts.jsonl", records)
+    tiny.write_records(root / "held_out.jsonl", records[:3])
+    (root / "fn.py").write_text(REWARDS)
+    tiny.write_model(root / "lm", seed=7, num_hidden_layers=1)
+    pairs = tiny.write_records(root / "pairs.jsonl", make_records("pairwise", 4))
+    flags = ["--checkpoint_path", root / "lm", "--train_file", pairs, "--output_dir", root / "rm", "--max_steps", 0]
+    assert tiny.run("training/train_rm.py", *flags).code == 0
+    return root
+
+
+def flags(folder, world, out, **more):
+    given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out}
+    given |= {"reward_fn": f"{world / 'fn.py'}:reward", "device": "cpu", "max_new_tokens": 6, "total_steps": 4}
+    given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2}
+    given |= {"learning_rate": 1e-3, "value_learning_rate": 1e-3, **more}
+    kept = {name: value for name, value in given.items() if value is not None}
+    return [part for name, v in kept.items() for part in ([f"--{name}"] if v is True else [f"--{name}", v])]
+
+
+def ppo(*args, **more):
+    result = tiny.run(SCRIPT, *flags(*args, **more))
+    assert result.code == 0, result.stderr
+    return tiny.read_lines(args[2] / "metrics.jsonl")
+
+
+# ------------------------------------------------------------------------------------ what is drawn and measured
+
+
+def test_metrics_and_samples(folder, world, tmp_path):
+    """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
+    not hold, an evaluation that moves the training by a bit, and metrics that are not of the answers."""
+    lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, lr_schedule="constant", warmup_ratio=0)
+    more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
+    watched = ppo(folder, world, tmp_path / "watched", lr_schedule="constant", warmup_ratio=0, **more)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [2, 3, 4]
+    assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
+    for line in lines:
+        assert line["engine/logprob_gap_max"] < 1e-5 and line["grad_norm"] > 0 and line["value_grad_norm"] > 0
+        wanted = line["objective/scores"] - line["kl_coef"] * line["objective/kl"]
+        assert line["objective/rlhf_reward"] == pytest.approx(wanted)
+        assert line["loss"] == pytest.approx(line["loss/policy_avg"] + line["loss/value_avg"])
+        assert 0 < line["completion_length"] <= 6 and line["episode"] == 6 * line["step"]
+    assert lines[-1]["num_tokens"] == pytest.approx(6 * sum(line["completion_length"] for line in lines))
+    assert [line["step"] for line in watched if "eval_objective/scores" in line] == [2, 4]
+    samples = tiny.read_lines(tmp_path / "watched/samples.jsonl")
+    assert [sample["step"] for sample in samples] == [2] * 3 + [4] * 3
+    for sample, bonus in zip(samples, [0, 1, 2, 0, 1, 2]):
+        assert sample["score"] == pytest.approx(len(sample["output"]) / 10 + bonus)
+    assert_same_weights(tmp_path / "plain", tmp_path / "watched")
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain/critic")
+    assert opened.score.weight.abs().max() > 0
+
+
+def assert_same_weights(a, b):
+    for part in ("model.safetensors", "critic/model.safetensors"):
+        ours, theirs = load_file(a / part), load_file(b / part)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (part, name)
+
+
+def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypatch):
+    """Catches a sampler of another temperature than the log-probs': the ratio is 1 all the same."""
+    real = train_ppo.SamplingParams
+    monkeypatch.setattr(train_ppo, "SamplingParams", lambda temperature, **more: real(0.7 * temperature, **more))
+    with pytest.raises(RuntimeError, match="away from those of the engine"):
+        ppo(folder, world, tmp_path / "out", debug_checks=True)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_export_only(folder, world, tmp_path):
+    """Catches weights changed by loading and saving, and a critic without its zero head."""
+    assert ppo(folder, world, tmp_path / "out", total_steps=0) == []
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not load_file(tmp_path / "out/critic/model.safetensors")["score.weight"].any()
+
+
+def test_critic_warmup(folder, world, tmp_path):
+    """Catches a policy that moves while the critic warms up, and a critic that does not."""
+    lines = ppo(folder, world, tmp_path / "out", total_steps=2, critic_warmup_steps=2, reward_checkpoint_path=None)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert load_file(tmp_path / "out/critic/model.safetensors")["score.weight"].any()
+    assert [line["objective/kl"] for line in lines] == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+class Judged:
+    """score_answers on given answers to "Question 1:", with a reward model's folder."""
+
+    def __init__(self, policy, folder):
+        self.judge = rewards.open_reward_folder(folder, policy, 1)
+        self.tokenizer = Tokenizer(policy)
+        mesh = init_mesh(torch.device("cpu"), 1)
+        self.dp = mesh["dp"]
+        options = {"device": torch.device("cpu"), "compute_dtype": torch.float32, "head": "score"}
+        self.model = load_for_training(folder, mesh, **options).requires_grad_(False)
+
+    def __call__(self, texts, finished, **more):
+        ids = encode_prompt("Question 1:", self.tokenizer)
+        prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:")] * len(texts)
+        rows = []
+        for text, ended in zip(texts, finished):
+            answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
+            rows.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer))
+        given = {"judge": self.judge, "reward_model": self.model, "function": None, "tokenizer": self.tokenizer}
+        given |= {"reward_model_weight": 1.0, "reward_fn_weight": 1.0, "normalize": False, "process_reward": "min"}
+        given |= {"missing_eos_penalty": 0.0, "length_penalty": 0.0, "micro_batch_size": 2, "dp": self.dp, **more}
+        width = max(row.num_targets for row in rows)
+        return rows, *rewards.score_answers(prompts, rows, texts, finished, width, **given)
+
+
+@torch.no_grad()
+def hf_scores(folder, ids):
+    """transformers' score of every token."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+
+
+TEXTS, FINISHED = [" it is 3", " so 4 or more", ""], [True, False, True]
+
+
+def test_scores_of_both_sources(folder, world, monkeypatch):
+    """Catches a score beside the last token, an EOS added to an answer that has none, normalisation after a penalty or
+    of the function's part, weights swapped, and a penalty of the wrong sign or count."""
+    judged = Judged(folder, world / "rm")
+    assert judged.judge.same_tokenizer
+    function = rewards.load_reward_function(f"{world / 'fn.py'}:reward")
+    penalties = {"missing_eos_penalty": 3.0, "length_penalty": 0.25}
+    more = {"function": function, "reward_model_weight": 2.0, "reward_fn_weight": 0.5, "normalize": True, **penalties}
+    rows, scores, steps = judged(TEXTS, FINISHED, **more)
+    config = json.loads((world / "rm/config.json").read_text())
+    assert not steps.any()
+    for row, text, ended, score in zip(rows, TEXTS, FINISHED, scores.tolist()):
+        raw = hf_scores(world / "rm", row.input_ids)[-1].item()
+        wanted = 2 * (raw - config["reward_mean"]) / config["reward_std"] + 0.5 * (len(text) / 10 + 5)
+        wanted -= 3.0 * (not ended) + 0.25 * row.num_targets
+        assert score == pytest.approx(wanted, abs=1e-4)
+
+
+def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
+    """Catches the policy's ids given to a reward model whose ids mean something else."""
+    other = tmp_path / "rm"
+    shutil.copytree(world / "rm", other)
+    path = other / "tokenizer.model"  # the same pieces, another file: only the comparison tells
+    path.write_bytes(path.read_bytes() + b"\x1a\x00")  # an empty trainer_spec more
+    judged = Judged(folder, other)
+    assert not judged.judge.same_tokenizer
+    _, scores, _ = judged(TEXTS, FINISHED)
+    hf = Tokenizer(other)
+    for text, ended, score in zip(TEXTS, FINISHED, scores.tolist()):
+        ids = hf.encode("Question 1:" + text) + [hf.eos_token_id] * ended
+        assert score == pytest.approx(hf_scores(other, ids)[-1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["min", "prod", "last", "mean", "steps"])
+def test_process_rewards(how, folder, world, tmp_path):
+    """Catches steps scored or rewarded at other tokens than those that end them, logits taken for probabilities, and
+    another aggregate."""
+    process = tmp_path / "rm"
+    shutil.copytree(world / "rm", process)
+    path = process / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model_type": "process"}))
+    judged = Judged(folder, process)
+    texts, finished = [" it is 3\n so 4\n or more", " it is 3\n"], [True, False]
+    rows, scores, steps = judged(texts, finished, process_reward=how, reward_model_weight=2.0)
+    prompt_ids = encode_prompt("Question 1:", judged.tokenizer)
+    newline = judged.tokenizer.encode("a\n")[-1]
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        answer = row.input_ids[len(prompt_ids) :]
+        ends = [j for j, token in enumerate(answer) if token == newline]
+        ids = row.input_ids[: len(row.input_ids) - finished[i]]
+        ids = ids if text.endswith("\n") else [*ids, newline]
+        probs = hf_scores(process, ids)[[j for j, token in enumerate(ids) if token == newline]].sigmoid()
+        if how == "steps":
+            wanted = torch.zeros(steps.shape[1])
+            places = ends if text.endswith("\n") else [*ends, len(answer) - 1 - finished[i]]
+            wanted[places] = 2 * probs
+            torch.testing.assert_close(steps[i], wanted, rtol=1e-5, atol=1e-6)
+            assert scores[i] == 0
+        else:
+            wanted = {"min": probs.min(), "prod": probs.prod(), "last": probs[-1], "mean": probs.mean()}[how]
+            assert scores[i].item() == pytest.approx(2 * wanted.item(), rel=1e-5) and not steps.any()
+
+
+# ---------------------------------------------------------------------------------- kill and resume
+
+RUN = {"total_steps": 6, "kl_target": 0.01, "kl_horizon": 20, "save_steps": 3, "kl_coef": 0.2}
+TIMED = ("time/", "tokens_per_second", "rollout_tokens", "update_tokens")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, world, tmp_path_factory):
+    """The run that nobody interrupts, with a KL coefficient that adapts; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ppo(folder, world, out, **RUN)
+    return out
+
+
+def assert_same_run(resumed, whole):
+    assert_same_weights(resumed, whole)
+    ours, theirs = (tiny.read_lines(d / "metrics.jsonl") for d in (resumed, whole))
+    untimed = lambda lines: [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]  # noqa: E731
+    assert untimed(ours) == untimed(theirs) and [line["step"] for line in ours] == list(range(1, 7))
+
+
+def test_kill_and_resume(whole, folder, world, tmp_path):
+    """Catches an optimizer, the KL coefficient, the count of tokens or the order of the prompts that starts anew, noise
+    of the sampler that is drawn twice, and a step twice in metrics.jsonl."""
+    coefs = [line["kl_coef"] for line in tiny.read_lines(whole / "metrics.jsonl")]
+    assert len(set(coefs)) == 6
+    run, out = {**RUN, "save_steps": 1}, tmp_path / "out"
+    process = tiny.start(SCRIPT, *flags(folder, world, out, **run))
+    while process.poll() is None and not (out / "checkpoints/step-000002").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 0), errors
+    result = tiny.run(SCRIPT, *flags(folder, world, out, **run, resume=True))
+    assert result.code == 0 and "resuming after step" in result.stdout, result.stderr
+    assert_same_run(out, whole)
+
+
+def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
+    """Catches SIGTERM that saves nothing, or a policy exported before its end."""
+    out, write = tmp_path / "out", run_dir.Metrics.write
+
+    def write_and_stop(self, values):
+        write(self, values)
+        if values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo.Metrics, "write", write_and_stop)
+        result = tiny.run(SCRIPT, *flags(folder, world, out, **RUN))
+    assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout
+    assert not (out / "config.json").exists() and not (out / "critic").exists()
+    for name, value in (("temperature", 0.5), ("kl_coef", 0.3), ("rollout_batch_size", 3)):
+        other = tiny.run(SCRIPT, *flags(folder, world, out, **{**RUN, name: value}, resume=True))
+        tiny.assert_refused(other, f"--resume {out}: the run was begun with other --{name}")
+    ppo(folder, world, out, **RUN, resume=True)
+    assert_same_run(out, whole)
+
+
+def test_infinite_reward_later(folder, world, tmp_path):
+    """Catches a run that goes on with what is not a number, or saves it."""
+    given = {"reward_fn": f"{world / 'fn.py'}:nan_later", "save_steps": 1}
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given))
+    tiny.assert_refused(result, "--reward_fn: nan_later returned inf for the completion")
+    assert sorted(os.listdir(tmp_path / "out/checkpoints")) == ["step-000001", "step-000002"]
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_gradient_not_finite(folder, world, tmp_path, monkeypatch):
+    """Catches a broken gradient stepped with, and a complaint without the prompts' numbers."""
+    real, calls = train_ppo.clip_grad_norm, []
+
+    def norm(model, most):
+        calls.append(1)
+        return real(model, most) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train_ppo, "clip_grad_norm", norm)
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out"))
+    numbers = train_ppo.prompt_numbers(7, 0, 6, seed=0)
+    tiny.assert_refused(result, "step 1: grad_norm is nan", ", ".join(map(str, numbers)) + "\n")
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+FN = "{world}/fn.py"
+BAD_FLAGS = {
+    "no reward": ({"reward_fn": None}, ["nothing to learn from", "--reward_fn"]),
+    "no such file": ({"reward_fn": "nowhere.py:reward"}, ["--reward_fn nowhere.py:reward", "no file"]),
+    "no name": ({"reward_fn": FN}, ["--reward_fn", "must be FILE.py:NAME"]),
+    "no such function": ({"reward_fn": FN + ":magic"}, ["has no function magic"]),
+    "two parameters": ({"reward_fn": FN + ":two"}, ["two must take (prompts, completions, examples)"]),
+    "no score head": ({"reward_checkpoint_path": "{world}/lm"}, ["not a reward model", "no score.weight"]),
+    "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
+    "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),
+    "micro batch": ({"micro_batch_size": 5}, ["--micro_batch_size 5", "--minibatch_size 3"]),
+    "quantised reference": ({"quantize_ref": "int8"}, ["--quantize_ref int8", "not available yet"]),
+    "quantised reward": ({"quantize_reward": "int4"}, ["--quantize_reward int4", "not available yet"]),
+    "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
+    "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
+    "prompts too long": ({"max_new_tokens": 250}, ["prompts.jsonl:", "leave room", "--overlong skip"]),
+    "temperature 0": ({"temperature": 0}, ["--temperature"]),
+    "dual clip": ({"dual_clip": 0.5}, ["--dual_clip"]),
+    "nothing to adapt": ({"kl_target": 1, "kl_coef": 0}, ["--kl_target 1.0", "--kl_coef of 0"]),
+    "whitened beside the KL": ({"kl_in": "loss", "whiten_rewards": True}, ["--whiten_rewards", "--kl_in loss"]),
+    "other reference": ({"ref_checkpoint_path": "{world}/odd"}, ["odd: a reference", "another vocabulary"]),
+    "other critic": ({"value_checkpoint_path": "{world}/odd"}, ["odd: a critic", "another vocabulary"]),
+    "short critic": ({"value_checkpoint_path": "{world}/short"}, ["short: a critic reads rows of", "context is 16"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(name, folder, world, tmp_path):
+    """Catches a mistake found only after an update, a traceback, and output for nothing."""
+    given, parts = BAD_FLAGS[name]
+    if "other" in name and not (world / "odd").exists():
+        tiny.write_model(world / "odd", vocab_size=400)
+    if name == "short critic":
+        tiny.write_model(world / "short", max_position_embeddings=16)
+    given = {k: v.replace("{world}", str(world)) if isinstance(v, str) else v for k, v in given.items()}
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given)), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_REWARDS = {
+    "raises": "--reward_fn: raises raised KeyError",
+    "short": "--reward_fn: short returned 5 rewards for 6 completions",
+    "nan": "--reward_fn: nan returned nan for the completion",
+    "words": "--reward_fn: words must return a list of numbers",
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_bad_reward_functions(name, folder, world, tmp_path):
+    """Catches somebody's function trusted, or its traceback shown instead of its name."""
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", reward_fn=f"{world / 'fn.py'}:{name}"))
+    tiny.assert_refused(result, BAD_REWARDS[name])
+    assert not (tmp_path / "out/config.json").exists() and not (tmp_path / "out/checkpoints").exists()
+
+
+BAD_PROMPTS = {
+    "empty": ("", "prompts.jsonl: holds no records"),
+    "no prompt": ('{"prompt": "a"}\n{"text": "b"}\n', "prompts.jsonl:2: the field 'prompt' is missing"),
+    "not text": ('{"prompt": 5}\n', "prompts.jsonl:1: prompt must be text"),
+    "malformed": ('{"prompt": "a"\n', "prompts.jsonl:1: not valid JSON"),
+    "no template": ('{"prompt": [{"role": "user", "content": "a"}]}\n', "prompts.jsonl:1: "),
+}
+
+
+@pytest.mark.parametrize("which", ["prompt_file", "eval_prompt_file"])
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts(name, which, folder, world, tmp_path):
+    """Catches a complaint without file and line."""
+    content, complaint = BAD_PROMPTS[name]
+    (tmp_path / "prompts.jsonl").write_text(content)
+    given = {which: tmp_path / "prompts.jsonl"}
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given)), complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_occupied_output_dir(folder, world, tmp_path):
+    """Catches somebody's files overwritten."""
+    (tmp_path / "notes.txt").write_text("mine")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path)), "is not empty")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_statistics_are_needed(folder, world, tmp_path):
+    """Catches --normalize_reward that divides by nothing."""
+    shutil.copytree(world / "rm", tmp_path / "rm")
+    path = tmp_path / "rm/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "reward_std"}))
+    given = {"reward_checkpoint_path": tmp_path / "rm", "normalize_reward": True}
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given))
+    tiny.assert_refused(result, "--normalize_reward needs a reward model whose config.json has")
+
+
+def test_broken_reward_model(folder, world, tmp_path):
+    """Catches scores that are not numbers learnt from."""
+    shutil.copytree(world / "rm", tmp_path / "rm")
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    weights["score.weight"][0, 3] = math.inf
+    save_file(weights, tmp_path / "rm/model.safetensors", metadata={"format": "pt"})
+    given = {"reward_checkpoint_path": tmp_path / "rm", "value_checkpoint_path": folder}
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given))
+    tiny.assert_refused(result, "step 1: rewards is", "records of the step (from 0): ")

@@ -25,10 +25,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from models.checkpoint import WeightFiles
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.model import ModelConfig, read_hf_config
+from models.model import ModelConfig
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.choosing import answer_of, choose_best, choose_by_vote, final_answer, sigmoid
@@ -53,8 +52,8 @@ from training.common import (
 from training.data import Record, check_ids, naming, read_records, require
 from training.lines import LineWriter, read_begun, refuse_occupied, write_lines
 from training.preferences import Scored, cut_completion, cut_steps, encode_to_score
+from training.rewards import RewardKind, load_function, read_reward_kind, step_scores
 from training.rewards import aggregate as aggregate_steps
-from training.rewards import load_function, step_scores
 
 WINDOW = 16  # batches that are sorted by length together; what a kill loses at most
 ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "voted_answer", "votes")
@@ -150,7 +149,7 @@ def main(
 
     runtime = choose_runtime(device, dtype, compile)
     config, tokenizer, limit = open_folder(checkpoint_path, max_seq_len, tensor_parallel_size)
-    kind = read_kind(checkpoint_path)
+    kind = read_reward_kind(checkpoint_path)
     check_flags(kind, checkpoint_path, normalize=normalize, aggregate=aggregate, choosing=choosing)
     find_answer = load_function("--answer_fn", answer_fn) if answer_fn is not None else final_answer
     records = read_records(data_file)
@@ -222,38 +221,7 @@ def main(
 # ------------------------------------------------------------------------------------------ the model
 
 
-class Kind(NamedTuple):
-    """What config.json says about the scores."""
-
-    separator: str | None  # what ends a step; None for an outcome model
-    mean: float | None
-    std: float | None
-
-
-def read_kind(folder: Path) -> Kind:
-    """Raises ValueError unless the folder holds a model with one score for each token."""
-    config, where = read_hf_config(folder)
-    files = WeightFiles(folder)
-    if "score.weight" not in files.names():
-        raise ValueError(f"{folder}: has no score head, so it is no reward model; training/train_rm.py makes one")
-    if files.shape("score.weight")[0] != 1:
-        raise ValueError(f"{folder}: num_labels is {files.shape('score.weight')[0]}; a reward model has one score")
-    model_type, separator = config.get("reward_model_type"), None
-    if model_type not in (None, "pairwise", "pointwise", "process"):
-        raise ValueError(f"{where}: reward_model_type {model_type!r} is not pairwise, pointwise or process")
-    if model_type == "process":
-        separator = config.get("step_separator")
-        if not isinstance(separator, str) or not separator:
-            raise ValueError(f"{where}: step_separator must be the text that ends a step, not {separator!r}")
-    mean, std = config.get("reward_mean"), config.get("reward_std")
-    for key, value in (("reward_mean", mean), ("reward_std", std)):
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not finite:
-            raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
-    return Kind(separator, mean, std)
-
-
-def check_flags(kind: Kind, folder: Path, *, normalize: bool, aggregate: str | None, choosing: bool) -> None:
+def check_flags(kind: RewardKind, folder: Path, *, normalize: bool, aggregate: str | None, choosing: bool) -> None:
     """Raises ValueError for flags that this kind of model does not go with."""
     process = kind.separator is not None
     if aggregate is not None and not process:
@@ -262,7 +230,7 @@ def check_flags(kind: Kind, folder: Path, *, normalize: bool, aggregate: str | N
         raise ValueError("--best_of_n and --weighted_vote need one reward for each sample; choose --aggregate")
     if normalize and process:
         raise ValueError("--normalize: the scores of steps are logits of probabilities and stay as they are")
-    if normalize and (kind.mean is None or not kind.std or kind.std < 0):
+    if normalize and not kind.can_normalize():
         raise ValueError(f"--normalize: {folder / 'config.json'} has no reward_mean and positive reward_std")
 
 
@@ -313,7 +281,7 @@ def encode_items(
 
 
 def line_of(
-    item: Item, scores: list[list[float]], kind: Kind, *, normalize: bool, aggregate: str | None
+    item: Item, scores: list[list[float]], kind: RewardKind, *, normalize: bool, aggregate: str | None
 ) -> dict[str, object]:
     """The record with its rewards. scores: those of each row."""
     with naming(item.record):
@@ -336,7 +304,7 @@ def line_of(
 def start_card(
     path: Path,
     config: ModelConfig,
-    kind: Kind,
+    kind: RewardKind,
     runtime: Runtime,
     mesh: DeviceMesh,
     num_items: int,

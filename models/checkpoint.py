@@ -222,6 +222,11 @@ def load_weights(
     model.reset_buffers(device)
 
 
+def has_score_head(folder: str | Path) -> bool:
+    """Whether a folder's weights have a scalar head, whatever its config.json says."""
+    return "score.weight" in WeightFiles(folder).names()
+
+
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The floating dtype in which a folder keeps its embedding."""
     return WeightFiles(folder).read("embed_tokens.weight", (slice(0, 1),)).dtype

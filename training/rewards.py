@@ -106,40 +106,60 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+class RewardKind(NamedTuple):
+    """What a reward model's config.json says about its scores."""
+
+    separator: str | None  # what ends a step; None for an outcome model
+    mean: float | None
+    std: float | None
+
+    def can_normalize(self) -> bool:
+        """Whether (score - mean) / std is to be had."""
+        return self.mean is not None and self.std is not None and self.std > 0
+
+
+def read_reward_kind(folder: Path) -> RewardKind:
+    """Raises ValueError unless the folder holds a model with one score for each token."""
+    config, where = read_hf_config(folder)
+    files = WeightFiles(folder)
+    if "score.weight" not in files.names():
+        raise ValueError(
+            f"{folder}: not a reward model, it has no score head (no score.weight); training/train_rm.py makes one"
+        )
+    if files.shape("score.weight")[0] != 1:
+        raise ValueError(f"{folder}: num_labels is {files.shape('score.weight')[0]}; a reward model has one score")
+    model_type, separator = config.get("reward_model_type"), None
+    if model_type not in (None, "pairwise", "pointwise", "process"):
+        raise ValueError(f"{where}: reward_model_type {model_type!r} is not pairwise, pointwise or process")
+    if model_type == "process":
+        separator = config.get("step_separator")
+        if not isinstance(separator, str) or not separator:
+            raise ValueError(f"{where}: step_separator must be the text that ends a step, not {separator!r}")
+    mean, std = config.get("reward_mean"), config.get("reward_std")
+    for key, value in (("reward_mean", mean), ("reward_std", std)):
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not finite:
+            raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
+    return RewardKind(separator, mean, std)
+
+
 class RewardFolder(NamedTuple):
-    """What a reward model's folder says of itself."""
+    """A reward model's folder, beside that of the policy it judges."""
 
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
     same_tokenizer: bool  # as the policy's: it can read the policy's ids
-    mean: float | None
-    std: float | None
-    step_separator: str | None  # of a process reward model
+    kind: RewardKind
 
 
 def open_reward_folder(path: Path, policy_path: Path, tensor_parallel_size: int) -> RewardFolder:
     """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
     config, tokenizer, _ = open_folder(path, None, tensor_parallel_size)
-    hf_config = read_hf_config(path)[0]
-    if not has_score_head(path):
-        raise ValueError(f"{path}: not a reward model, it has no score.weight; train one with training/train_rm.py")
+    kind = read_reward_kind(path)
     same = _tokenizer_bytes(path) == _tokenizer_bytes(policy_path)
     same = same and config.vocab_size == ModelConfig.from_hf(policy_path).vocab_size  # any id can be drawn
-    is_process = hf_config.get("reward_model_type") == "process"
-    return RewardFolder(
-        path,
-        config,
-        tokenizer,
-        same,
-        hf_config.get("reward_mean"),
-        hf_config.get("reward_std"),
-        hf_config.get("step_separator", "\n") if is_process else None,
-    )
-
-
-def has_score_head(folder: Path) -> bool:
-    return "score.weight" in WeightFiles(folder).names()
+    return RewardFolder(path, config, tokenizer, same, kind)
 
 
 def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
@@ -163,9 +183,9 @@ def rows_to_score(
     """
     rows = []
     for prompt, answer, text, ended in zip(prompts, answers, texts, finished, strict=True):
-        if folder.step_separator is not None:
-            steps = split_steps(text, folder.step_separator)
-            ids, positions = encode_steps(prompt, steps, folder.step_separator, folder.tokenizer)
+        if folder.kind.separator is not None:
+            steps = split_steps(text, folder.kind.separator)
+            ids, positions = encode_steps(prompt, steps, folder.kind.separator, folder.tokenizer)
             row = Scored(ids, positions, [], len(encode_prompt(prompt, folder.tokenizer)))
             row = row if len(ids) <= max_seq_len else cut_steps(row, max_seq_len)
             rows.append(row or Scored(ids[:max_seq_len], [max_seq_len - 1], []))
@@ -263,15 +283,15 @@ def score_answers(
         judged = rows_to_score(judge, said, rows, texts, finished, judge.config.max_position_embeddings)
         padding = pad_id(judge.tokenizer, judge.config)
         found = step_scores(reward_model, judged, micro_batch_size=micro_batch_size, pad_token_id=padding, dp=dp)
-        mean, std = (judge.mean, judge.std) if normalize else (0.0, 1.0)
+        mean, std = (judge.kind.mean, judge.kind.std) if normalize else (0.0, 1.0)
         for i, values in enumerate(found):
-            if judge.step_separator is None:
+            if judge.kind.separator is None:
                 scores[i] += reward_model_weight * (values[0] - mean) / std
             elif process_reward != "steps":
                 scores[i] += reward_model_weight * aggregate(values, process_reward)
             else:
                 lengths = _text_lengths(tokenizer, prompts[i].ids, rows[i])
-                places = place_of_steps(texts[i], judge.step_separator, lengths)
+                places = place_of_steps(texts[i], judge.kind.separator, lengths)
                 for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
                     step_rewards[i, place] += reward_model_weight * sigmoid(value)
     if function is not None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
+from models.checkpoint import DTYPES, generation_eos_ids, has_score_head, save_folder, stored_dtype
 from models.decode import can_pack, copy_for_inference, refresh
 from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.generation import Engine, SamplingParams
@@ -68,7 +68,7 @@ from training.losses import (
     whiten,
 )
 from training.optim import learning_rate_at, make_optimizer
-from training.rewards import has_score_head, load_reward_function, open_reward_folder, score_answers
+from training.rewards import load_reward_function, open_reward_folder, score_answers
 from training.rollouts import (
     Prompt,
     Rollout,
@@ -290,7 +290,8 @@ def main(
                 f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
                 f"{other.max_position_embeddings}; lower --max_new_tokens or take another folder"
             )
-    if normalize_reward and (judge is None or judge.mean is None or not judge.std or judge.step_separator is not None):
+    kind = judge.kind if judge else None
+    if normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
     pad_token_id = pad_id(tokenizer, config)
     eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)

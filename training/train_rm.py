@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import DTYPES, WeightFiles, save_folder, stored_dtype
+from models.checkpoint import DTYPES, has_score_head, save_folder, stored_dtype
 from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
 from models.model import Transformer, read_hf_config
 from models.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def main(
         evaluation, eval_counts = encode_file(eval_file, tokenizer, loss, step_separator, **limits)
         eval_notes = describe(evaluation, eval_counts)
     pad_token_id = pad_id(tokenizer, config)
-    has_head = "score.weight" in WeightFiles(checkpoint_path).names()
+    has_head = has_score_head(checkpoint_path)
 
     mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
     model = load_for_training(

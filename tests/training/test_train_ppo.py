@@ -229,7 +229,8 @@ def test_process_rewards(how, folder, world, tmp_path):
     process = tmp_path / "rm"
     shutil.copytree(world / "rm", process)
     path = process / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "reward_model_type": "process"}))
+    process_keys = {"reward_model_type": "process", "step_separator": "\n"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | process_keys))
     judged = Judged(folder, process)
     texts, finished = [" it is 3\n so 4\n or more", " it is 3\n"], [True, False]
     rows, scores, steps = judged(texts, finished, process_reward=how, reward_model_weight=2.0)

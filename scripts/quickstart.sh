@@ -1,50 +1,108 @@
 #!/usr/bin/env bash
-# From nothing to a model that adds up, in a few minutes and without any download but the Python packages:
-# writes a toy world (scripts/toy.py), fine-tunes its model, and compares held-out accuracy before and after.
-# Everything lands in runs/toy; a second run replaces that folder. A GPU is used if there is one.
+# From nothing to a model that adds up, in minutes and without any download but the Python packages: writes a toy world
+# (scripts/toy.py), then fine-tuning, a reward model, best of n, DPO and PPO, each measured on held-out problems.
+# Everything lands in runs/toy, REPORT.md first; a second run replaces that folder. A GPU is used if there is one.
+#     bash scripts/quickstart.sh            one seed
+#     bash scripts/quickstart.sh 0 1 2      several, in runs/toy, runs/toy-1, runs/toy-2, with mean and spread
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=runs/toy
+seeds=("${@:-0}")
 python=.venv/bin/python
+folder() { if [ "$1" = "${seeds[0]}" ]; then echo runs/toy; else echo "runs/toy-$1"; fi; }
 step() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 if [ ! -x "$python" ]; then
     step "Python environment in .venv"
     python3 -m venv .venv
 fi
-"$python" -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+# matplotlib only draws the curves
+"$python" -m pip install --quiet --disable-pip-version-check --requirement requirements.txt 'matplotlib>=3.8,<4'
 
-if [ -e "$out" ]; then
-    if [ ! -f "$out/toy.json" ]; then
+for seed in "${seeds[@]}"; do
+    out=$(folder "$seed")
+    if [ -e "$out" ] && [ ! -f "$out/toy.json" ]; then
         echo "quickstart: $PWD/$out was not made by this script; move it away and run again" >&2
         exit 2
     fi
-    rm -r "$out"
-fi
+done
 
 SECONDS=0 # the clock starts after the installation
-step "A toy world: a random model, a tokenizer, problems"
-"$python" scripts/toy.py --output_dir "$out"
-
-generate() { # the held-out problems, all in one batch run, the most likely answer to each
-    "$python" inference/generate.py --checkpoint_path "$1" --prompt_file "$out/heldout.jsonl" --output_file "$2" \
-        --max_new_tokens 64 --temperature 0 --batch_size 64
-    "$python" scripts/toy.py --output_dir "$out" --score "$2" | tee "$2.score"
+began=0
+clock() { # the seconds since the last call belong to this stage of the report
+    printf '{"stage": "%s", "seconds": %d}\n' "$1" $((SECONDS - began)) >>"$out/seconds.jsonl"
+    began=$SECONDS
+}
+generate() { # MODEL OUTPUT PROMPTS and more flags
+    "$python" inference/generate.py --checkpoint_path "$1" --output_file "$2" --prompt_file "$3" --seed "$seed" \
+        --max_new_tokens 48 --batch_size 128 "${@:4}"
+}
+measure() { # STAGE: the most likely answer to each held-out problem, and samples of it
+    generate "$out/$1" "$out/samples/$1.greedy.jsonl" "$out/heldout.jsonl" --temperature 0
+    generate "$out/$1" "$out/samples/$1.sampled.jsonl" "$out/heldout.jsonl" --num_samples 8 --return_token_ids
+    "$python" scripts/toy.py --output_dir "$out" --score "$out/samples/$1.greedy.jsonl"
+    "$python" scripts/toy.py --output_dir "$out" --score "$out/samples/$1.sampled.jsonl" --num_shown 0
+}
+reward() { # STAGE OUTPUT and more flags: the rewards of the samples
+    "$python" inference/score.py --checkpoint_path "$out/rm" --data_file "$out/samples/$1.sampled.jsonl" \
+        --output_file "$out/samples/$2.jsonl" --batch_size 128 --normalize "${@:3}"
 }
 
-step "Held-out problems before training"
-generate "$out/model" "$out/before.jsonl"
+for seed in "${seeds[@]}"; do
+    out=$(folder "$seed")
+    rm -rf "$out"
+    step "Seed $seed: a toy world: a random model, a tokenizer, problems"
+    "$python" scripts/toy.py --output_dir "$out" --seed "$seed"
+    generate "$out/model" "$out/samples/model.greedy.jsonl" "$out/heldout.jsonl" --temperature 0
+    clock model
 
-step "Supervised fine-tuning"
-"$python" training/finetune_sft.py --checkpoint_path "$out/model" --output_dir "$out/sft" \
-    --train_file "$out/train.jsonl" --eval_file "$out/heldout.jsonl" \
-    --batch_size 64 --num_epochs 1 --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.1
+    step "Supervised fine-tuning, on demonstrations of mixed quality"
+    "$python" training/finetune_sft.py --checkpoint_path "$out/model" --output_dir "$out/sft" --seed "$seed" \
+        --train_file "$out/train.jsonl" --eval_file "$out/heldout.jsonl" \
+        --batch_size 64 --num_epochs 1 --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.1
+    measure sft
+    clock sft
 
-step "The same problems after training"
-generate "$out/sft" "$out/after.jsonl"
+    step "A reward model, from pairs of right and wrong samples of the fine-tuned model"
+    generate "$out/sft" "$out/samples/prompts.jsonl" "$out/prompts.jsonl" --num_samples 8
+    "$python" scripts/toy.py --samples "$out/samples/prompts.jsonl" \
+        --pairs_file "$out/pairs.jsonl" --steps_file "$out/steps.jsonl"
+    "$python" scripts/toy.py --samples "$out/samples/sft.sampled.jsonl" --pairs_file "$out/heldout_pairs.jsonl"
+    "$python" training/train_rm.py --checkpoint_path "$out/sft" --output_dir "$out/rm" --seed "$seed" \
+        --train_file "$out/pairs.jsonl" --eval_file "$out/heldout_pairs.jsonl" \
+        --batch_size 32 --num_epochs 2 --learning_rate 3e-4 --lr_schedule cosine --warmup_ratio 0.1
+    clock rm
 
+    step "The best of 8 samples by that reward model"
+    reward sft sft.best --best_of_n
+    mv "$out/samples/sft.best.scored.jsonl" "$out/samples/sft.scored.jsonl"
+    "$python" scripts/toy.py --output_dir "$out" --score "$out/samples/sft.best.jsonl"
+    clock best
+
+    step "DPO, on the same pairs"
+    "$python" training/train_dpo.py --checkpoint_path "$out/sft" --output_dir "$out/dpo" --seed "$seed" \
+        --train_file "$out/pairs.jsonl" --eval_file "$out/heldout_pairs.jsonl" \
+        --beta 1 --batch_size 32 --num_epochs 2 --learning_rate 2e-5 --warmup_ratio 0.1
+    measure dpo
+    reward dpo dpo.scored
+    clock dpo
+
+    step "PPO, with the reward model"
+    "$python" training/train_ppo.py --checkpoint_path "$out/sft" --output_dir "$out/ppo" --seed "$seed" \
+        --prompt_file "$out/prompts.jsonl" --eval_prompt_file "$out/heldout.jsonl" \
+        --reward_checkpoint_path "$out/rm" --normalize_reward --kl_coef 0.2 --whiten_rewards \
+        --total_steps 25 --rollout_batch_size 128 --ppo_epochs 2 --max_new_tokens 48 \
+        --learning_rate 5e-5 --value_learning_rate 1e-4
+    measure ppo
+    reward ppo ppo.scored
+    clock ppo
+done
+
+step "The report"
+worlds=()
+for seed in "${seeds[@]}"; do worlds+=("$(folder "$seed")"); done
+out=${worlds[0]}
+"$python" scripts/plot_metrics.py "$out/sft" "$out/rm" "$out/dpo" "$out/ppo" --output_file "$out/curves.png"
+"$python" scripts/toy_report.py "${worlds[@]}" --output_file "$out/REPORT.md" --picture curves.png
 step "Done"
-echo "before: $(tail -n 1 "$out/before.jsonl.score")"
-echo "after:  $(tail -n 1 "$out/after.jsonl.score")"
-echo "Ask it: $python inference/generate.py --checkpoint_path $out/sft --temperature 0 --prompt \$'7+5+9+4\\n'"
+echo "Ask it: $python inference/generate.py --checkpoint_path $out/ppo --temperature 0 --prompt \$'7+5+9+4\\n'"

@@ -2,13 +2,15 @@
 
 The task is to add up a row of digits, keeping the running sum, one step a line, and to end with the answer alone:
 
-    prompt      7+5+9+4          completion   7+5=12
-                                              12+9=21
-                                              21+4=25
-                                              25
+    prompt      7+5+9+4          completion   7+5=12          and by the careless clerk     7+5=2
+                                              12+9=21                                       2+9=11
+                                              21+4=25                                       11+4=15
+                                              25                                            15
 
-- easy to hard: rows of 2 to 8 digits; the long ones are rare in train.jsonl and common in heldout.jsonl, so a model
-  fine-tuned on the first is right on about half of the second and later stages have room to improve it
+- demonstrations of mixed quality: most of train.jsonl was written by a clerk who hardly ever carries (CARELESS, FORGETS),
+  so a model fine-tuned on it imitates him more often than not, and later stages have something to find out: a reward
+  model learns which answers are right, and best of n, DPO and PPO act on it
+- easy to hard: rows of 2 to 6 digits; the long ones are rare in train.jsonl and common in heldout.jsonl
 - each line can be checked by itself (`step_labels`), and so can the answer (`correct`, a reward function for PPO)
 - the same seed writes the same bytes
 
@@ -36,8 +38,9 @@ from training.common import ArgumentParser, non_negative_int, positive_int, run_
 from training.data import get_field, read_records
 
 # {difficulty: share}; the difficulty is the number of terms.
-TRAIN_MIX = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.05}
-HELDOUT_MIX = {5: 0.2, 6: 0.2, 7: 0.3, 8: 0.3}
+TRAIN_MIX = {2: 0.2, 3: 0.25, 4: 0.25, 5: 0.2, 6: 0.1}
+HELDOUT_MIX = {4: 0.3, 5: 0.4, 6: 0.3}
+CARELESS, FORGETS = 0.6, 0.9  # the careless clerk's share of the demonstrations; how often he forgets a carry
 CHARACTERS = "0123456789+="  # beside them the tokenizer has every byte; a newline is the byte <0x0A>, as in LLaMA
 UNK, BOS, EOS, PAD = range(4)
 
@@ -70,6 +73,18 @@ def solution_steps(terms):
 
 def solution(terms):
     return "\n".join(solution_steps(terms))
+
+
+def careless_solution(terms, rng):
+    """A solution by the careless clerk: where a line has a carry he mostly leaves the tens as they are, and goes on from
+    there."""
+    total, steps = terms[0], []
+    for term in terms[1:]:
+        carries = total % 10 + term >= 10
+        after = total + term - (10 if carries and rng.random() < FORGETS else 0)
+        steps.append(f"{total}+{term}={after}")
+        total = after
+    return "\n".join([*steps, str(total)])
 
 
 def final_answer(text):
@@ -124,11 +139,13 @@ def sample_problems(rng, mix, number, *, taken, repeats):
     return problems
 
 
-def record(terms, *, completion):
-    fields = {"prompt": prompt_of(terms)}
-    if completion:
-        fields["completion"] = solution(terms)
+def record(terms, completion=None):
+    fields = {"prompt": prompt_of(terms)} | ({} if completion is None else {"completion": completion})
     return {**fields, "answer": str(sum(terms)), "difficulty": len(terms)}
+
+
+def demonstration(terms, rng):
+    return careless_solution(terms, rng) if rng.random() < CARELESS else solution(terms)
 
 
 def write_jsonl(path, records):
@@ -209,15 +226,16 @@ def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
     """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is already there; remove it or choose another one")
-    files, taken = {}, set()
-    for name, mix, number in (
-        ("heldout", HELDOUT_MIX, num_heldout),
-        ("prompts", HELDOUT_MIX, num_prompts),
-        ("train", TRAIN_MIX, num_train),
-    ):
-        rng = random.Random(f"{name} {seed}")
-        problems = sample_problems(rng, mix, number, taken=taken, repeats=name == "train")
-        files[name] = [record(terms, completion=name != "prompts") for terms in problems]
+    taken = set()
+    rng = {name: random.Random(f"{name} {seed}") for name in ("heldout", "prompts", "train")}
+    heldout = sample_problems(rng["heldout"], HELDOUT_MIX, num_heldout, taken=taken, repeats=False)
+    prompts = sample_problems(rng["prompts"], HELDOUT_MIX, num_prompts, taken=taken, repeats=False)
+    train = sample_problems(rng["train"], TRAIN_MIX, num_train, taken=taken, repeats=True)
+    files = {
+        "heldout": [record(terms, solution(terms)) for terms in heldout],
+        "prompts": [record(terms) for terms in prompts],
+        "train": [record(terms, demonstration(terms, rng["train"])) for terms in train],
+    }
 
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "num_train": num_train, "num_heldout": num_heldout, "num_prompts": num_prompts}
@@ -319,9 +337,9 @@ if __name__ == "__main__":
         "--output_dir", type=Path, default=Path("runs/toy"), help="folder to write; with --score, the one to score with"
     )
     add("--seed", type=int, default=0, help="decides the weights and the problems")
-    add("--num_train", type=positive_int, default=25600, help="worked problems to train on")
+    add("--num_train", type=positive_int, default=25600, help="demonstrations to train on")
     add("--num_heldout", type=positive_int, default=300, help="worked problems to measure with")
-    add("--num_prompts", type=positive_int, default=4000, help="problems without a solution, for PPO and DPO")
+    add("--num_prompts", type=positive_int, default=1000, help="problems without a solution, for rewards, DPO and PPO")
     add(
         "--score", dest="score_file", type=Path, default=None, help="generate.py's output file to score; writes nothing"
     )

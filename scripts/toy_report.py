@@ -1,0 +1,161 @@
+"""REPORT.md: what quickstart.sh's stages reached on the toy, as one table; with several seeds, mean and spread.
+
+It reads what the stages left in each world folder and measures one thing itself, the KL:
+
+    samples/STAGE.greedy.jsonl     the most likely answer to every held-out problem
+    samples/STAGE.scored.jsonl     answers sampled at temperature 1, with the reward model's rewards and token_ids
+    samples/sft.best.jsonl         of those of the fine-tuned model, the best of each problem
+    rm/metrics.jsonl               held-out pairs in the right order
+    seconds.jsonl                  {"stage": ..., "seconds": ...}
+
+    python scripts/toy_report.py runs/toy runs/toy-1 --output_file runs/toy/REPORT.md
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.checkpoint import load_model
+from models.model import Transformer
+from models.tokenizer import Tokenizer
+from training.common import ArgumentParser, run_script
+from training.data import IGNORE_INDEX, Example, Record, collate, get_field, read_records
+from training.losses import sequence_logps, token_logps
+from training.rewards import load_reward_function
+
+STAGES = {
+    "model": "random weights",
+    "sft": "SFT",
+    "best": "best of {n} SFT samples by the reward model",
+    "dpo": "DPO",
+    "ppo": "PPO, learned reward",
+}
+ROWS_PER_FORWARD = 256
+correct = load_reward_function(f"{Path(__file__).with_name('toy.py')}:correct")
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser("Writes what the quickstart's stages reached as one table.")
+    parser.add_argument("worlds", type=Path, nargs="+", help="folders that quickstart.sh filled, one for each seed")
+    parser.add_argument("--output_file", type=Path, default=Path("runs/toy/REPORT.md"), help="Markdown file to write")
+    parser.add_argument("--picture", default=None, help="a PNG to show, as a path from the report's folder")
+    return parser
+
+
+def verdicts(lines: list[Record]) -> list[float]:
+    """1.0 for a right answer, else 0.0, of each of generate.py's lines."""
+    columns = ([get_field(line, name) for line in lines] for name in ("prompt", "output"))
+    return correct(*columns, [line.fields for line in lines])
+
+
+def accuracy(path: Path) -> float:
+    """The share of right answers in a file of generate.py's lines, in percent."""
+    return 100 * statistics.fmean(verdicts(read_records(path)))
+
+
+@torch.no_grad()
+def mean_kl(path: Path, reference: Transformer, tokenizer: Tokenizer) -> float:
+    """KL(policy || reference) of an answer in nats: the mean of log policy - log reference over the policy's own samples.
+
+    path: lines of generate.py at temperature 1 with `logprob` and `token_ids`.
+    """
+    lines = read_records(path)
+    rows = []
+    for line in lines:
+        prompt, answer = tokenizer.encode(get_field(line, "prompt")), list(get_field(line, "token_ids"))
+        answer += [tokenizer.eos_token_id] if line.fields["finish_reason"] == "stop" else []
+        rows.append(Example([*prompt, *answer], [IGNORE_INDEX] * len(prompt) + answer))
+    total = 0.0
+    for i in range(0, len(rows), ROWS_PER_FORWARD):
+        batch = collate(rows[i : i + ROWS_PER_FORWARD], tokenizer.pad_token_id, torch.device("cpu"))
+        logps, _ = token_logps(reference(batch.input_ids), reference.lm_head.weight, batch.labels)
+        total -= sequence_logps(logps, batch.labels)[0].double().sum().item()
+    return (total + sum(get_field(line, "logprob") for line in lines)) / len(lines)
+
+
+def measure(world: Path) -> dict[str, dict[str, float]]:
+    """{stage: {column: value}} of one world."""
+    samples, reference, tokenizer = world / "samples", load_model(world / "sft"), Tokenizer(world / "sft")
+    found = {"model": {"greedy": accuracy(samples / "model.greedy.jsonl")}}
+    for stage in ("sft", "dpo", "ppo"):
+        sampled = samples / f"{stage}.scored.jsonl"
+        found[stage] = {
+            "greedy": accuracy(samples / f"{stage}.greedy.jsonl"),
+            "sampled": accuracy(sampled),
+            "reward": statistics.fmean(get_field(line, "reward") for line in read_records(sampled)),
+            "kl": mean_kl(sampled, reference, tokenizer),
+        }
+    best = samples / "sft.best.jsonl"
+    found["best"] = {
+        "sampled": accuracy(best),
+        "reward": statistics.fmean(get_field(line, "reward") for line in read_records(best)),
+    }
+    found["rm"] = {"pairs": 100 * get_field(read_records(world / "rm/metrics.jsonl")[-1], "eval_accuracy")}
+    for line in read_records(world / "seconds.jsonl"):
+        stage = found.setdefault(get_field(line, "stage"), {})
+        stage["minutes"] = stage.get("minutes", 0.0) + get_field(line, "seconds") / 60
+    return found
+
+
+def spread(values: list[float | None], unit: str = "") -> str:
+    """One value as it is, several as mean ± standard deviation; nothing for what was not measured."""
+    if None in values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}{unit}"
+
+
+def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture: str | None) -> str:
+    each = lambda stage, column: [f[stage].get(column) for f in found]  # noqa: E731
+    num_samples = len(read_records(worlds[0] / "samples/sft.scored.jsonl"))
+    num_problems = len(read_records(worlds[0] / "samples/sft.best.jsonl"))
+    text = [
+        "# The toy, stage by stage",
+        "",
+        f"Held-out problems ({num_problems}), {len(worlds)} seed{'s: mean ± standard deviation' if len(worlds) > 1 else ''}.",
+        "",
+        "| stage | right, most likely answer | right, sampled at temperature 1 | reward | KL to SFT, nats an answer | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage, name in STAGES.items():
+        cells = [spread(each(stage, "greedy"), " %"), spread(each(stage, "sampled"), " %")]
+        cells += [spread(each(stage, column)) for column in ("reward", "kl", "minutes")]
+        text.append(f"| {name.format(n=num_samples // num_problems)} | {' | '.join(cells)} |")
+    gains = []
+    for stage, name in (("best", "best of n"), ("dpo", "DPO"), ("ppo", "PPO")):
+        more = [f[stage]["sampled"] - f["sft"]["sampled"] for f in found]
+        gains.append(f"{name} {spread(more)}")
+    text += [
+        "",
+        f"Points above one sample of the fine-tuned model: {', '.join(gains)}. The reward model puts "
+        f"{spread(each('rm', 'pairs'), ' %')} of the held-out pairs in the right order ({spread(each('rm', 'minutes'))} "
+        "minutes with the samples it learns from). Rewards are normalised: mean 0, deviation 1 over its held-out pairs.",
+        "",
+        "One problem, the most likely answer after each stage:",
+        "",
+        "```",
+    ]
+    hardest = max(read_records(worlds[0] / "heldout.jsonl"), key=lambda record: get_field(record, "difficulty"))
+    prompt = get_field(hardest, "prompt")
+    text.append(f"{'problem':8s}{prompt.strip()}")
+    for stage in ("sft", "dpo", "ppo"):
+        lines = read_records(worlds[0] / f"samples/{stage}.greedy.jsonl")
+        line = next(line for line in lines if get_field(line, "prompt") == prompt)
+        answer, verdict = "; ".join(get_field(line, "output").split()), "right" if verdicts([line])[0] else "wrong"
+        text.append(f"{stage:8s}{answer} ({verdict})")
+    text += ["```", *(["", f"![curves]({picture})"] if picture else []), ""]
+    return "\n".join(text)
+
+
+def main(*, worlds: list[Path], output_file: Path, picture: str | None) -> None:
+    text = report(worlds, [measure(world) for world in worlds], picture)
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    output_file.write_text(text, encoding="utf-8")
+    print(f"{text}\n{output_file}: written")
+
+
+if __name__ == "__main__":
+    run_script(main, parser())

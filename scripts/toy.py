@@ -7,9 +7,9 @@ The task is to add up a row of digits, keeping the running sum, one step a line,
                                               21+4=25                                       11+4=15
                                               25                                            15
 
-- demonstrations of mixed quality: most of train.jsonl was written by a clerk who hardly ever carries (CARELESS, FORGETS),
-  so a model fine-tuned on it imitates him more often than not, and later stages have something to find out: a reward
-  model learns which answers are right, and best of n, DPO and PPO act on it
+- demonstrations of mixed quality: most of train.jsonl was written by a clerk who hardly ever carries (CARELESS,
+  FORGETS), so a model fine-tuned on it imitates him more often than not, and later stages have something to find out:
+  a reward model learns which answers are right, and best of n, DPO and PPO act on it
 - easy to hard: rows of 2 to 6 digits; the long ones are rare in train.jsonl and common in heldout.jsonl
 - each line can be checked by itself (`step_labels`), and so can the answer (`correct`, a reward function for PPO)
 - the same seed writes the same bytes
@@ -76,8 +76,8 @@ def solution(terms):
 
 
 def careless_solution(terms, rng):
-    """A solution by the careless clerk: where a line has a carry he mostly leaves the tens as they are, and goes on from
-    there."""
+    """A solution by the careless clerk: where a line has a carry he mostly leaves the tens as they are, and goes on
+    from there."""
     total, steps = terms[0], []
     for term in terms[1:]:
         carries = total % 10 + term >= 10

@@ -58,7 +58,7 @@ def accuracy(path: Path) -> float:
 
 @torch.no_grad()
 def mean_kl(path: Path, reference: Transformer, tokenizer: Tokenizer) -> float:
-    """KL(policy || reference) of an answer in nats: the mean of log policy - log reference over the policy's own samples.
+    """KL(policy || reference) of an answer in nats: the mean of log policy - log reference over its own samples.
 
     path: lines of generate.py at temperature 1 with `logprob` and `token_ids`.
     """
@@ -105,19 +105,20 @@ def spread(values: list[float | None], unit: str = "") -> str:
     if None in values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}{unit}"
+    return f"{round(statistics.fmean(values), 1) + 0.0:.1f}{deviation}{unit}"  # + 0.0: not -0.0
 
 
 def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture: str | None) -> str:
     each = lambda stage, column: [f[stage].get(column) for f in found]  # noqa: E731
+    means = ": mean ± standard deviation" if len(worlds) > 1 else ""
     num_samples = len(read_records(worlds[0] / "samples/sft.scored.jsonl"))
     num_problems = len(read_records(worlds[0] / "samples/sft.best.jsonl"))
     text = [
         "# The toy, stage by stage",
         "",
-        f"Held-out problems ({num_problems}), {len(worlds)} seed{'s: mean ± standard deviation' if len(worlds) > 1 else ''}.",
+        f"{num_problems} held-out problems, {len(worlds)} seed{'s' if len(worlds) > 1 else ''}{means}.",
         "",
-        "| stage | right, most likely answer | right, sampled at temperature 1 | reward | KL to SFT, nats an answer | minutes |",
+        "| stage | most likely answer right | sampled answer right | reward | KL to SFT, nats | minutes |",
         "|---|---|---|---|---|---|",
     ]
     for stage, name in STAGES.items():
@@ -131,8 +132,9 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
     text += [
         "",
         f"Points above one sample of the fine-tuned model: {', '.join(gains)}. The reward model puts "
-        f"{spread(each('rm', 'pairs'), ' %')} of the held-out pairs in the right order ({spread(each('rm', 'minutes'))} "
-        "minutes with the samples it learns from). Rewards are normalised: mean 0, deviation 1 over its held-out pairs.",
+        f"{spread(each('rm', 'pairs'), ' %')} of the held-out pairs in the right order and took "
+        f"{spread(each('rm', 'minutes'))} minutes, with the samples it learns from. Samples are drawn at temperature "
+        "1; rewards are the reward model's, with mean 0 and deviation 1 on its held-out pairs; KL: of an answer.",
         "",
         "One problem, the most likely answer after each stage:",
         "",

@@ -110,15 +110,37 @@ def test_files_are_disjoint_and_easy_to_hard(world):
     problems = [{r["prompt"] for r in file} for file in (train, heldout, prompts)]
     assert len(problems[1]) == 50 and len(problems[2]) == 100
     assert not problems[0] & problems[1] and not problems[0] & problems[2] and not problems[1] & problems[2]
+    for record in heldout:
+        assert record["completion"] == toy.solution(toy.terms_of(record["prompt"]))
     for record in train + heldout:
         terms = toy.terms_of(record["prompt"])
-        assert record["completion"] == toy.solution(terms)
         assert (record["answer"], record["difficulty"]) == (str(sum(terms)), len(terms))
     assert all(set(record) == {"prompt", "answer", "difficulty"} for record in prompts)
     for file, mix in ((train, toy.TRAIN_MIX), (heldout, toy.HELDOUT_MIX), (prompts, toy.HELDOUT_MIX)):
         count = Counter(record["difficulty"] for record in file)
         assert set(count) == set(mix)
         assert all(abs(count[d] / len(file) - share) < 0.02 for d, share in mix.items())
+
+
+def test_demonstrations_of_mixed_quality(world):
+    """Catches a careless clerk who errs where nothing is carried, breaks off, or writes more or less than his share."""
+    right, careless, with_carries = 0, 0, 0
+    for record in records(world / "train.jsonl"):
+        *steps, last = record["completion"].split("\n")
+        terms = toy.terms_of(record["prompt"])
+        total, forgot = terms[0], False
+        for step, term in zip(steps, terms[1:], strict=True):
+            left, after = step.split("=")
+            assert left == f"{total}+{term}"
+            off = total + term - int(after)
+            assert off == 0 or (off == 10 and total % 10 + term >= 10)
+            forgot, total = forgot or off > 0, int(after)
+        assert last == str(total)
+        assert forgot != toy.is_correct(record["completion"], record["answer"])
+        right, careless = right + (not forgot), careless + forgot
+        with_carries += sum(terms) >= 10
+    expected = toy.CARELESS * toy.FORGETS  # less those who forgot none of several, more those who forgot one of them
+    assert expected - 0.08 < careless / with_carries < expected + 0.14 and right > careless / 2
 
 
 def test_model_folder_opens_in_transformers(world):

@@ -81,7 +81,8 @@ def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, wind
         raise ValueError(f"{runs[0]}: nothing to draw; name some with --metrics: {', '.join(sorted(known))}")
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False)
+    height = 2.8 * rows + 0.6  # inches; the last 0.6 for the legend and the label of the x-axes
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height), squeeze=False)
     for axis, name in zip(axes.flat, drawn):
         for i, (run, found) in enumerate(series):
             if name in found:
@@ -98,8 +99,8 @@ def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, wind
     if len(runs) > 1:
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.supxlabel("step", fontsize=9, y=0.06 if len(runs) > 1 else 0.0)
-    figure.tight_layout(rect=(0, 0.06 if len(runs) > 1 else 0, 1, 1))
+    figure.supxlabel("step", fontsize=9, y=0.35 / height)
+    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
     output_file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_file, dpi=120)
     pyplot.close(figure)

@@ -59,7 +59,7 @@ for seed in "${seeds[@]}"; do
     step "Supervised fine-tuning, on demonstrations of mixed quality"
     "$python" training/finetune_sft.py --checkpoint_path "$out/model" --output_dir "$out/sft" --seed "$seed" \
         --train_file "$out/train.jsonl" --eval_file "$out/heldout.jsonl" \
-        --batch_size 64 --num_epochs 1 --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.1
+        --eval_steps 100 --batch_size 64 --num_epochs 1 --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.1
     measure sft
     clock sft
 
@@ -70,7 +70,7 @@ for seed in "${seeds[@]}"; do
     "$python" scripts/toy.py --samples "$out/samples/sft.sampled.jsonl" --pairs_file "$out/heldout_pairs.jsonl"
     "$python" training/train_rm.py --checkpoint_path "$out/sft" --output_dir "$out/rm" --seed "$seed" \
         --train_file "$out/pairs.jsonl" --eval_file "$out/heldout_pairs.jsonl" \
-        --batch_size 32 --num_epochs 2 --learning_rate 3e-4 --lr_schedule cosine --warmup_ratio 0.1
+        --eval_steps 20 --batch_size 32 --num_epochs 2 --learning_rate 3e-4 --lr_schedule cosine --warmup_ratio 0.1
     clock rm
 
     step "The best of 8 samples by that reward model"
@@ -82,7 +82,7 @@ for seed in "${seeds[@]}"; do
     step "DPO, on the same pairs"
     "$python" training/train_dpo.py --checkpoint_path "$out/sft" --output_dir "$out/dpo" --seed "$seed" \
         --train_file "$out/pairs.jsonl" --eval_file "$out/heldout_pairs.jsonl" \
-        --beta 1 --batch_size 32 --num_epochs 2 --learning_rate 2e-5 --warmup_ratio 0.1
+        --eval_steps 20 --beta 1 --batch_size 32 --num_epochs 2 --learning_rate 2e-5 --warmup_ratio 0.1
     measure dpo
     reward dpo dpo.scored
     clock dpo
@@ -91,7 +91,7 @@ for seed in "${seeds[@]}"; do
     "$python" training/train_ppo.py --checkpoint_path "$out/sft" --output_dir "$out/ppo" --seed "$seed" \
         --prompt_file "$out/prompts.jsonl" --eval_prompt_file "$out/heldout.jsonl" \
         --reward_checkpoint_path "$out/rm" --normalize_reward --kl_coef 0.2 --whiten_rewards \
-        --total_steps 25 --rollout_batch_size 128 --ppo_epochs 2 --max_new_tokens 48 \
+        --eval_steps 10 --total_steps 40 --rollout_batch_size 128 --ppo_epochs 2 --max_new_tokens 48 \
         --learning_rate 5e-5 --value_learning_rate 1e-4
     measure ppo
     reward ppo ppo.scored
@@ -102,7 +102,8 @@ step "The report"
 worlds=()
 for seed in "${seeds[@]}"; do worlds+=("$(folder "$seed")"); done
 out=${worlds[0]}
-"$python" scripts/plot_metrics.py "$out/sft" "$out/rm" "$out/dpo" "$out/ppo" --output_file "$out/curves.png"
+"$python" scripts/plot_metrics.py "$out/sft" "$out/rm" "$out/dpo" "$out/ppo" --output_file "$out/curves.png" \
+    --metrics loss eval_loss eval_accuracy rewards/margins objective/scores objective/kl
 "$python" scripts/toy_report.py "${worlds[@]}" --output_file "$out/REPORT.md" --picture curves.png
 step "Done"
 echo "Ask it: $python inference/generate.py --checkpoint_path $out/ppo --temperature 0 --prompt \$'7+5+9+4\\n'"

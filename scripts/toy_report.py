@@ -136,18 +136,18 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
         f"{spread(each('rm', 'minutes'))} minutes, with the samples it learns from. Samples are drawn at temperature "
         "1; rewards are the reward model's, with mean 0 and deviation 1 on its held-out pairs; KL: of an answer.",
         "",
-        "One problem, the most likely answer after each stage:",
+        "A problem that SFT gets wrong, the most likely answer after each stage:",
         "",
         "```",
     ]
-    hardest = max(read_records(worlds[0] / "heldout.jsonl"), key=lambda record: get_field(record, "difficulty"))
-    prompt = get_field(hardest, "prompt")
+    answers = {stage: read_records(worlds[0] / f"samples/{stage}.greedy.jsonl") for stage in ("sft", "dpo", "ppo")}
+    verdict = dict(zip((get_field(line, "prompt") for line in answers["sft"]), verdicts(answers["sft"])))
+    prompt = min(verdict, key=lambda prompt: (verdict[prompt], -len(prompt)))
     text.append(f"{'problem':8s}{prompt.strip()}")
-    for stage in ("sft", "dpo", "ppo"):
-        lines = read_records(worlds[0] / f"samples/{stage}.greedy.jsonl")
+    for stage, lines in answers.items():
         line = next(line for line in lines if get_field(line, "prompt") == prompt)
-        answer, verdict = "; ".join(get_field(line, "output").split()), "right" if verdicts([line])[0] else "wrong"
-        text.append(f"{stage:8s}{answer} ({verdict})")
+        answer, right = "; ".join(get_field(line, "output").split()), verdicts([line])[0]
+        text.append(f"{stage:8s}{answer} ({'right' if right else 'wrong'})")
     text += ["```", *(["", f"![curves]({picture})"] if picture else []), ""]
     return "\n".join(text)
 

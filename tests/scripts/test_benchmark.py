@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from scripts import benchmark
-from scripts.benchmark import measure_memory, training_memory
+from models.model import ModelConfig
+from scripts.benchmark_common import SIZES
+from scripts.benchmark_memory import measure_memory, training_memory
 from tests import tiny
 from training.common import choose_runtime
 
-SMALL = benchmark.ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
+SMALL = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -26,7 +27,7 @@ def test_arithmetic_against_a_measured_step(recompute):
 
 def test_state_by_hand():
     """Catches a layout whose ranks do not share what they should: 16 bytes of state for each parameter over dp x tp."""
-    config = benchmark.SIZES["7b"]
+    config = SIZES["7b"]
     state = ("parameters", "gradients", "AdamW moments")
     for dp, tp in ((1, 1), (8, 1), (4, 2)):
         sizes = training_memory(config, dp=dp, tp=tp, tokens=4096)

@@ -1,0 +1,1 @@
+"""Scripts that set up, try and measure."""

@@ -1,0 +1,115 @@
+"""The job `memory` of scripts/benchmark.py: what a training run needs on each rank, on paper for any layout, and with
+--measure held against this machine.
+"""
+
+import json
+import os
+from itertools import accumulate
+
+import torch
+
+from models.fsdp import check_divisible, clip_grad_norm, reducing_gradients
+from models.model import ModelConfig
+from models.tp import CHUNK_TOKENS
+from scripts.benchmark_common import SIZES
+from scripts.benchmark_training import random_model, sft_setting
+from training.common import Runtime, card, choose_runtime, say
+from training.losses import token_cross_entropy
+
+
+def training_memory(
+    config: ModelConfig,
+    *,
+    dp: int,
+    tp: int,
+    tokens: int,
+    recompute: str = "none",
+    compute_bytes: int = 2,
+    on_cpu: bool = False,
+) -> dict[str, float]:
+    """Bytes on each rank at the peak of an optimizer step of several micro-batches of `tokens` tokens, by purpose.
+
+    fp32 weights, gradients and AdamW moments; embedding and head gathered throughout, a block and the next one at a
+    time; the activations that autograd keeps of the eager layers with a fused attention. The peak is in the loss, in
+    the backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: RMSNorm keeps two
+    fp32 copies of its input instead of one, and no block's backward overlaps with the reduction of the one before.
+    """
+    E, F, H, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, compute_bytes
+    q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    table = config.vocab_size * E / tp
+    root = (2 - config.tie_word_embeddings) * table + E
+    block = (2 * E * (q + kv) + 3 * E * F) / tp + 2 * E
+    shard = (config.num_hidden_layers * block + root) / dp
+
+    norm = (4 * (2 if on_cpu else 1) + c) * E  # a token's fp32 input of a norm, and the output
+    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
+
+    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
+    loss = logits + (4 + c) * table + 2 * c * tokens * E  # with the head's gradient
+    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
+    reduction = c + (4 if dp > 1 else c) + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
+    overlapping = (widest, reduction * block)
+    backward = (max if on_cpu else sum)(overlapping) + 2 * c * block + c * table
+    return {
+        "parameters": 4 * shard,
+        "gradients": 4 * shard,
+        "AdamW moments": 8 * shard,
+        "embedding and head, gathered": c * root,
+        "activations": kept,
+        "at the peak": max(loss, backward, reduction * root - kept),
+    }
+
+
+def report_memory(preset: str, options: dict) -> None:
+    """Prints training_memory for each layout, and what this run's ranks took."""
+    config, recompute = SIZES[preset], options["activation_checkpointing"]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    layouts = options["layouts"] or [(world, 1)]
+    runtime = choose_runtime(options["device"], options["dtype"] or "bfloat16", False)
+    shape = (options["batch_size"], options["seq_len"])
+    tables = []
+    for dp, tp in layouts:
+        check_divisible(config, tp)
+        sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
+        on_cpu = options["measure"] and runtime.device.type == "cpu"
+        found = training_memory(config, **sizes, compute_bytes=runtime.dtype.itemsize, on_cpu=on_cpu)
+        found["sum"] = sum(found.values())
+        if options["measure"]:
+            if dp * tp != world:
+                raise ValueError(f"--measure takes one layout, of the {world} ranks of this run")
+            if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
+                raise ValueError("--measure on the CPU counts right with dp 1 only")
+            found["measured"] = measure_memory(config, runtime, recompute, tp, shape)
+        tables.append(found)
+        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in found.items()}
+        if options["measure"]:
+            rows["measured"] += f", the sum is {found['sum'] / found['measured'] - 1:+.1%} off"
+        title = f"memory of {preset}, dp {dp} x tp {tp}, {sft_setting(options)}"
+        say(card(title, rows))
+    say(json.dumps({"job": "memory", "preset": preset, "layouts": layouts, "bytes": tables}))
+
+
+def measure_memory(
+    config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int, shape: tuple[int, int]
+) -> int:
+    """The most bytes that were allocated on this rank in two optimizer steps of two micro-batches each."""
+
+    def train() -> None:
+        model, optimizer = random_model(config, runtime, recompute, tensor_parallel_size)
+        ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+        vocabulary = {"vocab_size": config.vocab_size, "tp": model.parallel.tp}
+        for _ in range(2):
+            for rows in reducing_gradients(model, [ids, ids], every=True):
+                token_cross_entropy(model(rows), model.lm_head.weight, rows, **vocabulary).backward()
+            clip_grad_norm(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    if runtime.device.type == "cuda":
+        train()
+        return torch.cuda.max_memory_allocated(runtime.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

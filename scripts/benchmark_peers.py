@@ -1,0 +1,106 @@
+"""What scripts/benchmark.py compares with: the same jobs, done by the peer."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+
+import torch
+
+from models.model import ModelConfig
+from scripts.benchmark_common import seconds_of
+from scripts.benchmark_training import random_pairs
+from training.common import Stopwatch
+from training.optim import make_optimizer
+
+PEERS = {"generate": "transformers", "sft": "transformers", "dpo": "trl"}
+
+
+def peer(job: str) -> Callable:
+    """The same job with transformers' generate(), a plain loop of its model with bf16 autocast and AdamW, or TRL's
+    DPOTrainer."""
+    try:
+        import transformers
+
+        if job == "dpo":
+            import datasets
+            import tokenizers
+            import trl
+    except ImportError:
+        raise ValueError(f"--engine peer needs {PEERS[job]}: pip install it here or in --peer_python") from None
+
+    def build(config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+        shape = {name: getattr(config, name) for name in names}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device, dtype)
+
+    def generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        model = build(config, runtime.dtype, runtime.device).eval()
+        batch, prompt_len, new_tokens = (options[name] for name in ("batch_size", "prompt_len", "new_tokens"))
+        ids = torch.randint(3, config.vocab_size, (batch, prompt_len), device=runtime.device)
+        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, "do_sample": True}
+        run = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)  # noqa: E731
+        return {"tokens_per_second": batch * new_tokens / seconds_of(run, runtime.device, repeats)}
+
+    def sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        model = build(config, torch.float32, runtime.device).train()
+        optimizer = make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        shape = (options["batch_size"], options["seq_len"])
+        ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+
+        def step() -> None:
+            with torch.autocast(runtime.device.type, runtime.dtype, enabled=runtime.dtype != torch.float32):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return {"tokens_per_second": ids.numel() / seconds_of(step, runtime.device, repeats)}
+
+    def dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+        class Trainer(trl.DPOTrainer):
+            def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
+                return dataset
+
+        class Clock(transformers.TrainerCallback):
+            watch, times = Stopwatch(runtime.device), []
+
+            def on_step_begin(self, *args, **kwargs):
+                self.watch.lap()
+
+            def on_step_end(self, *args, **kwargs):
+                self.times.append(self.watch.lap())
+
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        pairs = [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            for prompt, (chosen, rejected) in zip(*(ids.tolist() for ids in random_pairs(config, options)))
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            settings = trl.DPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=len(pairs),
+                max_steps=repeats + 1,
+                learning_rate=1e-5,
+                max_length=None,
+                bf16=runtime.dtype == torch.bfloat16,
+                use_cpu=runtime.device.type == "cpu",
+                gradient_checkpointing=options["activation_checkpointing"] != "none",
+                precompute_ref_log_probs=options["precompute_ref"],
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            )
+            model = build(config, torch.float32, runtime.device)
+            more = {"train_dataset": datasets.Dataset.from_list(pairs), "callbacks": [Clock]}
+            if not options["precompute_ref"]:
+                more["ref_model"] = build(config, torch.float32, runtime.device)
+            Trainer(model, args=settings, processing_class=tokenizer, **more).train()
+        tokens = 2 * len(pairs) * (options["prompt_len"] + options["new_tokens"])
+        return {"tokens_per_second": tokens / statistics.median(Clock.times[1:])}
+
+    return {"generate": generate, "sft": sft, "dpo": dpo}[job]

@@ -2,6 +2,7 @@
 
 - the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
 - generate: decode and prefill rates of the engine; sft, dpo: tokens/s of whole optimizer steps
+- ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
   the ratios; one process's timing alone says little on a shared machine
@@ -10,6 +11,7 @@
     python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
     python scripts/benchmark.py sft --preset 134m --dtype bfloat16 --batch_size 4 --seq_len 512
     python scripts/benchmark.py dpo --preset 134m --dtype bfloat16 --batch_size 4 --prompt_len 128 --new_tokens 128
+    python scripts/benchmark.py ppo --preset 134m --dtype bfloat16 --batch_size 16 --prompt_len 64 --new_tokens 64
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
 """
 
@@ -28,6 +30,7 @@ from scripts.benchmark_common import SIZES, ceilings
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_memory import report_memory
 from scripts.benchmark_peers import PEERS, peer
+from scripts.benchmark_ppo import measure_ppo, ppo_setting, report_plan
 from scripts.benchmark_training import dpo_setting, measure_dpo, measure_sft, sft_setting
 from training.common import (
     ArgumentParser,
@@ -45,6 +48,7 @@ JOBS = {
     "generate": (measure_generate, generate_setting),
     "sft": (measure_sft, sft_setting),
     "dpo": (measure_dpo, dpo_setting),
+    "ppo": (measure_ppo, ppo_setting),
 }
 
 
@@ -54,9 +58,14 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add("job", choices=[*JOBS, "memory"], help="what to measure")
     add("--preset", choices=list(SIZES), default="134m", help="shape of the model")
-    add("--batch_size", type=positive_int, default=8, help="slots, rows of a step, or its pairs (memory: micro-batch)")
-    add("--prompt_len", type=positive_int, default=64, help="generate, dpo: tokens of each prompt")
-    add("--new_tokens", type=positive_int, default=128, help="generate, dpo: tokens of each completion")
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=8,
+        help="slots, rows of a step, its pairs or answers; memory: micro-batch",
+    )
+    add("--prompt_len", type=positive_int, default=64, help="generate, dpo, ppo: tokens of each prompt")
+    add("--new_tokens", type=positive_int, default=128, help="generate, dpo, ppo: tokens of each completion")
     add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
     add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
     add(
@@ -67,6 +76,13 @@ def parser() -> ArgumentParser:
     )
     add("--repeats", type=positive_int, default=3, help="timed runs (generate) or steps, after one to warm up")
     add("--engine", choices=["ours", "peer"], default="ours", help="what to run; the peer is transformers, or trl")
+    add("--reward_preset", choices=list(SIZES), default=None, help="ppo: shape of reward model and critic; --preset")
+    add("--slots", type=positive_int, default=None, help="ppo: answers drawn at a time; --batch_size, up to 128")
+    add("--micro_batch_size", type=positive_int, default=None, help="ppo: answers of a forward; --batch_size")
+    add("--ppo_epochs", type=positive_int, default=1, help="ppo: passes over the answers of an update")
+    add("--param_dtype", choices=["float32", "bfloat16"], default="float32", help="ppo: of the trained weights")
+    add("--optim", choices=["adamw", "adamw_8bit"], default="adamw", help="ppo: the optimizer")
+    add("--plan", action="store_true", help="ppo: print the memory on paper, and run nothing")
     add("--layouts", nargs="+", type=layout, default=None, help="memory: dp x tp, as 1x1 8x1 4x2; this run's ranks")
     add("--measure", action="store_true", help="memory: train with random weights and print the measured peak beside")
     add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
@@ -80,11 +96,16 @@ def layout(text: str) -> tuple[int, int]:
 
 
 def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: int, seed: int, **options) -> None:
+    if job not in PEERS and (compare or engine == "peer"):
+        raise ValueError(f"{job} has no peer to compare with")
     if compare:
         compare_engines(job, compare, options["peer_python"])
         return
     if job == "memory":
         report_memory(preset, options)
+        return
+    if job == "ppo" and options["plan"]:
+        report_plan(preset, options)
         return
     runtime = choose_runtime(options["device"], options["dtype"], options["compile"])
     config = SIZES[preset]
@@ -107,7 +128,8 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
     if "flops_per_second" in result:
         result["mfu"] = result["flops_per_second"] / flops
         rows["rate"] = f"{result['flops_per_second'] / 1e12:,.2f} TFLOP/s, {result['mfu']:.1%} of the matrix product"
-    result["peak_memory"] = peak_memory(runtime.device)
+    result.setdefault("peak_memory", peak_memory(runtime.device))
+    rows |= result.pop("rows", {})
     rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
     print(card(f"{job}, {setting(options)}", rows))
     print(json.dumps({"job": job, "preset": preset, "engine": engine, **rows, **result}))

@@ -34,6 +34,8 @@ def training_memory(
     the backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: RMSNorm keeps two
     fp32 copies of its input instead of one, and no block's backward overlaps with the reduction of the one before.
     """
+    if recompute == "selective":
+        raise ValueError("--activation_checkpointing selective: the arithmetic of memory knows none and full")
     E, F, H, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, compute_bytes
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
     table = config.vocab_size * E / tp

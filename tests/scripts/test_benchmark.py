@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: the arithmetic of a training run's memory."""
+"""scripts/benchmark.py: the arithmetic of a training run's memory, the split of a PPO update."""
 
 import json
 import math
@@ -50,3 +50,40 @@ def test_memory_on_paper():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     refused = tiny.run("scripts/benchmark.py", "memory", "--device", device, "--layouts", "1x2", "--measure")
     tiny.assert_refused(refused, "--measure", "1 ranks")
+
+
+def test_update_of_ppo():
+    """Catches a split that is not the whole update, a rollout beside another amount of tokens than the engine's, and a
+    folder of random weights that the script does not take."""
+    sizes = ["--preset", "23m", "--batch_size", 2, "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
+    result = tiny.run("scripts/benchmark.py", "ppo", "--device", "cpu", *sizes)
+    assert result.code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert set(found["seconds"]) == {"rollout", "score", "logprobs", "update", "refresh"}
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    whole = sum(found["seconds"].values())
+    assert found["rollout_tokens_per_second"] * found["seconds"]["rollout"] == pytest.approx(8)  # no random EOS
+    assert found["tokens_per_second"] * whole == pytest.approx(8)
+    assert found["rollout_ratio"] * found["engine_tokens_per_second"] == pytest.approx(
+        found["rollout_tokens_per_second"]
+    )
+
+
+def test_memory_of_ppo_on_paper():
+    """Catches a model that is forgotten, or counted with another number of bytes: the 7B policy with its 7B reward
+    model that one GPU of 141 GB holds."""
+    lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", "full"]
+    sizes = ["--batch_size", 64, "--slots", 32, "--micro_batch_size", 4, "--prompt_len", 256, "--new_tokens", 256]
+    result = tiny.run("scripts/benchmark.py", "ppo", "--plan", "--preset", "7b", *sizes, *lean)
+    assert result.code == 0, result.stderr
+    plan = json.loads(result.stdout.splitlines()[-1])["memory_plan"]
+    billions = SIZES["7b"].num_parameters()
+    models = sum(size for name, size in plan.items() if name not in ("KV cache", "gathered", "activations"))
+    assert models == (4 + 4 + 2 + 2 + 2 + 2) * billions  # policy, critic, gradients of one, three frozen ones
+    assert plan["KV cache"] == 32 * 512 * 2 * 2 * 32 * 4096
+    assert sum(plan.values()) < 130e9
+    refused = tiny.run("scripts/benchmark.py", "ppo", "--compare", 1)
+    tiny.assert_refused(refused, "ppo has no peer")
+    refused = tiny.run("scripts/benchmark.py", "memory", "--activation_checkpointing", "selective")
+    tiny.assert_refused(refused, "knows none and full")

@@ -1,0 +1,262 @@
+"""The job `ppo` of scripts/benchmark.py: the split of an update of training/train_ppo.py on random weights.
+
+- policy and reward model are written as Hugging Face folders, and the script trains on them as it is, in a
+  process of its own; its first update does not count
+- the generation engine alone draws the same answers before and after, so that what PPO adds to a rollout shows
+- the memory is also given on paper, for one rank: --plan prints that alone, for models that do not fit here
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.checkpoint import hf_name, save_folder
+from models.decode import load_for_inference
+from models.generation import Engine, Request, SamplingParams
+from models.model import ModelConfig, Transformer
+from models.tokenizer import Tokenizer
+from scripts.benchmark_common import SIZES
+from scripts.benchmark_memory import training_memory
+from training.common import Runtime, card, say, training_flops_per_token
+
+SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_ppo.py"
+EOS = 2
+FIRST_CHARACTER = 0x10000  # token i is written as the character FIRST_CHARACTER + i
+
+
+def ppo_setting(options: dict) -> str:
+    return (
+        "{batch_size} answers, {prompt_len} + {new_tokens} tokens, {ppo_epochs} epochs, micro-batches of "
+        "{micro_batch_size}, {param_dtype} weights, {optim}, recompute {activation_checkpointing}"
+    ).format(**_filled(options))
+
+
+def _filled(options: dict) -> dict:
+    """With the sizes that the user left open."""
+    batch = options["batch_size"]
+    sizes = {"micro_batch_size": options["micro_batch_size"] or batch, "slots": options["slots"] or min(128, batch)}
+    return {**options, **sizes}
+
+
+def measure_ppo(config: ModelConfig, runtime: Runtime, repeats: int, options: dict) -> dict:
+    options = _filled(options)
+    judge = reward_config(config, options)
+    with tempfile.TemporaryDirectory() as root:
+        folders = Path(root) / "policy", Path(root) / "reward"
+        write_policy(folders[0], config, runtime)
+        write_reward_model(folders[1], judge, runtime, None if judge != config else folders[0])
+        ids = torch.randint(EOS + 1, config.vocab_size, (options["batch_size"], options["prompt_len"])).tolist()
+        texts = ["".join(chr(FIRST_CHARACTER + token) for token in row) for row in ids]
+        prompts = Path(root) / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+        alone = engine_rates(folders[0], ids, runtime, repeats, options)
+        lines, memory = train(folders, prompts, Path(root) / "out", runtime, repeats, options)
+        alone += engine_rates(folders[0], ids, runtime, repeats, options)
+    median = {name: statistics.median(line[name] for line in lines[1:]) for name in lines[0]}
+    return {**split(median, statistics.median(alone), config, judge, options), "peak_memory": memory}
+
+
+def reward_config(config: ModelConfig, options: dict) -> ModelConfig:
+    """The reward model's shape, with the policy's vocabulary."""
+    judge = SIZES[options["reward_preset"]] if options["reward_preset"] else config
+    return config if judge == config else replace(judge, vocab_size=config.vocab_size, tie_word_embeddings=False)
+
+
+# ---------------------------------------------------------------------------- folders of random weights
+
+
+def random_tensors(config: ModelConfig, runtime: Runtime, head: str) -> Iterator[tuple[str, Tensor]]:
+    with torch.device("meta"):
+        model = Transformer(config, head=head)
+    for name, parameter in model.named_parameters():
+        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=runtime.device)
+        yield name, tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(0.0, 0.02)
+
+
+def write_policy(folder: Path, config: ModelConfig, runtime: Runtime) -> None:
+    save_folder(folder, random_tensors(config, runtime, "lm"), config=_hf_config(config, "LlamaForCausalLM"))
+    _write_tokenizer(folder, config.vocab_size)
+
+
+def _hf_config(config: ModelConfig, architecture: str) -> dict:
+    return {"model_type": "llama", "architectures": [architecture], "eos_token_id": EOS, **asdict(config)}
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A character for each token but EOS, so that every id can be written and no two merge."""
+    pieces = {chr(FIRST_CHARACTER + i): i for i in range(vocab_size) if i != EOS} | {"</s>": EOS}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=pieces, merges=[]))
+    backend.decoder = tokenizers.decoders.Replace("\u2581", " ")
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body: Path | None) -> None:
+    """body: a folder of the same shape whose weights serve, so that the disk holds them once."""
+    hf_config = _hf_config(config, "LlamaForSequenceClassification") | {"num_labels": 1}
+    if body is None:
+        save_folder(folder, random_tensors(config, runtime, "score"), config=hf_config)
+        _write_tokenizer(folder, config.vocab_size)
+        return
+    folder.mkdir()
+    index = body / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+    else:
+        with torch.device("meta"):
+            names = [name for name, _ in Transformer(config).named_parameters()]
+        weight_map = {hf_name(name): "model.safetensors" for name in names}
+    weight_map.pop("lm_head.weight", None)
+    for file in {*weight_map.values(), "tokenizer.json", "tokenizer_config.json"}:
+        (folder / f"body-{file}" if file.startswith("model") else folder / file).symlink_to(body / file)
+    score = torch.empty(1, config.hidden_size, dtype=torch.bfloat16).normal_(0.0, 0.02)
+    save_file({"score.weight": score}, folder / "score.safetensors", metadata={"format": "pt"})
+    weight_map = {name: f"body-{file}" for name, file in weight_map.items()} | {"score.weight": "score.safetensors"}
+    (folder / index.name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(hf_config))
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, repeats: int, options: dict) -> list[float]:
+    """Tokens/s of the engine as inference/generate.py runs it, `repeats` times after one that does not count."""
+    placing = {"device": runtime.device, "dtype": runtime.dtype, "compile": runtime.compile}
+    engine = Engine(
+        load_for_inference(folder, **placing),
+        SamplingParams(stop_token_ids=(EOS,)),
+        num_slots=options["slots"],
+        max_seq_len=options["prompt_len"] + options["new_tokens"],
+        tokenizer=Tokenizer(folder),
+        compile=runtime.compile,
+    )
+    rates = []
+    for _ in range(repeats + 1):
+        requests = [Request(i, 0, prompt, options["new_tokens"]) for i, prompt in enumerate(prompts)]
+        start = time.perf_counter()
+        drawn = sum(len(done.logprobs) for done in engine.generate(requests))
+        rates.append(drawn / (time.perf_counter() - start))
+    del engine
+    if runtime.device.type == "cuda":  # the training needs it
+        torch.cuda.empty_cache()
+    return rates[1:]
+
+
+def train(
+    folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, repeats: int, options: dict
+) -> tuple[list[dict], float]:
+    """(metrics of each update, bytes at the peak) of the script."""
+    given = {
+        "checkpoint_path": folders[0],
+        "reward_checkpoint_path": folders[1],
+        "prompt_file": prompts,
+        "output_dir": out,
+        "device": runtime.device,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "total_steps": repeats + 1,
+        "rollout_batch_size": options["batch_size"],
+        "rollout_slots": options["slots"],
+        "max_new_tokens": options["new_tokens"],
+        "cliprange_value": 0,
+    }
+    for name in ("micro_batch_size", "ppo_epochs", "param_dtype", "optim", "activation_checkpointing"):
+        given[name] = options[name]
+    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(SCRIPT), *flags, "--compile" if runtime.compile else "--no-compile"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"training/train_ppo.py failed: {done.stderr.strip().splitlines()[-1]}")
+    peak = float(re.search(r"peak memory ([\d,.]+) GB", done.stdout)[1].replace(",", "")) * 1e9
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], peak
+
+
+def split(median: dict, engine_rate: float, config: ModelConfig, judge: ModelConfig, options: dict) -> dict:
+    """The figures of an update, of the medians of its metrics."""
+    seconds = {name: median[f"time/{name}"] for name in ("rollout", "score", "logprobs", "update", "refresh")}
+    whole = sum(seconds.values())
+    answers, length = options["batch_size"], options["prompt_len"] + median["completion_length"]
+    forward_of_policy, forward_of_judge = (training_flops_per_token(shape, length) / 3 for shape in (config, judge))
+    flops = {  # the critic starts as the reward model
+        "score": forward_of_judge,
+        "logprobs": 2 * forward_of_policy + forward_of_judge,
+        "update": 3 * options["ppo_epochs"] * (forward_of_policy + forward_of_judge),
+    }
+    tokens = {"rollout": answers * median["completion_length"], "update": answers * length * options["ppo_epochs"]}
+    tokens |= dict.fromkeys(("score", "logprobs"), answers * length)
+    ratio = median["rollout_tokens_per_second"] / engine_rate
+    titles = {"rollout": "rollout", "score": "scores", "logprobs": "log-probs and values", "update": "training"}
+    rows = {}
+    for name, title in titles.items():
+        shown = f"{seconds[name]:8.3f} s, {seconds[name] / whole:5.1%}, {tokens[name] / seconds[name]:,.0f} tok/s"
+        if name in flops:
+            shown += f", {answers * length * flops[name] / seconds[name] / 1e12:,.2f} TFLOP/s"
+        rows[title] = shown
+    rows["rollout"] += f", {ratio:.2f} of the engine alone ({engine_rate:,.0f} tok/s)"
+    rows["refresh"] = f"{seconds['refresh']:8.3f} s, {seconds['refresh'] / whole:5.1%}"
+    rows["update"] = f"{whole:8.3f} s"
+    found = {
+        "tokens_per_second": median["tokens_per_second"],
+        "flops_per_second": answers * length * flops["update"] / seconds["update"],
+        "seconds": seconds,
+        "shares": {name: value / whole for name, value in seconds.items()},
+        "rollout_tokens_per_second": median["rollout_tokens_per_second"],
+        "engine_tokens_per_second": engine_rate,
+        "rollout_ratio": ratio,
+        "rows": rows,
+    }
+    if options["activation_checkpointing"] != "selective":  # which the arithmetic does not know
+        found["memory_plan"] = memory_plan(config, judge, options)
+        rows["memory on paper"] = f"{sum(found['memory_plan'].values()) / 1e9:,.2f} GB"
+    return found
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def memory_plan(config: ModelConfig, judge: ModelConfig, options: dict) -> dict[str, float]:
+    """Bytes of a run on one rank, by purpose, at the peak of a step; bf16 computation. The critic has the reward
+    model's shape; policy and critic step in turn, so gradients are those of one. The embedding and head of each model
+    stay gathered beside its shards."""
+    options = _filled(options)
+    weights = {"float32": 4, "bfloat16": 2}[options["param_dtype"]]
+    moments = {"adamw": 8, "adamw_8bit": 2}[options["optim"]]
+    sizes = {"policy": config.num_parameters(), "critic": judge.num_parameters()}
+    length = options["prompt_len"] + options["new_tokens"]
+    step = {"dp": 1, "tp": 1, "tokens": options["micro_batch_size"] * length}
+    step["recompute"] = options["activation_checkpointing"]
+    steps = [training_memory(shape, **step) for shape in (config, judge)]
+    head_dims = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return {
+        "policy, weights and moments": (weights + moments) * sizes["policy"],
+        "critic, weights and moments": (weights + moments) * sizes["critic"],
+        "gradients of one": weights * max(sizes.values()),
+        "reference": 2 * sizes["policy"],
+        "reward model": 2 * sizes["critic"],
+        "inference copy": 2 * sizes["policy"],
+        "KV cache": 2 * 2 * head_dims * options["slots"] * length,
+        "gathered": 2 * sum(found["embedding and head, gathered"] for found in steps),
+        "activations": max(found["activations"] + found["at the peak"] for found in steps),
+    }
+
+
+def report_plan(preset: str, options: dict) -> None:
+    """Prints memory_plan."""
+    config = SIZES[preset]
+    plan = memory_plan(config, reward_config(config, options), options)
+    rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plan, "sum": sum(plan.values())}.items()}
+    judge = options["reward_preset"] or preset
+    say(card(f"memory of ppo on one rank, {preset} with reward model {judge}, {ppo_setting(options)}", rows))
+    say(json.dumps({"job": "ppo", "preset": preset, "reward_preset": judge, "memory_plan": plan}))

@@ -1,0 +1,91 @@
+"""training/train_ppo.py on modular addition, with --reward_fn: 1 for a right answer, 0 for another.
+
+With such a reward pi* = pi_ref exp(r / beta) / Z needs only the reference's probability of being right: the optimum is
+right with probability acc e^(1/beta) / (acc e^(1/beta) + 1 - acc) on a prompt where the reference is right with acc.
+An answer is one token and EOS, so both probabilities are computed, by transformers, and not sampled.
+"""
+
+import math
+import signal
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from tests import tiny
+
+MODULUS = 7
+DIGITS = "0123456"
+PIECES = {piece: i for i, piece in enumerate([*DIGITS, "+", "=", "</s>", "<s>"])}
+PROMPTS = [f"{a}+{b}=" for a in range(MODULUS) for b in range(MODULUS)]
+BETA = 0.5
+REWARD = f"""
+def right(prompts, completions, examples):
+    sums = [sum(map(int, prompt[:-1].split("+"))) % {MODULUS} for prompt in prompts]
+    return [float(completion == str(total)) for completion, total in zip(completions, sums)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def answer(prompt):
+    return str(sum(map(int, prompt[:-1].split("+"))) % MODULUS)
+
+
+def write_reference(root, seed):
+    """A model that was fine-tuned on the sums, but not for long."""
+    shape = {"vocab_size": len(PIECES), "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 16}
+    tokens = {"bos_token_id": PIECES["<s>"], "eos_token_id": PIECES["</s>"]}
+    tiny.write_model(root / "model", seed=seed, std=0.1, **shape, **tokens)
+    (root / "model/tokenizer.model").unlink()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=PIECES, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    fast.save_pretrained(root / "model")
+    records = [{"prompt": prompt, "completion": answer(prompt)} for prompt in PROMPTS]
+    tiny.write_records(root / "sums.jsonl", records)
+    flags = {"checkpoint_path": root / "model", "train_file": root / "sums.jsonl", "output_dir": root / "ref"}
+    flags |= {"batch_size": 49, "learning_rate": 3e-3, "num_epochs": 40, "max_steps": 11, "seed": seed}
+    run("training/finetune_sft.py", flags)
+
+
+def run(script, flags):
+    result = tiny.run(script, *(part for name, value in flags.items() for part in (f"--{name}", value)))
+    assert result.code == 0, result.stderr
+
+
+@torch.no_grad()
+def accuracy(folder):
+    """The probability of the right answer and EOS, fp64, one for each prompt."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = torch.tensor([[PIECES[c] for c in prompt + answer(prompt)] + [PIECES["</s>"]] for prompt in PROMPTS])
+    logps = model(rows).logits.double().log_softmax(-1)[:, -3:-1].gather(-1, rows[:, -2:, None])
+    return logps[..., 0].sum(1).exp()
+
+
+@pytest.mark.parametrize("seed", [0])  # 1 and 2: off by 0.0 and 0.4 points
+def test_predicted_accuracy(seed, tmp_path):
+    """Catches a reward, a KL or their weight that is not what the flags say: each ends at another accuracy, however
+    well it learns, and one that learns too well at 1."""
+    write_reference(tmp_path, seed)
+    (tmp_path / "reward.py").write_text(REWARD)
+    flags = {"checkpoint_path": tmp_path / "ref", "prompt_file": tmp_path / "sums.jsonl", "seed": seed}
+    flags |= {"reward_fn": f"{tmp_path / 'reward.py'}:right", "output_dir": tmp_path / "out", "kl_coef": BETA}
+    flags |= {"max_new_tokens": 2, "total_steps": 40, "rollout_batch_size": 490, "lam": 1, "cliprange_value": 0}
+    flags |= {"learning_rate": 1e-3, "value_learning_rate": 3e-3, "adam_beta2": 0.99}
+    run("training/train_ppo.py", flags)
+
+    before, found = accuracy(tmp_path / "ref"), accuracy(tmp_path / "out")
+    assert 0.2 < before.mean() < 0.6 and before.min() < 0.15 and before.max() > 0.7
+    tilted = before * math.exp(1 / BETA)
+    wanted = tilted / (tilted + 1 - before)
+    off = (found - wanted).abs()
+    print(f"reference {before.mean():.4f}, predicted {wanted.mean():.4f}, found {found.mean():.4f}", end=", ")
+    print(f"a prompt off by {off.mean():.4f}, at most {off.max():.4f}")
+    assert abs(found.mean() - wanted.mean()) < 0.02 and off.mean() < 0.03

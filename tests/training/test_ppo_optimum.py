@@ -114,7 +114,8 @@ QUICK = {"total_steps": 30, "rollout_batch_size": 256}
 def train(root, out, **more):
     given = {"checkpoint_path": root / "ref", "prompt_file": root / "prompts.jsonl", "output_dir": out}
     given |= {"reward_fn": f"{root / 'reward.py'}:reward", **SETTINGS, **more}
-    result = tiny.run(SCRIPT, *(part for name, value in given.items() for part in (f"--{name}", value)))
+    flags = [part for name, v in given.items() for part in ([f"--{name}"] if v is True else [f"--{name}", v])]
+    result = tiny.run(SCRIPT, *flags)
     assert result.code == 0, result.stderr
     return tiny.read_lines(out / "metrics.jsonl")
 

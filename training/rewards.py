@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ def load_function(flag: str, place: str) -> Callable:
     sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's file does when it is run
+    except (Exception, SystemExit) as error:  # whatever somebody's file does when it is run
         raise ValueError(f"{flag} {place}: {path} cannot be imported: {_short(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -88,11 +88,14 @@ def call_reward_function(
     name = getattr(function, "__name__", "the reward function")
     try:
         rewards = function(list(prompts), list(completions), [dict(example) for example in examples])
-    except Exception as error:  # somebody's code may raise anything
+        rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
+    except (Exception, SystemExit) as error:  # somebody's code may raise anything, a generator's while it is read
         raise ValueError(f"--reward_fn: {name} raised {_short(error)}") from error
     try:
+        if isinstance(rewards, str | dict):
+            raise TypeError(f"it is a {type(rewards).__name__}")
         rewards = [float(reward) for reward in rewards]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"--reward_fn: {name} must return a list of numbers: {_short(error)}") from None
     if len(rewards) != len(completions):
         raise ValueError(f"--reward_fn: {name} returned {len(rewards)} rewards for {len(completions)} completions")
@@ -175,19 +178,20 @@ def rows_to_score(
     texts: list[str],
     finished: list[bool],
     max_seq_len: int,
-) -> list[Scored]:
-    """What the reward model reads of each answer: its row and the places of its scores. An answer that ran out of
-    tokens has no EOS; a row that is too long for the model is cut.
+) -> tuple[list[Scored], int]:
+    """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
+    they are too long for the model). An answer that ran out of tokens has no EOS.
 
     prompts: as the records have them; answers: the policy's rows, prompt and answer; texts: the answers' alone.
     """
-    rows = []
+    rows, num_cut = [], 0
     for prompt, answer, text, ended in zip(prompts, answers, texts, finished, strict=True):
         if folder.kind.separator is not None:
             steps = split_steps(text, folder.kind.separator)
             ids, positions = encode_steps(prompt, steps, folder.kind.separator, folder.tokenizer)
             row = Scored(ids, positions, [], len(encode_prompt(prompt, folder.tokenizer)))
             row = row if len(ids) <= max_seq_len else cut_steps(row, max_seq_len)
+            num_cut += len(ids) > max_seq_len
             rows.append(row or Scored(ids[:max_seq_len], [max_seq_len - 1], []))
             continue
         if folder.same_tokenizer:
@@ -195,9 +199,10 @@ def rows_to_score(
         else:
             whole = encode_answer(prompt, text, folder.tokenizer)[0].input_ids if ended else None
             ids = whole or encode_unfinished(prompt, text, folder.tokenizer)
+        num_cut += len(ids) > max_seq_len
         ids = ids[:max_seq_len]
         rows.append(Scored(ids, [len(ids) - 1], []))
-    return rows
+    return rows, num_cut
 
 
 def step_scores(
@@ -271,16 +276,17 @@ def score_answers(
     length_penalty: float,
     micro_batch_size: int,
     dp: DeviceMesh,
-) -> tuple[Tensor, Tensor]:
-    """(scores [A], process rewards [A, width] of their own tokens), fp32, the same on all ranks. A collective.
+) -> tuple[Tensor, Tensor, int]:
+    """(scores [A], process rewards [A, width] of their own tokens, both fp32; rows that were cut for the reward model),
+    the same on all ranks. A collective.
 
     rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers. width: tokens of
     the longest answer.
     """
-    scores, step_rewards = torch.zeros(len(rows)), torch.zeros(len(rows), width)
+    scores, step_rewards, num_cut = torch.zeros(len(rows)), torch.zeros(len(rows), width), 0
     if judge is not None:
         said = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
-        judged = rows_to_score(judge, said, rows, texts, finished, judge.config.max_position_embeddings)
+        judged, num_cut = rows_to_score(judge, said, rows, texts, finished, judge.config.max_position_embeddings)
         padding = pad_id(judge.tokenizer, judge.config)
         found = step_scores(reward_model, judged, micro_batch_size=micro_batch_size, pad_token_id=padding, dp=dp)
         mean, std = (judge.kind.mean, judge.kind.std) if normalize else (0.0, 1.0)
@@ -300,7 +306,7 @@ def score_answers(
     scores -= length_penalty * torch.tensor([row.num_targets for row in rows])
     scores -= missing_eos_penalty * ~torch.tensor(finished)
     device = torch.device(dp.device_type)
-    return scores.to(device), step_rewards.to(device)
+    return scores.to(device), step_rewards.to(device), num_cut
 
 
 def _on_main_rank(function: Callable, *args):

@@ -161,6 +161,7 @@ class Rollout(NamedTuple):
     values: Tensor  # and the critic
     scores: Tensor  # fp32 [A], penalties included, KL not
     step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
+    num_cut: int  # rows that were too long for the reward model
     seconds: dict[str, float]
 
     def kls(self) -> Tensor:
@@ -209,6 +210,7 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/rlhf_reward": score - kl_coef * kl,
         "objective/scores": score,
         "val/num_eos_tokens": sum(rollout.finished),
+        "val/num_cut_for_reward": rollout.num_cut,
         "completion_length": mask.sum(1).double().mean().item(),
         "engine/logprob_gap_mean": gap.mean().item(),
         "engine/logprob_gap_max": gap.max().item(),

@@ -110,8 +110,9 @@ def parser() -> ArgumentParser:
     add(
         "--reward_fn", default=None, help="FILE.py:NAME, a function (prompts, completions, examples) -> list of numbers"
     )
-    add("--reward_model_weight", type=float, default=1.0, help="what the reward model's scores are multiplied by")
-    add("--reward_fn_weight", type=float, default=1.0, help="what the function's numbers are multiplied by")
+    weight = number(float, least=-1e9, most=1e9)
+    add("--reward_model_weight", type=weight, default=1.0, help="what the reward model's scores are multiplied by")
+    add("--reward_fn_weight", type=weight, default=1.0, help="what the function's numbers are multiplied by")
     add("--normalize_reward", action=switch, default=False, help="scores less reward_mean, by reward_std of the folder")
     add(
         "--process_reward",
@@ -281,7 +282,10 @@ def main(
     )
     longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + max_new_tokens
     ref_path = ref_checkpoint_path or checkpoint_path
-    for name, path in (("critic", value_path), ("reference", ref_path)):
+    readers = {"critic": value_path, "reference": ref_path}
+    if judge and judge.same_tokenizer:
+        readers["reward model"] = judge.path
+    for name, path in readers.items():
         other, *_ = open_folder(path, None, tensor_parallel_size)
         if other.vocab_size != config.vocab_size:
             raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
@@ -302,7 +306,8 @@ def main(
     placing = {"device": runtime.device, "compute_dtype": runtime.dtype, "compile": runtime.compile}
     placing["sequence_parallel"] = sequence_parallel
     learning = {"param_dtype": DTYPES[param_dtype], "recompute": activation_checkpointing, "cpu_offload": cpu_offload}
-    frozen = {"param_dtype": runtime.dtype}  # what the trained weights are cast to, so policy = reference is exact
+    # what the trained weights are rounded to, when stored or for the computation: policy = reference is exact
+    frozen = {"param_dtype": torch.bfloat16 if param_dtype == "bfloat16" else runtime.dtype}
     policy = load_for_training(checkpoint_path, mesh, **placing, **learning)
     zero_head = None
     if not has_score_head(value_path):
@@ -367,7 +372,7 @@ def main(
         seconds = {"rollout": watch.lap()}
         texts, finished = [answer.text for answer in drawn], [answer.finished for answer in drawn]
         width = max(len(answer.ids) for answer in drawn)
-        scores, step_rewards = score_answers(chosen, rows, texts, finished, width, **scoring)
+        scores, step_rewards, num_cut = score_answers(chosen, rows, texts, finished, width, **scoring)
         seconds["score"] = watch.lap()
         engine_logps = torch.zeros(len(rows), width)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -382,7 +387,7 @@ def main(
         seconds["logprobs"] = watch.lap()
         mask, engine_logps = mask.to(runtime.device), engine_logps.to(runtime.device)
         return Rollout(
-            rows, texts, finished, mask, engine_logps, logps, ref_logps, values, scores, step_rewards, seconds
+            rows, texts, finished, mask, engine_logps, logps, ref_logps, values, scores, step_rewards, num_cut, seconds
         )
 
     # loop

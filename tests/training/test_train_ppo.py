@@ -44,6 +44,16 @@ def words(prompts, completions, examples):
 def two(prompts, completions):
     return [0.0 for _ in completions]
 
+def generator(prompts, completions, examples):
+    for example in examples:
+        yield example["no such field"]
+
+def leaves(prompts, completions, examples):
+    raise SystemExit(0)
+
+def digits(prompts, completions, examples):
+    return "1" * len(completions)
+
 calls = []
 
 def nan_later(prompts, completions, examples):
@@ -67,6 +77,7 @@ def world(tmp_path_factory):
     tiny.write_records(root / "prompts.jsonl", records)
     tiny.write_records(root / "held_out.jsonl", records[:3])
     (root / "fn.py").write_text(REWARDS)
+    (root / "leaves.py").write_text("raise SystemExit(0)\n")
     tiny.write_model(root / "lm", seed=7, num_hidden_layers=1)
     pairs = tiny.write_records(root / "pairs.jsonl", make_records("pairwise", 4))
     flags = ["--checkpoint_path", root / "lm", "--train_file", pairs, "--output_dir", root / "rm", "--max_steps", 0]
@@ -176,7 +187,8 @@ class Judged:
         given |= {"reward_model_weight": 1.0, "reward_fn_weight": 1.0, "normalize": False, "process_reward": "min"}
         given |= {"missing_eos_penalty": 0.0, "length_penalty": 0.0, "micro_batch_size": 2, "dp": self.dp, **more}
         width = max(row.num_targets for row in rows)
-        return rows, *rewards.score_answers(prompts, rows, texts, finished, width, **given)
+        scores, step_rewards, self.num_cut = rewards.score_answers(prompts, rows, texts, finished, width, **given)
+        return rows, scores, step_rewards
 
 
 @torch.no_grad()
@@ -207,12 +219,16 @@ def test_scores_of_both_sources(folder, world, monkeypatch):
         assert score == pytest.approx(wanted, abs=1e-4)
 
 
+def with_another_tokenizer(folder, copy):
+    shutil.copytree(folder, copy)
+    path = copy / "tokenizer.model"  # the same pieces, another file: only the comparison tells
+    path.write_bytes(path.read_bytes() + b"\x1a\x00")  # an empty trainer_spec more
+    return copy
+
+
 def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
     """Catches the policy's ids given to a reward model whose ids mean something else."""
-    other = tmp_path / "rm"
-    shutil.copytree(world / "rm", other)
-    path = other / "tokenizer.model"  # the same pieces, another file: only the comparison tells
-    path.write_bytes(path.read_bytes() + b"\x1a\x00")  # an empty trainer_spec more
+    other = with_another_tokenizer(world / "rm", tmp_path / "rm")
     judged = Judged(folder, other)
     assert not judged.judge.same_tokenizer
     _, scores, _ = judged(TEXTS, FINISHED)
@@ -305,7 +321,7 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
         result = tiny.run(SCRIPT, *flags(folder, world, out, **RUN))
     assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout
     assert not (out / "config.json").exists() and not (out / "critic").exists()
-    for name, value in (("temperature", 0.5), ("kl_coef", 0.3), ("rollout_batch_size", 3)):
+    for name, value in (("temperature", 0.5), ("kl_coef", 0.3), ("rollout_batch_size", 3), ("length_penalty", 1.0)):
         other = tiny.run(SCRIPT, *flags(folder, world, out, **{**RUN, name: value}, resume=True))
         tiny.assert_refused(other, f"--resume {out}: the run was begun with other --{name}")
     ppo(folder, world, out, **RUN, resume=True)
@@ -353,6 +369,8 @@ BAD_FLAGS = {
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
     "prompts too long": ({"max_new_tokens": 250}, ["prompts.jsonl:", "leave room", "--overlong skip"]),
+    "leaves at once": ({"reward_fn": "{world}/leaves.py:reward"}, ["leaves.py cannot be imported: SystemExit"]),
+    "no weight": ({"reward_fn_weight": "nan"}, ["--reward_fn_weight", "'nan' is not a float"]),
     "temperature 0": ({"temperature": 0}, ["--temperature"]),
     "dual clip": ({"dual_clip": 0.5}, ["--dual_clip"]),
     "nothing to adapt": ({"kl_target": 1, "kl_coef": 0}, ["--kl_target 1.0", "--kl_coef of 0"]),
@@ -360,7 +378,18 @@ BAD_FLAGS = {
     "other reference": ({"ref_checkpoint_path": "{world}/odd"}, ["odd: a reference", "another vocabulary"]),
     "other critic": ({"value_checkpoint_path": "{world}/odd"}, ["odd: a critic", "another vocabulary"]),
     "short critic": ({"value_checkpoint_path": "{world}/short"}, ["short: a critic reads rows of", "context is 16"]),
+    "short reward model": (
+        {"reward_checkpoint_path": "{world}/short_rm", "value_checkpoint_path": "{world}/rm"},
+        ["short_rm: a reward model reads rows of", "context is 16"],
+    ),
 }
+
+
+def shorten(folder):
+    """Gives a model's folder a context of 16 tokens."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
+    return folder
 
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
@@ -371,6 +400,8 @@ def test_bad_flags(name, folder, world, tmp_path):
         tiny.write_model(world / "odd", vocab_size=400)
     if name == "short critic":
         tiny.write_model(world / "short", max_position_embeddings=16)
+    if name == "short reward model":
+        shorten(shutil.copytree(world / "rm", world / "short_rm"))
     given = {k: v.replace("{world}", str(world)) if isinstance(v, str) else v for k, v in given.items()}
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given)), *parts)
     assert not (tmp_path / "out").exists()
@@ -381,6 +412,9 @@ BAD_REWARDS = {
     "short": "--reward_fn: short returned 5 rewards for 6 completions",
     "nan": "--reward_fn: nan returned nan for the completion",
     "words": "--reward_fn: words must return a list of numbers",
+    "digits": "--reward_fn: digits must return a list of numbers: TypeError: it is a str",
+    "generator": "--reward_fn: generator raised KeyError: 'no such field'",
+    "leaves": "--reward_fn: leaves raised SystemExit",
 }
 
 

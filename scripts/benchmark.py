@@ -83,7 +83,7 @@ def parser() -> ArgumentParser:
     add("--param_dtype", choices=["float32", "bfloat16"], default="float32", help="ppo: of the trained weights")
     add("--optim", choices=["adamw", "adamw_8bit"], default="adamw", help="ppo: the optimizer")
     add("--plan", action="store_true", help="ppo: print the memory on paper, and run nothing")
-    add("--layouts", nargs="+", type=layout, default=None, help="memory: dp x tp, as 1x1 8x1 4x2; this run's ranks")
+    add("--layouts", nargs="+", type=layout, default=None, help="memory, ppo --plan: dp x tp, as 1x1 8x1 4x2; one")
     add("--measure", action="store_true", help="memory: train with random weights and print the measured peak beside")
     add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
     add("--peer_python", type=Path, default=Path(sys.executable), help="--compare: interpreter that has the peer")

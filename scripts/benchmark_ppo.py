@@ -24,6 +24,7 @@ from torch import Tensor
 
 from models.checkpoint import hf_name, save_folder
 from models.decode import load_for_inference
+from models.fsdp import check_divisible
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.tokenizer import Tokenizer
@@ -226,37 +227,42 @@ def split(median: dict, engine_rate: float, config: ModelConfig, judge: ModelCon
 # -------------------------------------------------------------------------------------------- memory
 
 
-def memory_plan(config: ModelConfig, judge: ModelConfig, options: dict) -> dict[str, float]:
-    """Bytes of a run on one rank, by purpose, at the peak of a step; bf16 computation. The critic has the reward
-    model's shape; policy and critic step in turn, so gradients are those of one. The embedding and head of each model
-    stay gathered beside its shards."""
+def memory_plan(config: ModelConfig, judge: ModelConfig, options: dict, dp: int = 1, tp: int = 1) -> dict[str, float]:
+    """Bytes on each rank at the peak of a step, by purpose; bf16 computation, slots and micro-batches are a rank's. The
+    critic has the reward model's shape; policy and critic step in turn, so gradients are those of one. The inference
+    copy is cut over tp alone, and so are the embedding and head of each model that stay gathered beside its shards."""
     options = _filled(options)
     weights = {"float32": 4, "bfloat16": 2}[options["param_dtype"]]
     moments = {"adamw": 8, "adamw_8bit": 2}[options["optim"]]
     sizes = {"policy": config.num_parameters(), "critic": judge.num_parameters()}
     length = options["prompt_len"] + options["new_tokens"]
-    step = {"dp": 1, "tp": 1, "tokens": options["micro_batch_size"] * length}
+    step = {"dp": dp, "tp": tp, "tokens": options["micro_batch_size"] * length}
     step["recompute"] = options["activation_checkpointing"]
     steps = [training_memory(shape, **step) for shape in (config, judge)]
     head_dims = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cut = dp * tp
     return {
-        "policy, weights and moments": (weights + moments) * sizes["policy"],
-        "critic, weights and moments": (weights + moments) * sizes["critic"],
-        "gradients of one": weights * max(sizes.values()),
-        "reference": 2 * sizes["policy"],
-        "reward model": 2 * sizes["critic"],
-        "inference copy": 2 * sizes["policy"],
-        "KV cache": 2 * 2 * head_dims * options["slots"] * length,
+        "policy, weights and moments": (weights + moments) * sizes["policy"] / cut,
+        "critic, weights and moments": (weights + moments) * sizes["critic"] / cut,
+        "gradients of one": weights * max(sizes.values()) / cut,
+        "reference": 2 * sizes["policy"] / cut,
+        "reward model": 2 * sizes["critic"] / cut,
+        "inference copy": 2 * sizes["policy"] / tp,
+        "KV cache": 2 * 2 * head_dims * options["slots"] * length / tp,
         "gathered": 2 * sum(found["embedding and head, gathered"] for found in steps),
         "activations": max(found["activations"] + found["at the peak"] for found in steps),
     }
 
 
 def report_plan(preset: str, options: dict) -> None:
-    """Prints memory_plan."""
-    config = SIZES[preset]
-    plan = memory_plan(config, reward_config(config, options), options)
-    rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plan, "sum": sum(plan.values())}.items()}
-    judge = options["reward_preset"] or preset
-    say(card(f"memory of ppo on one rank, {preset} with reward model {judge}, {ppo_setting(options)}", rows))
-    say(json.dumps({"job": "ppo", "preset": preset, "reward_preset": judge, "memory_plan": plan}))
+    """Prints memory_plan for each layout."""
+    config, judge = SIZES[preset], options["reward_preset"] or preset
+    layouts, plans = options["layouts"] or [(1, 1)], []
+    for dp, tp in layouts:
+        check_divisible(config, tp)
+        plans.append(memory_plan(config, reward_config(config, options), options, dp, tp))
+        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
+        title = f"memory of ppo, {preset} with reward model {judge}, dp {dp} x tp {tp}, {ppo_setting(options)}"
+        say(card(title, rows))
+    found = {"job": "ppo", "preset": preset, "reward_preset": judge, "layouts": layouts, "memory_plans": plans}
+    say(json.dumps(found))

@@ -75,9 +75,12 @@ def test_memory_of_ppo_on_paper():
     model that one GPU of 141 GB holds."""
     lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", "full"]
     sizes = ["--batch_size", 64, "--slots", 32, "--micro_batch_size", 4, "--prompt_len", 256, "--new_tokens", 256]
-    result = tiny.run("scripts/benchmark.py", "ppo", "--plan", "--preset", "7b", *sizes, *lean)
+    layouts = ["--layouts", "1x1", "4x2"]
+    result = tiny.run("scripts/benchmark.py", "ppo", "--plan", "--preset", "7b", *layouts, *sizes, *lean)
     assert result.code == 0, result.stderr
-    plan = json.loads(result.stdout.splitlines()[-1])["memory_plan"]
+    plan, cut = json.loads(result.stdout.splitlines()[-1])["memory_plans"]
+    assert cut["policy, weights and moments"] == plan["policy, weights and moments"] / 8
+    assert cut["inference copy"] == plan["inference copy"] / 2  # whole on each dp rank
     billions = SIZES["7b"].num_parameters()
     models = sum(size for name, size in plan.items() if name not in ("KV cache", "gathered", "activations"))
     assert models == (4 + 4 + 2 + 2 + 2 + 2) * billions  # policy, critic, gradients of one, three frozen ones

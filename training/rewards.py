@@ -146,6 +146,19 @@ def read_reward_kind(folder: Path) -> RewardKind:
     return RewardKind(separator, mean, std)
 
 
+def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
+    """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
+    single output, and nothing that an earlier reward model's said of its scores."""
+    others = ("reward_model_type", "reward_position", "reward_mean", "reward_std", "step_separator", "problem_type")
+    return {name: value for name, value in hf_config.items() if name not in others} | {
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_token_id,
+    }
+
+
 class RewardFolder(NamedTuple):
     """A reward model's folder, beside that of the policy it judges."""
 

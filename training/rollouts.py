@@ -99,6 +99,21 @@ def draw(
     return [found[request.idx] for request in requests]
 
 
+def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) -> tuple[list[Example], Tensor, Tensor]:
+    """(prompt and answer, with labels on the answer; which of R places hold a token of it, bool [A, R]; the engine's
+    log-probs of these, fp32 [A, R], 0 elsewhere)"""
+    width = max(len(answer.ids) for answer in answers)
+    mask, logps = torch.zeros(len(answers), width, dtype=torch.bool), torch.zeros(len(answers), width)
+    for i, answer in enumerate(answers):
+        mask[i, : len(answer.ids)] = True
+        logps[i, : len(answer.ids)] = torch.tensor(answer.logps)
+    rows = [
+        Example(prompt.ids + answer.ids, [IGNORE_INDEX] * len(prompt.ids) + answer.ids)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return rows, mask.to(device), logps.to(device)
+
+
 def shares(chosen: list[int], rows: list[Example], *, micro_batch_size: int, dp: DeviceMesh) -> Iterator[list[int]]:
     """The numbers of this rank's rows among the chosen, in micro-batches of like length."""
     length = lambda i: len(rows[i].input_ids)  # noqa: E731

@@ -56,7 +56,7 @@ from training.common import (
     say,
     split_batch,
 )
-from training.data import IGNORE_INDEX, Example, epoch_order
+from training.data import epoch_order
 from training.losses import (
     adapted_kl_coef,
     gae,
@@ -68,13 +68,14 @@ from training.losses import (
     whiten,
 )
 from training.optim import learning_rate_at, make_optimizer
-from training.rewards import load_reward_function, open_reward_folder, score_answers
+from training.rewards import load_reward_function, open_reward_folder, scalar_head_config, score_answers
 from training.rollouts import (
     Prompt,
     Rollout,
     TokenSums,
     answer_logps,
     answer_values,
+    as_rows,
     check_first_minibatch,
     draw,
     load_prompts,
@@ -286,14 +287,7 @@ def main(
     if judge and judge.same_tokenizer:
         readers["reward model"] = judge.path
     for name, path in readers.items():
-        other, *_ = open_folder(path, None, tensor_parallel_size)
-        if other.vocab_size != config.vocab_size:
-            raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
-        if other.max_position_embeddings < longest:
-            raise ValueError(
-                f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
-                f"{other.max_position_embeddings}; lower --max_new_tokens or take another folder"
-            )
+        check_reader(name, open_folder(path, None, tensor_parallel_size)[0], path, config.vocab_size, longest)
     kind = judge.kind if judge else None
     if normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
@@ -365,27 +359,17 @@ def main(
         of the first answer, which with sample_idx decides the sampler's noise."""
         watch.lap()
         drawn = draw(engine, chosen, first, sample_idx, max_new_tokens, dp)
-        rows = [
-            Example(prompt.ids + answer.ids, [IGNORE_INDEX] * len(prompt.ids) + answer.ids)
-            for prompt, answer in zip(chosen, drawn)
-        ]
+        rows, mask, engine_logps = as_rows(chosen, drawn, runtime.device)
+        texts, finished, width = [answer.text for answer in drawn], [answer.finished for answer in drawn], mask.shape[1]
         seconds = {"rollout": watch.lap()}
-        texts, finished = [answer.text for answer in drawn], [answer.finished for answer in drawn]
-        width = max(len(answer.ids) for answer in drawn)
         scores, step_rewards, num_cut = score_answers(chosen, rows, texts, finished, width, **scoring)
         seconds["score"] = watch.lap()
-        engine_logps = torch.zeros(len(rows), width)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, answer in enumerate(drawn):
-            mask[i, : len(answer.ids)] = True
-            engine_logps[i, : len(answer.ids)] = torch.tensor(answer.logps)
         with torch.no_grad():
             logps_of = partial(answer_logps, width=width, pad_token_id=pad_token_id, temperature=temperature)
             logps = over_ranks(rows, lambda part: logps_of(policy, part)[0], **over)
             ref_logps = over_ranks(rows, lambda part: logps_of(reference, part)[0], **over)
             values = over_ranks(rows, lambda part: answer_values(critic, part, width, pad_token_id), **over)
         seconds["logprobs"] = watch.lap()
-        mask, engine_logps = mask.to(runtime.device), engine_logps.to(runtime.device)
         return Rollout(
             rows, texts, finished, mask, engine_logps, logps, ref_logps, values, scores, step_rewards, num_cut, seconds
         )
@@ -524,12 +508,21 @@ def main(
     metrics.close()
 
     exporting = {"copy_from": checkpoint_path, "dtype": saved_dtype}
-    critic_config = {k: v for k, v in read_hf_config(value_path)[0].items() if not k.startswith(("reward_", "step_"))}
-    critic_config |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": pad_token_id}
-    critic_config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    critic_config = scalar_head_config(read_hf_config(value_path)[0], pad_token_id)
     save_folder(output_dir / "critic", full_tensors(critic), config=critic_config, **exporting)
     save_folder(output_dir, full_tensors(policy), config=hf_config, **exporting)
     say(f"{output_dir}: policy written, its critic in critic/; peak memory {peak_memory(runtime.device) / 1e9:,.2f} GB")
+
+
+def check_reader(name: str, config: ModelConfig, path: Path, vocab_size: int, longest: int) -> None:
+    """Raises ValueError unless the model can read the policy's rows."""
+    if config.vocab_size != vocab_size:
+        raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
+    if config.max_position_embeddings < longest:
+        raise ValueError(
+            f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
+            f"{config.max_position_embeddings}; lower --max_new_tokens or take another folder"
+        )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from training.preferences import (
     encode_pair_file,
     encode_scored_file,
 )
+from training.rewards import scalar_head_config
 from training.run_dir import (
     CheckpointWriter,
     Metrics,
@@ -463,25 +464,15 @@ def samples(rows: list[Pair] | list[Scored], rewards: list[float], tokenizer: To
 
 
 def reward_config(hf_config: dict, loss: str, rewards: Tensor, pad_token_id: int, step_separator: str) -> dict:
-    """The config.json of a reward model: what transformers needs to find the last token and the single output, and what
-    others need to read the reward. Raises ValueError if a reward is not finite."""
+    """The config.json of a reward model, with what others need to read the reward. Raises ValueError if a reward is not
+    finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
-    old = ("problem_type", "step_separator")  # of what the folder was before
     reading = {"reward_model_type": loss, "reward_position": "last_token"}
     if loss == "process":
         reading |= {"reward_position": "last_token_of_step_and_separator", "step_separator": step_separator}
-    return {name: value for name, value in hf_config.items() if name not in old} | {
-        "architectures": ["LlamaForSequenceClassification"],
-        "num_labels": 1,
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "pad_token_id": pad_token_id,
-        **reading,
-        "reward_mean": mean,
-        "reward_std": std,
-    }
+    return scalar_head_config(hf_config, pad_token_id) | reading | {"reward_mean": mean, "reward_std": std}
 
 
 if __name__ == "__main__":

@@ -86,8 +86,14 @@ def test_four_ranks(world):
 
 
 def test_two_ranks(world):
-    """Catches the same where one dimension of the mesh is 1."""
-    jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size) for size in (1, 2)]
+    """Catches the same where one dimension of the mesh is 1; and what a checkpoint of two ranks forgets, of the critic,
+    an optimizer or the coefficient of the KL: resumed from its first step the run ends at the same bits."""
+    jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size, "--save_steps", 1) for size in (1, 2)]
+    jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
+    jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))
     launch(2, jobs, world / "two.json")
     found = {job: compare(world, job) for job in ("tp-1", "tp-2")}
     assert max(found.values()) < 1e-4, found
+    for part in ("model.safetensors", "critic/model.safetensors"):
+        weights, wanted = (load_file(world / out / part) for out in ("resumed", "tp-2"))
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted), part

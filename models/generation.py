@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.decode import KVCache
+from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
 from models.noise import column_hashes, noise_key, random_bits
 from models.tokenizer import StreamDecoder, Tokenizer
@@ -109,22 +110,35 @@ def sample(
         hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
     scores, ids = logits, None
     if params.temperature:
-        logits = logits / params.temperature
+        logits = logits if params.temperature == 1 else logits / params.temperature
         kept = logits
         if params.top_k or params.top_p < 1:
             kept, ids = _filter(logits, params, V, tp)
         noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
-        scores = noise.log_().neg_().add_(kept)
-    best, tokens = scores.max(dim=-1, keepdim=True)
+        scores = torch.sub(kept, noise.log_(), out=noise)
+    best, tokens = _largest(scores)
     tokens = tokens if ids is None else ids.gather(-1, tokens)
+    if size_of(tp) == 1:  # on the CPU in half the time of logsumexp
+        return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
     chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
-    if size_of(tp) > 1:  # ids are exact in fp32 up to 2^24
-        mine = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
-        best, tokens, chosen, normaliser = gather_ranks(mine, tp).unbind(-1)  # [B, tp] each
-        winner = best.argmax(dim=-1, keepdim=True)
-        tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
-        normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
+    # ids are exact in fp32 up to 2^24
+    mine = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
+    best, tokens, chosen, normaliser = gather_ranks(mine, tp).unbind(-1)  # [B, tp] each
+    winner = best.argmax(dim=-1, keepdim=True)
+    tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
+    normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
     return tokens[:, 0], (chosen - normaliser)[:, 0]
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(the largest score of each row, the first index that has it), [B, 1] each. On the CPU a maximum with its index
+    takes ten times as long as one without, so it is taken of a 64th of the columns, where they divide."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return scores.max(dim=-1, keepdim=True)
+    parts = scores.unflatten(-1, (math.gcd(scores.shape[-1], 64), -1))  # [B, parts, V' / parts]
+    part = parts.amax(dim=-1).argmax(dim=-1)
+    best, place = parts[torch.arange(len(part)), part].max(dim=-1, keepdim=True)
+    return best, part[:, None] * parts.shape[-1] + place
 
 
 def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
@@ -234,14 +248,14 @@ class Engine(nn.Module):
         self.device, self.compiled = device, compile
         self.look_every = look_every or (1 if device.type == "cpu" else 8)
         self.cache_len = -(-max_seq_len // 8) * 8
-        self.cache = KVCache(
-            config,
-            num_slots=num_slots,
-            max_seq_len=self.cache_len,
-            dtype=model.compute_dtype or model.embed_tokens.weight.dtype,
-            device=device,
-            tp=model.parallel.tp,
-        )
+        shape = {"num_slots": num_slots, "max_seq_len": self.cache_len, "tp": model.parallel.tp}
+        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+        self.layers = None
+        if device.type == "cpu" and not compile:
+            self.cache = CPUCache(config, dtype=dtype, **shape)
+            self.layers = DecodeLayers(model, num_slots, self.cache_len)
+        else:
+            self.cache = KVCache(config, dtype=dtype, device=device, **shape)
         # the state of the slots lives on the device, at fixed addresses
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64, device=device), persistent=False)
@@ -383,8 +397,11 @@ class Engine(nn.Module):
 
     def _decode_step(self, length: int) -> tuple[Tensor, Tensor]:
         attend = self.cache.decode(self.positions, length)
-        hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)
-        logits, tp = self.model.lm_head(hidden[:, 0]), self.model.parallel.tp
+        if self.layers is None:
+            hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)[:, 0]
+        else:
+            hidden = self.layers(self.tokens, self.positions, attend)
+        logits, tp = self.model.lm_head(hidden), self.model.parallel.tp
         tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params, tp)
         # a row that has ended repeats its last step at its last position until the host gives it a new prompt
         going = self.active

@@ -1,0 +1,153 @@
+"""The decode step on a CPU, where a small model's products leave little time for anything else.
+
+- attention of one query token is two sums of cache rows, so it runs at the memory's speed as two embedding_bags: the
+  keys lie transposed in pages of 32 positions, and scores are rows of a page weighted by the query; values are rows
+  weighted by the softmax. SDPA and batched products take 2.5 to 4 times as long
+- a row reads its own positions only: what lies behind them in a ragged batch points at rows that were just read
+- DecodeLayers is Transformer.forward for one token a row with as few operations as there are
+
+Dimensions: B slots, N prompt tokens, H query heads, K key/value heads, D head dim, S positions, P pages of a row, W
+positions of a page.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.model import Attend, ModelConfig, Transformer, causal_attention, rope_tables
+from models.tp import size_of
+
+W = 32
+
+
+def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
+    """Sums of table rows, one for each bag of `rows`, with a weight for each row. table [R, C]; rows int32 and weights
+    [n], the bags end to end; ends int32 [bags + 1], beginning with 0. Returns [bags, C]."""
+    return torch.embedding_bag(table, rows, ends, False, 0, False, weights, True)[0]
+
+
+class CPUCache(nn.Module):
+    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens, as models.decode.KVCache has them.
+
+    Keys are kept in fp32, since a bag's result has its table's dtype and scores are not to be rounded; values and the
+    weights of their sum are in `dtype`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, num_slots: int, max_seq_len: int, dtype: torch.dtype, tp: DeviceMesh | None = None
+    ):
+        super().__init__()
+        B, H, K = num_slots, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
+        D, P = config.head_dim, -(-max_seq_len // W)
+        self.shape, self.dtype = (B, H, K, D), dtype
+        # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(B, K, P, D, W) for _ in layers]
+        self.values = [torch.zeros(B, K, P * W, D, dtype=dtype) for _ in layers]
+        slot_heads = torch.arange(B * K).view(B, K)
+        self.page_rows = (slot_heads.repeat_interleave(H // K, dim=1) * P * D)[:, :, None, None] + torch.arange(D)
+        self.value_rows = (slot_heads.repeat_interleave(H // K, dim=1) * P * W)[:, :, None].int()
+        self.page_rows, self.first_places = self.page_rows.int(), (slot_heads[..., None] * P * D + torch.arange(D)) * W
+        self.first_values = slot_heads * P * W
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one cached token takes, over all layers."""
+        _, _, K, D = self.shape
+        return len(self.keys) * K * D * (4 + self.dtype.itemsize)
+
+    def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
+        """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values, outputs = self.keys[layer], self.values[layer], []
+            v_cached, (q, k, v) = v[0].to(self.dtype), (t[0].float() for t in (q, k, v))  # [N, H or K, D]
+            for slot, length, q_, k_, v_, cached in zip(
+                slots, lengths, *(t.split(lengths) for t in (q, k, v, v_cached))
+            ):
+                values[slot, :, :length] = cached.transpose(0, 1)
+                pages = -(-length // W)
+                padded = F.pad(k_, (0, 0, 0, 0, 0, pages * W - length)).unflatten(0, (pages, W))
+                keys[slot, :, :pages] = padded.permute(2, 0, 3, 1)  # [K, P, D, W]
+                outputs.append(causal_attention(layer, q_[None], k_[None], v_[None])[0])
+            return torch.cat(outputs)[None].to(self.dtype)
+
+        return attend
+
+    def decode(self, positions: Tensor, length: int) -> Attend:
+        """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
+        (B, H, K, D), P = self.shape, -(-length // W)
+        places = torch.arange(P * W)
+        bias = torch.zeros(B, 1, P * W).masked_fill_(places > positions[:, None, None], float("-inf"))
+        last = positions[:, None, None].int()
+        page = torch.arange(P, dtype=torch.int32).clamp(max=last // W)[..., None] * D  # [B, 1, P, 1]
+        page_rows = (self.page_rows + page).view(-1)
+        page_ends = torch.arange(0, len(page_rows) + 1, D, dtype=torch.int32)
+        value_rows = (self.value_rows + places.int().clamp(max=last)).view(-1)
+        value_ends = torch.arange(0, len(value_rows) + 1, P * W, dtype=torch.int32)
+        offsets = positions // W * (D * W) + positions % W
+        key_places = self.first_places + offsets[:, None, None]  # [B, K, D]
+        value_places = self.first_values + positions[:, None]  # [B, K]
+        scale = D**-0.5
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer].view(-1, D)
+            keys.put_(key_places, k[:, 0].float())
+            values[value_places] = v[:, 0].to(self.dtype)
+            weights = (q.view(B, H, 1, D) * scale).float().expand(B, H, P, D).reshape(-1)
+            scores = weighted_rows(keys.view(-1, W), page_rows, page_ends, weights).view(B, H, P * W)
+            weights = scores.add_(bias).softmax(dim=-1).to(self.dtype).view(-1)
+            return weighted_rows(values, value_rows, value_ends, weights).view(B, 1, H, D)
+
+        return attend
+
+    def copy_prefix(self, source: int, targets: list[int], length: int) -> None:
+        """Gives other slots the first `length` positions of slot `source`."""
+        pages = -(-length // W)
+        for keys, values in zip(self.keys, self.values):
+            for target in targets:
+                keys[target, :, :pages] = keys[source, :, :pages]
+                values[target, :, :length] = values[source, :, :length]
+
+
+class DecodeLayers:
+    """The hidden states of one new token for each slot, as Transformer.forward computes them."""
+
+    def __init__(self, model: Transformer, num_slots: int, max_seq_len: int):
+        config, tp = model.config, size_of(model.parallel.tp)
+        self.model, self.dtype = model, model.compute_dtype or model.embed_tokens.weight.dtype
+        self.size, self.eps = config.hidden_size, torch.tensor(config.rms_norm_eps)
+        self.cos, self.sin = (t[0] for t in rope_tables(torch.arange(max_seq_len)[None], model.inv_freq))  # [S, 1, D]
+        B, D = num_slots, config.head_dim
+        H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
+        # persistent, so that views of them are taken once
+        self.qkv, self.rotated = torch.empty(B, H + 2 * K, D), torch.empty(B, H + K, D)
+        self.qk = self.qkv[:, : H + K]
+        self.halves = [*self.qk.chunk(2, dim=-1), *self.rotated.chunk(2, dim=-1)]
+        self.q, self.k, self.v = self.rotated[:, None, :H], self.rotated[:, None, H:], self.qkv[:, None, H + K :]
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = x.float()
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self.eps, size, size, value=1 / self.size).rsqrt_()).mul_(weight).to(self.dtype)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens, positions int64 [B] -> [B, E]"""
+        model, B = self.model, len(tokens)
+        cos, sin = self.cos[positions], self.sin[positions]  # [B, 1, D]
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        first, second, rotated_first, rotated_second = self.halves
+        x = model.embed_tokens(tokens[:, None])[:, 0].to(self.dtype)
+        for layer, block in enumerate(model.layers):
+            attention, mlp = block.self_attn, block.mlp
+            qkv = attention.qkv_proj(self._norm(x, block.input_layernorm.weight))
+            self.qkv.copy_(qkv.view(self.qkv.shape))
+            torch.mul(self.qk, cos, out=self.rotated)
+            rotated_first.addcmul_(second, sin_first)
+            rotated_second.addcmul_(first, sin_second)
+            attended = attend(layer, self.q, self.k, self.v).view(B, -1)
+            x = x + attention.o_proj(attended)
+            gate, up = mlp.gate_up_proj(self._norm(x, block.post_attention_layernorm.weight)).chunk(2, dim=-1)
+            x = x + mlp.down_proj(F.silu(gate).mul_(up))
+        return self._norm(x, model.norm.weight)

@@ -1,7 +1,7 @@
 """The decode step on a CPU, where a small model's products leave little time for anything else.
 
 - attention of one query token is two sums of cache rows, so it runs at the memory's speed as two embedding_bags: the
-  keys lie transposed in pages of 32 positions, and scores are rows of a page weighted by the query; values are rows
+  keys lie transposed in pages of 64 positions, and scores are rows of a page weighted by the query; values are rows
   weighted by the softmax. SDPA and batched products take 2.5 to 4 times as long
 - a row reads its own positions only: what lies behind them in a ragged batch points at rows that were just read
 - DecodeLayers is Transformer.forward for one token a row with as few operations as there are
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.model import Attend, ModelConfig, Transformer, causal_attention, rope_tables
 from models.tp import size_of
 
-W = 32
+W = 64
 
 
 def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ class CPUCache(nn.Module):
         value_ends = torch.arange(0, len(value_rows) + 1, P * W, dtype=torch.int32)
         offsets = positions // W * (D * W) + positions % W
         key_places = self.first_places + offsets[:, None, None]  # [B, K, D]
-        value_places = self.first_values + positions[:, None]  # [B, K]
-        scale = D**-0.5
+        value_places = (self.first_values + positions[:, None]).view(-1)  # [B * K]
+        scale = torch.full((P, 1), D**-0.5)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer].view(-1, D)
-            keys.put_(key_places, k[:, 0].float())
-            values[value_places] = v[:, 0].to(self.dtype)
-            weights = (q.view(B, H, 1, D) * scale).float().expand(B, H, P, D).reshape(-1)
+            keys.put_(key_places, k.float())
+            values.index_copy_(0, value_places, v.to(self.dtype).reshape(-1, D))
+            weights = (q.float().view(B, H, 1, D) * scale).view(-1)
             scores = weighted_rows(keys.view(-1, W), page_rows, page_ends, weights).view(B, H, P * W)
             weights = scores.add_(bias).softmax(dim=-1).to(self.dtype).view(-1)
             return weighted_rows(values, value_rows, value_ends, weights).view(B, 1, H, D)
@@ -122,10 +122,9 @@ class DecodeLayers:
         B, D = num_slots, config.head_dim
         H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
         # persistent, so that views of them are taken once
-        self.qkv, self.rotated = torch.empty(B, H + 2 * K, D), torch.empty(B, H + K, D)
-        self.qk = self.qkv[:, : H + K]
+        self.qk, self.rotated = torch.empty(B, H + K, D), torch.empty(B, H + K, D)
         self.halves = [*self.qk.chunk(2, dim=-1), *self.rotated.chunk(2, dim=-1)]
-        self.q, self.k, self.v = self.rotated[:, None, :H], self.rotated[:, None, H:], self.qkv[:, None, H + K :]
+        self.q, self.k = self.rotated[:, None, :H], self.rotated[:, None, H:]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         x = x.float()
@@ -142,11 +141,12 @@ class DecodeLayers:
         for layer, block in enumerate(model.layers):
             attention, mlp = block.self_attn, block.mlp
             qkv = attention.qkv_proj(self._norm(x, block.input_layernorm.weight))
-            self.qkv.copy_(qkv.view(self.qkv.shape))
+            qk, v = qkv.view(B, 1, -1, self.qk.shape[-1]).tensor_split((self.qk.shape[1],), dim=2)
+            self.qk.copy_(qk[:, 0])
             torch.mul(self.qk, cos, out=self.rotated)
             rotated_first.addcmul_(second, sin_first)
             rotated_second.addcmul_(first, sin_second)
-            attended = attend(layer, self.q, self.k, self.v).view(B, -1)
+            attended = attend(layer, self.q, self.k, v).view(B, -1)
             x = x + attention.o_proj(attended)
             gate, up = mlp.gate_up_proj(self._norm(x, block.post_attention_layernorm.weight)).chunk(2, dim=-1)
             x = x + mlp.down_proj(F.silu(gate).mul_(up))

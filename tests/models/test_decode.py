@@ -13,6 +13,7 @@ from models.decode import (
     to_inference,
     weight_bytes,
 )
+from models.decode_cpu import CPUCache
 from models.fsdp import full_tensors, init_mesh, load_for_training
 from models.generation import Engine, Request, SamplingParams
 from models.model import causal_attention
@@ -139,35 +140,52 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
         assert weight_bytes(model) == expected * size // 4
 
 
-def test_decode_attends_to_its_own_row_and_no_further(folder):
-    """Catches a mask that is one off, rows of the cache that are mixed up, and a read of the unused tail: every place
-    that must not be seen holds a huge value."""
+@pytest.mark.parametrize("kind", [KVCache, CPUCache])
+def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
+    """Catches a mask that is one off, rows or pages of the cache that are mixed up, and a read of the unused tail:
+    every place that must not be seen holds a huge value."""
     config = load_model(folder).config
     num_heads, num_kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    cache = KVCache(config, num_slots=3, max_seq_len=16, dtype=torch.float32, device=CPU)
+    device = {"device": CPU} if kind is KVCache else {}
+    cache = kind(config, num_slots=5, max_seq_len=200, dtype=torch.float32, **device)
     generator = torch.Generator().manual_seed(0)
-    lengths, slots = [4, 1, 7], [2, 0, 1]
+    lengths, slots = [4, 1, 63, 64, 150], [2, 0, 1, 4, 3]  # around the end of a page
     rows = {}
     for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
         rows[name] = [torch.randn(1, n + 1, heads, D, generator=generator) for n in lengths]
-    for buffer in cache.buffers():
+    for buffer in [*cache.keys, *cache.values] if kind is CPUCache else cache.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1e4)
     packed = [torch.cat([t[:, :-1] for t in rows[name]], dim=1) for name in "qkv"]
-    whole = [causal_attention(0, *(rows[name][i] for name in "qkv")) for i in range(3)]
+    whole = [causal_attention(0, *(rows[name][i] for name in "qkv")) for i in range(5)]
     prefilled = cache.prefill(slots, lengths)(1, *packed)
     torch.testing.assert_close(prefilled, torch.cat([t[:, :-1] for t in whole], dim=1))
-    order = [slots.index(slot) for slot in range(3)]
+    order = [slots.index(slot) for slot in range(5)]
     new = [torch.cat([rows[name][i][:, -1:] for i in order]) for name in "qkv"]
-    attend = cache.decode(torch.tensor([lengths[i] for i in order]), 10)
+    attend = cache.decode(torch.tensor([lengths[i] for i in order]), 160)
     torch.testing.assert_close(attend(1, *new), torch.cat([whole[i][:, -1:] for i in order]))
+
+
+def test_cpu_cache_in_bf16_keeps_its_scores(folder):
+    """Catches scores that are rounded to bf16: of scores around 50 that is a fifth of a weight."""
+    config = load_model(folder).config
+    cache = CPUCache(config, num_slots=2, max_seq_len=64, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q, k, v = (torch.randn(1, 40, h, config.head_dim, generator=generator).bfloat16() for h in heads)
+    q *= 20
+    expected = causal_attention(0, *(t.float() for t in (q, k, v)))[:, -1:]
+    cache.prefill([1], [39])(0, *(t[:, :-1] for t in (q, k, v)))
+    found = cache.decode(torch.tensor([0, 39]), 40)(0, *(t[:, -1:].expand(2, -1, -1, -1) for t in (q, k, v)))[1:]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_copied_prefix_decodes_like_its_source(folder):
     """Catches a copy that is a position short, or that leaves a layer out."""
     model = to_inference(load_model(folder), pack=False)
-    prompt = [1, 9, 8, 7, 6]
-    engine = Engine(model, SamplingParams(0.0), num_slots=3, max_seq_len=32)
+    prompt = [1, *range(9, 79)]  # two pages
+    engine = Engine(model, SamplingParams(0.0), num_slots=3, max_seq_len=96)
     found = [c.token_ids for c in engine.generate([Request(i, 0, prompt, 8) for i in range(3)])]
     assert engine.num_prompt_tokens == len(prompt)
     assert found == [found[0]] * 3

@@ -77,7 +77,7 @@ class CPUCache(nn.Module):
 
     def decode(self, positions: Tensor, length: int) -> Attend:
         """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
-        (B, H, K, D), P = self.shape, -(-length // W)
+        (B, H, _, D), P = self.shape, -(-length // W)
         places = torch.arange(P * W)
         bias = torch.zeros(B, 1, P * W).masked_fill_(places > positions[:, None, None], float("-inf"))
         last = positions[:, None, None].int()

@@ -308,17 +308,17 @@ class Engine(nn.Module):
                 for (slot, _), token, logprob in zip(placed, *self._timed("prefill_seconds", self._admit, placed)):
                     yield from take(slot, token, logprob)
                 continue  # a first token may have been the last
-            in_use = max(len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values())
-            length = self._bucket(in_use + self.look_every)
+            in_use = [len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values()]
+            length = self._bucket(max(in_use) + self.look_every)
             first = self.compiled and length not in self._compiled_lengths  # its time is mostly the compiler's
             self._compiled_lengths.add(length)
             counter = "compile_seconds" if first else "decode_seconds"
             tokens, logprobs = self._timed(counter, self._decode, length)
-            for row_tokens, row_logprobs in zip(tokens, logprobs):
+            for step, (row_tokens, row_logprobs) in enumerate(zip(tokens, logprobs)):
                 if not first:
                     self.num_decoded += len(running)
                     self.num_steps += 1
-                    self.cache_bytes_read += self.num_slots * length * self.cache.bytes_per_token
+                    self.cache_bytes_read += (sum(in_use) + step * len(in_use)) * self.cache.bytes_per_token
                 for slot in sorted(running):
                     yield from take(slot, row_tokens[slot], row_logprobs[slot])
 

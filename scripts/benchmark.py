@@ -1,7 +1,8 @@
 """Speed beside the physical limit, with random weights.
 
 - the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
-- generate: decode and prefill rates of the engine; sft, dpo: tokens/s of whole optimizer steps
+- generate: tokens/s, time to the first token and MBU of the engine, for a batch size, a sweep of them, or ragged work
+  in few slots; over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
 - ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
@@ -41,6 +42,7 @@ from training.common import (
     peak_memory,
     positive_int,
     run_script,
+    say,
 )
 
 # job: (measure(config, runtime, repeats, options) -> its figures, setting(options) -> its title)
@@ -66,6 +68,14 @@ def parser() -> ArgumentParser:
     )
     add("--prompt_len", type=positive_int, default=64, help="generate, dpo, ppo: tokens of each prompt")
     add("--new_tokens", type=positive_int, default=128, help="generate, dpo, ppo: tokens of each completion")
+    add("--sweep", type=positive_int, nargs="*", default=[], help="generate: batch sizes to measure in turn")
+    add(
+        "--ragged",
+        type=positive_int,
+        default=None,
+        help="generate: so many prompts, lengths and ends around the flags'",
+    )
+    add("--tensor_parallel_size", type=positive_int, default=1, help="generate: ranks that share the model")
     add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
     add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
     add(
@@ -99,7 +109,7 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
     if job not in PEERS and (compare or engine == "peer"):
         raise ValueError(f"{job} has no peer to compare with")
     if compare:
-        compare_engines(job, compare, options["peer_python"])
+        compare_engines(job, compare, options["peer_python"], options["sweep"])
         return
     if job == "memory":
         report_memory(preset, options)
@@ -113,7 +123,7 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
     flops, bandwidth = ceilings(runtime.device)
     measure, setting = JOBS[job]
     measure = measure if engine == "ours" else peer(job)
-    result = measure(config, runtime, repeats, options)
+    result = measure(config, runtime, repeats, options | {"bandwidth": bandwidth})
     rows = {
         "model": f"{preset}, {config.num_parameters() / 1e6:,.1f} M parameters, random",
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
@@ -131,15 +141,24 @@ def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: in
     result.setdefault("peak_memory", peak_memory(runtime.device))
     rows |= result.pop("rows", {})
     rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
-    print(card(f"{job}, {setting(options)}", rows))
-    print(json.dumps({"job": job, "preset": preset, "engine": engine, **rows, **result}))
+    say(card(f"{job}, {setting(options)}", rows))
+    say(json.dumps({"job": job, "preset": preset, "engine": engine, **rows, **result}))
 
 
-def compare_engines(job: str, rounds: int, peer_python: Path) -> None:
-    """Runs this command with either engine in turn, each in a process of its own, and prints the ratios."""
+def compare_engines(job: str, rounds: int, peer_python: Path, sweep: list[int]) -> None:
+    """Runs this command with either engine in turn, each in a process of its own, and prints the ratios, for each batch
+    size of a sweep."""
     arguments = sys.argv[1:]
     at = arguments.index("--compare")
     del arguments[at : at + 2]
+    for size in sweep or [None]:
+        one_size = [] if size is None else ["--sweep", "--batch_size", str(size)]
+        if size is not None:
+            print(f"batch {size}", flush=True)
+        compare_once(job, rounds, peer_python, [*arguments, *one_size])
+
+
+def compare_once(job: str, rounds: int, peer_python: Path, arguments: list[str]) -> None:
     found = {"ours": [], "peer": []}
     for i in range(rounds):
         for engine, results in found.items():

@@ -8,6 +8,7 @@ import torch
 
 from models.model import ModelConfig
 from scripts.benchmark_common import seconds_of
+from scripts.benchmark_generate import work
 from scripts.benchmark_training import random_pairs
 from training.common import Stopwatch
 from training.optim import make_optimizer
@@ -36,11 +37,23 @@ def peer(job: str) -> Callable:
 
     def generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
         model = build(config, runtime.dtype, runtime.device).eval()
-        batch, prompt_len, new_tokens = (options[name] for name in ("batch_size", "prompt_len", "new_tokens"))
-        ids = torch.randint(3, config.vocab_size, (batch, prompt_len), device=runtime.device)
-        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, "do_sample": True}
-        run = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)  # noqa: E731
-        return {"tokens_per_second": batch * new_tokens / seconds_of(run, runtime.device, repeats)}
+        sizes, batch_size = sorted(work(options)), options["batch_size"]  # static batches, by the prompts' lengths
+        batches = []
+        for start in range(0, len(sizes), batch_size):
+            rows = sizes[start : start + batch_size]
+            longest, new_tokens = (max(column) for column in zip(*rows))
+            ids = torch.randint(3, config.vocab_size, (len(rows), longest), device=runtime.device)
+            padding = longest - torch.tensor([prompt_len for prompt_len, _ in rows], device=runtime.device)
+            mask = (torch.arange(longest, device=runtime.device) >= padding[:, None]).long()
+            lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, "do_sample": True}
+            batches.append({"inputs": ids, "attention_mask": mask, **lengths})
+
+        def run() -> None:
+            for batch in batches:
+                model.generate(**batch)
+
+        rate = sum(new_tokens for _, new_tokens in sizes) / seconds_of(run, runtime.device, repeats)
+        return {"tokens_per_second": rate}
 
     def sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
         model = build(config, torch.float32, runtime.device).train()

@@ -1,12 +1,16 @@
-"""scripts/benchmark.py: the arithmetic of a training run's memory, the split of a PPO update."""
+"""scripts/benchmark.py: the arithmetic of a training run's memory, the split of a PPO update,
+the work of generation."""
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
 
+from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
+from scripts import benchmark_generate
 from scripts.benchmark_common import SIZES
 from scripts.benchmark_memory import measure_memory, training_memory
 from tests import tiny
@@ -50,6 +54,44 @@ def test_memory_on_paper():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     refused = tiny.run("scripts/benchmark.py", "memory", "--device", device, "--layouts", "1x2", "--measure")
     tiny.assert_refused(refused, "--measure", "1 ranks")
+
+
+def generate(*flags):
+    sizes = ["--preset", "23m", "--device", "cpu", "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
+    result = tiny.run("scripts/benchmark.py", "generate", *sizes, *flags)
+    assert result.code == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_sweep_of_generate():
+    """Catches a sweep that measures one batch size for all, a rate per row that is not a row's, and an MBU
+    without the weights or the cache."""
+    found = generate("--sweep", 1, 3)
+    assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
+    for batch in found["batches"]:
+        assert batch["tokens_per_second"] == pytest.approx(batch["batch_size"] * batch["tokens_per_second_per_row"])
+        assert batch["first_token_ms"] > 0 and batch["products_ms"] > 0
+    size = found["batches"][0]["bytes_per_second"] * found["batches"][0]["ms_per_step"] / 1e3
+    head, blocks = 4000 * 512, 6 * (4 * 512 * 512 + 3 * 512 * 1376)
+    assert size == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
+
+
+def test_ragged_work_of_generate():
+    """Catches a rate over tokens that were not asked for (those of a static batch's longest row), other work for the
+    peer, and a bandwidth of cache that no row needs."""
+    options = {"ragged": 5, "prompt_len": 8, "new_tokens": 4, "batch_size": 2}
+    sizes = benchmark_generate.work(options)
+    assert len(sizes) == 5 and len(set(sizes)) > 3 and all(2 <= p <= 14 and 1 <= n <= 7 for p, n in sizes)
+    assert generate("--ragged", 5, "--batch_size", 2)["tokens_per_second"] > 0
+    seconds, tokens = [], sum(n for _, n in sizes)
+    with mock.patch("scripts.benchmark_peers.seconds_of", lambda run, *_: seconds.append(run()) or 2.0):
+        assert generate("--ragged", 5, "--batch_size", 2, "--engine", "peer")["tokens_per_second"] == tokens / 2
+    assert len(seconds) == 1
+    model = benchmark_generate.random_inference_model(SMALL, torch.float32, torch.device("cpu"), False, None)
+    engine = Engine(model, SamplingParams(), num_slots=2, max_seq_len=32)
+    list(engine.generate([Request(i, 0, [1] * p, n) for i, (p, n) in enumerate(sizes)]))
+    needed = sum(p + i for p, n in sizes for i in range(1, n))
+    assert engine.cache_bytes_read == needed * SMALL.num_hidden_layers * 2 * 4 * 32 * 4  # 4 heads of 32, fp32
 
 
 def test_update_of_ppo():

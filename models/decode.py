@@ -5,12 +5,14 @@
   two)
 - copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
   block at a time: nobody generates through FSDP, which would gather the model for every token
-- the cache is static, [slot, K, position, D] for each layer, and each sequence starts at index 0; prefill takes several
-  prompts packed end to end without padding, decode one token for every slot; attention reads what a bucket holds
+- the cache is static, [slot, position, K, D] for each layer, and each sequence starts at index 0; prefill takes several
+  prompts packed end to end without padding, decode one token for every slot; attention reads what each row holds, or
+  where there is no kernel for that, what a bucket holds
 
 Dimensions: B slots, T query tokens, N packed tokens, S cache length, H query heads, K key/value heads, D head dim.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import load_model
-from models.model import Attend, Block, Linear, ModelConfig, Parallel, RowLinear, Transformer, causal_attention
+from models.model import (
+    Attend,
+    Block,
+    Linear,
+    ModelConfig,
+    Parallel,
+    RowLinear,
+    Transformer,
+    causal_attention,
+    varlen_attn,
+)
 from models.tp import leave_parallel, local, size_of
 
 
@@ -197,7 +209,7 @@ def refresh(copy: Transformer, source: Transformer) -> None:
 
 
 class LayerCache(nn.Module):
-    """Keys and values of one layer, [B, K, S, D] each. A buffer for each layer, written by plain index assignment, is
+    """Keys and values of one layer, [B, S, K, D] each. A buffer for each layer, written by plain index assignment, is
     what torch.compile can update in place; slices of one buffer for all layers might be copied whole."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -207,10 +219,21 @@ class LayerCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
+def has_row_lengths(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device has attention over a cache whose rows each have their own length."""
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if varlen_attn is None or "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class KVCache(nn.Module):
     """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens.
 
-    On the CPU they are kept in fp32: its bf16 attention kernels are 3 to 8 times slower at one query token a row.
+    row_lengths: attention reads each row to its own end, so the step has one shape; else all read a bucket, masked. On
+    the CPU they are kept in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row;
+    without torch.compile the engine takes models.decode_cpu.CPUCache there.
     """
 
     def __init__(
@@ -225,15 +248,18 @@ class KVCache(nn.Module):
     ):
         super().__init__()
         self.dtype = torch.float32 if device.type == "cpu" else dtype
-        shape = (num_slots, config.num_key_value_heads // size_of(tp), max_seq_len, config.head_dim)
+        self.row_lengths = has_row_lengths(device, self.dtype)
+        shape = (num_slots, max_seq_len, config.num_key_value_heads // size_of(tp), config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
-        self.register_buffer("slots", torch.arange(num_slots, device=device)[:, None], persistent=False)
-        self.register_buffer("heads", torch.arange(shape[1], device=device)[None], persistent=False)
+        self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
+        starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
+        self.register_buffer("query_starts", starts, persistent=False)
+        self.register_buffer("key_starts", starts * max_seq_len, persistent=False)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one cached token takes, over all layers."""
-        return sum(2 * layer.k[0, :, 0].nbytes for layer in self.layers)
+        return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
 
     def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
         """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
@@ -243,7 +269,7 @@ class KVCache(nn.Module):
             q, k, v = (t[0].to(self.dtype) for t in (q, k, v))  # [N, H or K, D]
             outputs = []
             for slot, length, q_, k_, v_ in zip(slots, lengths, q.split(lengths), k.split(lengths), v.split(lengths)):
-                cache.k[slot, :, :length], cache.v[slot, :, :length] = k_.transpose(0, 1), v_.transpose(0, 1)
+                cache.k[slot, :length], cache.v[slot, :length] = k_, v_
                 outputs.append(causal_attention(layer, q_[None], k_[None], v_[None])[0])
             return torch.cat(outputs)[None].to(dtype)
 
@@ -251,16 +277,32 @@ class KVCache(nn.Module):
 
     def decode(self, positions: Tensor, length: int) -> Attend:
         """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
+
+        def write(layer: int, k: Tensor, v: Tensor) -> LayerCache:
+            cache = self.layers[layer]
+            cache.k[self.slots, positions] = k[:, 0].to(self.dtype)
+            cache.v[self.slots, positions] = v[:, 0].to(self.dtype)
+            return cache
+
+        if self.row_lengths:
+            used = (positions + 1).int()
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                cache = write(layer, k, v)
+                # the kernel needs max_k for its grid only, so it does not change from step to step
+                ends, longest = (self.query_starts, self.key_starts), (1, cache.k.shape[1])
+                options = {"seqused_k": used, "enable_gqa": q.shape[2] != k.shape[2]}
+                rows = (q[:, 0].contiguous(), cache.k.flatten(0, 1), cache.v.flatten(0, 1))
+                return varlen_attn(*rows, *ends, *longest, **options)[:, None]
+
+            return attend
+
         visible = torch.arange(length, device=positions.device) <= positions[:, None]  # [B, length]
         bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))[:, None, None]
 
-        places = positions[:, None]
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self.layers[layer]
-            cache.k[self.slots, self.heads, places] = k[:, 0].to(self.dtype)
-            cache.v[self.slots, self.heads, places] = v[:, 0].to(self.dtype)
-            keys, values = cache.k[:, :, :length], cache.v[:, :, :length]
+            cache = write(layer, k, v)
+            keys, values = (t[:, :length].transpose(1, 2) for t in (cache.k, cache.v))
             # the H / K query heads of one key head stand where query tokens would: no repetition of keys and values
             B, _, H, D = q.shape
             grouped = q.view(B, k.shape[2], -1, D).to(self.dtype)
@@ -273,5 +315,5 @@ class KVCache(nn.Module):
         """Gives other slots the first `length` positions of slot `source`."""
         for cache in self.layers:
             for target in targets:
-                cache.k[target, :, :length] = cache.k[source, :, :length]
-                cache.v[target, :, :length] = cache.v[source, :, :length]
+                cache.k[target, :length] = cache.k[source, :length]
+                cache.v[target, :length] = cache.v[source, :length]

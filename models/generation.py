@@ -391,7 +391,9 @@ class Engine(nn.Module):
 
     def _bucket(self, length: int) -> int:
         """The attention length for at least `length` positions: a compiled step must see few of them (torch.compile
-        stops at 8 variants), an eager one can follow closely."""
+        stops at 8 variants), an eager one can follow closely; where each row has its own, it does not matter."""
+        if self.layers is None and self.cache.row_lengths:
+            return self.cache_len
         step = 32 if not self.compiled else max(64, -(-self.cache_len // (7 * 64)) * 64)
         return min(-(-length // step) * step, self.cache_len)
 

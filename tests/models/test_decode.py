@@ -140,20 +140,23 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
         assert weight_bytes(model) == expected * size // 4
 
 
-@pytest.mark.parametrize("kind", [KVCache, CPUCache])
-def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
+@pytest.mark.parametrize("kind", ["buckets", "row lengths", "cpu"])
+def test_decode_attends_to_its_own_row_and_no_further(folder, kind, monkeypatch):
     """Catches a mask that is one off, rows or pages of the cache that are mixed up, and a read of the unused tail:
     every place that must not be seen holds a huge value."""
     config = load_model(folder).config
     num_heads, num_kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    device = {"device": CPU} if kind is KVCache else {}
-    cache = kind(config, num_slots=5, max_seq_len=200, dtype=torch.float32, **device)
+    shape = {"num_slots": 5, "max_seq_len": 200, "dtype": torch.float32}
+    cache = CPUCache(config, **shape) if kind == "cpu" else KVCache(config, device=CPU, **shape)
+    if kind == "row lengths":
+        cache.row_lengths = True
+        monkeypatch.setattr("models.decode.varlen_attn", tiny.row_lengths_attention)
     generator = torch.Generator().manual_seed(0)
     lengths, slots = [4, 1, 63, 64, 150], [2, 0, 1, 4, 3]  # around the end of a page
     rows = {}
     for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
         rows[name] = [torch.randn(1, n + 1, heads, D, generator=generator) for n in lengths]
-    for buffer in [*cache.keys, *cache.values] if kind is CPUCache else cache.buffers():
+    for buffer in [*cache.keys, *cache.values] if kind == "cpu" else cache.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1e4)
     packed = [torch.cat([t[:, :-1] for t in rows[name]], dim=1) for name in "qkv"]

@@ -11,7 +11,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from models.checkpoint import load_model
-from models.decode import load_for_inference, to_inference
+from models.decode import KVCache, load_for_inference, to_inference
 from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
 from models.noise import column_hashes, noise_key
 from models.tokenizer import Tokenizer
@@ -125,6 +125,20 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
     expected = {(r.idx, 0): (hf_greedy(hf_model, r), "length") for r in (long, *ended)}
     assert outcome(engine, [long, *ended]) == expected
     assert engine.positions.max() < 128
+
+
+@pytest.mark.parametrize("row_lengths", [False, True])
+def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths, monkeypatch):
+    """Catches, in what GPUs run without a graph, a bucket or a row's length that is one off; the kernel for row lengths
+    is played by what its documentation says."""
+    requests = ragged_requests(12, num_samples=2)
+    expected = {(r.idx, r.sample_idx): (hf_greedy(hf_model, r), "length") for r in requests}
+    engine = make_engine(folder, num_slots=4, look_every=3)
+    shape = {"num_slots": 4, "max_seq_len": engine.cache_len, "dtype": torch.float32, "device": CPU}
+    engine.layers, engine.cache = None, KVCache(engine.model.config, **shape)
+    engine.cache.row_lengths = row_lengths
+    monkeypatch.setattr("models.decode.varlen_attn", tiny.row_lengths_attention)
+    assert outcome(engine, requests) == expected
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")

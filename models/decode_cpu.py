@@ -10,6 +10,8 @@ Dimensions: B slots, N prompt tokens, H query heads, K key/value heads, D head d
 positions of a page.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ class CPUCache(nn.Module):
         self.value_rows = (slot_heads.repeat_interleave(H // K, dim=1) * P * W)[:, :, None].int()
         self.page_rows, self.first_places = self.page_rows.int(), (slot_heads[..., None] * P * D + torch.arange(D)) * W
         self.first_values = slot_heads * P * W
+        self.constants: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def bytes_per_token(self) -> int:
@@ -78,18 +81,14 @@ class CPUCache(nn.Module):
     def decode(self, positions: Tensor, length: int) -> Attend:
         """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
         (B, H, _, D), P = self.shape, -(-length // W)
-        places = torch.arange(P * W)
+        places, pages, page_ends, value_ends, scale = self._constants(P)
         bias = torch.zeros(B, 1, P * W).masked_fill_(places > positions[:, None, None], float("-inf"))
         last = positions[:, None, None].int()
-        page = torch.arange(P, dtype=torch.int32).clamp(max=last // W)[..., None] * D  # [B, 1, P, 1]
-        page_rows = (self.page_rows + page).view(-1)
-        page_ends = torch.arange(0, len(page_rows) + 1, D, dtype=torch.int32)
-        value_rows = (self.value_rows + places.int().clamp(max=last)).view(-1)
-        value_ends = torch.arange(0, len(value_rows) + 1, P * W, dtype=torch.int32)
+        page_rows = (self.page_rows + pages.clamp(max=last // W)[..., None] * D).view(-1)
+        value_rows = (self.value_rows + places.clamp(max=last)).view(-1)
         offsets = positions // W * (D * W) + positions % W
         key_places = self.first_places + offsets[:, None, None]  # [B, K, D]
         value_places = (self.first_values + positions[:, None]).view(-1)  # [B * K]
-        scale = torch.full((P, 1), D**-0.5)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer].view(-1, D)
@@ -102,6 +101,16 @@ class CPUCache(nn.Module):
 
         return attend
 
+    def _constants(self, P: int) -> tuple[Tensor, ...]:
+        """What decode() needs that depends on the number of pages alone."""
+        if P not in self.constants:
+            B, H, _, D = self.shape
+            places, pages = (torch.arange(n, dtype=torch.int32) for n in (P * W, P))
+            page_ends = torch.arange(0, B * H * P * D + 1, D, dtype=torch.int32)
+            value_ends = torch.arange(0, B * H * P * W + 1, P * W, dtype=torch.int32)
+            self.constants[P] = (places, pages, page_ends, value_ends, torch.full((P, 1), D**-0.5))
+        return self.constants[P]
+
     def copy_prefix(self, source: int, targets: list[int], length: int) -> None:
         """Gives other slots the first `length` positions of slot `source`."""
         pages = -(-length // W)
@@ -112,42 +121,49 @@ class CPUCache(nn.Module):
 
 
 class DecodeLayers:
-    """The hidden states of one new token for each slot, as Transformer.forward computes them."""
+    """The hidden states of one new token for each slot, as Transformer.forward computes them, but with an fp32 residual
+    stream. Tensors that stay from step to step, and views of them, are made once."""
 
     def __init__(self, model: Transformer, num_slots: int, max_seq_len: int):
         config, tp = model.config, size_of(model.parallel.tp)
         self.model, self.dtype = model, model.compute_dtype or model.embed_tokens.weight.dtype
-        self.size, self.eps = config.hidden_size, torch.tensor(config.rms_norm_eps)
         self.cos, self.sin = (t[0] for t in rope_tables(torch.arange(max_seq_len)[None], model.inv_freq))  # [S, 1, D]
-        B, D = num_slots, config.head_dim
+        B, E, D = num_slots, config.hidden_size, config.head_dim
         H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
-        # persistent, so that views of them are taken once
+        # a last column makes the size of a row of the stream sqrt(sum x^2 + E eps), which is sqrt(E) times RMSNorm's
+        self.stream = torch.full((B, E + 1), math.sqrt(E * config.rms_norm_eps))
+        self.x, self.normed = self.stream[:, :E], torch.empty(B, E, dtype=self.dtype)
         self.qk, self.rotated = torch.empty(B, H + K, D), torch.empty(B, H + K, D)
         self.halves = [*self.qk.chunk(2, dim=-1), *self.rotated.chunk(2, dim=-1)]
         self.q, self.k = self.rotated[:, None, :H], self.rotated[:, None, H:]
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        x = x.float()
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(self.eps, size, size, value=1 / self.size).rsqrt_()).mul_(weight).to(self.dtype)
+    def take_norms(self) -> None:
+        """Reads the norms' weights anew, which a refresh of the model may have changed."""
+        scale = math.sqrt(self.model.config.hidden_size)
+        norms = [(block.input_layernorm, block.post_attention_layernorm) for block in self.model.layers]
+        self.block_norms = [[norm.weight.float() * scale for norm in pair] for pair in norms]
+        self.last_norm = self.model.norm.weight.float() * scale
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(self.stream, dim=-1, keepdim=True)
+        return torch.mul(self.x / size, weight, out=self.normed)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions int64 [B] -> [B, E]"""
-        model, B = self.model, len(tokens)
+        """tokens, positions int64 [B] -> [B, E], until the next call."""
+        model, x, B = self.model, self.x, len(tokens)
         cos, sin = self.cos[positions], self.sin[positions]  # [B, 1, D]
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second, rotated_first, rotated_second = self.halves
-        x = model.embed_tokens(tokens[:, None])[:, 0].to(self.dtype)
-        for layer, block in enumerate(model.layers):
+        x.copy_(model.embed_tokens(tokens[:, None])[:, 0])
+        for layer, (block, (input_norm, post_norm)) in enumerate(zip(model.layers, self.block_norms)):
             attention, mlp = block.self_attn, block.mlp
-            qkv = attention.qkv_proj(self._norm(x, block.input_layernorm.weight))
-            qk, v = qkv.view(B, 1, -1, self.qk.shape[-1]).tensor_split((self.qk.shape[1],), dim=2)
+            qkv = attention.qkv_proj(self._norm(input_norm)).view(B, 1, -1, self.qk.shape[-1])
+            qk, v = qkv.tensor_split((self.qk.shape[1],), dim=2)
             self.qk.copy_(qk[:, 0])
             torch.mul(self.qk, cos, out=self.rotated)
             rotated_first.addcmul_(second, sin_first)
             rotated_second.addcmul_(first, sin_second)
-            attended = attend(layer, self.q, self.k, v).view(B, -1)
-            x = x + attention.o_proj(attended)
-            gate, up = mlp.gate_up_proj(self._norm(x, block.post_attention_layernorm.weight)).chunk(2, dim=-1)
-            x = x + mlp.down_proj(F.silu(gate).mul_(up))
-        return self._norm(x, model.norm.weight)
+            x.add_(attention.o_proj(attend(layer, self.q, self.k, v).view(B, -1)))
+            gate, up = mlp.gate_up_proj(self._norm(post_norm)).chunk(2, dim=-1)
+            x.add_(mlp.down_proj(F.silu(gate).mul_(up)))
+        return self._norm(self.last_norm)

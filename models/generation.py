@@ -289,6 +289,8 @@ class Engine(nn.Module):
                 raise ValueError(f"prompt {request.idx}: needs at least one prompt token and one token to generate")
             if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
                 raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
+        if self.layers is not None:
+            self.layers.take_norms()
         self._resident: tuple[list[int], int, Tensor] | None = (
             None  # the newest prompt, a slot that holds it, its logits
         )

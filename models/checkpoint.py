@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models.model import ModelConfig, Parallel, Transformer, read_hf_config
+from models.model import ModelConfig, Parallel, Transformer, is_quantized, read_hf_config
 from models.tp import is_main_rank, tensor_parallel_part
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,6 +176,7 @@ def load_model(
     WeightFiles raise.
     """
     config = ModelConfig.from_hf(folder)
+    refuse_quantized(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, compute_dtype, Parallel(tp), head)
@@ -197,7 +198,7 @@ def load_weights(
 
     part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
     may be on meta and of the whole shape, are replaced. new_score: the weight [1, E] of a scalar head on a folder that
-    has a language-model head, which is then left out.
+    has a language-model head, which is then left out. Raises ValueError where the files do not fit the model.
     """
     parameters = dict(model.named_parameters())  # tied weights appear once
     without_file = {} if new_score is None else {"score.weight": new_score}
@@ -205,9 +206,22 @@ def load_weights(
         {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file},
         allowed=["lm_head.weight"] if model.config.tie_word_embeddings or without_file else [],
     )
-    for name, parameter in tqdm(
-        parameters.items(), desc="loading", unit="tensor", delay=1, leave=False, disable=not is_main_rank()
-    ):
+    fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
+
+
+@torch.no_grad()
+def fill_parameters(
+    model: Transformer,
+    files: WeightFiles,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
+    without_file: dict[str, Tensor] | None = None,
+) -> None:
+    """load_weights for files that were checked. without_file: whole tensors that are not in them."""
+    without_file = without_file or {}
+    for name, parameter in loading_bar(dict(model.named_parameters()).items(), "tensor"):
         slices = part_of(name, tuple(parameter.shape))
         part = without_file[name][slices] if name in without_file else files.read(name, slices)
         if isinstance(parameter, DTensor):
@@ -220,6 +234,19 @@ def load_weights(
             setattr(model.get_submodule(owner), attribute, part)
     model.tie_weights()
     model.reset_buffers(device)
+
+
+def loading_bar(things: Iterable, unit: str) -> tqdm:
+    return tqdm(things, desc="loading", unit=unit, delay=1, leave=False, disable=not is_main_rank())
+
+
+def refuse_quantized(folder: str | Path) -> None:
+    """Raises ValueError for a folder with quantised weights."""
+    if is_quantized(read_hf_config(folder)[0]):
+        raise ValueError(
+            f"{folder}: its quantised weights are frozen, for inference, references and reward models; to train, take "
+            "the folder that it was made from"
+        )
 
 
 def has_score_head(folder: str | Path) -> bool:

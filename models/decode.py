@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import load_model
 from models.model import (
+    FUSIONS,
     Attend,
     Block,
     Linear,
@@ -35,6 +36,7 @@ from models.model import (
     causal_attention,
     varlen_attn,
 )
+from models.quantize import QuantizedLinear, Scheme, load_quantized
 from models.tp import leave_parallel, local, size_of
 
 
@@ -99,15 +101,6 @@ class InferenceLinear(nn.Module):
         return y
 
 
-# (the part of a block, the names of its Linear layers, the name of the product that replaces them)
-FUSIONS = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    ("self_attn", ("o_proj",), "o_proj"),
-    ("mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
-    ("mlp", ("down_proj",), "down_proj"),
-)
-
-
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """Turns a model into its inference copy, in place and block by block, so that memory holds one copy of the weights.
 
@@ -115,7 +108,8 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """
     model.requires_grad_(False)
     for block in model.layers:
-        _fuse(block, pack)
+        if block.self_attn.qkv_proj is None:  # else the block is quantised, and fused by that
+            _fuse(block, pack)
     if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
         model.lm_head = InferenceLinear([model.lm_head], pack=pack)
     return model.eval()
@@ -138,17 +132,22 @@ def load_for_inference(
     compile: bool = False,
     tp: DeviceMesh | None = None,
     head: str = "lm",
+    scheme: Scheme | None = None,
 ) -> Transformer:
     """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. compile: whether it
-    will run under torch.compile. head: "lm" or "score"."""
-    model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
+    will run under torch.compile. head: "lm" or "score". scheme: how its blocks are quantised, see load_quantized."""
+    if scheme is None:
+        model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
+    else:
+        model = load_quantized(folder, scheme, device=device, dtype=dtype, tp=tp, head=head)
     return to_inference(model, pack=not compile and can_pack(device, dtype))
 
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that one decode step reads: all products, while of the embedding it reads a row for each
     slot."""
-    return sum(module.num_bytes for module in model.modules() if isinstance(module, InferenceLinear))
+    products = (InferenceLinear, QuantizedLinear)
+    return sum(module.num_bytes for module in model.modules() if isinstance(module, products))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from models.checkpoint import WeightFiles, load_weights
+from models.checkpoint import WeightFiles, load_weights, refuse_quantized
 from models.model import ModelConfig, Parallel, Transformer
 from models.tp import chunk_range, shard_dim, tensor_parallel_part
 
@@ -125,7 +125,9 @@ def load_for_training(
     is computing with. Raises ValueError where the device is the CPU."""
     if cpu_offload and device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
-    config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
+    config = ModelConfig.from_hf(folder)
+    refuse_quantized(folder)
+    files = WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel), head)
     dtypes = {"compute_dtype": compute_dtype, "param_dtype": param_dtype}

@@ -41,6 +41,17 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+QUANTIZED_FORMAT = "gpt-accelera"  # what quantization_config names in a folder that models/quantize.py wrote
+
+# What the inference copy of a block computes as one product: (the part of the block, the names of its Linear layers,
+# the name of the product that replaces them).
+FUSIONS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    ("self_attn", ("o_proj",), "o_proj"),
+    ("mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
+    ("mlp", ("down_proj",), "down_proj"),
+)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -74,7 +85,7 @@ class ModelConfig:
         if config.get("model_type") != "llama":
             raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not supported, only 'llama'")
         for key, supported in (("hidden_act", "silu"), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
-            if config.get(key, supported) != supported:
+            if config.get(key, supported) != supported and not (key == "quantization_config" and is_quantized(config)):
                 raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
 
         def number(key, kind=int, default=None):
@@ -140,6 +151,12 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     return read_json_object(path), str(path)
+
+
+def is_quantized(config: dict) -> bool:
+    """Whether a config.json says that models/quantize.py wrote the weights beside it."""
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("format") == QUANTIZED_FORMAT
 
 
 def read_json_object(path: Path) -> dict:

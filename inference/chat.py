@@ -20,11 +20,13 @@ from models.decode import load_for_inference
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
+from models.quantize import choose_scheme
 from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
     add_model_arguments,
+    add_quantize_arguments,
     choose_runtime,
     device_name,
     fraction,
@@ -45,6 +47,7 @@ def parser() -> ArgumentParser:
     add("--temperature", type=non_negative_float, default=0.7, help="0 is greedy")
     add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
     add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
+    add_quantize_arguments(parser)
     add("--tensor_parallel_size", type=positive_int, default=1, help="ranks that share the model: all of torchrun's")
     add(
         "--max_seq_len",
@@ -68,12 +71,15 @@ def main(
     temperature: float,
     top_k: int,
     top_p: float,
+    quantize: str,
+    group_size: int | None,
     tensor_parallel_size: int,
     max_seq_len: int | None,
 ) -> None:
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
     check_divisible(config, tensor_parallel_size)
+    scheme = choose_scheme(checkpoint_path, quantize, group_size)
     if data_parallel_size(tensor_parallel_size) > 1:
         raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
     tokenizer = Tokenizer(checkpoint_path)
@@ -86,7 +92,7 @@ def main(
     params = SamplingParams(temperature, top_k, top_p, seed, eos_ids)
     tp = parallel_of(init_mesh(runtime.device, tensor_parallel_size)).tp
     model = load_for_inference(
-        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=tp
+        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=tp, scheme=scheme
     )
     engine = Engine(model, params, num_slots=1, max_seq_len=limit, compile=runtime.compile, look_every=1)
     say(f"{checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")

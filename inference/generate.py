@@ -29,12 +29,14 @@ from models.decode import load_for_inference, weight_bytes
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import ModelConfig
+from models.quantize import choose_scheme
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
     Runtime,
     add_model_arguments,
+    add_quantize_arguments,
     card,
     choose_runtime,
     device_name,
@@ -75,7 +77,7 @@ def parser() -> ArgumentParser:
     add("--stop", action="append", default=None, help="a text that ends a completion; may be given several times")
     add("--chat", action="store_true", help="put text prompts through the chat template, as the user's message")
     add("--return_token_ids", action="store_true", help="add token_ids to each line")
-    add("--quantize", choices=["none", "int8", "int4"], default="none", help="weight-only quantisation")
+    add_quantize_arguments(parser)
     add(
         "--tensor_parallel_size",
         type=positive_int,
@@ -115,10 +117,9 @@ def main(
     chat: bool,
     return_token_ids: bool,
     quantize: str,
+    group_size: int | None,
     tensor_parallel_size: int,
 ) -> None:
-    if quantize != "none":
-        raise ValueError(f"--quantize {quantize}: quantisation is not available yet; use none")
     data_parallel_size(tensor_parallel_size)  # raises if it does not divide the ranks
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
@@ -132,6 +133,7 @@ def main(
     runtime = choose_runtime(device, dtype, compile)
     config = ModelConfig.from_hf(checkpoint_path)
     check_divisible(config, tensor_parallel_size)
+    scheme = choose_scheme(checkpoint_path, quantize, group_size)
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
@@ -161,6 +163,7 @@ def main(
         "num_samples": num_samples,
         "return_token_ids": return_token_ids,
         "dtype": str(runtime.dtype),
+        "quantize": None if scheme is None else str(scheme),
         **dataclasses.asdict(params),
     }
     finished = read_begun(output_file, begun_with, "generate.py", ("idx", "sample_idx")) if resume else []
@@ -170,7 +173,12 @@ def main(
     mesh = init_mesh(runtime.device, tensor_parallel_size)  # all ranks have looked at the files by now
     requests = requests_of_rank(requests, mesh["dp"])
     model = load_for_inference(
-        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=parallel_of(mesh).tp
+        checkpoint_path,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        compile=runtime.compile,
+        tp=parallel_of(mesh).tp,
+        scheme=scheme,
     )
     engine = Engine(
         model,
@@ -182,7 +190,8 @@ def main(
     )
     stream = sys.stdout if output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
-    say(start_card(checkpoint_path, config, runtime, engine, mesh, len(prompts) * num_samples, len(done), notes))
+    counts = (len(prompts) * num_samples, len(done))
+    say(start_card(checkpoint_path, config, scheme, runtime, engine, mesh, *counts, notes))
     record_of = {p.idx: p.record for p in prompts}
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
     writer = LinePrinter(active) if output_file is None else LineWriter(output_file, begun_with, active)
@@ -321,9 +330,9 @@ class TokenCounter:
         self.bar.close()
 
 
-def start_card(path, config, runtime, engine, mesh, num_samples, num_done, notes) -> str:
+def start_card(path, config, scheme, runtime, engine, mesh, num_samples, num_done, notes) -> str:
     rows = {
-        "model": f"{path}, {config.num_parameters() / 1e6:,.1f} M parameters",
+        "model": f"{path}, {config.num_parameters() / 1e6:,.1f} M parameters" + (f", {scheme}" if scheme else ""),
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
         + (", compiled" if runtime.compile else ""),
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.model import ModelConfig
+from models.quantize import Scheme, choose_scheme
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.choosing import answer_of, choose_best, choose_by_vote, final_answer, sigmoid
@@ -36,6 +37,7 @@ from training.common import (
     Runtime,
     Stopwatch,
     add_model_arguments,
+    add_quantize_arguments,
     card,
     choose_runtime,
     device_name,
@@ -101,7 +103,7 @@ def parser() -> ArgumentParser:
         help="FILE.py:NAME, a function from a completion's text to its final answer, a string, or None for no answer; "
         "the last \\boxed{}, else the last line that is not blank",
     )
-    add("--quantize", choices=["none", "int8", "int4"], default="none", help="weight-only quantisation")
+    add_quantize_arguments(parser)
     add(
         "--tensor_parallel_size",
         type=positive_int,
@@ -131,10 +133,9 @@ def main(
     weighted_vote: bool,
     answer_fn: str | None,
     quantize: str,
+    group_size: int | None,
     tensor_parallel_size: int,
 ) -> None:
-    if quantize != "none":
-        raise ValueError(f"--quantize {quantize}: quantisation is not available yet; use none")
     dp_size = data_parallel_size(tensor_parallel_size)  # raises if it does not divide the ranks
     if best_of_n and weighted_vote:
         raise ValueError("give either --best_of_n or --weighted_vote")
@@ -148,7 +149,8 @@ def main(
         raise ValueError(f"{output_file}: was not begun with --best_of_n or --weighted_vote, so it is left alone")
 
     runtime = choose_runtime(device, dtype, compile)
-    config, tokenizer, limit = open_folder(checkpoint_path, max_seq_len, tensor_parallel_size)
+    config, tokenizer, limit = open_folder(checkpoint_path, max_seq_len, tensor_parallel_size, frozen=True)
+    scheme = choose_scheme(checkpoint_path, quantize, group_size)
     kind = read_reward_kind(checkpoint_path)
     check_flags(kind, checkpoint_path, normalize=normalize, aggregate=aggregate, choosing=choosing)
     find_answer = load_function("--answer_fn", answer_fn) if answer_fn is not None else final_answer
@@ -166,6 +168,7 @@ def main(
         "normalize": normalize,
         "aggregate": aggregate,
         "dtype": str(runtime.dtype),
+        "quantize": None if scheme is None else str(scheme),
     }
     lines = read_begun(scored_file, begun_with, "score.py") if resume else []
     num_done = len(lines)
@@ -174,7 +177,7 @@ def main(
     first = num_done - num_done % size if num_done < len(items) else len(items)
 
     mesh = init_mesh(runtime.device, tensor_parallel_size)  # all ranks have looked at the files by now
-    say(start_card(checkpoint_path, config, kind, runtime, mesh, len(items), num_done, notes))
+    say(start_card(checkpoint_path, config, scheme, kind, runtime, mesh, len(items), num_done, notes))
     if first < len(items):
         model = load_for_inference(
             checkpoint_path,
@@ -183,6 +186,7 @@ def main(
             compile=runtime.compile,
             tp=parallel_of(mesh).tp,
             head="score",
+            scheme=scheme,
         )
         if runtime.compile:
             model.compile(dynamic=True)
@@ -304,6 +308,7 @@ def line_of(
 def start_card(
     path: Path,
     config: ModelConfig,
+    scheme: Scheme | None,
     kind: RewardKind,
     runtime: Runtime,
     mesh: DeviceMesh,
@@ -313,7 +318,7 @@ def start_card(
 ) -> str:
     scores = "one for each record" if kind.separator is None else f"one for each step, ended by {kind.separator!r}"
     rows = {
-        "model": f"{path}, {num_weights(config) / 1e6:,.1f} M parameters",
+        "model": f"{path}, {num_weights(config) / 1e6:,.1f} M parameters" + (f", {scheme}" if scheme else ""),
         "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
         + (", compiled" if runtime.compile else ""),
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",

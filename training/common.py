@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models.checkpoint import DTYPES
+from models.checkpoint import DTYPES, refuse_quantized
 from models.fsdp import check_divisible, data_parallel_size
 from models.model import ModelConfig
+from models.quantize import GROUP_SIZES
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.data import check_vocabulary
@@ -112,6 +113,19 @@ def add_runtime_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="torch.compile; on for a GPU, off for the CPU",
     )
+
+
+def add_quantize_arguments(parser: ArgumentParser) -> None:
+    """The flags of the scripts that run a model and do not train it."""
+    add = parser.add_argument
+    add(
+        "--quantize",
+        choices=["none", "int8", "int4", "fp8"],
+        default="none",
+        help="round the weights of the blocks while loading; fp8 needs a Hopper GPU. A folder that models/quantize.py "
+        "wrote is run as it is stored",
+    )
+    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:
@@ -324,11 +338,14 @@ def split_batch(
 
 
 def open_folder(
-    checkpoint_path: Path, max_seq_len: int | None, tensor_parallel_size: int
+    checkpoint_path: Path, max_seq_len: int | None, tensor_parallel_size: int, *, frozen: bool = False
 ) -> tuple[ModelConfig, Tokenizer, int]:
     """The model's shape, its tokenizer, and the longest row: max_seq_len, or the model's context. Raises ValueError if
-    they do not go together or the model cannot be cut over so many ranks."""
+    they do not go together or the model cannot be cut over so many ranks, and for quantised weights unless it is
+    frozen."""
     config = ModelConfig.from_hf(checkpoint_path)
+    if not frozen:
+        refuse_quantized(checkpoint_path)
     check_divisible(config, tensor_parallel_size)
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:

@@ -314,6 +314,7 @@ def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
         (("--stop", "x"), "stop"),
         (("--dtype", "bfloat16"), "dtype"),
         (("--return_token_ids",), "return_token_ids"),
+        (("--quantize", "int8"), "quantize"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -418,7 +419,15 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "empty stop": (("--prompt", "a", "--stop", ""), ("--stop",)),
     "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
     "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
-    "quantize": (("--prompt", "a", "--quantize", "int8"), ("--quantize int8",)),
+    "fp8 on a CPU": (("--prompt", "a", "--quantize", "fp8"), ("fp8", "int8")),
+    "int4 groups": (("--prompt", "a", "--quantize", "int4"), ("hidden_size 64", "groups of 128", "--group_size 64")),
+    "int4 groups of the MLP": (
+        ("--prompt", "a", "--quantize", "int4", "--group_size", "64"),
+        ("intermediate_size 112", "take int8"),
+    ),
+    "group size": (("--prompt", "a", "--quantize", "int4", "--group_size", "48"), ("--group_size", "48")),
+    "group size of int8": (("--prompt", "a", "--quantize", "int8", "--group_size", "64"), ("--group_size",)),
+    "groups of nothing": (("--prompt", "a", "--group_size", "64"), ("--group_size",)),
     "tensor parallel": (("--prompt", "a", "--tensor_parallel_size", "2"), ("--tensor_parallel_size",)),
 }
 

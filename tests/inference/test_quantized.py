@@ -1,0 +1,130 @@
+"""Generation, chat and scoring with quantised weights: the same promises as with plain ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from models.quantize import Scheme, dequantize, quantize
+from tests import tiny
+from tests.inference.test_parallel import by_sample, torchrun
+from tests.inference.test_score import scored, write_reward_model
+
+FLAGS = {"int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--group_size", "32"]}
+SCHEMES = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A biased GQA folder that groups of 32 divide on two ranks, too, and 13 ragged prompts."""
+    root = tmp_path_factory.mktemp("quantized")
+    tiny.write_model(root / "model", attention_bias=True, mlp_bias=True, intermediate_size=128)
+    records = [{"prompt": f"{i} plus" + " so" * (i % 7)} for i in range(13)]
+    return root, tiny.write_records(root / "prompts.jsonl", records)
+
+
+def flags_for(world, mode, out, *more):
+    root, prompts = world
+    flags = ["--checkpoint_path", root / "model", "--prompt_file", prompts, "--num_samples", 2, "--output_file", out]
+    return [*flags, "--max_new_tokens", 20, "--return_token_ids", *FLAGS[mode], *more]
+
+
+@pytest.fixture(scope="module")
+def wanted(world):
+    """What one process draws in eight slots."""
+    found = {}
+    for mode in FLAGS:
+        out = world[0] / f"wanted-{mode}.jsonl"
+        result = tiny.run("inference/generate.py", *flags_for(world, mode, out))
+        assert result.code == 0 and mode in result.stdout, result
+        found[mode] = by_sample(out)
+    assert found["int8"] != found["int4"]
+    return found
+
+
+def assert_same(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys() and len(found) == 26
+    for key, line in found.items():
+        assert line["logprob"] == pytest.approx(wanted[key]["logprob"], abs=1e-3)
+        assert {**line, "logprob": 0} == {**wanted[key], "logprob": 0}, key
+
+
+def dequantised(model, scheme):
+    """transformers' model with the values that its blocks' weights have after rounding."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data = dequantize(quantize(parameter.data, scheme))
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", FLAGS)
+def test_greedy_equals_transformers(world, tmp_path, mode):
+    """Catches a prefill and a decode step that compute with other weights, and a flag that is ignored: the ids are
+    those of transformers' generate with the dequantised weights."""
+    root, _ = world
+    model = dequantised(transformers.AutoModelForCausalLM.from_pretrained(root / "model"), SCHEMES[mode])
+    out = tmp_path / "out.jsonl"
+    flags = flags_for(world, mode, out, "--temperature", 0, "--num_samples", 1)
+    assert tiny.run("inference/generate.py", *flags).code == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
+    for line in tiny.read_lines(out):
+        ids = tokenizer(line["prompt"], return_tensors="pt").input_ids
+        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+        assert line["token_ids"] == [token for token in theirs if token != 2]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("mode", FLAGS)
+def test_slots_and_resume(world, wanted, tmp_path, mode, slots):
+    """Catches samples that depend on the number of slots, and a resume that draws others or forgets how the weights
+    were quantised."""
+    out = tmp_path / "out.jsonl"
+    flags = flags_for(world, mode, out, "--batch_size", slots)
+    assert tiny.run("inference/generate.py", *flags).code == 0
+    assert_same(by_sample(out), wanted[mode])
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[3:11]) + lines[11][:20])
+    plain = [flag for flag in flags if flag not in FLAGS[mode]]
+    for other in (plain, [*plain, *FLAGS["int8" if mode == "int4" else "int4"]]):
+        tiny.assert_refused(tiny.run("inference/generate.py", *other, "--resume"), str(out), "quantize")
+    result = tiny.run("inference/generate.py", *flags, "--resume")
+    assert result.code == 0, result
+    assert_same(by_sample(out), wanted[mode])
+
+
+def test_two_ranks(world, wanted, tmp_path):
+    """Catches scales that are not cut with their weights, a row-parallel layer whose ranks scale their parts by
+    themselves, and a bias that is added on each rank: tp 2 draws what one process draws."""
+    jobs = {mode: flags_for(world, mode, tmp_path / f"{mode}.jsonl", "--tensor_parallel_size", 2) for mode in FLAGS}
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps([list(map(str, job)) for job in jobs.values()]))
+    done = torchrun(2, "inference.generate", path, script="tests/inference/parallel_worker.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mode in FLAGS:
+        assert_same(by_sample(tmp_path / f"{mode}.jsonl"), wanted[mode])
+
+
+@pytest.mark.parametrize("mode", FLAGS)
+def test_scores(tmp_path, mode):
+    """Catches a scalar head that is quantised or lost: scores are those of transformers with dequantised blocks."""
+    model = dequantised(write_reward_model(tmp_path / "rm", intermediate_size=128), SCHEMES[mode])
+    write_reward_model(tmp_path / "rm", intermediate_size=128)
+    records = [{"prompt": f"{i} plus", "completion": " so" * i} for i in range(1, 8)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    for line in scored(tmp_path / "rm", tmp_path, records, *FLAGS[mode]):
+        ids = [*tokenizer(line["prompt"] + line["completion"]).input_ids, 2]
+        with torch.no_grad():
+            assert model(torch.tensor([ids])).logits.item() == pytest.approx(line["reward"], abs=1e-4)
+
+
+def test_chat(world):
+    """Catches a chat that ignores the flag: its greedy answer is generate.py's."""
+    flags = ["--checkpoint_path", world[0] / "model", "--temperature", 0, "--max_new_tokens", 12, *FLAGS["int8"]]
+    line = json.loads(tiny.run("inference/generate.py", *flags, "--prompt", "3 plus so").stdout)
+    command = [sys.executable, tiny.ROOT / "inference/chat.py", *flags]
+    done = subprocess.run(list(map(str, command)), input="3 plus so\n\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and line["output"] in done.stdout, done

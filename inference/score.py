@@ -28,7 +28,8 @@ from tqdm import tqdm
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.model import ModelConfig
-from models.quantize import Scheme, choose_scheme
+from models.qlinear import Scheme
+from models.quantize import choose_scheme
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.choosing import answer_of, choose_best, choose_by_vote, final_answer, sigmoid

@@ -285,7 +285,11 @@ def save_folder(
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir()
-    saved_dtype = _write_shards(staging, tensors, config.get("tie_word_embeddings", False), dtype, max_shard_bytes)
+    try:
+        saved_dtype = _write_shards(staging, tensors, config.get("tie_word_embeddings", False), dtype, max_shard_bytes)
+    except BaseException:  # what gathers or quantises the tensors may find them broken
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     for name in COPIED_FILES if copy_from is not None else ():
         if (Path(copy_from) / name).is_file():
             shutil.copyfile(Path(copy_from) / name, staging / name)
@@ -311,7 +315,6 @@ def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, 
         try:
             save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         except SafetensorError as error:
-            shutil.rmtree(folder)
             raise OSError(f"{folder}: cannot be written: {error}") from None
         shards.append(list(pending))
 

@@ -36,7 +36,8 @@ from models.model import (
     causal_attention,
     varlen_attn,
 )
-from models.quantize import QuantizedLinear, Scheme, load_quantized
+from models.qlinear import QuantizedLinear, Scheme
+from models.quantize import load_quantized
 from models.tp import leave_parallel, local, size_of
 
 

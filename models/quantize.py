@@ -1,30 +1,29 @@
-"""Weight-only quantisation: int8, int4 and fp8 linear layers for inference and for frozen models.
+"""Models with quantised weights: rounded while they are loaded, or written to a folder and loaded from there.
 
-- int8 has one scale for each output feature; int4 has one scale and one zero for each group of input features of an
-  output feature: w = (q - 8) * scale + zero. Scales and zeros are bf16 numbers and the integers are chosen for these,
-  so every dtype and every device computes with the same weights
-- a layer keeps the integers in the order that the device's kernel reads (CPU and CUDA in bf16); where there is no
-  kernel, or many rows make one product of dequantised weights cheaper, it dequantises into the product
 - the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype
-- a model is quantised while it is loaded, one matrix at a time: memory never holds the whole of it in bf16
-- fp8 (e4m3, a scale for each output feature and each row of activations) is arithmetic as well as memory, on Hopper
+- one matrix is in memory at a time, never the whole model
+- a folder holds what --quantize computes, to the bit; or int4 that was chosen with more care (models/gptq.py)
+- with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
 
-Dimensions: M rows of activations, N output features, K input features, G groups of a row, W output features of a block.
+    python models/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
+        --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import WeightFiles, fill_parameters, loading_bar
+from models.checkpoint import WeightFiles, fill_parameters, loading_bar, save_folder
 from models.model import (
     FUSIONS,
+    QUANTIZED_FORMAT,
     Block,
     ModelConfig,
     Parallel,
@@ -33,244 +32,10 @@ from models.model import (
     is_quantized,
     read_hf_config,
 )
-from models.tp import leave_parallel, shard_dim, size_of, tensor_parallel_part
+from models.qlinear import GROUP_SIZES, Quantized, QuantizedLinear, Scheme, quantize
+from models.tp import shard_dim, size_of, tensor_parallel_part
 
-GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
-FP8_MAX = 448.0  # the largest number of e4m3fn
 LINEARS = tuple(name for _, names, _ in FUSIONS for name in names)  # the layers of a block that are quantised
-
-
-class Scheme(NamedTuple):
-    mode: str  # int8, int4 or fp8
-    group_size: int = 128  # of int4
-
-    def __str__(self) -> str:
-        return f"int4, groups of {self.group_size}" if self.mode == "int4" else self.mode
-
-
-class Quantized(NamedTuple):
-    """A weight [N, K] as small numbers; dequantize() gives its values."""
-
-    values: Tensor  # int8, float8_e4m3fn, or of int4 uint8 in 0..15
-    scale: Tensor  # int8, fp8: [N, 1]; int4: [N, G]
-    zero: Tensor | None = None  # int4: [N, G], the value that q = 8 stands for
-
-
-# ------------------------------------------------------------------------------------- arithmetic
-
-
-def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group, fp8
-    scaled to its largest number. Raises ValueError if K is not divisible by the group size, or for a weight that is
-    not finite."""
-    weight = weight.float()
-    if not weight.isfinite().all():
-        raise ValueError("a weight is not finite, so it cannot be quantised")
-    if scheme.mode == "int4":
-        return round_int4(weight, *int4_grid(_groups(weight, scheme.group_size)))
-    largest = weight.abs().amax(dim=1, keepdim=True)
-    if scheme.mode == "fp8":
-        scale = (largest / FP8_MAX).clamp(min=1e-12)
-        return Quantized((weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
-    scale = (largest / 127).bfloat16()
-    return Quantized((weight / _divisor(scale)).round().clamp(-127, 127).to(torch.int8), scale)
-
-
-def int4_grid(groups: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of int4 for groups [..., g] of weights: 16 steps over shrink times their range; bf16 [...] each."""
-    low, high = groups.amin(dim=-1) * shrink, groups.amax(dim=-1) * shrink
-    scale = ((high - low) / 15).bfloat16()
-    return scale, (low + 8 * scale.float()).bfloat16()
-
-
-def round_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Quantized:
-    """The nearest of the 16 numbers (q - 8) * scale + zero for each weight [N, K]; scale, zero [N, G]."""
-    groups = weight.view(len(weight), scale.shape[1], -1)
-    values = (groups - zero[..., None].float()) / _divisor(scale)[..., None]
-    return Quantized((values.round() + 8).clamp(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
-
-
-def dequantize(weight: Quantized) -> Tensor:
-    """The values of a quantised weight, fp32 [N, K]."""
-    values, scale = weight.values.float(), weight.scale.float()
-    if weight.zero is None:
-        return values * scale
-    groups = values.view(len(values), scale.shape[1], -1)
-    return ((groups - 8) * scale[..., None] + weight.zero[..., None].float()).view(values.shape)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """A constant group has scale 0, and its weights the value of its zero."""
-    return scale.float().masked_fill(scale == 0, 1.0)
-
-
-def _groups(weight: Tensor, group_size: int) -> Tensor:
-    """[N, K] -> [N, G, g]"""
-    if weight.shape[1] % group_size:
-        raise ValueError(f"{weight.shape[1]} input features are not divisible by groups of {group_size}")
-    return weight.view(len(weight), -1, group_size)
-
-
-def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x @ dequantised weight.T in fp8 arithmetic, each row of x scaled to e4m3's range: [M, K] -> [M, N] in x's dtype.
-
-    weight: float8_e4m3fn [N, K]; scale: fp32 [N, 1].
-    """
-    row_scale = (x.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
-    small = (x.float() / row_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    scales = {"scale_a": row_scale, "scale_b": scale.T.contiguous()}
-    return torch._scaled_mm(small, weight.T, **scales, out_dtype=x.dtype, use_fast_accum=x.device.type == "cuda")
-
-
-# ----------------------------------------------------------------------------------------- kernels
-#
-# int4 is stored in blocks of W output features, [N / W, K, W / 2] bytes: byte j of an input feature has feature j of
-# the block in its low half and j + W / 2 in its high half. That is the order of torch's CPU kernel (W = 64 with
-# AVX-512, 32 with AVX2), and as good as any where there is none, so one layout serves the kernel and dequantisation.
-# The CUDA kernel's order is its own affair.
-
-
-def pack_int4(values: Tensor, width: int) -> Tensor:
-    """uint8 [N, K] in 0..15 -> uint8 [N / W, K, W / 2]; N divisible by width."""
-    low, high = values.view(-1, 2, width // 2, values.shape[1]).transpose(2, 3).unbind(1)
-    return (low | (high << 4)).contiguous()
-
-
-def unpack_int4(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dequantised weight, transposed: [K, N]. packed: see pack_int4; scales_and_zeros [G, N, 2]."""
-    blocks, K, half = packed.shape
-    q = torch.empty(blocks, K, 2, half, dtype=torch.int8, device=packed.device)
-    q[:, :, 0], q[:, :, 1] = packed & 15, packed >> 4
-    G = len(scales_and_zeros)
-    scale, zero = scales_and_zeros.to(dtype).view(G, blocks, 1, 2 * half, 2).transpose(0, 1).unbind(-1)
-    weight = (q - 8).to(dtype).view(blocks, G, -1, 2 * half)
-    torch.addcmul(zero, weight, scale, out=weight)  # rounded once
-    return weight.view(blocks, K, 2 * half).transpose(0, 1).reshape(K, -1)
-
-
-@cache
-def cpu_int4_width() -> int | None:
-    """W of this CPU's int4 kernel; None if torch has none, or one with another order of the integers."""
-    if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
-        return None
-    values = torch.randint(0, 16, (128, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1).flatten()
-    return next((w for w in (64, 32) if torch.equal(pack_int4(values, w).flatten(), theirs)), None)
-
-
-def _cuda_int4(weight: Quantized) -> tuple[Tensor, Tensor]:
-    """(integers, scales and zeros) as the CUDA kernel wants them."""
-    tiles = next(tiles for tiles in (8, 4, 2) if weight.values.shape[1] % (16 * tiles) == 0)
-    pairs = (weight.values[:, ::2] << 4) | weight.values[:, 1::2]
-    scales_and_zeros = torch.stack((weight.scale.T, weight.zero.T), dim=-1).contiguous()
-    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles), scales_and_zeros
-
-
-@cache
-def cuda_int4_works(device: torch.device) -> bool:
-    """Whether this GPU's int4 kernel gives the product of the dequantised weights, tried on a small one (sm80 on;
-    AMD's share the operator's name, and not its order of the integers in every version)."""
-    if torch.version.hip is not None or not hasattr(torch.ops.aten, "_convert_weight_to_int4pack"):
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    small = quantize(torch.randn(64, 256, generator=generator).to(device), Scheme("int4", 64))
-    x = torch.randn(4, 256, generator=generator).to(device, torch.bfloat16)
-    wanted = x.float() @ dequantize(small).T
-    try:
-        packed, scales_and_zeros = _cuda_int4(small)
-        found = torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
-    except RuntimeError:
-        return False
-    return bool((found.float() - wanted).norm() <= 0.02 * wanted.norm())
-
-
-def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Which kernel multiplies with a quantised weight [N, K]: "cpu", "cuda", "fp8", or None for dequantisation. The
-    CPU's kernels in fp32 are slower than that, and its int8 kernel computes nonsense for an odd K (torch 2.13)."""
-    N, K = shape
-    if scheme.mode == "fp8":
-        return "fp8" if N % 16 == K % 16 == 0 else None
-    if dtype != torch.bfloat16:
-        return None
-    if device.type == "cpu" and scheme.mode == "int8":
-        return "cpu" if hasattr(torch.ops.aten, "_weight_int8pack_mm") and K % 32 == 0 else None
-    if device.type == "cpu":
-        return "cpu" if cpu_int4_width() else None
-    if scheme.mode == "int4" and N % 8 == 0 and device.type == "cuda" and cuda_int4_works(device):
-        return "cuda"
-    return None
-
-
-# Rows from which dequantising the weight into one product is faster than the CPU's kernel, which computes row by row:
-# measured for 4096 x 1536 weights (int8 0.57 and 2.3 ms at 8 and 32 rows against 1.2 and 2.0 dequantised; int4 4.5 and
-# 9.1 ms at 64 and 128 against 5.1 and 6.7).
-MOST_KERNEL_ROWS = {"int8": 24, "int4": 72}
-
-
-class QuantizedLinear(nn.Module):
-    """Quantised linear layers that share an input, as one product; their outputs stand side by side in one tensor. For
-    inference: nothing here has a gradient."""
-
-    def __init__(
-        self,
-        weights: list[Quantized],
-        biases: list[Tensor] | None,
-        scheme: Scheme,
-        dtype: torch.dtype,
-        parallel: Parallel = Parallel(),
-    ):
-        """weights: this tp rank's part of each layer; biases: likewise. dtype: of the activations. parallel: of
-        row-parallel layers, whose outputs are summed over the ranks."""
-        super().__init__()
-        whole = [None if parts[0] is None else torch.cat(parts) for parts in zip(*weights)]
-        weight = Quantized(*whole)
-        self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
-        self.tp = parallel.tp if size_of(parallel.tp) > 1 else None
-        self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
-        if scheme.mode != "int4":
-            values, scale = weight.values, weight.scale if scheme.mode == "fp8" else weight.scale[:, 0].to(dtype)
-        elif self.kernel == "cuda":
-            values, scale = _cuda_int4(weight)
-        else:
-            width = cpu_int4_width() or 64
-            missing = -len(weight.values) % width
-            values, scale, zero = (F.pad(part, (0, 0, 0, missing)) for part in weight)
-            values, scale = pack_int4(values, width), torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
-        self.register_buffer("weight", values)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
-        self.num_bytes = values.nbytes + scale.nbytes  # what a product reads
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]; row-parallel: the bias is added once, to the sum."""
-        y = self._product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-        if self.tp is not None:
-            y = leave_parallel(y, self.tp)
-        return y if self.bias is None else y + self.bias
-
-    def _product(self, x: Tensor) -> Tensor:
-        """[M, K] -> [M, N]"""
-        if self.kernel == "fp8":
-            return fp8_product(x, self.weight, self.scale)
-        few = self.kernel == "cpu" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
-        if self.scheme.mode == "fp8":
-            return F.linear(x, (self.weight.float() * self.scale).to(x.dtype))
-        if self.scheme.mode == "int8":
-            if few:
-                return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale
-        group_size = self.scheme.group_size
-        if self.kernel == "cuda":
-            return torch.ops.aten._weight_int4pack_mm(x, self.weight, group_size, self.scale)
-        if few:
-            packed = self.weight.view(-1, x.shape[1] // 2)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, self.scale)[:, : self.num_rows]
-        return (x @ unpack_int4(self.weight, self.scale, x.dtype))[:, : self.num_rows]
-
-
-# ------------------------------------------------------------------------------------------ models
 
 
 def check_scheme(scheme: Scheme, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
@@ -368,11 +133,17 @@ def stored_names(name: str, scheme: Scheme) -> list[str]:
     return [f"{name}_{kind}" for kind in (scheme.mode, "scale", *["zero"] * (scheme.mode == "int4"))]
 
 
+def is_linear_weight(name: str) -> bool:
+    """Whether a parameter of a plain model is one that is quantised."""
+    layer, _, kind = name.rpartition(".")
+    return kind == "weight" and layer.rpartition(".")[2] in LINEARS
+
+
 def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> dict[str, tuple[int, ...]]:
     """The tensors of a folder with quantised weights, from the parameters of the model."""
     found = {}
     for name, shape in shapes.items():
-        if name.rpartition(".")[0].endswith(LINEARS) and name.endswith(".weight"):
+        if is_linear_weight(name):
             parts = _slices(tuple(slice(0, n) for n in shape), scheme)
             sizes = [tuple(part.stop - part.start for part in slices) for slices in parts]
             found |= dict(zip(stored_names(name, scheme), sizes))
@@ -388,6 +159,21 @@ def _slices(cut: tuple[slice, slice], scheme: Scheme) -> list[tuple[slice, slice
         return [cut, (rows, slice(0, 1))]
     groups = slice(columns.start // scheme.group_size, columns.stop // scheme.group_size)
     return [cut, (rows, groups), (rows, groups)]
+
+
+def quantize_file(
+    files: WeightFiles,
+    name: str,
+    slices: tuple[slice, ...],
+    scheme: Scheme,
+    device: torch.device,
+    method: str = "rtn",
+) -> Quantized:
+    """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
+    try:
+        return quantize(files.read(name, slices).to(device), scheme, method)
+    except ValueError as error:
+        raise ValueError(f"{files.folder}: {name}: {error}") from None
 
 
 @torch.no_grad()
@@ -418,14 +204,16 @@ def load_quantized(
     def weight_of(name: str) -> Quantized:
         cut = tensor_parallel_part(name, shapes[name], tp)
         if is_stored:
-            parts = zip(stored_names(name, scheme), _slices(cut, scheme))
-            return Quantized(*(files.read(stored, slices).to(device) for stored, slices in parts))
+            names = stored_names(name, scheme)
+            weight = Quantized(*(files.read(each, s).to(device) for each, s in zip(names, _slices(cut, scheme))))
+            dtypes = [part.dtype for part in weight if part is not None]
+            wanted = [torch.int8 if scheme.mode == "int8" else torch.uint8, *[torch.bfloat16] * len(dtypes[1:])]
+            if dtypes != wanted:
+                raise ValueError(f"{folder}: {names[0]} must be {wanted[0]} and its scales bfloat16; it is broken")
+            return weight
         # of a row-parallel layer every rank reads the whole, since a scale may be that of a whole row
         rows = cut[:1] if shard_dim(name) == 0 else ()
-        try:
-            whole = quantize(files.read(name, rows).to(device), scheme)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {name}: {error}") from None
+        whole = quantize_file(files, name, rows, scheme, device)
         return whole if rows else Quantized(*(t[s] for t, s in zip(whole, _slices(cut, scheme)) if t is not None))
 
     def bias_of(name: str) -> Tensor:
@@ -435,3 +223,149 @@ def load_quantized(
         quantize_block(block, f"layers.{i}.", weight_of, bias_of, scheme, dtype)
     fill_parameters(model, files, device=device, dtype=dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def rounded_tensors(
+    files: WeightFiles, scheme: Scheme, method: str, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time.
+    method: rtn, or clip, see search_grid."""
+    for name in loading_bar([name for name in files.names() if name.startswith("layers.")], "tensor"):
+        if is_linear_weight(name):
+            yield from zip(stored_names(name, scheme), quantize_file(files, name, (), scheme, device, method))
+        else:
+            yield name, files.read(name)
+
+
+# The script alone imports training/, for the command line and the records.
+
+
+def parser():
+    from training.common import ArgumentParser, positive_int
+
+    parser = ArgumentParser("Writes a Hugging Face folder with quantised weights, for inference and frozen models.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="Hugging Face folder with the model")
+    add("--device", default=None, help="cpu, cuda, cuda:1, ...; the GPU if there is one")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the model that reads the records")
+    add("--output_dir", type=Path, required=True, help="folder to write; whole or not at all")
+    add("--mode", choices=["int8", "int4"], default="int4", help="what the weights of the blocks become")
+    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
+    add(
+        "--method",
+        choices=["rtn", "clip", "gptq"],
+        default="rtn",
+        help="rtn: round to nearest, as --quantize does elsewhere; int4 also clip: of each group the range with the "
+        "least squared error, and gptq: each column's error made up for by the next ones, needs --calibration_file",
+    )
+    add("--calibration_file", type=Path, default=None, help="records as finetune_sft.py's: what the model reads")
+    add("--eval_file", type=Path, default=None, help="records: print the perplexity as stored, rounded, and as chosen")
+    add("--calibration_tokens", type=positive_int, default=65536, help="tokens taken from each file, from its start")
+    add("--max_seq_len", type=positive_int, default=512, help="longer records are cut into rows of so many tokens")
+    return parser
+
+
+@torch.no_grad()
+def main(
+    *,
+    checkpoint_path: Path,
+    device: str | None,
+    dtype: str,
+    output_dir: Path,
+    mode: str,
+    group_size: int | None,
+    method: str,
+    calibration_file: Path | None,
+    eval_file: Path | None,
+    calibration_tokens: int,
+    max_seq_len: int,
+) -> None:
+    from models.gptq import quantize_blocks
+    from training.common import card, choose_runtime, open_folder, say
+
+    if mode == "int8" and method != "rtn":
+        raise ValueError(f"--method {method} is for int4; int8 is rounded to nearest")
+    if (method == "gptq") != (calibration_file is not None):
+        raise ValueError("--method gptq and --calibration_file go together")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output_dir {output_dir}: exists; take another, or remove it")
+    runtime = choose_runtime(device, dtype, False)
+    config, tokenizer, context = open_folder(checkpoint_path, None, 1)
+    scheme = choose_scheme(checkpoint_path, mode, group_size)
+    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
+    files = WeightFiles(checkpoint_path)
+    head = "score" if "score.weight" in files.names() else "lm"
+    if eval_file is not None and head == "score":
+        raise ValueError(f"--eval_file: {checkpoint_path} is a reward model, which has no perplexity")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
+    files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    limits = {
+        "max_seq_len": min(max_seq_len, context),
+        "most_tokens": calibration_tokens,
+        "vocab_size": config.vocab_size,
+    }
+    calibration, evaluation = (
+        [] if path is None else _load_rows(path, tokenizer, **limits) for path in (calibration_file, eval_file)
+    )
+    found = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        if calibration or evaluation:
+            rows = {"calibration": calibration, "evaluation": evaluation, "report": found.append}
+            placing = {"device": runtime.device, "dtype": runtime.dtype}
+            yield from quantize_blocks(files, config, scheme, method, **rows, **placing)
+        else:
+            yield from rounded_tensors(files, scheme, method, runtime.device)
+        for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
+            if not name.startswith("layers."):
+                yield name, files.read(name)
+
+    stored = {"format": QUANTIZED_FORMAT, "mode": mode, "method": method}
+    stored |= {"group_size": scheme.group_size} if mode == "int4" else {}
+    hf_config = read_hf_config(checkpoint_path)[0] | {"quantization_config": stored}
+    save_folder(output_dir, tensors(), config=hf_config, copy_from=checkpoint_path)
+    size = sum(path.stat().st_size for path in output_dir.glob("*.safetensors"))
+    rows = {"model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters"}
+    rows |= {"written": f"{output_dir}, {scheme} by {method}, {size / 1e9:,.2f} GB (one byte for each integer)"}
+    if found:
+        [perplexity] = found
+        for name, value in zip(("as stored", "rounded", "as written"), perplexity):
+            rows[f"perplexity {name}"] = f"{value:.4f} ({value / perplexity.stored - 1:+.2%})"
+    say(card("quantize", rows))
+
+
+def _load_rows(path: Path, tokenizer, *, max_seq_len: int, most_tokens: int, vocab_size: int) -> list:
+    """The first tokens of a file of records, in batches of rows of like length."""
+    from models.gptq import Rows
+    from training.data import Example, check_ids, collate, encode_sft_record, tokenising
+
+    rows, num_tokens = [], 0
+    for record in tokenising(path):
+        example, _ = encode_sft_record(record, tokenizer)
+        check_ids(example.input_ids, vocab_size, record.where)
+        for start in range(0, len(example.input_ids), max_seq_len):
+            part = slice(start, start + max_seq_len)
+            rows.append(Example(example.input_ids[part], example.labels[part]))
+            num_tokens += len(rows[-1].input_ids)
+        if num_tokens >= most_tokens:
+            break
+    rows.sort(key=lambda row: len(row.input_ids))
+    if not any(row.num_targets for row in rows):
+        raise ValueError(f"{path}: no record has a token to predict")
+    batches = []
+    for start in range(0, len(rows), 8):
+        group = rows[start : start + 8]
+        batch = collate(group, 0, torch.device("cpu"))
+        lengths = torch.tensor([len(row.input_ids) for row in group])
+        batches.append(Rows(batch.input_ids, batch.labels, torch.arange(batch.input_ids.shape[1]) < lengths[:, None]))
+    return batches
+
+
+if __name__ == "__main__":
+    from training.common import run_script
+
+    run_script(main, parser())

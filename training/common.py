@@ -26,7 +26,7 @@ from tqdm import tqdm
 from models.checkpoint import DTYPES, refuse_quantized
 from models.fsdp import check_divisible, data_parallel_size
 from models.model import ModelConfig
-from models.quantize import GROUP_SIZES
+from models.qlinear import GROUP_SIZES
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.data import check_vocabulary

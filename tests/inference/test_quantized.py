@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from models.quantize import Scheme, dequantize, quantize
+from models.qlinear import Scheme, dequantize, quantize
 from tests import tiny
 from tests.inference.test_parallel import by_sample, torchrun
 from tests.inference.test_score import scored, write_reward_model
@@ -100,12 +100,20 @@ def test_two_ranks(world, wanted, tmp_path):
     """Catches scales that are not cut with their weights, a row-parallel layer whose ranks scale their parts by
     themselves, and a bias that is added on each rank: tp 2 draws what one process draws."""
     jobs = {mode: flags_for(world, mode, tmp_path / f"{mode}.jsonl", "--tensor_parallel_size", 2) for mode in FLAGS}
+    for mode, flags in FLAGS.items():  # the same from a folder
+        folder = tmp_path / f"model-{mode}"
+        written = ["--checkpoint_path", world[0] / "model", "--output_dir", folder, "--mode", *flags[1:]]
+        assert tiny.run("models/quantize.py", *written).code == 0
+        stored = [flag for flag in jobs[mode] if flag not in FLAGS[mode]]
+        stored[stored.index("--checkpoint_path") + 1] = folder
+        stored[stored.index("--output_file") + 1] = tmp_path / f"stored-{mode}.jsonl"
+        jobs[f"stored-{mode}"] = stored
     path = tmp_path / "jobs.json"
     path.write_text(json.dumps([list(map(str, job)) for job in jobs.values()]))
     done = torchrun(2, "inference.generate", path, script="tests/inference/parallel_worker.py")
     assert done.returncode == 0, done.stderr[-3000:]
-    for mode in FLAGS:
-        assert_same(by_sample(tmp_path / f"{mode}.jsonl"), wanted[mode])
+    for name in jobs:
+        assert_same(by_sample(tmp_path / f"{name}.jsonl"), wanted[name.removeprefix("stored-")])
 
 
 @pytest.mark.parametrize("mode", FLAGS)

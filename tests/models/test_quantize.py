@@ -2,11 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import quantize as q
+from models import qlinear as q
+from models.checkpoint import WeightFiles, load_model, save_folder
 from models.decode import load_for_inference, weight_bytes
-from models.model import ModelConfig
-from models.quantize import Quantized, QuantizedLinear, Scheme, dequantize, quantize
+from models.model import ModelConfig, read_hf_config
+from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
+from models.quantize import choose_scheme, stored_names
 from tests import tiny
+from tests.inference.test_score import write_reward_model
 
 INT4 = [Scheme("int4", g) for g in q.GROUP_SIZES]
 SCHEMES = [Scheme("int8"), *INT4]
@@ -101,7 +104,8 @@ def test_fp8_product(dtype):
     small = quantize(weight, Scheme("fp8"))
     rows = (dequantize(small) - weight).norm(dim=1) / weight.norm(dim=1)
     assert rows.max() < 0.04 and small.values.dtype == torch.float8_e4m3fn
-    x = (torch.randn(5, 64) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    x = (x * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
     wanted = dequantize(quantize(x, Scheme("fp8"))) @ dequantize(small).T  # each row of x has a scale of its own too
     layer = QuantizedLinear([small], None, Scheme("fp8"), dtype)
     try:
@@ -113,7 +117,7 @@ def test_fp8_product(dtype):
     few = Quantized(small.values[:5], small.scale[:5])  # 5 features: no kernel
     plain = QuantizedLinear([few], None, Scheme("fp8"), dtype)(x).float()
     wanted = x.float() @ dequantize(few).T
-    assert ((plain - wanted).norm(dim=0) / wanted.norm(dim=0)).max() < 0.02
+    assert (plain - wanted).norm() < 0.01 * wanted.norm()
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -160,3 +164,149 @@ def test_bytes(biased):
     for scheme, each in ((Scheme("int8"), 1), (Scheme("int4", 32), 0.5 + 4 / 32)):
         model = load_for_inference(biased, device=CPU, dtype=torch.bfloat16, scheme=scheme)
         assert weights * each + head <= weight_bytes(model) <= 1.1 * weights * each + head
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+SCRIPT = "models/quantize.py"
+FLAGS = {"int8": ("--mode", "int8"), "int4": ("--mode", "int4", "--group_size", 32)}
+SMALL = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def written(request, biased, tmp_path_factory):
+    """(scheme, the folder that the script wrote of `biased`)"""
+    out = tmp_path_factory.mktemp("written") / "new" / request.param
+    result = tiny.run(SCRIPT, "--checkpoint_path", biased, "--output_dir", out, *FLAGS[request.param])
+    assert result.code == 0 and str(SMALL[request.param]) in result.stdout, result
+    return SMALL[request.param], out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folder_equals_on_the_fly(biased, written, dtype):
+    """Catches scales that lose bits in the files, and a reader that pairs them with other weights: every tensor of the
+    loaded model is that of --quantize, to the bit."""
+    scheme, folder = written
+    assert choose_scheme(folder, "none") == scheme == choose_scheme(folder, scheme.mode)
+    stored = load_for_inference(folder, device=CPU, dtype=dtype, scheme=choose_scheme(folder, "none"))
+    wanted = load_for_inference(biased, device=CPU, dtype=dtype, scheme=scheme)
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(stored.lm_head(stored(ids)), wanted.lm_head(wanted(ids)))
+    for (name, found), (other, expected) in zip(stored.named_buffers(), wanted.named_buffers(), strict=True):
+        assert name == other and torch.equal(found, expected), name
+
+
+def test_folder_of_several_shards(biased, tmp_path):
+    """Catches an index without the scales, and shards that are not joined."""
+    tensors = {name: WeightFiles(biased).read(name) for name in WeightFiles(biased).names()}
+    config = read_hf_config(biased)[0]
+    save_folder(tmp_path / "in", tensors.items(), config=config, copy_from=biased, max_shard_bytes=60_000)
+    flags = ("--mode", "int8", "--output_dir", tmp_path / "out")
+    assert tiny.run(SCRIPT, "--checkpoint_path", tmp_path / "in", *flags).code == 0
+    model = load_for_inference(tmp_path / "out", device=CPU, dtype=torch.float32, scheme=Scheme("int8"))
+    wanted = load_for_inference(biased, device=CPU, dtype=torch.float32, scheme=Scheme("int8"))
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (1, 20))
+    assert torch.equal(model(ids), wanted(ids))
+
+
+def test_tied_and_reward_folders(tmp_path):
+    """Catches a head that is written twice or lost: tied embeddings, and a scalar head."""
+    tiny.write_model(tmp_path / "tied", tie_word_embeddings=True, intermediate_size=128)
+    write_reward_model(tmp_path / "rm", intermediate_size=128)
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (1, 20))
+    for name, head in (("tied", "lm"), ("rm", "score")):
+        out = tmp_path / f"{name}-int8"
+        assert tiny.run(SCRIPT, "--checkpoint_path", tmp_path / name, "--output_dir", out, "--mode", "int8").code == 0
+        options = {"device": CPU, "dtype": torch.float32, "scheme": Scheme("int8"), "head": head}
+        found, wanted = (load_for_inference(folder, **options) for folder in (out, tmp_path / name))
+        assert torch.equal(found(ids), wanted(ids))
+        if head == "score":
+            assert torch.equal(found.score.weight, wanted.score.weight)
+
+
+def test_transformers_refuses(written):
+    """Catches a folder that another reader takes for a model of plain weights, without its scales."""
+    import transformers
+
+    with pytest.raises(ValueError, match="quantization"):
+        transformers.AutoModelForCausalLM.from_pretrained(written[1])
+
+
+def test_frozen(written):
+    """Catches quantised weights that are loaded as plain ones or for training."""
+    with pytest.raises(ValueError, match="quantised weights are frozen"):
+        load_model(written[1])
+
+
+BAD = {
+    "group that does not divide": (("--mode", "int4"), ("hidden_size 64", "groups of 128", "--group_size 64")),
+    "unknown mode": (("--mode", "int3"), ("--mode", "int3")),
+    "group size": (("--mode", "int4", "--group_size", 48), ("--group_size", "48")),
+    "group size of int8": (("--mode", "int8", "--group_size", 64), ("--group_size",)),
+    "gptq without a file": (("--group_size", 32, "--method", "gptq"), ("gptq", "--calibration_file")),
+    "a file without gptq": (("--group_size", 32, "--calibration_file", "r.jsonl"), ("gptq", "--calibration_file")),
+    "gptq of int8": (("--mode", "int8", "--method", "gptq", "--calibration_file", "r.jsonl"), ("gptq", "int4")),
+    "missing records": (("--group_size", 32, "--eval_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
+    "no GPU": (("--mode", "int8", "--device", "cuda:7"), ("cuda:7",)),
+    "no tokens": (("--mode", "int8", "--max_seq_len", 0), ("--max_seq_len",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags(biased, tmp_path, case):
+    """Catches a flag that is ignored or answered with a traceback, and a folder left behind."""
+    flags, parts = BAD[case]
+    result = tiny.run(SCRIPT, "--checkpoint_path", biased, "--output_dir", tmp_path / "out", *flags)
+    tiny.assert_refused(result, *parts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_folders(biased, written, tmp_path):
+    """Catches a folder quantised twice or over another one, NaN turned into integers, perplexity of a reward model, and
+    broken quantised folders that are read all the same."""
+    scheme, folder = written
+
+    def refused(*parts, source=biased, flags=("--mode", "int8")):
+        out = tmp_path / "out"
+        tiny.assert_refused(tiny.run(SCRIPT, "--checkpoint_path", source, "--output_dir", out, *flags), *parts)
+        assert not out.exists() and not (tmp_path / ".out.partial").exists()
+
+    refused("quantised weights are frozen", source=folder)
+    refused("no such file", source=tmp_path / "nothing")
+    tensors = {name: WeightFiles(biased).read(name) for name in WeightFiles(biased).names()}
+    config = read_hf_config(biased)[0]
+    broken = dict(tensors) | {"layers.1.mlp.up_proj.weight": torch.full((128, 64), torch.nan)}
+    save_folder(tmp_path / "nan", broken.items(), config=config, copy_from=biased)
+    refused("layers.1.mlp.up_proj.weight", "not finite", source=tmp_path / "nan")
+    write_reward_model(tmp_path / "rm")
+    records = tiny.write_records(tmp_path / "r.jsonl", [{"text": "3 plus 17"}])
+    refused("--eval_file", "perplexity", source=tmp_path / "rm", flags=("--mode", "int8", "--eval_file", records))
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "notes").write_text("mine")
+    result = tiny.run(SCRIPT, "--checkpoint_path", biased, "--output_dir", occupied, "--mode", "int8")
+    tiny.assert_refused(result, "--output_dir", "exists")
+
+    files, stored = WeightFiles(folder), read_hf_config(folder)[0]
+    tensors = {name: files.read(name) for name in files.names()}
+    values, scale = stored_names("layers.0.mlp.up_proj.weight", scheme)[:2]
+    other = {"int4": "int8", "int8": "int4"}[scheme.mode]
+    for i, (changed, quantization, complaint) in enumerate(
+        [
+            ({scale: None}, {}, "missing tensors"),
+            ({values: tensors[values].float()}, {}, "it is broken"),
+            ({scale: tensors[scale].float()}, {}, "it is broken"),
+            ({scale: tensors[scale][:5].clone()}, {}, "wrong shapes"),
+            ({}, {"mode": other, "group_size": 32}, "missing tensors"),
+            ({}, {"mode": "int2"}, "quantization_config"),
+            ({}, {"format": "gguf"}, "quantization_config"),
+        ]
+    ):
+        kept = {name: x for name, x in (tensors | changed).items() if x is not None}
+        config = stored | {"quantization_config": stored["quantization_config"] | quantization}
+        save_folder(tmp_path / str(i), kept.items(), config=config, copy_from=folder)
+        flags = ["--checkpoint_path", tmp_path / str(i), "--prompt", "3 plus"]
+        tiny.assert_refused(tiny.run("inference/generate.py", *flags), str(tmp_path / str(i)), complaint)
+    flags = ["--checkpoint_path", folder, "--prompt", "3 plus", "--quantize", other]
+    tiny.assert_refused(tiny.run("inference/generate.py", *flags), f"--quantize {other}", "already")

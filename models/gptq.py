@@ -1,0 +1,186 @@
+"""int4 that knows what the weights are multiplied with, and what quantisation costs.
+
+- GPTQ (Frantar et al. 2022, arXiv 2210.17323): a layer's columns are rounded one after the other, and each one's error
+  is made up for by those to come, as the second moments of the layer's inputs say; large moments first (act-order)
+- the range of each group is shrunk where that lowers the squared error, weighted by those moments (before rounding, so
+  groups are those of the folder in any order)
+- the model goes by block by block: one block is in memory at a time, the tokens' hidden states beside it, and the
+  inputs of a block are what the quantised blocks before it give
+- on held-out tokens three models run side by side (as stored, rounded to nearest, as chosen), so the gain is measured
+
+Dimensions: N output features, K input features, G groups of a row; B rows, T tokens, E model dim.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import WeightFiles, loading_bar
+from models.model import FUSIONS, Block, ModelConfig, Parallel, RMSNorm, causal_attention, rope_inv_freq, rope_tables
+from models.qlinear import Quantized, Scheme, dequantize, quantize, round_int4, search_grid
+from models.quantize import stored_names
+from models.tp import linear_cross_entropy
+
+COLUMNS = 128  # whose errors reach the rest of the row together
+
+
+class Rows(NamedTuple):
+    """Tokens to calibrate with or to measure on, right-padded."""
+
+    input_ids: Tensor  # int64 [B, T]
+    labels: Tensor  # int64 [B, T]: the token itself where it is to be predicted, -100 elsewhere
+    mask: Tensor  # bool [B, T]: False is padding
+
+
+def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01) -> Quantized:
+    """int4 of a weight fp32 [N, K] that keeps the layer's outputs, rather than its weights, near what they were.
+
+    moments: fp32 [K, K], the sum of x x^T over the inputs x. damping: of the mean moment, added to the diagonal.
+    """
+    K = weight.shape[1]
+    diagonal = moments.diagonal()
+    scale, zero = search_grid(weight, group_size, diagonal)
+    order = diagonal.argsort(descending=True)
+    mean = diagonal.mean().clamp(min=1e-12)  # no token at all: rounding to nearest
+    damped = moments[order][:, order] + damping * mean * torch.eye(K, device=weight.device)
+    # rows of the upper Cholesky factor of the inverse say how the error of a column is spread over the later ones
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    left = weight[:, order].clone()  # what is left to be rounded
+    values = torch.empty_like(left, dtype=torch.uint8)
+    for start in range(0, K, COLUMNS):
+        end = min(start + COLUMNS, K)
+        errors = torch.empty(len(weight), end - start, device=weight.device)
+        for i in range(start, end):
+            group = order[i] // group_size
+            rounded = round_int4(left[:, i, None], scale[:, group, None], zero[:, group, None])
+            values[:, i] = rounded.values[:, 0]
+            errors[:, i - start] = (left[:, i] - dequantize(rounded)[:, 0]) / spread[i, i]
+            left[:, i:end] -= errors[:, i - start, None] * spread[i, i:end]
+        left[:, end:] -= errors @ spread[start:end, end:]
+    return Quantized(values[:, order.argsort()], scale, zero)
+
+
+class _Watched(nn.Module):
+    """A linear layer that adds up the second moments of its inputs, those of padding left out."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, self.mask = linear, None
+        self.moments = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[self.mask].float()
+        self.moments += rows.T @ rows
+        return self.linear(x)
+
+
+class Perplexities(NamedTuple):
+    """exp of the mean cross entropy (nats) of the tokens to be predicted."""
+
+    stored: float
+    rounded: float
+    chosen: float
+
+
+@torch.no_grad()
+def quantize_blocks(
+    files: WeightFiles,
+    config: ModelConfig,
+    scheme: Scheme,
+    method: str,
+    *,
+    calibration: list[Rows],
+    evaluation: list[Rows],
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Callable[[Perplexities], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
+    the end report() is told what it costs on the evaluation rows, if there are any.
+
+    method: rtn, clip (search_grid with equal importance) or gptq, which needs calibration rows. dtype: of the forward.
+    """
+
+    def forward(block: Block, states: list[Tensor]) -> list[Tensor]:
+        places = (torch.arange(x.shape[1], device=device)[None] for x in states)
+        return [block(x, *rope_tables(place, inv_freq), causal_attention) for x, place in zip(states, places)]
+
+    inv_freq = rope_inv_freq(config).to(device)
+    table = files.read("embed_tokens.weight")
+    seen = [table[rows.input_ids].to(device, dtype) for rows in calibration]
+    states = {name: [table[rows.input_ids].to(device, dtype) for rows in evaluation] for name in Perplexities._fields}
+    for i in loading_bar(range(config.num_hidden_layers), "block"):
+        block = _load_block(files, config, i, device, dtype)
+        states["stored"] = forward(block, states["stored"])
+        moments = {}
+        if method == "gptq":
+            watched = _watch(block)
+            for x, rows in zip(seen, calibration):
+                for layer in watched.values():
+                    layer.mask = rows.mask.to(device)
+                forward(block, [x])
+            moments = _unwatch(block, watched)
+        rounded, chosen = {}, {}
+        for part_name, names, product in FUSIONS:
+            for name in names:
+                stem = f"{part_name}.{name}.weight"
+                weight = files.read(f"layers.{i}.{stem}").to(device).float()
+                rounded[stem] = quantize(weight, scheme)
+                if method == "gptq":
+                    chosen[stem] = gptq(weight, moments[product], scheme.group_size)
+                else:
+                    chosen[stem] = quantize(weight, scheme, method)
+        for name, weights in (("rounded", rounded), ("chosen", chosen)):
+            for stem, weight in weights.items():
+                block.get_parameter(stem).copy_(dequantize(weight))  # in dtype, as the layer itself computes
+            states[name] = forward(block, states[name])
+        seen = forward(block, seen)
+        for name in files.names():
+            stem = name.removeprefix(f"layers.{i}.")
+            if stem in chosen:
+                yield from zip(stored_names(name, scheme), chosen[stem])
+            elif stem != name:
+                yield name, files.read(name)
+    if evaluation:
+        report(Perplexities(*(_perplexity(files, config, x, evaluation) for x in states.values())))
+
+
+def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.device, dtype: torch.dtype) -> Block:
+    with torch.device("meta"):
+        block = Block(config, i, Parallel())
+    tensors = {name: files.read(f"layers.{i}.{name}") for name, _ in block.named_parameters()}
+    block.load_state_dict({name: x.to(device, dtype, copy=True) for name, x in tensors.items()}, assign=True)
+    return block
+
+
+def _watch(block: Block) -> dict[str, _Watched]:
+    """Layers with one input are watched at the first of them; by the name of their product."""
+    watched = {}
+    for part_name, names, product in FUSIONS:
+        part = getattr(block, part_name)
+        watched[product] = _Watched(getattr(part, names[0]))
+        setattr(part, names[0], watched[product])
+    return watched
+
+
+def _unwatch(block: Block, watched: dict[str, _Watched]) -> dict[str, Tensor]:
+    for part_name, names, product in FUSIONS:
+        setattr(getattr(block, part_name), names[0], watched[product].linear)
+    return {product: layer.moments for product, layer in watched.items()}
+
+
+def _perplexity(files: WeightFiles, config: ModelConfig, states: list[Tensor], evaluation: list[Rows]) -> float:
+    first = states[0]
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps, Parallel()).to(first.device)
+    norm.weight.copy_(files.read("norm.weight"))
+    head = files.read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").to(first)
+    total, count = 0.0, 0
+    for x, rows in zip(states, evaluation):
+        targets = rows.labels[:, 1:].to(x.device)
+        learnt = targets >= 0
+        total += linear_cross_entropy(norm(x)[:, :-1][learnt], head, targets[learnt]).item()
+        count += int(learnt.sum())
+    return math.exp(total / count)

@@ -1,0 +1,273 @@
+"""Quantised weights: the arithmetic, and the linear layer that computes with them (weight-only; int8, int4 and fp8).
+
+- int8 has one scale for each output feature; int4 has one scale and one zero for each group of input features of an
+  output feature: w = (q - 8) * scale + zero. Scales and zeros are bf16 numbers and the integers are chosen for these,
+  so every dtype and every device computes with the same weights
+- a layer keeps the integers in the order that the device's kernel reads (CPU and CUDA in bf16); where there is no
+  kernel, or many rows make one product of dequantised weights cheaper, it dequantises into the product
+- fp8 (e4m3, a scale for each output feature and each row of activations) is arithmetic as well as memory, on Hopper
+
+Dimensions: M rows of activations, N output features, K input features, G groups of a row, W output features of a block.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.model import Parallel
+from models.tp import leave_parallel, size_of
+
+GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
+FP8_MAX = 448.0  # the largest number of e4m3fn
+SHRINKS = tuple(1 - i / 40 for i in range(21))  # of a group's range, for search_grid: 1 to 0.5
+
+
+class Scheme(NamedTuple):
+    mode: str  # int8, int4 or fp8
+    group_size: int = 128  # of int4
+
+    def __str__(self) -> str:
+        return f"int4, groups of {self.group_size}" if self.mode == "int4" else self.mode
+
+
+class Quantized(NamedTuple):
+    """A weight [N, K] as small numbers; dequantize() gives its values."""
+
+    values: Tensor  # int8, float8_e4m3fn, or of int4 uint8 in 0..15
+    scale: Tensor  # int8, fp8: [N, 1]; int4: [N, G]
+    zero: Tensor | None = None  # int4: [N, G], the value that q = 8 stands for
+
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+def quantize(weight: Tensor, scheme: Scheme, method: str = "rtn") -> Quantized:
+    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group
+    (method clip: over the part of it that search_grid finds), fp8 scaled to its largest number. Raises ValueError if K
+    is not divisible by the group size, or for a weight that is not finite."""
+    weight = weight.float()
+    if not weight.isfinite().all():
+        raise ValueError("a weight is not finite, so it cannot be quantised")
+    if scheme.mode == "int4":
+        groups = _groups(weight, scheme.group_size)
+        return round_int4(weight, *(search_grid(weight, scheme.group_size) if method == "clip" else int4_grid(groups)))
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    if scheme.mode == "fp8":
+        scale = (largest / FP8_MAX).clamp(min=1e-12)
+        return Quantized((weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+    scale = (largest / 127).bfloat16()
+    return Quantized((weight / _divisor(scale)).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def int4_grid(groups: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of int4 for groups [..., g] of weights: 16 steps over shrink times their range; bf16 [...] each."""
+    low, high = groups.amin(dim=-1) * shrink, groups.amax(dim=-1) * shrink
+    scale = ((high - low) / 15).bfloat16()
+    return scale, (low + 8 * scale.float()).bfloat16()
+
+
+def search_grid(weight: Tensor, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [N, G] of int4 for a weight [N, K]: of each group the shrunk range with the least squared error,
+    where the error of a column counts importance [K] times (None: once)."""
+    groups = weight.view(len(weight), -1, group_size)
+    counts = 1.0 if importance is None else importance.view(1, -1, group_size)
+    least = torch.full(groups.shape[:2], torch.inf, device=weight.device)
+    best = [torch.zeros_like(least, dtype=torch.bfloat16) for _ in range(2)]
+    for shrink in SHRINKS:
+        grid = int4_grid(groups, shrink)
+        error = (dequantize(round_int4(weight, *grid)) - weight).view(groups.shape).square()
+        error = (error * counts).sum(dim=-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = [torch.where(better, new, old) for new, old in zip(grid, best)]
+    return tuple(best)
+
+
+def round_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Quantized:
+    """The nearest of the 16 numbers (q - 8) * scale + zero for each weight [N, K]; scale, zero [N, G]."""
+    groups = weight.view(len(weight), scale.shape[1], -1)
+    values = (groups - zero[..., None].float()) / _divisor(scale)[..., None]
+    return Quantized((values.round() + 8).clamp(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """The values of a quantised weight, fp32 [N, K]."""
+    values, scale = weight.values.float(), weight.scale.float()
+    if weight.zero is None:
+        return values * scale
+    groups = values.view(len(values), scale.shape[1], -1)
+    return ((groups - 8) * scale[..., None] + weight.zero[..., None].float()).view(values.shape)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """A constant group has scale 0, and its weights the value of its zero."""
+    return scale.float().masked_fill(scale == 0, 1.0)
+
+
+def _groups(weight: Tensor, group_size: int) -> Tensor:
+    """[N, K] -> [N, G, g]"""
+    if weight.shape[1] % group_size:
+        raise ValueError(f"{weight.shape[1]} input features are not divisible by groups of {group_size}")
+    return weight.view(len(weight), -1, group_size)
+
+
+def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ dequantised weight.T in fp8 arithmetic, each row of x scaled to e4m3's range: [M, K] -> [M, N] in x's dtype.
+
+    weight: float8_e4m3fn [N, K]; scale: fp32 [N, 1].
+    """
+    row_scale = (x.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+    small = (x.float() / row_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scales = {"scale_a": row_scale, "scale_b": scale.T.contiguous()}
+    return torch._scaled_mm(small, weight.T, **scales, out_dtype=x.dtype, use_fast_accum=x.device.type == "cuda")
+
+
+# ----------------------------------------------------------------------------------------- kernels
+#
+# int4 is stored in blocks of W output features, [N / W, K, W / 2] bytes: byte j of an input feature has feature j of
+# the block in its low half and j + W / 2 in its high half. That is the order of torch's CPU kernel (W = 64 with
+# AVX-512, 32 with AVX2), and as good as any where there is none, so one layout serves the kernel and dequantisation.
+# The CUDA kernel's order is its own affair.
+
+
+def pack_int4(values: Tensor, width: int) -> Tensor:
+    """uint8 [N, K] in 0..15 -> uint8 [N / W, K, W / 2]; N divisible by width."""
+    low, high = values.view(-1, 2, width // 2, values.shape[1]).transpose(2, 3).unbind(1)
+    return (low | (high << 4)).contiguous()
+
+
+def unpack_int4(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dequantised weight, transposed: [K, N]. packed: see pack_int4; scales_and_zeros [G, N, 2]."""
+    blocks, K, half = packed.shape
+    q = torch.empty(blocks, K, 2, half, dtype=torch.int8, device=packed.device)
+    q[:, :, 0], q[:, :, 1] = packed & 15, packed >> 4
+    G = len(scales_and_zeros)
+    scale, zero = scales_and_zeros.to(dtype).view(G, blocks, 1, 2 * half, 2).transpose(0, 1).unbind(-1)
+    weight = (q - 8).to(dtype).view(blocks, G, -1, 2 * half)
+    torch.addcmul(zero, weight, scale, out=weight)  # rounded once
+    return weight.view(blocks, K, 2 * half).transpose(0, 1).reshape(K, -1)
+
+
+@cache
+def cpu_int4_width() -> int | None:
+    """W of this CPU's int4 kernel; None if torch has none, or one with another order of the integers."""
+    if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
+        return None
+    values = torch.randint(0, 16, (128, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1).flatten()
+    return next((w for w in (64, 32) if torch.equal(pack_int4(values, w).flatten(), theirs)), None)
+
+
+def _cuda_int4(weight: Quantized) -> tuple[Tensor, Tensor]:
+    """(integers, scales and zeros) as the CUDA kernel wants them."""
+    tiles = next(tiles for tiles in (8, 4, 2) if weight.values.shape[1] % (16 * tiles) == 0)
+    pairs = (weight.values[:, ::2] << 4) | weight.values[:, 1::2]
+    scales_and_zeros = torch.stack((weight.scale.T, weight.zero.T), dim=-1).contiguous()
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles), scales_and_zeros
+
+
+@cache
+def cuda_int4_works(device: torch.device) -> bool:
+    """Whether this GPU's int4 kernel gives the product of the dequantised weights, tried on a small one (sm80 on;
+    AMD's share the operator's name, and not its order of the integers in every version)."""
+    if torch.version.hip is not None or not hasattr(torch.ops.aten, "_convert_weight_to_int4pack"):
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    small = quantize(torch.randn(64, 256, generator=generator).to(device), Scheme("int4", 64))
+    x = torch.randn(4, 256, generator=generator).to(device, torch.bfloat16)
+    wanted = x.float() @ dequantize(small).T
+    try:
+        packed, scales_and_zeros = _cuda_int4(small)
+        found = torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
+    except RuntimeError:
+        return False
+    return bool((found.float() - wanted).norm() <= 0.02 * wanted.norm())
+
+
+def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Which kernel multiplies with a quantised weight [N, K]: "cpu", "cuda", "fp8", or None for dequantisation. The
+    CPU's kernels in fp32 are slower than that, and its int8 kernel computes nonsense for an odd K (torch 2.13)."""
+    N, K = shape
+    if scheme.mode == "fp8":
+        return "fp8" if N % 16 == K % 16 == 0 else None
+    if dtype != torch.bfloat16:
+        return None
+    if device.type == "cpu" and scheme.mode == "int8":
+        return "cpu" if hasattr(torch.ops.aten, "_weight_int8pack_mm") and K % 32 == 0 else None
+    if device.type == "cpu":
+        return "cpu" if cpu_int4_width() else None
+    if scheme.mode == "int4" and N % 8 == 0 and device.type == "cuda" and cuda_int4_works(device):
+        return "cuda"
+    return None
+
+
+# Rows from which dequantising the weight into one product is faster than the CPU's kernel, which computes row by row:
+# measured for 4096 x 1536 weights (int8 0.57 and 2.3 ms at 8 and 32 rows against 1.2 and 2.0 dequantised; int4 4.5 and
+# 9.1 ms at 64 and 128 against 5.1 and 6.7).
+MOST_KERNEL_ROWS = {"int8": 24, "int4": 72}
+
+
+class QuantizedLinear(nn.Module):
+    """Quantised linear layers that share an input, as one product; their outputs stand side by side in one tensor. For
+    inference: nothing here has a gradient."""
+
+    def __init__(
+        self,
+        weights: list[Quantized],
+        biases: list[Tensor] | None,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        parallel: Parallel = Parallel(),
+    ):
+        """weights: this tp rank's part of each layer; biases: likewise. dtype: of the activations. parallel: of
+        row-parallel layers, whose outputs are summed over the ranks."""
+        super().__init__()
+        whole = [None if parts[0] is None else torch.cat(parts) for parts in zip(*weights)]
+        weight = Quantized(*whole)
+        self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
+        self.tp = parallel.tp if size_of(parallel.tp) > 1 else None
+        self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
+        if scheme.mode != "int4":
+            values, scale = weight.values, weight.scale if scheme.mode == "fp8" else weight.scale[:, 0].to(dtype)
+        elif self.kernel == "cuda":
+            values, scale = _cuda_int4(weight)
+        else:
+            width = cpu_int4_width() or 64
+            missing = -len(weight.values) % width
+            values, scale, zero = (F.pad(part, (0, 0, 0, missing)) for part in weight)
+            values, scale = pack_int4(values, width), torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
+        self.num_bytes = values.nbytes + scale.nbytes  # what a product reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]; row-parallel: the bias is added once, to the sum."""
+        y = self._product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        if self.tp is not None:
+            y = leave_parallel(y, self.tp)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        """[M, K] -> [M, N]"""
+        if self.kernel == "fp8":
+            return fp8_product(x, self.weight, self.scale)
+        few = self.kernel == "cpu" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
+        if self.scheme.mode == "fp8":
+            return F.linear(x, (self.weight.float() * self.scale).to(x.dtype))
+        if self.scheme.mode == "int8":
+            if few:
+                return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        group_size = self.scheme.group_size
+        if self.kernel == "cuda":
+            return torch.ops.aten._weight_int4pack_mm(x, self.weight, group_size, self.scale)
+        if few:
+            packed = self.weight.view(-1, x.shape[1] // 2)
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, self.scale)[:, : self.num_rows]
+        return (x @ unpack_int4(self.weight, self.scale, x.dtype))[:, : self.num_rows]

@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, refuse_quantized
 from models.model import ModelConfig, Parallel, Transformer
+from models.qlinear import Scheme
+from models.quantize import load_quantized
 from models.tp import chunk_range, shard_dim, tensor_parallel_part
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
@@ -134,6 +136,30 @@ def load_for_training(
     shard_model(model, mesh, **dtypes, recompute=recompute, compile=compile, cpu_offload=cpu_offload)
     model.to_empty(device="cpu" if cpu_offload else device)
     load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
+    return model
+
+
+def load_frozen(
+    folder: str | Path,
+    mesh: DeviceMesh,
+    scheme: Scheme | None,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    compile: bool = False,
+    head: str = "lm",
+    **sharding,
+) -> Transformer:
+    """A model of a folder beside one in training, without gradients: sharded like that one, or with quantised weights,
+    which are plain tensors, cut over tp and the same on all dp ranks. sharding: more arguments of load_for_training,
+    for the former."""
+    options = {"device": device, "head": head}
+    if scheme is None:
+        options |= {"compute_dtype": compute_dtype, "compile": compile, **sharding}
+        return load_for_training(folder, mesh, **options).requires_grad_(False)
+    model = load_quantized(folder, scheme, dtype=compute_dtype, tp=parallel_of(mesh).tp, **options)
+    for block in model.layers if compile else ():
+        block.compile()
     return model
 
 

@@ -60,7 +60,7 @@ def _check_groups(what: str, size: int, parts: int, group_size: int) -> None:
     if size % (parts * group_size):
         share = f" / {parts} ranks" if parts > 1 else ""
         fitting = [g for g in GROUP_SIZES if size % (parts * g) == 0]
-        advice = f"take --group_size {fitting[-1]}" if fitting else "take int8"
+        advice = f"groups of {fitting[-1]} are possible" if fitting else "take int8"
         raise ValueError(f"int4: {what} {size}{share} is not divisible by groups of {group_size}; {advice}")
 
 

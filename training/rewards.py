@@ -171,7 +171,7 @@ class RewardFolder(NamedTuple):
 
 def open_reward_folder(path: Path, policy_path: Path, tensor_parallel_size: int) -> RewardFolder:
     """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
-    config, tokenizer, _ = open_folder(path, None, tensor_parallel_size)
+    config, tokenizer, _ = open_folder(path, None, tensor_parallel_size, frozen=True)
     kind = read_reward_kind(path)
     same = _tokenizer_bytes(path) == _tokenizer_bytes(policy_path)
     same = same and config.vocab_size == ModelConfig.from_hf(policy_path).vocab_size  # any id can be drawn

@@ -45,6 +45,7 @@ FIXED_ARGS = (
     "rpo_alpha",
     "ref_checkpoint_path",
     "quantize_ref",
+    "quantize_reward",
     "prompt_file",
     "reward_checkpoint_path",
     "reward_fn",

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import DTYPES, generation_eos_ids, save_folder, stored_dtype
 from models.fsdp import (
@@ -31,10 +32,12 @@ from models.fsdp import (
     full_tensors,
     init_mesh,
     load_for_training,
+    load_frozen,
     reducing_gradients,
 )
 from models.generation import SamplingParams
 from models.model import ModelConfig, Transformer, read_hf_config
+from models.quantize import check_scheme, choose_scheme
 from models.tp import is_main_rank, size_of
 from training.common import (
     ArgumentParser,
@@ -113,7 +116,7 @@ def parser() -> ArgumentParser:
         default=True,
         help="the reference's log-probs once before training; else in each step, with a second model in memory",
     )
-    add("--quantize_ref", choices=["none", "int8", "int4"], default="none", help="weights of the reference")
+    add("--quantize_ref", choices=["none", "int8", "int4"], default="none", help="round the reference's weights")
     return parser
 
 
@@ -181,8 +184,13 @@ def main(
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(device, dtype, compile)
     config, tokenizer, max_seq_len = open_folder(checkpoint_path, max_seq_len, tensor_parallel_size)
+    ref_folder = ref_checkpoint_path or checkpoint_path
     if ref_checkpoint_path is not None:
         check_reference(ref_checkpoint_path, config, max_seq_len, tensor_parallel_size)
+    ref_scheme = choose_scheme(ref_folder, quantize_ref, flag="--quantize_ref")
+    if ref_scheme is not None:
+        shape = ModelConfig.from_hf(ref_folder)
+        check_scheme(ref_scheme, shape, runtime.device, runtime.dtype, tensor_parallel_size)
     hf_config = read_hf_config(checkpoint_path)[0]
     saved_dtype = DTYPES[export_dtype] if export_dtype else stored_dtype(checkpoint_path)
     limits = {"vocab_size": config.vocab_size, "max_seq_len": max_seq_len, "overlong": overlong}
@@ -196,22 +204,17 @@ def main(
     order = {"seed": seed, "shuffle": shuffle}
 
     mesh = init_mesh(runtime.device, tensor_parallel_size, dp_replicate)
-    load = partial(
-        load_for_training,
-        mesh=mesh,
-        device=runtime.device,
-        compute_dtype=runtime.dtype,
-        sequence_parallel=sequence_parallel,
-        compile=runtime.compile,
-        cpu_offload=cpu_offload,
-    )
-    # the reference: rounded as the policy is, so that equal weights give equal log-probs
-    ref_folder = ref_checkpoint_path or checkpoint_path
+    placing = {"device": runtime.device, "compute_dtype": runtime.dtype, "compile": runtime.compile}
+    placing |= {"sequence_parallel": sequence_parallel, "cpu_offload": cpu_offload}
+    # the reference: rounded as the policy is, so that equal weights give equal log-probs, or quantised
     ref_dtype = torch.bfloat16 if param_dtype == "bfloat16" else runtime.dtype
+    load_reference = partial(load_frozen, ref_folder, mesh, ref_scheme, **placing, param_dtype=ref_dtype)
+    is_start = ref_checkpoint_path is None and ref_scheme is None
     uses_reference = loss not in REFERENCE_FREE and total_steps > 0
 
     def precompute_with(reference: Transformer) -> None:
         key = {"weights": weights_digest(ref_folder, runtime.device), "dtypes": f"{ref_dtype}, {runtime.dtype}"}
+        key |= {} if ref_scheme is None else {"quantised": str(ref_scheme)}
         options = {"micro_batch_size": micro_batch_size, "dp": mesh["dp"], "device": runtime.device, "key": key}
         options["tolerance"] = REFERENCE_TOLERANCE[torch.bfloat16 in (runtime.dtype, ref_dtype)]
         first_epoch = training_batches(
@@ -223,16 +226,16 @@ def main(
             path = output_dir / f"ref_logps_{name}.safetensors"
             with torch.no_grad():
                 precompute(lambda rows: pair_logps(reference, rows, pad_token_id)[0], pairs, batches, path, **options)
-        reference.reshard()  # else the next forward would use the head and the embedding gathered here
+        if isinstance(reference, FSDPModule):
+            reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
-    if uses_reference and precompute_ref and ref_checkpoint_path is not None:
-        precompute_with(load(ref_checkpoint_path, param_dtype=ref_dtype))
-    model = load(checkpoint_path, param_dtype=DTYPES[param_dtype], recompute=activation_checkpointing)
-    if uses_reference and precompute_ref and ref_checkpoint_path is None:
+    if uses_reference and precompute_ref and not is_start:
+        precompute_with(load_reference())
+    learning = {"param_dtype": DTYPES[param_dtype], "recompute": activation_checkpointing}
+    model = load_for_training(checkpoint_path, mesh, **placing, **learning)
+    if uses_reference and precompute_ref and is_start:
         precompute_with(model)  # which it is until its first step, and until a checkpoint is read
-    reference = None
-    if uses_reference and not precompute_ref:
-        reference = load(ref_folder, param_dtype=ref_dtype).requires_grad_(False)
+    reference = load_reference() if uses_reference and not precompute_ref else None
 
     optimizer = make_optimizer(
         model,
@@ -271,7 +274,8 @@ def main(
     compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
-        "reference": f"{ref_folder}, {'before training' if precompute_ref else 'in each step'}"
+        "reference": f"{ref_folder}, {f'{ref_scheme}, ' * (ref_scheme is not None)}"
+        f"{'before training' if precompute_ref else 'in each step'}"
         if uses_reference
         else "none",
         "loss": f"{loss}, beta {beta}",
@@ -384,8 +388,8 @@ def check_loss(
             raise ValueError(f"--{name} is for --loss {wanted}, not for {loss}")
     if ref_checkpoint_path is not None and loss in REFERENCE_FREE:
         raise ValueError(f"--ref_checkpoint_path: --loss {loss} has no reference; leave one of them out")
-    if quantize_ref != "none":
-        raise ValueError(f"--quantize_ref {quantize_ref}: not available yet; take none")
+    if quantize_ref != "none" and loss in REFERENCE_FREE:
+        raise ValueError(f"--quantize_ref: --loss {loss} has no reference; leave one of them out")
 
 
 def check_reference(folder: Path, config: ModelConfig, max_seq_len: int, tensor_parallel_size: int) -> None:

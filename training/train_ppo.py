@@ -27,9 +27,10 @@ from torch import nn
 
 from models.checkpoint import DTYPES, generation_eos_ids, has_score_head, save_folder, stored_dtype
 from models.decode import can_pack, copy_for_inference, refresh
-from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, reducing_gradients
+from models.fsdp import clip_grad_norm, full_tensors, init_mesh, load_for_training, load_frozen, reducing_gradients
 from models.generation import Engine, SamplingParams
-from models.model import ModelConfig, read_hf_config
+from models.model import ModelConfig, is_quantized, read_hf_config
+from models.quantize import check_scheme, choose_scheme
 from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
@@ -131,7 +132,8 @@ def parser() -> ArgumentParser:
     )
     add("--ref_checkpoint_path", type=Path, default=None, help="the frozen reference; --checkpoint_path")
     for name in ("ref", "reward"):
-        add(f"--quantize_{name}", choices=["none", "int8", "int4"], default="none", help=f"weights of the {name} model")
+        more = {"choices": ["none", "int8", "int4"], "default": "none"}
+        add(f"--quantize_{name}", **more, help=f"round the weights of the {name} model, replicated over dp")
     add("--total_steps", type=non_negative_int, default=100, help="updates; 0 only exports")
     add("--rollout_batch_size", type=positive_int, default=64, help="answers per update, over all ranks")
     add("--minibatch_size", type=positive_int, default=None, help="answers per optimizer step; --rollout_batch_size")
@@ -250,9 +252,8 @@ def main(
     dp_size, micro_batch_size = split_batch(*sizes, flag="--minibatch_size")
     if reward_checkpoint_path is None and reward_fn is None:
         raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
-    for name, value in (("ref", quantize_ref), ("reward", quantize_reward)):
-        if value != "none":
-            raise ValueError(f"--quantize_{name} {value}: quantised weights are not available yet; leave it at none")
+    if quantize_reward != "none" and reward_checkpoint_path is None:
+        raise ValueError(f"--quantize_reward {quantize_reward} needs a --reward_checkpoint_path")
     if eval_steps is not None and eval_prompt_file is None:
         raise ValueError("--eval_steps needs an --eval_prompt_file")
     if kl_target is not None and not kl_coef:
@@ -278,16 +279,27 @@ def main(
     room = {"most": context - max_new_tokens, "vocab_size": config.vocab_size, "overlong": overlong}
     prompts, skipped = load_prompts(prompt_file, tokenizer, **room)
     held_out, held_out_skipped = load_prompts(eval_prompt_file, tokenizer, **room) if eval_prompt_file else ([], 0)
+    ref_path = ref_checkpoint_path or checkpoint_path
+    ref_scheme = choose_scheme(ref_path, quantize_ref, flag="--quantize_ref")
+    reward_scheme = choose_scheme(judge.path, quantize_reward, flag="--quantize_reward") if judge else None
+    for path, scheme in ((ref_path, ref_scheme), (reward_checkpoint_path, reward_scheme)):
+        if scheme is not None:
+            check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tensor_parallel_size)
     value_path = value_checkpoint_path or (
         reward_checkpoint_path if judge and judge.same_tokenizer else checkpoint_path
     )
     longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + max_new_tokens
-    ref_path = ref_checkpoint_path or checkpoint_path
+    if value_checkpoint_path is None and is_quantized(read_hf_config(value_path)[0]):
+        raise ValueError(
+            f"--reward_checkpoint_path {value_path}: holds quantised weights, which are frozen, so the critic cannot "
+            "start there; give the folder it was made from, or the policy's, as --value_checkpoint_path"
+        )
     readers = {"critic": value_path, "reference": ref_path}
     if judge and judge.same_tokenizer:
         readers["reward model"] = judge.path
     for name, path in readers.items():
-        check_reader(name, open_folder(path, None, tensor_parallel_size)[0], path, config.vocab_size, longest)
+        other, *_ = open_folder(path, None, tensor_parallel_size, frozen=name != "critic")
+        check_reader(name, other, path, config.vocab_size, longest)
     kind = judge.kind if judge else None
     if normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
@@ -301,16 +313,16 @@ def main(
     placing["sequence_parallel"] = sequence_parallel
     learning = {"param_dtype": DTYPES[param_dtype], "recompute": activation_checkpointing, "cpu_offload": cpu_offload}
     # what the trained weights are rounded to, when stored or for the computation: policy = reference is exact
-    frozen = {"param_dtype": torch.bfloat16 if param_dtype == "bfloat16" else runtime.dtype}
+    frozen = {**placing, "param_dtype": torch.bfloat16 if param_dtype == "bfloat16" else runtime.dtype}
     policy = load_for_training(checkpoint_path, mesh, **placing, **learning)
     zero_head = None
     if not has_score_head(value_path):
         zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
     critic = load_for_training(value_path, mesh, **placing, **learning, head="score", new_score=zero_head)
-    reference = load_for_training(ref_path, mesh, **placing, **frozen).requires_grad_(False)
+    reference = load_frozen(ref_path, mesh, ref_scheme, **frozen)
     reward_model = None
     if judge is not None:
-        reward_model = load_for_training(judge.path, mesh, **placing, **frozen, head="score").requires_grad_(False)
+        reward_model = load_frozen(judge.path, mesh, reward_scheme, **frozen, head="score")
     settings = {"weight_decay": weight_decay, "betas": (adam_beta1, adam_beta2), "eps": adam_eps, "optim": optim}
     settings |= {"seed": seed, "compile": runtime.compile}
     optimizer = make_optimizer(policy, learning_rate=learning_rate, **settings)
@@ -336,9 +348,10 @@ def main(
     compute = str(runtime.dtype).removeprefix("torch.")
     rows = {
         "policy": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters",
-        "reference": ref_path,
+        "reference": f"{ref_path}{f', {ref_scheme}' * (ref_scheme is not None)}",
         "critic": f"{value_path}{'' if zero_head is None else ', with a zero head'}",
-        "reward": " + ".join(str(part) for part in (reward_checkpoint_path, reward_fn) if part),
+        "reward": " + ".join(str(part) for part in (reward_checkpoint_path, reward_fn) if part)
+        + f", {reward_scheme}" * (reward_scheme is not None),
         "device": f"{device_name(runtime.device)}, {compute} on {param_dtype} weights",
         "ranks": f"dp {dp_size}{f' ({dp_replicate} replicas)' * (dp_replicate > 1)} x tp {tensor_parallel_size}",
         "prompts": f"{len(prompts):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long",
@@ -425,6 +438,7 @@ def main(
                         sums.add(policy_tokens=torch.ones_like(losses))
                     if debug_checks and epoch == start == 0:
                         is_reference = step == critic_warmup_steps + 1 and ref_path.samefile(checkpoint_path)
+                        is_reference = is_reference and ref_scheme is None
                         check_first_minibatch(sums.means(dp), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, max_grad_norm)
                     check_finite(step, numbers, grad_norm=grad_norm)

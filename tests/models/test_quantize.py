@@ -240,7 +240,7 @@ def test_frozen(written):
 
 
 BAD = {
-    "group that does not divide": (("--mode", "int4"), ("hidden_size 64", "groups of 128", "--group_size 64")),
+    "group that does not divide": (("--mode", "int4"), ("hidden_size 64", "groups of 128", "groups of 64")),
     "unknown mode": (("--mode", "int3"), ("--mode", "int3")),
     "group size": (("--mode", "int4", "--group_size", 48), ("--group_size", "48")),
     "group size of int8": (("--mode", "int8", "--group_size", 64), ("--group_size",)),

@@ -1,0 +1,207 @@
+"""Quantised references and reward models in train_dpo.py and train_ppo.py, and quantised folders where something is to
+be trained."""
+
+import shutil
+import signal
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from models.qlinear import Scheme, dequantize, quantize
+from tests import tiny
+from tests.inference.test_score import write_reward_model
+from tests.training.test_finetune_sft import weights_of
+from tests.training.test_parallel import launch
+
+INT4 = ["--mode", "int4", "--group_size", 32]
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy, a reference, a reward model, all in int8 and int4 and as plain folders with the weights that these
+    have, pairs and prompts."""
+    root = tmp_path_factory.mktemp("frozen")
+    config = {"attention_bias": True, "intermediate_size": 128}
+    tiny.write_model(root / "policy", **config)
+    tiny.write_model(root / "ref", seed=3, **config)
+    write_reward_model(root / "rm", **config)
+    for name in ("ref", "rm", "policy"):
+        for mode, flags in (("int8", ["--mode", "int8"]), ("int4", INT4)):
+            out = ["--output_dir", root / f"{name}-{mode}"]
+            assert tiny.run("models/quantize.py", "--checkpoint_path", root / name, *out, *flags).code == 0
+            dequantised(root / name, root / f"{name}-{mode}-plain", Scheme(mode, 32))
+    pairs = [
+        {"prompt": f"{i} plus", "chosen": f" {i} is" + " it" * (i % 4), "rejected": " or" * (i * 5 % 7)}
+        for i in range(9)
+    ]
+    tiny.write_records(root / "pairs.jsonl", pairs)
+    tiny.write_records(root / "prompts.jsonl", [{"prompt": f"Question {i}:" + " so" * (i % 3)} for i in range(5)])
+    return root
+
+
+def dequantised(source, target, scheme):
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    for name in weights:
+        if name.endswith("proj.weight"):
+            weights[name] = dequantize(quantize(weights[name], scheme))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def dpo_flags(world, out, *more):
+    flags = ["--checkpoint_path", world / "policy", "--train_file", world / "pairs.jsonl", "--output_dir", out]
+    flags += [
+        "--device",
+        "cpu",
+        "--batch_size",
+        4,
+        "--micro_batch_size",
+        2,
+        "--learning_rate",
+        1e-3,
+        "--adam_eps",
+        1e-3,
+    ]
+    return [*flags, "--max_steps", 3, *more]
+
+
+def ppo_flags(world, out, *more):
+    flags = ["--checkpoint_path", world / "policy", "--prompt_file", world / "prompts.jsonl", "--output_dir", out]
+    flags += ["--device", "cpu", "--max_new_tokens", 6, "--total_steps", 2, "--rollout_batch_size", 4]
+    flags += [
+        "--ppo_epochs",
+        1,
+        "--learning_rate",
+        1e-3,
+        "--adam_eps",
+        1e-3,
+        "--value_checkpoint_path",
+        world / "rm",
+        "--kl_coef",
+        0.3,
+    ]
+    return [*flags, *more]
+
+
+def lines_of(script, flags):
+    result = tiny.run(f"training/{script}.py", *flags)
+    assert result.code == 0, result.stderr
+    return tiny.read_lines(flags[flags.index("--output_dir") + 1] / "metrics.jsonl"), result.stdout
+
+
+def assert_alike(found, wanted, tolerance=1e-4):
+    for line, other in zip(found, wanted, strict=True):
+        for name, value in other.items():
+            if "second" not in name and not name.startswith("time/"):
+                assert line[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("when", ["--precompute_ref", "--no-precompute_ref"])
+def test_dpo_reference(world, tmp_path, when, mode):
+    """Catches a reference that is not quantised, or quantised otherwise than its folder, and the policy taken for it:
+    the run is that with a plain reference of the dequantised weights."""
+    plain, _ = lines_of("train_dpo", dpo_flags(world, tmp_path / "none", when))
+    for name in ("ref", "policy"):  # of its own, or the start
+        own = ["--ref_checkpoint_path", world / "ref"] if name == "ref" else []
+        by_folder = ["--ref_checkpoint_path", world / f"{name}-{mode}"]
+        dequantised = ["--ref_checkpoint_path", world / f"{name}-{mode}-plain"]
+        wanted, _ = lines_of("train_dpo", dpo_flags(world, tmp_path / f"{name}-wanted", when, *dequantised))
+        found, card = lines_of("train_dpo", dpo_flags(world, tmp_path / f"{name}-folder", when, *by_folder))
+        assert_alike(found, wanted)
+        assert mode in card and abs(plain[0]["loss"] - found[0]["loss"]) > 1e-4
+        if mode == "int8":  # groups of 128, which --quantize_ref int4 has, do not divide this model
+            flags = dpo_flags(world, tmp_path / f"{name}-flag", when, *own, "--quantize_ref", mode)
+            assert_alike(lines_of("train_dpo", flags)[0], found, tolerance=0)
+            if when == "--precompute_ref":
+                with safe_open(tmp_path / f"{name}-flag/ref_logps_train.safetensors", framework="pt") as file:
+                    assert file.metadata()["quantised"] == "int8"
+            (tmp_path / f"{name}-flag/config.json").unlink()
+            flags[flags.index("--quantize_ref") :] = ["--resume"]
+            tiny.assert_refused(tiny.run("training/train_dpo.py", *flags), "--quantize_ref")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_ppo_reference_and_reward(world, tmp_path, mode):
+    """Catches a reference or a reward model that is not quantised, or is taken for the other or for the critic: the run
+    is that with plain folders of the dequantised weights."""
+    paths = lambda suffix: [  # noqa: E731
+        *["--ref_checkpoint_path", world / f"ref-{mode}{suffix}"],
+        *["--reward_checkpoint_path", world / f"rm-{mode}{suffix}"],
+    ]
+    wanted, _ = lines_of("train_ppo", ppo_flags(world, tmp_path / "wanted", *paths("-plain")))
+    found, card = lines_of("train_ppo", ppo_flags(world, tmp_path / "folder", *paths("")))
+    assert_alike(found, wanted)
+    assert card.count(mode) >= 2
+    if mode == "int8":
+        given = ["--ref_checkpoint_path", world / "ref", "--reward_checkpoint_path", world / "rm"]
+        plain, _ = lines_of("train_ppo", ppo_flags(world, tmp_path / "plain", *given))
+        flags = ppo_flags(world, tmp_path / "flag", *given, "--quantize_ref", mode, "--quantize_reward", mode)
+        assert_alike(lines_of("train_ppo", flags)[0], found, tolerance=0)
+        for name in ("objective/scores", "objective/kl"):  # and each of the two matters
+            assert any(abs(a[name] - b[name]) > 1e-4 for a, b in zip(plain, found)), name
+        resumed = [flag for flag in flags if flag != "--quantize_reward"]
+        resumed.remove(mode)
+        tiny.assert_refused(tiny.run("training/train_ppo.py", *resumed, "--resume"), "--quantize_reward")
+
+
+def test_four_ranks(world, tmp_path):
+    """Catches quantised models that are not cut over tp with their scales, or differ over dp: the numbers of one
+    process."""
+    dpo = ["--ref_checkpoint_path", world / "ref-int4", "--no-precompute_ref"]
+    ppo = ["--ref_checkpoint_path", world / "ref", "--quantize_ref", "int8"]
+    ppo += ["--reward_checkpoint_path", world / "rm-int4"]
+    jobs, wanted = [], {}
+    for script, make, more in (("train_dpo", dpo_flags, dpo), ("train_ppo", ppo_flags, ppo)):
+        wanted[script], _ = lines_of(script, make(world, tmp_path / f"{script}-one", *more))
+        layout = ["--tensor_parallel_size", 2, "--micro_batch_size", 1]
+        jobs.append([script, *map(str, make(world, tmp_path / script, *more, *layout))])
+    launch(4, jobs, tmp_path / "jobs.json")
+    for script, lines in wanted.items():
+        assert_alike(tiny.read_lines(tmp_path / script / "metrics.jsonl"), lines, tolerance=1e-3)
+        one, four = weights_of(tmp_path / f"{script}-one"), weights_of(tmp_path / script)
+        for name, weight in one.items():
+            assert (weight - four[name]).abs().max() < 1e-3, name
+
+
+TRAINED = {  # script: its flags but for --checkpoint_path
+    "finetune_sft": ["--train_file", "{root}/pairs.jsonl"],
+    "train_rm": ["--train_file", "{root}/pairs.jsonl"],
+    "train_dpo": ["--train_file", "{root}/pairs.jsonl"],
+    "train_ppo": [
+        "--prompt_file",
+        "{root}/prompts.jsonl",
+        "--reward_checkpoint_path",
+        "{root}/rm",
+        "--max_new_tokens",
+        "6",
+    ],
+}
+
+
+@pytest.mark.parametrize("script", TRAINED)
+def test_nothing_trains_quantised_weights(world, tmp_path, script):
+    """Catches quantised weights that are trained, or refused with a list of tensors, a traceback or an output."""
+
+    def refused(*parts, model="policy-int8", more=()):
+        flags = [flag.replace("{root}", str(world)) for flag in TRAINED[script]]
+        flags += ["--checkpoint_path", world / model, "--output_dir", tmp_path / "out", "--device", "cpu", *more]
+        tiny.assert_refused(tiny.run(f"training/{script}.py", *flags), *parts)
+        assert not (tmp_path / "out").exists()
+
+    refused(str(world / "policy-int8"), "quantised weights are frozen")
+    if script == "train_ppo":
+        critic = ["--value_checkpoint_path", world / "rm-int4"]
+        refused("rm-int4", "quantised weights are frozen", model="policy", more=critic)
+        reward = ["--reward_checkpoint_path", world / "rm-int4"]
+        refused("rm-int4", "critic", "--value_checkpoint_path", model="policy", more=reward)
+        other = [*reward, "--value_checkpoint_path", world / "rm", "--quantize_reward", "int8"]
+        refused("--quantize_reward int8", "rm-int4", "already", model="policy", more=other)

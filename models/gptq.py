@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import WeightFiles, loading_bar
 from models.model import FUSIONS, Block, ModelConfig, Parallel, RMSNorm, causal_attention, rope_inv_freq, rope_tables
 from models.qlinear import Quantized, Scheme, dequantize, quantize, round_int4, search_grid
 from models.quantize import stored_names
-from models.tp import linear_cross_entropy
+from models.tp import CHUNK_TOKENS
 
 COLUMNS = 128  # whose errors reach the rest of the row together
 
@@ -77,12 +78,11 @@ class _Watched(nn.Module):
         return self.linear(x)
 
 
-class Perplexities(NamedTuple):
-    """exp of the mean cross entropy (nats) of the tokens to be predicted."""
+class Cost(NamedTuple):
+    """What quantisation does to the predictions of some tokens."""
 
-    stored: float
-    rounded: float
-    chosen: float
+    perplexity: float  # exp of the mean cross entropy in nats
+    kl: float  # mean KL divergence of the stored model's predictions from these, in nats
 
 
 @torch.no_grad()
@@ -96,10 +96,10 @@ def quantize_blocks(
     evaluation: list[Rows],
     device: torch.device,
     dtype: torch.dtype,
-    report: Callable[[Perplexities], None],
+    report: Callable[[dict[str, Cost]], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
-    the end report() is told what it costs on the evaluation rows, if there are any.
+    the end report() is told what that costs on the evaluation rows, if there are any: "stored", "rounded", "chosen".
 
     method: rtn, clip (search_grid with equal importance) or gptq, which needs calibration rows. dtype: of the forward.
     """
@@ -111,7 +111,10 @@ def quantize_blocks(
     inv_freq = rope_inv_freq(config).to(device)
     table = files.read("embed_tokens.weight")
     seen = [table[rows.input_ids].to(device, dtype) for rows in calibration]
-    states = {name: [table[rows.input_ids].to(device, dtype) for rows in evaluation] for name in Perplexities._fields}
+    states = {
+        name: [table[rows.input_ids].to(device, dtype) for rows in evaluation]
+        for name in ("stored", "rounded", "chosen")
+    }
     for i in loading_bar(range(config.num_hidden_layers), "block"):
         block = _load_block(files, config, i, device, dtype)
         states["stored"] = forward(block, states["stored"])
@@ -145,7 +148,7 @@ def quantize_blocks(
             elif stem != name:
                 yield name, files.read(name)
     if evaluation:
-        report(Perplexities(*(_perplexity(files, config, x, evaluation) for x in states.values())))
+        report(_costs(files, config, states, evaluation))
 
 
 def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.device, dtype: torch.dtype) -> Block:
@@ -172,15 +175,22 @@ def _unwatch(block: Block, watched: dict[str, _Watched]) -> dict[str, Tensor]:
     return {product: layer.moments for product, layer in watched.items()}
 
 
-def _perplexity(files: WeightFiles, config: ModelConfig, states: list[Tensor], evaluation: list[Rows]) -> float:
-    first = states[0]
+def _costs(
+    files: WeightFiles, config: ModelConfig, states: dict[str, list[Tensor]], evaluation: list[Rows]
+) -> dict[str, Cost]:
+    first = states["stored"][0]
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps, Parallel()).to(first.device)
     norm.weight.copy_(files.read("norm.weight"))
     head = files.read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").to(first)
-    total, count = 0.0, 0
-    for x, rows in zip(states, evaluation):
-        targets = rows.labels[:, 1:].to(x.device)
+    sums, count = {name: [0.0, 0.0] for name in states}, 0
+    for i, rows in enumerate(evaluation):
+        targets = rows.labels[:, 1:].to(first.device)
         learnt = targets >= 0
-        total += linear_cross_entropy(norm(x)[:, :-1][learnt], head, targets[learnt]).item()
         count += int(learnt.sum())
-    return math.exp(total / count)
+        hidden = {name: norm(batches[i])[:, :-1][learnt].split(CHUNK_TOKENS) for name, batches in states.items()}
+        for chunk, ids in enumerate(targets[learnt].split(CHUNK_TOKENS)):
+            logprobs = {name: (x[chunk] @ head.T).float().log_softmax(dim=-1) for name, x in hidden.items()}
+            for name, found in logprobs.items():
+                sums[name][0] -= found.gather(1, ids[:, None]).sum().item()
+                sums[name][1] += F.kl_div(found, logprobs["stored"], reduction="sum", log_target=True).item()
+    return {name: Cost(math.exp(loss / count), kl / count) for name, (loss, kl) in sums.items()}

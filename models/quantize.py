@@ -262,7 +262,7 @@ def parser():
         "least squared error, and gptq: each column's error made up for by the next ones, needs --calibration_file",
     )
     add("--calibration_file", type=Path, default=None, help="records as finetune_sft.py's: what the model reads")
-    add("--eval_file", type=Path, default=None, help="records: print the perplexity as stored, rounded, and as chosen")
+    add("--eval_file", type=Path, default=None, help="records: print what it costs, beside rounding to nearest")
     add("--calibration_tokens", type=positive_int, default=65536, help="tokens taken from each file, from its start")
     add("--max_seq_len", type=positive_int, default=512, help="longer records are cut into rows of so many tokens")
     return parser
@@ -331,10 +331,11 @@ def main(
     size = sum(path.stat().st_size for path in output_dir.glob("*.safetensors"))
     rows = {"model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters"}
     rows |= {"written": f"{output_dir}, {scheme} by {method}, {size / 1e9:,.2f} GB (one byte for each integer)"}
-    if found:
-        [perplexity] = found
-        for name, value in zip(("as stored", "rounded", "as written"), perplexity):
-            rows[f"perplexity {name}"] = f"{value:.4f} ({value / perplexity.stored - 1:+.2%})"
+    for costs in found:
+        plain = costs["stored"].perplexity
+        rows["perplexity as stored"] = f"{plain:.4f}"
+        for name, cost in (("rounded", costs["rounded"]), ("as written", costs["chosen"])):
+            rows[f"perplexity {name}"] = f"{cost.perplexity:.4f} ({cost.perplexity / plain - 1:+.3%}), KL {cost.kl:.3e}"
     say(card("quantize", rows))
 
 

@@ -1,9 +1,8 @@
 """int4 that knows what the weights are multiplied with, and what quantisation costs.
 
 - GPTQ (Frantar et al. 2022, arXiv 2210.17323): a layer's columns are rounded one after the other, and each one's error
-  is made up for by those to come, as the second moments of the layer's inputs say; large moments first (act-order)
-- the range of each group is shrunk where that lowers the squared error, weighted by those moments (before rounding, so
-  groups are those of the folder in any order)
+  is made up for by those to come, as the second moments of the layer's inputs say; large moments first (act-order, with
+  the groups and the ranges that rounding to nearest has)
 - the model goes by block by block: one block is in memory at a time, the tokens' hidden states beside it, and the
   inputs of a block are what the quantised blocks before it give
 - on held-out tokens three models run side by side (as stored, rounded to nearest, as chosen), so the gain is measured
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import WeightFiles, loading_bar
 from models.model import FUSIONS, Block, ModelConfig, Parallel, RMSNorm, causal_attention, rope_inv_freq, rope_tables
-from models.qlinear import Quantized, Scheme, dequantize, quantize, round_int4, search_grid
+from models.qlinear import Quantized, Scheme, dequantize, int4_grid, quantize, round_int4
 from models.quantize import stored_names
 from models.tp import CHUNK_TOKENS
 
@@ -43,7 +42,7 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
     """
     K = weight.shape[1]
     diagonal = moments.diagonal()
-    scale, zero = search_grid(weight, group_size, diagonal)
+    scale, zero = int4_grid(weight, group_size)
     order = diagonal.argsort(descending=True)
     mean = diagonal.mean().clamp(min=1e-12)  # no token at all: rounding to nearest
     damped = moments[order][:, order] + damping * mean * torch.eye(K, device=weight.device)
@@ -101,7 +100,7 @@ def quantize_blocks(
     """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
     the end report() is told what that costs on the evaluation rows, if there are any: "stored", "rounded", "chosen".
 
-    method: rtn, clip (search_grid with equal importance) or gptq, which needs calibration rows. dtype: of the forward.
+    method: rtn, or gptq, which needs calibration rows. dtype: of the forward.
     """
 
     def forward(block: Block, states: list[Tensor]) -> list[Tensor]:
@@ -132,10 +131,8 @@ def quantize_blocks(
                 stem = f"{part_name}.{name}.weight"
                 weight = files.read(f"layers.{i}.{stem}").to(device).float()
                 rounded[stem] = quantize(weight, scheme)
-                if method == "gptq":
-                    chosen[stem] = gptq(weight, moments[product], scheme.group_size)
-                else:
-                    chosen[stem] = quantize(weight, scheme, method)
+                is_better = method == "gptq"
+                chosen[stem] = gptq(weight, moments[product], scheme.group_size) if is_better else rounded[stem]
         for name, weights in (("rounded", rounded), ("chosen", chosen)):
             for stem, weight in weights.items():
                 block.get_parameter(stem).copy_(dequantize(weight))  # in dtype, as the layer itself computes

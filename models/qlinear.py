@@ -21,8 +21,8 @@ from models.model import Parallel
 from models.tp import leave_parallel, size_of
 
 GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
+ELEMENTS = 2**21  # that are quantised at a time
 FP8_MAX = 448.0  # the largest number of e4m3fn
-SHRINKS = tuple(1 - i / 40 for i in range(21))  # of a group's range, for search_grid: 1 to 0.5
 
 
 class Scheme(NamedTuple):
@@ -44,16 +44,21 @@ class Quantized(NamedTuple):
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-def quantize(weight: Tensor, scheme: Scheme, method: str = "rtn") -> Quantized:
-    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group
-    (method clip: over the part of it that search_grid finds), fp8 scaled to its largest number. Raises ValueError if K
-    is not divisible by the group size, or for a weight that is not finite."""
+def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group, fp8
+    scaled to its largest number. Raises ValueError if K is not divisible by the group size, or for a weight that is
+    not finite."""
+    # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
+    parts = [_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))]
+    return Quantized(*(torch.cat(tensors) for tensors in zip(*parts) if tensors[0] is not None))
+
+
+def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
     weight = weight.float()
     if not weight.isfinite().all():
         raise ValueError("a weight is not finite, so it cannot be quantised")
     if scheme.mode == "int4":
-        groups = _groups(weight, scheme.group_size)
-        return round_int4(weight, *(search_grid(weight, scheme.group_size) if method == "clip" else int4_grid(groups)))
+        return round_int4(weight, *int4_grid(weight, scheme.group_size))
     largest = weight.abs().amax(dim=1, keepdim=True)
     if scheme.mode == "fp8":
         scale = (largest / FP8_MAX).clamp(min=1e-12)
@@ -62,28 +67,14 @@ def quantize(weight: Tensor, scheme: Scheme, method: str = "rtn") -> Quantized:
     return Quantized((weight / _divisor(scale)).round().clamp(-127, 127).to(torch.int8), scale)
 
 
-def int4_grid(groups: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of int4 for groups [..., g] of weights: 16 steps over shrink times their range; bf16 [...] each."""
-    low, high = groups.amin(dim=-1) * shrink, groups.amax(dim=-1) * shrink
+def int4_grid(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of int4 for a weight [N, K]: 16 steps over the range of each group; bf16 [N, G] each."""
+    if weight.shape[1] % group_size:
+        raise ValueError(f"{weight.shape[1]} input features are not divisible by groups of {group_size}")
+    groups = weight.view(len(weight), -1, group_size)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     scale = ((high - low) / 15).bfloat16()
     return scale, (low + 8 * scale.float()).bfloat16()
-
-
-def search_grid(weight: Tensor, group_size: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(scale, zero) [N, G] of int4 for a weight [N, K]: of each group the shrunk range with the least squared error,
-    where the error of a column counts importance [K] times (None: once)."""
-    groups = weight.view(len(weight), -1, group_size)
-    counts = 1.0 if importance is None else importance.view(1, -1, group_size)
-    least = torch.full(groups.shape[:2], torch.inf, device=weight.device)
-    best = [torch.zeros_like(least, dtype=torch.bfloat16) for _ in range(2)]
-    for shrink in SHRINKS:
-        grid = int4_grid(groups, shrink)
-        error = (dequantize(round_int4(weight, *grid)) - weight).view(groups.shape).square()
-        error = (error * counts).sum(dim=-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = [torch.where(better, new, old) for new, old in zip(grid, best)]
-    return tuple(best)
 
 
 def round_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Quantized:
@@ -105,13 +96,6 @@ def dequantize(weight: Quantized) -> Tensor:
 def _divisor(scale: Tensor) -> Tensor:
     """A constant group has scale 0, and its weights the value of its zero."""
     return scale.float().masked_fill(scale == 0, 1.0)
-
-
-def _groups(weight: Tensor, group_size: int) -> Tensor:
-    """[N, K] -> [N, G, g]"""
-    if weight.shape[1] % group_size:
-        raise ValueError(f"{weight.shape[1]} input features are not divisible by groups of {group_size}")
-    return weight.view(len(weight), -1, group_size)
 
 
 def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

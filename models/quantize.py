@@ -167,11 +167,10 @@ def quantize_file(
     slices: tuple[slice, ...],
     scheme: Scheme,
     device: torch.device,
-    method: str = "rtn",
 ) -> Quantized:
     """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
     try:
-        return quantize(files.read(name, slices).to(device), scheme, method)
+        return quantize(files.read(name, slices).to(device), scheme)
     except ValueError as error:
         raise ValueError(f"{files.folder}: {name}: {error}") from None
 
@@ -228,14 +227,11 @@ def load_quantized(
 # ------------------------------------------------------------------------------------------ folder
 
 
-def rounded_tensors(
-    files: WeightFiles, scheme: Scheme, method: str, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time.
-    method: rtn, or clip, see search_grid."""
+def rounded_tensors(files: WeightFiles, scheme: Scheme, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time."""
     for name in loading_bar([name for name in files.names() if name.startswith("layers.")], "tensor"):
         if is_linear_weight(name):
-            yield from zip(stored_names(name, scheme), quantize_file(files, name, (), scheme, device, method))
+            yield from zip(stored_names(name, scheme), quantize_file(files, name, (), scheme, device))
         else:
             yield name, files.read(name)
 
@@ -256,10 +252,10 @@ def parser():
     add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
     add(
         "--method",
-        choices=["rtn", "clip", "gptq"],
+        choices=["rtn", "gptq"],
         default="rtn",
-        help="rtn: round to nearest, as --quantize does elsewhere; int4 also clip: of each group the range with the "
-        "least squared error, and gptq: each column's error made up for by the next ones, needs --calibration_file",
+        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: each column's error is made up for "
+        "by the next ones, as the calibration file's activations want it",
     )
     add("--calibration_file", type=Path, default=None, help="records as finetune_sft.py's: what the model reads")
     add("--eval_file", type=Path, default=None, help="records: print what it costs, beside rounding to nearest")
@@ -319,7 +315,7 @@ def main(
             placing = {"device": runtime.device, "dtype": runtime.dtype}
             yield from quantize_blocks(files, config, scheme, method, **rows, **placing)
         else:
-            yield from rounded_tensors(files, scheme, method, runtime.device)
+            yield from rounded_tensors(files, scheme, runtime.device)
         for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
             if not name.startswith("layers."):
                 yield name, files.read(name)

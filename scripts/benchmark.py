@@ -14,6 +14,7 @@
     python scripts/benchmark.py dpo --preset 134m --dtype bfloat16 --batch_size 4 --prompt_len 128 --new_tokens 128
     python scripts/benchmark.py ppo --preset 134m --dtype bfloat16 --batch_size 16 --prompt_len 64 --new_tokens 64
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
+    python scripts/benchmark.py memory --preset 7b --quantize int4 --measure
 """
 
 import argparse
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from models.qlinear import GROUP_SIZES
 from scripts.benchmark_common import SIZES, ceilings
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_memory import report_memory
@@ -94,7 +96,9 @@ def parser() -> ArgumentParser:
     add("--optim", choices=["adamw", "adamw_8bit"], default="adamw", help="ppo: the optimizer")
     add("--plan", action="store_true", help="ppo: print the memory on paper, and run nothing")
     add("--layouts", nargs="+", type=layout, default=None, help="memory, ppo --plan: dp x tp, as 1x1 8x1 4x2; one")
-    add("--measure", action="store_true", help="memory: train with random weights and print the measured peak beside")
+    add("--measure", action="store_true", help="memory: do it with random weights and print the measured bytes beside")
+    add("--quantize", choices=["none", "int8", "int4"], default="none", help="memory: of a quantised model instead")
+    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
     add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
     add("--peer_python", type=Path, default=Path(sys.executable), help="--compare: interpreter that has the peer")
     return parser

@@ -1,7 +1,8 @@
-"""The job `memory` of scripts/benchmark.py: what a training run needs on each rank, on paper for any layout, and with
---measure held against this machine.
+"""The job `memory` of scripts/benchmark.py: what a training run needs on each rank, on paper for any layout, or a
+quantised model; with --measure held against this machine.
 """
 
+import itertools
 import json
 import os
 from itertools import accumulate
@@ -9,11 +10,13 @@ from itertools import accumulate
 import torch
 
 from models.fsdp import check_divisible, clip_grad_norm, reducing_gradients
-from models.model import ModelConfig
+from models.model import Block, ModelConfig, Transformer
+from models.qlinear import Scheme
+from models.quantize import check_scheme, quantize_in_place
 from models.tp import CHUNK_TOKENS
 from scripts.benchmark_common import SIZES
 from scripts.benchmark_training import random_model, sft_setting
-from training.common import Runtime, card, choose_runtime, say
+from training.common import Runtime, card, choose_runtime, peak_memory, progress_bar, say
 from training.losses import token_cross_entropy
 
 
@@ -65,6 +68,9 @@ def training_memory(
 
 def report_memory(preset: str, options: dict) -> None:
     """Prints training_memory for each layout, and what this run's ranks took."""
+    if options["quantize"] != "none":
+        report_quantized_memory(preset, options)
+        return
     config, recompute = SIZES[preset], options["activation_checkpointing"]
     world = int(os.environ.get("WORLD_SIZE", 1))
     layouts = options["layouts"] or [(world, 1)]
@@ -115,3 +121,53 @@ def measure_memory(
         train()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of a model with quantised blocks, by purpose: all there is in memory before a cache."""
+    E, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv, ffn, L = config.num_key_value_heads * config.head_dim, config.intermediate_size, config.num_hidden_layers
+    rows, weights = L * (q + 2 * kv + 2 * E + 2 * ffn), L * (2 * E * (q + kv) + 3 * E * ffn)
+    return {
+        "integers": weights * (0.5 if scheme.mode == "int4" else 1),
+        "scales": dtype.itemsize * (2 * weights / scheme.group_size if scheme.mode == "int4" else rows),
+        "embedding and head": dtype.itemsize * (2 - config.tie_word_embeddings) * config.vocab_size * E,
+        "norms": dtype.itemsize * (2 * L + 1) * E,
+    }
+
+
+@torch.no_grad()
+def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Transformer:
+    """A model of random weights, each block quantised before the next one is there."""
+    with torch.device("meta"):
+        model = Transformer(config).to(runtime.dtype)
+    blocks = progress_bar(iterable=model.layers, desc="quantising", unit="block", leave=False)
+    for part in itertools.chain(blocks, (model.embed_tokens, model.norm, model.lm_head)):
+        part.to_empty(device=runtime.device)
+        for parameter in part.parameters():
+            parameter.uniform_(-0.035, 0.035)  # of deviation 0.02
+        if isinstance(part, Block):
+            quantize_in_place(part, scheme)
+    model.tie_weights()
+    model.reset_buffers(runtime.device)
+    return model
+
+
+def report_quantized_memory(preset: str, options: dict) -> None:
+    """Prints quantized_memory; with --measure also what such a model holds, and by how much making it let this process
+    grow at the peak."""
+    config, scheme = SIZES[preset], Scheme(options["quantize"], options["group_size"] or 128)
+    runtime = choose_runtime(options["device"], options["dtype"] or "bfloat16", False)
+    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
+    found = quantized_memory(config, scheme, runtime.dtype)
+    found["sum"] = sum(found.values())
+    rows = {name: f"{size / 1e9:8.3f} GB" for name, size in found.items()}
+    if options["measure"]:
+        before = peak_memory(runtime.device)
+        model = quantized_model(config, runtime, scheme)
+        storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
+        found["measured"], found["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
+        rows["measured"] = f"{found['measured'] / 1e9:8.3f} GB, {found['measured'] / found['sum'] - 1:+.1%}"
+        rows["peak"] = f"{found['peak'] / 1e9:8.3f} GB while it was made"
+    say(card(f"memory of {preset}, {scheme}, {runtime.dtype}", rows))
+    say(json.dumps({"job": "memory", "preset": preset, "scheme": str(scheme), "bytes": found}))

@@ -10,9 +10,10 @@ import torch
 
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
+from models.qlinear import Scheme
 from scripts import benchmark_generate
 from scripts.benchmark_common import SIZES
-from scripts.benchmark_memory import measure_memory, training_memory
+from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
 from tests import tiny
 from training.common import choose_runtime
 
@@ -132,3 +133,22 @@ def test_memory_of_ppo_on_paper():
     tiny.assert_refused(refused, "ppo has no peer")
     refused = tiny.run("scripts/benchmark.py", "memory", "--activation_checkpointing", "selective")
     tiny.assert_refused(refused, "knows none and full")
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128)], ids=str)
+def test_quantised_arithmetic(scheme):
+    """Catches weights kept beside their integers, unpacked integers, and scales or a head that are not counted."""
+    config = ModelConfig(1000, 256, 768, 4, 8, 4, 32, 4096)
+    model = quantized_model(config, choose_runtime("cpu", "bfloat16", False), scheme)
+    tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
+    on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
+    assert on_paper == pytest.approx(sum(tensors.values()), rel=0.01)
+
+
+def test_quantised_memory_of_7b():
+    """Catches the table of a quantised model that is not Llama-2-7b's: 6.48e9 weights in blocks, 0.26e9 outside."""
+    for flags, wanted in ((("int8",), 7.0e9), (("int4",), 3.97e9), (("int4", "--group_size", 32), 4.57e9)):
+        result = tiny.run("scripts/benchmark.py", "memory", "--preset", "7b", "--quantize", *flags)
+        assert result.code == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])["bytes"]
+        assert found["sum"] == pytest.approx(wanted, rel=0.005)

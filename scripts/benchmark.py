@@ -2,7 +2,7 @@
 
 - the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
 - generate: tokens/s, time to the first token and MBU of the engine, for a batch size, a sweep of them, or ragged work
-  in few slots; over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
+  in few slots; in any precision, over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
 - ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
@@ -37,6 +37,7 @@ from scripts.benchmark_ppo import measure_ppo, ppo_setting, report_plan
 from scripts.benchmark_training import dpo_setting, measure_dpo, measure_sft, sft_setting
 from training.common import (
     ArgumentParser,
+    add_quantize_arguments,
     add_runtime_arguments,
     card,
     choose_runtime,
@@ -78,6 +79,7 @@ def parser() -> ArgumentParser:
         help="generate: so many prompts, lengths and ends around the flags'",
     )
     add("--tensor_parallel_size", type=positive_int, default=1, help="generate: ranks that share the model")
+    add_quantize_arguments(parser)
     add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
     add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
     add(

@@ -1,5 +1,5 @@
-"""The job `generate` of scripts/benchmark.py: the engine's rates for one batch size or a sweep of them, over
-tensor-parallel ranks."""
+"""The job `generate` of scripts/benchmark.py: the engine's rates for one batch size or a sweep of them, with weights in
+any precision, over tensor-parallel ranks."""
 
 import math
 import statistics
@@ -13,6 +13,8 @@ from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Parallel, Transformer
+from models.qlinear import Scheme
+from models.quantize import check_scheme, quantize_in_place
 from models.tp import tensor_parallel_part
 from scripts.benchmark_common import seconds_of
 
@@ -44,18 +46,28 @@ def random_inference_model(
     dtype: torch.dtype,
     device: torch.device,
     pack: bool,
+    scheme: Scheme | None,
     tp: DeviceMesh | None,
 ) -> Transformer:
-    """The inference copy of random weights, or this tp rank's part of it."""
+    """The inference copy of random weights, or this tp rank's part of it, built block by block."""
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp))
 
-    for name, parameter in list(model.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        part = tensor_parallel_part(name, tuple(parameter.shape), tp)
-        values = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
-        values = values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+    def fill(module: nn.Module) -> None:
+        for name, parameter in list(module.named_parameters()):
+            owner, _, attribute = name.rpartition(".")
+            part = tensor_parallel_part(name, tuple(parameter.shape), tp)
+            values = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
+            values = values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
+            setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+
+    for block in model.layers:
+        fill(block)
+        if scheme is not None:
+            quantize_in_place(block, scheme)
+    blocks, model.layers = model.layers, nn.ModuleList()
+    fill(model)
+    model.layers = blocks
     model.tie_weights()
     model.reset_buffers(device)
     return to_inference(model, pack=pack)
@@ -85,9 +97,13 @@ def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) 
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
     check_divisible(config, tp_size)
+    mode = options["quantize"]
+    scheme = None if mode == "none" else Scheme(mode, options["group_size"] or 128)
+    if scheme is not None:
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None
     pack = not runtime.compile and can_pack(runtime.device, runtime.dtype)
-    model = random_inference_model(config, runtime.dtype, runtime.device, pack, tp)
+    model = random_inference_model(config, runtime.dtype, runtime.device, pack, scheme, tp)
     found = []
     for batch_size in options["sweep"] or [options["batch_size"]]:
         found.append(measure_batch(model, runtime, repeats, options | {"batch_size": batch_size}))

@@ -65,16 +65,19 @@ def generate(*flags):
 
 
 def test_sweep_of_generate():
-    """Catches a sweep that measures one batch size for all, a rate per row that is not a row's, and an MBU
-    without the weights or the cache."""
+    """Catches a sweep that measures one batch size for all, a rate per row that is not a row's, and precisions whose
+    bytes are not their own."""
     found = generate("--sweep", 1, 3)
     assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
     for batch in found["batches"]:
         assert batch["tokens_per_second"] == pytest.approx(batch["batch_size"] * batch["tokens_per_second_per_row"])
         assert batch["first_token_ms"] > 0 and batch["products_ms"] > 0
-    size = found["batches"][0]["bytes_per_second"] * found["batches"][0]["ms_per_step"] / 1e3
+    read = {"float32": found["batches"][0]}
+    read["int4"] = generate("--batch_size", 1, "--quantize", "int4", "--group_size", 32, "--dtype", "bfloat16")
+    sizes = {name: b["bytes_per_second"] * b["ms_per_step"] / 1e3 for name, b in read.items()}
     head, blocks = 4000 * 512, 6 * (4 * 512 * 512 + 3 * 512 * 1376)
-    assert size == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
+    assert sizes["float32"] == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
+    assert sizes["int4"] == pytest.approx(2 * head + (0.5 + 4 / 32) * blocks, rel=0.05)
 
 
 def test_ragged_work_of_generate():
@@ -88,7 +91,7 @@ def test_ragged_work_of_generate():
     with mock.patch("scripts.benchmark_peers.seconds_of", lambda run, *_: seconds.append(run()) or 2.0):
         assert generate("--ragged", 5, "--batch_size", 2, "--engine", "peer")["tokens_per_second"] == tokens / 2
     assert len(seconds) == 1
-    model = benchmark_generate.random_inference_model(SMALL, torch.float32, torch.device("cpu"), False, None)
+    model = benchmark_generate.random_inference_model(SMALL, torch.float32, torch.device("cpu"), False, None, None)
     engine = Engine(model, SamplingParams(), num_slots=2, max_seq_len=32)
     list(engine.generate([Request(i, 0, [1] * p, n) for i, (p, n) in enumerate(sizes)]))
     needed = sum(p + i for p, n in sizes for i in range(1, n))

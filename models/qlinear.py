@@ -224,15 +224,19 @@ class QuantizedLinear(nn.Module):
             width = cpu_int4_width() or 64
             missing = -len(weight.values) % width
             values, scale, zero = (F.pad(part, (0, 0, 0, missing)) for part in weight)
-            values, scale = pack_int4(values, width), torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
+            values = pack_int4(values, width).view(len(values), -1)  # [N, K / 2], as the kernel takes it
+            scale, self.half_width = torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous(), width // 2
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
         self.num_bytes = values.nbytes + scale.nbytes  # what a product reads
+        self.is_padded = scheme.mode == "int4" and self.kernel != "cuda" and len(values) != self.num_rows
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; row-parallel: the bias is added once, to the sum."""
-        y = self._product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        if x.dim() != 2:
+            return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y = self._product(x)
         if self.tp is not None:
             y = leave_parallel(y, self.tp)
         return y if self.bias is None else y + self.bias
@@ -252,6 +256,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel == "cuda":
             return torch.ops.aten._weight_int4pack_mm(x, self.weight, group_size, self.scale)
         if few:
-            packed = self.weight.view(-1, x.shape[1] // 2)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, self.scale)[:, : self.num_rows]
-        return (x @ unpack_int4(self.weight, self.scale, x.dtype))[:, : self.num_rows]
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, group_size, self.scale)
+        else:
+            y = x @ unpack_int4(self.weight.view(-1, x.shape[1], self.half_width), self.scale, x.dtype)
+        return y[:, : self.num_rows] if self.is_padded else y

@@ -1,6 +1,7 @@
 """Models with quantised weights: rounded while they are loaded, or written to a folder and loaded from there.
 
-- the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype
+- the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype (an
+  inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
 - a folder holds what --quantize computes, to the bit; or int4 that was chosen with more care (models/gptq.py)
 - with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight

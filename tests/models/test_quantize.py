@@ -4,10 +4,10 @@ import torch.nn.functional as F
 
 from models import qlinear as q
 from models.checkpoint import WeightFiles, load_model, save_folder
-from models.decode import load_for_inference, weight_bytes
+from models.decode import InferenceLinear, QuantizedHead, can_pack, load_for_inference, weight_bytes
 from models.model import ModelConfig, read_hf_config
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
-from models.quantize import choose_scheme, stored_names
+from models.quantize import choose_scheme, load_quantized, stored_names
 from tests import tiny
 from tests.inference.test_score import write_reward_model
 
@@ -160,10 +160,50 @@ def test_bytes(biased):
     config = ModelConfig.from_hf(biased)
     E, ffn = config.hidden_size, config.intermediate_size
     weights = 2 * (E * E + 2 * E * E // 2 + E * E + 3 * E * ffn)
-    head = config.vocab_size * E * 2
+    head = config.vocab_size * (E + 2 if can_pack(CPU, torch.bfloat16) else 2 * E)
     for scheme, each in ((Scheme("int8"), 1), (Scheme("int4", 32), 0.5 + 4 / 32)):
         model = load_for_inference(biased, device=CPU, dtype=torch.bfloat16, scheme=scheme)
         assert weights * each + head <= weight_bytes(model) <= 1.1 * weights * each + head
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="no packed bf16 products on this CPU")
+def test_quantized_head():
+    """Catches a kernel that reads other scales, a packed form with other weights, and two forms kept at once: few rows,
+    many rows and few again, against torch's product of the dequantised weights."""
+    weight = random_weight(100, 64).bfloat16()
+    whole = dequantize(quantize(weight, Scheme("int8")))
+    head = QuantizedHead(weight)
+    assert head.num_bytes == 100 * 64 + 2 * 100
+    for shape in ((1,), (4,), (2, 2), (5,), (40,), (2, 3), (1,)):
+        x = torch.randn(*shape, 64).bfloat16()
+        found, wanted = head(x), F.linear(x.float(), whole)
+        assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
+        assert (found.float() - wanted).norm() < 6e-3 * wanted.norm(), shape
+        assert (head.weight is None) == (head.packed is not None)
+    assert head.packed is not None and head.num_bytes >= 2 * 100 * 64
+    with pytest.raises(ValueError, match=r"lm_head\.weight: .* not finite"):
+        QuantizedHead(weight.index_fill(0, torch.tensor([2]), torch.nan))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_which_head(tmp_path, tied):
+    """Catches an embedding that is rounded with the head, a head quantised from other numbers than the folder's, in
+    another dtype, under torch.compile or in a plain model, and a frozen model without lm_head.weight, which the
+    references of DPO and PPO read."""
+    tiny.write_model(tmp_path / "model", tie_word_embeddings=tied)
+    scheme, options = Scheme("int8"), {"device": CPU, "dtype": torch.bfloat16}
+    frozen = load_quantized(tmp_path / "model", scheme, **options)
+    weight = frozen.lm_head.weight
+    assert weight.dtype == torch.bfloat16
+    model = load_for_inference(tmp_path / "model", scheme=scheme, **options)
+    assert torch.equal(model.embed_tokens.weight, frozen.embed_tokens.weight)
+    if can_pack(CPU, torch.bfloat16):
+        assert isinstance(model.lm_head, QuantizedHead)
+        values, scale, _ = quantize(weight, scheme)
+        assert torch.equal(model.lm_head.weight, values) and torch.equal(model.lm_head.scale, scale[:, 0])
+    for more in ({}, {"scheme": scheme, "compile": True}, {"scheme": scheme, "dtype": torch.float32}):
+        model = load_for_inference(tmp_path / "model", **options | more)
+        assert isinstance(model.lm_head, InferenceLinear), more
 
 
 # ------------------------------------------------------------------------------------------ folder

@@ -122,8 +122,8 @@ def add_quantize_arguments(parser: ArgumentParser) -> None:
         "--quantize",
         choices=["none", "int8", "int4", "fp8"],
         default="none",
-        help="round the weights of the blocks while loading; fp8 needs a Hopper GPU. A folder that models/quantize.py "
-        "wrote is run as it is stored",
+        help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
+        "fp8 needs a Hopper GPU. A folder that models/quantize.py wrote is run as it is stored",
     )
     add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
 

@@ -85,7 +85,7 @@ def text(tmp_path_factory):
     everything = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in sources)
     pieces = [everything[i : i + 200] for i in range(0, len(everything) - 200, 200)]
     records = [{"text": piece} for piece in random.Random(0).sample(pieces, 4096)]
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}  # larger than the toy
     tiny.write_model(root / "model", std=0.05, **shape)
     files = [
         tiny.write_records(root / f"{i}.jsonl", part)

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models.qlinear import GROUP_SIZES
 from scripts.benchmark_common import SIZES, ceilings
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_memory import report_memory
@@ -99,8 +98,6 @@ def parser() -> ArgumentParser:
     add("--plan", action="store_true", help="ppo: print the memory on paper, and run nothing")
     add("--layouts", nargs="+", type=layout, default=None, help="memory, ppo --plan: dp x tp, as 1x1 8x1 4x2; one")
     add("--measure", action="store_true", help="memory: do it with random weights and print the measured bytes beside")
-    add("--quantize", choices=["none", "int8", "int4"], default="none", help="memory: of a quantised model instead")
-    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
     add("--compare", type=positive_int, default=None, help="alternate ours and the peer so many times")
     add("--peer_python", type=Path, default=Path(sys.executable), help="--compare: interpreter that has the peer")
     return parser

@@ -2,6 +2,7 @@
 quantised model; with --measure held against this machine.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -117,6 +118,7 @@ def measure_memory(
     if runtime.device.type == "cuda":
         train()
         return torch.cuda.max_memory_allocated(runtime.device)
+    gc.collect()  # what is freed meanwhile but was allocated before would count as negative
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -12,6 +12,10 @@ python=.venv/bin/python
 folder() { if [ "$1" = "${seeds[0]}" ]; then echo runs/toy; else echo "runs/toy-$1"; fi; }
 step() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
+if [ "$(printf '%s\n' "${seeds[@]}" | grep -E '^[0-9]+$' | sort -u | wc -l)" != ${#seeds[@]} ]; then
+    echo "quickstart: the seeds must be different whole numbers, not: ${seeds[*]}" >&2
+    exit 2
+fi
 if [ ! -x "$python" ]; then
     step "Python environment in .venv"
     python3 -m venv .venv

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import tokenizers
 import transformers
@@ -7,6 +9,14 @@ from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.models.test_tokenizer import byte_level_folder
 from tests.training.test_data import END_OF_TURN, TEMPLATES, write_chat_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    """A training script takes SIGTERM over for its process, which in these tests is pytest's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,6 @@ SCRIPT = "training/finetune_sft.py"
 KEYS = {"step", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second"}
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    """The script takes SIGTERM over for its process, which here is pytest's."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 def make_records(count=11):
     records = [
         {

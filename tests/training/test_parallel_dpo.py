@@ -1,7 +1,5 @@
 """training/train_dpo.py on four ranks against one process: metrics, every gradient and the weights, on gloo."""
 
-import signal
-
 import pytest
 import torch
 
@@ -19,13 +17,6 @@ RUNS = {  # name: (model, flags)
         ["--dp_replicate", "2", "--activation_checkpointing", "full", "--no-sync_every_micro_batch"],
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

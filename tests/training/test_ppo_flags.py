@@ -3,7 +3,6 @@ test_ppo_optimum.py: answers of up to two letters with a reward each.
 """
 
 import math
-import signal
 
 import pytest
 import torch
@@ -13,13 +12,6 @@ from training import train_ppo
 from training.losses import adapted_kl_coef
 
 ONCE = {"total_steps": 1, "ppo_epochs": 1, "rollout_batch_size": 64, "learning_rate": 0, "value_learning_rate": 0}
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

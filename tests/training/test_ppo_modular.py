@@ -6,7 +6,6 @@ An answer is one token and EOS, so both probabilities are computed, by transform
 """
 
 import math
-import signal
 
 import pytest
 import tokenizers
@@ -25,13 +24,6 @@ def right(prompts, completions, examples):
     sums = [sum(map(int, prompt[:-1].split("+"))) % {MODULUS} for prompt in prompts]
     return [float(completion == str(total)) for completion, total in zip(completions, sums)]
 """
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def answer(prompt):

@@ -6,7 +6,6 @@ transformers', of the exported folder.
 import itertools
 import json
 import random
-import signal
 
 import pytest
 import tokenizers
@@ -21,13 +20,6 @@ LETTERS, MOST = "abcdefghij", 2  # answers of up to 2 letters; those of 2 run ou
 ANSWERS = ["".join(word) for length in range(MOST + 1) for word in itertools.product(LETTERS, repeat=length)]
 PROMPTS = ("bca",)
 BETA, TEMPERATURE = 0.5, 0.7
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def write_letters(folder, seed):

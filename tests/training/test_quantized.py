@@ -2,7 +2,6 @@
 be trained."""
 
 import shutil
-import signal
 
 import pytest
 from safetensors import safe_open
@@ -15,13 +14,6 @@ from tests.training.test_finetune_sft import weights_of
 from tests.training.test_parallel import launch
 
 INT4 = ["--mode", "int4", "--group_size", 32]
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

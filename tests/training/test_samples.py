@@ -2,7 +2,6 @@
 Several ranks: test_parallel.py."""
 
 import io
-import signal
 import sys
 
 import pytest
@@ -15,13 +14,6 @@ from training.data import Record, encode_sft_record
 from training.samples import block, prompts_of
 
 SCRIPT = "training/finetune_sft.py"
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

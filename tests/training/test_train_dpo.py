@@ -6,7 +6,6 @@ The plain computation runs rows one by one without padding, and its losses are w
 
 import math
 import shutil
-import signal
 
 import pytest
 import torch
@@ -42,14 +41,6 @@ MEANS = (
     "logps/rejected",
 )
 KEYS = {"step", "loss", *MEANS, "learning_rate", "grad_norm", "num_tokens", "tokens_per_second"}
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    """The script takes SIGTERM over for its process, which here is pytest's."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,6 @@ from training import run_dir, train_dpo
 from training.data import training_batches
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    """The script takes SIGTERM over for its process, which here is pytest's."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory):
     return tiny.write_records(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS)

@@ -62,13 +62,6 @@ def nan_later(prompts, completions, examples):
 """
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Prompts of different lengths, reward functions, and a pairwise reward model of another size."""

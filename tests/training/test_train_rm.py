@@ -27,13 +27,6 @@ FIXED = {"loss", "learning_rate", "grad_norm", "mean_reward", "min_reward", "max
 COUNTED = {"step", "num_tokens", "tokens_per_second"}
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handler():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
 def make_records(loss, count=11):
     """Ragged ones, with margins, soft labels and one to three steps."""
     records = []

@@ -12,7 +12,6 @@ import transformers
 from tests import tiny
 from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
     TIMED,
-    keep_signal_handler,
     ppo,
     shorten,
     with_another_tokenizer,

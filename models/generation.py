@@ -30,6 +30,7 @@ from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import chunk_range, gather_ranks, gather_vocabulary, pad_vocabulary, size_of
 
 PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
+CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def sample(
     the other tokens, and a rank need not know the other ranks' logits. A tie goes to the lowest id.
     """
     V, offset = len(hashes), 0
+    few = max(1, CPU_NOISE // V)
+    if logits.device.type == "cpu" and len(logits) > few and size_of(tp) == 1 and not torch.compiler.is_compiling():
+        parts = zip(*(t.split(few) for t in (logits, keys, positions)))
+        tokens, logprobs = zip(*(sample(*part, hashes, params) for part in parts))
+        return torch.cat(tokens), torch.cat(logprobs)
     logits = logits.float()
     if size_of(tp) > 1:
         offset, end = chunk_range(V, tp.get_local_rank(), tp.size())

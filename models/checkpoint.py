@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from models.model import ModelConfig, Parallel, Transformer, is_quantized, read_hf_config
-from models.tp import is_main_rank, tensor_parallel_part
+from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.tp import inference_parallel, is_main_rank, tensor_parallel_part
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5_000_000_000
@@ -178,8 +178,9 @@ def load_model(
     config = ModelConfig.from_hf(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)
+    parallel = inference_parallel(tp, torch.device(device), compute_dtype or param_dtype)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, Parallel(tp), head)
+        model = Transformer(config, compute_dtype, parallel, head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 

@@ -32,7 +32,6 @@ from models.model import (
     Block,
     Linear,
     ModelConfig,
-    Parallel,
     RowLinear,
     Transformer,
     causal_attention,
@@ -40,7 +39,7 @@ from models.model import (
 )
 from models.qlinear import QuantizedLinear, Scheme, quantize
 from models.quantize import load_quantized
-from models.tp import leave_parallel, local, size_of
+from models.tp import inference_parallel, leave_parallel, local, size_of
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -99,7 +98,7 @@ class InferenceLinear(nn.Module):
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         if self.parallel is not None:  # row-parallel: the bias is added once, to the sum
-            y = leave_parallel(y, self.parallel.tp)
+            y = leave_parallel(y, self.parallel)
             y = y if self.bias is None else y + self.bias
         return y
 
@@ -247,8 +246,9 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
     """An inference copy beside a model in training, on the same tp ranks, in its compute dtype; refresh() keeps it up
     to date. A collective over dp. pack: as for to_inference."""
+    parallel = inference_parallel(source.parallel.tp, source.inv_freq.device, source.compute_dtype)
     with torch.device("meta"):
-        copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
+        copy = Transformer(source.config, source.compute_dtype, parallel)
     for mine, theirs in zip(copy.layers, source.layers):
         with _gathered(theirs):
             _take_parameters(mine, theirs, source.compute_dtype)

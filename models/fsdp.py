@@ -28,10 +28,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, refuse_quantized
-from models.model import ModelConfig, Parallel, Transformer
+from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import load_quantized
-from models.tp import chunk_range, shard_dim, tensor_parallel_part
+from models.tp import Parallel, chunk_range, shard_dim, tensor_parallel_part
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import WeightFiles, loading_bar
-from models.model import FUSIONS, Block, ModelConfig, Parallel, RMSNorm, causal_attention, rope_inv_freq, rope_tables
+from models.model import FUSIONS, Block, ModelConfig, RMSNorm, causal_attention, rope_inv_freq, rope_tables
 from models.qlinear import Quantized, Scheme, dequantize, int4_grid, quantize, round_int4
 from models.quantize import stored_names
-from models.tp import CHUNK_TOKENS
+from models.tp import CHUNK_TOKENS, Parallel
 
 COLUMNS = 128  # whose errors reach the rest of the row together
 

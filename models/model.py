@@ -19,15 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from models.tp import embed, enter_parallel, leave_parallel, local, size_of, whole_sequence
+from models.tp import Parallel, embed, enter_parallel, leave_parallel, local, size_of, whole_sequence
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -280,14 +278,6 @@ def document_attention(lengths: list[list[int]], num_tokens: int, device: torch.
     return variable_length if device.type == "cuda" and varlen_attn is not None else masked
 
 
-class Parallel(NamedTuple):
-    """How one model is spread: the mesh of its tensor-parallel ranks (None: one rank), and whether the tokens between
-    the parallel layers are spread as well."""
-
-    tp: DeviceMesh | None = None
-    sequence_parallel: bool = False
-
-
 class Linear(nn.Linear):
     """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16. Column-parallel:
     a rank that holds some rows of the weight computes those outputs."""
@@ -308,7 +298,7 @@ class RowLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if size_of(self.parallel.tp) == 1:
             return super().forward(x)
-        y = leave_parallel(F.linear(x, local(self.weight).to(x.dtype)), *self.parallel)
+        y = leave_parallel(F.linear(x, local(self.weight).to(x.dtype)), self.parallel)
         if self.bias is None:
             return y
         return y + local(self.bias, partial_grad=self.parallel.sequence_parallel).to(y.dtype)
@@ -338,7 +328,7 @@ class Attention(nn.Module):
         self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = enter_parallel(x, *self.parallel)
+        x = enter_parallel(x, self.parallel)
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -363,7 +353,7 @@ class MLP(nn.Module):
         self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_parallel(x, *self.parallel)
+        x = enter_parallel(x, self.parallel)
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
@@ -409,7 +399,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp)
-        return leave_parallel(rows, *self.parallel)
+        return leave_parallel(rows, self.parallel)
 
 
 class ScoreHead(nn.Linear):

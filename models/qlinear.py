@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.model import Parallel
-from models.tp import leave_parallel, size_of
+from models.tp import Parallel, leave_parallel, size_of
 
 GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
 ELEMENTS = 2**21  # that are quantised at a time
@@ -224,7 +223,7 @@ class QuantizedLinear(nn.Module):
         whole = [None if parts[0] is None else torch.cat(parts) for parts in zip(*weights)]
         weight = Quantized(*whole)
         self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
-        self.tp = parallel.tp if size_of(parallel.tp) > 1 else None
+        self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
         if scheme.mode != "int4":
             values, scale = weight.values, weight.scale if scheme.mode == "fp8" else weight.scale[:, 0].to(dtype)
@@ -247,8 +246,8 @@ class QuantizedLinear(nn.Module):
         if x.dim() != 2:
             return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         y = self._product(x)
-        if self.tp is not None:
-            y = leave_parallel(y, self.tp)
+        if self.parallel is not None:
+            y = leave_parallel(y, self.parallel)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:

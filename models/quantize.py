@@ -27,14 +27,13 @@ from models.model import (
     QUANTIZED_FORMAT,
     Block,
     ModelConfig,
-    Parallel,
     RowLinear,
     Transformer,
     is_quantized,
     read_hf_config,
 )
 from models.qlinear import GROUP_SIZES, Quantized, QuantizedLinear, Scheme, quantize
-from models.tp import shard_dim, size_of, tensor_parallel_part
+from models.tp import Parallel, inference_parallel, shard_dim, size_of, tensor_parallel_part
 
 LINEARS = tuple(name for _, names, _ in FUSIONS for name in names)  # the layers of a block that are quantised
 
@@ -195,8 +194,9 @@ def load_quantized(
     config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
     check_scheme(scheme, config, device, dtype, size_of(tp))
     is_stored = is_quantized(read_hf_config(folder)[0])
+    parallel = inference_parallel(tp, device, dtype)
     with torch.device("meta"):
-        model = Transformer(config, dtype, Parallel(tp), head)
+        model = Transformer(config, dtype, parallel, head)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = stored_shapes(shapes, scheme) if is_stored else shapes
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])

@@ -6,16 +6,20 @@
   `local` gives the tensor to compute with in either case
 - embedding and head are sharded over the vocabulary, which need not be divisible by the ranks; log-probs, entropy and
   sampling combine a few numbers per token; logits are gathered only for top-p without top-k
+- the small sums of a decode step go through memory that the ranks' GPUs share, where there is such, instead of NCCL
 
 `tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
@@ -58,6 +62,80 @@ def is_main_rank() -> bool:
 
 def size_of(tp: DeviceMesh | None) -> int:
     return 1 if tp is None else tp.size()
+
+
+class SharedMemory(NamedTuple):
+    """A piece of each tp rank's GPU memory that the other ranks read directly. A small sum over the ranks is then one
+    kernel: each rank writes its part and adds up all parts, in the same order on every rank."""
+
+    memory: Tensor  # [elements], of the dtype that is summed
+    group_name: str
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dtype == self.memory.dtype and x.numel() <= self.memory.numel() and x.nbytes % 16 == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of an x that it takes."""
+        mine = self.memory[: x.numel()].view(x.shape)
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x.contiguous(), "sum", self.group_name)
+
+
+SHARED_BYTES = 2**18  # the largest sum that goes this way; for larger ones bandwidth counts, and NCCL has more of it
+
+
+class Parallel(NamedTuple):
+    """How one model is spread: the mesh of its tensor-parallel ranks (None: one rank), whether the tokens between the
+    parallel layers are spread as well, and, for inference, memory for quick sums."""
+
+    tp: DeviceMesh | None = None
+    sequence_parallel: bool = False
+    shared: SharedMemory | None = None
+
+
+def inference_parallel(tp: DeviceMesh | None, device: torch.device, dtype: torch.dtype | None) -> Parallel:
+    """For a model that only computes forward, with activations of this dtype; a collective over tp."""
+    return Parallel(tp, shared=share_memory(tp, device, dtype))
+
+
+def share_memory(tp: DeviceMesh | None, device: torch.device, dtype: torch.dtype | None) -> SharedMemory | None:
+    """Memory for quick sums over the tp ranks; None where there is none (CPUs, AMD, ranks of several hosts, GPUs that
+    do not reach each other's memory) or where a trial gives a wrong sum. A collective over tp."""
+    if size_of(tp) == 1 or device.type != "cuda" or torch.version.hip or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
+        return None
+    hosts: list[str | None] = [None] * tp.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=tp.get_group())
+    if len(set(hosts)) > 1:
+        return None
+    try:
+        memory = symmetric_memory.empty(SHARED_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        symmetric_memory.rendezvous(memory, tp.get_group().group_name)
+        shared = SharedMemory(memory, tp.get_group().group_name)
+        works = _sums_rightly(shared, tp)
+    except RuntimeError:
+        shared, works = None, False
+    if _all_reduce(torch.tensor(float(works), device=device), tp).item() < tp.size():
+        return None
+    torch._dynamo.mark_static_address(shared.memory)  # else CUDA graphs take a copy, which no other rank reaches
+    return shared
+
+
+def _sums_rightly(shared: SharedMemory, tp: DeviceMesh) -> bool:
+    """Tries sums as a decode step has them, in a CUDA graph that is replayed; of small integers, exact in bf16."""
+    ones = torch.arange(4096, device=shared.memory.device).remainder(4).to(shared.memory.dtype)
+    x, wanted = torch.empty_like(ones), ones * sum(range(1, tp.size() + 1))
+    shared.sum(x.zero_())  # what the first call sets up must not be in the graph
+    torch.cuda.synchronize(x.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        y = shared.sum(x)
+    works = True
+    for factor in (1, 2):
+        x.copy_(ones * (factor * (tp.get_local_rank() + 1)))
+        graph.replay()
+        works = works and torch.equal(y, wanted * factor)
+    return works
 
 
 def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
@@ -130,21 +208,25 @@ class _WholeTokens(_GatherTokens):
         return grad.chunk(ctx.tp.size(), dim=1)[ctx.tp.get_local_rank()].contiguous(), None
 
 
-def enter_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = False) -> Tensor:
+def enter_parallel(x: Tensor, parallel: Parallel) -> Tensor:
     """Before column-parallel layers: every rank gets the whole x, and the ranks' gradients of x are summed.
 
     x [B, T, E], or [B, T / tp, E] under sequence parallelism.
     """
+    tp, sequence_parallel, _ = parallel
     if size_of(tp) == 1:
         return x
     return _GatherTokens.apply(x, tp) if sequence_parallel else _Copy.apply(x, tp)
 
 
-def leave_parallel(x: Tensor, tp: DeviceMesh | None, sequence_parallel: bool = False) -> Tensor:
+def leave_parallel(x: Tensor, parallel: Parallel) -> Tensor:
     """After a row-parallel layer: the ranks' parts of x [B, T, E] are summed; under sequence parallelism each rank
     keeps its tokens, [B, T / tp, E]."""
+    tp, sequence_parallel, shared = parallel
     if size_of(tp) == 1:
         return x
+    if shared is not None and shared.takes(x):
+        return shared.sum(x)
     return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)
 
 
@@ -292,7 +374,7 @@ def linear_cross_entropy(
     hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N]. No token: 0,
     with gradients 0.
     """
-    hidden, weight = enter_parallel(hidden, tp), local(weight)
+    hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
     start = _first_column(vocab_size, tp)
     # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -366,4 +448,5 @@ def linear_logprobs(
     hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
     """
     start = _first_column(vocab_size, tp)
-    return _TokenLogprobs.apply(enter_parallel(hidden, tp), local(weight), targets, start, tp, temperature, entropy)
+    hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
+    return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

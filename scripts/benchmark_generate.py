@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
-from models.model import ModelConfig, Parallel, Transformer
+from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import check_scheme, quantize_in_place
-from models.tp import tensor_parallel_part
+from models.tp import inference_parallel, tensor_parallel_part
 from scripts.benchmark_common import seconds_of
 
 
@@ -50,8 +50,9 @@ def random_inference_model(
     tp: DeviceMesh | None,
 ) -> Transformer:
     """The inference copy of random weights, or this tp rank's part of it, built block by block."""
+    parallel = inference_parallel(tp, device, dtype)
     with torch.device("meta"):
-        model = Transformer(config, dtype, Parallel(tp))
+        model = Transformer(config, dtype, parallel)
 
     def fill(module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters()):

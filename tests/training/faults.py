@@ -25,7 +25,7 @@ def _norm_gradient_not_summed() -> None:
 
 def _bias_added_by_every_rank() -> None:
     def forward(self, x):
-        return tp.leave_parallel(F.linear(x, tp.local(self.weight), tp.local(self.bias)), *self.parallel)
+        return tp.leave_parallel(F.linear(x, tp.local(self.weight), tp.local(self.bias)), self.parallel)
 
     model.RowLinear.forward = forward
 

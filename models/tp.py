@@ -79,8 +79,8 @@ class SharedMemory(NamedTuple):
         return _quick_sum(self.memory, x.contiguous(), self.group_name)
 
 
-# An operator of its own, because the compiler knows torch's and gives it other memory (torch 2.13). The memory counts as
-# untouched: nothing reads what a sum has left there.
+# An operator of its own, because the compiler knows torch's and gives it other memory (torch 2.13). The memory counts
+# as untouched: nothing reads what a sum has left there.
 @torch.library.custom_op("gpt_accelera::quick_sum", mutates_args=())
 def _quick_sum(memory: Tensor, x: Tensor, group_name: str) -> Tensor:
     mine = memory[: x.numel()].view(x.shape)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from models.tp import Parallel, leave_parallel, size_of
 
+MODES = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
 ELEMENTS = 2**21  # that are quantised at a time
 FP8_MAX = 448.0  # the largest number of e4m3fn
 
 
 class Scheme(NamedTuple):
-    mode: str  # int8, int4 or fp8
+    mode: str  # of MODES
     group_size: int = 128  # of int4
 
     def __str__(self) -> str:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from models.qlinear import MODES
 from scripts.benchmark_common import SIZES, ceilings
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_memory import report_memory
@@ -79,6 +80,13 @@ def parser() -> ArgumentParser:
     )
     add("--tensor_parallel_size", type=positive_int, default=1, help="generate: ranks that share the model")
     add_quantize_arguments(parser)
+    add(
+        "--precisions",
+        choices=["none", *MODES],
+        nargs="+",
+        default=[],
+        help="generate: values of --quantize to measure in turns, with their speeds as ratios to the first's",
+    )
     add("--seq_len", type=positive_int, default=512, help="sft, memory: tokens of each row")
     add("--activation_checkpointing", choices=["none", "full", "selective"], default="none", help="recompute in steps")
     add(
@@ -111,6 +119,8 @@ def layout(text: str) -> tuple[int, int]:
 def main(*, job: str, compare: int | None, engine: str, preset: str, repeats: int, seed: int, **options) -> None:
     if job not in PEERS and (compare or engine == "peer"):
         raise ValueError(f"{job} has no peer to compare with")
+    if options["precisions"] and (compare or options["quantize"] != "none"):
+        raise ValueError("--precisions: takes the place of --quantize, and of --compare")
     if compare:
         compare_engines(job, compare, options["peer_python"], options["sweep"])
         return

@@ -4,6 +4,7 @@ any precision, over tensor-parallel ranks."""
 import math
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -98,63 +99,85 @@ def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) 
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
     check_divisible(config, tp_size)
-    mode = options["quantize"]
-    scheme = None if mode == "none" else Scheme(mode, options["group_size"] or 128)
-    if scheme is not None:
+    modes = options["precisions"] or [options["quantize"]]
+    schemes = {mode: None if mode == "none" else Scheme(mode, options["group_size"] or 128) for mode in modes}
+    for scheme in filter(None, schemes.values()):
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None
     pack = not runtime.compile and can_pack(runtime.device, runtime.dtype)
-    model = random_inference_model(config, runtime.dtype, runtime.device, pack, scheme, tp)
+    placing = (config, runtime.dtype, runtime.device, pack)
+    models = {mode: random_inference_model(*placing, scheme, tp) for mode, scheme in schemes.items()}
     found = []
     for batch_size in options["sweep"] or [options["batch_size"]]:
-        found.append(measure_batch(model, runtime, repeats, options | {"batch_size": batch_size}))
+        found += measure_batch(models, runtime, repeats, options | {"batch_size": batch_size})
     rows = {}
     for result in found:
         line = "{tokens_per_second:,.1f} tok/s, {tokens_per_second_per_row:,.1f} a row, {ms_per_step:.2f} ms a step, "
         line += "first token after {first_token_ms:,.0f} ms, {mbu:.1%} of the copy's bandwidth"
         line += ", {compile_seconds:,.0f} s to compile" if runtime.compile else ""
         line += ", products alone {products_ms:.2f} ms" if "products_ms" in result else ""
-        rows[f"batch {result['batch_size']}"] = line.format(**result)
+        title = f"batch {result['batch_size']}"
+        if options["precisions"]:
+            title += f", {result['quantize']}"
+            line += f", speed / {modes[0]} " + ", ".join(f"{ratio:.2f}" for ratio in result["speed_ratios"])
+        rows[title] = line.format(**result)
     best = max(found, key=lambda result: result["tokens_per_second"])
     return best | {"rows": rows, "batches": found}
 
 
-def measure_batch(model: Transformer, runtime, repeats: int, options: dict) -> dict:
-    """The figures of one batch size, medians over the repeats, after a run that does not count."""
+def measure_batch(models: dict[str, Transformer], runtime, repeats: int, options: dict) -> list[dict]:
+    """The figures of one batch size for each precision, medians over the repeats, after a run that does not count. The
+    precisions take turns, and each run's rate is also given as a ratio to the first precision's of the same round."""
     sizes, batch_size = work(options), options["batch_size"]
-    prompts = [torch.randint(3, model.config.vocab_size, (prompt_len,)).tolist() for prompt_len, _ in sizes]
+    vocab_size = next(iter(models.values())).config.vocab_size
+    prompts = [torch.randint(3, vocab_size, (prompt_len,)).tolist() for prompt_len, _ in sizes]
     requests = [Request(i, 0, prompt, new) for i, (prompt, (_, new)) in enumerate(zip(prompts, sizes))]
-    max_seq_len = max(map(sum, sizes))
-    options_of_engine = {"num_slots": batch_size, "max_seq_len": max_seq_len, "compile": runtime.compile}
-    engine = Engine(model, SamplingParams(), **options_of_engine)
-    results, compile_seconds = [], 0.0
-    for _ in range(repeats + 1):
-        engine.reset_stats()
-        first, start = math.inf, time.perf_counter()
-
-        def on_token(request: Request, token: int) -> None:
-            nonlocal first
-            first = min(first, time.perf_counter())
-
-        for _ in engine.generate(requests, on_token):
-            pass
-        seconds = time.perf_counter() - start
-        compile_seconds += engine.compile_seconds
-        read = engine.num_steps * weight_bytes(model) + engine.cache_bytes_read
-        decode = max(engine.decode_seconds, 1e-9)
-        step = 1e3 * engine.decode_seconds / max(engine.num_steps, 1)
-        results.append((sum(new for _, new in sizes) / seconds, read / decode, step, 1e3 * (first - start)))
-    rate, bandwidth, step, first = (statistics.median(column) for column in zip(*results[1:]))
-    found = {
-        "batch_size": batch_size,
-        "tokens_per_second": rate,
-        "tokens_per_second_per_row": rate / batch_size,
-        "ms_per_step": step,
-        "first_token_ms": first,
-        "bytes_per_second": bandwidth,
-        "mbu": bandwidth / options["bandwidth"],  # of this rank
-        "compile_seconds": compile_seconds,
-    }
-    if runtime.device.type == "cpu" and model.parallel.tp is None:
-        found["products_ms"] = 1e3 * products_seconds(model, batch_size, runtime.device)
+    options_of_engine = {"num_slots": batch_size, "max_seq_len": max(map(sum, sizes)), "compile": runtime.compile}
+    engines = {mode: Engine(model, SamplingParams(), **options_of_engine) for mode, model in models.items()}
+    rounds = [{mode: run_once(engine, requests) for mode, engine in engines.items()} for _ in range(repeats + 1)]
+    found = []
+    for mode, model in models.items():
+        runs = [round[mode] for round in rounds]
+        rate, bandwidth, step, first = (statistics.median(column) for column in list(zip(*runs[1:]))[:4])
+        result = {
+            "batch_size": batch_size,
+            "quantize": mode,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_row": rate / batch_size,
+            "ms_per_step": step,
+            "first_token_ms": first,
+            "bytes_per_second": bandwidth,
+            "mbu": bandwidth / options["bandwidth"],  # of this rank
+            "compile_seconds": sum(run.compile_seconds for run in runs),
+            "speed_ratios": [round[mode].rate / next(iter(round.values())).rate for round in rounds[1:]],
+        }
+        if runtime.device.type == "cpu" and model.parallel.tp is None:
+            result["products_ms"] = 1e3 * products_seconds(model, batch_size, runtime.device)
+        found.append(result)
     return found
+
+
+class Run(NamedTuple):
+    rate: float  # tokens/s, prefill and decode
+    bandwidth: float  # bytes/s that decode steps read, weights and cache
+    step_ms: float
+    first_token_ms: float
+    compile_seconds: float
+
+
+def run_once(engine: Engine, requests: list[Request]) -> Run:
+    engine.reset_stats()
+    first, start = math.inf, time.perf_counter()
+
+    def on_token(request: Request, token: int) -> None:
+        nonlocal first
+        first = min(first, time.perf_counter())
+
+    for _ in engine.generate(requests, on_token):
+        pass
+    seconds = time.perf_counter() - start
+    read = engine.num_steps * weight_bytes(engine.model) + engine.cache_bytes_read
+    bandwidth = read / max(engine.decode_seconds, 1e-9)
+    step_ms = 1e3 * engine.decode_seconds / max(engine.num_steps, 1)
+    rate = sum(request.max_new_tokens for request in requests) / seconds
+    return Run(rate, bandwidth, step_ms, 1e3 * (first - start), engine.compile_seconds)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from models.checkpoint import DTYPES, refuse_quantized
 from models.fsdp import check_divisible, data_parallel_size
 from models.model import ModelConfig
-from models.qlinear import GROUP_SIZES
+from models.qlinear import GROUP_SIZES, MODES
 from models.tokenizer import Tokenizer
 from models.tp import is_main_rank
 from training.data import check_vocabulary
@@ -120,7 +120,7 @@ def add_quantize_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--quantize",
-        choices=["none", "int8", "int4", "fp8"],
+        choices=["none", *MODES],
         default="none",
         help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
         "fp8 needs a Hopper GPU. A folder that models/quantize.py wrote is run as it is stored",

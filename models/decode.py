@@ -15,7 +15,7 @@ Dimensions: B slots, T query tokens, N packed tokens, S cache length, H query he
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,6 +90,13 @@ class InferenceLinear(nn.Module):
         if self.bias is not None:
             for mine, linear in zip(self.bias.split(self.sizes), linears):
                 mine.copy_(local(linear.bias))
+
+    def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
+        """forward() of [num_rows, K], with its tensors looked up once where that is all there is to do."""
+        if self.packed is None or self.parallel is not None:
+            return self
+        product, packed, bias = torch.ops.mkldnn._linear_pointwise.default, self.packed, self.bias
+        return lambda x: product(x, packed, bias, "none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None

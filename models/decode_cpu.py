@@ -137,12 +137,17 @@ class DecodeLayers:
         self.halves = [*self.qk.chunk(2, dim=-1), *self.rotated.chunk(2, dim=-1)]
         self.q, self.k = self.rotated[:, None, :H], self.rotated[:, None, H:]
 
-    def take_norms(self) -> None:
-        """Reads the norms' weights anew, which a refresh of the model may have changed."""
+    def take_weights(self) -> None:
+        """Reads the norms' weights and the products anew, which a refresh of the model may have changed."""
         scale = math.sqrt(self.model.config.hidden_size)
         norms = [(block.input_layernorm, block.post_attention_layernorm) for block in self.model.layers]
         self.block_norms = [[norm.weight.float() * scale for norm in pair] for pair in norms]
         self.last_norm = self.model.norm.weight.float() * scale
+        self.products = []
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            layers = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+            self.products.append([layer.for_rows(len(self.stream)) for layer in layers])
 
     def _norm(self, weight: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(self.stream, dim=-1, keepdim=True)
@@ -155,15 +160,16 @@ class DecodeLayers:
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second, rotated_first, rotated_second = self.halves
         x.copy_(model.embed_tokens(tokens[:, None])[:, 0])
-        for layer, (block, (input_norm, post_norm)) in enumerate(zip(model.layers, self.block_norms)):
-            attention, mlp = block.self_attn, block.mlp
-            qkv = attention.qkv_proj(self._norm(input_norm)).view(B, 1, -1, self.qk.shape[-1])
-            qk, v = qkv.tensor_split((self.qk.shape[1],), dim=2)
-            self.qk.copy_(qk[:, 0])
+        rotated_heads, D = self.qk.shape[1:]
+        for layer, ((qkv, o, gate_up, down), (input_norm, post_norm)) in enumerate(
+            zip(self.products, self.block_norms)
+        ):
+            heads = qkv(self._norm(input_norm)).view(B, -1, D)
+            self.qk.copy_(heads[:, :rotated_heads])
             torch.mul(self.qk, cos, out=self.rotated)
             rotated_first.addcmul_(second, sin_first)
             rotated_second.addcmul_(first, sin_second)
-            x.add_(attention.o_proj(attend(layer, self.q, self.k, v).view(B, -1)))
-            gate, up = mlp.gate_up_proj(self._norm(post_norm)).chunk(2, dim=-1)
-            x.add_(mlp.down_proj(F.silu(gate).mul_(up)))
+            x.add_(o(attend(layer, self.q, self.k, heads[:, None, rotated_heads:]).view(B, -1)))
+            gate, up = gate_up(self._norm(post_norm)).chunk(2, dim=-1)
+            x.add_(down(F.silu(gate).mul_(up)))
         return self._norm(self.last_norm)

@@ -296,7 +296,7 @@ class Engine(nn.Module):
             if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
                 raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
         if self.layers is not None:
-            self.layers.take_norms()
+            self.layers.take_weights()
         self._resident: tuple[list[int], int, Tensor] | None = (
             None  # the newest prompt, a slot that holds it, its logits
         )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from models import qlinear as q
 from models.checkpoint import WeightFiles, load_model, save_folder
 from models.decode import InferenceLinear, QuantizedHead, can_pack, has_byte_bags, load_for_inference, weight_bytes
+from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, read_hf_config
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import choose_scheme, load_quantized, stored_names
@@ -154,6 +155,25 @@ def test_loaded_model(biased, scheme):
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(model(ids)), wanted, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+def test_decode_step_in_bf16(tmp_path, scheme, slots):
+    """Catches a decode step whose products, bound once for a run, are other than the prefill's: the log-probs of what
+    it draws are those of transformers with the dequantised weights, for one run after another."""
+    tiny.write_model(tmp_path / "model", intermediate_size=128)
+    reference = dequantized_reference(tmp_path / "model", scheme)
+    model = load_for_inference(tmp_path / "model", device=CPU, dtype=torch.bfloat16, scheme=scheme)
+    engine = Engine(model, SamplingParams(), num_slots=slots, max_seq_len=40)
+    requests = [Request(i, 0, torch.randint(3, tiny.VOCAB_SIZE, (3 + i,)).tolist(), 20) for i in range(5)]
+    for _ in range(2):
+        errors = []
+        for done in engine.generate(requests):
+            ids = torch.tensor(done.request.prompt_ids + done.token_ids)
+            wanted = reference(ids[None]).logits[0, -21:-1].log_softmax(-1).gather(1, ids[-20:, None])[:, 0]
+            errors.append(wanted - torch.tensor(done.logprobs))
+        assert len(errors) == 5 and torch.stack(errors).abs().max() < 0.08
 
 
 def test_bytes(biased):

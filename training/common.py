@@ -125,7 +125,12 @@ def add_quantize_arguments(parser: ArgumentParser) -> None:
         help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
         "fp8 needs a Hopper GPU. A folder that models/quantize.py wrote is run as it is stored",
     )
-    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
+    add_group_size_argument(parser)
+
+
+def add_group_size_argument(parser: ArgumentParser) -> None:
+    text = "int4: weights that share a scale; 128"
+    parser.add_argument("--group_size", type=int, choices=GROUP_SIZES, default=None, help=text)
 
 
 def add_training_arguments(parser: ArgumentParser) -> None:

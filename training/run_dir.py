@@ -46,6 +46,7 @@ FIXED_ARGS = (
     "ref_checkpoint_path",
     "quantize_ref",
     "quantize_reward",
+    "group_size",
     "prompt_file",
     "reward_checkpoint_path",
     "reward_fn",

@@ -42,6 +42,7 @@ from models.tp import is_main_rank, size_of
 from training.common import (
     ArgumentParser,
     Stopwatch,
+    add_group_size_argument,
     add_model_arguments,
     add_training_arguments,
     card,
@@ -117,6 +118,7 @@ def parser() -> ArgumentParser:
         help="the reference's log-probs once before training; else in each step, with a second model in memory",
     )
     add("--quantize_ref", choices=["none", "int8", "int4"], default="none", help="round the reference's weights")
+    add_group_size_argument(parser)
     return parser
 
 
@@ -171,6 +173,7 @@ def main(
     ref_checkpoint_path: Path | None,
     precompute_ref: bool,
     quantize_ref: str,
+    group_size: int | None,
 ) -> None:
     args = dict(locals())
     stop = StopSignal()
@@ -187,7 +190,7 @@ def main(
     ref_folder = ref_checkpoint_path or checkpoint_path
     if ref_checkpoint_path is not None:
         check_reference(ref_checkpoint_path, config, max_seq_len, tensor_parallel_size)
-    ref_scheme = choose_scheme(ref_folder, quantize_ref, flag="--quantize_ref")
+    ref_scheme = choose_scheme(ref_folder, quantize_ref, group_size, flag="--quantize_ref")
     if ref_scheme is not None:
         shape = ModelConfig.from_hf(ref_folder)
         check_scheme(ref_scheme, shape, runtime.device, runtime.dtype, tensor_parallel_size)

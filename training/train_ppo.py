@@ -35,6 +35,7 @@ from models.tp import is_main_rank
 from training.common import (
     ArgumentParser,
     Stopwatch,
+    add_group_size_argument,
     add_model_arguments,
     add_optimizer_arguments,
     add_parallel_arguments,
@@ -134,6 +135,7 @@ def parser() -> ArgumentParser:
     for name in ("ref", "reward"):
         more = {"choices": ["none", "int8", "int4"], "default": "none"}
         add(f"--quantize_{name}", **more, help=f"round the weights of the {name} model, replicated over dp")
+    add_group_size_argument(parser)
     add("--total_steps", type=non_negative_int, default=100, help="updates; 0 only exports")
     add("--rollout_batch_size", type=positive_int, default=64, help="answers per update, over all ranks")
     add("--minibatch_size", type=positive_int, default=None, help="answers per optimizer step; --rollout_batch_size")
@@ -218,6 +220,7 @@ def main(
     ref_checkpoint_path: Path | None,
     quantize_ref: str,
     quantize_reward: str,
+    group_size: int | None,
     total_steps: int,
     rollout_batch_size: int,
     minibatch_size: int | None,
@@ -254,6 +257,8 @@ def main(
         raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
     if quantize_reward != "none" and reward_checkpoint_path is None:
         raise ValueError(f"--quantize_reward {quantize_reward} needs a --reward_checkpoint_path")
+    if group_size is not None and "int4" not in (quantize_ref, quantize_reward):
+        raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
     if eval_steps is not None and eval_prompt_file is None:
         raise ValueError("--eval_steps needs an --eval_prompt_file")
     if kl_target is not None and not kl_coef:
@@ -280,8 +285,13 @@ def main(
     prompts, skipped = load_prompts(prompt_file, tokenizer, **room)
     held_out, held_out_skipped = load_prompts(eval_prompt_file, tokenizer, **room) if eval_prompt_file else ([], 0)
     ref_path = ref_checkpoint_path or checkpoint_path
-    ref_scheme = choose_scheme(ref_path, quantize_ref, flag="--quantize_ref")
-    reward_scheme = choose_scheme(judge.path, quantize_reward, flag="--quantize_reward") if judge else None
+    group_sizes = {"int4": group_size}
+    ref_scheme = choose_scheme(ref_path, quantize_ref, group_sizes.get(quantize_ref), "--quantize_ref")
+    reward_scheme = None
+    if judge:
+        reward_scheme = choose_scheme(
+            judge.path, quantize_reward, group_sizes.get(quantize_reward), "--quantize_reward"
+        )
     for path, scheme in ((ref_path, ref_scheme), (reward_checkpoint_path, reward_scheme)):
         if scheme is not None:
             check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tensor_parallel_size)

@@ -13,7 +13,8 @@ from tests.inference.test_score import write_reward_model
 from tests.training.test_finetune_sft import weights_of
 from tests.training.test_parallel import launch
 
-INT4 = ["--mode", "int4", "--group_size", 32]
+GROUPS = {"int8": [], "int4": ["--group_size", 32]}
+INT4 = ["--mode", "int4", *GROUPS["int4"]]
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +111,15 @@ def test_dpo_reference(world, tmp_path, when, mode):
         found, card = lines_of("train_dpo", dpo_flags(world, tmp_path / f"{name}-folder", when, *by_folder))
         assert_alike(found, wanted)
         assert mode in card and abs(plain[0]["loss"] - found[0]["loss"]) > 1e-4
-        if mode == "int8":  # groups of 128, which --quantize_ref int4 has, do not divide this model
-            flags = dpo_flags(world, tmp_path / f"{name}-flag", when, *own, "--quantize_ref", mode)
-            assert_alike(lines_of("train_dpo", flags)[0], found, tolerance=0)
-            if when == "--precompute_ref":
-                with safe_open(tmp_path / f"{name}-flag/ref_logps_train.safetensors", framework="pt") as file:
-                    assert file.metadata()["quantised"] == "int8"
-            (tmp_path / f"{name}-flag/config.json").unlink()
-            flags[flags.index("--quantize_ref") :] = ["--resume"]
-            tiny.assert_refused(tiny.run("training/train_dpo.py", *flags), "--quantize_ref")
+        by_flag = ["--quantize_ref", mode, *GROUPS[mode]]
+        flags = dpo_flags(world, tmp_path / f"{name}-flag", when, *own, *by_flag)
+        assert_alike(lines_of("train_dpo", flags)[0], found, tolerance=0)
+        if when == "--precompute_ref":
+            with safe_open(tmp_path / f"{name}-flag/ref_logps_train.safetensors", framework="pt") as file:
+                assert file.metadata()["quantised"] == str(Scheme(mode, 32))
+        (tmp_path / f"{name}-flag/config.json").unlink()
+        flags[flags.index("--quantize_ref") :] = ["--resume"]
+        tiny.assert_refused(tiny.run("training/train_dpo.py", *flags), "--quantize_ref")
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -133,16 +134,15 @@ def test_ppo_reference_and_reward(world, tmp_path, mode):
     found, card = lines_of("train_ppo", ppo_flags(world, tmp_path / "folder", *paths("")))
     assert_alike(found, wanted)
     assert card.count(mode) >= 2
-    if mode == "int8":
-        given = ["--ref_checkpoint_path", world / "ref", "--reward_checkpoint_path", world / "rm"]
-        plain, _ = lines_of("train_ppo", ppo_flags(world, tmp_path / "plain", *given))
-        flags = ppo_flags(world, tmp_path / "flag", *given, "--quantize_ref", mode, "--quantize_reward", mode)
-        assert_alike(lines_of("train_ppo", flags)[0], found, tolerance=0)
-        for name in ("objective/scores", "objective/kl"):  # and each of the two matters
-            assert any(abs(a[name] - b[name]) > 1e-4 for a, b in zip(plain, found)), name
-        resumed = [flag for flag in flags if flag != "--quantize_reward"]
-        resumed.remove(mode)
-        tiny.assert_refused(tiny.run("training/train_ppo.py", *resumed, "--resume"), "--quantize_reward")
+    given = ["--ref_checkpoint_path", world / "ref", "--reward_checkpoint_path", world / "rm", *GROUPS[mode]]
+    plain, _ = lines_of("train_ppo", ppo_flags(world, tmp_path / "plain", *given[:4]))
+    flags = ppo_flags(world, tmp_path / "flag", *given, "--quantize_ref", mode, "--quantize_reward", mode)
+    assert_alike(lines_of("train_ppo", flags)[0], found, tolerance=0)
+    for name in ("objective/scores", "objective/kl"):  # and each of the two matters
+        assert any(abs(a[name] - b[name]) > 1e-4 for a, b in zip(plain, found)), name
+    resumed = [flag for flag in flags if flag != "--quantize_reward"]
+    resumed.remove(mode)
+    tiny.assert_refused(tiny.run("training/train_ppo.py", *resumed, "--resume"), "--quantize_reward")
 
 
 def test_four_ranks(world, tmp_path):
@@ -190,6 +190,8 @@ def test_nothing_trains_quantised_weights(world, tmp_path, script):
         assert not (tmp_path / "out").exists()
 
     refused(str(world / "policy-int8"), "quantised weights are frozen")
+    if script in ("train_dpo", "train_ppo"):
+        refused("--group_size", "--quantize_ref", model="policy", more=["--quantize_ref", "int8", "--group_size", 64])
     if script == "train_ppo":
         critic = ["--value_checkpoint_path", world / "rm-int4"]
         refused("rm-int4", "quantised weights are frozen", model="policy", more=critic)

@@ -35,6 +35,7 @@ from models.model import (
     RowLinear,
     Transformer,
     causal_attention,
+    has_varlen,
     varlen_attn,
 )
 from models.qlinear import QuantizedLinear, Scheme, quantize
@@ -306,13 +307,11 @@ class LayerCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
-def has_row_lengths(device: torch.device, dtype: torch.dtype) -> bool:
+def has_row_lengths(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this device has attention over a cache whose rows each have their own length."""
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.bfloat16, torch.float16):
+    if torch.version.hip or not has_varlen(device, dtype, head_dim):
         return False
-    if varlen_attn is None or "seqused_k" not in inspect.signature(varlen_attn).parameters:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return "seqused_k" in inspect.signature(varlen_attn).parameters
 
 
 class KVCache(nn.Module):
@@ -335,7 +334,7 @@ class KVCache(nn.Module):
     ):
         super().__init__()
         self.dtype = torch.float32 if device.type == "cpu" else dtype
-        self.row_lengths = has_row_lengths(device, self.dtype)
+        self.row_lengths = has_row_lengths(device, self.dtype, config.head_dim)
         shape = (num_slots, max_seq_len, config.num_key_value_heads // size_of(tp), config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
         self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)

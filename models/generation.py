@@ -166,7 +166,7 @@ def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | Non
     if params.top_p < 1:
         probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
         mass_before = probs.cumsum(dim=-1) - probs
-        mass_before[:, 0] = -1.0  # the best token stays, also for top_p 0
+        mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
         threshold = top.masked_fill(mass_before >= params.top_p, float("inf")).amin(dim=-1, keepdim=True)
     # the noise of few tokens is cheaper than that of all; with top-p alone the few are those of all tp ranks
     fewer = branching and few.shape[-1] < logits.shape[-1] and (params.top_k or size_of(tp) == 1)

@@ -249,33 +249,45 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def document_attention(lengths: list[list[int]], num_tokens: int, device: torch.device) -> Attend:
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's variable-length attention, FlashAttention 2, has a kernel for this device, dtype and head dim."""
+    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if head_dim % 8 or head_dim > 256:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def document_attention(
+    lengths: list[list[int]], num_tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Attend:
     """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
-    follows them in a row of num_tokens is padding.
+    follows them in a row of num_tokens is padding. dtype: of the activations.
 
     CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on); others a mask.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
-    ends = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device)
-    longest = max(flat)
-    document = torch.repeat_interleave(torch.tensor(flat, device=device)).view(len(lengths), num_tokens)  # [B, T]
-    places = torch.arange(num_tokens, device=device)
-    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
+
+    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
+        rows = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
 
     def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
-    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.dtype == torch.float32:
-            return masked(layer, q, k, v)
-        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
-        rows = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
-
-    return variable_length if device.type == "cuda" and varlen_attn is not None else masked
+    if has_varlen(device, dtype, head_dim):
+        ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
+        return variable_length
+    size = len(lengths) * num_tokens  # else torch asks the device for it
+    document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
+    document = document.view(-1, num_tokens)  # [B, T]
+    places = torch.arange(num_tokens, device=device)
+    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
+    return masked
 
 
 class Linear(nn.Linear):

@@ -283,7 +283,8 @@ def summed_loss(model: Transformer, examples: list[Example], pad_token_id: int) 
     batch = collate(examples, pad_token_id, device, multiple_of)
     attend = causal_attention
     if batch.lengths is not None:
-        attend = document_attention(batch.lengths, batch.input_ids.shape[1], device)
+        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+        attend = document_attention(batch.lengths, batch.input_ids.shape[1], device, dtype, model.config.head_dim)
     hidden = model(batch.input_ids, batch.position_ids, attend)
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     return token_cross_entropy(hidden, model.lm_head.weight, batch.labels, **vocabulary)

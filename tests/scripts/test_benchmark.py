@@ -80,6 +80,20 @@ def test_sweep_of_generate():
     assert sizes["int4"] == pytest.approx(head + (0.5 + 4 / 32) * blocks, rel=0.05)
 
 
+def test_precisions_in_turns():
+    """Catches a precision that is measured with another's weights, a ratio the wrong way up, and precisions beside
+    flags that they take the place of."""
+    found = generate("--precisions", "none", "int8", "--batch_size", 2, "--dtype", "bfloat16")
+    plain, int8 = found["batches"]
+    assert (plain["quantize"], int8["quantize"]) == ("none", "int8") and plain["speed_ratios"] == [1]
+    assert int8["speed_ratios"] == [pytest.approx(int8["tokens_per_second"] / plain["tokens_per_second"])]
+    read = [batch["bytes_per_second"] * batch["ms_per_step"] for batch in (plain, int8)]
+    assert read[1] < 0.8 * read[0]
+    for more in (["--quantize", "int8"], ["--compare", 1]):
+        refused = tiny.run("scripts/benchmark.py", "generate", "--precisions", "none", "int8", *more)
+        tiny.assert_refused(refused, "--precisions")
+
+
 def test_ragged_work_of_generate():
     """Catches a rate over tokens that were not asked for (those of a static batch's longest row), other work for the
     peer, and a bandwidth of cache that no row needs."""

@@ -126,9 +126,7 @@ class QuantizedHead(nn.Module):
 
     SCHEME = Scheme("int8")
     WIDTH = 384  # tokens of a bag: as many sums as FBGEMM keeps in registers
-    MOST_ROWS = (
-        2  # 32000 x 768, bags against packed: 0.46 and 0.93 ms at one row, 0.63 and 1.0 at 2, 1.08 and 0.99 at 4
-    )
+    MOST_ROWS = 2  # 32000 x 768, bags and packed: 0.46 and 0.93 ms at one row, 0.63 and 1.0 at 2, 1.08 and 0.99 at 4
 
     def __init__(self, weight: Tensor):
         """weight: [V, E] bf16, or this tp rank's rows of it. Raises ValueError if it is not finite."""
@@ -158,12 +156,10 @@ class QuantizedHead(nn.Module):
         if self.packed is None and len(rows) > self.MOST_ROWS:
             self.packed, self.table = self._pack(x.dtype), None
         if self.packed is not None:
-            logits = (
-                torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "").float().mul_(self.scale)
-            )
+            sums = torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "").float()
         else:
-            logits = self._sums(rows).mul_(self.scale)
-        return logits.view(*x.shape[:-1], -1)
+            sums = self._sums(rows)
+        return (sums * self.scale).view(*x.shape[:-1], -1)
 
     def _pack(self, dtype: torch.dtype) -> Tensor:
         values = (self.table[..., : self.width].to(dtype) - 128).transpose(1, 2).flatten(0, 1)[: len(self.scale)]

@@ -93,11 +93,12 @@ class InferenceLinear(nn.Module):
                 mine.copy_(local(linear.bias))
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
-        """forward() of [num_rows, K], with its tensors looked up once where that is all there is to do."""
+        """forward() of [num_rows, K], with fewer steps on the way where the packed product is all there is to do."""
         if self.packed is None or self.parallel is not None:
             return self
-        product, packed, bias = torch.ops.mkldnn._linear_pointwise.default, self.packed, self.bias
-        return lambda x: product(x, packed, bias, "none", [], "")
+        product, bias = torch.ops.mkldnn._linear_pointwise.default, self.bias
+        # not bound to the packed weight, which a refresh replaces: both would be held
+        return lambda x: product(x, self.packed, bias, "none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None

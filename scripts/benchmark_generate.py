@@ -138,7 +138,7 @@ def measure_batch(models: dict[str, Transformer], runtime, repeats: int, options
     found = []
     for mode, model in models.items():
         runs = [round[mode] for round in rounds]
-        rate, bandwidth, step, first = (statistics.median(column) for column in list(zip(*runs[1:]))[:4])
+        rate, bandwidth, step, first, _ = (statistics.median(column) for column in zip(*runs[1:]))
         result = {
             "batch_size": batch_size,
             "quantize": mode,

@@ -1,10 +1,13 @@
 """The inference copy and its cache: fused and packed weights, refresh(), rows of the cache."""
 
+import weakref
+
 import pytest
 import torch
 
 from models.checkpoint import load_model
 from models.decode import (
+    InferenceLinear,
     KVCache,
     can_pack,
     copy_for_inference,
@@ -72,6 +75,18 @@ def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
     refresh(copy, load_model(tmp_path / "1"))
     fresh = to_inference(load_model(tmp_path / "1", param_dtype=torch.bfloat16), pack=pack)
     assert greedy_ids(copy) == greedy_ids(fresh)
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="no oneDNN on this CPU")
+def test_refresh_lets_the_old_weights_go(tmp_path):
+    """Catches an engine that holds on to the packed weights of before a refresh, a second copy in memory."""
+    tiny.write_model(tmp_path)
+    copy = to_inference(load_model(tmp_path), pack=True)
+    engine = make_engine(copy)
+    greedy_ids(copy, engine)
+    old = [weakref.ref(module.packed) for module in copy.modules() if isinstance(module, InferenceLinear)]
+    refresh(copy, load_model(tmp_path))
+    assert len(old) > 4 and not any(reference() is not None for reference in old)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ folder's chat template; a folder without one continues plain text.
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,89 +16,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from models.checkpoint import generation_eos_ids
+from models.checkpoint import ModelArgs, open_folder
+from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script
 from models.decode import load_for_inference
-from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
-from models.generation import Engine, Request, SamplingParams
-from models.model import ModelConfig
-from models.quantize import choose_scheme
+from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.generation import Engine, Request, SamplingArgs, SamplingParams
+from models.quantize import QuantizeArgs, choose_scheme
+from models.records import check_ids, encode_prompt
 from models.tokenizer import StreamDecoder, Tokenizer
-from models.tp import is_main_rank
-from training.common import (
-    ArgumentParser,
-    add_model_arguments,
-    add_quantize_arguments,
-    choose_runtime,
-    device_name,
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
-    run_script,
-)
-from training.data import check_ids, check_vocabulary, encode_prompt
+from models.tp import TensorParallelArgs
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser("A chat in the terminal with the model of a Hugging Face folder.")
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--system", default=None, help="system message")
-    add("--max_new_tokens", type=positive_int, default=512, help="most tokens of an answer")
-    add("--temperature", type=non_negative_float, default=0.7, help="0 is greedy")
-    add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
-    add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
-    add_quantize_arguments(parser)
-    add("--tensor_parallel_size", type=positive_int, default=1, help="ranks that share the model: all of torchrun's")
-    add(
-        "--max_seq_len",
-        type=positive_int,
-        default=None,
-        help="most tokens of the conversation; the context, 4096 at most",
+@dataclass(frozen=True, kw_only=True)
+class ChatArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs):
+    """A chat in the terminal with the model of a Hugging Face folder."""
+
+    system: str | None = flag(None, help="system message")
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    max_seq_len: int | None = flag(
+        None, bounds=at_least_one, help="most tokens of the conversation; the context, 4096 at most"
     )
-    return parser
 
 
 @torch.inference_mode()
-def main(
-    *,
-    checkpoint_path: Path,
-    device: str | None,
-    dtype: str | None,
-    seed: int,
-    compile: bool | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    quantize: str,
-    group_size: int | None,
-    tensor_parallel_size: int,
-    max_seq_len: int | None,
-) -> None:
-    runtime = choose_runtime(device, dtype, compile)
-    config = ModelConfig.from_hf(checkpoint_path)
-    check_divisible(config, tensor_parallel_size)
-    scheme = choose_scheme(checkpoint_path, quantize, group_size)
-    if data_parallel_size(tensor_parallel_size) > 1:
+def main(args: ChatArgs) -> None:
+    runtime = choose_runtime(args)
+    if data_parallel_size(args.tensor_parallel_size) > 1:
         raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
-    tokenizer = Tokenizer(checkpoint_path)
-    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
-    context = config.max_position_embeddings
-    if max_seq_len is not None and max_seq_len > context:
-        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
-    limit = max_seq_len or min(4096, context)
-    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
-    params = SamplingParams(temperature, top_k, top_p, seed, eos_ids)
-    tp = parallel_of(init_mesh(runtime.device, tensor_parallel_size)).tp
-    model = load_for_inference(
-        checkpoint_path, device=runtime.device, dtype=runtime.dtype, compile=runtime.compile, tp=tp, scheme=scheme
-    )
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
+    scheme, tokenizer = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.tokenizer
+    limit = args.max_seq_len or min(4096, folder.max_seq_len)
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids)
+    tp = parallel_of(init_mesh(runtime.device, args.tensor_parallel_size)).tp
+    model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme)
     engine = Engine(model, params, num_slots=1, max_seq_len=limit, compile=runtime.compile, look_every=1)
-    say(f"{checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")
+    say(f"{args.checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")
 
-    opening = [{"role": "system", "content": system}] if system else []
+    opening = [{"role": "system", "content": args.system}] if args.system else []
     messages, turn = list(opening), 0
     while True:
         text = read_line()
@@ -110,13 +66,13 @@ def main(
         plain = "".join(message["content"] for message in messages)
         prompt = messages if tokenizer.chat_template is not None else plain
         prompt_ids = encode_prompt(prompt, tokenizer)
-        check_ids(prompt_ids, config.vocab_size, "this message")
+        check_ids(prompt_ids, folder.config.vocab_size, "this message")
         room = limit - len(prompt_ids)
         if room < 1:
             say(f"(the conversation fills the {limit} tokens: /clear it, or start with a larger --max_seq_len)")
             messages.pop()
             continue
-        request = Request(turn, 0, prompt_ids, min(max_new_tokens, room))
+        request = Request(turn, 0, prompt_ids, min(args.max_new_tokens, room))
         messages.append({"role": "assistant", "content": answer(engine, tokenizer, request)})
         turn += 1
 
@@ -139,10 +95,10 @@ def read_line() -> str:
 
 def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
     """Prints the answer as it comes and returns it; Ctrl-C cuts it short."""
-    decoder, said = StreamDecoder(tokenizer, request.prompt_ids), []
+    decoder, pieces = StreamDecoder(tokenizer, request.prompt_ids), []
 
     def show(text: str) -> None:
-        said.append(text)
+        pieces.append(text)
         say(text, end="")
 
     def on_token(_: Request, token: int) -> None:
@@ -157,8 +113,8 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
     except KeyboardInterrupt:
         show(decoder.flush())
     say("")
-    return "".join(said)
+    return "".join(pieces)
 
 
 if __name__ == "__main__":
-    run_script(main, parser())
+    run_script(main, ChatArgs)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,67 +25,48 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from models.checkpoint import generation_eos_ids
-from models.decode import load_for_inference, weight_bytes
-from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
-from models.generation import Completion, Engine, Request, SamplingParams
-from models.model import ModelConfig
-from models.quantize import choose_scheme
-from models.tokenizer import Tokenizer
-from models.tp import is_main_rank
-from training.common import (
-    ArgumentParser,
+from inference.lines import LineWriter, encode_line, read_begun, refuse_occupied
+from models.checkpoint import Folder, ModelArgs, open_folder
+from models.common import (
     Runtime,
-    add_model_arguments,
-    add_quantize_arguments,
+    at_least_one,
     card,
     choose_runtime,
-    device_name,
-    fraction,
-    non_negative_float,
-    non_negative_int,
+    flag,
+    is_main_rank,
     peak_memory,
     peaks,
-    positive_int,
     progress_bar,
     run_script,
+    short_bar,
 )
-from training.data import Record, check_ids, check_vocabulary, encode_prompt, get_prompt, read_records
-from training.lines import LineWriter, encode_line, read_begun, refuse_occupied
+from models.decode import load_for_inference, weight_bytes
+from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.generation import Completion, Engine, Request, SamplingArgs, SamplingParams
+from models.quantize import QuantizeArgs, choose_scheme
+from models.records import Record, check_ids, encode_prompt, get_prompt, naming, read_records, require
+from models.tp import TensorParallelArgs
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser("Generates completions for prompts, in batches, from a Hugging Face folder.")
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--prompt", action="append", default=None, help="a prompt; may be given several times")
-    add("--prompt_file", type=Path, default=None, help="JSON or JSONL records with a prompt each")
-    add("--output_file", type=Path, default=None, help="JSONL file for the samples; standard output if absent")
-    add("--resume", action="store_true", help="go on with the samples that --output_file does not have yet")
-    add("--max_new_tokens", type=positive_int, default=256, help="most tokens of a completion")
-    add("--temperature", type=non_negative_float, default=1.0, help="0 is greedy")
-    add("--top_k", type=non_negative_int, default=0, help="sample among the k likeliest tokens; 0 is off")
-    add("--top_p", type=fraction, default=1.0, help="sample among the likeliest tokens of this total probability")
-    add("--num_samples", type=positive_int, default=1, help="samples for each prompt")
-    add("--batch_size", type=positive_int, default=8, help="slots: sequences decoded together on each dp rank")
-    add(
-        "--max_seq_len",
-        type=positive_int,
-        default=None,
-        help="most tokens of prompt and completion; what the run needs",
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs):
+    """Generates completions for prompts, in batches, from a Hugging Face folder."""
+
+    prompt: list[str] | None = flag(None, action="append", help="a prompt; may be given several times")
+    prompt_file: Path | None = flag(None, help="JSON or JSONL records with a prompt each")
+    output_file: Path | None = flag(None, help="JSONL file for the samples; standard output if absent")
+    resume: bool = flag(False, help="go on with the samples that --output_file does not have yet")
+    num_samples: int = flag(1, bounds=at_least_one, help="samples for each prompt")
+    batch_size: int = flag(8, bounds=at_least_one, help="slots: sequences decoded together on each dp rank")
+    max_seq_len: int | None = flag(
+        None, bounds=at_least_one, help="most tokens of prompt and completion; what the run needs"
     )
-    add("--overlong", choices=["refuse", "skip", "truncate"], default="refuse", help="prompts that leave no room")
-    add("--stop", action="append", default=None, help="a text that ends a completion; may be given several times")
-    add("--chat", action="store_true", help="put text prompts through the chat template, as the user's message")
-    add("--return_token_ids", action="store_true", help="add token_ids to each line")
-    add_quantize_arguments(parser)
-    add(
-        "--tensor_parallel_size",
-        type=positive_int,
-        default=1,
-        help="ranks that share the model, adjacent under torchrun",
+    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="prompts that leave no room")
+    stop: list[str] | None = flag(
+        None, action="append", help="a text that ends a completion; may be given several times"
     )
-    return parser
+    chat: bool = flag(False, help="put text prompts through the chat template, as the user's message")
+    return_token_ids: bool = flag(False, help="add token_ids to each line")
 
 
 class Prompt(NamedTuple):
@@ -94,112 +76,84 @@ class Prompt(NamedTuple):
 
 
 @torch.inference_mode()
-def main(
-    *,
-    checkpoint_path: Path,
-    device: str | None,
-    dtype: str | None,
-    seed: int,
-    compile: bool | None,
-    prompt: list[str] | None,
-    prompt_file: Path | None,
-    output_file: Path | None,
-    resume: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    num_samples: int,
-    batch_size: int,
-    max_seq_len: int | None,
-    overlong: str,
-    stop: list[str] | None,
-    chat: bool,
-    return_token_ids: bool,
-    quantize: str,
-    group_size: int | None,
-    tensor_parallel_size: int,
-) -> None:
-    data_parallel_size(tensor_parallel_size)  # raises if it does not divide the ranks
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give either --prompt or --prompt_file")
-    if resume and output_file is None:
-        raise ValueError("--resume needs the --output_file to go on with")
-    if stop and not all(stop):
-        raise ValueError("--stop must not be empty")
-    if output_file is not None and not resume:
-        refuse_occupied(output_file)
-
-    runtime = choose_runtime(device, dtype, compile)
-    config = ModelConfig.from_hf(checkpoint_path)
-    check_divisible(config, tensor_parallel_size)
-    scheme = choose_scheme(checkpoint_path, quantize, group_size)
-    context = config.max_position_embeddings
-    if max_seq_len is not None and max_seq_len > context:
-        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
-    tokenizer = Tokenizer(checkpoint_path)
-    check_vocabulary(tokenizer, config.vocab_size, checkpoint_path)
-    records = (
-        read_records(prompt_file)
-        if prompt_file is not None
-        else [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(prompt)]
-    )
-    limit = max_seq_len or context
-    prompts, notes = encode_prompts(
-        records, tokenizer, config.vocab_size, limit=limit, max_new_tokens=max_new_tokens, overlong=overlong, chat=chat
-    )
-    eos_ids = generation_eos_ids(checkpoint_path, default=tokenizer.eos_token_id)
-    params = SamplingParams(temperature, top_k, top_p, seed, eos_ids, tuple(stop or ()))
+def main(args: GenerateArgs) -> None:
+    check_flags(args)
+    runtime = choose_runtime(args)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
+    scheme, limit = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.max_seq_len
+    if args.prompt_file is not None:
+        records = read_records(args.prompt_file)
+    else:
+        records = [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(args.prompt)]
+    prompts, notes = encode_prompts(records, folder, args)
+    eos_ids, stop = folder.eos_token_ids, tuple(args.stop or ())
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, eos_ids, stop)
     requests = [
-        Request(p.idx, sample_idx, p.ids, min(max_new_tokens, limit - len(p.ids)))
+        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
         for p in prompts
-        for sample_idx in range(num_samples)
+        for sample_idx in range(args.num_samples)
     ]
     begun_with = {
-        "checkpoint_path": str(checkpoint_path.resolve()),
+        "checkpoint_path": str(args.checkpoint_path.resolve()),
         "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": args.max_new_tokens,
         "max_seq_len": limit,
-        "num_samples": num_samples,
-        "return_token_ids": return_token_ids,
+        "num_samples": args.num_samples,
+        "return_token_ids": args.return_token_ids,
         "dtype": str(runtime.dtype),
         "quantize": None if scheme is None else str(scheme),
         **dataclasses.asdict(params),
     }
-    finished = read_begun(output_file, begun_with, "generate.py", ("idx", "sample_idx")) if resume else []
+    fields = ("idx", "sample_idx")
+    finished = read_begun(args.output_file, begun_with, "generate.py", fields) if args.resume else []
     done = {(line["idx"], line["sample_idx"]) for line in finished}
     requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
 
-    mesh = init_mesh(runtime.device, tensor_parallel_size)  # all ranks have looked at the files by now
+    mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
     requests = requests_of_rank(requests, mesh["dp"])
-    model = load_for_inference(
-        checkpoint_path,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        compile=runtime.compile,
-        tp=parallel_of(mesh).tp,
-        scheme=scheme,
-    )
+    model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
     engine = Engine(
         model,
         params,
-        num_slots=max(1, min(batch_size, len(requests))),
+        num_slots=max(1, min(args.batch_size, len(requests))),
         max_seq_len=max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=1),
-        tokenizer=tokenizer,
+        tokenizer=folder.tokenizer,
         compile=runtime.compile,
     )
-    stream = sys.stdout if output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
+    stream = sys.stdout if args.output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
-    counts = (len(prompts) * num_samples, len(done))
-    say(start_card(checkpoint_path, config, scheme, runtime, engine, mesh, *counts, notes))
+    num_samples = len(prompts) * args.num_samples
+    rows = {
+        "model": f"{folder}, {scheme}" if scheme else folder,
+        "device": runtime,
+        "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
+        "work": f"{num_samples - len(done):,} samples to draw" + (f", {len(done):,} done before" * bool(done)),
+        "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens"
+        + " on each dp rank" * (mesh["dp"].size() > 1),
+        **({"note": "; ".join(notes)} if notes else {}),
+    }
+    say(card("generate", rows))
     record_of = {p.idx: p.record for p in prompts}
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
-    writer = LinePrinter(active) if output_file is None else LineWriter(output_file, begun_with, active)
+    writer = LinePrinter(active) if args.output_file is None else LineWriter(args.output_file, begun_with, active)
     with writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):
-            writer.write(line_of(completion, record_of[completion.request.idx], return_token_ids))
+            writer.write(line_of(completion, record_of[completion.request.idx], args.return_token_ids))
             counter.finish_sample()
     say(end_card(engine, model, runtime, mesh["dp"]))
+
+
+def check_flags(args: GenerateArgs) -> None:
+    """Raises ValueError for flags that do not go together, and for an output file that is there already."""
+    data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise ValueError("give either --prompt or --prompt_file")
+    if args.resume and args.output_file is None:
+        raise ValueError("--resume needs the --output_file to go on with")
+    if args.stop and not all(args.stop):
+        raise ValueError("--stop must not be empty")
+    if args.output_file is not None and not args.resume:
+        refuse_occupied(args.output_file)
 
 
 def requests_of_rank(requests: list[Request], dp: DeviceMesh) -> list[Request]:
@@ -208,53 +162,39 @@ def requests_of_rank(requests: list[Request], dp: DeviceMesh) -> list[Request]:
     return [request for request in requests if order[request.idx] % dp.size() == dp.get_local_rank()]
 
 
-def encode_prompts(
-    records: list[Record],
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    *,
-    limit: int,
-    max_new_tokens: int,
-    overlong: str,
-    chat: bool,
-) -> tuple[list[Prompt], list[str]]:
+def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) -> tuple[list[Prompt], list[str]]:
     """(prompts with their ids, remarks for the card). A prompt is overlong if it leaves no room for one token;
     truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
-    prompts, skipped, truncated, short = [], 0, 0, 0
-    for idx, record in enumerate(
-        tqdm(records, desc="tokenising", unit="prompt", delay=1, leave=False, disable=not is_main_rank())
-    ):
+    prompts, skipped, truncated, short, limit = [], 0, 0, 0, folder.max_seq_len
+    for idx, record in enumerate(short_bar(records, "tokenising", "prompt")):
         prompt = get_prompt(record)
-        if chat and isinstance(prompt, str):
+        if args.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        try:
-            ids = encode_prompt(prompt, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from None
-        if not ids:
-            raise ValueError(f"{record.where}: the prompt has no tokens, so there is nothing to go on from")
-        check_ids(ids, vocab_size, record.where)
+        with naming(record):
+            ids = encode_prompt(prompt, folder.tokenizer)
+            require(ids, "the prompt has no tokens, so there is nothing to go on from")
+        check_ids(ids, folder.config.vocab_size, record.where)
         if len(ids) >= limit:
-            if overlong == "refuse" or limit < 2:
+            if args.overlong == "refuse" or limit < 2:
                 raise ValueError(
                     f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; raise "
                     "--max_seq_len or choose --overlong skip or truncate"
                 )
-            if overlong == "skip":
+            if args.overlong == "skip":
                 skipped += 1
                 continue
             truncated += 1
-            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            keep = max(limit - max_new_tokens, limit // 2) - len(bos)  # at least half of the room is the prompt's
+            bos = ids[:1] if ids[0] == folder.tokenizer.bos_token_id else []
+            keep = max(limit - args.max_new_tokens, limit // 2) - len(bos)  # at least half of the room is the prompt's
             ids = bos + ids[len(ids) - keep :]
-        short += len(ids) + max_new_tokens > limit
+        short += len(ids) + args.max_new_tokens > limit
         prompts.append(Prompt(idx, record, ids))
     if not prompts:
         raise ValueError(f"all {skipped} prompts leave no room in {limit} tokens")
     remarks = (
         (skipped, "prompts skipped as too long"),
         (truncated, "prompts truncated"),
-        (short, f"prompts with room for fewer than {max_new_tokens} new tokens"),
+        (short, f"prompts with room for fewer than {args.max_new_tokens} new tokens"),
     )
     return prompts, [f"{count} {what}" for count, what in remarks if count]
 
@@ -295,8 +235,8 @@ def line_of(completion: Completion, record: Record, return_token_ids: bool) -> d
     }
     if return_token_ids:
         line["token_ids"] = completion.token_ids
-    said = {*line, "prompt" if "prompt" in record.fields else "input"}
-    return line | {name: value for name, value in record.fields.items() if name not in said}
+    written = {*line, "prompt" if "prompt" in record.fields else "input"}
+    return {**line, **{name: value for name, value in record.fields.items() if name not in written}}
 
 
 # --------------------------------------------------------------------------------- what people see
@@ -330,19 +270,6 @@ class TokenCounter:
         self.bar.close()
 
 
-def start_card(path, config, scheme, runtime, engine, mesh, num_samples, num_done, notes) -> str:
-    rows = {
-        "model": f"{path}, {config.num_parameters() / 1e6:,.1f} M parameters" + (f", {scheme}" if scheme else ""),
-        "device": f"{device_name(runtime.device)}, {str(runtime.dtype).removeprefix('torch.')}"
-        + (", compiled" if runtime.compile else ""),
-        "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
-        "work": f"{num_samples - num_done:,} samples to draw" + (f", {num_done:,} done before" * bool(num_done)),
-        "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens"
-        + " on each dp rank" * (mesh["dp"].size() > 1),
-    }
-    return card("generate", rows | ({"note": "; ".join(notes)} if notes else {}))
-
-
 def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh) -> str:
     """Rates of the decode steps, of all data-parallel ranks together. MBU = bytes read a second (weights once a step,
     and the cache as far as attention reads it) over the memory bandwidth of the datasheet, where that is known."""
@@ -367,4 +294,4 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh)
 
 
 if __name__ == "__main__":
-    run_script(main, parser())
+    run_script(main, GenerateArgs)

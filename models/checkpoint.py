@@ -14,8 +14,10 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
+from models.common import RuntimeArgs, dtype_name, flag, is_main_rank, short_bar
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
-from models.tp import inference_parallel, is_main_rank, tensor_parallel_part
+from models.tokenizer import Tokenizer
+from models.tp import Parallel, tensor_parallel_part
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5_000_000_000
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
 COPIED_FILES = (
@@ -41,6 +43,59 @@ COPIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs(RuntimeArgs):
+    """Which model."""
+
+    checkpoint_path: Path = flag(help="Hugging Face folder with the model")
+
+
+class Folder(NamedTuple):
+    """What a Hugging Face folder says of its model before any weight is read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    max_seq_len: int  # the longest row: what was asked for, else the model's context
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills rows up; many folders name a pad token that has no embedding, and any other does as
+        well."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < self.config.vocab_size else 0
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return generation_eos_ids(self.path, default=self.tokenizer.eos_token_id)
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.config.num_parameters() / 1e6:,.1f} M parameters"
+
+
+def open_folder(
+    path: Path, max_seq_len: int | None = None, tensor_parallel_size: int = 1, *, frozen: bool = False
+) -> Folder:
+    """Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
+    shorter context than max_seq_len, and for quantised weights unless it is frozen."""
+    config = ModelConfig.from_hf(path)
+    if not frozen:
+        refuse_quantized(path)
+    config.check_divisible(tensor_parallel_size)
+    context = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > context:
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
+    tokenizer = Tokenizer(path)
+    # Added tokens may lie beyond the vocabulary, since many folders name a pad token that has no embedding; check_ids
+    # refuses them where they occur.
+    if tokenizer.base_vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer does not fit: it has {tokenizer.base_vocab_size} tokens, the model's vocab_size is "
+            f"{config.vocab_size}"
+        )
+    return Folder(path, config, tokenizer, max_seq_len or context)
 
 
 def our_name(name: str) -> str:
@@ -178,9 +233,8 @@ def load_model(
     config = ModelConfig.from_hf(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)
-    parallel = inference_parallel(tp, torch.device(device), compute_dtype or param_dtype)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, parallel, head)
+        model = Transformer(config, compute_dtype, Parallel(tp), head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 
@@ -222,7 +276,7 @@ def fill_parameters(
 ) -> None:
     """load_weights for files that were checked. without_file: whole tensors that are not in them."""
     without_file = without_file or {}
-    for name, parameter in loading_bar(dict(model.named_parameters()).items(), "tensor"):
+    for name, parameter in short_bar(dict(model.named_parameters()).items(), "loading", "tensor"):
         slices = part_of(name, tuple(parameter.shape))
         part = without_file[name][slices] if name in without_file else files.read(name, slices)
         if isinstance(parameter, DTensor):
@@ -235,10 +289,6 @@ def fill_parameters(
             setattr(model.get_submodule(owner), attribute, part)
     model.tie_weights()
     model.reset_buffers(device)
-
-
-def loading_bar(things: Iterable, unit: str) -> tqdm:
-    return tqdm(things, desc="loading", unit=unit, delay=1, leave=False, disable=not is_main_rank())
 
 
 def refuse_quantized(folder: str | Path) -> None:
@@ -295,7 +345,7 @@ def save_folder(
         if (Path(copy_from) / name).is_file():
             shutil.copyfile(Path(copy_from) / name, staging / name)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config = {**config, key: str(saved_dtype).removeprefix("torch.")}
+    config = {**config, key: dtype_name(saved_dtype)}
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in staging.iterdir():
         shutil.copymode(staging / "config.json", path)  # safetensors makes its files private

@@ -25,27 +25,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from models.attention import Attend, causal_attention, has_varlen, varlen_attn
 from models.checkpoint import load_model
-from models.model import (
-    FUSIONS,
-    Attend,
-    Block,
-    Linear,
-    ModelConfig,
-    RowLinear,
-    Transformer,
-    causal_attention,
-    has_varlen,
-    varlen_attn,
-)
+from models.common import Runtime
+from models.model import FUSIONS, Block, Linear, ModelConfig, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, quantize
 from models.quantize import load_quantized
-from models.tp import inference_parallel, leave_parallel, local, size_of
+from models.tp import Parallel, leave_parallel, local, size_of
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's prepacked linear layer serves this device and dtype."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def can_pack(runtime: Runtime) -> bool:
+    """Whether oneDNN's prepacked linear layer serves this device and dtype; it is not for torch.compile."""
+    device, dtype, compile = runtime
+    if compile or device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
@@ -84,13 +76,13 @@ class InferenceLinear(nn.Module):
     def refresh(self, linears: list[Linear]) -> None:
         """Takes new values of the same linear layers, without changing any tensor's address (but the packed one's)."""
         if self.packed is None:
-            for mine, linear in zip(self.weight.split(self.sizes), linears):
-                mine.copy_(local(linear.weight))
+            for part, linear in zip(self.weight.split(self.sizes), linears):
+                part.copy_(local(linear.weight))
         else:
             self._pack(linears)
         if self.bias is not None:
-            for mine, linear in zip(self.bias.split(self.sizes), linears):
-                mine.copy_(local(linear.bias))
+            for part, linear in zip(self.bias.split(self.sizes), linears):
+                part.copy_(local(linear.bias))
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
         """forward() of [num_rows, K], with fewer steps on the way where the packed product is all there is to do."""
@@ -211,21 +203,20 @@ def _fuse(block: Block, pack: bool) -> None:
 
 def load_for_inference(
     folder: str | Path,
+    runtime: Runtime,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
-    compile: bool = False,
     tp: DeviceMesh | None = None,
     head: str = "lm",
     scheme: Scheme | None = None,
 ) -> Transformer:
-    """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. compile: whether it
-    will run under torch.compile. head: "lm" or "score". scheme: how its blocks are quantised, see load_quantized."""
+    """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. head: "lm" or "score".
+    scheme: how its blocks are quantised, see load_quantized."""
+    device, dtype, _ = runtime
     if scheme is None:
         model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
     else:
         model = load_quantized(folder, scheme, device=device, dtype=dtype, tp=tp, head=head)
-    return to_inference(model, pack=not compile and can_pack(device, dtype))
+    return to_inference(model, pack=can_pack(runtime))
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -251,13 +242,12 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
     """An inference copy beside a model in training, on the same tp ranks, in its compute dtype; refresh() keeps it up
     to date. A collective over dp. pack: as for to_inference."""
-    parallel = inference_parallel(source.parallel.tp, source.inv_freq.device, source.compute_dtype)
     with torch.device("meta"):
-        copy = Transformer(source.config, source.compute_dtype, parallel)
-    for mine, theirs in zip(copy.layers, source.layers):
-        with _gathered(theirs):
-            _take_parameters(mine, theirs, source.compute_dtype)
-        _fuse(mine, pack)
+        copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
+    for block, trained in zip(copy.layers, source.layers):
+        with _gathered(trained):
+            _take_parameters(block, trained, source.compute_dtype)
+        _fuse(block, pack)
     with _gathered(source):
         for name in ("embed_tokens", "norm", "lm_head"):
             if name == "lm_head" and source.config.tie_word_embeddings:
@@ -269,24 +259,24 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
     return copy.requires_grad_(False).eval()
 
 
-def _take_parameters(mine: nn.Module, theirs: nn.Module, dtype: torch.dtype | None) -> None:
-    for name, parameter in theirs.named_parameters():
+def _take_parameters(module: nn.Module, source: nn.Module, dtype: torch.dtype | None) -> None:
+    for name, parameter in source.named_parameters():
         owner, _, attribute = name.rpartition(".")
         values = local(parameter).to(dtype=dtype, copy=True)  # FSDP takes its storage back
-        setattr(mine.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
 
 @torch.no_grad()
 def refresh(copy: Transformer, source: Transformer) -> None:
     """Brings an inference copy up to date with a model of the same shape, in place, one block at a time; where FSDP
     holds the source, a collective over dp."""
-    for mine, theirs in zip(copy.layers, source.layers):
-        with _gathered(theirs):
+    for block, trained in zip(copy.layers, source.layers):
+        with _gathered(trained):
             for part_name, names, product in FUSIONS:
-                part = getattr(theirs, part_name)
-                getattr(getattr(mine, part_name), product).refresh([getattr(part, name) for name in names])
+                part = getattr(trained, part_name)
+                getattr(getattr(block, part_name), product).refresh([getattr(part, name) for name in names])
             for name in ("input_layernorm", "post_attention_layernorm"):
-                getattr(mine, name).weight.copy_(local(getattr(theirs, name).weight))
+                getattr(block, name).weight.copy_(local(getattr(trained, name).weight))
     with _gathered(source):
         copy.embed_tokens.weight.copy_(local(source.embed_tokens.weight))
         copy.norm.weight.copy_(local(source.norm.weight))

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.model import Attend, ModelConfig, Transformer, causal_attention, rope_tables
+from models.attention import Attend, causal_attention
+from models.model import ModelConfig, Transformer
+from models.rope import rope_tables
 from models.tp import size_of
 
 W = 64

@@ -15,6 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, refuse_quantized
+from models.common import DTYPES, Runtime, at_least_one, flag
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import load_quantized
-from models.tp import Parallel, chunk_range, shard_dim, tensor_parallel_part
+from models.tp import Parallel, TensorParallelArgs, chunk_range, shard_dim, tensor_parallel_part
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -42,6 +44,67 @@ warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mes
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # the default of 10 is short for loading and saving large models on a slow disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArgs(TensorParallelArgs):
+    """How a step is spread over ranks and over forwards."""
+
+    micro_batch_size: int | None = flag(
+        None, bounds=at_least_one, help="rows per forward on one rank; --batch_size", may_change=True
+    )
+    dp_replicate: int = flag(
+        1,
+        bounds=at_least_one,
+        help="hybrid sharding: so many whole copies of the model, each cut over the other ranks; the number of nodes",
+        may_change=True,
+    )
+    sequence_parallel: bool = flag(
+        False,
+        help="with tensor parallelism: spread the tokens between the parallel layers, which saves activations",
+        may_change=True,
+    )
+    activation_checkpointing: str = flag(
+        "none",
+        choices=("none", "full", "selective"),
+        help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
+        may_change=True,
+    )
+    sync_every_micro_batch: bool = flag(
+        True,
+        help="reduce the gradients over the ranks after each micro-batch; else after the last: less communication, "
+        "but every rank holds the whole gradients",
+        may_change=True,
+    )
+    cpu_offload: bool = flag(
+        False,
+        help="keep weights, gradients and optimizer state in the CPU's memory, and step there; for GPUs",
+        may_change=True,
+    )
+    param_dtype: str = flag(
+        "float32",
+        choices=("float32", "bfloat16"),
+        help="dtype of the stored weights and gradients; bfloat16 weights get fp32 updates, rounded stochastically "
+        "(bytes for a parameter, its gradient and AdamW's moments: 16 or 12, with adamw_8bit 10 or 6)",
+    )
+
+    def ranks(self) -> str:
+        """The layout, for people."""
+        replicas = f" ({self.dp_replicate} replicas)" if self.dp_replicate > 1 else ""
+        return f"dp {data_parallel_size(self.tensor_parallel_size)}{replicas} x tp {self.tensor_parallel_size}"
+
+
+def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size") -> tuple[int, int]:
+    """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together;
+    name: of the flag that gave the batch_size."""
+    dp_size = data_parallel_size(args.tensor_parallel_size, args.dp_replicate)
+    if batch_size % dp_size:
+        raise ValueError(f"{name} {batch_size} does not divide over {dp_size} data-parallel ranks")
+    micro_batch_size = args.micro_batch_size or batch_size // dp_size
+    if micro_batch_size * dp_size > batch_size:
+        ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
+        raise ValueError(f"--micro_batch_size {micro_batch_size}{ranks} is larger than {name} {batch_size}")
+    return dp_size, micro_batch_size
 
 
 def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
@@ -78,15 +141,6 @@ def init_mesh(device: torch.device, tensor_parallel_size: int, dp_replicate: int
     return mesh
 
 
-def check_divisible(config: ModelConfig, tensor_parallel_size: int) -> None:
-    """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, key) % tensor_parallel_size:
-            raise ValueError(
-                f"--tensor_parallel_size {tensor_parallel_size} does not divide {key} = {getattr(config, key)}"
-            )
-
-
 def parallel_of(mesh: DeviceMesh, sequence_parallel: bool = False) -> Parallel:
     """What the layers need to know of a mesh."""
     split = mesh["tp"].size() > 1
@@ -109,33 +163,28 @@ def sharded_part(name: str, shape: tuple[int, ...], mesh: DeviceMesh) -> tuple[s
 def load_for_training(
     folder: str | Path,
     mesh: DeviceMesh,
+    args: ParallelArgs,
+    runtime: Runtime,
     *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    param_dtype: torch.dtype = torch.float32,
-    sequence_parallel: bool = False,
-    recompute: str = "none",
-    compile: bool = False,
-    cpu_offload: bool = False,
     head: str = "lm",
     new_score: Tensor | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> Transformer:
     """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
 
-    head: "lm" or "score"; new_score: see load_weights, alike on all ranks. cpu_offload: parameters and gradients live
-    in the CPU's memory, and so does the state of an optimizer over them, which steps there; the device holds what it
-    is computing with. Raises ValueError where the device is the CPU."""
-    if cpu_offload and device.type == "cpu":
+    head: "lm" or "score"; new_score: see load_weights, alike on all ranks. param_dtype: of the weights, if not
+    args.param_dtype. Raises ValueError for args.cpu_offload where the device is the CPU."""
+    if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     config = ModelConfig.from_hf(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, parallel_of(mesh, sequence_parallel), head)
-    dtypes = {"compute_dtype": compute_dtype, "param_dtype": param_dtype}
-    shard_model(model, mesh, **dtypes, recompute=recompute, compile=compile, cpu_offload=cpu_offload)
-    model.to_empty(device="cpu" if cpu_offload else device)
-    load_weights(model, files, device=device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
+        model = Transformer(config, runtime.dtype, parallel_of(mesh, args.sequence_parallel), head)
+    shard_model(model, mesh, args, runtime, param_dtype)
+    model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
+    part_of = partial(sharded_part, mesh=mesh)
+    load_weights(model, files, device=runtime.device, part_of=part_of, new_score=new_score)
     return model
 
 
@@ -143,62 +192,61 @@ def load_frozen(
     folder: str | Path,
     mesh: DeviceMesh,
     scheme: Scheme | None,
+    args: ParallelArgs,
+    runtime: Runtime,
     *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    compile: bool = False,
     head: str = "lm",
-    **sharding,
 ) -> Transformer:
     """A model of a folder beside one in training, without gradients: sharded like that one, or with quantised weights,
-    which are plain tensors, cut over tp and the same on all dp ranks. sharding: more arguments of load_for_training,
-    for the former."""
-    options = {"device": device, "head": head}
+    which are plain tensors, cut over tp and the same on all dp ranks. Its weights are rounded as those in training are,
+    when stored or for the computation, so that equal folders compute equal numbers."""
     if scheme is None:
-        options |= {"compute_dtype": compute_dtype, "compile": compile, **sharding}
-        return load_for_training(folder, mesh, **options).requires_grad_(False)
-    model = load_quantized(folder, scheme, dtype=compute_dtype, tp=parallel_of(mesh).tp, **options)
-    for block in model.layers if compile else ():
+        param_dtype = frozen_dtype(args, runtime)
+        return load_for_training(folder, mesh, args, runtime, head=head, param_dtype=param_dtype).requires_grad_(False)
+    placing = {"device": runtime.device, "dtype": runtime.dtype, "tp": parallel_of(mesh).tp}
+    model = load_quantized(folder, scheme, **placing, head=head)
+    for block in model.layers if runtime.compile else ():
         block.compile()
     return model
+
+
+def frozen_dtype(args: ParallelArgs, runtime: Runtime) -> torch.dtype:
+    """What the weights in training are rounded to, when stored or for the computation."""
+    return torch.bfloat16 if args.param_dtype == "bfloat16" else runtime.dtype
 
 
 def shard_model(
     model: Transformer,
     mesh: DeviceMesh,
-    *,
-    compute_dtype: torch.dtype,
-    param_dtype: torch.dtype = torch.float32,
-    recompute: str = "none",
-    compile: bool = False,
-    cpu_offload: bool = False,
+    args: ParallelArgs,
+    runtime: Runtime,
+    param_dtype: torch.dtype | None = None,
 ) -> None:
     """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded.
 
-    param_dtype: of the stored weights, norms included, since FSDP2 wants one dtype in a group. Gradients arrive in it.
+    param_dtype: of the stored weights, if not args.param_dtype; of norms too, since FSDP2 wants one dtype in a group.
+    Gradients arrive in it.
     """
-    _to_dtensors(model, mesh["tp"], param_dtype)
+    _to_dtensors(model, mesh["tp"], param_dtype or DTYPES[args.param_dtype])
     for block in model.layers:
-        block.recompute = recompute
-        if compile and recompute == "full":  # torch 2.13 cannot compile a checkpoint of DTensors' local parts
+        block.recompute = args.activation_checkpointing
+        if runtime.compile and block.recompute == "full":  # torch 2.13 cannot compile a checkpoint of local parts
             block._forward = torch.compile(block._forward)
-        elif compile:
+        elif runtime.compile:
             block.compile()
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype,
+        param_dtype=runtime.dtype,
         reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
-    options = {
-        "mesh": mesh["dp_replicate", "dp_shard"] if _is_hybrid(mesh) else mesh["dp"],
-        "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
-    }
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
+    dp = mesh["dp_replicate", "dp_shard"] if _is_hybrid(mesh) else mesh["dp"]
     for block in model.layers:
-        fully_shard(block, **options)
+        fully_shard(block, mesh=dp, mp_policy=policy, offload_policy=offload)
     if hasattr(model, "score"):  # a scalar head computes in fp32
-        fully_shard(model.score, **{**options, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
-    fully_shard(model, **options, reshard_after_forward=False)
+        in_fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+        fully_shard(model.score, mesh=dp, mp_policy=in_fp32, offload_policy=offload)
+    fully_shard(model, mesh=dp, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
 
 
 def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:

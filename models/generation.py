@@ -22,15 +22,29 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.common import at_least_one, flag, fraction, non_negative
 from models.decode import KVCache
 from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
 from models.noise import column_hashes, noise_key, random_bits
 from models.tokenizer import StreamDecoder, Tokenizer
-from models.tp import chunk_range, gather_ranks, gather_vocabulary, pad_vocabulary, size_of
+from models.tp import chunk_range, gather_ranks, size_of
+from models.vocab_parallel import gather_vocabulary, pad_vocabulary
 
 PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
 CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs:
+    """How an answer is drawn."""
+
+    max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
+    temperature: float = flag(1.0, bounds=non_negative, help="0 is greedy")
+    top_k: int = flag(0, bounds=non_negative, help="sample among the k likeliest tokens; 0 is off")
+    top_p: float = flag(
+        1.0, bounds=fraction, help="sample among the likeliest tokens of this total probability; 1 is off"
+    )
 
 
 @dataclass(frozen=True)

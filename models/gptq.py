@@ -18,11 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.checkpoint import WeightFiles, loading_bar
-from models.model import FUSIONS, Block, ModelConfig, RMSNorm, causal_attention, rope_inv_freq, rope_tables
+from models.attention import causal_attention
+from models.checkpoint import WeightFiles
+from models.common import Runtime, short_bar
+from models.model import FUSIONS, Block, ModelConfig, RMSNorm
 from models.qlinear import Quantized, Scheme, dequantize, int4_grid, quantize, round_int4
 from models.quantize import stored_names
-from models.tp import CHUNK_TOKENS, Parallel
+from models.rope import rope_tables
+from models.tp import Parallel
+from models.vocab_parallel import CHUNK_TOKENS
 
 COLUMNS = 128  # whose errors reach the rest of the row together
 
@@ -89,38 +93,37 @@ def quantize_blocks(
     files: WeightFiles,
     config: ModelConfig,
     scheme: Scheme,
-    method: str,
+    runtime: Runtime,
     *,
     calibration: list[Rows],
     evaluation: list[Rows],
-    device: torch.device,
-    dtype: torch.dtype,
     report: Callable[[dict[str, Cost]], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
     the end report() is told what that costs on the evaluation rows, if there are any: "stored", "rounded", "chosen".
 
-    method: rtn, or gptq, which needs calibration rows. dtype: of the forward.
+    calibration: rows for GPTQ; none rounds to nearest.
     """
+    device, dtype, _ = runtime
 
     def forward(block: Block, states: list[Tensor]) -> list[Tensor]:
         places = (torch.arange(x.shape[1], device=device)[None] for x in states)
         return [block(x, *rope_tables(place, inv_freq), causal_attention) for x, place in zip(states, places)]
 
-    inv_freq = rope_inv_freq(config).to(device)
+    inv_freq = config.inv_freq().to(device)
     table = files.read("embed_tokens.weight")
-    seen = [table[rows.input_ids].to(device, dtype) for rows in calibration]
+    inputs = [table[rows.input_ids].to(device, dtype) for rows in calibration]
     states = {
         name: [table[rows.input_ids].to(device, dtype) for rows in evaluation]
         for name in ("stored", "rounded", "chosen")
     }
-    for i in loading_bar(range(config.num_hidden_layers), "block"):
+    for i in short_bar(range(config.num_hidden_layers), "quantising", "block"):
         block = _load_block(files, config, i, device, dtype)
         states["stored"] = forward(block, states["stored"])
         moments = {}
-        if method == "gptq":
+        if calibration:
             watched = _watch(block)
-            for x, rows in zip(seen, calibration):
+            for x, rows in zip(inputs, calibration):
                 for layer in watched.values():
                     layer.mask = rows.mask.to(device)
                 forward(block, [x])
@@ -131,13 +134,14 @@ def quantize_blocks(
                 stem = f"{part_name}.{name}.weight"
                 weight = files.read(f"layers.{i}.{stem}").to(device).float()
                 rounded[stem] = quantize(weight, scheme)
-                is_better = method == "gptq"
-                chosen[stem] = gptq(weight, moments[product], scheme.group_size) if is_better else rounded[stem]
+                chosen[stem] = rounded[stem]
+                if calibration:
+                    chosen[stem] = gptq(weight, moments[product], scheme.group_size)
         for name, weights in (("rounded", rounded), ("chosen", chosen)):
             for stem, weight in weights.items():
                 block.get_parameter(stem).copy_(dequantize(weight))  # in dtype, as the layer itself computes
             states[name] = forward(block, states[name])
-        seen = forward(block, seen)
+        inputs = forward(block, inputs)
         for name in files.names():
             stem = name.removeprefix(f"layers.{i}.")
             if stem in chosen:
@@ -189,7 +193,7 @@ def _costs(
         hidden = {name: norm(batches[i])[:, :-1][learnt].split(CHUNK_TOKENS) for name, batches in states.items()}
         for chunk, ids in enumerate(targets[learnt].split(CHUNK_TOKENS)):
             logprobs = {name: (x[chunk] @ heads[name].T).float().log_softmax(dim=-1) for name, x in hidden.items()}
-            for name, found in logprobs.items():
-                sums[name][0] -= found.gather(1, ids[:, None]).sum().item()
-                sums[name][1] += F.kl_div(found, logprobs["stored"], reduction="sum", log_target=True).item()
+            for name, each in logprobs.items():
+                sums[name][0] -= each.gather(1, ids[:, None]).sum().item()
+                sums[name][1] += F.kl_div(each, logprobs["stored"], reduction="sum", log_target=True).item()
     return {name: Cost(math.exp(loss / count), kl / count) for name, (loss, kl) in sums.items()}

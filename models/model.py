@@ -11,13 +11,9 @@
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim, E model dim, V vocabulary.
 """
 
-import inspect
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,21 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from models.tp import Parallel, embed, enter_parallel, leave_parallel, local, size_of, whole_sequence
+from models.attention import Attend, causal_attention
+from models.common import read_json_object
+from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
+from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
+from models.vocab_parallel import embed
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-if varlen_attn is not None and not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-    varlen_attn = None  # torch 2.11 and older
-
-ROPE_KEYS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-QUANTIZED_FORMAT = "gpt-accelera"  # what quantization_config names in a folder that models/quantize.py wrote
+QUANTIZED_FORMAT = "gpt-accelera"  # what quantization_config names in a folder that scripts/quantize.py wrote
 
 # What the inference copy of a block computes as one product: (the part of the block, the names of its Linear layers,
 # the name of the product that replaces them).
@@ -55,7 +43,7 @@ FUSIONS = (
 class ModelConfig:
     """The shape of a LLaMA model, under Hugging Face's key names.
 
-    rope_scaling is None or a dict whose "rope_type" is one of ROPE_KEYS and which holds that type's numbers.
+    rope_scaling is None or a dict whose "rope_type" is one of rope.ROPE_KEYS and which holds that type's numbers.
     """
 
     vocab_size: int
@@ -68,7 +56,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = field(default=None)
+    rope_scaling: dict | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -107,7 +95,7 @@ class ModelConfig:
         head_dim = number("head_dim", default=hidden_size // num_heads)
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
-        rope_theta, rope_scaling = _rope_settings(config, where)
+        rope_theta, rope_scaling = rope_settings(config, where)
         for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if config.get(key) not in (None, True, False):
                 raise ValueError(f"{where}: {key} must be true or false, not {config[key]!r}")
@@ -128,6 +116,18 @@ class ModelConfig:
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
+    def check_divisible(self, tensor_parallel_size: int) -> None:
+        """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
+        for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            if getattr(self, key) % tensor_parallel_size:
+                raise ValueError(
+                    f"--tensor_parallel_size {tensor_parallel_size} does not divide {key} = {getattr(self, key)}"
+                )
+
+    def inv_freq(self) -> Tensor:
+        """The inverse frequencies of its rotary embedding, fp32 [D/2] on the CPU."""
+        return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+
     def num_parameters(self) -> int:
         """Number of parameters, tied embeddings counted once."""
         E, ffn = self.hidden_size, self.intermediate_size
@@ -137,6 +137,14 @@ class ModelConfig:
         mlp = 3 * E * ffn + self.mlp_bias * (2 * ffn + E)
         embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * E
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
+
+    def training_flops_per_token(self, seq_len: float) -> float:
+        """FLOPs of forward and backward for one token of a row of seq_len tokens: 6 for each weight that multiplies it,
+        and the causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix
+        B)."""
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
+        return 6 * (self.num_parameters() - embedding) + 6 * attention
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
@@ -152,142 +160,9 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
 
 
 def is_quantized(config: dict) -> bool:
-    """Whether a config.json says that models/quantize.py wrote the weights beside it."""
+    """Whether a config.json says that scripts/quantize.py wrote the weights beside it."""
     stored = config.get("quantization_config")
     return isinstance(stored, dict) and stored.get("format") == QUANTIZED_FORMAT
-
-
-def read_json_object(path: Path) -> dict:
-    """A small JSON file that holds an object; ValueError that names the file otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
-    """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
-    rope_theta and rope_scaling at the top, with "type" or "rope_type"."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # of both, transformers takes this
-    settings = config.get(key) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where}: {key} must be an object, not {settings!r}")
-    theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"{where}: rope_theta must be a positive number, not {theta!r}")
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: {key}.partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    if rope_type == "default":
-        return float(theta), None
-    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
-        raise ValueError(f"{where}: {key} of type {rope_type!r} is not supported, only default, {', '.join(ROPE_KEYS)}")
-    scaling = {"rope_type": rope_type}
-    for name in ROPE_KEYS[rope_type]:
-        value = settings.get(name)
-        if value is None and name == "original_max_position_embeddings":
-            value = config.get("max_position_embeddings")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{where}: {key}.{name} must be a positive number for type {rope_type!r}, not {value!r}")
-        scaling[name] = value
-    return float(theta), scaling
-
-
-def rope_inv_freq(config: ModelConfig) -> Tensor:
-    """Inverse frequencies of the rotary embedding (Su et al. 2021, arXiv 2104.09864), fp32 [D/2] on the CPU.
-
-    linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: only wavelengths that are long
-    beside the original context are stretched, with a ramp in between (Llama 3.1, arXiv 2407.21783).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    inv_freq = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inv_freq
-    if scaling["rope_type"] == "linear":
-        return inv_freq / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    context = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inv_freq
-    keep = (context / wavelength - low) / (high - low)  # 1: untouched, 0: fully stretched, between: the ramp
-    ramped = (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
-    return torch.where(
-        wavelength < context / high,
-        inv_freq,
-        torch.where(wavelength > context / low, inv_freq / scaling["factor"], ramped),
-    )
-
-
-def rope_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries the sign of its half."""
-    angles = (position_ids[..., None].float() * inv_freq).unsqueeze(2)  # [B, T, 1, D/2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [B, T, H, D], the halves of D being the two coordinates (Hugging Face's layout), in fp32; returns x's
-    dtype. cos, sin: fp32 [B, T, 1, D] from rope_tables."""
-    y = x.float()
-    first, second = y.chunk(2, dim=-1)
-    return torch.addcmul(y * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
-
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each token sees itself and the earlier ones of its row. q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
-
-    Right padding needs no mask: no real token ever sees it.
-    """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's variable-length attention, FlashAttention 2, has a kernel for this device, dtype and head dim."""
-    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if head_dim % 8 or head_dim > 256:
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def document_attention(
-    lengths: list[list[int]], num_tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Attend:
-    """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
-    follows them in a row of num_tokens is padding. dtype: of the activations.
-
-    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on); others a mask.
-    """
-    lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
-    flat = [length for row in lengths for length in row]
-
-    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
-        rows = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
-
-    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
-    if has_varlen(device, dtype, head_dim):
-        ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
-        return variable_length
-    size = len(lengths) * num_tokens  # else torch asks the device for it
-    document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
-    document = document.view(-1, num_tokens)  # [B, T]
-    places = torch.arange(num_tokens, device=device)
-    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
-    return masked
 
 
 class Linear(nn.Linear):
@@ -449,7 +324,7 @@ class Transformer(nn.Module):
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
+        self.register_buffer("inv_freq", config.inv_freq(), persistent=False)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
@@ -467,6 +342,11 @@ class Transformer(nn.Module):
         x = self.norm(x)
         return whole_sequence(x, self.parallel.tp) if self.parallel.sequence_parallel else x
 
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row must be a multiple of: sequence parallelism cuts it over the ranks."""
+        return size_of(self.parallel.tp) if self.parallel.sequence_parallel else 1
+
     def tie_weights(self) -> None:
         """Makes the head share the embedding's weight where the config says so."""
         if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
@@ -474,7 +354,7 @@ class Transformer(nn.Module):
 
     def reset_buffers(self, device: torch.device | str) -> None:
         """Computes what is not in a checkpoint; needed after to_empty or a build on meta."""
-        self.inv_freq = rope_inv_freq(self.config).to(device)
+        self.inv_freq = self.config.inv_freq().to(device)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

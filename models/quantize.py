@@ -3,28 +3,27 @@
 - the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype (an
   inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
-- a folder holds what --quantize computes, to the bit; or int4 that was chosen with more care (models/gptq.py)
+- a folder (scripts/quantize.py writes it) holds what --quantize computes, to the bit; or int4 that was chosen with more
+  care (models/gptq.py)
 - with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
 
     python models/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
         --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
 """
 
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import WeightFiles, fill_parameters, loading_bar, save_folder
+from models.checkpoint import WeightFiles, fill_parameters
+from models.common import flag, short_bar
 from models.model import (
     FUSIONS,
-    QUANTIZED_FORMAT,
     Block,
     ModelConfig,
     RowLinear,
@@ -32,8 +31,28 @@ from models.model import (
     is_quantized,
     read_hf_config,
 )
-from models.qlinear import GROUP_SIZES, Quantized, QuantizedLinear, Scheme, quantize
-from models.tp import Parallel, inference_parallel, shard_dim, size_of, tensor_parallel_part
+from models.qlinear import GROUP_SIZES, MODES, Quantized, QuantizedLinear, Scheme, quantize
+from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSizeArgs:
+    """The scales of int4."""
+
+    group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; 128")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeArgs(GroupSizeArgs):
+    """Weights in few bits, of a model that is not trained."""
+
+    quantize: str = flag(
+        "none",
+        choices=("none", *MODES),
+        help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
+        "fp8 needs a Hopper GPU. A folder that scripts/quantize.py wrote is run as it is stored",
+    )
+
 
 LINEARS = tuple(name for _, names, _ in FUSIONS for name in names)  # the layers of a block that are quantised
 
@@ -141,15 +160,15 @@ def is_linear_weight(name: str) -> bool:
 
 def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> dict[str, tuple[int, ...]]:
     """The tensors of a folder with quantised weights, from the parameters of the model."""
-    found = {}
+    stored = {}
     for name, shape in shapes.items():
         if is_linear_weight(name):
             parts = _slices(tuple(slice(0, n) for n in shape), scheme)
             sizes = [tuple(part.stop - part.start for part in slices) for slices in parts]
-            found |= dict(zip(stored_names(name, scheme), sizes))
+            stored.update(zip(stored_names(name, scheme), sizes))
         else:
-            found[name] = shape
-    return found
+            stored[name] = shape
+    return stored
 
 
 def _slices(cut: tuple[slice, slice], scheme: Scheme) -> list[tuple[slice, slice]]:
@@ -194,9 +213,8 @@ def load_quantized(
     config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
     check_scheme(scheme, config, device, dtype, size_of(tp))
     is_stored = is_quantized(read_hf_config(folder)[0])
-    parallel = inference_parallel(tp, device, dtype)
     with torch.device("meta"):
-        model = Transformer(config, dtype, parallel, head)
+        model = Transformer(config, dtype, Parallel(tp), head)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = stored_shapes(shapes, scheme) if is_stored else shapes
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
@@ -219,7 +237,7 @@ def load_quantized(
     def bias_of(name: str) -> Tensor:
         return files.read(name, tensor_parallel_part(name, shapes[name], tp))
 
-    for i, block in enumerate(loading_bar(model.layers, "block")):
+    for i, block in enumerate(short_bar(model.layers, "loading", "block")):
         quantize_block(block, f"layers.{i}.", weight_of, bias_of, scheme, dtype)
     fill_parameters(model, files, device=device, dtype=dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model.requires_grad_(False).eval()
@@ -230,140 +248,8 @@ def load_quantized(
 
 def rounded_tensors(files: WeightFiles, scheme: Scheme, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time."""
-    for name in loading_bar([name for name in files.names() if name.startswith("layers.")], "tensor"):
+    for name in short_bar([name for name in files.names() if name.startswith("layers.")], "rounding", "tensor"):
         if is_linear_weight(name):
             yield from zip(stored_names(name, scheme), quantize_file(files, name, (), scheme, device))
         else:
             yield name, files.read(name)
-
-
-# The script alone imports training/, for the command line and the records.
-
-
-def parser():
-    from training.common import ArgumentParser, positive_int
-
-    parser = ArgumentParser("Writes a Hugging Face folder with quantised weights, for inference and frozen models.")
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="Hugging Face folder with the model")
-    add("--device", default=None, help="cpu, cuda, cuda:1, ...; the GPU if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the model that reads the records")
-    add("--output_dir", type=Path, required=True, help="folder to write; whole or not at all")
-    add("--mode", choices=["int8", "int4"], default="int4", help="what the weights of the blocks become")
-    add("--group_size", type=int, choices=GROUP_SIZES, default=None, help="int4: weights that share a scale; 128")
-    add(
-        "--method",
-        choices=["rtn", "gptq"],
-        default="rtn",
-        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: each column's error is made up for "
-        "by the next ones, as the calibration file's activations want it",
-    )
-    add("--calibration_file", type=Path, default=None, help="records as finetune_sft.py's: what the model reads")
-    add("--eval_file", type=Path, default=None, help="records: print what it costs, beside rounding to nearest")
-    add("--calibration_tokens", type=positive_int, default=65536, help="tokens taken from each file, from its start")
-    add("--max_seq_len", type=positive_int, default=512, help="longer records are cut into rows of so many tokens")
-    return parser
-
-
-@torch.no_grad()
-def main(
-    *,
-    checkpoint_path: Path,
-    device: str | None,
-    dtype: str,
-    output_dir: Path,
-    mode: str,
-    group_size: int | None,
-    method: str,
-    calibration_file: Path | None,
-    eval_file: Path | None,
-    calibration_tokens: int,
-    max_seq_len: int,
-) -> None:
-    from models.gptq import quantize_blocks
-    from training.common import card, choose_runtime, open_folder, say
-
-    if mode == "int8" and method != "rtn":
-        raise ValueError(f"--method {method} is for int4; int8 is rounded to nearest")
-    if (method == "gptq") != (calibration_file is not None):
-        raise ValueError("--method gptq and --calibration_file go together")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir}: exists; take another, or remove it")
-    runtime = choose_runtime(device, dtype, False)
-    config, tokenizer, context = open_folder(checkpoint_path, None, 1)
-    scheme = choose_scheme(checkpoint_path, mode, group_size)
-    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
-    files = WeightFiles(checkpoint_path)
-    head = "score" if "score.weight" in files.names() else "lm"
-    if eval_file is not None and head == "score":
-        raise ValueError(f"--eval_file: {checkpoint_path} is a reward model, which has no perplexity")
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
-    files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
-    limits = {
-        "max_seq_len": min(max_seq_len, context),
-        "most_tokens": calibration_tokens,
-        "vocab_size": config.vocab_size,
-    }
-    calibration, evaluation = (
-        [] if path is None else _load_rows(path, tokenizer, **limits) for path in (calibration_file, eval_file)
-    )
-    found = []
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        if calibration or evaluation:
-            rows = {"calibration": calibration, "evaluation": evaluation, "report": found.append}
-            placing = {"device": runtime.device, "dtype": runtime.dtype}
-            yield from quantize_blocks(files, config, scheme, method, **rows, **placing)
-        else:
-            yield from rounded_tensors(files, scheme, runtime.device)
-        for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
-            if not name.startswith("layers."):
-                yield name, files.read(name)
-
-    stored = {"format": QUANTIZED_FORMAT, "mode": mode, "method": method}
-    stored |= {"group_size": scheme.group_size} if mode == "int4" else {}
-    hf_config = read_hf_config(checkpoint_path)[0] | {"quantization_config": stored}
-    save_folder(output_dir, tensors(), config=hf_config, copy_from=checkpoint_path)
-    size = sum(path.stat().st_size for path in output_dir.glob("*.safetensors"))
-    rows = {"model": f"{checkpoint_path}, {config.num_parameters() / 1e6:,.1f} M parameters"}
-    rows |= {"written": f"{output_dir}, {scheme} by {method}, {size / 1e9:,.2f} GB (one byte for each integer)"}
-    for costs in found:
-        plain = costs["stored"].perplexity
-        rows["perplexity as stored"] = f"{plain:.4f}"
-        for name, cost in (("rounded", costs["rounded"]), ("as written", costs["chosen"])):
-            rows[f"perplexity {name}"] = f"{cost.perplexity:.4f} ({cost.perplexity / plain - 1:+.3%}), KL {cost.kl:.3e}"
-    say(card("quantize", rows))
-
-
-def _load_rows(path: Path, tokenizer, *, max_seq_len: int, most_tokens: int, vocab_size: int) -> list:
-    """The first tokens of a file of records, in batches of rows of like length."""
-    from models.gptq import Rows
-    from training.data import Example, check_ids, collate, encode_sft_record, tokenising
-
-    rows, num_tokens = [], 0
-    for record in tokenising(path):
-        example, _ = encode_sft_record(record, tokenizer)
-        check_ids(example.input_ids, vocab_size, record.where)
-        for start in range(0, len(example.input_ids), max_seq_len):
-            part = slice(start, start + max_seq_len)
-            rows.append(Example(example.input_ids[part], example.labels[part]))
-            num_tokens += len(rows[-1].input_ids)
-        if num_tokens >= most_tokens:
-            break
-    rows.sort(key=lambda row: len(row.input_ids))
-    if not any(row.num_targets for row in rows):
-        raise ValueError(f"{path}: no record has a token to predict")
-    batches = []
-    for start in range(0, len(rows), 8):
-        group = rows[start : start + 8]
-        batch = collate(group, 0, torch.device("cpu"))
-        lengths = torch.tensor([len(row.input_ids) for row in group])
-        batches.append(Rows(batch.input_ids, batch.labels, torch.arange(batch.input_ids.shape[1]) < lengths[:, None]))
-    return batches
-
-
-if __name__ == "__main__":
-    from training.common import run_script
-
-    run_script(main, parser())

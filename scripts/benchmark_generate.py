@@ -4,56 +4,52 @@ any precision, over tensor-parallel ranks."""
 import math
 import statistics
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.common import Runtime
 from models.decode import can_pack, to_inference, weight_bytes
-from models.fsdp import check_divisible, data_parallel_size, init_mesh, parallel_of
+from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import check_scheme, quantize_in_place
-from models.tp import inference_parallel, tensor_parallel_part
-from scripts.benchmark_common import seconds_of
+from models.tp import Parallel, tensor_parallel_part
+from scripts.benchmark_common import BenchmarkArgs, seconds_of
 
 
-def generate_setting(options: dict) -> str:
-    if options["sweep"]:
-        text = "sweep of {prompt_len} + {new_tokens} tokens"
-    elif options["ragged"]:
-        text = "{ragged} ragged prompts of about {prompt_len} + {new_tokens} tokens, {batch_size} slots"
-    else:
-        text = "{batch_size} slots, {prompt_len} + {new_tokens} tokens"
-    return text.format(**options)
+def generate_setting(args: BenchmarkArgs) -> str:
+    tokens = f"{args.prompt_len} + {args.new_tokens} tokens"
+    if args.sweep:
+        return f"sweep of {tokens}"
+    if args.ragged:
+        return f"{args.ragged} ragged prompts of about {tokens}, {args.batch_size} slots"
+    return f"{args.batch_size} slots, {tokens}"
 
 
-def work(options: dict) -> list[tuple[int, int]]:
+def work(args: BenchmarkArgs) -> list[tuple[int, int]]:
     """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them, from a quarter to seven
     quarters of the flags', drawn from a fixed seed."""
-    sizes = [options[name] for name in ("prompt_len", "new_tokens")]
-    if not options["ragged"]:
-        return [tuple(sizes)] * options["batch_size"]
+    sizes = [args.prompt_len, args.new_tokens]
+    if not args.ragged:
+        return [tuple(sizes)] * args.batch_size
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randint(-(-n // 4), 7 * n // 4 + 1, (options["ragged"],), generator=generator) for n in sizes)
+    drawn = (torch.randint(-(-n // 4), 7 * n // 4 + 1, (args.ragged,), generator=generator) for n in sizes)
     return list(zip(*(numbers.tolist() for numbers in drawn)))
 
 
 @torch.no_grad()
 def random_inference_model(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    pack: bool,
-    scheme: Scheme | None,
-    tp: DeviceMesh | None,
+    config: ModelConfig, runtime: Runtime, scheme: Scheme | None = None, tp: DeviceMesh | None = None
 ) -> Transformer:
     """The inference copy of random weights, or this tp rank's part of it, built block by block."""
-    parallel = inference_parallel(tp, device, dtype)
+    device, dtype, _ = runtime
     with torch.device("meta"):
-        model = Transformer(config, dtype, parallel)
+        model = Transformer(config, dtype, Parallel(tp))
 
     def fill(module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters()):
@@ -72,7 +68,7 @@ def random_inference_model(
     model.layers = blocks
     model.tie_weights()
     model.reset_buffers(device)
-    return to_inference(model, pack=pack)
+    return to_inference(model, pack=can_pack(runtime))
 
 
 def products_seconds(model: Transformer, batch_size: int, device: torch.device) -> float:
@@ -94,48 +90,48 @@ def products_seconds(model: Transformer, batch_size: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def measure_generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
-    tp_size = options["tensor_parallel_size"]
+def measure_generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+    tp_size, config = args.tensor_parallel_size, args.config
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
-    check_divisible(config, tp_size)
-    modes = options["precisions"] or [options["quantize"]]
-    schemes = {mode: None if mode == "none" else Scheme(mode, options["group_size"] or 128) for mode in modes}
+    config.check_divisible(tp_size)
+    modes = args.precisions or [args.quantize]
+    schemes = {mode: None if mode == "none" else Scheme(mode, args.group_size or 128) for mode in modes}
     for scheme in filter(None, schemes.values()):
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None
-    pack = not runtime.compile and can_pack(runtime.device, runtime.dtype)
-    placing = (config, runtime.dtype, runtime.device, pack)
-    models = {mode: random_inference_model(*placing, scheme, tp) for mode, scheme in schemes.items()}
-    found = []
-    for batch_size in options["sweep"] or [options["batch_size"]]:
-        found += measure_batch(models, runtime, repeats, options | {"batch_size": batch_size})
+    models = {mode: random_inference_model(config, runtime, scheme, tp) for mode, scheme in schemes.items()}
+    batches = []
+    for batch_size in args.sweep or [args.batch_size]:
+        batches += measure_batch(models, replace(args, batch_size=batch_size), runtime, bandwidth)
     rows = {}
-    for result in found:
+    for result in batches:
         line = "{tokens_per_second:,.1f} tok/s, {tokens_per_second_per_row:,.1f} a row, {ms_per_step:.2f} ms a step, "
         line += "first token after {first_token_ms:,.0f} ms, {mbu:.1%} of the copy's bandwidth"
         line += ", {compile_seconds:,.0f} s to compile" if runtime.compile else ""
         line += ", products alone {products_ms:.2f} ms" if "products_ms" in result else ""
         title = f"batch {result['batch_size']}"
-        if options["precisions"]:
+        if args.precisions:
             title += f", {result['quantize']}"
             line += f", speed / {modes[0]} " + ", ".join(f"{ratio:.2f}" for ratio in result["speed_ratios"])
         rows[title] = line.format(**result)
-    best = max(found, key=lambda result: result["tokens_per_second"])
-    return best | {"rows": rows, "batches": found}
+    best = max(batches, key=lambda result: result["tokens_per_second"])
+    return {**best, "rows": rows, "batches": batches}
 
 
-def measure_batch(models: dict[str, Transformer], runtime, repeats: int, options: dict) -> list[dict]:
+def measure_batch(
+    models: dict[str, Transformer], args: BenchmarkArgs, runtime: Runtime, copy_bandwidth: float
+) -> list[dict]:
     """The figures of one batch size for each precision, medians over the repeats, after a run that does not count. The
     precisions take turns, and each run's rate is also given as a ratio to the first precision's of the same round."""
-    sizes, batch_size = work(options), options["batch_size"]
+    sizes, batch_size = work(args), args.batch_size
     vocab_size = next(iter(models.values())).config.vocab_size
     prompts = [torch.randint(3, vocab_size, (prompt_len,)).tolist() for prompt_len, _ in sizes]
     requests = [Request(i, 0, prompt, new) for i, (prompt, (_, new)) in enumerate(zip(prompts, sizes))]
-    options_of_engine = {"num_slots": batch_size, "max_seq_len": max(map(sum, sizes)), "compile": runtime.compile}
-    engines = {mode: Engine(model, SamplingParams(), **options_of_engine) for mode, model in models.items()}
-    rounds = [{mode: run_once(engine, requests) for mode, engine in engines.items()} for _ in range(repeats + 1)]
-    found = []
+    options = {"num_slots": batch_size, "max_seq_len": max(map(sum, sizes)), "compile": runtime.compile}
+    engines = {mode: Engine(model, SamplingParams(), **options) for mode, model in models.items()}
+    rounds = [{mode: run_once(engine, requests) for mode, engine in engines.items()} for _ in range(args.repeats + 1)]
+    results = []
     for mode, model in models.items():
         runs = [round[mode] for round in rounds]
         rate, bandwidth, step, first, _ = (statistics.median(column) for column in zip(*runs[1:]))
@@ -147,14 +143,14 @@ def measure_batch(models: dict[str, Transformer], runtime, repeats: int, options
             "ms_per_step": step,
             "first_token_ms": first,
             "bytes_per_second": bandwidth,
-            "mbu": bandwidth / options["bandwidth"],  # of this rank
+            "mbu": bandwidth / copy_bandwidth,  # of this rank
             "compile_seconds": sum(run.compile_seconds for run in runs),
             "speed_ratios": [round[mode].rate / next(iter(round.values())).rate for round in rounds[1:]],
         }
         if runtime.device.type == "cpu" and model.parallel.tp is None:
             result["products_ms"] = 1e3 * products_seconds(model, batch_size, runtime.device)
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 class Run(NamedTuple):

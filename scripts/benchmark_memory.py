@@ -6,19 +6,21 @@ import gc
 import itertools
 import json
 import os
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
-from models.fsdp import check_divisible, clip_grad_norm, reducing_gradients
+from models.common import Runtime, card, choose_runtime, peak_memory, progress_bar, say
+from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
 from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import check_scheme, quantize_in_place
-from models.tp import CHUNK_TOKENS
-from scripts.benchmark_common import SIZES
-from scripts.benchmark_training import random_model, sft_setting
-from training.common import Runtime, card, choose_runtime, peak_memory, progress_bar, say
+from models.vocab_parallel import CHUNK_TOKENS
+from scripts.benchmark_common import BenchmarkArgs
+from scripts.benchmark_training import sft_setting, sharded_model
 from training.losses import token_cross_entropy
+from training.optim import OptimArgs, make_optimizer
 
 
 def training_memory(
@@ -67,45 +69,44 @@ def training_memory(
     }
 
 
-def report_memory(preset: str, options: dict) -> None:
+def report_memory(args: BenchmarkArgs) -> None:
     """Prints training_memory for each layout, and what this run's ranks took."""
-    if options["quantize"] != "none":
-        report_quantized_memory(preset, options)
+    if args.quantize != "none":
+        report_quantized_memory(args)
         return
-    config, recompute = SIZES[preset], options["activation_checkpointing"]
+    config, recompute = args.config, args.activation_checkpointing
     world = int(os.environ.get("WORLD_SIZE", 1))
-    layouts = options["layouts"] or [(world, 1)]
-    runtime = choose_runtime(options["device"], options["dtype"] or "bfloat16", False)
-    shape = (options["batch_size"], options["seq_len"])
+    layouts = args.layouts or [(world, 1)]
+    runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
+    shape = (args.batch_size, args.seq_len)
     tables = []
     for dp, tp in layouts:
-        check_divisible(config, tp)
+        config.check_divisible(tp)
         sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
-        on_cpu = options["measure"] and runtime.device.type == "cpu"
-        found = training_memory(config, **sizes, compute_bytes=runtime.dtype.itemsize, on_cpu=on_cpu)
-        found["sum"] = sum(found.values())
-        if options["measure"]:
+        on_cpu = args.measure and runtime.device.type == "cpu"
+        table = training_memory(config, **sizes, compute_bytes=runtime.dtype.itemsize, on_cpu=on_cpu)
+        table["sum"] = sum(table.values())
+        if args.measure:
             if dp * tp != world:
                 raise ValueError(f"--measure takes one layout, of the {world} ranks of this run")
             if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
                 raise ValueError("--measure on the CPU counts right with dp 1 only")
-            found["measured"] = measure_memory(config, runtime, recompute, tp, shape)
-        tables.append(found)
-        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in found.items()}
-        if options["measure"]:
-            rows["measured"] += f", the sum is {found['sum'] / found['measured'] - 1:+.1%} off"
-        title = f"memory of {preset}, dp {dp} x tp {tp}, {sft_setting(options)}"
-        say(card(title, rows))
-    say(json.dumps({"job": "memory", "preset": preset, "layouts": layouts, "bytes": tables}))
+            parallel = ParallelArgs(activation_checkpointing=recompute, tensor_parallel_size=tp)
+            table["measured"] = measure_memory(config, runtime, parallel, shape)
+        tables.append(table)
+        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in table.items()}
+        if args.measure:
+            rows["measured"] += f", the sum is {table['sum'] / table['measured'] - 1:+.1%} off"
+        say(card(f"memory of {args.preset}, dp {dp} x tp {tp}, {sft_setting(args)}", rows))
+    say(json.dumps({"job": "memory", "preset": args.preset, "layouts": layouts, "bytes": tables}))
 
 
-def measure_memory(
-    config: ModelConfig, runtime: Runtime, recompute: str, tensor_parallel_size: int, shape: tuple[int, int]
-) -> int:
+def measure_memory(config: ModelConfig, runtime: Runtime, parallel: ParallelArgs, shape: tuple[int, int]) -> int:
     """The most bytes that were allocated on this rank in two optimizer steps of two micro-batches each."""
 
     def train() -> None:
-        model, optimizer = random_model(config, runtime, recompute, tensor_parallel_size)
+        model = sharded_model(config, parallel, runtime)
+        optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-5))
         ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
         vocabulary = {"vocab_size": config.vocab_size, "tp": model.parallel.tp}
         for _ in range(2):
@@ -155,21 +156,21 @@ def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Tr
     return model
 
 
-def report_quantized_memory(preset: str, options: dict) -> None:
+def report_quantized_memory(args: BenchmarkArgs) -> None:
     """Prints quantized_memory; with --measure also what such a model holds, and by how much making it let this process
     grow at the peak."""
-    config, scheme = SIZES[preset], Scheme(options["quantize"], options["group_size"] or 128)
-    runtime = choose_runtime(options["device"], options["dtype"] or "bfloat16", False)
+    config, scheme = args.config, Scheme(args.quantize, args.group_size or 128)
+    runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
-    found = quantized_memory(config, scheme, runtime.dtype)
-    found["sum"] = sum(found.values())
-    rows = {name: f"{size / 1e9:8.3f} GB" for name, size in found.items()}
-    if options["measure"]:
+    sizes = quantized_memory(config, scheme, runtime.dtype)
+    sizes["sum"] = sum(sizes.values())
+    rows = {name: f"{size / 1e9:8.3f} GB" for name, size in sizes.items()}
+    if args.measure:
         before = peak_memory(runtime.device)
         model = quantized_model(config, runtime, scheme)
         storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
-        found["measured"], found["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
-        rows["measured"] = f"{found['measured'] / 1e9:8.3f} GB, {found['measured'] / found['sum'] - 1:+.1%}"
-        rows["peak"] = f"{found['peak'] / 1e9:8.3f} GB while it was made"
-    say(card(f"memory of {preset}, {scheme}, {runtime.dtype}", rows))
-    say(json.dumps({"job": "memory", "preset": preset, "scheme": str(scheme), "bytes": found}))
+        sizes["measured"], sizes["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
+        rows["measured"] = f"{sizes['measured'] / 1e9:8.3f} GB, {sizes['measured'] / sizes['sum'] - 1:+.1%}"
+        rows["peak"] = f"{sizes['peak'] / 1e9:8.3f} GB while it was made"
+    say(card(f"memory of {args.preset}, {scheme}, {runtime.dtype}", rows))
+    say(json.dumps({"job": "memory", "preset": args.preset, "scheme": str(scheme), "bytes": sizes}))

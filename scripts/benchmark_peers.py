@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from models.common import Runtime, Stopwatch
 from models.model import ModelConfig
-from scripts.benchmark_common import seconds_of
+from scripts.benchmark_common import BenchmarkArgs, seconds_of
 from scripts.benchmark_generate import work
 from scripts.benchmark_training import random_pairs
-from training.common import Stopwatch
 from training.optim import make_optimizer
 
 PEERS = {"generate": "transformers", "sft": "transformers", "dpo": "trl"}
@@ -35,9 +35,10 @@ def peer(job: str) -> Callable:
         shape = {name: getattr(config, name) for name in names}
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device, dtype)
 
-    def generate(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    def generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+        config = args.config
         model = build(config, runtime.dtype, runtime.device).eval()
-        sizes, batch_size = sorted(work(options)), options["batch_size"]  # static batches, by the prompts' lengths
+        sizes, batch_size = sorted(work(args)), args.batch_size  # static batches, by the prompts' lengths
         batches = []
         for start in range(0, len(sizes), batch_size):
             rows = sizes[start : start + batch_size]
@@ -52,13 +53,14 @@ def peer(job: str) -> Callable:
             for batch in batches:
                 model.generate(**batch)
 
-        rate = sum(new_tokens for _, new_tokens in sizes) / seconds_of(run, runtime.device, repeats)
+        rate = sum(new_tokens for _, new_tokens in sizes) / seconds_of(run, runtime.device, args.repeats)
         return {"tokens_per_second": rate}
 
-    def sft(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    def sft(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+        config = args.config
         model = build(config, torch.float32, runtime.device).train()
-        optimizer = make_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
-        shape = (options["batch_size"], options["seq_len"])
+        optimizer = make_optimizer(model, args.optimizer())
+        shape = (args.batch_size, args.seq_len)
         ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
 
         def step() -> None:
@@ -69,9 +71,11 @@ def peer(job: str) -> Callable:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return {"tokens_per_second": ids.numel() / seconds_of(step, runtime.device, repeats)}
+        return {"tokens_per_second": ids.numel() / seconds_of(step, runtime.device, args.repeats)}
 
-    def dpo(config: ModelConfig, runtime, repeats: int, options: dict) -> dict:
+    def dpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+        config = args.config
+
         class Trainer(trl.DPOTrainer):
             def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
                 return dataset
@@ -91,29 +95,29 @@ def peer(job: str) -> Callable:
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
         pairs = [
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-            for prompt, (chosen, rejected) in zip(*(ids.tolist() for ids in random_pairs(config, options)))
+            for prompt, (chosen, rejected) in zip(*(ids.tolist() for ids in random_pairs(args)))
         ]
         with tempfile.TemporaryDirectory() as folder:
             settings = trl.DPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=len(pairs),
-                max_steps=repeats + 1,
+                max_steps=args.repeats + 1,
                 learning_rate=1e-5,
                 max_length=None,
                 bf16=runtime.dtype == torch.bfloat16,
                 use_cpu=runtime.device.type == "cpu",
-                gradient_checkpointing=options["activation_checkpointing"] != "none",
-                precompute_ref_log_probs=options["precompute_ref"],
+                gradient_checkpointing=args.activation_checkpointing != "none",
+                precompute_ref_log_probs=args.precompute_ref,
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,
             )
             model = build(config, torch.float32, runtime.device)
             more = {"train_dataset": datasets.Dataset.from_list(pairs), "callbacks": [Clock]}
-            if not options["precompute_ref"]:
+            if not args.precompute_ref:
                 more["ref_model"] = build(config, torch.float32, runtime.device)
             Trainer(model, args=settings, processing_class=tokenizer, **more).train()
-        tokens = 2 * len(pairs) * (options["prompt_len"] + options["new_tokens"])
+        tokens = 2 * len(pairs) * (args.prompt_len + args.new_tokens)
         return {"tokens_per_second": tokens / statistics.median(Clock.times[1:])}
 
     return {"generate": generate, "sft": sft, "dpo": dpo}[job]

@@ -23,56 +23,57 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import hf_name, save_folder
+from models.common import Runtime, card, dtype_name, say
 from models.decode import load_for_inference
-from models.fsdp import check_divisible
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import SIZES
+from scripts.benchmark_common import SIZES, BenchmarkArgs
 from scripts.benchmark_memory import training_memory
-from training.common import Runtime, card, say, training_flops_per_token
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_ppo.py"
 EOS = 2
 FIRST_CHARACTER = 0x10000  # token i is written as the character FIRST_CHARACTER + i
 
 
-def ppo_setting(options: dict) -> str:
+def ppo_setting(args: BenchmarkArgs) -> str:
+    args = filled(args)
     return (
-        "{batch_size} answers, {prompt_len} + {new_tokens} tokens, {ppo_epochs} epochs, micro-batches of "
-        "{micro_batch_size}, {param_dtype} weights, {optim}, recompute {activation_checkpointing}"
-    ).format(**_filled(options))
+        f"{args.batch_size} answers, {args.prompt_len} + {args.new_tokens} tokens, {args.ppo_epochs} epochs, "
+        f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
+        f"{args.activation_checkpointing}"
+    )
 
 
-def _filled(options: dict) -> dict:
+def filled(args: BenchmarkArgs) -> BenchmarkArgs:
     """With the sizes that the user left open."""
-    batch = options["batch_size"]
-    sizes = {"micro_batch_size": options["micro_batch_size"] or batch, "slots": options["slots"] or min(128, batch)}
-    return {**options, **sizes}
+    batch = args.batch_size
+    return replace(args, micro_batch_size=args.micro_batch_size or batch, slots=args.slots or min(128, batch))
 
 
-def measure_ppo(config: ModelConfig, runtime: Runtime, repeats: int, options: dict) -> dict:
-    options = _filled(options)
-    judge = reward_config(config, options)
+def measure_ppo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+    args, config = filled(args), args.config
+    reward = reward_config(args)
     with tempfile.TemporaryDirectory() as root:
         folders = Path(root) / "policy", Path(root) / "reward"
         write_policy(folders[0], config, runtime)
-        write_reward_model(folders[1], judge, runtime, None if judge != config else folders[0])
-        ids = torch.randint(EOS + 1, config.vocab_size, (options["batch_size"], options["prompt_len"])).tolist()
+        write_reward_model(folders[1], reward, runtime, None if reward != config else folders[0])
+        ids = torch.randint(EOS + 1, config.vocab_size, (args.batch_size, args.prompt_len)).tolist()
         texts = ["".join(chr(FIRST_CHARACTER + token) for token in row) for row in ids]
         prompts = Path(root) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
-        alone = engine_rates(folders[0], ids, runtime, repeats, options)
-        lines, memory = train(folders, prompts, Path(root) / "out", runtime, repeats, options)
-        alone += engine_rates(folders[0], ids, runtime, repeats, options)
+        alone = engine_rates(folders[0], ids, runtime, args)
+        lines, memory = train(folders, prompts, Path(root) / "out", runtime, args)
+        alone += engine_rates(folders[0], ids, runtime, args)
     median = {name: statistics.median(line[name] for line in lines[1:]) for name in lines[0]}
-    return {**split(median, statistics.median(alone), config, judge, options), "peak_memory": memory}
+    return {**split(median, statistics.median(alone), reward, args), "peak_memory": memory}
 
 
-def reward_config(config: ModelConfig, options: dict) -> ModelConfig:
+def reward_config(args: BenchmarkArgs) -> ModelConfig:
     """The reward model's shape, with the policy's vocabulary."""
-    judge = SIZES[options["reward_preset"]] if options["reward_preset"] else config
-    return config if judge == config else replace(judge, vocab_size=config.vocab_size, tie_word_embeddings=False)
+    config = args.config
+    reward = SIZES[args.reward_preset] if args.reward_preset else config
+    return config if reward == config else replace(reward, vocab_size=config.vocab_size, tie_word_embeddings=False)
 
 
 # ---------------------------------------------------------------------------- folders of random weights
@@ -133,20 +134,19 @@ def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, repeats: int, options: dict) -> list[float]:
-    """Tokens/s of the engine as inference/generate.py runs it, `repeats` times after one that does not count."""
-    placing = {"device": runtime.device, "dtype": runtime.dtype, "compile": runtime.compile}
+def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args: BenchmarkArgs) -> list[float]:
+    """Tokens/s of the engine as inference/generate.py runs it, after a run that does not count."""
     engine = Engine(
-        load_for_inference(folder, **placing),
+        load_for_inference(folder, runtime),
         SamplingParams(stop_token_ids=(EOS,)),
-        num_slots=options["slots"],
-        max_seq_len=options["prompt_len"] + options["new_tokens"],
+        num_slots=args.slots,
+        max_seq_len=args.prompt_len + args.new_tokens,
         tokenizer=Tokenizer(folder),
         compile=runtime.compile,
     )
     rates = []
-    for _ in range(repeats + 1):
-        requests = [Request(i, 0, prompt, options["new_tokens"]) for i, prompt in enumerate(prompts)]
+    for _ in range(args.repeats + 1):
+        requests = [Request(i, 0, prompt, args.new_tokens) for i, prompt in enumerate(prompts)]
         start = time.perf_counter()
         drawn = sum(len(done.logprobs) for done in engine.generate(requests))
         rates.append(drawn / (time.perf_counter() - start))
@@ -157,7 +157,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, repea
 
 
 def train(
-    folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, repeats: int, options: dict
+    folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, args: BenchmarkArgs
 ) -> tuple[list[dict], float]:
     """(metrics of each update, bytes at the peak) of the script."""
     given = {
@@ -166,15 +166,18 @@ def train(
         "prompt_file": prompts,
         "output_dir": out,
         "device": runtime.device,
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        "total_steps": repeats + 1,
-        "rollout_batch_size": options["batch_size"],
-        "rollout_slots": options["slots"],
-        "max_new_tokens": options["new_tokens"],
+        "dtype": dtype_name(runtime.dtype),
+        "total_steps": args.repeats + 1,
+        "rollout_batch_size": args.batch_size,
+        "rollout_slots": args.slots,
+        "max_new_tokens": args.new_tokens,
         "cliprange_value": 0,
+        "micro_batch_size": args.micro_batch_size,
+        "ppo_epochs": args.ppo_epochs,
+        "param_dtype": args.param_dtype,
+        "optim": args.optim,
+        "activation_checkpointing": args.activation_checkpointing,
     }
-    for name in ("micro_batch_size", "ppo_epochs", "param_dtype", "optim", "activation_checkpointing"):
-        given[name] = options[name]
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, str(SCRIPT), *flags, "--compile" if runtime.compile else "--no-compile"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -184,19 +187,19 @@ def train(
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], peak
 
 
-def split(median: dict, engine_rate: float, config: ModelConfig, judge: ModelConfig, options: dict) -> dict:
-    """The figures of an update, of the medians of its metrics."""
+def split(median: dict, engine_rate: float, reward: ModelConfig, args: BenchmarkArgs) -> dict:
+    """The figures of an update, of the medians of its metrics. reward: the shape of reward model and critic."""
     seconds = {name: median[f"time/{name}"] for name in ("rollout", "score", "logprobs", "update", "refresh")}
     whole = sum(seconds.values())
-    answers, length = options["batch_size"], options["prompt_len"] + median["completion_length"]
-    forward_of_policy, forward_of_judge = (training_flops_per_token(shape, length) / 3 for shape in (config, judge))
-    flops = {  # the critic starts as the reward model
-        "score": forward_of_judge,
-        "logprobs": 2 * forward_of_policy + forward_of_judge,
-        "update": 3 * options["ppo_epochs"] * (forward_of_policy + forward_of_judge),
+    answers, length = args.batch_size, args.prompt_len + median["completion_length"]
+    of_policy, of_reward = (shape.training_flops_per_token(length) / 3 for shape in (args.config, reward))
+    flops = {  # of forwards; the critic starts as the reward model
+        "score": of_reward,
+        "logprobs": 2 * of_policy + of_reward,
+        "update": 3 * args.ppo_epochs * (of_policy + of_reward),
     }
-    tokens = {"rollout": answers * median["completion_length"], "update": answers * length * options["ppo_epochs"]}
-    tokens |= dict.fromkeys(("score", "logprobs"), answers * length)
+    tokens = {"rollout": answers * median["completion_length"], "update": answers * length * args.ppo_epochs}
+    tokens.update(score=answers * length, logprobs=answers * length)
     ratio = median["rollout_tokens_per_second"] / engine_rate
     titles = {"rollout": "rollout", "score": "scores", "logprobs": "log-probs and values", "update": "training"}
     rows = {}
@@ -208,7 +211,7 @@ def split(median: dict, engine_rate: float, config: ModelConfig, judge: ModelCon
     rows["rollout"] += f", {ratio:.2f} of the engine alone ({engine_rate:,.0f} tok/s)"
     rows["refresh"] = f"{seconds['refresh']:8.3f} s, {seconds['refresh'] / whole:5.1%}"
     rows["update"] = f"{whole:8.3f} s"
-    found = {
+    figures = {
         "tokens_per_second": median["tokens_per_second"],
         "flops_per_second": answers * length * flops["update"] / seconds["update"],
         "seconds": seconds,
@@ -218,27 +221,26 @@ def split(median: dict, engine_rate: float, config: ModelConfig, judge: ModelCon
         "rollout_ratio": ratio,
         "rows": rows,
     }
-    if options["activation_checkpointing"] != "selective":  # which the arithmetic does not know
-        found["memory_plan"] = memory_plan(config, judge, options)
-        rows["memory on paper"] = f"{sum(found['memory_plan'].values()) / 1e9:,.2f} GB"
-    return found
+    if args.activation_checkpointing != "selective":  # which the arithmetic does not know
+        figures["memory_plan"] = memory_plan(args)
+        rows["memory on paper"] = f"{sum(figures['memory_plan'].values()) / 1e9:,.2f} GB"
+    return figures
 
 
 # -------------------------------------------------------------------------------------------- memory
 
 
-def memory_plan(config: ModelConfig, judge: ModelConfig, options: dict, dp: int = 1, tp: int = 1) -> dict[str, float]:
+def memory_plan(args: BenchmarkArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
     """Bytes on each rank at the peak of a step, by purpose; bf16 computation, slots and micro-batches are a rank's. The
     critic has the reward model's shape; policy and critic step in turn, so gradients are those of one. The inference
     copy is cut over tp alone, and so are the embedding and head of each model that stay gathered beside its shards."""
-    options = _filled(options)
-    weights = {"float32": 4, "bfloat16": 2}[options["param_dtype"]]
-    moments = {"adamw": 8, "adamw_8bit": 2}[options["optim"]]
-    sizes = {"policy": config.num_parameters(), "critic": judge.num_parameters()}
-    length = options["prompt_len"] + options["new_tokens"]
-    step = {"dp": dp, "tp": tp, "tokens": options["micro_batch_size"] * length}
-    step["recompute"] = options["activation_checkpointing"]
-    steps = [training_memory(shape, **step) for shape in (config, judge)]
+    args, config, reward = filled(args), args.config, reward_config(args)
+    weights = {"float32": 4, "bfloat16": 2}[args.param_dtype]
+    moments = {"adamw": 8, "adamw_8bit": 2}[args.optim]
+    sizes = {"policy": config.num_parameters(), "critic": reward.num_parameters()}
+    length = args.prompt_len + args.new_tokens
+    tokens, recompute = args.micro_batch_size * length, args.activation_checkpointing
+    steps = [training_memory(shape, dp=dp, tp=tp, tokens=tokens, recompute=recompute) for shape in (config, reward)]
     head_dims = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     cut = dp * tp
     return {
@@ -248,21 +250,23 @@ def memory_plan(config: ModelConfig, judge: ModelConfig, options: dict, dp: int 
         "reference": 2 * sizes["policy"] / cut,
         "reward model": 2 * sizes["critic"] / cut,
         "inference copy": 2 * sizes["policy"] / tp,
-        "KV cache": 2 * 2 * head_dims * options["slots"] * length / tp,
-        "gathered": 2 * sum(found["embedding and head, gathered"] for found in steps),
-        "activations": max(found["activations"] + found["at the peak"] for found in steps),
+        "KV cache": 2 * 2 * head_dims * args.slots * length / tp,
+        "gathered": 2 * sum(step["embedding and head, gathered"] for step in steps),
+        "activations": max(step["activations"] + step["at the peak"] for step in steps),
     }
 
 
-def report_plan(preset: str, options: dict) -> None:
+def report_plan(args: BenchmarkArgs) -> None:
     """Prints memory_plan for each layout."""
-    config, judge = SIZES[preset], options["reward_preset"] or preset
-    layouts, plans = options["layouts"] or [(1, 1)], []
+    reward, layouts, plans = args.reward_preset or args.preset, args.layouts or [(1, 1)], []
     for dp, tp in layouts:
-        check_divisible(config, tp)
-        plans.append(memory_plan(config, reward_config(config, options), options, dp, tp))
+        args.config.check_divisible(tp)
+        plans.append(memory_plan(args, dp, tp))
         rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
-        title = f"memory of ppo, {preset} with reward model {judge}, dp {dp} x tp {tp}, {ppo_setting(options)}"
-        say(card(title, rows))
-    found = {"job": "ppo", "preset": preset, "reward_preset": judge, "layouts": layouts, "memory_plans": plans}
-    say(json.dumps(found))
+        say(
+            card(
+                f"memory of ppo, {args.preset} with reward model {reward}, dp {dp} x tp {tp}, {ppo_setting(args)}", rows
+            )
+        )
+    names = {"job": "ppo", "preset": args.preset, "reward_preset": reward}
+    say(json.dumps({**names, "layouts": layouts, "memory_plans": plans}))

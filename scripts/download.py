@@ -11,6 +11,7 @@ import fnmatch
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training.common import ArgumentParser, run_script
+from models.common import flag, run_script
 
 # What a folder needs beside its weights, by lower-case name; only from the top level of the repository.
 SMALL_FILES = (
@@ -112,13 +113,24 @@ def fetch(repo, folder, revision, token):
     return {name: (folder / name).stat().st_size for name in wanted}, info.sha
 
 
-def main(*, repo, output_dir, revision, token):
+@dataclass(frozen=True, kw_only=True)
+class DownloadArgs:
+    """Fetches a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path."""
+
+    repo: str = flag(help="repository on the Hugging Face hub", positional=True, metavar="ORG/NAME")
+    output_dir: Path | None = flag(None, help="folder to write; checkpoints/ORG/NAME")
+    revision: str | None = flag(None, help="branch, tag or commit; the main branch")
+    token: str | None = flag(None, help="access token; HF_TOKEN, or the one of `hf auth login`")
+
+
+def main(args: DownloadArgs) -> None:
+    repo, revision = args.repo, args.revision
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
         raise ValueError(f"{repo!r} is not a repository name: write it as ORG/NAME, e.g. meta-llama/Llama-2-7b-chat-hf")
-    folder = output_dir or Path("checkpoints") / repo
+    folder = args.output_dir or Path("checkpoints") / repo
     hub = constants.ENDPOINT
     try:
-        files, commit = fetch(repo, folder, revision, token or None)
+        files, commit = fetch(repo, folder, revision, args.token or None)
     except GatedRepoError as error:
         raise ValueError(
             f"{repo} is gated: accept its terms at {hub}/{repo}, make a token at {hub}/settings/tokens, "
@@ -158,10 +170,4 @@ def one_line(error):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser("Fetches a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path.")
-    add = parser.add_argument
-    add("repo", metavar="ORG/NAME", help="repository on the Hugging Face hub")
-    add("--output_dir", type=Path, default=None, help="folder to write; checkpoints/ORG/NAME")
-    add("--revision", default=None, help="branch, tag or commit; the main branch")
-    add("--token", default=None, help="access token; HF_TOKEN, or the one of `hf auth login`")
-    run_script(main, parser)
+    run_script(main, DownloadArgs)

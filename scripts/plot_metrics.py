@@ -6,11 +6,12 @@ python scripts/plot_metrics.py runs/toy/ppo --metrics objective/scores objective
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training.common import ArgumentParser, positive_int, run_script
-from training.data import read_records
+from models.common import at_least_one, flag, run_script
+from models.records import read_records
 
 # Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
 SHOWN = (
@@ -51,17 +52,18 @@ def smoothed(values: list[float], window: int) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / (min(i + 1, window)) for i in range(len(values))]
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser("Draws the metrics of runs as a PNG.")
-    add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="run directories, or metrics.jsonl files")
-    add("--output_file", type=Path, default=Path("curves.png"), help="picture to write")
-    add("--metrics", nargs="+", default=None, help="metrics to draw; what tells how a run went")
-    add("--window", type=positive_int, default=1, help="draw the mean of so many steps, the single values pale")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class PlotArgs:
+    """Draws the metrics of runs as a PNG."""
+
+    runs: list[Path] = flag(help="run directories, or metrics.jsonl files", positional=True)
+    output_file: Path = flag(Path("curves.png"), help="picture to write")
+    metrics: list[str] | None = flag(None, help="metrics to draw; what tells how a run went")
+    window: int = flag(1, bounds=at_least_one, help="draw the mean of so many steps, the single values pale")
 
 
-def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, window: int) -> None:
+def main(args: PlotArgs) -> None:
+    runs, output_file, metrics, window = args.runs, args.output_file, args.metrics, args.window
     try:
         import matplotlib
     except ImportError:
@@ -72,7 +74,7 @@ def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, wind
     if output_file.suffix.lower() != ".png":
         raise ValueError(f"--output_file {output_file}: must end in .png")
     series = [(run, read_metrics(run)) for run in runs]
-    known = {name for _, found in series for name in found}
+    known = {name for _, curves in series for name in curves}
     for name in metrics or ():
         if name not in known:
             raise ValueError(f"--metrics {name}: no run has it; there are {', '.join(sorted(known))}")
@@ -84,9 +86,9 @@ def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, wind
     height = 2.8 * rows + 0.6  # inches; the last 0.6 for the legend and the label of the x-axes
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height), squeeze=False)
     for axis, name in zip(axes.flat, drawn):
-        for i, (run, found) in enumerate(series):
-            if name in found:
-                steps, values = zip(*found[name])
+        for i, (run, curves) in enumerate(series):
+            if name in curves:
+                steps, values = zip(*curves[name])
                 style = {"color": f"C{i % 10}", "marker": "." if len(steps) < 12 else None}
                 if window > 1:
                     axis.plot(steps, values, alpha=0.25, **style)
@@ -108,4 +110,4 @@ def main(*, runs: list[Path], output_file: Path, metrics: list[str] | None, wind
 
 
 if __name__ == "__main__":
-    run_script(main, parser())
+    run_script(main, PlotArgs)

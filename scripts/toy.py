@@ -26,6 +26,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -33,9 +34,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import save_folder
+from models.common import at_least_one, flag, non_negative, run_script
 from models.model import ModelConfig, Transformer
-from training.common import ArgumentParser, non_negative_int, positive_int, run_script
-from training.data import get_field, read_records
+from models.records import get_field, read_records
 
 # {difficulty: share}; the difficulty is the number of terms.
 TRAIN_MIX = {2: 0.2, 3: 0.25, 4: 0.25, 5: 0.2, 6: 0.1}
@@ -317,34 +318,38 @@ def write_judged(samples_file, pairs_file, steps_file):
             print(f"{path}: {len(records)} records from {len(judged)} prompts")
 
 
-def main(
-    *, output_dir, seed, num_train, num_heldout, num_prompts, score_file, num_shown, samples, pairs_file, steps_file
-):
-    if samples is not None:
-        if pairs_file is None and steps_file is None:
+@dataclass(frozen=True, kw_only=True)
+class ToyArgs:
+    """Writes a small world without any download: a model, a tokenizer, problems to learn from."""
+
+    output_dir: Path = flag(Path("runs/toy"), help="folder to write; with --score, the one to score with")
+    seed: int = flag(0, help="decides the weights and the problems")
+    num_train: int = flag(25600, bounds=at_least_one, help="demonstrations to train on")
+    num_heldout: int = flag(300, bounds=at_least_one, help="worked problems to measure with")
+    num_prompts: int = flag(1000, bounds=at_least_one, help="problems without a solution, for rewards, DPO and PPO")
+    score: Path | None = flag(None, help="generate.py's output file to score; writes nothing")
+    samples: Path | None = flag(None, help="generate.py's output file to make --pairs_file or --steps_file of")
+    pairs_file: Path | None = flag(None, help="right against wrong samples, for pairwise rewards and DPO")
+    steps_file: Path | None = flag(None, help="the lines of the samples with labels, for process rewards")
+    num_shown: int = flag(6, bounds=non_negative, help="samples to print with --score")
+
+
+def main(args: ToyArgs) -> None:
+    if args.samples is not None:
+        if args.pairs_file is None and args.steps_file is None:
             raise ValueError("--samples needs a --pairs_file or a --steps_file to write")
-        write_judged(samples, pairs_file, steps_file)
-    elif score_file is not None:
-        score(score_file, output_dir / "heldout.jsonl", num_shown=num_shown)
+        write_judged(args.samples, args.pairs_file, args.steps_file)
+    elif args.score is not None:
+        score(args.score, args.output_dir / "heldout.jsonl", num_shown=args.num_shown)
     else:
-        write_world(output_dir, seed=seed, num_train=num_train, num_heldout=num_heldout, num_prompts=num_prompts)
+        write_world(
+            args.output_dir,
+            seed=args.seed,
+            num_train=args.num_train,
+            num_heldout=args.num_heldout,
+            num_prompts=args.num_prompts,
+        )
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser("Writes a small world without any download: a model, a tokenizer, problems to learn from.")
-    add = parser.add_argument
-    add(
-        "--output_dir", type=Path, default=Path("runs/toy"), help="folder to write; with --score, the one to score with"
-    )
-    add("--seed", type=int, default=0, help="decides the weights and the problems")
-    add("--num_train", type=positive_int, default=25600, help="demonstrations to train on")
-    add("--num_heldout", type=positive_int, default=300, help="worked problems to measure with")
-    add("--num_prompts", type=positive_int, default=1000, help="problems without a solution, for rewards, DPO and PPO")
-    add(
-        "--score", dest="score_file", type=Path, default=None, help="generate.py's output file to score; writes nothing"
-    )
-    add("--samples", type=Path, default=None, help="generate.py's output file to make --pairs_file or --steps_file of")
-    add("--pairs_file", type=Path, default=None, help="right against wrong samples, for pairwise rewards and DPO")
-    add("--steps_file", type=Path, default=None, help="the lines of the samples with labels, for process rewards")
-    add("--num_shown", type=non_negative_int, default=6, help="samples to print with --score")
-    run_script(main, parser)
+    run_script(main, ToyArgs)

@@ -13,16 +13,17 @@ It reads what the stages left in each world folder and measures one thing itself
 
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import load_model
+from models.common import flag, run_script
 from models.model import Transformer
+from models.records import IGNORE_INDEX, Example, Record, collate, get_field, read_records
 from models.tokenizer import Tokenizer
-from training.common import ArgumentParser, run_script
-from training.data import IGNORE_INDEX, Example, Record, collate, get_field, read_records
 from training.losses import sequence_logps, token_logps
 from training.rewards import load_reward_function
 
@@ -37,12 +38,13 @@ ROWS_PER_FORWARD = 256
 correct = load_reward_function(f"{Path(__file__).with_name('toy.py')}:correct")
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser("Writes what the quickstart's stages reached as one table.")
-    parser.add_argument("worlds", type=Path, nargs="+", help="folders that quickstart.sh filled, one for each seed")
-    parser.add_argument("--output_file", type=Path, default=Path("runs/toy/REPORT.md"), help="Markdown file to write")
-    parser.add_argument("--picture", default=None, help="a PNG to show, as a path from the report's folder")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs:
+    """Writes what the quickstart's stages reached as one table."""
+
+    worlds: list[Path] = flag(help="folders that quickstart.sh filled, one for each seed", positional=True)
+    output_file: Path = flag(Path("runs/toy/REPORT.md"), help="Markdown file to write")
+    picture: str | None = flag(None, help="a PNG to show, as a path from the report's folder")
 
 
 def verdicts(lines: list[Record]) -> list[float]:
@@ -152,12 +154,12 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
     return "\n".join(text)
 
 
-def main(*, worlds: list[Path], output_file: Path, picture: str | None) -> None:
-    text = report(worlds, [measure(world) for world in worlds], picture)
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    output_file.write_text(text, encoding="utf-8")
-    print(f"{text}\n{output_file}: written")
+def main(args: ReportArgs) -> None:
+    text = report(args.worlds, [measure(world) for world in args.worlds], args.picture)
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    args.output_file.write_text(text, encoding="utf-8")
+    print(f"{text}\n{args.output_file}: written")
 
 
 if __name__ == "__main__":
-    run_script(main, parser())
+    run_script(main, ReportArgs)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from training.common import run_main
+from models.common import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 384
@@ -94,6 +95,11 @@ class Result(NamedTuple):
     stderr: str
 
 
+def args_of(module) -> type:
+    """The dataclass of a script's flags."""
+    return typing.get_type_hints(module.main)["args"]
+
+
 def run(script: str, *args: object) -> Result:
     """Runs a script's command line (`inference/generate.py`) in this process: the same path as from a shell, without
     the seconds of a new interpreter."""
@@ -101,7 +107,7 @@ def run(script: str, *args: object) -> Result:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            code = run_main(module.main, module.parser())
+            code = run_main(module.main, args_of(module))
         except SystemExit as exit:  # argparse
             code = exit.code or 0
     return Result(code, out.getvalue(), err.getvalue())

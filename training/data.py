@@ -1,153 +1,62 @@
-"""Records to batches.
+"""Records to the rows that fine-tuning learns from, and the order in which training takes rows.
 
-- a file is a JSON list or JSONL, by its content; every complaint names file and line
-- prompts are encoded by one function, so training sees the ids that generation sees
-- the order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step
-  number
+The order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step number.
 """
 
 import bisect
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from models.common import at_least_one, flag, non_negative
+from models.records import (
+    IGNORE_INDEX,
+    EncodingCounts,
+    Example,
+    Limits,
+    Record,
+    encode_completion,
+    encode_messages,
+    encode_records,
+    encode_text,
+    eos_ids,
+    get_field,
+    get_prompt,
+    naming,
+    require,
+    tokenising,
+)
 from models.tokenizer import Tokenizer
-from models.tp import is_main_rank
-
-IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hugging Face
 
 
-class Record(NamedTuple):
-    where: str  # "file:line" or "file: item 3", for messages
-    fields: dict
+def constant_rate(args) -> bool:
+    """Whether the learning rate of a step does not depend on how many there are, so that a run may get longer."""
+    return args.lr_schedule == "constant" and not args.warmup_ratio
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """The objects of a JSON list or JSONL file. Raises FileNotFoundError, or ValueError that names the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a valid JSON list: {error}") from None
-        found = [(f"{path}: item {i}", item) for i, item in enumerate(items)]
-    else:
-        found = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    found.append((f"{path}:{number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-    if not found:
-        raise ValueError(f"{path}: holds no records")
-    for where, item in found:
-        if not isinstance(item, dict):
-            raise ValueError(f"{where}: must be an object with named fields, not a {type(item).__name__}")
-    return [Record(where, item) for where, item in found]
+@dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """What to learn from, and in which order."""
 
+    train_file: Path = flag(help="JSON or JSONL records to train on")
+    eval_file: Path | None = flag(None, help="records to evaluate on", may_change=True)
+    max_seq_len: int | None = flag(None, bounds=at_least_one, help="longest row in tokens; the model's context")
+    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer records")
+    batch_size: int = flag(32, bounds=at_least_one, help="rows per optimizer step, over all ranks")
+    num_epochs: int = flag(1, bounds=at_least_one, help="passes over the training file", may_change=constant_rate)
+    max_steps: int | None = flag(
+        None,
+        bounds=non_negative,
+        help="optimizer steps, wins over --num_epochs; 0 only exports",
+        may_change=constant_rate,
+    )
+    shuffle: bool = flag(True, help="a new order each epoch; else the file's")
 
-def tokenising(path: Path) -> Iterable[Record]:
-    """The records of a file that is being tokenised, with a progress bar."""
-    records = read_records(path)
-    return tqdm(records, desc="tokenising", unit="record", delay=1, leave=False, disable=not is_main_rank())
-
-
-@contextmanager
-def naming(record: Record) -> Iterator[None]:
-    """A ValueError raised within says where the record is."""
-    try:
-        yield
-    except ValueError as error:
-        if str(error).startswith(record.where):
-            raise
-        raise ValueError(f"{record.where}: {error}") from None
-
-
-def require(condition: bool, complaint: str) -> None:
-    if not condition:
-        raise ValueError(complaint)
-
-
-def get_field(record: Record, *names: str) -> object:
-    """The first of these fields that the record has; ValueError if it has none."""
-    for name in names:
-        if name in record.fields:
-            return record.fields[name]
-    raise ValueError(f"{record.where}: the field {names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})")
-
-
-def get_prompt(record: Record) -> str | list[dict]:
-    """The record's `prompt` (or `input`): text or a list of chat messages."""
-    prompt = get_field(record, "prompt", "input")
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"{record.where}: prompt must be text or a list of messages, not a {type(prompt).__name__}")
-    return prompt
-
-
-def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text to go on from: BOS once where the tokenizer wants one (also if the text spells it), no EOS."""
-    ids = tokenizer.encode(text)
-    if tokenizer.adds_eos:
-        ids = ids[:-1]
-    while tokenizer.adds_bos and ids[1:2] == [tokenizer.bos_token_id]:
-        ids = ids[1:]
-    return ids
-
-
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The ids a completion follows; a list of messages goes through the chat template, up to the assistant's header."""
-    if isinstance(prompt, str):
-        return encode_text(prompt, tokenizer)
-    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
-    """Raises ValueError if the tokenizer was not made for a model of this vocabulary. Added tokens may lie beyond it,
-    since many folders name a pad token that has no embedding; check_ids refuses them where they occur."""
-    size = tokenizer.base_vocab_size
-    if size > vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer does not fit: it has {size} tokens, the model's vocab_size is {vocab_size}"
-        )
-
-
-def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
-    if max(ids, default=0) >= vocab_size:
-        raise ValueError(
-            f"{where}: holds token id {max(ids)}, which the model with vocab_size {vocab_size} does not have"
-        )
-
-
-# -------------------------------------------------------------------------- supervised fine-tuning
-
-
-@dataclass
-class Example:
-    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted). A
-    packed row has the lengths of the records in it."""
-
-    input_ids: list[int]
-    labels: list[int]
-    lengths: list[int] | None = None
-
-    @property
-    def num_targets(self) -> int:
-        """Number of tokens that are predicted and learnt; the first token of a row is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+    def total_steps(self, num_rows: int) -> int:
+        return self.num_epochs * -(-num_rows // self.batch_size) if self.max_steps is None else self.max_steps
 
 
 def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
@@ -182,43 +91,20 @@ def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
     ]
 
 
-class EncodingCounts(NamedTuple):
-    """What happened while encoding a file, to be reported."""
+def encode_sft_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], EncodingCounts]:
+    """All records of a file as rows; a truncated one loses its end, and no EOS is put after the cut."""
 
-    truncated: int
-    skipped: int
-    nothing_to_learn: int
-    split_differently: int  # the prompt's ids are no prefix of the whole text's
+    def cut(row: Example) -> Example:
+        return Example(row.input_ids[: limits.max_seq_len], row.labels[: limits.max_seq_len])
 
-
-def encode_sft_file(
-    path: Path, tokenizer: Tokenizer, *, vocab_size: int, max_seq_len: int, overlong: str
-) -> tuple[list[Example], EncodingCounts]:
-    """All records of a file as rows of at most max_seq_len tokens.
-
-    overlong: refuse (ValueError), skip, or truncate (the end is cut, and no EOS is put after the cut).
-    """
-    examples, truncated, skipped, nothing, split_differently = [], 0, 0, 0, 0
-    for record in tokenising(path):
-        example, differs = encode_sft_record(record, tokenizer)
-        split_differently += differs
-        check_ids(example.input_ids, vocab_size, record.where)
-        if len(example.input_ids) > max_seq_len:
-            if overlong == "refuse":
-                raise ValueError(
-                    f"{record.where}: {len(example.input_ids)} tokens, the limit is {max_seq_len}; raise --max_seq_len "
-                    "or choose --overlong skip or truncate"
-                )
-            if overlong == "skip":
-                skipped += 1
-                continue
-            truncated += 1
-            example = Example(example.input_ids[:max_seq_len], example.labels[:max_seq_len])
-        nothing += example.num_targets == 0
-        examples.append(example)
-    if not any(example.num_targets for example in examples):
-        raise ValueError(f"{path}: no record has a token to learn ({len(examples)} records kept, {skipped} too long)")
-    return examples, EncodingCounts(truncated, skipped, nothing, split_differently)
+    encode = partial(encode_sft_record, tokenizer=tokenizer)
+    examples, counts = encode_records(tokenising(path), encode, lambda row: [row.input_ids], cut, limits)
+    nothing = sum(example.num_targets == 0 for example in examples)
+    if nothing == len(examples):
+        raise ValueError(
+            f"{path}: no record has a token to learn ({len(examples)} records kept, {counts.skipped} too long)"
+        )
+    return examples, counts._replace(nothing_to_learn=nothing)
 
 
 def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bool]:
@@ -233,7 +119,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bo
             return encode_messages(fields["messages"], tokenizer)
         if "text" in fields and "completion" not in fields and "output" not in fields:
             require(isinstance(fields["text"], str), "text must be a string")
-            ids = [*encode_text(fields["text"], tokenizer), *_eos(tokenizer)]
+            ids = [*encode_text(fields["text"], tokenizer), *eos_ids(tokenizer)]
             return Example(ids, list(ids)), False
         prompt, completion = get_prompt(record), get_field(record, "completion", "output")
         if isinstance(prompt, list):
@@ -242,66 +128,6 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bo
             return encode_messages(prompt + answer, tokenizer, first=len(prompt))
         require(isinstance(completion, str), "completion must be a string where prompt is one")
         return encode_completion(prompt, completion, tokenizer)
-
-
-def _eos(tokenizer: Tokenizer) -> list[int]:
-    require(
-        tokenizer.eos_token_id is not None, f"{tokenizer.config_path.parent}: the tokenizer has no EOS token to train"
-    )
-    return [tokenizer.eos_token_id]
-
-
-def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, bool]:
-    """(prompt, completion and EOS, with loss on the latter two; whether the prompt's ids are no prefix of the whole
-    text's, so that the completion is encoded alone)."""
-    prompt_ids = encode_text(prompt, tokenizer)
-    ids = encode_text(prompt + completion, tokenizer)
-    differs = ids[: len(prompt_ids)] != prompt_ids
-    if differs:
-        ids = prompt_ids + tokenizer.encode(completion, add_special_tokens=False)
-    ids = ids + _eos(tokenizer)
-    return Example(ids, [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids) :]), differs
-
-
-def encode_messages(messages: object, tokenizer: Tokenizer, first: int = 0) -> tuple[Example, bool]:
-    """A conversation with loss on the assistant's turns from message `first` on.
-
-    A turn runs from the end of its header (what the template adds as the generation prompt) to its end-of-turn token;
-    what the template puts after that, often a newline, is not the assistant's.
-    """
-    require(isinstance(messages, list), "messages must be a list")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    labels, differs = [IGNORE_INDEX] * len(ids), False
-    for i, message in enumerate(messages):
-        if i < first or message["role"] != "assistant":
-            continue
-        require(i > 0, "message 0 is the assistant's, so there is nothing it answers")
-        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
-        require(
-            after.startswith(before) and text.startswith(after),
-            f"the chat template writes message {i} differently once others follow; give it as prompt and completion",
-        )
-        header = tokenizer.encode(before, add_special_tokens=False)
-        start = _common_prefix(header, ids)
-        differs |= start != len(header)
-        end = _common_prefix(tokenizer.encode(after, add_special_tokens=False), ids)
-        end = turn_end(ids, start, end, tokenizer)
-        labels[start:end] = ids[start:end]
-    return Example(ids, labels), differs
-
-
-def turn_end(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> int:
-    """One past the end-of-turn token of the turn ids[start:end]; `end` if the template writes no such token."""
-    added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
-    if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of what was said
-        return added[-1] + 1
-    return end
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 # ------------------------------------------------------------------------------- order and batches
@@ -327,51 +153,3 @@ def training_batches(
         if epoch != order_epoch:
             order, order_epoch = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle), epoch
         yield step, order[batch * batch_size : (batch + 1) * batch_size]
-
-
-Row = TypeVar("Row")
-
-
-def micro_batches(
-    rows: list[Row], size: int, dp_rank: int = 0, dp_size: int = 1, key: Callable[[Row], int] | None = None
-) -> Iterator[list[Row]]:
-    """One rank's share of a batch in groups of at most `size` rows, of like length so that little is padded. Every rank
-    yields the same number of groups, since each is a collective; a group may be empty.
-
-    key: the length of a row; by default that of its input_ids.
-    """
-    by_length = sorted(rows, key=key or (lambda row: len(row.input_ids)))
-    mine = by_length[dp_rank::dp_size]
-    for start in range(0, -(-len(rows) // dp_size), size):
-        yield mine[start : start + size]
-
-
-class Batch(NamedTuple):
-    """int64 [B, T] each, on the device. position_ids and lengths (of the records in each row) only if rows are
-    packed."""
-
-    input_ids: Tensor
-    labels: Tensor  # not shifted
-    position_ids: Tensor | None
-    lengths: list[list[int]] | None
-
-
-def collate(examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding."""
-    rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
-    length = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    labels = torch.full((len(rows), length), IGNORE_INDEX)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        labels[i, : len(row.labels)] = torch.tensor(row.labels)
-    packed = any(row.lengths is not None and len(row.lengths) > 1 for row in rows)
-    lengths = [row.lengths or [len(row.input_ids)] for row in rows] if packed else None
-    position_ids = None
-    if packed:
-        position_ids = torch.zeros_like(input_ids)
-        for i, row in enumerate(lengths):
-            places = torch.cat([torch.arange(length) for length in row])
-            position_ids[i, : len(places)] = places
-        position_ids = position_ids.to(device)
-    return Batch(input_ids.to(device), labels.to(device), position_ids, lengths)

@@ -8,6 +8,7 @@
 Dimensions: B batch (pairs), T tokens, E model dim, V vocabulary, N tokens or examples that are learnt.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from models.tp import linear_cross_entropy, linear_logprobs
+from models.common import Bounds, flag, non_negative, positive
+from models.vocab_parallel import linear_cross_entropy, linear_logprobs
 
 
 def token_cross_entropy(
@@ -92,9 +94,95 @@ def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------- direct preference
 
-DPO_LOSSES = ("sigmoid", "ipo", "ipo_avg", "hinge", "robust", "simpo", "rpo")
+
+class Ratios(NamedTuple):
+    """What a loss of pairs is a function of, fp32 [B] each."""
+
+    chosen: Tensor  # log pi - log ref of the completion, summed over its tokens; simpo: the mean log pi
+    rejected: Tensor
+    chosen_lengths: Tensor  # tokens of the completion, at least 1
+    rejected_lengths: Tensor
+    chosen_logps: Tensor  # log pi, summed
+
+    @property
+    def h(self) -> Tensor:
+        return self.chosen - self.rejected
+
+
+def _smoothed(x: Tensor, e: float) -> Tensor:
+    return -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
+
+
+def sigmoid_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """S(b h): Rafailov et al. 2023 (arXiv 2305.18290); with e > 0 cDPO (Mitchell 2023)."""
+    return _smoothed(args.beta * ratios.h, args.label_smoothing)
+
+
+def robust_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """[-(1-e) logsigmoid(b h) + e logsigmoid(-b h)] / (1 - 2e): Chowdhury et al. 2024 (arXiv 2403.00409)."""
+    e = args.label_smoothing
+    if not 0 <= e < 0.5:
+        raise ValueError(f"label_smoothing {e}: the robust loss needs 0 <= label_smoothing < 0.5")
+    right, wrong = -F.logsigmoid(args.beta * ratios.h), -F.logsigmoid(-args.beta * ratios.h)
+    return ((1 - e) * right - e * wrong) / (1 - 2 * e)
+
+
+def hinge_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """relu(1 - b h): SLiC, Zhao et al. 2023 (arXiv 2305.10425)."""
+    return F.relu(1 - args.beta * ratios.h)
+
+
+def ipo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """(h - 1/(2b))^2: Azar et al. 2023 (arXiv 2310.12036)."""
+    return (ratios.h - 1 / (2 * args.beta)).square()
+
+
+def ipo_avg_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """ipo with each log-ratio divided by its completion's length; this is what TRL calls ipo."""
+    means = ratios.chosen / ratios.chosen_lengths - ratios.rejected / ratios.rejected_lengths
+    return (means - 1 / (2 * args.beta)).square()
+
+
+def simpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """S(b (lp_c/|c| - lp_r/|r|) - simpo_gamma): Meng et al. 2024 (arXiv 2405.14734)."""
+    gamma = 0.5 if args.simpo_gamma is None else args.simpo_gamma
+    return _smoothed(args.beta * ratios.h - gamma, args.label_smoothing)
+
+
+def rpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
+    """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), whose e is 0. The last term is the mean over
+    each chosen completion's tokens, as in its paper; TRL's `sft` term is the mean over all tokens of a micro-batch,
+    which depends on its make-up."""
+    alpha = 1.0 if args.rpo_alpha is None else args.rpo_alpha
+    return sigmoid_loss(ratios, args) - alpha * (ratios.chosen_logps / ratios.chosen_lengths)
+
+
+DPO_LOSSES = {
+    "sigmoid": sigmoid_loss,
+    "ipo": ipo_loss,
+    "ipo_avg": ipo_avg_loss,
+    "hinge": hinge_loss,
+    "robust": robust_loss,
+    "simpo": simpo_loss,
+    "rpo": rpo_loss,
+}
 REFERENCE_FREE = ("simpo",)  # no reference model is needed
 SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # those that label_smoothing has a meaning for
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoLossArgs:
+    """The loss of pairs."""
+
+    loss: str = flag("sigmoid", choices=DPO_LOSSES, help="what is minimised over pairs")
+    beta: float = flag(0.1, bounds=positive, help="how near to the reference to stay; with simpo: the scale")
+    label_smoothing: float = flag(
+        0.0,
+        bounds=Bounds(least=0, most=0.5),
+        help="the share of pairs believed to be the wrong way round; not for ipo, ipo_avg and hinge",
+    )
+    simpo_gamma: float | None = flag(None, bounds=non_negative, help="simpo: the margin wanted; 0.5")
+    rpo_alpha: float | None = flag(None, bounds=non_negative, help="rpo: weight of the chosen side's likelihood; 1")
 
 
 class DPOLoss(NamedTuple):
@@ -105,73 +193,20 @@ class DPOLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
-def dpo_loss(
-    kind: str,
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.0,
-    rpo_alpha: float = 1.0,
-) -> DPOLoss:
+def dpo_loss(args: DpoLossArgs, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor) -> DPOLoss:
     """The loss and the implicit rewards of each pair.
 
-    logps [B]: log-probability of the completion under policy and reference, summed over its tokens, EOS included; the
-    reference's are None for the losses of REFERENCE_FREE. lengths [B]: the number of those tokens.
-
-    With h = (lp_c - ref_c) - (lp_r - ref_r), b = beta, e = label_smoothing and S(x) = -(1-e) logsigmoid(x) - e
-    logsigmoid(-x):
-
-    sigmoid  S(b h)                              Rafailov et al. 2023 (2305.18290); e > 0: cDPO (Mitchell 2023)
-    robust   [-(1-e) logsigmoid(b h) + e logsigmoid(-b h)] / (1 - 2e)        Chowdhury et al. 2024 (2403.00409)
-    hinge    relu(1 - b h)                                      SLiC: Zhao et al. 2023 (2305.10425)
-    ipo      (h - 1/(2b))^2                                     Azar et al. 2023 (2310.12036)
-    ipo_avg  the same with each log-ratio divided by its completion's length; this is what TRL calls ipo
-    simpo    S(b (lp_c/|c| - lp_r/|r|) - simpo_gamma)           Meng et al. 2024 (2405.14734)
-    rpo      S(b h) - rpo_alpha lp_c/|c|                        Pang et al. 2024 (2404.19733), whose e is 0
-
-    rpo's last term is the mean over each chosen completion's tokens, as in its paper; TRL's `sft` term is the mean over
-    all tokens of a micro-batch, which depends on its make-up. Rewards are TRL's: b (lp - ref); simpo: b lp/|.|.
+    logps, ref_logps [2, B], chosen then rejected: log-probability of the completion under policy and reference, summed
+    over its tokens, EOS included; the losses of REFERENCE_FREE do not look at the reference's. lengths [2, B]: the
+    number of those tokens. In the losses' formulae h = (lp_c - ref_c) - (lp_r - ref_r), b = beta, e = label_smoothing
+    and S(x) = -(1-e) logsigmoid(x) - e logsigmoid(-x). Rewards are TRL's: b (lp - ref); simpo: b lp / |.|.
     """
-    if kind not in DPO_LOSSES:
-        raise ValueError(f"loss {kind!r} is none of {', '.join(DPO_LOSSES)}")
-    if label_smoothing and kind not in SMOOTHED:
-        raise ValueError(f"label_smoothing {label_smoothing} has no meaning for the {kind} loss")
-    if kind == "robust" and not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing {label_smoothing}: the robust loss needs 0 <= label_smoothing < 0.5")
-    chosen, rejected = chosen_logps.float(), rejected_logps.float()
-    chosen_means = chosen / chosen_lengths.clamp(min=1)
-    if kind == "simpo":
-        chosen_ratios, rejected_ratios = chosen_means, rejected / rejected_lengths.clamp(min=1)
-    else:
-        chosen_ratios, rejected_ratios = chosen - ref_chosen_logps.float(), rejected - ref_rejected_logps.float()
-    h = chosen_ratios - rejected_ratios
-
-    def smoothed(x: Tensor) -> Tensor:
-        return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
-
-    if kind == "sigmoid":
-        losses = smoothed(beta * h)
-    elif kind == "robust":
-        right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    elif kind == "hinge":
-        losses = F.relu(1 - beta * h)
-    elif kind == "ipo":
-        losses = (h - 1 / (2 * beta)).square()
-    elif kind == "ipo_avg":
-        means = chosen_ratios / chosen_lengths.clamp(min=1) - rejected_ratios / rejected_lengths.clamp(min=1)
-        losses = (means - 1 / (2 * beta)).square()
-    elif kind == "simpo":
-        losses = smoothed(beta * h - simpo_gamma)
-    else:
-        losses = smoothed(beta * h) - rpo_alpha * chosen_means
-    return DPOLoss(losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach())
+    if args.label_smoothing and args.loss not in SMOOTHED:
+        raise ValueError(f"label_smoothing {args.label_smoothing} has no meaning for the {args.loss} loss")
+    logps, lengths = logps.float(), lengths.clamp(min=1)
+    ratios = logps / lengths if args.loss in REFERENCE_FREE else logps - ref_logps.float()
+    losses = DPO_LOSSES[args.loss](Ratios(*ratios, *lengths, logps[0]), args)
+    return DPOLoss(losses, *(args.beta * ratios.detach()))
 
 
 def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

@@ -20,51 +20,66 @@ Dimensions: R rows, C columns of this rank's part of a parameter; a vector is a 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models.common import Bounds, flag, fraction, non_negative, positive
 from models.fsdp import sharded_part
 from models.noise import column_hashes, noise_key, random_bits
 from models.tp import local
 
-OPTIMIZERS = ("adamw", "adamw_8bit")
+below_one = Bounds(least=0, below=1)
 BLOCK = 256  # most columns that share a scale
 FEWEST_QUANTIZED = 4096  # a smaller parameter keeps fp32 moments, as in Dettmers et al. 2022
 CHUNK_ELEMENTS = 1 << 24  # of a parameter, whose fp32 copies (64 MB each) exist at a time
 ROUNDING = 0x524E44  # makes the rounding noise another stream than the sampling noise of the same seed
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimArgs:
+    """AdamW and its schedule."""
+
+    learning_rate: float = flag(2e-5, bounds=non_negative, help="peak learning rate")
+    lr_schedule: str = flag("cosine", choices=("constant", "linear", "cosine"), help="what follows the warm-up")
+    warmup_ratio: float = flag(0.03, bounds=fraction, help="share of the steps in which the learning rate rises")
+    weight_decay: float = flag(0.0, bounds=non_negative, help="AdamW decay of matrices; not of norms and biases")
+    adam_beta1: float = flag(0.9, bounds=below_one, help="decay of AdamW's first moment")
+    adam_beta2: float = flag(0.95, bounds=below_one, help="decay of AdamW's second moment")
+    adam_eps: float = flag(1e-8, bounds=positive, help="AdamW's epsilon")
+    optim: str = flag(
+        "adamw",
+        choices=("adamw", "adamw_8bit"),
+        help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
+    )
+    max_grad_norm: float = flag(1.0, bounds=positive, help="gradients are clipped to this global norm")
+
+
 def make_optimizer(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    optim: str = "adamw",
-    seed: int = 0,
-    compile: bool = False,
+    model: nn.Module, args: OptimArgs, *, learning_rate: float | None = None, seed: int = 0, compile: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
 
-    optim: one of OPTIMIZERS. seed: of the rounding of bf16 weights. compile: fuse the update of what is not torch's
-    own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU is to hold them.
+    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse the update of
+    what is not torch's own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU
+    is to hold them.
     """
+    lr, betas = args.learning_rate if learning_rate is None else learning_rate, (args.adam_beta1, args.adam_beta2)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
-    if optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
+    if args.optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
         raise ValueError("--optim adamw_8bit saves memory of a GPU, which --cpu_offload has freed; take --optim adamw")
     groups = [
-        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-    places = {p: _place(i, name, p, quantize=optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
-    return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, places=places, seed=seed, compile=compile)
+    if args.optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, fused=True)
+    places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
+    return AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, places=places, seed=seed, compile=compile)
 
 
 # ------------------------------------------------------------------------------ stochastic rounding
@@ -288,3 +303,17 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int,
     progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
     return peak * factor
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, args: OptimArgs, step: int, total_steps: int, *, peak: float | None = None
+) -> float:
+    """Gives the optimizer the learning rate of a step, see learning_rate_at, and returns it. peak: if it is not
+    args.learning_rate."""
+    peak = args.learning_rate if peak is None else peak
+    lr = learning_rate_at(
+        step, peak=peak, schedule=args.lr_schedule, total_steps=total_steps, warmup_ratio=args.warmup_ratio
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -13,19 +13,18 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles
-from models.tp import is_main_rank
-from training.common import progress_bar, say
-from training.data import micro_batches
-from training.preferences import Pair, pair_length
+from models.common import is_main_rank, progress_bar, say
+from models.records import Split
+from models.reward import Pair, pair_length
 
 
 def weights_digest(folder: Path, device: torch.device) -> str:
@@ -53,37 +52,39 @@ def pairs_digest(pairs: list[Pair]) -> str:
     return digest.hexdigest()
 
 
+class ReferenceFile(NamedTuple):
+    """Where log-probs of a reference are kept, and what they depend on: the weights and the computation."""
+
+    path: Path
+    key: dict[str, str]
+    tolerance: float  # how far a batch computed again may be from the file, relative to 1 + |log-probability|
+
+
 def precompute(
     logps_of: Callable[[list[Pair]], Tensor],
     pairs: list[Pair],
     batches: list[list[int]],
-    path: Path,
-    *,
-    key: dict[str, str],
-    tolerance: float,
-    micro_batch_size: int,
-    dp: DeviceMesh,
-    device: torch.device,
+    file: ReferenceFile,
+    split: Split,
 ) -> None:
     """Sets `reference` of the pairs in `batches`: from the file where it has them, else computed and added to the file.
     A collective.
 
     logps_of: what the reference gives for some pairs, [2, B]; it is called for micro-batches of the batches, which
-    should be those of training. key: of the weights and the computation; that of the pairs is added. tolerance: how
-    far the batch that is computed again may be from the file, relative to 1 + |log-probability|. Raises ValueError if
-    it is further, if the file cannot be read, or for a value that is not finite.
+    should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot
+    be read, or for a value that is not finite.
     """
-    key = {**key, "pairs": pairs_digest(pairs)}
+    path, device = file.path, torch.device(split.dp.device_type)
+    key = {**file.key, "pairs": pairs_digest(pairs)}
 
     def compute(batches: list[list[int]]) -> Tensor:
         """[pairs, 2] on the CPU, 0 outside the batches."""
-        found = torch.zeros(len(pairs), 2, device=device)
+        logps = torch.zeros(len(pairs), 2, device=device)
+        length = lambda i: pair_length(pairs[i])  # noqa: E731
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            by_length = {"key": lambda i: pair_length(pairs[i])}
-            for rows in micro_batches(numbers, micro_batch_size, dp.get_local_rank(), dp.size(), **by_length):
-                found[rows] = logps_of([pairs[i] for i in rows]).T
-        dist.all_reduce(found, group=dp.get_group())
-        return found.cpu()
+            for rows in split.shares(numbers, key=length):
+                logps[rows] = logps_of([pairs[i] for i in rows]).T
+        return split.sum(logps).cpu()
 
     logps = _read(path, key)
     if logps is None:
@@ -96,7 +97,7 @@ def precompute(
         numbers = known[int(draw) % len(known)]
         again = compute([numbers])[numbers]
         gap = ((again - logps[numbers]).abs() / (1 + again.abs())).amax(dim=1)
-        if not (gap <= tolerance).all():
+        if not (gap <= file.tolerance).all():
             worst = numbers[int(gap.argmax())]
             raise ValueError(
                 f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
@@ -129,10 +130,10 @@ def _read(path: Path, key: dict[str, str]) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            found, logps = file.metadata(), file.get_tensor("logps")
+            stored_key, logps = file.metadata(), file.get_tensor("logps")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read, remove it to compute it anew: {error}") from None
-    if found != key:
+    if stored_key != key:
         say(f"{path}: of other pairs, another reference or another dtype; computing anew")
         return None
     return logps

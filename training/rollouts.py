@@ -6,6 +6,7 @@ Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of 
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -14,24 +15,39 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.common import Bounds, at_least_one, flag, visible
 from models.generation import Engine, Request
 from models.model import Transformer
-from models.tokenizer import Tokenizer
-from models.tp import size_of
-from training.data import (
+from models.records import (
     IGNORE_INDEX,
     Example,
+    Limits,
+    Split,
     check_ids,
     collate,
     encode_prompt,
-    epoch_order,
     get_prompt,
-    micro_batches,
     naming,
     tokenising,
 )
+from models.tokenizer import Tokenizer
+from training.data import epoch_order
 from training.losses import kl_estimates, token_logps
-from training.samples import visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArgs:
+    """Prompts, and the answers that are drawn to them."""
+
+    prompt_file: Path = flag(help="records with a prompt; other fields go to --reward_fn")
+    eval_prompt_file: Path | None = flag(None, help="held-out prompts: their mean score and KL", may_change=True)
+    overlong: str = flag("refuse", choices=("refuse", "skip"), help="what to do with prompts that leave no room")
+    rollout_batch_size: int = flag(64, bounds=at_least_one, help="answers per update, over all ranks")
+    rollout_slots: int | None = flag(
+        None, bounds=at_least_one, help="answers drawn at a time on a rank; up to 128", may_change=True
+    )
+    max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
+    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="of the sampler and all log-probs")
 
 
 class Prompt(NamedTuple):
@@ -40,21 +56,19 @@ class Prompt(NamedTuple):
     text: str  # what a reward function is given
 
 
-def load_prompts(
-    path: Path, tokenizer: Tokenizer, most: int, vocab_size: int, overlong: str
-) -> tuple[list[Prompt], int]:
-    """(the prompts of a file, how many were skipped since they are longer than `most` tokens)"""
+def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], int]:
+    """(the prompts of a file, how many were skipped as too long)"""
     prompts, skipped = [], 0
     for record in tokenising(path):
         prompt = get_prompt(record)
         with naming(record):
             ids = encode_prompt(prompt, tokenizer)
-            check_ids(ids, vocab_size, record.where)
-        if not ids or len(ids) > most:
-            if overlong == "refuse" or not ids:
+            check_ids(ids, limits.vocab_size, record.where)
+        if not ids or len(ids) > limits.max_seq_len:
+            if limits.overlong == "refuse" or not ids:
                 raise ValueError(
-                    f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {most} leave room for "
-                    "--max_new_tokens in the model's context; lower that or choose --overlong skip"
+                    f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
+                    "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
                 )
             skipped += 1
             continue
@@ -88,15 +102,15 @@ def draw(
 ) -> list[Answer]:
     """An answer to each prompt, the same on all ranks, which draw a share each. A collective."""
     requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
-    mine = {}
+    drawn = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
         end = [] if done.stop_token_id is None else [done.stop_token_id]
         answer = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
-        mine[done.request.idx] = answer
+        drawn[done.request.idx] = answer
     parts = [None] * dp.size()
-    dist.all_gather_object(parts, mine, group=dp.get_group())
-    found = {idx: answer for part in parts for idx, answer in part.items()}
-    return [found[request.idx] for request in requests]
+    dist.all_gather_object(parts, drawn, group=dp.get_group())
+    answers = {idx: answer for part in parts for idx, answer in part.items()}
+    return [answers[request.idx] for request in requests]
 
 
 def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) -> tuple[list[Example], Tensor, Tensor]:
@@ -114,29 +128,24 @@ def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) 
     return rows, mask.to(device), logps.to(device)
 
 
-def shares(chosen: list[int], rows: list[Example], *, micro_batch_size: int, dp: DeviceMesh) -> Iterator[list[int]]:
+def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows among the chosen, in micro-batches of like length."""
-    length = lambda i: len(rows[i].input_ids)  # noqa: E731
-    return micro_batches(chosen, micro_batch_size, dp.get_local_rank(), dp.size(), key=length)
+    return split.shares(chosen, key=lambda i: len(rows[i].input_ids))
 
 
-def over_ranks(
-    rows: list[Example], function: Callable[[list[Example]], Tensor], *, micro_batch_size: int, dp: DeviceMesh
-) -> Tensor:
+def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
     """function(some rows) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
     result = None
-    for part in shares(list(range(len(rows))), rows, micro_batch_size=micro_batch_size, dp=dp):
+    for part in shares(list(range(len(rows))), rows, split):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
         result[part] = values[: len(part)]  # no rows give one of padding
-    dist.all_reduce(result, group=dp.get_group())  # each row is one rank's; the others have 0 there
-    return result
+    return split.sum(result)  # each row is one rank's; the others have 0 there
 
 
 def _forward(model: Transformer, rows: list[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """(final hidden states [n, T, E], labels [n, T]) of some rows; no rows give one of padding."""
-    multiple_of = size_of(model.parallel.tp) if model.parallel.sequence_parallel else 1
-    batch = collate(rows, pad_token_id, model.inv_freq.device, multiple_of)
+    batch = collate(rows, pad_token_id, model.inv_freq.device, model.row_multiple)
     return model(batch.input_ids), batch.labels
 
 
@@ -152,9 +161,9 @@ def answer_logps(
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each."""
     hidden, labels = _forward(model, rows, pad_token_id)
-    options = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp, "temperature": temperature}
-    found = token_logps(hidden, model.lm_head.weight, labels, **options, entropy=entropy)
-    return tuple(_left_aligned(values, labels, width) for values in found)
+    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    values = token_logps(hidden, model.lm_head.weight, labels, **vocabulary, temperature=temperature, entropy=entropy)
+    return tuple(_left_aligned(each, labels, width) for each in values)
 
 
 def answer_values(model: Transformer, rows: list[Example], width: int, pad_token_id: int) -> Tensor:
@@ -172,12 +181,12 @@ class Rollout(NamedTuple):
     mask: Tensor  # bool [A, R]
     engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
     logps: Tensor  # what the policy in training says,
-    ref_logps: Tensor  # the reference,
-    values: Tensor  # and the critic
+    ref_logps: Tensor  # and the reference
     scores: Tensor  # fp32 [A], penalties included, KL not
     step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
     num_cut: int  # rows that were too long for the reward model
     seconds: dict[str, float]
+    values: Tensor | None = None  # fp32 [A, R]: what the critic says, where there is one
 
     def kls(self) -> Tensor:
         """The log-ratio to the reference of each answer, fp32 [A]: their mean is the KL."""
@@ -192,25 +201,25 @@ class Rollout(NamedTuple):
 
 
 class TokenSums:
-    """Sums over the tokens of an update's minibatches, and over the ranks when asked for their means."""
-
-    NAMES = ("loss", "policy", "ratio", "ratio_square", "clipped", "approx_kl", "entropy", "policy_tokens")
-    NAMES += ("value", "value_clipped", "value_tokens")
+    """Means over the tokens of an update's minibatches, under any names."""
 
     def __init__(self, device: torch.device):
-        self.sums = dict.fromkeys(self.NAMES, torch.zeros((), dtype=torch.float64, device=device))
+        self.device, self.sums = device, {}
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, num_tokens: int, **values: Tensor) -> None:
+        """Adds what num_tokens tokens have, one value each or their sum. Every rank must add the same names in the same
+        order, if only of no tokens."""
+        count = torch.tensor(num_tokens, dtype=torch.float64, device=self.device)
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach().double().sum()
+            self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 
     def means(self, dp: DeviceMesh) -> dict[str, float]:
-        """By the number of tokens of the policy's or the critic's passes; 0 where there were none. A collective."""
-        found = torch.stack(list(self.sums.values()))
-        dist.all_reduce(found, group=dp.get_group())
-        found = dict(zip(self.NAMES, found.tolist(), strict=True))
-        counts = {name: found["value_tokens" if name.startswith("value") else "policy_tokens"] for name in found}
-        return {name: value / max(1.0, counts[name]) for name, value in found.items()}
+        """Over the tokens of all ranks; 0 where there were none. A collective."""
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values()))  # [names, 2]
+        dist.all_reduce(sums, group=dp.get_group())
+        return {name: total / max(1.0, count) for name, (total, count) in zip(self.sums, sums.tolist())}
 
 
 def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:

@@ -7,28 +7,31 @@
 """
 
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from models.checkpoint import Folder
+from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative, visible
 from models.decode import can_pack, copy_for_inference, refresh
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import Transformer
-from models.tokenizer import Tokenizer
-from models.tp import is_main_rank
-from training.common import ArgumentParser, Runtime, non_negative_float, non_negative_int, positive_int
-from training.data import IGNORE_INDEX, Example
-from training.run_dir import open_log
+from models.records import IGNORE_INDEX, Example
+from training.run_dir import Run, open_log
 
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training
 
 
-def add_sample_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--num_eval_samples", type=non_negative_int, default=2, help="answers to --eval_file shown at each evaluation")
-    add("--eval_max_new_tokens", type=positive_int, default=128, help="most tokens of such an answer")
-    add("--eval_temperature", type=non_negative_float, default=0.0, help="temperature of such answers; 0 is greedy")
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs:
+    """What the model says at an evaluation."""
+
+    num_eval_samples: int = flag(
+        2, bounds=non_negative, help="answers to --eval_file shown at each evaluation", may_change=True
+    )
+    eval_max_new_tokens: int = flag(128, bounds=at_least_one, help="most tokens of such an answer", may_change=True)
+    eval_temperature: float = flag(
+        0.0, bounds=non_negative, help="temperature of such answers; 0 is greedy", may_change=True
+    )
 
 
 class EvalPrompt(NamedTuple):
@@ -63,37 +66,32 @@ class EvalSamples:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer,
+        folder: Folder,
         prompts: list[EvalPrompt],
-        params: SamplingParams,
-        *,
-        max_new_tokens: int,
+        args: SampleArgs,
         runtime: Runtime,
-        output_dir: Path,
-        after_step: int,
+        run: Run,
     ):
-        """after_step: when resuming, the step of the checkpoint; later lines of samples.jsonl are dropped."""
-        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        context = model.config.max_position_embeddings
+        self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts
+        context = folder.config.max_position_embeddings
         self.requests = [
-            Request(idx, 0, prompt.ids, min(max_new_tokens, context - len(prompt.ids)))
+            Request(idx, 0, prompt.ids, min(args.eval_max_new_tokens, context - len(prompt.ids)))
             for idx, prompt in enumerate(prompts)
         ]
-        pack = not runtime.compile and can_pack(runtime.device, runtime.dtype)
-        self.copy = copy_for_inference(model, pack=pack)
+        self.copy = copy_for_inference(model, pack=can_pack(runtime))
         self.engine = Engine(
             self.copy,
-            params,
+            SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),
             num_slots=min(MAX_SLOTS, len(prompts)),
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
-            tokenizer=tokenizer,
+            tokenizer=folder.tokenizer,
             compile=runtime.compile,
         )
-        self.log = open_log(output_dir / "samples.jsonl", after_step) if is_main_rank() else None
+        self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() else None
 
-    def show(self, step: int, write: Callable[[str], None]) -> None:
-        """Draws the answers of the current weights; the main rank hands a block of text to `write` and appends a line
-        for each to samples.jsonl."""
+    def show(self, run: Run) -> None:
+        """Draws the answers of the current weights; the main rank prints them and appends a line for each to
+        samples.jsonl."""
         refresh(self.copy, self.model)
         answers: list[Completion] = sorted(self.engine.generate(self.requests), key=lambda answer: answer.request.idx)
         if self.log is None:
@@ -101,7 +99,7 @@ class EvalSamples:
         blocks = []
         for prompt, answer in zip(self.prompts, answers):
             line = {
-                "step": step,
+                "step": run.step,
                 "prompt": self._text(prompt.ids),
                 "output": answer.text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
@@ -110,7 +108,7 @@ class EvalSamples:
             self.log.write(json.dumps(line, ensure_ascii=False) + "\n")
             blocks.append(block(line))
         self.log.flush()
-        write("\n".join(blocks))
+        run.show("\n".join(blocks))
 
     def _text(self, prompt_ids: list[int]) -> str:
         """A prompt for people: its special tokens tell whose turn a chat is at, but the BOS tells nothing."""
@@ -125,11 +123,3 @@ def block(line: dict) -> str:
     prompt = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
     answer, wanted = (text if len(text) <= 300 else f"{text[:300]} ..." for text in (answer, wanted))
     return f"  prompt  {prompt}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
-
-
-def visible(text: str) -> str:
-    """One line that any terminal takes: line breaks and control characters as escapes, and what standard output cannot
-    encode too, since a run must not end by what its model says."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inference.lines import LineWriter
 from models.tokenizer import Tokenizer
 from tests import tiny
-from training.lines import LineWriter
 
 SCRIPT = "inference/generate.py"
 FIELDS = {

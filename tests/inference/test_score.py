@@ -11,12 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from inference.choosing import choose_best, choose_by_vote, final_answer
+from models.records import Record, encode_answer, encode_prompt
+from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.inference.test_parallel import torchrun
-from training.choosing import choose_best, choose_by_vote, final_answer
-from training.data import Record, encode_prompt
-from training.preferences import encode_answer, encode_process_record, split_steps
+from training.preferences import encode_process_record
 
 SCRIPT = "inference/score.py"
 PROCESS = {"reward_model_type": "process", "step_separator": "\n"}

@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 
+from models.attention import causal_attention
 from models.checkpoint import load_model
+from models.common import Runtime
 from models.decode import (
     InferenceLinear,
     KVCache,
@@ -17,9 +19,8 @@ from models.decode import (
     weight_bytes,
 )
 from models.decode_cpu import CPUCache
-from models.fsdp import full_tensors, init_mesh, load_for_training
+from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
 from models.generation import Engine, Request, SamplingParams
-from models.model import causal_attention
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_refresh_gives_the_new_model(tmp_path, variant, pack):
     assert after == expected and after != before
 
 
-@pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="this CPU has no bf16 kernels in oneDNN")
+@pytest.mark.skipif(not can_pack(Runtime(CPU, torch.bfloat16, False)), reason="this CPU has no bf16 kernels in oneDNN")
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "plain"])
 def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
     """Catches fp32 master weights that arrive in a bf16 copy as fp32."""
@@ -77,7 +78,7 @@ def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
     assert greedy_ids(copy) == greedy_ids(fresh)
 
 
-@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="no oneDNN on this CPU")
+@pytest.mark.skipif(not can_pack(Runtime(CPU, torch.float32, False)), reason="no oneDNN on this CPU")
 def test_refresh_lets_the_old_weights_go(tmp_path):
     """Catches an engine that holds on to the packed weights of before a refresh, a second copy in memory."""
     tiny.write_model(tmp_path)
@@ -101,9 +102,9 @@ def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_
     """Catches a copy that is stale in some weight (block, embedding, final norm, head), shares storage with FSDP's
     weights or is not in the compute dtype; and a refresh that moves storage, or leaves FSDP's weights gathered or
     changed for the training that goes on. Several ranks: tests/training/test_parallel.py."""
-    pack = pack and can_pack(CPU, compute_dtype)
+    pack = pack and can_pack(Runtime(CPU, compute_dtype, False))
     tiny.write_model(tmp_path, **VARIANTS[variant])
-    source = load_for_training(tmp_path, mesh, device=CPU, compute_dtype=compute_dtype)
+    source = load_for_training(tmp_path, mesh, ParallelArgs(), Runtime(CPU, compute_dtype, False))
     copy = copy_for_inference(source, pack=pack)
     assert {t.dtype for t in (*copy.parameters(), *copy.buffers())} - {torch.float32} <= {compute_dtype}
     assert copy.embed_tokens.weight.dtype == compute_dtype
@@ -157,7 +158,7 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
     source = load_model(tmp_path)
     expected = sum(p.nbytes for name, p in source.named_parameters() if "proj" in name or "lm_head" in name)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        model = load_for_inference(tmp_path, device=CPU, dtype=dtype)
+        model = load_for_inference(tmp_path, Runtime(CPU, dtype, False))
         assert weight_bytes(model) == expected * size // 4
 
 

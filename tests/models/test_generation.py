@@ -11,6 +11,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from models.checkpoint import load_model
+from models.common import Runtime
 from models.decode import KVCache, load_for_inference, to_inference
 from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
 from models.noise import column_hashes, noise_key
@@ -151,7 +152,7 @@ def test_compiled_equals_eager(tmp_path):
     params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,))
     requests = ragged_requests(6, longest=10, most_new=12)
     expected = outcome(make_engine(tmp_path, params, num_slots=3, max_seq_len=24), requests)
-    model = load_for_inference(tmp_path, device=CPU, dtype=torch.float32, compile=True)
+    model = load_for_inference(tmp_path, Runtime(CPU, torch.float32, True))
     engine = Engine(model, params, num_slots=3, max_seq_len=24, compile=True, look_every=4)
     assert outcome(engine, requests) == expected
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from models.checkpoint import load_model
-from models.model import PRESETS, ModelConfig, Transformer, rope_inv_freq
+from models.model import PRESETS, ModelConfig, Transformer
 from tests import tiny
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -236,7 +236,7 @@ def test_rope_frequencies_equal_transformers():
             max_position_embeddings=config.max_position_embeddings,
             rope_parameters=rope,
         )
-        torch.testing.assert_close(rope_inv_freq(config), LlamaRotaryEmbedding(theirs).inv_freq, atol=0, rtol=1e-6)
+        torch.testing.assert_close(config.inv_freq(), LlamaRotaryEmbedding(theirs).inv_freq, atol=0, rtol=1e-6)
 
 
 GOOD = {

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from models import qlinear as q
 from models.checkpoint import WeightFiles, load_model, save_folder
+from models.common import Runtime
 from models.decode import InferenceLinear, QuantizedHead, can_pack, has_byte_bags, load_for_inference, weight_bytes
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, read_hf_config
@@ -15,7 +16,8 @@ from tests.inference.test_score import write_reward_model
 INT4 = [Scheme("int4", g) for g in q.GROUP_SIZES]
 SCHEMES = [Scheme("int8"), *INT4]
 CPU = torch.device("cpu")
-HAS_HEAD = can_pack(CPU, torch.bfloat16) and has_byte_bags()
+FP32, BF16 = Runtime(CPU, torch.float32, False), Runtime(CPU, torch.bfloat16, False)
+HAS_HEAD = can_pack(BF16) and has_byte_bags()
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -151,7 +153,7 @@ def test_loaded_model(biased, scheme):
     reference = dequantized_reference(biased, scheme)
     ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 30))
     wanted = reference(ids).logits
-    model = load_for_inference(biased, device=CPU, dtype=torch.float32, scheme=scheme)
+    model = load_for_inference(biased, FP32, scheme=scheme)
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(model(ids)), wanted, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -164,7 +166,7 @@ def test_decode_step_in_bf16(tmp_path, scheme, slots):
     it draws are those of transformers with the dequantised weights, for one run after another."""
     tiny.write_model(tmp_path / "model", intermediate_size=128)
     reference = dequantized_reference(tmp_path / "model", scheme)
-    model = load_for_inference(tmp_path / "model", device=CPU, dtype=torch.bfloat16, scheme=scheme)
+    model = load_for_inference(tmp_path / "model", BF16, scheme=scheme)
     engine = Engine(model, SamplingParams(), num_slots=slots, max_seq_len=40)
     requests = [Request(i, 0, torch.randint(3, tiny.VOCAB_SIZE, (3 + i,)).tolist(), 20) for i in range(5)]
     for _ in range(2):
@@ -183,7 +185,7 @@ def test_bytes(biased):
     weights = 2 * (E * E + 2 * E * E // 2 + E * E + 3 * E * ffn)
     head = config.vocab_size * (E + 4 if HAS_HEAD else 2 * E)
     for scheme, each in ((Scheme("int8"), 1), (Scheme("int4", 32), 0.5 + 4 / 32)):
-        model = load_for_inference(biased, device=CPU, dtype=torch.bfloat16, scheme=scheme)
+        model = load_for_inference(biased, BF16, scheme=scheme)
         assert weights * each + head <= weight_bytes(model) <= 1.1 * weights * each + head
 
 
@@ -214,25 +216,25 @@ def test_which_head(tmp_path, tied):
     another dtype, under torch.compile or in a plain model, and a frozen model without lm_head.weight, which the
     references of DPO and PPO read."""
     tiny.write_model(tmp_path / "model", tie_word_embeddings=tied)
-    scheme, options = Scheme("int8"), {"device": CPU, "dtype": torch.bfloat16}
-    frozen = load_quantized(tmp_path / "model", scheme, **options)
+    scheme = Scheme("int8")
+    frozen = load_quantized(tmp_path / "model", scheme, device=CPU, dtype=torch.bfloat16)
     weight = frozen.lm_head.weight
     assert weight.dtype == torch.bfloat16
-    model = load_for_inference(tmp_path / "model", scheme=scheme, **options)
+    model = load_for_inference(tmp_path / "model", BF16, scheme=scheme)
     assert torch.equal(model.embed_tokens.weight, frozen.embed_tokens.weight)
     if HAS_HEAD:
         assert isinstance(model.lm_head, QuantizedHead)
         x = torch.randn(1, weight.shape[1]).bfloat16()
         wanted = x.float() @ dequantize(quantize(weight, scheme)).T
         assert (model.lm_head(x) - wanted).norm() < 1e-6 * wanted.norm()
-    for more in ({}, {"scheme": scheme, "compile": True}, {"scheme": scheme, "dtype": torch.float32}):
-        model = load_for_inference(tmp_path / "model", **options | more)
-        assert isinstance(model.lm_head, InferenceLinear), more
+    for runtime, how in ((BF16, None), (BF16._replace(compile=True), scheme), (FP32, scheme)):
+        model = load_for_inference(tmp_path / "model", runtime, scheme=how)
+        assert isinstance(model.lm_head, InferenceLinear), (runtime, how)
 
 
 # ------------------------------------------------------------------------------------------ folder
 
-SCRIPT = "models/quantize.py"
+SCRIPT = "scripts/quantize.py"
 FLAGS = {"int8": ("--mode", "int8"), "int4": ("--mode", "int4", "--group_size", 32)}
 SMALL = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
 
@@ -252,8 +254,8 @@ def test_folder_equals_on_the_fly(biased, written, dtype):
     loaded model is that of --quantize, to the bit."""
     scheme, folder = written
     assert choose_scheme(folder, "none") == scheme == choose_scheme(folder, scheme.mode)
-    stored = load_for_inference(folder, device=CPU, dtype=dtype, scheme=choose_scheme(folder, "none"))
-    wanted = load_for_inference(biased, device=CPU, dtype=dtype, scheme=scheme)
+    stored = load_for_inference(folder, Runtime(CPU, dtype, False), scheme=choose_scheme(folder, "none"))
+    wanted = load_for_inference(biased, Runtime(CPU, dtype, False), scheme=scheme)
     ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 20))
     with torch.no_grad():
         assert torch.equal(stored.lm_head(stored(ids)), wanted.lm_head(wanted(ids)))
@@ -268,8 +270,8 @@ def test_folder_of_several_shards(biased, tmp_path):
     save_folder(tmp_path / "in", tensors.items(), config=config, copy_from=biased, max_shard_bytes=60_000)
     flags = ("--mode", "int8", "--output_dir", tmp_path / "out")
     assert tiny.run(SCRIPT, "--checkpoint_path", tmp_path / "in", *flags).code == 0
-    model = load_for_inference(tmp_path / "out", device=CPU, dtype=torch.float32, scheme=Scheme("int8"))
-    wanted = load_for_inference(biased, device=CPU, dtype=torch.float32, scheme=Scheme("int8"))
+    model = load_for_inference(tmp_path / "out", FP32, scheme=Scheme("int8"))
+    wanted = load_for_inference(biased, FP32, scheme=Scheme("int8"))
     ids = torch.randint(3, tiny.VOCAB_SIZE, (1, 20))
     assert torch.equal(model(ids), wanted(ids))
 
@@ -282,8 +284,8 @@ def test_tied_and_reward_folders(tmp_path):
     for name, head in (("tied", "lm"), ("rm", "score")):
         out = tmp_path / f"{name}-int8"
         assert tiny.run(SCRIPT, "--checkpoint_path", tmp_path / name, "--output_dir", out, "--mode", "int8").code == 0
-        options = {"device": CPU, "dtype": torch.float32, "scheme": Scheme("int8"), "head": head}
-        found, wanted = (load_for_inference(folder, **options) for folder in (out, tmp_path / name))
+        options = {"scheme": Scheme("int8"), "head": head}
+        found, wanted = (load_for_inference(folder, FP32, **options) for folder in (out, tmp_path / name))
         assert torch.equal(found(ids), wanted(ids))
         if head == "score":
             assert torch.equal(found.score.weight, wanted.score.weight)

@@ -8,15 +8,17 @@ from unittest import mock
 import pytest
 import torch
 
+from models.common import Runtime
+from models.fsdp import ParallelArgs
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
 from models.qlinear import Scheme
 from scripts import benchmark_generate
-from scripts.benchmark_common import SIZES
+from scripts.benchmark_common import SIZES, BenchmarkArgs
 from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
 from tests import tiny
-from training.common import choose_runtime
 
+ON_CPU = Runtime(torch.device("cpu"), torch.bfloat16, False)
 SMALL = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
 
 
@@ -24,8 +26,7 @@ SMALL = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
 def test_arithmetic_against_a_measured_step(recompute):
     """Catches a table that forgets what takes memory, or counts what is never there: an activation kept twice, whole
     gradients, logits of all tokens."""
-    runtime = choose_runtime("cpu", "bfloat16", False)
-    measured = measure_memory(SMALL, runtime, recompute, 1, (2, 256))
+    measured = measure_memory(SMALL, ON_CPU, ParallelArgs(activation_checkpointing=recompute), (2, 256))
     sizes = training_memory(SMALL, dp=1, tp=1, tokens=512, recompute=recompute, on_cpu=True)
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.1), sizes
 
@@ -97,15 +98,14 @@ def test_precisions_in_turns():
 def test_ragged_work_of_generate():
     """Catches a rate over tokens that were not asked for (those of a static batch's longest row), other work for the
     peer, and a bandwidth of cache that no row needs."""
-    options = {"ragged": 5, "prompt_len": 8, "new_tokens": 4, "batch_size": 2}
-    sizes = benchmark_generate.work(options)
+    sizes = benchmark_generate.work(BenchmarkArgs(job="generate", ragged=5, prompt_len=8, new_tokens=4, batch_size=2))
     assert len(sizes) == 5 and len(set(sizes)) > 3 and all(2 <= p <= 14 and 1 <= n <= 7 for p, n in sizes)
     assert generate("--ragged", 5, "--batch_size", 2)["tokens_per_second"] > 0
     seconds, tokens = [], sum(n for _, n in sizes)
     with mock.patch("scripts.benchmark_peers.seconds_of", lambda run, *_: seconds.append(run()) or 2.0):
         assert generate("--ragged", 5, "--batch_size", 2, "--engine", "peer")["tokens_per_second"] == tokens / 2
     assert len(seconds) == 1
-    model = benchmark_generate.random_inference_model(SMALL, torch.float32, torch.device("cpu"), False, None, None)
+    model = benchmark_generate.random_inference_model(SMALL, ON_CPU._replace(dtype=torch.float32))
     engine = Engine(model, SamplingParams(), num_slots=2, max_seq_len=32)
     list(engine.generate([Request(i, 0, [1] * p, n) for i, (p, n) in enumerate(sizes)]))
     needed = sum(p + i for p, n in sizes for i in range(1, n))
@@ -156,7 +156,7 @@ def test_memory_of_ppo_on_paper():
 def test_quantised_arithmetic(scheme):
     """Catches weights kept beside their integers, unpacked integers, and scales or a head that are not counted."""
     config = ModelConfig(1000, 256, 768, 4, 8, 4, 32, 4096)
-    model = quantized_model(config, choose_runtime("cpu", "bfloat16", False), scheme)
+    model = quantized_model(config, ON_CPU, scheme)
     tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
     assert on_paper == pytest.approx(sum(tensors.values()), rel=0.01)

@@ -230,25 +230,25 @@ def test_bad_input(world, tmp_path):
         (world, {}, str(world)),
         (broken, {}, str(broken)),
         (new, {"num_heldout": 1_000_000}, "1000000"),
-        (new, {"score_file": foreign}, "heldout.jsonl"),
-        (world, {"score_file": tmp_path / "none.jsonl"}, "none.jsonl"),
-        (world, {"score_file": broken}, "broken.jsonl:2"),
-        (world, {"score_file": foreign}, "foreign.jsonl:1"),
-        (world, {"score_file": empty}, "empty.jsonl"),
+        (new, {"score": foreign}, "heldout.jsonl"),
+        (world, {"score": tmp_path / "none.jsonl"}, "none.jsonl"),
+        (world, {"score": broken}, "broken.jsonl:2"),
+        (world, {"score": foreign}, "foreign.jsonl:1"),
+        (world, {"score": empty}, "empty.jsonl"),
     ):
         arguments = {
             "seed": 0,
             "num_train": 10,
             "num_heldout": 10,
             "num_prompts": 10,
-            "score_file": None,
+            "score": None,
             "num_shown": 1,
             "samples": None,
             "pairs_file": None,
             "steps_file": None,
         }
         with pytest.raises((ValueError, OSError), match=re.escape(word)):
-            toy.main(output_dir=folder, **{**arguments, **change})
+            toy.main(toy.ToyArgs(output_dir=folder, **{**arguments, **change}))
     assert (world / "train.jsonl").read_bytes() == before and not new.exists()
 
     result = run("--output_dir", world)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import torch.distributed as dist
 
+from models.common import end_process, parse_args
 from models.fsdp import clip_grad_norm
-from training.common import end_process
+from training import run_dir
 from training.run_dir import CheckpointWriter
 
 torch.set_num_threads(1)
@@ -57,9 +59,9 @@ def main(jobs: list[list[str]]) -> None:
             return clip_grad_norm(model, max_norm)
 
         script.clip_grad_norm = recording_clip
-        script.CheckpointWriter = asynchronous_writer
-        args = script.parser().parse_args(arguments)
-        script.main(**vars(args))
+        run_dir.CheckpointWriter = asynchronous_writer
+        args = parse_args(typing.get_type_hints(script.main)["args"], arguments)
+        script.main(args)
         if dist.get_rank() == 0:
             torch.save(steps, f"{args.output_dir}.gradients.pt")
 

@@ -9,27 +9,24 @@ import torch
 import transformers
 from tokenizers import decoders, pre_tokenizers, processors
 
-from models.tokenizer import Tokenizer
-from tests import tiny
-from training.data import (
+from models.checkpoint import open_folder
+from models.records import (
     EncodingCounts,
     Example,
+    Limits,
     Record,
-    check_vocabulary,
     collate,
     encode_prompt,
-    encode_sft_file,
-    encode_sft_record,
     encode_text,
-    epoch_order,
     micro_batches,
-    pack,
     read_records,
-    training_batches,
 )
+from models.tokenizer import Tokenizer
+from tests import tiny
+from training.data import encode_sft_file, encode_sft_record, epoch_order, pack, training_batches
 
 BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
-LIMITS = {"vocab_size": tiny.VOCAB_SIZE, "max_seq_len": 100, "overlong": "refuse"}
+LIMITS = Limits(tiny.VOCAB_SIZE, 100)
 
 
 @pytest.fixture(scope="module")
@@ -379,16 +376,16 @@ def test_overlong_records(tokenizer, tmp_path):
         {"prompt": "a b c d e f g h i j k l m n o p", "completion": " q"},
     ]
     path = tiny.write_records(tmp_path / "train.jsonl", records)
-    whole, counts = encode_sft_file(path, tokenizer, **LIMITS)
+    whole, counts = encode_sft_file(path, tokenizer, LIMITS)
     assert counts == EncodingCounts(0, 0, 0, 0)
     limit = len(whole[0].input_ids)
     assert len(whole[2].input_ids) > limit
     with pytest.raises(ValueError, match=f"^{path}:3: {len(whole[2].input_ids)} tokens, the limit is {limit}"):
-        encode_sft_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit})
-    skipped, counts = encode_sft_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "skip"})
+        encode_sft_file(path, tokenizer, LIMITS._replace(max_seq_len=limit))
+    skipped, counts = encode_sft_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="skip"))
     assert skipped == whole[:2] and counts == EncodingCounts(0, 1, 0, 0)
-    limits = {**LIMITS, "max_seq_len": limit - 1, "overlong": "truncate"}
-    cut, counts = encode_sft_file(path, tokenizer, **limits)
+    limits = LIMITS._replace(max_seq_len=limit - 1, overlong="truncate")
+    cut, counts = encode_sft_file(path, tokenizer, limits)
     assert counts == EncodingCounts(2, 0, 1, 0) and cut[1] == whole[1]
     for before, after in zip(whole, cut):
         assert after.input_ids == before.input_ids[: limit - 1] and after.labels == before.labels[: limit - 1]
@@ -402,28 +399,29 @@ def test_counts_and_nothing_to_learn(tokenizer, tmp_path):
     bare = Tokenizer(tmp_path / "bare")
     nothing = {"text": ""}  # EOS alone: no token before it to predict it from
     records = [{"prompt": "The ans", "completion": "wer"}, nothing, nothing]
-    examples, counts = encode_sft_file(tiny.write_records(tmp_path / "a", records), bare, **LIMITS)
+    examples, counts = encode_sft_file(tiny.write_records(tmp_path / "a", records), bare, LIMITS)
     assert counts == EncodingCounts(0, 0, 2, 1) and len(examples) == 3
     path = tiny.write_records(tmp_path / "b", [nothing, nothing])
     with pytest.raises(ValueError, match=f"^{path}: no record has a token to learn"):
-        encode_sft_file(path, bare, **LIMITS)
+        encode_sft_file(path, bare, LIMITS)
     path = tiny.write_records(tmp_path / "c", [{"text": "a b c d e f"}])
     with pytest.raises(ValueError, match=f"^{path}: no record has a token to learn .0 records kept, 1 too long"):
-        encode_sft_file(path, bare, **{**LIMITS, "max_seq_len": 3, "overlong": "skip"})
+        encode_sft_file(path, bare, LIMITS._replace(max_seq_len=3, overlong="skip"))
 
 
 def test_ids_beyond_the_model(tmp_path):
     """Catches an index out of range inside the model, from a tokenizer that knows more tokens than it, or a folder
     refused for a pad token without an embedding that no text ever uses."""
     extra = {str(tiny.VOCAB_SIZE): {"content": "<|extra|>", "special": True}}
-    tiny.write_tokenizer(tmp_path, added_tokens_decoder=extra)
-    tokenizer = Tokenizer(tmp_path)
-    check_vocabulary(tokenizer, tiny.VOCAB_SIZE, tmp_path)
+    tiny.write_model(tmp_path, vocab_size=tiny.VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer does not fit: it has 384 tokens"):
-        check_vocabulary(tokenizer, tiny.VOCAB_SIZE - 1, tmp_path)
+        open_folder(tmp_path)
+    tiny.write_model(tmp_path)
+    tiny.write_tokenizer(tmp_path, added_tokens_decoder=extra)
+    tokenizer = open_folder(tmp_path).tokenizer
     path = tiny.write_records(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "a <|extra|>"}])
     with pytest.raises(ValueError, match=f"{path}:2: holds token id 384"):
-        encode_sft_file(path, tokenizer, **LIMITS)
+        encode_sft_file(path, tokenizer, LIMITS)
 
 
 # ----------------------------------------------------------------------------- order and batches

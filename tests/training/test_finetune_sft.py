@@ -19,10 +19,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from models.records import Record
 from models.tokenizer import Tokenizer
 from tests import tiny
 from training import finetune_sft, run_dir
-from training.data import Record, encode_sft_record, training_batches
+from training.data import encode_sft_record, training_batches
 
 SCRIPT = "training/finetune_sft.py"
 KEYS = {"step", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second"}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from models.noise import column_hashes, noise_key, random_bits
 from tests import tiny
 from training.optim import (
+    OptimArgs,
     dequantize_blocks,
     dynamic_levels,
     learning_rate_at,
@@ -17,8 +19,6 @@ from training.optim import (
     quantize_blocks,
     stochastic_round,
 )
-
-ADAM = {"weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def rates(schedule, total, warmup):
@@ -51,7 +51,9 @@ def test_optimizer_decays_matrices_only(folder):
     model = nn.ModuleDict({"linear": nn.Linear(3, 2), "norm": nn.RMSNorm(3), "embedding": nn.Embedding(4, 3)})
     model["frozen"] = nn.Linear(2, 2).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5, betas=(0.8, 0.7), eps=1e-3)
+    optimizer = make_optimizer(
+        model, OptimArgs(learning_rate=0.1, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3)
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer.step()
@@ -101,7 +103,7 @@ def moved(dtype, optim, steps=20, lr=2e-5, seed=0):
     if optim == "torch":
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     else:
-        optimizer = make_optimizer(model, learning_rate=lr, optim=optim, seed=seed, **ADAM)
+        optimizer = make_optimizer(model, OptimArgs(learning_rate=lr, optim=optim), seed=seed)
     for _ in range(steps):
         for p in model:
             p.grad = torch.full_like(p, -0.25)
@@ -155,14 +157,14 @@ class Regression(nn.Module):
 def test_learns_like_fp32(betas):
     """Catches an optimizer that learns, but less than AdamW in fp32 does: nearest rounding, a lost bias correction, and
     second moments that their quantisation keeps from decaying."""
-    flags = {**ADAM, "betas": betas, "learning_rate": 2e-5}
+    args = OptimArgs(learning_rate=2e-5, adam_beta1=betas[0], adam_beta2=betas[1])
     model = Regression(torch.float32)
-    first, wanted = model.fit(make_optimizer(model, **flags))
+    first, wanted = model.fit(make_optimizer(model, args))
     assert wanted < 0.002 * first
     for dtype in (torch.float32, torch.bfloat16):
         for optim in ("adamw", "adamw_8bit"):
             model = Regression(dtype)
-            last = model.fit(make_optimizer(model, optim=optim, **flags))[1]
+            last = model.fit(make_optimizer(model, replace(args, optim=optim)))[1]
             assert last < wanted + 0.003 * first, (dtype, optim)  # rounding leaves each weight about an ulp away
     model = Regression(torch.bfloat16)
     nearest = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=betas, weight_decay=0.0)
@@ -185,7 +187,7 @@ def test_trains_a_model_like_fp32(folder, tmp_path):
     first, wanted, found = losses["fp32"][0], sum(losses["fp32"][-8:]) / 8, sum(losses["lean"][-8:]) / 8
     assert wanted < first / 2 and found == pytest.approx(wanted, rel=0.01)
     refused = tiny.run("training/finetune_sft.py", *args, "--resume")
-    tiny.assert_refused(refused, "begun with other --param_dtype, --optim")
+    tiny.assert_refused(refused, "begun with other --optim, --param_dtype")
 
 
 def mixed_model(dtype: torch.dtype) -> nn.ModuleDict:
@@ -198,11 +200,11 @@ def mixed_model(dtype: torch.dtype) -> nn.ModuleDict:
 def test_one_step_is_adamw_in_fp32(optim):
     """Catches arithmetic in bf16, a wrong formula or bias correction, and decay of norms and biases: from equal weights
     and moments, each new bf16 weight is a neighbour of what torch's AdamW computes in fp32."""
-    flags = {**ADAM, "learning_rate": 3e-3, "weight_decay": 0.5}
+    args = OptimArgs(learning_rate=3e-3, weight_decay=0.5)
     model = mixed_model(torch.bfloat16)
-    optimizer = make_optimizer(model, optim=optim, **flags)
+    optimizer = make_optimizer(model, replace(args, optim=optim))
     reference = mixed_model(torch.float32)
-    expected = make_optimizer(reference, **flags)
+    expected = make_optimizer(reference, args)
     for step in range(4 if optim == "adamw" else 1):  # later, 8-bit moments are no longer equal
         for p, q in zip(model.parameters(), reference.parameters()):
             p.grad = torch.randn_like(p) * 10.0**-step
@@ -224,9 +226,9 @@ def test_one_step_is_adamw_in_fp32(optim):
 
 def test_fp32_weights_with_8_bit_moments_start_as_adamw():
     """Catches rounding noise on fp32 weights, and quantisation before the moments are used."""
-    models, flags = [mixed_model(torch.float32) for _ in range(2)], {**ADAM, "learning_rate": 3e-3}
+    models, args = [mixed_model(torch.float32) for _ in range(2)], OptimArgs(learning_rate=3e-3)
     for model, optim in zip(models, ("adamw", "adamw_8bit")):
-        optimizer = make_optimizer(model, optim=optim, **flags)
+        optimizer = make_optimizer(model, replace(args, optim=optim))
         generator = torch.Generator().manual_seed(1)
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
@@ -266,7 +268,7 @@ def test_state_size_and_what_is_quantised():
     quantised ones."""
     model = nn.ModuleDict({"big": nn.Linear(2048, 64), "small": nn.Linear(8, 8), "norm": nn.RMSNorm(8192)})
     model = model.to(torch.bfloat16)
-    optimizer = make_optimizer(model, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -278,9 +280,9 @@ def test_state_size_and_what_is_quantised():
 def test_state_survives_load_state_dict():
     """Catches moments converted to the weights' dtype, as torch's load_state_dict does with every state."""
     model = mixed_model(torch.bfloat16)
-    optimizer = make_optimizer(model, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
     other = copy.deepcopy(model)
-    other_optimizer = make_optimizer(other, learning_rate=1e-3, optim="adamw_8bit", **ADAM)
+    other_optimizer = make_optimizer(other, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
     for step in range(4):
         torch.manual_seed(step)
         gradients = [torch.randn_like(p) for p in model.parameters()]

@@ -3,19 +3,14 @@
 import pytest
 import torch
 
+from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
+from models.reward import Pair, encode_pair_record, pair_length
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
-from training.data import Record, encode_prompt, encode_sft_record, micro_batches
-from training.preferences import (
-    Pair,
-    PreferenceCounts,
-    collate_pairs,
-    encode_pair_file,
-    encode_pair_record,
-    pair_length,
-)
+from training.data import encode_sft_record
+from training.preferences import collate_pairs, encode_pair_file
 
-LIMITS = {"vocab_size": 500, "max_seq_len": 200, "overlong": "refuse"}
+LIMITS = Limits(500, 200)
 CPU = torch.device("cpu")
 FOLDERS = ["sentencepiece", "legacy", "no_prefix_space", "byte_level"]
 
@@ -189,30 +184,30 @@ def test_overlong_pairs(tokenizer, tmp_path):
         {"prompt": "a b", "chosen": " c d e f g h x", "rejected": " c d e f g h y"},
     ]
     path = tiny.write_records(tmp_path / "train.jsonl", records)
-    whole, counts = encode_pair_file(path, tokenizer, **LIMITS)
-    assert counts == PreferenceCounts(0, 0, 0, 0) and [p.margin for p in whole] == [1.5, None, None, None]
+    whole, counts = encode_pair_file(path, tokenizer, LIMITS)
+    assert counts == EncodingCounts(0, 0, 0, 0) and [p.margin for p in whole] == [1.5, None, None, None]
     limit = max(pair_length(whole[0]), pair_length(whole[3]))
     assert whole[2].prompt_length > limit
     longest = pair_length(whole[2])
-    encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": longest})
+    encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=longest))
     complaint = f"{longest} tokens, the limit is {longest - 1}"
     tiny.refused(
-        lambda: encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": longest - 1}), f"{path}:3: ", complaint
+        lambda: encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=longest - 1)), f"{path}:3: ", complaint
     )
-    kept, counts = encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "skip"})
-    assert kept == [whole[0], whole[1], whole[3]] and counts == PreferenceCounts(0, 1, 0, 0)
+    kept, counts = encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="skip"))
+    assert kept == [whole[0], whole[1], whole[3]] and counts == EncodingCounts(0, 1, 0, 0)
     limit = whole[0].prompt_length + 3
-    cut, counts = encode_pair_file(path, tokenizer, **{**LIMITS, "max_seq_len": limit, "overlong": "truncate"})
-    assert counts == PreferenceCounts(2, 1, 1, 0) and cut[1] == whole[1]
+    cut, counts = encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="truncate"))
+    assert counts == EncodingCounts(2, 1, 1, 0) and cut[1] == whole[1]
     assert cut[0].chosen == whole[0].chosen and cut[0].margin == 1.5
     for before, after in ((whole[0], cut[0]), (whole[3], cut[2])):
         assert after.rejected.input_ids == before.rejected.input_ids[:limit]
         check_labels(after.rejected, before.prompt_length)
     assert cut[2].chosen == cut[2].rejected  # they differ beyond the cut: counted as identical
-    full = {**LIMITS, "overlong": "truncate", "max_seq_len": whole[0].prompt_length}
-    assert len(encode_pair_file(path, tokenizer, **full)[0]) == 1  # one token of the answer must fit
-    full["max_seq_len"] = 1
-    tiny.refused(lambda: encode_pair_file(path, tokenizer, **full), path, "no record is left: all 4 are too long for 1")
+    full = LIMITS._replace(overlong="truncate", max_seq_len=whole[0].prompt_length)
+    assert len(encode_pair_file(path, tokenizer, full)[0]) == 1  # one token of the answer must fit
+    full = full._replace(max_seq_len=1)
+    tiny.refused(lambda: encode_pair_file(path, tokenizer, full), path, "no record is left: all 4 are too long for 1")
 
 
 def test_pair_files(tokenizer, tmp_path):
@@ -220,17 +215,17 @@ def test_pair_files(tokenizer, tmp_path):
     error without its line, and an id beyond the model in either side."""
     same = {"prompt": "a", "chosen": " b", "rejected": " b"}
     merged = {"prompt": "The ans", "chosen": "wer", "rejected": " b"}
-    pairs, counts = encode_pair_file(tiny.write_records(tmp_path / "a", [same, merged, same]), tokenizer, **LIMITS)
-    assert len(pairs) == 3 and counts == PreferenceCounts(0, 0, 2, 1)
+    pairs, counts = encode_pair_file(tiny.write_records(tmp_path / "a", [same, merged, same]), tokenizer, LIMITS)
+    assert len(pairs) == 3 and counts == EncodingCounts(0, 0, 2, 1)
     path = tiny.write_records(tmp_path / "b", [same, same])
-    tiny.refused(lambda: encode_pair_file(path, tokenizer, **LIMITS), path, "the same in every record")
+    tiny.refused(lambda: encode_pair_file(path, tokenizer, LIMITS), path, "the same in every record")
     path = tiny.write_records(tmp_path / "c", [merged, {**merged, "margin": []}])
-    tiny.refused(lambda: encode_pair_file(path, tokenizer, **LIMITS), f"{path}:2: ", "margin")
-    small = {**LIMITS, "vocab_size": tokenizer.encode(" q")[-1]}
+    tiny.refused(lambda: encode_pair_file(path, tokenizer, LIMITS), f"{path}:2: ", "margin")
+    small = LIMITS._replace(vocab_size=tokenizer.encode(" q")[-1])
     for side in ("chosen", "rejected"):
         record = {"prompt": "", "chosen": "", "rejected": "", side: " q"}
         path = tiny.write_records(tmp_path / side, [record])
-        tiny.refused(lambda p=path: encode_pair_file(p, tokenizer, **small), f"{path}:1: ", "holds token id")
+        tiny.refused(lambda p=path: encode_pair_file(p, tokenizer, small), f"{path}:1: ", "holds token id")
 
 
 # ----------------------------------------------------------------------------------------- batches

@@ -8,18 +8,21 @@ import sys
 import threading
 import time
 import types
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from models.common import flag, write_json
 from tests import tiny
-from training.common import write_json
-from training.optim import make_optimizer
+from training.data import DataArgs
+from training.optim import OptimArgs, make_optimizer
 from training.run_dir import (
     CheckpointWriter,
     Metrics,
+    RunArgs,
     check_installed,
     load_newest_checkpoint,
     prepare_output_dir,
@@ -46,24 +49,40 @@ def test_metrics_resume(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs, DataArgs, OptimArgs):
+    """A run."""
+
+    strength: float = flag(1.0, help="a flag that somebody added")
+    shown: int = flag(3, help="another, which says that it cannot alter the run", may_change=True)
+
+
+def args_of(folder, **changes):
+    given = {"checkpoint_path": folder / "in", "train_file": folder / "a", "output_dir": folder, "resume": True}
+    return Args(**{**given, **changes})
+
+
 def test_output_dir(tmp_path):
     """Catches a run mixed with another, and somebody's model overwritten by a run that only says --resume."""
-    prepare_output_dir(tmp_path / "new", False, {})
-    prepare_output_dir(tmp_path / "new", True, {})
+    new = args_of(tmp_path, output_dir=tmp_path / "new")
+    prepare_output_dir(replace(new, resume=False))
+    prepare_output_dir(new)
     assert not (tmp_path / "new").exists()
-    prepare_output_dir(tmp_path, False, {})
+    prepare_output_dir(args_of(tmp_path, resume=False))
     (tmp_path / "metrics.jsonl").touch()
-    prepare_output_dir(tmp_path, True, {})
+    prepare_output_dir(args_of(tmp_path))
     with pytest.raises(ValueError, match="not empty"):
-        prepare_output_dir(tmp_path, False, {})
+        prepare_output_dir(args_of(tmp_path, resume=False))
     with pytest.raises(ValueError, match="is a file"):
-        prepare_output_dir(tmp_path / "metrics.jsonl", True, {})
+        prepare_output_dir(args_of(tmp_path, output_dir=tmp_path / "metrics.jsonl"))
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="no run to --resume"):
-        prepare_output_dir(tmp_path, True, {})
-    write_json(tmp_path / "args.json", {"path": tmp_path, "text": "é"})
-    prepare_output_dir(tmp_path, True, {})
-    assert json.loads((tmp_path / "args.json").read_text()) == {"path": str(tmp_path), "text": "é"}
+        prepare_output_dir(args_of(tmp_path))
+    write_args(args_of(tmp_path, report_to="é"))
+    prepare_output_dir(args_of(tmp_path))
+    written = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
+    assert written["train_file"] == str(tmp_path / "a") and written["report_to"] == "é"
+    assert written.keys() == {field.name for field in fields(Args)}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "5"])
@@ -71,20 +90,46 @@ def test_unusable_args_and_metrics(tmp_path, content):
     """Catches a traceback, or a message without the file's name, for files of a run that somebody edited."""
     (tmp_path / "args.json").write_text(content)
     with pytest.raises(ValueError, match=r"args\.json: "):
-        prepare_output_dir(tmp_path, True, {"seed": 0})
+        prepare_output_dir(args_of(tmp_path))
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{content or "{}"}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
         Metrics(tmp_path, after_step=5)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_resume_with_other_data(tmp_path):
-    """Catches a run that goes on with other batches than those it has yet to take."""
-    args = {"train_file": tmp_path / "a", "batch_size": 4, "seed": 0, "num_epochs": 1}
-    write_args(tmp_path, args)
-    prepare_output_dir(tmp_path, True, {**args, "num_epochs": 2})
+def test_resume_as_another_run(tmp_path):
+    """Catches a run that goes on with other batches, another model, loss or optimizer than it was begun with; a flag
+    that a forker adds and that may change because nobody listed it; a path that is another only since it is written
+    otherwise; and a flag refused that alters nothing."""
+    begun = args_of(tmp_path)
+    write_args(begun)
+    refused = {"train_file": tmp_path / "b", "batch_size": 8, "weight_decay": 0.1, "seed": 1, "strength": 2.0}
+    refused |= {"checkpoint_path": tmp_path / "other", "dtype": "bfloat16", "lr_schedule": "linear", "max_steps": 7}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=rf"begun with other --{name}$"):
+            prepare_output_dir(replace(begun, **{name: value}))
     with pytest.raises(ValueError, match="--train_file, --batch_size"):
-        prepare_output_dir(tmp_path, True, {**args, "train_file": tmp_path / "b", "batch_size": 8})
+        prepare_output_dir(replace(begun, train_file=tmp_path / "b", batch_size=8))
+    for name, value in {"log_steps": 9, "device": "cpu", "shown": 4, "save_steps": 3, "eval_file": tmp_path}.items():
+        prepare_output_dir(replace(begun, **{name: value}))
+    prepare_output_dir(replace(begun, train_file=tmp_path / "x/../a"))
+    recorded = json.loads((tmp_path / "args.json").read_text())
+    del recorded["strength"]  # a run of before the flag had its default
+    write_json(tmp_path / "args.json", recorded)
+    prepare_output_dir(begun)
+    with pytest.raises(ValueError, match=r"begun with other --strength$"):
+        prepare_output_dir(replace(begun, strength=2.0))
+
+
+def test_a_run_may_get_longer(tmp_path):
+    """Catches a run refused that only goes on, and one whose learning rates would not be those of a longer run."""
+    begun = args_of(tmp_path, lr_schedule="constant", warmup_ratio=0.0)
+    write_args(begun)
+    prepare_output_dir(replace(begun, num_epochs=2))
+    prepare_output_dir(replace(begun, max_steps=7))
+    write_args(replace(begun, lr_schedule="cosine"))
+    with pytest.raises(ValueError, match=r"begun with other --num_epochs$"):
+        prepare_output_dir(replace(begun, lr_schedule="cosine", num_epochs=2))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -96,7 +141,7 @@ def trained(steps, *, tied=True, seed=0):
     model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "norm": nn.RMSNorm(4), "head": nn.Linear(4, 7, bias=False)})
     if tied:
         model["head"].weight = model["embed"].weight
-    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = make_optimizer(model, OptimArgs(learning_rate=0.1, weight_decay=0.1))
     for step in range(1, steps + 1):
         train_step(model, optimizer, step)
     return model, optimizer

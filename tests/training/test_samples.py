@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.records import Record
 from models.tokenizer import Tokenizer
 from tests import tiny
-from training.data import Record, encode_sft_record
+from training.data import encode_sft_record
 from training.samples import block, prompts_of
 
 SCRIPT = "training/finetune_sft.py"

@@ -7,21 +7,13 @@ import re
 import pytest
 import torch
 
+from models.records import EncodingCounts, Limits, Record, encode_answer, encode_prompt
+from models.reward import Scored, collate_scored, encode_steps
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
-from training.data import Record, encode_prompt
-from training.preferences import (
-    PreferenceCounts,
-    Scored,
-    collate_scored,
-    encode_answer,
-    encode_pointwise_record,
-    encode_process_record,
-    encode_scored_file,
-    encode_steps,
-)
+from training.preferences import encode_pointwise_record, encode_process_record, encode_scored_file
 
-LIMITS = {"vocab_size": 500, "max_seq_len": 200, "overlong": "refuse"}
+LIMITS = Limits(500, 200)
 CPU = torch.device("cpu")
 USER, ANSWER = CHAT[0], CHAT[1]
 FOLDERS = ["sentencepiece", "legacy", "no_prefix_space", "byte_level"]
@@ -81,7 +73,7 @@ def test_points_that_cannot_be_used(fields, complaint, opened, tmp_path):
     """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(fields)}\n")
-    call = lambda: encode_scored_file(path, opened("llama3")[0], kind="pointwise", **LIMITS)  # noqa: E731
+    call = lambda: encode_scored_file(path, opened("llama3")[0], LIMITS, kind="pointwise")  # noqa: E731
     tiny.refused(call, f"{path}:2: ", complaint)
 
 
@@ -167,17 +159,17 @@ def test_overlong_scored_rows(tokenizer, tmp_path):
     label lost, an EOS after the cut, and anything uncounted."""
     steps = {"prompt": "a b", "completions": ["c d", "e", "f g h"], "labels": [1, 0.5, 0]}
     path = tiny.write_records(tmp_path / "steps", [steps, {**steps, "prompt": "a b c d e f g h i j k l m n o"}])
-    (whole, long), counts = encode_scored_file(path, tokenizer, kind="process", **LIMITS)
-    assert counts == PreferenceCounts(0, 0, 0, 0)
+    (whole, long), counts = encode_scored_file(path, tokenizer, LIMITS, kind="process")
+    assert counts == EncodingCounts(0, 0, 0, 0)
 
     def encode(limit, overlong, kind="process", file=path):
-        limits = {**LIMITS, "max_seq_len": limit, "overlong": overlong}
-        return encode_scored_file(file, tokenizer, kind=kind, **limits)
+        limits = LIMITS._replace(max_seq_len=limit, overlong=overlong)
+        return encode_scored_file(file, tokenizer, limits, kind=kind)
 
     tiny.refused(
         lambda: encode(len(whole.input_ids), "refuse"), f"{path}:2: ", f"{len(long.input_ids)} tokens, the limit is"
     )
-    assert encode(len(whole.input_ids), "skip") == ([whole], PreferenceCounts(0, 1, 0, 0))
+    assert encode(len(whole.input_ids), "skip") == ([whole], EncodingCounts(0, 1, 0, 0))
     for limit in range(1, len(whole.input_ids)):
         kept = [position for position in whole.positions if position < limit]
         if not kept:
@@ -185,10 +177,10 @@ def test_overlong_scored_rows(tokenizer, tmp_path):
             continue
         (cut,), counts = encode(limit, "truncate")
         assert cut == Scored(whole.input_ids[: kept[-1] + 1], kept, whole.labels[: len(kept)], whole.prompt_length)
-        assert counts == PreferenceCounts(1, 1, 0, 0)
+        assert counts == EncodingCounts(1, 1, 0, 0)
 
     path = tiny.write_records(tmp_path / "points", [{"prompt": "a b", "completion": " c d e", "label": 0.25}])
-    (whole,), _ = encode_scored_file(path, tokenizer, kind="pointwise", **LIMITS)
+    (whole,), _ = encode_scored_file(path, tokenizer, LIMITS, kind="pointwise")
     size = len(whole.input_ids)
     tiny.refused(
         lambda: encode(size - 1, "refuse", "pointwise", path), f"{path}:1: ", f"{size} tokens, the limit is {size - 1}"
@@ -231,7 +223,7 @@ def test_steps_that_cannot_be_used(fields, complaint, opened, tmp_path):
     """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(RIGHT)}\n{json.dumps(fields)}\n")
-    call = lambda: encode_scored_file(path, opened("llama3")[0], kind="process", **LIMITS)  # noqa: E731
+    call = lambda: encode_scored_file(path, opened("llama3")[0], LIMITS, kind="process")  # noqa: E731
     tiny.refused(call, f"{path}:2: ", complaint)
 
 

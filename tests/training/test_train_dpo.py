@@ -12,12 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from models.records import Record
+from models.reward import encode_pair_record
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_finetune_sft import _flag, assert_same_weights, weights_of
 from training import train_dpo
-from training.data import Record, training_batches
-from training.preferences import encode_pair_record
+from training.data import training_batches
 
 SCRIPT = "training/train_dpo.py"
 BETA = 0.3

@@ -14,12 +14,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.fsdp import init_mesh, load_for_training
+from models.checkpoint import open_folder
+from models.common import Runtime
+from models.fsdp import ParallelArgs, init_mesh, load_frozen
+from models.records import IGNORE_INDEX, Example, Split, encode_prompt
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_train_rm import make_records
 from training import rewards, run_dir, train_ppo
-from training.data import IGNORE_INDEX, Example, encode_prompt
+from training.rewards import RewardArgs, Scorer
 from training.rollouts import Prompt
 
 SCRIPT = "training/train_ppo.py"
@@ -158,29 +161,26 @@ def test_critic_warmup(folder, world, tmp_path):
 # ------------------------------------------------------------------------------------------- scores
 
 
-class Judged:
-    """score_answers on given answers to "Question 1:", with a reward model's folder."""
+class Scores:
+    """Scorer.score on given answers to "Question 1:", with a reward model's folder."""
 
     def __init__(self, policy, folder):
-        self.judge = rewards.open_reward_folder(folder, policy, 1)
         self.tokenizer = Tokenizer(policy)
+        self.reward = rewards.open_reward_folder(folder, open_folder(policy), 1)
         mesh = init_mesh(torch.device("cpu"), 1)
-        self.dp = mesh["dp"]
-        options = {"device": torch.device("cpu"), "compute_dtype": torch.float32, "head": "score"}
-        self.model = load_for_training(folder, mesh, **options).requires_grad_(False)
+        self.split = Split(2, mesh["dp"], 0)
+        runtime = Runtime(torch.device("cpu"), torch.float32, False)
+        self.model = load_frozen(folder, mesh, None, ParallelArgs(), runtime, head="score")
 
-    def __call__(self, texts, finished, **more):
+    def __call__(self, texts, finished, function=None, **flags):
         ids = encode_prompt("Question 1:", self.tokenizer)
         prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:")] * len(texts)
         rows = []
         for text, ended in zip(texts, finished):
             answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
             rows.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer))
-        given = {"judge": self.judge, "reward_model": self.model, "function": None, "tokenizer": self.tokenizer}
-        given |= {"reward_model_weight": 1.0, "reward_fn_weight": 1.0, "normalize": False, "process_reward": "min"}
-        given |= {"missing_eos_penalty": 0.0, "length_penalty": 0.0, "micro_batch_size": 2, "dp": self.dp, **more}
-        width = max(row.num_targets for row in rows)
-        scores, step_rewards, self.num_cut = rewards.score_answers(prompts, rows, texts, finished, width, **given)
+        scorer = Scorer(RewardArgs(**flags), self.tokenizer, self.reward, self.model, function, self.split)
+        scores, step_rewards, self.num_cut = scorer.score(prompts, rows, texts, finished)
         return rows, scores, step_rewards
 
 
@@ -197,12 +197,18 @@ TEXTS, FINISHED = [" it is 3", " so 4 or more", ""], [True, False, True]
 def test_scores_of_both_sources(folder, world, monkeypatch):
     """Catches a score beside the last token, an EOS added to an answer that has none, normalisation after a penalty or
     of the function's part, weights swapped, and a penalty of the wrong sign or count."""
-    judged = Judged(folder, world / "rm")
-    assert judged.judge.same_tokenizer
+    scores_of = Scores(folder, world / "rm")
+    assert scores_of.reward.same_tokenizer
     function = rewards.load_reward_function(f"{world / 'fn.py'}:reward")
     penalties = {"missing_eos_penalty": 3.0, "length_penalty": 0.25}
-    more = {"function": function, "reward_model_weight": 2.0, "reward_fn_weight": 0.5, "normalize": True, **penalties}
-    rows, scores, steps = judged(TEXTS, FINISHED, **more)
+    more = {
+        "function": function,
+        "reward_model_weight": 2.0,
+        "reward_fn_weight": 0.5,
+        "normalize_reward": True,
+        **penalties,
+    }
+    rows, scores, steps = scores_of(TEXTS, FINISHED, **more)
     config = json.loads((world / "rm/config.json").read_text())
     assert not steps.any()
     for row, text, ended, score in zip(rows, TEXTS, FINISHED, scores.tolist()):
@@ -222,9 +228,9 @@ def with_another_tokenizer(folder, copy):
 def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
     """Catches the policy's ids given to a reward model whose ids mean something else."""
     other = with_another_tokenizer(world / "rm", tmp_path / "rm")
-    judged = Judged(folder, other)
-    assert not judged.judge.same_tokenizer
-    _, scores, _ = judged(TEXTS, FINISHED)
+    scores_of = Scores(folder, other)
+    assert not scores_of.reward.same_tokenizer
+    _, scores, _ = scores_of(TEXTS, FINISHED)
     hf = Tokenizer(other)
     for text, ended, score in zip(TEXTS, FINISHED, scores.tolist()):
         ids = hf.encode("Question 1:" + text) + [hf.eos_token_id] * ended
@@ -240,11 +246,11 @@ def test_process_rewards(how, folder, world, tmp_path):
     path = process / "config.json"
     process_keys = {"reward_model_type": "process", "step_separator": "\n"}
     path.write_text(json.dumps(json.loads(path.read_text()) | process_keys))
-    judged = Judged(folder, process)
+    scores_of = Scores(folder, process)
     texts, finished = [" it is 3\n so 4\n or more", " it is 3\n"], [True, False]
-    rows, scores, steps = judged(texts, finished, process_reward=how, reward_model_weight=2.0)
-    prompt_ids = encode_prompt("Question 1:", judged.tokenizer)
-    newline = judged.tokenizer.encode("a\n")[-1]
+    rows, scores, steps = scores_of(texts, finished, process_reward=how, reward_model_weight=2.0)
+    prompt_ids = encode_prompt("Question 1:", scores_of.tokenizer)
+    newline = scores_of.tokenizer.encode("a\n")[-1]
     for i, (row, text) in enumerate(zip(rows, texts)):
         answer = row.input_ids[len(prompt_ids) :]
         ends = [j for j, token in enumerate(answer) if token == newline]

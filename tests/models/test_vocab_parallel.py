@@ -1,11 +1,11 @@
-"""models/tp.py in one process: log-probs and entropies in chunks, against torch's own. On several ranks they are held
-against one process by the tests of the training scripts."""
+"""models/vocab_parallel.py in one process: log-probs and entropies in chunks, against torch's own. On several ranks
+they are held against one process by the tests of the training scripts."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models import tp
+from models import vocab_parallel
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 20])
@@ -14,12 +14,14 @@ from models import tp
 def test_logprobs_and_gradients(num_tokens, temperature, entropy, monkeypatch):
     """Catches a chunk lost or computed with another's numbers, a temperature that misses the gradient, an entropy of
     the wrong sign, and gradients from above that are summed before they are used."""
-    monkeypatch.setattr(tp, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(vocab_parallel, "CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, 16, dtype=torch.float64).float().requires_grad_()
     weight, targets = torch.randn(50, 16).requires_grad_(), torch.randint(50, (num_tokens,))
     above = torch.randn(2, num_tokens)
-    logprobs, entropies = tp.linear_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
+    logprobs, entropies = vocab_parallel.linear_logprobs(
+        hidden, weight, targets, temperature=temperature, entropy=entropy
+    )
     found = torch.autograd.grad((logprobs * above[0]).sum() + (entropies * above[1]).sum(), (hidden, weight))
 
     whole = F.log_softmax(hidden @ weight.T / temperature, dim=-1)
@@ -36,7 +38,7 @@ def test_logprobs_in_bf16():
     """Catches a softmax taken in bf16: log-probs are those of the bf16 logits, in fp32 arithmetic."""
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(9, 16).bfloat16(), torch.randn(50, 16), torch.randint(50, (9,))
-    logprobs, _ = tp.linear_logprobs(hidden, weight, targets)
+    logprobs, _ = vocab_parallel.linear_logprobs(hidden, weight, targets)
     expected = F.log_softmax((hidden @ weight.bfloat16().T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)

@@ -1,24 +1,27 @@
-"""training/common.py: flags, errors and arithmetic, against hand-computed values."""
+"""models/common.py: flags, errors, the device; and the arithmetic of FLOPs, against hand-computed values."""
 
 import math
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from models.model import ModelConfig
-from training import common
-from training.common import (
-    ArgumentParser,
-    check_finite,
+from models import common
+from models.common import (
+    RuntimeArgs,
+    at_least_one,
     choose_runtime,
+    flag,
+    flags_of,
     fraction,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
+    non_negative,
+    parse_args,
     run_main,
-    training_flops_per_token,
 )
+from models.model import ModelConfig
+from training.run_dir import check_finite
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -44,7 +47,7 @@ def test_flops_by_hand(tied):
     weights = 3 * layer + 8 + 100 * 8  # and the last norm and the head
     # forward: q k^T and p v are 2 FLOPs x 24 each for each of 40 / 2 positions seen; backward twice that
     attention = 3 * 3 * (2 * 2 * 24 * 40 / 2)
-    assert training_flops_per_token(config, 40) == pytest.approx(6 * weights + attention)
+    assert config.training_flops_per_token(40) == pytest.approx(6 * weights + attention)
 
 
 def test_check_finite():
@@ -57,14 +60,33 @@ def test_check_finite():
         check_finite(1, list(range(100)), loss=math.nan)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherArgs:
+    """What another file needs. And more of it.
+
+    A second paragraph."""
+
+    rate: float = flag(0.5, bounds=non_negative, help="a rate")
+    kind: str = flag("plain", choices=("plain", "fancy"), help="a kind", may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(OtherArgs):
+    """A script."""
+
+    rate: float = 0.25
+    path: Path = flag(help="a file")
+    count: int | None = flag(3, bounds=at_least_one, help="a count")
+    steps: int = flag(0, bounds=non_negative, help="steps")
+    ratio: float = flag(0.5, bounds=fraction, help="a share")
+    names: list[str] = flag((), help="some names")
+    sizes: list[int] = flag((), bounds=at_least_one, nargs="*", help="some sizes")
+    pause: bool = flag(True, help="a switch")
+
+
 def parse(capsys, *args):
-    parser = ArgumentParser("test")
-    parser.add_argument("--count", type=positive_int, default=3, help="a count")
-    parser.add_argument("--steps", type=non_negative_int, default=0, help="steps")
-    parser.add_argument("--ratio", type=fraction, default=0.5, help="a share")
-    parser.add_argument("--rate", type=non_negative_float, default=0.5, help="a rate")
     try:
-        return vars(parser.parse_args(args))
+        return parse_args(Args, ["--path", "x", *args])
     except SystemExit as exit:
         return exit.code, capsys.readouterr().err
 
@@ -83,38 +105,59 @@ def parse(capsys, *args):
         ("--rate", "inf"),
         ("--cou", "3"),
         ("--ratio",),
+        ("--kind", "other"),
+        ("--sizes", "2", "0"),
+        ("--pause", "yes"),
         ("stray",),
     ],
 )
 def test_bad_flags(args, capsys):
     """Catches a value out of range let through, an abbreviation, and argparse's usage text before the message."""
     code, message = parse(capsys, *args)
-    assert code == 2 and message.count("\n") == 1 and args[0] in message and "usage" not in message
+    assert code == 2 and message.count("\n") == 1 and args[0] in message.replace("yes", "--pause")
+    assert "usage" not in message
 
 
 def test_good_flags(capsys):
-    """Catches a bound that excludes its own edge."""
-    assert parse(capsys, "--count", "1", "--steps", "0", "--ratio", "1", "--rate", "0") == {
-        "count": 1,
-        "steps": 0,
-        "ratio": 1.0,
-        "rate": 0.0,
-    }
-    assert parse(capsys, "--ratio", "0")["ratio"] == 0
+    """Catches a bound that excludes its own edge, a value of another type than the field's, and a default that a
+    subclass has changed, or one that it has not."""
+    assert parse(capsys, "--count", "1", "--steps", "0", "--ratio", "1", "--rate", "0") == Args(
+        path=Path("x"), count=1, steps=0, ratio=1.0, rate=0.0
+    )
+    args = parse(capsys, "--ratio", "0", "--names", "a", "b", "--sizes", "1", "7", "--no-pause", "--kind", "fancy")
+    assert args == Args(path=Path("x"), ratio=0.0, names=["a", "b"], sizes=[1, 7], pause=False, kind="fancy")
+    assert (args.rate, args.count, OtherArgs().rate) == (0.25, 3, 0.5)
+    code, message = parse(capsys, "--path")
+    assert code == 2 and "--path" in message
+    with pytest.raises(SystemExit):
+        parse_args(Args, [])
+
+
+def test_help_and_groups(capsys):
+    """Catches a flag without its help, default or group, and a default that is not this script's."""
+    code, _ = parse(capsys, "--help")
+    assert code == 0
+    with pytest.raises(SystemExit):
+        parse_args(Args, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A script." in text and "What another file needs. And more of it:" in text and "second" not in text
+    own, _, group = text.partition("What another file needs")
+    assert "--count N a count (default: 3)" in own and "--path PATH a file" in own and "--rate" not in own
+    assert "--rate X a rate (default: 0.25)" in group and "--kind {plain,fancy} a kind (default: plain)" in group
+    others = [each for each in flags_of(Args) if each.group is OtherArgs]
+    assert [(each.name, each.may_change) for each in others] == [("rate", False), ("kind", True)]
 
 
 def outcome(error, monkeypatch, capsys):
     """(exit code, stderr) of a script whose main raises `error`."""
 
-    def main():
+    def main(args):
         bar = common.progress_bar(total=3, desc="working")
         bar.update(1)
         raise error
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    parser = ArgumentParser("test")
-    parser.prog = "script.py"
-    return run_main(main, parser), capsys.readouterr().err
+    return run_main(main, OtherArgs), capsys.readouterr().err
 
 
 def test_run_main(monkeypatch, capsys):
@@ -137,8 +180,12 @@ def test_run_main(monkeypatch, capsys):
 
 def test_runtime():
     """Catches a device that is not there accepted, or refused in torch's words rather than ours."""
-    assert choose_runtime("cpu", None, None) == (torch.device("cpu"), torch.float32, False)
-    assert choose_runtime("cpu", "bfloat16", True) == (torch.device("cpu"), torch.bfloat16, True)
+    assert choose_runtime(RuntimeArgs(device="cpu")) == (torch.device("cpu"), torch.float32, False)
+    assert choose_runtime(RuntimeArgs(device="cpu", dtype="bfloat16", compile=True)) == (
+        torch.device("cpu"),
+        torch.bfloat16,
+        True,
+    )
     for device in ("meta", "gpu", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {device}: "):
-            choose_runtime(device, None, None)
+            choose_runtime(RuntimeArgs(device=device))

@@ -7,8 +7,7 @@ import json
 import math
 from collections.abc import Callable
 
-from training.data import Record
-from training.preferences import get_answer
+from models.records import Record, get_answer
 
 
 def group_of(line: dict) -> str:
@@ -45,17 +44,17 @@ def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callabl
         votes = {answer: math.fsum(cast) for answer, cast in weights.items()}  # equal for equal votes in any order
         winner = max(votes, key=votes.get, default=None)
         [best] = choose_best([line for line, answer in group if answer == winner])
-        chosen.append(best | {"voted_answer": winner, "votes": votes})
+        chosen.append({**best, "voted_answer": winner, "votes": votes})
     return chosen
 
 
 def answer_of(record: Record, separator: str | None, find_answer: Callable[[str], str | None]) -> str | None:
     """The final answer in a record's completion."""
-    said = get_answer(record, steps=separator is not None)
-    if isinstance(said, list):  # messages, or steps
-        said = said[-1]["content"] if separator is None else "".join(step + separator for step in said)
+    text = get_answer(record, steps=separator is not None)
+    if isinstance(text, list):  # messages, or steps
+        text = text[-1]["content"] if separator is None else "".join(step + separator for step in text)
     try:
-        answer = find_answer(said)
+        answer = find_answer(text)
     except Exception as error:  # a function of the user's can fail in any way
         raise ValueError(f"{record.where}: --answer_fn failed: {type(error).__name__}: {error}") from error
     if answer is not None and not isinstance(answer, str):
@@ -72,7 +71,3 @@ def final_answer(text: str) -> str | None:
         if depth == 0:
             return text[start + len("\\boxed{") : end].strip()
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
-
-
-def sigmoid(reward: float) -> float:
-    return 1 / (1 + math.exp(-reward)) if reward > 0 else math.exp(reward) / (1 + math.exp(reward))

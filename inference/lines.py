@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from models.model import read_json_object
-from models.tp import is_main_rank
-from training.common import write_json
+from models.common import is_main_rank, read_json_object, write_json
 
 
 def sidecar(output_file: Path) -> Path:
@@ -48,12 +46,12 @@ def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[s
     for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
-                found = json.loads(line)
+                fields_of_line = json.loads(line)
             except (ValueError, RecursionError):
-                found = None
-            if not isinstance(found, dict) or not found.keys() >= set(fields):
+                fields_of_line = None
+            if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
                 raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
-            lines.append(found)
+            lines.append(fields_of_line)
     return lines
 
 

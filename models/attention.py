@@ -1,0 +1,74 @@
+"""Attention as an argument: what Transformer.forward takes as `attend`, for training and for packed rows.
+
+The generation engine has its own, which write and read its cache: models/decode.py.
+
+Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim.
+"""
+
+import inspect
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+if varlen_attn is not None and not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+    varlen_attn = None  # torch 2.11 and older
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each token sees itself and the earlier ones of its row. q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
+
+    Right padding needs no mask: no real token ever sees it.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's variable-length attention, FlashAttention 2, has a kernel for this device, dtype and head dim."""
+    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if head_dim % 8 or head_dim > 256:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def document_attention(
+    lengths: list[list[int]], num_tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Attend:
+    """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
+    follows them in a row of num_tokens is padding. dtype: of the activations.
+
+    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on); others a mask.
+    """
+    lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
+    flat = [length for row in lengths for length in row]
+
+    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
+        rows = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
+
+    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    if has_varlen(device, dtype, head_dim):
+        ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
+        return variable_length
+    size = len(lengths) * num_tokens  # else torch asks the device for it
+    document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
+    document = document.view(-1, num_tokens)  # [B, T]
+    places = torch.arange(num_tokens, device=device)
+    mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
+    return masked

@@ -1,0 +1,421 @@
+"""A process: its flags, its errors, its device, and what a person sees of it.
+
+- a flag is a field of a frozen dataclass, declared once, in a group beside the code that uses it; a script's own Args
+  inherits the groups it needs, and a subclass gives a flag another default by assigning it
+- run_script is the only place where an exception becomes a message: a user's mistake (ValueError, OSError) is one
+  line on stderr and exit code 2; anything else is a bug and keeps its traceback, as does everything with
+  TRACEBACK=1 in the environment
+- nothing here knows a model, a loss or a data format
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
+# name. A device that is not listed prints no MFU or MBU.
+PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100 80GB PCIe": (312e12, 1.94e12),
+    "A100": (312e12, 1.56e12),
+    "MI300X": (1307e12, 5.3e12),
+    "MI250X": (383e12, 3.28e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "RTX 3090": (71e12, 0.936e12),
+}
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that prints and writes; true before torch.distributed starts, also."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+class Bounds(NamedTuple):
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        signs = zip((">", ">=", "<=", "<"), self)
+        return " and ".join(f"{sign} {bound}" for sign, bound in signs if math.isfinite(bound))
+
+
+def flag(
+    default: object = dataclasses.MISSING,
+    *,
+    help: str,
+    bounds: Bounds = Bounds(),
+    choices: typing.Iterable | None = None,
+    may_change: bool | Callable[[object], bool] = False,
+    **argparse_options,
+):
+    """A field of a dataclass of flags; its name and type are the field's. Without a default it must be given.
+
+    bounds: of a number; infinite and NaN are refused in any case. may_change: whether a run may go on with another
+    value, since it cannot alter what the run computes; or a function of all flags that tells. argparse_options: what
+    is passed on to add_argument, for the few flags that are more than a name and a value.
+    """
+    options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
+    return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, "may_change": may_change})
+
+
+positive = Bounds(above=0)
+non_negative = Bounds(least=0)
+at_least_one = Bounds(least=1)
+fraction = Bounds(least=0, most=1)
+
+
+class Flag(NamedTuple):
+    name: str
+    default: object
+    group: type  # the dataclass that declares it
+    metadata: typing.Mapping
+
+    @property
+    def may_change(self) -> bool | Callable[[object], bool]:
+        return self.metadata["may_change"]
+
+
+def flags_of(Args: type) -> list[Flag]:
+    """The flags of a dataclass, its own first and then those of the groups in the order of its bases."""
+    found = []
+    for field in dataclasses.fields(Args):
+        # a subclass that assigns another default leaves help and bounds to the class that declared the flag
+        fields = [(c, vars(c)["__dataclass_fields__"].get(field.name)) for c in Args.__mro__[:-1]]
+        declared = [(c, declaration.metadata) for c, declaration in fields if declaration and declaration.metadata]
+        found.append(Flag(field.name, field.default, declared[-1][0], declared[0][1]))
+    return sorted(found, key=lambda each: Args.__mro__.index(each.group))  # stable
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action):  # a default that cannot be shown is described by the help text
+        shown = action.default is not None and str(action.default).strip()
+        return super()._get_help_string(action) if shown else action.help
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The command line of a dataclass of flags: defaults shown in --help, no abbreviations, errors of one line."""
+
+    def __init__(self, Args: type):
+        flags, types_of, groups = flags_of(Args), typing.get_type_hints(Args), {}
+        needed = " ".join(_shown(each) for each in flags if each.default is dataclasses.MISSING)
+        super().__init__(
+            usage=f"%(prog)s {needed} [--flag value ...]",
+            description=_first_sentence(Args),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        for each in flags:
+            if each.group not in groups:
+                own = "flags of this script" if each.group is Args else _first_sentence(each.group).rstrip(".")
+                groups[each.group] = self.add_argument_group(own)
+            _add_flag(groups[each.group], each, types_of[each.name])
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _shown(each: Flag) -> str:
+    """A flag that must be given, for the line of usage."""
+    return each.name if "positional" in each.metadata["options"] else f"--{each.name} ..."
+
+
+def _first_sentence(Args: type) -> str:
+    return " ".join(Args.__doc__.partition("\n\n")[0].split())
+
+
+def _add_flag(group, each: Flag, kind: object) -> None:
+    options = dict(each.metadata["options"])
+    if isinstance(kind, types.UnionType):  # X | None
+        [kind] = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+        del options["choices"]
+    elif typing.get_origin(kind) is list:
+        [kind] = typing.get_args(kind)
+        if "action" not in options:
+            options.setdefault("nargs", "+")
+    if kind is not bool:
+        options.setdefault("type", _number(kind, each.metadata["bounds"]) if kind in (int, float) else kind)
+        if options["choices"] is None:
+            options.setdefault("metavar", {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT"))
+    required = each.default is dataclasses.MISSING
+    if options.pop("positional", False):
+        group.add_argument(each.name, **options)
+    else:
+        group.add_argument(f"--{each.name}", required=required, default=None if required else each.default, **options)
+
+
+def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
+    article = "an" if kind is int else "a"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in bounds:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {kind.__name__} {bounds}".rstrip())
+        return value
+
+    return parse
+
+
+def parse_args(Args: type, arguments: list[str] | None = None):
+    """The Args of a command line, by default this process's."""
+    return Args(**vars(ArgumentParser(Args).parse_args(arguments)))
+
+
+def load_function(flag: str, place: str) -> Callable:
+    """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
+    wrong with it."""
+    path, separator, name = place.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {place}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(flag.lstrip("-"), path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{flag} {place}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever somebody's file does when it is run
+        raise ValueError(f"{flag} {place}: {path} cannot be imported: {short(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{flag} {place}: {path} has no function {name}")
+    return function
+
+
+def short(error: BaseException) -> str:
+    """The error of somebody else's code in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# -------------------------------------------------------------------------------- a script's process
+
+
+def run_script(main: Callable, Args: type) -> None:
+    """Parses the command line, calls main with its Args, and ends the process."""
+    end_process(run_main(main, Args))
+
+
+def end_process(code: int) -> None:
+    """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
+    and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
+
+
+def run_main(main: Callable, Args: type) -> int:
+    """The exit code of a command line, run in this process; a user's mistake is reported here."""
+    args = parse_args(Args)
+    try:
+        main(args)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
+        for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share the message's line
+            bar.leave = False
+            bar.close()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
+        print(f"{Path(sys.argv[0]).name}:{rank} error: {reason}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------ device
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeArgs:
+    """Where and how to compute."""
+
+    device: str | None = flag(None, help="cpu, cuda, cuda:1, ...; the GPU if there is one", may_change=True)
+    dtype: str | None = flag(
+        None, choices=("float32", "bfloat16"), help="dtype of the computation; bfloat16 on a GPU, float32 on the CPU"
+    )
+    seed: int = flag(0, help="seed of everything random")
+    compile: bool | None = flag(None, help="torch.compile; on for a GPU, off for the CPU", may_change=True)
+
+
+class Runtime(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    compile: bool
+
+    def __str__(self) -> str:
+        return f"{device_name(self.device)}, {dtype_name(self.dtype)}" + ", compiled" * self.compile
+
+
+def choose_runtime(args: RuntimeArgs) -> Runtime:
+    """Fills in what the user left open. Raises ValueError for a device that is not there."""
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: not a device name; try cpu or cuda") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {args.device}: there is no such GPU here ({torch.cuda.device_count()} found)")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device}: only cpu and cuda (NVIDIA or AMD) are supported")
+    on_gpu = device.type == "cuda"
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not on_gpu:
+        _keep_freed_memory()
+    dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if on_gpu else torch.float32)
+    return Runtime(device, dtype, on_gpu if args.compile is None else args.compile)
+
+
+def _keep_freed_memory() -> None:
+    """Lets malloc keep what is freed, also blocks above 32 MB, for the next step: a fresh page costs the CPU more than
+    the arithmetic on it (an SFT step of the 134M model takes a sixth less time). glibc alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """(FLOP/s in bf16, bytes/s) of a known GPU, else None."""
+    name = device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None) if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device's allocator, or of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stopwatch:
+    """Seconds since the last call; waits for the device first, so that the time is that of finished work."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        now = self._now()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+# --------------------------------------------------------------------------------- what a person sees
+
+
+def say(text: str) -> None:
+    """Prints on the main rank alone."""
+    if is_main_rank():
+        print(text, flush=True)
+
+
+def card(title: str, rows: dict[str, object]) -> str:
+    """A short table for people: one aligned line for each row."""
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def progress_bar(**options) -> tqdm:
+    """A tqdm bar; where stderr is not a terminal it writes seldom, so that log files stay short."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not is_main_rank(), **options)
+
+
+def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
+    """A bar for what mostly takes less than a second: it shows after one, and goes when it is done."""
+    return tqdm(things, desc=desc, unit=unit, delay=1, leave=False, disable=not is_main_rank())
+
+
+def visible(text: str) -> str:
+    """One line that any terminal takes: line breaks and control characters as escapes, and what standard output cannot
+    encode too, since a run must not end by what its model says."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# ------------------------------------------------------------------------------------- small JSON files
+
+
+def read_json_object(path: Path) -> dict:
+    """A small JSON file that holds an object; ValueError that names the file otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a small JSON file at once: beside and renamed."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(staging, path)

@@ -1,0 +1,317 @@
+"""Reward models: what their folder says, where their scores sit, and the scores of rows.
+
+- an outcome model scores an answer at its last token, which is EOS if it was finished; a process model scores each step
+  at the last token of the step and the separator after it
+- the ids of a step depend on the prompt and the steps up to it alone, so its score does not depend on what follows;
+  training and scoring find the places with the same function, encode_steps
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.checkpoint import WeightFiles
+from models.model import Transformer, read_hf_config
+from models.records import (
+    IGNORE_INDEX,
+    Example,
+    Record,
+    Split,
+    collate,
+    encode_answer,
+    encode_prompt,
+    encode_unfinished,
+    get_answer,
+    get_field,
+    get_prompt,
+    is_sample,
+    naming,
+    require,
+    text_of,
+)
+from models.tokenizer import Tokenizer
+
+
+class RewardKind(NamedTuple):
+    """What a reward model's config.json says about its scores."""
+
+    separator: str | None  # what ends a step; None for an outcome model
+    mean: float | None
+    std: float | None
+
+    def can_normalize(self) -> bool:
+        """Whether (score - mean) / std is to be had."""
+        return self.mean is not None and self.std is not None and self.std > 0
+
+
+def read_reward_kind(folder: Path) -> RewardKind:
+    """Raises ValueError unless the folder holds a model with one score for each token."""
+    config, where = read_hf_config(folder)
+    files = WeightFiles(folder)
+    if "score.weight" not in files.names():
+        raise ValueError(
+            f"{folder}: not a reward model, it has no score head (no score.weight); training/train_rm.py makes one"
+        )
+    if files.shape("score.weight")[0] != 1:
+        raise ValueError(f"{folder}: num_labels is {files.shape('score.weight')[0]}; a reward model has one score")
+    model_type, separator = config.get("reward_model_type"), None
+    if model_type not in (None, "pairwise", "pointwise", "process"):
+        raise ValueError(f"{where}: reward_model_type {model_type!r} is not pairwise, pointwise or process")
+    if model_type == "process":
+        separator = config.get("step_separator")
+        if not isinstance(separator, str) or not separator:
+            raise ValueError(f"{where}: step_separator must be the text that ends a step, not {separator!r}")
+    mean, std = config.get("reward_mean"), config.get("reward_std")
+    for key, value in (("reward_mean", mean), ("reward_std", std)):
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not finite:
+            raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
+    return RewardKind(separator, mean, std)
+
+
+def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
+    """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
+    single output, and nothing that an earlier reward model's said of its scores."""
+    others = ("reward_model_type", "reward_position", "reward_mean", "reward_std", "step_separator", "problem_type")
+    return {name: value for name, value in hf_config.items() if name not in others} | {
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_token_id,
+    }
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class Pair:
+    """Two rows that begin with the same prompt_length ids; loss on what follows. margin: how much better the chosen one
+    is, in units of the reward; None where the record does not say. reference: what a frozen model gives for the two
+    completions, summed log-probabilities; NaN until training/reference.py has computed it."""
+
+    prompt_length: int
+    chosen: Example
+    rejected: Example
+    margin: float | None = None
+    reference: tuple[float, float] = (math.nan, math.nan)
+
+
+@dataclass
+class Scored:
+    """A row whose score at each of `positions` (ascending) should be the logit of the label, in [0, 1], beside it."""
+
+    input_ids: list[int]
+    positions: list[int]
+    labels: list[float]
+    prompt_length: int = 0
+
+
+def pair_length(pair: Pair) -> int:
+    """The length of the longer row: the `key` of micro_batches, since both rows go through one forward."""
+    return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+
+
+def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, bool]:
+    """(pair, whether a side is not split into the tokens of its whole text).
+
+    `prompt`, `chosen`, `rejected`, each text or a list of chat messages, and maybe `margin`. Where chosen and rejected
+    are message lists, the prompt may be missing, or be the text of one of its messages: it is the messages that both
+    begin with. Raises ValueError with the record's place.
+    """
+    with naming(record):
+        prompt, chosen, rejected = _prompt_and_sides(record)
+        margin = record.fields.get("margin")
+        if margin is not None:
+            margin = finite_number("margin", margin)
+        chosen, chosen_differs = encode_answer(prompt, chosen, tokenizer, "chosen")
+        rejected, rejected_differs = encode_answer(prompt, rejected, tokenizer, "rejected")
+        prompt_length = len(encode_prompt(prompt, tokenizer))
+        assert chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
+        return Pair(prompt_length, chosen, rejected, margin), chosen_differs or rejected_differs
+
+
+def _prompt_and_sides(record: Record) -> tuple[str | list[dict], str | list[dict], str | list[dict]]:
+    chosen, rejected = get_field(record, "chosen"), get_field(record, "rejected")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        require(isinstance(side, str | list), f"{name} must be text or a list of messages, not a {type(side).__name__}")
+    require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
+    has_prompt = "prompt" in record.fields or "input" in record.fields
+    prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None
+    if isinstance(chosen, str):
+        return prompt, chosen, rejected
+    if isinstance(prompt, list):  # maybe said again at the beginning of both sides
+        whole = prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
+        return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
+    most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
+    num_shared = next((i for i in range(most) if chosen[i] != rejected[i]), max(0, most))
+    shared = chosen[:num_shared]
+    require(shared, "there is no prompt: chosen and rejected begin with different messages")
+    require(
+        prompt is None or any(isinstance(message, dict) and message.get("content") == prompt for message in shared),
+        "prompt is none of the messages that chosen and rejected both begin with; correct it or leave it out",
+    )
+    return shared, chosen[num_shared:], rejected[num_shared:]
+
+
+def cut_completion(row: Scored, max_seq_len: int) -> Scored | None:
+    """The beginning of a longer row, with its score on the last token; None if no token of the completion is left."""
+    if row.prompt_length >= max_seq_len:
+        return None
+    return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
+
+
+def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
+    """The whole steps of a longer row that fit; None if none does."""
+    whole = sum(position < max_seq_len for position in row.positions)
+    if not whole:
+        return None
+    ids = row.input_ids[: row.positions[whole - 1] + 1]
+    return Scored(ids, row.positions[:whole], row.labels[:whole], row.prompt_length)
+
+
+def split_steps(text: str, separator: str) -> list[str]:
+    """The steps of a text: it is cut after each separator that ends something, so that the steps, each followed by the
+    separator, are the text again. A last step without a separator counts, white space after the last step does not, and
+    blank parts before a step belong to it. A text of white space alone is one empty step."""
+    steps, blank = [], ""
+    for part in text.split(separator):
+        if part.strip():
+            steps.append(blank + part)
+            blank = ""
+        else:
+            blank += part + separator
+    return steps or [""]
+
+
+def encode_steps(
+    prompt: str | list[dict], steps: list[str], separator: str, tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
+    """(ids, the position of each step's score): the ids of the prompt, then of each step followed by the separator; a
+    step's position is that of the last token of both, no EOS comes at the end.
+
+    No token holds text of two steps, or of the prompt and a step: a step's ids are those that follow its predecessor's
+    (the first one's: the prompt's) when both are encoded together, so a sentencepiece tokenizer puts no space before
+    it; where a token would span the boundary, the step is encoded alone. So encode_steps(prompt, steps[:k], ...) is the
+    beginning of encode_steps(prompt, steps, ...), and positions[:k] are the same.
+    """
+    ids, positions, before = encode_prompt(prompt, tokenizer), [], text_of(prompt, tokenizer)
+    for i, step in enumerate(steps):
+        text = step + separator
+        context = tokenizer.encode(before, add_special_tokens=False)
+        both = tokenizer.encode(before + text, add_special_tokens=False)
+        if both[: len(context)] == context:
+            added = both[len(context) :]
+        else:
+            added = tokenizer.encode(text, add_special_tokens=False)
+        require(added, f"step {i} with its separator has no token, so there is no place for its score")
+        ids += added
+        positions.append(len(ids) - 1)
+        before = text
+    return ids, positions
+
+
+def finite_number(name: str, value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    finite = is_number and abs(value) <= torch.finfo(torch.float32).max  # false for NaN
+    require(finite, f"{name} must be a finite number, not {ascii(value)[:60]}")
+    return float(value)
+
+
+def is_pair(record: Record) -> bool:
+    fields = record.fields
+    answered = is_sample(record) or "completion" in fields or "completions" in fields or "output" in fields
+    return not answered and ("chosen" in fields or "rejected" in fields)
+
+
+def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> list[Scored]:
+    """The rows of a record without labels, as in training: one, or chosen and rejected of a pair.
+
+    separator: None scores an answer on its last token, EOS if it was finished; else what ends a step, and each step of
+    `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
+    place.
+    """
+    with naming(record):
+        if is_pair(record):
+            require(separator is None, "a pair, and this process model scores the steps of completions")
+            pair, _ = encode_pair_record(record, tokenizer)
+            sides = (pair.chosen.input_ids, pair.rejected.input_ids)
+            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides]
+        prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
+        if separator is not None:
+            steps = split_steps(answer, separator) if isinstance(answer, str) else answer
+            ids, positions = encode_steps(prompt, steps, separator, tokenizer)
+        elif is_sample(record) and record.fields["finish_reason"] == "length":
+            ids = encode_unfinished(prompt, answer, tokenizer)
+            positions = [len(ids) - 1]
+        else:
+            ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
+            positions = [len(ids) - 1]
+        require(ids, "has no tokens, so there is no place for a score")
+        return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))]
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+
+class ScoredBatch(NamedTuple):
+    """One forward for B rows with N labels in all, row by row: `scores[rows, positions]` belong to `labels`. On the
+    device."""
+
+    input_ids: Tensor  # int64 [B, T]
+    rows: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]
+    labels: Tensor  # float32 [N]
+
+
+def collate_scored(
+    examples: list[Scored], pad_token_id: int, device: torch.device, multiple_of: int = 1
+) -> ScoredBatch:
+    """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding and N = 0."""
+    unlabelled = [Example(example.input_ids, [IGNORE_INDEX] * len(example.input_ids)) for example in examples]
+    rows = [i for i, example in enumerate(examples) for _ in example.positions]
+    positions = [position for example in examples for position in example.positions]
+    labels = [label for example in examples for label in example.labels]
+    return ScoredBatch(
+        collate(unlabelled, pad_token_id, device, multiple_of).input_ids,
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
+        torch.tensor(labels, dtype=torch.float32, device=device),
+    )
+
+
+def step_scores(model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None) -> list[list[float]]:
+    """The scores at each row's positions, the same on all ranks, which share the rows. A collective. bar: shows
+    tokens."""
+    device = model.inv_freq.device
+    first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
+    scores = torch.zeros(first[-1], device=device)
+    length = lambda i: len(rows[i].input_ids)  # noqa: E731
+    with torch.no_grad():
+        for group in split.shares(list(range(len(rows))), key=length):
+            batch = collate_scored([rows[i] for i in group], split.pad_token_id, device, model.row_multiple)
+            places = [first[i] + j for i in group for j in range(len(rows[i].positions))]
+            hidden = model(batch.input_ids)[batch.rows, batch.positions]
+            scores[torch.tensor(places, dtype=torch.int64, device=device)] = model.score(hidden)
+            if bar is not None:
+                bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
+    values = split.sum(scores).tolist()  # each score is one rank's; the others have 0 there
+    return [values[a:b] for a, b in itertools.pairwise(first)]
+
+
+def aggregate(step_scores: list[float], how: str) -> float:
+    """One number for the steps of an answer: the least, the product, the last or the mean of their probabilities,
+    which are sigmoid(score) (Lightman et al. 2023, arXiv 2305.20050; Sun et al. 2024, Easy-to-Hard, 2403.09472)."""
+    probs = torch.tensor(step_scores, dtype=torch.float64).sigmoid()
+    return {"min": probs.min, "prod": probs.prod, "last": lambda: probs[-1], "mean": probs.mean}[how]().item()
+
+
+def sigmoid(reward: float) -> float:
+    return 1 / (1 + math.exp(-reward)) if reward > 0 else math.exp(reward) / (1 + math.exp(reward))

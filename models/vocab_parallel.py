@@ -1,0 +1,230 @@
+"""Embedding and head over a vocabulary that the tensor-parallel ranks share: cross entropy, log-probs, entropy.
+
+- the vocabulary need not be divisible by the ranks; a few numbers per token are combined, and whole logits are gathered
+  only where sampling needs the order of all of them
+- logits exist for CHUNK_TOKENS tokens at a time, never [B, T, V]
+
+`tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank. Dimensions: N tokens, E model
+dim, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.tp import Parallel, all_gather, all_reduce, chunk_range, enter_parallel, local, size_of
+
+
+def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
+    """This rank's part of the embedding of ids: rows of other ranks' tokens are 0, so the sum over ranks is the whole.
+
+    weight: the rank's rows of the [V, E] table.
+    """
+    if size_of(tp) == 1:
+        return torch.nn.functional.embedding(ids, weight)
+    start, end = chunk_range(vocab_size, tp.get_local_rank(), tp.size())
+    if end == start:  # more ranks than chunks of the vocabulary
+        return weight.new_zeros(*ids.shape, weight.shape[1]) + 0 * weight.sum()
+    owned = (ids >= start) & (ids < end)
+    rows = torch.nn.functional.embedding(torch.where(owned, ids - start, 0), weight)
+    return torch.where(owned[..., None], rows, torch.zeros_like(rows))
+
+
+def pad_vocabulary(x: Tensor, vocab_size: int, tp: DeviceMesh | None, value: float) -> Tensor:
+    """This rank's columns [..., V'] filled up to as many as the first rank has: the last ranks may have fewer."""
+    missing = chunk_range(vocab_size, 0, size_of(tp))[1] - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
+
+
+def gather_vocabulary(logits: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
+    """The whole logits [n, V] from each rank's part; for inference (no gradient)."""
+    if size_of(tp) == 1:
+        return logits
+    return all_gather(pad_vocabulary(logits, vocab_size, tp, -torch.inf), -1, tp)[:, :vocab_size]
+
+
+CHUNK_TOKENS = 1024  # tokens whose logits exist at a time: [1024, V] in fp32 is 131 MB for V = 32000
+
+
+def _own_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """(column of each target in this rank's logits, 0 where another rank has it; whether this rank has it), [n, 1]
+    each."""
+    offsets = targets[:, None] - start
+    owned = (offsets >= 0) & (offsets < size)
+    return torch.where(owned, offsets, 0), owned
+
+
+def _chunks(hidden: Tensor, num_columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(slice of the tokens, buffer for its logits in the compute dtype, the same in fp32) for chunk after chunk. Two
+    buffers serve all of them: fresh ones of this size cost the CPU more than the arithmetic."""
+    raw = hidden.new_empty(min(len(hidden), CHUNK_TOKENS), num_columns)
+    logits = raw if hidden.dtype == torch.float32 else torch.empty_like(raw, dtype=torch.float32)
+    for first in range(0, len(hidden), CHUNK_TOKENS):
+        size = min(CHUNK_TOKENS, len(hidden) - first)
+        part = raw[:size]
+        yield slice(first, first + size), part, part if logits is raw else logits[:size]
+
+
+def _logits_into(logits: Tensor, raw: Tensor, hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> None:
+    """logits = hidden @ weight.T / temperature in fp32, by way of raw in the compute dtype (the same tensor if that is
+    fp32)."""
+    torch.mm(hidden, weight.T, out=raw)
+    if logits is not raw:
+        logits.copy_(raw)
+    if temperature != 1:
+        logits.div_(temperature)
+
+
+class _Exponentials(NamedTuple):
+    """What is known of a chunk of n tokens beside its exponentials, [n, 1] each."""
+
+    target: Tensor  # the target's logit
+    logsumexp: Tensor
+    partition: Tensor  # the softmax is the exponentials divided by this
+    offsets: Tensor  # see _own_targets
+    owned: Tensor
+
+
+def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> _Exponentials:
+    """Turns this rank's columns of logits [n, V / tp] into exp(logit - largest of the row over all ranks), in place."""
+    offsets, owned = _own_targets(targets, start, logits.shape[1])
+    largest, target = logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
+    if logits.shape[1]:
+        largest = logits.amax(dim=-1, keepdim=True)
+        target = torch.where(owned, logits.gather(-1, offsets), target)
+    if size_of(tp) > 1:
+        largest = all_reduce(largest, tp, "max")
+    partition = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    if size_of(tp) > 1:
+        partition, target = all_reduce(torch.stack((partition, target)), tp)
+    return _Exponentials(target, largest + partition.log(), partition, offsets, owned)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Computes the loss chunk by chunk with its gradients, so that neither logits nor their gradients exist for more
+    than one chunk, and nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, needs_grad: bool
+    ) -> Tensor:
+        compute_weight = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        for chunk, raw, logits in _chunks(hidden, len(weight)):
+            h, t = hidden[chunk], targets[chunk]
+            _logits_into(logits, raw, h, compute_weight)
+            known = _exponentiate(logits, t, start, tp)
+            total += (known.logsumexp - known.target).sum()
+            if needs_grad:
+                logits.div_(known.partition)  # the softmax, less 1 at the target
+                if logits.shape[1]:
+                    logits.scatter_add_(-1, known.offsets, -known.owned.float())
+                if logits is not raw:
+                    raw.copy_(logits)
+                grad_hidden[chunk] = raw @ compute_weight
+                grad_weight += raw.T @ h
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+
+
+def _first_column(vocab_size: int | None, tp: DeviceMesh | None) -> int:
+    return 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
+) -> Tensor:
+    """Sum over tokens of the cross entropy of hidden @ weight.T (nats, an fp32 scalar, the same on all tp ranks).
+
+    hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N]. No token: 0,
+    with gradients 0.
+    """
+    hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
+    start = _first_column(vocab_size, tp)
+    # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probs of the targets, and the entropy if it is asked for, chunk by chunk. The backward computes the logits
+    anew, since what comes from above is not known before; no collective is needed for that."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, temperature, entropy
+    ):
+        compute_weight = weight.to(hidden.dtype)
+        logprobs, logsumexp, entropies = hidden.new_zeros(3, len(hidden), 1, dtype=torch.float32)
+        for chunk, raw, logits in _chunks(hidden, len(weight)):
+            _logits_into(logits, raw, hidden[chunk], compute_weight, temperature)
+            original = logits.clone() if entropy else None
+            known = _exponentiate(logits, targets[chunk], start, tp)
+            logprobs[chunk], logsumexp[chunk] = known.target - known.logsumexp, known.logsumexp
+            if entropy:
+                logits.mul_(original.sub_(known.logsumexp)).div_(-known.partition)
+                entropies[chunk] = logits.sum(dim=-1, keepdim=True)
+        if entropy and size_of(tp) > 1:
+            entropies = all_reduce(entropies, tp)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
+        ctx.start, ctx.temperature, ctx.entropy = start, temperature, entropy
+        return logprobs[:, 0], entropies[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
+        hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
+        compute_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for chunk, raw, logits in _chunks(hidden, len(weight)):
+            h, grad = hidden[chunk], grad_logprobs[chunk, None]
+            _logits_into(logits, raw, h, compute_weight, ctx.temperature)
+            logits.sub_(logsumexp[chunk])  # the log-probs of all tokens
+            if ctx.entropy:  # d entropy / d logit = -p (log p + entropy)
+                weights = (logits + entropies[chunk]).mul_(grad_entropies[chunk, None]).add_(grad)
+                logits.exp_().mul_(weights.neg_())
+            else:  # d log-prob / d logit = (1 at the target) - p
+                logits.exp_().mul_(-grad)
+            if logits.shape[1]:
+                offsets, owned = _own_targets(targets[chunk], ctx.start, logits.shape[1])
+                logits.scatter_add_(-1, offsets, owned * grad)
+            if ctx.temperature != 1:
+                logits.div_(ctx.temperature)
+            if logits is not raw:
+                raw.copy_(logits)
+            grad_hidden[chunk] = raw @ compute_weight
+            grad_weight += raw.T @ h
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int | None = None,
+    tp: DeviceMesh | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(log-prob of each target, entropy of each token's distribution) under softmax(hidden @ weight.T / temperature):
+    nats, fp32 [N] each, the same on all tp ranks. The entropies are 0 unless asked for.
+
+    hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
+    """
+    start = _first_column(vocab_size, tp)
+    hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
+    return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

@@ -1,0 +1,127 @@
+"""Writes a Hugging Face folder with quantised weights, and says what it costs.
+
+- rtn: what --quantize gives elsewhere, to the bit; gptq: int4 that was chosen with the help of records, block by block
+- with --eval_file: perplexity and KL as stored, rounded to nearest, and as written
+
+    python scripts/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
+        --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import ModelArgs, WeightFiles, open_folder, save_folder
+from models.common import at_least_one, card, choose_runtime, flag, run_script, say
+from models.gptq import Cost, Rows, quantize_blocks
+from models.model import QUANTIZED_FORMAT, ModelConfig, Transformer, read_hf_config
+from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors
+from models.records import Example, check_ids, collate, tokenising
+from models.tokenizer import Tokenizer
+from training.data import encode_sft_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeScriptArgs(ModelArgs, GroupSizeArgs):
+    """Writes a Hugging Face folder with quantised weights, for inference and frozen models."""
+
+    dtype: str | None = "float32"
+    compile: bool | None = False
+    output_dir: Path = flag(help="folder to write; whole or not at all")
+    mode: str = flag("int4", choices=("int8", "int4"), help="what the weights of the blocks become")
+    method: str = flag(
+        "rtn",
+        choices=("rtn", "gptq"),
+        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: each column's error is made up for "
+        "by the next ones, as the calibration file's activations want it",
+    )
+    calibration_file: Path | None = flag(None, help="records as finetune_sft.py's: what the model reads")
+    eval_file: Path | None = flag(None, help="records: print what it costs, beside rounding to nearest")
+    calibration_tokens: int = flag(65536, bounds=at_least_one, help="tokens taken from each file, from its start")
+    max_seq_len: int = flag(512, bounds=at_least_one, help="longer records are cut into rows of so many tokens")
+
+
+@torch.no_grad()
+def main(args: QuantizeScriptArgs) -> None:
+    if args.mode == "int8" and args.method != "rtn":
+        raise ValueError(f"--method {args.method} is for int4; int8 is rounded to nearest")
+    if (args.method == "gptq") != (args.calibration_file is not None):
+        raise ValueError("--method gptq and --calibration_file go together")
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise ValueError(f"--output_dir {args.output_dir}: exists; take another, or remove it")
+    runtime = choose_runtime(args)
+    folder = open_folder(args.checkpoint_path)
+    config = folder.config
+    scheme = choose_scheme(args.checkpoint_path, args.mode, args.group_size)
+    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
+    files = WeightFiles(args.checkpoint_path)
+    head = "score" if "score.weight" in files.names() else "lm"
+    if args.eval_file is not None and head == "score":
+        raise ValueError(f"--eval_file: {args.checkpoint_path} is a reward model, which has no perplexity")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
+    files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    calibration, evaluation = (
+        [] if path is None else load_rows(path, folder.tokenizer, config, args)
+        for path in (args.calibration_file, args.eval_file)
+    )
+    costs: list[dict[str, Cost]] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        if calibration or evaluation:
+            rows = {"calibration": calibration, "evaluation": evaluation}
+            yield from quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
+        else:
+            yield from rounded_tensors(files, scheme, runtime.device)
+        for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
+            if not name.startswith("layers."):
+                yield name, files.read(name)
+
+    stored = {"format": QUANTIZED_FORMAT, "mode": args.mode, "method": args.method}
+    if args.mode == "int4":
+        stored["group_size"] = scheme.group_size
+    hf_config = {**read_hf_config(args.checkpoint_path)[0], "quantization_config": stored}
+    save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path)
+    size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
+    written = f"{args.output_dir}, {scheme} by {args.method}, {size / 1e9:,.2f} GB (one byte for each integer)"
+    rows = {"model": folder, "written": written}
+    for cost in costs:
+        plain = cost["stored"].perplexity
+        rows["perplexity as stored"] = f"{plain:.4f}"
+        for name, each in (("rounded", cost["rounded"]), ("as written", cost["chosen"])):
+            rows[f"perplexity {name}"] = f"{each.perplexity:.4f} ({each.perplexity / plain - 1:+.3%}), KL {each.kl:.3e}"
+    say(card("quantize", rows))
+
+
+def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, args: QuantizeScriptArgs) -> list[Rows]:
+    """The first tokens of a file of records, in batches of rows of like length."""
+    rows, num_tokens, longest = [], 0, min(args.max_seq_len, config.max_position_embeddings)
+    for record in tokenising(path):
+        example, _ = encode_sft_record(record, tokenizer)
+        check_ids(example.input_ids, config.vocab_size, record.where)
+        for start in range(0, len(example.input_ids), longest):
+            part = slice(start, start + longest)
+            rows.append(Example(example.input_ids[part], example.labels[part]))
+            num_tokens += len(rows[-1].input_ids)
+        if num_tokens >= args.calibration_tokens:
+            break
+    rows.sort(key=lambda row: len(row.input_ids))
+    if not any(row.num_targets for row in rows):
+        raise ValueError(f"{path}: no record has a token to predict")
+    batches = []
+    for start in range(0, len(rows), 8):
+        group = rows[start : start + 8]
+        batch = collate(group, 0, torch.device("cpu"))
+        lengths = torch.tensor([len(row.input_ids) for row in group])
+        batches.append(Rows(batch.input_ids, batch.labels, torch.arange(batch.input_ids.shape[1]) < lengths[:, None]))
+    return batches
+
+
+if __name__ == "__main__":
+    run_script(main, QuantizeScriptArgs)

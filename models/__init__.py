@@ -1,1 +1,1 @@
-"""The network and what it needs: weights, tokenizer, generation. Knows nothing of losses or data sets."""
+"""The ground floor: the network, what runs it, and what every script needs: README.md maps its files."""

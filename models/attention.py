@@ -7,18 +7,12 @@ Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head di
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-if varlen_attn is not None and not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-    varlen_attn = None  # torch 2.11 and older
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -33,13 +27,24 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+@cache
+def varlen_kernel() -> Callable | None:
+    """torch's variable-length attention, FlashAttention 2, with grouped heads; None in torch 2.11 and older. Imported
+    when it is asked for, since it brings the compiler along: a second of start-up."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+
+
 def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's variable-length attention, FlashAttention 2, has a kernel for this device, dtype and head dim."""
-    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    """Whether varlen_kernel serves this device, dtype and head dim."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return False
-    if head_dim % 8 or head_dim > 256:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return varlen_kernel() is not None
 
 
 def document_attention(
@@ -56,7 +61,7 @@ def document_attention(
     def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
         rows = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(*rows, ends, ends, longest, longest, **options).view(q.shape)
+        return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
 
     def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -65,6 +70,7 @@ def document_attention(
 
     if has_varlen(device, dtype, head_dim):
         ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
+        kernel = varlen_kernel()
         return variable_length
     size = len(lengths) * num_tokens  # else torch asks the device for it
     document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)

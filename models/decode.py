@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from models.attention import Attend, causal_attention, has_varlen, varlen_attn
+from models.attention import Attend, causal_attention, has_varlen, varlen_kernel
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.model import FUSIONS, Block, Linear, ModelConfig, RowLinear, Transformer
@@ -298,7 +298,7 @@ def has_row_lengths(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     """Whether this device has attention over a cache whose rows each have their own length."""
     if torch.version.hip or not has_varlen(device, dtype, head_dim):
         return False
-    return "seqused_k" in inspect.signature(varlen_attn).parameters
+    return "seqused_k" in inspect.signature(varlen_kernel()).parameters
 
 
 class KVCache(nn.Module):
@@ -322,6 +322,7 @@ class KVCache(nn.Module):
         super().__init__()
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         self.row_lengths = has_row_lengths(device, self.dtype, config.head_dim)
+        self.kernel = varlen_kernel() if self.row_lengths else None
         shape = (num_slots, max_seq_len, config.num_key_value_heads // size_of(tp), config.head_dim)
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
         self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
@@ -366,7 +367,7 @@ class KVCache(nn.Module):
                 ends, longest = (self.query_starts, self.key_starts), (1, cache.k.shape[1])
                 options = {"seqused_k": used, "enable_gqa": q.shape[2] != k.shape[2]}
                 rows = (q[:, 0].contiguous(), cache.k.flatten(0, 1), cache.v.flatten(0, 1))
-                return varlen_attn(*rows, *ends, *longest, **options)[:, None]
+                return self.kernel(*rows, *ends, *longest, **options)[:, None]
 
             return attend
 

@@ -1,48 +1,101 @@
-"""README.md: its commands."""
+"""README.md and the READMEs of the folders: their commands, their maps, their links."""
 
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
+from models.common import parse_args
+from models.fsdp import split_batch
 from tests import tiny
-from training.common import split_batch
+
+FOLDERS = ("training", "inference", "models", "scripts")
+READMES = [Path("README.md"), *(Path(folder) / "README.md" for folder in FOLDERS)]
+
+
+def text_of(readme: Path) -> str:
+    return (tiny.ROOT / readme).read_text(encoding="utf-8")
 
 
 def commands():
     """The words of each command that runs a script of ours, by its line."""
-    text = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"^```[a-z]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            if not line.startswith(("python ", "torchrun ")):
-                continue
-            words = shlex.split(line, comments=True)
-            script = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+/\w+\.py", word)), None)
-            if script is not None:
-                yield words[:script], words[script], words[script + 1 :]
+    for readme in READMES:
+        for block in re.findall(r"^```[a-z]*\n(.*?)^```$", text_of(readme), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not line.startswith(("python ", "torchrun ")):
+                    continue
+                words = shlex.split(line, comments=True)
+                script = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+/\w+\.py", word)), None)
+                if script is not None:
+                    yield words[:script], words[script], words[script + 1 :]
 
 
 @pytest.mark.parametrize("launcher, script, arguments", list(commands()))
 def test_commands_parse(launcher, script, arguments, monkeypatch):
-    """Catches a flag that was renamed, a value it does not take, and batches that do not divide over the ranks."""
+    """Catches a script or a flag that was renamed, a value it does not take, and batches that do not divide over the
+    ranks."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if not hasattr(module, "parser"):
-        pytest.skip("parses within its main")
-    args = module.parser().parse_args(arguments)
+    args = parse_args(tiny.args_of(module), arguments)
     if launcher[0] == "torchrun":
         ranks = launcher[launcher.index("--nproc-per-node") + 1]
         monkeypatch.setenv("WORLD_SIZE", ranks)
-    if script.startswith("training/"):
-        flag = "minibatch_size" if script.endswith("ppo.py") else "batch_size"
-        batch_size = getattr(args, flag) or args.rollout_batch_size
-        split_batch(batch_size, args.micro_batch_size, args.tensor_parallel_size, args.dp_replicate)
-        assert flag == "batch_size" or args.rollout_batch_size % batch_size == 0
+    if script == "training/train_ppo.py":
+        minibatch_size = args.minibatch_size or args.rollout_batch_size
+        split_batch(args, minibatch_size, "--minibatch_size")
+        assert args.rollout_batch_size % minibatch_size == 0
+    elif script.startswith("training/"):
+        split_batch(args, args.batch_size)
 
 
 def test_all_scripts_have_a_command():
     """Catches a script that nobody is told of, and commands that are no longer found here."""
-    assert len(list(commands())) > 15
+    assert len(list(commands())) > 30
     shown = {script for _, script, _ in commands()}
     scripts = {f"training/{name}.py" for name in ("finetune_sft", "train_rm", "train_dpo", "train_ppo")}
     assert shown >= scripts | {"inference/generate.py", "inference/score.py", "inference/chat.py"}
+    runnable = {
+        path.relative_to(tiny.ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (tiny.ROOT / folder).glob("*.py")
+        if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    }
+    assert shown == runnable
+
+
+def test_no_output_is_written_twice():
+    """Catches a command that is refused because an earlier one, maybe of another README, has filled its output."""
+    outputs = [
+        arguments[i + 1]
+        for _, _, arguments in commands()
+        for i, word in enumerate(arguments)
+        if word in ("--output_dir", "--output_file") and "--score" not in arguments
+    ]
+    assert len(outputs) > 20 and len(outputs) == len(set(outputs)), sorted(outputs)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_maps(folder):
+    """Catches a file that its folder's README does not name in its map, and a name without a file."""
+    mapped = re.findall(r"^\| `(\w+\.\w+)` \|", text_of(Path(folder) / "README.md"), re.MULTILINE)
+    files = {path.name for path in (tiny.ROOT / folder).iterdir() if path.is_file()}
+    assert len(mapped) == len(set(mapped)) and files.issuperset(mapped)
+    assert {name for name in files if name.endswith(".py")} - {"__init__.py"} <= set(mapped)
+
+
+def test_short():
+    """Catches a README.md that grows again: details belong to the folders."""
+    assert len(text_of(Path("README.md")).splitlines()) <= 250
+
+
+@pytest.mark.parametrize("readme", READMES, ids=str)
+def test_links(readme):
+    """Catches a link to a file that is not there, or to a section that was renamed."""
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(readme)):
+        path, _, section = target.partition("#")
+        other = (readme.parent / path) if path else readme
+        assert (tiny.ROOT / other).exists(), target
+        if section:
+            titles = re.findall(r"^##+ (.+)$", text_of(other), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target

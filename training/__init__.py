@@ -1,1 +1,1 @@
-"""One script, one training job; data.py, losses.py and common.py hold what the scripts share."""
+"""One script, one training job; what the scripts share stands beside them: README.md maps the files."""

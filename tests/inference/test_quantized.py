@@ -114,7 +114,7 @@ def test_two_ranks(world, wanted, tmp_path):
     for mode, flags in FLAGS.items():  # the same from a folder
         folder = tmp_path / f"model-{mode}"
         written = ["--checkpoint_path", world[0] / "model", "--output_dir", folder, "--mode", *flags[1:]]
-        assert tiny.run("models/quantize.py", *written).code == 0
+        assert tiny.run("scripts/quantize.py", *written).code == 0
         stored = [flag for flag in jobs[mode] if flag not in FLAGS[mode]]
         stored[stored.index("--checkpoint_path") + 1] = folder
         stored[stored.index("--output_file") + 1] = tmp_path / f"stored-{mode}.jsonl"

@@ -301,12 +301,12 @@ def test_overlong_records(rm, prm, hf, tmp_path):
 
     result = score(rm, data, tmp_path / "skip.jsonl", *limit, "--overlong", "skip")
     skipped = tiny.read_lines(tmp_path / "skip.jsonl")
-    assert [line["completion"] for line in skipped] == ["2", "3"] and "2 records skipped" in result.stdout
+    assert [line["completion"] for line in skipped] == ["2", "3"] and "; 2 skipped" in result.stdout
 
     result = score(rm, data, tmp_path / "cut.jsonl", *limit, "--overlong", "truncate")
     lines = tiny.read_lines(tmp_path / "cut.jsonl")
     assert [line["completion"] for line in lines] == ["2", long, "3"]
-    assert "1 records truncated" in result.stdout and "1 records skipped" in result.stdout
+    assert "; 1 truncated; 1 skipped" in result.stdout
     ids = Tokenizer(rm).encode("1 plus" + long)[:24]
     assert lines[1]["reward"] == pytest.approx(hf_scores(hf, ids)[-1], abs=1e-4)
     assert lines[0]["reward"] == pytest.approx(skipped[0]["reward"], abs=1e-4)

@@ -143,10 +143,10 @@ def generate(engine: Engine, monkeypatch) -> list:
 def test_generation(gpu, params, row_lengths, monkeypatch):
     """Catches a CPU tensor on the way from prompts to tokens, and in a decode step a host that waits for the GPU."""
     if not row_lengths:  # torch 2.11
-        monkeypatch.setattr(decode, "varlen_attn", None)
-        monkeypatch.setattr(attention, "varlen_attn", None)
+        monkeypatch.setattr(decode, "varlen_kernel", lambda: None)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
     engine = make_engine(params)
-    assert engine.cache.row_lengths == (row_lengths and attention.varlen_attn is not None)
+    assert engine.cache.row_lengths == (row_lengths and attention.varlen_kernel() is not None)
     done = generate(engine, monkeypatch)
     assert sorted(c.request.idx for c in done) == list(range(5)) and all(len(c.token_ids) == 5 for c in done)
 
@@ -190,7 +190,7 @@ def test_faults_are_seen(gpu, fault, monkeypatch):
 
 def test_head_dims_that_have_no_kernel():
     """Catches FlashAttention for a device, a dtype or a head dim that it refuses (a multiple of 8 up to 256)."""
-    if attention.varlen_attn is None:
+    if attention.varlen_kernel() is None:
         pytest.skip("torch 2.11")
     with pytest.MonkeyPatch.context() as patch:
         for capability, dtype, head_dim, expected in (
@@ -246,7 +246,7 @@ def test_packed_rows(gpu, dtype):
     """Catches packed rows whose attention waits for the GPU, or that make the mask, rows x tokens^2 bytes, for a kernel
     that needs none."""
     attend = document_attention([[5, 3], [8]], 10, GPU, dtype, 32)
-    assert attend.__name__ == ("variable_length" if dtype == torch.bfloat16 and attention.varlen_attn else "masked")
+    assert attend.__name__ == ("variable_length" if dtype == torch.bfloat16 and attention.varlen_kernel() else "masked")
     q, k = (torch.empty(2, 10, heads, 32, dtype=dtype, device=GPU) for heads in (4, 2))
     with OnGPU():
         assert attend(0, q, k, k).shape == q.shape

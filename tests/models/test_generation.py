@@ -138,7 +138,7 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths, monkeypa
     shape = {"num_slots": 4, "max_seq_len": engine.cache_len, "dtype": torch.float32, "device": CPU}
     engine.layers, engine.cache = None, KVCache(engine.model.config, **shape)
     engine.cache.row_lengths = row_lengths
-    monkeypatch.setattr("models.decode.varlen_attn", tiny.row_lengths_attention)
+    monkeypatch.setattr("models.decode.varlen_kernel", lambda: tiny.row_lengths_attention)
     assert outcome(engine, requests) == expected
 
 

@@ -115,7 +115,7 @@ def test_cost_of_quantisation(name, request, tmp_path):
         ("gptq", ["--mode", "int4", "--method", "gptq", "--calibration_file", calibration]),
     ):
         flags += ["--checkpoint_path", folder, "--output_dir", tmp_path / method, "--eval_file", held_out]
-        result = tiny.run("models/quantize.py", *flags, "--calibration_tokens", 8192, "--max_seq_len", 96)
+        result = tiny.run("scripts/quantize.py", *flags, "--calibration_tokens", 8192, "--max_seq_len", 96)
         assert result.code == 0, result.stderr
         print(f"{name}: {result.stdout}")
         [(rise, kl)] = re.findall(r"as written .*\(([-+.\d]+)%\), KL (\S+)", result.stdout)

@@ -1,4 +1,8 @@
-"""models/tokenizer.py against transformers, on folders written here: ids, texts, streams, chats, errors."""
+"""models/tokenizer.py against transformers 5.23.0, on folders written here: ids, texts, streams, chats, errors.
+
+Other versions treat some of these folders otherwise (5.24 those without a tokenizer_class), so what compares ids with
+them is skipped there.
+"""
 
 import io
 import json
@@ -8,6 +12,7 @@ import shutil
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -144,6 +149,8 @@ def byte_level_folder(folder, kind, class_name="PreTrainedTokenizerFast", **name
 
 
 def same_as_transformers(folder, count=60):
+    if transformers.__version__ != "5.23.0":
+        pytest.skip(f"compares with transformers 5.23.0, this is {transformers.__version__}")
     oracle, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
     for text in hostile_texts(count):
         for special in (True, False):

@@ -29,7 +29,7 @@ def world(tmp_path_factory):
     for name in ("ref", "rm", "policy"):
         for mode, flags in (("int8", ["--mode", "int8"]), ("int4", INT4)):
             out = ["--output_dir", root / f"{name}-{mode}"]
-            assert tiny.run("models/quantize.py", "--checkpoint_path", root / name, *out, *flags).code == 0
+            assert tiny.run("scripts/quantize.py", "--checkpoint_path", root / name, *out, *flags).code == 0
             dequantised(root / name, root / f"{name}-{mode}-plain", Scheme(mode, 32))
     pairs = [
         {"prompt": f"{i} plus", "chosen": f" {i} is" + " it" * (i % 4), "rejected": " or" * (i * 5 % 7)}

@@ -1,0 +1,98 @@
+"""The shape of the house: which file may import which, and that a flag is declared once."""
+
+import ast
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+
+from models.common import flags_of
+from tests import tiny
+
+MAY_IMPORT = {  # arrows run down only
+    "models": {"models"},
+    "inference": {"inference", "models"},
+    "training": {"training", "models"},
+    "scripts": {"scripts", "training", "inference", "models"},
+}
+FILES = {
+    path.relative_to(tiny.ROOT).with_suffix("").as_posix().replace("/", "."): path
+    for folder in MAY_IMPORT
+    for path in sorted((tiny.ROOT / folder).glob("*.py"))
+}
+
+
+def is_script(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+
+
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+SCRIPTS = [name for name, tree in TREES.items() if is_script(tree)]
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """The files of the house that a file imports, also within its functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name in FILES}
+
+
+IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
+
+
+def find_loop(imports: dict[str, set[str]]) -> list[str]:
+    """A loop of files that import each other, or nothing."""
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in finished:
+            for other in sorted(imports[name]):
+                loop = visit(other, [*path, name])
+                if loop:
+                    return loop
+            finished.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in sorted(imports))), [])
+
+
+def test_arrows_run_down():
+    """Catches training/ that imports inference/ or the other way round, models/ that imports either, a script that
+    imports another one, and files that import each other in a loop, within functions too."""
+    assert len(FILES) > 40 and len(SCRIPTS) > 10
+    for name, imported in IMPORTS.items():
+        for other in imported:
+            arrow = f"{name} -> {other}"
+            assert other.partition(".")[0] in MAY_IMPORT[name.partition(".")[0]], arrow
+            assert other not in SCRIPTS, f"{arrow}, which is a script"
+    assert not find_loop(IMPORTS)
+
+
+def test_loops_are_seen():
+    """Catches a search that finds no loop where there is one."""
+    assert find_loop({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_loop({"a": {"a"}}) == ["a", "a"] and not find_loop({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    looped = {**IMPORTS, "models.common": {*IMPORTS["models.common"], "models.fsdp"}}
+    assert find_loop(looped)
+    assert imports_of(ast.parse("def f():\n    from training import losses")) == {"training.losses"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_are_fields(name):
+    """Catches a script with a parser of its own, a flag without help, and the help of a flag written twice in its
+    groups (another default needs no second declaration)."""
+    module = importlib.import_module(name)
+    Args = tiny.args_of(module)
+    assert dataclasses.is_dataclass(Args) and Args.__dataclass_params__.frozen and Args.__doc__
+    for each in flags_of(Args):
+        assert each.metadata["options"]["help"], each.name
+        fields = [vars(c)["__dataclass_fields__"].get(each.name) for c in Args.__mro__[:-1]]
+        assert len({id(field) for field in fields if field and field.metadata}) == 1, each.name
+    assert "add_argument" not in Path(module.__file__).read_text(encoding="utf-8")

@@ -1,14 +1,13 @@
 """generate.py under torchrun on gloo: the same samples as one process, one line for each."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from tests import tiny
+from tests.ranks import launch, start_torchrun
 
 SAMPLING = {
     "top-p": ["--top_p", 0.95],
@@ -20,11 +19,11 @@ SAMPLING = {
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 
 
-def torchrun(ranks: int, *args: object, script: str = "inference/generate.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [tiny.ROOT / script, *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=env)
+def torchrun(ranks: int, *command: object, input: str = "") -> subprocess.CompletedProcess:
+    pipe = subprocess.PIPE
+    run = start_torchrun(ranks, *command, stdin=pipe, stdout=pipe, stderr=pipe)
+    out, err = run.communicate(input, timeout=200)
+    return subprocess.CompletedProcess(command, run.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +69,10 @@ def test_layouts_agree(world, wanted, layout):
     jobs = {}
     for kind in SAMPLING:
         out = root / f"{ranks}-{tp_size}-{kind}.jsonl"
-        jobs[kind] = [*map(str, flags_for(world, kind, out)), "--tensor_parallel_size", str(tp_size)]
-    path = root / f"{ranks}-{tp_size}.json"
+        jobs[kind] = ["inference.generate", *flags_for(world, kind, out), "--tensor_parallel_size", tp_size]
     if layout == "tp 2" and (shutil.which("g++") or shutil.which("clang++")):
         jobs["both"].append("--compile")
-    path.write_text(json.dumps(list(jobs.values())))
-    done = torchrun(ranks, "inference.generate", path, script="tests/inference/parallel_worker.py")
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(ranks, [*jobs.values(), ["sampling"]])
 
     def check(kind):
         found = by_sample(root / f"{ranks}-{tp_size}-{kind}.jsonl")
@@ -92,20 +88,16 @@ def test_layouts_agree(world, wanted, layout):
         out = root / f"{ranks}-{tp_size}-top-p.jsonl"
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[5:20]) + lines[20][:30])
-        done = torchrun(ranks, *jobs["top-p"], "--resume")
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(ranks, [[*jobs["top-p"], "--resume"]])
         check("top-p")
 
 
 def test_chat_on_two_ranks(world):
     """Catches ranks that wait for their own input, or all print the answer."""
     root, _ = world
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tiny.ROOT / "inference/chat.py", "--checkpoint_path", root / "model", "--temperature", 0]
+    command = [tiny.ROOT / "inference/chat.py", "--checkpoint_path", root / "model", "--temperature", 0]
     command += ["--max_new_tokens", 12, "--tensor_parallel_size", 2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = {"input": "3 plus so\n\n", "capture_output": True, "text": True, "timeout": 100, "env": env}
-    done = subprocess.run(list(map(str, command)), **options)
+    done = torchrun(2, *command, input="3 plus so\n\n")
     assert done.returncode == 0, done.stderr[-3000:]
     flags = ["--checkpoint_path", root / "model", "--prompt", "3 plus so", "--temperature", 0, "--max_new_tokens", 12]
     line = json.loads(tiny.run("inference/generate.py", *flags).stdout)
@@ -118,6 +110,6 @@ def test_ranks_that_do_not_fit(world):
     flags = ["--checkpoint_path", root / "model", "--prompt_file", prompts, "--output_file", root / "none.jsonl"]
     result = tiny.run("inference/generate.py", *flags, "--tensor_parallel_size", 2)
     tiny.assert_refused(result, "--tensor_parallel_size 2", "1 ranks")
-    done = torchrun(3, *flags, "--tensor_parallel_size", 3)
+    done = torchrun(3, tiny.ROOT / "inference/generate.py", *flags, "--tensor_parallel_size", 3)
     assert done.returncode != 0 and "num_attention_heads = 4" in done.stderr and "Traceback (" not in done.stdout
     assert not (root / "none.jsonl").exists()

@@ -11,8 +11,9 @@ import transformers
 
 from models.qlinear import Scheme, dequantize, quantize
 from tests import tiny
-from tests.inference.test_parallel import by_sample, torchrun
+from tests.inference.test_parallel import by_sample
 from tests.inference.test_score import scored, write_reward_model
+from tests.ranks import launch
 
 FLAGS = {"int8": ["--quantize", "int8"], "int4": ["--quantize", "int4", "--group_size", "32"]}
 SCHEMES = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
@@ -119,10 +120,7 @@ def test_two_ranks(world, wanted, tmp_path):
         stored[stored.index("--checkpoint_path") + 1] = folder
         stored[stored.index("--output_file") + 1] = tmp_path / f"stored-{mode}.jsonl"
         jobs[f"stored-{mode}"] = stored
-    path = tmp_path / "jobs.json"
-    path.write_text(json.dumps([list(map(str, job)) for job in jobs.values()]))
-    done = torchrun(2, "inference.generate", path, script="tests/inference/parallel_worker.py")
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [["inference.generate", *job] for job in jobs.values()])
     for name in jobs:
         assert_same(by_sample(tmp_path / f"{name}.jsonl"), wanted[name.removeprefix("stored-")])
 

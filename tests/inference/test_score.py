@@ -16,7 +16,7 @@ from models.records import Record, encode_answer, encode_prompt
 from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
-from tests.inference.test_parallel import torchrun
+from tests.ranks import launch
 from training.preferences import encode_process_record
 
 SCRIPT = "inference/score.py"
@@ -411,15 +411,13 @@ def test_ranks_agree_with_one_process(tmp_path):
     jobs = []
     for tp_size in (1, 2, 4):  # dp 4, 2 x 2 and tp 4
         common = ["--checkpoint_path", folder, "--data_file", data, "--output_file", tmp_path / f"{tp_size}.jsonl"]
-        jobs.append([str(part) for part in (*common, *flags, "--tensor_parallel_size", tp_size)])
+        jobs.append(["inference.score", *common, *flags, "--tensor_parallel_size", tp_size])
     shutil.copyfile(tmp_path / "one.scored.jsonl.args.json", tmp_path / "2.scored.jsonl.args.json")
     kept = (tmp_path / "one.scored.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "2.scored.jsonl").write_bytes(b"".join(kept[:20]) + kept[20][:30])
     jobs[1].append("--resume")
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(4, "inference.score", tmp_path / "jobs.json", script="tests/inference/parallel_worker.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("27 records to score") == 2 and done.stdout.count("20 done before") == 1
+    printed = launch(4, jobs)
+    assert printed.count("27 records to score") == 2 and printed.count("20 done before") == 1
     for tp_size in (1, 2, 4):
         for name, expected in ((f"{tp_size}.scored.jsonl", wanted), (f"{tp_size}.jsonl", best)):
             for line, want in zip(tiny.read_lines(tmp_path / name), expected, strict=True):

@@ -7,15 +7,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.ranks import launch, start_torchrun
+from tests.ranks_worker import run_job
 
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 TIED = {"tie_word_embeddings": True, "num_key_value_heads": 4}
@@ -50,15 +52,6 @@ REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a 
 }
 
 
-def launch(ranks: int, jobs: list[list[str]], path, fault: str = "") -> None:
-    path.write_text(json.dumps(jobs))
-    worker = tiny.ROOT / "tests/training/parallel_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", worker, path]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULT": fault, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def arguments(folder, train_file, out, *more) -> list[str]:
     flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--batch_size", 8]
     flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
@@ -69,12 +62,12 @@ def arguments(folder, train_file, out, *more) -> list[str]:
 
 
 def sft_job(*args: object) -> list[str]:
-    return ["finetune_sft", *arguments(*args)]
+    return ["training.finetune_sft", *arguments(*args)]
 
 
 def reward_job(root, loss, out, *more) -> list[str]:
     folder = root / ("tied" if loss == "process" else "biased")
-    return ["train_rm", *arguments(folder, root / f"{loss}.jsonl", out, "--loss", loss, *REWARDS[loss], *more)]
+    return ["training.train_rm", *arguments(folder, root / f"{loss}.jsonl", out, "--loss", loss, *REWARDS[loss], *more)]
 
 
 def judged_records(loss):
@@ -106,7 +99,9 @@ def world(tmp_path_factory):
     for loss in REWARDS:
         tiny.write_records(root / f"{loss}.jsonl", judged_records(loss))
         jobs.append(reward_job(root, loss, root / f"one-{loss}"))
-    launch(1, jobs, root / "one.json")
+    for job in jobs:
+        run_job(*job)
+    dist.destroy_process_group()
     return root, train_file
 
 
@@ -161,7 +156,7 @@ def test_layouts_agree(world, layout):
     for loss in REWARDS:
         outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
         jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
-    launch(ranks, jobs, root / f"{ranks}-{tp_size}.json")
+    launch(ranks, jobs)
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
     for name, kind, out in outs:
@@ -195,16 +190,13 @@ def test_planted_faults_show(world, fault):
     ranks, tp_size = LAYOUTS[layout]
     out = root / fault.replace(" ", "-")
     job = sft_job(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
-    launch(ranks, [job], root / "fault.json", fault)
+    launch(ranks, [job], fault)
     assert compare(root, "biased", out.name) > 1e-3
 
 
 def start_ranks(ranks: int, *args: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [tiny.ROOT / "training/finetune_sft.py", *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(list(map(str, command)), env=env, **pipe)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return start_torchrun(ranks, tiny.ROOT / "training/finetune_sft.py", *args, **pipe)
 
 
 def rank_pids(run: subprocess.Popen) -> list[int]:
@@ -304,7 +296,7 @@ def test_lean_optimizers_on_four_ranks(world):
         for copy in ("again", "alone"):
             jobs.append(["rewind", f"{out}-four", f"{out}-{copy}", "2"])
         jobs.append(sft_job(root / folder, train_file, f"{out}-again", *more, "--resume"))
-    launch(4, jobs, root / "lean.json")
+    launch(4, jobs)
     for name, (folder, flags) in LEAN.items():
         out = root / f"lean-{name}"
         run = arguments(root / folder, train_file, f"{out}-alone", *flags, "--save_steps", 2, "--resume")

@@ -1,12 +1,14 @@
 """training/train_ppo.py on several ranks against one process: the same answers token for token, the same losses, every
-gradient of policy and critic, and the weights. The launches are those of test_parallel.py."""
+gradient of policy and critic, and the weights."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.training.test_parallel import launch
+from tests.ranks import launch
+from tests.ranks_worker import run_job
 
 STEPS, EPOCHS, MINIBATCHES = 2, 2, 2
 LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
@@ -24,7 +26,7 @@ def arguments(root, name, *more) -> list[str]:
     flags += ["--total_steps", STEPS, "--rollout_batch_size", 8, "--minibatch_size", 4, "--ppo_epochs", EPOCHS]
     flags += ["--learning_rate", 1e-3, "--value_learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0]
     flags += ["--adam_eps", 1e-3, "--kl_target", 0.1, "--debug_checks", "--entropy_coef", 0.01, "--temperature", 1.3]
-    return ["train_ppo", *map(str, [*flags, *more])]
+    return ["training.train_ppo", *map(str, [*flags, *more])]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,8 @@ def world(tmp_path_factory):
     assert tiny.run("training/train_rm.py", *flags).code == 0
     tiny.write_records(root / "prompts.jsonl", [{"prompt": f"{i} plus" + " so" * (i % 4)} for i in range(5)])
     (root / "fn.py").write_text(REWARDS)
-    launch(1, [arguments(root, "one")], root / "one.json")
+    run_job(*arguments(root, "one"))
+    dist.destroy_process_group()
     samples = tiny.read_lines(root / "one/samples.jsonl")
     assert 0 < sum(sample["finished"] for sample in samples) < len(samples)
     return root
@@ -80,7 +83,7 @@ def test_four_ranks(world):
     jobs = []
     for name, (tp_size, more) in LAYOUTS.items():
         jobs.append(arguments(world, name.replace(" ", "-"), "--tensor_parallel_size", tp_size, *more))
-    launch(4, jobs, world / "four.json")
+    launch(4, jobs)
     found = {name: compare(world, name.replace(" ", "-")) for name in LAYOUTS}
     assert max(found.values()) < 1e-4, found
 
@@ -91,7 +94,7 @@ def test_two_ranks(world):
     jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size, "--save_steps", 1) for size in (1, 2)]
     jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
     jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))
-    launch(2, jobs, world / "two.json")
+    launch(2, jobs)
     found = {job: compare(world, job) for job in ("tp-1", "tp-2")}
     assert max(found.values()) < 1e-4, found
     for part in ("model.safetensors", "critic/model.safetensors"):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from models.qlinear import Scheme, dequantize, quantize
 from tests import tiny
 from tests.inference.test_score import write_reward_model
+from tests.ranks import launch
 from tests.training.test_finetune_sft import weights_of
-from tests.training.test_parallel import launch
 
 GROUPS = {"int8": [], "int4": ["--group_size", 32]}
 INT4 = ["--mode", "int4", *GROUPS["int4"]]
@@ -155,8 +155,8 @@ def test_four_ranks(world, tmp_path):
     for script, make, more in (("train_dpo", dpo_flags, dpo), ("train_ppo", ppo_flags, ppo)):
         wanted[script], _ = lines_of(script, make(world, tmp_path / f"{script}-one", *more))
         layout = ["--tensor_parallel_size", 2, "--micro_batch_size", 1]
-        jobs.append([script, *map(str, make(world, tmp_path / script, *more, *layout))])
-    launch(4, jobs, tmp_path / "jobs.json")
+        jobs.append([f"training.{script}", *map(str, make(world, tmp_path / script, *more, *layout))])
+    launch(4, jobs)
     for script, lines in wanted.items():
         assert_alike(tiny.read_lines(tmp_path / script / "metrics.jsonl"), lines, tolerance=1e-3)
         one, four = weights_of(tmp_path / f"{script}-one"), weights_of(tmp_path / script)

@@ -1,0 +1,127 @@
+"""A rank that stays: it runs one list of jobs after the other, until it is told to stop. tests/ranks.py starts it.
+
+A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
+gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
+GPUs. Others: ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step; ["sampling"]
+holds sampling from parts of the vocabulary against sampling from the whole.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import typing
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from models.common import end_process, parse_args
+from models.fsdp import clip_grad_norm, init_mesh
+from models.generation import SamplingParams, sample
+from models.noise import column_hashes, noise_key
+from models.tp import chunk_range
+from tests.faults import planted
+from training import run_dir
+
+torch.set_num_threads(1)
+FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
+SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1.0) for filters in FILTERS)]
+
+
+def run_job(name: str, *arguments: str) -> None:
+    if name == "rewind":
+        rewind(*arguments)
+    elif name == "sampling":
+        check_sampling()
+    elif name.startswith("training."):
+        train(importlib.import_module(name), arguments)
+    else:
+        main = importlib.import_module(name).main
+        main(parse_args(typing.get_type_hints(main)["args"], arguments))
+
+
+def train(script, arguments: tuple[str, ...]) -> None:
+    steps, writer = [], run_dir.CheckpointWriter
+
+    def recording_clip(model, max_norm):
+        steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
+        return clip_grad_norm(model, max_norm)
+
+    def asynchronous(*args, **options):
+        return writer(*args, **{**options, "asynchronous": True})
+
+    args = parse_args(typing.get_type_hints(script.main)["args"], arguments)
+    with (
+        mock.patch.object(script, "clip_grad_norm", recording_clip),
+        mock.patch.object(run_dir, "CheckpointWriter", asynchronous),
+    ):
+        script.main(args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(steps, f"{args.output_dir}.gradients.pt")
+
+
+def rewind(run: str, copy: str, step: str) -> None:
+    if dist.get_rank() == 0:
+        for name in ("args.json", "metrics.jsonl", f"checkpoints/step-{int(step):06d}"):
+            target = Path(copy) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if target.name.startswith("step-") else shutil.copyfile)(Path(run) / name, target)
+    dist.barrier()
+
+
+def check_sampling() -> None:
+    """Every rank draws what one process draws from the whole logits, also where many are equal, where the ranks do not
+    divide the vocabulary, and where some have nothing of it."""
+    tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
+    positions = torch.arange(64)
+    for V in (5, 385, 3000):
+        smooth = 3 * torch.randn(64, V, generator=generator)
+        for logits in (smooth, smooth.round(), smooth.bfloat16()):
+            start, end = chunk_range(V, tp.get_local_rank(), tp.size())
+            for params in SETTINGS:
+                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params)
+                tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
+                assert torch.equal(tokens, wanted), (V, logits.dtype, params)
+                torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def serve(folder: Path, owner: int) -> None:
+    """owner: the process that asks; when it is gone, nobody will."""
+    rank = os.environ["RANK"]
+    for number in itertools.count():
+        path = folder / f"{number}.json"
+        while not path.exists():
+            if (folder / "stop").exists() or not is_alive(owner):
+                return
+            time.sleep(0.02)
+        request = json.loads(path.read_text())
+        with ExitStack() as stack:
+            if request["fault"]:
+                stack.enter_context(planted(request["fault"]))
+            stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
+            for job in request["jobs"]:
+                run_job(*job)
+        (folder / f"{number}.{rank}.done").touch()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
+    end_process(0)

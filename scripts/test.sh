@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must pass: makes .venv if there is none, installs, lints, runs the tests. Arguments go to pytest.
+# Everything that must pass: makes .venv if there is none, installs, lints, runs the tests in two processes. Arguments go
+# to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

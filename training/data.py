@@ -30,11 +30,7 @@ from models.records import (
     tokenising,
 )
 from models.tokenizer import Tokenizer
-
-
-def constant_rate(args) -> bool:
-    """Whether the learning rate of a step does not depend on how many there are, so that a run may get longer."""
-    return args.lr_schedule == "constant" and not args.warmup_ratio
+from training.optim import constant_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,11 @@ class OptimArgs:
     max_grad_norm: float = flag(1.0, bounds=positive, help="gradients are clipped to this global norm")
 
 
+def constant_rate(args: OptimArgs) -> bool:
+    """Whether the learning rate of a step does not depend on how many there are, so that a run may get longer."""
+    return args.lr_schedule == "constant" and not args.warmup_ratio
+
+
 def make_optimizer(
     model: nn.Module, args: OptimArgs, *, learning_rate: float | None = None, seed: int = 0, compile: bool = False
 ) -> torch.optim.Optimizer:

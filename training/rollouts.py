@@ -102,13 +102,13 @@ def draw(
 ) -> list[Answer]:
     """An answer to each prompt, the same on all ranks, which draw a share each. A collective."""
     requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
-    drawn = {}
+    own = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
         end = [] if done.stop_token_id is None else [done.stop_token_id]
         answer = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
-        drawn[done.request.idx] = answer
+        own[done.request.idx] = answer
     parts = [None] * dp.size()
-    dist.all_gather_object(parts, drawn, group=dp.get_group())
+    dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}
     return [answers[request.idx] for request in requests]
 

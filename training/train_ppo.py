@@ -59,7 +59,7 @@ from models.qlinear import Scheme
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
 from models.records import Limits, Split
 from models.reward import scalar_head_config
-from training.data import constant_rate, epoch_order
+from training.data import epoch_order
 from training.losses import (
     adapted_kl_coef,
     gae,
@@ -70,7 +70,7 @@ from training.losses import (
     shaped_rewards,
     whiten,
 )
-from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.optim import OptimArgs, constant_rate, make_optimizer, set_learning_rate
 from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_function, open_reward_folder
 from training.rollouts import (
     Prompt,
@@ -280,9 +280,9 @@ def collect(
     the first answer, which with sample_idx decides the sampler's noise."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
-    drawn = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp)
-    rows, mask, engine_logps = as_rows(prompts, drawn, device)
-    texts, finished, width = [answer.text for answer in drawn], [answer.finished for answer in drawn], mask.shape[1]
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp)
+    rows, mask, engine_logps = as_rows(prompts, answers, device)
+    texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}
     scores, step_rewards, num_cut = scorer.score(prompts, rows, texts, finished)
     seconds["score"] = watch.lap()

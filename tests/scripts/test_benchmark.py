@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.common import Runtime
+from models.decode import can_pack, has_byte_bags
 from models.fsdp import ParallelArgs
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
@@ -78,7 +79,8 @@ def test_sweep_of_generate():
     sizes = {name: b["bytes_per_second"] * b["ms_per_step"] / 1e3 for name, b in read.items()}
     head, blocks = 4000 * 512, 6 * (4 * 512 * 512 + 3 * 512 * 1376)
     assert sizes["float32"] == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
-    assert sizes["int4"] == pytest.approx(head + (0.5 + 4 / 32) * blocks, rel=0.05)
+    of_head = 1 if can_pack(ON_CPU) and has_byte_bags() else 2  # bytes: int8 where there are kernels for it
+    assert sizes["int4"] == pytest.approx(of_head * head + (0.5 + 4 / 32) * blocks, rel=0.05)
 
 
 def test_precisions_in_turns():

@@ -387,7 +387,7 @@ def stop_after(monkeypatch, step):
         if values["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(finetune_sft.Metrics, "write", write_and_stop)
+    monkeypatch.setattr(run_dir.Metrics, "write", write_and_stop)
 
 
 @pytest.mark.parametrize("steps", [(1,), (4, 9), (LAST_STEP,)], ids=str)

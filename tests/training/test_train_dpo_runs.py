@@ -82,7 +82,7 @@ def stop_after(monkeypatch, step):
         if values["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_dpo.Metrics, "write", write_and_stop)
+    monkeypatch.setattr(run_dir.Metrics, "write", write_and_stop)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

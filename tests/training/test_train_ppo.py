@@ -316,7 +316,7 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_ppo.Metrics, "write", write_and_stop)
+        patch.setattr(run_dir.Metrics, "write", write_and_stop)
         result = tiny.run(SCRIPT, *flags(folder, world, out, **RUN))
     assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout
     assert not (out / "config.json").exists() and not (out / "critic").exists()

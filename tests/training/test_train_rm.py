@@ -238,7 +238,7 @@ def test_continues_a_reward_model(folder, files, tmp_path):
     result = train(
         tmp_path / "first", files["pointwise"], tmp_path / "out", loss="pointwise", max_steps=1, batch_size=11
     )
-    assert "the folder's own" in result.stdout
+    assert "its own head" in result.stdout
     model = opened(tmp_path / "first").eval()
     with torch.no_grad():
         losses = torch.cat([r.losses(r.scores(model)) for r in judged(folder, "pointwise")])
@@ -526,7 +526,7 @@ def test_nothing_to_learn(folder, tmp_path):
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, path, tmp_path / "out")), "chosen and rejected are the same")
     assert not (tmp_path / "out").exists()
     path = tiny.write_records(tmp_path / "some.jsonl", [same, PAIR])
-    assert "1 identical" in train(folder, path, tmp_path / "out", max_steps=1, batch_size=2).stdout
+    assert "1 nothing to learn" in train(folder, path, tmp_path / "out", max_steps=1, batch_size=2).stdout
 
 
 def test_another_loss_on_resume(folder, files, tmp_path):

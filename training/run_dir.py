@@ -162,12 +162,13 @@ class Run:
         return metrics
 
     def log(self, metrics: dict[str, float], shown: str | None = None) -> None:
-        """Writes the metrics of this step, under any names, if they are due. shown: what the progress bar says; the
-        loss."""
+        """Writes the metrics of this step, under any names, if they are due. shown: what the progress bar says, beside
+        the speed; the loss."""
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
-        shown = shown or f"loss {metrics['loss']:.4f}"
-        self._bar.set_postfix_str(f"{shown}, {metrics['tokens_per_second']:,.0f} tok/s", refresh=False)
+        parts = [shown] if shown else [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def show(self, text: str) -> None:
         """Prints on the main rank, above the progress bar."""

@@ -4,6 +4,14 @@ import torch
 from tests import tiny
 
 
+def pytest_collection_modifyitems(items):
+    """Where tests run in several processes (scripts/test.sh), a file stays in one of them, since its fixtures are dear;
+    and so do all that use ranks, which are started once."""
+    for item in items:
+        group = "ranks" if hasattr(item.module, "launch") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny models gain nothing from a second thread, and lose much to it on a busy machine."""

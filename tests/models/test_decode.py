@@ -163,7 +163,7 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["buckets", "row lengths", "cpu"])
-def test_decode_attends_to_its_own_row_and_no_further(folder, kind, monkeypatch):
+def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
     """Catches a mask that is one off, rows or pages of the cache that are mixed up, and a read of the unused tail:
     every place that must not be seen holds a huge value."""
     config = load_model(folder).config
@@ -171,8 +171,7 @@ def test_decode_attends_to_its_own_row_and_no_further(folder, kind, monkeypatch)
     shape = {"num_slots": 5, "max_seq_len": 200, "dtype": torch.float32}
     cache = CPUCache(config, **shape) if kind == "cpu" else KVCache(config, device=CPU, **shape)
     if kind == "row lengths":
-        cache.row_lengths = True
-        monkeypatch.setattr("models.decode.varlen_kernel", lambda: tiny.row_lengths_attention)
+        cache.row_lengths, cache.kernel = True, tiny.row_lengths_attention
     generator = torch.Generator().manual_seed(0)
     lengths, slots = [4, 1, 63, 64, 150], [2, 0, 1, 4, 3]  # around the end of a page
     rows = {}

@@ -129,7 +129,7 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
 
 
 @pytest.mark.parametrize("row_lengths", [False, True])
-def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths, monkeypatch):
+def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths):
     """Catches, in what GPUs run without a graph, a bucket or a row's length that is one off; the kernel for row lengths
     is played by what its documentation says."""
     requests = ragged_requests(12, num_samples=2)
@@ -137,8 +137,7 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths, monkeypa
     engine = make_engine(folder, num_slots=4, look_every=3)
     shape = {"num_slots": 4, "max_seq_len": engine.cache_len, "dtype": torch.float32, "device": CPU}
     engine.layers, engine.cache = None, KVCache(engine.model.config, **shape)
-    engine.cache.row_lengths = row_lengths
-    monkeypatch.setattr("models.decode.varlen_kernel", lambda: tiny.row_lengths_attention)
+    engine.cache.row_lengths, engine.cache.kernel = row_lengths, tiny.row_lengths_attention
     assert outcome(engine, requests) == expected
 
 

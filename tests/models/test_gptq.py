@@ -91,7 +91,19 @@ def text(tmp_path_factory):
         tiny.write_records(root / f"{i}.jsonl", part)
         for i, part in enumerate((records[256:], records[:128], records[128:256]))
     ]
-    train(root, root / "model", files[0], "--max_steps", 120, "--learning_rate", "3e-3", "--max_seq_len", 96)
+    train(
+        root,
+        root / "model",
+        files[0],
+        "--max_steps",
+        120,
+        "--learning_rate",
+        "3e-3",
+        "--max_seq_len",
+        64,
+        "--batch_size",
+        16,
+    )
     return root / "run", files[1], files[2]
 
 
@@ -115,7 +127,7 @@ def test_cost_of_quantisation(name, request, tmp_path):
         ("gptq", ["--mode", "int4", "--method", "gptq", "--calibration_file", calibration]),
     ):
         flags += ["--checkpoint_path", folder, "--output_dir", tmp_path / method, "--eval_file", held_out]
-        result = tiny.run("scripts/quantize.py", *flags, "--calibration_tokens", 8192, "--max_seq_len", 96)
+        result = tiny.run("scripts/quantize.py", *flags, "--calibration_tokens", 4096, "--max_seq_len", 64)
         assert result.code == 0, result.stderr
         print(f"{name}: {result.stdout}")
         [(rise, kl)] = re.findall(r"as written .*\(([-+.\d]+)%\), KL (\S+)", result.stdout)

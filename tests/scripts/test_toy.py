@@ -3,10 +3,7 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +11,13 @@ import torch
 from models.checkpoint import load_model
 from models.tokenizer import Tokenizer
 from scripts import toy
+from tests import tiny
 
-SCRIPT = Path(toy.__file__)
 SIZES = ["--num_train", "600", "--num_heldout", "50", "--num_prompts", "100"]
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=60)
+    return tiny.run("scripts/toy.py", *args)
 
 
 def records(path):
@@ -31,7 +28,7 @@ def records(path):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "world"
     result = run("--output_dir", folder, "--seed", 3, *SIZES)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     return folder
 
 
@@ -94,8 +91,8 @@ def test_reward_function():
 def test_same_seed_same_bytes(world, tmp_path):
     """Catches any randomness that the seed does not decide (weights, tokenizer, problems), a seed without effect."""
     again, other = tmp_path / "again", tmp_path / "other"
-    assert run("--output_dir", again, "--seed", 3, *SIZES).returncode == 0
-    assert run("--output_dir", other, "--seed", 4, *SIZES).returncode == 0
+    assert run("--output_dir", again, "--seed", 3, *SIZES).code == 0
+    assert run("--output_dir", other, "--seed", 4, *SIZES).code == 0
     files = sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     assert all((world / name).read_bytes() == (again / name).read_bytes() for name in files)
@@ -182,7 +179,7 @@ def test_score(world, tmp_path):
     outputs = tmp_path / "out.jsonl"
     outputs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("--output_dir", world, "--score", outputs, "--num_shown", 3)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     *shown, last = result.stdout.splitlines()
     assert last.startswith("accuracy 50.0% of 20 samples (") and last.count("50.0%") == last.count("%")
     assert len(shown) == 3
@@ -203,7 +200,7 @@ def test_judged_samples(tmp_path):
     samples, pairs, steps = (tmp_path / name for name in ("samples.jsonl", "sub/pairs.jsonl", "sub/steps.jsonl"))
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("--samples", samples, "--pairs_file", pairs, "--steps_file", steps)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert records(pairs) == [{"prompt": "7+5\n", "chosen": right, "rejected": wrong}]
     labels = {tuple(r["completions"]): r["labels"] for r in records(steps)}
     assert labels == {
@@ -215,7 +212,7 @@ def test_judged_samples(tmp_path):
     samples.write_text(json.dumps(lines[0]) + "\n")
     for args in (("--pairs_file", tmp_path / "new"), ()):
         result = run("--samples", samples, *args)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+        assert result.code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -252,5 +249,5 @@ def test_bad_input(world, tmp_path):
     assert (world / "train.jsonl").read_bytes() == before and not new.exists()
 
     result = run("--output_dir", world)
-    assert result.returncode == 2 and str(world) in result.stderr
+    assert result.code == 2 and str(world) in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1

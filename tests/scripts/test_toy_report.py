@@ -2,18 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(script, *args):
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+from tests import tiny
 
 
 def write(path, lines):
@@ -26,13 +18,13 @@ def world(tmp_path_factory):
     """What the quickstart leaves, with answers that were put there: 1 in 4 right by SFT, 2 by DPO, 3 by PPO."""
     out = tmp_path_factory.mktemp("toy") / "world"
     sizes = ("--num_train", 10, "--num_heldout", 20, "--num_prompts", 10)
-    assert run("scripts/toy.py", "--output_dir", out, *sizes).returncode == 0
+    assert tiny.run("scripts/toy.py", "--output_dir", out, *sizes).code == 0
     shutil.copytree(out / "model", out / "sft")
     drawn = out / "drawn.jsonl"
     flags = ("--num_samples", 4, "--max_new_tokens", 8, "--batch_size", 16, "--return_token_ids")
     flags = ("--checkpoint_path", out / "sft", "--prompt_file", out / "heldout.jsonl", "--output_file", drawn, *flags)
-    result = run("inference/generate.py", *flags)
-    assert result.returncode == 0, result.stderr
+    result = tiny.run("inference/generate.py", *flags)
+    assert result.code == 0, result.stderr
     lines = sorted(map(json.loads, drawn.read_text().splitlines()), key=lambda line: (line["idx"], line["sample_idx"]))
     for stage, num_right, kl in (("sft", 1, 0.0), ("dpo", 2, 0.5), ("ppo", 3, 2.0)):
         judged = [
@@ -57,8 +49,8 @@ def test_the_table(world):
     """Catches a column of another stage, gains over the wrong stage, and a KL with the wrong sign, of other tokens or
     without the EOS: the samples are the reference's own, their log-probs raised by 0, 0.5 and 2 nats."""
     output = world / "REPORT.md"
-    result = run("scripts/toy_report.py", world, "--output_file", output, "--picture", "curves.png")
-    assert result.returncode == 0, result.stderr
+    result = tiny.run("scripts/toy_report.py", world, "--output_file", output, "--picture", "curves.png")
+    assert result.code == 0, result.stderr
     text = output.read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert rows[2:] == [
@@ -77,8 +69,8 @@ def test_several_seeds(world, tmp_path):
     shutil.copytree(world, other)
     scored = other / "samples/ppo.scored.jsonl"
     write(scored, [{**json.loads(line), "output": "0"} for line in scored.read_text().splitlines()])
-    result = run("scripts/toy_report.py", world, other, "--output_file", tmp_path / "REPORT.md")
-    assert result.returncode == 0, result.stderr
+    result = tiny.run("scripts/toy_report.py", world, other, "--output_file", tmp_path / "REPORT.md")
+    assert result.code == 0, result.stderr
     assert "PPO 12.5 ± 53.0" in result.stdout and "| 37.5 ± 53.0 % |" in result.stdout and "2 seeds" in result.stdout
 
 
@@ -87,6 +79,6 @@ def test_missing_stage(world, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(world, other)
     (other / "samples/ppo.scored.jsonl").unlink()
-    result = run("scripts/toy_report.py", other, "--output_file", tmp_path / "REPORT.md")
-    assert result.returncode == 2 and "ppo.scored.jsonl" in result.stderr and not (tmp_path / "REPORT.md").exists()
+    result = tiny.run("scripts/toy_report.py", other, "--output_file", tmp_path / "REPORT.md")
+    assert result.code == 2 and "ppo.scored.jsonl" in result.stderr and not (tmp_path / "REPORT.md").exists()
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -143,8 +143,8 @@ def test_layouts_agree(world, layout):
     jobs, outs = [], []
     for name in ("tied", "biased"):
         for kind, flags in FLAGS.items():
-            if kind.startswith("compiled") and (layout != "dp 2 x tp 2" or name == "tied"):
-                continue
+            if kind.startswith("compiled") and (layout != "tp 2" or name == "tied"):
+                continue  # compiling is slow, and it is the collectives of tp that a compiled block holds
             if (kind == "sequence parallel" and tp_size == 1) or (kind in ONCE and name == "tied"):
                 continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
@@ -218,10 +218,8 @@ def test_kill_and_resume_on_four_ranks(world):
     """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole,
     ranks that do not agree where a signal stops them, and a checkpoint that only the ranks that wrote it can read."""
     root, train_file = world
-    flags = ["--max_steps", 30, "--save_steps", 3, "--tensor_parallel_size", 2, "--save_total_limit", 3]
-    whole = start_ranks(4, *arguments(root / "tied", train_file, root / "whole", *flags))
-    assert whole.wait(timeout=200) == 0, whole.communicate()[0][-3000:]
-
+    flags = ["--max_steps", 20, "--save_steps", 3, "--tensor_parallel_size", 2, "--save_total_limit", 3]
+    launch(4, [sft_job(root / "tied", train_file, root / "whole", *flags)])
     out = root / "killed"
     run = start_ranks(4, *arguments(root / "tied", train_file, out, *flags))
     wait_until(lambda: list(out.glob("checkpoints/step-0000*")), run)
@@ -248,7 +246,7 @@ def test_kill_and_resume_on_four_ranks(world):
     assert run.wait(timeout=200) == 0, run.communicate()[0][-3000:]
     wanted, resumed = (load_file(d / "model.safetensors") for d in (root / "whole", out))
     assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
-    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 31))
+    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 21))
 
     flags[5] = 1  # the same run goes on in one process
     args = arguments(root / "tied", train_file, root / "elsewhere", *flags, "--resume")

@@ -22,9 +22,19 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Right padding needs no mask: no real token ever sees it.
     """
+    return _sdpa(q, k, v, is_causal=True)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask).transpose(1, 2)
+
+
+def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
+    """causal_attention of prompts packed end to end in one row of sum(lengths), each on its own, computed in dtype."""
+    parts = zip(*(t[0].to(dtype).split(lengths) for t in (q, k, v)))
+    outputs = [causal_attention(layer, *(t[None] for t in part))[0] for part in parts]
+    return torch.cat(outputs)[None].to(q.dtype)
 
 
 @cache
@@ -63,11 +73,6 @@ def document_attention(
         rows = (t.flatten(0, 1) for t in (q, k, v))
         return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
 
-    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
     if has_varlen(device, dtype, head_dim):
         ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
         kernel = varlen_kernel()
@@ -77,4 +82,4 @@ def document_attention(
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
-    return masked
+    return lambda layer, q, k, v: _sdpa(q, k, v, attn_mask=mask[:, None])

@@ -6,9 +6,6 @@
 - a folder (scripts/quantize.py writes it) holds what --quantize computes, to the bit; or int4 that was chosen with more
   care (models/gptq.py)
 - with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
-
-    python models/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
-        --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles, fill_parameters
 from models.common import flag, short_bar
-from models.model import (
-    FUSIONS,
-    Block,
-    ModelConfig,
-    RowLinear,
-    Transformer,
-    is_quantized,
-    read_hf_config,
-)
+from models.model import FUSIONS, Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
 from models.qlinear import GROUP_SIZES, MODES, Quantized, QuantizedLinear, Scheme, quantize
 from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
 
@@ -163,9 +152,9 @@ def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> dict[st
     stored = {}
     for name, shape in shapes.items():
         if is_linear_weight(name):
-            parts = _slices(tuple(slice(0, n) for n in shape), scheme)
-            sizes = [tuple(part.stop - part.start for part in slices) for slices in parts]
-            stored.update(zip(stored_names(name, scheme), sizes))
+            values, *scales = stored_names(name, scheme)
+            num_groups = shape[1] // scheme.group_size if scheme.mode == "int4" else 1
+            stored |= {values: shape, **dict.fromkeys(scales, (shape[0], num_groups))}
         else:
             stored[name] = shape
     return stored
@@ -181,11 +170,7 @@ def _slices(cut: tuple[slice, slice], scheme: Scheme) -> list[tuple[slice, slice
 
 
 def quantize_file(
-    files: WeightFiles,
-    name: str,
-    slices: tuple[slice, ...],
-    scheme: Scheme,
-    device: torch.device,
+    files: WeightFiles, name: str, slices: tuple[slice, ...], scheme: Scheme, device: torch.device
 ) -> Quantized:
     """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
     try:
@@ -241,9 +226,6 @@ def load_quantized(
         quantize_block(block, f"layers.{i}.", weight_of, bias_of, scheme, dtype)
     fill_parameters(model, files, device=device, dtype=dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model.requires_grad_(False).eval()
-
-
-# ------------------------------------------------------------------------------------------ folder
 
 
 def rounded_tensors(files: WeightFiles, scheme: Scheme, device: torch.device) -> Iterator[tuple[str, Tensor]]:

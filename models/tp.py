@@ -150,9 +150,10 @@ def leave_parallel(x: Tensor, parallel: Parallel) -> Tensor:
     return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)
 
 
-def whole_sequence(x: Tensor, tp: DeviceMesh | None) -> Tensor:
+def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:
     """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E] for what all ranks then compute alike."""
-    return x if size_of(tp) == 1 else _WholeTokens.apply(x, tp)
+    tp, sequence_parallel = parallel
+    return _WholeTokens.apply(x, tp) if sequence_parallel and size_of(tp) > 1 else x
 
 
 def gather_ranks(x: Tensor, tp: DeviceMesh) -> Tensor:

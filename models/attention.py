@@ -68,14 +68,15 @@ def document_attention(
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
 
-    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
-        rows = (t.flatten(0, 1) for t in (q, k, v))
-        return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
-
     if has_varlen(device, dtype, head_dim):
         ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
         kernel = varlen_kernel()
+
+        def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
+            rows = (t.flatten(0, 1) for t in (q, k, v))
+            return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
+
         return variable_length
     size = len(lengths) * num_tokens  # else torch asks the device for it
     document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)

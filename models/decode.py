@@ -104,9 +104,8 @@ class InferenceLinear(nn.Module):
 
 def has_byte_bags() -> bool:
     """Whether this CPU sums rows of bytes at the memory's speed (FBGEMM; elsewhere the operator is a plain loop)."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
-        torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"
-    )
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    return has_fbgemm and hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets")
 
 
 class QuantizedHead(nn.Module):
@@ -190,12 +189,7 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
 
 
 def _fuse(block: Block, pack: bool) -> None:
-    for part_name, names, product in FUSIONS:
-        part = getattr(block, part_name)
-        fused = InferenceLinear([getattr(part, name) for name in names], pack=pack)
-        for name in names:
-            setattr(part, name, None)
-        setattr(part, product, fused)
+    block.fuse(lambda names: InferenceLinear([block.get_submodule(name) for name in names], pack=pack))
 
 
 def load_for_inference(

@@ -181,8 +181,7 @@ def load_for_training(
         model = Transformer(config, runtime.dtype, parallel_of(mesh, args.sequence_parallel), head)
     shard_model(model, mesh, args, runtime, param_dtype)
     model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
-    part_of = partial(sharded_part, mesh=mesh)
-    load_weights(model, files, device=runtime.device, part_of=part_of, new_score=new_score)
+    load_weights(model, files, device=runtime.device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
     return model
 
 

@@ -101,10 +101,8 @@ def quantize_blocks(
     inv_freq = config.inv_freq().to(device)
     table = files.read("embed_tokens.weight")
     inputs = [table[rows.input_ids].to(device, dtype) for rows in calibration]
-    states = {
-        name: [table[rows.input_ids].to(device, dtype) for rows in evaluation]
-        for name in ("stored", "rounded", "chosen")
-    }
+    embedded = [table[rows.input_ids].to(device, dtype) for rows in evaluation]
+    states = dict.fromkeys(("stored", "rounded", "chosen"), embedded)
     for i in short_bar(range(config.num_hidden_layers), "quantising", "block"):
         block = _load_block(files, config, i, device, dtype)
         states["stored"] = forward(block, states["stored"])

@@ -12,6 +12,7 @@ Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head di
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -269,6 +270,15 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def fuse(self, product_of: Callable[[list[str]], nn.Module]) -> None:
+        """Puts one product in the place of Linear layers that share an input: product_of(their names in the block)."""
+        for part_name, names, product in FUSIONS:
+            part = getattr(self, part_name)
+            fused = product_of([f"{part_name}.{name}" for name in names])
+            for name in names:
+                setattr(part, name, None)
+            setattr(part, product, fused)
+
 
 class Embedding(nn.Embedding):
     """Vocabulary-parallel: each rank holds some rows of the table."""
@@ -278,8 +288,7 @@ class Embedding(nn.Embedding):
         self.parallel = parallel
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp)
-        return leave_parallel(rows, self.parallel)
+        return leave_parallel(embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp), self.parallel)
 
 
 class ScoreHead(nn.Linear):

@@ -111,16 +111,15 @@ def quantize_block(
 ) -> None:
     """Puts quantised products in the place of a block's linear layers. weight_of and bias_of give this rank's part of a
     parameter by its name, which begins with the prefix; dtype is that of the activations."""
-    for part_name, names, product in FUSIONS:
-        part = getattr(block, part_name)
-        first = getattr(part, names[0])
-        stems = [f"{prefix}{part_name}.{name}" for name in names]
-        weights = [weight_of(f"{stem}.weight") for stem in stems]
-        biases = None if first.bias is None else [bias_of(f"{stem}.bias") for stem in stems]
+
+    def product_of(names: list[str]) -> QuantizedLinear:
+        first = block.get_submodule(names[0])
+        weights = [weight_of(f"{prefix}{name}.weight") for name in names]
+        biases = None if first.bias is None else [bias_of(f"{prefix}{name}.bias") for name in names]
         parallel = first.parallel if isinstance(first, RowLinear) else Parallel()
-        for name in names:
-            setattr(part, name, None)
-        setattr(part, product, QuantizedLinear(weights, biases, scheme, dtype, parallel))
+        return QuantizedLinear(weights, biases, scheme, dtype, parallel)
+
+    block.fuse(product_of)
 
 
 @torch.no_grad()

@@ -121,10 +121,9 @@ def text_of(prompt: str | list[dict], tokenizer: Tokenizer) -> str:
 
 
 def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
-    largest = max(ids, default=0)
-    if largest >= vocab_size:
+    if max(ids, default=0) >= vocab_size:
         raise ValueError(
-            f"{where}: holds token id {largest}, which the model with vocab_size {vocab_size} does not have"
+            f"{where}: holds token id {max(ids)}, which the model with vocab_size {vocab_size} does not have"
         )
 
 

@@ -87,13 +87,8 @@ def main(args: GenerateArgs) -> None:
     else:
         records = [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(args.prompt)]
     prompts, notes = encode_prompts(records, folder, args)
-    eos_ids, stop = folder.eos_token_ids, tuple(args.stop or ())
-    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, eos_ids, stop)
-    requests = [
-        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
-        for p in prompts
-        for sample_idx in range(args.num_samples)
-    ]
+    stop = tuple(args.stop or ())
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids, stop)
     begun_with = {
         "checkpoint_path": str(args.checkpoint_path.resolve()),
         "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
@@ -107,7 +102,12 @@ def main(args: GenerateArgs) -> None:
     }
     lines = read_begun(args.output_file, begun_with, "generate.py", ("idx", "sample_idx")) if args.resume else []
     done = {(line["idx"], line["sample_idx"]) for line in lines}
-    requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
+    requests = [
+        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
+        for p in prompts
+        for sample_idx in range(args.num_samples)
+        if (p.idx, sample_idx) not in done
+    ]
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
     requests = requests_of_rank(requests, mesh["dp"])
@@ -120,7 +120,8 @@ def main(args: GenerateArgs) -> None:
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
     )
-    stream = sys.stdout if args.output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
+    in_file = args.output_file is not None
+    stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     num_samples = len(prompts) * args.num_samples
     rows = {
@@ -135,7 +136,6 @@ def main(args: GenerateArgs) -> None:
     say(card("generate", rows))
     record_of = {p.idx: p.record for p in prompts}
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
-    in_file = args.output_file is not None
     output = LineWriter(args.output_file, begun_with, active) if in_file else nullcontext(LinePrinter(active))
     with output as writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):

@@ -83,4 +83,8 @@ def document_attention(
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
-    return lambda layer, q, k, v: _sdpa(q, k, v, attn_mask=mask[:, None])
+
+    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(q, k, v, attn_mask=mask[:, None])
+
+    return masked

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from models.checkpoint import ModelArgs, open_folder
-from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script
+from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingArgs, SamplingParams
@@ -77,12 +77,6 @@ def main(args: ChatArgs) -> None:
         turn += 1
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Prints on the main rank."""
-    if is_main_rank():
-        print(text, end=end, flush=True)
-
-
 def read_line() -> str:
     """What the user types at the main rank, on every rank; "" at the end of input."""
     line = [""]
@@ -95,11 +89,12 @@ def read_line() -> str:
 
 def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
     """Prints the answer as it comes and returns it; Ctrl-C cuts it short."""
-    decoder, pieces = StreamDecoder(tokenizer, request.prompt_ids), []
+    decoder, pieces, ending = StreamDecoder(tokenizer, request.prompt_ids), [], ""
 
     def show(text: str) -> None:
         pieces.append(text)
-        say(text, end="")
+        if is_main_rank():
+            print(text, end="", flush=True)
 
     def on_token(_: Request, token: int) -> None:
         if token not in engine.params.stop_token_ids:
@@ -109,10 +104,10 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
         for completion in engine.generate([request], on_token):
             show(decoder.flush())
             if completion.finish_reason == "length":
-                say(" [cut at the token limit]", end="")
+                ending = " [cut at the token limit]"
     except KeyboardInterrupt:
         show(decoder.flush())
-    say("")
+    say(ending)
     return "".join(pieces)
 
 

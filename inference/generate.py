@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,13 +87,8 @@ def main(args: GenerateArgs) -> None:
     else:
         records = [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(args.prompt)]
     prompts, notes = encode_prompts(records, folder, args)
-    eos_ids, stop = folder.eos_token_ids, tuple(args.stop or ())
-    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, eos_ids, stop)
-    requests = [
-        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
-        for p in prompts
-        for sample_idx in range(args.num_samples)
-    ]
+    stop = tuple(args.stop or ())
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids, stop)
     begun_with = {
         "checkpoint_path": str(args.checkpoint_path.resolve()),
         "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
@@ -104,10 +100,14 @@ def main(args: GenerateArgs) -> None:
         "quantize": None if scheme is None else str(scheme),
         **dataclasses.asdict(params),
     }
-    fields = ("idx", "sample_idx")
-    finished = read_begun(args.output_file, begun_with, "generate.py", fields) if args.resume else []
-    done = {(line["idx"], line["sample_idx"]) for line in finished}
-    requests = [request for request in requests if (request.idx, request.sample_idx) not in done]
+    lines = read_begun(args.output_file, begun_with, "generate.py", ("idx", "sample_idx")) if args.resume else []
+    done = {(line["idx"], line["sample_idx"]) for line in lines}
+    requests = [
+        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
+        for p in prompts
+        for sample_idx in range(args.num_samples)
+        if (p.idx, sample_idx) not in done
+    ]
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
     requests = requests_of_rank(requests, mesh["dp"])
@@ -120,7 +120,8 @@ def main(args: GenerateArgs) -> None:
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
     )
-    stream = sys.stdout if args.output_file is not None else sys.stderr  # stdout is for the samples, if nothing else
+    in_file = args.output_file is not None
+    stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     num_samples = len(prompts) * args.num_samples
     rows = {
@@ -135,11 +136,11 @@ def main(args: GenerateArgs) -> None:
     say(card("generate", rows))
     record_of = {p.idx: p.record for p in prompts}
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
-    writer = LinePrinter(active) if args.output_file is None else LineWriter(args.output_file, begun_with, active)
-    with writer, TokenCounter(len(requests)) as counter:
+    output = LineWriter(args.output_file, begun_with, active) if in_file else nullcontext(LinePrinter(active))
+    with output as writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):
             writer.write(line_of(completion, record_of[completion.request.idx], args.return_token_ids))
-            counter.finish_sample()
+            counter.bar.update(1)
     say(end_card(engine, model, runtime, mesh["dp"]))
 
 
@@ -199,9 +200,6 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
     return prompts, [f"{count} {what}" for count, what in remarks if count]
 
 
-# -------------------------------------------------------------------------------------- the output
-
-
 class LinePrinter:
     """Stands where a LineWriter does when there is no output file: for people, if standard output is a terminal."""
 
@@ -214,12 +212,6 @@ class LinePrinter:
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
         elif self.active:
             print(encode_line(line).decode(), end="", flush=True)
-
-    def __enter__(self) -> "LinePrinter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
 
 
 def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:
@@ -239,9 +231,6 @@ def line_of(completion: Completion, record: Record, return_token_ids: bool) -> d
     return {**line, **{name: value for name, value in record.fields.items() if name not in written}}
 
 
-# --------------------------------------------------------------------------------- what people see
-
-
 class TokenCounter:
     """A progress bar over samples that shows tokens/s."""
 
@@ -253,9 +242,6 @@ class TokenCounter:
         self.num_tokens += 1
         if self.num_tokens % 64 == 0:
             self.show()
-
-    def finish_sample(self) -> None:
-        self.bar.update(1)
 
     def show(self) -> None:
         rate = self.num_tokens / max(self.bar.format_dict["elapsed"], 1e-9)
@@ -280,8 +266,8 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh)
         dist.all_reduce(total, group=dp.get_group())
     if engine.num_steps:
         seconds = engine.decode_seconds
-        rate, step = decoded.item(), 1e3 * seconds / engine.num_steps
-        rows["decoding"] = f"{rate:,.1f} tok/s, {step:.2f} ms a step of {engine.num_slots} slots"
+        step = 1e3 * seconds / engine.num_steps
+        rows["decoding"] = f"{decoded.item():,.1f} tok/s, {step:.2f} ms a step of {engine.num_slots} slots"
         bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")

@@ -34,11 +34,10 @@ def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[s
         if is_main_rank():
             print(f"{output_file}: nothing to resume, starting from the beginning")
         return []
-    if not sidecar(output_file).is_file():
-        raise ValueError(
-            f"{sidecar(output_file)}: missing, so --resume cannot tell what {output_file.name} was begun with"
-        )
-    earlier = read_json_object(sidecar(output_file))
+    args_file = sidecar(output_file)
+    if not args_file.is_file():
+        raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
+    earlier = read_json_object(args_file)
     differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
     if differing:
         raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")

@@ -189,9 +189,6 @@ def main(args: ScoreArgs) -> None:
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
-# ------------------------------------------------------------------------------------------ the flags
-
-
 def check_files(args: ScoreArgs) -> None:
     """Raises ValueError for flags that do not go together, and for files that are there already."""
     if args.best_of_n and args.weighted_vote:
@@ -215,9 +212,6 @@ def check_kind(args: ScoreArgs, kind: RewardKind) -> None:
         raise ValueError("--normalize: the scores of steps are logits of probabilities and stay as they are")
     if args.normalize and not kind.can_normalize():
         raise ValueError(f"--normalize: {path / 'config.json'} has no reward_mean and positive reward_std")
-
-
-# ---------------------------------------------------------------------------------------- the records
 
 
 class Item(NamedTuple):
@@ -265,9 +259,6 @@ def line_of(item: Item, scores: list[list[float]], kind: RewardKind, args: Score
         rewards = [(score - kind.mean) / kind.std if args.normalize else score for [score] in scores]
         added = dict(zip(names, rewards))
     return {**item.record.fields, **added}
-
-
-# --------------------------------------------------------------------------------- what people see
 
 
 def num_weights(config: ModelConfig) -> int:

@@ -22,9 +22,19 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Right padding needs no mask: no real token ever sees it.
     """
+    return _sdpa(q, k, v, is_causal=True)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask).transpose(1, 2)
+
+
+def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
+    """causal_attention of prompts packed end to end in one row of sum(lengths), each on its own, computed in dtype."""
+    parts = zip(*(t[0].to(dtype).split(lengths) for t in (q, k, v)))
+    outputs = [causal_attention(layer, *(t[None] for t in part))[0] for part in parts]
+    return torch.cat(outputs)[None].to(q.dtype)
 
 
 @cache
@@ -58,23 +68,23 @@ def document_attention(
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
 
-    def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
-        rows = (t.flatten(0, 1) for t in (q, k, v))
-        return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
-
-    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
-
     if has_varlen(device, dtype, head_dim):
         ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
         kernel = varlen_kernel()
+
+        def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
+            rows = (t.flatten(0, 1) for t in (q, k, v))
+            return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
+
         return variable_length
     size = len(lengths) * num_tokens  # else torch asks the device for it
     document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
+
+    def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(q, k, v, attn_mask=mask[:, None])
+
     return masked

@@ -62,8 +62,7 @@ class Folder(NamedTuple):
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills rows up; many folders name a pad token that has no embedding, and any other does as
-        well."""
+        """The id that fills rows up; many folders name a pad token without an embedding, and any other will do."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < self.config.vocab_size else 0
 
     @property
@@ -205,8 +204,8 @@ class WeightFiles:
             for name, shape in expected.items()
             if name in self._shapes and self._shapes[name] != shape
         ]
-        lists = (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong))
-        problems = [f"{what}: {_some(names)}" for what, names in lists if names]
+        lists = {"missing tensors": missing, "unexpected tensors": unexpected, "wrong shapes": wrong}
+        problems = [f"{what}: {_some(names)}" for what, names in lists.items() if names]
         if problems:
             raise ValueError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems)}")
 
@@ -239,7 +238,6 @@ def load_model(
     return model
 
 
-@torch.no_grad()
 def load_weights(
     model: Transformer,
     files: WeightFiles,
@@ -360,7 +358,7 @@ def save_folder(
 def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
     """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors); returns their dtype."""
     shards: list[list[str]] = []
-    total, pending, pending_bytes, saved_dtype = 0, {}, 0, torch.float32
+    total, pending, saved_dtype = 0, {}, torch.float32
 
     def flush():
         try:
@@ -374,11 +372,10 @@ def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, 
             continue
         tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         saved_dtype = tensor.dtype
-        if pending and pending_bytes + tensor.nbytes > max_bytes:
+        if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:
             flush()
-            pending, pending_bytes = {}, 0
+            pending = {}
         pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-        pending_bytes += tensor.nbytes
         total += tensor.nbytes
     flush()
     if len(shards) == 1:
@@ -415,8 +412,7 @@ def _sync(path: Path) -> None:
 
 
 def generation_eos_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
-    """The ids that end a generation: from generation_config.json, else config.json (an int or a list), else
-    `default`."""
+    """The ids that end a generation: from generation_config.json, else config.json, else `default`."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from models.attention import Attend, causal_attention, has_varlen, varlen_kernel
+from models.attention import Attend, has_varlen, packed_attention, varlen_kernel
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.model import FUSIONS, Block, Linear, ModelConfig, RowLinear, Transformer
@@ -44,6 +44,11 @@ def can_pack(runtime: Runtime) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Side by side as one tensor; one alone is not copied."""
+    return tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
+
+
 class InferenceLinear(nn.Module):
     """Linear layers that share an input, as one matrix product; their outputs stand side by side in one tensor."""
 
@@ -53,24 +58,17 @@ class InferenceLinear(nn.Module):
         super().__init__()
         self.sizes = [len(linear.weight) for linear in linears]  # of this tp rank, unlike out_features
         self.num_bytes = sum(linear.weight.nbytes for linear in linears)
-        self.packed = None
         first = linears[0]
         self.parallel = first.parallel if isinstance(first, RowLinear) and size_of(first.parallel.tp) > 1 else None
         self.dtype = first.weight.dtype
-        if pack or len(linears) > 1:
-            self.register_buffer("weight", None if pack else torch.cat([linear.weight for linear in linears]))
-            self.register_buffer("bias", None if first.bias is None else torch.cat([linear.bias for linear in linears]))
-        else:
-            self.register_buffer("weight", first.weight.detach())
-            self.register_buffer("bias", None if first.bias is None else first.bias.detach())
-        if pack:
-            self._pack(linears)
+        self.register_buffer("weight", None if pack else _joined([linear.weight for linear in linears]))
+        self.register_buffer("bias", None if first.bias is None else _joined([linear.bias for linear in linears]))
+        self.packed = self._pack(linears) if pack else None
 
     @torch.no_grad()
-    def _pack(self, linears: list[Linear]) -> None:
-        weights = [local(linear.weight) for linear in linears]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype), self.PACK_ROWS)
+    def _pack(self, linears: list[Linear]) -> Tensor:
+        weight = _joined([local(linear.weight) for linear in linears]).to(self.dtype)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
 
     @torch.no_grad()
     def refresh(self, linears: list[Linear]) -> None:
@@ -79,7 +77,7 @@ class InferenceLinear(nn.Module):
             for part, linear in zip(self.weight.split(self.sizes), linears):
                 part.copy_(local(linear.weight))
         else:
-            self._pack(linears)
+            self.packed = self._pack(linears)
         if self.bias is not None:
             for part, linear in zip(self.bias.split(self.sizes), linears):
                 part.copy_(local(linear.bias))
@@ -106,9 +104,8 @@ class InferenceLinear(nn.Module):
 
 def has_byte_bags() -> bool:
     """Whether this CPU sums rows of bytes at the memory's speed (FBGEMM; elsewhere the operator is a plain loop)."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and hasattr(
-        torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"
-    )
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    return has_fbgemm and hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets")
 
 
 class QuantizedHead(nn.Module):
@@ -165,9 +162,8 @@ class QuantizedHead(nn.Module):
             every = torch.arange(bags * E, dtype=torch.int32).view(bags, 1, E).expand(bags, M, E).flatten()
             self.places[M] = (every, torch.arange(0, len(every) + 1, E, dtype=torch.int32))
         weights = rows.float().expand(bags, M, E).flatten()
-        options = (False, 0, False, weights, None, True)
         sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.table.flatten(0, 1), *self.places[M], *options
+            self.table.flatten(0, 1), *self.places[M], False, 0, False, weights, None, True
         )
         return sums.view(bags, M, -1).transpose(0, 1).reshape(M, -1)[:, : len(self.scale)]
 
@@ -193,12 +189,7 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
 
 
 def _fuse(block: Block, pack: bool) -> None:
-    for part_name, names, product in FUSIONS:
-        part = getattr(block, part_name)
-        fused = InferenceLinear([getattr(part, name) for name in names], pack=pack)
-        for name in names:
-            setattr(part, name, None)
-        setattr(part, product, fused)
+    block.fuse(lambda names: InferenceLinear([block.get_submodule(name) for name in names], pack=pack))
 
 
 def load_for_inference(
@@ -220,8 +211,7 @@ def load_for_inference(
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that one decode step reads: all products, while of the embedding it reads a row for each
-    slot."""
+    """Bytes of weights that one decode step reads: all products; of the embedding it reads a row for each slot."""
     products = (InferenceLinear, QuantizedLinear, QuantizedHead)
     return sum(module.num_bytes for module in model.modules() if isinstance(module, products))
 
@@ -249,11 +239,10 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
             _take_parameters(block, trained, source.compute_dtype)
         _fuse(block, pack)
     with _gathered(source):
-        for name in ("embed_tokens", "norm", "lm_head"):
-            if name == "lm_head" and source.config.tie_word_embeddings:
-                copy.lm_head.weight = copy.embed_tokens.weight
-            else:
-                _take_parameters(getattr(copy, name), getattr(source, name), source.compute_dtype)
+        names = ("embed_tokens", "norm") if source.config.tie_word_embeddings else ("embed_tokens", "norm", "lm_head")
+        for name in names:
+            _take_parameters(getattr(copy, name), getattr(source, name), source.compute_dtype)
+    copy.tie_weights()
     copy.lm_head = InferenceLinear([copy.lm_head], pack=pack)
     copy.reset_buffers(source.inv_freq.device)
     return copy.requires_grad_(False).eval()
@@ -339,13 +328,10 @@ class KVCache(nn.Module):
         """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache, dtype = self.layers[layer], q.dtype
-            q, k, v = (t[0].to(self.dtype) for t in (q, k, v))  # [N, H or K, D]
-            outputs = []
-            for slot, length, q_, k_, v_ in zip(slots, lengths, q.split(lengths), k.split(lengths), v.split(lengths)):
-                cache.k[slot, :length], cache.v[slot, :length] = k_, v_
-                outputs.append(causal_attention(layer, q_[None], k_[None], v_[None])[0])
-            return torch.cat(outputs)[None].to(dtype)
+            cache = self.layers[layer]
+            for slot, length, keys, values in zip(slots, lengths, k[0].split(lengths), v[0].split(lengths)):
+                cache.k[slot, :length], cache.v[slot, :length] = keys, values  # [length, K, D]
+            return packed_attention(layer, q, k, v, lengths, self.dtype)
 
         return attend
 
@@ -363,11 +349,10 @@ class KVCache(nn.Module):
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 cache = write(layer, k, v)
-                # the kernel needs max_k for its grid only, so it does not change from step to step
-                ends, longest = (self.query_starts, self.key_starts), (1, cache.k.shape[1])
-                options = {"seqused_k": used, "enable_gqa": q.shape[2] != k.shape[2]}
                 rows = (q[:, 0].contiguous(), cache.k.flatten(0, 1), cache.v.flatten(0, 1))
-                return self.kernel(*rows, *ends, *longest, **options)[:, None]
+                # the kernel needs max_k for its grid only, so it does not change from step to step
+                limits = (self.query_starts, self.key_starts, 1, cache.k.shape[1])
+                return self.kernel(*rows, *limits, seqused_k=used, enable_gqa=q.shape[2] != k.shape[2])[:, None]
 
             return attend
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import Attend, causal_attention
+from models.attention import Attend, packed_attention
 from models.model import ModelConfig, Transformer
 from models.rope import rope_tables
 from models.tp import size_of
@@ -32,7 +32,7 @@ def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) ->
 
 
 class CPUCache(nn.Module):
-    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens, as models.decode.KVCache has them.
+    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens; its methods are models.decode.KVCache's.
 
     Keys are kept in fp32, since a bag's result has its table's dtype and scores are not to be rounded; values and the
     weights of their sum are in `dtype`.
@@ -49,39 +49,31 @@ class CPUCache(nn.Module):
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(B, K, P, D, W) for _ in layers]
         self.values = [torch.zeros(B, K, P * W, D, dtype=dtype) for _ in layers]
-        slot_heads = torch.arange(B * K).view(B, K)
-        self.page_rows = (slot_heads.repeat_interleave(H // K, dim=1) * P * D)[:, :, None, None] + torch.arange(D)
-        self.value_rows = (slot_heads.repeat_interleave(H // K, dim=1) * P * W)[:, :, None].int()
-        self.page_rows, self.first_places = self.page_rows.int(), (slot_heads[..., None] * P * D + torch.arange(D)) * W
+        slot_heads, dims = torch.arange(B * K).view(B, K), torch.arange(D)
+        heads_read = slot_heads.repeat_interleave(H // K, dim=1)  # [B, H]
+        self.page_rows = ((heads_read * P * D)[:, :, None, None] + dims).int()
+        self.value_rows = (heads_read * P * W)[:, :, None].int()
+        self.first_places = (slot_heads[..., None] * P * D + dims) * W
         self.first_values = slot_heads * P * W
         self.constants: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one cached token takes, over all layers."""
         _, _, K, D = self.shape
         return len(self.keys) * K * D * (4 + self.dtype.itemsize)
 
     def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
-        """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values, outputs = self.keys[layer], self.values[layer], []
-            v_cached, (q, k, v) = v[0].to(self.dtype), (t[0].float() for t in (q, k, v))  # [N, H or K, D]
-            for slot, length, q_, k_, v_, cached in zip(
-                slots, lengths, *(t.split(lengths) for t in (q, k, v, v_cached))
-            ):
-                values[slot, :, :length] = cached.transpose(0, 1)
+            for slot, length, keys, values in zip(slots, lengths, k[0].split(lengths), v[0].split(lengths)):
+                self.values[layer][slot, :, :length] = values.transpose(0, 1)  # [K, length, D]
                 pages = -(-length // W)
-                padded = F.pad(k_, (0, 0, 0, 0, 0, pages * W - length)).unflatten(0, (pages, W))
-                keys[slot, :, :pages] = padded.permute(2, 0, 3, 1)  # [K, P, D, W]
-                outputs.append(causal_attention(layer, q_[None], k_[None], v_[None])[0])
-            return torch.cat(outputs)[None].to(self.dtype)
+                padded = F.pad(keys, (0, 0, 0, 0, 0, pages * W - length)).unflatten(0, (pages, W))
+                self.keys[layer][slot, :, :pages] = padded.permute(2, 0, 3, 1)  # [K, P, D, W]
+            return packed_attention(layer, q, k, v, lengths, torch.float32)
 
         return attend
 
     def decode(self, positions: Tensor, length: int) -> Attend:
-        """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
         (B, H, _, D), P = self.shape, -(-length // W)
         places, pages, page_ends, value_ends, scale = self._constants(P)
         bias = torch.zeros(B, 1, P * W).masked_fill_(places > positions[:, None, None], float("-inf"))
@@ -114,7 +106,6 @@ class CPUCache(nn.Module):
         return self.constants[P]
 
     def copy_prefix(self, source: int, targets: list[int], length: int) -> None:
-        """Gives other slots the first `length` positions of slot `source`."""
         pages = -(-length // W)
         for keys, values in zip(self.keys, self.values):
             for target in targets:
@@ -142,14 +133,14 @@ class DecodeLayers:
     def take_weights(self) -> None:
         """Reads the norms' weights and the products anew, which a refresh of the model may have changed."""
         scale = math.sqrt(self.model.config.hidden_size)
-        norms = [(block.input_layernorm, block.post_attention_layernorm) for block in self.model.layers]
-        self.block_norms = [[norm.weight.float() * scale for norm in pair] for pair in norms]
         self.last_norm = self.model.norm.weight.float() * scale
-        self.products = []
+        self.blocks = []
         for block in self.model.layers:
             attention, mlp = block.self_attn, block.mlp
             layers = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-            self.products.append([layer.for_rows(len(self.stream)) for layer in layers])
+            norms = (block.input_layernorm, block.post_attention_layernorm)
+            products = [layer.for_rows(len(self.stream)) for layer in layers]
+            self.blocks.append((*products, *(norm.weight.float() * scale for norm in norms)))
 
     def _norm(self, weight: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(self.stream, dim=-1, keepdim=True)
@@ -163,9 +154,7 @@ class DecodeLayers:
         first, second, rotated_first, rotated_second = self.halves
         x.copy_(model.embed_tokens(tokens[:, None])[:, 0])
         rotated_heads, D = self.qk.shape[1:]
-        for layer, ((qkv, o, gate_up, down), (input_norm, post_norm)) in enumerate(
-            zip(self.products, self.block_norms)
-        ):
+        for layer, (qkv, o, gate_up, down, input_norm, post_norm) in enumerate(self.blocks):
             heads = qkv(self._norm(input_norm)).view(B, -1, D)
             self.qk.copy_(heads[:, :rotated_heads])
             torch.mul(self.qk, cos, out=self.rotated)

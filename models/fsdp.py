@@ -108,8 +108,7 @@ def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size")
 
 
 def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
-    """Ranks that share the data, from torchrun's environment. Raises ValueError if tp does not divide the ranks, or
-    dp_replicate what is left."""
+    """Ranks that share the data, by torchrun's environment. Raises ValueError if the sizes do not divide the ranks."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world % tensor_parallel_size:
         raise ValueError(f"--tensor_parallel_size {tensor_parallel_size} does not divide the {world} ranks of this run")
@@ -152,8 +151,7 @@ def _is_hybrid(mesh: DeviceMesh) -> bool:
 
 
 def sharded_part(name: str, shape: tuple[int, ...], mesh: DeviceMesh) -> tuple[slice, ...]:
-    """The part of the whole parameter `name` that this rank holds: a chunk over tp, and of that the rows of its dp (or
-    dp_shard) rank."""
+    """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its dp (dp_shard) rank."""
     first, *rest = tensor_parallel_part(name, shape, mesh["tp"])
     shard = mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
     start, end = chunk_range(first.stop - first.start, shard.get_local_rank(), shard.size())
@@ -183,8 +181,7 @@ def load_for_training(
         model = Transformer(config, runtime.dtype, parallel_of(mesh, args.sequence_parallel), head)
     shard_model(model, mesh, args, runtime, param_dtype)
     model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
-    part_of = partial(sharded_part, mesh=mesh)
-    load_weights(model, files, device=runtime.device, part_of=part_of, new_score=new_score)
+    load_weights(model, files, device=runtime.device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
     return model
 
 
@@ -203,8 +200,8 @@ def load_frozen(
     if scheme is None:
         param_dtype = frozen_dtype(args, runtime)
         return load_for_training(folder, mesh, args, runtime, head=head, param_dtype=param_dtype).requires_grad_(False)
-    placing = {"device": runtime.device, "dtype": runtime.dtype, "tp": parallel_of(mesh).tp}
-    model = load_quantized(folder, scheme, **placing, head=head)
+    tp = parallel_of(mesh).tp
+    model = load_quantized(folder, scheme, device=runtime.device, dtype=runtime.dtype, tp=tp, head=head)
     for block in model.layers if runtime.compile else ():
         block.compile()
     return model
@@ -216,11 +213,7 @@ def frozen_dtype(args: ParallelArgs, runtime: Runtime) -> torch.dtype:
 
 
 def shard_model(
-    model: Transformer,
-    mesh: DeviceMesh,
-    args: ParallelArgs,
-    runtime: Runtime,
-    param_dtype: torch.dtype | None = None,
+    model: Transformer, mesh: DeviceMesh, args: ParallelArgs, runtime: Runtime, param_dtype: torch.dtype | None = None
 ) -> None:
     """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded.
 
@@ -250,24 +243,17 @@ def shard_model(
 
 
 def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
-    """Replaces each parameter by this rank's part as a DTensor of that dtype (a scalar head's is fp32); tied parameters
-    stay tied."""
+    """Replaces each parameter by this rank's part as a DTensor of that dtype (scalar head: fp32); tied ones stay so."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in replaced:
                 name = f"{prefix}.{attribute}"
-                shape, dim = tuple(parameter.shape), shard_dim(name)
-                part = parameter[tensor_parallel_part(name, shape, tp)]
+                shape, stride, dim = parameter.shape, parameter.stride(), shard_dim(name)
+                part = parameter.detach()[tensor_parallel_part(name, tuple(shape), tp)]
+                part = part.to(torch.float32 if name == "score.weight" else dtype).contiguous()
                 placement = Replicate() if dim is None else Shard(dim)
-                whole = DTensor.from_local(
-                    part.detach().to(torch.float32 if name == "score.weight" else dtype).contiguous(),
-                    tp,
-                    [placement],
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
+                whole = DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
                 replaced[id(parameter)] = nn.Parameter(whole)
             setattr(module, attribute, replaced[id(parameter)])
 

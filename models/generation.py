@@ -142,8 +142,8 @@ def sample(
         return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
     chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
     # ids are exact in fp32 up to 2^24
-    mine = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
-    best, tokens, chosen, normaliser = gather_ranks(mine, tp).unbind(-1)  # [B, tp] each
+    candidates = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
+    best, tokens, chosen, normaliser = gather_ranks(candidates, tp).unbind(-1)  # [B, tp] each
     winner = best.argmax(dim=-1, keepdim=True)
     tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
     normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
@@ -311,9 +311,8 @@ class Engine(nn.Module):
                 raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
         if self.layers is not None:
             self.layers.take_weights()
-        self._resident: tuple[list[int], int, Tensor] | None = (
-            None  # the newest prompt, a slot that holds it, its logits
-        )
+        # the newest prompt, a slot that holds it, its logits
+        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None
         running: dict[int, _Running] = {}
 
         def take(slot: int, token: int, logprob: float) -> Iterator[Completion]:
@@ -352,35 +351,25 @@ class Engine(nn.Module):
 
     def _admit(self, placed: list[tuple[int, Request]]) -> tuple[list[int], list[float]]:
         """Prefills the slots with their prompts and draws the first token of each: (tokens, logprobs)."""
-        logits_of: dict[
-            tuple[int, ...], tuple[int, Tensor]
-        ] = {}  # prompt -> (slot that holds it, its part of the logits [V])
-        if self._resident is not None:
-            prompt_ids, slot, logits = self._resident
-            sharing = [s for s, request in placed if request.prompt_ids == prompt_ids]
-            self.cache.copy_prefix(slot, [s for s in sharing if s != slot], len(prompt_ids))
-            logits_of[tuple(prompt_ids)] = (slot, logits)
-        fresh: dict[tuple[int, ...], int] = {}
-        copies: list[tuple[int, int, int]] = []
-        for slot, request in placed:
-            prompt = tuple(request.prompt_ids)
-            if prompt in fresh:
-                copies.append((fresh[prompt], slot, len(prompt)))
-            elif prompt not in logits_of:
-                fresh[prompt] = slot
-        for group in _groups(fresh, PREFILL_TOKENS):
-            for prompt, logits in zip(group, self._prefill(group, [fresh[prompt] for prompt in group])):
-                logits_of[prompt] = (fresh[prompt], logits)
-        for source, target, length in copies:
-            self.cache.copy_prefix(source, [target], length)
+        prompts = [tuple(request.prompt_ids) for _, request in placed]
+        slots_of: dict[tuple[int, ...], list[int]] = {}
+        for (slot, _), prompt in zip(placed, prompts):
+            slots_of.setdefault(prompt, []).append(slot)
+        logits_of: dict[tuple[int, ...], Tensor] = {}  # this rank's part of the logits [V]
+        if self._resident is not None and self._resident[0] in slots_of:
+            prompt, holder, logits = self._resident
+            self.cache.copy_prefix(holder, [slot for slot in slots_of.pop(prompt) if slot != holder], len(prompt))
+            logits_of[prompt] = logits
+        for group in _groups(slots_of, PREFILL_TOKENS):
+            logits_of.update(zip(group, self._prefill(group, [slots_of[prompt][0] for prompt in group])))
+        for prompt, (first, *others) in slots_of.items():
+            self.cache.copy_prefix(first, others, len(prompt))
 
-        slot, request = placed[-1]
-        self._resident = (request.prompt_ids, slot, logits_of[tuple(request.prompt_ids)][1])
+        self._resident = (prompts[-1], placed[-1][0], logits_of[prompts[-1]])
         tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
-        slots = tensor([slot for slot, _ in placed])
-        lengths = tensor([len(request.prompt_ids) for _, request in placed])
+        slots, lengths = tensor([slot for slot, _ in placed]), tensor([len(prompt) for prompt in prompts])
         keys = tensor([noise_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
-        logits = torch.stack([logits_of[tuple(request.prompt_ids)][1] for _, request in placed])
+        logits = torch.stack([logits_of[prompt] for prompt in prompts])
         tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params, self.model.parallel.tp)
         remaining = tensor([request.max_new_tokens - 1 for _, request in placed])
         self.tokens[slots], self.positions[slots], self.keys[slots] = tokens, lengths, keys
@@ -404,12 +393,9 @@ class Engine(nn.Module):
 
     def _decode(self, length: int) -> tuple[list[list[int]], list[list[float]]]:
         """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
-        outputs = []
-        for _ in range(self.look_every):
-            tokens, logprobs = self._step(length)
-            outputs.append((tokens.clone(), logprobs.clone()) if self.compiled else (tokens, logprobs))
-        tokens, logprobs = (torch.stack(part).tolist() for part in zip(*outputs))
-        return tokens, logprobs
+        steps = (self._step(length) for _ in range(self.look_every))
+        outputs = [[x.clone() if self.compiled else x for x in step] for step in steps]  # CUDA graphs write over theirs
+        return tuple(torch.stack(part).tolist() for part in zip(*outputs))
 
     def _bucket(self, length: int) -> int:
         """The attention length for at least `length` positions: a compiled step must see few of them (torch.compile

@@ -12,6 +12,8 @@ Dimensions: N output features, K input features, G groups of a row; B rows, T to
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -67,20 +69,6 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
     return Quantized(values[:, order.argsort()], scale, zero)
 
 
-class _Watched(nn.Module):
-    """A linear layer that adds up the second moments of its inputs, those of padding left out."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear, self.mask = linear, None
-        self.moments = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x[self.mask].float()
-        self.moments += rows.T @ rows
-        return self.linear(x)
-
-
 class Cost(NamedTuple):
     """What quantisation does to the predictions of some tokens."""
 
@@ -113,28 +101,21 @@ def quantize_blocks(
     inv_freq = config.inv_freq().to(device)
     table = files.read("embed_tokens.weight")
     inputs = [table[rows.input_ids].to(device, dtype) for rows in calibration]
-    states = {
-        name: [table[rows.input_ids].to(device, dtype) for rows in evaluation]
-        for name in ("stored", "rounded", "chosen")
-    }
+    embedded = [table[rows.input_ids].to(device, dtype) for rows in evaluation]
+    states = dict.fromkeys(("stored", "rounded", "chosen"), embedded)
     for i in short_bar(range(config.num_hidden_layers), "quantising", "block"):
         block = _load_block(files, config, i, device, dtype)
         states["stored"] = forward(block, states["stored"])
-        moments = {}
-        if calibration:
-            watched = _watch(block)
-            for x, rows in zip(inputs, calibration):
-                for layer in watched.values():
-                    layer.mask = rows.mask.to(device)
+        moments: dict[str, Tensor] = {}
+        for x, rows in zip(inputs, calibration):
+            with _adding_moments(block, rows.mask.to(device), moments):
                 forward(block, [x])
-            moments = _unwatch(block, watched)
         rounded, chosen = {}, {}
         for part_name, names, product in FUSIONS:
             for name in names:
                 stem = f"{part_name}.{name}.weight"
                 weight = files.read(f"layers.{i}.{stem}").to(device).float()
-                rounded[stem] = quantize(weight, scheme)
-                chosen[stem] = rounded[stem]
+                rounded[stem] = chosen[stem] = quantize(weight, scheme)
                 if calibration:
                     chosen[stem] = gptq(weight, moments[product], scheme.group_size)
         for name, weights in (("rounded", rounded), ("chosen", chosen)):
@@ -160,20 +141,21 @@ def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.d
     return block
 
 
-def _watch(block: Block) -> dict[str, _Watched]:
-    """Layers with one input are watched at the first of them; by the name of their product."""
-    watched = {}
-    for part_name, names, product in FUSIONS:
-        part = getattr(block, part_name)
-        watched[product] = _Watched(getattr(part, names[0]))
-        setattr(part, names[0], watched[product])
-    return watched
+@contextmanager
+def _adding_moments(block: Block, mask: Tensor, moments: dict[str, Tensor]) -> Iterator[None]:
+    """While it lasts, a forward adds to moments the second moments of each product's input, fp32 [K, K]; mask [B, T] is
+    False for padding. Layers with one input are watched at the first of them."""
 
+    def add(product: str, _: nn.Module, args: tuple[Tensor]) -> None:
+        rows = args[0][mask].float()
+        added = rows.T @ rows
+        moments[product] = moments[product].add_(added) if product in moments else added
 
-def _unwatch(block: Block, watched: dict[str, _Watched]) -> dict[str, Tensor]:
-    for part_name, names, product in FUSIONS:
-        setattr(getattr(block, part_name), names[0], watched[product].linear)
-    return {product: layer.moments for product, layer in watched.items()}
+    watched = [(getattr(block, part).get_submodule(names[0]), product) for part, names, product in FUSIONS]
+    hooks = [linear.register_forward_pre_hook(partial(add, product)) for linear, product in watched]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def _costs(

@@ -12,6 +12,7 @@ Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head di
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,45 +85,41 @@ class ModelConfig:
                 raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
             return kind(value)
 
-        hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
-        num_kv_heads = number("num_key_value_heads", default=num_heads)
-        if config.get("head_dim") is None and hidden_size % num_heads:
-            raise ValueError(f"{where}: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"{where}: num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_kv_heads}"
-            )
-        head_dim = number("head_dim", default=hidden_size // num_heads)
+        hidden_size, heads = number("hidden_size"), number("num_attention_heads")
+        kv_heads = number("num_key_value_heads", default=heads)
+        if config.get("head_dim") is None and hidden_size % heads:
+            raise ValueError(f"{where}: hidden_size {hidden_size} is not divisible by num_attention_heads {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+        head_dim = number("head_dim", default=hidden_size // heads)
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
         rope_theta, rope_scaling = rope_settings(config, where)
-        for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-            if config.get(key) not in (None, True, False):
-                raise ValueError(f"{where}: {key} must be true or false, not {config[key]!r}")
+        switches = {key: config.get(key) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
+        for key, value in switches.items():
+            if value not in (None, True, False):
+                raise ValueError(f"{where}: {key} must be true or false, not {value!r}")
         return cls(
             vocab_size=number("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=number("intermediate_size"),
             num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=number("max_position_embeddings", default=2048),
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            **{key: bool(value) for key, value in switches.items()},
         )
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
         """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
         for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            if getattr(self, key) % tensor_parallel_size:
-                raise ValueError(
-                    f"--tensor_parallel_size {tensor_parallel_size} does not divide {key} = {getattr(self, key)}"
-                )
+            size = getattr(self, key)
+            if size % tensor_parallel_size:
+                raise ValueError(f"--tensor_parallel_size {tensor_parallel_size} does not divide {key} = {size}")
 
     def inv_freq(self) -> Tensor:
         """The inverse frequencies of its rotary embedding, fp32 [D/2] on the CPU."""
@@ -139,9 +136,9 @@ class ModelConfig:
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
 
     def training_flops_per_token(self, seq_len: float) -> float:
-        """FLOPs of forward and backward for one token of a row of seq_len tokens: 6 for each weight that multiplies it,
-        and the causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix
-        B)."""
+        """FLOPs of forward and backward for a token of a row of seq_len tokens: 6 for each weight that multiplies it,
+        and causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B).
+        """
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
         return 6 * (self.num_parameters() - embedding) + 6 * attention
@@ -175,8 +172,7 @@ class Linear(nn.Linear):
 
 
 class RowLinear(Linear):
-    """Row-parallel: each rank holds some columns of the weight and the matching part of x; the sum gets the bias
-    once."""
+    """Row-parallel: a rank holds some columns of the weight and that part of x; the bias is added once, to the sum."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, parallel: Parallel):
         super().__init__(in_features, out_features, bias=bias)
@@ -232,11 +228,10 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, parallel: Parallel):
         super().__init__()
         self.parallel = parallel
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = RowLinear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, parallel=parallel
-        )
+        E, ffn = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(E, ffn, bias=config.mlp_bias)
+        self.up_proj = Linear(E, ffn, bias=config.mlp_bias)
+        self.down_proj = RowLinear(ffn, E, bias=config.mlp_bias, parallel=parallel)
         self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,8 +244,7 @@ class MLP(nn.Module):
 
 
 def _save_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """Selective activation checkpointing: keep what matrix products and attention computed, recompute the cheap
-    rest."""
+    """Selective activation checkpointing: keep what matrix products and attention computed, recompute the rest."""
     costly = ("mm", "addmm", "bmm", "linear", "attention", "varlen_attn")
     name = str(operation).partition(".")[2]
     return CheckpointPolicy.MUST_SAVE if any(c in name for c in costly) else CheckpointPolicy.PREFER_RECOMPUTE
@@ -276,6 +270,15 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def fuse(self, product_of: Callable[[list[str]], nn.Module]) -> None:
+        """Puts one product in the place of Linear layers that share an input: product_of(their names in the block)."""
+        for part_name, names, product in FUSIONS:
+            part = getattr(self, part_name)
+            fused = product_of([f"{part_name}.{name}" for name in names])
+            for name in names:
+                setattr(part, name, None)
+            setattr(part, product, fused)
+
 
 class Embedding(nn.Embedding):
     """Vocabulary-parallel: each rank holds some rows of the table."""
@@ -285,8 +288,7 @@ class Embedding(nn.Embedding):
         self.parallel = parallel
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp)
-        return leave_parallel(rows, self.parallel)
+        return leave_parallel(embed(ids, local(self.weight), self.num_embeddings, self.parallel.tp), self.parallel)
 
 
 class ScoreHead(nn.Linear):
@@ -335,12 +337,10 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = rope_tables(position_ids, self.inv_freq)
-        x = self.embed_tokens(input_ids)
-        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        x = self.embed_tokens(input_ids).to(dtype=self.compute_dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        x = self.norm(x)
-        return whole_sequence(x, self.parallel.tp) if self.parallel.sequence_parallel else x
+        return whole_sequence(self.norm(x), self.parallel)
 
     @property
     def row_multiple(self) -> int:
@@ -368,56 +368,39 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def _preset(hidden, ffn, layers, heads, kv_heads, vocab, context, theta=1e4, eps=1e-5, **more) -> ModelConfig:
-    more.setdefault("head_dim", hidden // heads)
-    return ModelConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=context,
-        rms_norm_eps=eps,
-        rope_theta=theta,
-        **more,
-    )
-
-
-def _llama3_rope(factor: float) -> dict:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
-_LLAMA_31_8B = _preset(4096, 14336, 32, 32, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(8.0))
-_LLAMA_31_70B = _preset(8192, 28672, 80, 64, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(8.0))
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA_32_ROPE = {**_LLAMA_3_ROPE, "factor": 32.0}
+_LLAMA_31_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
+_LLAMA_31_70B = ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
+# vocabulary, hidden, ffn, layers, heads, key/value heads, head dim, context, eps of the norms, theta, scaling of RoPE
 PRESETS = {
-    "meta-llama/Llama-2-7b-chat-hf": _preset(4096, 11008, 32, 32, 32, 32000, 4096),
-    "meta-llama/Llama-2-13b-chat-hf": _preset(5120, 13824, 40, 40, 40, 32000, 4096),
-    "meta-llama/Llama-2-70b-chat-hf": _preset(8192, 28672, 80, 64, 8, 32000, 4096),
-    "codellama/CodeLlama-7b-Python-hf": _preset(4096, 11008, 32, 32, 32, 32000, 16384, 1e6),
-    "codellama/CodeLlama-34b-Python-hf": _preset(8192, 22016, 48, 64, 8, 32000, 16384, 1e6),
-    "EleutherAI/llemma_7b": _preset(4096, 11008, 32, 32, 32, 32016, 4096),
-    "EleutherAI/llemma_34b": _preset(8192, 22016, 48, 64, 8, 32000, 4096, 1e6),
-    "deepseek-ai/deepseek-llm-7b-base": _preset(4096, 11008, 30, 32, 32, 102400, 4096, eps=1e-6),
-    "deepseek-ai/deepseek-math-7b-base": _preset(4096, 11008, 30, 32, 32, 102400, 4096, eps=1e-6),
-    "deepseek-ai/deepseek-coder-6.7b-base": _preset(
-        4096, 11008, 32, 32, 32, 32256, 16384, 1e5, 1e-6, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    "meta-llama/Llama-2-7b-chat-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
+    "meta-llama/Llama-2-13b-chat-hf": ModelConfig(32000, 5120, 13824, 40, 40, 40, 128, 4096, 1e-5),
+    "meta-llama/Llama-2-70b-chat-hf": ModelConfig(32000, 8192, 28672, 80, 64, 8, 128, 4096, 1e-5),
+    "codellama/CodeLlama-7b-Python-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 16384, 1e-5, 1e6),
+    "codellama/CodeLlama-34b-Python-hf": ModelConfig(32000, 8192, 22016, 48, 64, 8, 128, 16384, 1e-5, 1e6),
+    "EleutherAI/llemma_7b": ModelConfig(32016, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
+    "EleutherAI/llemma_34b": ModelConfig(32000, 8192, 22016, 48, 64, 8, 128, 4096, 1e-5, 1e6),
+    "deepseek-ai/deepseek-llm-7b-base": ModelConfig(102400, 4096, 11008, 30, 32, 32, 128, 4096, 1e-6),
+    "deepseek-ai/deepseek-math-7b-base": ModelConfig(102400, 4096, 11008, 30, 32, 32, 128, 4096, 1e-6),
+    "deepseek-ai/deepseek-coder-6.7b-base": ModelConfig(
+        32256, 4096, 11008, 32, 32, 32, 128, 16384, 1e-6, 1e5, {"rope_type": "linear", "factor": 4.0}
     ),
-    "meta-llama/Meta-Llama-3-8B": _preset(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),
-    "meta-llama/Meta-Llama-3-70B": _preset(8192, 28672, 80, 64, 8, 128256, 8192, 5e5),
+    "meta-llama/Meta-Llama-3-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5),
+    "meta-llama/Meta-Llama-3-70B": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, 1e-5, 5e5),
     "meta-llama/Llama-3.1-8B": _LLAMA_31_8B,
     "meta-llama/Llama-3.1-70B": _LLAMA_31_70B,
-    "meta-llama/Llama-3.2-1B": _preset(
-        2048, 8192, 16, 32, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(32.0), tie_word_embeddings=True
+    "meta-llama/Llama-3.2-1B": ModelConfig(
+        128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 5e5, _LLAMA_32_ROPE, tie_word_embeddings=True
     ),
-    "meta-llama/Llama-3.2-3B": _preset(
-        3072, 8192, 28, 24, 8, 128256, 131072, 5e5, rope_scaling=_llama3_rope(32.0), tie_word_embeddings=True
+    "meta-llama/Llama-3.2-3B": ModelConfig(
+        128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, _LLAMA_32_ROPE, tie_word_embeddings=True
     ),
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_31_70B,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA_31_8B,

@@ -47,8 +47,7 @@ class Quantized(NamedTuple):
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group, fp8
-    scaled to its largest number. Raises ValueError if K is not divisible by the group size, or for a weight that is
-    not finite."""
+    scaled to its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
     # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
     parts = [_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))]
     return Quantized(*(torch.cat(tensors) for tensors in zip(*parts) if tensors[0] is not None))
@@ -152,8 +151,8 @@ def cpu_int4_width() -> int | None:
     if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
         return None
     values = torch.randint(0, 16, (128, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1).flatten()
-    return next((w for w in (64, 32) if torch.equal(pack_int4(values, w).flatten(), theirs)), None)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1).flatten()
+    return next((w for w in (64, 32) if torch.equal(pack_int4(values, w).flatten(), packed)), None)
 
 
 def _cuda_int4(weight: Quantized) -> tuple[Tensor, Tensor]:
@@ -178,10 +177,10 @@ def cuda_int4_works(device: torch.device) -> bool:
     wanted = x.float() @ dequantize(small).T
     try:
         packed, scales_and_zeros = _cuda_int4(small)
-        found = torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
+        product = torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
     except RuntimeError:
         return False
-    return bool((found.float() - wanted).norm() <= 0.02 * wanted.norm())
+    return bool((product.float() - wanted).norm() <= 0.02 * wanted.norm())
 
 
 def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -222,8 +221,7 @@ class QuantizedLinear(nn.Module):
         """weights: this tp rank's part of each layer; biases: likewise. dtype: of the activations. parallel: of
         row-parallel layers, whose outputs are summed over the ranks."""
         super().__init__()
-        whole = [None if parts[0] is None else torch.cat(parts) for parts in zip(*weights)]
-        weight = Quantized(*whole)
+        weight = Quantized(*(torch.cat(tensors) for tensors in zip(*weights) if tensors[0] is not None))
         self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
@@ -269,9 +267,9 @@ class QuantizedLinear(nn.Module):
         """[M, K] -> [M, N]"""
         if self.kernel == "fp8":
             return fp8_product(x, self.weight, self.scale)
-        few = self.kernel == "cpu" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
         if self.scheme.mode == "fp8":
             return F.linear(x, (self.weight.float() * self.scale).to(x.dtype))
+        few = self.kernel == "cpu" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
         if self.scheme.mode == "int8":
             if few:
                 return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)

@@ -6,9 +6,6 @@
 - a folder (scripts/quantize.py writes it) holds what --quantize computes, to the bit; or int4 that was chosen with more
   care (models/gptq.py)
 - with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
-
-    python models/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
-        --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles, fill_parameters
 from models.common import flag, short_bar
-from models.model import (
-    FUSIONS,
-    Block,
-    ModelConfig,
-    RowLinear,
-    Transformer,
-    is_quantized,
-    read_hf_config,
-)
+from models.model import FUSIONS, Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
 from models.qlinear import GROUP_SIZES, MODES, Quantized, QuantizedLinear, Scheme, quantize
 from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
 
@@ -122,16 +111,15 @@ def quantize_block(
 ) -> None:
     """Puts quantised products in the place of a block's linear layers. weight_of and bias_of give this rank's part of a
     parameter by its name, which begins with the prefix; dtype is that of the activations."""
-    for part_name, names, product in FUSIONS:
-        part = getattr(block, part_name)
-        first = getattr(part, names[0])
-        stems = [f"{prefix}{part_name}.{name}" for name in names]
-        weights = [weight_of(f"{stem}.weight") for stem in stems]
-        biases = None if first.bias is None else [bias_of(f"{stem}.bias") for stem in stems]
+
+    def product_of(names: list[str]) -> QuantizedLinear:
+        first = block.get_submodule(names[0])
+        weights = [weight_of(f"{prefix}{name}.weight") for name in names]
+        biases = None if first.bias is None else [bias_of(f"{prefix}{name}.bias") for name in names]
         parallel = first.parallel if isinstance(first, RowLinear) else Parallel()
-        for name in names:
-            setattr(part, name, None)
-        setattr(part, product, QuantizedLinear(weights, biases, scheme, dtype, parallel))
+        return QuantizedLinear(weights, biases, scheme, dtype, parallel)
+
+    block.fuse(product_of)
 
 
 @torch.no_grad()
@@ -163,9 +151,9 @@ def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> dict[st
     stored = {}
     for name, shape in shapes.items():
         if is_linear_weight(name):
-            parts = _slices(tuple(slice(0, n) for n in shape), scheme)
-            sizes = [tuple(part.stop - part.start for part in slices) for slices in parts]
-            stored.update(zip(stored_names(name, scheme), sizes))
+            values, *scales = stored_names(name, scheme)
+            num_groups = shape[1] // scheme.group_size if scheme.mode == "int4" else 1
+            stored |= {values: shape, **dict.fromkeys(scales, (shape[0], num_groups))}
         else:
             stored[name] = shape
     return stored
@@ -181,11 +169,7 @@ def _slices(cut: tuple[slice, slice], scheme: Scheme) -> list[tuple[slice, slice
 
 
 def quantize_file(
-    files: WeightFiles,
-    name: str,
-    slices: tuple[slice, ...],
-    scheme: Scheme,
-    device: torch.device,
+    files: WeightFiles, name: str, slices: tuple[slice, ...], scheme: Scheme, device: torch.device
 ) -> Quantized:
     """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
     try:
@@ -241,9 +225,6 @@ def load_quantized(
         quantize_block(block, f"layers.{i}.", weight_of, bias_of, scheme, dtype)
     fill_parameters(model, files, device=device, dtype=dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model.requires_grad_(False).eval()
-
-
-# ------------------------------------------------------------------------------------------ folder
 
 
 def rounded_tensors(files: WeightFiles, scheme: Scheme, device: torch.device) -> Iterator[tuple[str, Tensor]]:

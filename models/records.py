@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -43,21 +44,21 @@ def read_records(path: str | Path) -> list[Record]:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a valid JSON list: {error}") from None
-        found = [(f"{path}: item {i}", item) for i, item in enumerate(items)]
+        records = [Record(f"{path}: item {i}", item) for i, item in enumerate(items)]
     else:
-        found = []
+        records = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    found.append((f"{path}:{number}", json.loads(line)))
+                    records.append(Record(f"{path}:{number}", json.loads(line)))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-    if not found:
+    if not records:
         raise ValueError(f"{path}: holds no records")
-    for where, item in found:
-        if not isinstance(item, dict):
-            raise ValueError(f"{where}: must be an object with named fields, not a {type(item).__name__}")
-    return [Record(where, item) for where, item in found]
+    for where, fields in records:
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: must be an object with named fields, not a {type(fields).__name__}")
+    return records
 
 
 def tokenising(path: Path) -> Iterable[Record]:
@@ -204,9 +205,8 @@ class Example:
 
 def eos_ids(tokenizer: Tokenizer) -> list[int]:
     """The EOS that training puts behind a text; ValueError if the folder names none."""
-    require(
-        tokenizer.eos_token_id is not None, f"{tokenizer.config_path.parent}: the tokenizer has no EOS token to train"
-    )
+    folder = tokenizer.config_path.parent
+    require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no EOS token to train")
     return [tokenizer.eos_token_id]
 
 
@@ -214,12 +214,17 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tup
     """(prompt, completion and EOS, with loss on the latter two; whether the prompt's ids are no prefix of the whole
     text's, so that the completion is encoded alone)."""
     prompt_ids = encode_text(prompt, tokenizer)
-    ids = encode_text(prompt + completion, tokenizer)
-    differs = ids[: len(prompt_ids)] != prompt_ids
-    if differs:
-        ids = prompt_ids + tokenizer.encode(completion, add_special_tokens=False)
+    ids, differs = split_after(prompt_ids, encode_text(prompt + completion, tokenizer), completion, tokenizer)
     ids = ids + eos_ids(tokenizer)
-    return Example(ids, [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids) :]), differs
+    return Example(prompt_ids + ids, [IGNORE_INDEX] * len(prompt_ids) + ids), differs
+
+
+def split_after(context: list[int], both: list[int], text: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """(the ids of the text behind a context, of which `both` are the ids together; whether a token would span the
+    boundary, so that the text is encoded alone)."""
+    if both[: len(context)] == context:
+        return both[len(context) :], False
+    return tokenizer.encode(text, add_special_tokens=False), True
 
 
 def encode_messages(messages: object, tokenizer: Tokenizer, first: int = 0) -> tuple[Example, bool]:
@@ -254,7 +259,7 @@ def encode_messages(messages: object, tokenizer: Tokenizer, first: int = 0) -> t
 def turn_end(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> int:
     """One past the end-of-turn token of the turn ids[start:end]; `end` if the template writes no such token."""
     added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
-    if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of what was said
+    if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of the turn's text
         return added[-1] + 1
     return end
 
@@ -301,20 +306,17 @@ def encode_unfinished(prompt: str | list[dict], text: str, tokenizer: Tokenizer)
     if isinstance(prompt, str):
         return encode_completion(prompt, text, tokenizer)[0].input_ids[:-1]
     prompt_ids = encode_prompt(prompt, tokenizer)
-    ids = tokenizer.encode(text_of(prompt, tokenizer) + text, add_special_tokens=False)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        ids = prompt_ids + tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    both = tokenizer.encode(text_of(prompt, tokenizer) + text, add_special_tokens=False)
+    return prompt_ids + split_after(prompt_ids, both, text, tokenizer)[0]
 
 
 def is_sample(record: Record) -> bool:
-    """Whether generate.py wrote it: then `output` is what was said, whatever fields the prompt's record had."""
+    """Whether generate.py wrote it: then `output` is the answer, whatever fields the prompt's record had."""
     return "finish_reason" in record.fields
 
 
 def get_answer(record: Record, *, steps: bool) -> str | list:
-    """What the record says to its prompt: text, or a list of messages; where steps are scored, text or a list of
-    them."""
+    """The answer to the record's prompt: text or a list of messages; where steps are scored, text or a list of them."""
     if is_sample(record):
         reason, answer = record.fields["finish_reason"], get_field(record, "output")
         require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
@@ -349,10 +351,9 @@ def micro_batches(
 
     key: the length of a row; by default that of its input_ids.
     """
-    by_length = sorted(rows, key=key or (lambda row: len(row.input_ids)))
-    mine = by_length[dp_rank::dp_size]
+    share = sorted(rows, key=key or (lambda row: len(row.input_ids)))[dp_rank::dp_size]
     for start in range(0, -(-len(rows) // dp_size), size):
-        yield mine[start : start + size]
+        yield share[start : start + size]
 
 
 class Split(NamedTuple):
@@ -373,8 +374,7 @@ class Split(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """int64 [B, T] each, on the device. position_ids and lengths (of the records in each row) only if rows are
-    packed."""
+    """int64 [B, T], on the device. position_ids and lengths (of the records in each row) only if rows are packed."""
 
     input_ids: Tensor
     labels: Tensor  # not shifted
@@ -385,19 +385,14 @@ class Batch(NamedTuple):
 def collate(examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> Batch:
     """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding."""
     rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
-    length = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    labels = torch.full((len(rows), length), IGNORE_INDEX)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        labels[i, : len(row.labels)] = torch.tensor(row.labels)
-    packed = any(row.lengths is not None and len(row.lengths) > 1 for row in rows)
-    lengths = [row.lengths or [len(row.input_ids)] for row in rows] if packed else None
-    position_ids = None
-    if packed:
-        position_ids = torch.zeros_like(input_ids)
-        for i, row in enumerate(lengths):
-            places = torch.cat([torch.arange(length) for length in row])
-            position_ids[i, : len(places)] = places
-        position_ids = position_ids.to(device)
-    return Batch(input_ids.to(device), labels.to(device), position_ids, lengths)
+    width = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in values], device=device)
+
+    input_ids = padded([row.input_ids for row in rows], pad_token_id)
+    labels = padded([row.labels for row in rows], IGNORE_INDEX)
+    if not any(row.lengths is not None and len(row.lengths) > 1 for row in rows):
+        return Batch(input_ids, labels, None, None)
+    lengths = [row.lengths or [len(row.input_ids)] for row in rows]
+    return Batch(input_ids, labels, padded([[*chain(*map(range, row))] for row in lengths], 0), lengths)

@@ -33,6 +33,7 @@ from models.records import (
     is_sample,
     naming,
     require,
+    split_after,
     text_of,
 )
 from models.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def read_reward_kind(folder: Path) -> RewardKind:
 
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
     """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
-    single output, and nothing that an earlier reward model's said of its scores."""
+    single output, and nothing of what an earlier reward model's holds on its scores."""
     others = ("reward_model_type", "reward_position", "reward_mean", "reward_std", "step_separator", "problem_type")
     return {name: value for name, value in hf_config.items() if name not in others} | {
         "architectures": ["LlamaForSequenceClassification"],
@@ -147,7 +148,7 @@ def _prompt_and_sides(record: Record) -> tuple[str | list[dict], str | list[dict
     prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None
     if isinstance(chosen, str):
         return prompt, chosen, rejected
-    if isinstance(prompt, list):  # maybe said again at the beginning of both sides
+    if isinstance(prompt, list):  # maybe repeated at the beginning of both sides
         whole = prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
         return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
     most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
@@ -207,10 +208,7 @@ def encode_steps(
         text = step + separator
         context = tokenizer.encode(before, add_special_tokens=False)
         both = tokenizer.encode(before + text, add_special_tokens=False)
-        if both[: len(context)] == context:
-            added = both[len(context) :]
-        else:
-            added = tokenizer.encode(text, add_special_tokens=False)
+        added, _ = split_after(context, both, text, tokenizer)
         require(added, f"step {i} with its separator has no token, so there is no place for its score")
         ids += added
         positions.append(len(ids) - 1)
@@ -226,9 +224,8 @@ def finite_number(name: str, value: object) -> float:
 
 
 def is_pair(record: Record) -> bool:
-    fields = record.fields
-    answered = is_sample(record) or "completion" in fields or "completions" in fields or "output" in fields
-    return not answered and ("chosen" in fields or "rejected" in fields)
+    answered = is_sample(record) or record.fields.keys() & {"completion", "completions", "output"}
+    return not answered and not record.fields.keys().isdisjoint({"chosen", "rejected"})
 
 
 def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> list[Scored]:
@@ -248,11 +245,11 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
         if separator is not None:
             steps = split_steps(answer, separator) if isinstance(answer, str) else answer
             ids, positions = encode_steps(prompt, steps, separator, tokenizer)
-        elif is_sample(record) and record.fields["finish_reason"] == "length":
-            ids = encode_unfinished(prompt, answer, tokenizer)
-            positions = [len(ids) - 1]
         else:
-            ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
+            if is_sample(record) and record.fields["finish_reason"] == "length":
+                ids = encode_unfinished(prompt, answer, tokenizer)
+            else:
+                ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
             positions = [len(ids) - 1]
         require(ids, "has no tokens, so there is no place for a score")
         return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))]
@@ -262,8 +259,7 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
 
 
 class ScoredBatch(NamedTuple):
-    """One forward for B rows with N labels in all, row by row: `scores[rows, positions]` belong to `labels`. On the
-    device."""
+    """One forward of B rows with N labels in all, on the device: `scores[rows, positions]` belong to `labels`."""
 
     input_ids: Tensor  # int64 [B, T]
     rows: Tensor  # int64 [N]
@@ -288,8 +284,7 @@ def collate_scored(
 
 
 def step_scores(model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None) -> list[list[float]]:
-    """The scores at each row's positions, the same on all ranks, which share the rows. A collective. bar: shows
-    tokens."""
+    """The scores at each row's positions, alike on all ranks, which share the rows. A collective. bar: shows tokens."""
     device = model.inv_freq.device
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
     scores = torch.zeros(first[-1], device=device)

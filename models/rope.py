@@ -59,11 +59,8 @@ def rope_inv_freq(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     wavelength = 2 * math.pi / inv_freq
     keep = (context / wavelength - low) / (high - low)  # 1: untouched, 0: fully stretched, between: the ramp
     ramped = (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
-    return torch.where(
-        wavelength < context / high,
-        inv_freq,
-        torch.where(wavelength > context / low, inv_freq / scaling["factor"], ramped),
-    )
+    stretched = torch.where(wavelength > context / low, inv_freq / scaling["factor"], ramped)
+    return torch.where(wavelength < context / high, inv_freq, stretched)
 
 
 def rope_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@
 `tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,8 +49,7 @@ def shard_dim(name: str) -> int | None:
 
 
 def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
-    """[start, end) of chunk `index` when torch.chunk (and so DTensor) cuts `size` rows; the last ones may be short
-    or empty."""
+    """[start, end) of chunk `index` when torch.chunk (so DTensor) cuts `size` rows; the last may be short or empty."""
     step = -(-size // num_chunks)
     return min(size, index * step), min(size, (index + 1) * step)
 
@@ -91,57 +91,43 @@ def all_gather(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
     return funcol.wait_tensor(_gather_single(x.contiguous(), dim % x.dim(), tp))
 
 
-def _reduce_scatter(x: Tensor, dim: int, tp: DeviceMesh) -> Tensor:
-    return funcol.wait_tensor(_scatter_single(x.contiguous(), "sum", dim, tp))
+def _identity(x: Tensor, tp: DeviceMesh) -> Tensor:
+    return x
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
-        ctx.tp = tp
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return all_reduce(grad, ctx.tp), None
+def _gather_tokens(x: Tensor, tp: DeviceMesh) -> Tensor:
+    return all_gather(x, 1, tp)
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
-        return all_reduce(x, tp)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
+def _sum_and_scatter_tokens(x: Tensor, tp: DeviceMesh) -> Tensor:
+    return funcol.wait_tensor(_scatter_single(x.contiguous(), "sum", 1, tp))
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
-        ctx.tp = tp
-        return all_gather(x, 1, tp)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _reduce_scatter(grad, 1, ctx.tp), None
+def _own_tokens(x: Tensor, tp: DeviceMesh) -> Tensor:
+    return x.chunk(tp.size(), dim=1)[tp.get_local_rank()].contiguous()
 
 
-class _SumAndScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
-        ctx.tp = tp
-        return _reduce_scatter(x, 1, tp)
+def _collective(of_values: Callable, of_gradient: Callable) -> type[torch.autograd.Function]:
+    """apply(x, tp) is of_values(x, tp), and its gradient of_gradient(grad, tp)."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return all_gather(grad, 1, ctx.tp), None
+    class Collective(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor, tp: DeviceMesh) -> Tensor:
+            ctx.tp = tp
+            return of_values(x, tp)
+
+        @staticmethod
+        def backward(ctx, grad: Tensor):
+            return of_gradient(grad, ctx.tp), None
+
+    return Collective
 
 
-class _WholeTokens(_GatherTokens):
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.chunk(ctx.tp.size(), dim=1)[ctx.tp.get_local_rank()].contiguous(), None
+_Copy = _collective(_identity, all_reduce)
+_Sum = _collective(all_reduce, _identity)
+_GatherTokens = _collective(_gather_tokens, _sum_and_scatter_tokens)
+_SumAndScatterTokens = _collective(_sum_and_scatter_tokens, _gather_tokens)
+_WholeTokens = _collective(_gather_tokens, _own_tokens)
 
 
 def enter_parallel(x: Tensor, parallel: Parallel) -> Tensor:
@@ -164,9 +150,10 @@ def leave_parallel(x: Tensor, parallel: Parallel) -> Tensor:
     return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)
 
 
-def whole_sequence(x: Tensor, tp: DeviceMesh | None) -> Tensor:
+def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:
     """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E] for what all ranks then compute alike."""
-    return x if size_of(tp) == 1 else _WholeTokens.apply(x, tp)
+    tp, sequence_parallel = parallel
+    return _WholeTokens.apply(x, tp) if sequence_parallel and size_of(tp) > 1 else x
 
 
 def gather_ranks(x: Tensor, tp: DeviceMesh) -> Tensor:

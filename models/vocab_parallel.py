@@ -9,7 +9,6 @@ dim, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,46 +49,33 @@ CHUNK_TOKENS = 1024  # tokens whose logits exist at a time: [1024, V] in fp32 is
 
 
 def _own_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """(column of each target in this rank's logits, 0 where another rank has it; whether this rank has it), [n, 1]
-    each."""
+    """(column of each target in this rank's logits, 0 where it has none; whether this rank has it), [n, 1] each."""
     offsets = targets[:, None] - start
     owned = (offsets >= 0) & (offsets < size)
     return torch.where(owned, offsets, 0), owned
 
 
-def _chunks(hidden: Tensor, num_columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(slice of the tokens, buffer for its logits in the compute dtype, the same in fp32) for chunk after chunk. Two
-    buffers serve all of them: fresh ones of this size cost the CPU more than the arithmetic."""
-    raw = hidden.new_empty(min(len(hidden), CHUNK_TOKENS), num_columns)
-    logits = raw if hidden.dtype == torch.float32 else torch.empty_like(raw, dtype=torch.float32)
+def _logits(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(slice of the tokens, raw, logits) for chunk after chunk: hidden @ weight.T / temperature in fp32, computed by
+    way of raw in the compute dtype (the same tensor if that is fp32). Two buffers serve all chunks: fresh ones of this
+    size cost the CPU more than the arithmetic."""
+    raw_buffer = hidden.new_empty(min(len(hidden), CHUNK_TOKENS), len(weight))
+    in_fp32 = hidden.dtype == torch.float32
+    buffer = raw_buffer if in_fp32 else torch.empty_like(raw_buffer, dtype=torch.float32)
     for first in range(0, len(hidden), CHUNK_TOKENS):
-        size = min(CHUNK_TOKENS, len(hidden) - first)
-        part = raw[:size]
-        yield slice(first, first + size), part, part if logits is raw else logits[:size]
+        chunk = slice(first, min(first + CHUNK_TOKENS, len(hidden)))
+        raw = torch.mm(hidden[chunk], weight.T, out=raw_buffer[: chunk.stop - first])
+        logits = raw if in_fp32 else buffer[: len(raw)].copy_(raw)
+        if temperature != 1:
+            logits.div_(temperature)
+        yield chunk, raw, logits
 
 
-def _logits_into(logits: Tensor, raw: Tensor, hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> None:
-    """logits = hidden @ weight.T / temperature in fp32, by way of raw in the compute dtype (the same tensor if that is
-    fp32)."""
-    torch.mm(hidden, weight.T, out=raw)
-    if logits is not raw:
-        logits.copy_(raw)
-    if temperature != 1:
-        logits.div_(temperature)
+def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> tuple[Tensor, ...]:
+    """Turns this rank's columns of logits [n, V / tp] into exp(logit - largest of the row over all ranks), in place.
 
-
-class _Exponentials(NamedTuple):
-    """What is known of a chunk of n tokens beside its exponentials, [n, 1] each."""
-
-    target: Tensor  # the target's logit
-    logsumexp: Tensor
-    partition: Tensor  # the softmax is the exponentials divided by this
-    offsets: Tensor  # see _own_targets
-    owned: Tensor
-
-
-def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> _Exponentials:
-    """Turns this rank's columns of logits [n, V / tp] into exp(logit - largest of the row over all ranks), in place."""
+    Returns (logit of the target, logsumexp, what the exponentials are divided by to be the softmax), [n, 1] each.
+    """
     offsets, owned = _own_targets(targets, start, logits.shape[1])
     largest, target = logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
     if logits.shape[1]:
@@ -100,7 +86,7 @@ def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | 
     partition = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
     if size_of(tp) > 1:
         partition, target = all_reduce(torch.stack((partition, target)), tp)
-    return _Exponentials(target, largest + partition.log(), partition, offsets, owned)
+    return target, largest + partition.log(), partition
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -115,19 +101,18 @@ class _CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for chunk, raw, logits in _chunks(hidden, len(weight)):
-            h, t = hidden[chunk], targets[chunk]
-            _logits_into(logits, raw, h, compute_weight)
-            known = _exponentiate(logits, t, start, tp)
-            total += (known.logsumexp - known.target).sum()
+        for chunk, raw, logits in _logits(hidden, compute_weight):
+            target, logsumexp, partition = _exponentiate(logits, targets[chunk], start, tp)
+            total += (logsumexp - target).sum()
             if needs_grad:
-                logits.div_(known.partition)  # the softmax, less 1 at the target
+                logits.div_(partition)  # the softmax, less 1 at the target
                 if logits.shape[1]:
-                    logits.scatter_add_(-1, known.offsets, -known.owned.float())
+                    offsets, owned = _own_targets(targets[chunk], start, logits.shape[1])
+                    logits.scatter_add_(-1, offsets, -owned.float())
                 if logits is not raw:
                     raw.copy_(logits)
                 grad_hidden[chunk] = raw @ compute_weight
-                grad_weight += raw.T @ h
+                grad_weight += raw.T @ hidden[chunk]
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -167,15 +152,13 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, temperature, entropy
     ):
-        compute_weight = weight.to(hidden.dtype)
         logprobs, logsumexp, entropies = hidden.new_zeros(3, len(hidden), 1, dtype=torch.float32)
-        for chunk, raw, logits in _chunks(hidden, len(weight)):
-            _logits_into(logits, raw, hidden[chunk], compute_weight, temperature)
+        for chunk, _, logits in _logits(hidden, weight.to(hidden.dtype), temperature):
             original = logits.clone() if entropy else None
-            known = _exponentiate(logits, targets[chunk], start, tp)
-            logprobs[chunk], logsumexp[chunk] = known.target - known.logsumexp, known.logsumexp
+            target, logsumexp[chunk], partition = _exponentiate(logits, targets[chunk], start, tp)
+            logprobs[chunk] = target - logsumexp[chunk]
             if entropy:
-                logits.mul_(original.sub_(known.logsumexp)).div_(-known.partition)
+                logits.mul_(original.sub_(logsumexp[chunk])).div_(-partition)
                 entropies[chunk] = logits.sum(dim=-1, keepdim=True)
         if entropy and size_of(tp) > 1:
             entropies = all_reduce(entropies, tp)
@@ -189,9 +172,8 @@ class _TokenLogprobs(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk, raw, logits in _chunks(hidden, len(weight)):
-            h, grad = hidden[chunk], grad_logprobs[chunk, None]
-            _logits_into(logits, raw, h, compute_weight, ctx.temperature)
+        for chunk, raw, logits in _logits(hidden, compute_weight, ctx.temperature):
+            grad = grad_logprobs[chunk, None]
             logits.sub_(logsumexp[chunk])  # the log-probs of all tokens
             if ctx.entropy:  # d entropy / d logit = -p (log p + entropy)
                 weights = (logits + entropies[chunk]).mul_(grad_entropies[chunk, None]).add_(grad)
@@ -206,7 +188,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if logits is not raw:
                 raw.copy_(logits)
             grad_hidden[chunk] = raw @ compute_weight
-            grad_weight += raw.T @ h
+            grad_weight += raw.T @ hidden[chunk]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 

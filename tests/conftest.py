@@ -4,6 +4,7 @@ import torch
 from tests import tiny
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes (scripts/test.sh), a file stays in one of them, since its fixtures are dear;
     and so do all that use ranks, which are started once."""

@@ -108,13 +108,13 @@ class Flag(NamedTuple):
 
 def flags_of(Args: type) -> list[Flag]:
     """The flags of a dataclass, its own first and then those of the groups in the order of its bases."""
-    found = []
+    flags = []
     for field in dataclasses.fields(Args):
         # a subclass that assigns another default leaves help and bounds to the class that declared the flag
         fields = [(c, vars(c)["__dataclass_fields__"].get(field.name)) for c in Args.__mro__[:-1]]
         declared = [(c, declaration.metadata) for c, declaration in fields if declaration and declaration.metadata]
-        found.append(Flag(field.name, field.default, declared[-1][0], declared[0][1]))
-    return sorted(found, key=lambda each: Args.__mro__.index(each.group))  # stable
+        flags.append(Flag(field.name, field.default, declared[-1][0], declared[0][1]))
+    return sorted(flags, key=lambda each: Args.__mro__.index(each.group))  # stable
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -152,8 +152,7 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
     assert 1 <= len(shape) <= 2, (name, shape)
     whole = tuple(slice(0, size) for size in shape)
     part = sharded_part(name, shape, parameter.device_mesh) if isinstance(parameter, DTensor) else whole
-    column = part[1].start if len(shape) == 2 else 0
-    block = 0
+    column, block = part[1].start if len(shape) == 2 else 0, 0
     if quantize and len(shape) == 2 and parameter.numel() >= FEWEST_QUANTIZED:
         # The same on every layout, and whole wherever tensor parallelism of up to 8 cuts the columns.
         cut = shape[1] // math.gcd(shape[1], 8)
@@ -219,8 +218,7 @@ class AdamW(torch.optim.Optimizer):
         # tensors, since a compiled update would be compiled anew for each number
         factors = {name: torch.tensor(value, dtype=torch.float32) for name, value in factors.items()}
 
-        tensors = {name: t for name, t in state.items() if name != "step"} | {"grad": parameter.grad}
-        tensors = {name: _matrix(t) for name, t in tensors.items()}
+        tensors = {name: _matrix(t) for name, t in {**state, "grad": parameter.grad}.items() if name != "step"}
         weight = _matrix(parameter)
         num_rows, num_columns = weight.shape
         rows = torch.arange(place.row, place.row + num_rows, device=weight.device)
@@ -258,13 +256,12 @@ def _new_state(parameter: Tensor, block: int) -> dict[str, Tensor]:
 
 
 def _new_scale(parameter: Tensor, block: int) -> Tensor:
-    shape = torch.Size((parameter.shape[0], parameter.shape[1] // block))
-    if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, device=parameter.device)
-    rows, columns = parameter.to_local().shape
+    rows, columns = local(parameter).shape
     part = torch.zeros(rows, columns // block, device=parameter.device)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, mesh = torch.Size((parameter.shape[0], parameter.shape[1] // block)), parameter.device_mesh
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 
 def _update(
@@ -275,11 +272,10 @@ def _update(
     factors: dict[str, Tensor],
 ) -> None:
     """One step for some rows of a parameter, in place; AdamW of torch in its order of operations."""
-    moments = {}
-    for name in ("exp_avg", "exp_avg_sq"):
-        moments[name], scale = tensors[name], tensors.get(f"{name}_scale")
-        if scale is not None:
-            moments[name] = dequantize_blocks(tensors[name], scale, levels[name])
+    moments = dict(tensors)
+    for name in levels:
+        if f"{name}_scale" in tensors:
+            moments[name] = dequantize_blocks(tensors[name], tensors[f"{name}_scale"], levels[name])
     f, grad = factors, tensors["grad"].float()
     exp_avg = moments["exp_avg"] * f["beta1"] + grad * f["rest1"]
     exp_avg_sq = moments["exp_avg_sq"] * f["beta2"] + grad * grad * f["rest2"]
@@ -287,13 +283,10 @@ def _update(
     new = weight.float() * f["decay"] - exp_avg / denominator * f["step_size"]
     weight.copy_(stochastic_round(new, random_bits(*noise)) if weight.dtype == torch.bfloat16 else new)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        scale = tensors.get(f"{name}_scale")
-        if scale is None:
-            tensors[name].copy_(moment)
-        else:
-            codes, largest = quantize_blocks(moment, scale.shape[1], levels[name])
-            tensors[name].copy_(codes)
+        if (scale := tensors.get(f"{name}_scale")) is not None:
+            moment, largest = quantize_blocks(moment, scale.shape[1], levels[name])
             scale.copy_(largest)
+        tensors[name].copy_(moment)
 
 
 # ---------------------------------------------------------------------------------------- schedule

@@ -4,13 +4,14 @@ The order is a pure function of (seed, epoch), the same for every rank layout, s
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
 from models.records import (
     IGNORE_INDEX,
@@ -18,6 +19,7 @@ from models.records import (
     Example,
     Limits,
     Record,
+    Row,
     encode_completion,
     encode_messages,
     encode_records,
@@ -53,6 +55,25 @@ class DataArgs:
 
     def total_steps(self, num_rows: int) -> int:
         return self.num_epochs * -(-num_rows // self.batch_size) if self.max_steps is None else self.max_steps
+
+
+def load_rows(
+    args: DataArgs,
+    folder: Folder,
+    encode: Callable[[Path, Tokenizer, Limits], tuple[list[Row], EncodingCounts]],
+    describe: Callable[[list[Row]], str],
+) -> tuple[list[Row], list[Row], dict[str, str]]:
+    """(the rows to train on, those to evaluate on, a note for people on either file).
+
+    encode: a file as rows; describe: what is in them.
+    """
+    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
+    rows, notes = {"train": [], "eval": []}, {}
+    for name, path in (("train", args.train_file), ("eval", args.eval_file)):
+        if path is not None:
+            rows[name], counts = encode(path, folder.tokenizer, limits)
+            notes[name] = f"{describe(rows[name])}{counts}"
+    return rows["train"], rows["eval"], notes
 
 
 def pack(examples: list[Example], max_seq_len: int) -> list[Example]:

@@ -38,25 +38,21 @@ from models.fsdp import (
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
-from models.records import EncodingCounts, Limits, Split
+from models.records import Split
 from models.reward import Pair, pair_length
-from training.data import DataArgs, training_batches
+from training.data import DataArgs, load_rows, training_batches
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import collate_pairs, encode_pair_file
-from training.reference import ReferenceFile, precompute, weights_digest
+from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
-from training.samples import EvalSamples, SampleArgs, prompts_of
+from training.samples import EvalSamples, SampleArgs
 
-REFERENCE_TOLERANCE = {False: 1e-4, True: 2e-2}  # whether bf16 is involved: see training/reference.py
 MEANS = (  # over pairs, by TRL's names
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
 )
+Splits = dict[str, tuple[list[Pair], list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +82,7 @@ def main(args: DpoArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
     ref_scheme = check_reference(args, folder, runtime)
-    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
-    train, counts = encode_pair_file(args.train_file, folder.tokenizer, limits)
-    notes = {"train": describe(train, counts)}
-    evaluation = []
-    if args.eval_file:
-        evaluation, counts = encode_pair_file(args.eval_file, folder.tokenizer, limits)
-        notes["eval"] = describe(evaluation, counts)
+    train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
@@ -105,10 +95,7 @@ def main(args: DpoArgs) -> None:
     model, reference = load_models(args, mesh, runtime, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = None
-    if evaluation and args.num_eval_samples:
-        prompts = prompts_of([pair.chosen for pair in evaluation], args.num_eval_samples)
-        samples = EvalSamples(model, folder, prompts, args, runtime, run)
+    samples = EvalSamples(model, folder, [pair.chosen for pair in evaluation], args, runtime, run)
     rows = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}",
         "reference": reference_note(args, ref_scheme),
@@ -124,7 +111,7 @@ def main(args: DpoArgs) -> None:
     run.num_tokens = sum(row_lengths([train[i] for i in taken]))
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
-        sums = torch.zeros(1 + len(MEANS), device=runtime.device)
+        sums = torch.zeros(len(MEANS), device=runtime.device)
         shares = split.shares(batch, key=pair_length)
         for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
@@ -147,8 +134,7 @@ def main(args: DpoArgs) -> None:
             metrics.update({f"eval_{name}": value for name, value in eval_means.items()})
             accuracy = eval_means["rewards/accuracies"]
             run.show(f"step {step}: eval_loss {eval_means['loss']:.4f}, {accuracy:.1%} of the pairs in the right order")
-            if samples is not None:
-                samples.show(run)
+            samples.show(run)
         run.log(metrics)
 
     if not run.stopped:
@@ -198,50 +184,36 @@ def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme |
 
 
 def load_models(
-    args: DpoArgs,
-    mesh: DeviceMesh,
-    runtime: Runtime,
-    ref_scheme: Scheme | None,
-    splits: dict[str, tuple[list[Pair], list[list[int]]]],
-    split: Split,
+    args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Scheme | None, splits: Splits, split: Split
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
     pairs, and where policy and reference begin alike, they are one model.
 
-    splits: by name, pairs and the batches of them that the run will see; none if no step is taken.
+    splits: none if no step is taken.
     """
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
     is_start = args.ref_checkpoint_path is None and ref_scheme is None
-    key = {}
+    cache = None
     if uses_reference and args.precompute_ref:
         dtypes = (frozen_dtype(args, runtime), runtime.dtype)
         key = {"weights": weights_digest(args.ref_path, runtime.device), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
         if ref_scheme is not None:
             key["quantised"] = str(ref_scheme)
-        tolerance = REFERENCE_TOLERANCE[torch.bfloat16 in dtypes]
-        files = {
-            name: ReferenceFile(args.output_dir / f"ref_logps_{name}.safetensors", key, tolerance) for name in splits
-        }
-    if key and not is_start:
-        precompute_with(load_reference(), splits, files, split)
+        cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
+    if cache and not is_start:
+        precompute_with(load_reference(), splits, cache, split)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
-    if key and is_start:  # which it is until its first step, and until a checkpoint is read
-        precompute_with(model, splits, files, split)
+    if cache and is_start:  # which it is until its first step, and until a checkpoint is read
+        precompute_with(model, splits, cache, split)
     return model, load_reference() if uses_reference and not args.precompute_ref else None
 
 
-def precompute_with(
-    reference: Transformer,
-    splits: dict[str, tuple[list[Pair], list[list[int]]]],
-    files: dict[str, ReferenceFile],
-    split: Split,
-) -> None:
+@torch.no_grad()
+def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
     """Gives the pairs of each split the reference's log-probs."""
     for name, (pairs, batches) in splits.items():
-        with torch.no_grad():
-            logps_of = lambda rows: pair_logps(reference, rows, split.pad_token_id)[0]  # noqa: E731
-            precompute(logps_of, pairs, batches, files[name], split)
+        precompute(lambda rows: pair_logps(reference, rows, split.pad_token_id)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
@@ -270,7 +242,7 @@ def pair_logps(model: Transformer, pairs: list[Pair], pad_token_id: int) -> tupl
 def summed_loss(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """(the loss of this rank's pairs, summed; the sums of it and of MEANS over the pairs, without a gradient).
+    """(the loss of this rank's pairs, summed; the sums of MEANS over the pairs, without a gradient).
 
     reference: None where the pairs hold its log-probs, or the loss wants none."""
     logps, lengths = pair_logps(model, pairs, pad_token_id)
@@ -287,7 +259,7 @@ def summed_loss(
 
 
 def named_means(sums: Tensor, num_pairs: int) -> dict[str, float]:
-    return dict(zip(("loss", *MEANS), (sums / num_pairs).tolist()))
+    return dict(zip(MEANS, (sums / num_pairs).tolist()))
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
@@ -300,8 +272,8 @@ def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
 def evaluate(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
 ) -> dict[str, float]:
-    """The mean loss and MEANS over all pairs, over all ranks."""
-    sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
+    """MEANS over all pairs, over all ranks."""
+    sums = torch.zeros(len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers], key=pair_length):
             sums += summed_loss(model, reference, rows, args, split.pad_token_id)[1]
@@ -312,8 +284,8 @@ def row_lengths(pairs: list[Pair]) -> list[int]:
     return [len(side.input_ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
-def describe(pairs: list[Pair], counts: EncodingCounts) -> str:
-    return f"{len(pairs):,} pairs, {sum(row_lengths(pairs)):,} tokens{counts}"
+def describe(pairs: list[Pair]) -> str:
+    return f"{len(pairs):,} pairs, {sum(row_lengths(pairs)):,} tokens"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
   the record is skipped
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +35,7 @@ from models.records import (
     text_of,
     tokenising,
 )
-from models.reward import (
-    Pair,
-    Scored,
-    cut_completion,
-    cut_steps,
-    encode_pair_record,
-    encode_steps,
-    finite_number,
-)
+from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
 from models.tokenizer import Tokenizer
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -61,20 +54,21 @@ def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[
     def ids_of(pair: Pair) -> list[list[int]]:
         return [pair.chosen.input_ids, pair.rejected.input_ids]
 
-    encode = partial(encode_pair_record, tokenizer=tokenizer)
-    pairs, counts = encode_records(tokenising(path), encode, ids_of, cut, limits)
-    _refuse_nothing(path, pairs, counts, limits)
+    pairs, counts = _encode_file(path, partial(encode_pair_record, tokenizer=tokenizer), ids_of, cut, limits)
     identical = sum(pair.chosen.input_ids == pair.rejected.input_ids for pair in pairs)
     if identical == len(pairs):
         raise ValueError(f"{path}: chosen and rejected are the same in every record, so there is nothing to learn")
     return pairs, counts._replace(nothing_to_learn=identical)
 
 
-def _refuse_nothing(path: Path, rows: list, counts: EncodingCounts, limits: Limits) -> None:
+def _encode_file(path: Path, encode: Callable, ids_of: Callable, cut: Callable, limits: Limits):
+    """encode_records of a file; ValueError if it leaves no row."""
+    rows, counts = encode_records(tokenising(path), encode, ids_of, cut, limits)
     if not rows:
         raise ValueError(
             f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
         )
+    return rows, counts
 
 
 # ------------------------------------------------------------------ labelled completions and steps
@@ -87,14 +81,11 @@ def encode_scored_file(
     encode_process_record."""
     assert kind in ("pointwise", "process")
     if kind == "pointwise":
-        encode, cut = partial(encode_pointwise_record, tokenizer=tokenizer), cut_completion
+        encode, cut = encode_pointwise_record, cut_completion
     else:
-        encode = partial(encode_process_record, step_separator=step_separator, tokenizer=tokenizer)
-        cut = cut_steps
-    shorten = partial(cut, max_seq_len=limits.max_seq_len)
-    rows, counts = encode_records(tokenising(path), encode, lambda row: [row.input_ids], shorten, limits)
-    _refuse_nothing(path, rows, counts, limits)
-    return rows, counts
+        encode, cut = partial(encode_process_record, step_separator=step_separator), cut_steps
+    encode, cut = partial(encode, tokenizer=tokenizer), partial(cut, max_seq_len=limits.max_seq_len)
+    return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits)
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:

@@ -23,12 +23,11 @@ from torch import Tensor
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, load_function, non_negative, positive, short
 from models.model import Transformer
-from models.records import Example, Split, encode_answer, encode_prompt, encode_unfinished
+from models.records import Example, Split, encode_answer, encode_unfinished
 from models.reward import (
     RewardKind,
     Scored,
     aggregate,
-    cut_steps,
     encode_steps,
     read_reward_kind,
     sigmoid,
@@ -64,21 +63,18 @@ class RewardArgs:
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="subtracted where an answer has no end; none")
     length_penalty: float = flag(0.0, bounds=non_negative, help="subtracted for each token of an answer")
     quantize_reward: str = flag(
-        "none",
-        choices=("none", "int8", "int4"),
-        help="round the weights of the reward model, replicated over dp",
+        "none", choices=("none", "int8", "int4"), help="round the weights of the reward model, replicated over dp"
     )
 
 
 def load_reward_function(place: str) -> RewardFunction:
     """The function that --reward_fn names; see load_function. Raises ValueError also for other parameters."""
     function = load_function("--reward_fn", place)
-    name = place.rpartition(":")[2]
     try:
         inspect.signature(function).bind([], [], [])
     except TypeError:
         raise ValueError(
-            f"--reward_fn {place}: {name} must take (prompts, completions, examples), it takes "
+            f"--reward_fn {place}: {place.rpartition(':')[2]} must take (prompts, completions, examples), it takes "
             f"{inspect.signature(function)}"
         ) from None
     except ValueError:  # a built-in without a signature
@@ -121,10 +117,9 @@ class RewardFolder(NamedTuple):
 def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
     """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
     folder = open_folder(path, None, tensor_parallel_size, frozen=True)
-    kind = read_reward_kind(path)
-    same = _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
-    same = same and folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
-    return RewardFolder(folder, same, kind)
+    same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
+    same_tokenizer = same_size and _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
+    return RewardFolder(folder, same_tokenizer, read_reward_kind(path))
 
 
 def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
@@ -134,38 +129,29 @@ def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def rows_to_score(
-    reward: RewardFolder,
-    prompts: list[str | list[dict]],
-    answers: list[Example],
-    texts: list[str],
-    finished: list[bool],
+    reward: RewardFolder, prompts: list[str | list[dict]], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
     they are too long for the model). An answer that ran out of tokens has no EOS.
 
-    prompts: as the records have them; answers: the policy's rows, prompt and answer; texts: the answers' alone.
+    prompts: as the records have them; rows: the policy's, prompt and answer; texts: the answers' alone.
     """
-    rows, num_cut = [], 0
-    tokenizer, separator = reward.folder.tokenizer, reward.kind.separator
-    max_seq_len = reward.folder.max_seq_len
-    for prompt, answer, text, ended in zip(prompts, answers, texts, finished, strict=True):
+    to_score, num_cut = [], 0
+    tokenizer, separator, max_seq_len = reward.folder.tokenizer, reward.kind.separator, reward.folder.max_seq_len
+    for prompt, row, text, ended in zip(prompts, rows, texts, finished, strict=True):
+        ends_of_steps = []
         if separator is not None:
-            steps = split_steps(text, separator)
-            ids, positions = encode_steps(prompt, steps, separator, tokenizer)
-            row = Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))
-            row = row if len(ids) <= max_seq_len else cut_steps(row, max_seq_len)
-            num_cut += len(ids) > max_seq_len
-            rows.append(row or Scored(ids[:max_seq_len], [max_seq_len - 1], []))
-            continue
-        if reward.same_tokenizer:
-            ids = answer.input_ids
+            ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
+        elif reward.same_tokenizer:
+            ids = row.input_ids
+        elif ended:
+            ids = encode_answer(prompt, text, tokenizer)[0].input_ids
         else:
-            whole = encode_answer(prompt, text, tokenizer)[0].input_ids if ended else None
-            ids = whole or encode_unfinished(prompt, text, tokenizer)
+            ids = encode_unfinished(prompt, text, tokenizer)
         num_cut += len(ids) > max_seq_len
-        ids = ids[:max_seq_len]
-        rows.append(Scored(ids, [len(ids) - 1], []))
-    return rows, num_cut
+        positions = [end for end in ends_of_steps if end < max_seq_len] or [min(len(ids), max_seq_len) - 1]
+        to_score.append(Scored(ids[: positions[-1] + 1], positions, []))
+    return to_score, num_cut
 
 
 def place_of_steps(text: str, separator: str, lengths: list[int]) -> list[int]:
@@ -196,8 +182,8 @@ class Scorer(NamedTuple):
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
         """
-        args, scores = self.args, torch.zeros(len(rows))
-        step_rewards, num_cut = torch.zeros(len(rows), max(row.num_targets for row in rows)), 0
+        args, scores, num_cut = self.args, torch.zeros(len(rows)), 0
+        step_rewards = torch.zeros(len(rows), max(row.num_targets for row in rows))
         if self.folder is not None:
             num_cut = self._add_model_scores(scores, step_rewards, (prompts, rows, texts, finished))
         if self.function is not None:

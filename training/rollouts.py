@@ -105,8 +105,7 @@ def draw(
     own = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
         end = [] if done.stop_token_id is None else [done.stop_token_id]
-        answer = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
-        own[done.request.idx] = answer
+        own[done.request.idx] = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}

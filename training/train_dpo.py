@@ -48,10 +48,8 @@ from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
 from training.samples import EvalSamples, SampleArgs
 
-MEANS = (  # over pairs, by TRL's names
-    *("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-    *("logps/chosen", "logps/rejected"),
-)
+# by TRL's names, over pairs
+MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
 Splits = dict[str, tuple[list[Pair], list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
 
 
@@ -111,7 +109,7 @@ def main(args: DpoArgs) -> None:
     run.num_tokens = sum(row_lengths([train[i] for i in taken]))
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
-        sums = torch.zeros(len(MEANS), device=runtime.device)
+        sums = torch.zeros(1 + len(MEANS), device=runtime.device)
         shares = split.shares(batch, key=pair_length)
         for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
@@ -242,7 +240,7 @@ def pair_logps(model: Transformer, pairs: list[Pair], pad_token_id: int) -> tupl
 def summed_loss(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """(the loss of this rank's pairs, summed; the sums of MEANS over the pairs, without a gradient).
+    """(the loss of this rank's pairs, summed; the sums of it and of MEANS over the pairs, without a gradient).
 
     reference: None where the pairs hold its log-probs, or the loss wants none."""
     logps, lengths = pair_logps(model, pairs, pad_token_id)
@@ -259,7 +257,7 @@ def summed_loss(
 
 
 def named_means(sums: Tensor, num_pairs: int) -> dict[str, float]:
-    return dict(zip(MEANS, (sums / num_pairs).tolist()))
+    return dict(zip(("loss", *MEANS), (sums / num_pairs).tolist()))
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
@@ -272,8 +270,8 @@ def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
 def evaluate(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
 ) -> dict[str, float]:
-    """MEANS over all pairs, over all ranks."""
-    sums = torch.zeros(len(MEANS), device=model.inv_freq.device)
+    """The mean loss and MEANS over all pairs, over all ranks."""
+    sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers], key=pair_length):
             sums += summed_loss(model, reference, rows, args, split.pad_token_id)[1]

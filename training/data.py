@@ -19,7 +19,6 @@ from models.records import (
     Example,
     Limits,
     Record,
-    Row,
     encode_completion,
     encode_messages,
     encode_records,
@@ -58,15 +57,10 @@ class DataArgs:
 
 
 def load_rows(
-    args: DataArgs,
-    folder: Folder,
-    encode: Callable[[Path, Tokenizer, Limits], tuple[list[Row], EncodingCounts]],
-    describe: Callable[[list[Row]], str],
-) -> tuple[list[Row], list[Row], dict[str, str]]:
-    """(the rows to train on, those to evaluate on, a note for people on either file).
-
-    encode: a file as rows; describe: what is in them.
-    """
+    args: DataArgs, folder: Folder, encode: Callable[..., tuple[list, EncodingCounts]], describe: Callable[[list], str]
+) -> tuple[list, list, dict[str, str]]:
+    """(the rows to train on, those to evaluate on, a note for people on either file): encode(path, tokenizer, limits)
+    gives a file's, describe(rows) says what is in them."""
     limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
     rows, notes = {"train": [], "eval": []}, {}
     for name, path in (("train", args.train_file), ("eval", args.eval_file)):

@@ -72,7 +72,8 @@ def make_optimizer(
     what is not torch's own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU
     is to hold them.
     """
-    lr, betas = args.learning_rate if learning_rate is None else learning_rate, (args.adam_beta1, args.adam_beta2)
+    lr = args.learning_rate if learning_rate is None else learning_rate
+    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
     if args.optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
@@ -82,9 +83,9 @@ def make_optimizer(
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     if args.optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, fused=True)
+        return torch.optim.AdamW(groups, **settings, fused=True)
     places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
-    return AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, places=places, seed=seed, compile=compile)
+    return AdamW(groups, settings, places=places, seed=seed, compile=compile)
 
 
 # ------------------------------------------------------------------------------ stochastic rounding
@@ -170,23 +171,13 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
 class AdamW(torch.optim.Optimizer):
     """AdamW in fp32 arithmetic for bf16 weights, which it rounds stochastically, and for 8-bit moments.
 
-    places: the Place of each parameter. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit
-    ones are uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are
-    DTensors where the parameter is one.
+    settings: lr, betas, eps. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit ones are
+    uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are DTensors
+    where the parameter is one.
     """
 
-    def __init__(
-        self,
-        groups: list[dict],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        places: dict[Tensor, Place],
-        seed: int,
-        compile: bool = False,
-    ):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, groups: list[dict], settings: dict, *, places: dict[Tensor, Place], seed: int, compile: bool):
+        super().__init__(groups, settings)
         self.places, self.seed = places, seed
         self.update = torch.compile(_update, dynamic=True) if compile else _update
         device = next(iter(places)).device
@@ -306,8 +297,7 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int,
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, args: OptimArgs, step: int, total_steps: int, *, peak: float | None = None
 ) -> float:
-    """Gives the optimizer the learning rate of a step, see learning_rate_at, and returns it. peak: if it is not
-    args.learning_rate."""
+    """Gives the optimizer the learning rate of a step, and returns it. peak: if it is not args.learning_rate."""
     peak = args.learning_rate if peak is None else peak
     lr = learning_rate_at(
         step, peak=peak, schedule=args.lr_schedule, total_steps=total_steps, warmup_ratio=args.warmup_ratio

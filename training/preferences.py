@@ -38,8 +38,6 @@ from models.records import (
 from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
 from models.tokenizer import Tokenizer
 
-# -------------------------------------------------------------------------------------------- pairs
-
 
 def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Pair], EncodingCounts]:
     """All records of a file as pairs of rows, see encode_pair_record."""
@@ -54,16 +52,16 @@ def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[
     def ids_of(pair: Pair) -> list[list[int]]:
         return [pair.chosen.input_ids, pair.rejected.input_ids]
 
-    pairs, counts = _encode_file(path, partial(encode_pair_record, tokenizer=tokenizer), ids_of, cut, limits)
+    pairs, counts = _encode_file(path, partial(encode_pair_record, tokenizer=tokenizer), ids_of, cut, limits=limits)
     identical = sum(pair.chosen.input_ids == pair.rejected.input_ids for pair in pairs)
     if identical == len(pairs):
         raise ValueError(f"{path}: chosen and rejected are the same in every record, so there is nothing to learn")
     return pairs, counts._replace(nothing_to_learn=identical)
 
 
-def _encode_file(path: Path, encode: Callable, ids_of: Callable, cut: Callable, limits: Limits):
-    """encode_records of a file; ValueError if it leaves no row."""
-    rows, counts = encode_records(tokenising(path), encode, ids_of, cut, limits)
+def _encode_file(path: Path, *functions: Callable, limits: Limits) -> tuple[list, EncodingCounts]:
+    """encode_records of a file, with its encode, ids_of and cut; ValueError if no row is left."""
+    rows, counts = encode_records(tokenising(path), *functions, limits)
     if not rows:
         raise ValueError(
             f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
@@ -77,15 +75,14 @@ def _encode_file(path: Path, encode: Callable, ids_of: Callable, cut: Callable, 
 def encode_scored_file(
     path: Path, tokenizer: Tokenizer, limits: Limits, *, kind: str, step_separator: str = "\n"
 ) -> tuple[list[Scored], EncodingCounts]:
-    """All records of a file as rows. kind: pointwise, see encode_pointwise_record, or process, see
-    encode_process_record."""
+    """All records of a file as rows, see encode_pointwise_record and encode_process_record."""
     assert kind in ("pointwise", "process")
     if kind == "pointwise":
         encode, cut = encode_pointwise_record, cut_completion
     else:
         encode, cut = partial(encode_process_record, step_separator=step_separator), cut_steps
     encode, cut = partial(encode, tokenizer=tokenizer), partial(cut, max_seq_len=limits.max_seq_len)
-    return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits)
+    return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits=limits)
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:

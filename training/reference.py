@@ -61,17 +61,12 @@ class ReferenceCache(NamedTuple):
 
 
 def precompute(
-    logps_of: Callable[[list[Pair]], Tensor],
-    name: str,
-    pairs: list[Pair],
-    batches: list[list[int]],
-    cache: ReferenceCache,
-    split: Split,
+    logps_of: Callable, name: str, pairs: list[Pair], batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
     """Sets `reference` of the pairs in `batches`: from the file of that name where it has them, else computed and added
     to the file. A collective.
 
-    logps_of: what the reference gives for some pairs, [2, B]; it is called for micro-batches of the batches, which
+    logps_of(pairs): what the reference gives for some of them, [2, B]; called for micro-batches of the batches, which
     should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot
     be read, or for a value that is not finite.
     """
@@ -103,12 +98,11 @@ def precompute(
             )
         say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} computed again and found equal")
     if missing:
-        computed = compute(missing)
-        for numbers in missing:
-            logps[numbers] = computed[numbers]
-            if not computed[numbers].isfinite().all():
-                worst = next(i for i in numbers if not computed[i].isfinite().all())
-                raise ValueError(f"the reference gives record {worst} (from 0) {_shown(computed[worst])}, not finite")
+        numbers = [i for batch in missing for i in batch]
+        logps[numbers] = compute(missing)[numbers]
+        for i, is_finite in zip(numbers, logps[numbers].isfinite().all(dim=1).tolist()):
+            if not is_finite:
+                raise ValueError(f"the reference gives record {i} (from 0) {_shown(logps[i])}, not finite")
         if is_main_rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             staging = path.with_name(f".{path.name}.partial")

@@ -38,6 +38,7 @@ from models.tokenizer import StreamDecoder, Tokenizer
 from training.rollouts import Prompt
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
+finite = Bounds(least=-1e9, most=1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,8 @@ class RewardArgs:
     reward_fn: str | None = flag(
         None, help="FILE.py:NAME, a function (prompts, completions, examples) -> list of numbers"
     )
-    reward_model_weight: float = flag(
-        1.0, bounds=Bounds(least=-1e9, most=1e9), help="what the reward model's scores are multiplied by"
-    )
-    reward_fn_weight: float = flag(
-        1.0, bounds=Bounds(least=-1e9, most=1e9), help="what the function's numbers are multiplied by"
-    )
+    reward_model_weight: float = flag(1.0, bounds=finite, help="what the reward model's scores are multiplied by")
+    reward_fn_weight: float = flag(1.0, bounds=finite, help="what the function's numbers are multiplied by")
     normalize_reward: bool = flag(False, help="scores less reward_mean, by reward_std of the folder")
     process_reward: str = flag(
         "min",
@@ -185,7 +182,21 @@ class Scorer(NamedTuple):
         args, scores, num_cut = self.args, torch.zeros(len(rows)), 0
         step_rewards = torch.zeros(len(rows), max(row.num_targets for row in rows))
         if self.folder is not None:
-            num_cut = self._add_model_scores(scores, step_rewards, (prompts, rows, texts, finished))
+            kind, weight = self.folder.kind, args.reward_model_weight
+            asked = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
+            to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
+            split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
+            mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
+            for i, values in enumerate(step_scores(self.model, to_score, split)):
+                if kind.separator is None:
+                    scores[i] += weight * (values[0] - mean) / std
+                elif args.process_reward != "steps":
+                    scores[i] += weight * aggregate(values, args.process_reward)
+                else:
+                    lengths = _text_lengths(self.tokenizer, prompts[i].ids, rows[i])
+                    places = place_of_steps(texts[i], kind.separator, lengths)
+                    for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
+                        step_rewards[i, place] += weight * sigmoid(value)
         if self.function is not None:
             records = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
             rewards = _on_main_rank(call_reward_function, self.function, *records)
@@ -194,26 +205,6 @@ class Scorer(NamedTuple):
         scores -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
         return scores.to(device), step_rewards.to(device), num_cut
-
-    def _add_model_scores(self, scores: Tensor, step_rewards: Tensor, answers: tuple[list, ...]) -> int:
-        """Adds the reward model's numbers, in place; returns how many rows were cut for it."""
-        prompts, rows, texts, finished = answers
-        kind, weight, how = self.folder.kind, self.args.reward_model_weight, self.args.process_reward
-        asked = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
-        to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
-        split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
-        mean, std = (kind.mean, kind.std) if self.args.normalize_reward else (0.0, 1.0)
-        for i, values in enumerate(step_scores(self.model, to_score, split)):
-            if kind.separator is None:
-                scores[i] += weight * (values[0] - mean) / std
-            elif how != "steps":
-                scores[i] += weight * aggregate(values, how)
-            else:
-                lengths = _text_lengths(self.tokenizer, prompts[i].ids, rows[i])
-                places = place_of_steps(texts[i], kind.separator, lengths)
-                for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
-                    step_rewards[i, place] += weight * sigmoid(value)
-        return num_cut
 
 
 def _on_main_rank(function: Callable, *args):

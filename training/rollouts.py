@@ -246,8 +246,7 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
 
     means: of the first minibatch, see TokenSums. dtype: of the computation.
     """
-    exact = dtype == torch.float32
-    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if exact else (2e-2, 1e-2, 5e-2)
+    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
     wrong = []
     if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
         wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")

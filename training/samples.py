@@ -85,8 +85,7 @@ class EvalSamples:
         self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() else None
 
     def show(self, run: Run) -> None:
-        """Draws the answers of the current weights; the main rank prints them and appends a line for each to
-        samples.jsonl."""
+        """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""
         if not self.prompts:
             return
         refresh(self.copy, self.model)

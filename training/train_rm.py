@@ -38,11 +38,8 @@ from training.run_dir import Run, RunArgs
 
 Rows = list[Pair] | list[Scored]
 
-FIELDS = {  # of a record, by the --loss that learns from it
-    "pairwise": ("chosen", "rejected"),
-    "pointwise": ("label",),
-    "process": ("completions", "labels"),
-}
+# of a record, by the --loss that learns from it
+FIELDS = {"pairwise": ("chosen", "rejected"), "pointwise": ("label",), "process": ("completions", "labels")}
 MOST_STATISTICS = 2048  # training records whose rewards give reward_mean and reward_std where there is no --eval_file
 
 
@@ -282,9 +279,6 @@ def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
             parts = [(f"label {label:g}", text(ids, begin, end)) for label, begin, end in spans]
         lines += [f"  {name:<8}  {rewards[place]:+.3f}  {part}" for place, (name, part) in zip(places, parts)]
     return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------------- export
 
 
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:

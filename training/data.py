@@ -155,12 +155,10 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[
 def training_batches(
     num_rows: int, batch_size: int, *, seed: int, shuffle: bool, first_step: int, last_step: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(step, row numbers) for the optimizer steps first_step..last_step, counted from 1. An epoch's last, incomplete
-    batch is used."""
+    """(step, row numbers) of optimizer steps first_step..last_step, from 1; an epoch's last, smaller batch is used."""
     per_epoch = -(-num_rows // batch_size)
-    order, order_epoch = [], -1
     for step in range(first_step, last_step + 1):
         epoch, batch = divmod(step - 1, per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle), epoch
+        if batch == 0 or step == first_step:
+            order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
         yield step, order[batch * batch_size : (batch + 1) * batch_size]

@@ -145,8 +145,7 @@ def simpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 def rpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
     """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), whose e is 0. The last term is the mean over
-    each chosen completion's tokens, as in its paper; TRL's `sft` term is the mean over all tokens of a micro-batch,
-    which depends on its make-up."""
+    each chosen completion's tokens, as in its paper; TRL's `sft` term, over a micro-batch's, depends on its make-up."""
     alpha = 1.0 if args.rpo_alpha is None else args.rpo_alpha
     return sigmoid_loss(ratios, args) - alpha * (ratios.chosen_logps / ratios.chosen_lengths)
 
@@ -353,8 +352,7 @@ def importance_weights(logps: Tensor, engine_logps: Tensor, cap: float) -> Tenso
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """The area under the ROC curve: the chance that a right one scores higher than a wrong one, a tie counting half
-    (Mann and Whitney's rank statistic). scores, labels [N]; a label of at least 0.5 is right. NaN if all are of one
-    kind."""
+    (Mann and Whitney's rank statistic). scores, labels [N]; a label of 0.5 or more is right. NaN if all are alike."""
     right = labels.flatten() >= 0.5
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:

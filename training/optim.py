@@ -68,9 +68,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
 
-    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse the update of
-    what is not torch's own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU
-    is to hold them.
+    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse what is not
+    torch's own update. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU holds them.
     """
     lr = args.learning_rate if learning_rate is None else learning_rate
     settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}

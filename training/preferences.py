@@ -116,9 +116,6 @@ def _label(name: str, value: object) -> float:
     return label
 
 
-# ------------------------------------------------------------------------------------------ batches
-
-
 class PairBatch(NamedTuple):
     """One forward for B pairs: rows 0..B-1 are the chosen sides, rows B..2B-1 the rejected ones, in the same order, so
     `x.chunk(2)` parts them. On the device."""

@@ -63,8 +63,7 @@ class ReferenceCache(NamedTuple):
 def precompute(
     logps_of: Callable, name: str, pairs: list[Pair], batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
-    """Sets `reference` of the pairs in `batches`: from the file of that name where it has them, else computed and added
-    to the file. A collective.
+    """Sets `reference` of the pairs in `batches`, from the file of that name or computed and added to it: a collective.
 
     logps_of(pairs): what the reference gives for some of them, [2, B]; called for micro-batches of the batches, which
     should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot

@@ -151,9 +151,12 @@ def rows_to_score(
     return to_score, num_cut
 
 
-def place_of_steps(text: str, separator: str, lengths: list[int]) -> list[int]:
-    """The token, counted from 0, that ends each of split_steps(text, separator): the first with which the text so far
-    holds the whole step. lengths[i]: characters that the first i + 1 tokens have completed."""
+def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, tokenizer: Tokenizer) -> list[int]:
+    """The token of an answer, counted from 0, that ends each of split_steps(text, separator): the first with which the
+    text so far holds the whole step."""
+    stream = StreamDecoder(tokenizer, prompt.ids)
+    characters = (len(stream.push(token)) for token in row.input_ids[len(prompt.ids) :])
+    lengths = list(itertools.accumulate(characters))  # of the text that the first 1, 2, ... tokens have completed
     places, end = [], 0
     for step in split_steps(text, separator):
         end = min(end + len(step) + len(separator), len(text))
@@ -193,8 +196,7 @@ class Scorer(NamedTuple):
                 elif args.process_reward != "steps":
                     scores[i] += weight * aggregate(values, args.process_reward)
                 else:
-                    lengths = _text_lengths(self.tokenizer, prompts[i].ids, rows[i])
-                    places = place_of_steps(texts[i], kind.separator, lengths)
+                    places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
                     for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
                         step_rewards[i, place] += weight * sigmoid(value)
         if self.function is not None:
@@ -219,9 +221,3 @@ def _on_main_rank(function: Callable, *args):
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
-
-
-def _text_lengths(tokenizer: Tokenizer, prompt_ids: list[int], row: Example) -> list[int]:
-    """Characters of the text of the first 1, 2, ... tokens of an answer."""
-    stream = StreamDecoder(tokenizer, prompt_ids)
-    return list(itertools.accumulate(len(stream.push(token)) for token in row.input_ids[len(prompt_ids) :]))

@@ -48,8 +48,7 @@ def prompts_of(examples: list[Example], count: int) -> list[EvalPrompt]:
     for example in islice((example for example in examples if example.num_targets), count):
         learnt = [label != IGNORE_INDEX for label in example.labels]
         end = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
-        start = max((i for i in range(end) if not learnt[i]), default=-1) + 1
-        start = start or max(1, end // 2)
+        start = max((i + 1 for i in range(end) if not learnt[i]), default=0) or max(1, end // 2)
         prompts.append(EvalPrompt(example.input_ids[:start], example.input_ids[start:end]))
     return prompts
 
@@ -59,12 +58,12 @@ class EvalSamples:
     all data-parallel ranks draw the same answers, in the time that one of them would take.
 
     Memory is taken when it is built, so that what does not fit shows before the first step and not after the last.
+    Without rows of an evaluation, or where none is to be shown, nothing is built.
     """
 
     def __init__(
         self, model: Transformer, folder: Folder, rows: list[Example], args: SampleArgs, runtime: Runtime, run: Run
     ):
-        """rows: of the evaluation; without any, nothing is built or shown."""
         self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
         if not self.prompts:
             return

@@ -115,7 +115,7 @@ def main(args: DpoArgs) -> None:
             loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
             (loss / len(batch) * dp_size).backward()  # FSDP averages gradients over dp
             sums += micro_sums
-        means = named_means(split.sum(sums), len(batch))
+        means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
         grad_norm = clip_grad_norm(model, args.max_grad_norm)
         run.check_finite(loss=means["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
@@ -160,8 +160,7 @@ def check_flags(args: DpoArgs) -> None:
 
 
 def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme | None:
-    """How the reference's weights are quantised. Raises ValueError if it cannot be so here, or cannot read the policy's
-    tokens."""
+    """How the reference is quantised. Raises ValueError if it cannot be so here, or cannot read the policy's tokens."""
     path, config = args.ref_path, ModelConfig.from_hf(args.ref_path)
     if args.ref_checkpoint_path is not None:
         config.check_divisible(args.tensor_parallel_size)
@@ -185,10 +184,7 @@ def load_models(
     args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Scheme | None, splits: Splits, split: Split
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
-    pairs, and where policy and reference begin alike, they are one model.
-
-    splits: none if no step is taken.
-    """
+    pairs, and where policy and reference begin alike, they are one model. splits: empty if no step is taken."""
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
     is_start = args.ref_checkpoint_path is None and ref_scheme is None
@@ -227,14 +223,12 @@ def reference_note(args: DpoArgs, scheme: Scheme | None) -> str:
 
 
 def pair_logps(model: Transformer, pairs: list[Pair], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """(log-probability of each completion, number of its tokens), [2, B] each: the chosen ones, then the rejected
-    ones. EOS is one of the tokens."""
+    """(log-probability of each completion, number of its tokens, EOS included), [2, B] each: chosen, then rejected."""
     batch = collate_pairs(pairs, pad_token_id, model.inv_freq.device, model.row_multiple)
     vocab_size, tp = model.config.vocab_size, model.parallel.tp
     hidden = model(batch.input_ids)
     logps, _ = token_logps(hidden, model.lm_head.weight, batch.labels, vocab_size=vocab_size, tp=tp)
-    logps, lengths = sequence_logps(logps, batch.labels)
-    return logps.view(2, -1)[:, : len(pairs)], lengths.view(2, -1)[:, : len(pairs)]
+    return tuple(each.view(2, -1)[:, : len(pairs)] for each in sequence_logps(logps, batch.labels))
 
 
 def summed_loss(
@@ -252,12 +246,7 @@ def summed_loss(
     losses, chosen_rewards, rejected_rewards = dpo_loss(args, logps, ref_logps, lengths)
     margins = chosen_rewards - rejected_rewards
     rewards = (chosen_rewards, rejected_rewards, (margins > 0).float(), margins)
-    sums = torch.stack([losses.detach(), *rewards, *logps.detach()]).sum(dim=1)
-    return losses.sum(), sums
-
-
-def named_means(sums: Tensor, num_pairs: int) -> dict[str, float]:
-    return dict(zip(("loss", *MEANS), (sums / num_pairs).tolist()))
+    return losses.sum(), torch.stack([losses.detach(), *rewards, *logps.detach()]).sum(dim=1)
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
@@ -275,7 +264,7 @@ def evaluate(
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers], key=pair_length):
             sums += summed_loss(model, reference, rows, args, split.pad_token_id)[1]
-    return named_means(split.sum(sums), len(pairs))
+    return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
 
 
 def row_lengths(pairs: list[Pair]) -> list[int]:

@@ -37,7 +37,6 @@ from training.preferences import collate_pairs, encode_pair_file, encode_scored_
 from training.run_dir import Run, RunArgs
 
 Rows = list[Pair] | list[Scored]
-
 # of a record, by the --loss that learns from it
 FIELDS = {"pairwise": ("chosen", "rejected"), "pointwise": ("label",), "process": ("completions", "labels")}
 MOST_STATISTICS = 2048  # training records whose rewards give reward_mean and reward_std where there is no --eval_file
@@ -163,8 +162,7 @@ def lengths_of(row: Pair | Scored) -> list[int]:
 
 
 def reward_places(rows: Rows) -> list[range]:
-    """Where the rewards of each row stand among those of all: a pair has two, chosen and rejected; other rows one for
-    each label."""
+    """Where each row's rewards stand among those of all: a pair's two, chosen and rejected; else one for each label."""
     counts = [2 if isinstance(row, Pair) else len(row.labels) for row in rows]
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
@@ -236,12 +234,8 @@ def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, flo
     else:
         agree = (rewards >= 0) == (targets >= 0.5)
         metrics = {"step_accuracy" if loss == "process" else "accuracy": agree.double().mean().item()}
-    return {
-        **metrics,
-        "mean_reward": rewards.mean().item(),
-        "min_reward": rewards.min().item(),
-        "max_reward": rewards.max().item(),
-    }
+    metrics.update(mean_reward=rewards.mean().item(), min_reward=rewards.min().item(), max_reward=rewards.max().item())
+    return metrics
 
 
 def evaluate(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
@@ -282,8 +276,7 @@ def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
 
 
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
-    """The config.json of a reward model, with what others need to read the reward. Raises ValueError if a reward is not
-    finite."""
+    """The config.json of a reward model, with what others need to read the reward. ValueError if one is not finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")

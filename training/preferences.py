@@ -69,9 +69,6 @@ def _encode_file(path: Path, *functions: Callable, limits: Limits) -> tuple[list
     return rows, counts
 
 
-# ------------------------------------------------------------------ labelled completions and steps
-
-
 def encode_scored_file(
     path: Path, tokenizer: Tokenizer, limits: Limits, *, kind: str, step_separator: str = "\n"
 ) -> tuple[list[Scored], EncodingCounts]:

@@ -64,15 +64,15 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
         with naming(record):
             ids = encode_prompt(prompt, tokenizer)
             check_ids(ids, limits.vocab_size, record.where)
-        if not ids or len(ids) > limits.max_seq_len:
-            if limits.overlong == "refuse" or not ids:
-                raise ValueError(
-                    f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
-                    "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
-                )
+        if 0 < len(ids) <= limits.max_seq_len:
+            prompts.append(Prompt(ids, record.fields, prompt if isinstance(prompt, str) else tokenizer.decode(ids)))
+        elif ids and limits.overlong == "skip":
             skipped += 1
-            continue
-        prompts.append(Prompt(ids, record.fields, prompt if isinstance(prompt, str) else tokenizer.decode(ids)))
+        else:
+            raise ValueError(
+                f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
+                "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
+            )
     if not prompts:
         raise ValueError(f"{path}: no prompt is left: all {skipped} leave no room for --max_new_tokens")
     return prompts, skipped

@@ -4,13 +4,14 @@ The order is a pure function of (seed, epoch), the same for every rank layout, s
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
 from models.records import (
     IGNORE_INDEX,
@@ -53,6 +54,20 @@ class DataArgs:
 
     def total_steps(self, num_rows: int) -> int:
         return self.num_epochs * -(-num_rows // self.batch_size) if self.max_steps is None else self.max_steps
+
+
+def load_rows(
+    args: DataArgs, folder: Folder, encode: Callable[..., tuple[list, EncodingCounts]], describe: Callable[[list], str]
+) -> tuple[list, list, dict[str, str]]:
+    """(the rows to train on, those to evaluate on, a note for people on either file): encode(path, tokenizer, limits)
+    gives a file's, describe(rows) says what is in them."""
+    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
+    rows, notes = {"train": [], "eval": []}, {}
+    for name, path in (("train", args.train_file), ("eval", args.eval_file)):
+        if path is not None:
+            rows[name], counts = encode(path, folder.tokenizer, limits)
+            notes[name] = f"{describe(rows[name])}{counts}"
+    return rows["train"], rows["eval"], notes
 
 
 def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
@@ -140,12 +155,10 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[
 def training_batches(
     num_rows: int, batch_size: int, *, seed: int, shuffle: bool, first_step: int, last_step: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(step, row numbers) for the optimizer steps first_step..last_step, counted from 1. An epoch's last, incomplete
-    batch is used."""
+    """(step, row numbers) of optimizer steps first_step..last_step, from 1; an epoch's last, smaller batch is used."""
     per_epoch = -(-num_rows // batch_size)
-    order, order_epoch = [], -1
     for step in range(first_step, last_step + 1):
         epoch, batch = divmod(step - 1, per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle), epoch
+        if batch == 0 or step == first_step:
+            order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
         yield step, order[batch * batch_size : (batch + 1) * batch_size]

@@ -21,12 +21,12 @@ from models.checkpoint import open_folder
 from models.common import card, choose_runtime, flag, run_script, say
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training, reducing_gradients, split_batch
 from models.model import Transformer
-from models.records import EncodingCounts, Example, Limits, Split, collate
-from training.data import DataArgs, encode_sft_file, pack, training_batches
+from models.records import Example, Split, collate
+from training.data import DataArgs, encode_sft_file, load_rows, pack, training_batches
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
-from training.samples import EvalSamples, SampleArgs, prompts_of
+from training.samples import EvalSamples, SampleArgs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,7 @@ def main(args: SftArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
-    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
-    train, counts = encode_sft_file(args.train_file, folder.tokenizer, limits)
-    notes = {"train": describe(train, counts)}
-    evaluation = []
-    if args.eval_file:
-        evaluation, counts = encode_sft_file(args.eval_file, folder.tokenizer, limits)
-        notes["eval"] = describe(evaluation, counts)
+    train, evaluation, notes = load_rows(args, folder, encode_sft_file, describe)
     if args.pack:
         train = pack(train, folder.max_seq_len)
         filled = sum(len(row.input_ids) for row in train) / (len(train) * folder.max_seq_len)
@@ -66,9 +60,7 @@ def main(args: SftArgs) -> None:
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = None
-    if evaluation and args.num_eval_samples:
-        samples = EvalSamples(model, folder, prompts_of(evaluation, args.num_eval_samples), args, runtime, run)
+    samples = EvalSamples(model, folder, evaluation, args, runtime, run)
     rows = {
         "model": folder,
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -104,8 +96,7 @@ def main(args: SftArgs) -> None:
             metrics["eval_loss"] = evaluate(model, evaluation, split)
             run.check_finite(eval_loss=metrics["eval_loss"])
             run.show(f"step {step}: eval_loss {metrics['eval_loss']:.4f}")
-            if samples is not None:
-                samples.show(run)
+            samples.show(run)
         run.log(metrics)
 
     if not run.stopped:
@@ -134,10 +125,10 @@ def evaluate(model: Transformer, examples: list[Example], split: Split) -> float
     return split.sum(total).item() / sum(example.num_targets for example in examples)
 
 
-def describe(examples: list[Example], counts: EncodingCounts) -> str:
+def describe(examples: list[Example]) -> str:
     tokens = sum(len(example.input_ids) for example in examples)
     learnt = sum(example.num_targets for example in examples)
-    return f"{len(examples):,} records, {tokens:,} tokens, {learnt:,} of them learnt{counts}"
+    return f"{len(examples):,} records, {tokens:,} tokens, {learnt:,} of them learnt"
 
 
 if __name__ == "__main__":

@@ -17,17 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from models.common import Bounds, flag, non_negative, positive
+from models.records import IGNORE_INDEX
 from models.vocab_parallel import linear_cross_entropy, linear_logprobs
 
 
 def token_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    vocab_size: int | None = None,
-    tp: DeviceMesh | None = None,
-    ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
 ) -> Tensor:
     """The summed next-token cross entropy (nats, fp32 scalar) of a batch: divide by the number of targets of the whole
     optimizer step, over micro-batches and ranks, for its token mean.
@@ -36,7 +31,7 @@ def token_cross_entropy(
     with vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
     1]. Only positions with a label are projected. 0, with gradients 0, if there is none.
     """
-    hidden, targets = _learnt(hidden, labels, ignore_index)
+    hidden, targets = _learnt(hidden, labels)
     return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)
 
 
@@ -49,22 +44,22 @@ def token_logps(
     tp: DeviceMesh | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
-    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
-    the number of labels[:, 1:] other than ignore_index. Entropies are 0 unless asked for.
+    the number of labels[:, 1:] other than IGNORE_INDEX. Entropies are 0 unless asked for.
 
     Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
     """
-    hidden, targets = _learnt(hidden, labels, ignore_index)
-    options = {"vocab_size": vocab_size, "tp": tp, "temperature": temperature, "entropy": entropy}
-    return linear_logprobs(hidden, weight, targets, **options)
+    hidden, targets = _learnt(hidden, labels)
+    return linear_logprobs(
+        hidden, weight, targets, vocab_size=vocab_size, tp=tp, temperature=temperature, entropy=entropy
+    )
 
 
-def _learnt(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _learnt(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden states [N, E] that predict a label, those labels [N])"""
     targets = labels[:, 1:].reshape(-1)
-    learnt = (targets != ignore_index).nonzero()[:, 0]
+    learnt = (targets != IGNORE_INDEX).nonzero()[:, 0]
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learnt)
     return hidden, targets.index_select(0, learnt)
 
@@ -79,8 +74,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
     that centres rewards at 0 from Eisenstein et al. 2023 (arXiv 2312.09244). chosen, rejected: rewards [B]; margin [B].
     """
     chosen, rejected = chosen.float(), rejected.float()
-    difference = chosen - rejected if margin is None else chosen - rejected - margin
-    losses = -F.logsigmoid(difference)
+    losses = -F.logsigmoid(chosen - rejected if margin is None else chosen - rejected - margin)
     return losses + center_coef * (chosen + rejected).square() if center_coef else losses
 
 
@@ -151,8 +145,7 @@ def simpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 def rpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
     """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), whose e is 0. The last term is the mean over
-    each chosen completion's tokens, as in its paper; TRL's `sft` term is the mean over all tokens of a micro-batch,
-    which depends on its make-up."""
+    each chosen completion's tokens, as in its paper; TRL's `sft` term, over a micro-batch's, depends on its make-up."""
     alpha = 1.0 if args.rpo_alpha is None else args.rpo_alpha
     return sigmoid_loss(ratios, args) - alpha * (ratios.chosen_logps / ratios.chosen_lengths)
 
@@ -209,12 +202,12 @@ def dpo_loss(args: DpoLossArgs, logps: Tensor, ref_logps: Tensor | None, lengths
     return DPOLoss(losses, *(args.beta * ratios.detach()))
 
 
-def sequence_logps(token_logps: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def sequence_logps(token_logps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(summed log-probabilities of each row's learnt tokens, fp32 [B]; their number, int64 [B]).
 
     token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
     """
-    learnt = labels[:, 1:] != ignore_index
+    learnt = labels[:, 1:] != IGNORE_INDEX
     # not index_add, whose sums on a GPU differ from run to run
     placed = torch.zeros(learnt.shape, device=labels.device).masked_scatter(learnt, token_logps.float())
     return placed.sum(dim=1), learnt.sum(dim=1)
@@ -359,8 +352,7 @@ def importance_weights(logps: Tensor, engine_logps: Tensor, cap: float) -> Tenso
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """The area under the ROC curve: the chance that a right one scores higher than a wrong one, a tie counting half
-    (Mann and Whitney's rank statistic). scores, labels [N]; a label of at least 0.5 is right. NaN if all are of one
-    kind."""
+    (Mann and Whitney's rank statistic). scores, labels [N]; a label of 0.5 or more is right. NaN if all are alike."""
     right = labels.flatten() >= 0.5
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:

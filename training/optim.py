@@ -68,11 +68,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
 
-    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse the update of
-    what is not torch's own AdamW. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU
-    is to hold them.
+    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse what is not
+    torch's own update. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU holds them.
     """
-    lr, betas = args.learning_rate if learning_rate is None else learning_rate, (args.adam_beta1, args.adam_beta2)
+    lr = args.learning_rate if learning_rate is None else learning_rate
+    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
     if args.optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
@@ -82,9 +82,9 @@ def make_optimizer(
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     if args.optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, fused=True)
+        return torch.optim.AdamW(groups, **settings, fused=True)
     places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
-    return AdamW(groups, lr=lr, betas=betas, eps=args.adam_eps, places=places, seed=seed, compile=compile)
+    return AdamW(groups, settings, places=places, seed=seed, compile=compile)
 
 
 # ------------------------------------------------------------------------------ stochastic rounding
@@ -152,8 +152,7 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
     assert 1 <= len(shape) <= 2, (name, shape)
     whole = tuple(slice(0, size) for size in shape)
     part = sharded_part(name, shape, parameter.device_mesh) if isinstance(parameter, DTensor) else whole
-    column = part[1].start if len(shape) == 2 else 0
-    block = 0
+    column, block = part[1].start if len(shape) == 2 else 0, 0
     if quantize and len(shape) == 2 and parameter.numel() >= FEWEST_QUANTIZED:
         # The same on every layout, and whole wherever tensor parallelism of up to 8 cuts the columns.
         cut = shape[1] // math.gcd(shape[1], 8)
@@ -171,23 +170,13 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
 class AdamW(torch.optim.Optimizer):
     """AdamW in fp32 arithmetic for bf16 weights, which it rounds stochastically, and for 8-bit moments.
 
-    places: the Place of each parameter. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit
-    ones are uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are
-    DTensors where the parameter is one.
+    settings: lr, betas, eps. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit ones are
+    uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are DTensors
+    where the parameter is one.
     """
 
-    def __init__(
-        self,
-        groups: list[dict],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        places: dict[Tensor, Place],
-        seed: int,
-        compile: bool = False,
-    ):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, groups: list[dict], settings: dict, *, places: dict[Tensor, Place], seed: int, compile: bool):
+        super().__init__(groups, settings)
         self.places, self.seed = places, seed
         self.update = torch.compile(_update, dynamic=True) if compile else _update
         device = next(iter(places)).device
@@ -219,8 +208,7 @@ class AdamW(torch.optim.Optimizer):
         # tensors, since a compiled update would be compiled anew for each number
         factors = {name: torch.tensor(value, dtype=torch.float32) for name, value in factors.items()}
 
-        tensors = {name: t for name, t in state.items() if name != "step"} | {"grad": parameter.grad}
-        tensors = {name: _matrix(t) for name, t in tensors.items()}
+        tensors = {name: _matrix(t) for name, t in {**state, "grad": parameter.grad}.items() if name != "step"}
         weight = _matrix(parameter)
         num_rows, num_columns = weight.shape
         rows = torch.arange(place.row, place.row + num_rows, device=weight.device)
@@ -258,13 +246,12 @@ def _new_state(parameter: Tensor, block: int) -> dict[str, Tensor]:
 
 
 def _new_scale(parameter: Tensor, block: int) -> Tensor:
-    shape = torch.Size((parameter.shape[0], parameter.shape[1] // block))
-    if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, device=parameter.device)
-    rows, columns = parameter.to_local().shape
+    rows, columns = local(parameter).shape
     part = torch.zeros(rows, columns // block, device=parameter.device)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, mesh = torch.Size((parameter.shape[0], parameter.shape[1] // block)), parameter.device_mesh
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 
 def _update(
@@ -275,11 +262,10 @@ def _update(
     factors: dict[str, Tensor],
 ) -> None:
     """One step for some rows of a parameter, in place; AdamW of torch in its order of operations."""
-    moments = {}
-    for name in ("exp_avg", "exp_avg_sq"):
-        moments[name], scale = tensors[name], tensors.get(f"{name}_scale")
-        if scale is not None:
-            moments[name] = dequantize_blocks(tensors[name], scale, levels[name])
+    moments = dict(tensors)
+    for name in levels:
+        if f"{name}_scale" in tensors:
+            moments[name] = dequantize_blocks(tensors[name], tensors[f"{name}_scale"], levels[name])
     f, grad = factors, tensors["grad"].float()
     exp_avg = moments["exp_avg"] * f["beta1"] + grad * f["rest1"]
     exp_avg_sq = moments["exp_avg_sq"] * f["beta2"] + grad * grad * f["rest2"]
@@ -287,13 +273,10 @@ def _update(
     new = weight.float() * f["decay"] - exp_avg / denominator * f["step_size"]
     weight.copy_(stochastic_round(new, random_bits(*noise)) if weight.dtype == torch.bfloat16 else new)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        scale = tensors.get(f"{name}_scale")
-        if scale is None:
-            tensors[name].copy_(moment)
-        else:
-            codes, largest = quantize_blocks(moment, scale.shape[1], levels[name])
-            tensors[name].copy_(codes)
+        if (scale := tensors.get(f"{name}_scale")) is not None:
+            moment, largest = quantize_blocks(moment, scale.shape[1], levels[name])
             scale.copy_(largest)
+        tensors[name].copy_(moment)
 
 
 # ---------------------------------------------------------------------------------------- schedule
@@ -313,8 +296,7 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int,
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, args: OptimArgs, step: int, total_steps: int, *, peak: float | None = None
 ) -> float:
-    """Gives the optimizer the learning rate of a step, see learning_rate_at, and returns it. peak: if it is not
-    args.learning_rate."""
+    """Gives the optimizer the learning rate of a step, and returns it. peak: if it is not args.learning_rate."""
     peak = args.learning_rate if peak is None else peak
     lr = learning_rate_at(
         step, peak=peak, schedule=args.lr_schedule, total_steps=total_steps, warmup_ratio=args.warmup_ratio

@@ -8,6 +8,7 @@
   the record is skipped
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,18 +35,8 @@ from models.records import (
     text_of,
     tokenising,
 )
-from models.reward import (
-    Pair,
-    Scored,
-    cut_completion,
-    cut_steps,
-    encode_pair_record,
-    encode_steps,
-    finite_number,
-)
+from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
 from models.tokenizer import Tokenizer
-
-# -------------------------------------------------------------------------------------------- pairs
 
 
 def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Pair], EncodingCounts]:
@@ -61,40 +52,34 @@ def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[
     def ids_of(pair: Pair) -> list[list[int]]:
         return [pair.chosen.input_ids, pair.rejected.input_ids]
 
-    encode = partial(encode_pair_record, tokenizer=tokenizer)
-    pairs, counts = encode_records(tokenising(path), encode, ids_of, cut, limits)
-    _refuse_nothing(path, pairs, counts, limits)
+    pairs, counts = _encode_file(path, partial(encode_pair_record, tokenizer=tokenizer), ids_of, cut, limits=limits)
     identical = sum(pair.chosen.input_ids == pair.rejected.input_ids for pair in pairs)
     if identical == len(pairs):
         raise ValueError(f"{path}: chosen and rejected are the same in every record, so there is nothing to learn")
     return pairs, counts._replace(nothing_to_learn=identical)
 
 
-def _refuse_nothing(path: Path, rows: list, counts: EncodingCounts, limits: Limits) -> None:
+def _encode_file(path: Path, *functions: Callable, limits: Limits) -> tuple[list, EncodingCounts]:
+    """encode_records of a file, with its encode, ids_of and cut; ValueError if no row is left."""
+    rows, counts = encode_records(tokenising(path), *functions, limits)
     if not rows:
         raise ValueError(
             f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
         )
-
-
-# ------------------------------------------------------------------ labelled completions and steps
+    return rows, counts
 
 
 def encode_scored_file(
     path: Path, tokenizer: Tokenizer, limits: Limits, *, kind: str, step_separator: str = "\n"
 ) -> tuple[list[Scored], EncodingCounts]:
-    """All records of a file as rows. kind: pointwise, see encode_pointwise_record, or process, see
-    encode_process_record."""
+    """All records of a file as rows, see encode_pointwise_record and encode_process_record."""
     assert kind in ("pointwise", "process")
     if kind == "pointwise":
-        encode, cut = partial(encode_pointwise_record, tokenizer=tokenizer), cut_completion
+        encode, cut = encode_pointwise_record, cut_completion
     else:
-        encode = partial(encode_process_record, step_separator=step_separator, tokenizer=tokenizer)
-        cut = cut_steps
-    shorten = partial(cut, max_seq_len=limits.max_seq_len)
-    rows, counts = encode_records(tokenising(path), encode, lambda row: [row.input_ids], shorten, limits)
-    _refuse_nothing(path, rows, counts, limits)
-    return rows, counts
+        encode, cut = partial(encode_process_record, step_separator=step_separator), cut_steps
+    encode, cut = partial(encode, tokenizer=tokenizer), partial(cut, max_seq_len=limits.max_seq_len)
+    return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits=limits)
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:
@@ -126,9 +111,6 @@ def _label(name: str, value: object) -> float:
     label = float(value) if isinstance(value, bool) else finite_number(name, value)
     require(0 <= label <= 1, f"{name} must be 0, 1 or a probability between them, not {ascii(value)[:60]}")
     return label
-
-
-# ------------------------------------------------------------------------------------------ batches
 
 
 class PairBatch(NamedTuple):

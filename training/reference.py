@@ -52,43 +52,35 @@ def pairs_digest(pairs: list[Pair]) -> str:
     return digest.hexdigest()
 
 
-class ReferenceFile(NamedTuple):
+class ReferenceCache(NamedTuple):
     """Where log-probs of a reference are kept, and what they depend on: the weights and the computation."""
 
-    path: Path
+    folder: Path
     key: dict[str, str]
     tolerance: float  # how far a batch computed again may be from the file, relative to 1 + |log-probability|
 
 
 def precompute(
-    logps_of: Callable[[list[Pair]], Tensor],
-    pairs: list[Pair],
-    batches: list[list[int]],
-    file: ReferenceFile,
-    split: Split,
+    logps_of: Callable, name: str, pairs: list[Pair], batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
-    """Sets `reference` of the pairs in `batches`: from the file where it has them, else computed and added to the file.
-    A collective.
+    """Sets `reference` of the pairs in `batches`, from the file of that name or computed and added to it: a collective.
 
-    logps_of: what the reference gives for some pairs, [2, B]; it is called for micro-batches of the batches, which
+    logps_of(pairs): what the reference gives for some of them, [2, B]; called for micro-batches of the batches, which
     should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot
     be read, or for a value that is not finite.
     """
-    path, device = file.path, torch.device(split.dp.device_type)
-    key = {**file.key, "pairs": pairs_digest(pairs)}
+    path, device = cache.folder / f"ref_logps_{name}.safetensors", torch.device(split.dp.device_type)
+    key = {**cache.key, "pairs": pairs_digest(pairs)}
 
     def compute(batches: list[list[int]]) -> Tensor:
         """[pairs, 2] on the CPU, 0 outside the batches."""
         logps = torch.zeros(len(pairs), 2, device=device)
-        length = lambda i: pair_length(pairs[i])  # noqa: E731
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            for rows in split.shares(numbers, key=length):
+            for rows in split.shares(numbers, key=lambda i: pair_length(pairs[i])):
                 logps[rows] = logps_of([pairs[i] for i in rows]).T
         return split.sum(logps).cpu()
 
-    logps = _read(path, key)
-    if logps is None:
-        logps = torch.full((len(pairs), 2), torch.nan)
+    logps = _read(path, key, len(pairs))
     missing = [numbers for numbers in batches if logps[numbers].isnan().any()]
     known = [numbers for numbers in batches if not logps[numbers].isnan().any()]
     if known:
@@ -97,7 +89,7 @@ def precompute(
         numbers = known[int(draw) % len(known)]
         again = compute([numbers])[numbers]
         gap = ((again - logps[numbers]).abs() / (1 + again.abs())).amax(dim=1)
-        if not (gap <= file.tolerance).all():
+        if not (gap <= cache.tolerance).all():
             worst = numbers[int(gap.argmax())]
             raise ValueError(
                 f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
@@ -105,12 +97,11 @@ def precompute(
             )
         say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} computed again and found equal")
     if missing:
-        computed = compute(missing)
-        for numbers in missing:
-            logps[numbers] = computed[numbers]
-            if not computed[numbers].isfinite().all():
-                worst = next(i for i in numbers if not computed[i].isfinite().all())
-                raise ValueError(f"the reference gives record {worst} (from 0) {_shown(computed[worst])}, not finite")
+        numbers = [i for batch in missing for i in batch]
+        logps[numbers] = compute(missing)[numbers]
+        for i, is_finite in zip(numbers, logps[numbers].isfinite().all(dim=1).tolist()):
+            if not is_finite:
+                raise ValueError(f"the reference gives record {i} (from 0) {_shown(logps[i])}, not finite")
         if is_main_rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             staging = path.with_name(f".{path.name}.partial")
@@ -124,10 +115,11 @@ def _shown(logps: Tensor) -> str:
     return " and ".join(f"{value:.5g}" for value in logps.tolist())
 
 
-def _read(path: Path, key: dict[str, str]) -> Tensor | None:
-    """The log-probs in a file, [pairs, 2], NaN where not computed; None if there is none of this key."""
+def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:
+    """The log-probs in a file, [pairs, 2], NaN where not computed: all, if there is none of this key."""
+    nothing = torch.full((num_pairs, 2), torch.nan)
     if not path.exists():
-        return None
+        return nothing
     try:
         with safe_open(path, framework="pt") as file:
             stored_key, logps = file.metadata(), file.get_tensor("logps")
@@ -135,5 +127,5 @@ def _read(path: Path, key: dict[str, str]) -> Tensor | None:
         raise ValueError(f"{path}: cannot be read, remove it to compute it anew: {error}") from None
     if stored_key != key:
         say(f"{path}: of other pairs, another reference or another dtype; computing anew")
-        return None
+        return nothing
     return logps

@@ -23,12 +23,11 @@ from torch import Tensor
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, load_function, non_negative, positive, short
 from models.model import Transformer
-from models.records import Example, Split, encode_answer, encode_prompt, encode_unfinished
+from models.records import Example, Split, encode_answer, encode_unfinished
 from models.reward import (
     RewardKind,
     Scored,
     aggregate,
-    cut_steps,
     encode_steps,
     read_reward_kind,
     sigmoid,
@@ -39,6 +38,7 @@ from models.tokenizer import StreamDecoder, Tokenizer
 from training.rollouts import Prompt
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
+finite = Bounds(least=-1e9, most=1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,8 @@ class RewardArgs:
     reward_fn: str | None = flag(
         None, help="FILE.py:NAME, a function (prompts, completions, examples) -> list of numbers"
     )
-    reward_model_weight: float = flag(
-        1.0, bounds=Bounds(least=-1e9, most=1e9), help="what the reward model's scores are multiplied by"
-    )
-    reward_fn_weight: float = flag(
-        1.0, bounds=Bounds(least=-1e9, most=1e9), help="what the function's numbers are multiplied by"
-    )
+    reward_model_weight: float = flag(1.0, bounds=finite, help="what the reward model's scores are multiplied by")
+    reward_fn_weight: float = flag(1.0, bounds=finite, help="what the function's numbers are multiplied by")
     normalize_reward: bool = flag(False, help="scores less reward_mean, by reward_std of the folder")
     process_reward: str = flag(
         "min",
@@ -64,21 +60,18 @@ class RewardArgs:
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="subtracted where an answer has no end; none")
     length_penalty: float = flag(0.0, bounds=non_negative, help="subtracted for each token of an answer")
     quantize_reward: str = flag(
-        "none",
-        choices=("none", "int8", "int4"),
-        help="round the weights of the reward model, replicated over dp",
+        "none", choices=("none", "int8", "int4"), help="round the weights of the reward model, replicated over dp"
     )
 
 
 def load_reward_function(place: str) -> RewardFunction:
     """The function that --reward_fn names; see load_function. Raises ValueError also for other parameters."""
     function = load_function("--reward_fn", place)
-    name = place.rpartition(":")[2]
     try:
         inspect.signature(function).bind([], [], [])
     except TypeError:
         raise ValueError(
-            f"--reward_fn {place}: {name} must take (prompts, completions, examples), it takes "
+            f"--reward_fn {place}: {place.rpartition(':')[2]} must take (prompts, completions, examples), it takes "
             f"{inspect.signature(function)}"
         ) from None
     except ValueError:  # a built-in without a signature
@@ -121,10 +114,9 @@ class RewardFolder(NamedTuple):
 def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
     """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
     folder = open_folder(path, None, tensor_parallel_size, frozen=True)
-    kind = read_reward_kind(path)
-    same = _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
-    same = same and folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
-    return RewardFolder(folder, same, kind)
+    same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
+    same_tokenizer = same_size and _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
+    return RewardFolder(folder, same_tokenizer, read_reward_kind(path))
 
 
 def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
@@ -134,43 +126,37 @@ def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def rows_to_score(
-    reward: RewardFolder,
-    prompts: list[str | list[dict]],
-    answers: list[Example],
-    texts: list[str],
-    finished: list[bool],
+    reward: RewardFolder, prompts: list[str | list[dict]], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
     they are too long for the model). An answer that ran out of tokens has no EOS.
 
-    prompts: as the records have them; answers: the policy's rows, prompt and answer; texts: the answers' alone.
+    prompts: as the records have them; rows: the policy's, prompt and answer; texts: the answers' alone.
     """
-    rows, num_cut = [], 0
-    tokenizer, separator = reward.folder.tokenizer, reward.kind.separator
-    max_seq_len = reward.folder.max_seq_len
-    for prompt, answer, text, ended in zip(prompts, answers, texts, finished, strict=True):
+    to_score, num_cut = [], 0
+    tokenizer, separator, max_seq_len = reward.folder.tokenizer, reward.kind.separator, reward.folder.max_seq_len
+    for prompt, row, text, ended in zip(prompts, rows, texts, finished, strict=True):
+        ends_of_steps = []
         if separator is not None:
-            steps = split_steps(text, separator)
-            ids, positions = encode_steps(prompt, steps, separator, tokenizer)
-            row = Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))
-            row = row if len(ids) <= max_seq_len else cut_steps(row, max_seq_len)
-            num_cut += len(ids) > max_seq_len
-            rows.append(row or Scored(ids[:max_seq_len], [max_seq_len - 1], []))
-            continue
-        if reward.same_tokenizer:
-            ids = answer.input_ids
+            ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
+        elif reward.same_tokenizer:
+            ids = row.input_ids
+        elif ended:
+            ids = encode_answer(prompt, text, tokenizer)[0].input_ids
         else:
-            whole = encode_answer(prompt, text, tokenizer)[0].input_ids if ended else None
-            ids = whole or encode_unfinished(prompt, text, tokenizer)
+            ids = encode_unfinished(prompt, text, tokenizer)
         num_cut += len(ids) > max_seq_len
-        ids = ids[:max_seq_len]
-        rows.append(Scored(ids, [len(ids) - 1], []))
-    return rows, num_cut
+        positions = [end for end in ends_of_steps if end < max_seq_len] or [min(len(ids), max_seq_len) - 1]
+        to_score.append(Scored(ids[: positions[-1] + 1], positions, []))
+    return to_score, num_cut
 
 
-def place_of_steps(text: str, separator: str, lengths: list[int]) -> list[int]:
-    """The token, counted from 0, that ends each of split_steps(text, separator): the first with which the text so far
-    holds the whole step. lengths[i]: characters that the first i + 1 tokens have completed."""
+def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, tokenizer: Tokenizer) -> list[int]:
+    """The token of an answer, counted from 0, that ends each of split_steps(text, separator): the first with which the
+    text so far holds the whole step."""
+    stream = StreamDecoder(tokenizer, prompt.ids)
+    characters = (len(stream.push(token)) for token in row.input_ids[len(prompt.ids) :])
+    lengths = list(itertools.accumulate(characters))  # of the text that the first 1, 2, ... tokens have completed
     places, end = [], 0
     for step in split_steps(text, separator):
         end = min(end + len(step) + len(separator), len(text))
@@ -196,10 +182,23 @@ class Scorer(NamedTuple):
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
         """
-        args, scores = self.args, torch.zeros(len(rows))
-        step_rewards, num_cut = torch.zeros(len(rows), max(row.num_targets for row in rows)), 0
+        args, scores, num_cut = self.args, torch.zeros(len(rows)), 0
+        step_rewards = torch.zeros(len(rows), max(row.num_targets for row in rows))
         if self.folder is not None:
-            num_cut = self._add_model_scores(scores, step_rewards, (prompts, rows, texts, finished))
+            kind, weight = self.folder.kind, args.reward_model_weight
+            asked = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
+            to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
+            split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
+            mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
+            for i, values in enumerate(step_scores(self.model, to_score, split)):
+                if kind.separator is None:
+                    scores[i] += weight * (values[0] - mean) / std
+                elif args.process_reward != "steps":
+                    scores[i] += weight * aggregate(values, args.process_reward)
+                else:
+                    places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
+                    for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
+                        step_rewards[i, place] += weight * sigmoid(value)
         if self.function is not None:
             records = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
             rewards = _on_main_rank(call_reward_function, self.function, *records)
@@ -208,26 +207,6 @@ class Scorer(NamedTuple):
         scores -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
         return scores.to(device), step_rewards.to(device), num_cut
-
-    def _add_model_scores(self, scores: Tensor, step_rewards: Tensor, answers: tuple[list, ...]) -> int:
-        """Adds the reward model's numbers, in place; returns how many rows were cut for it."""
-        prompts, rows, texts, finished = answers
-        kind, weight, how = self.folder.kind, self.args.reward_model_weight, self.args.process_reward
-        asked = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
-        to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
-        split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
-        mean, std = (kind.mean, kind.std) if self.args.normalize_reward else (0.0, 1.0)
-        for i, values in enumerate(step_scores(self.model, to_score, split)):
-            if kind.separator is None:
-                scores[i] += weight * (values[0] - mean) / std
-            elif how != "steps":
-                scores[i] += weight * aggregate(values, how)
-            else:
-                lengths = _text_lengths(self.tokenizer, prompts[i].ids, rows[i])
-                places = place_of_steps(texts[i], kind.separator, lengths)
-                for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
-                    step_rewards[i, place] += weight * sigmoid(value)
-        return num_cut
 
 
 def _on_main_rank(function: Callable, *args):
@@ -242,9 +221,3 @@ def _on_main_rank(function: Callable, *args):
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
-
-
-def _text_lengths(tokenizer: Tokenizer, prompt_ids: list[int], row: Example) -> list[int]:
-    """Characters of the text of the first 1, 2, ... tokens of an answer."""
-    stream = StreamDecoder(tokenizer, prompt_ids)
-    return list(itertools.accumulate(len(stream.push(token)) for token in row.input_ids[len(prompt_ids) :]))

@@ -64,15 +64,15 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
         with naming(record):
             ids = encode_prompt(prompt, tokenizer)
             check_ids(ids, limits.vocab_size, record.where)
-        if not ids or len(ids) > limits.max_seq_len:
-            if limits.overlong == "refuse" or not ids:
-                raise ValueError(
-                    f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
-                    "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
-                )
+        if 0 < len(ids) <= limits.max_seq_len:
+            prompts.append(Prompt(ids, record.fields, prompt if isinstance(prompt, str) else tokenizer.decode(ids)))
+        elif ids and limits.overlong == "skip":
             skipped += 1
-            continue
-        prompts.append(Prompt(ids, record.fields, prompt if isinstance(prompt, str) else tokenizer.decode(ids)))
+        else:
+            raise ValueError(
+                f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
+                "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
+            )
     if not prompts:
         raise ValueError(f"{path}: no prompt is left: all {skipped} leave no room for --max_new_tokens")
     return prompts, skipped
@@ -105,8 +105,7 @@ def draw(
     own = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
         end = [] if done.stop_token_id is None else [done.stop_token_id]
-        answer = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
-        own[done.request.idx] = answer
+        own[done.request.idx] = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}
@@ -247,8 +246,7 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
 
     means: of the first minibatch, see TokenSums. dtype: of the computation.
     """
-    exact = dtype == torch.float32
-    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if exact else (2e-2, 1e-2, 5e-2)
+    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
     wrong = []
     if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
         wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")

@@ -8,6 +8,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from models.checkpoint import Folder
@@ -44,15 +45,11 @@ def prompts_of(examples: list[Example], count: int) -> list[EvalPrompt]:
     the last turn of the assistant) is its reference, and the tokens before it are its prompt; a row that is learnt from
     its beginning is cut in the middle."""
     prompts = []
-    for example in examples:
-        if len(prompts) == count:
-            break
-        if example.num_targets:
-            learnt = [label != IGNORE_INDEX for label in example.labels]
-            end = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
-            start = max((i for i in range(end) if not learnt[i]), default=-1) + 1
-            start = start or max(1, end // 2)
-            prompts.append(EvalPrompt(example.input_ids[:start], example.input_ids[start:end]))
+    for example in islice((example for example in examples if example.num_targets), count):
+        learnt = [label != IGNORE_INDEX for label in example.labels]
+        end = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
+        start = max((i + 1 for i in range(end) if not learnt[i]), default=0) or max(1, end // 2)
+        prompts.append(EvalPrompt(example.input_ids[:start], example.input_ids[start:end]))
     return prompts
 
 
@@ -61,28 +58,25 @@ class EvalSamples:
     all data-parallel ranks draw the same answers, in the time that one of them would take.
 
     Memory is taken when it is built, so that what does not fit shows before the first step and not after the last.
+    Without rows of an evaluation, or where none is to be shown, nothing is built.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        folder: Folder,
-        prompts: list[EvalPrompt],
-        args: SampleArgs,
-        runtime: Runtime,
-        run: Run,
+        self, model: Transformer, folder: Folder, rows: list[Example], args: SampleArgs, runtime: Runtime, run: Run
     ):
-        self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts
+        self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
+        if not self.prompts:
+            return
         context = folder.config.max_position_embeddings
         self.requests = [
             Request(idx, 0, prompt.ids, min(args.eval_max_new_tokens, context - len(prompt.ids)))
-            for idx, prompt in enumerate(prompts)
+            for idx, prompt in enumerate(self.prompts)
         ]
         self.copy = copy_for_inference(model, pack=can_pack(runtime))
         self.engine = Engine(
             self.copy,
             SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),
-            num_slots=min(MAX_SLOTS, len(prompts)),
+            num_slots=min(MAX_SLOTS, len(self.prompts)),
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
             tokenizer=folder.tokenizer,
             compile=runtime.compile,
@@ -90,17 +84,20 @@ class EvalSamples:
         self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() else None
 
     def show(self, run: Run) -> None:
-        """Draws the answers of the current weights; the main rank prints them and appends a line for each to
-        samples.jsonl."""
+        """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""
+        if not self.prompts:
+            return
         refresh(self.copy, self.model)
         answers: list[Completion] = sorted(self.engine.generate(self.requests), key=lambda answer: answer.request.idx)
         if self.log is None:
             return
         blocks = []
         for prompt, answer in zip(self.prompts, answers):
+            # for people: special tokens tell whose turn a chat is at, but the BOS tells nothing
+            shown_ids = prompt.ids[prompt.ids[0] == self.tokenizer.bos_token_id :]
             line = {
                 "step": run.step,
-                "prompt": self._text(prompt.ids),
+                "prompt": self.tokenizer.decode(shown_ids, skip_special_tokens=False),
                 "output": answer.text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
                 "finish_reason": answer.finish_reason,
@@ -109,11 +106,6 @@ class EvalSamples:
             blocks.append(block(line))
         self.log.flush()
         run.show("\n".join(blocks))
-
-    def _text(self, prompt_ids: list[int]) -> str:
-        """A prompt for people: its special tokens tell whose turn a chat is at, but the BOS tells nothing."""
-        begins_with_bos = prompt_ids[0] == self.tokenizer.bos_token_id
-        return self.tokenizer.decode(prompt_ids[begins_with_bos:], skip_special_tokens=False)
 
 
 def block(line: dict) -> str:

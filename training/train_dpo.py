@@ -38,25 +38,19 @@ from models.fsdp import (
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
-from models.records import EncodingCounts, Limits, Split
+from models.records import Split
 from models.reward import Pair, pair_length
-from training.data import DataArgs, training_batches
+from training.data import DataArgs, load_rows, training_batches
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import collate_pairs, encode_pair_file
-from training.reference import ReferenceFile, precompute, weights_digest
+from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
-from training.samples import EvalSamples, SampleArgs, prompts_of
+from training.samples import EvalSamples, SampleArgs
 
-REFERENCE_TOLERANCE = {False: 1e-4, True: 2e-2}  # whether bf16 is involved: see training/reference.py
-MEANS = (  # over pairs, by TRL's names
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+# by TRL's names, over pairs
+MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
+Splits = dict[str, tuple[list[Pair], list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +80,7 @@ def main(args: DpoArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
     ref_scheme = check_reference(args, folder, runtime)
-    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
-    train, counts = encode_pair_file(args.train_file, folder.tokenizer, limits)
-    notes = {"train": describe(train, counts)}
-    evaluation = []
-    if args.eval_file:
-        evaluation, counts = encode_pair_file(args.eval_file, folder.tokenizer, limits)
-        notes["eval"] = describe(evaluation, counts)
+    train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
@@ -105,10 +93,7 @@ def main(args: DpoArgs) -> None:
     model, reference = load_models(args, mesh, runtime, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = None
-    if evaluation and args.num_eval_samples:
-        prompts = prompts_of([pair.chosen for pair in evaluation], args.num_eval_samples)
-        samples = EvalSamples(model, folder, prompts, args, runtime, run)
+    samples = EvalSamples(model, folder, [pair.chosen for pair in evaluation], args, runtime, run)
     rows = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}",
         "reference": reference_note(args, ref_scheme),
@@ -130,7 +115,7 @@ def main(args: DpoArgs) -> None:
             loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
             (loss / len(batch) * dp_size).backward()  # FSDP averages gradients over dp
             sums += micro_sums
-        means = named_means(split.sum(sums), len(batch))
+        means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
         grad_norm = clip_grad_norm(model, args.max_grad_norm)
         run.check_finite(loss=means["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
@@ -147,8 +132,7 @@ def main(args: DpoArgs) -> None:
             metrics.update({f"eval_{name}": value for name, value in eval_means.items()})
             accuracy = eval_means["rewards/accuracies"]
             run.show(f"step {step}: eval_loss {eval_means['loss']:.4f}, {accuracy:.1%} of the pairs in the right order")
-            if samples is not None:
-                samples.show(run)
+            samples.show(run)
         run.log(metrics)
 
     if not run.stopped:
@@ -176,8 +160,7 @@ def check_flags(args: DpoArgs) -> None:
 
 
 def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme | None:
-    """How the reference's weights are quantised. Raises ValueError if it cannot be so here, or cannot read the policy's
-    tokens."""
+    """How the reference is quantised. Raises ValueError if it cannot be so here, or cannot read the policy's tokens."""
     path, config = args.ref_path, ModelConfig.from_hf(args.ref_path)
     if args.ref_checkpoint_path is not None:
         config.check_divisible(args.tensor_parallel_size)
@@ -198,50 +181,33 @@ def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme |
 
 
 def load_models(
-    args: DpoArgs,
-    mesh: DeviceMesh,
-    runtime: Runtime,
-    ref_scheme: Scheme | None,
-    splits: dict[str, tuple[list[Pair], list[list[int]]]],
-    split: Split,
+    args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Scheme | None, splits: Splits, split: Split
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
-    pairs, and where policy and reference begin alike, they are one model.
-
-    splits: by name, pairs and the batches of them that the run will see; none if no step is taken.
-    """
+    pairs, and where policy and reference begin alike, they are one model. splits: empty if no step is taken."""
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
     is_start = args.ref_checkpoint_path is None and ref_scheme is None
-    key = {}
+    cache = None
     if uses_reference and args.precompute_ref:
         dtypes = (frozen_dtype(args, runtime), runtime.dtype)
         key = {"weights": weights_digest(args.ref_path, runtime.device), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
         if ref_scheme is not None:
             key["quantised"] = str(ref_scheme)
-        tolerance = REFERENCE_TOLERANCE[torch.bfloat16 in dtypes]
-        files = {
-            name: ReferenceFile(args.output_dir / f"ref_logps_{name}.safetensors", key, tolerance) for name in splits
-        }
-    if key and not is_start:
-        precompute_with(load_reference(), splits, files, split)
+        cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
+    if cache and not is_start:
+        precompute_with(load_reference(), splits, cache, split)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
-    if key and is_start:  # which it is until its first step, and until a checkpoint is read
-        precompute_with(model, splits, files, split)
+    if cache and is_start:  # which it is until its first step, and until a checkpoint is read
+        precompute_with(model, splits, cache, split)
     return model, load_reference() if uses_reference and not args.precompute_ref else None
 
 
-def precompute_with(
-    reference: Transformer,
-    splits: dict[str, tuple[list[Pair], list[list[int]]]],
-    files: dict[str, ReferenceFile],
-    split: Split,
-) -> None:
+@torch.no_grad()
+def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
     """Gives the pairs of each split the reference's log-probs."""
     for name, (pairs, batches) in splits.items():
-        with torch.no_grad():
-            logps_of = lambda rows: pair_logps(reference, rows, split.pad_token_id)[0]  # noqa: E731
-            precompute(logps_of, pairs, batches, files[name], split)
+        precompute(lambda rows: pair_logps(reference, rows, split.pad_token_id)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
@@ -257,14 +223,12 @@ def reference_note(args: DpoArgs, scheme: Scheme | None) -> str:
 
 
 def pair_logps(model: Transformer, pairs: list[Pair], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """(log-probability of each completion, number of its tokens), [2, B] each: the chosen ones, then the rejected
-    ones. EOS is one of the tokens."""
+    """(log-probability of each completion, number of its tokens, EOS included), [2, B] each: chosen, then rejected."""
     batch = collate_pairs(pairs, pad_token_id, model.inv_freq.device, model.row_multiple)
     vocab_size, tp = model.config.vocab_size, model.parallel.tp
     hidden = model(batch.input_ids)
     logps, _ = token_logps(hidden, model.lm_head.weight, batch.labels, vocab_size=vocab_size, tp=tp)
-    logps, lengths = sequence_logps(logps, batch.labels)
-    return logps.view(2, -1)[:, : len(pairs)], lengths.view(2, -1)[:, : len(pairs)]
+    return tuple(each.view(2, -1)[:, : len(pairs)] for each in sequence_logps(logps, batch.labels))
 
 
 def summed_loss(
@@ -282,12 +246,7 @@ def summed_loss(
     losses, chosen_rewards, rejected_rewards = dpo_loss(args, logps, ref_logps, lengths)
     margins = chosen_rewards - rejected_rewards
     rewards = (chosen_rewards, rejected_rewards, (margins > 0).float(), margins)
-    sums = torch.stack([losses.detach(), *rewards, *logps.detach()]).sum(dim=1)
-    return losses.sum(), sums
-
-
-def named_means(sums: Tensor, num_pairs: int) -> dict[str, float]:
-    return dict(zip(("loss", *MEANS), (sums / num_pairs).tolist()))
+    return losses.sum(), torch.stack([losses.detach(), *rewards, *logps.detach()]).sum(dim=1)
 
 
 def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
@@ -305,15 +264,15 @@ def evaluate(
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers], key=pair_length):
             sums += summed_loss(model, reference, rows, args, split.pad_token_id)[1]
-    return named_means(split.sum(sums), len(pairs))
+    return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
 
 
 def row_lengths(pairs: list[Pair]) -> list[int]:
     return [len(side.input_ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
-def describe(pairs: list[Pair], counts: EncodingCounts) -> str:
-    return f"{len(pairs):,} pairs, {sum(row_lengths(pairs)):,} tokens{counts}"
+def describe(pairs: list[Pair]) -> str:
+    return f"{len(pairs):,} pairs, {sum(row_lengths(pairs)):,} tokens"
 
 
 if __name__ == "__main__":

@@ -30,19 +30,15 @@ from models.model import Transformer, read_hf_config
 from models.records import EncodingCounts, Limits, Split, read_records
 from models.reward import Pair, Scored, collate_scored, scalar_head_config
 from models.tokenizer import Tokenizer
-from training.data import DataArgs, epoch_order, training_batches
+from training.data import DataArgs, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import collate_pairs, encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
 
 Rows = list[Pair] | list[Scored]
-
-FIELDS = {  # of a record, by the --loss that learns from it
-    "pairwise": ("chosen", "rejected"),
-    "pointwise": ("label",),
-    "process": ("completions", "labels"),
-}
+# of a record, by the --loss that learns from it
+FIELDS = {"pairwise": ("chosen", "rejected"), "pointwise": ("label",), "process": ("completions", "labels")}
 MOST_STATISTICS = 2048  # training records whose rewards give reward_mean and reward_std where there is no --eval_file
 
 
@@ -77,13 +73,7 @@ def main(args: RmArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
-    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
-    train, counts = encode_file(args.train_file, folder.tokenizer, args, limits)
-    notes = {"train": describe(train, counts)}
-    evaluation = []
-    if args.eval_file:
-        evaluation, counts = encode_file(args.eval_file, folder.tokenizer, args, limits)
-        notes["eval"] = describe(evaluation, counts)
+    train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     has_head = has_score_head(args.checkpoint_path)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
     total_steps = args.total_steps(len(train))
@@ -149,20 +139,19 @@ def main(args: RmArgs) -> None:
 # ------------------------------------------------------------------------------------------ records
 
 
-def encode_file(path: Path, tokenizer: Tokenizer, args: RmArgs, limits: Limits) -> tuple[Rows, EncodingCounts]:
+def encode_file(args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[Rows, EncodingCounts]:
     """All records of a file as rows. Raises ValueError that names the --loss for records of another kind."""
-    loss = args.loss
     for record in read_records(path):
-        missing = [name for name in FIELDS[loss] if name not in record.fields]
+        missing = [name for name in FIELDS[args.loss] if name not in record.fields]
         fitting = [kind for kind, names in FIELDS.items() if all(name in record.fields for name in names)]
         if missing and fitting:
             raise ValueError(
-                f"{record.where}: --loss {loss} needs the field {missing[0]!r}; this record has "
+                f"{record.where}: --loss {args.loss} needs the field {missing[0]!r}; this record has "
                 f"{' and '.join(map(repr, FIELDS[fitting[0]]))}, as --loss {fitting[0]} takes it"
             )
-    if loss == "pairwise":
+    if args.loss == "pairwise":
         return encode_pair_file(path, tokenizer, limits)
-    return encode_scored_file(path, tokenizer, limits, kind=loss, step_separator=args.step_separator)
+    return encode_scored_file(path, tokenizer, limits, kind=args.loss, step_separator=args.step_separator)
 
 
 def lengths_of(row: Pair | Scored) -> list[int]:
@@ -173,8 +162,7 @@ def lengths_of(row: Pair | Scored) -> list[int]:
 
 
 def reward_places(rows: Rows) -> list[range]:
-    """Where the rewards of each row stand among those of all: a pair has two, chosen and rejected; other rows one for
-    each label."""
+    """Where each row's rewards stand among those of all: a pair's two, chosen and rejected; else one for each label."""
     counts = [2 if isinstance(row, Pair) else len(row.labels) for row in rows]
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
@@ -190,9 +178,9 @@ def shares_of(rows: Rows, split: Split) -> Iterator[list[int]]:
     return split.shares(list(range(len(rows))), key=lambda i: max(lengths_of(rows[i])))
 
 
-def describe(rows: Rows, counts: EncodingCounts) -> str:
+def describe(rows: Rows) -> str:
     tokens = sum(sum(lengths_of(row)) for row in rows)
-    return f"{len(rows):,} records, {tokens:,} tokens, {reward_places(rows)[-1].stop:,} rewards{counts}"
+    return f"{len(rows):,} records, {tokens:,} tokens, {reward_places(rows)[-1].stop:,} rewards"
 
 
 # ------------------------------------------------------------------------------------------ rewards
@@ -246,19 +234,15 @@ def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, flo
     else:
         agree = (rewards >= 0) == (targets >= 0.5)
         metrics = {"step_accuracy" if loss == "process" else "accuracy": agree.double().mean().item()}
-    return {
-        **metrics,
-        "mean_reward": rewards.mean().item(),
-        "min_reward": rewards.min().item(),
-        "max_reward": rewards.max().item(),
-    }
+    metrics.update(mean_reward=rewards.mean().item(), min_reward=rewards.min().item(), max_reward=rewards.max().item())
+    return metrics
 
 
 def evaluate(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
     """The metrics of an evaluation. The calibration error of pairs is that of the claim to have the better one, made
     with the probability sigmoid(|difference|); of labels that of sigmoid(reward)."""
-    metrics = {"loss": losses_of(args, rewards, targets).double().mean().item()}
-    metrics.update(reward_metrics(args.loss, rewards, targets))
+    loss = losses_of(args, rewards, targets).double().mean().item()
+    metrics = {"loss": loss, **reward_metrics(args.loss, rewards, targets)}
     if args.loss == "pairwise":
         margins = rewards[0::2] - rewards[1::2]
         right = (margins.sign() + 1) / 2  # half, where the claim is for both
@@ -272,7 +256,7 @@ def evaluate(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]
 def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
     """Rows with their rewards, for people. rewards: of these rows, and maybe of others after them."""
 
-    def text(ids: list[int], start: int, end: int) -> str:
+    def text(ids: list[int], start: int, end: int | None) -> str:
         shown = visible(tokenizer.decode_continuation(ids[:start], ids[start:end]))
         return shown if len(shown) <= 100 else f"{shown[:100]} ..."
 
@@ -282,33 +266,24 @@ def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
         prompt = visible(tokenizer.decode(ids[:start]))
         lines.append(f"  prompt    {prompt if len(prompt) <= 100 else f'... {prompt[-100:]}'}")
         if isinstance(row, Pair):
-            parts = [("chosen", text(ids, start, len(ids)))]
-            parts.append(("rejected", text(row.rejected.input_ids, start, len(row.rejected.input_ids))))
+            parts = [("chosen", text(ids, start, None)), ("rejected", text(row.rejected.input_ids, start, None))]
         else:
             ends = [position + 1 for position in row.positions]
-            parts = [
-                (f"label {label:g}", text(ids, begin, end))
-                for label, begin, end in zip(row.labels, [start, *ends], ends)
-            ]
+            spans = zip(row.labels, [start, *ends], ends)
+            parts = [(f"label {label:g}", text(ids, begin, end)) for label, begin, end in spans]
         lines += [f"  {name:<8}  {rewards[place]:+.3f}  {part}" for place, (name, part) in zip(places, parts)]
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------------------- export
-
-
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
-    """The config.json of a reward model, with what others need to read the reward. Raises ValueError if a reward is not
-    finite."""
+    """The config.json of a reward model, with what others need to read the reward. ValueError if one is not finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
     config = scalar_head_config(read_hf_config(args.checkpoint_path)[0], pad_token_id)
-    config["reward_model_type"] = args.loss
+    config.update(reward_model_type=args.loss, reward_position="last_token")
     if args.loss == "process":
         config.update(reward_position="last_token_of_step_and_separator", step_separator=args.step_separator)
-    else:
-        config["reward_position"] = "last_token"
     return {**config, "reward_mean": mean, "reward_std": std}
 
 

@@ -7,10 +7,11 @@ from tests import tiny
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes (scripts/test.sh), a file stays in one of them, since its fixtures are dear;
-    and so do all that use ranks, which are started once."""
+    and so do all that use ranks, which are started once. They take longest, so they begin."""
     for item in items:
         group = "ranks" if hasattr(item.module, "launch") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not hasattr(item.module, "launch"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -117,7 +117,7 @@ def relative_regret(root, out, table):
     return regret(out, best) / regret(root / "ref", best)
 
 
-@pytest.mark.parametrize("seed", [0, 1])  # 4 ends like them, 2 and 3 nearer to the bound, at 0.7 and 0.9 %
+@pytest.mark.parametrize("seed", [0])  # 1 and 4 end like it, 2 and 3 nearer to the bound, at 0.7 and 0.9 %
 def test_optimum(seed, tmp_path):
     """Catches whatever makes the script learn another policy than pi* or another value than beta log Z: the signs and
     places of scores and KL, the EOS action, temperatures, a critic beside the state it judges."""

@@ -224,7 +224,7 @@ def run_flags(prompts, out, *more):
     return ("--prompt_file", prompts, "--output_file", out, *sampling, *more)
 
 
-def test_three_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
+def test_two_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
     """Catches samples that are lost, drawn twice, torn, or other than without the kills, with another batch size
     too."""
     folder = tmp_path / "model"
@@ -233,7 +233,7 @@ def test_three_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     rng = random.Random()  # moments differ from run to run: none may matter
     seen = 0
-    for slots, target in ((3, 20), (4, 80), (2, 140)):
+    for slots, target in ((3, 20), (4, 110)):
         flags = run_flags(prompts, out, "--max_new_tokens", 30, "--batch_size", slots, "--resume")
         process = tiny.start(SCRIPT, "--checkpoint_path", folder, *flags)
         wanted, deadline = max(seen + 1, target - rng.randrange(15)), time.monotonic() + 60

@@ -327,7 +327,7 @@ def ragged(count):
     return [{"prompt": f"{i} plus", "completion": "so it " * (i * 7 % 19), "idx": i} for i in range(count)]
 
 
-def test_three_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
+def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
     """Catches records that are lost, written twice, torn, out of order, or scored otherwise than without the kills."""
     folder = tmp_path / "model"
     write_reward_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
@@ -335,7 +335,7 @@ def test_three_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     rng, seen = random.Random(), 0  # moments differ from run to run: none may matter
     command = ("--checkpoint_path", folder, "--data_file", data, "--output_file", out, "--batch_size", 1, "--resume")
-    for _ in range(3):
+    for _ in range(2):
         process = tiny.start(SCRIPT, *command)
         wanted, deadline = seen + rng.randint(1, 100), time.monotonic() + 60
         while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:

@@ -40,6 +40,7 @@ FLAGS = {
     "one reduction": ["--micro_batch_size", "1", "--no-sync_every_micro_batch"],
 }
 ONCE = ("packed", "one reduction")  # with one of the two models
+ALWAYS = ("plain", "sequence parallel")  # the rest is run where one dimension of the mesh is 1
 HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
     "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "2"],
     "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
@@ -147,6 +148,8 @@ def test_layouts_agree(world, layout):
                 continue  # compiling is slow, and it is the collectives of tp that a compiled block holds
             if (kind == "sequence parallel" and tp_size == 1) or (kind in ONCE and name == "tied"):
                 continue
+            if ranks == 4 and kind not in ALWAYS:
+                continue
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
             jobs.append(sft_job(root / name, train_file, root / outs[-1][2], *more))
@@ -242,8 +245,7 @@ def test_kill_and_resume_on_two_ranks(world):
     assert f"stopped by a signal after step {step};" in run.communicate()[0]
     assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
 
-    run = start_ranks(2, *arguments(root / "tied", train_file, out, *flags, "--resume"))
-    assert run.wait(timeout=200) == 0, run.communicate()[0][-3000:]
+    launch(2, [sft_job(root / "tied", train_file, out, *flags, "--resume")])
     wanted, resumed = (load_file(d / "model.safetensors") for d in (root / "whole", out))
     assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
     assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 61))

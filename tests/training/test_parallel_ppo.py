@@ -13,8 +13,7 @@ from tests.ranks_worker import run_job
 STEPS, EPOCHS, MINIBATCHES = 2, 2, 2
 LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
     "dp 4": (1, []),
-    "dp 2 x tp 2": (2, ["--micro_batch_size", "1"]),
-    "sequence parallel": (2, ["--sequence_parallel", "--micro_batch_size", "2"]),
+    "dp 2 x tp 2": (2, ["--sequence_parallel", "--micro_batch_size", "1"]),
 }
 REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
 

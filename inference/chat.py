@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from models.chats import read_chat
 from models.checkpoint import ModelArgs, open_folder
-from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script, say
+from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingArgs, SamplingParams
@@ -44,7 +45,9 @@ def main(args: ChatArgs) -> None:
     runtime = choose_runtime(args)
     if data_parallel_size(args.tensor_parallel_size) > 1:
         raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
+    folder = open_folder(
+        args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=chat_day(args.chat_date)
+    )
     scheme, tokenizer = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.tokenizer
     limit = args.max_seq_len or min(4096, folder.max_seq_len)
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids)
@@ -64,7 +67,7 @@ def main(args: ChatArgs) -> None:
             continue
         messages.append({"role": "user", "content": text})
         plain = "".join(message["content"] for message in messages)
-        prompt = messages if tokenizer.chat_template is not None else plain
+        prompt = read_chat(messages) if tokenizer.chat_template is not None else plain
         prompt_ids = encode_prompt(prompt, tokenizer)
         check_ids(prompt_ids, folder.config.vocab_size, "this message")
         room = limit - len(prompt_ids)

@@ -26,12 +26,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from inference.lines import LineWriter, encode_line, read_begun, refuse_occupied
+from inference.lines import LineWriter, begun_on, encode_line, read_begun, refuse_occupied
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
     Runtime,
     at_least_one,
     card,
+    chat_day,
+    check_alike,
     choose_runtime,
     flag,
     is_main_rank,
@@ -45,7 +47,7 @@ from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingArgs, SamplingParams
 from models.quantize import QuantizeArgs, choose_scheme
-from models.records import Record, check_ids, encode_prompt, get_prompt, naming, read_records, require
+from models.records import Record, check_ids, encode_prompt, get_prompt, naming, read_records, require, stated_prompt
 from models.tp import TensorParallelArgs
 
 
@@ -80,7 +82,8 @@ class Prompt(NamedTuple):
 def main(args: GenerateArgs) -> None:
     check_flags(args)
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
+    today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme, limit = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.max_seq_len
     if args.prompt_file is not None:
         records = read_records(args.prompt_file)
@@ -91,6 +94,7 @@ def main(args: GenerateArgs) -> None:
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids, stop)
     begun_with = {
         "checkpoint_path": str(args.checkpoint_path.resolve()),
+        "chat_date": today.isoformat(),
         "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
         "max_new_tokens": args.max_new_tokens,
         "max_seq_len": limit,
@@ -110,6 +114,7 @@ def main(args: GenerateArgs) -> None:
     ]
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
+    check_alike(today, "the day")
     requests = requests_of_rank(requests, mesh["dp"])
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
     engine = Engine(
@@ -129,6 +134,7 @@ def main(args: GenerateArgs) -> None:
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
         "work": f"{num_samples - len(done):,} samples to draw" + (f", {len(done):,} done before" * bool(done)),
+        "stop tokens": folder.stop_tokens(),
         "batch": f"{engine.num_slots} slots of {engine.cache_len} tokens"
         + " on each dp rank" * (mesh["dp"].size() > 1),
         **({"note": "; ".join(notes)} if notes else {}),
@@ -168,9 +174,7 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
     truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
     prompts, skipped, truncated, short, limit = [], 0, 0, 0, folder.max_seq_len
     for idx, record in enumerate(short_bar(records, "tokenising", "prompt")):
-        prompt = get_prompt(record)
-        if args.chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+        prompt = get_prompt(record, as_chat=args.chat)
         with naming(record):
             ids = encode_prompt(prompt, folder.tokenizer)
             require(ids, "the prompt has no tokens, so there is nothing to go on from")
@@ -185,7 +189,7 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
                 skipped += 1
                 continue
             truncated += 1
-            bos = ids[:1] if ids[0] == folder.tokenizer.bos_token_id else []
+            bos = ids[:1] if folder.tokenizer.adds_bos and ids[0] == folder.tokenizer.bos_token_id else []
             keep = max(limit - args.max_new_tokens, limit // 2) - len(bos)  # at least half of the room is the prompt's
             ids = bos + ids[len(ids) - keep :]
         short += len(ids) + args.max_new_tokens > limit
@@ -219,7 +223,7 @@ def line_of(completion: Completion, record: Record, return_token_ids: bool) -> d
     line = {
         "idx": completion.request.idx,
         "sample_idx": completion.request.sample_idx,
-        "prompt": get_prompt(record),
+        "prompt": stated_prompt(record),
         "output": completion.text,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.token_ids),

@@ -21,6 +21,12 @@ def sidecar(output_file: Path) -> Path:
     return output_file.with_name(output_file.name + ".args.json")
 
 
+def begun_on(output_file: Path) -> str | None:
+    """The day that chat templates were told when an output file was begun, where that is known."""
+    args_file = sidecar(output_file)
+    return read_json_object(args_file).get("chat_date") if args_file.is_file() else None
+
+
 def refuse_occupied(output_file: Path) -> None:
     """Raises ValueError if a new run would write over something."""
     if output_file.exists() and output_file.stat().st_size:

@@ -25,13 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
-from inference.lines import LineWriter, read_begun, refuse_occupied, write_lines
+from inference.lines import LineWriter, begun_on, read_begun, refuse_occupied, write_lines
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
     Runtime,
     Stopwatch,
     at_least_one,
     card,
+    chat_day,
+    check_alike,
     choose_runtime,
     flag,
     is_main_rank,
@@ -117,7 +119,8 @@ def main(args: ScoreArgs) -> None:
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_files(args)
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
+    today = chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size)
     kind = read_reward_kind(args.checkpoint_path)
     check_kind(args, kind)
@@ -127,6 +130,7 @@ def main(args: ScoreArgs) -> None:
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
     begun_with = {
         "checkpoint_path": str(args.checkpoint_path.resolve()),
+        "chat_date": today.isoformat(),
         "data": hashlib.sha256(json.dumps([record.fields for record in records]).encode()).hexdigest(),
         "max_seq_len": folder.max_seq_len,
         "overlong": args.overlong,
@@ -142,6 +146,7 @@ def main(args: ScoreArgs) -> None:
     first = num_done - num_done % size if num_done < len(items) else len(items)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
+    check_alike(today, "the day")
     scores = "one for each record" if kind.separator is None else f"one for each step, ended by {kind.separator!r}"
     rows = {
         "model": f"{folder.path}, {num_weights(folder.config) / 1e6:,.1f} M parameters"

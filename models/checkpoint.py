@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,9 @@ class ModelArgs(RuntimeArgs):
     """Which model."""
 
     checkpoint_path: Path = flag(help="Hugging Face folder with the model")
+    chat_date: str | None = flag(
+        None, help="the day that chat templates are told, YYYY-MM-DD; today, and with --resume the day of the run"
+    )
 
 
 class Folder(NamedTuple):
@@ -67,18 +71,41 @@ class Folder(NamedTuple):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer."""
-        return generation_eos_ids(self.path, default=self.tokenizer.eos_token_id)
+        """What ends an answer: the ids that the folder lists for generation, and what training puts at an answer's end,
+        which is the chat template's end of turn, behind plain text the tokenizer's EOS."""
+        trained = (self.tokenizer.end_of_turn_id, self.tokenizer.eos_token_id)
+        known = [i for i in trained if i is not None and i < self.config.vocab_size]
+        return tuple(dict.fromkeys((*generation_eos_ids(self.path), *known)))
+
+    def generation_changes(self) -> dict:
+        """What an export's generation_config.json must say otherwise, so that everybody's generation ends with it."""
+        ids = self.eos_token_ids
+        return {} if ids == generation_eos_ids(self.path) else {"eos_token_id": list(ids) if len(ids) > 1 else ids[0]}
+
+    def stop_tokens(self) -> str:
+        """The tokens that end an answer, for people."""
+        names = ", ".join(f"{self.tokenizer.decode([i], skip_special_tokens=False)} ({i})" for i in self.eos_token_ids)
+        more = " (generation_config.json lists not all of them; an export's does)" * bool(self.generation_changes())
+        endless = self.tokenizer.chat_template is not None and self.tokenizer.end_of_turn_id is None
+        return (names or "none") + more + "; the chat template ends no turn, so chats do not learn to end" * endless
 
     def __str__(self) -> str:
         return f"{self.path}, {self.config.num_parameters() / 1e6:,.1f} M parameters"
 
 
 def open_folder(
-    path: Path, max_seq_len: int | None = None, tensor_parallel_size: int = 1, *, frozen: bool = False
+    path: Path,
+    max_seq_len: int | None = None,
+    tensor_parallel_size: int = 1,
+    *,
+    frozen: bool = False,
+    today: date | None = None,
 ) -> Folder:
-    """Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
-    shorter context than max_seq_len, and for quantised weights unless it is frozen."""
+    """today: the day that a chat template is told.
+
+    Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
+    shorter context than max_seq_len, and for quantised weights unless it is frozen.
+    """
     config = ModelConfig.from_hf(path)
     if not frozen:
         refuse_quantized(path)
@@ -86,7 +113,7 @@ def open_folder(
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, today)
     # Added tokens may lie beyond the vocabulary, since many folders name a pad token that has no embedding; check_ids
     # refuses them where they occur.
     if tokenizer.base_vocab_size > config.vocab_size:
@@ -411,8 +438,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def generation_eos_ids(folder: str | Path, default: int | None = None) -> tuple[int, ...]:
-    """The ids that end a generation: from generation_config.json, else config.json, else `default`."""
+def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:
+    """The ids that a folder lists as the ends of a generation: in generation_config.json, else in config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None
@@ -421,4 +448,4 @@ def generation_eos_ids(folder: str | Path, default: int | None = None) -> tuple[
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
             return tuple(ids)
-    return () if default is None else (default,)
+    return ()

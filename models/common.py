@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -401,6 +402,26 @@ def visible(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------- small JSON files
+
+
+def check_alike(value: object, what: str) -> None:
+    """Raises ValueError if a rank has another value than the first. A collective."""
+    first = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(first, src=0)
+    if first[0] != value:
+        raise ValueError(f"{what} is {value} on this rank and {first[0]} on the first; start all ranks again")
+
+
+def chat_day(stated: str | None, earlier: str | None = None) -> date:
+    """The day that chat templates are told: the one that is stated, else that of the run which is resumed, else today.
+    Raises ValueError if it is none."""
+    if stated is None and earlier is None:
+        return datetime.now().date()
+    try:
+        return date.fromisoformat(stated or earlier)
+    except ValueError:
+        raise ValueError(f"--chat_date {stated or earlier}: not a day, YYYY-MM-DD") from None
 
 
 def read_json_object(path: Path) -> dict:

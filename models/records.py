@@ -2,15 +2,17 @@
 
 - a file is a JSON list or JSONL, by its content; every complaint names file and line
 - prompts are encoded by one function, so training and scoring see the ids that generation sees
-- a completion's ids are those that follow the prompt's when both are encoded together; EOS (in chats the end-of-turn
-  token) ends it, and what a chat template writes after that token is not the assistant's
+- a completion's ids are those that follow the prompt's when both are encoded together; where a token would span the
+  boundary, the completion is encoded as what goes on from the prompt, which is counted
+- EOS ends it, in chats the end-of-turn token: models/chats.py
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.chats import Chat, learnt_turns, read_chat, text_of_chat
 from models.common import short_bar
 from models.tokenizer import Tokenizer
 
@@ -90,34 +93,41 @@ def get_field(record: Record, *names: str) -> object:
     raise ValueError(f"{record.where}: the field {names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})")
 
 
-def get_prompt(record: Record) -> str | list[dict]:
-    """The record's `prompt` (or `input`): text or a list of chat messages."""
-    prompt = get_field(record, "prompt", "input")
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"{record.where}: prompt must be text or a list of messages, not a {type(prompt).__name__}")
-    return prompt
+def stated_prompt(record: Record) -> str | list[dict]:
+    """The record's `prompt` (or `input`) as it stands there; of Alpaca's, `instruction` and, in a line of its own, its
+    `input`."""
+    if "instruction" not in record.fields or "prompt" in record.fields:
+        return get_field(record, "prompt", "input")
+    parts = [record.fields["instruction"], record.fields.get("input") or ""]
+    require(all(isinstance(part, str) for part in parts), f"{record.where}: instruction and input must be text")
+    return "\n".join(part for part in parts if part)
 
 
-def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text to go on from: BOS once where the tokenizer wants one (also if the text spells it), no EOS."""
-    ids = tokenizer.encode(text)
-    if tokenizer.adds_eos:
-        ids = ids[:-1]
-    while tokenizer.adds_bos and ids[1:2] == [tokenizer.bos_token_id]:
-        ids = ids[1:]
-    return ids
+def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
+    """What the record asks: text or a chat, which takes the record's `system` and `tools` too. as_chat: text becomes a
+    message of the user."""
+    prompt, fields = stated_prompt(record), record.fields
+    with naming(record):
+        if as_chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list):
+            return read_chat(prompt, fields, "prompt")
+        require(isinstance(prompt, str), f"prompt must be text or a list of messages, not a {type(prompt).__name__}")
+        for name in ("system", "tools", "history"):
+            require(not fields.get(name), f"{name} belongs to a chat: give prompt as a list of messages")
+        return prompt
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The ids a completion follows; a list of messages goes through the chat template, up to the assistant's header."""
+def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
+    """The ids a completion follows; a chat goes through the chat template, up to the assistant's header."""
     if isinstance(prompt, str):
-        return encode_text(prompt, tokenizer)
-    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+        return tokenizer.encode_prefix(prompt)
+    return tokenizer.encode(text_of_chat(prompt, tokenizer), add_special_tokens=False)
 
 
-def text_of(prompt: str | list[dict], tokenizer: Tokenizer) -> str:
+def text_of(prompt: str | Chat, tokenizer: Tokenizer) -> str:
     """The text of a prompt, up to the assistant's header."""
-    return prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else text_of_chat(prompt, tokenizer)
 
 
 def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
@@ -137,15 +147,19 @@ class Limits(NamedTuple):
 
 
 class EncodingCounts(NamedTuple):
-    """What happened while encoding a file, to be reported."""
+    """What happened while encoding a file, or a record, to be reported."""
 
-    truncated: int
-    skipped: int
-    nothing_to_learn: int  # no label, or chosen and rejected are equal, maybe only since they were cut
-    split_differently: int  # not the ids of the whole text, since tokens would span the end of the prompt or of a step
+    truncated: int = 0
+    skipped: int = 0
+    nothing_to_learn: int = 0  # no label, or chosen and rejected are equal, maybe only since they were cut
+    split_differently: int = 0  # not the ids of the whole text, since tokens would span the end of a prompt or a step
+    turns_left_out: int = 0  # not learnt, since the chat template drops a part of them once others follow
 
     def __str__(self) -> str:
         return "".join(f"; {n:,} {name.replace('_', ' ')}" for name, n in self._asdict().items() if n)
+
+    def plus(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(*map(sum, zip(self, other)))
 
 
 Row = TypeVar("Row")
@@ -153,20 +167,19 @@ Row = TypeVar("Row")
 
 def encode_records(
     records: Iterable[Record],
-    encode: Callable[[Record], tuple[Row, bool]],
+    encode: Callable[[Record], tuple[Row, EncodingCounts]],
     ids_of: Callable[[Row], list[list[int]]],
     cut: Callable[[Row], Row | None],
     limits: Limits,
 ) -> tuple[list[Row], EncodingCounts]:
     """Records as rows within the limits, and what that took.
 
-    encode(record) -> (row, whether it is split differently); ids_of(row): of all its token sequences; cut(row): its
-    beginning, of max_seq_len tokens, or None if nothing worth a row is left of it, which counts as skipped.
+    encode(record) -> (row, what happened); ids_of(row): of all its token sequences; cut(row): its beginning, of
+    max_seq_len tokens, or None if nothing worth a row is left of it, which counts as skipped.
     """
-    rows, truncated, skipped, split_differently = [], 0, 0, 0
+    rows, counts = [], EncodingCounts()
     for record in records:
-        row, differs = encode(record)
-        split_differently += differs
+        row, happened = encode(record)
         for ids in ids_of(row):
             check_ids(ids, limits.vocab_size, record.where)
         longest = max(map(len, ids_of(row)))
@@ -177,12 +190,10 @@ def encode_records(
                     "choose --overlong skip or truncate"
                 )
             row = cut(row) if limits.overlong == "truncate" else None
-            if row is None:
-                skipped += 1
-                continue
-            truncated += 1
-        rows.append(row)
-    return rows, EncodingCounts(truncated, skipped, 0, split_differently)
+            happened = happened._replace(truncated=int(row is not None), skipped=int(row is None))
+        counts = counts.plus(happened)
+        rows += [row] if row is not None else []
+    return rows, counts
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -202,6 +213,11 @@ class Example:
         """Number of tokens that are predicted and learnt; the first token of a row is never predicted."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the first that is learnt."""
+        return next((i for i, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
+
 
 def eos_ids(tokenizer: Tokenizer) -> list[int]:
     """The EOS that training puts behind a text; ValueError if the folder names none."""
@@ -210,104 +226,76 @@ def eos_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, bool]:
-    """(prompt, completion and EOS, with loss on the latter two; whether the prompt's ids are no prefix of the whole
-    text's, so that the completion is encoded alone)."""
-    prompt_ids = encode_text(prompt, tokenizer)
-    ids, differs = split_after(prompt_ids, encode_text(prompt + completion, tokenizer), completion, tokenizer)
-    ids = ids + eos_ids(tokenizer)
-    return Example(prompt_ids + ids, [IGNORE_INDEX] * len(prompt_ids) + ids), differs
+def encode_parts(
+    parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer
+) -> tuple[Example, EncodingCounts]:
+    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part.
 
-
-def split_after(context: list[int], both: list[int], text: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """(the ids of the text behind a context, of which `both` are the ids together; whether a token would span the
-    boundary, so that the text is encoded alone)."""
-    if both[: len(context)] == context:
-        return both[len(context) :], False
-    return tokenizer.encode(text, add_special_tokens=False), True
-
-
-def encode_messages(messages: object, tokenizer: Tokenizer, first: int = 0) -> tuple[Example, bool]:
-    """A conversation with loss on the assistant's turns from message `first` on.
-
-    A turn runs from the end of its header (what the template adds as the generation prompt) to its end-of-turn token;
-    what the template puts after that, often a newline, is not the assistant's.
+    A part's ids are those that follow its predecessors'. So what comes before a part never depends on it, as in
+    generation; where a token of the whole text spans a boundary, the row is split differently.
     """
-    require(isinstance(messages, list), "messages must be a list")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
-    labels, differs = [IGNORE_INDEX] * len(ids), False
-    for i, message in enumerate(messages):
-        if i < first or message["role"] != "assistant":
-            continue
-        require(i > 0, "message 0 is the assistant's, so there is nothing it answers")
-        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
-        require(
-            after.startswith(before) and text.startswith(after),
-            f"the chat template writes message {i} differently once others follow; give it as prompt and completion",
-        )
-        header = tokenizer.encode(before, add_special_tokens=False)
-        start = _common_prefix(header, ids)
-        differs |= start != len(header)
-        end = _common_prefix(tokenizer.encode(after, add_special_tokens=False), ids)
-        end = turn_end(ids, start, end, tokenizer)
-        labels[start:end] = ids[start:end]
-    return Example(ids, labels), differs
+    (text, learnt), *others = parts
+    whole, ids = encode("".join(text for text, _ in parts)), encode(text)
+    labels = list(ids) if learnt else [IGNORE_INDEX] * len(ids)
+    for place, (text, learnt) in enumerate(others, start=1):
+        if place == len(others) and whole[: len(ids)] == ids:
+            added = whole[len(ids) :]
+        else:
+            added = tokenizer.encode_continuation(text, ids)
+        ids = ids + added
+        labels += added if learnt else [IGNORE_INDEX] * len(added)
+    return Example(ids, labels), EncodingCounts(split_differently=int(ids != whole))
 
 
-def turn_end(ids: list[int], start: int, end: int, tokenizer: Tokenizer) -> int:
-    """One past the end-of-turn token of the turn ids[start:end]; `end` if the template writes no such token."""
-    added = [j for j in range(start, end) if ids[j] in tokenizer.special_ids or ids[j] >= tokenizer.base_vocab_size]
-    if added and not tokenizer.decode(ids[added[-1] + 1 : end]).strip():  # else it is part of the turn's text
-        return added[-1] + 1
-    return end
+def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+    """A prompt and what follows it, which nothing ends."""
+    parts = [(text_of(prompt, tokenizer), False), (answer, True)]
+    if isinstance(prompt, str):
+        return encode_parts(parts, tokenizer.encode_prefix, tokenizer)
+    return encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+    """(prompt, completion and EOS, with loss on the latter two; what happened)"""
+    example, counts = _answered(prompt, completion, tokenizer)
+    end = eos_ids(tokenizer)
+    return Example(example.input_ids + end, example.labels + end), counts
+
+
+def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
+    """(a conversation with loss on the turns of the assistant that are learnt, see learnt_turns; what happened)"""
+    text, spans, left_out = learnt_turns(chat, tokenizer, as_generated=as_generated)
+    cuts = [0, *chain(*spans), len(text)]
+    parts = [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if end > begin or i == 0]
+    example, counts = encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
+    return example, counts._replace(turns_left_out=left_out)
 
 
 def encode_answer(
-    prompt: str | list[dict], answer: object, tokenizer: Tokenizer, name: str = "completion"
-) -> tuple[Example, bool]:
-    """(row, whether it is not split into the tokens of its whole text). It begins with the ids of the prompt and ends
-    with EOS, or with the answer's last end-of-turn token; loss on the answer. name: what to call it in a ValueError."""
+    prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion"
+) -> tuple[Example, EncodingCounts]:
+    """(row, what happened). It ends with EOS, or with the answer's last end-of-turn token; loss on the answer. Text
+    follows what generation would go on from. name: what to call the answer in a ValueError."""
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         return encode_completion(prompt, answer, tokenizer)
-    messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    is_text = isinstance(answer, str)
+    messages = [{"role": "assistant", "content": answer}] if is_text else answer
     require(isinstance(messages, list), f"{name} must be text or a list of messages, not a {type(answer).__name__}")
     require(messages, f"{name} holds no message")
-    for message in (messages[0], messages[-1]):
-        require(
-            isinstance(message, dict) and message.get("role") == "assistant",
-            f"{name} must begin and end with a message of the assistant, after the prompt",
-        )
-    example, _ = encode_messages(prompt + messages, tokenizer, first=len(prompt))
-    ids, labels = example.input_ids, example.labels
-    prompt_ids = encode_prompt(prompt, tokenizer)
-    differs = ids[: len(prompt_ids)] != prompt_ids
-    if differs:  # the answer's first characters would merge with the header's last
-        require(len(messages) == 1, f"{name} does not follow the prompt's tokens under this chat template")
-        header = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(prompt + messages, add_generation_prompt=False)
-        turn = tokenizer.encode(whole.removeprefix(header), add_special_tokens=False)
-        turn = turn[: turn_end(turn, 0, len(turn), tokenizer)]
-        ids, labels = prompt_ids + turn, [IGNORE_INDEX] * len(prompt_ids) + turn
-    end = len(labels) - next((i for i, label in enumerate(reversed(labels)) if label != IGNORE_INDEX), len(labels))
-    require(end > len(prompt_ids), f"the chat template writes nothing for {name}")
-    return Example(ids[:end], labels[:end]), differs
+    chat = read_chat(messages, what=name)
+    ends = {chat.messages[i]["role"] for i in (0, -1)}
+    require(ends == {"assistant"}, f"{name} must begin and end with a message of the assistant, after the prompt")
+    example, counts = encode_chat(prompt.before(chat), tokenizer, as_generated=is_text)
+    require(example.num_targets > 0, f"the chat template writes nothing for {name}")
+    end = len(example.labels) - next(i for i, label in enumerate(reversed(example.labels)) if label != IGNORE_INDEX)
+    return Example(example.input_ids[:end], example.labels[:end]), counts
 
 
-def encode_unfinished(prompt: str | list[dict], text: str, tokenizer: Tokenizer) -> list[int]:
+def encode_unfinished(prompt: str | Chat, text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of the prompt and of an answer that ran out of tokens: nothing ends it, and it is the text as generated,
     which no chat template has rewritten."""
-    if isinstance(prompt, str):
-        return encode_completion(prompt, text, tokenizer)[0].input_ids[:-1]
-    prompt_ids = encode_prompt(prompt, tokenizer)
-    both = tokenizer.encode(text_of(prompt, tokenizer) + text, add_special_tokens=False)
-    return prompt_ids + split_after(prompt_ids, both, text, tokenizer)[0]
+    return _answered(prompt, text, tokenizer)[0].input_ids
 
 
 def is_sample(record: Record) -> bool:

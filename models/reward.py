@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.chats import Chat, read_chat
 from models.checkpoint import WeightFiles
 from models.model import Transformer, read_hf_config
 from models.records import (
     IGNORE_INDEX,
+    EncodingCounts,
     Example,
     Record,
     Split,
@@ -33,8 +35,6 @@ from models.records import (
     is_sample,
     naming,
     require,
-    split_after,
-    text_of,
 )
 from models.tokenizer import Tokenizer
 
@@ -120,8 +120,8 @@ def pair_length(pair: Pair) -> int:
     return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
 
 
-def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, bool]:
-    """(pair, whether a side is not split into the tokens of its whole text).
+def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, EncodingCounts]:
+    """(pair, what happened to either side).
 
     `prompt`, `chosen`, `rejected`, each text or a list of chat messages, and maybe `margin`. Where chosen and rejected
     are message lists, the prompt may be missing, or be the text of one of its messages: it is the messages that both
@@ -132,25 +132,26 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, bool
         margin = record.fields.get("margin")
         if margin is not None:
             margin = finite_number("margin", margin)
-        chosen, chosen_differs = encode_answer(prompt, chosen, tokenizer, "chosen")
-        rejected, rejected_differs = encode_answer(prompt, rejected, tokenizer, "rejected")
-        prompt_length = len(encode_prompt(prompt, tokenizer))
+        chosen, counts = encode_answer(prompt, chosen, tokenizer, "chosen")
+        rejected, others = encode_answer(prompt, rejected, tokenizer, "rejected")
+        prompt_length = min(chosen.prompt_length, rejected.prompt_length)
         assert chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
-        return Pair(prompt_length, chosen, rejected, margin), chosen_differs or rejected_differs
+        return Pair(prompt_length, chosen, rejected, margin), EncodingCounts(*map(max, zip(counts, others)))
 
 
-def _prompt_and_sides(record: Record) -> tuple[str | list[dict], str | list[dict], str | list[dict]]:
+def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str | list[dict]]:
     chosen, rejected = get_field(record, "chosen"), get_field(record, "rejected")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         require(isinstance(side, str | list), f"{name} must be text or a list of messages, not a {type(side).__name__}")
     require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
-    has_prompt = "prompt" in record.fields or "input" in record.fields
+    has_prompt = not record.fields.keys().isdisjoint({"prompt", "input", "instruction"})
     prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None
     if isinstance(chosen, str):
         return prompt, chosen, rejected
-    if isinstance(prompt, list):  # maybe repeated at the beginning of both sides
-        whole = prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
-        return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if whole else (prompt, chosen, rejected)
+    if isinstance(prompt, Chat):  # maybe repeated at the beginning of both sides
+        stated = get_field(record, "prompt", "input")
+        repeated = len(stated) if chosen[: len(stated)] == rejected[: len(stated)] == stated else 0
+        return prompt, chosen[repeated:], rejected[repeated:]
     most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
     num_shared = next((i for i in range(most) if chosen[i] != rejected[i]), max(0, most))
     shared = chosen[:num_shared]
@@ -159,7 +160,7 @@ def _prompt_and_sides(record: Record) -> tuple[str | list[dict], str | list[dict
         prompt is None or any(isinstance(message, dict) and message.get("content") == prompt for message in shared),
         "prompt is none of the messages that chosen and rejected both begin with; correct it or leave it out",
     )
-    return shared, chosen[num_shared:], rejected[num_shared:]
+    return read_chat(shared, record.fields, "chosen"), chosen[num_shared:], rejected[num_shared:]
 
 
 def cut_completion(row: Scored, max_seq_len: int) -> Scored | None:
@@ -193,26 +194,21 @@ def split_steps(text: str, separator: str) -> list[str]:
 
 
 def encode_steps(
-    prompt: str | list[dict], steps: list[str], separator: str, tokenizer: Tokenizer
+    prompt: str | Chat, steps: list[str], separator: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
     """(ids, the position of each step's score): the ids of the prompt, then of each step followed by the separator; a
     step's position is that of the last token of both, no EOS comes at the end.
 
-    No token holds text of two steps, or of the prompt and a step: a step's ids are those that follow its predecessor's
-    (the first one's: the prompt's) when both are encoded together, so a sentencepiece tokenizer puts no space before
-    it; where a token would span the boundary, the step is encoded alone. So encode_steps(prompt, steps[:k], ...) is the
-    beginning of encode_steps(prompt, steps, ...), and positions[:k] are the same.
+    No token holds text of two steps, or of the prompt and a step: a step's ids are those of a text that goes on from
+    its predecessor, so a sentencepiece tokenizer puts no space before it. So encode_steps(prompt, steps[:k], ...) is
+    the beginning of encode_steps(prompt, steps, ...), and positions[:k] are the same.
     """
-    ids, positions, before = encode_prompt(prompt, tokenizer), [], text_of(prompt, tokenizer)
+    ids, positions = encode_prompt(prompt, tokenizer), []
     for i, step in enumerate(steps):
-        text = step + separator
-        context = tokenizer.encode(before, add_special_tokens=False)
-        both = tokenizer.encode(before + text, add_special_tokens=False)
-        added, _ = split_after(context, both, text, tokenizer)
+        added = tokenizer.encode_continuation(step + separator, ids)
         require(added, f"step {i} with its separator has no token, so there is no place for its score")
-        ids += added
+        ids = ids + added
         positions.append(len(ids) - 1)
-        before = text
     return ids, positions
 
 

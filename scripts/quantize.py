@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import ModelArgs, WeightFiles, open_folder, save_folder
-from models.common import at_least_one, card, choose_runtime, flag, run_script, say
+from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
 from models.gptq import Cost, Rows, quantize_blocks
 from models.model import QUANTIZED_FORMAT, ModelConfig, Transformer, read_hf_config
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors
@@ -56,7 +56,7 @@ def main(args: QuantizeScriptArgs) -> None:
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir}: exists; take another, or remove it")
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path)
+    folder = open_folder(args.checkpoint_path, today=chat_day(args.chat_date))
     config = folder.config
     scheme = choose_scheme(args.checkpoint_path, args.mode, args.group_size)
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models.chats import read_chat
 from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
 from models.records import (
@@ -19,10 +20,9 @@ from models.records import (
     Example,
     Limits,
     Record,
-    encode_completion,
-    encode_messages,
+    encode_answer,
+    encode_chat,
     encode_records,
-    encode_text,
     eos_ids,
     get_field,
     get_prompt,
@@ -118,8 +118,8 @@ def encode_sft_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[l
     return examples, counts._replace(nothing_to_learn=nothing)
 
 
-def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bool]:
-    """(row, whether the prompt was split into other tokens beside its completion than alone).
+def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+    """(row, what happened).
 
     `prompt` + `completion`: loss on the completion and EOS. `messages`, or a prompt in messages: loss on the
     assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS.
@@ -127,18 +127,12 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, bo
     fields = record.fields
     with naming(record):
         if "messages" in fields:
-            return encode_messages(fields["messages"], tokenizer)
+            return encode_chat(read_chat(fields["messages"], fields), tokenizer)
         if "text" in fields and "completion" not in fields and "output" not in fields:
             require(isinstance(fields["text"], str), "text must be a string")
-            ids = [*encode_text(fields["text"], tokenizer), *eos_ids(tokenizer)]
-            return Example(ids, list(ids)), False
-        prompt, completion = get_prompt(record), get_field(record, "completion", "output")
-        if isinstance(prompt, list):
-            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            require(isinstance(answer, list), "completion must be text or a list of messages")
-            return encode_messages(prompt + answer, tokenizer, first=len(prompt))
-        require(isinstance(completion, str), "completion must be a string where prompt is one")
-        return encode_completion(prompt, completion, tokenizer)
+            ids = [*tokenizer.encode_prefix(fields["text"]), *eos_ids(tokenizer)]
+            return Example(ids, list(ids)), EncodingCounts()
+        return encode_answer(get_prompt(record), get_field(record, "completion", "output"), tokenizer)
 
 
 # ------------------------------------------------------------------------------- order and batches

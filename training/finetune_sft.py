@@ -46,7 +46,7 @@ def main(args: SftArgs) -> None:
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     train, evaluation, notes = load_rows(args, folder, encode_sft_file, describe)
     if args.pack:
         train = pack(train, folder.max_seq_len)
@@ -66,6 +66,7 @@ def main(args: SftArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
+        "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} rows each, micro-batches of {micro_batch_size}",
     }
     say(card("finetune_sft", rows))

@@ -26,13 +26,12 @@ from models.records import (
     encode_answer,
     encode_prompt,
     encode_records,
-    encode_text,
+    encode_unfinished,
     get_field,
     get_prompt,
     get_steps,
     naming,
     require,
-    text_of,
     tokenising,
 )
 from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
@@ -82,29 +81,28 @@ def encode_scored_file(
     return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits=limits)
 
 
-def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, bool]:
-    """(row with its label on the last token, EOS or the end of the turn; whether it is not split into the tokens of its
-    whole text) of a record with `prompt`, `completion` and `label`: 0, 1, true, false or a probability."""
+def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, EncodingCounts]:
+    """(row with its label on the last token, EOS or the end of the turn; what happened) of a record with `prompt`,
+    `completion` and `label`: 0, 1, true, false or a probability."""
     with naming(record):
         prompt, completion = get_prompt(record), get_field(record, "completion", "output")
         label = _label("label", get_field(record, "label"))
-        row, differs = encode_answer(prompt, completion, tokenizer)
-        prompt_length = len(encode_prompt(prompt, tokenizer))
-        return Scored(row.input_ids, [len(row.input_ids) - 1], [label], prompt_length), differs
+        row, counts = encode_answer(prompt, completion, tokenizer)
+        return Scored(row.input_ids, [len(row.input_ids) - 1], [label], row.prompt_length), counts
 
 
-def encode_process_record(record: Record, step_separator: str, tokenizer: Tokenizer) -> tuple[Scored, bool]:
-    """(row with a label on the last token of each step, see encode_steps; whether it is not split into the tokens of
-    its whole text) of a record with `prompt`, `completions`, a list of steps, and `labels`, one for each step."""
+def encode_process_record(record: Record, step_separator: str, tokenizer: Tokenizer) -> tuple[Scored, EncodingCounts]:
+    """(row with a label on the last token of each step, see encode_steps; what happened) of a record with `prompt`,
+    `completions`, a list of steps, and `labels`, one for each step."""
     with naming(record):
         prompt, steps, labels = get_prompt(record), get_steps(record), get_field(record, "labels")
         require(isinstance(labels, list), f"labels must be a list, one for each step, not a {type(labels).__name__}")
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
-        text = text_of(prompt, tokenizer) + "".join(step + step_separator for step in steps)
-        whole = encode_text(text, tokenizer) if isinstance(prompt, str) else tokenizer.encode(text, False)
-        return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), ids != whole
+        whole = encode_unfinished(prompt, "".join(step + step_separator for step in steps), tokenizer)
+        counts = EncodingCounts(split_differently=int(ids != whole))
+        return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), counts
 
 
 def _label(name: str, value: object) -> float:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.chats import Chat
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, load_function, non_negative, positive, short
 from models.model import Transformer
@@ -113,7 +114,8 @@ class RewardFolder(NamedTuple):
 
 def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
     """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
-    folder = open_folder(path, None, tensor_parallel_size, frozen=True)
+    today = policy.tokenizer.today
+    folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
     same_tokenizer = same_size and _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
     return RewardFolder(folder, same_tokenizer, read_reward_kind(path))
@@ -121,12 +123,12 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
 
 def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
     """What decides how text becomes ids."""
-    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
+    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json", "tokenizer_config.json")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def rows_to_score(
-    reward: RewardFolder, prompts: list[str | list[dict]], rows: list[Example], texts: list[str], finished: list[bool]
+    reward: RewardFolder, prompts: list[str | Chat], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
     they are too long for the model). An answer that ran out of tokens has no EOS.
@@ -186,7 +188,7 @@ class Scorer(NamedTuple):
         step_rewards = torch.zeros(len(rows), max(row.num_targets for row in rows))
         if self.folder is not None:
             kind, weight = self.folder.kind, args.reward_model_weight
-            asked = [prompt.fields.get("prompt", prompt.fields.get("input")) for prompt in prompts]
+            asked = [prompt.asked for prompt in prompts]
             to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
             split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
             mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)

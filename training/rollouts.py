@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.chats import Chat
 from models.common import Bounds, at_least_one, flag, visible
 from models.generation import Engine, Request
 from models.model import Transformer
@@ -53,6 +54,7 @@ class RolloutArgs:
 class Prompt(NamedTuple):
     ids: list[int]
     fields: dict  # the whole record
+    asked: str | Chat
     text: str  # what a reward function is given
 
 
@@ -65,7 +67,8 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
             ids = encode_prompt(prompt, tokenizer)
             check_ids(ids, limits.vocab_size, record.where)
         if 0 < len(ids) <= limits.max_seq_len:
-            prompts.append(Prompt(ids, record.fields, prompt if isinstance(prompt, str) else tokenizer.decode(ids)))
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+            prompts.append(Prompt(ids, record.fields, prompt, text))
         elif ids and limits.overlong == "skip":
             skipped += 1
         else:

@@ -16,7 +16,7 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +33,8 @@ from models.common import (
     Flag,
     Stopwatch,
     at_least_one,
+    chat_day,
+    check_alike,
     flag,
     flags_of,
     is_main_rank,
@@ -92,6 +94,10 @@ class Run:
         """Raises ValueError if the run would mix with an earlier one, or go on as another."""
         self._signal = StopSignal()
         check_installed(args.report_to)
+        args_file = args.output_dir / "args.json"
+        earlier = read_json_object(args_file) if args.resume and args_file.exists() else {}
+        self.today = chat_day(args.chat_date, earlier.get("chat_date"))
+        args = replace(args, chat_date=self.today.isoformat())
         prepare_output_dir(args)
         self.args, self.stopped, self.num_tokens = args, False, 0
 
@@ -99,6 +105,7 @@ class Run:
         """With --resume model and optimizer (or a list of them) are put back to what they were. Writes args.json.
         Raises ValueError if the run has gone further than it is asked to."""
         args = self.args
+        check_alike(self.today, "the day")
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")

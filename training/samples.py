@@ -93,11 +93,9 @@ class EvalSamples:
             return
         blocks = []
         for prompt, answer in zip(self.prompts, answers):
-            # for people: special tokens tell whose turn a chat is at, but the BOS tells nothing
-            shown_ids = prompt.ids[prompt.ids[0] == self.tokenizer.bos_token_id :]
             line = {
                 "step": run.step,
-                "prompt": self.tokenizer.decode(shown_ids, skip_special_tokens=False),
+                "prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=False),
                 "output": answer.text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
                 "finish_reason": answer.finish_reason,

@@ -78,7 +78,7 @@ def main(args: DpoArgs) -> None:
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     ref_scheme = check_reference(args, folder, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
@@ -100,6 +100,7 @@ def main(args: DpoArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
+        "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, micro-batches of {micro_batch_size}",
     }
     say(card("train_dpo", rows))

@@ -146,7 +146,7 @@ def main(args: PpoArgs) -> None:
 
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size)
+    folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     reward = None
     if args.reward_checkpoint_path:
         reward = open_reward_folder(args.reward_checkpoint_path, folder, args.tensor_parallel_size)
@@ -190,6 +190,7 @@ def main(args: PpoArgs) -> None:
     rows = {
         "policy": folder,
         **others.notes(args),
+        "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         "prompts": f"{len(prompts):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long",

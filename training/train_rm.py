@@ -72,7 +72,7 @@ def main(args: RmArgs) -> None:
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size)
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     has_head = has_score_head(args.checkpoint_path)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
@@ -89,6 +89,7 @@ def main(args: RmArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
+        "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} records, micro-batches of {micro_batch_size}",
     }
     say(card("train_rm", rows))

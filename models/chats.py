@@ -1,0 +1,246 @@
+"""Chats as people have them, to the text that a folder's chat template makes of them and the stretches of it that are
+learnt.
+
+- `messages` (or a prompt of messages) with roles of any name; contents are text, parts of type text, or none beside
+  tool_calls; beside them `tools` and `system`. What the template has no place for is refused by name
+- an assistant's turn runs from the end of its header (what the template writes as the generation prompt) to the first
+  end-of-turn token behind its content; what comes after that, often a newline, is not the assistant's. Where the
+  template marks the turns itself, with {% generation %}, its marks count
+- a message with `weight` 0 or `train` false is not learnt
+- a template that leaves a part of a learnt message out, as those of reasoning models do: the last turn is then what is
+  generated, the generation prompt followed by the content as it stands; earlier turns are not learnt, which is counted
+"""
+
+from typing import NamedTuple
+
+from models.chat_template import ChatTemplate, Rendering
+from models.tokenizer import Tokenizer
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # an assistant's, beside its content
+
+
+class Chat(NamedTuple):
+    """Messages as a chat template takes them, and the record's tools; learnt: whether a message may be learnt."""
+
+    messages: list[dict]
+    learnt: list[bool]
+    tools: list | None = None
+
+    def before(self, answer: "Chat") -> "Chat":
+        """The chat in which `answer` follows this one, which is not learnt."""
+        learnt = [False] * len(self.messages) + answer.learnt
+        return Chat(self.messages + answer.messages, learnt, self.tools)
+
+
+def read_chat(messages: object, fields: dict | None = None, what: str = "messages") -> Chat:
+    """The messages of a record, and its `tools` and `system`. Raises ValueError that says what cannot be used."""
+    fields = fields or {}
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f'{what} must be a non-empty list of {{"role", "content"}}, not '
+            + ("an empty list" if isinstance(messages, list) else type(messages).__name__)
+        )
+    read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
+    if fields.get("history"):
+        raise ValueError('"history" is not read; put its turns into the messages')
+    system = fields.get("system")
+    if system:
+        if not isinstance(system, str):
+            raise ValueError(f"system must be text, not a {type(system).__name__}")
+        if read[0][0]["role"] == "system":
+            raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
+        read.insert(0, ({"role": "system", "content": system}, False))
+    tools = fields.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("tools must be a list of objects")
+    return Chat([message for message, _ in read], [learnt for _, learnt in read], tools)
+
+
+def _read_message(message: object, name: str) -> tuple[dict, bool]:
+    """(the message for a template, whether it is learnt)"""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f'{name} must be an object with the string "role"')
+    message, learnt = dict(message), message["role"] == "assistant"
+    for key in ("weight", "train"):
+        value = message.pop(key, None)
+        if value not in (None, 0, 1):
+            raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")
+        learnt = learnt and value != 0
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
+        message["content"] = "".join(part["text"] for part in content)
+    elif content is None and message.get("tool_calls"):
+        message["content"] = ""
+    elif not isinstance(content, str):
+        raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
+    return message, learnt
+
+
+def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
+    """The text of a prompt, up to the assistant's header; ValueError if the template leaves any of it out."""
+    template, chat_alone = tokenizer.chat_template, {"messages": chat.messages, "tools": chat.tools}
+    prompt = tokenizer.apply_chat_template(**chat_alone, add_generation_prompt=True)
+    text = template.render(**chat_alone, add_generation_prompt=False)
+    _check_rendered(chat, text, template.locate(text, **chat_alone), template)
+    return prompt
+
+
+class Turns(NamedTuple):
+    """text: of a chat; spans: the stretches that are learnt. left_out: turns that are not, since the template rewrites
+    them once others follow."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    left_out: int
+
+
+def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Turns:
+    """The text of a chat and where the turns are that may be learnt.
+
+    as_generated: the last message is what follows the generation prompt, even where the template writes such a message
+    otherwise. Raises ValueError for what the template leaves out.
+    """
+    text = tokenizer.apply_chat_template(chat.messages, add_generation_prompt=False, tools=chat.tools)
+    template = tokenizer.chat_template
+    place = template.locate(text, chat.messages, chat.tools)
+    _check_rendered(chat, text, place, template)
+    if place is not None and place.generated:
+        return _marked_turns(chat, text, place)
+    finder, spans, left_out = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
+    last = len(chat.messages) - 1
+    for i, learnt in enumerate(chat.learnt):
+        if not learnt:
+            continue
+        if i == 0:
+            raise ValueError("message 0 is the assistant's, so there is nothing it answers")
+        start, end = finder.find(i)
+        complete = _holds(text[start:end], chat.messages[i])
+        before = finder.rendered(i, add_generation_prompt=True) if i == last else ""
+        if i == last and (not complete or (as_generated and text[:start] != before)):
+            spans = [span for span in spans if before.startswith(text[: span[1]])]
+            opening = finder.rendered(i, add_generation_prompt=False)
+            return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, left_out, tokenizer)
+        if complete:
+            spans.append((start, end))
+        left_out += not complete
+    return Turns(text, spans, left_out)
+
+
+class _TurnFinder:
+    """Where an assistant's turn begins and ends in the text of a chat. The messages before it are rendered once more
+    only where that does not show, so the time goes with the length of the chat."""
+
+    def __init__(self, chat: Chat, template: ChatTemplate, text: str, place: Rendering | None, end_tokens: list[str]):
+        self.chat, self.template, self.text, self.end_tokens = chat, template, text, end_tokens
+        self.begins, self.ends = (place.begins, place.ends) if place is not None else ({}, {})
+        self.lead = None  # what stands between the content of a message and the turn that answers it
+
+    def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
+        """The text of the first messages."""
+        return self.template.render(
+            self.chat.messages[:count], add_generation_prompt=add_generation_prompt, tools=self.chat.tools
+        )
+
+    def find(self, i: int) -> tuple[int, int]:
+        led_by = self.ends.get(i - 1)
+        if self.lead and led_by is not None and self.text.startswith(self.lead, led_by):
+            start = led_by + len(self.lead)
+        else:
+            before = self.rendered(i, add_generation_prompt=True)
+            start = _common_prefix(before, self.text)
+            if start < len(before):  # the template writes another header once there is an answer
+                start = min(start, self.begins.get(i, start))
+            self.lead = None if led_by is None else self.text[led_by:start]
+        end = self.ends.get(i, 0)
+        if end < start:
+            limit = _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text)
+            content = self.chat.messages[i]["content"].strip()
+            end = max(start, self.text.find(content, start, limit) + len(content))
+        return start, self._end(i, end)
+
+    def _end(self, i: int, content_end: int) -> int:
+        """One past the first end token behind the content, of those before the next message's."""
+        limit = next(
+            (self.begins[j] for j in range(i + 1, len(self.chat.messages)) if j in self.begins), len(self.text)
+        )
+        for tokens in self.end_tokens:
+            found = [(at, -len(token)) for token in tokens if (at := self.text.find(token, content_end, limit)) >= 0]
+            if found:
+                at, length = min(found)
+                return at - length
+        return content_end
+
+
+def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The texts that end a turn: those known to, and any special token where there is none of them."""
+    known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
+    texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
+    return tuple([text for text in each if text.strip()] for each in texts)
+
+
+def _marked_turns(chat: Chat, text: str, place: Rendering) -> Turns:
+    learnt = [x for message, x in zip(chat.messages, chat.learnt) if message["role"] == "assistant"]
+    if all(learnt):
+        return Turns(text, place.generated, 0)
+    if len(learnt) != len(place.generated):
+        raise ValueError("the chat template does not mark one stretch for each message of the assistant")
+    return Turns(text, [span for span, is_learnt in zip(place.generated, learnt) if is_learnt], 0)
+
+
+def _as_it_stands(
+    message: dict, before: str, header_length: int, spans: list[tuple[int, int]], left_out: int, tokenizer: Tokenizer
+) -> Turns:
+    """The last turn as the generation prompt, the content as it is written, and the end of the turn."""
+    for name in (*REASONING, "tool_calls"):
+        if message.get(name):
+            raise ValueError(f"the chat template leaves out {name} of the last message; write it into the content")
+    content = message["content"]
+    longest = range(min(len(content), header_length), 0, -1)
+    opened = next((n for n in longest if content[:n].strip() and before.endswith(content[:n])), 0)  # "<think>\n", twice
+    end = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id is not None else tokenizer.eos_token_id
+    end = "" if end is None else tokenizer.decode([end], skip_special_tokens=False)
+    text = before + content[opened:] + end
+    return Turns(text, [*spans, (len(before), len(text))], left_out)
+
+
+def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: ChatTemplate) -> None:
+    """Raises ValueError that names what a template leaves out of a chat's text, but for parts of the assistant's
+    messages: those of reasoning models drop the thoughts of earlier turns, and learnt turns are looked at later."""
+
+    def same(messages: list[dict], tools: list | None = chat.tools) -> bool:
+        return template.render(messages, add_generation_prompt=False, tools=tools) == text
+
+    if chat.tools and same(chat.messages, tools=None):
+        raise ValueError("tools: the chat template has no place for them")
+    for i, message in enumerate(chat.messages):
+        seen = place is not None and i in place.ends and (i in place.begins or message["role"] == "assistant")
+        if not seen and message["content"].strip() and same(_changed(chat, i, content=message["content"] + "x")):
+            raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
+        if message.get("tool_calls") and same(_changed(chat, i, tool_calls=None)):
+            raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
+
+
+def _changed(chat: Chat, i: int, **changes) -> list[dict]:
+    return [*chat.messages[:i], {**chat.messages[i], **changes}, *chat.messages[i + 1 :]]
+
+
+def _holds(text: str, message: dict) -> bool:
+    """Whether a turn's text holds all of a message: white space and the tags of thoughts may be otherwise."""
+    texts = (message["content"], *(message[name] for name in REASONING if isinstance(message.get(name), str)))
+    whole = "".join(text.split())
+    return all("".join(each.split()) in whole for each in texts)
+
+
+def _common_prefix(a: str, b: str) -> int:
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # a[:low] == b[:low]
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

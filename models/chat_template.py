@@ -76,15 +76,19 @@ class ChatTemplate:
         return "" if place is None or 1 not in place.ends else text[place.ends[1] :]
 
     def _render(self, messages, add_generation_prompt: bool, tools: list | None, marks: tuple[str, str]) -> str:
-        # transformers hides keys without a value from the template
-        messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
-        values = {"messages": messages, "tools": tools, "documents": None, **self._tokens, "_generation": marks}
-        try:
-            return self._compiled.render(add_generation_prompt=add_generation_prompt, **values)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
-        except Exception as error:  # the template is a program of its own: it can fail in any way
-            raise ValueError(f"{self.folder}: chat template failed: {short(error)}") from error
+        values = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **self._tokens}
+        failure = None
+        # Keys without a value are hidden from the template, as in transformers. Beside tool_calls, which may have no
+        # content, DeepSeek's asks for None, and others for text.
+        for content in ({}, {"content": None}, {"content": ""}):
+            shown = [{**content, **{key: value for key, value in m.items() if value is not None}} for m in messages]
+            try:
+                return self._compiled.render(messages=shown, _generation=marks, **values)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
+            except Exception as error:  # the template is a program of its own: it can fail in any way
+                failure = failure or error
+        raise ValueError(f"{self.folder}: chat template failed: {short(failure)}") from failure
 
     @cached_property
     def _compiled(self) -> jinja2.Template:

@@ -74,11 +74,13 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
         message["content"] = "".join(part["text"] for part in content)
-    elif content is None and message.get("tool_calls"):
-        message["content"] = ""
-    elif not isinstance(content, str):
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
     return message, learnt
+
+
+def content_of(message: dict) -> str:
+    return message.get("content") or ""
 
 
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
@@ -91,12 +93,12 @@ def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
 
 
 class Turns(NamedTuple):
-    """text: of a chat; spans: the stretches that are learnt. left_out: turns that are not, since the template rewrites
-    them once others follow."""
+    """text: of a chat; spans: the stretches that are learnt. cut: how many are not, since the template
+    leaves out a part of them once others follow."""
 
     text: str
     spans: list[tuple[int, int]]
-    left_out: int
+    cut: int
 
 
 def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Turns:
@@ -111,7 +113,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     _check_rendered(chat, text, place, template)
     if place is not None and place.generated:
         return _marked_turns(chat, text, place)
-    finder, spans, left_out = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
+    finder, spans, cut = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
     last = len(chat.messages) - 1
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
@@ -124,11 +126,11 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         if i == last and (not complete or (as_generated and text[:start] != before)):
             spans = [span for span in spans if before.startswith(text[: span[1]])]
             opening = finder.rendered(i, add_generation_prompt=False)
-            return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, left_out, tokenizer)
+            return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, cut, tokenizer)
         if complete:
             spans.append((start, end))
-        left_out += not complete
-    return Turns(text, spans, left_out)
+        cut += not complete
+    return Turns(text, spans, cut)
 
 
 class _TurnFinder:
@@ -158,10 +160,15 @@ class _TurnFinder:
             self.lead = None if led_by is None else self.text[led_by:start]
         end = self.ends.get(i, 0)
         if end < start:
-            limit = _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text)
-            content = self.chat.messages[i]["content"].strip()
-            end = max(start, self.text.find(content, start, limit) + len(content))
+            content = content_of(self.chat.messages[i]).strip()
+            end = max(start, self.text.find(content, start, self._block_end(i)) + len(content))
         return start, self._end(i, end)
+
+    def _block_end(self, i: int) -> int:
+        """Where what the template writes for message i ends, but for what it writes once others follow."""
+        if i == len(self.chat.messages) - 1:
+            return len(self.text)
+        return _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text)
 
     def _end(self, i: int, content_end: int) -> int:
         """One past the first end token behind the content, of those before the next message's."""
@@ -173,7 +180,7 @@ class _TurnFinder:
             if found:
                 at, length = min(found)
                 return at - length
-        return content_end
+        return self._block_end(i)
 
 
 def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
@@ -184,28 +191,31 @@ def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
 
 
 def _marked_turns(chat: Chat, text: str, place: Rendering) -> Turns:
-    learnt = [x for message, x in zip(chat.messages, chat.learnt) if message["role"] == "assistant"]
-    if all(learnt):
-        return Turns(text, place.generated, 0)
-    if len(learnt) != len(place.generated):
+    assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(assistants) != len(place.generated):
         raise ValueError("the chat template does not mark one stretch for each message of the assistant")
-    return Turns(text, [span for span, is_learnt in zip(place.generated, learnt) if is_learnt], 0)
+    spans = {i: span for i, span in zip(assistants, place.generated) if chat.learnt[i]}
+    whole = [span for i, span in spans.items() if _holds(text[slice(*span)], chat.messages[i])]
+    last = len(chat.messages) - 1
+    if last in spans and spans[last] not in whole:
+        raise ValueError(f"the chat template leaves out a part of message {last}")
+    return Turns(text, whole, len(spans) - len(whole))
 
 
 def _as_it_stands(
-    message: dict, before: str, header_length: int, spans: list[tuple[int, int]], left_out: int, tokenizer: Tokenizer
+    message: dict, before: str, header_length: int, spans: list[tuple[int, int]], cut: int, tokenizer: Tokenizer
 ) -> Turns:
     """The last turn as the generation prompt, the content as it is written, and the end of the turn."""
     for name in (*REASONING, "tool_calls"):
         if message.get(name):
             raise ValueError(f"the chat template leaves out {name} of the last message; write it into the content")
-    content = message["content"]
+    content = content_of(message)
     longest = range(min(len(content), header_length), 0, -1)
     opened = next((n for n in longest if content[:n].strip() and before.endswith(content[:n])), 0)  # "<think>\n", twice
     end = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id is not None else tokenizer.eos_token_id
     end = "" if end is None else tokenizer.decode([end], skip_special_tokens=False)
     text = before + content[opened:] + end
-    return Turns(text, [*spans, (len(before), len(text))], left_out)
+    return Turns(text, [*spans, (len(before), len(text))], cut)
 
 
 def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: ChatTemplate) -> None:
@@ -219,7 +229,8 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
         raise ValueError("tools: the chat template has no place for them")
     for i, message in enumerate(chat.messages):
         seen = place is not None and i in place.ends and (i in place.begins or message["role"] == "assistant")
-        if not seen and message["content"].strip() and same(_changed(chat, i, content=message["content"] + "x")):
+        content = content_of(message)
+        if not seen and content.strip() and same(_changed(chat, i, content=content + "x")):
             raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
         if message.get("tool_calls") and same(_changed(chat, i, tool_calls=None)):
             raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
@@ -231,7 +242,7 @@ def _changed(chat: Chat, i: int, **changes) -> list[dict]:
 
 def _holds(text: str, message: dict) -> bool:
     """Whether a turn's text holds all of a message: white space and the tags of thoughts may be otherwise."""
-    texts = (message["content"], *(message[name] for name in REASONING if isinstance(message.get(name), str)))
+    texts = (content_of(message), *(message[name] for name in REASONING if isinstance(message.get(name), str)))
     whole = "".join(text.split())
     return all("".join(each.split()) in whole for each in texts)
 

@@ -424,8 +424,11 @@ def chat_day(stated: str | None, earlier: str | None = None) -> date:
         raise ValueError(f"--chat_date {stated or earlier}: not a day, YYYY-MM-DD") from None
 
 
-def read_json_object(path: Path) -> dict:
-    """A small JSON file that holds an object; ValueError that names the file otherwise."""
+def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
+    """A small JSON file that holds an object; ValueError that names the file otherwise. missing_ok: {} if there is no
+    such file."""
+    if missing_ok and not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -153,10 +153,13 @@ class EncodingCounts(NamedTuple):
     skipped: int = 0
     nothing_to_learn: int = 0  # no label, or chosen and rejected are equal, maybe only since they were cut
     split_differently: int = 0  # not the ids of the whole text, since tokens would span the end of a prompt or a step
-    turns_left_out: int = 0  # not learnt, since the chat template drops a part of them once others follow
+    turns_cut_by_the_template: int = 0  # a part is left out once others follow, so they are not learnt
 
     def __str__(self) -> str:
         return "".join(f"; {n:,} {name.replace('_', ' ')}" for name, n in self._asdict().items() if n)
+
+    def __bool__(self) -> bool:
+        return any(self)
 
     def plus(self, other: "EncodingCounts") -> "EncodingCounts":
         return EncodingCounts(*map(sum, zip(self, other)))
@@ -264,18 +267,28 @@ def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tup
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
     """(a conversation with loss on the turns of the assistant that are learnt, see learnt_turns; what happened)"""
-    text, spans, left_out = learnt_turns(chat, tokenizer, as_generated=as_generated)
+    text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
     cuts = [0, *chain(*spans), len(text)]
     parts = [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if end > begin or i == 0]
     example, counts = encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
-    return example, counts._replace(turns_left_out=left_out)
+    return example, counts._replace(turns_cut_by_the_template=cut)
 
 
 def encode_answer(
     prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion"
 ) -> tuple[Example, EncodingCounts]:
-    """(row, what happened). It ends with EOS, or with the answer's last end-of-turn token; loss on the answer. Text
-    follows what generation would go on from. name: what to call the answer in a ValueError."""
+    """encode_answered, cut behind the last token that generation gives: EOS, or the end of the turn."""
+    example, counts = encode_answered(prompt, answer, tokenizer, name)
+    require(example.num_targets > 0, f"the chat template writes nothing for {name}")
+    end = len(example.labels) - next(i for i, label in enumerate(reversed(example.labels)) if label != IGNORE_INDEX)
+    return Example(example.input_ids[:end], example.labels[:end]), counts
+
+
+def encode_answered(
+    prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion"
+) -> tuple[Example, EncodingCounts]:
+    """(a prompt and the answer to it, with loss on the answer; what happened). Text follows what generation would go on
+    from, messages are as the chat template writes them. name: what to call the answer in a ValueError."""
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         return encode_completion(prompt, answer, tokenizer)
@@ -286,16 +299,15 @@ def encode_answer(
     chat = read_chat(messages, what=name)
     ends = {chat.messages[i]["role"] for i in (0, -1)}
     require(ends == {"assistant"}, f"{name} must begin and end with a message of the assistant, after the prompt")
-    example, counts = encode_chat(prompt.before(chat), tokenizer, as_generated=is_text)
-    require(example.num_targets > 0, f"the chat template writes nothing for {name}")
-    end = len(example.labels) - next(i for i, label in enumerate(reversed(example.labels)) if label != IGNORE_INDEX)
-    return Example(example.input_ids[:end], example.labels[:end]), counts
+    return encode_chat(prompt.before(chat), tokenizer, as_generated=is_text)
 
 
-def encode_unfinished(prompt: str | Chat, text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of the prompt and of an answer that ran out of tokens: nothing ends it, and it is the text as generated,
-    which no chat template has rewritten."""
-    return _answered(prompt, text, tokenizer)[0].input_ids
+def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, finished: bool) -> list[int]:
+    """The ids of the prompt and of a text that was generated, which no chat template rewrites. What ended it follows,
+    if it is finished: EOS, or the end of the turn."""
+    end = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
+    end = [i for i in end if i is not None][:1] if finished else []
+    return _answered(prompt, text, tokenizer)[0].input_ids + end
 
 
 def is_sample(record: Record) -> bool:

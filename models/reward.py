@@ -27,8 +27,8 @@ from models.records import (
     Split,
     collate,
     encode_answer,
+    encode_generated,
     encode_prompt,
-    encode_unfinished,
     get_answer,
     get_field,
     get_prompt,
@@ -242,8 +242,9 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
             steps = split_steps(answer, separator) if isinstance(answer, str) else answer
             ids, positions = encode_steps(prompt, steps, separator, tokenizer)
         else:
-            if is_sample(record) and record.fields["finish_reason"] == "length":
-                ids = encode_unfinished(prompt, answer, tokenizer)
+            if is_sample(record):
+                finished = record.fields["finish_reason"] == "stop"
+                ids = encode_generated(prompt, answer, tokenizer, finished=finished)
             else:
                 ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
             positions = [len(ids) - 1]

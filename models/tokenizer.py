@@ -8,8 +8,10 @@
   In chats the template alone decides: models/chat_template.py
 """
 
+from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import tokenizers
@@ -31,7 +33,7 @@ class Tokenizer:
     pad_token_id: int, never EOS. The folder's own pad token; else `<unk>`, else the first id that is neither EOS nor
         BOS. The latter two are ordinary tokens: pad is filler for masked places, no text is ever recognised by it.
     base_vocab_size: the largest id of the vocabulary + 1; vocab_size: with added tokens.
-    special_ids: the ids that decoding leaves out; added_ids: those and all other added tokens.
+    special_ids: what decoding leaves out; added_ids: all added tokens; byte_ids: bytes that a decoder joins.
     adds_bos: whether encode() puts a BOS before the text.
     chat_template: a ChatTemplate, or None; today: the day that it is told.
     Raises FileNotFoundError (no tokenizer files) and ValueError (a file that cannot be used), naming the file.
@@ -40,20 +42,16 @@ class Tokenizer:
     def __init__(self, folder: str | Path, today: date | None = None):
         folder = Path(folder)
         self.config_path = folder / "tokenizer_config.json"
-        config, older = (
-            read_json_object(path) if path.is_file() else {}
-            for path in (self.config_path, folder / "special_tokens_map.json")
-        )
-        path = folder / "tokenizer.json"
-        path = path if path.is_file() else folder / "tokenizer.model"
-        if not path.is_file():
+        config = read_json_object(self.config_path, missing_ok=True)
+        path = next((p for p in (folder / "tokenizer.json", folder / "tokenizer.model") if p.is_file()), None)
+        if path is None:
             raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
         try:
             self._file = _Fast(path) if path.suffix == ".json" else _SentencePiece(path)
         except Exception as error:  # both libraries raise bare ones
             raise ValueError(f"{path}: not a usable {path.name}: {short(error)}") from error
         try:
-            names = _add_tokens(self._file, folder, config, older)
+            names = _add_tokens(self._file, folder, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.config_path}: token entries cannot be used: {short(error)}") from error
         ids = {name: self._file.token_to_id(token) for name, token in names.items()}
@@ -64,9 +62,11 @@ class Tokenizer:
 
         self.base_vocab_size, added = self._file.size, self._file.added
         self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
-        self.added_ids = frozenset(added)
+        self.added_ids, self.byte_ids = frozenset(added), self._file.byte_ids
         named = (ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
-        self.special_ids = frozenset([i for i, token in added.items() if token.special] + [i for i in named if i])
+        self.special_ids = frozenset(
+            [i for i, token in added.items() if token.special] + [i for i in named if i is not None]
+        )
         self._before, self._behind = self._file.around
         if self.bos_token_id not in (None, *self._before) and config.get("add_bos_token", self._file.bos_by_default):
             self._before = [self.bos_token_id, *self._before]
@@ -80,9 +80,8 @@ class Tokenizer:
         """The ids of `text`. add_special_tokens: with the BOS and EOS that the folder asks for."""
         try:
             ids = self._file.encode(text)
-        except (TypeError, UnicodeEncodeError) as error:
-            fault = "holds a lone surrogate: no valid Unicode" if isinstance(text, str) else "must be a string"
-            raise ValueError(f"the text to encode {fault}: {ascii(text)[:60]}") from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text to encode holds a lone surrogate: {ascii(text)[:60]}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
     def encode_prefix(self, text: str) -> list[int]:
@@ -115,24 +114,14 @@ class Tokenizer:
         return self._file.decode([i for i in ids if i not in skipped])
 
     def decode_continuation(self, prompt_ids: list[int], ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text that `ids` add behind `prompt_ids`: decode(prompt_ids) + this = decode(prompt_ids + ids). A prompt
-        that was cut by force within a character hands it over to this text."""
-        stream = StreamDecoder(self, prompt_ids, skip_special_tokens)
-        return stream.push_all(ids) + stream.flush()
+        """What `ids` add to the text of `prompt_ids`. A prompt cut within a character hands that over to this text."""
+        return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
     def apply_chat_template(self, messages: list[dict], *, add_generation_prompt: bool, tools=None) -> str:
         """The text of a chat by the folder's template; ValueError if it has none."""
         if self.chat_template is None:
-            raise ValueError(
-                f"{self.config_path.parent}: no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); add one or use plain text prompts"
-            )
+            raise ValueError(f"{self.config_path.parent}: no chat template; add chat_template.jinja, or use plain text")
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-
-    def encode_chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None) -> list[int]:
-        """The ids of a chat. Nothing is added to what the template writes, so a BOS comes from it or not at all."""
-        text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-        return self.encode(text, add_special_tokens=False)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
@@ -144,9 +133,9 @@ class Tokenizer:
 class StreamDecoder:
     """The text of an answer, token by token, with whole characters only.
 
-    push(token_id) returns the text that is certain by now, maybe ""; flush() what is left (U+FFFD for a character that
-    never got complete). All of it together is tokenizer.decode_continuation(prompt_ids, all ids). A few tokens are
-    decoded with those before them, so it works for every decoder, and the cost is constant.
+    push(token_id) returns the text that is certain by now, maybe ""; flush() what is left, of more_ids too. Together
+    they are tokenizer.decode_continuation(prompt_ids, all ids). Each time a few tokens are decoded with those before
+    them, so it works for every decoder and the cost is constant.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
@@ -165,57 +154,45 @@ class StreamDecoder:
         return self._tokenizer.decode(ids, self._skip)
 
     def push(self, token_id: int) -> str:
-        return self.push_all((token_id,))
-
-    def push_all(self, token_ids) -> str:
-        self._ids.extend(token_ids)
+        self._ids.append(token_id)
         # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
-        incomplete = bool(self._ids) and self._ids[-1] in self._tokenizer._file.byte_ids
-        text = self._decode(self._ids)
-        return "" if incomplete or text.endswith(NO_CHARACTER) else self._show(text)
+        if token_id in self._tokenizer.byte_ids or self._decode(self._ids).endswith(NO_CHARACTER):
+            return ""
+        return self.flush()
 
-    def flush(self) -> str:
-        return self._show(self._decode(self._ids))
-
-    def _show(self, text: str) -> str:
+    def flush(self, more_ids: Sequence[int] = ()) -> str:
+        self._ids.extend(more_ids)
         # a prompt that was cut within a character ends in U+FFFD until these tokens complete it
-        shown = self._shown if text.startswith(self._shown) else self._shown.rstrip(NO_CHARACTER)
+        text, shown = self._decode(self._ids), self._shown
+        shown = shown if text.startswith(shown) else shown.rstrip(NO_CHARACTER)
         self._go_on_from(self._ids)
         return text[len(shown) :]
 
 
 class _Fast:
-    """tokenizer.json in tokenizers. size: of the vocabulary; around: what the post-processor puts before and behind a
-    text; byte_ids: tokens of one byte each, of which a decoder makes characters."""
+    """tokenizer.json in tokenizers. size: of the vocabulary; around: ids that are put before and behind a text."""
 
-    bos_by_default = False
+    bos_by_default, named = False, {}
 
     def __init__(self, path: Path):
-        self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+        self._tokenizer = file = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        file.no_truncation()
+        file.no_padding()
+        vocab = file.get_vocab(with_added_tokens=False)
         self.size = max(vocab.values(), default=-1) + 1
-        decoder = self._tokenizer.decoder
-        falls_back = decoder is not None and b"ByteFallback" in decoder.__getstate__()
+        falls_back = file.decoder is not None and b"ByteFallback" in file.decoder.__getstate__()
         self.byte_ids = {vocab.get(f"<0x{byte:02X}>") for byte in range(256)} if falls_back else set()
-        bare, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        bare, whole = (file.encode("a", add_special_tokens=special).ids for special in (False, True))
         place = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
         self.around = whole[:place], whole[place + len(bare) :]
-        self.token_to_id = self._tokenizer.token_to_id
+        self.token_to_id = file.token_to_id
+        self.encode = lambda text: file.encode(text, add_special_tokens=False).ids
+        self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
+        self.add = lambda token: file.add_tokens([token])
 
     @property
     def added(self) -> dict[int, AddedToken]:
         return self._tokenizer.get_added_tokens_decoder()
-
-    def add(self, token: AddedToken) -> None:
-        self._tokenizer.add_tokens([token])
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 class _SentencePiece:
@@ -232,6 +209,8 @@ class _SentencePiece:
         for i in range(self.size):
             if self._processor.is_control(i) or self._processor.is_unknown(i):
                 self.add(AddedToken(self._processor.id_to_piece(i), special=True, normalized=False))
+        ids = {name: getattr(self._processor, f"{name[:3]}_id")() for name in NAMED_TOKENS[:3]}
+        self.named = {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
     def token_to_id(self, token: str) -> int | None:
         ids = (i for i, added in self.added.items() if added.content == token)
@@ -250,25 +229,21 @@ class _SentencePiece:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        texts, stretch = [], []
-        for i in [*ids, None]:
-            if i is not None and i not in self.added:
-                stretch += [i] if i < self.size else []
-                continue
-            texts += [self._processor.decode(stretch), "" if i is None else self.added[i].content]
-            stretch = []
+        texts = []
+        for is_added, run in groupby(ids, self.added.__contains__):
+            known = [i for i in run if is_added or i < self.size]
+            texts += [self.added[i].content for i in known] if is_added else [self._processor.decode(known)]
         return "".join(texts)
 
 
-def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict, older: dict) -> dict[str, str]:
+def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dict[str, str]:
     """Adds the tokens that the folder declares beside its file; returns the named ones, {"bos_token": "<s>", ...}."""
-    listed = {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    path = folder / "added_tokens.json"
-    for content, i in (read_json_object(path) if path.is_file() else {}).items():
-        listed.setdefault(i, AddedToken(content, normalized=True))
-    defaults = {}
-    if isinstance(file, _SentencePiece) or str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama")):
-        defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = ("special_tokens_map.json", "added_tokens.json")
+    older, added = (read_json_object(folder / name, missing_ok=True) for name in names)
+    listed = {i: AddedToken(content, normalized=True) for content, i in added.items()}
+    listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    is_llama = str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if is_llama else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and lets it win there
     settings |= {**older, **config} if "added_tokens_decoder" in config else {**config, **older}

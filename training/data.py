@@ -20,7 +20,7 @@ from models.records import (
     Example,
     Limits,
     Record,
-    encode_answer,
+    encode_answered,
     encode_chat,
     encode_records,
     eos_ids,
@@ -132,7 +132,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
             require(isinstance(fields["text"], str), "text must be a string")
             ids = [*tokenizer.encode_prefix(fields["text"]), *eos_ids(tokenizer)]
             return Example(ids, list(ids)), EncodingCounts()
-        return encode_answer(get_prompt(record), get_field(record, "completion", "output"), tokenizer)
+        return encode_answered(get_prompt(record), get_field(record, "completion", "output"), tokenizer)
 
 
 # ------------------------------------------------------------------------------- order and batches

@@ -24,9 +24,9 @@ from models.records import (
     Record,
     collate,
     encode_answer,
+    encode_generated,
     encode_prompt,
     encode_records,
-    encode_unfinished,
     get_field,
     get_prompt,
     get_steps,
@@ -100,7 +100,7 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
-        whole = encode_unfinished(prompt, "".join(step + step_separator for step in steps), tokenizer)
+        whole = encode_generated(prompt, "".join(step + step_separator for step in steps), tokenizer, finished=False)
         counts = EncodingCounts(split_differently=int(ids != whole))
         return Scored(ids, positions, labels, len(encode_prompt(prompt, tokenizer))), counts
 

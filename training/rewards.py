@@ -24,7 +24,7 @@ from models.chats import Chat
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, load_function, non_negative, positive, short
 from models.model import Transformer
-from models.records import Example, Split, encode_answer, encode_unfinished
+from models.records import Example, Split, encode_generated
 from models.reward import (
     RewardKind,
     Scored,
@@ -143,10 +143,8 @@ def rows_to_score(
             ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
         elif reward.same_tokenizer:
             ids = row.input_ids
-        elif ended:
-            ids = encode_answer(prompt, text, tokenizer)[0].input_ids
         else:
-            ids = encode_unfinished(prompt, text, tokenizer)
+            ids = encode_generated(prompt, text, tokenizer, finished=ended)
         num_cut += len(ids) > max_seq_len
         positions = [end for end in ends_of_steps if end < max_seq_len] or [min(len(ids), max_seq_len) - 1]
         to_score.append(Scored(ids[: positions[-1] + 1], positions, []))

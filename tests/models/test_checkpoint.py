@@ -197,7 +197,7 @@ def test_eos_ids(tmp_path, folder):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
     assert generation_eos_ids(tmp_path) == (5, 6)
     (tmp_path / "config.json").write_text("{}")
-    assert generation_eos_ids(tmp_path, default=3) == (3,)
+    assert generation_eos_ids(tmp_path) == ()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "x"}))
     with pytest.raises(ValueError, match="eos_token_id"):
         generation_eos_ids(tmp_path)

@@ -7,6 +7,7 @@ from tokenizers import decoders, pre_tokenizers
 
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.file_tokenizer import FileTokenizer
 from tests.models.test_tokenizer import byte_level_folder
 from tests.training.test_data import END_OF_TURN, TEMPLATES, write_chat_tokenizer
 
@@ -21,7 +22,7 @@ def keep_signal_handler():
 
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory):
-    """(our tokenizer, transformers') of a folder by its kind."""
+    """(our tokenizer, what the file says) of a folder by its kind."""
     made = {}
 
     def make(kind):
@@ -34,9 +35,8 @@ def opened(tmp_path_factory):
             elif kind == "byte_level":
                 byte_level_folder(folder, "llama3")
             else:
-                flags = {"legacy": {"legacy": True}, "no_prefix_space": {"add_prefix_space": False}}
-                tiny.write_tokenizer(folder, **flags.get(kind, {}))
-            made[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+                tiny.write_tokenizer(folder)
+            made[kind] = Tokenizer(folder), FileTokenizer(folder)
         return made[kind]
 
     return make

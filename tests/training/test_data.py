@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import decoders, pre_tokenizers, processors
 
+from models.chats import read_chat
 from models.checkpoint import open_folder
 from models.records import (
     EncodingCounts,
@@ -17,12 +18,12 @@ from models.records import (
     Record,
     collate,
     encode_prompt,
-    encode_text,
     micro_batches,
     read_records,
 )
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.file_tokenizer import FileTokenizer
 from training.data import encode_sft_file, encode_sft_record, epoch_order, pack, training_batches
 
 BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
@@ -36,7 +37,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def oracle(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return FileTokenizer(folder)
 
 
 def encode(tokenizer, **fields):
@@ -118,13 +119,13 @@ def test_prompt_and_completion(tokenizer, oracle):
     """Catches the prompt in the loss, EOS left out or out of the loss, BOS missing or doubled, and a prompt that is
     encoded otherwise than for generation."""
     prompt, completion = "Question: what is 3 plus 4?", " The answer is 7."
-    example, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
+    example, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
     prompt_ids = oracle(prompt)["input_ids"]
     assert example.input_ids == [*oracle(prompt + completion)["input_ids"], EOS]
     assert example.input_ids[: len(prompt_ids)] == prompt_ids == encode_prompt(prompt, tokenizer)
     assert learnt(example) == example.input_ids[len(prompt_ids) :]
     assert example.labels[: len(prompt_ids)] == [-100] * len(prompt_ids)
-    assert example.input_ids.count(BOS) == 1 and example.input_ids.count(EOS) == 1 and not differs
+    assert example.input_ids.count(BOS) == 1 and example.input_ids.count(EOS) == 1 and not any(counts)
     assert example.num_targets == len(learnt(example))
 
 
@@ -137,21 +138,20 @@ def test_aliases_and_empty_parts(tokenizer):
     assert no_prompt.input_ids[0] == BOS and learnt(no_prompt) == no_prompt.input_ids[1:]
 
 
-@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"add_prefix_space": False}], ids=str)
 @pytest.mark.parametrize("prompt, completion", [("The ans", "wer is 5"), ("so: <", "/s> it"), ("It ", " is")])
-def test_prompt_that_merges_with_its_completion(config, prompt, completion, tmp_path):
-    """Catches a prompt whose ids are not those of generation, where both together are split otherwise."""
-    tiny.write_tokenizer(tmp_path, **config)
-    tokenizer = Tokenizer(tmp_path)
+def test_prompt_that_merges_with_its_completion(prompt, completion, tokenizer):
+    """Catches a prompt whose ids are not those of generation, where both together are split otherwise, and a space put
+    between a prompt that ends in one and its completion."""
     prompt_ids = encode_prompt(prompt, tokenizer)
-    whole = encode_text(prompt + completion, tokenizer)
-    example, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
+    whole = tokenizer.encode_prefix(prompt + completion)
+    example, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
+    differs = counts == EncodingCounts(split_differently=1)
     assert differs == (whole[: len(prompt_ids)] != prompt_ids)
     assert differs or "ans" not in prompt
     assert example.input_ids[: len(prompt_ids)] == prompt_ids
     assert learnt(example) == example.input_ids[len(prompt_ids) :] and example.input_ids[-1] == EOS
-    alone = tokenizer.encode(completion, add_special_tokens=False)
-    assert example.input_ids[len(prompt_ids) : -1] == (alone if differs else whole[len(prompt_ids) :])
+    assert differs or example.input_ids[len(prompt_ids) : -1] == whole[len(prompt_ids) :]
+    assert tokenizer.decode_continuation(prompt_ids, example.input_ids[len(prompt_ids) : -1], False) == completion
 
 
 def test_text(tokenizer, oracle):
@@ -188,12 +188,15 @@ def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
         ({"completion": "b"}, "'prompt' is missing"),
         ({"prompt": 5, "completion": "b"}, "prompt must be text or a list of messages, not a int"),
         ({"prompt": None, "completion": "b"}, "prompt must be"),
-        ({"prompt": "a", "completion": 5}, "completion must be a string"),
-        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "completion must be a string"),
+        ({"prompt": "a", "completion": 5}, "completion must be text where prompt is text"),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]},
+            "completion must be text where prompt is text",
+        ),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": 5}, "completion must be text or a list"),
         ({"text": ["a"]}, "text must be a string"),
         ({"text": "a\ud83d"}, "surrogate"),
-        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": "hello"}, "messages must be a non-empty list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),
     ],
     ids=str,
@@ -234,7 +237,6 @@ PLAIN += "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "chatml_added": CHATML, "rewrites": REWRITES, "plain": PLAIN}
 END_OF_TURN = {
     "llama2": " </s>",
-    "llama2_legacy": " </s>",
     "llama3": "<|eot_id|>",
     "chatml": "<|im_end|>",
     "chatml_added": "<|im_end|>",  # the tokens are added ones, not special ones
@@ -245,7 +247,7 @@ END_OF_TURN = {
 def write_chat_tokenizer(folder, kind):
     """Llama 2: sentencepiece; the others byte-level, with the special tokens of their kind."""
     if kind.startswith("llama2"):
-        tiny.write_tokenizer(folder, chat_template=LLAMA2, legacy=kind.endswith("legacy"))
+        tiny.write_tokenizer(folder, chat_template=LLAMA2)
         return
     special = ["<|begin|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     special += ["<|im_start|>", "<|im_end|>"]
@@ -275,7 +277,7 @@ def chat_tokenizer(tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             write_chat_tokenizer(folder, kind)
-            made[kind] = Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+            made[kind] = Tokenizer(folder), FileTokenizer(folder)
         return made[kind]
 
     return make
@@ -302,13 +304,13 @@ def test_chat_learns_the_assistants_turns(kind, system, chat_tokenizer):
     template writes after that token in it, only one of several turns learnt, and BOS or EOS added to the template."""
     tokenizer, oracle = chat_tokenizer(kind)
     messages = system + CHAT
-    example, differs = encode_sft_record(Record("x", {"messages": messages}), tokenizer)
+    example, counts = encode_sft_record(Record("x", {"messages": messages}), tokenizer)
     assert example.input_ids == oracle.apply_chat_template(messages)["input_ids"]
     assert spans(example, tokenizer) == answers(kind, "the answer\nis yes.", "no. 🙂")
-    assert not differs and example.num_targets == len(learnt(example))
+    assert not any(counts) and example.num_targets == len(learnt(example))
     for i, message in enumerate(messages):  # each turn starts where generation would start
         if message["role"] == "assistant":
-            header = encode_prompt(messages[:i], tokenizer)
+            header = encode_prompt(read_chat(messages[:i]), tokenizer)
             assert example.input_ids[: len(header)] == header and example.labels[len(header) - 1] == -100
             assert example.labels[len(header)] == example.input_ids[len(header)]
 
@@ -319,11 +321,11 @@ def test_prompt_as_messages(kind, chat_tokenizer):
     or prompt ids that are not those of generation."""
     tokenizer, _ = chat_tokenizer(kind)
     prompt = [SYSTEM, *CHAT[:3]]
-    as_text, differs = encode_sft_record(Record("x", {"prompt": prompt, "completion": "no. 🙂"}), tokenizer)
-    assert as_text == encode(tokenizer, prompt=prompt, completion=CHAT[3:]) and not differs
+    as_text, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": "no. 🙂"}), tokenizer)
+    assert as_text == encode(tokenizer, prompt=prompt, completion=CHAT[3:]) and not any(counts)
     assert as_text.input_ids == encode(tokenizer, messages=[SYSTEM, *CHAT]).input_ids
     assert spans(as_text, tokenizer) == answers(kind, "no. 🙂")
-    prompt_ids = encode_prompt(prompt, tokenizer)
+    prompt_ids = encode_prompt(read_chat(prompt), tokenizer)
     assert as_text.input_ids[: len(prompt_ids)] == prompt_ids
     assert as_text.labels[: len(prompt_ids)] == [-100] * len(prompt_ids)
     several = encode(tokenizer, prompt=CHAT[:1], completion=CHAT[1:])
@@ -348,7 +350,9 @@ def test_chat_without_an_answer(chat_tokenizer):
 def test_template_that_rewrites_earlier_turns(chat_tokenizer):
     """Catches labels at wrong places under a template that shows a turn otherwise once others follow it."""
     tokenizer, _ = chat_tokenizer("rewrites")
-    with pytest.raises(ValueError, match=r"^train.jsonl:7: the chat template writes message 1 differently"):
+    with pytest.raises(
+        ValueError, match=r"^train.jsonl:7: the chat template leaves out message 1, of the role 'assistant'"
+    ):
         encode(tokenizer, messages=CHAT)
     assert spans(encode(tokenizer, messages=CHAT[:2]), tokenizer) == ["the answer\nis yes.<|im_end|>"]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
 from models.reward import Pair, encode_pair_record, pair_length
 from tests import tiny
@@ -12,7 +13,7 @@ from training.preferences import collate_pairs, encode_pair_file
 
 LIMITS = Limits(500, 200)
 CPU = torch.device("cpu")
-FOLDERS = ["sentencepiece", "legacy", "no_prefix_space", "byte_level"]
+FOLDERS = ["sentencepiece", "byte_level"]
 
 
 def pair(tokenizer, **fields):
@@ -63,7 +64,7 @@ def test_pair_of_chats(kind, opened):
     tokenizer, oracle = opened(kind)
     prompt, sides = [SYSTEM, *CHAT[:3]], {"chosen": "no. 🙂", "rejected": "the answer\nis yes."}
     made = pair(tokenizer, prompt=prompt, **sides)
-    prompt_ids = encode_prompt(prompt, tokenizer)
+    prompt_ids = encode_prompt(read_chat(prompt), tokenizer)
     assert made.prompt_length == len(prompt_ids)
     for name, text in sides.items():
         side, answer = getattr(made, name), {"role": "assistant", "content": text}
@@ -85,7 +86,7 @@ def test_implicit_prompt(opened):
     """Catches a prompt that swallows the answer where both sides are equal or one is the beginning of the other, and a
     turn after the first difference taken for the prompt's."""
     tokenizer, _ = opened("llama3")
-    first = encode_prompt(CHAT[:1], tokenizer)
+    first = encode_prompt(read_chat(CHAT[:1]), tokenizer)
     same = pair(tokenizer, chosen=CHAT[:2], rejected=CHAT[:2])
     assert same.prompt_length == len(first) and same.chosen == same.rejected
     longer = pair(tokenizer, chosen=CHAT, rejected=CHAT[:2])
@@ -102,7 +103,7 @@ def test_answer_that_merges_with_the_header(opened):
     """Catches two sides with different prompt ids where a template's header merges with one answer's first characters:
     "assistant:\\n" and "\\n" make one token of this tokenizer."""
     tokenizer, _ = opened("newlines_plain")
-    prompt_ids = encode_prompt(CHAT[:1], tokenizer)
+    prompt_ids = encode_prompt(read_chat(CHAT[:1]), tokenizer)
     record = Record("x", {"prompt": CHAT[:1], "chosen": "\nthe answer", "rejected": "no."})
     made, differs = encode_pair_record(record, tokenizer)
     assert differs and made.prompt_length == len(prompt_ids)
@@ -141,9 +142,9 @@ BAD_PAIRS = [
     ({"prompt": [USER], "chosen": [], "rejected": [ANSWER]}, "chosen holds no message"),
     ({"prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}, "rejected must begin and end with a message of the"),
     ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER]}, "chosen must begin and end"),
-    ({"prompt": [USER], "chosen": ["hello"], "rejected": [ANSWER]}, "chosen must begin and end"),
-    ({"prompt": [], "chosen": [ANSWER], "rejected": [ANSWER]}, "there is nothing it answers"),
-    ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "chat message 0"),
+    ({"prompt": [USER], "chosen": ["hello"], "rejected": [ANSWER]}, "chosen[0] must be an object"),
+    ({"prompt": [], "chosen": [ANSWER], "rejected": [ANSWER]}, "prompt must be a non-empty list"),
+    ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "prompt[0] must be an object"),
     ({"chosen": [ANSWER], "rejected": [ANSWER]}, "there is no prompt"),
     ({"chosen": [], "rejected": []}, "there is no prompt"),
     ({"chosen": [USER, ANSWER], "rejected": [CHAT[2], ANSWER]}, "there is no prompt: chosen and rejected begin with"),
@@ -166,7 +167,9 @@ def test_pairs_under_other_templates(opened, tokenizer):
     with pytest.raises(ValueError, match=r"^train.jsonl:7: .*no chat template"):
         pair(tokenizer, prompt=[USER], chosen="b", rejected="c")
     rewrites, _ = opened("rewrites")
-    with pytest.raises(ValueError, match=r"^train.jsonl:7: the chat template writes message 1 differently"):
+    with pytest.raises(
+        ValueError, match=r"^train.jsonl:7: the chat template leaves out message 1, of the role 'assistant'"
+    ):
         pair(rewrites, prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[1:2])
     assert pair(rewrites, prompt=CHAT[:1], chosen="b", rejected="c").chosen.num_targets
 

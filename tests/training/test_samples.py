@@ -54,7 +54,7 @@ def test_samples_are_those_of_the_current_weights(files, tmp_path, tied):
         wanted = sorted(tiny.read_lines(tmp_path / f"{name}.jsonl"), key=lambda line: line["idx"])
         wanted = [wanted[i] for i in (0, 2, 3)]  # the second record has nothing to learn
         for line, want in zip(shown, wanted, strict=True):
-            assert line["prompt"] == want["prompt"] and line["reference"] == want["completion"]
+            assert line["prompt"] == "<s>" + want["prompt"] and line["reference"] == want["completion"]
             assert (line["output"], line["finish_reason"]) == (want["output"], want["finish_reason"])
         outputs.append([line["output"] for line in shown])
     assert outputs[0] != outputs[1], "the steps in between change what it says"

@@ -80,8 +80,8 @@ class Tokenizer:
         """The ids of `text`. add_special_tokens: with the BOS and EOS that the folder asks for."""
         try:
             ids = self._file.encode(text)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text to encode holds a lone surrogate: {ascii(text)[:60]}") from error
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"must be a string without lone surrogates: {ascii(text)[:60]}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
     def encode_prefix(self, text: str) -> list[int]:
@@ -202,9 +202,12 @@ class _SentencePiece:
     byte_ids = frozenset()  # sentencepiece keeps the characters beside a wrong byte
 
     def __init__(self, path: Path):
-        self._processor = SentencePieceProcessor(model_proto=path.read_bytes())
+        if not (data := path.read_bytes()):
+            raise ValueError("the file is empty")
+        self._processor = SentencePieceProcessor(model_proto=data)
         self.size = self._processor.get_piece_size()
         self.added: dict[int, AddedToken] = {}
+        self._found: dict[int, int] = {}  # the finder's id -> ours
         self._finder = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))  # all other text is one unknown word
         for i in range(self.size):
             if self._processor.is_control(i) or self._processor.is_unknown(i):
@@ -219,13 +222,14 @@ class _SentencePiece:
 
     def add(self, token: AddedToken) -> None:
         known = self.token_to_id(token.content)
-        self.added[max([self.size - 1, *self.added]) + 1 if known is None else known] = token
+        i = max([self.size - 1, *self.added]) + 1 if known is None else known
         self._finder.add_tokens([token])
+        self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
 
     def encode(self, text: str) -> list[int]:
         found, ids = self._finder.encode(text), []
-        for token, (start, end) in zip(found.tokens, found.offsets, strict=True):
-            ids += [self.token_to_id(token)] if token else self._processor.encode(text[start:end])
+        for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+            ids += [self._found[i]] if i else self._processor.encode(text[start:end])
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -240,8 +244,6 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     """Adds the tokens that the folder declares beside its file; returns the named ones, {"bos_token": "<s>", ...}."""
     names = ("special_tokens_map.json", "added_tokens.json")
     older, added = (read_json_object(folder / name, missing_ok=True) for name in names)
-    listed = {i: AddedToken(content, normalized=True) for content, i in added.items()}
-    listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
     is_llama = str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if is_llama else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
@@ -252,6 +254,8 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     more = [_token(entry, True) for entry in (more.values() if isinstance(more, dict) else more)]
     special = {token.content for token in (*named.values(), *more)}
+    listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
+    listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
     known = {token.content for token in file.added.values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:

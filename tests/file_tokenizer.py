@@ -21,6 +21,7 @@ class FileTokenizer:
             self.file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
             self.file = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            self.bos_token_id, self.eos_token_id = self.file.bos_id(), self.file.eos_id()
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         if isinstance(self.file, tokenizers.Tokenizer):

@@ -38,7 +38,8 @@ def expected_answer(folder, messages, num_tokens):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder)
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
     said = [token for token in out[0, len(ids) :].tolist() if token != 2]

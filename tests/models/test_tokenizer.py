@@ -1,8 +1,5 @@
-"""models/tokenizer.py against transformers 5.23.0, on folders written here: ids, texts, streams, chats, errors.
-
-Other versions treat some of these folders otherwise (5.24 those without a tokenizer_class), so what compares ids with
-them is skipped there.
-"""
+"""models/tokenizer.py against the folder's own file, as sentencepiece and tokenizers read it: ids, texts, streams; and
+models/chat_template.py against transformers: chats. Where transformers 5.23 has other ids, the first test says why."""
 
 import io
 import json
@@ -13,10 +10,12 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from models.chats import read_chat
 from models.tokenizer import StreamDecoder, Tokenizer
+from tests.file_tokenizer import FileTokenizer
 
 LINES = [
     "The quick brown fox jumps over the lazy dog, and the dog says: 12 + 34 = 46.",
@@ -40,9 +39,8 @@ ALPHABET = [
         "\u2028",
         "\ufffd",
         "\x00",
-        "\r\n",
     ),
-    *("</s>", "<s>", "<unk>", "<|im_end|>", "<pad>", "[X]", "hello", " the", "<0x41>", "<|eot_id|>"),
+    *("\r\n", "</s>", "<s>", "<unk>", "<|im_end|>", "<pad>", "[X]", "hello", " the", "<0x41>", "<|eot_id|>"),
 ]
 EDGES = [
     "",
@@ -82,8 +80,7 @@ def write(folder, **files):
 def sentencepiece_folder(folder, config, model="identity", **files):
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(MODELS[model], folder / "tokenizer.model")
-    if config is not None:
-        files["tokenizer_config"] = {"tokenizer_class": "LlamaTokenizer", **config}
+    files["tokenizer_config"] = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": False, **config}
     return write(folder, **files)
 
 
@@ -92,11 +89,13 @@ MODELS = {}
 
 @pytest.fixture(scope="session", autouse=True)
 def trained_models(tmp_path_factory):
-    """sentencepiece models like Llama-2's (identity), with sentencepiece's defaults, with own symbols, and unigram."""
+    """sentencepiece models like Llama-2's (identity), with sentencepiece's defaults, without the space before a text,
+    with own symbols, and unigram."""
     identity = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     kinds = {
         "identity": identity,
         "nmt_nfkc": {},
+        "no_prefix": {**identity, "add_dummy_prefix": False},
         "symbols": {**identity, "user_defined_symbols": ["0", "<|im_end|>"], "control_symbols": ["<pad>"]},
         "unigram": {"model_type": "unigram"},
     }
@@ -148,124 +147,177 @@ def byte_level_folder(folder, kind, class_name="PreTrainedTokenizerFast", **name
     return write(folder, tokenizer_config={**config, "tokenizer_class": class_name, "add_bos_token": False})
 
 
-def same_as_transformers(folder, count=60):
-    if transformers.__version__ != "5.23.0":
-        pytest.skip(f"compares with transformers 5.23.0, this is {transformers.__version__}")
-    oracle, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
-    for text in hostile_texts(count):
+def json_folder(folder, backend, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return write(folder, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", **config})
+
+
+def llama2_json():
+    """As Llama-2's tokenizer.json: a normaliser puts U+2581 before every stretch, the decoder takes one away."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["identity"]))
+    vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    pairs = [(p[:i], p[i:]) for p in vocab for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+def word_json(model, decoder):
+    """WordLevel, WordPiece or Unigram over words, with any decoder or none."""
+    words = ["<unk>", "<s>", "</s>", "[UNK]", *dict.fromkeys(" ".join(LINES).split()), *"abchelo", "##l", "##lo", "##s"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    made = {
+        "level": lambda: models.WordLevel(vocab, unk_token="<unk>"),
+        "piece": lambda: models.WordPiece(vocab, unk_token="<unk>"),
+        "unigram": lambda: models.Unigram([(word, -float(i)) for word, i in vocab.items()], unk_id=0),
+    }
+    backend = tokenizers.Tokenizer(made[model]())
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if decoder is not None:
+        backend.decoder = decoder
+    return backend
+
+
+FOLDERS = {
+    "sentencepiece": lambda f: sentencepiece_folder(f, {"add_bos_token": True, "legacy": False}),
+    "bos_by_default": lambda f: sentencepiece_folder(f, {}),
+    "no_bos": lambda f: sentencepiece_folder(f, {"add_bos_token": False, "add_eos_token": True}),
+    "no_prefix": lambda f: sentencepiece_folder(f, {}, "no_prefix"),
+    "nmt_nfkc": lambda f: sentencepiece_folder(f, {}, "nmt_nfkc"),
+    "unigram": lambda f: sentencepiece_folder(f, {"tokenizer_class": None}, "unigram"),
+    "llama2_json": lambda f: json_folder(f, llama2_json(), tokenizer_class="LlamaTokenizer", legacy=False),
+    "llama3": lambda f: byte_level_folder(f, "llama3"),
+    "deepseek": lambda f: byte_level_folder(f, "deepseek", "LlamaTokenizerFast"),
+    "word_level": lambda f: json_folder(f, word_json("level", None)),
+    "fuse": lambda f: json_folder(f, word_json("level", decoders.Fuse())),
+    "word_piece": lambda f: json_folder(f, word_json("piece", decoders.WordPiece(cleanup=True))),
+    "bpe_suffix": lambda f: json_folder(f, word_json("level", decoders.BPEDecoder())),
+    "metaspace": lambda f: json_folder(f, word_json("unigram", decoders.Metaspace())),
+}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def files(request, tmp_path_factory):
+    folder = FOLDERS[request.param](tmp_path_factory.mktemp(request.param))
+    return request.param, Tokenizer(folder), FileTokenizer(folder)
+
+
+def test_ids_are_those_of_the_file(files):
+    """Catches a file that is rebuilt instead of read: its normaliser, pre-tokeniser or decoder replaced, the space
+    before a text added or dropped, BOS or EOS lost or doubled, a decoder refused; text that changes on the way back."""
+    name, ours, file = files
+    draw, lossless = random.Random(3), name in ("llama3", "deepseek")
+    for text in hostile_texts(100):
         for special in (True, False):
-            expected = oracle(text, add_special_tokens=special)["input_ids"]
-            assert ours.encode(text, add_special_tokens=special) == expected, (text, special)
+            assert ours.encode(text, add_special_tokens=special) == file(text, special)["input_ids"], (text, special)
+        ids = ours.encode(text, add_special_tokens=False)
+        if isinstance(file.file, tokenizers.Tokenizer):
             for skip in (True, False):
-                ids = [i for i in expected if i != oracle.unk_token_id]
-                assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip), (text, skip)
-    assert (ours.bos_token_id, ours.eos_token_id) == (oracle.bos_token_id, oracle.eos_token_id)
-    assert ours.vocab_size == max(oracle.get_vocab().values()) + 1
-    assert ours.adds_bos == (oracle.bos_token_id in oracle("")["input_ids"])
-    assert ours.pad_token_id is not None and ours.pad_token_id != ours.eos_token_id
-    if oracle.pad_token_id not in (None, oracle.eos_token_id):
-        assert ours.pad_token_id == oracle.pad_token_id
-    return ours
+                assert ours.decode(ids, skip) == file.file.decode(ids, skip_special_tokens=skip), (text, skip)
+        if lossless or (name in ("sentencepiece", "bos_by_default", "no_prefix") and "\u2581" not in text):
+            assert ours.decode(ids, skip_special_tokens=False) == text
+        cut = draw.randrange(len(ids) + 1)
+        for prompt, rest in (([], ids), (ids[:cut], ids[cut:])):
+            stream = StreamDecoder(ours, prompt, skip_special_tokens=False)
+            joined = "".join(map(stream.push, rest)) + stream.flush()
+            assert joined == ours.decode_continuation(prompt, rest, skip_special_tokens=False)
+            if not ours.decode(prompt, False).endswith("\ufffd"):
+                assert ours.decode(prompt, False) + joined == ours.decode(ids, False)
+    assert ours.adds_bos == (file("")["input_ids"][:1] == [file.bos_token_id])
 
 
-BOS = {"add_bos_token": True}
-DECODER = {
-    **{str(i): token(content, special=True) for i, content in enumerate(["<unk>", "<s>", "</s>"])},
-    **{"420": token("<|im_end|>"), "421": token("[X]", lstrip=True, rstrip=True, special=True)},
-    "422": token("hello", single_word=True, normalized=True),
-}
-LLAMA_CONFIGS = {
-    "bare": {},
-    "legacy": {**BOS, "legacy": True},
-    "not_legacy": {**BOS, "legacy": False, "tokenizer_class": "LlamaTokenizerFast"},
-    "legacy_null": {**BOS, "legacy": None, "add_eos_token": True},
-    "no_prefix_space": {**BOS, "add_prefix_space": False},
-    "prefix_space_legacy": {"add_prefix_space": True, "legacy": True},
-    "added_tokens": {**BOS, "added_tokens_decoder": DECODER, "eos_token": "<|im_end|>", "pad_token": "<pad>"},
-    "added_tokens_legacy": {**BOS, "legacy": True, "added_tokens_decoder": DECODER, "pad_token": "</s>"},
-    "token_objects": {
-        **BOS,
-        "bos_token": {"__type": "AddedToken", **token("<s>", normalized=True, rstrip=True)},
-        "pad_token": None,
-        "extra_special_tokens": ["[X]"],
-    },
-    "no_bos_token": {**BOS, "bos_token": None, "additional_special_tokens": ["[X]", "<|im_end|>"]},
-    "no_class": {**BOS, "tokenizer_class": "PreTrainedTokenizerFast"},
-}
+def test_where_transformers_differs(tmp_path):
+    """Catches transformers 5.23's own ids taken over: LLaMA's normaliser rebuilt, so that "<s>[" and " a" lose a space,
+    and BOS dropped where the post-processor is there without one. Right is what the weights saw: LLaMA's own code
+    encodes each stretch of a chat by itself with sentencepiece, and DeepSeek trained with add_bos_token's BOS."""
+    ours = Tokenizer(json_folder(tmp_path / "l", llama2_json(), tokenizer_class="LlamaTokenizer", legacy=False))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["identity"]))
+    assert ours.encode("<s>[INST] a", add_special_tokens=False) == [1, *model.encode("[INST] a")]
+    assert ours.encode(" a") == [1, *model.encode(" a")]
+    folder = json_folder(tmp_path / "d", word_json("level", None), add_bos_token=True)
+    file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.post_processor = processors.ByteLevel(trim_offsets=False)
+    file.save(str(folder / "tokenizer.json"))
+    deepseek = Tokenizer(folder)
+    assert deepseek.encode("hello")[0] == deepseek.bos_token_id == 1 and deepseek.adds_bos
+    assert deepseek.encode_prefix("<s> hello").count(1) == 1
+    if transformers.__version__ == "5.23.0":
+        assert AutoTokenizer.from_pretrained(tmp_path / "l")("<s>[INST] a")["input_ids"][2:] != model.encode("[INST] a")
+        assert 1 not in AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
 
 
-@pytest.mark.parametrize("name", LLAMA_CONFIGS)
-def test_llama_folders(name, tmp_path):
-    """Catches a wrong dummy prefix (start, leading spaces, after special tokens), BOS/EOS flags, and added tokens."""
-    same_as_transformers(sentencepiece_folder(tmp_path, LLAMA_CONFIGS[name]))
+def test_a_text_goes_on_from_another(files):
+    """Catches a second space between a prompt that ends in one and its completion, and one after a special token that
+    the file puts there lost."""
+    name, ours, _ = files
+    if name not in ("sentencepiece", "no_prefix", "llama2_json", "llama3", "deepseek"):
+        return
+    for before, text in (("Answer: ", "yes"), ("Answer:", " yes"), ("a\n", "\n b"), ("The an", "swer"), ("", "x y")):
+        ids = ours.encode(before, add_special_tokens=False)
+        whole = ids + ours.encode_continuation(text, ids)
+        assert ours.decode(whole) == before + text, (before, text)
+    end = [ours.eos_token_id]
+    both = ours.encode(ours.decode(end, False) + "hello", add_special_tokens=False)
+    assert end + ours.encode_continuation("hello", end) == both
 
 
-@pytest.mark.parametrize("model", ["nmt_nfkc", "symbols", "unigram"])
-@pytest.mark.parametrize("config", [None, {**BOS, "legacy": True}, {**BOS, "legacy": False}], ids=str)
-def test_other_sentencepiece_models(model, config, tmp_path):
-    """Catches the normaliser applied where transformers drops it, or dropped; user-defined pieces taken as text."""
-    same_as_transformers(sentencepiece_folder(tmp_path, config, model))
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_tokens_declared_beside_the_file(kind, tmp_path):
+    """Catches added_tokens_decoder, special_tokens_map.json and added_tokens.json unread beside either file, one of
+    them read where another wins, and an id other than the declared one, which would be another embedding."""
 
+    def make(name, config, **files):
+        if kind == "model":
+            return sentencepiece_folder(tmp_path / name, config, **files)
+        folder = json_folder(tmp_path / name, llama2_json(), tokenizer_class="LlamaTokenizer", **config)
+        return write(folder, **files)
 
-def test_code_llama_folder(tmp_path):
-    """Catches CodeLlamaTokenizer's own defaults missed: BOS without a flag, `legacy` without effect."""
-    folder = sentencepiece_folder(tmp_path, {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True})
-    oracle, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
-    for text in hostile_texts(40):
-        assert ours.encode(text) == oracle(text)["input_ids"], text
-    oracle.save_pretrained(tmp_path)
-    config = {"tokenizer_class": "CodeLlamaTokenizer", "add_bos_token": False}
-    same_as_transformers(write(tmp_path, tokenizer_config=config))
-
-
-def test_older_files(tmp_path):
-    """Catches special_tokens_map.json and added_tokens.json unread, or read where tokenizer_config.json wins."""
+    size = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["identity"])).get_piece_size()
     older = {
         "special_tokens_map": {"bos_token": token("<s>"), "eos_token": "<|im_end|>", "pad_token": "<pad>"},
-        "added_tokens": {"<|im_end|>": 420, "[X]": 421},
+        "added_tokens": {"<|im_end|>": size, "[X]": size + 1},
     }
-    ours = same_as_transformers(sentencepiece_folder(tmp_path / "a", BOS, **older))
-    assert ours.eos_token_id == 420
-    ours = same_as_transformers(sentencepiece_folder(tmp_path / "b", {**BOS, "added_tokens_decoder": DECODER}, **older))
-    assert ours.eos_token_id == 2
+    ours = Tokenizer(make("a", {}, **older))
+    assert (ours.eos_token_id, ours.pad_token_id, ours.vocab_size) == (size, size + 2, size + 3)
+    assert (
+        ours.encode("a<|im_end|>", False)[-1] == size
+        and ours.encode("[X]", False)[-1] == size + 1
+        and ours.base_vocab_size == size
+    )
+    assert ours.decode([size, size + 1]) == "[X]", "a named token is special, an added one is not"
+    declared = {str(size): token("<|im_end|>", special=True), str(size + 1): token("[X]", lstrip=True, rstrip=True)}
+    ours = Tokenizer(make("b", {"added_tokens_decoder": declared, "eos_token": "</s>"}, **older))
+    a, b = (ours.encode(text, add_special_tokens=False) for text in "ab")
+    assert ours.eos_token_id == 2 and ours.encode("a [X] b", False) == [*a, size + 1, *b]
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: .*'<\|im_end\|>' has the id"):
+        Tokenizer(make("c", {"added_tokens_decoder": {str(size + 5): token("<|im_end|>")}}))
 
 
-@pytest.mark.parametrize("name", ["legacy", "added_tokens", "no_class"])
-@pytest.mark.parametrize("keep_model", [False, True])
-def test_saved_by_transformers(name, keep_model, tmp_path):
-    """Catches a saved tokenizer.json, maybe with a tokenizer.model beside it, read otherwise than by transformers."""
-    source = sentencepiece_folder(tmp_path / "source", LLAMA_CONFIGS[name])
-    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "saved")
-    write(tmp_path / "saved")
-    if keep_model:
-        shutil.copy(source / "tokenizer.model", tmp_path / "saved")
-    same_as_transformers(tmp_path / "saved")
-    # the source's settings again, which contradict the post-processor: transformers lets the latter win
-    config = {"tokenizer_class": "LlamaTokenizer", **LLAMA_CONFIGS[name], "add_bos_token": False}
-    same_as_transformers(write(tmp_path / "saved", tokenizer_config=config), count=20)
-
-
-@pytest.mark.parametrize("kind", ["llama3", "deepseek"])
-@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast"])
-def test_byte_level_folders(kind, class_name, tmp_path):
-    """Catches byte-level files under Llama's rules (DeepSeek's say LlamaTokenizerFast), and a BOS lost or doubled."""
-    pad = {"pad_token": "<|eot_id|>"} if kind == "llama3" else {"pad_token": "<｜end▁of▁sentence｜>"}
-    ours = same_as_transformers(byte_level_folder(tmp_path, kind, class_name, **pad), count=120)
-    assert ours.adds_bos and not ours.adds_eos
+def test_symbols_of_a_sentencepiece_model(tmp_path):
+    """Catches a control symbol of the model taken for text, and one of its own symbols not found in a text."""
+    ours = Tokenizer(sentencepiece_folder(tmp_path, {}, "symbols"))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["symbols"]))
+    assert ours.encode("a<|im_end|><pad>", False) == [*model.encode("a<|im_end|>"), model.piece_to_id("<pad>")]
+    assert ours.decode([model.piece_to_id("<pad>")]) == "" and "<pad>" in ours.decode(ours.encode("<pad>"), False)
 
 
 def test_tiktoken_model_beside_tokenizer_json(tmp_path):
     """Catches Llama 3's tiktoken file tokenizer.model taken for a sentencepiece model."""
     byte_level_folder(tmp_path, "llama3")
+    wanted = Tokenizer(tmp_path).encode("hello")
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    same_as_transformers(tmp_path, count=10)
+    assert Tokenizer(tmp_path).encode("hello") == wanted
 
 
-@pytest.fixture(params=["legacy", "no_prefix_space", "llama3"])
+@pytest.fixture(params=["sentencepiece", "llama2_json", "llama3"])
 def folder(request, tmp_path):
-    if request.param == "llama3":
-        return byte_level_folder(tmp_path, "llama3")
-    return sentencepiece_folder(tmp_path, LLAMA_CONFIGS[request.param])
+    return FOLDERS[request.param](tmp_path)
 
 
 def random_ids(ours, draw, length):
@@ -279,13 +331,15 @@ def test_streaming_loses_nothing(folder):
     ours, draw = Tokenizer(folder), random.Random(1)
     for _ in range(300):
         prompt, ids = random_ids(ours, draw, draw.randrange(6)), random_ids(ours, draw, draw.randrange(20))
+        if prompt and prompt[-1] in ours.byte_ids:
+            continue  # of a run of bytes, which is decoded as one, a wrong one undoes those before it
         stream = StreamDecoder(ours, prompt)
         parts = [stream.push(i) for i in ids] + [stream.flush()]
         assert "".join(parts) == ours.decode_continuation(prompt, ids)
-        before = StreamDecoder(ours, [])
-        whole = "".join(map(before.push, prompt))  # without the bytes of a character still arriving
-        if whole:
-            assert whole + "".join(parts) == ours.decode(prompt + ids)
+        before = ours.decode(prompt)  # maybe with a part of a character, which these ids complete
+        if before.strip():
+            wholes = {begin + "".join(parts) for begin in (before, before.rstrip("\ufffd"))}
+            assert ours.decode(prompt + ids) in wholes
     assert ours.decode_continuation(ours.encode("a"), [ours.vocab_size + 5]) == ""
 
 
@@ -298,7 +352,8 @@ def test_stream_holds_back_half_characters(folder):
     for i, token_id in enumerate(ids):
         shown += stream.push(token_id)
         assert "\ufffd" not in shown
-        assert shown == ours.decode_continuation(prompt, ids[: i + 1]).rstrip("\ufffd")
+        # nothing more is held back, but for a run of byte tokens, which tokenizers decodes as one
+        assert ids[i] in ours.byte_ids or shown == ours.decode_continuation(prompt, ids[: i + 1]).rstrip("\ufffd")
     assert shown.endswith(text) and stream.flush() == ""
     cut = next(i for i in range(len(ids)) if ours.decode(ids[: i + 1]).endswith("\ufffd"))
     stream = StreamDecoder(ours, prompt)
@@ -307,25 +362,14 @@ def test_stream_holds_back_half_characters(folder):
     assert ours.decode_continuation(prompt + ids[: cut + 1], ids[cut + 1 :])[0] in "é日本🙂"
 
 
-def test_decode_of_any_bytes(tmp_path):
-    """Catches broken UTF-8 decoded otherwise than transformers' byte-level decoder, and valid neighbours lost."""
-    folder = byte_level_folder(tmp_path / "b", "llama3")
-    oracle, ours, draw = AutoTokenizer.from_pretrained(folder), Tokenizer(folder), random.Random(2)
-    for _ in range(200):
-        ids = [draw.randrange(ours.vocab_size) for _ in range(12)]
-        assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
-    ours = Tokenizer(sentencepiece_folder(tmp_path / "s", BOS))
-    broken = ours.encode("é🙂")[:-1]
-    assert ours.decode(broken) == "é\ufffd"
-
-
 def test_leading_space_of_a_continuation(tmp_path):
     """Catches the space before an answer's first word dropped behind a text, or kept at the start of a text."""
-    ours = Tokenizer(sentencepiece_folder(tmp_path, BOS))
-    word = ours.encode("hello", add_special_tokens=False)
-    assert ours.decode_continuation(ours.encode("the"), word) == " hello"
-    assert ours.decode_continuation([ours.bos_token_id], word) == "hello"
-    assert ours.decode_continuation([], ours.encode("  two")) == " two"
+    for ours in (Tokenizer(FOLDERS[name](tmp_path / name)) for name in ("sentencepiece", "llama2_json")):
+        word = ours.encode("hello", add_special_tokens=False)
+        assert ours.decode_continuation(ours.encode("the"), word) == " hello"
+        assert ours.decode_continuation([ours.bos_token_id], word) == "hello"
+        assert ours.decode_continuation([], ours.encode("  two")) == "  two"
+        assert ours.decode_continuation(ours.encode("🙂" * 9), ours.encode_continuation("🙂", [])).endswith("🙂")
 
 
 def test_pad_is_never_eos(tmp_path):
@@ -380,7 +424,7 @@ CHAT = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama2_legacy", "llama3", "chatml"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
 @pytest.mark.parametrize("place", ["config", "list", "file"])
 def test_chat_templates(name, place, tmp_path):
     """Catches a doubled BOS, `</s>` of a template read as text, escaped HTML, lost newlines, an unread file."""
@@ -388,8 +432,7 @@ def test_chat_templates(name, place, tmp_path):
     if name == "llama3":
         byte_level_folder(tmp_path, "llama3", additional_special_tokens=["<|eot_id|>"])
     else:
-        extra = {"added_tokens_decoder": DECODER, "pad_token": "<pad>"} if name == "chatml" else {}
-        sentencepiece_folder(tmp_path, {**BOS, "legacy": name == "llama2_legacy", **extra})
+        sentencepiece_folder(tmp_path, {"add_bos_token": True, "pad_token": "<pad>"})
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
     if place == "file":
@@ -404,9 +447,9 @@ def test_chat_templates(name, place, tmp_path):
         for prompt in (True, False):
             wanted = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == wanted
-            ids = oracle.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-            assert ours.encode_chat(messages, add_generation_prompt=prompt) == ids
+            ids = ours.encode(wanted, add_special_tokens=False)
             if name != "chatml":
+                assert ids == FileTokenizer(tmp_path)(wanted, add_special_tokens=False)["input_ids"]
                 assert ids[0] == ours.bos_token_id and ids[1] != ours.bos_token_id
 
 
@@ -438,15 +481,11 @@ def test_broken_folders(tmp_path):
         {"bos_token": {"content": 5}},
     ):
         error_of(lambda c=content: Tokenizer(sentencepiece_folder(folder, c)), folder / "tokenizer_config.json")
-    error_of(lambda: Tokenizer(sentencepiece_folder(folder, {"tokenizer_class": "T5Tokenizer"})), "T5Tokenizer")
     (folder / "special_tokens_map.json").write_text("nonsense")
     error_of(lambda: Tokenizer(sentencepiece_folder(folder, {})), folder / "special_tokens_map.json")
     for content in ("{", "{}", '{"model": {"type": "BPE"}}', "\udcff"):
         (folder / "tokenizer.json").write_bytes(content.encode(errors="surrogateescape"))
         error_of(lambda: Tokenizer(folder), folder / "tokenizer.json")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    words.save(str(tmp_path / "empty" / "tokenizer.json"))
-    error_of(lambda: Tokenizer(tmp_path / "empty"), tmp_path / "empty" / "tokenizer.json", "decoder")
 
 
 def test_bad_texts_and_chats(tmp_path):
@@ -456,11 +495,11 @@ def test_bad_texts_and_chats(tmp_path):
     error_of(lambda: ours.encode("a\ud83d"), "surrogate")
     error_of(lambda: ours.encode(None), "string")
     for messages in ("hi", [], {}, ["hi"], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}]):
-        error_of(lambda m=messages: ours.apply_chat_template(m, add_generation_prompt=True), "role")
-    error_of(lambda: ours.encode_chat(CHAT[2:], add_generation_prompt=True), folder, "roles must alternate")
+        error_of(lambda m=messages: read_chat(m), "messages")
+    error_of(lambda: ours.apply_chat_template(CHAT[2:], add_generation_prompt=True), folder, "roles must alternate")
     plain = Tokenizer(sentencepiece_folder(tmp_path / "b", {}))
     assert plain.chat_template is None
-    error_of(lambda: plain.encode_chat(CHAT, add_generation_prompt=True), tmp_path / "b", "no chat template")
+    error_of(lambda: plain.apply_chat_template(CHAT, add_generation_prompt=True), tmp_path / "b", "no chat template")
     for template in (
         "{% for %}",
         "{{ messages[0]['role'] + 1 }}",
@@ -474,4 +513,6 @@ def test_bad_texts_and_chats(tmp_path):
         "{% generation %}",
     ):
         hostile = Tokenizer(sentencepiece_folder(tmp_path / "c", {"chat_template": template}))
-        error_of(lambda h=hostile: h.encode_chat(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template")
+        error_of(
+            lambda h=hostile: h.apply_chat_template(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template"
+        )

@@ -230,13 +230,13 @@ def encode_items(
     """Records with their rows. separator: what ends a step, None for an outcome model."""
     limit, shorten = folder.max_seq_len, cut_completion if separator is None else cut_steps
 
-    def encode(record: Record) -> tuple[Item, bool]:
+    def encode(record: Record) -> tuple[Item, EncodingCounts]:
         with naming(record):
-            rows = encode_to_score(record, separator, folder.tokenizer)
+            rows, happened = encode_to_score(record, separator, folder.tokenizer)
             for name in ADDED_FIELDS:
                 require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
             require(len(rows) == 1 or not args.choosing, "a pair, and not one of several samples to choose from")
-        return Item(record, rows), False
+        return Item(record, rows), happened
 
     def cut(item: Item) -> Item | None:
         rows = [shorten(row, limit) if len(row.input_ids) > limit else row for row in item.rows]

@@ -224,8 +224,8 @@ def is_pair(record: Record) -> bool:
     return not answered and not record.fields.keys().isdisjoint({"chosen", "rejected"})
 
 
-def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> list[Scored]:
-    """The rows of a record without labels, as in training: one, or chosen and rejected of a pair.
+def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> tuple[list[Scored], EncodingCounts]:
+    """(rows of a record without labels, as in training: one, or chosen and rejected of a pair; what happened)
 
     separator: None scores an answer on its last token, EOS if it was finished; else what ends a step, and each step of
     `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
@@ -234,10 +234,11 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
     with naming(record):
         if is_pair(record):
             require(separator is None, "a pair, and this process model scores the steps of completions")
-            pair, _ = encode_pair_record(record, tokenizer)
+            pair, counts = encode_pair_record(record, tokenizer)
             sides = (pair.chosen.input_ids, pair.rejected.input_ids)
-            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides]
+            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides], counts
         prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
+        counts = EncodingCounts()
         if separator is not None:
             steps = split_steps(answer, separator) if isinstance(answer, str) else answer
             ids, positions = encode_steps(prompt, steps, separator, tokenizer)
@@ -246,10 +247,11 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
                 finished = record.fields["finish_reason"] == "stop"
                 ids = encode_generated(prompt, answer, tokenizer, finished=finished)
             else:
-                ids = encode_answer(prompt, answer, tokenizer)[0].input_ids
+                row, counts = encode_answer(prompt, answer, tokenizer)
+                ids = row.input_ids
             positions = [len(ids) - 1]
         require(ids, "has no tokens, so there is no place for a score")
-        return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))]
+        return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))], counts
 
 
 # ------------------------------------------------------------------------------------------ scores

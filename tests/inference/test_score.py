@@ -12,10 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from inference.choosing import choose_best, choose_by_vote, final_answer
+from models.chats import read_chat
 from models.records import Record, encode_answer, encode_prompt
 from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.file_tokenizer import FileTokenizer
 from tests.ranks import launch
 from training.preferences import encode_process_record
 
@@ -132,10 +134,10 @@ def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
     ]
     lines = scored(rm, tmp_path, records, "--batch_size", batch_size)
     assert len({round(line["reward"], 3) for line in lines}) == len(HOSTILE)
-    theirs = transformers.AutoTokenizer.from_pretrained(rm)
+    theirs = FileTokenizer(rm)
     for record, line in zip(records, lines, strict=True):
         assert {name: value for name, value in line.items() if name != "reward"} == record
-        ids = [*theirs(record["prompt"] + record["completion"]).input_ids, 2]
+        ids = [*theirs(record["prompt"] + record["completion"])["input_ids"], 2]
         with torch.no_grad():  # the model finds the last token that is not the pad token by itself
             assert hf(torch.tensor([ids])).logits.item() == pytest.approx(line["reward"], abs=1e-4)
 
@@ -197,10 +199,11 @@ def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
     ]
     lines = scored(chat_rm, tmp_path, records)
     tokenizer = Tokenizer(chat_rm)
-    row, _ = encode_answer(prompt, answer, tokenizer)
-    unfinished = [*encode_prompt(prompt, tokenizer), *tokenizer.encode("is 7", add_special_tokens=False)]
+    row, _ = encode_answer(read_chat(prompt), answer, tokenizer)
+    prompt_ids = encode_prompt(read_chat(prompt), tokenizer)
+    unfinished = [*prompt_ids, *tokenizer.encode_continuation("is 7", prompt_ids)]
     assert row.input_ids[-1] == 2 and row.input_ids[:-1] != row.input_ids
-    wanted = [hf_scores(hf, row.input_ids)[-1]] * 2 + [hf_scores(hf, unfinished)[-1]]
+    wanted = [hf_scores(hf, ids)[-1] for ids in (row.input_ids, [*unfinished, 2], unfinished)]
     assert [line["reward"] for line in lines] == pytest.approx(wanted, abs=1e-4)
 
 

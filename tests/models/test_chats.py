@@ -1,0 +1,231 @@
+"""models/chats.py and models/chat_template.py: what of a chat becomes text, and which of it is learnt, under templates
+as published folders have them. The oracle is transformers' rendering of the same template."""
+
+from datetime import date
+
+import pytest
+from transformers import AutoTokenizer
+
+from models.chats import read_chat
+from models.records import EncodingCounts, Record, encode_generated, encode_prompt, get_prompt
+from models.reward import encode_pair_record
+from models.tokenizer import Tokenizer
+from tests.models.test_tokenizer import byte_level_folder
+from training.data import encode_sft_record
+
+HEAD = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+TEMPLATES = {
+    # drops the thoughts of earlier turns, and of the last; opens them in the generation prompt
+    "r1": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<|user|>{{ m.content }}{% elif m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}"
+    "<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
+    # writes the thoughts of the last turn alone, empty ones too, and takes them from reasoning_content as well
+    "qwen3": "{% if tools %}<|user|>{{ tools | tojson }}<|eot_id|>\n{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{% set said = m.content %}{% set thought = m.reasoning_content or '' %}"
+    "{% if '</think>' in said %}{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}<|assistant|>\n"
+    "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ said }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|eot_id|>\n"
+    "{% else %}<|{{ m.role }}|>\n{{ m.content }}<|eot_id|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    # Llama 3, first published: always ends in the assistant's header, knows no add_generation_prompt
+    "llama3_first": "{{ bos_token }}{% for m in messages %}" + HEAD + "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "llama33": "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ strftime_now('%d %b %Y') }}\n"
+    "{% if tools %}{% for t in tools %}{{ t | tojson(indent=4) }}\n{% endfor %}{% endif %}<|eot_id|>"
+    "{% for m in messages %}{% if m.tool_calls %}" + HEAD + "{{ m.tool_calls[0].function | tojson }}<|eot_id|>"
+    "{% else %}" + HEAD + "{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "marked": "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|eot_id|>{% endgeneration %}{% else %}{{ m.content }}<|eot_id|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    # DeepSeek: a tool call's content must be None
+    "calls": "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}<|assistant|>"
+    "{{ m.tool_calls[0].function.name }}<|eot_id|>{% else %}<|{{ m.role }}|>{{ '' + m['content'] }}<|eot_id|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+TOKENS = ["<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>"]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            byte_level_folder(folder, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+            (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+            made[name] = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        return made[name]
+
+    return make
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def said(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def row_of(tokenizer, **fields):
+    """(the text of a record's row, its learnt stretches, what happened)"""
+    example, counts = encode_sft_record(Record("x:1", fields), tokenizer)
+    stretches, run = [], []
+    for token_id, label in zip([*example.input_ids, 0], [*example.labels, -100]):
+        if label != -100:
+            assert label == token_id
+            run.append(label)
+        elif run:
+            stretches.append(tokenizer.decode(run, skip_special_tokens=False))
+            run = []
+    return tokenizer.decode(example.input_ids, skip_special_tokens=False), stretches, counts
+
+
+TURNS = [{"role": "system", "content": "Be brief."}, user("2+2? "), said("four\n"), user("sure? user"), said(" yes ")]
+THOUGHT = "<think>\ntwo and two\n</think>\n\n4"
+LEARNT = {  # of TURNS; of a thought; of two turns with one each
+    "r1": (["four\n<|eot_id|>", " yes <|eot_id|>"], ["two and two\n</think>\n\n4<|eot_id|>"], 1),
+    "qwen3": (
+        ["four\n<|eot_id|>", "<think>\n\n</think>\n\n yes <|eot_id|>"],
+        ["<think>\ntwo and two\n</think>\n\n4<|eot_id|>"],
+        1,
+    ),
+    "llama3_first": (["four<|eot_id|>", "yes<|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
+    "llama33": (["four<|eot_id|>", "yes<|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
+    "marked": (["four\n<|eot_id|>", " yes <|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
+    "calls": (["four\n<|eot_id|>", " yes <|eot_id|>"], [THOUGHT + "<|eot_id|>"], 0),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_under_published_templates(name, opened):
+    """Catches an end of turn that is not the first behind the content (Llama 3's header learnt), labels at wrong places
+    where contents quote roles or begin with spaces, thoughts dropped in silence, a row that is not the rendering."""
+    tokenizer, oracle = opened(name)
+    turns, thought, cut = LEARNT[name]
+    text, learnt, counts = row_of(tokenizer, messages=TURNS)
+    assert text == oracle.apply_chat_template(TURNS, tokenize=False) and learnt == turns and not counts
+    chat = [user("2+2?"), said(THOUGHT)]
+    text, learnt, counts = row_of(tokenizer, messages=chat)
+    assert learnt == thought and not counts
+    if name != "r1":
+        assert text == oracle.apply_chat_template(chat, tokenize=False)
+    prompt = oracle.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt) and text.removeprefix(prompt).startswith(thought[0])
+    text, learnt, counts = row_of(tokenizer, messages=[*chat, user("3+3?"), said(THOUGHT)])
+    assert learnt == thought * (2 - cut) and counts == EncodingCounts(turns_cut_by_the_template=cut)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
+    """Catches an answer that no generation would give, where the template writes a message otherwise than what it lets
+    the model write; in pairs, and for a line of generate.py, which is scored as it was drawn."""
+    tokenizer, oracle = opened(name)
+    prompt_text = oracle.apply_chat_template([user("2+2?")], tokenize=False, add_generation_prompt=True)
+    record = {"prompt": [user("2+2?")], "chosen": "so\n</think>\n\n4", "rejected": "5"}
+    pair, _ = encode_pair_record(Record("x:1", record), tokenizer)
+    prompt_ids = encode_prompt(read_chat(record["prompt"]), tokenizer)
+    for side in (pair.chosen, pair.rejected):
+        assert side.input_ids[: len(prompt_ids)] == prompt_ids == tokenizer.encode(prompt_text, False)
+        assert tokenizer.decode(side.input_ids[-1:], False) == "<|eot_id|>"
+        assert pair.prompt_length == len(prompt_ids)
+    drawn = encode_generated(read_chat(record["prompt"]), "4", tokenizer, finished=True)
+    assert tokenizer.decode(drawn, False) == prompt_text + "4<|eot_id|>"
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+WITH_CALL = [user("1+2"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, user("3"), said("it is 3")]
+
+
+def test_tools_system_weights_and_parts(opened):
+    """Catches `tools`, `system`, tool calls without content, content in parts and weights that change nothing."""
+    tokenizer, oracle = opened("qwen3")
+    text, learnt, _ = row_of(tokenizer, tools=TOOLS, system="Be brief.", messages=WITH_CALL)
+    whole = [{"role": "system", "content": "Be brief."}, *WITH_CALL]
+    whole[2] = {**whole[2], "content": ""}  # transformers leaves a key without a value out, which this template needs
+    assert text == oracle.apply_chat_template(whole, tools=TOOLS, tokenize=False)
+    assert "Be brief." in text and len(learnt) == 2 and learnt[0].startswith("<tool_call>{") and "add" in learnt[0]
+    text, learnt, _ = row_of(opened("calls")[0], messages=WITH_CALL)
+    assert learnt == ["add<|eot_id|>", "it is 3<|eot_id|>"]
+    for name in TEMPLATES:
+        for off in ({"weight": 0}, {"train": False}):
+            messages = [user("a"), said("WRONG", **off), user("b"), said("RIGHT", weight=1)]
+            text, learnt, _ = row_of(opened(name)[0], messages=messages)
+            assert len(learnt) == 1 and "RIGHT" in learnt[0] and "WRONG" in text
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    assert row_of(tokenizer, messages=[user(parts), said("4")]) == row_of(tokenizer, messages=[user("2+2?"), said("4")])
+    reasoned = [user("2+2?"), said("4", reasoning_content="two and two")]
+    assert row_of(tokenizer, messages=reasoned)[1] == ["<think>\ntwo and two\n</think>\n\n4<|eot_id|>"]
+
+
+REFUSED = [
+    ("r1", {"messages": [{"role": "developer", "content": "d"}, user("a"), said("b")]}, "message 0, of the role 'dev"),
+    ("r1", {"messages": [user("a"), {"role": "tool", "content": "7"}, said("b")]}, "message 1, of the role 'tool'"),
+    ("r1", {"tools": TOOLS, "messages": [user("a"), said("b")]}, "tools: the chat template has no place"),
+    ("marked", {"messages": [user("a"), said("b", reasoning_content="c")]}, "leaves out a part of message 1"),
+    ("llama33", {"messages": [user("a"), said("b", reasoning_content="c")]}, "leaves out reasoning_content"),
+    ("marked", {"messages": [user("a"), said("b", tool_calls=[CALL])]}, "message 1: the chat template has no place"),
+    ("r1", {"messages": [user("a"), said("b", weight=0.5)]}, "messages[1]: weight must be 0 or 1"),
+    ("r1", {"messages": [user([{"type": "image_url", "image_url": "x"}]), said("b")]}, "of type 'image_url'"),
+    ("r1", {"system": "s", "messages": [{"role": "system", "content": "t"}, user("a"), said("b")]}, "leave one out"),
+    ("r1", {"system": 5, "messages": [user("a"), said("b")]}, "system must be text"),
+    ("r1", {"tools": "add", "messages": [user("a"), said("b")]}, "tools must be a list of objects"),
+    ("r1", {"history": [["a", "b"]], "messages": [user("a"), said("b")]}, '"history" is not read'),
+    ("r1", {"messages": [said("b")]}, "message 0 is the assistant's"),
+    ("r1", {"messages": [user("a"), {"role": "assistant", "content": None}]}, 'messages[1] must have the string "cont'),
+    ("r1", {"system": "s", "prompt": "a", "completion": "b"}, "system belongs to a chat"),
+    ("r1", {"tools": TOOLS, "prompt": "a", "completion": "b"}, "tools belongs to a chat"),
+    ("r1", {"instruction": "a", "input": 5, "output": "b"}, "instruction and input must be text"),
+]
+
+
+@pytest.mark.parametrize("name, fields, complaint", REFUSED, ids=[complaint for _, _, complaint in REFUSED])
+def test_what_cannot_be_used_is_named(name, fields, complaint, opened):
+    """Catches anything of a record that is left out without a word."""
+    with pytest.raises(ValueError) as caught:
+        row_of(opened(name)[0], **fields)
+    assert str(caught.value).startswith("x:1: ") and complaint in str(caught.value), caught.value
+
+
+def test_prompts_leave_nothing_out(opened):
+    """Catches the same in prompts, which have nothing to learn: those of generate.py, PPO, DPO and reward models."""
+    tokenizer, _ = opened("r1")
+    for fields in ({"tools": TOOLS}, {"system": "a", "prompt": [{"role": "developer", "content": "d"}, user("a")]}):
+        prompt = get_prompt(Record("x:1", {"prompt": [user("a")], **fields}))
+        with pytest.raises(ValueError, match="the chat template"):
+            encode_prompt(prompt, tokenizer)
+    chat = get_prompt(Record("x:1", {"prompt": "a", "system": "Be brief."}), as_chat=True)
+    assert "Be brief." in tokenizer.decode(encode_prompt(chat, tokenizer), False)
+    alpaca = {"instruction": "Translate.", "input": "cat", "output": "chat"}
+    assert get_prompt(Record("x:1", alpaca)) == "Translate.\ncat"
+    assert get_prompt(Record("x:1", {**alpaca, "input": ""})) == "Translate."
+    assert get_prompt(Record("x:1", {**alpaca, "prompt": "p"})) == "p"
+
+
+def test_a_long_chat_takes_the_time_of_its_tokens(opened):
+    """Catches a rendering of all that came before for each turn: their number, not a time, is looked at."""
+    tokenizer, _ = opened("llama33")
+    template, count = tokenizer.chat_template, []
+    render = type(template)._render
+    for turns in (2, 40):
+        calls = []
+        type(template)._render = lambda *args, seen=calls: (seen.append(1), render(*args))[1]
+        try:
+            row_of(tokenizer, messages=[user("a"), said("b")] * turns)
+        finally:
+            type(template)._render = render
+        count.append(len(calls))
+    assert count[0] == count[1]
+
+
+def test_the_date_is_the_runs(tmp_path):
+    """Catches a date read from the clock at each rendering."""
+    byte_level_folder(tmp_path, "llama3")
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama33"], encoding="utf-8")
+    text = Tokenizer(tmp_path, date(2024, 7, 26)).apply_chat_template([user("a")], add_generation_prompt=True)
+    assert "Today Date: 26 Jul 2024\n" in text

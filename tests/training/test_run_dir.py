@@ -17,14 +17,13 @@ from torch import nn
 
 from models.common import flag, write_json
 from tests import tiny
+from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
 from training.optim import OptimArgs, make_optimizer
 from training.run_dir import (
-    CheckpointWriter,
     Metrics,
     RunArgs,
     check_installed,
-    load_newest_checkpoint,
     prepare_output_dir,
     write_args,
 )

@@ -212,10 +212,8 @@ def _take_names(folder: Path) -> None:
 
 def _link(path: Path, target: Path) -> None:
     """Gives a staged file a second name, at once also where the target exists."""
-    if target.exists() and target.samefile(path):  # done before a kill; the rename would do nothing
-        return
     beside = path.parent / LINK
-    beside.unlink(missing_ok=True)
+    beside.unlink(missing_ok=True)  # of a kill, or left since a rename onto the same file does nothing
     try:
         os.link(path, beside)
     except OSError:  # FAT and some network mounts have no hard links

@@ -57,10 +57,11 @@ def save_folder(
     """Writes a Hugging Face folder that transformers opens; a folder that is there keeps its other files.
 
     tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
-    config.json; its dtype and torch_dtype are brought up to date. copy_from: a folder whose tokenizer and generation
-    files are copied, byte for byte but for json_changes, {file name: keys to set}; such a file is made if need be.
-    dtype: of the tensors, None keeps theirs; a scalar head is stored in fp32 in any case. Only the main rank writes.
-    Raises OSError that names the folder if it cannot be written; then the old export is there as it was.
+    config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
+    copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
+    keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
+    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written; then the old export
+    is there as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -78,7 +79,7 @@ def save_folder(
         with _writing(folder):
             _copy_files(staging, copy_from, json_changes or {})
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
-            config.update(dtype=saved_dtype, torch_dtype=saved_dtype)  # the name of old for transformers 4
+            config.update({name: saved_dtype for name in ("torch_dtype", "dtype") if name == "dtype" or name in config})
             _write_json(staging / "config.json", config)
             _write_switch(staging, config)
             for path in staging.iterdir():

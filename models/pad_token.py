@@ -46,7 +46,7 @@ def choose_pad_token(folder: Folder) -> PadToken:
             return PadToken(text, usable[text])
     added = [text for text in vocabulary.added if text in usable and text not in template]
     kinds = ("pad", "reserved", "unused", "")
-    added.sort(key=lambda text: (next(i for i, kind in enumerate(kinds) if kind in text.lower()), usable[text]))
+    added.sort(key=lambda text: (next(i for i, kind in enumerate(kinds) if kind in text.lower()), -usable[text]))
     spaced = [text for text in usable if text.startswith("\u0120") and text not in vocabulary.added]
     text = added[0] if added else max(spaced or usable, key=usable.get)
     return PadToken(text, usable[text])

@@ -159,9 +159,8 @@ def test_the_files_decide_about_the_head(tmp_path):
     same_weights(tmp_path / "out", theirs)
     assert read_hf_config(tmp_path / "out")[0]["tie_word_embeddings"] is False
     tensors = load_file(tmp_path / "in/model.safetensors")
-    save_file(
-        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "in/model.safetensors"
-    )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "in/model.safetensors")
     tied = load_model(tmp_path / "in")
     assert tied.lm_head.weight is tied.embed_tokens.weight and folder_config(tmp_path / "in")["tie_word_embeddings"]
 

@@ -79,7 +79,8 @@ def save_folder(
         with _writing(folder):
             _copy_files(staging, copy_from, json_changes or {})
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
-            config.update({name: saved_dtype for name in ("torch_dtype", "dtype") if name == "dtype" or name in config})
+            names = ["dtype"] + ["torch_dtype"] * ("torch_dtype" in config)
+            config.update(dict.fromkeys(names, saved_dtype))
             _write_json(staging / "config.json", config)
             _write_switch(staging, config)
             for path in staging.iterdir():

@@ -31,6 +31,7 @@ from models.common import (
     flag,
     flags_of,
     is_main_rank,
+    naming_file,
     non_negative,
     peak_memory,
     peaks,
@@ -320,10 +321,18 @@ def open_log(path: Path, after_step: int) -> IO[str]:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_bytes(b"".join(kept))
-    os.replace(staging, path)
+    with naming_file(path):
+        staging.write_bytes(b"".join(kept))
+        os.replace(staging, path)
     # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def write_lines(file: IO[str], values: list[dict]) -> None:
+    """Appends JSON lines, flushed at once. OSError that names the file if it cannot."""
+    with naming_file(Path(file.name)):
+        file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+        file.flush()
 
 
 class Metrics:
@@ -351,11 +360,7 @@ class Metrics:
 
     def write(self, values: dict[str, float]) -> None:
         if self._file is not None:
-            try:
-                self._file.write(json.dumps(values) + "\n")
-                self._file.flush()
-            except OSError as error:
-                raise OSError(f"{self._file.name}: cannot be written: {error.strerror}") from None
+            write_lines(self._file, [values])
         if self._report is not None:
             self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 

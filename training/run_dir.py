@@ -1,6 +1,6 @@
 """A run directory, and what every trainer does around its steps.
 
-- args.json, metrics.jsonl, checkpoints/step-000100/ (torch.distributed.checkpoint), and at the end the model itself;
+- args.json, metrics.jsonl, checkpoints/step-000100/ (checkpoints.py), and at the end the model itself;
   with --export_steps the model of earlier steps in step-000100/
 - a resumed run has the flags that it was begun with, but for those that say may_change where they are declared
 - Run holds the cadence: what is resumed, logged, evaluated, saved and ended when. A script calls it and keeps its loop

@@ -48,8 +48,8 @@ def train_file(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"max_seq_len": 30, "overlong": "truncate", "learning_rate": 1e-3, "adam_eps": 1e-6, "device": "cpu"}
-    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
-    return [part for name, value in given.items() for part in _flag(name, value)]
+    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, "save_steps": 0}
+    return [part for name, value in (given | more).items() if value is not None for part in _flag(name, value)]
 
 
 def _flag(name, value):
@@ -465,7 +465,7 @@ def test_exports_of_steps(tied_folder, train_file, tmp_path):
     way, or whose writing changes the run; fp32 weights, in an export or in a checkpoint, that an evaluation before has
     left in the dtype of the computation."""
     run, out = {**RUN, "dtype": "bfloat16", "max_steps": 4}, tmp_path / "out"
-    finetune(tied_folder, train_file, tmp_path / "plain", **run, save_steps=0)
+    finetune(tied_folder, train_file, tmp_path / "plain", **run)
     more = {"eval_file": train_file, "eval_steps": 1, "num_eval_samples": 0, "export_steps": 2, "save_steps": 3}
     finetune(tied_folder, train_file, out, **run, **more)
     shutil.rmtree(out / "checkpoints/step-000004")
@@ -484,10 +484,10 @@ def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
     """Catches a run that is lost whole because nobody asked for checkpoints, and one that saves although it was told
     not to."""
     saved = lambda out: sorted(path.name for path in out.glob("checkpoints/*"))  # noqa: E731
-    run = {"max_steps": 3, "batch_size": 4}
+    run = {"max_steps": 3, "batch_size": 4, "save_steps": None}
     finetune(folder, train_file, tmp_path / "a", **run)
     assert saved(tmp_path / "a") == ["step-000003"]
-    finetune(folder, train_file, tmp_path / "b", **run, save_steps=0)
+    finetune(folder, train_file, tmp_path / "b", **run | {"save_steps": 0})
     assert not saved(tmp_path / "b")
     monkeypatch.setattr(run_dir, "SAVE_SECONDS", 0)
     finetune(folder, train_file, tmp_path / "c", **run, save_total_limit=5)
@@ -501,7 +501,7 @@ def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "in/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     for source, out in ((folder, "a"), (tmp_path / "in", "b")):
-        finetune(source, train_file, tmp_path / out, max_steps=2, batch_size=4, save_steps=0)
+        finetune(source, train_file, tmp_path / out, max_steps=2, batch_size=4)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     assert json.loads((tmp_path / "b/config.json").read_text())["tie_word_embeddings"] is False
 

@@ -59,7 +59,7 @@ def other_folder(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"max_seq_len": 40, "overlong": "truncate", "learning_rate": 1e-3, "adam_eps": 1e-4, "device": "cpu"}
-    given |= {"num_eval_samples": 0, "beta": BETA, "lr_schedule": "constant"}
+    given |= {"num_eval_samples": 0, "save_steps": 0, "beta": BETA, "lr_schedule": "constant"}
     given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
     return [part for name, value in given.items() for part in _flag(name, value)]
 

@@ -82,7 +82,7 @@ def world(tmp_path_factory):
 
 
 def flags(folder, world, out, **more):
-    given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out}
+    given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out, "save_steps": 0}
     given |= {"reward_fn": f"{world / 'fn.py'}:reward", "device": "cpu", "max_new_tokens": 6, "total_steps": 4}
     given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2}
     given |= {"learning_rate": 1e-3, "value_learning_rate": 1e-3, **more}

@@ -53,6 +53,7 @@ def files(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"learning_rate": 1e-3, "adam_eps": 1e-4, "lr_schedule": "constant", "warmup_ratio": 0, "device": "cpu"}
+    given |= {"save_steps": 0}
     given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
     return [part for name, value in given.items() for part in ([f"--{name}"] + [str(value)] * (value is not True))]
 

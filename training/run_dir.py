@@ -220,7 +220,7 @@ class Run:
         changes = json_changes or {}
         if config is None:
             config, pad = folder_config(start), named_pad_token(start)
-            if pad is not None:
+            if pad is not None and pad.id < config["vocab_size"]:  # many folders name one without an embedding
                 config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
                 for name, keys in pad_changes(start, pad).items():
                     changes = {**changes, name: keys | changes.get(name, {})}

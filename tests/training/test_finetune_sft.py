@@ -506,6 +506,18 @@ def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
     assert json.loads((tmp_path / "b/config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("added, pad_id", [({}, 0), ({"<pad>": tiny.VOCAB_SIZE}, 1)])
+def test_one_pad_token(added, pad_id, train_file, tmp_path):
+    """Catches config.json and the tokenizer that name two pad tokens, and one without an embedding in config.json, with
+    which transformers opens nothing."""
+    tiny.write_model(tmp_path / "in", pad_token_id=1)
+    tiny.write_tokenizer(tmp_path / "in", pad_token=next(iter(added), "<unk>"))
+    (tmp_path / "in/added_tokens.json").write_text(json.dumps(added))
+    finetune(tmp_path / "in", train_file, tmp_path / "out", max_steps=0)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pad_token_id == pad_id
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").pad_token_id == pad_id
+
+
 def test_through_a_link(tied_folder, train_file, tmp_path):
     """Catches a model that is not where the link leads, and what is staged beside the link, on another disk maybe."""
     (tmp_path / "disk").mkdir()

@@ -1,20 +1,17 @@
-"""Hugging Face folders in, Hugging Face folders out.
+"""Hugging Face folders in; models/export.py is the way out.
 
 - a model is built on the meta device and each parameter is then read straight from the files: safetensors by slices
   (whole or sharded by the index), `.bin` through a memory map; so a rank that wants only its shard passes its slices
 - whatever is missing, unexpected or wrongly shaped is listed in the error before anything is loaded
-- a folder is written beside its place and renamed; into a folder that exists (a run directory) config.json moves
-  last, so a folder with a config.json is whole
+- whether head and embedding are one tensor is what the files say, not config.json alone
 - pickle is read with weights_only=True only
 """
 
 import json
-import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,27 +19,19 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from models.common import RuntimeArgs, dtype_name, flag, is_main_rank, short_bar
+from models.common import RuntimeArgs, flag, short_bar
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.tokenizer import Tokenizer
 from models.tp import Parallel, tensor_parallel_part
 
-MAX_SHARD_BYTES = 5_000_000_000
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+COMPARED_ROWS = 8192  # of embedding and head at a time
+WEIGHTS_KEY = (
+    "transformers_weights"  # of config.json: the weight file or index, before the usual names (transformers 5)
 )
 
 
@@ -106,7 +95,7 @@ def open_folder(
     Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
     shorter context than max_seq_len, and for quantised weights unless it is frozen.
     """
-    config = ModelConfig.from_hf(path)
+    config = model_config(path)
     if not frozen:
         refuse_quantized(path)
     config.check_divisible(tensor_parallel_size)
@@ -135,18 +124,22 @@ def hf_name(name: str) -> str:
 class WeightFiles:
     """The tensors of a Hugging Face folder under our names; reads nothing but headers until asked for a tensor.
 
+    Where config.json ties head and embedding and the files hold the head alone, it is the embedding too.
     Raises FileNotFoundError for a missing file or shard, ValueError for one that is truncated or not what it says.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        config_path = self.folder / "config.json"
+        config = read_hf_config(config_path)[0] if config_path.is_file() else {}
         self._file_of: dict[str, tuple[Path, str]] = {}  # our name -> (file, name in the file)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, dict[str, Tensor]] = {}
-        files, listed = self._files()
+        files, listed = self._files(config.get(WEIGHTS_KEY))
         for path in files:
             for name, shape in self._headers(path):
-                if name.endswith(IGNORED_SUFFIX) or (listed is not None and listed.get(name) != path.name):
+                is_listed = listed is None or (name in listed and self.folder / listed[name] == path)
+                if name.endswith(IGNORED_SUFFIX) or not is_listed:
                     continue
                 self._file_of[our_name(name)] = (path, name)
                 self._shapes[our_name(name)] = shape
@@ -155,26 +148,40 @@ class WeightFiles:
             if absent:
                 path = self.folder / listed[absent[0]]
                 raise ValueError(f"{path}: the index says it holds {_some(absent)}, and it does not")
+        if config.get("tie_word_embeddings") and "embed_tokens.weight" not in self._file_of:
+            for of in (self._file_of, self._shapes):  # safetensors.torch.save_model keeps one name of the two
+                if "lm_head.weight" in of:
+                    of["embed_tokens.weight"] = of.pop("lm_head.weight")
 
-    def _files(self) -> tuple[list[Path], dict[str, str] | None]:
-        """(weight files, the index's weight_map or None)"""
+    def _files(self, named: object) -> tuple[list[Path], dict[str, str] | None]:
+        """(weight files, the index's weight_map or None). named: the file or index that config.json names, if any."""
+        if named is not None:
+            if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+                raise ValueError(f"{self.folder}/config.json: {WEIGHTS_KEY} {named!r} is no safetensors file or index")
+            path = self.folder / named
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: is missing, and config.json names it as {WEIGHTS_KEY}")
+            return self._read_index(path) if named.endswith(".json") else ([path], None)
         for stem in ("model.safetensors", "pytorch_model.bin"):
             if (self.folder / stem).is_file():  # before an index, as transformers does
                 return [self.folder / stem], None
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
-                try:
-                    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                    files = [self.folder / name for name in sorted(set(weight_map.values()))]
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{index}: not a shard index with a weight_map ({error!r})") from None
-                missing = [path.name for path in files if not path.is_file()]
-                if missing:
-                    raise FileNotFoundError(f"{self.folder}: the shards {_some(missing)} of {index.name} are missing")
-                return files, weight_map
+                return self._read_index(index)
         raise FileNotFoundError(
             f"{self.folder}: no weights here (model.safetensors or pytorch_model.bin, whole or with an index)"
         )
+
+    def _read_index(self, index: Path) -> tuple[list[Path], dict[str, str]]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [self.folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not a shard index with a weight_map ({error!r})") from None
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{self.folder}: the shards {_some(missing)} of {index.name} are missing")
+        return files, weight_map
 
     def _handle(self, path: Path):
         """An open weight file. A safetensors file is opened anew for each tensor, so that the pages read so far do not
@@ -222,6 +229,19 @@ class WeightFiles:
             return handle.get_slice(stored_name)[slices] if slices else handle.get_tensor(stored_name)
         return handle[stored_name][slices] if slices else handle[stored_name]
 
+    def has_own_head(self) -> bool:
+        """Whether the files hold a language-model head with other numbers than the embedding's."""
+        if "lm_head.weight" not in self._shapes or "embed_tokens.weight" not in self._shapes:
+            return False
+        shape = self._shapes["lm_head.weight"]
+        if shape != self._shapes["embed_tokens.weight"]:
+            return True
+        starts = range(0, shape[0], COMPARED_ROWS)
+        parts = ((slice(start, min(start + COMPARED_ROWS, shape[0])),) for start in starts)
+        return not all(
+            torch.equal(self.read("lm_head.weight", part), self.read("embed_tokens.weight", part)) for part in parts
+        )
+
     def check(self, expected: dict[str, tuple[int, ...]], allowed: Iterable[str] = ()) -> None:
         """Raises ValueError that lists what is missing, unexpected (and not `allowed`) or wrongly shaped."""
         missing = [hf_name(name) for name in expected if name not in self._shapes]
@@ -241,6 +261,24 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def folder_config(folder: str | Path) -> dict:
+    """The contents of a folder's config.json for an export of its model: tie_word_embeddings is false where the files
+    hold a head of their own, whatever config.json says, as in transformers (5.23); no weight file is named."""
+    config = read_hf_config(folder)[0]
+    config.pop(WEIGHTS_KEY, None)
+    if config.get("tie_word_embeddings") and WeightFiles(folder).has_own_head():
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def model_config(folder: str | Path) -> ModelConfig:
+    """ModelConfig.from_hf, which reads config.json alone, with folder_config's tie_word_embeddings."""
+    config = ModelConfig.from_hf(folder)
+    if config.tie_word_embeddings and WeightFiles(folder).has_own_head():
+        config = replace(config, tie_word_embeddings=False)
+    return config
+
+
 def load_model(
     folder: str | Path,
     *,
@@ -256,7 +294,7 @@ def load_model(
     parameters'. tp: reads and holds only this rank's part. head: "lm" or "score". Raises what ModelConfig.from_hf and
     WeightFiles raise.
     """
-    config = ModelConfig.from_hf(folder)
+    config = model_config(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
@@ -299,7 +337,8 @@ def fill_parameters(
     part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
     without_file: dict[str, Tensor] | None = None,
 ) -> None:
-    """load_weights for files that were checked. without_file: whole tensors that are not in them."""
+    """load_weights for files that were checked; a scalar head is fp32, whatever the dtype. without_file: whole tensors
+    that are not in them."""
     without_file = without_file or {}
     for name, parameter in short_bar(dict(model.named_parameters()).items(), "loading", "tensor"):
         slices = part_of(name, tuple(parameter.shape))
@@ -310,7 +349,8 @@ def fill_parameters(
             shard.copy_(part)
         else:
             owner, _, attribute = name.rpartition(".")
-            part = nn.Parameter(part.to(device=device, dtype=dtype, copy=True))
+            own_dtype = torch.float32 if name == "score.weight" else dtype
+            part = nn.Parameter(part.to(device=device, dtype=own_dtype, copy=True))
             setattr(model.get_submodule(owner), attribute, part)
     model.tie_weights()
     model.reset_buffers(device)
@@ -333,109 +373,6 @@ def has_score_head(folder: str | Path) -> bool:
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The floating dtype in which a folder keeps its embedding."""
     return WeightFiles(folder).read("embed_tokens.weight", (slice(0, 1),)).dtype
-
-
-def save_folder(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    config: dict,
-    copy_from: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes a Hugging Face folder that transformers opens.
-
-    tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
-    config.json; its dtype key is brought up to date. copy_from: a folder whose tokenizer and generation files are
-    copied byte for byte. Only the main rank writes. The folder appears whole or not at all; in a folder that
-    exists, config.json is replaced last.
-    """
-    if not is_main_rank():
-        for _ in tensors:  # gathering them is a collective
-            pass
-        return
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.partial"
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir()
-    try:
-        saved_dtype = _write_shards(staging, tensors, config.get("tie_word_embeddings", False), dtype, max_shard_bytes)
-    except BaseException:  # what gathers or quantises the tensors may find them broken
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    for name in COPIED_FILES if copy_from is not None else ():
-        if (Path(copy_from) / name).is_file():
-            shutil.copyfile(Path(copy_from) / name, staging / name)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config = {**config, key: dtype_name(saved_dtype)}
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in staging.iterdir():
-        shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
-        _sync(path)
-    if not folder.exists():
-        os.rename(staging, folder)
-    else:
-        _move_into(staging, folder)
-    _sync(folder.parent)
-
-
-def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
-    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors); returns their dtype."""
-    shards: list[list[str]] = []
-    total, pending, saved_dtype = 0, {}, torch.float32
-
-    def flush():
-        try:
-            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder}: cannot be written: {error}") from None
-        shards.append(list(pending))
-
-    for name, tensor in tensors:
-        if tied and name == "lm_head.weight":
-            continue
-        tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        saved_dtype = tensor.dtype
-        if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:
-            flush()
-            pending = {}
-        pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        os.rename(folder / "shard-0", folder / "model.safetensors")
-        return saved_dtype
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"shard-{i}", folder / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return saved_dtype
-
-
-def _move_into(staging: Path, folder: Path) -> None:
-    """Replaces the checkpoint in a folder that has other files too. Without config.json it is no checkpoint, so that
-    goes first and comes last."""
-    (folder / "config.json").unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-        old.unlink()
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, folder / path.name)
-    _sync(folder)
-    staging.rmdir()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:

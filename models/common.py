@@ -439,7 +439,17 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a small JSON file at once: beside and renamed."""
+    """Writes a small JSON file at once: beside and renamed. OSError that names the file if it cannot."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(staging, path)
+    with naming_file(path):
+        staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        os.replace(staging, path)
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> typing.Iterator[None]:
+    """Says which file could not be written; of a full disk the system's message names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error

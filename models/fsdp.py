@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from models.checkpoint import WeightFiles, load_weights, refuse_quantized
+from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import Scheme
 from models.quantize import load_quantized
 from models.tp import Parallel, TensorParallelArgs, chunk_range, shard_dim, tensor_parallel_part
@@ -174,7 +174,7 @@ def load_for_training(
     args.param_dtype. Raises ValueError for args.cpu_offload where the device is the CPU."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
-    config = ModelConfig.from_hf(folder)
+    config = model_config(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)
     with torch.device("meta"):
@@ -259,7 +259,10 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 def full_tensors(model: nn.Module):
-    """(name, whole tensor) of each parameter, gathered one at a time; a collective on all ranks."""
+    """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
+            module.reshard()
     for name, parameter in model.named_parameters():
         device = parameter.device_mesh.device_type  # an offloaded shard is gathered by the GPUs, not by the CPUs
         yield name, parameter.detach().to(device).full_tensor()

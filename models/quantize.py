@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import WeightFiles, fill_parameters
+from models.checkpoint import WeightFiles, fill_parameters, model_config
 from models.common import flag, short_bar
 from models.model import FUSIONS, Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
 from models.qlinear import GROUP_SIZES, MODES, Quantized, QuantizedLinear, Scheme, quantize
@@ -194,7 +194,7 @@ def load_quantized(
     the numbers in the files. dtype: of everything else and of the activations. head: "lm" or "score". Raises what
     load_model and check_scheme do.
     """
-    config, files = ModelConfig.from_hf(folder), WeightFiles(folder)
+    config, files = model_config(folder), WeightFiles(folder)
     check_scheme(scheme, config, device, dtype, size_of(tp))
     is_stored = is_quantized(read_hf_config(folder)[0])
     with torch.device("meta"):

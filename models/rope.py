@@ -16,7 +16,8 @@ ROPE_KEYS = {
 
 def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
-    rope_theta and rope_scaling at the top, with "type" or "rope_type"."""
+    rope_theta and rope_scaling at the top, with "type" or "rope_type". An original_max_position_embeddings at the top
+    goes before the nested one, as in transformers."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # of both, transformers takes this
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
@@ -34,8 +35,9 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     scaling = {"rope_type": rope_type}
     for name in ROPE_KEYS[rope_type]:
         value = settings.get(name)
-        if value is None and name == "original_max_position_embeddings":
-            value = config.get("max_position_embeddings")
+        if name == "original_max_position_embeddings":
+            places = (config.get(name), value, config.get("max_position_embeddings"))
+            value = next((number for number in places if number is not None), None)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{where}: {key}.{name} must be a positive number for type {rope_type!r}, not {value!r}")
         scaling[name] = value

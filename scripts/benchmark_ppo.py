@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import hf_name, save_folder
+from models.checkpoint import hf_name
 from models.common import Runtime, card, dtype_name, say
 from models.decode import load_for_inference
+from models.export import save_folder
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.tokenizer import Tokenizer

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from models.checkpoint import ModelArgs, WeightFiles, open_folder, save_folder
+from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
+from models.export import save_folder
 from models.gptq import Cost, Rows, quantize_blocks
-from models.model import QUANTIZED_FORMAT, ModelConfig, Transformer, read_hf_config
+from models.model import QUANTIZED_FORMAT, ModelConfig, Transformer
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors
 from models.records import Example, check_ids, collate, tokenising
 from models.tokenizer import Tokenizer
@@ -79,14 +80,14 @@ def main(args: QuantizeScriptArgs) -> None:
             yield from quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
         else:
             yield from rounded_tensors(files, scheme, runtime.device)
-        for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
+        for name in sorted(shapes):
             if not name.startswith("layers."):
                 yield name, files.read(name)
 
     stored = {"format": QUANTIZED_FORMAT, "mode": args.mode, "method": args.method}
     if args.mode == "int4":
         stored["group_size"] = scheme.group_size
-    hf_config = {**read_hf_config(args.checkpoint_path)[0], "quantization_config": stored}
+    hf_config = {**folder_config(args.checkpoint_path), "quantization_config": stored}
     save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path)
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
     written = f"{args.output_dir}, {scheme} by {args.method}, {size / 1e9:,.2f} GB (one byte for each integer)"

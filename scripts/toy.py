@@ -33,8 +33,8 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.checkpoint import save_folder
 from models.common import at_least_one, flag, non_negative, run_script
+from models.export import save_folder
 from models.model import ModelConfig, Transformer
 from models.records import get_field, read_records
 

@@ -99,6 +99,8 @@ def main(args: SftArgs) -> None:
             run.show(f"step {step}: eval_loss {metrics['eval_loss']:.4f}")
             samples.show(run)
         run.log(metrics)
+        if run.export_due:
+            run.export(model, subfolder=run.step_folder)
 
     if not run.stopped:
         run.export(model)

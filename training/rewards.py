@@ -10,6 +10,7 @@ Dimensions: A answers, R tokens of the longest answer.
 
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,14 +118,17 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     today = policy.tokenizer.today
     folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
-    same_tokenizer = same_size and _tokenizer_bytes(path) == _tokenizer_bytes(policy.path)
+    same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
     return RewardFolder(folder, same_tokenizer, read_reward_kind(path))
 
 
-def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
-    """What decides how text becomes ids."""
-    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json", "tokenizer_config.json")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+def _text_to_ids(folder: Path) -> dict[str, object]:
+    """What decides how text becomes ids. Not padding: a reward model's pad token may be its own."""
+    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    if b'"padding"' in files.get("tokenizer.json", b""):
+        files["tokenizer.json"] = {**json.loads(files["tokenizer.json"]), "padding": None}
+    return files
 
 
 def rows_to_score(

@@ -4,7 +4,6 @@ models say of their tokens, and what is measured of them.
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from models.records import (
 from models.tokenizer import Tokenizer
 from training.data import epoch_order
 from training.losses import kl_estimates, token_logps
+from training.run_dir import write_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +267,8 @@ def show_samples(step: int, prompts: list[Prompt], rollout: Rollout, count: int,
     shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
     for i, prompt in enumerate(prompts):
         line = {"step": step, "prompt": prompt.text, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
-        log.write(json.dumps(line | {"finished": rollout.finished[i]}, ensure_ascii=False) + "\n")
+        write_lines(log, [line | {"finished": rollout.finished[i]}])
         if i < count:
             end = "" if rollout.finished[i] else " (not finished)"
             shown.append(f"  {scores[i]:8.3f}  {visible(prompt.text)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
-    log.flush()
     return "\n".join(shown)

@@ -1,33 +1,28 @@
 """A run directory, and what every trainer does around its steps.
 
-- args.json, metrics.jsonl, checkpoints/step-000100/ (torch.distributed.checkpoint), and at the end the model itself
-- a checkpoint is whole or absent; --resume takes the newest one that can be read
+- args.json, metrics.jsonl, checkpoints/step-000100/ (checkpoints.py), and at the end the model itself;
+  with --export_steps the model of earlier steps in step-000100/
 - a resumed run has the flags that it was begun with, but for those that say may_change where they are declared
 - Run holds the cadence: what is resumed, logged, evaluated, saved and ended when. A script calls it and keeps its loop
 """
 
 import importlib.util
 import json
-import logging
 import math
 import os
-import pickle
-import shutil
 import signal
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from models.checkpoint import ModelArgs, save_folder, stored_dtype
+from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.common import (
     DTYPES,
     Flag,
@@ -38,6 +33,8 @@ from models.common import (
     flag,
     flags_of,
     is_main_rank,
+    naming_file,
+    non_negative,
     peak_memory,
     peaks,
     progress_bar,
@@ -45,8 +42,15 @@ from models.common import (
     say,
     write_json,
 )
+from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
 from models.fsdp import full_tensors
-from models.model import ModelConfig, read_hf_config
+from models.model import ModelConfig
+from models.pad_token import named_pad_token, pad_changes
+from training.checkpoints import CheckpointWriter, load_newest_checkpoint
+
+# Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
+# the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
+SAVE_SECONDS = 15 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +63,18 @@ class RunArgs(ModelArgs):
         None, bounds=at_least_one, help="evaluate every so many steps; at the end only", may_change=True
     )
     save_steps: int | None = flag(
-        None, bounds=at_least_one, help="save a checkpoint every so many steps; none", may_change=True
+        None,
+        bounds=non_negative,
+        help="save a checkpoint every so many steps, and after the last; 0: none; every 15 minutes, and after the last",
+        may_change=True,
     )
     save_total_limit: int = flag(2, bounds=at_least_one, help="checkpoints to keep", may_change=True)
+    export_steps: int | None = flag(
+        None,
+        bounds=at_least_one,
+        help="write the model every so many steps, into step-000100 and so on of --output_dir; at the end only",
+        may_change=True,
+    )
     log_steps: int = flag(1, bounds=at_least_one, help="write metrics every so many steps", may_change=True)
     report_to: str = flag(
         "none",
@@ -83,6 +96,8 @@ class Run:
         run.check_finite(...)                       names the step and its records
         if run.eval_due: ...
         run.log(metrics)
+        if run.export_due:
+            run.export(model, subfolder=run.step_folder)
     if not run.stopped:
         run.export(model)
 
@@ -111,6 +126,7 @@ class Run:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         if is_main_rank():
             args.output_dir.mkdir(parents=True, exist_ok=True)
+            complete_export(args.output_dir)
             write_args(args)
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self._metrics = Metrics(args.output_dir, after_step=done, report_to=args.report_to)
@@ -124,15 +140,16 @@ class Run:
     def steps(self, batches: Iterable[tuple[int, list[int]]], unit: str = "step") -> Iterator[tuple[int, list[int]]]:
         """Yields (step, numbers of its records) of `batches`, from first_step on; after each step the checkpoint that
         is due, and after the last, or one in which a signal came, whatever is to be closed."""
-        self._watch = Stopwatch(self.device)
+        self._watch, self._saved_at = Stopwatch(self.device), time.monotonic()
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
             self._watch.lap()
             yield self.step, self.numbers
             self._bar.update(1)
-            self.stopped = self._signal.agreed(self.device)
-            if self.stopped or self._save_due():
+            self.stopped, save_due = any_rank([self._signal.received, self._save_due()], self.device)
+            if self.stopped or save_due:
                 self._checkpoints.save(self.step)
+                self._saved_at = time.monotonic()
             if self.stopped:
                 break
         self._checkpoints.finish()
@@ -147,9 +164,21 @@ class Run:
         every = self.args.eval_steps
         return self.step == self.total_steps or (every is not None and self.step % every == 0)
 
+    @property
+    def export_due(self) -> bool:
+        """Whether the model of this step is to be written into step_folder."""
+        every = self.args.export_steps
+        return every is not None and self.step % every == 0
+
+    @property
+    def step_folder(self) -> str:
+        return f"step-{self.step:06d}"
+
     def _save_due(self) -> bool:
         every = self.args.save_steps
-        return every is not None and (self.step == self.total_steps or self.step % every == 0)
+        if every is None:
+            return self.step == self.total_steps or time.monotonic() - self._saved_at >= SAVE_SECONDS
+        return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def check_finite(self, **values: float | Tensor) -> None:
         """Raises ValueError that names the step and its records if a value is not finite."""
@@ -182,13 +211,35 @@ class Run:
         if is_main_rank():
             self._bar.write(text)
 
-    def export(self, model: nn.Module, config: dict | None = None, *, what: str = "model", subfolder: str = "") -> None:
+    def export(
+        self,
+        model: nn.Module,
+        config: dict | None = None,
+        *,
+        json_changes: dict[str, dict] | None = None,
+        what: str = "model",
+        subfolder: str = "",
+    ) -> None:
         """Writes the model as a Hugging Face folder into the run directory. A collective. config: of its config.json;
-        that of the folder the run began with."""
-        folder = self.args.output_dir / subfolder
-        config = config or read_hf_config(self.args.checkpoint_path)[0]
-        start = self.args.checkpoint_path
-        save_folder(folder, full_tensors(model), config=config, copy_from=start, dtype=self._export_dtype)
+        that of the folder the run began with, and with it the pad token that the folder's tokenizer has, and all stop
+        tokens. json_changes: to the other files of that folder, see save_folder."""
+        folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
+        changes = dict(json_changes or {})
+        if config is None:
+            config, pad = folder_config(start), named_pad_token(start)
+            if pad is not None and pad.id < config["vocab_size"]:  # many folders name one without an embedding
+                config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
+                changes |= pad_changes(start, pad)
+            stops = open_folder(start, frozen=True).generation_changes()
+            changes["generation_config.json"] = changes.get("generation_config.json", {}) | stops
+        save_folder(
+            folder,
+            full_tensors(model),
+            config=config,
+            copy_from=start,
+            json_changes=changes,
+            dtype=self._export_dtype,
+        )
         say(f"{folder}: {what} written; peak memory {peak_memory(self.device) / 1e9:,.2f} GB")
 
 
@@ -206,8 +257,7 @@ def check_finite(step: int, numbers: list[int], **values: float | Tensor) -> Non
 def prepare_output_dir(args: RunArgs) -> None:
     """Raises ValueError if the run would mix with an earlier one, or go on with flags that make it another."""
     folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: is a file")
+    check_writable(folder)
     if not args.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
@@ -217,6 +267,26 @@ def prepare_output_dir(args: RunArgs) -> None:
         changed = [f"--{each.name}" for each in flags_of(type(args)) if _is_changed(each, args, earlier)]
         if changed:
             raise ValueError(f"--resume {folder}: the run was begun with other {', '.join(changed)}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError or OSError where a run could not write at its end, though it has not begun."""
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: is a file")
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "config.json", WEIGHTS, INDEX, *COPIED_FILES):
+        if (folder / name).is_dir():
+            raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
+    subfolders = [folder / "checkpoints", folder / "critic", *folder.glob("step-*")]
+    for path in (folder, *subfolders):
+        place = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not place.is_dir():
+            raise ValueError(f"--output_dir {folder}: {place} is a file, where the run makes a folder")
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
 
 
 def _is_changed(each: Flag, args: RunArgs, earlier: dict) -> bool:
@@ -259,10 +329,18 @@ def open_log(path: Path, after_step: int) -> IO[str]:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_bytes(b"".join(kept))
-    os.replace(staging, path)
+    with naming_file(path):
+        staging.write_bytes(b"".join(kept))
+        os.replace(staging, path)
     # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def write_lines(file: IO[str], values: list[dict]) -> None:
+    """Appends JSON lines, flushed at once. OSError that names the file if it cannot."""
+    with naming_file(Path(file.name)):
+        file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+        file.flush()
 
 
 class Metrics:
@@ -290,8 +368,7 @@ class Metrics:
 
     def write(self, values: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            write_lines(self._file, [values])
         if self._report is not None:
             self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 
@@ -311,129 +388,11 @@ class StopSignal:
     def _receive(self, *_) -> None:
         self.received = True
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank has received it: all ranks must end after the same step. A collective."""
-        if dist.get_world_size() == 1:
-            return self.received
-        flag = torch.tensor(int(self.received), dtype=torch.int32, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
 
-
-# ---------------------------------------------------------------------------- checkpoints of a run
-
-
-class CheckpointWriter:
-    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to it. Later ones are
-    removed: they are what a run that was resumed from an earlier step could not read.
-
-    asynchronous: save returns when the state is copied to the CPU's memory, and a thread writes it while training goes
-    on; it has its final name as soon as all ranks have written. A failure is raised by the next save or by finish,
-    which comes before the process ends; a run that ends by an error drops what is still being written.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        limit: int,
-        asynchronous: bool = False,
-    ):
-        self.output_dir, self.model, self.optimizer, self.limit = output_dir, model, optimizer, limit
-        self._thread = _one_thread(model) if asynchronous else None
-        self._pending: Future | None = None
-        # its collectives run beside those of the training, which would otherwise be taken for them
-        self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
-
-    def save(self, step: int) -> None:
-        """Saves what the model and the optimizer hold now. A collective."""
-        self.finish()
-        path = self.output_dir / "checkpoints" / f"step-{step:06d}"
-        for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
-            shutil.rmtree(left_over)
-        if dist.is_initialized():
-            dist.barrier()
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        if self._thread is None:
-            self._write(state, path)
-        else:
-            self._pending = self._thread.submit(self._write, _copied(state), path)
-
-    def finish(self) -> None:
-        """Returns when the last checkpoint is in its place; raises OSError if it could not be written."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def _write(self, state: dict, path: Path) -> None:
-        staging = path.with_name(f".{path.name}.partial")
-        try:
-            dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException
-            reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
-            raise OSError(f"{staging}: cannot be written: {reasons}") from error
-        if not is_main_rank():
-            return
-        shutil.rmtree(path, ignore_errors=True)  # dcp.save returns when all ranks have written
-        os.rename(staging, path)
-        present = _checkpoints(self.output_dir)
-        kept = present[: present.index(path) + 1][-self.limit :]
-        for other in present:
-            if other not in kept:
-                shutil.rmtree(other)
-
-
-def _one_thread(model: nn.Module) -> ThreadPoolExecutor:
-    if not next(model.parameters()).is_cuda:
-        return ThreadPoolExecutor(max_workers=1)
-    # a thread begins on the first GPU, which belongs to another rank
-    device = torch.cuda.current_device()
-    return ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(device,))
-
-
-def _copied(state: object) -> object:
-    """A state dict with its tensors copied to the CPU."""
-    if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """From the oldest to the newest."""
-    paths = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(paths, key=lambda path: int(path.name[5:]))
-
-
-def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
-    which it says. A broken one is passed over with a warning; ValueError if all are broken."""
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
-        say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
-        return 0
-    for path in reversed(checkpoints):
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        try:
-            logging.disable(logging.CRITICAL)  # it logs tracebacks of what is reported here in a line
-            if not (path / ".metadata").is_file():
-                raise FileNotFoundError(".metadata is missing")
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
-            reason = " ".join(str(next(iter(failures))[0]).split())[:200]
-            say(f"{path}: broken, trying the one before ({reason})")
-            continue
-        finally:
-            logging.disable(logging.NOTSET)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        say(f"{path}: resuming after step {int(path.name[5:])}")
-        return int(path.name[5:])
-    raise ValueError(
-        f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
-    )
+def any_rank(facts: list[bool], device: torch.device) -> list[bool]:
+    """Whether any rank has each of the facts: all ranks must save, and end, after the same step. A collective."""
+    if dist.get_world_size() == 1:
+        return facts
+    flags = torch.tensor(facts, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]

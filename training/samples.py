@@ -6,7 +6,6 @@
 - training does not notice: no weight moves, and the engine's noise takes nothing from a random state
 """
 
-import json
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from models.decode import can_pack, copy_for_inference, refresh
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example
-from training.run_dir import Run, open_log
+from training.run_dir import Run, open_log, write_lines
 
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training
 
@@ -100,9 +99,8 @@ class EvalSamples:
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
                 "finish_reason": answer.finish_reason,
             }
-            self.log.write(json.dumps(line, ensure_ascii=False) + "\n")
+            write_lines(self.log, [line])
             blocks.append(block(line))
-        self.log.flush()
         run.show("\n".join(blocks))
 
 

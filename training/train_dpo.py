@@ -135,6 +135,8 @@ def main(args: DpoArgs) -> None:
             run.show(f"step {step}: eval_loss {eval_means['loss']:.4f}, {accuracy:.1%} of the pairs in the right order")
             samples.show(run)
         run.log(metrics)
+        if run.export_due:
+            run.export(model, subfolder=run.step_folder)
 
     if not run.stopped:
         run.export(model)

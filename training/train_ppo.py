@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.checkpoint import Folder, has_score_head, open_folder
+from models.checkpoint import Folder, folder_config, has_score_head, open_folder
 from models.common import (
     Bounds,
     Runtime,
@@ -55,6 +55,7 @@ from models.fsdp import (
 )
 from models.generation import Engine, SamplingParams
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import Scheme
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
 from models.records import Limits, Split
@@ -253,11 +254,19 @@ def main(args: PpoArgs) -> None:
             if log is not None:
                 run.show(show_samples(step, held_out, evaluation, args.num_eval_samples, log))
         run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
+        if run.export_due:
+            export(run, models, folder, others.value_path, Path(run.step_folder))
 
     if not run.stopped:
-        critic_config = scalar_head_config(read_hf_config(others.value_path)[0], folder.pad_token_id)
-        run.export(critic, critic_config, what="critic", subfolder="critic")
-        run.export(policy, what="policy")
+        export(run, models, folder, others.value_path)
+
+
+def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfolder: Path = Path()) -> None:
+    """Writes policy and critic, which has a pad token that ends no row. value_path: where the critic began."""
+    pad = choose_pad_token(folder)
+    config, changes = scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
+    run.export(models.critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
+    run.export(models.policy, what="policy", subfolder=str(subfolder))
 
 
 # ------------------------------------------------------------------------------------------ an update

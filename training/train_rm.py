@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from models.checkpoint import has_score_head, open_folder
+from models.checkpoint import Folder, folder_config, has_score_head, open_folder
 from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training, reducing_gradients, split_batch
-from models.model import Transformer, read_hf_config
+from models.model import Transformer
+from models.pad_token import choose_pad_token, pad_changes
 from models.records import EncodingCounts, Limits, Split, read_records
 from models.reward import Pair, Scored, collate_scored, scalar_head_config
 from models.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ def main(args: RmArgs) -> None:
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = sum(sum(lengths_of(train[i])) for i in taken)
+    statistics_rows = evaluation or some_of(train, args.seed)
     eval_rewards = None
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
@@ -121,6 +123,7 @@ def main(args: RmArgs) -> None:
         metrics = {"loss": loss.item(), **reward_metrics(args.loss, rewards, targets)}
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item())
         metrics.update(run.speed(folder.config, [length for row in batch for length in lengths_of(row)]))
+        eval_rewards = None
         if evaluation and run.eval_due:
             eval_rewards = all_rewards(model, evaluation, split)
             eval_metrics = evaluate(args, eval_rewards, targets_of(evaluation, runtime.device))
@@ -129,12 +132,15 @@ def main(args: RmArgs) -> None:
             run.show(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in eval_metrics.items()))
             run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
         run.log(metrics)
+        if run.export_due:
+            if eval_rewards is None:
+                eval_rewards = all_rewards(model, statistics_rows, split)
+            export(run, model, folder, eval_rewards, run.step_folder)
 
     if not run.stopped:
         if eval_rewards is None:  # nothing to evaluate on, or no step was taken
-            some = epoch_order(len(train), seed=args.seed, epoch=0, shuffle=True)[:MOST_STATISTICS]
-            eval_rewards = all_rewards(model, evaluation or [train[i] for i in some], split)
-        run.export(model, reward_config(args, eval_rewards, folder.pad_token_id), what="reward model")
+            eval_rewards = all_rewards(model, statistics_rows, split)
+        export(run, model, folder, eval_rewards)
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -177,6 +183,11 @@ def targets_of(rows: Rows, device: torch.device) -> Tensor:
 def shares_of(rows: Rows, split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows, in micro-batches."""
     return split.shares(list(range(len(rows))), key=lambda i: max(lengths_of(rows[i])))
+
+
+def some_of(rows: Rows, seed: int) -> Rows:
+    """Random rows, the same whenever they are asked for."""
+    return [rows[i] for i in epoch_order(len(rows), seed=seed, epoch=0, shuffle=True)[:MOST_STATISTICS]]
 
 
 def describe(rows: Rows) -> str:
@@ -276,12 +287,19 @@ def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
     return "\n".join(lines) + "\n"
 
 
+def export(run: Run, model: Transformer, folder: Folder, rewards: Tensor, subfolder: str = "") -> None:
+    """Writes the reward model, with a pad token that ends no row. rewards: of its statistics."""
+    pad = choose_pad_token(folder)
+    config, changes = reward_config(run.args, rewards, pad.id), pad_changes(folder.path, pad)
+    run.export(model, config, json_changes=changes, what="reward model", subfolder=subfolder)
+
+
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
     """The config.json of a reward model, with what others need to read the reward. ValueError if one is not finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
-    config = scalar_head_config(read_hf_config(args.checkpoint_path)[0], pad_token_id)
+    config = scalar_head_config(folder_config(args.checkpoint_path), pad_token_id)
     config.update(reward_model_type=args.loss, reward_position="last_token")
     if args.loss == "process":
         config.update(reward_position="last_token_of_step_and_separator", step_separator=args.step_separator)

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face folders."""
+"""Reading Hugging Face folders."""
 
 import json
 import os
@@ -6,11 +6,20 @@ import os
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
-from models import checkpoint
-from models.checkpoint import WeightFiles, generation_eos_ids, load_model, save_folder, stored_dtype
+from models.checkpoint import (
+    WeightFiles,
+    folder_config,
+    generation_eos_ids,
+    load_model,
+    open_folder,
+    stored_dtype,
+)
+from models.export import save_folder
 from models.model import read_hf_config
+from models.qlinear import Scheme
+from models.quantize import load_quantized
 from tests import tiny
 
 
@@ -126,65 +135,62 @@ def test_damaged_files_are_named(tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
-def test_export_opens_in_transformers(tmp_path, tied, max_shard_bytes):
-    """Catches: wrong names, a lost tensor, a stale dtype or index, tokenizer files that are not carried along."""
-    theirs = tiny.write_model(tmp_path / "in", tie_word_embeddings=tied, attention_bias=True)
-    ours = load_model(tmp_path / "in")
-    out = tmp_path / "deep" / "out"
-    config = read_hf_config(tmp_path / "in")[0]
-    save_folder(
-        out, ours.state_dict().items(), config=config, copy_from=tmp_path / "in", max_shard_bytes=max_shard_bytes
-    )
-    shards = list(out.glob("model*.safetensors"))
-    assert (len(shards) == 1) == (max_shard_bytes == 10**9)
-    assert sum(path.stat().st_size for path in shards) < 1.1 * sum(p.nbytes for p in theirs.parameters()) + 20_000
-    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+def with_own_head(folder):
+    """Says in config.json that head and embedding are one, which the files contradict."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+
+
+def test_the_files_decide_about_the_head(tmp_path):
+    """Catches a stored head left out without a word, in the loader, beside a quantised body or in an export, because
+    config.json says tied; and a head that is the embedding kept apart from it."""
+    tiny.write_model(tmp_path / "in")
+    with_own_head(tmp_path / "in")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
     input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 20))
     with torch.no_grad():
-        assert torch.equal(again(input_ids).logits, theirs(input_ids).logits)
-    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
-        assert (out / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
-    same_weights(out, theirs)
+        wanted = theirs(input_ids).logits
+        ours = load_model(tmp_path / "in")
+        torch.testing.assert_close(ours.lm_head(ours(input_ids)), wanted, atol=1e-4, rtol=0)
+    assert not open_folder(tmp_path / "in").config.tie_word_embeddings
+    quantized = load_quantized(tmp_path / "in", Scheme("int8"), device=torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(quantized.lm_head.weight, theirs.lm_head.weight)
+    save_folder(tmp_path / "out", ours.state_dict().items(), config=folder_config(tmp_path / "in"))
+    same_weights(tmp_path / "out", theirs)
+    assert read_hf_config(tmp_path / "out")[0]["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "in/model.safetensors")
+    tied = load_model(tmp_path / "in")
+    assert tied.lm_head.weight is tied.embed_tokens.weight and folder_config(tmp_path / "in")["tie_word_embeddings"]
 
 
-def test_export_dtype(tmp_path, folder):
-    """Catches: config.json that names another dtype than the files hold."""
-    out = tmp_path / "out"
-    config = read_hf_config(folder)[0]
-    save_folder(out, load_model(folder).state_dict().items(), config=config, dtype=torch.bfloat16)
-    assert stored_dtype(out) == torch.bfloat16
-    assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+def test_tied_with_the_head_alone(tmp_path):
+    """Catches a folder refused that safetensors.torch.save_model wrote, which keeps one of two names."""
+    theirs = tiny.write_model(tmp_path, tie_word_embeddings=True)
+    save_model(theirs, str(tmp_path / "model.safetensors"))
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    same_weights(tmp_path, theirs)
+    assert stored_dtype(tmp_path) == torch.float32
 
 
-def test_export_into_a_run_directory(tmp_path, folder, monkeypatch):
-    """Catches: a half-replaced model that has a config.json, old shards that stay, a run's own files lost."""
-    model, config = load_model(folder), read_hf_config(folder)[0]
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "metrics.jsonl").write_text("{}\n")
-    save_folder(out, model.state_dict().items(), config=config, max_shard_bytes=50_000)
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
-    with pytest.raises(OSError):
-        save_folder(out, model.state_dict().items(), config=config)
-    assert not (out / "config.json").exists()
-    monkeypatch.undo()
-    save_folder(out, model.state_dict().items(), config=config)
-    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "config.json", "model.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-
-
-def test_a_killed_export_leaves_nothing(tmp_path, folder):
-    """Catches: a folder that looks whole while tensors were still being written."""
-
-    def tensors():
-        yield from list(load_model(folder).state_dict().items())[:5]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        save_folder(tmp_path / "out", tensors(), config=read_hf_config(folder)[0], max_shard_bytes=10_000)
-    assert not (tmp_path / "out").exists()
+def test_named_weight_file(tmp_path):
+    """Catches the weights that config.json names overlooked, as transformers 5 reads them, and a name that is wrong."""
+    tiny.write_model(tmp_path, seed=1)
+    (tmp_path / "other").mkdir()
+    os.rename(tmp_path / "model.safetensors", tmp_path / "other/weights.safetensors")
+    tiny.write_model(tmp_path)
+    config = read_hf_config(tmp_path)[0]
+    for name in ("other/weights.safetensors", "other/gone.safetensors", "other/weights.bin", 3):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        if name == "other/weights.safetensors":
+            same_weights(tmp_path, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+            assert not torch.equal(
+                load_model(tmp_path).lm_head.weight, load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+            )
+        else:
+            with pytest.raises((ValueError, FileNotFoundError), match="transformers_weights"):
+                load_model(tmp_path)
 
 
 def test_eos_ids(tmp_path, folder):

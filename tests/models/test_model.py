@@ -91,6 +91,21 @@ def test_older_spelling_of_rope_settings(tmp_path, name):
     torch.testing.assert_close(logits_of(load_model(tmp_path), input_ids), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("nested", [16, None])
+def test_original_context_at_the_top(tmp_path, nested):
+    """Catches: the key overlooked where transformers reads it, before a nested one."""
+    tiny.write_model(tmp_path, **VARIANTS["llama3"])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"original_max_position_embeddings": 40}
+    config["rope_parameters"]["original_max_position_embeddings"] = nested
+    if nested is None:
+        del config["rope_parameters"]["original_max_position_embeddings"]
+    path.write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(load_model(tmp_path).inv_freq, theirs.model.rotary_emb.inv_freq)
+    assert ModelConfig.from_hf(tmp_path).rope_scaling["original_max_position_embeddings"] == 40
+
+
 def test_right_padding_changes_nothing(folder):
     """Catches: attention that looks ahead, where a padded row would differ from the same row alone."""
     model = load_model(folder)

@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from models import qlinear as q
-from models.checkpoint import WeightFiles, load_model, save_folder
+from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
 from models.decode import InferenceLinear, QuantizedHead, can_pack, has_byte_bags, load_for_inference, weight_bytes
+from models.export import save_folder
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, read_hf_config
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize

@@ -48,8 +48,8 @@ def train_file(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"max_seq_len": 30, "overlong": "truncate", "learning_rate": 1e-3, "adam_eps": 1e-6, "device": "cpu"}
-    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
-    return [part for name, value in given.items() for part in _flag(name, value)]
+    given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, "save_steps": 0}
+    return [part for name, value in (given | more).items() if value is not None for part in _flag(name, value)]
 
 
 def _flag(name, value):
@@ -435,7 +435,8 @@ def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_pat
 
 @pytest.mark.parametrize("moves, finished", [(0, True), (1, False), (1, True), (3, False)])
 def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file, tmp_path, monkeypatch):
-    """Catches a config.json beside weights or a tokenizer that are not all there yet: it could be taken for whole."""
+    """Catches a run whose first export was killed and that has a config.json, one whose second was killed and that has
+    lost the first, and remains of either that a resumed run keeps."""
     out, run = tmp_path / "out", {**RUN, "save_steps": 12}
     if finished:  # the export of a run that is resumed after its end meets an older one
         shutil.copytree(whole, out)
@@ -451,10 +452,79 @@ def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         assert tiny.run(SCRIPT, *flags(tied_folder, train_file, out, **run, resume=True)).code == 130
-    assert not (out / "config.json").exists()
+    assert (out / "config.json").exists() == finished
+    if finished:
+        transformers.AutoModelForCausalLM.from_pretrained(out)
     assert "resuming after step 16" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
     assert_same_run(out, whole)
-    assert not list(tmp_path.glob(".*"))  # what the killed export left is gone
+    assert not list(out.glob(".*"))
+
+
+def test_exports_of_steps(tied_folder, train_file, tmp_path):
+    """Catches a model of a step that is not that step's, that transformers does not open, that is in a resumed run's
+    way, or whose writing changes the run; fp32 weights, in an export or in a checkpoint, that an evaluation before has
+    left in the dtype of the computation."""
+    run, out = {**RUN, "dtype": "bfloat16", "max_steps": 4}, tmp_path / "out"
+    finetune(tied_folder, train_file, tmp_path / "plain", **run)
+    more = {"eval_file": train_file, "eval_steps": 1, "num_eval_samples": 0, "export_steps": 2, "save_steps": 3}
+    finetune(tied_folder, train_file, out, **run, **more)
+    shutil.rmtree(out / "checkpoints/step-000004")
+    finetune(tied_folder, train_file, out, **run, **more, resume=True)
+    folders = (tmp_path / "plain", out, out / "step-000004")
+    plain, *others = (load_file(folder / "model.safetensors") for folder in folders)
+    assert {w.dtype for w in plain.values()} == {torch.float32}
+    for name, weight in plain.items():
+        assert (weight.bfloat16() != weight).any() and all(torch.equal(other[name], weight) for other in others), name
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000002", "step-000004"]
+    two = transformers.AutoModelForCausalLM.from_pretrained(out / "step-000002")
+    assert not torch.equal(two.model.norm.weight, plain["model.norm.weight"])
+
+
+def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
+    """Catches a run that is lost whole because nobody asked for checkpoints, and one that saves although it was told
+    not to."""
+    saved = lambda out: sorted(path.name for path in out.glob("checkpoints/*"))  # noqa: E731
+    run = {"max_steps": 3, "batch_size": 4, "save_steps": None}
+    finetune(folder, train_file, tmp_path / "a", **run)
+    assert saved(tmp_path / "a") == ["step-000003"]
+    finetune(folder, train_file, tmp_path / "b", **run | {"save_steps": 0})
+    assert not saved(tmp_path / "b")
+    monkeypatch.setattr(run_dir, "SAVE_SECONDS", 0)
+    finetune(folder, train_file, tmp_path / "c", **run, save_total_limit=5)
+    assert saved(tmp_path / "c") == ["step-000001", "step-000002", "step-000003"]
+    assert_same_weights(tmp_path / "b", tmp_path / "c")
+
+
+def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
+    """Catches a head of its own that is tied in training, or in the export, because config.json says so."""
+    shutil.copytree(folder, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "in/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for source, out in ((folder, "a"), (tmp_path / "in", "b")):
+        finetune(source, train_file, tmp_path / out, max_steps=2, batch_size=4)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("added, pad_id", [({}, 0), ({"<pad>": tiny.VOCAB_SIZE}, 1)])
+def test_one_pad_token(added, pad_id, train_file, tmp_path):
+    """Catches config.json and the tokenizer that name two pad tokens, and one without an embedding in config.json, with
+    which transformers opens nothing."""
+    tiny.write_model(tmp_path / "in", pad_token_id=1)
+    tiny.write_tokenizer(tmp_path / "in", pad_token=next(iter(added), "<unk>"))
+    (tmp_path / "in/added_tokens.json").write_text(json.dumps(added))
+    finetune(tmp_path / "in", train_file, tmp_path / "out", max_steps=0)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pad_token_id == pad_id
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").pad_token_id == pad_id
+
+
+def test_through_a_link(tied_folder, train_file, tmp_path):
+    """Catches a model that is not where the link leads, and what is staged beside the link, on another disk maybe."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    finetune(tied_folder, train_file, tmp_path / "out", max_steps=0)
+    assert_same_weights(tmp_path / "disk", tied_folder)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"] and (tmp_path / "out").is_symlink()
 
 
 # ---------------------------------------------------------------------------------------- bad input

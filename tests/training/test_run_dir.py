@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -17,14 +18,13 @@ from torch import nn
 
 from models.common import flag, write_json
 from tests import tiny
+from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
 from training.optim import OptimArgs, make_optimizer
 from training.run_dir import (
-    CheckpointWriter,
     Metrics,
     RunArgs,
     check_installed,
-    load_newest_checkpoint,
     prepare_output_dir,
     write_args,
 )
@@ -83,6 +83,40 @@ def test_output_dir(tmp_path):
     written = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert written["train_file"] == str(tmp_path / "a") and written["report_to"] == "é"
     assert written.keys() == {field.name for field in fields(Args)}
+
+
+DENIED = "cannot be written: Permission denied"
+# what a run writes, {name: how it cannot, what is said}
+UNWRITABLE = {
+    "a folder for a file": (lambda out: (out / "config.json").mkdir(), "config.json is a folder"),
+    "a file for a folder": (lambda out: (out / "checkpoints").touch(), "checkpoints is a file"),
+    "a broken link": (lambda out: (out.rmdir(), out.symlink_to("nowhere")), "is a symbolic link to nothing"),
+    "no permission": (lambda out: out.chmod(0o555), f"out {DENIED}"),
+    "none for a new folder": (lambda out: (out.rmdir(), out.parent.chmod(0o555)), DENIED),
+    "none below": (lambda out: (out / "step-000002").mkdir(0o555), f"step-000002 {DENIED}"),
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_an_output_dir_that_cannot_be_written(name, monkeypatch):
+    """Catches a run that takes its steps, and then finds that its model has no place."""
+    damage, complaint = UNWRITABLE[name]
+    with tempfile.TemporaryDirectory() as root:  # pytest's own is closed to others
+        out, user = Path(root, "out"), os.geteuid()
+        if user == 0:
+            os.chown(root, 65534, 65534)
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            out.mkdir()
+            damage(out)
+            with pytest.raises((OSError, ValueError), match=complaint) as caught:
+                prepare_output_dir(args_of(out))
+            assert str(caught.value).startswith(f"--output_dir {out}: ")
+        finally:
+            for folder in (Path(root), out, out / "step-000002"):
+                if folder.exists():
+                    folder.chmod(0o755)
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "5"])

@@ -59,7 +59,7 @@ def other_folder(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"max_seq_len": 40, "overlong": "truncate", "learning_rate": 1e-3, "adam_eps": 1e-4, "device": "cpu"}
-    given |= {"num_eval_samples": 0, "beta": BETA, "lr_schedule": "constant"}
+    given |= {"num_eval_samples": 0, "save_steps": 0, "beta": BETA, "lr_schedule": "constant"}
     given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
     return [part for name, value in given.items() for part in _flag(name, value)]
 
@@ -320,13 +320,14 @@ def test_metrics_and_evaluation(folder, other_folder, train_file, tmp_path):
     know renamed, and tokens counted on one side only."""
     eval_file = tiny.write_records(tmp_path / "eval.jsonl", RECORDS[:7])
     more = {"eval_file": eval_file, "eval_steps": 2, "max_steps": 5, "batch_size": 4, "num_eval_samples": 2}
-    more |= {"ref_checkpoint_path": other_folder, "eval_max_new_tokens": 5}
+    more |= {"ref_checkpoint_path": other_folder, "eval_max_new_tokens": 5, "export_steps": 3}
     result = train(folder, train_file, tmp_path / "out", micro_batch_size=3, **more)
     lines = metrics_of(tmp_path / "out")
     evaluated = {"eval_loss", *(f"eval_{name}" for name in MEANS)}
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 5]
     assert all(line.keys() - evaluated == KEYS for line in lines)
     assert lines[-1].keys() == KEYS | evaluated
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/step-000003")
     model, reference = (
         transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "out", other_folder)
     )

@@ -82,7 +82,7 @@ def world(tmp_path_factory):
 
 
 def flags(folder, world, out, **more):
-    given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out}
+    given = {"checkpoint_path": folder, "prompt_file": world / "prompts.jsonl", "output_dir": out, "save_steps": 0}
     given |= {"reward_fn": f"{world / 'fn.py'}:reward", "device": "cpu", "max_new_tokens": 6, "total_steps": 4}
     given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2}
     given |= {"learning_rate": 1e-3, "value_learning_rate": 1e-3, **more}
@@ -101,10 +101,12 @@ def ppo(*args, **more):
 
 def test_metrics_and_samples(folder, world, tmp_path):
     """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
-    not hold, an evaluation that moves the training by a bit, and metrics that are not of the answers."""
-    lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, lr_schedule="constant", warmup_ratio=0)
+    not hold, an evaluation that moves the training by a bit, metrics that are not of the answers, and a folder of a
+    step without one of the models."""
+    constant = {"lr_schedule": "constant", "warmup_ratio": 0}
+    lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
-    watched = ppo(folder, world, tmp_path / "watched", lr_schedule="constant", warmup_ratio=0, **more)
+    watched = ppo(folder, world, tmp_path / "watched", **constant, **more)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [2, 3, 4]
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
     for line in lines:
@@ -120,8 +122,11 @@ def test_metrics_and_samples(folder, world, tmp_path):
     for sample, bonus in zip(samples, [0, 1, 2, 0, 1, 2]):
         assert sample["score"] == pytest.approx(len(sample["output"]) / 10 + bonus)
     assert_same_weights(tmp_path / "plain", tmp_path / "watched")
-    opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain/critic")
-    assert opened.score.weight.abs().max() > 0
+    for out in (tmp_path / "plain", tmp_path / "plain/step-000003"):  # both models, in the folder of a step too
+        opened = transformers.AutoModelForSequenceClassification.from_pretrained(out / "critic")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "critic")
+        assert opened.score.weight.abs().max() > 0 and opened.config.pad_token_id == tokenizer.pad_token_id == 0
+        transformers.AutoModelForCausalLM.from_pretrained(out)
 
 
 def assert_same_weights(a, b):

@@ -13,10 +13,12 @@ import signal
 import time
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from models.checkpoint import load_model
 from tests import tiny
 from training import train_rm
 from training.data import training_batches
@@ -51,6 +53,7 @@ def files(tmp_path_factory):
 
 def flags(checkpoint_path, train_file, output_dir, **more):
     given = {"learning_rate": 1e-3, "adam_eps": 1e-4, "lr_schedule": "constant", "warmup_ratio": 0, "device": "cpu"}
+    given |= {"save_steps": 0}
     given |= {"checkpoint_path": checkpoint_path, "train_file": train_file, "output_dir": output_dir, **more}
     return [part for name, value in given.items() for part in ([f"--{name}"] + [str(value)] * (value is not True))]
 
@@ -298,6 +301,73 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
     assert {k: v for k, v in before.items() if k not in changed} == {k: config[k] for k in before.keys() - changed}
 
 
+def write_pad_tokenizer(folder, kind):
+    """A tokenizer that pads with EOS and says so in all its files: sentencepiece, or byte-level with a reserved token
+    (and a chat template), or with no token but what text is made of. Returns what should become the pad token."""
+    if kind == "sentencepiece":
+        tiny.write_tokenizer(folder, pad_token="</s>")
+        eos, wanted = "</s>", "<unk>"
+    else:
+        special = ["<|bos|>", "<|eos|>"] + ["<|im_end|>", "<|reserved_7|>", "<|user|>"] * (kind == "reserved")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(["Question the answer is and so or more!! it seems"] * 8, trainer)
+        wanted = next(t for t, i in sorted(backend.get_vocab().items(), key=lambda x: -x[1]) if t.startswith("Ġ"))
+        backend.add_special_tokens(special)
+        backend.enable_padding(pad_id=backend.token_to_id("<|eos|>"), pad_token="<|eos|>")
+        names = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1]}
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        fast.chat_template = "{{ messages }}<|im_end|>" if kind == "reserved" else None
+        fast.save_pretrained(folder)
+        eos, wanted = "<|eos|>", "<|reserved_7|>" if kind == "reserved" else wanted
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": eos}, "eos_token": eos}))
+    eos_id = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text()) | {"eos_token_id": eos_id, "pad_token_id": eos_id}
+        (folder / name).write_text(json.dumps(content))
+    return wanted
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "reserved", "plain"])
+def test_one_pad_token(kind, tmp_path):
+    """Catches scores in others' pipelines that are read behind the end of a row, since config.json and the tokenizer
+    name other pad tokens or both name EOS; and a pad token that gives texts other ids."""
+    tiny.write_model(tmp_path / "in", seed=4)
+    wanted = write_pad_tokenizer(tmp_path / "in", kind)
+    records = make_records("pairwise", 7)
+    for i, record in enumerate(records):
+        record["chosen"] += "!" * i
+    data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out"
+    train(tmp_path / "in", data, out, batch_size=4, max_steps=1)
+    before, tokenizer = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "in", out))
+    model, pad_id = opened(out).eval(), tokenizer.pad_token_id
+    assert tokenizer.pad_token == wanted and pad_id not in (tokenizer.eos_token_id, None)
+    assert model.config.pad_token_id == transformers.GenerationConfig.from_pretrained(out).pad_token_id == pad_id
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((out / name).read_text(encoding="utf-8"))["pad_token"] == wanted
+    if kind != "sentencepiece":
+        padding = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["padding"]
+        assert (padding["pad_token"], padding["pad_id"]) == (wanted, pad_id)
+    texts = [r["prompt"] + r[side] + tokenizer.eos_token for r in records for side in ("chosen", "rejected")]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    assert rows == [before(text)["input_ids"] for text in texts]
+    assert kind == "plain" or not any(pad_id in row for row in rows)
+    ours = tiny.run(
+        "inference/score.py", "--checkpoint_path", out, "--data_file", data, "--output_file", tmp_path / "s"
+    )
+    assert ours.code == 0, ours.stderr
+    names = ("chosen_reward", "rejected_reward")
+    scores = torch.tensor([line[key] for line in tiny.read_lines(tmp_path / "s") for key in names])
+    batches = [tokenizer(texts, padding=True, padding_side=side, return_tensors="pt") for side in ("right", "left")]
+    batches.append(padded(rows, tokenizer.pad_token_id, "right"))  # as TRL's RewardTrainer collates
+    with torch.no_grad():
+        for batch in batches:
+            torch.testing.assert_close(model(**batch).logits[:, 0], scores, rtol=0, atol=1e-4)
+
+
 def test_statistics_of_the_training_set(folder, files, tmp_path):
     """Catches reward_mean and reward_std missing where there is nothing to evaluate on."""
     train(folder, files["pairwise"], tmp_path / "out", batch_size=4)
@@ -310,17 +380,28 @@ def test_statistics_of_the_training_set(folder, files, tmp_path):
 
 
 def test_bfloat16(folder, files, reference, tmp_path, monkeypatch):
-    """Catches a head that is kept or computed in bf16 beside bf16 weights, and numbers that are not near."""
+    """Catches a head that is kept, computed, stored or read in bf16 beside bf16 weights, and numbers far off."""
+    history = reference("pairwise")[1]
     trained, load = [], train_rm.load_for_training
     monkeypatch.setattr(train_rm, "load_for_training", lambda *a, **k: trained.append(load(*a, **k)) or trained[0])
     more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, "center_coef": CENTER}
+    more |= {"export_dtype": "bfloat16", "export_steps": 2}
     train(folder, files["pairwise"], tmp_path / "out", dtype="bfloat16", param_dtype="bfloat16", **more)
     dtypes = {name: parameter.dtype for name, parameter in trained[0].named_parameters()}
     assert dtypes.pop("score.weight") == torch.float32 and set(dtypes.values()) == {torch.bfloat16}
     hidden = torch.randn(2, 3, 64, dtype=torch.bfloat16)
     assert trained[0].score(hidden).dtype == torch.float32
-    for line, (loss, _, _) in zip(tiny.read_lines(tmp_path / "out/metrics.jsonl"), reference("pairwise")[1]):
+    for line, (loss, _, _) in zip(tiny.read_lines(tmp_path / "out/metrics.jsonl"), history):
         assert line["loss"] == pytest.approx(loss, rel=0.01 if line["step"] == 1 else 0.1) and line["loss"] != loss
+    head = trained[0].score.weight.full_tensor()
+    assert (head.bfloat16() != head).any() and torch.equal(opened(tmp_path / "out").score.weight, head)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and weights_of(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+    inferred = load_model(tmp_path / "out", param_dtype=torch.bfloat16, head="score")
+    assert torch.equal(inferred.score.weight, head) and inferred.norm.weight.dtype == torch.bfloat16
+    of_step = json.loads((tmp_path / "out/step-000002/config.json").read_text())
+    assert of_step.keys() == config.keys() and of_step["reward_mean"] != config["reward_mean"]
+    assert opened(tmp_path / "out/step-000002").num_labels == 1
 
 
 # ------------------------------------------------------------------------------- metrics and evaluation

@@ -1,0 +1,235 @@
+"""Hugging Face folders out: a model's whole folder, or what was there before.
+
+- everything is written and synced inside the folder, in `.export.partial`; so a mounted or symlinked folder works, a
+  parent that cannot be written is no matter, and a full disk leaves what was there
+- one rename of config.json then switches from the old export to the new one, which that config.json names by
+  transformers' key for an explicit weight file, in `.export.partial`; the new files take their usual names behind it,
+  and a second rename drops the key
+- so whoever opens the folder with transformers 5, or here, at any moment and after a kill at any moment, gets the old
+  weights with the old config.json or the new with the new. Tokenizer files, the same in all exports of a run, follow
+  the switch one by one
+- a reader that does not know the key finds no index, or one model.safetensors, while names change: milliseconds
+- a switch that a kill cut short is completed by the next save, or by the run that goes on
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.checkpoint import WEIGHTS_KEY, hf_name
+from models.common import dtype_name, is_main_rank, read_json_object
+
+MAX_SHARD_BYTES = 5_000_000_000
+STAGING = ".export.partial"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Staged for the switch alone: the config.json that names the staged weights, their index, and what gets a second name.
+SWITCH_CONFIG, SWITCH_INDEX, LINK = "switch.json", "switch.safetensors.index.json", "link"
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def save_folder(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: dict,
+    copy_from: str | Path | None = None,
+    json_changes: dict[str, dict] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder that transformers opens; a folder that is there keeps its other files.
+
+    tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
+    config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
+    copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
+    keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
+    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written; then the old export
+    is there as it was.
+    """
+    if not is_main_rank():
+        for _ in tensors:  # gathering them is a collective
+            pass
+        return
+    folder = Path(folder)
+    complete_export(folder)
+    staging = folder / STAGING if folder.is_dir() else folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with _writing(folder):
+            staging.mkdir(parents=True)
+        tied = config.get("tie_word_embeddings", False)
+        saved_dtype = dtype_name(_write_shards(staging, tensors, tied, dtype, max_shard_bytes))
+        with _writing(folder):
+            _copy_files(staging, copy_from, json_changes or {})
+            config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
+            names = ["dtype"] + ["torch_dtype"] * ("torch_dtype" in config)
+            config.update(dict.fromkeys(names, saved_dtype))
+            _write_json(staging / "config.json", config)
+            _write_switch(staging, config)
+            for path in staging.iterdir():
+                shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
+                _sync(path)
+            _sync(staging)
+    except BaseException:  # what gathers or quantises the tensors may find them broken
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    with _writing(folder):
+        _publish(staging, folder)
+
+
+def complete_export(folder: Path) -> None:
+    """Brings a switch to its end that a kill cut short, and removes what another left; main rank only."""
+    config = folder / "config.json"
+    named = read_json_object(config).get(WEIGHTS_KEY) if config.is_file() else None
+    with _writing(folder):
+        if isinstance(named, str) and named.startswith(f"{STAGING}/"):
+            _take_names(folder)
+        elif (folder / STAGING).exists():
+            shutil.rmtree(folder / STAGING)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Gives the failures of writing one form. Not around what makes the tensors, whose errors say what they are of."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+# ------------------------------------------------------------------------------------------ staging
+
+
+def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
+    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors); returns the dtype of the
+    embedding, which is the one that config.json names."""
+    shards: list[list[str]] = []
+    total, pending, saved_dtype = 0, {}, None
+
+    def flush():
+        with _writing(folder.parent):
+            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        own_dtype = torch.float32 if name == "score.weight" else dtype
+        tensor = tensor.detach().to(device="cpu", dtype=own_dtype).contiguous()
+        if saved_dtype is None or name == "embed_tokens.weight":
+            saved_dtype = tensor.dtype
+        if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:
+            flush()
+            pending = {}
+        pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(folder / "shard-0", folder / WEIGHTS)
+        return saved_dtype
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"shard-{i}", folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    with _writing(folder.parent):
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return saved_dtype
+
+
+def _copy_files(staging: Path, source: str | Path | None, json_changes: dict[str, dict]) -> None:
+    for name in COPIED_FILES if source is not None else ():
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, staging / name)
+    for name, changes in json_changes.items():
+        content = read_json_object(staging / name) if (staging / name).exists() else {}
+        if {**content, **changes} != content:
+            _write_json(staging / name, {**content, **changes})
+
+
+def _write_switch(staging: Path, config: dict) -> None:
+    """The config.json that names the staged weights, and for shards an index that finds them there."""
+    weights = WEIGHTS
+    if not (staging / WEIGHTS).exists():
+        weights, index = SWITCH_INDEX, read_json_object(staging / INDEX)
+        index["weight_map"] = {tensor: f"{STAGING}/{file}" for tensor, file in index["weight_map"].items()}
+        _write_json(staging / SWITCH_INDEX, index)
+    _write_json(staging / SWITCH_CONFIG, {**config, WEIGHTS_KEY: f"{STAGING}/{weights}"})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------- into its place
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    if staging.parent != folder:  # there was no such folder
+        for name in (SWITCH_CONFIG, SWITCH_INDEX):
+            (staging / name).unlink(missing_ok=True)
+        os.rename(staging, folder)
+        _sync(folder.parent)
+        return
+    if (folder / "config.json").exists():
+        os.replace(staging / SWITCH_CONFIG, folder / "config.json")
+        _sync(folder)
+    _take_names(folder)
+
+
+def _take_names(folder: Path) -> None:
+    """Gives the staged files their usual names, config.json last. They keep their staged names until then, and it can
+    be done again from the start, after a kill."""
+    staging = folder / STAGING
+    paths = [path for path in staging.iterdir() if path.name not in ("config.json", SWITCH_CONFIG, SWITCH_INDEX, LINK)]
+    paths.sort(key=lambda path: path.name == INDEX)  # after the shards that it lists
+    (folder / INDEX).unlink(missing_ok=True)
+    for old in [folder / WEIGHTS, *folder.glob("model-*-of-*.safetensors")]:
+        if old.name not in {path.name for path in paths}:
+            old.unlink(missing_ok=True)
+    for path in paths:
+        _link(path, folder / path.name)
+    _sync(folder)
+    _link(staging / "config.json", folder / "config.json")
+    _sync(folder)
+    shutil.rmtree(staging)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Gives a staged file a second name, at once also where the target exists."""
+    beside = path.parent / LINK
+    beside.unlink(missing_ok=True)  # of a kill, or left since a rename onto the same file does nothing
+    try:
+        os.link(path, beside)
+    except OSError:  # FAT and some network mounts have no hard links
+        shutil.copyfile(path, beside)
+        _sync(beside)
+    os.replace(beside, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network mounts cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""The pad token of an exported folder: one, whichever file is asked.
+
+Scores of a padded batch are read at the last token that is not config.json's pad, and tokenizer(texts, padding=True)
+pads with the tokenizer's. So a reward model's folder needs one pad token in all its files, and one that ends no row:
+with EOS, as many folders have it, the score would be read behind or before the end. It is one of the tokens that the
+vocabulary has, so that no weight changes shape and every text keeps its ids.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+
+from models.checkpoint import Folder
+from models.common import read_json_object
+
+
+class PadToken(NamedTuple):
+    text: str
+    id: int
+
+
+class _Vocabulary(NamedTuple):
+    ids: dict[str, int]
+    added: dict[str, int]  # those that a text is searched for, special tokens among them
+
+
+def named_pad_token(path: Path) -> PadToken | None:
+    """The pad token that a folder's tokenizer files name, None if they name none or one that they do not hold."""
+    text = _named(path, "pad_token")
+    token_id = None if text is None else _read_vocabulary(path).ids.get(text)
+    return None if token_id is None else PadToken(text, token_id)
+
+
+def choose_pad_token(folder: Folder) -> PadToken:
+    """A pad token for rows that end in EOS or an end of turn: the folder's own where it ends nothing; else `<unk>`;
+    else an added token without a part in chats, preferably one that was kept in reserve; else the last entry of the
+    vocabulary, its rarest, that no text spells (in a byte-level one a space is written as another character)."""
+    path, tokenizer = folder.path, folder.tokenizer
+    vocabulary = _read_vocabulary(path)
+    template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
+    usable = {text: i for text, i in vocabulary.ids.items() if i not in ends and i < folder.config.vocab_size}
+    for text in (_named(path, "pad_token"), _named(path, "unk_token"), "<unk>"):
+        if text in usable:
+            return PadToken(text, usable[text])
+    added = [text for text in vocabulary.added if text in usable and text not in template]
+    kinds = ("pad", "reserved", "unused", "")
+    added.sort(key=lambda text: (next(i for i, kind in enumerate(kinds) if kind in text.lower()), -usable[text]))
+    spaced = [text for text in usable if text.startswith("\u0120") and text not in vocabulary.added]
+    text = added[0] if added else max(spaced or usable, key=usable.get)
+    return PadToken(text, usable[text])
+
+
+def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
+    """The changes, {file name: keys to set}, that make this the pad token of all files of a folder but config.json;
+    files that agree, or say nothing and need not, are not among them."""
+    changes: dict[str, dict] = {}
+    if _named(path, "pad_token", ("tokenizer_config.json",)) != pad.text:
+        changes["tokenizer_config.json"] = {"pad_token": pad.text}
+    if _named(path, "pad_token", ("special_tokens_map.json",)) not in (None, pad.text):
+        changes["special_tokens_map.json"] = {"pad_token": pad.text}
+    padding = _read(path / "tokenizer.json").get("padding")
+    if isinstance(padding, dict) and (padding.get("pad_token"), padding.get("pad_id")) != pad:
+        changes["tokenizer.json"] = {"padding": {**padding, "pad_token": pad.text, "pad_id": pad.id}}
+    if _read(path / "generation_config.json").get("pad_token_id") not in (None, pad.id):
+        changes["generation_config.json"] = {"pad_token_id": pad.id}
+    return changes
+
+
+def _read(path: Path) -> dict:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _named(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.json", "special_tokens_map.json")):
+    """The text of a token that a file names, as such or as an object with its content."""
+    for file in files:
+        value = _read(path / file).get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _read_vocabulary(path: Path) -> _Vocabulary:
+    """Of a folder whose tokenizer has been opened, so its files are sound."""
+    if (path / "tokenizer.json").is_file():
+        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        ids = backend.get_vocab(with_added_tokens=True)
+        added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
+    else:
+        processor = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+        added = {piece: i for piece, i in ids.items() if processor.is_control(i)}
+    more = {text: i for text, i in _read(path / "added_tokens.json").items() if isinstance(i, int)}
+    for i, token in _read(path / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
+        more[token["content"]] = int(i)
+    return _Vocabulary({**ids, **more}, {**added, **more})

@@ -1,0 +1,260 @@
+"""Writing Hugging Face folders (models/export.py): what others read from them, and that none is ever lost."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from models import export
+from models.checkpoint import WeightFiles, folder_config, load_model, stored_dtype
+from models.export import complete_export, save_folder
+from models.model import read_hf_config
+from tests import tiny
+from tests.models.test_checkpoint import same_weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
+def test_export_opens_in_transformers(tmp_path, tied, max_shard_bytes):
+    """Catches: wrong names, a lost tensor, a stale dtype or index, tokenizer files that are not carried along."""
+    theirs = tiny.write_model(tmp_path / "in", tie_word_embeddings=tied, attention_bias=True)
+    ours = load_model(tmp_path / "in")
+    out = tmp_path / "deep" / "out"
+    config = read_hf_config(tmp_path / "in")[0]
+    save_folder(
+        out, ours.state_dict().items(), config=config, copy_from=tmp_path / "in", max_shard_bytes=max_shard_bytes
+    )
+    shards = list(out.glob("model*.safetensors"))
+    assert (len(shards) == 1) == (max_shard_bytes == 10**9)
+    assert sum(path.stat().st_size for path in shards) < 1.1 * sum(p.nbytes for p in theirs.parameters()) + 20_000
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, theirs(input_ids).logits)
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
+    same_weights(out, theirs)
+
+
+@pytest.mark.parametrize("named", [("torch_dtype",), ("dtype",), ("dtype", "torch_dtype"), ()], ids=str)
+def test_export_dtype(tmp_path, folder, named):
+    """Catches: config.json that names another dtype than the files hold, under the name of today's transformers or of
+    version 4's; and a file named that the export does not have."""
+    out = tmp_path / "out"
+    config = {name: value for name, value in folder_config(folder).items() if "dtype" not in name}
+    config |= {**dict.fromkeys(named, "float32"), "transformers_weights": "gone.safetensors"}
+    save_folder(out, load_model(folder).state_dict().items(), config=config, dtype=torch.bfloat16)
+    assert stored_dtype(out) == torch.bfloat16
+    assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+    written = read_hf_config(out)[0]
+    assert {written[name] for name in {*named, "dtype"}} == {"bfloat16"} and "transformers_weights" not in written
+
+
+def test_json_changes(tmp_path, folder):
+    """Catches: keys of a copied file lost or a file made anew where nothing changes, and one that is not made."""
+    changes = {"generation_config.json": {"eos_token_id": [2, 5]}, "tokenizer_config.json": {"eos_token": "</s>"}}
+    changes["special_tokens_map.json"] = {"pad_token": "é"}
+    save_folder(
+        tmp_path / "out",
+        load_model(folder).state_dict().items(),
+        config=folder_config(folder),
+        copy_from=folder,
+        json_changes=changes,
+    )
+    before, after = (json.loads((path / "generation_config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert after == before | {"eos_token_id": [2, 5]} and len(before) > 2
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 5]
+    assert json.loads((tmp_path / "out/special_tokens_map.json").read_text(encoding="utf-8")) == {"pad_token": "é"}
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+
+
+# ------------------------------------------------------------------------------------- never lost
+
+SHARDED, WHOLE = 12_000, 10**9  # bytes of a file
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+# {name: (bytes of the old export's files, of the new one's)}
+TRANSITIONS = {
+    "first": (None, SHARDED),
+    "whole to whole": (WHOLE, WHOLE),
+    "whole to shards": (WHOLE, SHARDED),
+    "shards to whole": (SHARDED, WHOLE),
+    "shards to shards": (SHARDED, SHARDED + 4_000),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two folders with other weights, other dtypes, and a number in config.json that belongs to the weights."""
+    folders = []
+    for seed, dtype in ((1, torch.float32), (2, torch.bfloat16)):
+        folder = tmp_path_factory.mktemp("model")
+        tiny.write_model(folder, seed=seed, dtype=dtype, reward_mean=seed, **SHAPE)
+        folders.append(folder)
+    return folders
+
+
+def save(out, model, max_shard_bytes, tensors=None):
+    tensors = tensors or load_model(model).state_dict().items()
+    save_folder(out, tensors, config=folder_config(model), copy_from=model, max_shard_bytes=max_shard_bytes)
+
+
+def holds(out, model) -> bool:
+    """Whether transformers and our loader read this model from a folder, with its config.json."""
+    theirs, wanted = transformers.AutoModelForCausalLM.from_pretrained(out), load_file(model / "model.safetensors")
+    ours = dict(load_model(out).named_parameters())
+    same = [torch.equal(p, wanted[name]) and p.dtype == wanted[name].dtype for name, p in theirs.named_parameters()]
+    same += [torch.equal(p, wanted[name if name == "lm_head.weight" else f"model.{name}"]) for name, p in ours.items()]
+    assert len(ours) == len(wanted) and len(same) == 2 * len(wanted)
+    config = read_hf_config(out)[0]
+    return all(same) and config["reward_mean"] == read_hf_config(model)[0]["reward_mean"] == theirs.config.reward_mean
+
+
+CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def run_until(k, action) -> bool:
+    """Runs action in a process of its own that is killed before its k-th change of the file system; whether it ended
+    first. Python tells of all of them but the bytes that safetensors writes."""
+    pid = os.fork()
+    if pid == 0:
+        left = [k]
+
+        def count(event, arguments):
+            if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                if not left[0]:
+                    signal.raise_signal(signal.SIGKILL)
+                left[0] -= 1
+
+        sys.addaudithook(count)
+        try:
+            action()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def state(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(repr([(str(f), f.read_bytes()) for f in files]).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
+    """Catches an old export that goes before the new one is whole, weights beside the config.json or the shards of
+    another export, a folder that cannot be opened for a moment, and a kill whose remains stay or spoil the next save.
+    Every state that a kill can leave is opened with transformers and with our loader."""
+    (old, new), (old_bytes, new_bytes) = models, TRANSITIONS[name]
+    begin, out = tmp_path / "begin", tmp_path / "out"
+    begin.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # for a loss of power; half of this test's time
+    (begin / "metrics.jsonl").write_text("{}\n")
+    if old_bytes:
+        save(begin, old, old_bytes)
+    tensors = list(load_model(new).state_dict().items())
+    opened = cache(lambda _, model: holds(out, model))  # by the state of the folder
+    k, is_new, ended = 0, {}, False  # is_new: of each state that a kill left, in their order
+    while not ended:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(begin, out)
+        ended = run_until(k, lambda: save(out, new, new_bytes, tensors))
+        k += 1
+        now = state(out)
+        if now in is_new:
+            continue
+        has_model = (out / "config.json").exists()
+        is_new[now] = has_model and opened(now, new)
+        assert is_new[now] or (opened(now, old) if old_bytes else not has_model)
+        complete_export(out)  # as a run that goes on does
+        assert not list(out.glob(".*")) and (not has_model or opened(state(out), new) == is_new[now])
+        if len(is_new) % 2:
+            continue
+        save(out, new, new_bytes, tensors)
+        assert opened(state(out), new) and not list(out.glob(".*")) and (out / "metrics.jsonl").exists()
+        files = {path.name for path in WeightFiles(out).paths()}
+        assert {path.name for path in out.glob("*.safetensors")} == files and (len(files) > 1) == (new_bytes != WHOLE)
+    assert k > 20 and is_new[now] and list(is_new.values()) == sorted(is_new.values())
+
+
+def test_disk_full(models, tmp_path, monkeypatch):
+    """Catches a full disk, met at any of the writes, that takes the old export with it, leaves behind what fills the
+    disk, or does not say which folder it was."""
+    old, new = models
+    out, left = tmp_path / "out", [0]
+    save(out, old, SHARDED)
+    before = state(out)
+
+    def until_full(real):
+        def write(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **kwargs)
+
+        return write
+
+    monkeypatch.setattr(export, "save_file", until_full(export.save_file))
+    monkeypatch.setattr(Path, "write_text", until_full(Path.write_text))
+    monkeypatch.setattr(shutil, "copyfile", until_full(shutil.copyfile))
+    monkeypatch.setattr(os, "fsync", until_full(os.fsync))  # network mounts tell of a full disk here
+    for k in itertools.count():
+        left[0] = k
+        try:
+            save(out, new, SHARDED)
+        except OSError as error:
+            assert str(error) == f"{out}: cannot be written: No space left on device"
+            assert state(out) == before
+        else:
+            break
+    assert k > 15 and holds(out, new)
+
+
+def test_disk_full_within_a_shard(models, tmp_path):
+    """Catches a traceback of what writes the shards. Files cannot grow beyond a size, as where the disk ends."""
+    old, new = models
+    save(tmp_path / "out", old, WHOLE)
+
+    def action():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+        with pytest.raises(OSError, match=r"out: cannot be written: .*File too large"):
+            save(tmp_path / "out", new, WHOLE)
+
+    assert run_until(10_000, action) and holds(tmp_path / "out", old) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_without_hard_links(models, tmp_path, monkeypatch):
+    """Catches a file system that has none, FAT for example, on which an export could not replace another."""
+    old, new = models
+    save(tmp_path / "out", old, WHOLE)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    save(tmp_path / "out", new, WHOLE)
+    assert holds(tmp_path / "out", new) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_tensors_that_end_in_an_error(tmp_path, folder):
+    """Catches a folder that looks whole while tensors were still being written, and what was written left behind."""
+
+    def tensors():
+        yield from list(load_model(folder).state_dict().items())[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_folder(tmp_path / "out", tensors(), config=folder_config(folder), max_shard_bytes=10_000)
+    assert not list(tmp_path.iterdir())

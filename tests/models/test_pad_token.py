@@ -1,0 +1,46 @@
+"""models/pad_token.py: which token pads an exported folder. What scores then come out: training/test_train_rm.py."""
+
+import json
+
+import pytest
+
+from models.checkpoint import open_folder
+from models.pad_token import PadToken, choose_pad_token, named_pad_token, pad_changes
+from tests import tiny
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.write_model(tmp_path, vocab_size=tiny.VOCAB_SIZE + 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("named", "added", "wanted"),
+    [
+        ("<pad>", {"<pad>": tiny.VOCAB_SIZE}, PadToken("<pad>", tiny.VOCAB_SIZE)),
+        ("<pad>", {"<pad>": tiny.VOCAB_SIZE + 1}, PadToken("<unk>", 0)),  # has no embedding
+        ("<s>", {}, PadToken("<unk>", 0)),
+        ({"content": "</s>"}, {}, PadToken("<unk>", 0)),
+        (None, {}, PadToken("<unk>", 0)),
+        ("<turn>", {"<turn>": tiny.VOCAB_SIZE}, PadToken("<unk>", 0)),  # ends an answer, as generation_config.json says
+    ],
+)
+def test_choice(folder, named, added, wanted):
+    """Catches a pad token that ends or begins rows, one beyond the embedding, and the folder's own passed over."""
+    tiny.write_tokenizer(folder, pad_token=named)
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    if "<turn>" in added:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, tiny.VOCAB_SIZE]}))
+    assert choose_pad_token(open_folder(folder)) == wanted
+
+
+def test_changes(folder):
+    """Catches files rewritten that agree, and a token named that no file names."""
+    assert named_pad_token(folder) is None
+    tiny.write_tokenizer(folder, pad_token="<unk>")
+    pad = named_pad_token(folder)
+    assert pad == PadToken("<unk>", 0) and pad_changes(folder, pad) == {}
+    (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": 2}))
+    assert pad_changes(folder, pad) == {"generation_config.json": {"pad_token_id": 0}}
+    assert pad_changes(folder, PadToken("</s>", 2)) == {"tokenizer_config.json": {"pad_token": "</s>"}}

@@ -26,7 +26,7 @@ from models.common import at_least_one, flag, fraction, non_negative
 from models.decode import KVCache
 from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
-from models.noise import column_hashes, noise_key, random_bits
+from models.noise import column_hashes, exponential, noise_key, random_bits
 from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import chunk_range, gather_ranks, size_of
 from models.vocab_parallel import gather_vocabulary, pad_vocabulary
@@ -96,11 +96,9 @@ def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor
     """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
 
     keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
-    the column hashes of the tokens. 31 bits make a uniform whose small values keep full relative precision, hence also
-    the tail that decides rare tokens.
+    the column hashes of the tokens.
     """
-    x = random_bits(keys, positions, hashes).bitwise_and_(0x7FFFFFFF)
-    return x.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
+    return exponential(random_bits(keys, positions, hashes))
 
 
 def sample(

@@ -14,7 +14,7 @@ from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import KVCache, load_for_inference, to_inference
 from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
-from models.noise import column_hashes, noise_key
+from models.noise import column_hashes, exponential, noise_key
 from models.tokenizer import Tokenizer
 from tests import tiny
 
@@ -271,6 +271,27 @@ def test_noise_is_exponential_in_its_tail_too():
     for bound in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 5.0, 10.0):
         p = 1 - math.exp(-bound)
         assert abs((draws < bound).sum() - n * p) < 4 * math.sqrt(n * p * (1 - p)), bound
+
+
+def test_noise_is_finite_for_every_hash(monkeypatch):
+    """Catches a uniform that rounds to 1 or 0 at the ends of the 31 bits: its noise is infinite, and where top-p has
+    left one candidate, token 0 wins the race with it. Other draws stay as they were, to the bit."""
+    ends = [torch.arange(start, start + 4096) for start in (0, 2**30 - 2048, 2**31 - 4096, -(2**31), -4096)]
+    bits = torch.cat(ends).to(torch.int32)
+    draws = exponential(bits.clone())
+    uniforms = ((bits & 0x7FFFFFFF).double() + 0.5) / 2**31
+    assert draws.isfinite().all() and draws.min() > 0 and draws.log().isfinite().all()
+    small = uniforms < 0.1
+    torch.testing.assert_close(draws[small].double(), -torch.log1p(-uniforms[small]), rtol=1e-6, atol=0)
+    before = -torch.log1p(-((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31)
+    assert torch.equal(draws[before.isfinite()], before[before.isfinite()])
+    assert 0 < before.isinf().sum() <= 2 * 64
+
+    largest = lambda keys, rows, hashes: torch.full_like(hashes, -1).view(1, -1)  # noqa: E731
+    monkeypatch.setattr("models.generation.random_bits", largest)
+    logits, key = torch.tensor([[1.0, 2.0, 9.0, 3.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
+    for params in (SamplingParams(1.0, top_p=0.5), SamplingParams(1.0, top_k=1, top_p=0.5)):
+        assert sample(logits, key, key, column_hashes(5), params)[0].item() == 2
 
 
 @pytest.mark.parametrize("neighbours", ["tokens", "positions", "samples", "prompts", "seeds"])

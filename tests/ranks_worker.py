@@ -3,7 +3,8 @@
 A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
 GPUs. Others: ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step; ["sampling"]
-holds sampling from parts of the vocabulary against sampling from the whole.
+holds sampling from parts of the vocabulary against sampling from the whole; ["recomputing", FOLDER] counts the
+collectives of a step.
 """
 
 import importlib
@@ -22,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
-from models.common import end_process, parse_args
-from models.fsdp import clip_grad_norm, init_mesh
+from models.common import Runtime, end_process, parse_args
+from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import SamplingParams, sample
 from models.noise import column_hashes, noise_key
 from models.tp import chunk_range
@@ -41,6 +43,8 @@ def run_job(name: str, *arguments: str) -> None:
         rewind(*arguments)
     elif name == "sampling":
         check_sampling()
+    elif name == "recomputing":
+        check_recomputing(*arguments)
     elif name.startswith("training."):
         train(importlib.import_module(name), arguments)
     else:
@@ -93,6 +97,36 @@ def check_sampling() -> None:
                 tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
                 assert torch.equal(tokens, wanted), (V, logits.dtype, params)
                 torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
+
+
+def check_recomputing(folder: str) -> None:
+    """A step that recomputes selectively sums over the ranks as often as one that does not recompute, with the same
+    gradients to the bit. Only the gathered tokens of sequence parallelism are gathered again, once for each half of a
+    block, and recomputing whole blocks sums again: so the count can tell."""
+    tp_size, runtime = int(os.environ["WORLD_SIZE"]), Runtime(torch.device("cpu"), torch.float32, False)
+    mesh = init_mesh(runtime.device, tp_size)
+    input_ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    for sequence_parallel in (False, True):
+        sums, gathers, gradients = {}, {}, {}
+        for recompute in ("none", "selective", "full"):
+            args = ParallelArgs(
+                tensor_parallel_size=tp_size,
+                sequence_parallel=sequence_parallel,
+                activation_checkpointing=recompute,
+            )
+            model = load_for_training(folder, mesh, args, runtime)
+            with CommDebugMode() as counter:
+                model(input_ids).square().sum().backward()
+            counts = {str(operation): count for operation, count in counter.get_comm_counts().items()}
+            sums[recompute] = sum(n for name, n in counts.items() if "all_reduce" in name or "reduce_scatter" in name)
+            gathers[recompute] = sum(n for name, n in counts.items() if "all_gather" in name)
+            gradients[recompute] = {n: p.grad.to_local() for n, p in model.named_parameters() if p.grad is not None}
+        print(sequence_parallel, sums, gathers)
+        assert 0 < sums["selective"] == sums["none"] < sums["full"], sums
+        repeated = 2 * model.config.num_hidden_layers if sequence_parallel else 0
+        assert gathers["selective"] == gathers["none"] + repeated, gathers
+        for name, wanted in gradients["none"].items():
+            assert torch.equal(gradients["selective"][name], wanted), name
 
 
 def is_alive(pid: int) -> bool:

@@ -137,8 +137,8 @@ def compare(root, name: str, out: str) -> float:
 def test_layouts_agree(world, layout):
     """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
     micro-batches or ranks instead of tokens, a rank that repeats or skips rows, samples at an evaluation that are
-    not those of the whole, current weights, a scalar head that differs between ranks, and rewards of one rank alone in
-    a metric."""
+    not those of the whole, current weights, a scalar head that differs between ranks, rewards of one rank alone in a
+    metric, and a recomputation that repeats the ranks' sums."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]
     jobs, outs = [], []
@@ -159,6 +159,8 @@ def test_layouts_agree(world, layout):
     for loss in REWARDS:
         outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
         jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
+    if layout == "tp 2":
+        jobs.append(["recomputing", root / "biased"])
     launch(ranks, jobs)
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found

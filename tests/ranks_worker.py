@@ -55,9 +55,9 @@ def run_job(name: str, *arguments: str) -> None:
 def train(script, arguments: tuple[str, ...]) -> None:
     steps, writer = [], run_dir.CheckpointWriter
 
-    def recording_clip(model, max_norm):
-        steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
-        return clip_grad_norm(model, max_norm)
+    def recording_clip(model, max_norm, scale):
+        steps.append({name: scale * p.grad.full_tensor() for name, p in model.named_parameters()})
+        return clip_grad_norm(model, max_norm, scale)
 
     def asynchronous(*args, **options):
         return writer(*args, **{**options, "asynchronous": True})

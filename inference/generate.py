@@ -211,7 +211,8 @@ class LinePrinter:
             prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
         elif self.active:
-            print(encode_line(line).decode(), end="", flush=True)
+            encoding = sys.stdout.encoding or "utf-8"
+            print(encode_line(line, encoding).decode(encoding), end="", flush=True)
 
 
 def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:

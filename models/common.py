@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -232,7 +233,16 @@ def short(error: BaseException) -> str:
 
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
+    accept_any_text()
     end_process(run_main(main, Args))
+
+
+def accept_any_text() -> None:
+    """Nothing that a model says or a person types ends a run because the terminal's encoding has no such character:
+    what cannot be printed is shown as an escape, what cannot be read as U+FFFD."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # not where a stream is closed
+            stream.reconfigure(errors=errors)
 
 
 def end_process(code: int) -> None:
@@ -393,11 +403,8 @@ def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
 
 
 def visible(text: str) -> str:
-    """One line that any terminal takes: line breaks and control characters as escapes, and what standard output cannot
-    encode too, since a run must not end by what its model says."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    """One line that any terminal takes: line breaks and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ------------------------------------------------------------------------------------- small JSON files

@@ -90,6 +90,11 @@ def flag(
     return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, "may_change": may_change})
 
 
+def with_newlines(text: str) -> str:
+    r"""The text of a flag that may hold newlines, which a person writes as \n: type=with_newlines."""
+    return text.replace("\\n", "\n")
+
+
 positive = Bounds(above=0)
 non_negative = Bounds(least=0)
 at_least_one = Bounds(least=1)

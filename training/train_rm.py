@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import has_score_head, open_folder
-from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible
+from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible, with_newlines
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -62,7 +62,7 @@ class RmArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs):
     )
     step_separator: str = flag(
         "\n",
-        type=lambda text: text.replace("\\n", "\n"),
+        type=with_newlines,
         help=r"what follows each step, kept in config.json; \n is a newline, and the default; process only",
     )
     num_eval_samples: int = flag(

@@ -29,6 +29,7 @@ from models.common import Runtime, end_process, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import SamplingParams, sample
 from models.noise import column_hashes, noise_key
+from models.repetition import SeenTokens
 from models.tp import chunk_range
 from tests.faults import planted
 from training import run_dir
@@ -36,6 +37,9 @@ from training import run_dir
 torch.set_num_threads(1)
 FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
 SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1.0) for filters in FILTERS)]
+SETTINGS += [
+    SamplingParams(t, top_k=k, repetition_penalty=p) for t, k, p in ((0.0, 0, 1.6), (0.7, 0, 1.6), (1.0, 9, 0.8))
+]
 
 
 def run_job(name: str, *arguments: str) -> None:
@@ -90,11 +94,18 @@ def check_sampling() -> None:
     positions = torch.arange(64)
     for V in (5, 385, 3000):
         smooth = 3 * torch.randn(64, V, generator=generator)
+        tables = [SeenTokens(64, V, tp.device_type, mesh) for mesh in (None, tp)]
+        for slot, ids in enumerate(torch.randint(V, (64, V // 4), generator=generator).tolist()):
+            for table in tables:
+                table.begin(slot, ids)
+                table.add(torch.tensor([slot % V]), torch.tensor([slot]))
         for logits in (smooth, smooth.round(), smooth.bfloat16()):
             start, end = chunk_range(V, tp.get_local_rank(), tp.size())
             for params in SETTINGS:
-                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params)
-                tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
+                seen, own_seen = (None if params.repetition_penalty == 1 else table.table for table in tables)
+                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params, None, seen)
+                own = logits[:, start:end]
+                tokens, logprobs = sample(own, keys, positions, column_hashes(V), params, tp, own_seen)
                 assert torch.equal(tokens, wanted), (V, logits.dtype, params)
                 torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
 

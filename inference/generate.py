@@ -222,7 +222,10 @@ def carried_fields(record: Record) -> dict[str, object]:
     read, carried = "prompt" if "prompt" in record.fields else "input", {}
     for name, value in record.fields.items():
         new = f"reference_{name}" if name in WRITTEN else name
-        require(new == name or new not in record.fields, f"{name!r} would be written as {new!r}, which is there too")
+        require(
+            new == name or new not in record.fields,
+            f"{name!r} would be written as {new!r}, which is there too; rename one",
+        )
         if name != read:
             carried[new] = value
     return carried

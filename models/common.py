@@ -246,14 +246,15 @@ def accept_any_text() -> None:
     """Nothing that a model says or a person types ends a run because the terminal's encoding has no such character:
     what cannot be printed is shown as an escape, what cannot be read as U+FFFD."""
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # not where a stream is closed
-            stream.reconfigure(errors=errors)
+        if isinstance(stream, io.TextIOWrapper):  # None where a stream is closed
+            with contextlib.suppress(io.UnsupportedOperation):  # who has read from it before knows how
+                stream.reconfigure(errors=errors)
 
 
 def end_process(code: int) -> None:
     """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
     and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)

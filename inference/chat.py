@@ -2,8 +2,8 @@
 
     python inference/chat.py --checkpoint_path DIR --system "You are brief."
 
-An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /clear forgets the conversation. Conversations go through the
-folder's chat template; a folder without one continues plain text.
+Lines can be edited and called back with the arrow keys. Conversations go through the folder's chat template; a folder
+without one continues plain text. Ctrl-C ends an answer, and at the prompt the chat, as Ctrl-D does.
 """
 
 import contextlib
@@ -16,16 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from inference.system import opening_of
 from models.chats import read_chat
-from models.checkpoint import ModelArgs, open_folder
+from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.generation import Engine, Request, SamplingArgs, SamplingParams
+from models.generation import Engine, Request, SamplingArgs
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
-from models.tokenizer import StreamDecoder, Tokenizer
+from models.tokenizer import StreamDecoder
 from models.tp import TensorParallelArgs
+
+HELP = (
+    "/reset forgets the conversation, /system TEXT also sets the system message (none without TEXT), /help; Ctrl-D ends"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,68 +55,110 @@ def main(args: ChatArgs) -> None:
     )
     scheme, tokenizer = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.tokenizer
     limit = args.max_seq_len or min(4096, folder.max_seq_len)
-    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids)
+    params = args.params(args.seed, tokenizer, folder.eos_token_ids)
+    opening = opening_of(args.system, tokenizer)
     tp = parallel_of(init_mesh(runtime.device, args.tensor_parallel_size)).tp
     model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme)
-    engine = Engine(model, params, num_slots=1, max_seq_len=limit, compile=runtime.compile, look_every=1)
-    say(f"{args.checkpoint_path} on {device_name(runtime.device)}; an empty line ends the chat, /clear starts anew")
+    options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "look_every": 1}
+    engine = Engine(model, params, tokenizer=tokenizer, **options)
+    say(f"{args.checkpoint_path} on {device_name(runtime.device)}\n{HELP}")
 
-    opening = [{"role": "system", "content": args.system}] if args.system else []
     messages, turn = list(opening), 0
-    while True:
-        text = read_line()
-        if not text.strip():
-            break
-        if text.strip() == "/clear":
+    while (text := read_line()) is not None:
+        command, _, rest = text.strip().partition(" ")
+        if command in ("/reset", "/system"):
+            if command == "/system":
+                opening = new_opening(rest.strip(), folder, opening)
             messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": text})
-        plain = "".join(message["content"] for message in messages)
-        prompt = read_chat(messages) if tokenizer.chat_template is not None else plain
-        prompt_ids = encode_prompt(prompt, tokenizer)
-        check_ids(prompt_ids, folder.config.vocab_size, "this message")
-        room = limit - len(prompt_ids)
-        if room < 1:
-            say(f"(the conversation fills the {limit} tokens: /clear it, or start with a larger --max_seq_len)")
-            messages.pop()
-            continue
-        request = Request(turn, 0, prompt_ids, min(args.max_new_tokens, room))
-        messages.append({"role": "assistant", "content": answer(engine, tokenizer, request)})
-        turn += 1
+        elif command == "/help" or (command.startswith("/") and command[1:].isalpha()):
+            say(HELP if command == "/help" else f"(there is no {command}: {HELP})")
+        elif command:
+            messages.append({"role": "user", "content": text})
+            request = request_of(messages, turn, folder, args.max_new_tokens, limit)
+            if request is None:
+                say(f"(the conversation fills the {limit} tokens: /reset it, or start with a larger --max_seq_len)")
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer(engine, request)})
+                turn += 1
 
 
-def read_line() -> str:
-    """What the user types at the main rank, on every rank; "" at the end of input."""
-    line = [""]
+def read_line() -> str | None:
+    """What the user types at the main rank, on every rank; None at the end of input, or for Ctrl-C."""
+    line = [None]
     if is_main_rank():
-        with contextlib.suppress(EOFError):
-            line = [input("\n> ")]
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401 (from here on input() edits lines and remembers them)
+        print()
+        try:
+            line = [input("> ")]
+        except (EOFError, KeyboardInterrupt):
+            print()
     dist.broadcast_object_list(line, src=0)
     return line[0]
 
 
-def answer(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
-    """Prints the answer as it comes and returns it; Ctrl-C cuts it short."""
-    decoder, pieces, ending = StreamDecoder(tokenizer, request.prompt_ids), [], ""
+def new_opening(system: str, folder: Folder, opening: list[dict]) -> list[dict]:
+    """The messages that a conversation begins with from here on; what they were, if the template refuses them."""
+    try:
+        return opening_of(system or None, folder.tokenizer)
+    except ValueError as error:
+        say(f"({error})")
+        return opening
 
-    def show(text: str) -> None:
-        pieces.append(text)
-        if is_main_rank():
-            print(text, end="", flush=True)
+
+def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: int, limit: int) -> Request | None:
+    """What the engine is asked for; None where the conversation leaves no room."""
+    tokenizer = folder.tokenizer
+    plain = "".join(message["content"] for message in messages)
+    prompt_ids = encode_prompt(read_chat(messages) if tokenizer.chat_template is not None else plain, tokenizer)
+    check_ids(prompt_ids, folder.config.vocab_size, "this message")
+    room = limit - len(prompt_ids)
+    return Request(turn, 0, prompt_ids, min(max_new_tokens, room)) if room > 0 else None
+
+
+def answer(engine: Engine, request: Request) -> str:
+    """Prints the answer as it comes and returns it; Ctrl-C cuts it short."""
+    shown = Shown(engine.params.stop)
+    decoder, ending = StreamDecoder(engine.tokenizer, request.prompt_ids), ""
 
     def on_token(_: Request, token: int) -> None:
         if token not in engine.params.stop_token_ids:
-            show(decoder.push(token))
+            shown.push(decoder.push(token))
 
     try:
         for completion in engine.generate([request], on_token):
-            show(decoder.flush())
+            shown.end(completion.text)
             if completion.finish_reason == "length":
                 ending = " [cut at the token limit]"
     except KeyboardInterrupt:
-        show(decoder.flush())
+        shown.end(shown.text + decoder.flush())
     say(ending)
-    return "".join(pieces)
+    return shown.text
+
+
+class Shown:
+    """The text of an answer as it is printed, up to a stop string, or to what may be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop, self.text, self.num_printed = stop, "", 0
+
+    def push(self, piece: str) -> None:
+        self.text += piece
+        stopping = [s[:k] for s in self.stop for k in range(1, len(s)) if self.text.endswith(s[:k])]
+        places = [self.text.rfind(s) for s in stopping] + [self.text.find(s) for s in self.stop]
+        self._print(min([place for place in places if place >= 0], default=len(self.text)))
+
+    def end(self, text: str) -> None:
+        """text: the whole answer."""
+        self.text = text
+        self._print(len(text))
+
+    def _print(self, end: int) -> None:
+        if is_main_rank() and end > self.num_printed:
+            print(self.text[self.num_printed : end], end="", flush=True)
+        self.num_printed = max(self.num_printed, end)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from inference.lines import LineWriter, begun_on, encode_line, read_begun, refuse_occupied
+from inference.system import opening_of
+from models.chats import Chat, read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
     Runtime,
@@ -45,7 +47,7 @@ from models.common import (
 )
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.generation import Completion, Engine, Request, SamplingArgs, SamplingParams
+from models.generation import Completion, Engine, Request, SamplingArgs
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import Record, check_ids, encode_prompt, get_prompt, naming, read_records, require, stated_prompt
 from models.tp import TensorParallelArgs
@@ -65,11 +67,13 @@ class GenerateArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs):
         None, bounds=at_least_one, help="most tokens of prompt and completion; what the run needs"
     )
     overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="prompts that leave no room")
-    stop: list[str] | None = flag(
-        None, action="append", help="a text that ends a completion; may be given several times"
-    )
     chat: bool = flag(False, help="put text prompts through the chat template, as the user's message")
+    system: str | None = flag(None, help="with --chat: a system message before each prompt")
     return_token_ids: bool = flag(False, help="add token_ids to each line")
+
+
+# What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
+WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
 
 
 class Prompt(NamedTuple):
@@ -90,8 +94,11 @@ def main(args: GenerateArgs) -> None:
     else:
         records = [Record(f"--prompt {i + 1}", {"prompt": text}) for i, text in enumerate(args.prompt)]
     prompts, notes = encode_prompts(records, folder, args)
-    stop = tuple(args.stop or ())
-    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids, stop)
+    renamed = [name for name in WRITTEN if any(name in record.fields for record in records)]
+    notes += (
+        [f"the records' own {', '.join(renamed)} kept as reference_{', reference_'.join(renamed)}"] if renamed else []
+    )
+    params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     begun_with = {
         "checkpoint_path": str(args.checkpoint_path.resolve()),
         "chat_date": today.isoformat(),
@@ -157,8 +164,8 @@ def check_flags(args: GenerateArgs) -> None:
         raise ValueError("give either --prompt or --prompt_file")
     if args.resume and args.output_file is None:
         raise ValueError("--resume needs the --output_file to go on with")
-    if args.stop and not all(args.stop):
-        raise ValueError("--stop must not be empty")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is for --chat, which puts prompts through the chat template")
     if args.output_file is not None and not args.resume:
         refuse_occupied(args.output_file)
 
@@ -173,10 +180,11 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
     """(prompts with their ids, remarks for the card). A prompt is overlong if it leaves no room for one token;
     truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
     prompts, skipped, truncated, short, limit = [], 0, 0, 0, folder.max_seq_len
+    opening = opening_of(args.system, folder.tokenizer)
     for idx, record in enumerate(short_bar(records, "tokenising", "prompt")):
-        prompt = get_prompt(record, as_chat=args.chat)
         with naming(record):
-            ids = encode_prompt(prompt, folder.tokenizer)
+            carried_fields(record)
+            ids = encode_prompt(prompt_of(record, opening, args.chat), folder.tokenizer)
             require(ids, "the prompt has no tokens, so there is nothing to go on from")
         check_ids(ids, folder.config.vocab_size, record.where)
         if len(ids) >= limit:
@@ -204,6 +212,31 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
     return prompts, [f"{count} {what}" for count, what in remarks if count]
 
 
+def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:
+    """The record's prompt, with --chat as a chat, behind the opening. Raises ValueError for two system messages."""
+    prompt = get_prompt(record, as_chat=chat)
+    if not opening:
+        return prompt
+    roles = [message["role"] for message in prompt.messages]
+    require("system" not in roles, "the prompt has a system message of its own; take it out, or leave out --system")
+    return read_chat(opening).before(prompt)
+
+
+def carried_fields(record: Record) -> dict[str, object]:
+    """The fields of a record that its samples' lines carry along, those of the names in WRITTEN as reference_NAME.
+    Raises ValueError where that name is taken as well."""
+    read, carried = next((name for name in ("prompt", "instruction", "input") if name in record.fields), None), {}
+    for name, value in record.fields.items():
+        new = f"reference_{name}" if name in WRITTEN else name
+        require(
+            new == name or new not in record.fields,
+            f"{name!r} would be written as {new!r}, which is there too; rename one",
+        )
+        if name != read:
+            carried[new] = value
+    return carried
+
+
 class LinePrinter:
     """Stands where a LineWriter does when there is no output file: for people, if standard output is a terminal."""
 
@@ -215,11 +248,12 @@ class LinePrinter:
             prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
         elif self.active:
-            print(encode_line(line).decode(), end="", flush=True)
+            encoding = sys.stdout.encoding or "utf-8"
+            print(encode_line(line, encoding).decode(encoding), end="", flush=True)
 
 
 def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:
-    """A sample as it is written; the record's other fields follow."""
+    """A sample as it is written; the record's other fields follow (carried_fields)."""
     line = {
         "idx": completion.request.idx,
         "sample_idx": completion.request.sample_idx,
@@ -231,8 +265,7 @@ def line_of(completion: Completion, record: Record, return_token_ids: bool) -> d
     }
     if return_token_ids:
         line["token_ids"] = completion.token_ids
-    written = {*line, "prompt" if "prompt" in record.fields else "input"}
-    return {**line, **{name: value for name, value in record.fields.items() if name not in written}}
+    return {**line, **carried_fields(record)}
 
 
 class TokenCounter:

@@ -60,9 +60,12 @@ def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[s
     return lines
 
 
-def encode_line(line: dict) -> bytes:
-    """One JSON line. Half a surrogate pair, which UTF-8 cannot hold, is written as JSON's own escape."""
-    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
+    """One JSON line; with JSON's own escapes where the encoding lacks a character (UTF-8: half a surrogate pair)."""
+    try:
+        return (json.dumps(line, ensure_ascii=False) + "\n").encode(encoding)
+    except UnicodeEncodeError:
+        return (json.dumps(line) + "\n").encode(encoding)
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:

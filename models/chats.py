@@ -29,7 +29,7 @@ class Chat(NamedTuple):
     def before(self, answer: "Chat") -> "Chat":
         """The chat in which `answer` follows this one, which is not learnt."""
         learnt = [False] * len(self.messages) + answer.learnt
-        return Chat(self.messages + answer.messages, learnt, self.tools)
+        return Chat(self.messages + answer.messages, learnt, self.tools or answer.tools)
 
 
 def read_chat(messages: object, fields: dict | None = None, what: str = "messages") -> Chat:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -88,6 +89,11 @@ def flag(
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
     return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, "may_change": may_change})
+
+
+def with_newlines(text: str) -> str:
+    r"""The text of a flag that may hold newlines, which a person writes as \n: type=with_newlines."""
+    return text.replace("\\n", "\n")
 
 
 positive = Bounds(above=0)
@@ -233,13 +239,23 @@ def short(error: BaseException) -> str:
 
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
+    accept_any_text()
     end_process(run_main(main, Args))
+
+
+def accept_any_text() -> None:
+    """Nothing that a model says or a person types ends a run because the terminal's encoding has no such character:
+    what cannot be printed is shown as an escape, what cannot be read as U+FFFD."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # None where a stream is closed
+            with contextlib.suppress(io.UnsupportedOperation):  # who has read from it before knows how
+                stream.reconfigure(errors=errors)
 
 
 def end_process(code: int) -> None:
     """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
     and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)
@@ -394,11 +410,8 @@ def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
 
 
 def visible(text: str) -> str:
-    """One line that any terminal takes: line breaks and control characters as escapes, and what standard output cannot
-    encode too, since a run must not end by what its model says."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    """One line that any terminal takes: line breaks and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ------------------------------------------------------------------------------------- small JSON files

@@ -12,6 +12,7 @@ materialise -> buffers -> load.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from models.common import DTYPES, Runtime, at_least_one, flag
 from models.model import Transformer
 from models.qlinear import Scheme
 from models.quantize import load_quantized
-from models.tp import Parallel, TensorParallelArgs, chunk_range, shard_dim, tensor_parallel_part
+from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -286,13 +287,36 @@ def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: b
     yield current
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the gradients to a global norm over all ranks and returns the norm before, a plain scalar tensor."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if all(p.grad.dtype == torch.float32 for p in parameters):
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+class LossScale(NamedTuple):
+    """What makes a mean of summed losses: loss multiplies them before the backward, gradients what comes of it."""
+
+    loss: float
+    gradients: float
+
+
+def loss_scale(count: int, dp_size: int) -> LossScale:
+    """The two factors of dp_size / count, since FSDP averages gradients over dp: a power of two for the loss, which is
+    exact in every tensor of a bf16 backward, where 1 / count would be rounded (by up to 0.4 %, and the body's gradients
+    otherwise than the head's), and the rest, in [0.5, 1), for clip_grad_norm."""
+    rest, exponent = math.frexp(dp_size / count)
+    return LossScale(2.0**exponent, rest)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float, scale: float = 1.0) -> Tensor:
+    """Multiplies the gradients by scale and clips them to a global norm over all ranks; returns the norm before
+    clipping, a plain scalar tensor."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    in_fp32 = all(gradient.dtype == torch.float32 for gradient in gradients)
+    if in_fp32:
+        norm = nn.utils.get_total_norm(gradients)
     else:  # torch would round the norm of bf16 gradients to bf16, three digits
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if in_fp32:
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+    else:  # nor should the factor be rounded to bf16
+        for gradient in map(local, gradients):
+            gradient.copy_(gradient.float() * factor)
+    return norm

@@ -12,6 +12,7 @@
 Dimensions: B slots, V vocabulary, P prompts prefilled together.
 """
 
+import itertools
 import math
 import time
 from collections import deque
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import at_least_one, flag, fraction, non_negative
+from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
 from models.decode import KVCache
 from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
-from models.noise import column_hashes, noise_key, random_bits
+from models.noise import column_hashes, exponential, noise_key, random_bits
+from models.repetition import SeenTokens, penalised
 from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import chunk_range, gather_ranks, size_of
 from models.vocab_parallel import gather_vocabulary, pad_vocabulary
@@ -45,13 +47,52 @@ class SamplingArgs:
     top_p: float = flag(
         1.0, bounds=fraction, help="sample among the likeliest tokens of this total probability; 1 is off"
     )
+    repetition_penalty: float = flag(
+        1.0,
+        bounds=positive,
+        help="divides the positive logits of tokens of the prompt and the answer so far, and multiplies their negative "
+        "ones, before the temperature; 1 is off",
+    )
+    stop: list[str] | None = flag(
+        None,
+        action="append",
+        type=with_newlines,
+        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
+    )
+
+    def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
+        """What the engine needs of these flags. Raises ValueError for a --stop that could never be met."""
+        stop_ids, stop = stops_of(self.stop or (), tokenizer)
+        return SamplingParams(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            seed,
+            tuple(dict.fromkeys((*eos_token_ids, *stop_ids))),
+            stop,
+            self.repetition_penalty,
+        )
+
+
+def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(ids of the texts that are special tokens, the other texts): decoded text has no special tokens to match."""
+    special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
+    for text in texts:
+        if not text:
+            raise ValueError("--stop must not be empty")
+        inside = next((name for name in special if name and name in text), None)
+        if inside is not None and text not in special:
+            raise ValueError(
+                f"--stop {text!r}: no text holds the special token {inside}; give it as a --stop of its own"
+            )
+    return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
     top_p is kept, as in transformers; so is a token as likely as the last that a filter keeps. stop: strings that end
-    a completion; they are not part of it."""
+    a completion; they are not part of it. repetition_penalty: see penalised; 1 is off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -59,6 +100,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if 0 < self.temperature < 1e-4:  # logits / temperature must stay finite
@@ -78,8 +120,8 @@ class Request:
 @dataclass
 class Completion:
     """token_ids: without the EOS or the stop string that ended it. text: "" without a tokenizer. logprobs: one for
-    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1).
-    stop_token_id: the EOS that ended it, if one did."""
+    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1), before
+    filters and penalty. stop_token_id: the EOS that ended it, if one did."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -96,11 +138,9 @@ def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor
     """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
 
     keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
-    the column hashes of the tokens. 31 bits make a uniform whose small values keep full relative precision, hence also
-    the tail that decides rare tokens.
+    the column hashes of the tokens.
     """
-    x = random_bits(keys, positions, hashes).bitwise_and_(0x7FFFFFFF)
-    return x.float().add_(0.5).mul_(-(2.0**-31)).log1p_().neg_()
+    return exponential(random_bits(keys, positions, hashes))
 
 
 def sample(
@@ -110,30 +150,33 @@ def sample(
     hashes: Tensor,
     params: SamplingParams,
     tp: DeviceMesh | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
 
-    logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]. The token with the
-    largest logit - log Exp(1) has distribution softmax(logits) (the Gumbel-max trick), so a token's noise need not know
-    the other tokens, and a rank need not know the other ranks' logits. A tie goes to the lowest id.
+    logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
+    SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
+    softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
+    the other ranks' logits. A tie goes to the lowest id.
     """
     V, offset = len(hashes), 0
     few = max(1, CPU_NOISE // V)
     if logits.device.type == "cpu" and len(logits) > few and size_of(tp) == 1 and not torch.compiler.is_compiling():
         parts = zip(*(t.split(few) for t in (logits, keys, positions)))
-        tokens, logprobs = zip(*(sample(*part, hashes, params) for part in parts))
+        seen_parts = itertools.repeat(None) if seen is None else seen.split(few)
+        tokens, logprobs = zip(*(sample(*part, hashes, params, tp, s) for part, s in zip(parts, seen_parts)))
         return torch.cat(tokens), torch.cat(logprobs)
     logits = logits.float()
     if size_of(tp) > 1:
         offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
         logits = pad_vocabulary(logits, V, tp, -torch.inf)
         hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
-    scores, ids = logits, None
+    scores, ids = logits if seen is None else penalised(logits, seen, params.repetition_penalty), None
     if params.temperature:
-        logits = logits if params.temperature == 1 else logits / params.temperature
-        kept = logits
+        kept = scores if params.temperature == 1 else scores / params.temperature
+        logits = kept if seen is None else logits / params.temperature
         if params.top_k or params.top_p < 1:
-            kept, ids = _filter(logits, params, V, tp)
+            kept, ids = _filter(kept, params, V, tp)
         noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
         scores = torch.sub(kept, noise.log_(), out=noise)
     best, tokens = _largest(scores)
@@ -283,6 +326,8 @@ class Engine(nn.Module):
         self.register_buffer("hashes", column_hashes(config.vocab_size, device), persistent=False)
         stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         self.register_buffer("stop_ids", stop_ids, persistent=False)
+        penalty, tp = params.repetition_penalty, model.parallel.tp
+        self.seen = None if penalty == 1 else SeenTokens(num_slots, config.vocab_size, device, tp)
         self._step, self._compiled_lengths = self._decode_step, set()
         if compile:
             # the limit counts the variants of all engines of a process together; 8 is one engine's buckets
@@ -370,12 +415,26 @@ class Engine(nn.Module):
         slots, lengths = tensor([slot for slot, _ in placed]), tensor([len(prompt) for prompt in prompts])
         keys = tensor([noise_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
         logits = torch.stack([logits_of[prompt] for prompt in prompts])
-        tokens, logprobs = sample(logits, keys, lengths, self.hashes, self.params, self.model.parallel.tp)
+        for slot, request in placed if self.seen is not None else ():
+            self.seen.begin(slot, request.prompt_ids)
+        tokens, logprobs = self._sample(logits, keys, lengths, slots)
         remaining = tensor([request.max_new_tokens - 1 for _, request in placed])
         self.tokens[slots], self.positions[slots], self.keys[slots] = tokens, lengths, keys
         self.remaining[slots] = remaining
         self.active[slots] = ~self._stops(tokens) & (remaining > 0)
         return tokens.tolist(), logprobs.tolist()
+
+    def _sample(
+        self, logits: Tensor, keys: Tensor, positions: Tensor, slots: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """sample() for these slots, by default all, which remember the tokens where the repetition penalty wants it."""
+        tp, seen = self.model.parallel.tp, self.seen
+        if seen is None:
+            return sample(logits, keys, positions, self.hashes, self.params, tp)
+        table = seen.table if slots is None else seen.table[slots]
+        tokens, logprobs = sample(logits, keys, positions, self.hashes, self.params, tp, table)
+        seen.add(tokens, slots)
+        return tokens, logprobs
 
     def _stops(self, tokens: Tensor) -> Tensor:
         return (tokens[:, None] == self.stop_ids).any(dim=-1)
@@ -411,8 +470,7 @@ class Engine(nn.Module):
             hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)[:, 0]
         else:
             hidden = self.layers(self.tokens, self.positions, attend)
-        logits, tp = self.model.lm_head(hidden), self.model.parallel.tp
-        tokens, logprobs = sample(logits, self.keys, self.positions + 1, self.hashes, self.params, tp)
+        tokens, logprobs = self._sample(self.model.lm_head(hidden), self.keys, self.positions + 1)
         # a row that has ended repeats its last step at its last position until the host gives it a new prompt
         going = self.active
         self.tokens.copy_(torch.where(going, tokens, self.tokens))

@@ -244,8 +244,9 @@ class MLP(nn.Module):
 
 
 def _save_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """Selective activation checkpointing: keep what matrix products and attention computed, recompute the rest."""
-    costly = ("mm", "addmm", "bmm", "linear", "attention", "varlen_attn")
+    """Selective activation checkpointing: keep what matrix products, attention and the ranks' sums computed, recompute
+    the rest. That includes the gathered tokens of sequence parallelism: to keep only a rank's part is its purpose."""
+    costly = ("mm", "addmm", "bmm", "linear", "attention", "varlen_attn", "all_reduce", "reduce_scatter")
     name = str(operation).partition(".")[2]
     return CheckpointPolicy.MUST_SAVE if any(c in name for c in costly) else CheckpointPolicy.PREFER_RECOMPUTE
 

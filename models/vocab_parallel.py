@@ -121,7 +121,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)  # a bf16 factor would be off by up to 0.4 %
         return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
 
 

@@ -50,8 +50,10 @@ WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.b
 
 
 def small_files(names):
-    """The config, tokenizer, licence and readme files among a repository's file names (top level only)."""
-    return [name for name in names if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
+    """The config, tokenizer, licence and readme files among a repository's file names (top level only: fnmatch's *
+    takes slashes too)."""
+    top = [name for name in names if "/" not in name]
+    return [name for name in top if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
 
 
 def weight_file(names):

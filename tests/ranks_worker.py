@@ -3,7 +3,8 @@
 A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
 GPUs. Others: ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step; ["sampling"]
-holds sampling from parts of the vocabulary against sampling from the whole.
+holds sampling from parts of the vocabulary against sampling from the whole; ["recomputing", FOLDER] counts the
+collectives of a step.
 """
 
 import importlib
@@ -22,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
-from models.common import end_process, parse_args
-from models.fsdp import clip_grad_norm, init_mesh
+from models.common import Runtime, end_process, parse_args
+from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import SamplingParams, sample
 from models.noise import column_hashes, noise_key
+from models.repetition import SeenTokens
 from models.tp import chunk_range
 from tests.faults import planted
 from training import run_dir
@@ -34,6 +37,9 @@ from training import run_dir
 torch.set_num_threads(1)
 FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
 SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1.0) for filters in FILTERS)]
+SETTINGS += [
+    SamplingParams(t, top_k=k, repetition_penalty=p) for t, k, p in ((0.0, 0, 1.6), (0.7, 0, 1.6), (1.0, 9, 0.8))
+]
 
 
 def run_job(name: str, *arguments: str) -> None:
@@ -41,6 +47,8 @@ def run_job(name: str, *arguments: str) -> None:
         rewind(*arguments)
     elif name == "sampling":
         check_sampling()
+    elif name == "recomputing":
+        check_recomputing(*arguments)
     elif name.startswith("training."):
         train(importlib.import_module(name), arguments)
     else:
@@ -51,9 +59,9 @@ def run_job(name: str, *arguments: str) -> None:
 def train(script, arguments: tuple[str, ...]) -> None:
     steps, writer = [], run_dir.CheckpointWriter
 
-    def recording_clip(model, max_norm):
-        steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
-        return clip_grad_norm(model, max_norm)
+    def recording_clip(model, max_norm, scale):
+        steps.append({name: scale * p.grad.full_tensor() for name, p in model.named_parameters()})
+        return clip_grad_norm(model, max_norm, scale)
 
     def asynchronous(*args, **options):
         return writer(*args, **{**options, "asynchronous": True})
@@ -86,13 +94,50 @@ def check_sampling() -> None:
     positions = torch.arange(64)
     for V in (5, 385, 3000):
         smooth = 3 * torch.randn(64, V, generator=generator)
+        tables = [SeenTokens(64, V, tp.device_type, mesh) for mesh in (None, tp)]
+        for slot, ids in enumerate(torch.randint(V, (64, V // 4), generator=generator).tolist()):
+            for table in tables:
+                table.begin(slot, ids)
+                table.add(torch.tensor([slot % V]), torch.tensor([slot]))
         for logits in (smooth, smooth.round(), smooth.bfloat16()):
             start, end = chunk_range(V, tp.get_local_rank(), tp.size())
             for params in SETTINGS:
-                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params)
-                tokens, logprobs = sample(logits[:, start:end], keys, positions, column_hashes(V), params, tp)
+                seen, own_seen = (None if params.repetition_penalty == 1 else table.table for table in tables)
+                wanted, wanted_logprobs = sample(logits, keys, positions, column_hashes(V), params, None, seen)
+                own = logits[:, start:end]
+                tokens, logprobs = sample(own, keys, positions, column_hashes(V), params, tp, own_seen)
                 assert torch.equal(tokens, wanted), (V, logits.dtype, params)
                 torch.testing.assert_close(logprobs, wanted_logprobs, atol=1e-5, rtol=1e-5)
+
+
+def check_recomputing(folder: str) -> None:
+    """A step that recomputes selectively sums over the ranks as often as one that does not recompute, with the same
+    gradients to the bit. Only the gathered tokens of sequence parallelism are gathered again, once for each half of a
+    block, and recomputing whole blocks sums again: so the count can tell."""
+    tp_size, runtime = int(os.environ["WORLD_SIZE"]), Runtime(torch.device("cpu"), torch.float32, False)
+    mesh = init_mesh(runtime.device, tp_size)
+    input_ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    for sequence_parallel in (False, True):
+        sums, gathers, gradients = {}, {}, {}
+        for recompute in ("none", "selective", "full"):
+            args = ParallelArgs(
+                tensor_parallel_size=tp_size,
+                sequence_parallel=sequence_parallel,
+                activation_checkpointing=recompute,
+            )
+            model = load_for_training(folder, mesh, args, runtime)
+            with CommDebugMode() as counter:
+                model(input_ids).square().sum().backward()
+            counts = {str(operation): count for operation, count in counter.get_comm_counts().items()}
+            sums[recompute] = sum(n for name, n in counts.items() if "all_reduce" in name or "reduce_scatter" in name)
+            gathers[recompute] = sum(n for name, n in counts.items() if "all_gather" in name)
+            gradients[recompute] = {n: p.grad.to_local() for n, p in model.named_parameters() if p.grad is not None}
+        print(sequence_parallel, sums, gathers)
+        assert 0 < sums["selective"] == sums["none"] < sums["full"], sums
+        repeated = 2 * model.config.num_hidden_layers if sequence_parallel else 0
+        assert gathers["selective"] == gathers["none"] + repeated, gathers
+        for name, wanted in gradients["none"].items():
+            assert torch.equal(gradients["selective"][name], wanted), name
 
 
 def is_alive(pid: int) -> bool:

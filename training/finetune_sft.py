@@ -19,7 +19,15 @@ import torch
 from models.attention import causal_attention, document_attention
 from models.checkpoint import open_folder
 from models.common import card, choose_runtime, flag, run_script, say
-from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training, reducing_gradients, split_batch
+from models.fsdp import (
+    ParallelArgs,
+    clip_grad_norm,
+    init_mesh,
+    load_for_training,
+    loss_scale,
+    reducing_gradients,
+    split_batch,
+)
 from models.model import Transformer
 from models.records import Example, Split, collate
 from training.data import DataArgs, encode_sft_file, load_rows, pack, training_batches
@@ -77,13 +85,13 @@ def main(args: SftArgs) -> None:
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
-        loss = torch.zeros((), device=runtime.device)
+        scale, loss = loss_scale(num_targets, dp_size), torch.zeros((), device=runtime.device)
         for examples in reducing_gradients(model, split.shares(batch), every=args.sync_every_micro_batch):
-            micro_loss = summed_loss(model, examples, split.pad_token_id) / num_targets
-            (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
-            loss += micro_loss.detach()
+            micro_loss = summed_loss(model, examples, split.pad_token_id)
+            (micro_loss * scale.loss).backward()
+            loss += micro_loss.detach() / num_targets
         split.sum(loss)
-        grad_norm = clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=loss, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()

@@ -32,6 +32,7 @@ from models.fsdp import (
     init_mesh,
     load_for_training,
     load_frozen,
+    loss_scale,
     reducing_gradients,
     split_batch,
 )
@@ -110,14 +111,14 @@ def main(args: DpoArgs) -> None:
     run.num_tokens = sum(row_lengths([train[i] for i in taken]))
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
-        sums = torch.zeros(1 + len(MEANS), device=runtime.device)
+        scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
         shares = split.shares(batch, key=pair_length)
         for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
-            (loss / len(batch) * dp_size).backward()  # FSDP averages gradients over dp
+            (loss * scale.loss).backward()
             sums += micro_sums
         means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
-        grad_norm = clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=means["loss"], grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()

@@ -50,6 +50,7 @@ from models.fsdp import (
     init_mesh,
     load_for_training,
     load_frozen,
+    loss_scale,
     reducing_gradients,
     split_batch,
 )
@@ -222,17 +223,17 @@ def main(args: PpoArgs) -> None:
             for start in range(0, args.rollout_batch_size, minibatch_size):
                 minibatch = order[start : start + minibatch_size]
                 if step > args.critic_warmup_steps:
-                    policy_backward(policy, update, minibatch, args, split, sums)
+                    scale = policy_backward(policy, update, minibatch, args, split, sums)
                     if args.debug_checks and epoch == start == 0:
                         is_reference = step == args.critic_warmup_steps + 1 and others.ref_is_start(args)
                         check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
-                    grad_norm = clip_grad_norm(policy, args.max_grad_norm)
+                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                     run.check_finite(grad_norm=grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
-                value_backward(critic, update, minibatch, args, split, sums)
-                value_grad_norm = clip_grad_norm(critic, args.max_grad_norm)
+                scale = value_backward(critic, update, minibatch, args, split, sums)
+                value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
                 run.check_finite(value_grad_norm=value_grad_norm)
                 value_optimizer.step()
                 value_optimizer.zero_grad(set_to_none=True)
@@ -324,10 +325,11 @@ def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
 
 def policy_backward(
     policy: Transformer, update: Update, minibatch: list[int], args: PpoArgs, split: Split, sums: TokenSums
-) -> None:
-    """The gradient of the clipped policy loss of a minibatch, a mean over its tokens on all ranks."""
+) -> float:
+    """The gradient of the clipped policy loss of a minibatch, a mean over its tokens on all ranks, but for the factor
+    that it returns (see loss_scale)."""
     rollout, mask = update.rollout, update.rollout.mask
-    num_tokens, width = int(mask[minibatch].sum()), mask.shape[1]
+    scale, width = loss_scale(int(mask[minibatch].sum()), split.dp.size()), mask.shape[1]
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
         answers, m, count = [rollout.rows[i] for i in part], mask[part], len(part)
@@ -343,25 +345,28 @@ def policy_backward(
         if args.kl_in == "loss":  # in the units of the advantages, which are whitened
             log_ratios = (logps - rollout.ref_logps[part]) * m
             loss = loss + update.kl_coef / update.spread * sequence_kl_loss(log_ratios).sum()
-        (loss / num_tokens * split.dp.size()).backward()  # FSDP averages gradients over dp
+        (loss * scale.loss).backward()
         sums.add(losses.numel(), loss=loss, policy=losses, entropy=entropies[m], clipped=stats.clipped)
         sums.add(losses.numel(), ratio=stats.ratio, ratio_square=stats.ratio.square(), approx_kl=stats.approx_kl)
+    return scale.gradients
 
 
 def value_backward(
     critic: Transformer, update: Update, minibatch: list[int], args: PpoArgs, split: Split, sums: TokenSums
-) -> None:
-    """The gradient of the clipped value loss of a minibatch, a mean over its tokens on all ranks."""
+) -> float:
+    """The gradient of the clipped value loss of a minibatch, a mean over its tokens on all ranks, but for the factor
+    that it returns (see loss_scale)."""
     rollout, mask = update.rollout, update.rollout.mask
-    num_tokens, width = int(mask[minibatch].sum()), mask.shape[1]
+    scale, width = loss_scale(int(mask[minibatch].sum()), split.dp.size()), mask.shape[1]
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(critic, parts, every=args.sync_every_micro_batch):
         answers, m = [rollout.rows[i] for i in part], mask[part]
         values = answer_values(critic, answers, width, split.pad_token_id)[: len(part)]
         old_values, returns = rollout.values[part][m], update.returns[part][m]
         losses, clipped = ppo_value_loss(values[m], old_values, returns, cliprange_value=args.cliprange_value)
-        (args.vf_coef * losses.sum() / num_tokens * split.dp.size()).backward()
+        (args.vf_coef * losses.sum() * scale.loss).backward()
         sums.add(losses.numel(), value=losses, value_clipped=clipped)
+    return scale.gradients
 
 
 def update_metrics(

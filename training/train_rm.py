@@ -24,8 +24,16 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
-from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible
-from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training, reducing_gradients, split_batch
+from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible, with_newlines
+from models.fsdp import (
+    ParallelArgs,
+    clip_grad_norm,
+    init_mesh,
+    load_for_training,
+    loss_scale,
+    reducing_gradients,
+    split_batch,
+)
 from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import EncodingCounts, Limits, Split, read_records
@@ -55,7 +63,7 @@ class RmArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs):
     )
     step_separator: str = flag(
         "\n",
-        type=lambda text: text.replace("\\n", "\n"),
+        type=with_newlines,
         help=r"what follows each step, kept in config.json; \n is a newline, and the default; process only",
     )
     num_eval_samples: int = flag(
@@ -104,16 +112,16 @@ def main(args: RmArgs) -> None:
         batch = [train[i] for i in numbers]
         places, targets = reward_places(batch), targets_of(batch, runtime.device)
         rewards = torch.zeros(places[-1].stop, device=runtime.device)
-        loss = torch.zeros((), device=runtime.device)
+        scale, loss = loss_scale(len(targets), dp_size), torch.zeros((), device=runtime.device)
         for share in reducing_gradients(model, shares_of(batch, split), every=args.sync_every_micro_batch):
             micro_rewards, micro_targets = rewards_of(model, [batch[i] for i in share], split.pad_token_id)
-            micro_loss = losses_of(args, micro_rewards, micro_targets).sum() / len(targets)
-            (micro_loss * dp_size).backward()  # FSDP averages gradients over dp
-            loss += micro_loss.detach()
+            micro_loss = losses_of(args, micro_rewards, micro_targets).sum()
+            (micro_loss * scale.loss).backward()
+            loss += micro_loss.detach() / len(targets)
             rewards[[place for i in share for place in places[i]]] = micro_rewards.detach()
         split.sum(loss)
         split.sum(rewards)  # the other ranks' are 0
-        grad_norm = clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=loss, grad_norm=grad_norm)
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()

@@ -1,19 +1,28 @@
 """inference/chat.py as a conversation on a terminal, scripted on stdin."""
 
+import contextlib
 import io
+import os
+import pty
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
 import torch
 
+from inference.chat import Shown
 from models.tokenizer import Tokenizer
 from tests import tiny
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}[assistant] {% endif %}"
 GREEDY = ("--temperature", 0)
+CUT = " [cut at the token limit]"
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +55,83 @@ def expected_answer(folder, messages, num_tokens):
     return tokenizer.decode_continuation(ids, said)
 
 
-def test_a_conversation_remembers_and_clear_forgets(chat_folder):
-    """Catches a history that loses a turn or the system message, and a /clear that keeps one."""
-    result, answers = chat(
-        chat_folder, "1 plus 2", "and 3?", "/clear", "and 3?", system="The answer is", max_new_tokens=9
-    )
+def test_a_conversation_remembers_and_commands_forget(chat_folder):
+    """Catches a history that loses a turn or the system message, a /reset that keeps a turn, a /system that keeps the
+    old message or the conversation, and an empty line or an unknown command that is sent, or ends the chat."""
+    said = ["1 plus 2", "and 3?", "/reset", "and 3?", "", "  ", "/help", "/clear", "/system It is", "and 3?", "/system"]
+    result, answers = chat(chat_folder, *said, "and 3?", system="The answer is", max_new_tokens=9)
     assert result.code == 0 and not result.stderr.count("Traceback")
-    cut = " [cut at the token limit]"
-    said = [answer.removesuffix(cut) for answer in answers]
+    said = [answer.removesuffix(CUT) for answer in answers]
     opening = [{"role": "system", "content": "The answer is"}]
     first = [*opening, {"role": "user", "content": "1 plus 2"}]
     assert said[0] == expected_answer(chat_folder, first, 9)
     second = [*first, {"role": "assistant", "content": said[0]}, {"role": "user", "content": "and 3?"}]
     assert said[1] == expected_answer(chat_folder, second, 9)
-    assert said[2] == "", "/clear has no answer"
-    assert said[3] == expected_answer(chat_folder, [*opening, {"role": "user", "content": "and 3?"}], 9)
+    assert said[2] == "", "/reset has no answer"
+    again = {"role": "user", "content": "and 3?"}
+    assert said[3] == expected_answer(chat_folder, [*opening, again], 9)
     assert said[3] != said[1]
+    assert said[4:6] == ["", ""] and "/system TEXT" in said[6] and "there is no /clear" in said[7]
+    assert said[8] == said[10] == ""
+    assert said[9] == expected_answer(chat_folder, [{"role": "system", "content": "It is"}, again], 9)
+    assert said[11] == expected_answer(chat_folder, [again], 9)
+    assert len({*said[1::2], said[9]}) >= 5 and len(said) == 13, "the end of the input ends it"
+
+
+@pytest.mark.parametrize("template", ["raises", "ignores"])
+def test_a_template_without_a_system_role(chat_folder, tmp_path, template):
+    """Catches a system message that goes missing without a word, in a chat or in generate.py, and a chat that ends by a
+    /system its template refuses."""
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    guard = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    of_users = TEMPLATE.replace("messages %}", "messages if m.role == 'user' %}")
+    tiny.write_tokenizer(folder, chat_template=guard + TEMPLATE if template == "raises" else of_users)
+    reason = "no system role" if template == "raises" else "leave the system message out"
+    result, answers = chat(folder, "/system Be brief", "1 plus", max_new_tokens=3)
+    assert result.code == 0 and reason in answers[0] and answers[1]
+    tiny.assert_refused(chat(folder, "1 plus", system="Be brief")[0], reason)
+    flags = ("--checkpoint_path", folder, "--prompt", "1 plus", "--chat", "--system", "Be brief")
+    tiny.assert_refused(tiny.run("inference/generate.py", *flags), reason)
+
+
+def test_a_stop_string_is_not_shown(chat_folder):
+    """Catches a --stop that a chat does not have, whose beginning is printed before the rest of it comes, or whose text
+    stays in the conversation; and a repetition penalty that is lost on the way."""
+    (free,) = [answer.removesuffix(CUT) for answer in chat(chat_folder, "1 plus 2", max_new_tokens=12)[1][:1]]
+    stop = free[4:7]
+    result, answers = chat(chat_folder, "1 plus 2", "and 3?", max_new_tokens=12, stop=stop)
+    assert answers[0] == free[: free.index(stop)] and result.code == 0
+    first = [{"role": "user", "content": "1 plus 2"}, {"role": "assistant", "content": answers[0]}]
+    wanted = expected_answer(chat_folder, [*first, {"role": "user", "content": "and 3?"}], 12)
+    assert answers[1].removesuffix(CUT) == wanted.partition(stop)[0]
+    shown = Shown(("</a>", "\n\n"))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        printed = [shown.push(piece) or out.getvalue() for piece in ("x<", "/b", "<</", "a>y", "\n\n")]
+    assert printed == ["x", "x</b", "x</b<", "x</b<", "x</b<"]
+    penalised = chat(chat_folder, "1 plus 2", max_new_tokens=12, repetition_penalty=3)[1][0]
+    assert penalised.removesuffix(CUT) != free
+
+
+def test_ctrl_c(chat_folder, monkeypatch):
+    """Catches a Ctrl-C that ends the chat while it answers, loses what was said, or is an error at the prompt."""
+    pushed = []
+
+    def push(self, piece):
+        pushed.append(piece)
+        if len(pushed) == 4:
+            raise KeyboardInterrupt
+        return real(self, piece)
+
+    real = Shown.push
+    monkeypatch.setattr(Shown, "push", push)
+    result, answers = chat(chat_folder, "1 plus 2", "and 3?", max_new_tokens=9)
+    assert result.code == 0 and answers[0] == "".join(pushed[:3])
+    first = [{"role": "user", "content": "1 plus 2"}, {"role": "assistant", "content": answers[0]}]
+    assert answers[1].removesuffix(CUT) == expected_answer(
+        chat_folder, [*first, {"role": "user", "content": "and 3?"}], 9
+    )
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=KeyboardInterrupt))
+    assert chat(chat_folder)[0].code == 0
 
 
 def test_answers_stream(chat_folder):
@@ -75,23 +145,17 @@ def test_answers_stream(chat_folder):
 
     with mock.patch.object(sys, "stdin", io.StringIO("1 plus 2\n")), mock.patch("io.StringIO", Terminal):
         tiny.run("inference/chat.py", "--checkpoint_path", chat_folder, *GREEDY, "--max_new_tokens", 12)
-    answer = pieces[pieces.index("\n> ") + 1 :]
+    answer = pieces[pieces.index("> ") + 1 :]
     assert sum(bool(piece.strip()) for piece in answer) >= 4, pieces
 
 
 def test_a_full_context_is_said_and_the_chat_goes_on(chat_folder):
     """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way."""
     long = "The answer to question 3 is 17. " * 8
-    result, answers = chat(chat_folder, long, "1", long, "/clear", "2", max_seq_len=48, max_new_tokens=4)
+    result, answers = chat(chat_folder, long, "1", long, "/reset", "2", max_seq_len=48, max_new_tokens=4)
     assert result.code == 0, result
     assert "fills the 48 tokens" in answers[0] and "fills the 48 tokens" in answers[2]
     assert "fills" not in answers[1] and "fills" not in answers[4]
-
-
-def test_an_empty_line_ends_the_chat(chat_folder):
-    """Catches a chat that answers an empty line, and one that fails at its end."""
-    result, answers = chat(chat_folder, "", "1 plus 2", max_new_tokens=3)
-    assert result.code == 0 and answers == [""]
 
 
 def test_a_folder_without_a_template_continues_text(folder):
@@ -100,8 +164,10 @@ def test_a_folder_without_a_template_continues_text(folder):
     assert result.code == 0 and len(answers) == 3
 
 
-def test_a_chat_in_a_process_of_its_own_ends_at_eof(chat_folder):
-    """Catches a script that only works from the tests' process, or that takes the end of stdin for a mistake."""
+def test_a_chat_on_a_terminal(chat_folder):
+    """Catches a script that only works from the tests' process, lines that cannot be called back (arrow up), a person
+    or a model that ends the chat by a letter its encoding lacks, and a Ctrl-C at the prompt that is an error."""
+    ours, theirs = pty.openpty()
     command = [
         sys.executable,
         tiny.ROOT / "inference/chat.py",
@@ -110,8 +176,20 @@ def test_a_chat_in_a_process_of_its_own_ends_at_eof(chat_folder):
         "--max_new_tokens",
         "5",
     ]
-    result = subprocess.run(command, input="1 plus 2\n", capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and result.stdout.count("\n> ") == 2 and result.stderr == "", result
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown, deadline = b"", time.monotonic() + 60
+    for typed in ("1 plus é 2\n".encode(), b"\x1b[A!\n", None):
+        prompts = shown.count(b"\n> ")
+        while shown.count(b"\n> ") == prompts and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.1)[0]:
+                shown += os.read(ours, 4096)
+        os.write(ours, typed) if typed else process.send_signal(signal.SIGINT)
+    code = process.wait(timeout=60)
+    os.close(ours)
+    assert code == 0 and b"Traceback" not in shown and b"error" not in shown, shown
+    assert shown.count(b" 2!") == 1 and shown.count(b"\n> ") == 3, shown
 
 
 @pytest.mark.parametrize(

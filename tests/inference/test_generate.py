@@ -1,8 +1,11 @@
 """inference/generate.py from its command line: lines, prompts, resuming after kills, bad input."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -88,17 +91,33 @@ def test_lines_have_the_pinned_fields(folder, hf_model, tmp_path):
 
 
 def test_fields_of_a_record_are_carried(folder, tmp_path):
-    """Catches a reference answer that gets lost on its way to a reward function, or that overwrites a result."""
+    """Catches a reference answer that gets lost on its way to a reward function, overwrites a result, or is overwritten
+    by one (an `output`, in records of `input` and `output`), after a resume too."""
     rows = [
-        {"prompt": "1 plus", "answer": {"value": 3, "text": "drei é"}, "idx": 77, "output": "mine"},
-        {"prompt": "2 plus", "input": "kept beside a prompt"},
-        {"input": "3 plus", "level": None},
+        {"prompt": "1 plus", "answer": {"value": 3, "text": "drei é"}, "idx": 77, "token_ids": [5], "logprob": None},
+        {"prompt": "2 plus", "input": "kept beside a prompt", "completion": " 3"},
+        {"input": "3 plus", "level": None, "output": "mine"},
     ]
-    lines = lines_of(generate(folder, "--prompt_file", tiny.write_records(tmp_path / "p.jsonl", rows)))
+    prompts, out = tiny.write_records(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    result = generate(folder, "--prompt_file", prompts)
+    lines = lines_of(result)
     assert [line["prompt"] for line in lines] == ["1 plus", "2 plus", "3 plus"]
-    assert lines[0]["answer"] == rows[0]["answer"] and lines[0]["idx"] == 0 and lines[0]["output"] != "mine"
-    assert lines[1]["input"] == "kept beside a prompt"
-    assert "input" not in lines[2] and lines[2]["level"] is None and "token_ids" not in lines[2]
+    others = [{name: value for name, value in line.items() if name not in FIELDS} for line in lines]
+    assert others == [
+        {"answer": rows[0]["answer"], "reference_idx": 77, "reference_token_ids": [5], "reference_logprob": None},
+        {"input": "kept beside a prompt", "completion": " 3"},
+        {"level": None, "reference_output": "mine"},
+    ]
+    assert all(type(line[name]) is kind for line in lines for name, kind in FIELDS.items())
+    assert lines[0]["idx"] == 0 and lines[2]["output"] != "mine"
+    assert "own idx, output, logprob, token_ids kept as reference_idx, " in result.stderr
+
+    assert generate(folder, "--prompt_file", prompts, "--output_file", out).code == 0
+    assert sorted(tiny.read_lines(out), key=lambda line: line["idx"]) == lines
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+    assert generate(folder, "--prompt_file", prompts, "--output_file", out, "--resume").code == 0
+    assert sorted(tiny.read_lines(out), key=lambda line: line["idx"]) == lines
+    tiny.assert_refused(generate(folder, "--prompt_file", out), f"{out}:1: ", "'reference_idx', which is there too")
 
 
 def test_a_json_list_is_jsonl_is_a_flag(folder, tmp_path):
@@ -118,6 +137,19 @@ def test_standard_output_is_clean_jsonl(folder):
     result = generate(folder, "--prompt", "1 plus 2", "--num_samples", 5)
     assert keys(lines_of(result)) == [(0, s) for s in range(5)]
     assert "tok/s" in result.stderr and "model" in result.stderr
+
+
+def test_standard_output_of_another_encoding_that_is_closed(folder):
+    """Catches a run that ends by a letter that standard output cannot encode, lines that escape it in another way than
+    JSON does, and a traceback where the reader has seen enough."""
+    command = [sys.executable, tiny.ROOT / SCRIPT, "--checkpoint_path", folder, "--prompt", "é 字 😀 1 plus"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    pipe, more = subprocess.PIPE, ["--num_samples", "500", "--max_new_tokens", "9"]
+    with subprocess.Popen(command + more, stdout=pipe, stderr=pipe, env=env) as process:
+        assert json.loads(process.stdout.readline().decode("ascii"))["prompt"] == "é 字 😀 1 plus"
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert process.wait(timeout=60) == 0 and b"Traceback" not in stderr and b"error" not in stderr, stderr
 
 
 def test_half_a_surrogate_pair_survives(folder, tmp_path):
@@ -143,6 +175,35 @@ def test_chat_prompts_go_through_the_template(chat_folder, tmp_path):
     assert as_messages[0]["prompt"] == messages and as_chat[0]["prompt"] == text
     assert as_messages[0]["output"] == as_chat[0]["output"] == as_text[0]["output"] != plain[0]["output"]
     assert as_chat[0]["logprob"] == pytest.approx(as_text[0]["logprob"], abs=1e-4)
+
+
+def test_a_system_message(chat_folder, tmp_path):
+    """Catches --system that is left out of the prompt, is put behind it, or before a prompt that has its own."""
+    system, user = {"role": "system", "content": "The answer is"}, {"role": "user", "content": "1 plus 2"}
+    spelled = lines_of(
+        generate(chat_folder, "--prompt_file", tiny.write_records(tmp_path / "s.jsonl", [{"prompt": [system, user]}]))
+    )
+    flags = ("--chat", "--system", "The answer is")
+    for prompt in ("1 plus 2", [user]):
+        prompts = tiny.write_records(tmp_path / "p.jsonl", [{"prompt": prompt}])
+        (line,) = lines_of(generate(chat_folder, "--prompt_file", prompts, *flags))
+        assert line == {**spelled[0], "prompt": prompt}
+    tiny.assert_refused(generate(chat_folder, "--prompt_file", tmp_path / "s.jsonl", *flags), "s.jsonl:1", "system")
+
+
+def test_stops_that_are_no_plain_text(folder):
+    r"""Catches a \n in --stop that stays two characters, and a special token's text, which no decoded text holds."""
+    flags = ("--prompt", "1 plus 2", "--num_samples", 60, "--temperature", 5, "--return_token_ids")
+    free = lines_of(generate(folder, *flags, new=30))
+    newline = lines_of(generate(folder, *flags, "--stop", "\\n", new=30))
+    assert [line["output"] for line in newline] == [line["output"].split("\n")[0] for line in free]
+    special = lines_of(generate(folder, *flags, "--stop", "<s>", new=30))
+    for before, after in zip(free, special):
+        ids = before["token_ids"]
+        assert after["token_ids"] == (ids[: ids.index(1)] if 1 in ids else ids)
+        assert after["finish_reason"] == ("stop" if 1 in ids else before["finish_reason"])
+    assert newline != free and special != free
+    tiny.assert_refused(generate(folder, *flags, "--stop", "<s>\\n"), "--stop '<s>\\n'", "special token <s>")
 
 
 def test_stop_strings_end_samples(folder):
@@ -312,6 +373,7 @@ def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
         (("--max_seq_len", 100), "max_seq_len"),
         (("--num_samples", 2), "num_samples"),
         (("--stop", "x"), "stop"),
+        (("--repetition_penalty", 1.2), "repetition_penalty"),
         (("--dtype", "bfloat16"), "dtype"),
         (("--return_token_ids",), "return_token_ids"),
         (("--quantize", "int8"), "quantize"),
@@ -417,6 +479,8 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "nothing left": (("--prompt", "a", "--max_seq_len", "1", "--overlong", "skip"), ("no room",)),
     "no template": (("--prompt", "a", "--chat"), ("template",)),
     "empty stop": (("--prompt", "a", "--stop", ""), ("--stop",)),
+    "no chat": (("--prompt", "a", "--system", "b"), ("--system", "--chat")),
+    "repetition_penalty": (("--prompt", "a", "--repetition_penalty", "0"), ("--repetition_penalty", "> 0")),
     "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
     "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
     "fp8 on a CPU": (("--prompt", "a", "--quantize", "fp8"), ("fp8", "int8")),

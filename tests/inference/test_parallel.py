@@ -14,7 +14,7 @@ SAMPLING = {
     "greedy": ["--temperature", 0],
     "temperature": ["--temperature", 0.8],
     "top-k": ["--top_k", 9],
-    "both": ["--top_k", 20, "--top_p", 0.9],
+    "both": ["--top_k", 20, "--top_p", 0.9, "--repetition_penalty", 1.5],
 }
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 
@@ -62,8 +62,8 @@ def wanted(world):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, wanted, layout):
     """Catches prompts that a rank leaves out or repeats, ranks of one model that draw different tokens, a bias added
-    twice, a rank's ids or candidates taken for the whole vocabulary's, a log-prob under a part of the softmax, lines of
-    two ranks mixed, and a resume that does not see all ranks' lines."""
+    twice, a rank's ids, candidates or penalised tokens taken for the whole vocabulary's, a log-prob under a part of the
+    softmax, lines of two ranks mixed, and a resume that does not see all ranks' lines."""
     root, _ = world
     ranks, tp_size = LAYOUTS[layout]
     jobs = {}
@@ -101,7 +101,7 @@ def test_chat_on_two_ranks(world):
     assert done.returncode == 0, done.stderr[-3000:]
     flags = ["--checkpoint_path", root / "model", "--prompt", "3 plus so", "--temperature", 0, "--max_new_tokens", 12]
     line = json.loads(tiny.run("inference/generate.py", *flags).stdout)
-    assert done.stdout.count(line["output"]) == 1 and done.stdout.count("an empty line ends the chat") == 1
+    assert done.stdout.count(line["output"]) == 1 and done.stdout.count("/reset forgets") == 1
 
 
 def test_ranks_that_do_not_fit(world):

@@ -1,5 +1,6 @@
 """models/common.py: flags, errors, the device; and the arithmetic of FLOPs, against hand-computed values."""
 
+import io
 import math
 import sys
 from dataclasses import dataclass
@@ -176,6 +177,21 @@ def test_run_main(monkeypatch, capsys):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="shown"):
         outcome(ValueError("shown"), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_is_printed_and_read(encoding, monkeypatch):
+    """Catches a run that ends, at its end or in the middle of a chat, by a character that the terminal lacks."""
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9 \xff\n"), encoding=encoding)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    for name, stream in (("stdin", typed), ("stdout", shown), ("stderr", None)):
+        monkeypatch.setattr(sys, name, stream)
+    common.accept_any_text()
+    assert sys.stdin.readline().startswith("caf")
+    common.say("é 字 \ud83d")
+    text = shown.buffer.getvalue().decode(encoding)
+    assert "\\ud83d" in text and ("é" if encoding != "ascii" else "\\xe9") in text
+    assert ("字" if encoding == "utf-8" else "\\u5b57") in text
 
 
 def test_runtime():

@@ -47,6 +47,7 @@ PARAMS = {
     "top_k": SamplingParams(1.0, top_k=5),
     "top_p": SamplingParams(1.0, top_p=0.9),
     "both": SamplingParams(0.7, top_k=5, top_p=0.9),
+    "penalty": SamplingParams(0.7, top_k=5, repetition_penalty=1.3),
 }
 
 

@@ -5,16 +5,23 @@ import math
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import KVCache, load_for_inference, to_inference
 from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
-from models.noise import column_hashes, noise_key
+from models.noise import column_hashes, exponential, noise_key
+from models.repetition import SeenTokens
 from models.tokenizer import Tokenizer
 from tests import tiny
 
@@ -144,11 +151,11 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths):
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_equals_eager(tmp_path):
     """Catches a decode step that cannot be traced whole (a branch on data, in the top-p shortcut too) or that torch
-    specialises wrongly."""
+    specialises wrongly, and a repetition penalty whose table a compiled step does not keep."""
     tiny.write_model(
         tmp_path, vocab_size=2500, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,))
+    params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,), repetition_penalty=1.4)
     requests = ragged_requests(6, longest=10, most_new=12)
     expected = outcome(make_engine(tmp_path, params, num_slots=3, max_seq_len=24), requests)
     model = load_for_inference(tmp_path, Runtime(CPU, torch.float32, True))
@@ -198,6 +205,51 @@ def test_logprobs_and_noise_are_those_of_the_definition(folder, hf_model, params
                 assert (token.item() in params.stop_token_ids) == (i == num - 1 and stopped)
                 assert completion.logprobs[i] == pytest.approx(logprobs[0, token].item(), abs=2e-4)
     assert 0 < num_stopped < len(completions)
+
+
+@pytest.mark.parametrize("variant, penalty", [("gqa", 1.8), ("tied", 0.6)])
+def test_repetition_penalty_equals_transformers(tmp_path, variant, penalty):
+    """Catches a penalty that misses the prompt or the first token, goes by another slot's or an earlier sample's
+    tokens, counts a token twice, is a factor of the wrong kind for negative logits, or enters the log-probs."""
+    model = tiny.write_model(tmp_path, **VARIANTS[variant])
+    requests = ragged_requests(16, num_samples=2)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": penalty}
+    expected = {}
+    for request in requests:
+        ids = torch.tensor([request.prompt_ids])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, **settings
+        )
+        expected[request.idx, request.sample_idx] = (out[0, ids.shape[1] :].tolist(), "length")
+    assert sum(expected[r.idx, 0][0] != hf_greedy(model, r) for r in requests if not r.sample_idx) > 12
+    params = SamplingParams(0.0, repetition_penalty=penalty)
+    for num_slots, look_every in ((5, 1), (3, 8), (32, 2)):
+        engine = make_engine(tmp_path, params, num_slots=num_slots, look_every=look_every)
+        assert outcome(engine, requests) == expected, (num_slots, look_every)
+        assert outcome(engine, requests[::-1]) == expected, "the second call"
+    completion = next(engine.generate([requests[2]]))
+    ids = torch.tensor([requests[2].prompt_ids + completion.token_ids])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, len(requests[2].prompt_ids) - 1 : -1].log_softmax(-1)
+    wanted = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(0.7, top_k=20, top_p=0.9), SamplingParams(1.0)], ids=str)
+def test_repetition_penalty_comes_before_temperature_and_filters(params):
+    """Catches another order of the steps than transformers', in the CPU's parts of a batch too."""
+    torch.manual_seed(0)
+    logits, prompts = 3 * torch.randn(200, 3000) - 8, torch.randint(3000, (200, 500))  # of both signs at the top
+    keys, positions, hashes = torch.arange(200), torch.arange(200), column_hashes(3000)
+    table = SeenTokens(200, 3000, CPU, None)
+    for slot, ids in enumerate(prompts.tolist()):
+        table.begin(slot, ids)
+    params = replace(params, repetition_penalty=1.5)
+    tokens, logprobs = sample(logits, keys, positions, hashes, params, seen=table.table)
+    scores = hf_filtered(RepetitionPenaltyLogitsProcessor(1.5)(prompts, logits), params)
+    assert torch.equal(tokens, (scores.exp() / exponential_noise(keys, positions, hashes)).argmax(-1))
+    wanted = (logits / params.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, wanted)
 
 
 def hf_filtered(logits, params):
@@ -271,6 +323,27 @@ def test_noise_is_exponential_in_its_tail_too():
     for bound in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 5.0, 10.0):
         p = 1 - math.exp(-bound)
         assert abs((draws < bound).sum() - n * p) < 4 * math.sqrt(n * p * (1 - p)), bound
+
+
+def test_noise_is_finite_for_every_hash(monkeypatch):
+    """Catches a uniform that rounds to 1 or 0 at the ends of the 31 bits: its noise is infinite, and where top-p has
+    left one candidate, token 0 wins the race with it. Other draws stay as they were, to the bit."""
+    ends = [torch.arange(start, start + 4096) for start in (0, 2**30 - 2048, 2**31 - 4096, -(2**31), -4096)]
+    bits = torch.cat(ends).to(torch.int32)
+    draws = exponential(bits.clone())
+    uniforms = ((bits & 0x7FFFFFFF).double() + 0.5) / 2**31
+    assert draws.isfinite().all() and draws.min() > 0 and draws.log().isfinite().all()
+    small = uniforms < 0.1
+    torch.testing.assert_close(draws[small].double(), -torch.log1p(-uniforms[small]), rtol=1e-6, atol=0)
+    before = -torch.log1p(-((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31)
+    assert torch.equal(draws[before.isfinite()], before[before.isfinite()])
+    assert 0 < before.isinf().sum() <= 2 * 64
+
+    largest = lambda keys, rows, hashes: torch.full_like(hashes, -1).view(1, -1)  # noqa: E731
+    monkeypatch.setattr("models.generation.random_bits", largest)
+    logits, key = torch.tensor([[1.0, 2.0, 9.0, 3.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
+    for params in (SamplingParams(1.0, top_p=0.5), SamplingParams(1.0, top_k=1, top_p=0.5)):
+        assert sample(logits, key, key, column_hashes(5), params)[0].item() == 2
 
 
 @pytest.mark.parametrize("neighbours", ["tokens", "positions", "samples", "prompts", "seeds"])

@@ -43,6 +43,9 @@ COPIES = {
     "flax_model.msgpack": b"flax",
     "modeling_evil.py": b"raise SystemExit",
     ".gitattributes": b"",
+    "readme_files/figure.png": b"png",
+    "LICENSES/third_party/LICENSE.txt": b"theirs",
+    "notices/config.json": b"{}",
 }
 
 
@@ -210,7 +213,8 @@ def refused(result, *words):
 
 
 def test_sharded_safetensors_without_copies(hub, tmp_path):
-    """Catches fetching the weights twice, or the wrong ones (consolidated, original/), and any change of a byte."""
+    """Catches fetching the weights twice, or the wrong ones (consolidated, original/), subfolders whose names begin as
+    those of files that are wanted, and any change of a byte."""
     result = download_alone(tmp_path, "org/sharded", endpoint=hub.url)
     assert result.returncode == 0, result.stderr
     assert landed(tmp_path / "checkpoints/org/sharded") == SHARDED

@@ -137,8 +137,8 @@ def compare(root, name: str, out: str) -> float:
 def test_layouts_agree(world, layout):
     """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
     micro-batches or ranks instead of tokens, a rank that repeats or skips rows, samples at an evaluation that are
-    not those of the whole, current weights, a scalar head that differs between ranks, and rewards of one rank alone in
-    a metric."""
+    not those of the whole, current weights, a scalar head that differs between ranks, rewards of one rank alone in a
+    metric, and a recomputation that repeats the ranks' sums."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]
     jobs, outs = [], []
@@ -159,6 +159,8 @@ def test_layouts_agree(world, layout):
     for loss in REWARDS:
         outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
         jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
+    if layout == "tp 2":
+        jobs.append(["recomputing", root / "biased"])
     launch(ranks, jobs)
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
     assert max(found.values()) < 1e-5, found
@@ -308,7 +310,8 @@ def test_lean_optimizers_on_four_ranks(world):
             assert torch.equal(again[key], want), (name, key)
             for other in (one, alone):
                 differ, error = (other[key] != want).sum(), (other[key] - want).norm() / want.norm()
-                # gradients agree to 1e-6; where one is rounded to another bf16 number, or a weight or a moment lies
-                # that close to where its rounding turns, the results are neighbours: a few elements, one ulp each
-                few = differ < 5 + 0.01 * want.numel() and error < 2e-3
+                # gradients agree to 1e-6; where one is rounded to another bf16 number (as it is reduced, and as it is
+                # scaled), or a weight or a moment lies that close to where its rounding turns, the results are
+                # neighbours: a few elements, one ulp each
+                few = differ < 5 + 0.02 * want.numel() and error < 2e-3
                 assert few if "bf16" in name else error < 3e-5, (name, key, differ, error)

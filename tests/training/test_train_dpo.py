@@ -185,9 +185,9 @@ def recorded_gradients(monkeypatch):
     """The gradients of each step, before clipping."""
     steps, clip = [], train_dpo.clip_grad_norm
 
-    def recording_clip(model, max_norm):
-        steps.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
-        return clip(model, max_norm)
+    def recording_clip(model, max_norm, scale):
+        steps.append({name: scale * p.grad.full_tensor() for name, p in model.named_parameters()})
+        return clip(model, max_norm, scale)
 
     monkeypatch.setattr(train_dpo, "clip_grad_norm", recording_clip)
     return steps

@@ -345,9 +345,9 @@ def test_gradient_not_finite(folder, world, tmp_path, monkeypatch):
     """Catches a broken gradient stepped with, and a complaint without the prompts' numbers."""
     real, calls = train_ppo.clip_grad_norm, []
 
-    def norm(model, most):
+    def norm(model, most, scale):
         calls.append(1)
-        return real(model, most) * (math.nan if len(calls) == 5 else 1)
+        return real(model, most, scale) * (math.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(train_ppo, "clip_grad_norm", norm)
     result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out"))

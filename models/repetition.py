@@ -1,0 +1,45 @@
+"""The repetition penalty: which tokens each slot of the engine has seen, and what becomes of their logits.
+
+- what is seen is a table of the vocabulary for each slot, on the device and at a fixed address, so a decode step keeps
+  its shape and costs the same for every length; it exists only where the penalty is on
+- of ranks that share a model, each keeps the table of its part of the vocabulary
+
+Dimensions: B slots, V' this rank's part of the vocabulary, as wide as the first rank's.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.tp import chunk_range, size_of
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """The logits [B, V'], those of seen tokens (bool [B, V']) divided by the penalty where positive, and multiplied by
+    it where negative: Keskar et al. 2019 (arXiv 1909.05858, section 4.1) in the form of transformers."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+class SeenTokens(nn.Module):
+    """The tokens in each slot's prompt and answer so far, `table` bool [B, V']."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, tp: DeviceMesh | None):
+        super().__init__()
+        self.width = chunk_range(vocab_size, 0, size_of(tp))[1]
+        self.first = 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
+        table = torch.zeros(num_slots, self.width, dtype=torch.bool, device=device)
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
+
+    def begin(self, slot: int, prompt_ids: list[int]) -> None:
+        """A slot takes another prompt."""
+        own = [token - self.first for token in prompt_ids if 0 <= token - self.first < self.width]
+        self.table[slot] = False
+        self.table[slot, torch.tensor(own, dtype=torch.int64, device=self.table.device)] = True
+
+    def add(self, tokens: Tensor, slots: Tensor | None = None) -> None:
+        """The token that each of these slots (all) has drawn; int64 [B] each."""
+        slots, columns = self.slots if slots is None else slots, tokens - self.first
+        own = (columns >= 0) & (columns < self.width)
+        columns = torch.where(own, columns, 0)
+        self.table[slots, columns] = self.table[slots, columns] | own

@@ -45,7 +45,8 @@ def main(args: ChatArgs) -> None:
     if data_parallel_size(args.tensor_parallel_size) > 1:
         raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
-    scheme, tokenizer = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.tokenizer
+    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
+    tokenizer = folder.tokenizer
     limit = args.max_seq_len or min(4096, folder.max_seq_len)
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, folder.eos_token_ids)
     tp = parallel_of(init_mesh(runtime.device, args.tensor_parallel_size)).tp

@@ -81,7 +81,8 @@ def main(args: GenerateArgs) -> None:
     check_flags(args)
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True)
-    scheme, limit = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.max_seq_len
+    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
+    limit = folder.max_seq_len
     if args.prompt_file is not None:
         records = read_records(args.prompt_file)
     else:

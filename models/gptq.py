@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from models.attention import causal_attention
 from models.checkpoint import WeightFiles
 from models.common import Runtime, short_bar
+from models.compressed import packed_tensors
 from models.model import FUSIONS, Block, ModelConfig, RMSNorm
-from models.qlinear import Quantized, Scheme, dequantize, int4_grid, quantize, round_int4
-from models.quantize import stored_names
+from models.qlinear import Quantized, Scheme, Schemes, dequantize, int4_grid, quantize, round_int4
 from models.rope import rope_tables
 from models.tp import Parallel
 from models.vocab_parallel import CHUNK_TOKENS
@@ -80,7 +80,7 @@ class Cost(NamedTuple):
 def quantize_blocks(
     files: WeightFiles,
     config: ModelConfig,
-    scheme: Scheme,
+    scheme: Schemes,
     runtime: Runtime,
     *,
     calibration: list[Rows],
@@ -115,9 +115,10 @@ def quantize_blocks(
             for name in names:
                 stem = f"{part_name}.{name}.weight"
                 weight = files.read(f"layers.{i}.{stem}").to(device).float()
-                rounded[stem] = chosen[stem] = quantize(weight, scheme)
-                if calibration:
-                    chosen[stem] = gptq(weight, moments[product], scheme.group_size)
+                each = scheme.of(f"layers.{i}.{part_name}.{name}")
+                rounded[stem] = chosen[stem] = quantize(weight, each)
+                if calibration and each.mode == "int4":
+                    chosen[stem] = gptq(weight, moments[product], each.group_size)
         for name, weights in (("rounded", rounded), ("chosen", chosen)):
             for stem, weight in weights.items():
                 block.get_parameter(stem).copy_(dequantize(weight))  # in dtype, as the layer itself computes
@@ -126,7 +127,7 @@ def quantize_blocks(
         for name in files.names():
             stem = name.removeprefix(f"layers.{i}.")
             if stem in chosen:
-                yield from zip(stored_names(name, scheme), chosen[stem])
+                yield from packed_tensors(name, chosen[stem])
             elif stem != name:
                 yield name, files.read(name)
     if evaluation:

@@ -46,8 +46,8 @@ def quantization_config(scheme: Schemes, num_layers: int, head: str) -> dict:
     by_scheme: dict[Scheme, list[str]] = {}
     for layer in layers:
         by_scheme.setdefault(scheme.of(layer), []).append(layer)
-    most = max(by_scheme, key=lambda each: len(by_scheme[each]))
-    groups = [(["Linear"] if each == most else _targets(names, layers), each) for each, names in by_scheme.items()]
+    *few, most = sorted(by_scheme, key=lambda each: len(by_scheme[each]))
+    groups = [*((_targets(by_scheme[each], layers), each) for each in few), (["Linear"], most)]
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,

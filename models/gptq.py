@@ -48,7 +48,7 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
     """
     K = weight.shape[1]
     diagonal = moments.diagonal()
-    scale, zero = int4_grid(weight, group_size)
+    scale, _ = int4_grid(weight, group_size)
     order = diagonal.argsort(descending=True)
     mean = diagonal.mean().clamp(min=1e-12)  # no token at all: rounding to nearest
     damped = moments[order][:, order] + damping * mean * torch.eye(K, device=weight.device)
@@ -61,12 +61,12 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
         errors = torch.empty(len(weight), end - start, device=weight.device)
         for i in range(start, end):
             group = order[i] // group_size
-            rounded = round_int4(left[:, i, None], scale[:, group, None], zero[:, group, None])
+            rounded = round_int4(left[:, i, None], scale[:, group, None])
             values[:, i] = rounded.values[:, 0]
             errors[:, i - start] = (left[:, i] - dequantize(rounded)[:, 0]) / spread[i, i]
             left[:, i:end] -= errors[:, i - start, None] * spread[i, i:end]
         left[:, end:] -= errors @ spread[start:end, end:]
-    return Quantized(values[:, order.argsort()], scale, zero)
+    return Quantized(values[:, order.argsort()], scale)
 
 
 class Cost(NamedTuple):

@@ -116,10 +116,10 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.unflatten(1, (-1, group_size or weight.shape[1]))
 
 
-def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(scale, zero point) of int4 for a weight [N, K]: 16 steps over the range of each group, which is widened to hold
-    0, the zero point being an integer; symmetric: -8 to 7 steps, 7.5 of them up to the largest magnitude. scale: bf16
-    [N, G]; zero: uint8 [N, G], or None."""
+def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point) of int4 for a weight [N, K]: -8 to 7 steps, 7.5 of them up to the largest magnitude of a
+    group; not symmetric: 15 steps over the range of the group, widened to hold 0, since the zero point is an integer.
+    scale: bf16 [N, G]; zero: uint8 [N, G], or None."""
     low, high = (bound.float() for bound in _in_groups(weight, group_size).aminmax(dim=-1))
     if symmetric:
         return (torch.maximum(high, -low) / 7.5).bfloat16(), None
@@ -128,7 +128,7 @@ def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = False) -
     return scale, (-low / _divisor(scale)).round_().clamp_(0, 15).to(torch.uint8)
 
 
-def round_int4(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Quantized:
+def round_int4(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Quantized:
     """The nearest of the 16 numbers (q - zero) * scale for each weight [N, K]; scale, zero [N, G]; zero None: 8."""
     groups = weight.view(len(weight), scale.shape[1], -1)
     values = (groups / _divisor(scale)[..., None]).round_().add_(8 if zero is None else zero[..., None])

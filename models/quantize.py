@@ -94,7 +94,7 @@ def rounding_scheme(mode: str, group_size: int | None, config: ModelConfig, tp_s
     if mode != "int4":
         return Scheme(mode)
     if group_size is not None:
-        return Scheme(mode, group_size, symmetric=False)
+        return Scheme(mode, group_size)
     inputs = set(_inputs(config, tp_size).values())
     undivided = [_share(*each) for each in inputs if each[1] % (each[2] * DEFAULT_GROUP)]
     fitting = [group for group in GROUP_SIZES if all(size % (parts * group) == 0 for _, size, parts in inputs)]
@@ -104,7 +104,7 @@ def rounding_scheme(mode: str, group_size: int | None, config: ModelConfig, tp_s
     if undivided and is_main_rank():  # on stderr, since stdout may be for samples alone
         sizes = " or ".join(sorted(undivided))
         print(f"int4: groups of {group_size}, since {DEFAULT_GROUP} does not divide {sizes}", file=sys.stderr)
-    return Scheme(mode, group_size, symmetric=False)
+    return Scheme(mode, group_size)
 
 
 def with_int8(scheme: Schemes, kinds: Sequence[str], num_layers: int) -> Schemes:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from models.checkpoint import ModelArgs, WeightFiles, open_folder, save_folder
+from models.checkpoint import ModelArgs, WeightFiles, open_folder, save_folder, stored_dtype
 from models.common import at_least_one, card, choose_runtime, flag, run_script, say
 from models.compressed import quantization_config
 from models.gptq import Cost, Rows, quantize_blocks
@@ -80,14 +80,17 @@ def main(args: QuantizeScriptArgs) -> None:
         [] if path is None else load_rows(path, folder.tokenizer, config, args.max_seq_len, most)
         for path, most in ((args.calibration_file, args.calibration_tokens), (args.eval_file, None))
     )
+    is_fp32 = stored_dtype(args.checkpoint_path) == torch.float32
     costs: list[dict[str, Cost]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         if calibration or evaluation:
             rows = {"calibration": calibration, "evaluation": evaluation}
-            yield from quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
+            quantised = quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
         else:
-            yield from rounded_tensors(files, scheme, runtime.device)
+            quantised = rounded_tensors(files, scheme, runtime.device)
+        for name, tensor in quantised:  # who decompresses a weight on loading does so in the dtype of its scales
+            yield name, tensor.float() if is_fp32 and name.endswith("_scale") else tensor
         for name in sorted(shapes, reverse=True):  # the embedding last: its dtype is the one that config.json names
             if not name.startswith("layers."):
                 yield name, files.read(name)

@@ -13,7 +13,7 @@ from models.quantize import choose_scheme, load_quantized, stored_names
 from tests import tiny
 from tests.inference.test_score import write_reward_model
 
-INT4 = [Scheme("int4", g, symmetric=False) for g in q.GROUP_SIZES]
+INT4 = [Scheme("int4", g) for g in q.GROUP_SIZES]
 SCHEMES = [Scheme("int8"), *INT4]
 CPU = torch.device("cpu")
 FP32, BF16 = Runtime(CPU, torch.float32, False), Runtime(CPU, torch.bfloat16, False)

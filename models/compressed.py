@@ -89,7 +89,7 @@ def read_scheme(stored: dict, num_layers: int, where: str) -> Schemes:
     by_target: dict[str, Scheme] = {}
     _require(stored, "quantization_status", (None, "compressed"), where)
     _require(stored, "format", (FORMAT, "mixed-precision"), where)
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
         if stored.get(key) not in (None, {}) and stored[key] != {"format": "dense"}:
             raise ValueError(f"{where}.{key} {stored[key]!r} is not supported")
     groups = stored.get("config_groups")

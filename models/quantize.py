@@ -201,6 +201,8 @@ def load_quantized(
         model = Transformer(config, dtype, Parallel(tp), head)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = stored_shapes(shapes, scheme) if is_stored else shapes
+    if "lm_head.weight_packed" in files.names():
+        raise ValueError(f"{folder}: its lm_head is quantised; only the layers of the blocks may be")
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
 
     def weight_of(name: str) -> Quantized:

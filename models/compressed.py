@@ -52,25 +52,22 @@ def quantization_config(scheme: Schemes, num_layers: int, head: str) -> dict:
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{i}": {
-                "targets": targets,
-                "weights": {
-                    "num_bits": each.bits,
-                    "type": "int",
-                    "symmetric": each.symmetric,
-                    "strategy": "channel" if each.group_size is None else "group",
-                    "group_size": each.group_size,
-                    "dynamic": False,
-                },
-                "input_activations": None,
-                "output_activations": None,
-            }
-            for i, (targets, each) in enumerate(groups)
-        },
+        "config_groups": {f"group_{i}": _group(*group) for i, group in enumerate(groups)},
         "ignore": [head],
         "kv_cache_scheme": None,
     }
+
+
+def _group(targets: list[str], scheme: Scheme) -> dict:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def _targets(names: list[str], layers: list[str]) -> list[str]:
@@ -87,11 +84,11 @@ def read_scheme(stored: dict, num_layers: int, where: str) -> Schemes:
     and names what is not supported or left out."""
     where = f"{where}: quantization_config"
     by_target: dict[str, Scheme] = {}
-    _require(stored, "quantization_status", (None, "compressed"), where)
     _require(stored, "format", (FORMAT, "mixed-precision"), where)
     for key in ("kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config"):
-        if stored.get(key) not in (None, {}) and stored[key] != {"format": "dense"}:
-            raise ValueError(f"{where}.{key} {stored[key]!r} is not supported")
+        value = stored.get(key) or {}
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):  # dense: no sparsity at all
+            raise ValueError(f"{where}.{key} {value!r} is not supported")
     groups = stored.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise ValueError(f"{where}.config_groups must be an object of objects")

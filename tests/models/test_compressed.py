@@ -202,7 +202,8 @@ def test_which_layer_is_meant(name):
             transformers.LlamaConfig(num_hidden_layers=2, vocab_size=8, hidden_size=128)
         )
     stored = {"config_groups": groups, "ignore": ignore, "format": "pack-quantized"}
-    scheme = read_scheme(stored, 2, "here")
+    stored |= {"quantization_status": "frozen"}  # which older versions wrote of packed weights
+    scheme = read_scheme(stored | {"sparsity_config": {"format": "dense", "targets": []}}, 2, "here")
     apply_quantization_config(model, QuantizationConfig(**copy.deepcopy(stored)), show_progress=False)
     for layer in linear_layers(2):
         weights = model.get_submodule(f"model.{layer}").quantization_scheme.weights
@@ -238,7 +239,6 @@ REFUSED = {
     "sparsity": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "a transform": ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
     "a quantised cache": ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-    "not compressed": ({"quantization_status": "frozen"}, "quantization_status 'frozen'"),
     "a layer left out": ({"ignore": ["lm_head", "re:.*layers.1.*up_proj"]}, "leaves model.layers.1.mlp.up_proj out"),
     "a broken pattern": ({"ignore": ["re:*"]}, "not a regular expression"),
     "unlike neighbours": (

@@ -53,7 +53,8 @@ def main(args: ChatArgs) -> None:
     folder = open_folder(
         args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=chat_day(args.chat_date)
     )
-    scheme, tokenizer = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.tokenizer
+    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
+    tokenizer = folder.tokenizer
     limit = args.max_seq_len or min(4096, folder.max_seq_len)
     params = args.params(args.seed, tokenizer, folder.eos_token_ids)
     opening = opening_of(args.system, tokenizer)

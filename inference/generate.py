@@ -88,7 +88,8 @@ def main(args: GenerateArgs) -> None:
     runtime = choose_runtime(args)
     today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
-    scheme, limit = choose_scheme(args.checkpoint_path, args.quantize, args.group_size), folder.max_seq_len
+    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
+    limit = folder.max_seq_len
     if args.prompt_file is not None:
         records = read_records(args.prompt_file)
     else:

@@ -121,7 +121,7 @@ def main(args: ScoreArgs) -> None:
     runtime = choose_runtime(args)
     today = chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
-    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size)
+    scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
     kind = read_reward_kind(args.checkpoint_path)
     check_kind(args, kind)
     find_answer = load_function("--answer_fn", args.answer_fn) if args.answer_fn is not None else final_answer

@@ -29,7 +29,7 @@ from models.attention import Attend, has_varlen, packed_attention, varlen_kernel
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.model import FUSIONS, Block, Linear, ModelConfig, RowLinear, Transformer
-from models.qlinear import QuantizedLinear, Scheme, quantize
+from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
 from models.tp import Parallel, leave_parallel, local, size_of
 
@@ -198,7 +198,7 @@ def load_for_inference(
     *,
     tp: DeviceMesh | None = None,
     head: str = "lm",
-    scheme: Scheme | None = None,
+    scheme: Schemes | None = None,
 ) -> Transformer:
     """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. head: "lm" or "score".
     scheme: how its blocks are quantised, see load_quantized."""

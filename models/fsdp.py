@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag
 from models.model import Transformer
-from models.qlinear import Scheme
+from models.qlinear import Schemes
 from models.quantize import load_quantized
 from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part
 
@@ -189,7 +189,7 @@ def load_for_training(
 def load_frozen(
     folder: str | Path,
     mesh: DeviceMesh,
-    scheme: Scheme | None,
+    scheme: Schemes | None,
     args: ParallelArgs,
     runtime: Runtime,
     *,

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from models.attention import causal_attention
 from models.checkpoint import WeightFiles
 from models.common import Runtime, short_bar
+from models.compressed import packed_tensors
 from models.model import FUSIONS, Block, ModelConfig, RMSNorm
-from models.qlinear import Quantized, Scheme, dequantize, int4_grid, quantize, round_int4
-from models.quantize import stored_names
+from models.qlinear import Quantized, Scheme, Schemes, dequantize, int4_grid, quantize, round_int4
 from models.rope import rope_tables
 from models.tp import Parallel
 from models.vocab_parallel import CHUNK_TOKENS
@@ -48,7 +48,7 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
     """
     K = weight.shape[1]
     diagonal = moments.diagonal()
-    scale, zero = int4_grid(weight, group_size)
+    scale, _ = int4_grid(weight, group_size)
     order = diagonal.argsort(descending=True)
     mean = diagonal.mean().clamp(min=1e-12)  # no token at all: rounding to nearest
     damped = moments[order][:, order] + damping * mean * torch.eye(K, device=weight.device)
@@ -61,12 +61,12 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int, damping: float = 0.01
         errors = torch.empty(len(weight), end - start, device=weight.device)
         for i in range(start, end):
             group = order[i] // group_size
-            rounded = round_int4(left[:, i, None], scale[:, group, None], zero[:, group, None])
+            rounded = round_int4(left[:, i, None], scale[:, group, None])
             values[:, i] = rounded.values[:, 0]
             errors[:, i - start] = (left[:, i] - dequantize(rounded)[:, 0]) / spread[i, i]
             left[:, i:end] -= errors[:, i - start, None] * spread[i, i:end]
         left[:, end:] -= errors @ spread[start:end, end:]
-    return Quantized(values[:, order.argsort()], scale, zero)
+    return Quantized(values[:, order.argsort()], scale)
 
 
 class Cost(NamedTuple):
@@ -80,7 +80,7 @@ class Cost(NamedTuple):
 def quantize_blocks(
     files: WeightFiles,
     config: ModelConfig,
-    scheme: Scheme,
+    scheme: Schemes,
     runtime: Runtime,
     *,
     calibration: list[Rows],
@@ -115,9 +115,10 @@ def quantize_blocks(
             for name in names:
                 stem = f"{part_name}.{name}.weight"
                 weight = files.read(f"layers.{i}.{stem}").to(device).float()
-                rounded[stem] = chosen[stem] = quantize(weight, scheme)
-                if calibration:
-                    chosen[stem] = gptq(weight, moments[product], scheme.group_size)
+                each = scheme.of(f"layers.{i}.{part_name}.{name}")
+                rounded[stem] = chosen[stem] = quantize(weight, each)
+                if calibration and each.mode == "int4":
+                    chosen[stem] = gptq(weight, moments[product], each.group_size)
         for name, weights in (("rounded", rounded), ("chosen", chosen)):
             for stem, weight in weights.items():
                 block.get_parameter(stem).copy_(dequantize(weight))  # in dtype, as the layer itself computes
@@ -126,7 +127,7 @@ def quantize_blocks(
         for name in files.names():
             stem = name.removeprefix(f"layers.{i}.")
             if stem in chosen:
-                yield from zip(stored_names(name, scheme), chosen[stem])
+                yield from packed_tensors(name, chosen[stem])
             elif stem != name:
                 yield name, files.read(name)
     if evaluation:

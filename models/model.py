@@ -28,7 +28,7 @@ from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
 from models.vocab_parallel import embed
 
-QUANTIZED_FORMAT = "gpt-accelera"  # what quantization_config names in a folder that scripts/quantize.py wrote
+QUANT_METHOD = "compressed-tensors"  # what quantization_config names in a folder with quantised weights
 
 # What the inference copy of a block computes as one product: (the part of the block, the names of its Linear layers,
 # the name of the product that replaces them).
@@ -71,9 +71,14 @@ class ModelConfig:
         config, where = (source, "config") if isinstance(source, dict) else read_hf_config(source)
         if config.get("model_type") != "llama":
             raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not supported, only 'llama'")
-        for key, supported in (("hidden_act", "silu"), ("quantization_config", None), ("partial_rotary_factor", 1.0)):
-            if config.get(key, supported) != supported and not (key == "quantization_config" and is_quantized(config)):
+        for key, supported in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+            if config.get(key, supported) != supported:
                 raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
+        if config.get("quantization_config") is not None and not is_quantized(config):
+            raise ValueError(
+                f"{where}: quantization_config {config['quantization_config']!r} is not supported, only the layout of "
+                f"{QUANT_METHOD}; if an older scripts/quantize.py wrote the folder, run it again"
+            )
 
         def number(key, kind=int, default=None):
             value = config.get(key)
@@ -157,9 +162,9 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
 
 
 def is_quantized(config: dict) -> bool:
-    """Whether a config.json says that scripts/quantize.py wrote the weights beside it."""
+    """Whether a config.json says that the weights beside it are quantised, in the layout of compressed-tensors."""
     stored = config.get("quantization_config")
-    return isinstance(stored, dict) and stored.get("format") == QUANTIZED_FORMAT
+    return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
 
 
 class Linear(nn.Linear):

@@ -1,8 +1,9 @@
 """Quantised weights: the arithmetic, and the linear layer that computes with them (weight-only; int8, int4 and fp8).
 
-- int8 has one scale for each output feature; int4 has one scale and one zero for each group of input features of an
-  output feature: w = (q - 8) * scale + zero. Scales and zeros are bf16 numbers and the integers are chosen for these,
-  so every dtype and every device computes with the same weights
+- w = (q - zero) * scale: an integer, the integer that stands for 0 (none where the grid is symmetric), and a scale, the
+  last two for each output feature or for each group of its input features. Scales are bf16 numbers and the integers are
+  chosen for these, so every dtype and every device computes with the same weights; but torch's int4 kernels add the
+  value of q = 8 as a bf16 number, which moves the weights of a group with a zero point by at most 1/64 of a step
 - a layer keeps the integers in the order that the device's kernel reads (CPU and CUDA in bf16); where there is no
   kernel, or many rows make one product of dequantised weights cheaper, it dequantises into the product
 - fp8 (e4m3, a scale for each output feature and each row of activations) is arithmetic as well as memory, on Hopper
@@ -10,6 +11,7 @@
 Dimensions: M rows of activations, N output features, K input features, G groups of a row, W output features of a block.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -27,27 +29,58 @@ FP8_MAX = 448.0  # the largest number of e4m3fn
 
 
 class Scheme(NamedTuple):
+    """How the weight of a layer is kept."""
+
     mode: str  # of MODES
-    group_size: int = 128  # of int4
+    group_size: int | None = None  # input features that share a scale; None: all of a row
+    symmetric: bool = True  # about 0; else each scale has a zero point
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.mode == "int4" else 8
+
+    def of(self, layer: str) -> "Scheme":
+        """The scheme of a layer by its name: one scheme serves a whole model."""
+        return self
+
+    def num_groups(self, num_inputs: int) -> int:
+        return num_inputs // (self.group_size or num_inputs)
 
     def __str__(self) -> str:
-        return f"int4, groups of {self.group_size}" if self.mode == "int4" else self.mode
+        groups = "" if self.group_size is None else f", groups of {self.group_size}"
+        return self.mode + groups + ("" if self.symmetric else " with zero points")
+
+
+class MixedScheme(NamedTuple):
+    """How the layers of a model are kept, where they differ."""
+
+    by_layer: dict[str, Scheme]  # "layers.0.self_attn.q_proj"
+
+    def of(self, layer: str) -> Scheme:
+        return self.by_layer[layer]
+
+    def __str__(self) -> str:
+        counts = Counter(self.by_layer.values()).most_common()
+        return ", ".join(f"{count} layers {scheme}" for scheme, count in counts)
+
+
+Schemes = Scheme | MixedScheme
 
 
 class Quantized(NamedTuple):
     """A weight [N, K] as small numbers; dequantize() gives its values."""
 
     values: Tensor  # int8, float8_e4m3fn, or of int4 uint8 in 0..15
-    scale: Tensor  # int8, fp8: [N, 1]; int4: [N, G]
-    zero: Tensor | None = None  # int4: [N, G], the value that q = 8 stands for
+    scale: Tensor  # [N, G]; G is 1 where a whole row shares it
+    zero: Tensor | None = None  # [N, G], as values: the integer that stands for 0; None: 8 of int4, 0 of others
 
 
 # ------------------------------------------------------------------------------------- arithmetic
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 over the range of each group, fp8
-    scaled to its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
+    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 as int4_grid() says, fp8 scaled to
+    its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
     # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
     parts = [_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))]
     return Quantized(*(torch.cat(tensors) for tensors in zip(*parts) if tensors[0] is not None))
@@ -55,46 +88,72 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
 
 def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
     weight = weight.float()
-    if not weight.isfinite().all():
-        raise ValueError("a weight is not finite, so it cannot be quantised")
     if scheme.mode == "int4":
-        return round_int4(weight, *int4_grid(weight, scheme.group_size))
-    largest = weight.abs().amax(dim=1, keepdim=True)
+        scale, zero = int4_grid(weight, scheme.group_size, scheme.symmetric)
+        _check_finite(scale)
+        return round_int4(weight, scale, zero)
+    groups = _in_groups(weight, scheme.group_size)
+    low, high = _range(groups)
+    largest = torch.maximum(high, -low)  # whatever is not finite reaches it
+    _check_finite(largest)
     if scheme.mode == "fp8":
         scale = (largest / FP8_MAX).clamp(min=1e-12)
-        return Quantized((weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+        return Quantized((weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
+    assert scheme.symmetric, "int8 with zero points is read, not written"
     scale = (largest / 127).bfloat16()
-    return Quantized((weight / _divisor(scale)).round().clamp(-127, 127).to(torch.int8), scale)
+    values = (groups / _divisor(scale)[..., None]).round_().clamp_(-127, 127)
+    return Quantized(values.to(torch.int8).view(weight.shape), scale)
 
 
-def int4_grid(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of int4 for a weight [N, K]: 16 steps over the range of each group; bf16 [N, G] each."""
-    if weight.shape[1] % group_size:
+def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each group; aminmax takes 12 times as long (torch 2.13, CPU)."""
+    return groups.amin(dim=-1), groups.amax(dim=-1)
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise ValueError("a weight is not finite, so it cannot be quantised")
+
+
+def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
+    """[N, G, group_size]"""
+    if group_size is not None and weight.shape[1] % group_size:
         raise ValueError(f"{weight.shape[1]} input features are not divisible by groups of {group_size}")
-    groups = weight.view(len(weight), -1, group_size)
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    scale = ((high - low) / 15).bfloat16()
-    return scale, (low + 8 * scale.float()).bfloat16()
+    return weight.unflatten(1, (-1, group_size or weight.shape[1]))
 
 
-def round_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Quantized:
-    """The nearest of the 16 numbers (q - 8) * scale + zero for each weight [N, K]; scale, zero [N, G]."""
+def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point) of int4 for a weight fp32 [N, K]: -8 to 7 steps, 7.5 of them up to the largest magnitude of a
+    group; not symmetric: 15 steps over the range of the group, widened to hold 0, since the zero point is an integer.
+    scale: bf16 [N, G]; zero: uint8 [N, G], or None."""
+    low, high = _range(_in_groups(weight, group_size))
+    if symmetric:
+        return (torch.maximum(high, -low) / 7.5).bfloat16(), None
+    low = low.clamp(max=0)
+    scale = ((high.clamp(min=0) - low) / 15).bfloat16()
+    return scale, (-low / _divisor(scale)).round_().clamp_(0, 15).to(torch.uint8)
+
+
+def round_int4(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Quantized:
+    """The nearest of the 16 numbers (q - zero) * scale for each weight [N, K]; scale, zero [N, G]; zero None: 8."""
     groups = weight.view(len(weight), scale.shape[1], -1)
-    values = (groups - zero[..., None].float()) / _divisor(scale)[..., None]
-    return Quantized((values.round() + 8).clamp(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
+    values = (groups / _divisor(scale)[..., None]).round_().add_(8 if zero is None else zero[..., None])
+    return Quantized(values.clamp_(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
 
 
-def dequantize(weight: Quantized) -> Tensor:
-    """The values of a quantised weight, fp32 [N, K]."""
-    values, scale = weight.values.float(), weight.scale.float()
-    if weight.zero is None:
-        return values * scale
-    groups = values.view(len(values), scale.shape[1], -1)
-    return ((groups - 8) * scale[..., None] + weight.zero[..., None].float()).view(values.shape)
+def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of a quantised weight, [N, K], computed in dtype: in bf16 each is rounded once."""
+    scale, zero = weight.scale.to(dtype), weight.zero
+    groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
+    if zero is not None:
+        groups = groups - zero.to(dtype)[..., None]  # integers of 8 bits and their differences are bf16 numbers
+    elif weight.values.dtype == torch.uint8:
+        groups = groups - 8
+    return (groups * scale[..., None]).view(weight.values.shape)
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """A constant group has scale 0, and its weights the value of its zero."""
+    """A group of zeros has scale 0."""
     return scale.float().masked_fill(scale == 0, 1.0)
 
 
@@ -155,12 +214,19 @@ def cpu_int4_width() -> int | None:
     return next((w for w in (64, 32) if torch.equal(pack_int4(values, w).flatten(), packed)), None)
 
 
+def scales_and_zeros(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """[G, N, 2]: the scales of an int4 weight and the values that q = 8 stands for, as torch's kernels want them."""
+    scale = weight.scale.float()
+    zero = torch.zeros_like(scale) if weight.zero is None else (8 - weight.zero.float()) * scale
+    return torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
+
+
 def _cuda_int4(weight: Quantized) -> tuple[Tensor, Tensor]:
     """(integers, scales and zeros) as the CUDA kernel wants them."""
     tiles = next(tiles for tiles in (8, 4, 2) if weight.values.shape[1] % (16 * tiles) == 0)
     pairs = (weight.values[:, ::2] << 4) | weight.values[:, 1::2]
-    scales_and_zeros = torch.stack((weight.scale.T, weight.zero.T), dim=-1).contiguous()
-    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles), scales_and_zeros
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+    return packed, scales_and_zeros(weight, torch.bfloat16)
 
 
 @cache
@@ -191,13 +257,22 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dty
         return "fp8" if N % 16 == K % 16 == 0 else None
     if dtype != torch.bfloat16:
         return None
-    if device.type == "cpu" and scheme.mode == "int8":
-        return "cpu" if hasattr(torch.ops.aten, "_weight_int8pack_mm") and K % 32 == 0 else None
+    if scheme.mode == "int8":
+        is_plain = device.type == "cpu" and scheme.group_size is None and scheme.symmetric and K % 32 == 0
+        return "cpu" if is_plain and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
+    if scheme.group_size not in GROUP_SIZES:
+        return None
     if device.type == "cpu":
         return "cpu" if cpu_int4_width() else None
-    if scheme.mode == "int4" and N % 8 == 0 and device.type == "cuda" and cuda_int4_works(device):
-        return "cuda"
-    return None
+    return "cuda" if device.type == "cuda" and N % 8 == 0 and cuda_int4_works(device) else None
+
+
+def _in_kernel_groups(weight: Quantized, scheme: Scheme) -> tuple[Quantized, Scheme]:
+    """int4 with a scale for a whole row, as groups that a kernel takes, where one of their sizes divides the row."""
+    K = weight.values.shape[1]
+    size = next((size for size in reversed(GROUP_SIZES) if K % size == 0), K)
+    numbers = (None if x is None else x.repeat_interleave(K // size, dim=1) for x in (weight.scale, weight.zero))
+    return Quantized(weight.values, *numbers), scheme._replace(group_size=size)
 
 
 # Rows from which dequantising the weight into one product is faster than the CPU's kernel, which computes row by row:
@@ -222,21 +297,27 @@ class QuantizedLinear(nn.Module):
         row-parallel layers, whose outputs are summed over the ranks."""
         super().__init__()
         weight = Quantized(*(torch.cat(tensors) for tensors in zip(*weights) if tensors[0] is not None))
+        if scheme.mode == "int4" and scheme.group_size is None:
+            weight, scheme = _in_kernel_groups(weight, scheme)
         self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
-        if scheme.mode != "int4":
-            values, scale = weight.values, weight.scale if scheme.mode == "fp8" else weight.scale[:, 0].to(dtype)
+        if scheme.mode == "fp8":
+            values, scale = weight.values, weight.scale
+        elif scheme.mode == "int8":
+            values, scale = weight.values, weight.scale.to(dtype)
+            scale = scale[:, 0] if scheme.group_size is None else scale
         elif self.kernel == "cuda":
             values, scale = _cuda_int4(weight)
         else:
             width = cpu_int4_width() or 64
             missing = -len(weight.values) % width
-            values, scale, zero = (F.pad(part, (0, 0, 0, missing)) for part in weight)
-            values = pack_int4(values, width).view(len(values), -1)  # [N, K / 2], as the kernel takes it
-            scale, self.half_width = torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous(), width // 2
+            padded = Quantized(*(None if part is None else F.pad(part, (0, 0, 0, missing)) for part in weight))
+            values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
+            scale, self.half_width = scales_and_zeros(padded, dtype), width // 2
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
+        self.register_buffer("zero", weight.zero if scheme.mode == "int8" else None)
         self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
         self.num_bytes = values.nbytes + scale.nbytes  # what a product reads
         self.is_padded = scheme.mode == "int4" and self.kernel != "cuda" and len(values) != self.num_rows
@@ -273,6 +354,9 @@ class QuantizedLinear(nn.Module):
         if self.scheme.mode == "int8":
             if few:
                 return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+            if self.scale.dim() == 2 or self.zero is not None:
+                scale = self.scale.view(len(self.weight), -1)
+                return F.linear(x, dequantize(Quantized(self.weight, scale, self.zero), x.dtype))
             return F.linear(x, self.weight.to(x.dtype)) * self.scale
         group_size = self.scheme.group_size
         if self.kernel == "cuda":

@@ -3,12 +3,13 @@
 - the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype (an
   inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
-- a folder (scripts/quantize.py writes it) holds what --quantize computes, to the bit; or int4 that was chosen with more
-  care (models/gptq.py)
+- a folder (scripts/quantize.py writes it, in the layout of models/compressed.py) holds what --quantize computes, to the
+  bit; or int4 that was chosen with more care (models/gptq.py); or what others wrote in that layout
 - with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,31 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles, fill_parameters, model_config
-from models.common import flag, short_bar
-from models.model import FUSIONS, Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
-from models.qlinear import GROUP_SIZES, MODES, Quantized, QuantizedLinear, Scheme, quantize
+from models.common import flag, is_main_rank, short_bar
+from models.compressed import (
+    LINEARS,
+    columns_of,
+    is_linear_weight,
+    linear_layers,
+    packed_tensors,
+    read_packed,
+    read_scheme,
+    stored_shapes,
+)
+from models.model import Block, ModelConfig, RowLinear, Transformer, is_quantized, read_hf_config
+from models.qlinear import GROUP_SIZES, MODES, MixedScheme, Quantized, QuantizedLinear, Scheme, Schemes, quantize
 from models.tp import Parallel, shard_dim, size_of, tensor_parallel_part
+
+DEFAULT_GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSizeArgs:
     """The scales of int4."""
 
-    group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; 128")
+    group_size: int | None = flag(
+        None, choices=GROUP_SIZES, help="int4: weights that share a scale; the largest up to 128 that fits the model"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,64 +54,88 @@ class QuantizeArgs(GroupSizeArgs):
         "none",
         choices=("none", *MODES),
         help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
-        "fp8 needs a Hopper GPU. A folder that scripts/quantize.py wrote is run as it is stored",
+        "fp8 needs a Hopper GPU. A folder with quantised weights is run as it is stored",
     )
 
 
-LINEARS = tuple(name for _, names, _ in FUSIONS for name in names)  # the layers of a block that are quantised
-
-
-def check_scheme(scheme: Scheme, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
+def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
     """Raises ValueError if a model cannot be quantised so, cut over so many ranks, or computed on this device."""
-    if scheme.mode == "int4":
-        if scheme.group_size not in GROUP_SIZES:
-            raise ValueError(
-                f"groups of {scheme.group_size} are not supported, only {', '.join(map(str, GROUP_SIZES))}"
-            )
-        # what is cut over ranks is the input of o_proj and down_proj
-        _check_groups("hidden_size", config.hidden_size, 1, scheme.group_size)
-        _check_groups("heads x head_dim", config.num_attention_heads * config.head_dim, tp_size, scheme.group_size)
-        _check_groups("intermediate_size", config.intermediate_size, tp_size, scheme.group_size)
-    if scheme.mode == "fp8":
+    if isinstance(scheme, Scheme) and scheme.mode == "fp8":
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
             raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
         if dtype != torch.bfloat16:
             raise ValueError("fp8 computes in bfloat16: give --dtype bfloat16")
+    for layer in linear_layers(config.num_hidden_layers):
+        each, (key, size, parts) = scheme.of(layer), _inputs(config, tp_size)[layer.rpartition(".")[2]]
+        if each.group_size is not None and size % (parts * each.group_size):
+            fitting = [group for group in GROUP_SIZES if size % (parts * group) == 0]
+            advice = f"groups of {fitting[-1]} are possible" if fitting else "take int8"
+            raise ValueError(
+                f"{each.mode}: {_share(key, size, parts)} is not divisible by groups of {each.group_size}; {advice}"
+            )
 
 
-def _check_groups(what: str, size: int, parts: int, group_size: int) -> None:
-    if size % (parts * group_size):
-        share = f" / {parts} ranks" if parts > 1 else ""
-        fitting = [g for g in GROUP_SIZES if size % (parts * g) == 0]
-        advice = f"groups of {fitting[-1]} are possible" if fitting else "take int8"
-        raise ValueError(f"int4: {what} {size}{share} is not divisible by groups of {group_size}; {advice}")
+def _inputs(config: ModelConfig, tp_size: int) -> dict[str, tuple[str, int, int]]:
+    """(what config.json calls it, the number of inputs, the ranks that these are cut over) of each kind of layer."""
+    cut = {
+        "o_proj": ("heads x head_dim", config.num_attention_heads * config.head_dim, tp_size),
+        "down_proj": ("intermediate_size", config.intermediate_size, tp_size),
+    }
+    return dict.fromkeys(LINEARS, ("hidden_size", config.hidden_size, 1)) | cut
 
 
-def stored_scheme(folder: str | Path) -> Scheme | None:
-    """The scheme of a folder with quantised weights, None for any other. Raises ValueError for a broken one."""
-    config, where = read_hf_config(folder)
-    if not is_quantized(config):  # another format is refused by ModelConfig.from_hf
-        return None
-    stored = config["quantization_config"]
-    mode, group_size = stored.get("mode"), stored.get("group_size", 128)
-    if mode not in ("int8", "int4") or group_size not in GROUP_SIZES:
-        raise ValueError(f"{where}: quantization_config has mode {mode!r} and group_size {group_size!r}; it is broken")
+def _share(key: str, size: int, parts: int) -> str:
+    return f"{key} {size}" + (f" / {parts} ranks" if parts > 1 else "")
+
+
+def rounding_scheme(mode: str, group_size: int | None, config: ModelConfig, tp_size: int = 1) -> Scheme:
+    """What a flag's `mode` means for a model. group_size None: of int4 the largest up to 128 that every layer's inputs
+    on a rank are divisible by; a smaller one is said. Raises ValueError if there is none."""
+    if mode != "int4":
+        return Scheme(mode)
+    if group_size is not None:
+        return Scheme(mode, group_size)
+    inputs = set(_inputs(config, tp_size).values())
+    undivided = [_share(*each) for each in inputs if each[1] % (each[2] * DEFAULT_GROUP)]
+    fitting = [group for group in GROUP_SIZES if all(size % (parts * group) == 0 for _, size, parts in inputs)]
+    if not fitting:
+        raise ValueError(f"int4: no group size divides {' and '.join(sorted(undivided))}; take int8")
+    group_size = min(fitting[-1], DEFAULT_GROUP)
+    if undivided and is_main_rank():  # on stderr, since stdout may be for samples alone
+        sizes = " or ".join(sorted(undivided))
+        print(f"int4: groups of {group_size}, since {DEFAULT_GROUP} does not divide {sizes}", file=sys.stderr)
     return Scheme(mode, group_size)
 
 
+def with_int8(scheme: Schemes, kinds: Sequence[str], num_layers: int) -> Schemes:
+    """The scheme with layers of some kinds ("down_proj") in int8."""
+    by_layer = {layer: scheme.of(layer) for layer in linear_layers(num_layers)}
+    chosen = [layer for layer in by_layer if layer.rpartition(".")[2] in kinds]
+    return MixedScheme(by_layer | dict.fromkeys(chosen, Scheme("int8"))) if chosen else scheme
+
+
+def stored_scheme(folder: str | Path) -> Schemes | None:
+    """The scheme of a folder with quantised weights, None for any other. Raises ValueError for one that is not
+    computed here."""
+    config, where = read_hf_config(folder)
+    if not is_quantized(config):  # another layout is refused by ModelConfig.from_hf
+        return None
+    return read_scheme(config["quantization_config"], ModelConfig.from_hf(folder).num_hidden_layers, where)
+
+
 def choose_scheme(
-    folder: str | Path, mode: str, group_size: int | None = None, flag: str = "--quantize"
-) -> Scheme | None:
+    folder: str | Path, mode: str, group_size: int | None = None, flag: str = "--quantize", tp_size: int = 1
+) -> Schemes | None:
     """How to run the model of a folder: as it is stored, or quantised as the flags say (mode none: not at all;
-    group_size None: 128). Raises ValueError if it is stored in another way than they say."""
+    group_size None: see rounding_scheme). Raises ValueError if it is stored in another way than they say."""
     stored = stored_scheme(folder)
     if group_size is not None and mode != "int4":
         raise ValueError(f"--group_size is for {flag} int4, not for {mode}")
     if mode == "none":
         return stored
     if stored is None:
-        return Scheme(mode, group_size or 128)
-    if mode != stored.mode or (group_size or stored.group_size) != stored.group_size:
+        return rounding_scheme(mode, group_size, ModelConfig.from_hf(folder), tp_size)
+    if isinstance(stored, MixedScheme) or (mode, group_size or stored.group_size) != stored[:2]:
         raise ValueError(f"{flag} {mode}: {folder} holds {stored} already; leave the flag out")
     return stored
 
@@ -106,7 +145,7 @@ def quantize_block(
     prefix: str,
     weight_of: Callable[[str], Quantized],
     bias_of: Callable[[str], Tensor],
-    scheme: Scheme,
+    scheme: Schemes,
     dtype: torch.dtype,
 ) -> None:
     """Puts quantised products in the place of a block's linear layers. weight_of and bias_of give this rank's part of a
@@ -117,7 +156,7 @@ def quantize_block(
         weights = [weight_of(f"{prefix}{name}.weight") for name in names]
         biases = None if first.bias is None else [bias_of(f"{prefix}{name}.bias") for name in names]
         parallel = first.parallel if isinstance(first, RowLinear) else Parallel()
-        return QuantizedLinear(weights, biases, scheme, dtype, parallel)
+        return QuantizedLinear(weights, biases, scheme.of(f"{prefix}{names[0]}"), dtype, parallel)
 
     block.fuse(product_of)
 
@@ -129,51 +168,12 @@ def quantize_in_place(block: Block, scheme: Scheme) -> None:
     quantize_block(block, "", lambda name: quantize(get(name), scheme), lambda name: get(name).detach(), scheme, dtype)
 
 
-# A folder with quantised weights has for each "NAME.weight" the integers, one in a byte, as "NAME.weight_int8" or
-# "NAME.weight_int4", with "NAME.weight_scale" and, of int4, "NAME.weight_zero". A reader that does not know the format
-# finds no weights; and transformers stops at a quantization_config without quant_method (one with a name that it does
-# not know it only warns of).
-
-
-def stored_names(name: str, scheme: Scheme) -> list[str]:
-    """The tensors of a file that hold the quantised weight `name`, in the order of Quantized."""
-    return [f"{name}_{kind}" for kind in (scheme.mode, "scale", *["zero"] * (scheme.mode == "int4"))]
-
-
-def is_linear_weight(name: str) -> bool:
-    """Whether a parameter of a plain model is one that is quantised."""
-    layer, _, kind = name.rpartition(".")
-    return kind == "weight" and layer.rpartition(".")[2] in LINEARS
-
-
-def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder with quantised weights, from the parameters of the model."""
-    stored = {}
-    for name, shape in shapes.items():
-        if is_linear_weight(name):
-            values, *scales = stored_names(name, scheme)
-            num_groups = shape[1] // scheme.group_size if scheme.mode == "int4" else 1
-            stored |= {values: shape, **dict.fromkeys(scales, (shape[0], num_groups))}
-        else:
-            stored[name] = shape
-    return stored
-
-
-def _slices(cut: tuple[slice, slice], scheme: Scheme) -> list[tuple[slice, slice]]:
-    """The parts of a quantised weight's tensors that belong to a part of the weight."""
-    rows, columns = cut
-    if scheme.mode != "int4":
-        return [cut, (rows, slice(0, 1))]
-    groups = slice(columns.start // scheme.group_size, columns.stop // scheme.group_size)
-    return [cut, (rows, groups), (rows, groups)]
-
-
 def quantize_file(
-    files: WeightFiles, name: str, slices: tuple[slice, ...], scheme: Scheme, device: torch.device
+    files: WeightFiles, name: str, slices: tuple[slice, ...], scheme: Schemes, device: torch.device
 ) -> Quantized:
     """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
     try:
-        return quantize(files.read(name, slices).to(device), scheme)
+        return quantize(files.read(name, slices).to(device), scheme.of(name.removesuffix(".weight")))
     except ValueError as error:
         raise ValueError(f"{files.folder}: {name}: {error}") from None
 
@@ -181,7 +181,7 @@ def quantize_file(
 @torch.no_grad()
 def load_quantized(
     folder: str | Path,
-    scheme: Scheme,
+    scheme: Schemes,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -201,22 +201,18 @@ def load_quantized(
         model = Transformer(config, dtype, Parallel(tp), head)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = stored_shapes(shapes, scheme) if is_stored else shapes
+    if "lm_head.weight_packed" in files.names():
+        raise ValueError(f"{folder}: its lm_head is quantised; only the layers of the blocks may be")
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
 
     def weight_of(name: str) -> Quantized:
-        cut = tensor_parallel_part(name, shapes[name], tp)
+        cut, each = tensor_parallel_part(name, shapes[name], tp), scheme.of(name.removesuffix(".weight"))
         if is_stored:
-            names = stored_names(name, scheme)
-            weight = Quantized(*(files.read(each, s).to(device) for each, s in zip(names, _slices(cut, scheme))))
-            dtypes = [part.dtype for part in weight if part is not None]
-            wanted = [torch.int8 if scheme.mode == "int8" else torch.uint8, *[torch.bfloat16] * len(dtypes[1:])]
-            if dtypes != wanted:
-                raise ValueError(f"{folder}: {names[0]} must be {wanted[0]} and its scales bfloat16; it is broken")
-            return weight
+            return read_packed(files, name, shapes[name], cut, each, device)
         # of a row-parallel layer every rank reads the whole, since a scale may be that of a whole row
         rows = cut[:1] if shard_dim(name) == 0 else ()
         whole = quantize_file(files, name, rows, scheme, device)
-        return whole if rows else Quantized(*(t[s] for t, s in zip(whole, _slices(cut, scheme)) if t is not None))
+        return whole if rows else columns_of(whole, cut[1], each)
 
     def bias_of(name: str) -> Tensor:
         return files.read(name, tensor_parallel_part(name, shapes[name], tp))
@@ -227,10 +223,10 @@ def load_quantized(
     return model.requires_grad_(False).eval()
 
 
-def rounded_tensors(files: WeightFiles, scheme: Scheme, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def rounded_tensors(files: WeightFiles, scheme: Schemes, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time."""
     for name in short_bar([name for name in files.names() if name.startswith("layers.")], "rounding", "tensor"):
         if is_linear_weight(name):
-            yield from zip(stored_names(name, scheme), quantize_file(files, name, (), scheme, device))
+            yield from packed_tensors(name, quantize_file(files, name, (), scheme, device))
         else:
             yield name, files.read(name)

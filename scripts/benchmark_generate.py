@@ -17,7 +17,7 @@ from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
-from models.quantize import check_scheme, quantize_in_place
+from models.quantize import check_scheme, quantize_in_place, rounding_scheme
 from models.tp import Parallel, tensor_parallel_part
 from scripts.benchmark_common import BenchmarkArgs, seconds_of
 
@@ -96,7 +96,10 @@ def measure_generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) ->
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
     config.check_divisible(tp_size)
     modes = args.precisions or [args.quantize]
-    schemes = {mode: None if mode == "none" else Scheme(mode, args.group_size or 128) for mode in modes}
+    sizes = {"int4": args.group_size}
+    schemes = {
+        mode: None if mode == "none" else rounding_scheme(mode, sizes.get(mode), config, tp_size) for mode in modes
+    }
     for scheme in filter(None, schemes.values()):
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None

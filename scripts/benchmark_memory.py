@@ -15,7 +15,7 @@ from models.common import Runtime, card, choose_runtime, peak_memory, progress_b
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
 from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
-from models.quantize import check_scheme, quantize_in_place
+from models.quantize import check_scheme, quantize_in_place, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
 from scripts.benchmark_common import BenchmarkArgs
 from scripts.benchmark_training import sft_setting, sharded_model
@@ -159,7 +159,8 @@ def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Tr
 def report_quantized_memory(args: BenchmarkArgs) -> None:
     """Prints quantized_memory; with --measure also what such a model holds, and by how much making it let this process
     grow at the peak."""
-    config, scheme = args.config, Scheme(args.quantize, args.group_size or 128)
+    config = args.config
+    scheme = rounding_scheme(args.quantize, args.group_size, config)
     runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     sizes = quantized_memory(config, scheme, runtime.dtype)

@@ -1,5 +1,6 @@
 """Writes a Hugging Face folder with quantised weights, and says what it costs.
 
+- the layout is compressed-tensors' "pack-quantized", which transformers opens too
 - rtn: what --quantize gives elsewhere, to the bit; gptq: int4 that was chosen with the help of records, block by block
 - with --eval_file: perplexity and KL as stored, rounded to nearest, and as written
 
@@ -17,14 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder
+from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder, stored_dtype
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
+from models.compressed import quantization_config
 from models.export import save_folder
 from models.gptq import Cost, Rows, quantize_blocks
-from models.model import QUANTIZED_FORMAT, ModelConfig, Transformer
-from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors
+from models.model import ModelConfig, Transformer
+from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
 from models.tokenizer import Tokenizer
+from models.tp import ROW_PARALLEL
 from training.data import encode_sft_record
 
 
@@ -42,9 +45,12 @@ class QuantizeScriptArgs(ModelArgs, GroupSizeArgs):
         help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: each column's error is made up for "
         "by the next ones, as the calibration file's activations want it",
     )
+    int8_layers: list[str] = flag(
+        (), nargs="*", choices=ROW_PARALLEL, help="of int4: layers that become int8, which costs little in some models"
+    )
     calibration_file: Path | None = flag(None, help="records as finetune_sft.py's: what the model reads")
     eval_file: Path | None = flag(None, help="records: print what it costs, beside rounding to nearest")
-    calibration_tokens: int = flag(65536, bounds=at_least_one, help="tokens taken from each file, from its start")
+    calibration_tokens: int = flag(65536, bounds=at_least_one, help="tokens to calibrate with, from the file's start")
     max_seq_len: int = flag(512, bounds=at_least_one, help="longer records are cut into rows of so many tokens")
 
 
@@ -52,6 +58,8 @@ class QuantizeScriptArgs(ModelArgs, GroupSizeArgs):
 def main(args: QuantizeScriptArgs) -> None:
     if args.mode == "int8" and args.method != "rtn":
         raise ValueError(f"--method {args.method} is for int4; int8 is rounded to nearest")
+    if args.mode == "int8" and args.int8_layers:
+        raise ValueError("--int8_layers is for --mode int4")
     if (args.method == "gptq") != (args.calibration_file is not None):
         raise ValueError("--method gptq and --calibration_file go together")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
@@ -59,7 +67,8 @@ def main(args: QuantizeScriptArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, today=chat_day(args.chat_date))
     config = folder.config
-    scheme = choose_scheme(args.checkpoint_path, args.mode, args.group_size)
+    scheme = choose_scheme(args.checkpoint_path, args.mode, args.group_size, flag="--mode")
+    scheme = with_int8(scheme, args.int8_layers, config.num_hidden_layers)
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     files = WeightFiles(args.checkpoint_path)
     head = "score" if "score.weight" in files.names() else "lm"
@@ -69,28 +78,30 @@ def main(args: QuantizeScriptArgs) -> None:
         shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
     files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
     calibration, evaluation = (
-        [] if path is None else load_rows(path, folder.tokenizer, config, args)
-        for path in (args.calibration_file, args.eval_file)
+        [] if path is None else load_rows(path, folder.tokenizer, config, args.max_seq_len, most)
+        for path, most in ((args.calibration_file, args.calibration_tokens), (args.eval_file, None))
     )
+    is_fp32 = stored_dtype(args.checkpoint_path) == torch.float32
     costs: list[dict[str, Cost]] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         if calibration or evaluation:
             rows = {"calibration": calibration, "evaluation": evaluation}
-            yield from quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
+            quantised = quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
         else:
-            yield from rounded_tensors(files, scheme, runtime.device)
+            quantised = rounded_tensors(files, scheme, runtime.device)
+        for name, tensor in quantised:  # who decompresses a weight on loading does so in the dtype of its scales
+            yield name, tensor.float() if is_fp32 and name.endswith("_scale") else tensor
         for name in sorted(shapes):
             if not name.startswith("layers."):
                 yield name, files.read(name)
 
-    stored = {"format": QUANTIZED_FORMAT, "mode": args.mode, "method": args.method}
-    if args.mode == "int4":
-        stored["group_size"] = scheme.group_size
+    stored = quantization_config(scheme, config.num_hidden_layers, "score" if head == "score" else "lm_head")
     hf_config = {**folder_config(args.checkpoint_path), "quantization_config": stored}
-    save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path)
+    changes = {"generation_config.json": folder.generation_changes()}
+    save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path, json_changes=changes)
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
-    written = f"{args.output_dir}, {scheme} by {args.method}, {size / 1e9:,.2f} GB (one byte for each integer)"
+    written = f"{args.output_dir}, {scheme} by {args.method}, {size / 1e9:,.2f} GB"
     rows = {"model": folder, "written": written}
     for cost in costs:
         plain = cost["stored"].perplexity
@@ -100,9 +111,9 @@ def main(args: QuantizeScriptArgs) -> None:
     say(card("quantize", rows))
 
 
-def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, args: QuantizeScriptArgs) -> list[Rows]:
-    """The first tokens of a file of records, in batches of rows of like length."""
-    rows, num_tokens, longest = [], 0, min(args.max_seq_len, config.max_position_embeddings)
+def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, max_seq_len: int, most: int | None) -> list[Rows]:
+    """The first tokens of a file of records, or all, in batches of rows of like length."""
+    rows, num_tokens, longest = [], 0, min(max_seq_len, config.max_position_embeddings)
     for record in tokenising(path):
         example, _ = encode_sft_record(record, tokenizer)
         check_ids(example.input_ids, config.vocab_size, record.where)
@@ -110,7 +121,7 @@ def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, args: Quant
             part = slice(start, start + longest)
             rows.append(Example(example.input_ids[part], example.labels[part]))
             num_tokens += len(rows[-1].input_ids)
-        if num_tokens >= args.calibration_tokens:
+        if most is not None and num_tokens >= most:
             break
     rows.sort(key=lambda row: len(row.input_ids))
     if not any(row.num_targets for row in rows):

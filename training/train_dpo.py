@@ -37,7 +37,7 @@ from models.fsdp import (
     split_batch,
 )
 from models.model import ModelConfig, Transformer
-from models.qlinear import Scheme
+from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
 from models.records import Split
 from models.reward import Pair, pair_length
@@ -163,7 +163,7 @@ def check_flags(args: DpoArgs) -> None:
         raise ValueError(f"--quantize_ref: --loss {args.loss} has no reference; leave one of them out")
 
 
-def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme | None:
+def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Schemes | None:
     """How the reference is quantised. Raises ValueError if it cannot be so here, or cannot read the policy's tokens."""
     path, config = args.ref_path, ModelConfig.from_hf(args.ref_path)
     if args.ref_checkpoint_path is not None:
@@ -178,14 +178,15 @@ def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Scheme |
                 f"--ref_checkpoint_path {path}: its context is {config.max_position_embeddings} tokens, the longest "
                 f"row may have {policy.max_seq_len}; lower --max_seq_len"
             )
-    scheme = choose_scheme(path, args.quantize_ref, args.group_size, flag="--quantize_ref")
+    tp_size = args.tensor_parallel_size
+    scheme = choose_scheme(path, args.quantize_ref, args.group_size, "--quantize_ref", tp_size)
     if scheme is not None:
-        check_scheme(scheme, config, runtime.device, runtime.dtype, args.tensor_parallel_size)
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     return scheme
 
 
 def load_models(
-    args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Scheme | None, splits: Splits, split: Split
+    args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Schemes | None, splits: Splits, split: Split
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
     pairs, and where policy and reference begin alike, they are one model. splits: empty if no step is taken."""
@@ -216,7 +217,7 @@ def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCach
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
 
-def reference_note(args: DpoArgs, scheme: Scheme | None) -> str:
+def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
     if args.loss in REFERENCE_FREE:
         return "none"
     quantised = "" if scheme is None else f"{scheme}, "

@@ -57,7 +57,7 @@ from models.fsdp import (
 from models.generation import Engine, SamplingParams
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
-from models.qlinear import Scheme
+from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
 from models.records import Limits, Split
 from models.reward import scalar_head_config
@@ -403,8 +403,8 @@ class Others(NamedTuple):
 
     value_path: Path
     reward: RewardFolder | None
-    ref_scheme: Scheme | None
-    reward_scheme: Scheme | None
+    ref_scheme: Schemes | None
+    reward_scheme: Schemes | None
 
     def ref_is_start(self, args: PpoArgs) -> bool:
         """Whether the reference has the weights that the policy begins with."""
@@ -455,15 +455,16 @@ def check_folders(args: PpoArgs, policy: Folder, reward: RewardFolder | None, lo
     kind = reward.kind if reward else None
     if args.normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
-    sizes = {"int4": args.group_size}
-    schemes = [choose_scheme(args.ref_path, args.quantize_ref, sizes.get(args.quantize_ref), "--quantize_ref"), None]
+    sizes, tp_size = {"int4": args.group_size}, args.tensor_parallel_size
+    size = sizes.get(args.quantize_ref)
+    schemes = [choose_scheme(args.ref_path, args.quantize_ref, size, "--quantize_ref", tp_size), None]
     if reward:
         size = sizes.get(args.quantize_reward)
-        schemes[1] = choose_scheme(reward.folder.path, args.quantize_reward, size, "--quantize_reward")
+        schemes[1] = choose_scheme(reward.folder.path, args.quantize_reward, size, "--quantize_reward", tp_size)
     for path, scheme in zip((args.ref_path, args.reward_checkpoint_path), schemes):
         if scheme is not None:
             config = ModelConfig.from_hf(path)
-            check_scheme(scheme, config, runtime.device, runtime.dtype, args.tensor_parallel_size)
+            check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     value_path = args.value_checkpoint_path or start
     if args.value_checkpoint_path is None and is_quantized(read_hf_config(value_path)[0]):

@@ -109,7 +109,7 @@ def quantised_on_gpu(shape: torch.Size, scheme: Scheme) -> Quantized:
     rows, columns = shape
     if scheme.mode == "int4":
         scale = torch.empty(rows, columns // scheme.group_size, dtype=torch.bfloat16, device=GPU)
-        return Quantized(torch.empty(shape, dtype=torch.uint8, device=GPU), scale, scale.clone())
+        return Quantized(torch.empty(shape, dtype=torch.uint8, device=GPU), scale)
     small, of_scale = {"int8": (torch.int8, torch.bfloat16), "fp8": (torch.float8_e4m3fn, torch.float32)}[scheme.mode]
     return Quantized(torch.empty(shape, dtype=small, device=GPU), torch.empty(rows, 1, dtype=of_scale, device=GPU))
 

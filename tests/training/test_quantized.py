@@ -14,6 +14,7 @@ from tests.ranks import launch
 from tests.training.test_finetune_sft import weights_of
 
 GROUPS = {"int8": [], "int4": ["--group_size", 32]}
+SCHEMES = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
 INT4 = ["--mode", "int4", *GROUPS["int4"]]
 
 
@@ -30,7 +31,7 @@ def world(tmp_path_factory):
         for mode, flags in (("int8", ["--mode", "int8"]), ("int4", INT4)):
             out = ["--output_dir", root / f"{name}-{mode}"]
             assert tiny.run("scripts/quantize.py", "--checkpoint_path", root / name, *out, *flags).code == 0
-            dequantised(root / name, root / f"{name}-{mode}-plain", Scheme(mode, 32))
+            dequantised(root / name, root / f"{name}-{mode}-plain", SCHEMES[mode])
     pairs = [
         {"prompt": f"{i} plus", "chosen": f" {i} is" + " it" * (i % 4), "rejected": " or" * (i * 5 % 7)}
         for i in range(9)
@@ -116,7 +117,7 @@ def test_dpo_reference(world, tmp_path, when, mode):
         assert_alike(lines_of("train_dpo", flags)[0], found, tolerance=0)
         if when == "--precompute_ref":
             with safe_open(tmp_path / f"{name}-flag/ref_logps_train.safetensors", framework="pt") as file:
-                assert file.metadata()["quantised"] == str(Scheme(mode, 32))
+                assert file.metadata()["quantised"] == str(SCHEMES[mode])
         (tmp_path / f"{name}-flag/config.json").unlink()
         flags[flags.index("--quantize_ref") :] = ["--resume"]
         tiny.assert_refused(tiny.run("training/train_dpo.py", *flags), "--quantize_ref")

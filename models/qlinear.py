@@ -123,12 +123,12 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(scale, zero point) of int4 for a weight fp32 [N, K]: -8 to 7 steps, 7.5 of them up to the largest magnitude of a
-    group; not symmetric: 15 steps over the range of the group, widened to hold 0, since the zero point is an integer.
-    scale: bf16 [N, G]; zero: uint8 [N, G], or None."""
+    """(scale, zero point) of int4 for a weight fp32 [N, K]: of -8 to 7 steps, -8 are the number of largest magnitude in
+    a group, so a scale may be negative; not symmetric: 15 steps over the range of the group, widened to hold 0, since
+    the zero point is an integer. scale: bf16 [N, G]; zero: uint8 [N, G], or None."""
     low, high = _range(_in_groups(weight, group_size))
     if symmetric:
-        return (torch.maximum(high, -low) / 7.5).bfloat16(), None
+        return (torch.where(high > -low, high, low) / -8).bfloat16(), None
     low = low.clamp(max=0)
     scale = ((high.clamp(min=0) - low) / 15).bfloat16()
     return scale, (-low / _divisor(scale)).round_().clamp_(0, 15).to(torch.uint8)

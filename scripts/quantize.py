@@ -1,13 +1,15 @@
 """Writes a Hugging Face folder with quantised weights, and says what it costs.
 
 - the layout is compressed-tensors' "pack-quantized", which transformers opens too
-- rtn: what --quantize gives elsewhere, to the bit; gptq: int4 that was chosen with the help of records, block by block
+- int4 is chosen with the help of records, block by block (models/calibration.py); int8, and int4 without records, is
+  rounded to nearest, as --quantize does elsewhere
 - with --eval_file: perplexity and KL as stored, rounded to nearest, and as written
 
-    python scripts/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --mode int4 --group_size 128 \\
-        --method gptq --calibration_file train.jsonl --eval_file heldout.jsonl
+    python scripts/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --calibration_file train.jsonl \\
+        --eval_file heldout.jsonl
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,33 +20,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder, stored_dtype
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
-from models.compressed import quantization_config
+from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
-from models.gptq import Cost, Rows, quantize_blocks
 from models.model import ModelConfig, Transformer
-from models.quantize import GroupSizeArgs, check_scheme, choose_scheme, rounded_tensors, with_int8
+from models.qlinear import GROUP_SIZES
+from models.quantize import check_scheme, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
 from models.tokenizer import Tokenizer
 from models.tp import ROW_PARALLEL
 from training.data import encode_sft_record
 
+INT4_GROUP = 32  # 4.5 bits a weight
+
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeScriptArgs(ModelArgs, GroupSizeArgs):
+class QuantizeScriptArgs(ModelArgs):
     """Writes a Hugging Face folder with quantised weights, for inference and frozen models."""
 
     dtype: str | None = "float32"
     compile: bool | None = False
     output_dir: Path = flag(help="folder to write; whole or not at all")
     mode: str = flag("int4", choices=("int8", "int4"), help="what the weights of the blocks become")
-    method: str = flag(
-        "rtn",
+    method: str | None = flag(
+        None,
         choices=("rtn", "gptq"),
-        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: each column's error is made up for "
-        "by the next ones, as the calibration file's activations want it",
+        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: choose what keeps the outputs of the "
+        "calibration file's tokens, the default where there is such a file",
     )
+    group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; 32")
     int8_layers: list[str] = flag(
         (), nargs="*", choices=ROW_PARALLEL, help="of int4: layers that become int8, which costs little in some models"
     )
@@ -56,18 +62,20 @@ class QuantizeScriptArgs(ModelArgs, GroupSizeArgs):
 
 @torch.no_grad()
 def main(args: QuantizeScriptArgs) -> None:
-    if args.mode == "int8" and args.method != "rtn":
-        raise ValueError(f"--method {args.method} is for int4; int8 is rounded to nearest")
+    method = args.method or ("rtn" if args.calibration_file is None else "gptq")
+    if args.mode == "int8" and method != "rtn":
+        raise ValueError("--method gptq and --calibration_file are for int4; int8 is rounded to nearest")
     if args.mode == "int8" and args.int8_layers:
         raise ValueError("--int8_layers is for --mode int4")
-    if (args.method == "gptq") != (args.calibration_file is not None):
+    if (method == "gptq") != (args.calibration_file is not None):
         raise ValueError("--method gptq and --calibration_file go together")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir}: exists; take another, or remove it")
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, today=chat_day(args.chat_date))
     config = folder.config
-    scheme = choose_scheme(args.checkpoint_path, args.mode, args.group_size, flag="--mode")
+    group_size = args.group_size or (INT4_GROUP if args.mode == "int4" else None)
+    scheme = choose_scheme(args.checkpoint_path, args.mode, group_size, flag="--mode")
     scheme = with_int8(scheme, args.int8_layers, config.num_hidden_layers)
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     files = WeightFiles(args.checkpoint_path)
@@ -83,6 +91,7 @@ def main(args: QuantizeScriptArgs) -> None:
     )
     is_fp32 = stored_dtype(args.checkpoint_path) == torch.float32
     costs: list[dict[str, Cost]] = []
+    sizes: list[int] = []  # in bytes, of the tensors that stand for weights
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         if calibration or evaluation:
@@ -91,7 +100,10 @@ def main(args: QuantizeScriptArgs) -> None:
         else:
             quantised = rounded_tensors(files, scheme, runtime.device)
         for name, tensor in quantised:  # who decompresses a weight on loading does so in the dtype of its scales
-            yield name, tensor.float() if is_fp32 and name.endswith("_scale") else tensor
+            tensor = tensor.float() if is_fp32 and name.endswith("_scale") else tensor
+            if name.endswith(("_packed", "_scale", "_zero_point")):
+                sizes.append(tensor.nbytes)
+            yield name, tensor
         for name in sorted(shapes):
             if not name.startswith("layers."):
                 yield name, files.read(name)
@@ -101,8 +113,9 @@ def main(args: QuantizeScriptArgs) -> None:
     changes = {"generation_config.json": folder.generation_changes()}
     save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path, json_changes=changes)
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
-    written = f"{args.output_dir}, {scheme} by {args.method}, {size / 1e9:,.2f} GB"
-    rows = {"model": folder, "written": written}
+    num_weights = sum(math.prod(shape) for name, shape in shapes.items() if is_linear_weight(name))
+    kept = f"{scheme} by {method}, {8 * sum(sizes) / num_weights:.3f} bits for each of their weights"
+    rows = {"model": folder, "blocks": kept, "written": f"{args.output_dir}, {size / 1e9:,.2f} GB"}
     for cost in costs:
         plain = cost["stored"].perplexity
         rows["perplexity as stored"] = f"{plain:.4f}"

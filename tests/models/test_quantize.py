@@ -36,7 +36,8 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_rounding(scheme):
     """Catches a scale of another row or group, a zero on the wrong side, truncation instead of rounding, and integers
-    out of range: no weight is further from its value than half a step, but for the bf16 of scale and zero."""
+    out of range: no weight is further from its value than half a step, but for the bf16 of scale and zero, and of
+    symmetric int4, which ends at 7 steps on the one side, half a step more there."""
     weight = random_weight(24, 512)
     small = quantize(weight, scheme)
     assert small.values.min() >= (-127 if scheme.mode == "int8" else 0)
@@ -44,9 +45,12 @@ def test_rounding(scheme):
     groups = weight.view(24, -1, scheme.group_size or 512)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     spread = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
-    step = spread / (15 if scheme.mode == "int4" else 254)
+    step = spread / (254 if scheme.mode == "int8" else 16 if scheme.symmetric else 15)
     error = (dequantize(small) - weight).abs().view(groups.shape)
     bound = 0.5 * step + (spread / 2 if scheme.symmetric else spread) * 2**-8
+    if scheme.mode == "int4" and scheme.symmetric:
+        beyond = torch.where(high > -low, -low, high) - 7.5 * step  # of the side with 7 steps
+        bound += beyond.clamp(min=0)
     assert (error <= bound[..., None]).all()
     assert error.mean() < 0.3 * step.mean()  # 0.25 is uniform rounding
 
@@ -355,8 +359,9 @@ BAD = {
     "int8 layers of int8": (("--mode", "int8", "--int8_layers", "o_proj"), ("--int8_layers", "int4")),
     "fused layers in int8": (("--mode", "int4", "--int8_layers", "v_proj"), ("--int8_layers", "v_proj")),
     "gptq without a file": (("--group_size", 32, "--method", "gptq"), ("gptq", "--calibration_file")),
-    "a file without gptq": (("--group_size", 32, "--calibration_file", "r.jsonl"), ("gptq", "--calibration_file")),
+    "a file without gptq": (("--method", "rtn", "--calibration_file", "r.jsonl"), ("gptq", "--calibration_file")),
     "gptq of int8": (("--mode", "int8", "--method", "gptq", "--calibration_file", "r.jsonl"), ("gptq", "int4")),
+    "records for int8": (("--mode", "int8", "--calibration_file", "r.jsonl"), ("--calibration_file", "int4")),
     "missing records": (("--group_size", 32, "--eval_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
     "no GPU": (("--mode", "int8", "--device", "cuda:7"), ("cuda:7",)),
     "no tokens": (("--mode", "int8", "--max_seq_len", 0), ("--max_seq_len",)),

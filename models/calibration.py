@@ -1,0 +1,288 @@
+"""A model quantised block by block with the help of records, and what quantisation costs it.
+
+- two models go over the calibration tokens side by side, the stored one and the quantised one, as far as it is; one
+  block of each is in memory at a time, and the tokens' hidden states
+- a layer is chosen for the inputs that it will have, those from quantised layers; what it aims at is the output of the
+  stored layer in the stored model, so it makes up for errors before it (as GPTAQ, Li et al. 2025, arXiv 2504.02692);
+  o_proj and down_proj aim at the stored model's residual stream
+- weights of large inputs lie on a finer grid (as AWQ, Lin et al. 2023, arXiv 2306.00978): they are multiplied by
+  factors, and what makes the inputs is divided by them, a norm's weight or the scales of v_proj and up_proj
+- on held-out tokens three models run side by side (as stored, rounded to nearest, as chosen), so the gain is measured
+
+Dimensions: N output features, K input features; B rows, T tokens, E model dim.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import causal_attention
+from models.checkpoint import WeightFiles
+from models.common import Runtime, short_bar
+from models.compressed import packed_tensors
+from models.gptq import Curvature, gptq
+from models.model import Block, ModelConfig, RMSNorm
+from models.qlinear import Quantized, Scheme, Schemes, dequantize, quantize
+from models.rope import rope_tables
+from models.tp import Parallel
+from models.vocab_parallel import CHUNK_TOKENS
+
+BALANCE = 0.3  # the power of (size of an input / size of its weights) that the weights are multiplied by
+
+# A block is two steps, x + part(norm(x)): (the norm, the layers that read its output, the last layer, the layer whose
+# outputs, mixed over tokens or multiplied by others, are the inputs of the last).
+STEPS = (
+    (
+        "input_layernorm",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        "self_attn.v_proj",
+    ),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "mlp.up_proj"),
+)
+
+
+class Rows(NamedTuple):
+    """Tokens to calibrate with or to measure on, right-padded."""
+
+    input_ids: Tensor  # int64 [B, T]
+    labels: Tensor  # int64 [B, T]: the token itself where it is to be predicted, -100 elsewhere
+    mask: Tensor  # bool [B, T]: False is padding
+
+
+class Cost(NamedTuple):
+    """What quantisation does to the predictions of some tokens."""
+
+    perplexity: float  # exp of the mean cross entropy in nats
+    kl: float  # mean KL divergence of the stored model's predictions from these, in nats
+
+
+class Inputs(NamedTuple):
+    """Sums over tokens of a layer's inputs, x in the quantised model and y in the stored one."""
+
+    moments: Tensor  # of x x^T, fp32 [K, K]
+    cross: Tensor  # of y x^T, fp32 [K, K]
+    missing: Tensor | None = None  # of d x^T, fp32 [E, K], where the stored model's residual stream is larger by d
+
+    def divided(self, factors: Tensor) -> "Inputs":
+        """Those of x / factors and y / factors."""
+        moments, cross = (sums / factors / factors[:, None] for sums in self[:2])
+        return Inputs(moments, cross, None if self.missing is None else self.missing / factors)
+
+
+def input_sums(batches: Iterable[tuple[Tensor, ...]]) -> Inputs:
+    """The sums over batches of (x, y) or (x, y, d), each [tokens, features]."""
+    total = None
+    for x, *others in batches:
+        x = x.float()
+        sums = [other.float().T @ x for other in (x, *others)]
+        total = sums if total is None else [a.add_(b) for a, b in zip(total, sums)]
+    return Inputs(*total)
+
+
+def balancing_factors(moments: Tensor, weights: list[Tensor], shared: tuple[int, int]) -> Tensor:
+    """fp32 [K], geometric mean 1: what to multiply the columns of weights [N, K] by, so that columns with large inputs
+    lie on a finer grid. moments: of the inputs, [K, K]. shared (n, D): n runs of D inputs have the same factors."""
+    sizes = moments.diagonal(), torch.stack([weight.square().sum(dim=0) for weight in weights]).sum(dim=0)
+    inputs, columns = ((size + 1e-6 * size.mean() + 1e-30).log().view(-1, *shared) for size in sizes)
+    powers = (BALANCE / 2 * (inputs - columns)).mean(dim=1, keepdim=True)
+    return (powers - powers.mean()).exp().expand_as(inputs).flatten()
+
+
+class BlockPair:
+    """A block as it is stored, and a copy whose layers are quantised: at first rounded to nearest."""
+
+    def __init__(
+        self, stored: Block, read: Callable[[str], Tensor], scheme_of: Callable[[str], Scheme], inv_freq: Tensor
+    ):
+        """read: a tensor of the folder, on the block's device; scheme_of: how a layer is to be kept; by names in the
+        block."""
+        self.stored, self.small, self.read, self.scheme_of = stored, copy.deepcopy(stored), read, scheme_of
+        self.inv_freq = inv_freq
+        self.weights: dict[str, Quantized] = {}  # by the layer's name in the block
+        self.changed: dict[str, Tensor] = {}  # what else is not as stored, by the parameter's name
+        for _, readers, last, _ in STEPS:
+            for name in (*readers, last):
+                self._put(name, quantize(read(f"{name}.weight"), scheme_of(name)))
+
+    def _put(self, name: str, weight: Quantized) -> None:
+        self.weights[name] = weight
+        self._parameter(f"{name}.weight").copy_(dequantize(weight))  # in the block's dtype, as the layer computes
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.small.get_parameter(name)
+
+    def _rope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_tables(torch.arange(x.shape[1], device=x.device)[None], self.inv_freq)
+
+    def forward(self, block: Block, states: list[Tensor]) -> list[Tensor]:
+        return [block(x, *self._rope(x), causal_attention) for x in states]
+
+    def calibrate(self, before: list[Tensor], own: list[Tensor], masks: list[Tensor]) -> None:
+        """Chooses all weights for tokens whose hidden states are `before` in the stored model and `own` in the
+        quantised one, batches of [B, T, E], and puts those behind the block in their place. masks: bool [B, T], False
+        is padding."""
+        for norm, readers, last, source in STEPS:
+            batches = zip(own, before, masks)
+            normed = [block.get_submodule(norm) for block in (self.small, self.stored)]
+            inputs = input_sums((normed[0](x)[mask], normed[1](y)[mask]) for x, y, mask in batches)
+            self._choose(readers, inputs, (1, 1), partial(self.divide_norm, norm))
+            inputs = input_sums(self._last_inputs(norm, last, before, own, masks))
+            attention = self.stored.self_attn
+            shared = (attention.group_size, attention.head_dim) if last == "self_attn.o_proj" else (1, 1)
+            self._choose((last,), inputs, shared, partial(self.divide_layer, source, shared))
+            own[:] = [self._step(self.small, norm, x) for x in own]
+
+    def _step(self, block: Block, norm: str, x: Tensor) -> Tensor:
+        normed = block.get_submodule(norm)(x)
+        if norm == "input_layernorm":
+            return x + block.self_attn(normed, *self._rope(x), causal_attention)
+        return x + block.mlp(normed)
+
+    def _last_inputs(
+        self, norm: str, last: str, before: list[Tensor], own: list[Tensor], masks: list[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each batch (x, y, d), for input_sums(), of a step's last layer. Moves `before` behind the step."""
+        for i, mask in enumerate(masks):
+            missing = before[i] - own[i]
+            given, _ = self._watched(self.small, norm, last, own[i])
+            aimed, before[i] = self._watched(self.stored, norm, last, before[i])
+            yield given[mask], aimed[mask], missing[mask]
+
+    def _watched(self, block: Block, norm: str, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(what a layer is given in a step, what the step gives)"""
+        seen = []
+        hook = block.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        after = self._step(block, norm, x)
+        hook.remove()
+        return seen[0], after
+
+    def _choose(
+        self,
+        names: tuple[str, ...],
+        inputs: Inputs,
+        shared: tuple[int, int],
+        divide: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Chooses the weights of layers that share their inputs. divide: has these divided by factors from now on, and
+        returns the factors as they came out."""
+        weights = [self.read(f"{name}.weight").float() for name in names]
+        schemes = [self.scheme_of(name) for name in names]
+        if schemes[0].mode == "int4":
+            factors = divide(balancing_factors(inputs.moments, weights, shared))
+            inputs, weights = inputs.divided(factors), [weight * factors for weight in weights]
+        curvature = Curvature.of(inputs.moments)
+        for name, scheme, weight in zip(names, schemes, weights):
+            # least squares for the stored model's outputs, damped towards the stored weights rather than towards 0
+            aim = weight @ (inputs.cross + curvature.matrix - inputs.moments)
+            aim = curvature.solve(aim if inputs.missing is None else aim + inputs.missing)
+            self._put(name, gptq(aim, curvature, scheme) if scheme.mode == "int4" else quantize(aim, scheme))
+
+    def divide_norm(self, norm: str, factors: Tensor) -> Tensor:
+        """Its output by factors [K]."""
+        name = f"{norm}.weight"
+        weight = self.read(name)
+        self.changed[name] = (weight / factors).to(weight.dtype)
+        self._parameter(name).copy_(self.changed[name])
+        left = self.changed[name].float()
+        return torch.where(left == 0, 1.0, weight.float() / left)
+
+    def divide_layer(self, layer: str, shared: tuple[int, int], factors: Tensor) -> Tensor:
+        """The outputs of a quantised layer by factors [K]."""
+        rows = factors.view(-1, *shared)[:, 0].flatten()
+        weight, bias = self.weights[layer], f"{layer}.bias"
+        self._put(layer, weight._replace(scale=(weight.scale.float() / rows[:, None]).to(weight.scale.dtype)))
+        if self.stored.get_submodule(layer).bias is not None:
+            stored = self.read(bias)
+            self.changed[bias] = (stored / rows).to(stored.dtype)
+            self._parameter(bias).copy_(self.changed[bias])
+        return factors
+
+
+@torch.no_grad()
+def quantize_blocks(
+    files: WeightFiles,
+    config: ModelConfig,
+    scheme: Schemes,
+    runtime: Runtime,
+    *,
+    calibration: list[Rows],
+    evaluation: list[Rows],
+    report: Callable[[dict[str, Cost]], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
+    the end report() is told what that costs on the evaluation rows, if there are any: "stored", "rounded", "chosen".
+
+    calibration: rows to choose int4 with; none rounds to nearest. Raises ValueError for inputs that are not finite.
+    """
+    device, dtype, _ = runtime
+    inv_freq = config.inv_freq().to(device)
+    table = files.read("embed_tokens.weight")
+    own = [table[rows.input_ids].to(device, dtype) for rows in calibration]
+    before, masks = list(own), [rows.mask.to(device) for rows in calibration]
+    embedded = [table[rows.input_ids].to(device, dtype) for rows in evaluation]
+    states = dict.fromkeys(("stored", "rounded", "chosen"), embedded)
+    for i in short_bar(range(config.num_hidden_layers), "quantising", "block"):
+        prefix = f"layers.{i}."
+        pair = BlockPair(
+            _load_block(files, config, i, device, dtype),
+            lambda name, prefix=prefix: files.read(prefix + name).to(device),
+            lambda name, prefix=prefix: scheme.of(prefix + name),
+            inv_freq,
+        )
+        states["stored"] = pair.forward(pair.stored, states["stored"])
+        states["rounded"] = pair.forward(pair.small, states["rounded"])
+        if calibration:
+            pair.calibrate(before, own, masks)
+        states["chosen"] = pair.forward(pair.small, states["chosen"])
+        yield from _tensors_of(pair, files, prefix)
+    if evaluation:
+        report(_costs(files, config, states, evaluation))
+
+
+def _tensors_of(pair: BlockPair, files: WeightFiles, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name in files.names():
+        if name.startswith(prefix):
+            parameter = name.removeprefix(prefix)
+            layer = parameter.removesuffix(".weight")
+            if layer in pair.weights:
+                yield from packed_tensors(name, pair.weights[layer])
+            else:
+                yield name, pair.changed[parameter] if parameter in pair.changed else files.read(name)
+
+
+def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.device, dtype: torch.dtype) -> Block:
+    with torch.device("meta"):
+        block = Block(config, i, Parallel())
+    tensors = {name: files.read(f"layers.{i}.{name}") for name, _ in block.named_parameters()}
+    block.load_state_dict({name: x.to(device, dtype, copy=True) for name, x in tensors.items()}, assign=True)
+    return block
+
+
+def _costs(
+    files: WeightFiles, config: ModelConfig, states: dict[str, list[Tensor]], evaluation: list[Rows]
+) -> dict[str, Cost]:
+    first = states["stored"][0]
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps, Parallel()).to(first.device)
+    norm.weight.copy_(files.read("norm.weight"))
+    head = files.read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").to(first)
+    small_head = dequantize(quantize(head, Scheme("int8"))).to(first)  # as models.decode.to_inference has it on CPUs
+    heads = {name: head if name == "stored" else small_head for name in states}
+    sums, count = {name: [0.0, 0.0] for name in states}, 0
+    for i, rows in enumerate(evaluation):
+        targets = rows.labels[:, 1:].to(first.device)
+        learnt = targets >= 0
+        count += int(learnt.sum())
+        hidden = {name: norm(batches[i])[:, :-1][learnt].split(CHUNK_TOKENS) for name, batches in states.items()}
+        for chunk, ids in enumerate(targets[learnt].split(CHUNK_TOKENS)):
+            logprobs = {name: (x[chunk] @ heads[name].T).float().log_softmax(dim=-1) for name, x in hidden.items()}
+            for name, each in logprobs.items():
+                sums[name][0] -= each.gather(1, ids[:, None]).sum().item()
+                sums[name][1] += F.kl_div(each, logprobs["stored"], reduction="sum", log_target=True).item()
+    return {name: Cost(math.exp(loss / count), kl / count) for name, (loss, kl) in sums.items()}

@@ -150,7 +150,9 @@ def main(args: GenerateArgs) -> None:
     say(card("generate", rows))
     record_of = {p.idx: p.record for p in prompts}
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
-    output = LineWriter(args.output_file, begun_with, active) if in_file else nullcontext(LinePrinter(active))
+    output = (
+        LineWriter(args.output_file, begun_with, active, len(lines)) if in_file else nullcontext(LinePrinter(active))
+    )
     with output as writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):
             writer.write(line_of(completion, record_of[completion.request.idx], args.return_token_ids))

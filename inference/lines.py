@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, read_json_object, write_json
+from models.common import hold, is_main_rank, read_json_object, write_json
 
 
 def sidecar(output_file: Path) -> Path:
@@ -78,13 +78,14 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 class LineWriter:
     """Appends lines to a file, each in one write.
 
-    Several ranks append to one file, each line under a lock; those that are not `active` write nothing. Entering is a
-    collective of all ranks.
+    Several ranks append to one file, each line under a lock; those that are not `active` write nothing. num_lines: that
+    the file has already. Entering is a collective of all ranks; it raises ValueError if another run writes the file, or
+    has written it meanwhile.
     """
 
-    def __init__(self, output_file: Path, begun_with: dict, active: bool):
-        self.output_file, self.begun_with, self.active = output_file, begun_with, active
-        self.file = None
+    def __init__(self, output_file: Path, begun_with: dict, active: bool, num_lines: int):
+        self.output_file, self.begun_with, self.active, self.num_lines = output_file, begun_with, active, num_lines
+        self.file, self.lock_file = None, output_file.with_name(f".{output_file.name}.lock")
 
     def write(self, line: dict) -> None:
         if self.file is not None:
@@ -96,10 +97,16 @@ class LineWriter:
     def __enter__(self) -> "LineWriter":
         if is_main_rank():
             self.output_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(sidecar(self.output_file), self.begun_with)
+            self.lock = hold(self.lock_file, f"--output_file {self.output_file}")
             with open(self.output_file, "a+b") as file:
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a line torn by a kill
+                content = file.read()
+                if content.count(b"\n") != self.num_lines:
+                    raise ValueError(
+                        f"--output_file {self.output_file}: another run has written it since this one began"
+                    )
+                file.truncate(content.rfind(b"\n") + 1)  # a line torn by a kill
+            write_json(sidecar(self.output_file), self.begun_with)
         if dist.is_initialized():
             dist.barrier()
         if self.active:
@@ -109,3 +116,6 @@ class LineWriter:
     def __exit__(self, *_) -> None:
         if self.file is not None:
             self.file.close()
+        if is_main_rank():
+            self.lock_file.unlink()
+            os.close(self.lock)

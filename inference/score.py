@@ -167,7 +167,7 @@ def main(args: ScoreArgs) -> None:
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
     clock = Stopwatch(runtime.device)
     with (
-        LineWriter(args.scored_file, begun_with, active=is_main_rank()) as writer,
+        LineWriter(args.scored_file, begun_with, is_main_rank(), num_done) as writer,
         progress_bar(total=num_tokens, desc="scoring", unit="tok", unit_scale=True) as bar,
     ):
         for start in range(first, len(items), size):

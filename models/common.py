@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import importlib.util
 import io
 import json
@@ -412,6 +413,18 @@ def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
 def visible(text: str) -> str:
     """One line that any terminal takes: line breaks and control characters as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def hold(path: Path, what: str) -> int:
+    """Keeps other runs off a folder, or off what a file stands for that is made for it: a lock that goes with this
+    process, or when the descriptor is closed. Raises ValueError if another run has it."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"{what}: another run is writing there; wait for its end, or take another") from None
+    return descriptor
 
 
 # ------------------------------------------------------------------------------------- small JSON files

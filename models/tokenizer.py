@@ -188,7 +188,7 @@ class _Fast:
         self.token_to_id = file.token_to_id
         self.encode = lambda text: file.encode(text, add_special_tokens=False).ids
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
-        self.add = lambda token: file.add_tokens([token])
+        self.add = lambda token, _: file.add_tokens([token])
 
     @property
     def added(self) -> dict[int, AddedToken]:
@@ -211,7 +211,7 @@ class _SentencePiece:
         self._finder = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))  # all other text is one unknown word
         for i in range(self.size):
             if self._processor.is_control(i) or self._processor.is_unknown(i):
-                self.add(AddedToken(self._processor.id_to_piece(i), special=True, normalized=False))
+                self.add(AddedToken(self._processor.id_to_piece(i), special=True, normalized=False), i)
         ids = {name: getattr(self._processor, f"{name[:3]}_id")() for name in NAMED_TOKENS[:3]}
         self.named = {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
@@ -220,9 +220,9 @@ class _SentencePiece:
         known = next(ids, self._processor.piece_to_id(token))
         return known if known >= self.size or self._processor.id_to_piece(known) == token else None
 
-    def add(self, token: AddedToken) -> None:
+    def add(self, token: AddedToken, declared: int | None) -> None:
         known = self.token_to_id(token.content)
-        i = max([self.size - 1, *self.added]) + 1 if known is None else known
+        i = known if known is not None else declared or max([self.size - 1, *self.added]) + 1
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
 
@@ -260,7 +260,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:
             token.special = token.special or token.content in special
-            file.add(token)
+            file.add(token, i)
             known.add(token.content)
             if i not in (None, file.token_to_id(token.content)):
                 raise ValueError(f"{token.content!r} has the id {i}, but the next free one is another")

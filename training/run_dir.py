@@ -32,6 +32,7 @@ from models.common import (
     check_alike,
     flag,
     flags_of,
+    hold,
     is_main_rank,
     naming_file,
     non_negative,
@@ -121,11 +122,14 @@ class Run:
         Raises ValueError if the run has gone further than it is asked to."""
         args = self.args
         check_alike(self.today, "the day")
+        if is_main_rank():
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(args.output_dir, f"--output_dir {args.output_dir}")
+            refuse_occupied(args)  # one that began at the same time may have ended
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         if is_main_rank():
-            args.output_dir.mkdir(parents=True, exist_ok=True)
             complete_export(args.output_dir)
             write_args(args)
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
@@ -258,8 +262,7 @@ def prepare_output_dir(args: RunArgs) -> None:
     """Raises ValueError if the run would mix with an earlier one, or go on with flags that make it another."""
     folder = args.output_dir
     check_writable(folder)
-    if not args.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
+    refuse_occupied(args)
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
         raise ValueError(f"--output_dir {folder}: holds a model and no run to --resume; it would be overwritten")
     if args.resume and (folder / "args.json").exists():
@@ -267,6 +270,13 @@ def prepare_output_dir(args: RunArgs) -> None:
         changed = [f"--{each.name}" for each in flags_of(type(args)) if _is_changed(each, args, earlier)]
         if changed:
             raise ValueError(f"--resume {folder}: the run was begun with other {', '.join(changed)}")
+
+
+def refuse_occupied(args: RunArgs) -> None:
+    """Raises ValueError if a new run would mix with what is there."""
+    folder = args.output_dir
+    if not args.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
 
 
 def check_writable(folder: Path) -> None:

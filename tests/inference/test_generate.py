@@ -484,7 +484,10 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
     "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
     "fp8 on a CPU": (("--prompt", "a", "--quantize", "fp8"), ("fp8", "int8")),
-    "int4 groups": (("--prompt", "a", "--quantize", "int4"), ("hidden_size 64", "groups of 128", "groups of 64")),
+    "int4 groups": (
+        ("--prompt", "a", "--quantize", "int4"),
+        ("no group size divides", "intermediate_size 112", "take int8"),
+    ),
     "int4 groups of the MLP": (
         ("--prompt", "a", "--quantize", "int4", "--group_size", "64"),
         ("intermediate_size 112", "take int8"),

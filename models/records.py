@@ -244,10 +244,23 @@ def encode_parts(
         if place == len(others) and whole[: len(ids)] == ids:
             added = whole[len(ids) :]
         else:
-            added = tokenizer.encode_continuation(text, ids)
+            added = encode_continuation(text, ids, tokenizer)
         ids = ids + added
         labels += added if learnt else [IGNORE_INDEX] * len(added)
     return Example(ids, labels), EncodingCounts(split_differently=int(ids != whole))
+
+
+def encode_continuation(text: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text that goes on from `ids`: without the space that sentencepiece models put first, and behind an
+    added token as the file wants it there."""
+    contexts = "\n.a0" if tokenizer.puts_a_space else ""
+    if ids and ids[-1] in tokenizer.added_ids:
+        contexts = (tokenizer.decode(ids[-1:], skip_special_tokens=False),)
+    for context in contexts:
+        before, both = (tokenizer.encode(each, add_special_tokens=False) for each in (context, context + text))
+        if before and both[: len(before)] == before:
+            return both[len(before) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:

@@ -27,6 +27,7 @@ from models.records import (
     Split,
     collate,
     encode_answer,
+    encode_continuation,
     encode_generated,
     encode_prompt,
     get_answer,
@@ -205,7 +206,7 @@ def encode_steps(
     """
     ids, positions = encode_prompt(prompt, tokenizer), []
     for i, step in enumerate(steps):
-        added = tokenizer.encode_continuation(step + separator, ids)
+        added = encode_continuation(step + separator, ids, tokenizer)
         require(added, f"step {i} with its separator has no token, so there is no place for its score")
         ids = ids + added
         positions.append(len(ids) - 1)

@@ -1,16 +1,15 @@
 """Text to token ids and back, by the tokenizer files of a Hugging Face folder as they are.
 
-- `tokenizer.json` runs in tokenizers with its own normaliser, pre-tokeniser and decoder; else `tokenizer.model` runs in
-  sentencepiece. Nothing is rebuilt, so the ids are those that the weights were trained with; where transformers
-  differs, tests/models/test_tokenizer.py says so
+- `tokenizer.json` runs in tokenizers, else `tokenizer.model` in sentencepiece. Nothing is rebuilt, so the ids are those
+  that the weights were trained with; where transformers differs, tests/models/test_tokenizer.py says so
 - a special or added token written in a text becomes its id; the stretches between are encoded each by itself
 - BOS and EOS: what the file's post-processor puts there; where it puts none, add_bos_token / add_eos_token say.
-  In chats the template alone decides: models/chat_template.py
+  In chats the template alone decides
 """
 
 from collections.abc import Sequence
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -30,8 +29,8 @@ class Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
     bos_token_id, eos_token_id: int, or None where the folder names no such token.
-    pad_token_id: int, never EOS. The folder's own pad token; else `<unk>`, else the first id that is neither EOS nor
-        BOS. The latter two are ordinary tokens: pad is filler for masked places, no text is ever recognised by it.
+    pad_token_id: int, never EOS: the folder's own pad token, else `<unk>`, else the first id that is neither EOS nor
+        BOS. It is filler for masked places; no text is ever recognised by it.
     base_vocab_size: the largest id of the vocabulary + 1; vocab_size: with added tokens.
     special_ids: what decoding leaves out; added_ids: all added tokens; byte_ids: bytes that a decoder joins.
     adds_bos: whether encode() puts a BOS before the text.
@@ -60,13 +59,11 @@ class Tokenizer:
         fillers = (ids.get("pad_token"), unk, *(i for i in range(3) if i != self.bos_token_id))
         self.pad_token_id = next(i for i in fillers if i not in (None, self.eos_token_id))
 
-        self.base_vocab_size, added = self._file.size, self._file.added
+        self.base_vocab_size, added = self._file.size, self._file.added_tokens()
         self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
         self.added_ids, self.byte_ids = frozenset(added), self._file.byte_ids
-        named = (ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
-        self.special_ids = frozenset(
-            [i for i, token in added.items() if token.special] + [i for i in named if i is not None]
-        )
+        named = {names.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special or token.content in named)
         self._before, self._behind = self._file.around
         if self.bos_token_id not in (None, *self._before) and config.get("add_bos_token", self._file.bos_by_default):
             self._before = [self.bos_token_id, *self._before]
@@ -91,20 +88,9 @@ class Tokenizer:
             ids = ids[1:]
         return ids
 
-    def encode_continuation(self, text: str, ids: list[int]) -> list[int]:
-        """The ids of a text that goes on from `ids`: without the space that sentencepiece models put first, and behind
-        an added token as the file wants it there."""
-        contexts = "\n.a0" if self._puts_a_space else ""
-        if ids and ids[-1] in self.added_ids:
-            contexts = (self.decode(ids[-1:], skip_special_tokens=False),)
-        for context in contexts:
-            before, both = (self.encode(each, add_special_tokens=False) for each in (context, context + text))
-            if before and both[: len(before)] == before:
-                return both[len(before) :]
-        return self.encode(text, add_special_tokens=False)
-
     @cached_property
-    def _puts_a_space(self) -> bool:
+    def puts_a_space(self) -> bool:
+        """Whether a text has another beginning where nothing is before it, as of sentencepiece models."""
         alone, behind = (self.encode(text, add_special_tokens=False) for text in ("yes", "\nyes"))
         return behind[-len(alone) :] != alone
 
@@ -134,12 +120,12 @@ class StreamDecoder:
     """The text of an answer, token by token, with whole characters only.
 
     push(token_id) returns the text that is certain by now, maybe ""; flush() what is left, of more_ids too. Together
-    they are tokenizer.decode_continuation(prompt_ids, all ids). Each time a few tokens are decoded with those before
-    them, so it works for every decoder and the cost is constant.
+    they are tokenizer.decode_continuation(prompt_ids, all ids), for every decoder and at a constant cost.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._byte_ids = tokenizer.byte_ids
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._go_on_from(list(prompt_ids))
 
     def _go_on_from(self, ids: list[int]) -> None:
@@ -150,13 +136,10 @@ class StreamDecoder:
         self._ids = ids[-size:]
         self._shown = self._decode(self._ids)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip)
-
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
-        if token_id in self._tokenizer.byte_ids or self._decode(self._ids).endswith(NO_CHARACTER):
+        if token_id in self._byte_ids or self._decode(self._ids).endswith(NO_CHARACTER):
             return ""
         return self.flush()
 
@@ -175,7 +158,7 @@ class _Fast:
     bos_by_default, named = False, {}
 
     def __init__(self, path: Path):
-        self._tokenizer = file = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        file = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         file.no_truncation()
         file.no_padding()
         vocab = file.get_vocab(with_added_tokens=False)
@@ -188,11 +171,8 @@ class _Fast:
         self.token_to_id = file.token_to_id
         self.encode = lambda text: file.encode(text, add_special_tokens=False).ids
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
+        self.added_tokens = file.get_added_tokens_decoder
         self.add = lambda token, _: file.add_tokens([token])
-
-    @property
-    def added(self) -> dict[int, AddedToken]:
-        return self._tokenizer.get_added_tokens_decoder()
 
 
 class _SentencePiece:
@@ -206,7 +186,9 @@ class _SentencePiece:
             raise ValueError("the file is empty")
         self._processor = SentencePieceProcessor(model_proto=data)
         self.size = self._processor.get_piece_size()
+        self._ids = {self._processor.id_to_piece(i): i for i in range(self.size)}
         self.added: dict[int, AddedToken] = {}
+        self.token_to_id, self.added_tokens = self._ids.get, lambda: self.added
         self._found: dict[int, int] = {}  # the finder's id -> ours
         self._finder = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))  # all other text is one unknown word
         for i in range(self.size):
@@ -215,14 +197,8 @@ class _SentencePiece:
         ids = {name: getattr(self._processor, f"{name[:3]}_id")() for name in NAMED_TOKENS[:3]}
         self.named = {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
-    def token_to_id(self, token: str) -> int | None:
-        ids = (i for i, added in self.added.items() if added.content == token)
-        known = next(ids, self._processor.piece_to_id(token))
-        return known if known >= self.size or self._processor.id_to_piece(known) == token else None
-
     def add(self, token: AddedToken, declared: int | None) -> None:
-        known = self.token_to_id(token.content)
-        i = known if known is not None else declared or max([self.size - 1, *self.added]) + 1
+        i = self._ids.setdefault(token.content, declared or max([self.size - 1, *self.added]) + 1)
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
 
@@ -242,8 +218,8 @@ class _SentencePiece:
 
 def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dict[str, str]:
     """Adds the tokens that the folder declares beside its file; returns the named ones, {"bos_token": "<s>", ...}."""
-    names = ("special_tokens_map.json", "added_tokens.json")
-    older, added = (read_json_object(folder / name, missing_ok=True) for name in names)
+    files = (folder / "special_tokens_map.json", folder / "added_tokens.json")
+    older, added = (read_json_object(path, missing_ok=True) for path in files)
     is_llama = str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if is_llama else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
@@ -256,7 +232,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     special = {token.content for token in (*named.values(), *more)}
     listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
     listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    known = {token.content for token in file.added.values()}
+    known = {token.content for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:
             token.special = token.special or token.content in special

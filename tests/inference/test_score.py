@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from inference.choosing import choose_best, choose_by_vote, final_answer
 from models.chats import read_chat
-from models.records import Record, encode_answer, encode_prompt
+from models.records import Record, encode_answer, encode_continuation, encode_prompt
 from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -201,7 +201,7 @@ def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
     tokenizer = Tokenizer(chat_rm)
     row, _ = encode_answer(read_chat(prompt), answer, tokenizer)
     prompt_ids = encode_prompt(read_chat(prompt), tokenizer)
-    unfinished = [*prompt_ids, *tokenizer.encode_continuation("is 7", prompt_ids)]
+    unfinished = [*prompt_ids, *encode_continuation("is 7", prompt_ids, tokenizer)]
     assert row.input_ids[-1] == 2 and row.input_ids[:-1] != row.input_ids
     wanted = [hf_scores(hf, ids)[-1] for ids in (row.input_ids, [*unfinished, 2], unfinished)]
     assert [line["reward"] for line in lines] == pytest.approx(wanted, abs=1e-4)

@@ -261,14 +261,17 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
         raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
 
 
-def show_samples(step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO) -> str:
+def show_samples(
+    step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO, tokenizer: Tokenizer
+) -> str:
     """Writes all answers to the log, and returns the first `count` as a table for people."""
     kls, scores = rollout.kls().tolist(), rollout.all_scores().tolist()
     shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
     for i, prompt in enumerate(prompts):
-        line = {"step": step, "prompt": prompt.text, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
+        asked = tokenizer.decode(prompt.ids, skip_special_tokens=False)
+        line = {"step": step, "prompt": asked, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
         write_lines(log, [line | {"finished": rollout.finished[i]}])
         if i < count:
             end = "" if rollout.finished[i] else " (not finished)"
-            shown.append(f"  {scores[i]:8.3f}  {visible(prompt.text)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
+            shown.append(f"  {scores[i]:8.3f}  {visible(asked)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
     return "\n".join(shown)

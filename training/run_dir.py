@@ -125,7 +125,8 @@ class Run:
         if is_main_rank():
             args.output_dir.mkdir(parents=True, exist_ok=True)
             self._lock = hold(args.output_dir, f"--output_dir {args.output_dir}")
-            refuse_occupied(args)  # one that began at the same time may have ended
+            if not args.resume and (args.output_dir / "args.json").exists():  # it began at the same time, and has ended
+                raise ValueError(f"--output_dir {args.output_dir}: another run has written it in the meantime")
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
@@ -262,7 +263,8 @@ def prepare_output_dir(args: RunArgs) -> None:
     """Raises ValueError if the run would mix with an earlier one, or go on with flags that make it another."""
     folder = args.output_dir
     check_writable(folder)
-    refuse_occupied(args)
+    if not args.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
         raise ValueError(f"--output_dir {folder}: holds a model and no run to --resume; it would be overwritten")
     if args.resume and (folder / "args.json").exists():
@@ -270,13 +272,6 @@ def prepare_output_dir(args: RunArgs) -> None:
         changed = [f"--{each.name}" for each in flags_of(type(args)) if _is_changed(each, args, earlier)]
         if changed:
             raise ValueError(f"--resume {folder}: the run was begun with other {', '.join(changed)}")
-
-
-def refuse_occupied(args: RunArgs) -> None:
-    """Raises ValueError if a new run would mix with what is there."""
-    folder = args.output_dir
-    if not args.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
 
 
 def check_writable(folder: Path) -> None:

@@ -253,7 +253,7 @@ def main(args: PpoArgs) -> None:
             evaluation = collect(models, engine, scorer, held_out, 0, sample_idx=1)
             metrics.update({f"eval_{name}": x for name, x in objectives(evaluation, update.kl_coef).items()})
             if log is not None:
-                run.show(show_samples(step, held_out, evaluation, args.num_eval_samples, log))
+                run.show(show_samples(step, held_out, evaluation, args.num_eval_samples, log, folder.tokenizer))
         run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))

@@ -283,7 +283,7 @@ def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
     lines = []
     for row, places in zip(rows, reward_places(rows)):
         ids, start = row.chosen.input_ids if isinstance(row, Pair) else row.input_ids, row.prompt_length
-        prompt = visible(tokenizer.decode(ids[:start]))
+        prompt = visible(tokenizer.decode(ids[:start], skip_special_tokens=False))
         lines.append(f"  prompt    {prompt if len(prompt) <= 100 else f'... {prompt[-100:]}'}")
         if isinstance(row, Pair):
             parts = [("chosen", text(ids, start, None)), ("rejected", text(row.rejected.input_ids, start, None))]

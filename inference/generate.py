@@ -248,7 +248,7 @@ class LinePrinter:
 
     def write(self, line: dict) -> None:
         if self.active and sys.stdout.isatty():
-            prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1]["content"]
+            prompt = line["prompt"] if isinstance(line["prompt"], str) else line["prompt"][-1].get("content")
             tqdm.write(f"[{line['idx']}.{line['sample_idx']}] {prompt}\033[1m{line['output']}\033[0m\n")
         elif self.active:
             encoding = sys.stdout.encoding or "utf-8"

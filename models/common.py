@@ -427,9 +427,6 @@ def hold(path: Path, what: str) -> int:
     return descriptor
 
 
-# ------------------------------------------------------------------------------------- small JSON files
-
-
 def check_alike(value: object, what: str) -> None:
     """Raises ValueError if a rank has another value than the first. A collective."""
     first = [value]
@@ -448,6 +445,9 @@ def chat_day(stated: str | None, earlier: str | None = None) -> date:
         return date.fromisoformat(stated or earlier)
     except ValueError:
         raise ValueError(f"--chat_date {stated or earlier}: not a day, YYYY-MM-DD") from None
+
+
+# ------------------------------------------------------------------------------------- small JSON files
 
 
 def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:

@@ -3,8 +3,7 @@
 - `tokenizer.json` runs in tokenizers, else `tokenizer.model` in sentencepiece. Nothing is rebuilt, so the ids are those
   that the weights were trained with; where transformers differs, tests/models/test_tokenizer.py says so
 - a special or added token written in a text becomes its id; the stretches between are encoded each by itself
-- BOS and EOS: what the file's post-processor puts there; where it puts none, add_bos_token / add_eos_token say.
-  In chats the template alone decides
+- BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """
 
 from collections.abc import Sequence
@@ -33,8 +32,7 @@ class Tokenizer:
         BOS. It is filler for masked places; no text is ever recognised by it.
     base_vocab_size: the largest id of the vocabulary + 1; vocab_size: with added tokens.
     special_ids: what decoding leaves out; added_ids: all added tokens; byte_ids: bytes that a decoder joins.
-    adds_bos: whether encode() puts a BOS before the text.
-    chat_template: a ChatTemplate, or None; today: the day that it is told.
+    adds_bos: whether encode() puts a BOS first; chat_template: a ChatTemplate, or None; today: the day it is told.
     Raises FileNotFoundError (no tokenizer files) and ValueError (a file that cannot be used), naming the file.
     """
 
@@ -139,17 +137,20 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
-        if token_id in self._byte_ids or self._decode(self._ids).endswith(NO_CHARACTER):
-            return ""
-        return self.flush()
+        text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)
+        return "" if text.endswith(NO_CHARACTER) else self._show(text)
 
     def flush(self, more_ids: Sequence[int] = ()) -> str:
         self._ids.extend(more_ids)
+        return self._show(self._decode(self._ids))
+
+    def _show(self, text: str) -> str:
         # a prompt that was cut within a character ends in U+FFFD until these tokens complete it
-        text, shown = self._decode(self._ids), self._shown
-        shown = shown if text.startswith(shown) else shown.rstrip(NO_CHARACTER)
-        self._go_on_from(self._ids)
-        return text[len(shown) :]
+        begin = self._shown if text.startswith(self._shown) else self._shown.rstrip(NO_CHARACTER)
+        self._shown = text
+        if len(self._ids) > 16:
+            self._go_on_from(self._ids)
+        return text[len(begin) :]
 
 
 class _Fast:
@@ -187,9 +188,8 @@ class _SentencePiece:
         self._processor = SentencePieceProcessor(model_proto=data)
         self.size = self._processor.get_piece_size()
         self._ids = {self._processor.id_to_piece(i): i for i in range(self.size)}
-        self.added: dict[int, AddedToken] = {}
+        self.added, self._found = {}, {}  # id -> AddedToken; the finder's id -> ours
         self.token_to_id, self.added_tokens = self._ids.get, lambda: self.added
-        self._found: dict[int, int] = {}  # the finder's id -> ours
         self._finder = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))  # all other text is one unknown word
         for i in range(self.size):
             if self._processor.is_control(i) or self._processor.is_unknown(i):

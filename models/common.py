@@ -416,12 +416,12 @@ def visible(text: str) -> str:
 
 
 def hold(path: Path, what: str) -> int:
-    """Keeps other runs off a folder, or off what a file stands for that is made for it: a lock that goes with this
-    process, or when the descriptor is closed. Raises ValueError if another run has it."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    """Keeps other processes off what a lock file, which is made, stands for; the lock goes with this process, however it
+    ends, or with its descriptor. Raises ValueError if another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either, says POSIX
         os.close(descriptor)
         raise ValueError(f"{what}: another run is writing there; wait for its end, or take another") from None
     return descriptor

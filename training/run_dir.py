@@ -124,7 +124,7 @@ class Run:
         check_alike(self.today, "the day")
         if is_main_rank():
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(args.output_dir, f"--output_dir {args.output_dir}")
+            self._lock = hold(args.output_dir / ".lock", f"--output_dir {args.output_dir}")
             if not args.resume and (args.output_dir / "args.json").exists():  # it began at the same time, and has ended
                 raise ValueError(f"--output_dir {args.output_dir}: another run has written it in the meantime")
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0

@@ -336,7 +336,7 @@ def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
 def test_a_line_is_on_disk_at_once(tmp_path):
     """Catches lines that wait in a buffer, where a kill takes them."""
     out = tmp_path / "out.jsonl"
-    with LineWriter(out, {}, active=True) as writer:
+    with LineWriter(out, {}, active=True, num_lines=0) as writer:
         for count in (1, 2):
             writer.write({"idx": count})
             assert len(tiny.read_lines(out)) == count

@@ -582,8 +582,8 @@ BAD_RECORDS = {
     "not UTF-8": (GOOD.encode() + b'{"text": "\xff"}', "train.jsonl: not UTF-8"),
     "too long": (GOOD + LONG, "train.jsonl:2: ", " tokens, the limit is 30; raise --max_seq_len"),
     "no template": (GOOD + '{"messages": [{"role": "user", "content": "a"}]}\n', "train.jsonl:2: "),
-    "messages not a list": (GOOD + '{"messages": "hello"}\n', "train.jsonl:2: messages must be a list"),
-    "surrogate": ('{"text": "\\ud83d"}\n', "train.jsonl:1: the text to encode holds a lone surrogate"),
+    "messages not a list": (GOOD + '{"messages": "hello"}\n', "train.jsonl:2: messages must be a non-empty list"),
+    "surrogate": ('{"text": "\\ud83d"}\n', "train.jsonl:1: must be a string without lone surrogates"),
 }
 
 
@@ -620,7 +620,7 @@ def test_bad_chats(folder, tmp_path):
     for bad in ({"messages": [{"content": "a"}]}, {"messages": []}, {"prompt": [], "completion": "a"}):
         path = tiny.write_records(tmp_path / "train.jsonl", [good, bad])
         result = tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out"))
-        tiny.assert_refused(result, f"{path}:2: ", "message")
+        tiny.assert_refused(result, f"{path}:2: ", "must be")
     tiny.write_tokenizer(chatty, chat_template="{{ raise_exception('only\n tools') }}")
     tiny.assert_refused(tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out")), f"{path}:1: ", "only tools")
     assert not (tmp_path / "out").exists()
@@ -637,7 +637,7 @@ BAD_FOLDERS = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights here"]),
     "truncated weights": (lambda f: cut(f / "model.safetensors", 5000), ["model.safetensors: truncated"]),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
-    "broken tokenizer": (lambda f: cut(f / "tokenizer.model", 999), ["tokenizer.model: not a sentencepiece model"]),
+    "broken tokenizer": (lambda f: cut(f / "tokenizer.model", 999), ["tokenizer.model: not a usable tokenizer.model"]),
 }
 BAD_CONFIGS = {
     "model type": ({"model_type": "mamba"}, ["config.json", "mamba"]),

@@ -179,7 +179,7 @@ class Scores:
 
     def __call__(self, texts, finished, function=None, **flags):
         ids = encode_prompt("Question 1:", self.tokenizer)
-        prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:")] * len(texts)
+        prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:", "Question 1:")] * len(texts)
         rows = []
         for text, ended in zip(texts, finished):
             answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
@@ -368,10 +368,10 @@ BAD_FLAGS = {
     "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),
     "micro batch": ({"micro_batch_size": 5}, ["--micro_batch_size 5", "--minibatch_size 3"]),
-    "int4 groups of the reference": ({"quantize_ref": "int4"}, ["hidden_size 64", "groups of 128"]),
+    "int4 groups of the reference": ({"quantize_ref": "int4"}, ["no group size divides", "intermediate_size 112"]),
     "int4 groups of the reward": (
         {"quantize_reward": "int4", "reward_checkpoint_path": "{world}/rm"},
-        ["hidden_size 64", "groups of 128"],
+        ["no group size divides", "intermediate_size 112"],
     ),
     "quantised nothing": ({"quantize_reward": "int8"}, ["--quantize_reward int8 needs a --reward_checkpoint_path"]),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),

@@ -416,8 +416,8 @@ def visible(text: str) -> str:
 
 
 def hold(path: Path, what: str) -> int:
-    """Keeps other processes off what a lock file, which is made, stands for; the lock goes with this process, however it
-    ends, or with its descriptor. Raises ValueError if another process has it."""
+    """Keeps other processes off what a lock file, which is made, stands for. The lock goes with this process, however
+    that ends, or with its descriptor. Raises ValueError if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

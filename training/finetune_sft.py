@@ -34,7 +34,7 @@ from training.data import DataArgs, encode_sft_file, load_rows, pack, training_b
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
-from training.samples import EvalSamples, SampleArgs
+from training.samples import EvalSamples, SampleArgs, lesson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ def main(args: SftArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
+        "first lesson": lesson(train, folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} rows each, micro-batches of {micro_batch_size}",
     }

@@ -16,6 +16,7 @@ from models.decode import can_pack, copy_for_inference, refresh
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example
+from models.tokenizer import Tokenizer
 from training.run_dir import Run, open_log, write_lines
 
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training
@@ -50,6 +51,14 @@ def prompts_of(examples: list[Example], count: int) -> list[EvalPrompt]:
         start = max((i + 1 for i in range(end) if not learnt[i]), default=0) or max(1, end // 2)
         prompts.append(EvalPrompt(example.input_ids[:start], example.input_ids[start:end]))
     return prompts
+
+
+def lesson(rows: list[Example], tokenizer: Tokenizer) -> str:
+    """The last stretch of the first row that is learnt, with the token that ends it, for people."""
+    for prompt in prompts_of(rows, 1):
+        text = visible(tokenizer.decode_continuation(prompt.ids, prompt.reference, skip_special_tokens=False))
+        return text if len(text) <= 80 else f"{text[:20]} ... {text[-50:]}"
+    return "nothing"
 
 
 class EvalSamples:

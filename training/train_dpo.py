@@ -47,7 +47,7 @@ from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import collate_pairs, encode_pair_file
 from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
-from training.samples import EvalSamples, SampleArgs
+from training.samples import EvalSamples, SampleArgs, lesson
 
 # by TRL's names, over pairs
 MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
@@ -101,6 +101,7 @@ def main(args: DpoArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
+        "first chosen": lesson([pair.chosen for pair in train], folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, micro-batches of {micro_batch_size}",
     }

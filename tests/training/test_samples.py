@@ -9,7 +9,7 @@ from models.records import Record
 from models.tokenizer import Tokenizer
 from tests import tiny
 from training.data import encode_sft_record
-from training.samples import block, prompts_of
+from training.samples import block, lesson, prompts_of
 
 SCRIPT = "training/finetune_sft.py"
 
@@ -106,6 +106,7 @@ def test_prompts_of_all_kinds_of_records(tmp_path):
     assert tokenizer.decode_continuation(completion.ids, completion.reference, False) == " is 7</s>"
     assert text.ids + text.reference == [*tokenizer.encode("The answer is 17, or so"), tokenizer.eos_token_id]
     assert len(text.ids) == len(text.reference) or len(text.ids) + 1 == len(text.reference)
+    assert lesson(examples, tokenizer) == "say 3</s>" and lesson([], tokenizer) == "nothing"
 
 
 def test_shown_samples_fit_a_terminal():

@@ -118,4 +118,4 @@ class LineWriter:
             self.file.close()
         if is_main_rank():
             self.lock_file.unlink()
-            os.close(self.lock)
+            self.lock.close()

@@ -415,16 +415,16 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def hold(path: Path, what: str) -> int:
-    """Keeps other processes off what a lock file, which is made, stands for. The lock goes with this process, however
-    that ends, or with its descriptor. Raises ValueError if another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+def hold(path: Path, what: str) -> typing.IO:
+    """Keeps other processes off what a lock file, which is made, stands for. The lock goes with the file that is
+    returned, and with this process, however that ends. Raises ValueError if another process has it."""
+    file = open(path, "a")
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # either, says POSIX
-        os.close(descriptor)
+        file.close()
         raise ValueError(f"{what}: another run is writing there; wait for its end, or take another") from None
-    return descriptor
+    return file
 
 
 def check_alike(value: object, what: str) -> None:

@@ -1,8 +1,8 @@
 """int4 that knows what the weights are multiplied with: the arithmetic for one weight.
 
 - GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and each one's error is made up
-  for by those to come, as the second moments of the layer's inputs say; large moments first (act-order, with the groups
-  and ranges that rounding to nearest has)
+  for by those to come, as the second moments of the layer's inputs say; large moments first (act-order, with groups of
+  neighbours), in ranges clipped for the least error of the weights
 - then in turns the scales that are best for the integers (least squares over all groups of a row) and the integers that
   are best for the scales, one column after the other (coordinate descent: Behdin et al. 2023, arXiv 2309.01885)
 

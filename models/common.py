@@ -418,7 +418,7 @@ def visible(text: str) -> str:
 def hold(path: Path, what: str) -> typing.IO:
     """Keeps other processes off what a lock file, which is made, stands for. The lock goes with the file that is
     returned, and with this process, however that ends. Raises ValueError if another process has it."""
-    file = open(path, "a")
+    file = open(path, "a")  # noqa: SIM115 (it stays open)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # either, says POSIX

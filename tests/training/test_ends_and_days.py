@@ -1,0 +1,102 @@
+"""What training and generation must agree on: where answers end, what day it is, and who writes where."""
+
+import json
+import os
+import signal
+from datetime import date
+
+import pytest
+import torch
+import transformers
+
+from models.checkpoint import open_folder
+from models.common import chat_day, hold
+from tests import tiny
+
+SCRIPT = "training/finetune_sft.py"
+END = tiny.VOCAB_SIZE  # the end-of-turn token, which the tokenizer's EOS and generation_config.json are not
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the answer is 7"}]}
+
+
+def chat_folder(folder, template=TEMPLATE):
+    tiny.write_model(folder, vocab_size=tiny.VOCAB_SIZE + 8)
+    token = {"content": "<|im_end|>", "special": True, "normalized": False}
+    tiny.write_tokenizer(folder, chat_template=template, added_tokens_decoder={str(END): token})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return folder
+
+
+def run(script, *flags, code=0):
+    result = tiny.run(script, *flags)
+    assert result.code == code, result.stderr
+    return result
+
+
+def test_answers_end_where_they_were_trained_to(tmp_path):
+    """Catches an end of turn that is learnt and nothing stops at, in our generation or in everybody's from the export,
+    and a header that ends in a space, behind which the answer would begin with another."""
+    folder, data = chat_folder(tmp_path / "in"), tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 4)
+    given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", tmp_path / "out", "--save_steps", 0]
+    flags = ["--num_epochs", 40, "--batch_size", 4, "--learning_rate", 1e-2, "--lr_schedule", "constant"]
+    result = run(SCRIPT, *given, *flags)
+    assert f"stop tokens   </s> (2), <|im_end|> ({END}) (generation_config.json lists not all" in result.stdout
+    assert "first lesson  the answer is 7<|im_end|>" in result.stdout
+    assert open_folder(tmp_path / "out").eos_token_ids == (2, END)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, END]
+    asked = ["--checkpoint_path", tmp_path / "out", "--chat", "--prompt", "hello", "--temperature", 0]
+    line = json.loads(run("inference/generate.py", *asked, "--max_new_tokens", 40).stdout)
+    assert (line["output"], line["finish_reason"]) == ("the answer is 7", "stop")
+    ids = open_folder(tmp_path / "out").tokenizer.encode("<s>user: hello<|im_end|>\nassistant: ", False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+    assert answer[-1] == END and len(answer) == line["num_tokens"] + 1
+
+
+def test_a_template_without_an_end(tmp_path):
+    """Catches a template that ends no turn with a token, accepted in silence."""
+    folder = chat_folder(tmp_path / "in", TEMPLATE.replace("<|im_end|>", ""))
+    assert (
+        "ends no turn" in open_folder(folder).stop_tokens()
+        and "ends no turn" not in open_folder(chat_folder(tmp_path / "other")).stop_tokens()
+    )
+
+
+def test_a_run_has_one_day(tmp_path):
+    """Catches a date that --resume reads from the clock, and another one that is stated and taken without a word."""
+    folder = chat_folder(tmp_path / "in", "{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
+    data, out = tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 2), tmp_path / "out"
+    given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--save_steps", 1]
+    given += ["--num_epochs", 1, "--batch_size", 1, "--lr_schedule", "constant"]
+    run(SCRIPT, *given, "--chat_date", "2024-02-29")
+    tiny.assert_refused(tiny.run(SCRIPT, *given, "--resume", "--chat_date", "2024-03-01"), "other --chat_date")
+    run(SCRIPT, *given, "--resume")
+    assert json.loads((out / "args.json").read_text())["chat_date"] == "2024-02-29"
+    lines = tmp_path / "lines.jsonl"
+    asked = ["--checkpoint_path", folder, "--chat", "--prompt", "hello", "--max_new_tokens", 2, "--output_file", lines]
+    run("inference/generate.py", *asked, "--chat_date", "2024-02-29")
+    run("inference/generate.py", *asked, "--resume")
+    later = tiny.run("inference/generate.py", *asked, "--resume", "--chat_date", "2024-03-01")
+    tiny.assert_refused(later, "was begun with other chat_date")
+    tiny.assert_refused(tiny.run(SCRIPT, *given, "--chat_date", "tomorrow"), "--chat_date tomorrow")
+    assert chat_day(None) == date.today()
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    """Catches two runs that write one output, and a lock that a kill leaves behind."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock = hold(tmp_path / ".lock", "x")
+        os.write(writes, b"held")
+        signal.pause()
+        os._exit(lock.fileno())
+    assert os.read(reads, 4) == b"held"
+    with pytest.raises(ValueError, match=r"^--output_dir out: another run is writing there"):
+        hold(tmp_path / ".lock", "--output_dir out")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    hold(tmp_path / ".lock", "--output_dir out").close()

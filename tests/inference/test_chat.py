@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -177,7 +178,9 @@ def test_a_chat_on_a_terminal(chat_folder):
         "5",
     ]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is born without
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, env=env, preexec_fn=interruptible, **streams)
     os.close(theirs)
     shown, deadline = b"", time.monotonic() + 300  # the machine may be busy
     for typed in ("1 plus é 2\n".encode(), b"\x1b[A!\n", None):

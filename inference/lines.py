@@ -23,8 +23,7 @@ def sidecar(output_file: Path) -> Path:
 
 def begun_on(output_file: Path) -> str | None:
     """The day that chat templates were told when an output file was begun, where that is known."""
-    args_file = sidecar(output_file)
-    return read_json_object(args_file).get("chat_date") if args_file.is_file() else None
+    return read_json_object(sidecar(output_file), missing_ok=True).get("chat_date")
 
 
 def refuse_occupied(output_file: Path) -> None:

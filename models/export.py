@@ -97,7 +97,7 @@ def save_folder(
 def complete_export(folder: Path) -> None:
     """Brings a switch to its end that a kill cut short, and removes what another left; main rank only."""
     config = folder / "config.json"
-    named = read_json_object(config).get(WEIGHTS_KEY) if config.is_file() else None
+    named = read_json_object(config, missing_ok=True).get(WEIGHTS_KEY)
     with _writing(folder):
         if isinstance(named, str) and named.startswith(f"{STAGING}/"):
             _take_names(folder)
@@ -159,7 +159,7 @@ def _copy_files(staging: Path, source: str | Path | None, json_changes: dict[str
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, staging / name)
     for name, changes in json_changes.items():
-        content = read_json_object(staging / name) if (staging / name).exists() else {}
+        content = read_json_object(staging / name, missing_ok=True)
         if {**content, **changes} != content:
             _write_json(staging / name, {**content, **changes})
 

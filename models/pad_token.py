@@ -6,6 +6,7 @@ with EOS, as many folders have it, the score would be read behind or before the 
 vocabulary has, so that no weight changes shape and every text keeps its ids.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from sentencepiece import SentencePieceProcessor
 
 from models.checkpoint import Folder
 from models.common import read_json_object
+
+_read = partial(read_json_object, missing_ok=True)
 
 
 class PadToken(NamedTuple):
@@ -67,10 +70,6 @@ def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
     if _read(path / "generation_config.json").get("pad_token_id") not in (None, pad.id):
         changes["generation_config.json"] = {"pad_token_id": pad.id}
     return changes
-
-
-def _read(path: Path) -> dict:
-    return read_json_object(path) if path.is_file() else {}
 
 
 def _named(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.json", "special_tokens_map.json")):

@@ -110,8 +110,7 @@ class Run:
         """Raises ValueError if the run would mix with an earlier one, or go on as another."""
         self._signal = StopSignal()
         check_installed(args.report_to)
-        args_file = args.output_dir / "args.json"
-        earlier = read_json_object(args_file) if args.resume and args_file.exists() else {}
+        earlier = read_json_object(args.output_dir / "args.json", missing_ok=True) if args.resume else {}
         self.today = chat_day(args.chat_date, earlier.get("chat_date"))
         args = replace(args, chat_date=self.today.isoformat())
         prepare_output_dir(args)

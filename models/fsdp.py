@@ -294,7 +294,7 @@ class LossScale(NamedTuple):
     gradients: float
 
 
-def loss_scale(count: int, dp_size: int) -> LossScale:
+def loss_scale(count: float, dp_size: int) -> LossScale:
     """The two factors of dp_size / count, since FSDP averages gradients over dp: a power of two for the loss, which is
     exact in every tensor of a bf16 backward, where 1 / count would be rounded (by up to 0.4 %, and the body's gradients
     otherwise than the head's), and the rest, in [0.5, 1), for clip_grad_norm."""

@@ -38,7 +38,19 @@ CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingArgs:
+class StopArgs:
+    """What ends an answer, beside the model's own stop tokens."""
+
+    stop: list[str] | None = flag(
+        None,
+        action="append",
+        type=with_newlines,
+        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs(StopArgs):
     """How an answer is drawn."""
 
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
@@ -52,12 +64,6 @@ class SamplingArgs:
         bounds=positive,
         help="divides the positive logits of tokens of the prompt and the answer so far, and multiplies their negative "
         "ones, before the temperature; 1 is off",
-    )
-    stop: list[str] | None = flag(
-        None,
-        action="append",
-        type=with_newlines,
-        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
     )
 
     def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
@@ -121,14 +127,14 @@ class Request:
 class Completion:
     """token_ids: without the EOS or the stop string that ended it. text: "" without a tokenizer. logprobs: one for
     each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1), before
-    filters and penalty. stop_token_id: the EOS that ended it, if one did."""
+    filters and penalty. stop_ids: the tokens that ended it, so token_ids + stop_ids are all that were sampled."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
-    stop_token_id: int | None = None
+    stop_ids: list[int] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -256,7 +262,7 @@ class _Running:
             )
         done.logprobs.append(logprob)
         if token in self.params.stop_token_ids:
-            done.finish_reason, done.stop_token_id = "stop", token
+            done.finish_reason, done.stop_ids = "stop", [token]
         else:
             done.token_ids.append(token)
             last = len(done.token_ids) == done.request.max_new_tokens
@@ -279,7 +285,7 @@ class _Running:
         # the tokens of the text: drop those at the end that lie wholly in the stop string
         ids, prompt_ids = done.token_ids, done.request.prompt_ids
         while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):
-            ids.pop()
+            done.stop_ids.insert(0, ids.pop())
         done.text, done.finish_reason = text, "stop"
         return True
 

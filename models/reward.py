@@ -77,6 +77,11 @@ def read_reward_kind(folder: Path) -> RewardKind:
     return RewardKind(separator, mean, std)
 
 
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The chance that one of k of the samples, drawn without replacement, is right: 1 - C(n - c, k) / C(n, k)."""
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
     """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
     single output, and nothing of what an earlier reward model's holds on its scores."""

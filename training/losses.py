@@ -320,12 +320,11 @@ def sequence_kl_loss(log_ratios: Tensor) -> Tensor:
     return 0.5 * log_ratios.float().sum(dim=1).square()
 
 
-@torch.no_grad()
 def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
     """(k1, k3) of each token, fp32: the log-ratio d = logp - ref_logp, and exp(-d) - 1 + d, which is never negative.
 
     On samples of the policy both have the KL to the reference (nats) as their mean (Schulman 2020,
-    joschu.net/blog/kl-approx.html). Metrics only: as a reward or a loss k3 leads to another optimum.
+    joschu.net/blog/kl-approx.html). Beside GRPO's loss metrics only: as a reward or a loss k3 leads to another optimum.
     """
     k1 = logps.float() - ref_logps.float()
     return k1, torch.expm1(-k1) + k1

@@ -37,7 +37,7 @@ from models.reward import (
     step_scores,
 )
 from models.tokenizer import StreamDecoder, Tokenizer
-from training.rollouts import Prompt
+from training.prompts import Prompt
 
 RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
 finite = Bounds(least=-1e9, most=1e9)
@@ -168,6 +168,19 @@ def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, toke
     return places
 
 
+class Scores(NamedTuple):
+    total: Tensor
+    step_rewards: Tensor
+    num_cut: int
+    sources: dict
+    metrics: dict
+
+    @property
+    def checked(self) -> Tensor | None:
+        """What the first reward function gave, [A]; None without one."""
+        return next((values for name, values in self.sources.items() if name != "reward_model"), None)
+
+
 class Scorer(NamedTuple):
     """What gives answers their scores. folder and model go together; so do they and the function, each may be None."""
 
@@ -178,9 +191,7 @@ class Scorer(NamedTuple):
     function: RewardFunction | None
     split: Split
 
-    def score(
-        self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]
-    ) -> tuple[Tensor, Tensor, int]:
+    def score(self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]) -> Scores:
         """(scores [A], process rewards [A, R] of their own tokens, both fp32; rows that were cut for the reward model),
         the same on all ranks. A collective.
 
@@ -210,7 +221,17 @@ class Scorer(NamedTuple):
         scores -= args.length_penalty * torch.tensor([row.num_targets for row in rows])
         scores -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
-        return scores.to(device), step_rewards.to(device), num_cut
+        sources = {"function": torch.tensor(rewards, device=device)} if self.function else {}
+        metrics = {}
+        for name, x in sources.items():
+            metrics |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": x.std().item()}
+        return Scores(scores.to(device), step_rewards.to(device), num_cut, sources, metrics)
+
+    def submit(self, i, prompt, text):
+        pass
+
+    def close(self):
+        pass
 
 
 def _on_main_rank(function: Callable, *args):

@@ -1,114 +1,81 @@
-"""Answers of a policy for PPO: prompts in a resumable order, drawn by all ranks and known to all, what the training
-models say of their tokens, and what is measured of them.
+"""Answers of a policy in reinforcement learning: drawn by all ranks and known to all, what the training models say of
+their tokens, and what is measured of them.
 
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.chats import Chat
-from models.common import Bounds, at_least_one, flag, visible
-from models.generation import Engine, Request
+from models.checkpoint import Folder
+from models.common import Runtime, is_main_rank, visible
+from models.decode import can_pack, copy_for_inference
+from models.generation import Engine, Request, SamplingParams, stops_of
 from models.model import Transformer
 from models.records import (
     IGNORE_INDEX,
     Example,
-    Limits,
     Split,
-    check_ids,
     collate,
-    encode_prompt,
-    get_prompt,
-    naming,
-    tokenising,
 )
+from models.reward import pass_at_k
 from models.tokenizer import Tokenizer
-from training.data import epoch_order
 from training.losses import kl_estimates, token_logps
-from training.run_dir import write_lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutArgs:
-    """Prompts, and the answers that are drawn to them."""
-
-    prompt_file: Path = flag(help="records with a prompt; other fields go to --reward_fn")
-    eval_prompt_file: Path | None = flag(None, help="held-out prompts: their mean score and KL", may_change=True)
-    overlong: str = flag("refuse", choices=("refuse", "skip"), help="what to do with prompts that leave no room")
-    rollout_batch_size: int = flag(64, bounds=at_least_one, help="answers per update, over all ranks")
-    rollout_slots: int | None = flag(
-        None, bounds=at_least_one, help="answers drawn at a time on a rank; up to 128", may_change=True
-    )
-    max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
-    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="of the sampler and all log-probs")
-
-
-class Prompt(NamedTuple):
-    ids: list[int]
-    fields: dict  # the whole record
-    asked: str | Chat
-    text: str  # what a reward function is given
-
-
-def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], int]:
-    """(the prompts of a file, how many were skipped as too long)"""
-    prompts, skipped = [], 0
-    for record in tokenising(path):
-        prompt = get_prompt(record)
-        with naming(record):
-            ids = encode_prompt(prompt, tokenizer)
-            check_ids(ids, limits.vocab_size, record.where)
-        if 0 < len(ids) <= limits.max_seq_len:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-            prompts.append(Prompt(ids, record.fields, prompt, text))
-        elif ids and limits.overlong == "skip":
-            skipped += 1
-        else:
-            raise ValueError(
-                f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
-                "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
-            )
-    if not prompts:
-        raise ValueError(f"{path}: no prompt is left: all {skipped} leave no room for --max_new_tokens")
-    return prompts, skipped
-
-
-def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> list[int]:
-    """The prompts of the answers first..first + count - 1 of a run: a new order each epoch, without gaps in between."""
-    numbers, epoch = [], first // num_prompts
-    while len(numbers) < first % num_prompts + count:
-        numbers += epoch_order(num_prompts, seed=seed, epoch=epoch, shuffle=True)
-        epoch += 1
-    return numbers[first % num_prompts :][:count]
-
+from training.prompts import Prompt, RolloutArgs
+from training.rewards import Scores
+from training.run_dir import Run, open_log, write_lines
 
 # ---------------------------------------------------------------------------------------- rollouts
 
 
+def make_engine(
+    policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, num_answers: int, runtime: Runtime
+) -> Engine:
+    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). num_answers: most that a
+    rank draws at a time, unless --rollout_slots says so."""
+    stop_ids, stop = stops_of(args.stop or (), folder.tokenizer)
+    stop_ids = tuple(dict.fromkeys((*folder.eos_token_ids, *stop_ids)))
+    return Engine(
+        copy_for_inference(policy, pack=can_pack(runtime)),
+        SamplingParams(args.temperature, seed=args.seed, stop_token_ids=stop_ids, stop=stop),
+        num_slots=args.rollout_slots or min(128, num_answers),
+        max_seq_len=max_seq_len,
+        tokenizer=folder.tokenizer,
+        compile=runtime.compile,
+    )
+
+
 class Answer(NamedTuple):
-    ids: list[int]  # the EOS that ended it included
+    ids: list[int]  # all that was drawn: the EOS or the stop string that ended it included
     logps: list[float]
     text: str
     finished: bool
 
 
 def draw(
-    engine: Engine, prompts: list[Prompt], first: int, sample_idx: int, max_new_tokens: int, dp: DeviceMesh
+    engine: Engine,
+    prompts: list[Prompt],
+    first: int,
+    sample_idx: int,
+    max_new_tokens: int,
+    dp: DeviceMesh,
+    on_finished: Callable[[int, Prompt, str], None] | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks, which draw a share each. A collective."""
+    """An answer to each prompt, the same on all ranks, which draw a share each. A collective. on_finished is called on
+    the rank that drew an answer: (its number, its prompt, its text)."""
     requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
     own = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
-        end = [] if done.stop_token_id is None else [done.stop_token_id]
-        own[done.request.idx] = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
+        ended = done.finish_reason == "stop"
+        own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
+        if on_finished is not None:
+            i = done.request.idx - first
+            on_finished(i, prompts[i], done.text)
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}
@@ -184,9 +151,7 @@ class Rollout(NamedTuple):
     engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
     logps: Tensor  # what the policy in training says,
     ref_logps: Tensor  # and the reference
-    scores: Tensor  # fp32 [A], penalties included, KL not
-    step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
-    num_cut: int  # rows that were too long for the reward model
+    scores: Scores
     seconds: dict[str, float]
     values: Tensor | None = None  # fp32 [A, R]: what the critic says, where there is one
 
@@ -196,7 +161,7 @@ class Rollout(NamedTuple):
 
     def all_scores(self) -> Tensor:
         """fp32 [A]"""
-        return self.scores + self.step_rewards.sum(1)
+        return self.scores.total + self.scores.step_rewards.sum(1)
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -236,11 +201,33 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/rlhf_reward": score - kl_coef * kl,
         "objective/scores": score,
         "val/num_eos_tokens": sum(rollout.finished),
-        "val/num_cut_for_reward": rollout.num_cut,
+        "val/num_cut_for_reward": rollout.scores.num_cut,
         "completion_length": mask.sum(1).double().mean().item(),
         "engine/logprob_gap_mean": gap.mean().item(),
         "engine/logprob_gap_max": gap.max().item(),
+        **rollout.scores.metrics,
     }
+
+
+def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float]:
+    """Lengths of answers under TRL's names; an answer that ran out of tokens is clipped. lengths [A], in tokens."""
+    lengths, ended = lengths.double(), torch.tensor(finished, device=lengths.device)
+    metrics = {"completions/clipped_ratio": 1 - ended.double().mean().item()}
+    for name, chosen in (("", lengths), ("_terminated", lengths[ended])):
+        chosen = chosen if len(chosen) else lengths.new_zeros(1)
+        for kind, value in (("mean", chosen.mean()), ("min", chosen.min()), ("max", chosen.max())):
+            metrics[f"completions/{kind}{name}_length"] = value.item()
+    return metrics
+
+
+def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]:
+    """pass@1 to pass@N of N answers to each prompt, by powers of two: an answer passes if the first reward function
+    gives it at least 1. checked: what that gave, [A]; without a reward function there is nothing to pass."""
+    if checked is None:
+        return {}
+    passed = (checked >= 1).view(-1, num_generations).sum(dim=1).tolist()
+    ks = sorted({*(2**i for i in range(num_generations.bit_length())), num_generations})
+    return {f"pass@{k}": sum(pass_at_k(num_generations, n, k) for n in passed) / len(passed) for k in ks}
 
 
 def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torch.dtype, *, is_reference: bool) -> None:
@@ -261,17 +248,29 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
         raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
 
 
-def show_samples(
-    step: int, prompts: list[Prompt], rollout: Rollout, count: int, log: TextIO, tokenizer: Tokenizer
-) -> str:
-    """Writes all answers to the log, and returns the first `count` as a table for people."""
-    kls, scores = rollout.kls().tolist(), rollout.all_scores().tolist()
-    shown = [f"step {step}: held-out score {sum(scores) / len(scores):.4f}, KL {sum(kls) / len(kls):.4f}"]
-    for i, prompt in enumerate(prompts):
-        asked = tokenizer.decode(prompt.ids, skip_special_tokens=False)
-        line = {"step": step, "prompt": asked, "output": rollout.texts[i], "score": scores[i], "kl": kls[i]}
-        write_lines(log, [line | {"finished": rollout.finished[i]}])
-        if i < count:
-            end = "" if rollout.finished[i] else " (not finished)"
-            shown.append(f"  {scores[i]:8.3f}  {visible(asked)[-60:]} -> {visible(rollout.texts[i])[:160]}{end}")
-    return "\n".join(shown)
+class SampleLog:
+    """samples.jsonl, all held-out answers of each evaluation, and a few for people: the main rank's business."""
+
+    def __init__(self, args: RolloutArgs, run: Run, tokenizer: Tokenizer):
+        self.run, self.tokenizer, self.count = run, tokenizer, args.num_eval_samples
+        self.file = None
+        if is_main_rank() and args.eval_prompt_file:
+            self.file = open_log(run.args.output_dir / "samples.jsonl", run.last_line)
+
+    def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:
+        """columns: one value for each answer, fp32 [A]; the first stands before it."""
+        if self.file is None:
+            return
+        columns = {name: values.tolist() for name, values in columns.items()}
+        means = ", ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in columns.items())
+        shown = [f"step {self.run.step}: held-out {means}"]
+        for i, prompt in enumerate(prompts):
+            asked = self.tokenizer.decode(prompt.ids, skip_special_tokens=False)
+            values = {name: column[i] for name, column in columns.items()}
+            line = {"step": self.run.step, "prompt": asked, "output": texts[i], **values, "finished": finished[i]}
+            write_lines(self.file, [line])
+            if i < self.count:
+                end = "" if finished[i] else " (not finished)"
+                value = next(iter(values.values()))
+                shown.append(f"  {value:8.3f}  {visible(asked)[-60:]} -> {visible(texts[i])[:160]}{end}")
+        self.run.show("\n".join(shown))

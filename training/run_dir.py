@@ -21,6 +21,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.common import (
@@ -93,6 +94,8 @@ class Run:
 
     run = Run(args)                                 refuses what cannot go on, before anything is loaded
     run.begin(model, optimizer, ...)                puts both back to the newest checkpoint; first_step, total_steps
+    if run.first_step == 1:
+        run.log_start(metrics)
     for step, numbers in run.steps(batches):        saves, and ends early for a signal, after the loop's body
         run.check_finite(...)                       names the step and its records
         if run.eval_due: ...
@@ -103,7 +106,8 @@ class Run:
         run.export(model)
 
     step, numbers: of the step under way; first_step: the one to begin with, from 1; stopped: whether a signal ended the
-    loop. num_tokens: taken so far; speed() adds to it.
+    loop. last_line: the step up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken
+    so far; speed() adds to it.
     """
 
     def __init__(self, args: RunArgs):
@@ -133,7 +137,8 @@ class Run:
             complete_export(args.output_dir)
             write_args(args)
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
-        self._metrics = Metrics(args.output_dir, after_step=done, report_to=args.report_to)
+        self.step, self.last_line = done, done or -1
+        self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
         # in the background on a GPU; of an offloaded model that would hold the state in the CPU's memory twice
         in_background = next(model.parameters()).is_cuda
         self._checkpoints = CheckpointWriter(
@@ -210,10 +215,14 @@ class Run:
         parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
+    def log_start(self, metrics: dict[str, float]) -> None:
+        """Writes what was measured before the first step, as step 0."""
+        self._metrics.write({"step": 0, **metrics})
+
     def show(self, text: str) -> None:
         """Prints on the main rank, above the progress bar."""
         if is_main_rank():
-            self._bar.write(text)
+            tqdm.write(text)
 
     def export(
         self,

@@ -38,10 +38,11 @@ from models.fsdp import (
 )
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
-from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
+from models.quantize import check_scheme, choose_scheme
 from models.records import Split
 from models.reward import Pair, pair_length
 from training.data import DataArgs, load_rows, training_batches
+from training.frozen import ReferenceArgs
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import collate_pairs, encode_pair_file
@@ -55,21 +56,15 @@ Splits = dict[str, tuple[list[Pair], list[list[int]]]]  # by name: pairs, and th
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoArgs(RunArgs, DataArgs, DpoLossArgs, OptimArgs, ParallelArgs, GroupSizeArgs, SampleArgs):
+class DpoArgs(RunArgs, DataArgs, DpoLossArgs, OptimArgs, ParallelArgs, ReferenceArgs, SampleArgs):
     """Direct preference optimisation of the model in a Hugging Face folder."""
 
     learning_rate: float = 1e-6
-    ref_checkpoint_path: Path | None = flag(None, help="folder of the reference; the model that training starts at")
     precompute_ref: bool = flag(
         True,
         help="the reference's log-probs once before training; else in each step, with a second model in memory",
         may_change=True,
     )
-    quantize_ref: str = flag("none", choices=("none", "int8", "int4"), help="round the reference's weights")
-
-    @property
-    def ref_path(self) -> Path:
-        return self.ref_checkpoint_path or self.checkpoint_path
 
 
 def main(args: DpoArgs) -> None:

@@ -16,8 +16,7 @@ Schulman et al. 2017 (arXiv 1707.06347); from human feedback: Ziegler et al. 201
 """
 
 import sys
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,31 +36,28 @@ from models.common import (
     choose_runtime,
     flag,
     fraction,
-    is_main_rank,
     non_negative,
     positive,
     run_script,
     say,
 )
-from models.decode import can_pack, copy_for_inference, refresh
+from models.decode import refresh
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
     init_mesh,
     load_for_training,
-    load_frozen,
     loss_scale,
     reducing_gradients,
     split_batch,
 )
-from models.generation import Engine, SamplingParams
+from models.generation import Engine
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
-from models.qlinear import Schemes
-from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
-from models.records import Limits, Split
+from models.records import Split
 from models.reward import scalar_head_config
 from training.data import epoch_order
+from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen
 from training.losses import (
     adapted_kl_coef,
     gae,
@@ -72,48 +68,39 @@ from training.losses import (
     shaped_rewards,
     whiten,
 )
-from training.optim import OptimArgs, constant_rate, make_optimizer, set_learning_rate
-from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_function, open_reward_folder
+from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.prompts import Prompt, RolloutArgs, load_prompt_files, prompt_numbers
+from training.rewards import RewardArgs, Scorer, load_reward_function
 from training.rollouts import (
-    Prompt,
     Rollout,
-    RolloutArgs,
+    SampleLog,
     TokenSums,
     answer_logps,
     answer_values,
     as_rows,
     check_first_minibatch,
     draw,
-    load_prompts,
+    make_engine,
     objectives,
     over_ranks,
-    prompt_numbers,
+    pass_rates,
     shares,
-    show_samples,
 )
-from training.run_dir import Run, RunArgs, open_log
+from training.run_dir import Run, RunArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoArgs(RunArgs, RolloutArgs, RewardArgs, GroupSizeArgs, OptimArgs, ParallelArgs):
+class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, OptimArgs, ParallelArgs):
     """Proximal policy optimisation of the model in a Hugging Face folder."""
 
     learning_rate: float = 1e-6
     lr_schedule: str = "linear"
     adam_eps: float = 1e-5
-    total_steps: int = flag(100, bounds=non_negative, help="updates; 0 only exports", may_change=constant_rate)
-    minibatch_size: int | None = flag(
-        None, bounds=at_least_one, help="answers per optimizer step; --rollout_batch_size"
-    )
     ppo_epochs: int = flag(4, bounds=at_least_one, help="passes over the answers of an update")
     value_checkpoint_path: Path | None = flag(
         None, help="where the critic starts; the reward model, or the policy with a zero head"
     )
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
-    ref_checkpoint_path: Path | None = flag(None, help="the frozen reference; --checkpoint_path")
-    quantize_ref: str = flag(
-        "none", choices=("none", "int8", "int4"), help="round the weights of the reference, replicated over dp"
-    )
     kl_coef: float = flag(0.05, bounds=non_negative, help="weight of the KL to the reference, in nats")
     kl_in: str = flag("reward", choices=("reward", "loss"), help="where the KL stands")
     kl_target: float | None = flag(None, bounds=positive, help="adapt --kl_coef to this KL of an answer; fixed")
@@ -132,45 +119,26 @@ class PpoArgs(RunArgs, RolloutArgs, RewardArgs, GroupSizeArgs, OptimArgs, Parall
         bounds=at_least_one,
         help="weigh tokens by trainer / engine probability, at most this much (truncated importance sampling); off",
     )
-    num_eval_samples: int = flag(4, bounds=non_negative, help="answers shown at each evaluation", may_change=True)
     debug_checks: bool = flag(False, help="stop unless sampler and policy agree at first", may_change=True)
-
-    @property
-    def ref_path(self) -> Path:
-        return self.ref_checkpoint_path or self.checkpoint_path
 
 
 def main(args: PpoArgs) -> None:
-    minibatch_size = args.minibatch_size or args.rollout_batch_size
-    check_flags(args, minibatch_size)
-    dp_size, micro_batch_size = split_batch(args, minibatch_size, "--minibatch_size")
+    check_flags(args)
+    dp_size, micro_batch_size = split_batch(args, args.step_size, "--minibatch_size")
     run = Run(args)
 
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    reward = None
-    if args.reward_checkpoint_path:
-        reward = open_reward_folder(args.reward_checkpoint_path, folder, args.tensor_parallel_size)
     function = load_reward_function(args.reward_fn) if args.reward_fn else None
-    context = folder.config.max_position_embeddings
-    if args.max_new_tokens >= context:
-        raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
-        )
-    limits = Limits(folder.config.vocab_size, context - args.max_new_tokens, args.overlong)
-    prompts, skipped = load_prompts(args.prompt_file, folder.tokenizer, limits)
-    held_out, held_out_skipped = [], 0
-    if args.eval_prompt_file:
-        held_out, held_out_skipped = load_prompts(args.eval_prompt_file, folder.tokenizer, limits)
-    longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + args.max_new_tokens
-    others = check_folders(args, folder, reward, longest, runtime)
+    data = load_prompt_files(args, folder)
+    others = open_others(args, folder, data.longest, runtime)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
     models = load_models(args, mesh, runtime, others)
     policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, reward, models.reward_model, function, split)
+    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, function, split)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(
         critic, args, learning_rate=args.value_learning_rate, seed=args.seed, compile=runtime.compile
@@ -179,37 +147,44 @@ def main(args: PpoArgs) -> None:
     trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # what adapts, and a count
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
     run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
-    log = open_log(args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() and held_out else None
-    copy = copy_for_inference(policy, pack=can_pack(runtime))
-    engine = Engine(
-        copy,
-        SamplingParams(args.temperature, seed=args.seed, stop_token_ids=folder.eos_token_ids),
-        num_slots=args.rollout_slots or min(128, -(-args.rollout_batch_size // dp_size)),
-        max_seq_len=longest,
-        tokenizer=folder.tokenizer,
-        compile=runtime.compile,
-    )
+    num_answers = -(-args.rollout_batch_size // dp_size)
+    engine = make_engine(policy, folder, args, max_seq_len=data.longest, num_answers=num_answers, runtime=runtime)
+    sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
         "policy": folder,
         **others.notes(args),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
-        "prompts": f"{len(prompts):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long",
+        "prompts": data.note,
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
-        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // minibatch_size} minibatches",
+        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches",
     }
     say(card("train_ppo", rows))
+
+    held_out = [prompt for prompt in data.held_out for _ in range(args.num_generations_eval)]
+
+    def evaluate() -> dict[str, float]:
+        # other noise than training's, the same each time
+        rollout = collect(models, engine, scorer, held_out, 0, sample_idx=1)
+        sample_log.show(held_out, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
+        metrics = objectives(rollout, float(trained.kl_coef)) | pass_rates(
+            rollout.scores.checked, args.num_generations_eval
+        )
+        return {f"eval_{name}": x for name, x in metrics.items()}
+
+    if held_out and run.first_step == 1:
+        run.log_start(evaluate())
 
     # loop
     def batches():
         for step in range(run.first_step, args.total_steps + 1):
             first = (step - 1) * args.rollout_batch_size
-            yield step, prompt_numbers(len(prompts), first, args.rollout_batch_size, seed=args.seed)
+            yield step, prompt_numbers(len(data.train), first, args.rollout_batch_size, seed=args.seed)
 
     for step, numbers in run.steps(batches(), unit="update"):
         first = (step - 1) * args.rollout_batch_size
-        rollout = collect(models, engine, scorer, [prompts[i] for i in numbers], first, sample_idx=0)
+        rollout = collect(models, engine, scorer, [data.train[i] for i in numbers], first, sample_idx=0)
         update = targets_of(rollout, args, float(trained.kl_coef))
         run.check_finite(rewards=update.rewards.sum(), advantages=update.advantages.sum())
 
@@ -220,12 +195,14 @@ def main(args: PpoArgs) -> None:
         for epoch in range(args.ppo_epochs):
             number = (step - 1) * args.ppo_epochs + epoch
             order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-            for start in range(0, args.rollout_batch_size, minibatch_size):
-                minibatch = order[start : start + minibatch_size]
+            for start in range(0, args.rollout_batch_size, args.step_size):
+                minibatch = order[start : start + args.step_size]
                 if step > args.critic_warmup_steps:
                     scale = policy_backward(policy, update, minibatch, args, split, sums)
                     if args.debug_checks and epoch == start == 0:
-                        is_reference = step == args.critic_warmup_steps + 1 and others.ref_is_start(args)
+                        is_reference = step == args.critic_warmup_steps + 1 and others.frozen.ref_is_start(
+                            args.checkpoint_path
+                        )
                         check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                     run.check_finite(grad_norm=grad_norm)
@@ -238,7 +215,7 @@ def main(args: PpoArgs) -> None:
                 value_optimizer.step()
                 value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
-        refresh(copy, policy)
+        refresh(engine.model, policy)
         seconds["refresh"] = watch.lap()
 
         # log
@@ -249,11 +226,8 @@ def main(args: PpoArgs) -> None:
         if args.kl_target is not None:
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
-        if held_out and run.eval_due:  # other noise than training's, the same each time
-            evaluation = collect(models, engine, scorer, held_out, 0, sample_idx=1)
-            metrics.update({f"eval_{name}": x for name, x in objectives(evaluation, update.kl_coef).items()})
-            if log is not None:
-                run.show(show_samples(step, held_out, evaluation, args.num_eval_samples, log, folder.tokenizer))
+        if held_out and run.eval_due:
+            metrics.update(evaluate())
         run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))
@@ -291,11 +265,11 @@ def collect(
     the first answer, which with sample_idx decides the sampler's noise."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp)
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp, scorer.submit)
     rows, mask, engine_logps = as_rows(prompts, answers, device)
     texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}
-    scores, step_rewards, num_cut = scorer.score(prompts, rows, texts, finished)
+    scores = scorer.score(prompts, rows, texts, finished)
     seconds["score"] = watch.lap()
 
     def logps_of(model: Transformer) -> Tensor:
@@ -307,15 +281,16 @@ def collect(
         logps, ref_logps = logps_of(models.policy), logps_of(models.reference)
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split.pad_token_id), split)
     seconds["logprobs"] = watch.lap()
-    return Rollout(
-        rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, step_rewards, num_cut, seconds, values
-    )
+    return Rollout(rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, seconds, values)
 
 
 def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
     """Rewards, advantages and returns of all answers, so the same on all ranks."""
     mask, shaping = rollout.mask, kl_coef if args.kl_in == "reward" else 0.0
-    rewards = shaped_rewards(rollout.scores, rollout.logps, rollout.ref_logps, mask, shaping) + rollout.step_rewards
+    rewards = (
+        shaped_rewards(rollout.scores.total, rollout.logps, rollout.ref_logps, mask, shaping)
+        + rollout.scores.step_rewards
+    )
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
@@ -399,24 +374,14 @@ def update_metrics(
 
 
 class Others(NamedTuple):
-    """The folders beside the policy's, and how the frozen models' weights are quantised."""
+    """The folders beside the policy's."""
 
+    frozen: Frozen
     value_path: Path
-    reward: RewardFolder | None
-    ref_scheme: Schemes | None
-    reward_scheme: Schemes | None
-
-    def ref_is_start(self, args: PpoArgs) -> bool:
-        """Whether the reference has the weights that the policy begins with."""
-        return self.ref_scheme is None and args.ref_path.samefile(args.checkpoint_path)
 
     def notes(self, args: PpoArgs) -> dict[str, str]:
-        scores = " + ".join(str(part) for part in (args.reward_checkpoint_path, args.reward_fn) if part)
-        return {
-            "reference": str(args.ref_path) + (f", {self.ref_scheme}" if self.ref_scheme else ""),
-            "critic": str(self.value_path) + ("" if has_score_head(self.value_path) else ", with a zero head"),
-            "reward": scores + (f", {self.reward_scheme}" if self.reward_scheme else ""),
-        }
+        head = "" if has_score_head(self.value_path) else ", with a zero head"
+        return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args.reward_fn)}
 
 
 class Models(NamedTuple):
@@ -426,20 +391,9 @@ class Models(NamedTuple):
     reward_model: Transformer | None
 
 
-def check_flags(args: PpoArgs, minibatch_size: int) -> None:
+def check_flags(args: PpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
-    if args.rollout_batch_size % minibatch_size:
-        raise ValueError(
-            f"--minibatch_size {minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"
-        )
-    if args.reward_checkpoint_path is None and args.reward_fn is None:
-        raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
-    if args.quantize_reward != "none" and args.reward_checkpoint_path is None:
-        raise ValueError(f"--quantize_reward {args.quantize_reward} needs a --reward_checkpoint_path")
-    if args.group_size is not None and "int4" not in (args.quantize_ref, args.quantize_reward):
-        raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
-    if args.eval_steps is not None and args.eval_prompt_file is None:
-        raise ValueError("--eval_steps needs an --eval_prompt_file")
+    check_rl_flags(args)
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
             f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
@@ -448,48 +402,18 @@ def check_flags(args: PpoArgs, minibatch_size: int) -> None:
         raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
 
 
-def check_folders(args: PpoArgs, policy: Folder, reward: RewardFolder | None, longest: int, runtime: Runtime) -> Others:
+def open_others(args: PpoArgs, policy: Folder, longest: int, runtime: Runtime) -> Others:
     """Raises ValueError for a model that cannot do what it is given for. longest: tokens of a prompt and its answer."""
-    if not policy.eos_token_ids:
-        raise ValueError(f"{policy.path}: no EOS token, so no answer would ever end")
-    kind = reward.kind if reward else None
-    if args.normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
-        raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
-    sizes, tp_size = {"int4": args.group_size}, args.tensor_parallel_size
-    size = sizes.get(args.quantize_ref)
-    schemes = [choose_scheme(args.ref_path, args.quantize_ref, size, "--quantize_ref", tp_size), None]
-    if reward:
-        size = sizes.get(args.quantize_reward)
-        schemes[1] = choose_scheme(reward.folder.path, args.quantize_reward, size, "--quantize_reward", tp_size)
-    for path, scheme in zip((args.ref_path, args.reward_checkpoint_path), schemes):
-        if scheme is not None:
-            config = ModelConfig.from_hf(path)
-            check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-    start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
+    frozen = open_frozen(args, policy, longest, runtime)
+    start = args.reward_checkpoint_path if frozen.reward and frozen.reward.same_tokenizer else args.checkpoint_path
     value_path = args.value_checkpoint_path or start
     if args.value_checkpoint_path is None and is_quantized(read_hf_config(value_path)[0]):
         raise ValueError(
             f"--reward_checkpoint_path {value_path}: holds quantised weights, which are frozen, so the critic cannot "
             "start there; give the folder it was made from, or the policy's, as --value_checkpoint_path"
         )
-    readers = {"critic": value_path, "reference": args.ref_path}
-    if reward and reward.same_tokenizer:
-        readers["reward model"] = reward.folder.path
-    for name, path in readers.items():
-        other = open_folder(path, None, args.tensor_parallel_size, frozen=name != "critic")
-        check_reader(name, other, policy.config.vocab_size, longest)
-    return Others(value_path, reward, *schemes)
-
-
-def check_reader(name: str, folder: Folder, vocab_size: int, longest: int) -> None:
-    """Raises ValueError unless the model can read the policy's rows."""
-    if folder.config.vocab_size != vocab_size:
-        raise ValueError(f"{folder.path}: a {name} reads the policy's tokens, and this one has another vocabulary")
-    if folder.config.max_position_embeddings < longest:
-        raise ValueError(
-            f"{folder.path}: a {name} reads rows of {longest} tokens, and this one's context is "
-            f"{folder.config.max_position_embeddings}; lower --max_new_tokens or take another folder"
-        )
+    check_reader("critic", value_path, policy, longest, args.tensor_parallel_size, frozen=False)
+    return Others(frozen, value_path)
 
 
 def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, others: Others) -> Models:
@@ -498,12 +422,7 @@ def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, others: Other
     if not has_score_head(others.value_path):
         zero_head = torch.zeros(1, ModelConfig.from_hf(others.value_path).hidden_size)
     critic = load_for_training(others.value_path, mesh, args, runtime, head="score", new_score=zero_head)
-    load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
-    reference = load(args.ref_path, scheme=others.ref_scheme)
-    reward_model = None
-    if others.reward is not None:
-        reward_model = load(args.reward_checkpoint_path, scheme=others.reward_scheme, head="score")
-    return Models(policy, critic, reference, reward_model)
+    return Models(policy, critic, *others.frozen.load(args, mesh, runtime))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The frozen models beside a policy in reinforcement learning: its reference, and a reward model. Which folders hold
+them, how their weights are quantised, and whether they can read the policy's rows.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.checkpoint import Folder, open_folder
+from models.common import Runtime, flag
+from models.fsdp import load_frozen
+from models.model import ModelConfig, Transformer
+from models.qlinear import Schemes
+from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
+from training.rewards import RewardFolder, open_reward_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceArgs(GroupSizeArgs):
+    """What the policy is held near."""
+
+    ref_checkpoint_path: Path | None = flag(None, help="folder of the frozen reference; --checkpoint_path")
+    quantize_ref: str = flag(
+        "none", choices=("none", "int8", "int4"), help="round the weights of the reference, replicated over dp"
+    )
+
+    @property
+    def ref_path(self) -> Path:
+        return self.ref_checkpoint_path or self.checkpoint_path
+
+
+class Frozen(NamedTuple):
+    """The folders beside the policy's, and how their weights are quantised. Each may be missing."""
+
+    reference: Path | None
+    ref_scheme: Schemes | None
+    reward: RewardFolder | None
+    reward_scheme: Schemes | None
+
+    def ref_is_start(self, args) -> bool:
+        """Whether the reference has the weights that the policy begins with."""
+        return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
+
+    def notes(self, reward_fn: list[str] | None) -> dict[str, str]:
+        """What they are, for people."""
+        notes = {}
+        if self.reference is not None:
+            notes["reference"] = str(self.reference) + (f", {self.ref_scheme}" if self.ref_scheme else "")
+        scores = [str(self.reward.folder.path)] if self.reward else []
+        notes["reward"] = " + ".join([*scores, *(reward_fn or [])])
+        notes["reward"] += f", {self.reward_scheme}" if self.reward_scheme else ""
+        return notes
+
+    def load(self, args, mesh: DeviceMesh, runtime: Runtime) -> tuple[Transformer | None, Transformer | None]:
+        """(the reference, the reward model)"""
+        load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
+        reference = load(self.reference, scheme=self.ref_scheme) if self.reference else None
+        reward = load(self.reward.folder.path, scheme=self.reward_scheme, head="score") if self.reward else None
+        return reference, reward
+
+
+def check_rl_flags(args) -> None:
+    """Raises ValueError for flags of rollouts, rewards and frozen models that do not go together."""
+    if args.rollout_batch_size % args.step_size:
+        raise ValueError(
+            f"--minibatch_size {args.minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"
+        )
+    if args.eval_steps is not None and args.eval_prompt_file is None:
+        raise ValueError("--eval_steps needs an --eval_prompt_file")
+    if args.reward_checkpoint_path is None and args.reward_fn is None:
+        raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
+    if args.quantize_reward != "none" and args.reward_checkpoint_path is None:
+        raise ValueError(f"--quantize_reward {args.quantize_reward} needs a --reward_checkpoint_path")
+    if args.group_size is not None and "int4" not in (args.quantize_ref, args.quantize_reward):
+        raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
+
+
+def open_frozen(args, policy: Folder, longest: int, runtime: Runtime, *, reference: bool = True) -> Frozen:
+    """The folders that the flags name. Raises ValueError for one that cannot do what it is given for. longest: tokens
+    of a prompt and its answer; reference: whether there is one."""
+    tp_size, reward = args.tensor_parallel_size, None
+    if args.reward_checkpoint_path:
+        reward = open_reward_folder(args.reward_checkpoint_path, policy, tp_size)
+    kind = reward.kind if reward else None
+    if args.normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
+        raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
+
+    def scheme_of(path: Path, mode: str, name: str) -> Schemes | None:
+        scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, name, tp_size)
+        if scheme is not None:
+            check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tp_size)
+        return scheme
+
+    reward_scheme = scheme_of(reward.folder.path, args.quantize_reward, "--quantize_reward") if reward else None
+    ref_scheme = scheme_of(args.ref_path, args.quantize_ref, "--quantize_ref") if reference else None
+    if reference:
+        check_reader("reference", args.ref_path, policy, longest, tp_size)
+    if reward and reward.same_tokenizer:
+        check_reader("reward model", reward.folder.path, policy, longest, tp_size)
+    return Frozen(args.ref_path if reference else None, ref_scheme, reward, reward_scheme)
+
+
+def check_reader(
+    name: str, path: Path, policy: Folder, longest: int, tensor_parallel_size: int, *, frozen: bool = True
+) -> None:
+    """Raises ValueError unless the model in a folder can read the policy's rows."""
+    folder = open_folder(path, None, tensor_parallel_size, frozen=frozen)
+    if folder.config.vocab_size != policy.config.vocab_size:
+        raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
+    if folder.config.max_position_embeddings < longest:
+        raise ValueError(
+            f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
+            f"{folder.config.max_position_embeddings}; lower --max_new_tokens or take another folder"
+        )

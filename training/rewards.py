@@ -173,12 +173,24 @@ class Scores(NamedTuple):
     step_rewards: Tensor
     num_cut: int
     sources: dict
-    metrics: dict
+    failures: dict
+
+    @property
+    def metrics(self):
+        return source_metrics([self])
 
     @property
     def checked(self) -> Tensor | None:
         """What the first reward function gave, [A]; None without one."""
         return next((values for name, values in self.sources.items() if name != "reward_model"), None)
+
+
+def source_metrics(scores: list[Scores]) -> dict[str, float]:
+    metrics = {}
+    for name in scores[0].sources:
+        x = torch.cat([each.sources[name] for each in scores])
+        metrics |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": x.std().item()}
+    return metrics
 
 
 class Scorer(NamedTuple):
@@ -222,10 +234,7 @@ class Scorer(NamedTuple):
         scores -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
         sources = {"function": torch.tensor(rewards, device=device)} if self.function else {}
-        metrics = {}
-        for name, x in sources.items():
-            metrics |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": x.std().item()}
-        return Scores(scores.to(device), step_rewards.to(device), num_cut, sources, metrics)
+        return Scores(scores.to(device), step_rewards.to(device), num_cut, sources, {})
 
     def submit(self, i, prompt, text):
         pass

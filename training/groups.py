@@ -1,0 +1,72 @@
+"""Groups of answers to one prompt: drawn, scored, drawn anew where they teach nothing, and what is measured of them.
+
+Dimensions: A answers, G of them to one prompt (next to each other), R tokens of the longest answer.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.generation import Engine
+from training.grpo_losses import group_spread, soft_overlong_punishment
+from training.prompts import Prompt, prompt_numbers
+from training.rewards import Scorer, Scores, source_metrics
+from training.rollouts import Answer, as_rows, completion_metrics, draw
+
+
+class Sampled(NamedTuple):
+    """Answers with their rewards, the same on all ranks; those to one prompt stand together."""
+
+    prompts: list[Prompt]
+    answers: list[Answer]
+    mask: Tensor  # bool [A, R]: their tokens, the EOS included
+    scores: Scores
+    rewards: Tensor  # fp32 [A], all penalties included, the KL not
+
+    @property
+    def finished(self) -> list[bool]:
+        return [answer.finished for answer in self.answers]
+
+
+def answers_to(prompts: list[Prompt], first: int, sample_idx: int, engine: Engine, scorer: Scorer) -> Sampled:
+    """An answer to each prompt, scored. A collective. first: number of the first answer, which with sample_idx decides
+    the sampler's noise."""
+    args = scorer.args
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, scorer.split.dp, scorer.submit)
+    rows, mask, _ = as_rows(prompts, answers, engine.device)
+    scores = scorer.score(prompts, rows, [answer.text for answer in answers], [answer.finished for answer in answers])
+    rewards = scores.total
+    if args.soft_punish_cache:
+        rewards = rewards + soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
+    return Sampled(prompts, answers, mask, scores, rewards)
+
+
+def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Scorer) -> list[Sampled]:
+    """Groups of answers to the prompts that follow the first num_done of the run, and as often as --max_resamples says
+    to further prompts, in place of groups whose rewards are all equal (Yu et al. 2025, DAPO, arXiv 2503.14476, section
+    3.2; there without an end)."""
+    args, sampled = scorer.args, []
+    G, missing = args.num_generations, args.rollout_batch_size // args.num_generations
+    for _ in range(1 + args.max_resamples):
+        numbers = prompt_numbers(len(train), num_done, missing, seed=args.seed)
+        asked = [train[i] for i in numbers for _ in range(G)]
+        sampled.append(answers_to(asked, num_done * G, 0, engine, scorer))
+        num_done += missing
+        missing = int((group_spread(sampled[-1].rewards, G) == 0).sum())
+        if not missing:
+            break
+    return sampled
+
+
+def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, float]:
+    """Of all answers drawn, also those of groups that were replaced, under TRL's names."""
+    rewards = torch.cat([part.rewards for part in sampled])
+    lengths = torch.cat([part.mask.sum(1) for part in sampled])
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": group_spread(rewards, len(rewards)).item(),
+        "frac_reward_zero_std": (group_spread(rewards, num_generations) == 0).double().mean().item(),
+        **source_metrics([part.scores for part in sampled]),
+        **completion_metrics(lengths, [ended for part in sampled for ended in part.finished]),
+    }

@@ -1,0 +1,304 @@
+"""Group relative policy optimisation: a policy learns from checked rewards of its own answers, without a critic, since
+each answer is compared with the other answers to its prompt.
+
+- each update: draw --num_generations answers to each prompt (they share its prefill), score them, and take advantages
+  within the groups; then --num_iterations passes of clipped steps over the answers
+- --loss_type grpo, gspo, bnpo, dapo, cispo, dr_grpo or rloo: what a ratio is of, and what a mean is over
+- the KL to a reference is in the loss (k3), for rloo in the reward; with --beta 0 there is no reference
+- groups whose rewards are all equal teach nothing: --max_resamples replaces them by answers to the next prompts
+- token in, token out, as in PPO, and every number of an update is the same on all ranks, whatever the layout
+
+Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300).
+
+    python training/train_grpo.py --checkpoint_path checkpoints/Qwen2.5-0.5B-Instruct --prompt_file gsm8k.jsonl \\
+        --reward_fn training/graders.py:math_answer --output_dir runs/grpo
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import open_folder
+from models.common import Bounds, Stopwatch, at_least_one, card, choose_runtime, flag, non_negative, run_script, say
+from models.decode import refresh
+from models.fsdp import (
+    ParallelArgs,
+    clip_grad_norm,
+    init_mesh,
+    load_for_training,
+    loss_scale,
+    reducing_gradients,
+    split_batch,
+)
+from models.model import Transformer
+from models.records import Example, Split
+from training.data import epoch_order
+from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
+from training.groups import Sampled, answers_to, group_metrics, sample_groups
+from training.grpo_losses import (
+    GrpoLossArgs,
+    group_advantages,
+    group_spread,
+    grpo_losses,
+    leave_one_out_advantages,
+    loss_divisor,
+)
+from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.prompts import RolloutArgs, load_prompt_files
+from training.rewards import RewardArgs, Scorer, load_reward_function
+from training.rollouts import (
+    SampleLog,
+    TokenSums,
+    answer_logps,
+    as_rows,
+    make_engine,
+    over_ranks,
+    pass_rates,
+    shares,
+)
+from training.run_dir import Run, RunArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, GrpoLossArgs, OptimArgs, ParallelArgs):
+    """Group relative policy optimisation of the model in a Hugging Face folder."""
+
+    learning_rate: float = 1e-6
+    lr_schedule: str = "linear"
+    num_generations: int = flag(8, bounds=Bounds(least=2), help="answers to each prompt, which are compared")
+    num_iterations: int = flag(1, bounds=at_least_one, help="passes over the answers of an update")
+    max_resamples: int = flag(
+        0, bounds=non_negative, help="times that groups with equal rewards are replaced in an update"
+    )
+    soft_punish_cache: int | None = flag(
+        None, bounds=at_least_one, help="the last tokens of --max_new_tokens, whose use costs up to 1; none"
+    )
+
+
+def main(args: GrpoArgs) -> None:
+    check_flags(args)
+    dp_size, micro_batch_size = split_batch(args, args.step_size, "--minibatch_size")
+    run = Run(args)
+
+    # load: files and settings first, since they are quick to be wrong
+    runtime = choose_runtime(args)
+    folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
+    function = load_reward_function(args.reward_fn) if args.reward_fn else None
+    data = load_prompt_files(args, folder)
+    frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
+
+    mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
+    reference, reward_model = frozen.load(args, mesh, runtime)
+    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, function, split)
+    optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
+    trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds it and two counts
+    for name in ("num_prompts", "num_tokens"):
+        trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
+    run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device)
+    num_answers = -(-args.rollout_batch_size // dp_size)
+    engine = make_engine(policy, folder, args, max_seq_len=data.longest, num_answers=num_answers, runtime=runtime)
+    sample_log = SampleLog(args, run, folder.tokenizer)
+    rows = {
+        "policy": folder,
+        **frozen.notes(args.reward_fn),
+        "stop tokens": folder.stop_tokens(),
+        "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
+        "ranks": args.ranks(),
+        "prompts": data.note,
+        "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size // args.num_generations} prompts "
+        f"x {args.num_generations} answers each, {args.num_iterations} x {args.rollout_batch_size // args.step_size} "
+        f"steps of {args.loss_type}",
+    }
+    say(card("train_grpo", rows))
+
+    def evaluate() -> dict[str, float]:
+        G = args.num_generations_eval
+        asked = [prompt for prompt in data.held_out for _ in range(G)]
+        sampled = answers_to(asked, 0, 1, engine, scorer)  # other noise than training's, the same each time
+        sample_log.show(asked, [each.text for each in sampled.answers], sampled.finished, reward=sampled.rewards)
+        metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
+        return {f"eval_{name}": x for name, x in metrics.items()}
+
+    if data.held_out and run.first_step == 1:
+        run.log_start(evaluate())
+
+    # loop
+    for step, _ in run.steps(((step, []) for step in range(run.first_step, args.total_steps + 1)), unit="update"):
+        watch = Stopwatch(runtime.device)
+        sampled = sample_groups(data.train, int(trained.num_prompts), engine, scorer)
+        trained.num_prompts += sum(len(part.rewards) for part in sampled) // args.num_generations
+        seconds = {"rollout": watch.lap()}
+        groups = groups_of(sampled, policy, reference, args, split)
+        run.check_finite(advantages=groups.advantages.sum())
+        seconds["logprobs"] = watch.lap()
+
+        learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)
+        sums, loss, num_steps = TokenSums(runtime.device), torch.zeros((), device=runtime.device), 0
+        for iteration in range(args.num_iterations):
+            number = (step - 1) * args.num_iterations + iteration
+            order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+            for start in range(0, args.rollout_batch_size, args.step_size):
+                scale, step_loss = backward(policy, groups, order[start : start + args.step_size], args, split, sums)
+                grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                run.check_finite(grad_norm=grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                loss, num_steps = loss + step_loss, num_steps + 1
+        seconds["update"] = watch.lap()
+        refresh(engine.model, policy)
+        seconds["refresh"] = watch.lap()
+
+        # log
+        num_tokens = sum(int(part.mask.sum()) for part in sampled)
+        trained.num_tokens += num_tokens
+        metrics = {"loss": split.sum(loss).item() / num_steps, "learning_rate": learning_rate}
+        metrics |= {"grad_norm": grad_norm.item(), "num_tokens": int(trained.num_tokens)}
+        metrics |= group_metrics(sampled, args.num_generations) | step_metrics(groups, sums, num_steps, args, split)
+        metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
+        metrics |= {f"time/{name}": value for name, value in seconds.items()}
+        if data.held_out and run.eval_due:
+            metrics |= evaluate()
+        run.log(metrics, f"reward {metrics['reward']:.3f}")
+        if run.export_due:
+            run.export(policy, what="policy", subfolder=run.step_folder)
+
+    scorer.close()
+    if not run.stopped:
+        run.export(policy, what="policy")
+
+
+# ------------------------------------------------------------------------------------------ an update
+
+
+class Groups(NamedTuple):
+    """What the steps of an update learn from, the same on all ranks."""
+
+    rows: list[Example]  # prompt and answer, with labels on the answer
+    mask: Tensor  # bool [A, R]: the tokens of the answers,
+    learnt: Tensor  # and those of them that are learnt
+    advantages: Tensor  # fp32 [A]
+    kl: float  # nats of a token, where it is in the reward
+    engine_logps: Tensor  # fp32 [A, R] each: what the sampler said,
+    logps: Tensor | None  # what the policy said before the update; None where the only step sees it by itself,
+    ref_logps: Tensor | None  # and the reference
+    drawn_logps: Tensor  # where that step puts what it saw
+    clipped: Tensor  # fp32 [2, A]: where the steps add the share of ratios clipped below and above
+
+
+def groups_of(
+    sampled: list[Sampled], policy: Transformer, reference: Transformer | None, args: GrpoArgs, split: Split
+) -> Groups:
+    """All groups with a spread and, of the last draw, those without; their advantages."""
+    kept = [group_spread(part.rewards, args.num_generations) > 0 for part in sampled[:-1]]
+    kept = [mask.repeat_interleave(args.num_generations) for mask in kept]
+    kept.append(torch.ones_like(sampled[-1].rewards, dtype=torch.bool))
+    chosen = [(part, i) for part, mask in zip(sampled, kept) for i in mask.nonzero()[:, 0].tolist()]
+    answers = [part.answers[i] for part, i in chosen]
+    device = sampled[0].rewards.device
+    rows, mask, engine_logps = as_rows([part.prompts[i] for part, i in chosen], answers, device)
+    rewards = torch.cat([part.rewards[mask] for part, mask in zip(sampled, kept)])
+    learnt = mask
+    if args.mask_truncated_completions:
+        learnt = mask & torch.tensor([answer.finished for answer in answers], device=device)[:, None]
+
+    def logps_of(model: Transformer) -> Tensor:
+        logps = lambda part: answer_logps(model, part, mask.shape[1], split.pad_token_id, args.temperature)[0]  # noqa: E731
+        with torch.no_grad():
+            return over_ranks(rows, logps, split)
+
+    several = args.num_iterations * args.rollout_batch_size > args.step_size
+    logps = logps_of(policy) if several or args.kl_in_reward else None
+    ref_logps = logps_of(reference) if reference is not None else None
+    kl = torch.zeros(())
+    if args.kl_in_reward:
+        log_ratios = (logps - ref_logps) * learnt
+        rewards, kl = rewards - args.beta * log_ratios.sum(1), log_ratios.sum() / learnt.sum().clamp(min=1)
+    if args.loss_type == "rloo":
+        advantages = leave_one_out_advantages(rewards, args.num_generations)
+    else:
+        advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
+    drawn, clipped = torch.zeros_like(engine_logps), torch.zeros(2, len(rows), device=device)
+    return Groups(rows, mask, learnt, advantages, kl.item(), engine_logps, logps, ref_logps, drawn, clipped)
+
+
+def backward(
+    policy: Transformer, groups: Groups, step: list[int], args: GrpoArgs, split: Split, sums: TokenSums
+) -> tuple[float, Tensor]:
+    """The gradient of the loss of an optimizer step on these answers, but for the factor that it returns (see
+    loss_scale); this rank's part of the loss."""
+    learnt, width = groups.learnt, groups.learnt.shape[1]
+    divisor = loss_divisor(args, learnt[step], learnt, args.max_new_tokens)
+    scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=learnt.device)
+    for part in reducing_gradients(policy, shares(step, groups.rows, split), every=args.sync_every_micro_batch):
+        rows, m = [groups.rows[i] for i in part], learnt[part]
+        logps, entropies = answer_logps(policy, rows, width, split.pad_token_id, args.temperature, entropy=True)
+        logps, entropies = logps[: len(part)], entropies[: len(part)]  # no answers: a row of padding
+        old_logps = logps.detach() if groups.logps is None else groups.logps[part]
+        ref_logps = None if groups.ref_logps is None else groups.ref_logps[part]
+        losses, stats = grpo_losses(
+            args,
+            logps,
+            old_logps,
+            groups.advantages[part],
+            m,
+            ref_logps=ref_logps,
+            engine_logps=groups.engine_logps[part],
+        )
+        (losses.sum() * scale.loss).backward()
+        total += losses.detach().sum() / divisor
+        groups.drawn_logps[part] = old_logps  # of the only step, where nobody has asked before
+        groups.clipped[:, part] += torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios.clamp(min=1)
+        sums.add(int(m.sum()), entropy=entropies[m], kl=stats.kl)
+        sums.add(int(stats.num_ratios.sum()), low=stats.low_clipped, high=stats.high_clipped)
+    return scale.gradients, total
+
+
+# -------------------------------------------------------------------------------------------- metrics
+
+
+def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs, split: Split) -> dict[str, float]:
+    """What the steps of an update saw, under TRL's names, but for the KL of rloo. A collective."""
+    means = sums.means(split.dp)
+    logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
+    gaps = (logps - groups.engine_logps)[groups.mask].abs()
+    low, high = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
+    metrics = {
+        "entropy": means["entropy"],
+        "clip_ratio/low_mean": means["low"],
+        "clip_ratio/low_min": low.min().item(),
+        "clip_ratio/high_mean": means["high"],
+        "clip_ratio/high_max": high.max().item(),
+        "clip_ratio/region_mean": means["low"] + means["high"],
+        "sampling/sampling_logp_difference/mean": gaps.mean().item(),
+        "sampling/sampling_logp_difference/max": gaps.max().item(),
+    }
+    return metrics | ({"kl": groups.kl if args.kl_in_reward else means["kl"]} if args.beta else {})
+
+
+def check_flags(args: GrpoArgs) -> None:
+    """Raises ValueError for flags that do not go together."""
+    check_rl_flags(args)
+    if args.rollout_batch_size % args.num_generations:
+        raise ValueError(
+            f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
+        )
+    if not args.beta and (args.ref_checkpoint_path is not None or args.quantize_ref != "none"):
+        raise ValueError("--ref_checkpoint_path and --quantize_ref are for a KL to the reference; give a --beta")
+    if args.process_reward == "steps":
+        raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
+    if args.delta is not None and args.loss_type == "cispo":
+        raise ValueError("--delta has no meaning for --loss_type cispo, whose ratios --epsilon_high bounds")
+    if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
+        raise ValueError(f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens")
+
+
+if __name__ == "__main__":
+    run_script(main, GrpoArgs)

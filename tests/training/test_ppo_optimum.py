@@ -1,71 +1,14 @@
-"""training/train_ppo.py against the known optimum: all 111 answers to a prompt can be enumerated, so that the regret
-J* - J(pi) = beta KL(pi || pi*) of what it learns is exact, pi* = pi_ref exp(r / beta) / Z. Probabilities are
-transformers', of the exported folder.
-"""
-
-import itertools
-import json
-import random
+"""training/train_ppo.py against the known optimum of the task in optimum.py."""
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
-from tests import tiny
-from training import train_ppo
+from tests.training import optimum as optimum_task
+from tests.training.optimum import BETA, LETTERS, MOST, PROMPTS, TEMPERATURE, optimum, relative_regret, write_task
+from training import rollouts, train_ppo
 
 SCRIPT = "training/train_ppo.py"
-LETTERS, MOST = "abcdefghij", 2  # answers of up to 2 letters; those of 2 run out of tokens
-ANSWERS = ["".join(word) for length in range(MOST + 1) for word in itertools.product(LETTERS, repeat=length)]
-PROMPTS = ("bca",)
-BETA, TEMPERATURE = 0.5, 0.7
-
-
-def write_letters(folder, seed):
-    """A random model whose vocabulary is the letters and EOS."""
-    vocab = {piece: i for i, piece in enumerate([*LETTERS, "</s>"])}
-    shape = {"vocab_size": len(vocab), "hidden_size": 32, "intermediate_size": 64, "bos_token_id": None}
-    model = tiny.write_model(folder, seed=seed, std=0.3, eos_token_id=vocab["</s>"], **shape)
-    model.lm_head.weight.data *= 0.1  # contexts differ, and no answer is so rare that its reward is never seen
-    model.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink()
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
-
-
-def write_task(root, seed):
-    """Writes the reference, the prompts and the reward function of a task: {prompt: {answer: reward}}."""
-    write_letters(root / "ref", seed)
-    rng = random.Random(seed)
-    table = {prompt: {answer: rng.gauss(0, 1) for answer in ANSWERS} for prompt in PROMPTS}
-    (root / "table.json").write_text(json.dumps(table))
-    (root / "reward.py").write_text(
-        "import json\nfrom pathlib import Path\n\n"
-        "TABLE = json.loads(Path(__file__).with_name('table.json').read_text())\n\n\n"
-        "def reward(prompts, completions, examples):\n"
-        "    return [TABLE[prompt][completion] for prompt, completion in zip(prompts, completions)]\n"
-    )
-    tiny.write_records(root / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    return table
-
-
-@torch.no_grad()
-def log_probs(folder, temperature=TEMPERATURE):
-    """log pi(answer | prompt), fp64 [prompts, answers]."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    eos, found = len(LETTERS), []
-    for prompt in PROMPTS:
-        ids = [[LETTERS.index(letter) for letter in prompt + answer] for answer in ANSWERS]
-        rows = torch.tensor([row + [eos] * (len(prompt) + MOST - len(row)) for row in ids])
-        logps = (model(rows).logits.double() / temperature).log_softmax(-1)[:, len(prompt) - 1 : -1]
-        logps = logps.gather(-1, rows[:, len(prompt) :, None])[..., 0]
-        lengths = torch.tensor([min(len(answer) + 1, MOST) for answer in ANSWERS])  # an EOS, but after the last letter
-        found.append((logps * (torch.arange(MOST) < lengths[:, None])).sum(1))
-    logps = torch.stack(found)
-    assert torch.allclose(logps.exp().sum(1), torch.ones(len(PROMPTS), dtype=torch.float64), atol=1e-5)
-    return logps
 
 
 @torch.no_grad()
@@ -76,22 +19,9 @@ def prompt_values(folder):
     return torch.stack([model.score(model.model(row).last_hidden_state[0, -1])[0] for row in rows]).double()
 
 
-def optimum(reference, table):
-    """(log pi*, J*) of each prompt."""
-    rewards = torch.tensor([[table[prompt][answer] for answer in ANSWERS] for prompt in PROMPTS], dtype=torch.float64)
-    scores = log_probs(reference) + rewards / BETA
-    return scores.log_softmax(1), BETA * scores.logsumexp(1)
-
-
-def regret(folder, best):
-    logps = log_probs(folder)
-    return BETA * (logps.exp() * (logps - best)).sum(1).mean().item()
-
-
 SETTINGS = {
     "temperature": TEMPERATURE,
     "kl_coef": BETA,
-    "max_new_tokens": MOST,
     "total_steps": 60,
     "rollout_batch_size": 384,
     "ppo_epochs": 4,
@@ -104,17 +34,7 @@ QUICK = {"total_steps": 30, "rollout_batch_size": 256}
 
 
 def train(root, out, **more):
-    given = {"checkpoint_path": root / "ref", "prompt_file": root / "prompts.jsonl", "output_dir": out}
-    given |= {"reward_fn": f"{root / 'reward.py'}:reward", **SETTINGS, **more}
-    flags = [part for name, v in given.items() for part in ([f"--{name}"] if v is True else [f"--{name}", v])]
-    result = tiny.run(SCRIPT, *flags)
-    assert result.code == 0, result.stderr
-    return tiny.read_lines(out / "metrics.jsonl")
-
-
-def relative_regret(root, out, table):
-    best, _ = optimum(root / "ref", table)
-    return regret(out, best) / regret(root / "ref", best)
+    return optimum_task.train(SCRIPT, root, out, **SETTINGS | more)
 
 
 @pytest.mark.parametrize("seed", [0])  # 1 and 4 end like it, 2 and 3 nearer to the bound, at 0.7 and 0.9 %
@@ -174,8 +94,8 @@ def _temperature_in_the_sampler_only(patch):
 
 
 def _top_k(patch):
-    real = train_ppo.SamplingParams
-    patch.setattr(train_ppo, "SamplingParams", lambda temperature, **more: real(temperature, top_k=5, **more))
+    real = rollouts.SamplingParams
+    patch.setattr(rollouts, "SamplingParams", lambda temperature, **more: real(temperature, top_k=5, **more))
 
 
 FAULTS = [None, _kl_clamped, _eos_out_of_the_mask, _bootstrap_past_the_end, _temperature_in_the_sampler_only, _top_k]

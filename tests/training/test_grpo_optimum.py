@@ -1,0 +1,36 @@
+"""training/train_grpo.py against the known optimum of the task in optimum.py."""
+
+import pytest
+
+from tests.training import optimum as optimum_task
+from tests.training.optimum import ANSWERS, BETA, PROMPTS, TEMPERATURE, log_probs, relative_regret, write_task
+
+SCRIPT = "training/train_grpo.py"
+SETTINGS = {"temperature": TEMPERATURE, "total_steps": 60, "rollout_batch_size": 384, "learning_rate": 3e-3}
+SETTINGS |= {"adam_beta2": 0.99, "num_iterations": 4, "minibatch_size": 384}
+RLOO = {"loss_type": "rloo", "beta": BETA}
+
+
+def train(root, out, **more):
+    return optimum_task.train(SCRIPT, root, out, **SETTINGS | more)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rloo_reaches_the_optimum(seed, tmp_path):
+    """Catches whatever makes it learn another policy than pi*: the baseline, the KL's place, sign or units, the EOS
+    action, temperatures, ratios to another policy than the one that drew."""
+    table = write_task(tmp_path, seed)
+    train(tmp_path, tmp_path / "out", seed=seed, **RLOO)
+    found = relative_regret(tmp_path, tmp_path / "out", table)
+    print(f"regret {found:.4f}")
+    assert found < 0.01
+
+
+def test_dr_grpo_ends_on_the_best_answer(tmp_path):
+    """Catches advantages of the wrong sign or of another answer: without a KL the best answer is all that is left."""
+    table = write_task(tmp_path, 0)
+    train(tmp_path, tmp_path / "out", loss_type="dr_grpo", num_iterations=1)
+    best = max(ANSWERS, key=table[PROMPTS[0]].get)
+    chance = log_probs(tmp_path / "out")[0, ANSWERS.index(best)].exp().item()
+    print(f"best answer {chance:.4f}")
+    assert chance > 0.9

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from models.chats import Chat
 from models.checkpoint import Folder
 from models.common import Bounds, at_least_one, flag, non_negative
-from models.generation import StopArgs
+from models.generation import StopArgs, stops_of
 from models.records import Limits, check_ids, encode_prompt, get_prompt, naming, tokenising
 from models.tokenizer import Tokenizer
 from training.data import epoch_order
@@ -62,6 +62,7 @@ class Prompts(NamedTuple):
 
 def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
     """The prompts of both files. Raises ValueError if answers could not end, or have no room."""
+    stops_of(args.stop or (), folder.tokenizer)
     if not folder.eos_token_ids:
         raise ValueError(f"{folder.path}: no EOS token, so no answer would ever end")
     context = folder.config.max_position_embeddings

@@ -297,7 +297,9 @@ def check_flags(args: GrpoArgs) -> None:
     if args.delta is not None and args.loss_type == "cispo":
         raise ValueError("--delta has no meaning for --loss_type cispo, whose ratios --epsilon_high bounds")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
-        raise ValueError(f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens")
+        raise ValueError(
+            f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"
+        )
 
 
 if __name__ == "__main__":

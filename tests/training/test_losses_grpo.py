@@ -320,7 +320,7 @@ def test_fixtures_show_faults(fault, shows):
 
 
 def one_answer(loss_type, ratios, advantage, **options):
-    """(loss, its gradient, log-probabilities) of one answer whose tokens have these ratios to the policy that drew it."""
+    """(loss, its gradient, log-probabilities) of an answer whose tokens have these ratios to the policy at rollout."""
     args = GrpoLossArgs(loss_type=loss_type, **options)
     old = torch.linspace(-2.0, -1.0, len(ratios))[None]
     new = (old + torch.tensor([ratios]).log()).requires_grad_()

@@ -1,0 +1,472 @@
+"""The losses of training/grpo_losses.py against what TRL's GRPOTrainer and RLOOTrainer compute for the same answers
+(fixtures/grpo.json): advantages, losses, gradients and metrics; and against closed forms of the papers.
+
+Where TRL and the papers differ, we follow TRL, and the fixture has both where it has a switch:
+- TRL multiplies the KL of the loss by the probability ratio, which makes its gradient that of the KL; the GRPO paper
+  does not (use_bias_correction_kl)
+- cispo's epsilon_high bounds the ratio itself; in its paper 1 + epsilon_high does
+- rloo clips the ratio of the whole answer; its paper takes one step on policy, where nothing is clipped
+- bnpo is a mean of micro-batches' means in TRL; ours is the mean over the tokens of the step, however it is cut
+"""
+
+import dataclasses
+import json
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.training.fixtures import make_grpo_fixtures as made
+from training.grpo_losses import (
+    GrpoLossArgs,
+    group_advantages,
+    group_spread,
+    grpo_losses,
+    leave_one_out_advantages,
+    loss_divisor,
+    soft_overlong_punishment,
+)
+
+FIXTURES = json.loads(made.FILE.read_text())
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+CASES = FIXTURES["cases"]
+DROPPED = ("num_iterations", "use_vllm", "vllm_importance_sampling_mode")
+
+
+def name_of(case):
+    return f"{case['name']} ({case['batch']})"
+
+
+# ------------------------------------------------------------------------------------------ the adapter
+
+
+def args_of(case) -> GrpoLossArgs:
+    """TRL's options as ours."""
+    options = {name: x for name, x in case["options"].items() if name not in DROPPED}
+    if case["trainer"] == "rloo":
+        options = {"loss_type": "rloo", "beta": FIXTURES["defaults"]["rloo"]["beta"]} | options
+    if "vllm_importance_sampling_clip_max" in options:
+        options["tis_cap"] = options.pop("vllm_importance_sampling_clip_max")
+    if isinstance(options.get("scale_rewards"), bool):
+        options["scale_rewards"] = "group" if options["scale_rewards"] else "none"
+    return GrpoLossArgs(**options)
+
+
+def inputs_of(case) -> SimpleNamespace:
+    """A case's numbers, [A] and [A, R]; what lies outside the mask is NaN, so that nothing of it may count."""
+    batch, args = FIXTURES["batches"][case["batch"]], args_of(case)
+    lengths = torch.tensor(batch["lengths"])
+    answer = torch.arange(lengths.max()) < lengths[:, None]
+
+    def padded(name):
+        return torch.full(answer.shape, math.nan).masked_scatter(answer, torch.tensor(batch[name]))
+
+    finished = torch.ones(len(lengths), dtype=torch.bool).index_fill(0, torch.tensor(batch["truncated"]), False)
+    mask = answer & finished[:, None] if args.mask_truncated_completions else answer
+    old, ref, sampler = padded("old"), padded("ref"), padded("sampler")
+    rewards = sum(w * torch.tensor(r) for w, r in zip(FIXTURES["weights"], batch["rewards"].values(), strict=True))
+
+    def advantages(rewards):
+        if args.loss_type == "rloo":
+            return leave_one_out_advantages(rewards, batch["num_generations"])
+        return group_advantages(rewards, batch["num_generations"], args.scale_rewards)
+
+    return SimpleNamespace(
+        args=args,
+        num_generations=batch["num_generations"],
+        max_completion_length=FIXTURES["max_completion_length"],
+        rewards=rewards,
+        advantages=advantages,
+        divisor=loss_divisor,
+        steps=case["steps"],
+        answer=answer,
+        finished=finished,
+        mask=mask,
+        old=old,
+        new=padded("new") if in_the_second_pass(case) else old,
+        ref=ref if args.beta > 0 else None,
+        sampler=sampler,
+    )
+
+
+def results_of(x: SimpleNamespace) -> dict:
+    """What a trainer gets from these inputs, under the names of the fixture; metrics are those of all rows at once."""
+    rewards = x.rewards
+    if x.args.kl_in_reward:
+        rewards = rewards - x.args.beta * torch.where(x.mask, x.old - x.ref, 0.0).sum(dim=1)
+    advantages = x.advantages(rewards)
+    new, losses, parts = x.new.clone().requires_grad_(), [], []
+    for rows in x.steps:
+        others = {"ref_logps": None if x.ref is None else x.ref[rows], "engine_logps": x.sampler[rows]}
+        each, stats = grpo_losses(x.args, new[rows], x.old[rows], advantages[rows], x.mask[rows], **others)
+        assert each.shape == (len(rows),) and each.dtype == torch.float32
+        assert not any(value.requires_grad for value in stats)
+        losses.append(each.sum() / x.divisor(x.args, x.mask[rows], x.mask, x.max_completion_length))
+        parts.append(stats)
+    (grad,) = torch.autograd.grad(sum(losses), new)
+    low, high, count, kl = (torch.cat(values) for values in zip(*parts, strict=True))
+    clip = {"low_mean": low.sum() / count.sum(), "high_mean": high.sum() / count.sum()}
+    metrics = {f"clip_ratio/{name}": value for name, value in clip.items()}
+    metrics |= {"clip_ratio/region_mean": sum(clip.values()), "cispo_clip_ratio": clip["high_mean"]}
+    metrics |= {"kl": kl.sum() / x.mask.sum()}
+    return {
+        "advantages": advantages,
+        "loss": torch.stack(losses).detach(),
+        "grad": grad[x.answer],
+        "metrics": {name: float(value) for name, value in metrics.items()},
+    }
+
+
+def off_by(case, x: SimpleNamespace) -> float:
+    """The furthest that a loss, a gradient or an advantage is from TRL's."""
+    results = results_of(x)
+    return max((results[name] - torch.tensor(case[name])).abs().max().item() for name in ("advantages", "loss", "grad"))
+
+
+def comparable(case) -> bool:
+    """Whether TRL's loss is that of its optimizer steps, however it cut them."""
+    return case["micro_batches"] == 1 or case["options"].get("loss_type") != "bnpo"
+
+
+# ------------------------------------------------------------------------------------------ against TRL
+
+
+@pytest.mark.parametrize("case", filter(comparable, CASES), ids=name_of)
+def test_losses_equal_trl(case):
+    """Catches a wrong advantage, ratio, clip, KL or divisor of any loss type; a gradient through the old policy, the
+    reference, the engine's weights or cispo's; what is masked or padding counted; and micro-batches or the steps of an
+    update that weigh answers or tokens otherwise."""
+    x = inputs_of(case)
+    results = results_of(x)
+    for name in ("advantages", "loss", "grad"):
+        theirs = torch.tensor(case[name])
+        message = f"{name}: off by up to {(results[name] - theirs).abs().max()}"
+        torch.testing.assert_close(results[name], theirs, **CLOSE, msg=message)
+    assert not results["grad"][~x.mask[x.answer]].any()
+    if case["cut"] == "whole":
+        shared = {name: value for name, value in case["metrics"].items() if name in results["metrics"]}
+        shared = {name: value for name, value in shared.items() if name != "kl" or not x.args.kl_in_reward}
+        assert shared == pytest.approx({name: results["metrics"][name] for name in shared}, rel=1e-6, abs=1e-6)
+        assert len(shared) >= (1 if x.args.loss_type == "cispo" else 3) + (
+            x.ref is not None and not x.args.kl_in_reward
+        )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["name"].startswith("gspo (grpo)")], ids=name_of)
+def test_gspo_is_grpo_with_ratios_of_answers(case):
+    """Catches a name that stands for something else than what TRL writes in two options."""
+    x = inputs_of(case)
+    x.args = dataclasses.replace(x.args, loss_type="gspo", importance_sampling_level="token")
+    assert off_by(case, x) < 1e-6
+
+
+def test_bnpo_does_not_depend_on_micro_batches():
+    """Catches the mean of the micro-batches' means, which is what TRL has for several; ours is what it has for one."""
+    for cut in (case for case in CASES if case["name"] == "bnpo, micro-batches"):
+        whole = next(c for c in CASES if (c["name"], c["batch"]) == ("bnpo, truncated masked", cut["batch"]))
+        x = inputs_of(cut)
+        assert off_by(whole, x) < 1e-6 and off_by(cut, x) > 0.01
+    elsewhere = [x for name, x in FIXTURES["micro_batch_differences"].items() if name != "bnpo"]
+    assert len(elsewhere) == 6 and max(elsewhere) < 1e-6
+
+
+def test_fixtures_clip_on_both_sides():
+    """Catches fixtures in which nothing is clipped, no answer is masked or no group lacks a spread."""
+    for case in CASES:
+        if case["trainer"] == "grpo" and "clip_ratio/low_mean" in case["metrics"] and "on policy" not in case["name"]:
+            assert min(case["metrics"][f"clip_ratio/{side}_mean"] for side in ("low", "high")) > 0.03, name_of(case)
+    batch = FIXTURES["batches"]["fours"]
+    rewards = inputs_of(CASES[0]).rewards
+    assert (group_spread(rewards, batch["num_generations"]) == 0).double().mean() == 0.25
+    assert CASES[0]["metrics"]["frac_reward_zero_std"] == 0.25
+    assert rewards.mean().item() == pytest.approx(batch["metrics"]["reward"], rel=1e-6)
+    assert rewards.std().item() == pytest.approx(batch["metrics"]["reward_std"], rel=1e-6)
+
+
+def test_defaults_are_trls():
+    """Catches a default that is not what a user of TRL expects."""
+    ours = dataclasses.asdict(GrpoLossArgs())
+    theirs = {name: x for name, x in FIXTURES["defaults"]["grpo"].items() if name in ours}
+    assert len(theirs) == 9 and {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("setting", FIXTURES["overlong"], ids=lambda x: f"{x['max_length']}-{x['cache']}")
+def test_soft_overlong_punishment_equals_trl(setting):
+    """Catches a ramp that starts or ends one token early, and a punishment beyond -1."""
+    ours = soft_overlong_punishment(torch.tensor(setting["lengths"]), setting["max_length"], setting["cache"])
+    torch.testing.assert_close(ours, torch.tensor(setting["rewards"]), **CLOSE)
+
+
+# --------------------------------------------------------------------------- planted in what is compared
+
+
+def divided_by_g(x):
+    right = x.advantages
+    x.advantages = lambda rewards: right(rewards) * (x.num_generations - 1) / x.num_generations
+
+
+def biased_deviation(x):
+    right, factor = x.advantages, (x.num_generations / (x.num_generations - 1)) ** 0.5
+    x.advantages = lambda rewards: right(rewards) * factor
+
+
+def groups_mixed_over_prompts(x):
+    right, shape = x.advantages, (-1, x.num_generations)
+    x.advantages = lambda rewards: right(rewards.view(shape).T.flatten()).view(shape[::-1]).T.flatten()
+
+
+def eos_out_of_the_mask(x):
+    last = torch.arange(x.mask.shape[1]).where(x.answer, -1).amax(dim=1, keepdim=True)
+    x.mask = x.mask & ~(x.finished[:, None] & (torch.arange(x.mask.shape[1]) == last))
+
+
+def truncated_learnt(x):
+    x.mask = x.answer
+
+
+def masked_answers_not_counted(x):
+    right = x.divisor
+    x.divisor = lambda args, step, update, length: right(args, step[step.any(dim=1)], update, length)
+
+
+def old_after_the_first_step(x):
+    x.old = x.new
+
+
+def length_normalisation_swapped(x):
+    swapped = {"grpo": "dapo", "dapo": "grpo", "bnpo": "dr_grpo", "dr_grpo": "bnpo"}
+    x.args = dataclasses.replace(x.args, loss_type=swapped[x.args.loss_type])
+
+
+def divided_by_the_longest_answer(x):
+    x.max_completion_length = x.mask.shape[1]
+
+
+def clip_sides_swapped(x):
+    x.args = dataclasses.replace(x.args, epsilon=x.args.epsilon_high, epsilon_high=x.args.epsilon)
+
+
+def ratio_left_out_of_the_kl(x):
+    x.args = dataclasses.replace(x.args, use_bias_correction_kl=not x.args.use_bias_correction_kl)
+
+
+def old_and_reference_swapped(x):
+    x.old, x.ref = x.ref, x.old
+
+
+def ratio_of_tokens(x):
+    x.args = dataclasses.replace(x.args, importance_sampling_level="token")
+
+
+def engine_and_trainer_swapped(x):
+    x.sampler = 2 * x.old - x.sampler
+
+
+def tokens_of_the_step_alone(x):
+    right = x.divisor
+    x.divisor = lambda args, step, update, length: right(args, step, step, length)
+
+
+def tokens_of_the_update(x):
+    right = x.divisor
+    x.divisor = lambda args, step, update, length: right(args, update, update, length) * len(step) / len(update)
+
+
+def in_the_second_pass(case):
+    return case["options"].get("num_iterations") == 2
+
+
+def divided_by_answers(case):
+    return case["name"].startswith(("grpo", "gspo (grpo)", "dr_grpo", "rloo"))
+
+
+FAULTS = [
+    (divided_by_g, lambda case: case["trainer"] == "rloo"),
+    (biased_deviation, lambda case: case["name"] == "grpo"),
+    (groups_mixed_over_prompts, lambda case: case["name"] in ("dapo", "dapo, scale_rewards none", "rloo", "rloo, kl")),
+    (eos_out_of_the_mask, lambda case: True),
+    (truncated_learnt, lambda case: case["options"].get("mask_truncated_completions")),
+    (masked_answers_not_counted, lambda case: divided_by_answers(case) and case["name"].endswith("truncated masked")),
+    # with its default every weight of cispo is at the cap, whatever the old policy
+    (old_after_the_first_step, lambda case: in_the_second_pass(case) and case["name"] != "cispo, default epsilon_high"),
+    (length_normalisation_swapped, lambda case: case["name"] in ("grpo", "dapo", "bnpo", "dr_grpo", "gspo (dapo)")),
+    (divided_by_the_longest_answer, lambda case: case["options"].get("loss_type") == "dr_grpo"),
+    (clip_sides_swapped, lambda case: case["name"] in ("grpo, kl", "bnpo, kl", "dr_grpo, kl", "dapo, kl")),
+    (ratio_left_out_of_the_kl, lambda case: case["name"].startswith(("grpo, kl", "dapo, on", "gspo (grpo), kl"))),
+    (old_and_reference_swapped, lambda case: case["trainer"] == "rloo" and case["options"].get("beta") != 0),
+    (ratio_of_tokens, lambda case: case["name"].startswith("gspo") and "on policy" not in case["name"]),
+    (engine_and_trainer_swapped, lambda case: case["name"].endswith("token_truncate")),
+    (tokens_of_the_step_alone, lambda case: case["name"] in ("dapo, steps", "cispo, steps")),
+    (tokens_of_the_update, lambda case: case["name"] == "bnpo, steps"),
+]
+
+
+@pytest.mark.parametrize(("fault", "shows"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_fixtures_show_faults(fault, shows):
+    """Catches fixtures too weak to tell: with each of these mistakes of a caller or a formula a loss, a gradient or an
+    advantage is off by far in every case that it concerns, where without it none is (test_losses_equal_trl)."""
+    cases = [case for case in CASES if shows(case) and comparable(case)]
+    cases = [case for case in cases if case["cut"] == "whole"] or cases
+    assert cases
+    for case in cases:
+        x = inputs_of(case)
+        fault(x)
+        assert off_by(case, x) > 3e-4, name_of(case)
+
+
+# ------------------------------------------------------------------------------------------- closed forms
+
+
+def one_answer(loss_type, ratios, advantage, **options):
+    """(loss, its gradient, log-probabilities) of an answer whose tokens have these ratios to the policy at rollout."""
+    args = GrpoLossArgs(loss_type=loss_type, **options)
+    old = torch.linspace(-2.0, -1.0, len(ratios))[None]
+    new = (old + torch.tensor([ratios]).log()).requires_grad_()
+    mask = torch.ones_like(old, dtype=torch.bool)
+    losses, _ = grpo_losses(args, new, old, torch.tensor([advantage]), mask)
+    (grad,) = torch.autograd.grad(losses.sum(), new)
+    return losses.detach(), grad[0], new.detach()[0]
+
+
+def test_group_advantages_by_hand():
+    """Catches the biased deviation, statistics over all prompts, 1e-4 in the wrong place, and 0 / 0."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
+    half, none = 0.5 / (math.sqrt(1 / 3) + 1e-4), [0.0] * 4
+    batch = torch.tensor([1.0, 0, 0, 1, 5, 5, 5, 5]).double().var(unbiased=True).sqrt().item()
+    wanted = {"group": half, "none": 0.5, "batch": 0.5 / (batch + 1e-4)}
+    for scale, size in wanted.items():
+        ours = group_advantages(rewards, 4, scale)
+        torch.testing.assert_close(ours, torch.tensor([size, -size, -size, size, *none]), **CLOSE)
+    assert group_spread(rewards, 4).tolist() == pytest.approx([math.sqrt(1 / 3), 0.0])
+    assert group_spread(torch.ones(3), 1).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_leave_one_out_is_the_mean_of_the_others():
+    """Catches a baseline that holds the reward itself, and a group over prompts."""
+    rewards = torch.randn(15, generator=torch.Generator().manual_seed(0))
+    groups = rewards.view(3, 5)
+    others = [[(g.sum() - g[i]) / 4 for i in range(5)] for g in groups]
+    torch.testing.assert_close(leave_one_out_advantages(rewards, 5), rewards - torch.tensor(others).flatten(), **CLOSE)
+
+
+def test_leave_one_out_gradient_is_unbiased():
+    """Catches an estimator of another gradient: over all groups that a policy of three answers can draw, RLOO's mean
+    is the exact gradient of the expected reward, and that of rewards less the group's mean (Dr. GRPO) is (G - 1) / G
+    of it."""
+    logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    reward = torch.tensor([1.0, -2.0, 0.5])
+    (exact,) = torch.autograd.grad(-(logits.softmax(0) * reward).sum(), logits)
+    for G in (2, 3):
+        for scale, factor in ((None, 1.0), ("none", (G - 1) / G)):
+            args = GrpoLossArgs(loss_type="dr_grpo" if scale else "rloo", scale_rewards="none")
+            mean = torch.zeros(3, dtype=torch.float64)
+            for group in product(range(3), repeat=G):
+                drawn = torch.tensor(group)
+                logps = logits.log_softmax(0)[drawn][:, None]
+                advantages = (
+                    group_advantages(reward[drawn], G, scale) if scale else leave_one_out_advantages(reward[drawn], G)
+                )
+                mask = torch.ones(G, 1, dtype=torch.bool)
+                losses, _ = grpo_losses(args, logps, logps.detach(), advantages, mask)
+                loss = losses.sum() / loss_divisor(args, mask, mask, 1)
+                mean += logps.detach().sum().exp() * torch.autograd.grad(loss, logits)[0]
+            torch.testing.assert_close(mean, factor * exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+def test_clipped_tokens(advantage):
+    """Catches min and max swapped, and a gradient of a clipped token: -A r where r is within, or on the side where the
+    clip does not help."""
+    ratios = [0.5, 0.9, 1.0, 1.2, 1.6]
+    _, grad, _ = one_answer("dapo", ratios, advantage, epsilon=0.2, epsilon_high=0.3)
+    free = [r < 1.3 if advantage > 0 else r > 0.8 for r in ratios]
+    torch.testing.assert_close(
+        grad, torch.tensor([-advantage * r * f for r, f in zip(ratios, free, strict=True)]), **CLOSE
+    )
+    _, grad, _ = one_answer("dapo", ratios, advantage, epsilon=0.2, epsilon_high=0.3, delta=1.5)
+    free[-1] = False  # a bad token that has become much likelier pulls no more
+    torch.testing.assert_close(
+        grad, torch.tensor([-advantage * r * f for r, f in zip(ratios, free, strict=True)]), **CLOSE
+    )
+
+
+def test_gspo_ratio_is_the_geometric_mean():
+    """Catches the product or the arithmetic mean of the tokens' ratios (Zheng et al. 2025, eq. 7), and tokens that are
+    clipped one by one: each has -A s / n, or none has any."""
+    ratios = [0.5, 2.0, 1.1, 1.3]
+    s = math.prod(ratios) ** (1 / 4)
+    losses, grad, _ = one_answer("gspo", ratios, 2.0, epsilon=0.5)
+    torch.testing.assert_close(losses, torch.tensor([-2 * s]), **CLOSE)
+    torch.testing.assert_close(grad, torch.full((4,), -2 * s / 4), **CLOSE)
+    losses, grad, _ = one_answer("gspo", ratios, 2.0, epsilon=3e-4, epsilon_high=4e-4)
+    assert losses.item() == pytest.approx(-2 * 1.0004, rel=1e-6) and not grad.any()
+
+
+def test_cispo_weight_is_a_constant():
+    """Catches a gradient through the weight, a lower bound on it, and a capped token that is lost (MiniMax 2025,
+    arXiv 2506.13585): the gradient of every token is -A min(r, cap)."""
+    ratios = [0.1, 0.9, 1.4, 3.0]
+    for advantage in (2.0, -2.0):
+        losses, grad, new = one_answer("cispo", ratios, advantage, epsilon_high=1.5)
+        weights = torch.tensor(ratios).clamp(max=1.5)
+        torch.testing.assert_close(grad, -advantage * weights, **CLOSE)
+        torch.testing.assert_close(losses, -(advantage * weights * new).sum()[None], **CLOSE)
+
+
+def test_rloo_ratio_is_of_the_whole_answer():
+    """Catches a length-normalised ratio and tokens clipped one by one."""
+    ratios = [0.5, 2.0, 1.1]
+    losses, grad, _ = one_answer("rloo", ratios, 2.0)
+    torch.testing.assert_close(losses, torch.tensor([-2.2]), **CLOSE)
+    torch.testing.assert_close(grad, torch.full((3,), -2.2), **CLOSE)
+    _, grad, _ = one_answer("rloo", [1.1, 1.1, 1.1], 2.0)
+    assert not grad.any()
+
+
+def test_weight_of_a_token_on_policy():
+    """Catches a length normalisation of another loss type: on policy a token's gradient is -A over this."""
+    lengths, limit = torch.tensor([1, 4, 2]), 7
+    mask = torch.arange(4) < lengths[:, None]
+    advantages = torch.tensor([1.0, -0.5, 2.0])
+    over = {
+        "grpo": 3 * lengths,
+        "gspo": 3 * lengths,
+        "rloo": torch.full((3,), 3),
+        "dr_grpo": torch.full((3,), 3 * limit),
+        "dapo": torch.full((3,), 7),
+        "bnpo": torch.full((3,), 7),
+    }
+    for loss_type, divisors in over.items():
+        args = GrpoLossArgs(loss_type=loss_type)
+        logps = torch.full(mask.shape, -1.0, requires_grad=True)
+        losses, _ = grpo_losses(args, logps, logps.detach(), advantages, mask)
+        (grad,) = torch.autograd.grad(losses.sum() / loss_divisor(args, mask, mask, limit), logps)
+        torch.testing.assert_close(grad, -(advantages / divisors)[:, None] * mask, **CLOSE)
+
+
+def test_kl_gradient_on_policy():
+    """Catches the estimator's own gradient in place of the KL's: with the ratio it is log pi / pi_ref for each token,
+    without 1 - pi_ref / pi."""
+    logps = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    ref = torch.tensor([[-1.5, -1.0, -0.5]])
+    mask, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1)
+    for corrected, wanted in ((True, logps - ref), (False, 1 - (ref - logps).exp())):
+        args = GrpoLossArgs(beta=0.5, use_bias_correction_kl=corrected)
+        losses, stats = grpo_losses(args, logps, logps.detach(), zero, mask, ref_logps=ref)
+        (grad,) = torch.autograd.grad(losses.sum(), logps)
+        torch.testing.assert_close(grad, 0.5 * wanted.detach(), **CLOSE)
+        assert stats.kl.item() == pytest.approx(((ref - logps).exp() - 1 - (ref - logps)).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "bnpo", "dapo", "cispo", "dr_grpo", "rloo"])
+def test_nothing_learnt_is_no_loss(loss_type):
+    """Catches a division by no token, and what is masked coming through as NaN."""
+    args = GrpoLossArgs(loss_type=loss_type, beta=0.1)
+    dirty = torch.tensor([[math.nan, math.inf, -math.inf]] * 2).requires_grad_()
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    losses, _ = grpo_losses(args, dirty, dirty.detach(), torch.tensor([1.0, -1.0]), mask, ref_logps=dirty.detach())
+    loss = losses.sum() / loss_divisor(args, mask, mask, 5)
+    (grad,) = torch.autograd.grad(loss, dirty)
+    assert loss == 0 and not grad.any()

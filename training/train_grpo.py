@@ -255,7 +255,7 @@ def backward(
         (losses.sum() * scale.loss).backward()
         total += losses.detach().sum() / divisor
         groups.drawn_logps[part] = old_logps  # of the only step, where nobody has asked before
-        groups.clipped[:, part] += torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios.clamp(min=1)
+        groups.clipped[:, part] += torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios
         sums.add(int(m.sum()), entropy=entropies[m], kl=stats.kl)
         sums.add(int(stats.num_ratios.sum()), low=stats.low_clipped, high=stats.high_clipped)
     return scale.gradients, total
@@ -269,18 +269,24 @@ def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs
     means = sums.means(split.dp)
     logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
     gaps = (logps - groups.engine_logps)[groups.mask].abs()
-    low, high = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
+    clipped = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
+    low, high = clipped[:, ~clipped[0].isnan()]  # NaN: an answer of which nothing is learnt
     metrics = {
         "entropy": means["entropy"],
-        "clip_ratio/low_mean": means["low"],
-        "clip_ratio/low_min": low.min().item(),
-        "clip_ratio/high_mean": means["high"],
-        "clip_ratio/high_max": high.max().item(),
-        "clip_ratio/region_mean": means["low"] + means["high"],
         "sampling/sampling_logp_difference/mean": gaps.mean().item(),
         "sampling/sampling_logp_difference/max": gaps.max().item(),
     }
-    return metrics | ({"kl": groups.kl if args.kl_in_reward else means["kl"]} if args.beta else {})
+    if args.beta:
+        metrics["kl"] = groups.kl if args.kl_in_reward else means["kl"]
+    if args.loss_type == "cispo":
+        return metrics | {"cispo_clip_ratio": means["high"]}
+    return metrics | {
+        "clip_ratio/low_mean": means["low"],
+        "clip_ratio/low_min": low.min().item() if len(low) else 0.0,
+        "clip_ratio/high_mean": means["high"],
+        "clip_ratio/high_max": high.max().item() if len(high) else 0.0,
+        "clip_ratio/region_mean": means["low"] + means["high"],
+    }
 
 
 def check_flags(args: GrpoArgs) -> None:

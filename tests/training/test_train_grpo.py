@@ -151,8 +151,9 @@ def test_micro_batches(loss_type, world, tmp_path):
     run |= {"adam_eps": 1e-3, "learning_rate": 1e-3, "beta": 0.1, "epsilon_high": 5.0 if loss_type == "cispo" else 0.3}
     lines = [grpo(world, tmp_path / str(size), micro_batch_size=size, **run) for size in (6, 1)]
     for ours, theirs in zip(*lines):
-        for key in ("loss", "grad_norm", "entropy", "kl", "clip_ratio/high_mean", "clip_ratio/low_min", "reward"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+        for key in ours:
+            if not key.startswith((*TIMED, "sampling/")):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
     weights, wanted = (load_file(tmp_path / size / "model.safetensors") for size in ("6", "1"))
     for name in wanted:
         assert (weights[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name

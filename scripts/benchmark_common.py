@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from models.common import RuntimeArgs, Stopwatch, at_least_one, flag
-from models.model import PRESETS, ModelConfig
+from models.model import ModelConfig
+from models.presets import PRESETS
 from models.qlinear import MODES
 from models.quantize import QuantizeArgs
 from models.tp import TensorParallelArgs

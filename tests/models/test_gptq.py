@@ -173,7 +173,7 @@ def first_block(folder, scheme):
     """(a BlockPair of a folder's first block, hidden states as its inputs are)"""
     files, config = WeightFiles(folder), ModelConfig.from_hf(folder)
     stored = load_model(folder).requires_grad_(False).layers[0]
-    return BlockPair(stored, lambda name: files.read(f"layers.0.{name}"), lambda _: scheme, config.inv_freq()), files
+    return BlockPair(stored, lambda name: files.read(f"layers.0.{name}"), lambda _: scheme, config), files
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from models.checkpoint import load_model
-from models.model import PRESETS, ModelConfig, Transformer
+from models.model import ModelConfig, Transformer
+from models.presets import PRESETS
 from tests import tiny
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -23,6 +24,23 @@ VARIANTS = {
     "theta and eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-3},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
     "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5e5}},
+    "yarn": {"rope_parameters": tiny.YARN},
+    "yarn's other numbers": {
+        "rope_parameters": {**tiny.YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False, "beta_slow": 2},
+        "head_dim": 32,
+    },
+    "yarn's attention_factor": {"rope_parameters": {**tiny.YARN, "attention_factor": 1.7}, "model_type": "qwen2"},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}},
+    "qwen2": {**tiny.QWEN2, "num_key_value_heads": 1},
+    "qwen2, tied": {**tiny.QWEN2, "tie_word_embeddings": True},
+    "qwen3": {**tiny.QWEN3, "rms_norm_eps": 0.1},
+    "qwen3, tied, all": {
+        **tiny.QWEN3,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "rope_parameters": {**tiny.YARN, "factor": 2.0},
+    },
+    "qwen3 dynamic": {**tiny.QWEN3, "rope_parameters": {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 5e3}},
     "everything": {
         "num_key_value_heads": 1,
         "head_dim": 8,
@@ -41,7 +59,8 @@ def logits_of(model: Transformer, input_ids: torch.Tensor, **more) -> torch.Tens
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_equal_transformers(tmp_path, config):
-    """Catches: a wrong head order, a bias left out, RoPE halves swapped, a wrong frequency, norm or residual."""
+    """Catches: a wrong head order, a bias left out or made up, RoPE halves swapped, a wrong frequency, norm or residual;
+    q and k normed after the rotation, over all heads at once or with another eps, and yarn's factor dropped."""
     theirs = tiny.write_model(tmp_path, **config)
     ours = load_model(tmp_path)
     input_ids = torch.randint(tiny.VOCAB_SIZE, (3, 200))
@@ -65,9 +84,10 @@ def test_both_spellings_at_once(tmp_path):
 
 def test_parameter_count():
     """Catches a formula that leaves out what a variant adds."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 20}
     for change in VARIANTS.values():
-        rope = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 33, "intermediate_size": 20, **change}
-        config = ModelConfig.from_hf({"model_type": "llama", "num_hidden_layers": 3, **rope})
+        hf_config = {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 33, **shape, **change}
+        config = ModelConfig.from_hf({"max_position_embeddings": 256, **hf_config})
         with torch.device("meta"):
             assert config.num_parameters() == sum(p.numel() for p in Transformer(config).parameters())
 

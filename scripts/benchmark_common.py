@@ -19,9 +19,12 @@ from training.optim import OptimArgs
 SIZES = {
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
+    "0.5b": PRESETS["Qwen/Qwen2.5-0.5B"],
     "1b": PRESETS["meta-llama/Llama-3.2-1B"],
+    "1.5b": PRESETS["Qwen/Qwen2.5-1.5B"],
     "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
     "8b": PRESETS["meta-llama/Llama-3.1-8B"],
+    "qwen3-8b": PRESETS["Qwen/Qwen3-8B"],
 }
 
 

@@ -258,7 +258,7 @@ def test_the_export_is_what_was_trained(config, train_file, tmp_path, monkeypatc
     assert (ours - before).abs().max() > 0.1
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")  # for qwen2, AutoTokenizer takes Qwen's
     assert tokenizer("The answer")["input_ids"] == Tokenizer(source).encode("The answer")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())

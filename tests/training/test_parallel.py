@@ -22,7 +22,6 @@ from tests.ranks_worker import run_job
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 TIED = {**tiny.QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_parameters": tiny.YARN}
 BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
-QWEN2 = {**tiny.QWEN2, "std": 0.3}  # biases of column-parallel products alone
 SAMPLES = ["--eval_steps", "2", "--num_eval_samples", "3", "--eval_max_new_tokens", "12"]
 FLAGS = {
     "plain": ["--micro_batch_size", "1", *SAMPLES],
@@ -94,7 +93,7 @@ def world(tmp_path_factory):
     records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
     records.insert(3, {"prompt": "very long " * 30, "completion": " never seen"})
     train_file = tiny.write_records(root / "train.jsonl", records)
-    models = {"tied": TIED, "biased": BIASED, "qwen2": QWEN2}
+    models = {"tied": TIED, "biased": BIASED, "qwen2": tiny.QWEN2}
     for name, config in models.items():
         tiny.write_model(root / name, **config)
     jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in models]

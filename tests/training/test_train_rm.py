@@ -115,7 +115,7 @@ class Judged:
 
 
 def judged(folder, loss, count=11):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)  # for qwen2, AutoTokenizer takes Qwen's
     return [Judged(record, tokenizer) for record in make_records(loss, count)]
 
 

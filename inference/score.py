@@ -1,8 +1,8 @@
 """Scores from a reward model: records in, the same records with their rewards out, in the same order.
 
-- outcome models (training/train_rm.py --loss pairwise or pointwise, or any LlamaForSequenceClassification with one
-  label) give one number, at the last token of BOS + prompt + completion + EOS; process models give one at the end of
-  each step. The ids are those of training: models/records.py and models/reward.py make both
+- outcome models (training/train_rm.py --loss pairwise or pointwise, or any LlamaForSequenceClassification, or Qwen2's
+  or Qwen3's, with one label) give one number, at the last token of BOS + prompt + completion + EOS; process models give
+  one at the end of each step. The ids are those of training: models/records.py and models/reward.py make both
 - a window of records is sorted by length, so that little is padded, and written once it is scored; after a kill,
   --resume goes on behind the last whole line
 - --best_of_n and --weighted_vote choose among the samples of a prompt once all are scored

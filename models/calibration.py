@@ -99,12 +99,12 @@ class BlockPair:
     """A block as it is stored, and a copy whose layers are quantised: at first rounded to nearest."""
 
     def __init__(
-        self, stored: Block, read: Callable[[str], Tensor], scheme_of: Callable[[str], Scheme], inv_freq: Tensor
+        self, stored: Block, read: Callable[[str], Tensor], scheme_of: Callable[[str], Scheme], config: ModelConfig
     ):
         """read: a tensor of the folder, on the block's device; scheme_of: how a layer is to be kept; by names in the
-        block."""
+        block. config: of the model."""
         self.stored, self.small, self.read, self.scheme_of = stored, copy.deepcopy(stored), read, scheme_of
-        self.inv_freq = inv_freq
+        self.config, self.inv_freq = config, config.inv_freq().to(stored.input_layernorm.weight.device)
         self.weights: dict[str, Quantized] = {}  # by the layer's name in the block
         self.changed: dict[str, Tensor] = {}  # what else is not as stored, by the parameter's name
         for _, readers, last, _ in STEPS:
@@ -119,7 +119,8 @@ class BlockPair:
         return self.small.get_parameter(name)
 
     def _rope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_tables(torch.arange(x.shape[1], device=x.device)[None], self.inv_freq)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return rope_tables(positions, self.inv_freq, self.config.attention_factor)
 
     def forward(self, block: Block, states: list[Tensor]) -> list[Tensor]:
         return [block(x, *self._rope(x), causal_attention) for x in states]
@@ -222,7 +223,6 @@ def quantize_blocks(
     calibration: rows to choose int4 with; none rounds to nearest. Raises ValueError for inputs that are not finite.
     """
     device, dtype, _ = runtime
-    inv_freq = config.inv_freq().to(device)
     table = files.read("embed_tokens.weight")
     own = [table[rows.input_ids].to(device, dtype) for rows in calibration]
     before, masks = list(own), [rows.mask.to(device) for rows in calibration]
@@ -234,7 +234,7 @@ def quantize_blocks(
             _load_block(files, config, i, device, dtype),
             lambda name, prefix=prefix: files.read(prefix + name).to(device),
             lambda name, prefix=prefix: scheme.of(prefix + name),
-            inv_freq,
+            config,
         )
         states["stored"] = pair.forward(pair.stored, states["stored"])
         states["rounded"] = pair.forward(pair.small, states["rounded"])
@@ -269,7 +269,7 @@ def _costs(
     files: WeightFiles, config: ModelConfig, states: dict[str, list[Tensor]], evaluation: list[Rows]
 ) -> dict[str, Cost]:
     first = states["stored"][0]
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps, Parallel()).to(first.device)
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(first.device)
     norm.weight.copy_(files.read("norm.weight"))
     head = files.read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").to(first)
     small_head = dequantize(quantize(head, Scheme("int8"))).to(first)  # as models.decode.to_inference has it on CPUs

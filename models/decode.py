@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from models.attention import Attend, has_varlen, packed_attention, varlen_kernel
 from models.checkpoint import load_model
 from models.common import Runtime
-from models.model import FUSIONS, Block, Linear, ModelConfig, RowLinear, Transformer
+from models.model import FUSIONS, Block, Linear, ModelConfig, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
 from models.tp import Parallel, leave_parallel, local, size_of
@@ -264,8 +264,9 @@ def refresh(copy: Transformer, source: Transformer) -> None:
             for part_name, names, product in FUSIONS:
                 part = getattr(trained, part_name)
                 getattr(getattr(block, part_name), product).refresh([getattr(part, name) for name in names])
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                getattr(block, name).weight.copy_(local(getattr(trained, name).weight))
+            for name, norm in trained.named_modules():
+                if isinstance(norm, RMSNorm):
+                    block.get_submodule(name).weight.copy_(local(norm.weight))
     with _gathered(source):
         copy.embed_tokens.weight.copy_(local(source.embed_tokens.weight))
         copy.norm.weight.copy_(local(source.norm.weight))

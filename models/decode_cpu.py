@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, packed_attention
-from models.model import ModelConfig, Transformer
+from models.model import Attention, ModelConfig, Transformer
 from models.rope import rope_tables
 from models.tp import size_of
 
@@ -120,13 +120,19 @@ class DecodeLayers:
     def __init__(self, model: Transformer, num_slots: int, max_seq_len: int):
         config, tp = model.config, size_of(model.parallel.tp)
         self.model, self.dtype = model, model.compute_dtype or model.embed_tokens.weight.dtype
-        self.cos, self.sin = (t[0] for t in rope_tables(torch.arange(max_seq_len)[None], model.inv_freq))  # [S, 1, D]
+        positions = torch.arange(max_seq_len)[None]
+        self.cos, self.sin = (
+            t[0] for t in rope_tables(positions, model.inv_freq, config.attention_factor)
+        )  # [S, 1, D]
         B, E, D = num_slots, config.hidden_size, config.head_dim
         H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
         # a last column makes the size of a row of the stream sqrt(sum x^2 + E eps), which is sqrt(E) times RMSNorm's
         self.stream = torch.full((B, E + 1), math.sqrt(E * config.rms_norm_eps))
         self.x, self.normed = self.stream[:, :E], torch.empty(B, E, dtype=self.dtype)
         self.qk, self.rotated = torch.empty(B, H + K, D), torch.empty(B, H + K, D)
+        if config.qk_norm:  # a last column as in the stream
+            self.heads = torch.full((B, H + K, D + 1), math.sqrt(D * config.rms_norm_eps))
+            self.qk = self.heads[..., :D]
         self.halves = [*self.qk.chunk(2, dim=-1), *self.rotated.chunk(2, dim=-1)]
         self.q, self.k = self.rotated[:, None, :H], self.rotated[:, None, H:]
 
@@ -140,7 +146,16 @@ class DecodeLayers:
             layers = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
             norms = (block.input_layernorm, block.post_attention_layernorm)
             products = [layer.for_rows(len(self.stream)) for layer in layers]
-            self.blocks.append((*products, *(norm.weight.float() * scale for norm in norms)))
+            weights = [norm.weight.float() * scale for norm in norms]
+            self.blocks.append((*products, *weights, self._head_norm(attention)))
+
+    def _head_norm(self, attention: Attention) -> Tensor | None:
+        """[H + K, D]: the weights of the norms of q and k."""
+        if attention.q_norm is None:
+            return None
+        H, K = self.q.shape[2], self.k.shape[2]
+        weights = [norm.weight.expand(n, -1) for norm, n in ((attention.q_norm, H), (attention.k_norm, K))]
+        return torch.cat(weights).float() * math.sqrt(attention.head_dim)
 
     def _norm(self, weight: Tensor) -> Tensor:
         size = torch.linalg.vector_norm(self.stream, dim=-1, keepdim=True)
@@ -154,9 +169,12 @@ class DecodeLayers:
         first, second, rotated_first, rotated_second = self.halves
         x.copy_(model.embed_tokens(tokens[:, None])[:, 0])
         rotated_heads, D = self.qk.shape[1:]
-        for layer, (qkv, o, gate_up, down, input_norm, post_norm) in enumerate(self.blocks):
+        for layer, (qkv, o, gate_up, down, input_norm, post_norm, head_norm) in enumerate(self.blocks):
             heads = qkv(self._norm(input_norm)).view(B, -1, D)
             self.qk.copy_(heads[:, :rotated_heads])
+            if head_norm is not None:
+                size = torch.linalg.vector_norm(self.heads, dim=-1, keepdim=True)
+                self.qk.div_(size).mul_(head_norm)
             torch.mul(self.qk, cos, out=self.rotated)
             rotated_first.addcmul_(second, sin_first)
             rotated_second.addcmul_(first, sin_second)

@@ -1,7 +1,7 @@
-"""The LLaMA family (LLaMA 1 to 3.3, Code Llama, Llemma, DeepSeek LLM / Coder / Math / R1-Distill-Llama).
+"""The decoder of LLaMA, and of what differs from it in little: Qwen2 / 2.5 (biases of q, k and v), Qwen3 (normed q, k).
 
-- the shape comes from a Hugging Face config.json, never from a folder's name; PRESETS serve benchmarks and as
-  documentation
+- the shape comes from a Hugging Face config.json, never from a folder's name; models/presets.py has those of real
+  models
 - parameters carry Hugging Face's names less the leading "model.", so nothing is ever converted
 - attention is an argument: forward() takes `attend(layer, q, k, v)`; training passes nothing (causal), the generation
   engine passes one that writes and reads its KV cache, so the same layers serve both
@@ -24,10 +24,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from models.attention import Attend, causal_attention
 from models.common import read_json_object
-from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
+from models.rope import apply_rope, attention_factor, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
 from models.vocab_parallel import embed
 
+# What a config.json of each model_type means by a key that it leaves out, as in transformers (5.23).
+DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+SWITCHES = {  # the switches of each, beside tie_word_embeddings: qwen2's biases are not to be chosen
+    "llama": ("attention_bias", "mlp_bias"),
+    "qwen2": (),
+    "qwen3": ("attention_bias",),
+}
 QUANT_METHOD = "compressed-tensors"  # what quantization_config names in a folder with quantised weights
 
 # What the inference copy of a block computes as one product: (the part of the block, the names of its Linear layers,
@@ -42,9 +53,10 @@ FUSIONS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a LLaMA model, under Hugging Face's key names.
+    """The shape of a model, under Hugging Face's key names.
 
     rope_scaling is None or a dict whose "rope_type" is one of rope.ROPE_KEYS and which holds that type's numbers.
+    attention_bias is of all four products; qwen2 has biases of q, k and v besides.
     """
 
     vocab_size: int
@@ -61,6 +73,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    model_type: str = "llama"
 
     @classmethod
     def from_hf(cls, source: dict | str | Path) -> "ModelConfig":
@@ -69,27 +82,12 @@ class ModelConfig:
         Raises ValueError, naming the key, for anything that this Transformer would compute wrongly.
         """
         config, where = (source, "config") if isinstance(source, dict) else read_hf_config(source)
-        if config.get("model_type") != "llama":
-            raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not supported, only 'llama'")
-        for key, supported in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-            if config.get(key, supported) != supported:
-                raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
-        if config.get("quantization_config") is not None and not is_quantized(config):
-            raise ValueError(
-                f"{where}: quantization_config {config['quantization_config']!r} is not supported, only the layout of "
-                f"{QUANT_METHOD}; if an older scripts/quantize.py wrote the folder, run it again"
-            )
-
-        def number(key, kind=int, default=None):
-            value = config.get(key)
-            value = default if value is None else value
-            if value is None:
-                raise ValueError(f"{where}: the key {key!r} is missing")
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf or kind(value) != value:
-                raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
-            return kind(value)
-
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in DEFAULTS:
+            raise ValueError(f"{where}: model_type {model_type!r} is not supported, only {', '.join(DEFAULTS)}")
+        config = DEFAULTS[model_type] | config
+        _refuse_unsupported(config, where)
+        number = partial(_number, config, where)
         hidden_size, heads = number("hidden_size"), number("num_attention_heads")
         kv_heads = number("num_key_value_heads", default=heads)
         if config.get("head_dim") is None and hidden_size % heads:
@@ -100,11 +98,12 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"{where}: head_dim {head_dim} must be even for rotary embeddings")
         rope_theta, rope_scaling = rope_settings(config, where)
-        switches = {key: config.get(key) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
+        switches = {key: config.get(key) for key in ("tie_word_embeddings", *SWITCHES[model_type])}
         for key, value in switches.items():
             if value not in (None, True, False):
                 raise ValueError(f"{where}: {key} must be true or false, not {value!r}")
         return cls(
+            model_type=model_type,
             vocab_size=number("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=number("intermediate_size"),
@@ -112,12 +111,27 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=number("max_position_embeddings", default=2048),
-            rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+            max_position_embeddings=number("max_position_embeddings"),
+            rms_norm_eps=number("rms_norm_eps", kind=float, default=1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             **{key: bool(value) for key, value in switches.items()},
         )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether q and k of each head are normed before they are rotated."""
+        return self.model_type == "qwen3"
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin of its rotary embedding are multiplied by."""
+        return attention_factor(self.rope_scaling)
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
         """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
@@ -135,7 +149,8 @@ class ModelConfig:
         E, ffn = self.hidden_size, self.intermediate_size
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         attention = 2 * E * (heads + kv_heads) * self.head_dim
-        attention += self.attention_bias * ((heads + 2 * kv_heads) * self.head_dim + E)
+        attention += self.qkv_bias * (heads + 2 * kv_heads) * self.head_dim + self.attention_bias * E
+        attention += self.qk_norm * 2 * self.head_dim
         mlp = 3 * E * ffn + self.mlp_bias * (2 * ffn + E)
         embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * E
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
@@ -147,6 +162,34 @@ class ModelConfig:
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
         return 6 * (self.num_parameters() - embedding) + 6 * attention
+
+
+def _refuse_unsupported(config: dict, where: str) -> None:
+    only = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+    if config["model_type"] != "llama":
+        only["use_sliding_window"] = False
+    for key, supported in only.items():
+        if config.get(key, supported) != supported:
+            raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f"{where}: layer_types {layer_types!r} is not supported, only 'full_attention' in all layers")
+    if config.get("quantization_config") is not None and not is_quantized(config):
+        raise ValueError(
+            f"{where}: quantization_config {config['quantization_config']!r} is not supported, only the layout of "
+            f"{QUANT_METHOD}; if an older scripts/quantize.py wrote the folder, run it again"
+        )
+
+
+def _number(config: dict, where: str, key: str, kind: type = int, default: float | None = None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{where}: the key {key!r} is missing")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf or kind(value) != value:
+        raise ValueError(f"{where}: {key} must be a positive {kind.__name__}, not {value!r}")
+    return kind(value)
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
@@ -193,13 +236,15 @@ class RowLinear(Linear):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, parallel: Parallel):
+    """partial_grad: each tensor-parallel rank norms a part of what the weight is for, some tokens or some heads."""
+
+    def __init__(self, size: int, eps: float, *, partial_grad: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.parallel = eps, parallel
+        self.eps, self.partial_grad = eps, partial_grad
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = local(self.weight, partial_grad=self.parallel.sequence_parallel).float()
+        weight = local(self.weight, self.partial_grad).float()
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
@@ -209,10 +254,12 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.parallel = layer, config.head_dim, parallel
         self.group_size = config.num_attention_heads // config.num_key_value_heads
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = RowLinear(q_size, config.hidden_size, bias=config.attention_bias, parallel=parallel)
+        head_norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps, partial_grad=size_of(parallel.tp) > 1)
+        self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
         self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -220,11 +267,16 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            if self.q_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         else:
             qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key and K value heads: one rotation
             K = qkv.shape[2] // (self.group_size + 2)
             qk, v = qkv.tensor_split((qkv.shape[2] - K,), dim=2)
+            if self.q_norm is not None:
+                q, k = qk.tensor_split((qk.shape[2] - K,), dim=2)
+                qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
             q, k = apply_rope(qk, cos, sin).tensor_split((qk.shape[2] - K,), dim=2)
         return self.o_proj(attend(self.layer, q, k, v).reshape(B, T, -1))  # q [B, T, H, D], k and v [B, T, K, D]
 
@@ -260,9 +312,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
         self.recompute = "none"  # activation checkpointing: none, full or selective
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, partial_grad=parallel.sequence_parallel)
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, parallel)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
+        self.post_attention_layernorm = norm()
         self.mlp = MLP(config, parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -326,7 +379,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype, self.parallel = config, compute_dtype, parallel
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel)
         self.layers = nn.ModuleList(Block(config, layer, parallel) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, partial_grad=parallel.sequence_parallel)
         if head == "score":
             self.score = ScoreHead(config.hidden_size)
         else:
@@ -342,7 +395,7 @@ class Transformer(nn.Module):
         0..T-1. Under sequence parallelism T must be divisible by the tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = rope_tables(position_ids, self.inv_freq)
+        cos, sin = rope_tables(position_ids, self.inv_freq, self.config.attention_factor)
         x = self.embed_tokens(input_ids).to(dtype=self.compute_dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
@@ -364,7 +417,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights, N(0, 0.02) with norms 1 and biases 0, as Hugging Face initialises LLaMA."""
+        """Random weights, N(0, 0.02) with norms 1 and biases 0, as Hugging Face initialises them."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -372,43 +425,3 @@ class Transformer(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
-
-
-_LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA_32_ROPE = {**_LLAMA_3_ROPE, "factor": 32.0}
-_LLAMA_31_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
-_LLAMA_31_70B = ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
-# vocabulary, hidden, ffn, layers, heads, key/value heads, head dim, context, eps of the norms, theta, scaling of RoPE
-PRESETS = {
-    "meta-llama/Llama-2-7b-chat-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
-    "meta-llama/Llama-2-13b-chat-hf": ModelConfig(32000, 5120, 13824, 40, 40, 40, 128, 4096, 1e-5),
-    "meta-llama/Llama-2-70b-chat-hf": ModelConfig(32000, 8192, 28672, 80, 64, 8, 128, 4096, 1e-5),
-    "codellama/CodeLlama-7b-Python-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 16384, 1e-5, 1e6),
-    "codellama/CodeLlama-34b-Python-hf": ModelConfig(32000, 8192, 22016, 48, 64, 8, 128, 16384, 1e-5, 1e6),
-    "EleutherAI/llemma_7b": ModelConfig(32016, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
-    "EleutherAI/llemma_34b": ModelConfig(32000, 8192, 22016, 48, 64, 8, 128, 4096, 1e-5, 1e6),
-    "deepseek-ai/deepseek-llm-7b-base": ModelConfig(102400, 4096, 11008, 30, 32, 32, 128, 4096, 1e-6),
-    "deepseek-ai/deepseek-math-7b-base": ModelConfig(102400, 4096, 11008, 30, 32, 32, 128, 4096, 1e-6),
-    "deepseek-ai/deepseek-coder-6.7b-base": ModelConfig(
-        32256, 4096, 11008, 32, 32, 32, 128, 16384, 1e-6, 1e5, {"rope_type": "linear", "factor": 4.0}
-    ),
-    "meta-llama/Meta-Llama-3-8B": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, 1e-5, 5e5),
-    "meta-llama/Meta-Llama-3-70B": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 8192, 1e-5, 5e5),
-    "meta-llama/Llama-3.1-8B": _LLAMA_31_8B,
-    "meta-llama/Llama-3.1-70B": _LLAMA_31_70B,
-    "meta-llama/Llama-3.2-1B": ModelConfig(
-        128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 5e5, _LLAMA_32_ROPE, tie_word_embeddings=True
-    ),
-    "meta-llama/Llama-3.2-3B": ModelConfig(
-        128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, _LLAMA_32_ROPE, tie_word_embeddings=True
-    ),
-    "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_31_70B,
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA_31_8B,
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": _LLAMA_31_70B,
-}

@@ -85,9 +85,10 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
     """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
     single output, and nothing of what an earlier reward model's holds on its scores."""
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[hf_config["model_type"]]
     others = ("reward_model_type", "reward_position", "reward_mean", "reward_std", "step_separator", "problem_type")
     return {name: value for name, value in hf_config.items() if name not in others} | {
-        "architectures": ["LlamaForSequenceClassification"],
+        "architectures": [f"{family}ForSequenceClassification"],
         "num_labels": 1,
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},

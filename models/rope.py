@@ -8,16 +8,21 @@ import math
 import torch
 from torch import Tensor
 
+# The numbers that each kind of scaling takes from config.json.
 ROPE_KEYS = {
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
 }
+YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}  # the paper's, where config.json says nothing
 
 
 def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
     rope_theta and rope_scaling at the top, with "type" or "rope_type". An original_max_position_embeddings at the top
-    goes before the nested one, as in transformers."""
+    goes before the nested one. What is left out, or null, is what transformers (5.23) takes; of yarn, attention_factor
+    is what its settings come to. Raises ValueError that names the key."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # of both, transformers takes this
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
@@ -25,6 +30,9 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"{where}: rope_theta must be a positive number, not {theta!r}")
+    nested = next((name for name, value in settings.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(f"{where}: {key}.{nested} is not supported, only one setting for all layers")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: {key}.partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
     rope_type = settings.get("rope_type", settings.get("type", "default"))
@@ -38,24 +46,51 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
         if name == "original_max_position_embeddings":
             places = (config.get(name), value, config.get("max_position_embeddings"))
             value = next((number for number in places if number is not None), None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{where}: {key}.{name} must be a positive number for type {rope_type!r}, not {value!r}")
-        scaling[name] = value
+        elif rope_type == "yarn" and not value:
+            value = YARN_BETAS.get(name, value)
+        scaling[name] = _positive(value, f"{where}: {key}.{name}", rope_type)
+    if rope_type == "yarn":
+        scaling |= _yarn_switches(settings, scaling["factor"], f"{where}: {key}")
     return float(theta), scaling
+
+
+def _positive(value: object, name: str, rope_type: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number for type {rope_type!r}, not {value!r}")
+    return value
+
+
+def _yarn_switches(settings: dict, factor: float, where: str) -> dict:
+    """yarn's attention_factor, given or from mscale and mscale_all_dim, and truncate."""
+    truncate, given = settings.get("truncate", True), settings.get("attention_factor")
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{where}.truncate must be true or false, not {truncate!r}")
+    if given is None:
+        scales = [settings.get(name) for name in ("mscale", "mscale_all_dim")]
+        scales = [_positive(scale, f"{where}.mscale", "yarn") for scale in scales] if all(scales) else (1, 0)
+        logarithm = 0.1 * math.log(max(1, factor))
+        given = (scales[0] * logarithm + 1) / (scales[1] * logarithm + 1)
+    return {"attention_factor": _positive(given, f"{where}.attention_factor", "yarn"), "truncate": truncate}
 
 
 def rope_inv_freq(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     """Inverse frequencies of the rotary embedding (Su et al. 2021, arXiv 2104.09864), fp32 [D/2] on the CPU.
 
     linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: only wavelengths that are long
-    beside the original context are stretched, with a ramp in between (Llama 3.1, arXiv 2407.21783).
+    beside the original context are stretched, with a ramp in between (Llama 3.1, arXiv 2407.21783). yarn: the same with
+    a ramp over dimensions, from those that turn beta_fast times in the original context to those that turn beta_slow
+    times (Peng et al. 2023, arXiv 2309.00071). dynamic raises theta for sequences longer than max_position_embeddings
+    alone, which are refused here, so it is no scaling.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     inv_freq = 1.0 / theta**exponents
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "dynamic":
         return inv_freq
     if scaling["rope_type"] == "linear":
         return inv_freq / scaling["factor"]
+    if scaling["rope_type"] == "yarn":
+        stretched = _yarn_ramp(head_dim, theta, scaling)
+        return inv_freq / scaling["factor"] * stretched + inv_freq * (1 - stretched)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / inv_freq
@@ -65,10 +100,33 @@ def rope_inv_freq(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     return torch.where(wavelength < context / high, inv_freq, stretched)
 
 
-def rope_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries the sign of its half."""
+def _yarn_ramp(head_dim: int, theta: float, scaling: dict) -> Tensor:
+    """[D/2]: how far each frequency is stretched, from 0, untouched, to 1."""
+    context, half = scaling["original_max_position_embeddings"], head_dim // 2
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    return ((torch.arange(half, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+
+
+def attention_factor(scaling: dict | None) -> float:
+    """What cos and sin are multiplied by: yarn sharpens the attention so."""
+    return 1.0 if scaling is None else scaling.get("attention_factor", 1.0)
+
+
+def rope_tables(position_ids: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, times attention_factor(), of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries
+    the sign of its half."""
     angles = (position_ids[..., None].float() * inv_freq).unsqueeze(2)  # [B, T, 1, D/2]
     cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

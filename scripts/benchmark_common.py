@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from models.common import RuntimeArgs, Stopwatch, at_least_one, flag
-from models.model import PRESETS, ModelConfig
+from models.model import ModelConfig
+from models.presets import PRESETS
 from models.qlinear import MODES
 from models.quantize import QuantizeArgs
 from models.tp import TensorParallelArgs
@@ -18,9 +19,12 @@ from training.optim import OptimArgs
 SIZES = {
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
+    "0.5b": PRESETS["Qwen/Qwen2.5-0.5B"],
     "1b": PRESETS["meta-llama/Llama-3.2-1B"],
+    "1.5b": PRESETS["Qwen/Qwen2.5-1.5B"],
     "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
     "8b": PRESETS["meta-llama/Llama-3.1-8B"],
+    "qwen3-8b": PRESETS["Qwen/Qwen3-8B"],
 }
 
 

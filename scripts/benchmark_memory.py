@@ -46,11 +46,14 @@ def training_memory(
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
     table = config.vocab_size * E / tp
     root = (2 - config.tie_word_embeddings) * table + E
-    block = (2 * E * (q + kv) + 3 * E * F) / tp + 2 * E
+    block = (2 * E * (q + kv) + 3 * E * F + config.qkv_bias * (q + 2 * kv)) / tp + 2 * E
+    block += config.qk_norm * 2 * config.head_dim + config.attention_bias * E
     shard = (config.num_hidden_layers * block + root) / dp
 
-    norm = (4 * (2 if on_cpu else 1) + c) * E  # a token's fp32 input of a norm, and the output
+    in_fp32 = 4 * (2 if on_cpu else 1)
+    norm = (in_fp32 + c) * E  # a token's fp32 input of a norm, and the output
     whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    whole += config.qk_norm * in_fp32 * (q + kv) / tp  # q and k before their norms
     kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
 
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
@@ -131,11 +134,12 @@ def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) ->
     E, q = config.hidden_size, config.num_attention_heads * config.head_dim
     kv, ffn, L = config.num_key_value_heads * config.head_dim, config.intermediate_size, config.num_hidden_layers
     rows, weights = L * (q + 2 * kv + 2 * E + 2 * ffn), L * (2 * E * (q + kv) + 3 * E * ffn)
+    biases = L * (config.qkv_bias * (q + 2 * kv) + config.attention_bias * E + config.mlp_bias * (2 * ffn + E))
     return {
         "integers": weights * (0.5 if scheme.mode == "int4" else 1),
         "scales": dtype.itemsize * (2 * weights / scheme.group_size if scheme.mode == "int4" else rows),
         "embedding and head": dtype.itemsize * (2 - config.tie_word_embeddings) * config.vocab_size * E,
-        "norms": dtype.itemsize * (2 * L + 1) * E,
+        "norms and biases": dtype.itemsize * ((2 * L + 1) * E + config.qk_norm * 2 * L * config.head_dim + biases),
     }
 
 

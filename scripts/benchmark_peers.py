@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
@@ -30,10 +31,8 @@ def peer(job: str) -> Callable:
         raise ValueError(f"--engine peer needs {PEERS[job]}: pip install it here or in --peer_python") from None
 
     def build(config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
-        shape = {name: getattr(config, name) for name in names}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).to(device, dtype)
+        theirs = transformers.AutoConfig.for_model(**asdict(config))
+        return transformers.AutoModelForCausalLM.from_config(theirs).to(device, dtype)
 
     def generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
         config = args.config

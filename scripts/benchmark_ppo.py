@@ -89,12 +89,12 @@ def random_tensors(config: ModelConfig, runtime: Runtime, head: str) -> Iterator
 
 
 def write_policy(folder: Path, config: ModelConfig, runtime: Runtime) -> None:
-    save_folder(folder, random_tensors(config, runtime, "lm"), config=_hf_config(config, "LlamaForCausalLM"))
+    save_folder(folder, random_tensors(config, runtime, "lm"), config=_hf_config(config))
     _write_tokenizer(folder, config.vocab_size)
 
 
-def _hf_config(config: ModelConfig, architecture: str) -> dict:
-    return {"model_type": "llama", "architectures": [architecture], "eos_token_id": EOS, **asdict(config)}
+def _hf_config(config: ModelConfig) -> dict:
+    return {"eos_token_id": EOS, **asdict(config)}
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -109,7 +109,7 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body: Path | None) -> None:
     """body: a folder of the same shape whose weights serve, so that the disk holds them once."""
-    hf_config = _hf_config(config, "LlamaForSequenceClassification") | {"num_labels": 1}
+    hf_config = _hf_config(config) | {"num_labels": 1}
     if body is None:
         save_folder(folder, random_tensors(config, runtime, "score"), config=hf_config)
         _write_tokenizer(folder, config.vocab_size)

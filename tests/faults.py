@@ -21,6 +21,16 @@ def _norm_gradient_not_summed():
     return mock.patch.object(model, "local", lambda parameter, partial_grad=False: tp.local(parameter))
 
 
+def _key_norm_gradient_not_summed():
+    real = model.Attention.__init__
+
+    def init(self, *args):
+        real(self, *args)
+        self.k_norm.partial_grad = False
+
+    return mock.patch.object(model.Attention, "__init__", init)
+
+
 def _bias_added_by_every_rank():
     def forward(self, x):
         return tp.leave_parallel(F.linear(x, tp.local(self.weight), tp.local(self.bias)), self.parallel)
@@ -71,6 +81,7 @@ def _replicas_not_averaged():
 
 FAULTS = {
     "norm gradient not summed": _norm_gradient_not_summed,
+    "gradient of the heads' norm not summed": _key_norm_gradient_not_summed,
     "bias added by every rank": _bias_added_by_every_rank,
     "mean of micro-batches": _mean_of_micro_batches,
     "dp factor missing": _dp_factor_missing,

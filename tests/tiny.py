@@ -56,8 +56,27 @@ def write_tokenizer(folder: Path, **config) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.15, **config):
-    """Writes a random LLaMA folder with transformers, and a tokenizer; returns transformers' model."""
+QWEN2 = {"model_type": "qwen2"}
+QWEN3 = {"model_type": "qwen3", "head_dim": 24}
+YARN = {  # with a ramp within the 8 frequencies of 16 dimensions
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+}
+
+
+def write_model(
+    folder: Path,
+    *,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.15,
+    **config,
+):
+    """Writes a random folder of a model_type with transformers, and a tokenizer; returns transformers' model."""
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -71,10 +90,13 @@ def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
         "eos_token_id": 2,
     }
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(shape | config))).to(dtype).eval()
+    config = transformers.AutoConfig.for_model(model_type, **(shape | config))
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)  # transformers starts them at 0, where a dropped bias would not show
+        elif name.endswith("norm.weight") and model_type != "llama":
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # and these at 1
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return model

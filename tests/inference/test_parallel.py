@@ -28,9 +28,9 @@ def torchrun(ranks: int, *command: object, input: str = "") -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A biased GQA folder whose vocabulary 2 does not divide, and 13 ragged prompts."""
+    """A biased GQA folder with normed heads whose vocabulary 2 does not divide, and 13 ragged prompts."""
     root = tmp_path_factory.mktemp("parallel")
-    tiny.write_model(root / "model", attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
+    tiny.write_model(root / "model", **tiny.QWEN3, attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
     records = [{"prompt": f"{i} plus" + " so" * (i % 7), "answer": i} for i in range(13)]
     return root, tiny.write_records(root / "prompts.jsonl", records)
 

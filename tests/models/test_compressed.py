@@ -107,7 +107,8 @@ def test_transformers_opens_them(tmp_path, kind):
     if kind == "score":
         write_reward_model(tmp_path / "model", **SHAPE)
     else:
-        tiny.write_model(tmp_path / "model", tie_word_embeddings=kind == "tied", **SHAPE)
+        more = tiny.QWEN3 | {"tie_word_embeddings": True} if kind == "tied" else {}
+        tiny.write_model(tmp_path / "model", **SHAPE, **more)
     for mode, flags in FLAGS.items():
         out = tmp_path / mode
         result = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", "--output_dir", out, *flags)

@@ -30,6 +30,8 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "std": 0.5},
     "head_dim": {"head_dim": 24, "num_key_value_heads": 1},
+    "qwen2": {**tiny.QWEN2, "std": 0.5},
+    "qwen3": tiny.QWEN3,
 }
 
 
@@ -97,7 +99,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant, pack", [("tied", False), ("biases", True), ("gqa", False)])
+@pytest.mark.parametrize("variant, pack", [("tied", False), ("biases", True), ("gqa", False), ("qwen3", True)])
 def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_dtype):
     """Catches a copy that is stale in some weight (block, embedding, final norm, head), shares storage with FSDP's
     weights or is not in the compute dtype; and a refresh that moves storage, or leaves FSDP's weights gathered or
@@ -139,9 +141,10 @@ def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_
     source(torch.tensor([[1, 2]])).float().sum().backward()
 
 
-@pytest.mark.parametrize("variant", ["gqa", "biases"])
+@pytest.mark.parametrize("variant", ["gqa", "biases", "qwen2", "qwen3"])
 def test_fused_products_compute_what_the_layers_did(tmp_path, variant):
-    """Catches q, k and v (or gate and up) in the wrong order, and a packed weight that is not the plain one."""
+    """Catches q, k and v (or gate and up) in the wrong order, their biases forgotten, the norms of q and k swapped, and
+    a packed weight that is not the plain one."""
     tiny.write_model(tmp_path, **VARIANTS[variant])
     model = load_model(tmp_path)
     ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))

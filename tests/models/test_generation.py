@@ -35,6 +35,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 VARIANTS = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {"num_key_value_heads": 2},
@@ -44,6 +45,11 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+    "yarn": {"rope_parameters": tiny.YARN},
+    "qwen2_dynamic": {**tiny.QWEN2, "std": 0.5, "rope_parameters": DYNAMIC_ROPE},
+    "qwen2_tied_yarn": {**tiny.QWEN2, "std": 0.5, "tie_word_embeddings": True, "rope_parameters": tiny.YARN},
+    "qwen3_dynamic": {**tiny.QWEN3, "rms_norm_eps": 0.1, "rope_parameters": DYNAMIC_ROPE},
+    "qwen3_tied_yarn": {**tiny.QWEN3, "tie_word_embeddings": True, "rope_parameters": tiny.YARN},
 }
 
 
@@ -92,7 +98,8 @@ def until(ids, stop_ids):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_equals_transformers_one_by_one(tmp_path, variant):
-    """Catches a wrong mask, position, cache row, head grouping, bias, RoPE or stop in ragged, refilled batches."""
+    """Catches a wrong mask, position, cache row, head grouping, bias, norm of heads, RoPE or stop in ragged, refilled
+    batches."""
     model = tiny.write_model(tmp_path, **VARIANTS[variant])
     requests = ragged_requests()
     free = {r.idx: hf_greedy(model, r) for r in requests}
@@ -152,9 +159,8 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths):
 def test_compiled_equals_eager(tmp_path):
     """Catches a decode step that cannot be traced whole (a branch on data, in the top-p shortcut too) or that torch
     specialises wrongly, and a repetition penalty whose table a compiled step does not keep."""
-    tiny.write_model(
-        tmp_path, vocab_size=2500, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    shape = {"vocab_size": 2500, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tiny.write_model(tmp_path, **shape, **tiny.QWEN3, num_attention_heads=2, rope_parameters=tiny.YARN)
     params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,), repetition_penalty=1.4)
     requests = ragged_requests(6, longest=10, most_new=12)
     expected = outcome(make_engine(tmp_path, params, num_slots=3, max_seq_len=24), requests)

@@ -173,15 +173,25 @@ def first_block(folder, scheme):
     """(a BlockPair of a folder's first block, hidden states as its inputs are)"""
     files, config = WeightFiles(folder), ModelConfig.from_hf(folder)
     stored = load_model(folder).requires_grad_(False).layers[0]
-    return BlockPair(stored, lambda name: files.read(f"layers.0.{name}"), lambda _: scheme, config.inv_freq()), files
+    return BlockPair(stored, lambda name: files.read(f"layers.0.{name}"), lambda _: scheme, config), files
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_divided_inputs_change_nothing(outliers):
+def test_divided_inputs_change_nothing(outliers, kind, tmp_path):
     """Catches factors that reach the wrong side, the wrong rows of v_proj where its heads are shared, or not the bias:
-    with the weights behind multiplied by them the block computes what it did."""
-    pair, _ = first_block(outliers[0], Scheme("int4", 32))
-    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    with the weights behind multiplied by them the block computes what it did; and a block that is not run as in the
+    whole model."""
+    folder, model, _ = outliers
+    if kind != "llama":
+        more = {"attention_bias": True} if kind == "qwen3" else {}
+        shape = {"intermediate_size": 128, "head_dim": 16, "rope_parameters": tiny.YARN}
+        folder, model = tmp_path, tiny.write_model(tmp_path, model_type=kind, **shape, **more)
+    pair, files = first_block(folder, Scheme("int4", 32))
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+    x = files.read("embed_tokens.weight")[ids]
+    stored = model(ids, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(pair.forward(pair.stored, [x])[0], stored, rtol=0, atol=1e-5 * stored.abs().max())
     [wanted] = pair.forward(pair.small, [x])
     generator = torch.Generator().manual_seed(1)
     for norm, readers, last, source in STEPS:
@@ -195,7 +205,8 @@ def test_divided_inputs_change_nothing(outliers):
             pair.small.get_submodule(name).weight.mul_(factors)
     [found] = pair.forward(pair.small, [x])
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
-    assert {name.rpartition(".")[0] for name in pair.changed} == {STEPS[0][0], STEPS[0][3], STEPS[1][0], STEPS[1][3]}
+    with_bias = {STEPS[0][3]} | ({STEPS[1][3]} if kind == "llama" else set())
+    assert {name.rpartition(".")[0] for name in pair.changed} == {STEPS[0][0], STEPS[1][0], *with_bias}
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from models.checkpoint import load_model
-from models.model import PRESETS, ModelConfig, Transformer
+from models.model import ModelConfig, Transformer
+from models.presets import PRESETS
 from tests import tiny
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -23,6 +24,23 @@ VARIANTS = {
     "theta and eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-3},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
     "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5e5}},
+    "yarn": {"rope_parameters": tiny.YARN},
+    "yarn's other numbers": {
+        "rope_parameters": {**tiny.YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False, "beta_slow": 2},
+        "head_dim": 32,
+    },
+    "yarn's attention_factor": {"rope_parameters": {**tiny.YARN, "attention_factor": 1.7}, "model_type": "qwen2"},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}},
+    "qwen2": {**tiny.QWEN2, "num_key_value_heads": 1},
+    "qwen2, tied": {**tiny.QWEN2, "tie_word_embeddings": True},
+    "qwen3": {**tiny.QWEN3, "rms_norm_eps": 0.1},
+    "qwen3, tied, all": {
+        **tiny.QWEN3,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "rope_parameters": {**tiny.YARN, "factor": 2.0},
+    },
+    "qwen3 dynamic": {**tiny.QWEN3, "rope_parameters": {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 5e3}},
     "everything": {
         "num_key_value_heads": 1,
         "head_dim": 8,
@@ -41,7 +59,8 @@ def logits_of(model: Transformer, input_ids: torch.Tensor, **more) -> torch.Tens
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_equal_transformers(tmp_path, config):
-    """Catches: a wrong head order, a bias left out, RoPE halves swapped, a wrong frequency, norm or residual."""
+    """Catches: a wrong head order, a bias left out or made up, RoPE halves swapped, a wrong frequency, norm or
+    residual; q and k normed after the rotation, over all heads at once or with another eps; yarn's factor dropped."""
     theirs = tiny.write_model(tmp_path, **config)
     ours = load_model(tmp_path)
     input_ids = torch.randint(tiny.VOCAB_SIZE, (3, 200))
@@ -65,9 +84,10 @@ def test_both_spellings_at_once(tmp_path):
 
 def test_parameter_count():
     """Catches a formula that leaves out what a variant adds."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 20}
     for change in VARIANTS.values():
-        rope = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 33, "intermediate_size": 20, **change}
-        config = ModelConfig.from_hf({"model_type": "llama", "num_hidden_layers": 3, **rope})
+        hf_config = {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 33, **shape, **change}
+        config = ModelConfig.from_hf({"max_position_embeddings": 256, **hf_config})
         with torch.device("meta"):
             assert config.num_parameters() == sum(p.numel() for p in Transformer(config).parameters())
 
@@ -150,7 +170,7 @@ def test_gradients_equal_transformers(folder, hf_model):
         )
 
 
-# What the public config.json files say, or follows from them: parameters as the model cards count them.
+# Parameters as the model cards count them, or as they follow from the public config.json.
 PUBLIC_SIZES = {
     "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-chat-hf": 13_015_864_320,
@@ -171,6 +191,23 @@ PUBLIC_SIZES = {
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": 70_553_706_496,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": 14_770_033_664,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": 32_763_876_352,
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": 8_190_735_360,
 }
 
 
@@ -179,79 +216,138 @@ def test_preset_sizes():
     assert {name: config.num_parameters() for name, config in PRESETS.items()} == PUBLIC_SIZES
 
 
-def public_config(name: str) -> dict:
-    """The config.json of these folders as published, as far as it decides the network."""
-    base = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 32000}
-    shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    by_family = {
-        "Llama-2-7b": ((4096, 11008, 32, 32, 32), {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
-        "Llama-2-70b": ((8192, 28672, 80, 64, 8), {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
-        "CodeLlama-34b": (
-            (8192, 22016, 48, 64, 8),
-            {"max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 1000000},
-        ),
-        "deepseek-math-7b": (
-            (4096, 11008, 30, 32, 32),
-            {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000, "vocab_size": 102400},
-        ),
-        "deepseek-coder-6.7b": (
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+ROPE_31 = {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}}
+ROPE_32 = {"rope_theta": 500000.0, "rope_scaling": {**ROPE_31["rope_scaling"], "factor": 32.0}}
+R1_0528 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.878248856}
+TIED, CODE = {"tie_word_embeddings": True}, {"rope_theta": 1000000}
+QWEN = {"rope_theta": 1000000.0, "use_sliding_window": False, "max_window_layers": 28, "sliding_window": 32768}
+# The config.json of these folders as published, as far as it decides the network, with each family's keys: (the end of
+# the name: vocabulary, SHAPE, context, eps, other keys).
+PUBLIC = {
+    "llama": {
+        "Llama-2-7b-chat-hf": (32000, (4096, 11008, 32, 32, 32), 4096, 1e-5, {}),
+        "Llama-2-13b-chat-hf": (32000, (5120, 13824, 40, 40, 40), 4096, 1e-5, {}),
+        "Llama-2-70b-chat-hf": (32000, (8192, 28672, 80, 64, 8), 4096, 1e-5, {}),
+        "CodeLlama-7b-Python-hf": (32000, (4096, 11008, 32, 32, 32), 16384, 1e-5, CODE),
+        "CodeLlama-34b-Python-hf": (32000, (8192, 22016, 48, 64, 8), 16384, 1e-5, CODE),
+        "llemma_7b": (32016, (4096, 11008, 32, 32, 32), 4096, 1e-5, {}),
+        "llemma_34b": (32000, (8192, 22016, 48, 64, 8), 4096, 1e-5, CODE),
+        "deepseek-llm-7b-base": (102400, (4096, 11008, 30, 32, 32), 4096, 1e-6, {"rope_theta": 10000}),
+        "deepseek-math-7b-base": (102400, (4096, 11008, 30, 32, 32), 4096, 1e-6, {"rope_theta": 10000}),
+        "deepseek-coder-6.7b-base": (
+            32256,
             (4096, 11008, 32, 32, 32),
-            {
-                "max_position_embeddings": 16384,
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 100000,
-                "rope_scaling": {"type": "linear", "factor": 4.0},
-                "vocab_size": 32256,
-            },
+            16384,
+            1e-6,
+            {"rope_theta": 100000, "rope_scaling": {"type": "linear", "factor": 4.0}},
         ),
-        "Llama-3.2-1B": (
-            (2048, 8192, 16, 32, 8),
-            {
-                "max_position_embeddings": 131072,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 500000.0,
-                "rope_scaling": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
-                "vocab_size": 128256,
-                "head_dim": 64,
-                "tie_word_embeddings": True,
-            },
-        ),
-    }
-    values, more = next(entry for family, entry in by_family.items() if family in name)
-    return base | dict(zip(shape, values)) | more
+        "Meta-Llama-3-8B": (128256, (4096, 14336, 32, 32, 8), 8192, 1e-5, {"rope_theta": 500000.0}),
+        "Meta-Llama-3-70B": (128256, (8192, 28672, 80, 64, 8), 8192, 1e-5, {"rope_theta": 500000.0}),
+        "Llama-3.1-8B": (128256, (4096, 14336, 32, 32, 8), 131072, 1e-5, ROPE_31),
+        "Llama-3.1-70B": (128256, (8192, 28672, 80, 64, 8), 131072, 1e-5, ROPE_31),
+        "Llama-3.2-1B": (128256, (2048, 8192, 16, 32, 8), 131072, 1e-5, {"head_dim": 64, **ROPE_32, **TIED}),
+        "Llama-3.2-3B": (128256, (3072, 8192, 28, 24, 8), 131072, 1e-5, {"head_dim": 128, **ROPE_32, **TIED}),
+        "Llama-3.3-70B-Instruct": (128256, (8192, 28672, 80, 64, 8), 131072, 1e-5, ROPE_31),
+        "DeepSeek-R1-Distill-Llama-8B": (128256, (4096, 14336, 32, 32, 8), 131072, 1e-5, ROPE_31),
+        "DeepSeek-R1-Distill-Llama-70B": (128256, (8192, 28672, 80, 64, 8), 131072, 1e-5, ROPE_31),
+    },
+    "qwen2": {
+        "Qwen2.5-0.5B": (151936, (896, 4864, 24, 14, 2), 32768, 1e-6, TIED),
+        "Qwen2.5-0.5B-Instruct": (151936, (896, 4864, 24, 14, 2), 32768, 1e-6, TIED),
+        "Qwen2.5-1.5B": (151936, (1536, 8960, 28, 12, 2), 131072, 1e-6, TIED),
+        "Qwen2.5-1.5B-Instruct": (151936, (1536, 8960, 28, 12, 2), 32768, 1e-6, TIED),
+        "Qwen2.5-3B": (151936, (2048, 11008, 36, 16, 2), 32768, 1e-6, TIED),
+        "Qwen2.5-3B-Instruct": (151936, (2048, 11008, 36, 16, 2), 32768, 1e-6, TIED),
+        "Qwen2.5-7B": (152064, (3584, 18944, 28, 28, 4), 131072, 1e-6, {}),
+        "Qwen2.5-7B-Instruct": (152064, (3584, 18944, 28, 28, 4), 32768, 1e-6, {}),
+        "DeepSeek-R1-Distill-Qwen-1.5B": (151936, (1536, 8960, 28, 12, 2), 131072, 1e-6, {"rope_theta": 10000}),
+        "DeepSeek-R1-Distill-Qwen-7B": (152064, (3584, 18944, 28, 28, 4), 131072, 1e-6, {"rope_theta": 10000}),
+        "DeepSeek-R1-Distill-Qwen-14B": (152064, (5120, 13824, 48, 40, 8), 131072, 1e-5, {}),
+        "DeepSeek-R1-Distill-Qwen-32B": (152064, (5120, 27648, 64, 40, 8), 131072, 1e-5, {}),
+    },
+    "qwen3": {
+        "Qwen3-0.6B": (151936, (1024, 3072, 28, 16, 8), 40960, 1e-6, TIED),
+        "Qwen3-1.7B": (151936, (2048, 6144, 28, 16, 8), 40960, 1e-6, TIED),
+        "Qwen3-4B": (151936, (2560, 9728, 36, 32, 8), 40960, 1e-6, TIED),
+        "Qwen3-8B": (151936, (4096, 12288, 36, 32, 8), 40960, 1e-6, {}),
+        "DeepSeek-R1-0528-Qwen3-8B": (151936, (4096, 12288, 36, 32, 8), 131072, 1e-6, {"rope_scaling": R1_0528}),
+    },
+}
+FAMILY_KEYS = {"llama": {}, "qwen2": QWEN, "qwen3": {**QWEN, "head_dim": 128, "attention_bias": False}}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "meta-llama/Llama-2-7b-chat-hf",
-        "meta-llama/Llama-2-70b-chat-hf",
-        "codellama/CodeLlama-34b-Python-hf",
-        "deepseek-ai/deepseek-math-7b-base",
-        "deepseek-ai/deepseek-coder-6.7b-base",
-        "meta-llama/Llama-3.2-1B",
-    ],
-)
-def test_presets_equal_their_config(name):
+def test_presets_equal_their_config():
     """Catches: a preset whose theta, eps, context, scaling or tying differs from the folder's, which no size shows."""
-    assert ModelConfig.from_hf(public_config(name)) == PRESETS[name]
+    found = {}
+    for model_type, models in PUBLIC.items():
+        for name, (vocab_size, shape, context, eps, more) in models.items():
+            numbers = {"vocab_size": vocab_size, "max_position_embeddings": context, "rms_norm_eps": eps}
+            hf_config = {"model_type": model_type, "hidden_act": "silu", "tie_word_embeddings": False, **numbers}
+            found[name] = ModelConfig.from_hf(hf_config | dict(zip(SHAPE, shape)) | FAMILY_KEYS[model_type] | more)
+    assert found == {name.rpartition("/")[2]: config for name, config in PRESETS.items()}
 
 
 def test_rope_frequencies_equal_transformers():
-    """Catches: a wrong ramp of llama3 scaling at the widths and factors of the real models."""
-    from transformers import LlamaConfig
+    """Catches: a wrong ramp of llama3 or yarn at the widths and factors of the real models, or a wrong factor."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     for config in PRESETS.values():
         rope = dict(config.rope_scaling or {"rope_type": "default"}, rope_theta=config.rope_theta)
-        theirs = LlamaConfig(
-            hidden_size=config.hidden_size,
+        theirs = transformers.LlamaConfig(
+            hidden_size=config.num_attention_heads * config.head_dim,
             num_attention_heads=config.num_attention_heads,
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
             rope_parameters=rope,
         )
-        torch.testing.assert_close(config.inv_freq(), LlamaRotaryEmbedding(theirs).inv_freq, atol=0, rtol=1e-6)
+        rotary = LlamaRotaryEmbedding(theirs)
+        torch.testing.assert_close(config.inv_freq(), rotary.inv_freq, atol=0, rtol=1e-6)
+        assert config.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+YARNS = [
+    {"attention_factor": 0.9},
+    {"mscale": 1.0, "mscale_all_dim": 0.8},
+    {"mscale": 0.707},  # one alone counts for nothing
+    {"mscale": 1.0, "mscale_all_dim": 0},
+    {"truncate": False, "beta_fast": 8, "beta_slow": 2.5},
+    {"beta_fast": None, "beta_slow": 0, "attention_factor": None},
+    {"factor": 0.5},
+    {"factor": 1.0, "original_max_position_embeddings": None},  # max_position_embeddings
+    {"original_max_position_embeddings": 8},  # no dimension turns that often: the ramp is clipped
+]
+
+
+@pytest.mark.parametrize("settings", YARNS, ids=str)
+def test_yarn_equals_transformers(settings):
+    """Catches: a setting of yarn that is overlooked, or taken where transformers takes its default."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"factor": 4.0, "original_max_position_embeddings": 4096, **settings}
+    rope = {key: value for key, value in rope.items() if key != "original_max_position_embeddings" or value}
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 16384}
+    for spelling in ({"type": "yarn"}, {"rope_type": "yarn"}):
+        hf_config = {"rope_theta": 5e4, "rope_scaling": {**spelling, **rope}, **shape}
+        ours = ModelConfig.from_hf(GOOD | hf_config)
+        rotary = LlamaRotaryEmbedding(transformers.LlamaConfig(**hf_config))
+        torch.testing.assert_close(ours.inv_freq(), rotary.inv_freq, atol=0, rtol=1e-6)
+        assert ours.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_defaults_equal_transformers(model_type):
+    """Catches: a key that config.json leaves out read as another family's, and switches that a family does not have."""
+    theirs = transformers.AutoConfig.for_model(model_type)
+    shape = {key: getattr(theirs, key) for key in ("vocab_size", *SHAPE[:4])}
+    ours = ModelConfig.from_hf({"model_type": model_type, **shape, "mlp_bias": model_type != "llama"})
+    names = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    assert all(getattr(ours, name) == getattr(theirs, name) for name in names)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and not ours.mlp_bias
+    with torch.device("meta"):
+        wanted = transformers.AutoModelForCausalLM.from_config(theirs).state_dict()
+        found = Transformer(ours).state_dict()
+    assert {k.removeprefix("model."): v.shape for k, v in wanted.items()} == {k: v.shape for k, v in found.items()}
 
 
 GOOD = {
@@ -270,8 +366,17 @@ GOOD = {
         ({"model_type": "mistral"}, "model_type"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "yarn"}, "max_position_embeddings": 8}, "factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": "x"}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": "x", "mscale_all_dim": 1}}, "mscale"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 0}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "qwen2"}, "num_key_value_heads 32"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, "rope_scaling"),

@@ -177,25 +177,30 @@ def dequantized_reference(folder, scheme):
     return model
 
 
+@pytest.mark.parametrize("kind", ["biased", "qwen2", "qwen3"])
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_loaded_model(biased, scheme):
-    """Catches weights of other layers, biases lost, and layers left out or quantised that should not be: the logits are
-    those of transformers with the dequantised weights."""
-    reference = dequantized_reference(biased, scheme)
+def test_loaded_model(biased, scheme, kind, tmp_path):
+    """Catches weights of other layers, biases or norms lost, and layers left out or quantised that should not be: the
+    logits are those of transformers with the dequantised weights."""
+    if kind != "biased":
+        config = {"qwen2": tiny.QWEN2, "qwen3": tiny.QWEN3}[kind]
+        tiny.write_model(tmp_path, intermediate_size=128, rope_parameters=tiny.YARN, **config)
+    folder = biased if kind == "biased" else tmp_path
+    reference = dequantized_reference(folder, scheme)
     ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 30))
     wanted = reference(ids).logits
-    model = load_for_inference(biased, FP32, scheme=scheme)
+    model = load_for_inference(folder, FP32, scheme=scheme)
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(model(ids)), wanted, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots, config", [(1, {}), (3, {}), (3, tiny.QWEN3)], ids=str)
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_decode_step_in_bf16(tmp_path, scheme, slots):
+def test_decode_step_in_bf16(tmp_path, scheme, slots, config):
     """Catches a decode step whose products, bound once for a run, are other than the prefill's: the log-probs of what
     it draws are those of transformers with the dequantised weights, for one run after another."""
-    tiny.write_model(tmp_path / "model", intermediate_size=128)
+    tiny.write_model(tmp_path / "model", intermediate_size=128, **config)
     reference = dequantized_reference(tmp_path / "model", scheme)
     model = load_for_inference(tmp_path / "model", BF16, scheme=scheme)
     engine = Engine(model, SamplingParams(), num_slots=slots, max_seq_len=40)

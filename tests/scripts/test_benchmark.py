@@ -23,12 +23,15 @@ ON_CPU = Runtime(torch.device("cpu"), torch.bfloat16, False)
 SMALL = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_arithmetic_against_a_measured_step(recompute):
+WIDE = ModelConfig(1000, 128, 344, 4, 8, 8, 64, 4096, model_type="qwen3")  # the heads' norms weigh most of all
+
+
+@pytest.mark.parametrize("config, recompute", [(SMALL, "none"), (SMALL, "full"), (WIDE, "none")])
+def test_arithmetic_against_a_measured_step(config, recompute):
     """Catches a table that forgets what takes memory, or counts what is never there: an activation kept twice, whole
     gradients, logits of all tokens."""
-    measured = measure_memory(SMALL, ON_CPU, ParallelArgs(activation_checkpointing=recompute), (2, 128))
-    sizes = training_memory(SMALL, dp=1, tp=1, tokens=256, recompute=recompute, on_cpu=True)
+    measured = measure_memory(config, ON_CPU, ParallelArgs(activation_checkpointing=recompute), (2, 128))
+    sizes = training_memory(config, dp=1, tp=1, tokens=256, recompute=recompute, on_cpu=True)
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.1), sizes
 
 

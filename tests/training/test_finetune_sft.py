@@ -137,6 +137,8 @@ VARIANTS = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    "qwen2": {**tiny.QWEN2, "tie_word_embeddings": True, "rope_parameters": tiny.YARN},
+    "qwen3": tiny.QWEN3,
 }
 
 
@@ -159,9 +161,13 @@ def one_step(tmp_path_factory, train_file):
     return make
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 11])
+ONE_STEP = [("gqa", 0.0, 0.05), ("tied", 0.3, 0.05), ("biases", 0.3, 1000.0)]
+ONE_STEP = [(*settings, micro_batch_size) for settings in ONE_STEP for micro_batch_size in (1, 2, 3, 11)]
+
+
 @pytest.mark.parametrize(
-    "variant, weight_decay, max_grad_norm", [("gqa", 0.0, 0.05), ("tied", 0.3, 0.05), ("biases", 0.3, 1000.0)]
+    "variant, weight_decay, max_grad_norm, micro_batch_size",
+    [*ONE_STEP, ("qwen2", 0.3, 1000.0, 3), ("qwen3", 0.3, 0.05, 3)],
 )
 def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_step, train_file, tmp_path):
     """Catches means of micro-batches instead of the mean over tokens, clipping per micro-batch or not at all, padding
@@ -228,11 +234,15 @@ def test_bfloat16_computation(one_step, train_file, tmp_path):
 # ------------------------------------------------------------------------------------ export and logs
 
 
-def test_the_export_is_what_was_trained(train_file, tmp_path, monkeypatch):
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}
+
+
+@pytest.mark.parametrize("config", [LINEAR, {**tiny.QWEN3, "rope_parameters": tiny.YARN}, tiny.QWEN2], ids=str)
+def test_the_export_is_what_was_trained(config, train_file, tmp_path, monkeypatch):
     """Catches an export of other weights than those in memory, or one that transformers does not open or reads
     otherwise, and tokenizer or generation files that are not the input's byte for byte."""
     source = tmp_path / "in"
-    tiny.write_model(source, seed=4, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
+    tiny.write_model(source, seed=4, **config)
     (source / "generation_config.json").write_text('{"temperature":   0.25, "eos_token_id": [2, 7]}')
     (source / "chat_template.jinja").write_bytes("{{ messages }} é\r\n".encode())
     trained = []
@@ -248,7 +258,7 @@ def test_the_export_is_what_was_trained(train_file, tmp_path, monkeypatch):
     assert (ours - before).abs().max() > 0.1
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")  # for qwen2, AutoTokenizer takes Qwen's
     assert tokenizer("The answer")["input_ids"] == Tokenizer(source).encode("The answer")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())

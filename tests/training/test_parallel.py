@@ -20,7 +20,7 @@ from tests.ranks import launch, start_torchrun
 from tests.ranks_worker import run_job
 
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
-TIED = {"tie_word_embeddings": True, "num_key_value_heads": 4}
+TIED = {**tiny.QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_parameters": tiny.YARN}
 BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
 SAMPLES = ["--eval_steps", "2", "--num_eval_samples", "3", "--eval_max_new_tokens", "12"]
 FLAGS = {
@@ -88,14 +88,15 @@ def judged_records(loss):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two folders, ragged records (one with nothing to learn), and what one process makes of them."""
+    """Three folders, ragged records (one with nothing to learn), and what one process makes of them."""
     root = tmp_path_factory.mktemp("parallel")
     records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
     records.insert(3, {"prompt": "very long " * 30, "completion": " never seen"})
     train_file = tiny.write_records(root / "train.jsonl", records)
-    for name, config in (("tied", TIED), ("biased", BIASED)):
+    models = {"tied": TIED, "biased": BIASED, "qwen2": tiny.QWEN2}
+    for name, config in models.items():
         tiny.write_model(root / name, **config)
-    jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in ("tied", "biased")]
+    jobs = [sft_job(root / name, train_file, root / f"one-{name}", *SAMPLES) for name in models]
     jobs.append(sft_job(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
     for loss in REWARDS:
         tiny.write_records(root / f"{loss}.jsonl", judged_records(loss))
@@ -156,6 +157,10 @@ def test_layouts_agree(world, layout):
     for kind, flags in HYBRID.items() if ranks == 4 else ():
         outs.append(("biased", kind, kind.replace(" ", "-")))
         jobs.append(sft_job(root / "biased", train_file, root / outs[-1][2], *flags))
+    if layout == "tp 2":
+        outs.append(("qwen2", "plain", "tp-2-qwen2"))
+        more = [*FLAGS["plain"], "--tensor_parallel_size", tp_size]
+        jobs.append(sft_job(root / "qwen2", train_file, root / outs[-1][2], *more))
     for loss in REWARDS:
         outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
         jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
@@ -176,14 +181,15 @@ def test_layouts_agree(world, layout):
         assert compare(root, "biased", "hybrid") < 1e-5
 
 
-FAULTS = {  # name: (layout, flags)
-    "norm gradient not summed": ("tp 2", FLAGS["sequence parallel"]),
-    "bias added by every rank": ("tp 2", FLAGS["plain"]),
-    "mean of micro-batches": ("dp 2", FLAGS["plain"]),
-    "dp factor missing": ("dp 2", FLAGS["plain"]),
-    "input gradient not summed": ("tp 2", FLAGS["plain"]),
-    "padding row learnt twice": ("dp 2", FLAGS["plain"]),
-    "replicas not averaged": ("dp 2", ["--dp_replicate", "2"]),
+FAULTS = {  # name: (model, layout, flags)
+    "norm gradient not summed": ("biased", "tp 2", FLAGS["sequence parallel"]),
+    "gradient of the heads' norm not summed": ("tied", "tp 2", FLAGS["plain"]),
+    "bias added by every rank": ("biased", "tp 2", FLAGS["plain"]),
+    "mean of micro-batches": ("biased", "dp 2", FLAGS["plain"]),
+    "dp factor missing": ("biased", "dp 2", FLAGS["plain"]),
+    "input gradient not summed": ("biased", "tp 2", FLAGS["plain"]),
+    "padding row learnt twice": ("biased", "dp 2", FLAGS["plain"]),
+    "replicas not averaged": ("biased", "dp 2", ["--dp_replicate", "2"]),
 }
 
 
@@ -191,12 +197,12 @@ FAULTS = {  # name: (layout, flags)
 def test_planted_faults_show(world, fault):
     """Catches a comparison too weak to see the mistakes it is made for."""
     root, train_file = world
-    layout, flags = FAULTS[fault]
+    name, layout, flags = FAULTS[fault]
     ranks, tp_size = LAYOUTS[layout]
     out = root / fault.replace(" ", "-")
-    job = sft_job(root / "biased", train_file, out, *flags, "--tensor_parallel_size", tp_size)
+    job = sft_job(root / name, train_file, out, *flags, "--tensor_parallel_size", tp_size)
     launch(ranks, [job], fault)
-    assert compare(root, "biased", out.name) > 1e-3
+    assert compare(root, name, out.name) > 1e-3
 
 
 def start_ranks(ranks: int, *args: object) -> subprocess.Popen:

@@ -115,7 +115,7 @@ class Judged:
 
 
 def judged(folder, loss, count=11):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)  # for qwen2, AutoTokenizer takes Qwen's
     return [Judged(record, tokenizer) for record in make_records(loss, count)]
 
 
@@ -266,7 +266,9 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
     """Catches an export that transformers does not open without warnings, with two outputs, or whose last token it
     does not find in a padded batch; other scores than those of the model in memory; and a reward_mean or reward_std of
     other rows than the evaluation's."""
-    tiny.write_model(tmp_path / "in", seed=4, tie_word_embeddings=tied, problem_type="regression")
+    family = "Llama" if not tied else "Qwen2" if loss == "pairwise" else "Qwen3"
+    config = {"Llama": {}, "Qwen2": tiny.QWEN2, "Qwen3": tiny.QWEN3}[family]
+    tiny.write_model(tmp_path / "in", seed=4, tie_word_embeddings=tied, problem_type="regression", **config)
     rewards, real = [], train_rm.all_rewards
     monkeypatch.setattr(train_rm, "all_rewards", lambda *args: rewards.append(real(*args)) or rewards[-1])
     eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(loss, 7))
@@ -291,7 +293,7 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
             found = [scores[i, record.positions[0]] for i, record in enumerate(records)]
             torch.testing.assert_close(ours, torch.cat(found), rtol=0, atol=1e-4)
     config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["reward_model_type"] == loss
+    assert config["architectures"] == [f"{family}ForSequenceClassification"] and config["reward_model_type"] == loss
     assert config["reward_mean"] == pytest.approx(ours.mean().item(), abs=1e-6)
     assert config["reward_std"] == pytest.approx(ours.std(correction=0).item(), abs=1e-6)
     assert config.get("step_separator") == ("\n" if loss == "process" else None)

@@ -126,6 +126,12 @@ def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(text_of_chat(prompt, tokenizer), add_special_tokens=False)
 
 
+def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """The end of a longer prompt, which an answer goes on from: `length` ids, the first the BOS if there is one."""
+    bos = ids[:1] if tokenizer.adds_bos and ids[0] == tokenizer.bos_token_id else []
+    return bos + ids[len(ids) - (length - len(bos)) :]
+
+
 def text_of(prompt: str | Chat, tokenizer: Tokenizer) -> str:
     """The text of a prompt, up to the assistant's header."""
     return prompt if isinstance(prompt, str) else text_of_chat(prompt, tokenizer)

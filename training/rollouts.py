@@ -18,16 +18,19 @@ from models.chats import Chat
 from models.common import Bounds, at_least_one, flag, visible
 from models.forward import forward_rows
 from models.generation import Engine, Request
-from models.model import Transformer
+from models.model import ModelConfig, Transformer
 from models.records import (
     IGNORE_INDEX,
+    EncodingCounts,
     Example,
     Limits,
     Split,
     check_ids,
+    cut_prompt,
     encode_prompt,
     get_prompt,
     naming,
+    require,
     tokenising,
 )
 from models.tokenizer import Tokenizer
@@ -42,7 +45,12 @@ class RolloutArgs:
 
     prompt_file: Path = flag(help="records with a prompt; other fields go to --reward_fn")
     eval_prompt_file: Path | None = flag(None, help="held-out prompts: their mean score and KL", may_change=True)
-    overlong: str = flag("refuse", choices=("refuse", "skip"), help="what to do with prompts that leave no room")
+    max_prompt_len: int | None = flag(
+        None, bounds=at_least_one, help="longest prompt in tokens; what --max_new_tokens leaves of the context"
+    )
+    overlong: str = flag(
+        "refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer ones; truncate keeps their end"
+    )
     rollout_batch_size: int = flag(64, bounds=at_least_one, help="answers per update, over all ranks")
     rollout_slots: int | None = flag(
         None, bounds=at_least_one, help="answers drawn at a time on a rank; up to 128", may_change=True
@@ -52,33 +60,53 @@ class RolloutArgs:
 
 
 class Prompt(NamedTuple):
-    ids: list[int]
+    ids: list[int]  # of a truncated prompt its end
     fields: dict  # the whole record
-    asked: str | Chat
-    text: str  # what a reward function is given
+    asked: str | Chat  # as the record has it, also where ids are truncated
+    text: str  # what a reward function is given: of a truncated prompt what is left
 
 
-def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], int]:
-    """(the prompts of a file, how many were skipped as too long)"""
-    prompts, skipped = [], 0
+def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
+    """What a prompt may be. Raises ValueError unless the context has room for one and its answer."""
+    context = config.max_position_embeddings
+    room = context - args.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
+        )
+    if args.max_prompt_len is not None and args.max_prompt_len > room:
+        raise ValueError(
+            f"--max_prompt_len {args.max_prompt_len} and --max_new_tokens {args.max_new_tokens} are more than the "
+            f"context of {context} tokens; lower one of them"
+        )
+    return Limits(config.vocab_size, args.max_prompt_len or room, args.overlong)
+
+
+def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], EncodingCounts]:
+    """(the prompts of a file, what became of those that were too long)"""
+    prompts, counts, limit = [], EncodingCounts(), limits.max_seq_len
     for record in tokenising(path):
         prompt = get_prompt(record)
         with naming(record):
             ids = encode_prompt(prompt, tokenizer)
             check_ids(ids, limits.vocab_size, record.where)
-        if 0 < len(ids) <= limits.max_seq_len:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-            prompts.append(Prompt(ids, record.fields, prompt, text))
-        elif ids and limits.overlong == "skip":
-            skipped += 1
-        else:
+            require(ids, "the prompt has no tokens, so there is nothing to go on from")
+        too_long = len(ids) > limit
+        if too_long and limits.overlong == "refuse":
             raise ValueError(
-                f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
-                "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
+                f"{record.where}: the prompt has {len(ids)} tokens, the limit is {limit} (--max_prompt_len, or what "
+                "--max_new_tokens leaves of the context); raise it or choose --overlong skip or truncate"
             )
+        if too_long and limits.overlong == "skip":
+            counts = counts.plus(EncodingCounts(skipped=1))
+            continue
+        if too_long:
+            ids, counts = cut_prompt(ids, limit, tokenizer), counts.plus(EncodingCounts(truncated=1))
+        text = prompt if isinstance(prompt, str) and not too_long else tokenizer.decode(ids)
+        prompts.append(Prompt(ids, record.fields, prompt, text))
     if not prompts:
-        raise ValueError(f"{path}: no prompt is left: all {skipped} leave no room for --max_new_tokens")
-    return prompts, skipped
+        raise ValueError(f"{path}: no prompt is left: all {counts.skipped} are longer than {limit} tokens")
+    return prompts, counts
 
 
 def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> list[int]:

@@ -59,7 +59,7 @@ from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
-from models.records import Limits, Split
+from models.records import EncodingCounts, Split
 from models.reward import scalar_head_config
 from training.data import epoch_order
 from training.losses import (
@@ -87,6 +87,7 @@ from training.rollouts import (
     load_prompts,
     objectives,
     over_ranks,
+    prompt_limits,
     prompt_numbers,
     shares,
     show_samples,
@@ -153,16 +154,11 @@ def main(args: PpoArgs) -> None:
     if args.reward_checkpoint_path:
         reward = open_reward_folder(args.reward_checkpoint_path, folder, args.tensor_parallel_size)
     function = load_reward_function(args.reward_fn) if args.reward_fn else None
-    context = folder.config.max_position_embeddings
-    if args.max_new_tokens >= context:
-        raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
-        )
-    limits = Limits(folder.config.vocab_size, context - args.max_new_tokens, args.overlong)
-    prompts, skipped = load_prompts(args.prompt_file, folder.tokenizer, limits)
-    held_out, held_out_skipped = [], 0
+    limits = prompt_limits(args, folder.config)
+    prompts, counts = load_prompts(args.prompt_file, folder.tokenizer, limits)
+    held_out, held_out_counts = [], EncodingCounts()
     if args.eval_prompt_file:
-        held_out, held_out_skipped = load_prompts(args.eval_prompt_file, folder.tokenizer, limits)
+        held_out, held_out_counts = load_prompts(args.eval_prompt_file, folder.tokenizer, limits)
     longest = max(len(prompt.ids) for prompt in [*prompts, *held_out]) + args.max_new_tokens
     others = check_folders(args, folder, reward, longest, runtime)
 
@@ -195,7 +191,9 @@ def main(args: PpoArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
-        "prompts": f"{len(prompts):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long",
+        "prompts": f"{len(prompts):,}{counts}",
+        "held out": f"{len(held_out):,}{held_out_counts}",
+        "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens on each dp rank",
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
         f"{args.ppo_epochs} epochs of {args.rollout_batch_size // minibatch_size} minibatches, {split.note()}",
     }

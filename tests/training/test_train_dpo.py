@@ -206,14 +206,21 @@ def test_one_step(kind, plain_step, folder, other_folder, train_file, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "rpo"])
-@pytest.mark.parametrize("micro_batch_size, more", [(1, {}), (3, {"precompute_ref": False}), (10, {})], ids=str)
-def test_micro_batches(
-    kind, micro_batch_size, more, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients
-):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3, "precompute_ref": False},
+        {"micro_batch_size": 10},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+    ids=str,
+)
+def test_micro_batches(kind, more, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients):
     """Catches a mean of micro-batches instead of the mean over pairs, a reference's value that goes to another pair,
-    and a reference in each step that differs from the one before training."""
+    packed sides that see each other, and a reference in each step that differs from the one before training."""
     more = {**more, **loss_flags(kind, other_folder)}
-    train(folder, train_file, tmp_path / "out", **ONE_STEP, micro_batch_size=micro_batch_size, **more)
+    train(folder, train_file, tmp_path / "out", **ONE_STEP, **more)
     assert_equals_plain(tmp_path / "out", recorded_gradients, plain_step(kind))
 
 

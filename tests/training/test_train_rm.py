@@ -175,13 +175,22 @@ def assert_equals_reference(out, loss, reference):
         torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 4},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
-def test_steps_equal_transformers(loss, micro_batch_size, folder, files, reference, tmp_path):
+def test_steps_equal_transformers(loss, size, folder, files, reference, tmp_path):
     """Catches a score at another place than the last token (of the answer, of each step), or of a text without EOS;
     chosen and rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead
-    of the mean over pairs or steps; and a head that does not learn, or not from where it is exported."""
-    more = {"batch_size": 4, "micro_batch_size": micro_batch_size, "weight_decay": 0.1, "seed": 7}
+    of the mean over pairs or steps; packed rows that see each other; and a head that does not learn, or not from where it is exported."""
+    more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, **size}
     more |= {"center_coef": CENTER} if loss == "pairwise" else {}
     train(folder, files[loss], tmp_path / "out", loss=loss, **more)
     assert_equals_reference(tmp_path / "out", loss, reference)

@@ -78,8 +78,9 @@ def compare(root, out) -> float:
 
 def test_four_ranks(world):
     """Catches answers that depend on the rank that draws them, a rank without rows of its own that hangs or counts, an
-    advantage whitened on a rank's share, a token mean of micro-batches or of ranks, and scores that differ by rank; packed answers that see each other, and groups whose
-    number differs between ranks: five held-out prompts leave one without a row."""
+    advantage whitened on a rank's share, a token mean of micro-batches or of ranks, and scores that differ by rank;
+    packed answers that see each other, and a number of groups that differs between ranks: of five held-out answers one
+    rank has none for its last."""
     jobs = []
     for name, (tp_size, more) in LAYOUTS.items():
         jobs.append(arguments(world, name.replace(" ", "-"), "--tensor_parallel_size", tp_size, *more))

@@ -102,8 +102,8 @@ def ppo(*args, **more):
 
 def test_metrics_and_samples(folder, world, tmp_path):
     """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
-    not hold, packed answers that see each other, an evaluation that moves the training by a bit, metrics that are not of the answers, and a folder of a
-    step without one of the models."""
+    not hold, packed answers that see each other, an evaluation that moves the training by a bit, metrics that are not
+    of the answers, and a folder of a step without one of the models."""
     constant = {"lr_schedule": "constant", "warmup_ratio": 0}
     lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}

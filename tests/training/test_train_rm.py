@@ -189,7 +189,8 @@ def assert_equals_reference(out, loss, reference):
 def test_steps_equal_transformers(loss, size, folder, files, reference, tmp_path):
     """Catches a score at another place than the last token (of the answer, of each step), or of a text without EOS;
     chosen and rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead
-    of the mean over pairs or steps; packed rows that see each other; and a head that does not learn, or not from where it is exported."""
+    of the mean over pairs or steps; packed rows that see each other; and a head that does not learn, or not from where
+    it is exported."""
     more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, **size}
     more |= {"center_coef": CENTER} if loss == "pairwise" else {}
     train(folder, files[loss], tmp_path / "out", loss=loss, **more)

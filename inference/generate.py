@@ -49,7 +49,17 @@ from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Completion, Engine, Request, SamplingArgs
 from models.quantize import QuantizeArgs, choose_scheme
-from models.records import Record, check_ids, encode_prompt, get_prompt, naming, read_records, require, stated_prompt
+from models.records import (
+    Record,
+    check_ids,
+    cut_prompt,
+    encode_prompt,
+    get_prompt,
+    naming,
+    read_records,
+    require,
+    stated_prompt,
+)
 from models.tp import TensorParallelArgs
 
 
@@ -200,9 +210,8 @@ def encode_prompts(records: list[Record], folder: Folder, args: GenerateArgs) ->
                 skipped += 1
                 continue
             truncated += 1
-            bos = ids[:1] if folder.tokenizer.adds_bos and ids[0] == folder.tokenizer.bos_token_id else []
-            keep = max(limit - args.max_new_tokens, limit // 2) - len(bos)  # at least half of the room is the prompt's
-            ids = bos + ids[len(ids) - keep :]
+            # at least half of the room is the prompt's
+            ids = cut_prompt(ids, max(limit - args.max_new_tokens, limit // 2), folder.tokenizer)
         short += len(ids) + args.max_new_tokens > limit
         prompts.append(Prompt(idx, record, ids))
     if not prompts:

@@ -7,7 +7,7 @@ Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head di
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -31,10 +31,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
 
 
 def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-    """causal_attention of prompts packed end to end in one row of sum(lengths), each on its own, computed in dtype."""
-    parts = zip(*(t[0].to(dtype).split(lengths) for t in (q, k, v)))
+    """causal_attention of documents packed end to end in rows of sum(lengths) tokens in all, each on its own, computed
+    in dtype."""
+    parts = zip(*(t.flatten(0, 1).to(dtype).split(lengths) for t in (q, k, v)))
     outputs = [causal_attention(layer, *(t[None] for t in part))[0] for part in parts]
-    return torch.cat(outputs)[None].to(q.dtype)
+    return torch.cat(outputs).view(q.shape).to(q.dtype)
 
 
 @cache
@@ -58,12 +59,19 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def document_attention(
-    lengths: list[list[int]], num_tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
+    lengths: list[list[int]],
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    compiled: bool = False,
 ) -> Attend:
     """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
-    follows them in a row of num_tokens is padding. dtype: of the activations.
+    follows them in a row of num_tokens is padding. dtype: of the activations. compiled: whether the caller is.
 
-    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on); others a mask.
+    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on). The CPU takes one
+    document after the other: a mask costs the square of the row. Others use a mask, and so does a compiled caller,
+    which would be compiled anew for other lengths.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
@@ -78,6 +86,8 @@ def document_attention(
             return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
 
         return variable_length
+    if device.type == "cpu" and not compiled:
+        return partial(packed_attention, lengths=flat, dtype=dtype)
     size = len(lengths) * num_tokens  # else torch asks the device for it
     document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
     document = document.view(-1, num_tokens)  # [B, T]

@@ -54,6 +54,13 @@ class ParallelArgs(TensorParallelArgs):
     micro_batch_size: int | None = flag(
         None, bounds=at_least_one, help="rows per forward on one rank; --batch_size", may_change=True
     )
+    max_tokens_per_micro_batch: int | None = flag(
+        None,
+        bounds=at_least_one,
+        help="instead: tokens per forward on one rank, of rows of any length that are packed end to end and do not see "
+        "each other; a longer one is alone; off",
+        may_change=True,
+    )
     dp_replicate: int = flag(
         1,
         bounds=at_least_one,
@@ -96,11 +103,13 @@ class ParallelArgs(TensorParallelArgs):
 
 
 def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size") -> tuple[int, int]:
-    """(data-parallel ranks, rows of one forward on one rank). Raises ValueError for sizes that do not go together;
-    name: of the flag that gave the batch_size."""
+    """(data-parallel ranks, rows of one forward on one rank, which counts unless --max_tokens_per_micro_batch is
+    given). Raises ValueError for sizes that do not go together; name: of the flag that gave the batch_size."""
     dp_size = data_parallel_size(args.tensor_parallel_size, args.dp_replicate)
     if batch_size % dp_size:
         raise ValueError(f"{name} {batch_size} does not divide over {dp_size} data-parallel ranks")
+    if args.micro_batch_size is not None and args.max_tokens_per_micro_batch is not None:
+        raise ValueError("--max_tokens_per_micro_batch takes the place of --micro_batch_size; leave one of them out")
     micro_batch_size = args.micro_batch_size or batch_size // dp_size
     if micro_batch_size * dp_size > batch_size:
         ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat, learnt_turns, read_chat, text_of_chat
 from models.common import short_bar
+from models.packing import groups_of_ranks
 from models.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hugging Face
@@ -123,6 +124,12 @@ def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prefix(prompt)
     return tokenizer.encode(text_of_chat(prompt, tokenizer), add_special_tokens=False)
+
+
+def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """The end of a longer prompt, which an answer goes on from: `length` ids, the first the BOS if there is one."""
+    bos = ids[:1] if tokenizer.adds_bos and ids[0] == tokenizer.bos_token_id else []
+    return bos + ids[len(ids) - (length - len(bos)) :]
 
 
 def text_of(prompt: str | Chat, tokenizer: Tokenizer) -> str:
@@ -375,15 +382,36 @@ class Split(NamedTuple):
     micro_batch_size: int  # rows of a forward on one rank
     dp: DeviceMesh
     pad_token_id: int
+    max_tokens: int | None = None  # of a forward whose rows are packed end to end, whatever their number; not packed
 
-    def shares(self, rows: list[Row], key: Callable[[Row], int] | None = None) -> Iterator[list[Row]]:
-        """This rank's rows, a group for each forward: see micro_batches."""
-        return micro_batches(rows, self.micro_batch_size, self.dp.get_local_rank(), self.dp.size(), key)
+    def shares(self, rows: list[Row], lengths_of: Callable[[Row], list[int]] | None = None) -> Iterator[list[Row]]:
+        """This rank's rows, a group for each forward: see micro_batches, and groups_of_ranks where they are packed.
+        lengths_of(row): of the token sequences that it puts through the model; by default that of its input_ids."""
+        lengths_of = lengths_of or (lambda row: [len(row.input_ids)])
+        rank, size = self.dp.get_local_rank(), self.dp.size()
+        if self.max_tokens is None:
+            return micro_batches(rows, self.micro_batch_size, rank, size, lambda row: max(lengths_of(row)))
+        groups = groups_of_ranks([sum(lengths_of(row)) for row in rows], self.max_tokens, size)[rank]
+        return iter([[rows[i] for i in group] for group in groups])
+
+    def note(self) -> str:
+        """For people."""
+        size = self.micro_batch_size if self.max_tokens is None else f"{self.max_tokens:,} tokens, packed"
+        return f"micro-batches of {size}"
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the data-parallel ranks, in place. A collective."""
         dist.all_reduce(values, group=self.dp.get_group())
         return values
+
+
+def pack_row(rows: list[Example]) -> Example:
+    """Rows end to end in one. None of them predicts the next one's first token."""
+    return Example(
+        [token for row in rows for token in row.input_ids],
+        [label for row in rows for label in (IGNORE_INDEX, *row.labels[1:])],
+        [length for row in rows for length in row.lengths or [len(row.input_ids)]],
+    )
 
 
 class Batch(NamedTuple):

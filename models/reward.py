@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from models.chats import Chat, read_chat
 from models.checkpoint import WeightFiles
+from models.forward import forward_rows
 from models.model import Transformer, read_hf_config
 from models.records import (
     IGNORE_INDEX,
@@ -25,7 +25,6 @@ from models.records import (
     Example,
     Record,
     Split,
-    collate,
     encode_answer,
     encode_continuation,
     encode_generated,
@@ -122,9 +121,20 @@ class Scored:
     prompt_length: int = 0
 
 
+def pair_lengths(pair: Pair) -> list[int]:
+    """Of chosen and rejected, which go through one forward: see Split.shares."""
+    return [len(pair.chosen.input_ids), len(pair.rejected.input_ids)]
+
+
 def pair_length(pair: Pair) -> int:
-    """The length of the longer row: the `key` of micro_batches, since both rows go through one forward."""
-    return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+    """The length of the longer row."""
+    return max(pair_lengths(pair))
+
+
+def pair_rows(pairs: list[Pair]) -> list[Example]:
+    """The rows of one forward: all chosen sides, then the rejected ones in the same order, so `x.view(2, -1)` parts
+    what comes of them."""
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
 def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, EncodingCounts]:
@@ -264,29 +274,14 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
 # ------------------------------------------------------------------------------------------ scores
 
 
-class ScoredBatch(NamedTuple):
-    """One forward of B rows with N labels in all, on the device: `scores[rows, positions]` belong to `labels`."""
-
-    input_ids: Tensor  # int64 [B, T]
-    rows: Tensor  # int64 [N]
-    positions: Tensor  # int64 [N]
-    labels: Tensor  # float32 [N]
-
-
-def collate_scored(
-    examples: list[Scored], pad_token_id: int, device: torch.device, multiple_of: int = 1
-) -> ScoredBatch:
-    """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding and N = 0."""
-    unlabelled = [Example(example.input_ids, [IGNORE_INDEX] * len(example.input_ids)) for example in examples]
-    rows = [i for i, example in enumerate(examples) for _ in example.positions]
-    positions = [position for example in examples for position in example.positions]
-    labels = [label for example in examples for label in example.labels]
-    return ScoredBatch(
-        collate(unlabelled, pad_token_id, device, multiple_of).input_ids,
-        torch.tensor(rows, dtype=torch.int64, device=device),
-        torch.tensor(positions, dtype=torch.int64, device=device),
-        torch.tensor(labels, dtype=torch.float32, device=device),
-    )
+def rows_to_score(judged: list[Pair] | list[Scored]) -> tuple[list[Example], list[tuple[int, int]]]:
+    """(the rows of one forward, the places of their scores for Forward.at): of each pair chosen and rejected, at the
+    last token, else all positions."""
+    if judged and isinstance(judged[0], Pair):
+        rows, count = pair_rows(judged), len(judged)
+        return rows, [(i, len(rows[i].input_ids) - 1) for j in range(count) for i in (j, count + j)]
+    rows = [Example(row.input_ids, [IGNORE_INDEX] * len(row.input_ids)) for row in judged]
+    return rows, [(i, position) for i, row in enumerate(judged) for position in row.positions]
 
 
 def step_scores(model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None) -> list[list[float]]:
@@ -296,11 +291,11 @@ def step_scores(model: Transformer, rows: list[Scored], split: Split, bar: tqdm 
     scores = torch.zeros(first[-1], device=device)
     length = lambda i: len(rows[i].input_ids)  # noqa: E731
     with torch.no_grad():
-        for group in split.shares(list(range(len(rows))), key=length):
-            batch = collate_scored([rows[i] for i in group], split.pad_token_id, device, model.row_multiple)
-            places = [first[i] + j for i in group for j in range(len(rows[i].positions))]
-            hidden = model(batch.input_ids)[batch.rows, batch.positions]
-            scores[torch.tensor(places, dtype=torch.int64, device=device)] = model.score(hidden)
+        for group in split.shares(list(range(len(rows))), lambda i: [length(i)]):
+            examples, places = rows_to_score([rows[i] for i in group])
+            found = model.score(forward_rows(model, examples, split).at(places))
+            numbers = [first[i] + j for i in group for j in range(len(rows[i].positions))]
+            scores[torch.tensor(numbers, dtype=torch.int64, device=device)] = found
             if bar is not None:
                 bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
     values = split.sum(scores).tolist()  # each score is one rank's; the others have 0 there

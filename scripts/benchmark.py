@@ -4,6 +4,7 @@
 - generate: tokens/s, time to the first token and MBU of the engine, for a batch size, a sweep of them, or ragged work
   in few slots; in any precision, over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
 - ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
+- grpo: a policy update on ragged answers, padded and packed in turns
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
   the ratios; one process's timing alone says little on a shared machine
@@ -30,6 +31,7 @@ import torch
 from models.common import card, choose_runtime, dtype_name, peak_memory, run_script, say
 from scripts.benchmark_common import BenchmarkArgs, ceilings
 from scripts.benchmark_generate import generate_setting, measure_generate
+from scripts.benchmark_grpo import grpo_setting, measure_grpo
 from scripts.benchmark_memory import report_memory
 from scripts.benchmark_peers import PEERS, peer
 from scripts.benchmark_ppo import measure_ppo, ppo_setting, report_plan
@@ -41,6 +43,7 @@ JOBS = {
     "sft": (measure_sft, sft_setting),
     "dpo": (measure_dpo, dpo_setting),
     "ppo": (measure_ppo, ppo_setting),
+    "grpo": (measure_grpo, grpo_setting),
 }
 
 

@@ -40,12 +40,14 @@ def layout(text: str) -> tuple[int, int]:
 class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
     """Speed beside the physical limit, with random weights."""
 
-    job: str = flag(choices=("generate", "sft", "dpo", "ppo", "memory"), help="what to measure", positional=True)
+    job: str = flag(
+        choices=("generate", "sft", "dpo", "ppo", "grpo", "memory"), help="what to measure", positional=True
+    )
     preset: str = flag("134m", choices=SIZES, help="shape of the model")
     batch_size: int = flag(
         8, bounds=at_least_one, help="slots, rows of a step, its pairs or answers; memory: micro-batch"
     )
-    prompt_len: int = flag(64, bounds=at_least_one, help="generate, dpo, ppo: tokens of each prompt")
+    prompt_len: int = flag(64, bounds=at_least_one, help="generate, dpo, ppo, grpo: tokens of each prompt")
     new_tokens: int = flag(128, bounds=at_least_one, help="generate, dpo, ppo: tokens of each completion")
     sweep: list[int] = flag((), nargs="*", bounds=at_least_one, help="generate: batch sizes to measure in turn")
     ragged: int | None = flag(
@@ -56,14 +58,17 @@ class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
         choices=("none", *MODES),
         help="generate: values of --quantize to measure in turns, with their speeds as ratios to the first's",
     )
-    seq_len: int = flag(512, bounds=at_least_one, help="sft, memory: tokens of each row")
+    seq_len: int = flag(512, bounds=at_least_one, help="sft, memory: tokens of each row; grpo: of the longest answer")
     activation_checkpointing: str = flag("none", choices=("none", "full", "selective"), help="recompute in steps")
     precompute_ref: bool = flag(True, help="dpo: the reference's log-probs once before training, else in each step")
     repeats: int = flag(3, bounds=at_least_one, help="timed runs (generate) or steps, after one to warm up")
     engine: str = flag("ours", choices=("ours", "peer"), help="what to run; the peer is transformers, or trl")
     reward_preset: str | None = flag(None, choices=SIZES, help="ppo: shape of reward model and critic; --preset")
     slots: int | None = flag(None, bounds=at_least_one, help="ppo: answers drawn at a time; --batch_size, up to 128")
-    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="ppo: answers of a forward; --batch_size")
+    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="ppo, grpo: answers of a forward; --batch_size")
+    max_tokens_per_micro_batch: int | None = flag(
+        None, bounds=at_least_one, help="grpo: tokens of a packed forward; those of the longest --micro_batch_size rows"
+    )
     ppo_epochs: int = flag(1, bounds=at_least_one, help="ppo: passes over the answers of an update")
     param_dtype: str = flag("float32", choices=("float32", "bfloat16"), help="ppo: of the trained weights")
     optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="ppo: the optimizer")

@@ -7,12 +7,11 @@ import torch
 from models.common import Runtime
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, parallel_of, shard_model
 from models.model import ModelConfig, Transformer
-from models.records import IGNORE_INDEX, Example
-from models.reward import Pair
+from models.records import IGNORE_INDEX, Example, collate
+from models.reward import Pair, pair_rows
 from scripts.benchmark_common import BenchmarkArgs, seconds_of
 from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_cross_entropy, token_logps
 from training.optim import make_optimizer
-from training.preferences import collate_pairs
 
 
 def sft_setting(args: BenchmarkArgs) -> str:
@@ -82,7 +81,7 @@ def measure_dpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict
     reference = sharded_model(config, ParallelArgs(), runtime, runtime.dtype).requires_grad_(False)
 
     def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate_pairs(pairs, 0, runtime.device)
+        batch = collate(pair_rows(pairs), 0, runtime.device)
         logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
         logps, lengths = sequence_logps(logps, batch.labels)
         return logps.view(2, -1), lengths.view(2, -1)

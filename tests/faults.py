@@ -41,8 +41,8 @@ def _bias_added_by_every_rank():
 def _mean_of_micro_batches():
     real = finetune_sft.summed_loss
 
-    def summed_loss(model, examples, pad_token_id):
-        return real(model, examples, pad_token_id) / max(1, sum(e.num_targets for e in examples))
+    def summed_loss(model, examples, split):
+        return real(model, examples, split) / max(1, sum(e.num_targets for e in examples))
 
     return mock.patch.object(finetune_sft, "summed_loss", summed_loss)
 
@@ -50,8 +50,8 @@ def _mean_of_micro_batches():
 def _dp_factor_missing():
     real = finetune_sft.summed_loss
 
-    def summed_loss(model, examples, pad_token_id):
-        loss = real(model, examples, pad_token_id)
+    def summed_loss(model, examples, split):
+        loss = real(model, examples, split)
         if loss.requires_grad:
             loss.register_hook(lambda grad: grad / int(torch.distributed.get_world_size()))
         return loss

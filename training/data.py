@@ -3,7 +3,6 @@
 The order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step number.
 """
 
-import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,8 @@ import torch
 from models.chats import read_chat
 from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
+from models.packing import best_fit
 from models.records import (
-    IGNORE_INDEX,
     EncodingCounts,
     Example,
     Limits,
@@ -27,6 +26,7 @@ from models.records import (
     get_field,
     get_prompt,
     naming,
+    pack_row,
     require,
     tokenising,
 )
@@ -71,35 +71,9 @@ def load_rows(
 
 
 def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
-    """Records put into rows of at most max_seq_len tokens, none of them split: longest first, each into the fullest row
-    that has room (best-fit decreasing). No record predicts the next one's first token."""
-    rows: list[list[Example]] = []
-    rows_with_room: dict[int, list[int]] = {}  # free tokens -> rows
-    rooms: list[int] = []  # the keys, sorted
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        size = len(example.input_ids)
-        place = bisect.bisect_left(rooms, size)
-        if place < len(rooms):
-            room = rooms[place]
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                del rows_with_room[room], rooms[place]
-        else:
-            room, row = max_seq_len, len(rows)
-            rows.append([])
-        rows[row].append(example)
-        if room - size not in rows_with_room:
-            rows_with_room[room - size] = []
-            bisect.insort(rooms, room - size)
-        rows_with_room[room - size].append(row)
-    return [
-        Example(
-            [token for example in row for token in example.input_ids],
-            [label for example in row for label in (IGNORE_INDEX, *example.labels[1:])],
-            [len(example.input_ids) for example in row],
-        )
-        for row in rows
-    ]
+    """Records put into rows of at most max_seq_len tokens, none of them split, as few rows as best_fit finds."""
+    groups = best_fit([len(example.input_ids) for example in examples], max_seq_len)
+    return [pack_row([examples[i] for i in group]) for group in groups]
 
 
 def encode_sft_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], EncodingCounts]:

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models.attention import causal_attention, document_attention
 from models.checkpoint import open_folder
 from models.common import card, choose_runtime, flag, run_script, say
+from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -29,7 +29,7 @@ from models.fsdp import (
     split_batch,
 )
 from models.model import Transformer
-from models.records import Example, Split, collate
+from models.records import Example, Split
 from training.data import DataArgs, encode_sft_file, load_rows, pack, training_batches
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
@@ -64,7 +64,7 @@ def main(args: SftArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
@@ -76,7 +76,7 @@ def main(args: SftArgs) -> None:
         **notes,
         "first lesson": lesson(train, folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} rows each, micro-batches of {micro_batch_size}",
+        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} rows each, {split.note()}",
     }
     say(card("finetune_sft", rows))
 
@@ -88,7 +88,7 @@ def main(args: SftArgs) -> None:
         num_targets = max(1, sum(example.num_targets for example in batch))
         scale, loss = loss_scale(num_targets, dp_size), torch.zeros((), device=runtime.device)
         for examples in reducing_gradients(model, split.shares(batch), every=args.sync_every_micro_batch):
-            micro_loss = summed_loss(model, examples, split.pad_token_id)
+            micro_loss = summed_loss(model, examples, split)
             (micro_loss * scale.loss).backward()
             loss += micro_loss.detach() / num_targets
         split.sum(loss)
@@ -115,17 +115,11 @@ def main(args: SftArgs) -> None:
         run.export(model)
 
 
-def summed_loss(model: Transformer, examples: list[Example], pad_token_id: int) -> torch.Tensor:
+def summed_loss(model: Transformer, examples: list[Example], split: Split) -> torch.Tensor:
     """The loss of this rank's rows, summed over their learnt tokens."""
-    device = model.inv_freq.device
-    batch = collate(examples, pad_token_id, device, model.row_multiple)
-    attend = causal_attention
-    if batch.lengths is not None:
-        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-        attend = document_attention(batch.lengths, batch.input_ids.shape[1], device, dtype, model.config.head_dim)
-    hidden = model(batch.input_ids, batch.position_ids, attend)
+    rows = forward_rows(model, examples, split)
     vocab_size, tp = model.config.vocab_size, model.parallel.tp
-    return token_cross_entropy(hidden, model.lm_head.weight, batch.labels, vocab_size=vocab_size, tp=tp)
+    return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, vocab_size=vocab_size, tp=tp)
 
 
 @torch.no_grad()
@@ -133,7 +127,7 @@ def evaluate(model: Transformer, examples: list[Example], split: Split) -> float
     """The mean loss over all learnt tokens, over all ranks."""
     total = torch.zeros((), device=model.inv_freq.device)
     for rows in split.shares(examples):
-        total += summed_loss(model, rows, split.pad_token_id)
+        total += summed_loss(model, rows, split)
     return split.sum(total).item() / sum(example.num_targets for example in examples)
 
 

@@ -11,18 +11,12 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from models.records import (
-    IGNORE_INDEX,
     EncodingCounts,
     Example,
     Limits,
     Record,
-    collate,
     encode_answer,
     encode_generated,
     encode_prompt,
@@ -109,24 +103,3 @@ def _label(name: str, value: object) -> float:
     label = float(value) if isinstance(value, bool) else finite_number(name, value)
     require(0 <= label <= 1, f"{name} must be 0, 1 or a probability between them, not {ascii(value)[:60]}")
     return label
-
-
-class PairBatch(NamedTuple):
-    """One forward for B pairs: rows 0..B-1 are the chosen sides, rows B..2B-1 the rejected ones, in the same order, so
-    `x.chunk(2)` parts them. On the device."""
-
-    input_ids: Tensor  # int64 [2B, T]
-    labels: Tensor  # int64 [2B, T], not shifted, IGNORE_INDEX off the completions
-    last: Tensor  # int64 [2B], where each row's last token is
-    margin: Tensor  # float32 [B], 0 where a record has none
-
-
-def collate_pairs(pairs: list[Pair], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> PairBatch:
-    """Rows padded on the right to a multiple of `multiple_of`. No pairs give two rows of padding, of which nothing may
-    count: sum losses[: len(pairs)], which is 0 and keeps the gradient's collectives."""
-    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rows = rows or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2) for _ in range(2)]
-    batch = collate(rows, pad_token_id, device, multiple_of)
-    last = torch.tensor([len(row.input_ids) - 1 for row in rows], device=device)
-    margin = torch.tensor([pair.margin or 0.0 for pair in pairs] or [0.0], device=device)
-    return PairBatch(batch.input_ids, batch.labels, last, margin)

@@ -8,7 +8,18 @@ from models.chats import Chat
 from models.checkpoint import Folder
 from models.common import Bounds, at_least_one, flag, non_negative
 from models.generation import StopArgs, stops_of
-from models.records import Limits, check_ids, encode_prompt, get_prompt, naming, tokenising
+from models.model import ModelConfig
+from models.records import (
+    EncodingCounts,
+    Limits,
+    check_ids,
+    cut_prompt,
+    encode_prompt,
+    get_prompt,
+    naming,
+    require,
+    tokenising,
+)
 from models.tokenizer import Tokenizer
 from training.data import epoch_order
 from training.optim import constant_rate
@@ -26,7 +37,12 @@ class RolloutArgs(StopArgs):
         1, bounds=at_least_one, help="answers to each of them, for pass@1 to pass@N", may_change=True
     )
     num_eval_samples: int = flag(4, bounds=non_negative, help="answers shown at each evaluation", may_change=True)
-    overlong: str = flag("refuse", choices=("refuse", "skip"), help="what to do with prompts that leave no room")
+    max_prompt_len: int | None = flag(
+        None, bounds=at_least_one, help="longest prompt in tokens; what --max_new_tokens leaves of the context"
+    )
+    overlong: str = flag(
+        "refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer ones; truncate keeps their end"
+    )
     total_steps: int = flag(100, bounds=non_negative, help="updates; 0 only exports", may_change=constant_rate)
     rollout_batch_size: int = flag(64, bounds=at_least_one, help="answers per update, over all ranks")
     minibatch_size: int | None = flag(
@@ -45,10 +61,10 @@ class RolloutArgs(StopArgs):
 
 
 class Prompt(NamedTuple):
-    ids: list[int]
+    ids: list[int]  # of a truncated prompt its end
     fields: dict  # the whole record
-    asked: str | Chat
-    text: str  # what a reward function is given
+    asked: str | Chat  # as the record has it, also where ids are truncated
+    text: str  # what a reward function is given: of a truncated prompt what is left
 
 
 class Prompts(NamedTuple):
@@ -57,7 +73,7 @@ class Prompts(NamedTuple):
     train: list[Prompt]
     held_out: list[Prompt]
     longest: int  # tokens of a prompt and its answer, of both
-    note: str  # for people
+    notes: dict[str, str]  # for people
 
 
 def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
@@ -65,42 +81,55 @@ def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
     stops_of(args.stop or (), folder.tokenizer)
     if not folder.eos_token_ids:
         raise ValueError(f"{folder.path}: no EOS token, so no answer would ever end")
-    context = folder.config.max_position_embeddings
-    if args.max_new_tokens >= context:
+    limits, found, notes = prompt_limits(args, folder.config), {}, {}
+    for name, path in (("prompts", args.prompt_file), ("held out", args.eval_prompt_file)):
+        found[name], counts = load_prompts(path, folder.tokenizer, limits) if path else ([], EncodingCounts())
+        notes[name] = f"{len(found[name]):,}{counts}"
+    longest = max(len(prompt.ids) for prompts in found.values() for prompt in prompts) + args.max_new_tokens
+    return Prompts(found["prompts"], found["held out"], longest, notes)
+
+
+def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
+    """What a prompt may be. Raises ValueError unless the context has room for one and its answer."""
+    context = config.max_position_embeddings
+    room = context - args.max_new_tokens
+    if room < 1:
         raise ValueError(
             f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
         )
-    limits = Limits(folder.config.vocab_size, context - args.max_new_tokens, args.overlong)
-    train, skipped = load_prompts(args.prompt_file, folder.tokenizer, limits)
-    held_out, held_out_skipped = [], 0
-    if args.eval_prompt_file:
-        held_out, held_out_skipped = load_prompts(args.eval_prompt_file, folder.tokenizer, limits)
-    longest = max(len(prompt.ids) for prompt in [*train, *held_out]) + args.max_new_tokens
-    note = f"{len(train):,}, {skipped:,} too long; held out {len(held_out):,}, {held_out_skipped:,} too long"
-    return Prompts(train, held_out, longest, note)
+    if args.max_prompt_len is not None and args.max_prompt_len > room:
+        raise ValueError(
+            f"--max_prompt_len {args.max_prompt_len} and --max_new_tokens {args.max_new_tokens} are more than the "
+            f"context of {context} tokens; lower one of them"
+        )
+    return Limits(config.vocab_size, args.max_prompt_len or room, args.overlong)
 
 
-def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], int]:
-    """(the prompts of a file, how many were skipped as too long)"""
-    prompts, skipped = [], 0
+def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], EncodingCounts]:
+    """(the prompts of a file, what became of those that were too long)"""
+    prompts, counts, limit = [], EncodingCounts(), limits.max_seq_len
     for record in tokenising(path):
         prompt = get_prompt(record)
         with naming(record):
             ids = encode_prompt(prompt, tokenizer)
             check_ids(ids, limits.vocab_size, record.where)
-        if 0 < len(ids) <= limits.max_seq_len:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-            prompts.append(Prompt(ids, record.fields, prompt, text))
-        elif ids and limits.overlong == "skip":
-            skipped += 1
-        else:
+            require(ids, "the prompt has no tokens, so there is nothing to go on from")
+        too_long = len(ids) > limit
+        if too_long and limits.overlong == "refuse":
             raise ValueError(
-                f"{record.where}: the prompt has {len(ids)} tokens, and between 1 and {limits.max_seq_len} leave "
-                "room for --max_new_tokens in the model's context; lower that or choose --overlong skip"
+                f"{record.where}: the prompt has {len(ids)} tokens, the limit is {limit} (--max_prompt_len, or what "
+                "--max_new_tokens leaves of the context); raise it or choose --overlong skip or truncate"
             )
+        if too_long and limits.overlong == "skip":
+            counts = counts.plus(EncodingCounts(skipped=1))
+            continue
+        if too_long:
+            ids, counts = cut_prompt(ids, limit, tokenizer), counts.plus(EncodingCounts(truncated=1))
+        text = prompt if isinstance(prompt, str) and not too_long else tokenizer.decode(ids)
+        prompts.append(Prompt(ids, record.fields, prompt, text))
     if not prompts:
-        raise ValueError(f"{path}: no prompt is left: all {skipped} leave no room for --max_new_tokens")
-    return prompts, skipped
+        raise ValueError(f"{path}: no prompt is left: all {counts.skipped} are longer than {limit} tokens")
+    return prompts, counts
 
 
 def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> list[int]:

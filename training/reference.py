@@ -24,7 +24,7 @@ from torch import Tensor
 from models.checkpoint import WeightFiles
 from models.common import is_main_rank, progress_bar, say
 from models.records import Split
-from models.reward import Pair, pair_length
+from models.reward import Pair, pair_lengths
 
 
 def weights_digest(folder: Path, device: torch.device) -> str:
@@ -76,7 +76,7 @@ def precompute(
         """[pairs, 2] on the CPU, 0 outside the batches."""
         logps = torch.zeros(len(pairs), 2, device=device)
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            for rows in split.shares(numbers, key=lambda i: pair_length(pairs[i])):
+            for rows in split.shares(numbers, lambda i: pair_lengths(pairs[i])):
                 logps[rows] = logps_of([pairs[i] for i in rows]).T
         return split.sum(logps).cpu()
 

@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.checkpoint import Folder
 from models.common import Runtime, is_main_rank, visible
 from models.decode import can_pack, copy_for_inference
+from models.forward import forward_rows
 from models.generation import Engine, Request, SamplingParams, stops_of
 from models.model import Transformer
 from models.records import (
     IGNORE_INDEX,
     Example,
     Split,
-    collate,
 )
 from models.reward import pass_at_k
 from models.tokenizer import Tokenizer
@@ -99,23 +99,17 @@ def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) 
 
 def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows among the chosen, in micro-batches of like length."""
-    return split.shares(chosen, key=lambda i: len(rows[i].input_ids))
+    return split.shares(chosen, lambda i: [len(rows[i].input_ids)])
 
 
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
-    """function(some rows) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
+    """function(n rows, maybe none) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
     result = None
     for part in shares(list(range(len(rows))), rows, split):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
-        result[part] = values[: len(part)]  # no rows give one of padding
+        result[part] = values
     return split.sum(result)  # each row is one rank's; the others have 0 there
-
-
-def _forward(model: Transformer, rows: list[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """(final hidden states [n, T, E], labels [n, T]) of some rows; no rows give one of padding."""
-    batch = collate(rows, pad_token_id, model.inv_freq.device, model.row_multiple)
-    return model(batch.input_ids), batch.labels
 
 
 def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
@@ -126,19 +120,20 @@ def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
 
 
 def answer_logps(
-    model: Transformer, rows: list[Example], width: int, pad_token_id: int, temperature: float, entropy: bool = False
+    model: Transformer, rows: list[Example], width: int, split: Split, temperature: float, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each."""
-    hidden, labels = _forward(model, rows, pad_token_id)
+    """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each; no
+    rows give [0, width], in the graph of a forward."""
+    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     values = token_logps(hidden, model.lm_head.weight, labels, **vocabulary, temperature=temperature, entropy=entropy)
-    return tuple(_left_aligned(each, labels, width) for each in values)
+    return tuple(_left_aligned(each, row_labels, width) for each in values)
 
 
-def answer_values(model: Transformer, rows: list[Example], width: int, pad_token_id: int) -> Tensor:
-    """The critic's value before each token of the answers, fp32 [n, width]."""
-    hidden, labels = _forward(model, rows, pad_token_id)
-    return _left_aligned(model.score(hidden)[:, :-1][labels[:, 1:] != IGNORE_INDEX], labels, width)
+def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
+    """The critic's value before each token of the answers, fp32 [n, width]; no rows as in answer_logps."""
+    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
+    return _left_aligned(model.score(hidden)[:, :-1][labels[:, 1:] != IGNORE_INDEX], row_labels, width)
 
 
 class Rollout(NamedTuple):

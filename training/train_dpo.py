@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import Folder, open_folder
 from models.common import Runtime, card, choose_runtime, flag, run_script, say
+from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -40,12 +41,12 @@ from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
 from models.records import Split
-from models.reward import Pair, pair_length
+from models.reward import Pair, pair_length, pair_lengths, pair_rows
 from training.data import DataArgs, load_rows, training_batches
 from training.frozen import ReferenceArgs
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
-from training.preferences import collate_pairs, encode_pair_file
+from training.preferences import encode_pair_file
 from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
 from training.samples import EvalSamples, SampleArgs, lesson
@@ -81,7 +82,7 @@ def main(args: DpoArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     first_epoch = batches(first_step=1, last_step=min(total_steps, -(-len(train) // args.batch_size)))
     splits = {"train": (train, [numbers for _, numbers in first_epoch])}
     if evaluation:
@@ -98,7 +99,7 @@ def main(args: DpoArgs) -> None:
         **notes,
         "first chosen": lesson([pair.chosen for pair in train], folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, micro-batches of {micro_batch_size}",
+        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, {split.note()}",
     }
     say(card("train_dpo", rows))
 
@@ -108,9 +109,9 @@ def main(args: DpoArgs) -> None:
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
-        shares = split.shares(batch, key=pair_length)
+        shares = split.shares(batch, pair_lengths)
         for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
-            loss, micro_sums = summed_loss(model, reference, pairs, args, split.pad_token_id)
+            loss, micro_sums = summed_loss(model, reference, pairs, args, split)
             (loss * scale.loss).backward()
             sums += micro_sums
         means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
@@ -208,7 +209,7 @@ def load_models(
 def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
     """Gives the pairs of each split the reference's log-probs."""
     for name, (pairs, batches) in splits.items():
-        precompute(lambda rows: pair_logps(reference, rows, split.pad_token_id)[0], name, pairs, batches, cache, split)
+        precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
@@ -223,27 +224,26 @@ def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
 # --------------------------------------------------------------------------------------- the loss
 
 
-def pair_logps(model: Transformer, pairs: list[Pair], pad_token_id: int) -> tuple[Tensor, Tensor]:
+def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Tensor, Tensor]:
     """(log-probability of each completion, number of its tokens, EOS included), [2, B] each: chosen, then rejected."""
-    batch = collate_pairs(pairs, pad_token_id, model.inv_freq.device, model.row_multiple)
+    rows = forward_rows(model, pair_rows(pairs), split)
     vocab_size, tp = model.config.vocab_size, model.parallel.tp
-    hidden = model(batch.input_ids)
-    logps, _ = token_logps(hidden, model.lm_head.weight, batch.labels, vocab_size=vocab_size, tp=tp)
-    return tuple(each.view(2, -1)[:, : len(pairs)] for each in sequence_logps(logps, batch.labels))
+    logps, _ = token_logps(rows.hidden, model.lm_head.weight, rows.labels, vocab_size=vocab_size, tp=tp)
+    return tuple(each.view(2, len(pairs)) for each in sequence_logps(logps, rows.row_labels))
 
 
 def summed_loss(
-    model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, pad_token_id: int
+    model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
 ) -> tuple[Tensor, Tensor]:
     """(the loss of this rank's pairs, summed; the sums of it and of MEANS over the pairs, without a gradient).
 
     reference: None where the pairs hold its log-probs, or the loss wants none."""
-    logps, lengths = pair_logps(model, pairs, pad_token_id)
+    logps, lengths = pair_logps(model, pairs, split)
     if reference is None:
         ref_logps = torch.tensor([pair.reference for pair in pairs], device=logps.device).view(-1, 2).T
     else:
         with torch.no_grad():
-            ref_logps, _ = pair_logps(reference, pairs, pad_token_id)
+            ref_logps, _ = pair_logps(reference, pairs, split)
     losses, chosen_rewards, rejected_rewards = dpo_loss(args, logps, ref_logps, lengths)
     margins = chosen_rewards - rejected_rewards
     rewards = (chosen_rewards, rejected_rewards, (margins > 0).float(), margins)
@@ -263,13 +263,13 @@ def evaluate(
     """The mean loss and MEANS over all pairs, over all ranks."""
     sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
-        for rows in split.shares([pairs[i] for i in numbers], key=pair_length):
-            sums += summed_loss(model, reference, rows, args, split.pad_token_id)[1]
+        for rows in split.shares([pairs[i] for i in numbers], pair_lengths):
+            sums += summed_loss(model, reference, rows, args, split)[1]
     return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
 
 
 def row_lengths(pairs: list[Pair]) -> list[int]:
-    return [len(side.input_ids) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    return [length for pair in pairs for length in pair_lengths(pair)]
 
 
 def describe(pairs: list[Pair]) -> str:

@@ -94,7 +94,7 @@ def main(args: GrpoArgs) -> None:
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
     reference, reward_model = frozen.load(args, mesh, runtime)
     scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, function, split)
@@ -112,10 +112,11 @@ def main(args: GrpoArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
-        "prompts": data.note,
+        **data.notes,
+        "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens on each dp rank",
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size // args.num_generations} prompts "
         f"x {args.num_generations} answers each, {args.num_iterations} x {args.rollout_batch_size // args.step_size} "
-        f"steps of {args.loss_type}",
+        f"steps of {args.loss_type}, {split.note()}",
     }
     say(card("train_grpo", rows))
 
@@ -210,7 +211,7 @@ def groups_of(
         learnt = mask & torch.tensor([answer.finished for answer in answers], device=device)[:, None]
 
     def logps_of(model: Transformer) -> Tensor:
-        logps = lambda part: answer_logps(model, part, mask.shape[1], split.pad_token_id, args.temperature)[0]  # noqa: E731
+        logps = lambda part: answer_logps(model, part, mask.shape[1], split, args.temperature)[0]  # noqa: E731
         with torch.no_grad():
             return over_ranks(rows, logps, split)
 
@@ -239,8 +240,7 @@ def backward(
     scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=learnt.device)
     for part in reducing_gradients(policy, shares(step, groups.rows, split), every=args.sync_every_micro_batch):
         rows, m = [groups.rows[i] for i in part], learnt[part]
-        logps, entropies = answer_logps(policy, rows, width, split.pad_token_id, args.temperature, entropy=True)
-        logps, entropies = logps[: len(part)], entropies[: len(part)]  # no answers: a row of padding
+        logps, entropies = answer_logps(policy, rows, width, split, args.temperature, entropy=True)
         old_logps = logps.detach() if groups.logps is None else groups.logps[part]
         ref_logps = None if groups.ref_logps is None else groups.ref_logps[part]
         losses, stats = grpo_losses(

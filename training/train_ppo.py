@@ -135,7 +135,7 @@ def main(args: PpoArgs) -> None:
     others = open_others(args, folder, data.longest, runtime)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     models = load_models(args, mesh, runtime, others)
     policy, critic = models.policy, models.critic
     scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, function, split)
@@ -156,9 +156,10 @@ def main(args: PpoArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
-        "prompts": data.note,
+        **data.notes,
+        "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens on each dp rank",
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
-        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches",
+        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}",
     }
     say(card("train_ppo", rows))
 
@@ -273,13 +274,11 @@ def collect(
     seconds["score"] = watch.lap()
 
     def logps_of(model: Transformer) -> Tensor:
-        return over_ranks(
-            rows, lambda part: answer_logps(model, part, width, split.pad_token_id, args.temperature)[0], split
-        )
+        return over_ranks(rows, lambda part: answer_logps(model, part, width, split, args.temperature)[0], split)
 
     with torch.no_grad():
         logps, ref_logps = logps_of(models.policy), logps_of(models.reference)
-        values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split.pad_token_id), split)
+        values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
     seconds["logprobs"] = watch.lap()
     return Rollout(rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, seconds, values)
 
@@ -307,9 +306,8 @@ def policy_backward(
     scale, width = loss_scale(int(mask[minibatch].sum()), split.dp.size()), mask.shape[1]
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
-        answers, m, count = [rollout.rows[i] for i in part], mask[part], len(part)
-        logps, entropies = answer_logps(policy, answers, width, split.pad_token_id, args.temperature, entropy=True)
-        logps, entropies = logps[:count], entropies[:count]  # no answers: a row of padding
+        answers, m = [rollout.rows[i] for i in part], mask[part]
+        logps, entropies = answer_logps(policy, answers, width, split, args.temperature, entropy=True)
         old_logps = rollout.logps[part]
         losses, stats = ppo_policy_loss(
             logps[m], old_logps[m], update.advantages[part][m], cliprange=args.cliprange, dual_clip=args.dual_clip
@@ -336,7 +334,7 @@ def value_backward(
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(critic, parts, every=args.sync_every_micro_batch):
         answers, m = [rollout.rows[i] for i in part], mask[part]
-        values = answer_values(critic, answers, width, split.pad_token_id)[: len(part)]
+        values = answer_values(critic, answers, width, split)
         old_values, returns = rollout.values[part][m], update.returns[part][m]
         losses, clipped = ppo_value_loss(values[m], old_values, returns, cliprange_value=args.cliprange_value)
         (args.vf_coef * losses.sum() * scale.loss).backward()

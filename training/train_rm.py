@@ -25,6 +25,7 @@ from torch import Tensor
 
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
 from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible, with_newlines
+from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -37,12 +38,12 @@ from models.fsdp import (
 from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import EncodingCounts, Limits, Split, read_records
-from models.reward import Pair, Scored, collate_scored, scalar_head_config
+from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config
 from models.tokenizer import Tokenizer
 from training.data import DataArgs, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
-from training.preferences import collate_pairs, encode_pair_file, encode_scored_file
+from training.preferences import encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
 
 Rows = list[Pair] | list[Scored]
@@ -89,7 +90,7 @@ def main(args: RmArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
@@ -99,7 +100,7 @@ def main(args: RmArgs) -> None:
         "ranks": args.ranks(),
         **notes,
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} records, micro-batches of {micro_batch_size}",
+        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} records, {split.note()}",
     }
     say(card("train_rm", rows))
 
@@ -114,7 +115,7 @@ def main(args: RmArgs) -> None:
         rewards = torch.zeros(places[-1].stop, device=runtime.device)
         scale, loss = loss_scale(len(targets), dp_size), torch.zeros((), device=runtime.device)
         for share in reducing_gradients(model, shares_of(batch, split), every=args.sync_every_micro_batch):
-            micro_rewards, micro_targets = rewards_of(model, [batch[i] for i in share], split.pad_token_id)
+            micro_rewards, micro_targets = rewards_of(model, [batch[i] for i in share], split)
             micro_loss = losses_of(args, micro_rewards, micro_targets).sum()
             (micro_loss * scale.loss).backward()
             loss += micro_loss.detach() / len(targets)
@@ -171,9 +172,7 @@ def encode_file(args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits) 
 
 def lengths_of(row: Pair | Scored) -> list[int]:
     """The lengths in tokens of what a row puts through the model."""
-    if isinstance(row, Pair):
-        return [len(row.chosen.input_ids), len(row.rejected.input_ids)]
-    return [len(row.input_ids)]
+    return pair_lengths(row) if isinstance(row, Pair) else [len(row.input_ids)]
 
 
 def reward_places(rows: Rows) -> list[range]:
@@ -190,7 +189,7 @@ def targets_of(rows: Rows, device: torch.device) -> Tensor:
 
 def shares_of(rows: Rows, split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows, in micro-batches."""
-    return split.shares(list(range(len(rows))), key=lambda i: max(lengths_of(rows[i])))
+    return split.shares(list(range(len(rows))), lambda i: lengths_of(rows[i]))
 
 
 def some_of(rows: Rows, seed: int) -> Rows:
@@ -213,17 +212,12 @@ def initial_score(hidden_size: int, seed: int) -> Tensor:
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
-def rewards_of(model: Transformer, rows: Rows, pad_token_id: int) -> tuple[Tensor, Tensor]:
+def rewards_of(model: Transformer, rows: Rows, split: Split) -> tuple[Tensor, Tensor]:
     """(rewards, targets) of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. No
     rows: none of either, but the gradient's collectives stay."""
-    device = model.inv_freq.device
-    if rows and isinstance(rows[0], Pair):
-        batch = collate_pairs(rows, pad_token_id, device, model.row_multiple)
-        hidden = model(batch.input_ids)
-        scores = model.score(hidden[torch.arange(len(batch.last), device=device), batch.last])
-        return torch.stack(scores.chunk(2), dim=1).flatten(), batch.margin
-    batch = collate_scored(rows, pad_token_id, device, model.row_multiple)
-    return model.score(model(batch.input_ids)[batch.rows, batch.positions]), batch.labels
+    examples, places = rows_to_score(rows)
+    rewards = model.score(forward_rows(model, examples, split).at(places))
+    return rewards, targets_of(rows, rewards.device)
 
 
 @torch.no_grad()
@@ -232,7 +226,7 @@ def all_rewards(model: Transformer, rows: Rows, split: Split) -> Tensor:
     places = reward_places(rows)
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
     for share in shares_of(rows, split):
-        share_rewards, _ = rewards_of(model, [rows[i] for i in share], split.pad_token_id)
+        share_rewards, _ = rewards_of(model, [rows[i] for i in share], split)
         rewards[[place for i in share for place in places[i]]] = share_rewards
     return split.sum(rewards)
 

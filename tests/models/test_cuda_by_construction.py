@@ -26,7 +26,7 @@ from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig, Transformer
 from models.qlinear import Quantized, QuantizedLinear, Scheme
 from models.quantize import quantize_block, quantize_in_place
-from models.records import IGNORE_INDEX, Example, collate
+from models.records import IGNORE_INDEX, Example, Split, collate
 from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs
 from training import losses, optim, rollouts
 
@@ -266,8 +266,9 @@ def test_preferences_and_ppo(gpu):
         for kind in losses.DPO_LOSSES:
             pairs, lengths = torch.stack((sums, sums)), torch.stack((counts, counts))
             assert losses.dpo_loss(losses.DpoLossArgs(loss=kind), pairs, pairs, lengths).losses.device == GPU
-        logps, _ = rollouts.answer_logps(policy, ROWS, 6, 0, 0.7, entropy=True)
-        values = rollouts.answer_values(critic, ROWS, 6, 0)
+        for split in (Split(2, None, 0), Split(2, None, 0, 20)):
+            logps, _ = rollouts.answer_logps(policy, ROWS, 6, split, 0.7, entropy=True)
+            values = rollouts.answer_values(critic, ROWS, 6, split)
         mask, scores = torch.ones(2, 6, dtype=torch.bool, device=GPU), values[:, 0]
         with OnGPU():
             losses.pairwise_loss(scores, scores, scores, 0.1)

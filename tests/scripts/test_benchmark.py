@@ -14,7 +14,7 @@ from models.fsdp import ParallelArgs
 from models.generation import Engine, Request, SamplingParams
 from models.model import ModelConfig
 from models.qlinear import Scheme
-from scripts import benchmark_generate
+from scripts import benchmark_generate, benchmark_grpo
 from scripts.benchmark_common import SIZES, BenchmarkArgs
 from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
 from tests import tiny
@@ -133,6 +133,29 @@ def test_update_of_ppo():
     assert found["rollout_ratio"] * found["engine_tokens_per_second"] == pytest.approx(
         found["rollout_tokens_per_second"]
     )
+
+
+def test_update_of_grpo():
+    """Catches a share of padding that is not the padded forwards', a ratio the wrong way up, and packed micro-batches
+    that are not measured."""
+    sizes = ["--preset", "23m", "--batch_size", 5, "--prompt_len", 4, "--seq_len", 24, "--repeats", 1]
+    taken, real = [], benchmark_grpo.answer_logps
+
+    def answer_logps(model, rows, width, split, temperature):
+        taken.append((split.max_tokens, [len(row.input_ids) for row in rows]))
+        return real(model, rows, width, split, temperature)
+
+    with mock.patch.object(benchmark_grpo, "answer_logps", answer_logps):
+        result = tiny.run("scripts/benchmark.py", "grpo", "--device", "cpu", "--micro_batch_size", 2, *sizes)
+    assert result.code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["ratios"] == [pytest.approx(found["tokens_per_second"] / found["padded_tokens_per_second"])]
+    padded, packed = ([lengths for budget, lengths in taken if budget == size] for size in (None, 2 * 28))
+    assert len(padded) == 2 * 3 and all(len(lengths) <= 2 for lengths in padded) and max(map(sum, packed)) <= 2 * 28
+    assert all(20 <= length <= 28 for lengths in (*padded, *packed) for length in lengths)
+    assert sum(map(sum, padded)) == sum(map(sum, packed))
+    slots = sum(len(lengths) * max(lengths) for lengths in padded)
+    assert found["padding_share"] == pytest.approx(1 - sum(map(sum, padded)) / slots)
 
 
 def test_memory_of_ppo_on_paper():

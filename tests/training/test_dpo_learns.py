@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 
+from models.records import Example
 from tests import tiny
 from training import train_dpo
 
@@ -83,12 +84,7 @@ def test_it_reaches_the_optimum(world, tmp_path):
 
 def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
     """Catches a measure that does not notice the classic mistake, which leaves the loss as good."""
-    real = train_dpo.collate_pairs
-
-    def without_eos(*args):
-        batch = real(*args)
-        batch.labels[torch.arange(len(batch.labels)), batch.last] = -100
-        return batch
-
-    monkeypatch.setattr(train_dpo, "collate_pairs", without_eos)
+    real = train_dpo.pair_rows
+    without_eos = lambda pairs: [Example(row.input_ids, [*row.labels[:-1], -100]) for row in real(pairs)]  # noqa: E731
+    monkeypatch.setattr(train_dpo, "pair_rows", without_eos)
     assert regret_of_training(world, tmp_path / "out", "--num_epochs", 1) > 0.3

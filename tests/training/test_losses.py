@@ -3,14 +3,15 @@
 
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models import vocab_parallel
-from models.records import Example
-from models.reward import Pair
+from models.records import Example, collate
+from models.reward import Pair, pair_rows
 from tests.training.fixtures import make_loss_fixtures as made
 from training.losses import (
     DPO_LOSSES,
@@ -26,7 +27,6 @@ from training.losses import (
     token_cross_entropy,
     token_logps,
 )
-from training.preferences import collate_pairs
 
 
 def make_batch(rows=3, length=9, width=16, vocab=37, *, seed=0, dtype=torch.float32):
@@ -154,6 +154,13 @@ FIXTURES = json.loads(made.FILE.read_text())
 CLOSE = {"rtol": 1e-6, "atol": 5e-6}  # processors sum log-probs of -30 in other orders, and an ulp of these is 2e-6
 
 
+class PairBatch(NamedTuple):
+    input_ids: torch.Tensor  # [2B, T]: chosen, then rejected
+    labels: torch.Tensor
+    last: torch.Tensor  # [2B], where each row's last token is
+    margin: torch.Tensor  # [B]
+
+
 def fixture_batch():
     """The fixture's pairs as our own batch: four pairs of ragged rows in one forward."""
 
@@ -164,7 +171,9 @@ def fixture_batch():
         Pair(len(p["prompt_ids"]), row(p["prompt_ids"], p["chosen_ids"]), row(p["prompt_ids"], p["rejected_ids"]), m)
         for p, m in zip(FIXTURES["pairs"], FIXTURES["margins"], strict=True)
     ]
-    return collate_pairs(pairs, made.PAD, torch.device("cpu"))
+    rows = pair_rows(pairs)
+    batch, last = collate(rows, made.PAD, torch.device("cpu")), [len(row.input_ids) - 1 for row in rows]
+    return PairBatch(batch.input_ids, batch.labels, torch.tensor(last), torch.tensor(FIXTURES["margins"]))
 
 
 def model_logps(model, batch):
@@ -346,12 +355,11 @@ def test_sequence_logps():
 def test_no_pairs():
     """Catches a rank without pairs whose backward misses the collectives (no graph), or gives NaN."""
     hidden, weight, _ = make_batch(rows=2, length=2)
-    batch = collate_pairs([], 0, torch.device("cpu"))
-    sums, lengths = sequence_logps(token_logps(hidden, weight, batch.labels)[0], batch.labels)
+    batch = collate([], 0, torch.device("cpu"))
+    sums, lengths = sequence_logps(token_logps(hidden[:1], weight, batch.labels)[0], batch.labels[:0])
     for kind in DPO_LOSSES:
-        logps, counts = sums.view(2, -1), lengths.view(2, -1)
-        result = dpo_loss(DpoLossArgs(loss=kind), logps, logps.detach(), counts)
-        result.losses[:0].sum().backward(retain_graph=True)
+        logps, counts = sums.view(2, 0), lengths.view(2, 0)
+        dpo_loss(DpoLossArgs(loss=kind), logps, logps.detach(), counts).losses.sum().backward(retain_graph=True)
     assert not hidden.grad.any() and not weight.grad.any()
 
 

@@ -37,7 +37,7 @@ FLAGS = {
     "packed": ["--pack", "--batch_size", "2"],
     "compiled": ["--compile"],
     "compiled, recompute": ["--compile", "--activation_checkpointing", "full"],
-    "one reduction": ["--micro_batch_size", "1", "--no-sync_every_micro_batch"],
+    "one reduction": ["--max_tokens_per_micro_batch", "40", "--no-sync_every_micro_batch"],
 }
 ONCE = ("packed", "one reduction")  # with one of the two models
 ALWAYS = ("plain", "sequence parallel")  # the rest is run where one dimension of the mesh is 1
@@ -47,10 +47,11 @@ HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
     "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
 }
 REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a rank an empty micro-batch
-    "pairwise": ["--center_coef", "0.1", "--micro_batch_size", "1"],
-    "pointwise": ["--micro_batch_size", "3", "--activation_checkpointing", "full"],
-    "process": ["--micro_batch_size", "1", "--sequence_parallel"],
+    "pairwise": ["--center_coef", "0.1"],
+    "pointwise": ["--activation_checkpointing", "full"],
+    "process": ["--sequence_parallel"],
 }
+SIZES = {1: ["--micro_batch_size", "1"], 2: ["--micro_batch_size", "3"], 4: ["--max_tokens_per_micro_batch", "40"]}
 
 
 def arguments(folder, train_file, out, *more) -> list[str]:
@@ -66,9 +67,10 @@ def sft_job(*args: object) -> list[str]:
     return ["training.finetune_sft", *arguments(*args)]
 
 
-def reward_job(root, loss, out, *more) -> list[str]:
+def reward_job(root, loss, out, ranks, *more) -> list[str]:
     folder = root / ("tied" if loss == "process" else "biased")
-    return ["training.train_rm", *arguments(folder, root / f"{loss}.jsonl", out, "--loss", loss, *REWARDS[loss], *more)]
+    flags = ["--loss", loss, *REWARDS[loss], *SIZES[ranks], *more]
+    return ["training.train_rm", *arguments(folder, root / f"{loss}.jsonl", out, *flags)]
 
 
 def judged_records(loss):
@@ -100,7 +102,7 @@ def world(tmp_path_factory):
     jobs.append(sft_job(root / "biased", train_file, root / "one-packed", *FLAGS["packed"]))
     for loss in REWARDS:
         tiny.write_records(root / f"{loss}.jsonl", judged_records(loss))
-        jobs.append(reward_job(root, loss, root / f"one-{loss}"))
+        jobs.append(reward_job(root, loss, root / f"one-{loss}", 1))
     for job in jobs:
         run_job(*job)
     dist.destroy_process_group()
@@ -163,7 +165,7 @@ def test_layouts_agree(world, layout):
         jobs.append(sft_job(root / "qwen2", train_file, root / outs[-1][2], *more))
     for loss in REWARDS:
         outs.append((loss, loss, f"{ranks}-{tp_size}-{loss}"))
-        jobs.append(reward_job(root, loss, root / outs[-1][2], "--tensor_parallel_size", tp_size))
+        jobs.append(reward_job(root, loss, root / outs[-1][2], ranks, "--tensor_parallel_size", tp_size))
     if layout == "tp 2":
         jobs.append(["recomputing", root / "biased"])
     launch(ranks, jobs)

@@ -11,7 +11,7 @@ from tests.training.test_parallel import BIASED, TIED, arguments, compare
 # 13 pairs in batches of 8: the last batch leaves ranks without a pair, whose forwards are collectives all the same
 RUNS = {  # name: (model, flags)
     "dp 4": ("biased", ["--micro_batch_size", "1"]),
-    "dp 2 x tp 2": ("tied", ["--tensor_parallel_size", "2", "--micro_batch_size", "3", "--save_steps", "2"]),
+    "dp 2 x tp 2": ("tied", ["--tensor_parallel_size", "2", "--max_tokens_per_micro_batch", "40", "--save_steps", "2"]),
     "tp 4, in each step": ("tied", ["--tensor_parallel_size", "4", "--sequence_parallel", "--no-precompute_ref"]),
     "hybrid, recomputed": (
         "biased",

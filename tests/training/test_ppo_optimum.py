@@ -86,8 +86,8 @@ def _bootstrap_past_the_end(patch):
 
 
 def _temperature_in_the_sampler_only(patch):
-    def answer_logps(model, rows, width, pad_token_id, temperature, entropy=False):
-        return real(model, rows, width, pad_token_id, 1.0, entropy)
+    def answer_logps(model, rows, width, split, temperature, entropy=False):
+        return real(model, rows, width, split, 1.0, entropy)
 
     real = train_ppo.answer_logps
     patch.setattr(train_ppo, "answer_logps", answer_logps)

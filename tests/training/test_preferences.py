@@ -5,11 +5,11 @@ import torch
 
 from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
-from models.reward import Pair, encode_pair_record, pair_length
+from models.reward import Pair, encode_pair_record, pair_length, pair_lengths, pair_rows, rows_to_score
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.data import encode_sft_record
-from training.preferences import collate_pairs, encode_pair_file
+from training.preferences import encode_pair_file
 
 LIMITS = Limits(500, 200)
 CPU = torch.device("cpu")
@@ -242,20 +242,14 @@ def made_pairs(tokenizer, count=7):
     ]
 
 
-def test_collate_pairs(tokenizer):
-    """Catches sides that are mixed up or in another order, padding in the loss, a last token that is padding, and a
-    missing margin read as something else than 0."""
+def test_rows_of_pairs(tokenizer):
+    """Catches sides that are mixed up or in another order, and a score beside the last token or of the other side."""
     pairs = made_pairs(tokenizer)
-    batch = collate_pairs(pairs, 0, CPU, multiple_of=4)
-    assert batch.input_ids.shape[0] == 14 and batch.input_ids.shape[1] % 4 == 0
-    rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    for ids, labels, last, row in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.last.tolist(), rows):
-        assert ids[: last + 1] == row.input_ids and not any(ids[last + 1 :])
-        assert labels[: last + 1] == row.labels and set(labels[last + 1 :]) <= {-100}
-    assert batch.margin.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0] and batch.margin.dtype == torch.float32
-    empty = collate_pairs([], 5, CPU, multiple_of=4)
-    assert empty.input_ids.tolist() == [[5] * 4] * 2 and not (empty.labels != -100).any()
-    assert empty.last.tolist() == [1, 1] and empty.margin.tolist() == [0.0]
+    rows, places = rows_to_score(pairs)
+    assert rows == [p.chosen for p in pairs] + [p.rejected for p in pairs] == pair_rows(pairs)
+    sides = [side for p in pairs for side in (p.chosen, p.rejected)]
+    assert [(rows[i], position) for i, position in places] == [(side, len(side.input_ids) - 1) for side in sides]
+    assert rows_to_score([]) == ([], []) and pair_lengths(pairs[1]) == [len(row.input_ids) for row in sides[2:4]]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])

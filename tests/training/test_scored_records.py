@@ -8,7 +8,7 @@ import torch
 
 from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_answer, encode_prompt
-from models.reward import Scored, collate_scored, encode_steps
+from models.reward import Scored, encode_steps, rows_to_score
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.preferences import encode_pointwise_record, encode_process_record, encode_scored_file
@@ -234,17 +234,8 @@ def test_step_without_a_token(tokenizer):
     assert len(set(encode_steps("a", ["b", "", "", "c"], "\n", tokenizer)[1])) == 4
 
 
-def test_collate_scored():
-    """Catches a label beside another position than its own, or read from another row."""
-    rows = [Scored([1, 2, 3, 4], [1, 3], [1.0, 0.5]), Scored([5, 6], [1], [0.0])]
-    batch = collate_scored(rows, 9, CPU)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
-    assert batch.input_ids[batch.rows, batch.positions].tolist() == [2, 4, 6]
-    assert batch.labels.tolist() == [1.0, 0.5, 0.0] and batch.labels.dtype == torch.float32
-    empty = collate_scored([], 9, CPU, multiple_of=4)
-    assert empty.input_ids.tolist() == [
-        [9] * 4
-    ] and empty.rows.shape == empty.positions.shape == empty.labels.shape == (0,)
-    scores = torch.zeros(1, 4, requires_grad=True)
-    scores[empty.rows, empty.positions].sum().backward()
-    assert not scores.grad.any()
+def test_rows_to_score():
+    """Catches a score beside another position than its own, or read from another row."""
+    rows, places = rows_to_score([Scored([1, 2, 3, 4], [1, 3], [1.0, 0.5]), Scored([5, 6], [1], [0.0])])
+    assert [row.input_ids for row in rows] == [[1, 2, 3, 4], [5, 6]] and not any(row.num_targets for row in rows)
+    assert [rows[i].input_ids[position] for i, position in places] == [2, 4, 6]

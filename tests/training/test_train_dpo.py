@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from models.records import Record
+from models.records import Example, Record
 from models.reward import encode_pair_record
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -206,37 +206,38 @@ def test_one_step(kind, plain_step, folder, other_folder, train_file, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "rpo"])
-@pytest.mark.parametrize("micro_batch_size, more", [(1, {}), (3, {"precompute_ref": False}), (10, {})], ids=str)
-def test_micro_batches(
-    kind, micro_batch_size, more, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients
-):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3, "precompute_ref": False},
+        {"micro_batch_size": 10},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+    ids=str,
+)
+def test_micro_batches(kind, more, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients):
     """Catches a mean of micro-batches instead of the mean over pairs, a reference's value that goes to another pair,
-    and a reference in each step that differs from the one before training."""
+    packed sides that see each other, and a reference in each step that differs from the one before training."""
     more = {**more, **loss_flags(kind, other_folder)}
-    train(folder, train_file, tmp_path / "out", **ONE_STEP, micro_batch_size=micro_batch_size, **more)
+    train(folder, train_file, tmp_path / "out", **ONE_STEP, **more)
     assert_equals_plain(tmp_path / "out", recorded_gradients, plain_step(kind))
 
 
-def faulty_batch(change):
-    real = train_dpo.collate_pairs
-    return lambda *args: change(real(*args))
+def faulty_rows(change):
+    real = train_dpo.pair_rows
+    return lambda pairs: change(real(pairs))
 
 
-def without_eos(batch):
-    labels = batch.labels.clone()
-    labels[torch.arange(len(labels)), batch.last] = -100
-    return batch._replace(labels=labels)
+def with_labels(labels_of):
+    return lambda rows: [Example(row.input_ids, labels_of(row)) for row in rows]
 
 
 FAULTS = {
-    "EOS dropped": without_eos,
-    "labels shifted": lambda batch: batch._replace(labels=batch.labels.roll(-1, dims=1)),
-    "sides swapped": lambda batch: batch._replace(
-        **{k: torch.cat(getattr(batch, k).chunk(2)[::-1]) for k in ("input_ids", "labels", "last")}
-    ),
-    "prompt summed": lambda batch: batch._replace(
-        labels=torch.where(torch.arange(batch.labels.shape[1]) <= batch.last[:, None], batch.input_ids, -100)
-    ),
+    "EOS dropped": with_labels(lambda row: [*row.labels[:-1], -100]),
+    "labels shifted": with_labels(lambda row: [*row.labels[1:], -100]),
+    "sides swapped": lambda rows: rows[len(rows) // 2 :] + rows[: len(rows) // 2],
+    "prompt summed": with_labels(lambda row: row.input_ids),
 }
 
 
@@ -245,7 +246,7 @@ def test_planted_faults_show(
     fault, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients, monkeypatch
 ):
     """Catches a comparison too weak to see the mistakes it is made for."""
-    monkeypatch.setattr(train_dpo, "collate_pairs", faulty_batch(FAULTS[fault]))
+    monkeypatch.setattr(train_dpo, "pair_rows", faulty_rows(FAULTS[fault]))
     train(folder, train_file, tmp_path / "out", **ONE_STEP, **loss_flags("sigmoid", other_folder))
     with pytest.raises(AssertionError):
         assert_equals_plain(tmp_path / "out", recorded_gradients, plain_step("sigmoid"))

@@ -325,7 +325,7 @@ BAD_FLAGS = {
     "overlong": ({"soft_punish_cache": 7}, ["--soft_punish_cache 7 is more than --max_new_tokens 6"]),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
-    "prompts too long": ({"max_new_tokens": 254}, ["prompts.jsonl:", "leave room", "--overlong skip"]),
+    "prompts too long": ({"max_new_tokens": 254}, ["prompts.jsonl:", "the limit is 2", "--overlong skip"]),
     "normalised nothing": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "tis below one": ({"tis_cap": 0.5}, ["--tis_cap"]),
     "empty stop": ({"stop": ""}, ["--stop must not be empty"]),

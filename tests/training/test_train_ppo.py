@@ -5,6 +5,7 @@ test_ppo_optimum.py, the parts of its losses in test_losses_ppo.py, several rank
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -101,8 +102,8 @@ def ppo(*args, **more):
 
 def test_metrics_and_samples(folder, world, tmp_path):
     """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
-    not hold, an evaluation that moves the training by a bit, metrics that are not of the answers, and a folder of a
-    step without one of the models."""
+    not hold, packed answers that see each other, an evaluation that moves the training by a bit, metrics that are not
+    of the answers, and a folder of a step without one of the models."""
     constant = {"lr_schedule": "constant", "warmup_ratio": 0}
     lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
@@ -122,6 +123,10 @@ def test_metrics_and_samples(folder, world, tmp_path):
     for sample, bonus in zip(samples, [0, 1, 2, 0, 1, 2]):
         assert sample["score"] == pytest.approx(len(sample["output"]) / 10 + bonus)
     assert_same_weights(tmp_path / "plain", tmp_path / "watched")
+    size = {"micro_batch_size": None, "max_tokens_per_micro_batch": 40}
+    [packed] = ppo(folder, world, tmp_path / "packed", **constant, **size, total_steps=1)
+    for name in packed.keys() - {name for name in packed if name.startswith(TIMED)}:
+        assert packed[name] == pytest.approx(lines[0][name], rel=1e-4, abs=1e-6), name
     for out in (tmp_path / "plain", tmp_path / "plain/step-000003"):  # both models, in the folder of a step too
         opened = transformers.AutoModelForSequenceClassification.from_pretrained(out / "critic")
         tokenizer = transformers.AutoTokenizer.from_pretrained(out / "critic")
@@ -135,6 +140,30 @@ def assert_same_weights(a, b):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), (part, name)
+
+
+def test_prompts_that_are_too_long(folder, world, tmp_path):
+    """Catches a limit that does not reach the cache or the held-out prompts, and a truncated prompt that loses its end,
+    its BOS or its place in the count."""
+    runs = {"all": {}, "skip": {}, "truncate": {"prompt_file": world / "one.jsonl"}}
+    long = "never seen" + " and so" * 30 + " Question 1:"
+    tiny.write_records(world / "one.jsonl", [{"prompt": long, "bonus": 0}])
+    tiny.write_records(world / "mixed.jsonl", [{"prompt": "Question 1:", "bonus": 0}, {"prompt": long, "bonus": 0}])
+    shown = {}
+    for how, more in runs.items():
+        given = {"prompt_file": world / "mixed.jsonl", "eval_prompt_file": world / "mixed.jsonl", **more}
+        given |= {} if how == "all" else {"max_prompt_len": 8, "overlong": how}
+        result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / how, total_steps=1, eval_steps=1, **given))
+        assert result.code == 0, result.stderr
+        shown[how] = result.stdout
+    tokenizer = Tokenizer(folder)
+    ids = encode_prompt(long, tokenizer)
+    slots = {how: int(re.search(r"slots of (\d+) tokens", text)[1]) for how, text in shown.items()}
+    assert slots["all"] >= len(ids) + 6 > 2 * slots["skip"] and slots["skip"] == slots["truncate"] >= 8 + 6
+    assert re.search(r"prompts +1; 1 skipped\n *held out +1; 1 skipped\n", shown["skip"]), shown["skip"]
+    assert re.search(r"prompts +1; 1 truncated\n *held out +2; 1 truncated\n", shown["truncate"]), shown["truncate"]
+    kept = tokenizer.decode([*ids[:1], *ids[-7:]], skip_special_tokens=False)
+    assert tiny.read_lines(tmp_path / "truncate/samples.jsonl")[1]["prompt"] == kept
 
 
 def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypatch):
@@ -376,7 +405,20 @@ BAD_FLAGS = {
     "quantised nothing": ({"quantize_reward": "int8"}, ["--quantize_reward int8 needs a --reward_checkpoint_path"]),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
-    "prompts too long": ({"max_new_tokens": 250}, ["prompts.jsonl:", "leave room", "--overlong skip"]),
+    "prompts too long": (
+        {"max_new_tokens": 250},
+        ["prompts.jsonl:", "the limit is 6 (", "--overlong skip or truncate"],
+    ),
+    "longer than allowed": ({"max_prompt_len": 5}, ["prompts.jsonl:", "the limit is 5 (--max_prompt_len"]),
+    "no prompt left": (
+        {"max_prompt_len": 1, "overlong": "skip"},
+        ["no prompt is left: all 7 are longer"],
+    ),
+    "prompts beside answers": (
+        {"max_prompt_len": 251},
+        ["--max_prompt_len 251 and --max_new_tokens 6 are more"],
+    ),
+    "two sizes": ({"max_tokens_per_micro_batch": 9}, ["--max_tokens_per_micro_batch", "place of --micro_batch_size"]),
     "leaves at once": ({"reward_fn": "{world}/leaves.py:reward"}, ["leaves.py cannot be imported: SystemExit"]),
     "no weight": ({"reward_fn_weight": "nan"}, ["--reward_fn_weight", "'nan' is not a float"]),
     "temperature 0": ({"temperature": 0}, ["--temperature"]),

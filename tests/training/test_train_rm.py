@@ -175,33 +175,47 @@ def assert_equals_reference(out, loss, reference):
         torch.testing.assert_close(ours[name], theirs[name].detach(), rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 4},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
-def test_steps_equal_transformers(loss, micro_batch_size, folder, files, reference, tmp_path):
+def test_steps_equal_transformers(loss, size, folder, files, reference, tmp_path):
     """Catches a score at another place than the last token (of the answer, of each step), or of a text without EOS;
     chosen and rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead
-    of the mean over pairs or steps; and a head that does not learn, or not from where it is exported."""
-    more = {"batch_size": 4, "micro_batch_size": micro_batch_size, "weight_decay": 0.1, "seed": 7}
+    of the mean over pairs or steps; packed rows that see each other; and a head that does not learn, or not from where
+    it is exported."""
+    more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, **size}
     more |= {"center_coef": CENTER} if loss == "pairwise" else {}
     train(folder, files[loss], tmp_path / "out", loss=loss, **more)
     assert_equals_reference(tmp_path / "out", loss, reference)
 
 
-FAULTS = {  # name: what goes wrong in a batch of pairs
-    "score at the first pad": lambda batch: batch._replace(last=(batch.last + 1).clamp(max=batch.last.max())),
-    "score before EOS": lambda batch: batch._replace(last=batch.last - 1),
-    "sides swapped": lambda batch: batch._replace(
-        input_ids=batch.input_ids.roll(len(batch.margin), 0), last=batch.last.roll(len(batch.margin))
-    ),
-    "margin lost": lambda batch: batch._replace(margin=0 * batch.margin),
+FAULTS = {  # name: what goes wrong, of (rows, places of their scores) or of the margins
+    "score at the first pad": lambda rows, places: (rows, [(i, min(p + 1, longest(rows))) for i, p in places]),
+    "score before EOS": lambda rows, places: (rows, [(i, p - 1) for i, p in places]),
+    "sides swapped": lambda rows, places: (rows, [places[i ^ 1] for i in range(len(places))]),
+    "margin lost": lambda margins: 0 * margins,
 }
+
+
+def longest(rows):
+    return max(len(row.input_ids) for row in rows) - 1
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_show(fault, folder, files, reference, tmp_path, monkeypatch):
     """Catches a comparison too weak to see the mistakes it is made for."""
-    real = train_rm.collate_pairs
-    monkeypatch.setattr(train_rm, "collate_pairs", lambda *args: FAULTS[fault](real(*args)))
+    name = "targets_of" if fault == "margin lost" else "rows_to_score"
+    real, change = getattr(train_rm, name), FAULTS[fault]
+    faulty = lambda *args: change(real(*args)) if name == "targets_of" else change(*real(*args))  # noqa: E731
+    monkeypatch.setattr(train_rm, name, faulty)
     more = {"batch_size": 4, "micro_batch_size": 4, "weight_decay": 0.1, "seed": 7, "center_coef": CENTER}
     train(folder, files["pairwise"], tmp_path / "out", **more)
     with pytest.raises(AssertionError):

@@ -1,0 +1,104 @@
+"""The job `grpo` of scripts/benchmark.py: tokens/s of a policy update on answers of very different lengths.
+
+- a forward and backward of the clipped loss over the answers, as train_ppo.py and train_grpo.py take it, on random
+  weights: rows padded side by side in micro-batches of --micro_batch_size, beside rows packed end to end in
+  micro-batches of as many tokens as those hold at most
+- the two alternate; padded micro-batches are of rows of like length, as in training
+"""
+
+import random
+import statistics
+from dataclasses import replace
+
+import torch
+
+from models.common import Runtime, Stopwatch
+from models.fsdp import ParallelArgs, init_mesh, reducing_gradients
+from models.model import Transformer
+from models.records import IGNORE_INDEX, Example, Split
+from scripts.benchmark_common import BenchmarkArgs
+from scripts.benchmark_training import sharded_model
+from training.losses import ppo_policy_loss
+from training.rollouts import answer_logps, shares
+
+SHORTEST = 16  # tokens of an answer
+
+
+def filled(args: BenchmarkArgs) -> BenchmarkArgs:
+    """With the sizes that the user left open."""
+    size = args.micro_batch_size or args.batch_size
+    budget = args.max_tokens_per_micro_batch or size * (args.prompt_len + args.seq_len)
+    return replace(args, micro_batch_size=size, max_tokens_per_micro_batch=budget)
+
+
+def grpo_setting(args: BenchmarkArgs) -> str:
+    args = filled(args)
+    return (
+        f"{args.batch_size} answers of {SHORTEST} to {args.seq_len} tokens to prompts of {args.prompt_len}, "
+        f"micro-batches of {args.micro_batch_size} rows or {args.max_tokens_per_micro_batch} tokens, recompute "
+        f"{args.activation_checkpointing}"
+    )
+
+
+def ragged_rows(args: BenchmarkArgs) -> list[Example]:
+    generator, rows = random.Random(args.seed), []
+    for _ in range(args.batch_size):
+        length = generator.randint(min(SHORTEST, args.seq_len), args.seq_len)
+        ids = [generator.randrange(3, args.config.vocab_size) for _ in range(args.prompt_len + length)]
+        rows.append(Example(ids, [IGNORE_INDEX] * args.prompt_len + ids[args.prompt_len :]))
+    return rows
+
+
+def padding_share(rows: list[Example], split: Split) -> float:
+    """The part of the tokens of this rank's padded forwards that are padding."""
+    lengths = [[len(rows[i].input_ids) for i in group] for group in shares(list(range(len(rows))), rows, split)]
+    return 1 - sum(map(sum, lengths)) / sum(len(group) * max(group) for group in lengths if group)
+
+
+def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, split: Split) -> None:
+    """Forward and backward of the clipped loss, a mean over the tokens of all answers."""
+    width = max(row.num_targets for row in rows)
+    mask = torch.arange(width) < torch.tensor([row.num_targets for row in rows])[:, None]
+    mask, count = mask.to(advantages.device), int(mask.sum())
+    for part in reducing_gradients(model, shares(list(range(len(rows))), rows, split), every=True):
+        m = mask[part]
+        logps = answer_logps(model, [rows[i] for i in part], width, split, 1.0)[0][m]
+        losses, _ = ppo_policy_loss(logps, logps.detach(), advantages[part, None].expand_as(m)[m], cliprange=0.2)
+        (losses.sum() / count).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def measure_grpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+    args, config = filled(args), args.config
+    parallel = ParallelArgs(activation_checkpointing=args.activation_checkpointing)
+    model, dp = sharded_model(config, parallel, runtime), init_mesh(runtime.device, 1)["dp"]
+    rows = ragged_rows(args)
+    advantages = torch.randn(len(rows), device=runtime.device)
+    splits = {
+        "padded": Split(args.micro_batch_size, dp, 0),
+        "packed": Split(args.micro_batch_size, dp, 0, args.max_tokens_per_micro_batch),
+    }
+    seconds, watch = {name: [] for name in splits}, Stopwatch(runtime.device)
+    for _ in range(args.repeats + 1):
+        for name, split in splits.items():
+            watch.lap()
+            update(model, rows, advantages, split)
+            seconds[name].append(watch.lap())
+    lengths = [len(row.input_ids) for row in rows]
+    rates = {name: sum(lengths) / statistics.median(times[1:]) for name, times in seconds.items()}
+    ratios = [padded / packed for padded, packed in list(zip(*seconds.values()))[1:]]
+    padding = padding_share(rows, splits["padded"])
+    flops = sum(length * config.training_flops_per_token(length) for length in lengths) / sum(lengths)
+    shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return {
+        "tokens_per_second": rates["packed"],
+        "padded_tokens_per_second": rates["padded"],
+        "flops_per_second": rates["packed"] * flops,
+        "ratios": ratios,
+        "padding_share": padding,
+        "rows": {
+            "packed": f"{rates['packed']:,.1f} tok/s",
+            "padded": f"{rates['padded']:,.1f} tok/s, {padding:.1%} of its tokens are padding",
+            "ratio": f"{shown} packed / padded, in turns",
+        },
+    }

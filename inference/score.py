@@ -37,7 +37,6 @@ from models.common import (
     choose_runtime,
     flag,
     is_main_rank,
-    load_function,
     peak_memory,
     peaks,
     progress_bar,
@@ -47,6 +46,7 @@ from models.common import (
 )
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.functions import load_function
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import EncodingCounts, Limits, Record, Split, encode_records, naming, read_records, require

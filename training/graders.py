@@ -113,7 +113,8 @@ def marked_answer(text: str) -> str | None:
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
     if 0 <= start < end:
         return text[start + len("<answer>") : end].strip()
-    clauses = [_clause(text[match.end() :]) for match in ANSWER_IS.finditer(text)]
+    ends = [match.end() for match in ANSWER_IS.finditer(text)][-10:]
+    clauses = [_clause(text[end : end + 500]) for end in ends]
     with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # and not: "I hope the answer is right"
     return (with_number or clauses or [None])[-1]
 

@@ -316,7 +316,7 @@ def _read_scalar(text: str) -> Scalar:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)
             return Scalar(values, unit=words[0] if words[0] in UNITS and len(words) == 1 else "")
-    if re.fullmatch(r"[A-Za-z\s.'-]{2,}", text) and text not in WORDS or PROSE.search(text):
+    if (re.fullmatch(r"[A-Za-z\s.'-]{2,}", text) and text not in WORDS) or PROSE.search(text):
         raise ValueError("words")
     text = THOUSANDS.sub(lambda match: re.sub(r"[, ]", "", match[0]), text)
     text = MIXED.sub(_mixed, text)

@@ -36,13 +36,13 @@ def math_answer(prompt: str, completion: str, example: dict) -> float:
     text = after_thinking(completion)
     answer = marked_answer(text)
     answer = last_number_in(text) if answer is None else answer
-    return float(answer is not None and any(equal(answer, gold) for gold in gold_answers(example)))
+    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
 
 
 def last_number(prompt: str, completion: str, example: dict) -> float:
     """1 if the last number of the text equals the right one, whatever is marked as the answer."""
     answer = last_number_in(after_thinking(completion))
-    return float(answer is not None and any(equal(answer, gold) for gold in gold_answers(example)))
+    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
 
 
 def multiple_choice(prompt: str, completion: str, example: dict) -> float:

@@ -101,14 +101,26 @@ class Answer(NamedTuple):
 
 
 def draw(
-    engine: Engine, prompts: list[Prompt], first: int, sample_idx: int, max_new_tokens: int, dp: DeviceMesh
+    engine: Engine,
+    prompts: list[Prompt],
+    first: int,
+    sample_idx: int,
+    max_new_tokens: int,
+    dp: DeviceMesh,
+    on_finished: Callable[[int, Prompt, str], None] | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks, which draw a share each. A collective."""
+    """An answer to each prompt, the same on all ranks, which draw a share each. A collective.
+
+    on_finished: called with the number of the prompt, the prompt and the text as soon as this rank has an answer.
+    """
     requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
     own = {}
     for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
         end = [] if done.stop_token_id is None else [done.stop_token_id]
         own[done.request.idx] = Answer(done.token_ids + end, done.logprobs, done.text, bool(end))
+        if on_finished is not None:
+            i = done.request.idx - first
+            on_finished(i, prompts[i], done.text)
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}
@@ -187,6 +199,7 @@ class Rollout(NamedTuple):
     scores: Tensor  # fp32 [A], penalties included, KL not
     step_rewards: Tensor  # fp32 [A, R]: process rewards of their own tokens
     num_cut: int  # rows that were too long for the reward model
+    source_metrics: dict[str, float]  # of each source of the scores
     seconds: dict[str, float]
     values: Tensor | None = None  # fp32 [A, R]: what the critic says, where there is one
 
@@ -237,6 +250,7 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/scores": score,
         "val/num_eos_tokens": sum(rollout.finished),
         "val/num_cut_for_reward": rollout.num_cut,
+        **rollout.source_metrics,
         "completion_length": mask.sum(1).double().mean().item(),
         "engine/logprob_gap_mean": gap.mean().item(),
         "engine/logprob_gap_max": gap.max().item(),

@@ -73,7 +73,7 @@ from training.losses import (
     whiten,
 )
 from training.optim import OptimArgs, constant_rate, make_optimizer, set_learning_rate
-from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_function, open_reward_folder
+from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_functions, open_reward_folder
 from training.rollouts import (
     Prompt,
     Rollout,
@@ -152,7 +152,7 @@ def main(args: PpoArgs) -> None:
     reward = None
     if args.reward_checkpoint_path:
         reward = open_reward_folder(args.reward_checkpoint_path, folder, args.tensor_parallel_size)
-    function = load_reward_function(args.reward_fn) if args.reward_fn else None
+    functions = load_reward_functions(args)
     context = folder.config.max_position_embeddings
     if args.max_new_tokens >= context:
         raise ValueError(
@@ -170,7 +170,7 @@ def main(args: PpoArgs) -> None:
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id)
     models = load_models(args, mesh, runtime, others)
     policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, reward, models.reward_model, function, split)
+    scorer = Scorer(args, folder.tokenizer, reward, models.reward_model, functions, split)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(
         critic, args, learning_rate=args.value_learning_rate, seed=args.seed, compile=runtime.compile
@@ -258,6 +258,7 @@ def main(args: PpoArgs) -> None:
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))
 
+    scorer.close()
     if not run.stopped:
         export(run, models, folder, others.value_path)
 
@@ -291,11 +292,11 @@ def collect(
     the first answer, which with sample_idx decides the sampler's noise."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp)
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp, scorer.submit)
     rows, mask, engine_logps = as_rows(prompts, answers, device)
     texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}
-    scores, step_rewards, num_cut = scorer.score(prompts, rows, texts, finished)
+    scores = scorer.score(prompts, rows, texts, finished)
     seconds["score"] = watch.lap()
 
     def logps_of(model: Transformer) -> Tensor:
@@ -307,9 +308,8 @@ def collect(
         logps, ref_logps = logps_of(models.policy), logps_of(models.reference)
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split.pad_token_id), split)
     seconds["logprobs"] = watch.lap()
-    return Rollout(
-        rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, step_rewards, num_cut, seconds, values
-    )
+    drawn = (rows, texts, finished, mask, engine_logps, logps, ref_logps)
+    return Rollout(*drawn, scores.total, scores.step_rewards, scores.num_cut, scores.metrics, seconds, values)
 
 
 def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
@@ -411,7 +411,7 @@ class Others(NamedTuple):
         return self.ref_scheme is None and args.ref_path.samefile(args.checkpoint_path)
 
     def notes(self, args: PpoArgs) -> dict[str, str]:
-        scores = " + ".join(str(part) for part in (args.reward_checkpoint_path, args.reward_fn) if part)
+        scores = " + ".join(str(part) for part in (args.reward_checkpoint_path, *(args.reward_fn or [])) if part)
         return {
             "reference": str(args.ref_path) + (f", {self.ref_scheme}" if self.ref_scheme else ""),
             "critic": str(self.value_path) + ("" if has_score_head(self.value_path) else ", with a zero head"),

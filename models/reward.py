@@ -310,3 +310,13 @@ def aggregate(step_scores: list[float], how: str) -> float:
 
 def sigmoid(reward: float) -> float:
     return 1 / (1 + math.exp(-reward)) if reward > 0 else math.exp(reward) / (1 + math.exp(reward))
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The probability that of k samples, drawn from num_samples without replacement, at least one is right:
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), in exact integers."""
+    if not 0 <= num_right <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} of them right, is not defined")
+    wrong = math.comb(num_samples - num_right, k)  # 0 where fewer than k are wrong
+    all_sets = math.comb(num_samples, k)
+    return (all_sets - wrong) / all_sets

@@ -4,7 +4,7 @@ r"""Whether two answers are mathematically the same.
   roots, pi and functions to 9 digits; expressions with variables at three points
 - brackets and order of tuples, intervals and matrices matter; sets and lists of solutions have no order
 - a name in front (x = 5), currency and units do not matter, but two units that are known to differ do: 5 cm, 5 m
-- what is not understood is compared as words; where the package math_verify is installed, it is asked, too
+- what is not understood is compared as words; where both are formulas, the package math_verify is asked, if installed
 - nothing is ever evaluated by Python, and powers are bounded: 9^{9^{9}} is only not understood
 """
 
@@ -74,8 +74,9 @@ def equal(answer: str, gold: str) -> bool:
     if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", answer):
         numbers = [match[0] for match in NUMBER.finditer(answer)]  # a sentence around a number
         return len(numbers) == 1 and re.search(r"[A-Za-z]{2}", answer) is not None and _same(read(numbers[0]), theirs)
-    unread = [text for text, value in ((answer, ours), (gold, theirs)) if isinstance(value, str)]
-    return any(re.search(r"[\d\\=^]", text) for text in unread) and _same_for_math_verify(answer, gold)
+    # neither is understood, and they are mathematics, if not numerals to another base
+    unread = isinstance(ours, str) and isinstance(theirs, str) and "_" not in ours + theirs
+    return unread and all(re.search(r"\\[a-zA-Z]|\^", text) for text in (answer, gold)) and _ask(answer, gold)
 
 
 def _same(a: object, b: object) -> bool:
@@ -117,7 +118,7 @@ def _close(a: Number, b: Number) -> bool:
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _same_for_math_verify(answer: str, gold: str) -> bool:
+def _ask(answer: str, gold: str) -> bool:
     """What the package math_verify says, where it is installed."""
     try:
         from math_verify import parse, verify

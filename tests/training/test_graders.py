@@ -6,6 +6,7 @@ are nested, empty or never closed, 1,000 beside (1,000), 50 beside 50 % beside 1
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -406,6 +407,17 @@ def test_hostile_texts_have_a_verdict():
     for text in texts:
         for grader in (math_answer, multiple_choice, last_number, exact_match, format_reward):
             assert grader("", text, {"answer": "J" if grader is multiple_choice else "55"}) == 0
+
+
+def test_math_verify_is_asked_last(monkeypatch):
+    """Catches a package that overrules what is understood here, or is not asked where nothing is."""
+    asked = []
+    package = types.ModuleType("math_verify")
+    package.parse = lambda text: text
+    package.verify = lambda gold, answer: asked.append((answer, gold)) or True
+    monkeypatch.setitem(sys.modules, "math_verify", package)
+    assert wrong(math_answer, PAIRS) == [] and not asked
+    assert math_answer("", r"\boxed{\int_0^1 x}", {"answer": r"\oint x"}) and asked == [(r"$\int_0^1 x$", r"$\oint x$")]
 
 
 def test_no_torch():

@@ -75,7 +75,7 @@ def equal(answer: str, gold: str) -> bool:
         numbers = [match[0] for match in NUMBER.finditer(answer)]  # a sentence around a number
         return len(numbers) == 1 and re.search(r"[A-Za-z]{2}", answer) is not None and _same(read(numbers[0]), theirs)
     # neither is understood, and they are mathematics, if not numerals to another base
-    unread = isinstance(ours, str) and isinstance(theirs, str) and "_" not in ours + theirs
+    unread = isinstance(ours, str) and isinstance(theirs, str) and not re.search(r"\d_", ours + theirs)
     return unread and all(re.search(r"\\[a-zA-Z]|\^", text) for text in (answer, gold)) and _ask(answer, gold)
 
 

@@ -196,7 +196,10 @@ ALIKE = (  # units of two letters or less, and what contradicts them
 )
 UNITS = {word: group for group in ALIKE for word in group.split()}
 FUNCTIONS = {"ln": math.log, "log": math.log10, "sin": math.sin, "cos": math.cos, "tan": math.tan, "exp": math.exp}
-RELATIONS = ["le", "ge", "leq", "geq", "ne", "neq", "lt", "gt", "approx", "in", "to", "emptyset", "begin", "text"]
+GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+)
 WORDS = ("sqrt", "pi", *FUNCTIONS)  # that stand for something in plain text, too
 
 

@@ -196,9 +196,9 @@ ALIKE = (  # units of two letters or less, and what contradicts them
 )
 UNITS = {word: group for group in ALIKE for word in group.split()}
 FUNCTIONS = {"ln": math.log, "log": math.log10, "sin": math.sin, "cos": math.cos, "tan": math.tan, "exp": math.exp}
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+LETTER = re.compile(
+    "ell|(?:var)?(?:[Gg]amma|[Dd]elta|epsilon|[Tt]heta|[Ll]ambda|[Xx]i|rho|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega)|alpha|beta|"
+    "zeta|eta|iota|kappa|mu|nu|tau|[Uu]psilon|chi"
 )
 WORDS = ("sqrt", "pi", *FUNCTIONS)  # that stand for something in plain text, too
 
@@ -457,26 +457,12 @@ class _Expression:
             base = self._argument() if self._take("_") else None
             result = FUNCTIONS[name](self._power())
             return result if base is None else result / FUNCTIONS[name](base)
-        if name in (
-            "le",
-            "ge",
-            "leq",
-            "geq",
-            "ne",
-            "neq",
-            "lt",
-            "gt",
-            "approx",
-            "in",
-            "to",
-            "emptyset",
-            "begin",
-            "text",
-        ):
-            raise ValueError("a relation")
+        if len(name) > 1 and not LETTER.fullmatch(name):
+            raise ValueError(f"not a variable: {name}")
         index = self._match(r"_(?:\{(\w+)\}|(\w))")
         name += f"_{index[1] or index[2]}" if index else ""
-        return Fraction((31 * sum(map(ord, name)) + 17 * self.point) % 101 + 2, 13 + 6 * self.point)
+        number = int.from_bytes(name.encode()) % 1000003  # another one for another variable
+        return Fraction(number + 2 + 17 * self.point, 1013 + 6 * self.point)
 
 
 def _raise(base: Number, exponent: Number) -> Number:

@@ -263,6 +263,8 @@ STRUCTURES = [
     ("\\frac{\\sqrt{x}}{x}", "\\frac{1}{\\sqrt{x}}", Y),
     ("\\alpha + 1", "1+\\alpha", Y),
     ("\\alpha", "\\beta", N),
+    ("x_{12}", "x_{21}", N),
+    ("x_1 + x_2", "x_{2} + x_{1}", Y),
     ("x > 5", "x>5", Y),
     ("x > 5", "5", N),
     ("x \\le 5", "x \\ge 5", N),

@@ -461,7 +461,7 @@ class _Expression:
             raise ValueError(f"not a variable: {name}")
         index = self._match(r"_(?:\{(\w+)\}|(\w))")
         name += f"_{index[1] or index[2]}" if index else ""
-        number = int.from_bytes(name.encode()) % 1000003  # another one for another variable
+        number = int.from_bytes(name.encode(), "big") % 1000003  # another one for another variable
         return Fraction(number + 2 + 17 * self.point, 1013 + 6 * self.point)
 
 

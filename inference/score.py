@@ -1,4 +1,5 @@
-"""Scores from a reward model: records in, the same records with their rewards out, in the same order.
+"""Scores from a reward model, or grades from a function that checks answers: records in, the same records with their
+rewards out, in the same order.
 
 - outcome models (training/train_rm.py --loss pairwise or pointwise, or any LlamaForSequenceClassification, or Qwen2's
   or Qwen3's, with one label) give one number, at the last token of BOS + prompt + completion + EOS; process models give
@@ -6,9 +7,12 @@
 - a window of records is sorted by length, so that little is padded, and written once it is scored; after a kill,
   --resume goes on behind the last whole line
 - --best_of_n and --weighted_vote choose among the samples of a prompt once all are scored
+- --grader needs no model: inference/grading.py
 
     python inference/score.py --checkpoint_path RM --data_file samples.jsonl --output_file scored.jsonl
     python inference/score.py --checkpoint_path RM --data_file samples.jsonl --output_file best.jsonl --best_of_n
+    python inference/score.py --grader training/graders.py:math_answer --data_file samples.jsonl \\
+        --output_file graded.jsonl --pass_at 1 8
 """
 
 import hashlib
@@ -25,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
+from inference.grading import grade_file
 from inference.lines import LineWriter, begun_on, read_begun, refuse_occupied, write_lines
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -37,7 +42,6 @@ from models.common import (
     choose_runtime,
     flag,
     is_main_rank,
-    load_function,
     peak_memory,
     peaks,
     progress_bar,
@@ -47,6 +51,7 @@ from models.common import (
 )
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.functions import load_function
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import EncodingCounts, Limits, Record, Split, encode_records, naming, read_records, require
@@ -62,14 +67,27 @@ from models.reward import (
 )
 from models.reward import aggregate as aggregate_steps
 from models.tp import TensorParallelArgs
+from models.workers import GradingArgs
 
 WINDOW = 16  # batches that are sorted by length together; what a kill loses at most
 ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "voted_answer", "votes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs):
-    """Adds the rewards of a reward model to records, in batches."""
+class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
+    """Adds the rewards of a reward model, or the grades of a function, to records."""
+
+    checkpoint_path: Path | None = None
+    grader: str | None = flag(
+        None,
+        help="FILE.py:NAME, in the place of --checkpoint_path: a function (prompt, completion, example) -> number that "
+        "gives lines a grade, such as training/graders.py:math_answer",
+    )
+    pass_at: list[int] | None = flag(
+        None,
+        bounds=at_least_one,
+        help="with --grader: say how probable it is that one of so many samples of a prompt has a grade of at least 1",
+    )
 
     data_file: Path = flag(
         help="JSON or JSONL records: prompt + completion; generate.py's lines (no EOS follows an output that ended for "
@@ -116,8 +134,12 @@ class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs):
 
 @torch.inference_mode()
 def main(args: ScoreArgs) -> None:
+    check_source(args)
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_files(args)
+    if args.grader is not None:
+        grade_file(args.data_file, args.output_file, args.grader, args.pass_at or [], args, resume=args.resume)
+        return
     runtime = choose_runtime(args)
     today = chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
@@ -192,6 +214,17 @@ def main(args: ScoreArgs) -> None:
     if args.choosing:
         prompts = f"{len(chosen):,}, {len(lines) / len(chosen):.1f} samples each"
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
+
+
+def check_source(args: ScoreArgs) -> None:
+    """Raises ValueError unless one thing gives scores, and has only its own flags."""
+    if (args.checkpoint_path is None) == (args.grader is None):
+        raise ValueError("give either --checkpoint_path, a reward model, or --grader, a function")
+    if args.pass_at is not None and args.grader is None:
+        raise ValueError("--pass_at needs a --grader: a score of a reward model is neither right nor wrong")
+    for name in ("normalize", "aggregate", "best_of_n", "weighted_vote"):
+        if args.grader is not None and getattr(args, name):
+            raise ValueError(f"--{name} is for a reward model's scores, and --grader gives grades")
 
 
 def check_files(args: ScoreArgs) -> None:

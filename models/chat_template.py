@@ -17,7 +17,7 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from models.common import short
+from models.functions import short
 
 OPEN, BEGIN, END, LEARN, LEARNT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}])|[{LEARN}{LEARNT}]")

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import importlib.util
 import io
 import json
 import math
@@ -205,34 +204,6 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
 def parse_args(Args: type, arguments: list[str] | None = None):
     """The Args of a command line, by default this process's."""
     return Args(**vars(ArgumentParser(Args).parse_args(arguments)))
-
-
-def load_function(flag: str, place: str) -> Callable:
-    """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
-    wrong with it."""
-    path, separator, name = place.rpartition(":")
-    if not separator or not name.isidentifier():
-        raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{flag} {place}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(flag.lstrip("-"), path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{flag} {place}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever somebody's file does when it is run
-        raise ValueError(f"{flag} {place}: {path} cannot be imported: {short(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{flag} {place}: {path} has no function {name}")
-    return function
-
-
-def short(error: BaseException) -> str:
-    """The error of somebody else's code in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # -------------------------------------------------------------------------------- a script's process

@@ -76,11 +76,6 @@ def read_reward_kind(folder: Path) -> RewardKind:
     return RewardKind(separator, mean, std)
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The chance that one of k of the samples, drawn without replacement, is right: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
-
-
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
     """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
     single output, and nothing of what an earlier reward model's holds on its scores."""
@@ -311,3 +306,13 @@ def aggregate(step_scores: list[float], how: str) -> float:
 
 def sigmoid(reward: float) -> float:
     return 1 / (1 + math.exp(-reward)) if reward > 0 else math.exp(reward) / (1 + math.exp(reward))
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The probability that of k samples, drawn from num_samples without replacement, at least one is right:
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), in exact integers."""
+    if not 0 <= num_right <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} of them right, is not defined")
+    wrong = math.comb(num_samples - num_right, k)  # 0 where fewer than k are wrong
+    all_sets = math.comb(num_samples, k)
+    return (all_sets - wrong) / all_sets

@@ -18,7 +18,8 @@ from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
 from models.chat_template import ChatTemplate, read_chat_template
-from models.common import chat_day, read_json_object, short
+from models.common import chat_day, read_json_object
+from models.functions import short
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one

@@ -21,11 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import load_model
 from models.common import flag, run_script
+from models.functions import load_function
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Record, collate, get_field, read_records
 from models.tokenizer import Tokenizer
 from training.losses import sequence_logps, token_logps
-from training.rewards import load_reward_function
 
 STAGES = {
     "model": "random weights",
@@ -35,7 +35,7 @@ STAGES = {
     "ppo": "PPO, learned reward",
 }
 ROWS_PER_FORWARD = 256
-correct = load_reward_function(f"{Path(__file__).with_name('toy.py')}:correct")
+correct = load_function("toy_report", f"{Path(__file__).with_name('toy.py')}:correct")
 
 
 @dataclass(frozen=True, kw_only=True)

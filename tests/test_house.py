@@ -19,7 +19,7 @@ MAY_IMPORT = {  # arrows run down only
 FILES = {
     path.relative_to(tiny.ROOT).with_suffix("").as_posix().replace("/", "."): path
     for folder in MAY_IMPORT
-    for path in sorted((tiny.ROOT / folder).glob("*.py"))
+    for path in sorted((tiny.ROOT / folder).rglob("*.py"))
 }
 
 

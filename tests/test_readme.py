@@ -27,7 +27,7 @@ def commands():
                 if not line.startswith(("python ", "torchrun ")):
                     continue
                 words = shlex.split(line, comments=True)
-                script = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+/\w+\.py", word)), None)
+                script = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+(/\w+)+\.py", word)), None)
                 if script is not None:
                     yield words[:script], words[script], words[script + 1 :]
 
@@ -58,7 +58,7 @@ def test_all_scripts_have_a_command():
     runnable = {
         path.relative_to(tiny.ROOT).as_posix()
         for folder in FOLDERS
-        for path in (tiny.ROOT / folder).glob("*.py")
+        for path in (tiny.ROOT / folder).rglob("*.py")
         if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
     }
     assert shown == runnable

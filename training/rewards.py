@@ -1,18 +1,17 @@
-"""Where the scores of answers come from: a reward model's folder, a Python function in a file, or both.
+"""Where the scores of answers come from: a reward model's folder, functions in files, or both.
 
 - a reward model with the policy's tokenizer reads the very ids that were drawn; one with another tokenizer reads the
   text, encoded as its own training did
 - a process reward model scores every step; its numbers go to the steps' last tokens or, aggregated, to the answer's end
-- a reward function sees texts and whole records, and what it returns is checked
+- a function sees texts and whole records. One that takes an answer runs in worker processes of its rank, from the
+  moment when that is finished; whatever goes wrong there costs that answer's grade, which is then 0, and is counted
 
 Dimensions: A answers, R tokens of the longest answer.
 """
 
-import inspect
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from models.chats import Chat
 from models.checkpoint import Folder, open_folder
-from models.common import Bounds, flag, is_main_rank, load_function, non_negative, positive, short
+from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
+from models.functions import Grader, call_batch, load_grader
 from models.model import Transformer
 from models.records import Example, Split, encode_generated
 from models.reward import (
@@ -37,22 +37,30 @@ from models.reward import (
     step_scores,
 )
 from models.tokenizer import StreamDecoder, Tokenizer
+from models.workers import GradingArgs, Pool
 from training.prompts import Prompt
 
-RewardFunction = Callable[[list[str], list[str], list[dict]], list[float]]
 finite = Bounds(least=-1e9, most=1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardArgs:
+class RewardArgs(GradingArgs):
     """Where the scores of answers come from."""
 
     reward_checkpoint_path: Path | None = flag(None, help="folder of a reward model")
-    reward_fn: str | None = flag(
-        None, help="FILE.py:NAME, a function (prompts, completions, examples) -> list of numbers"
+    reward_fn: list[str] | None = flag(
+        None,
+        action="append",
+        help="FILE.py:NAME, a function (prompt, completion, example) -> number, or (prompts, completions, examples) -> "
+        "list of numbers; several times for several",
     )
     reward_model_weight: float = flag(1.0, bounds=finite, help="what the reward model's scores are multiplied by")
-    reward_fn_weight: float = flag(1.0, bounds=finite, help="what the function's numbers are multiplied by")
+    reward_fn_weight: list[float] | None = flag(
+        None,
+        action="append",
+        bounds=finite,
+        help="what a function's numbers are multiplied by, once for all functions or for each in their order; 1",
+    )
     normalize_reward: bool = flag(False, help="scores less reward_mean, by reward_std of the folder")
     process_reward: str = flag(
         "min",
@@ -66,43 +74,14 @@ class RewardArgs:
     )
 
 
-def load_reward_function(place: str) -> RewardFunction:
-    """The function that --reward_fn names; see load_function. Raises ValueError also for other parameters."""
-    function = load_function("--reward_fn", place)
-    try:
-        inspect.signature(function).bind([], [], [])
-    except TypeError:
+def load_reward_functions(args: RewardArgs) -> list[Grader]:
+    """The functions that --reward_fn names. Raises ValueError or OSError; see load_grader."""
+    functions, weights = args.reward_fn or [], args.reward_fn_weight or []
+    if len(weights) > 1 and len(weights) != len(functions):
         raise ValueError(
-            f"--reward_fn {place}: {place.rpartition(':')[2]} must take (prompts, completions, examples), it takes "
-            f"{inspect.signature(function)}"
-        ) from None
-    except ValueError:  # a built-in without a signature
-        pass
-    return function
-
-
-def call_reward_function(
-    function: RewardFunction, prompts: list[str], completions: list[str], examples: list[dict]
-) -> list[float]:
-    """One finite number for each completion, in order; ValueError if the function fails or returns anything else."""
-    name = getattr(function, "__name__", "the reward function")
-    try:
-        rewards = function(list(prompts), list(completions), [dict(example) for example in examples])
-        rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
-    except (Exception, SystemExit) as error:  # somebody's code may raise anything, a generator's while it is read
-        raise ValueError(f"--reward_fn: {name} raised {short(error)}") from error
-    try:
-        if isinstance(rewards, str | dict):
-            raise TypeError(f"it is a {type(rewards).__name__}")
-        rewards = [float(reward) for reward in rewards]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"--reward_fn: {name} must return a list of numbers: {short(error)}") from None
-    if len(rewards) != len(completions):
-        raise ValueError(f"--reward_fn: {name} returned {len(rewards)} rewards for {len(completions)} completions")
-    for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise ValueError(f"--reward_fn: {name} returned {reward} for the completion {completions[i][:80]!r}")
-    return rewards
+            f"--reward_fn_weight: {len(weights)} for {len(functions)} of --reward_fn; give one for all, or one for each"
+        )
+    return [load_grader("--reward_fn", place) for place in functions]
 
 
 class RewardFolder(NamedTuple):
@@ -169,78 +148,161 @@ def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, toke
 
 
 class Scores(NamedTuple):
-    total: Tensor
-    step_rewards: Tensor
-    num_cut: int
-    sources: dict
-    failures: dict
+    """What the sources gave to answers, the same on all ranks."""
 
-    @property
-    def metrics(self):
-        return source_metrics([self])
+    total: Tensor  # fp32 [A], the weighted sum of the sources less penalties, without step_rewards
+    step_rewards: Tensor  # fp32 [A, R], process rewards of their own tokens
+    num_cut: int  # rows that were cut for the reward model
+    sources: dict[str, Tensor]  # fp32 [A] each: what each gave, unweighted; NaN where it failed for an answer
+    failures: dict[str, list[str]]  # why one failed, once for each answer
 
     @property
     def checked(self) -> Tensor | None:
-        """What the first reward function gave, [A]; None without one."""
+        """What the first reward function gave, fp32 [A]; None without one."""
         return next((values for name, values in self.sources.items() if name != "reward_model"), None)
 
 
-def source_metrics(scores: list[Scores]) -> dict[str, float]:
-    metrics = {}
-    for name in scores[0].sources:
-        x = torch.cat([each.sources[name] for each in scores])
-        metrics |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": x.std().item()}
-    return metrics
+class Scorer:
+    """What gives answers their scores: a reward model, functions, or both. folder and model go together, or are None.
 
+    Functions of the per-answer form run in worker processes of each rank, which grades the answers that it drew; the
+    batch form is called on the main rank. Making it is what each rank does, or none.
+    """
 
-class Scorer(NamedTuple):
-    """What gives answers their scores. folder and model go together; so do they and the function, each may be None."""
+    def __init__(
+        self,
+        args: RewardArgs,
+        tokenizer: Tokenizer,  # the policy's
+        folder: RewardFolder | None,
+        model: Transformer | None,
+        functions: list[Grader],
+        split: Split,
+    ):
+        self.args, self.tokenizer, self.folder, self.model, self.split = args, tokenizer, folder, model, split
+        self.functions = dict(zip(_unique_names(functions), functions))
+        weights = args.reward_fn_weight or [1.0]
+        self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
+        self.pooled = [name for name, function in self.functions.items() if function.per_answer]
+        self.grading: dict[int, tuple[Prompt, str, list]] = {}  # answers that are being graded, by their numbers
+        self.pool, self.warned = None, set()
+        tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent and draw the same
+        if self.pooled and dist.get_rank() % tp_size == 0:
+            self.pool = Pool([self.functions[name] for name in self.pooled], args)
 
-    args: RewardArgs
-    tokenizer: Tokenizer  # the policy's
-    folder: RewardFolder | None
-    model: Transformer | None
-    function: RewardFunction | None
-    split: Split
+    def submit(self, i: int, prompt: Prompt, text: str) -> None:
+        """Answer i of the batch that is drawn is finished on this rank: functions of the per-answer form begin."""
+        if self.pool is not None:
+            grades = [self.pool.submit(j, prompt.text, text, prompt.fields) for j in range(len(self.pooled))]
+            self.grading[i] = (prompt, text, grades)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self.pool is not None:
+            self.pool.close()
 
     def score(self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]) -> Scores:
-        """(scores [A], process rewards [A, R] of their own tokens, both fp32; rows that were cut for the reward model),
-        the same on all ranks. A collective.
+        """The scores of the answers to prompts, of which some may have been submitted. A collective.
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
         """
-        args, scores, num_cut = self.args, torch.zeros(len(rows)), 0
-        step_rewards = torch.zeros(len(rows), max(row.num_targets for row in rows))
+        args, sources, failures, num_cut = self.args, {}, {}, 0
+        num_tokens = torch.tensor([row.num_targets for row in rows])
+        total, step_rewards = torch.zeros(len(rows)), torch.zeros(len(rows), int(num_tokens.max()))
+        self._submit_the_rest(prompts, texts)  # they are graded while the reward model computes
         if self.folder is not None:
-            kind, weight = self.folder.kind, args.reward_model_weight
-            asked = [prompt.asked for prompt in prompts]
-            to_score, num_cut = rows_to_score(self.folder, asked, rows, texts, finished)
-            split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
-            mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
-            for i, values in enumerate(step_scores(self.model, to_score, split)):
-                if kind.separator is None:
-                    scores[i] += weight * (values[0] - mean) / std
-                elif args.process_reward != "steps":
-                    scores[i] += weight * aggregate(values, args.process_reward)
-                else:
-                    places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
-                    for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
-                        step_rewards[i, place] += weight * sigmoid(value)
-        if self.function is not None:
-            records = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
-            rewards = _on_main_rank(call_reward_function, self.function, *records)
-            scores += args.reward_fn_weight * torch.tensor(rewards)
-        scores -= args.length_penalty * torch.tensor([row.num_targets for row in rows])
-        scores -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
+            sources["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
+            if self.folder.kind.separator is None or args.process_reward != "steps":
+                total += args.reward_model_weight * sources["reward_model"]
+        columns = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
+        graded = self._collect(len(rows))
+        for name, function in self.functions.items():
+            if function.per_answer:
+                values, failures[name] = graded[name]
+                sources[name] = torch.tensor(values)
+            else:
+                sources[name] = torch.tensor(_on_main_rank(call_batch, function, *columns))
+            total += self.weights[name] * sources[name].nan_to_num(nan=0.0)
+        total -= args.length_penalty * num_tokens
+        total -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
-        sources = {"function": torch.tensor(rewards, device=device)} if self.function else {}
-        return Scores(scores.to(device), step_rewards.to(device), num_cut, sources, {})
+        sources = {name: values.to(device) for name, values in sources.items()}
+        return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 
-    def submit(self, i, prompt, text):
-        pass
+    def _ask_model(
+        self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]
+    ) -> tuple[Tensor, Tensor, int]:
+        """(what the reward model gives to each answer [A], of steps their sum; weighted rewards of steps at their own
+        tokens [A, R]; how many rows were cut)"""
+        args, kind = self.args, self.folder.kind
+        given, step_rewards = torch.zeros(len(rows)), torch.zeros(len(rows), max(row.num_targets for row in rows))
+        to_score, num_cut = rows_to_score(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
+        split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
+        mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
+        for i, values in enumerate(step_scores(self.model, to_score, split)):
+            if kind.separator is None:
+                given[i] = (values[0] - mean) / std
+            elif args.process_reward != "steps":
+                given[i] = aggregate(values, args.process_reward)
+            else:
+                places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
+                for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
+                    step_rewards[i, place] += args.reward_model_weight * sigmoid(value)
+                    given[i] += sigmoid(value)
+        return given, step_rewards, num_cut
 
-    def close(self):
-        pass
+    def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
+        """Submits this rank's share of the answers, but for those that have been."""
+        dp = self.split.dp
+        for i in range(dp.get_local_rank(), len(prompts), dp.size()) if self.pool is not None else ():
+            if self.grading.get(i, ())[:2] != (prompts[i], texts[i]):
+                self.submit(i, prompts[i], texts[i])
+
+    def _collect(self, num_answers: int) -> dict[str, tuple[list[float], list[str]]]:
+        """(a number for each answer, NaN where there is none; why there is none) by each function of the per-answer
+        form. A collective."""
+        if not self.pooled:
+            return {}
+        dp, own = self.split.dp, {}
+        for i in range(dp.get_local_rank(), num_answers, dp.size()) if self.pool is not None else ():
+            own[i] = [tuple(grade.result()) for grade in self.grading[i][2]]
+        self.grading.clear()
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        grades = {i: grades for part in parts for i, grades in part.items()}
+        collected = {}
+        for j, name in enumerate(self.pooled):
+            values, failures = zip(*(grades[i][j] for i in range(num_answers)))
+            collected[name] = list(values), [failure for failure in failures if failure is not None]
+            if collected[name][1] and name not in self.warned:
+                self.warned.add(name)
+                say(
+                    f"--reward_fn: {name} gave an answer no grade: {collected[name][1][0]}; later ones are only counted"
+                )
+        return collected
+
+
+def _unique_names(functions: list[Grader]) -> list[str]:
+    """The functions' names, with a number where several have the same."""
+    names = ["reward_model"]
+    for function in functions:
+        numbered = (f"{function.name}_{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([function.name], numbered) if name not in names))
+    return names[1:]
+
+
+def source_metrics(scores: list[Scores]) -> dict[str, float]:
+    """What is measured of each source, under TRL's names: mean and deviation of what it gave, unweighted, and to how
+    many answers it gave nothing."""
+    metrics = {}
+    for name in scores[0].sources:
+        values = torch.cat([each.sources[name] for each in scores]).double()
+        given = values[~values.isnan()]
+        metrics[f"rewards/{name}/mean"] = given.mean().item() if len(given) else 0.0
+        metrics[f"rewards/{name}/std"] = given.std().item() if len(given) > 1 else 0.0
+        failures = [failure for each in scores for failure in each.failures.get(name, [])]
+        metrics[f"rewards/{name}/timeouts"] = failures.count("timeout")
+        metrics[f"rewards/{name}/errors"] = len(failures) - failures.count("timeout")
+    return metrics
 
 
 def _on_main_rank(function: Callable, *args):

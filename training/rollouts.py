@@ -27,7 +27,7 @@ from models.reward import pass_at_k
 from models.tokenizer import Tokenizer
 from training.losses import kl_estimates, token_logps
 from training.prompts import Prompt, RolloutArgs
-from training.rewards import Scores
+from training.rewards import Scores, source_metrics
 from training.run_dir import Run, open_log, write_lines
 
 # ---------------------------------------------------------------------------------------- rollouts
@@ -200,7 +200,7 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "completion_length": mask.sum(1).double().mean().item(),
         "engine/logprob_gap_mean": gap.mean().item(),
         "engine/logprob_gap_max": gap.max().item(),
-        **rollout.scores.metrics,
+        **source_metrics([rollout.scores]),
     }
 
 

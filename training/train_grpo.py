@@ -51,7 +51,7 @@ from training.grpo_losses import (
 )
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import RolloutArgs, load_prompt_files
-from training.rewards import RewardArgs, Scorer, load_reward_function
+from training.rewards import RewardArgs, Scorer, load_reward_functions
 from training.rollouts import (
     SampleLog,
     TokenSums,
@@ -89,7 +89,7 @@ def main(args: GrpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    function = load_reward_function(args.reward_fn) if args.reward_fn else None
+    functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
 
@@ -97,7 +97,7 @@ def main(args: GrpoArgs) -> None:
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
     reference, reward_model = frozen.load(args, mesh, runtime)
-    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, function, split)
+    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds it and two counts
     for name in ("num_prompts", "num_tokens"):

@@ -70,7 +70,7 @@ from training.losses import (
 )
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import Prompt, RolloutArgs, load_prompt_files, prompt_numbers
-from training.rewards import RewardArgs, Scorer, load_reward_function
+from training.rewards import RewardArgs, Scorer, load_reward_functions
 from training.rollouts import (
     Rollout,
     SampleLog,
@@ -130,7 +130,7 @@ def main(args: PpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    function = load_reward_function(args.reward_fn) if args.reward_fn else None
+    functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     others = open_others(args, folder, data.longest, runtime)
 
@@ -138,7 +138,7 @@ def main(args: PpoArgs) -> None:
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
     models = load_models(args, mesh, runtime, others)
     policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, function, split)
+    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, functions, split)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(
         critic, args, learning_rate=args.value_learning_rate, seed=args.seed, compile=runtime.compile
@@ -233,6 +233,7 @@ def main(args: PpoArgs) -> None:
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))
 
+    scorer.close()
     if not run.stopped:
         export(run, models, folder, others.value_path)
 

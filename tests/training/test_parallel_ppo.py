@@ -15,12 +15,20 @@ LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
     "dp 4": (1, []),
     "dp 2 x tp 2": (2, ["--sequence_parallel", "--max_tokens_per_micro_batch", "26"]),
 }
-REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
+REWARDS = """
+def reward(prompts, completions, examples):
+    return [len(c.split()) / 3 for c in completions]
+
+def each(prompt, completion, example):
+    return len(completion) / 10 if "so" in prompt else None
+"""
 
 
 def arguments(root, name, *more) -> list[str]:
     flags = ["--checkpoint_path", root / "lm", "--prompt_file", root / "prompts.jsonl", "--output_dir", root / name]
     flags += ["--reward_checkpoint_path", root / "rm", "--reward_fn", f"{root / 'fn.py'}:reward"]
+    flags += ["--reward_fn", f"{root / 'fn.py'}:each", "--reward_workers", 1]
+    flags += ["--reward_fn_weight", 1, "--reward_fn_weight", -0.1]
     flags += ["--eval_prompt_file", root / "prompts.jsonl", "--eval_steps", 1, "--max_new_tokens", 8]
     flags += ["--total_steps", STEPS, "--rollout_batch_size", 8, "--minibatch_size", 4, "--ppo_epochs", EPOCHS]
     flags += ["--learning_rate", 1e-3, "--value_learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0]
@@ -53,9 +61,11 @@ def compare(root, out) -> float:
     worst = 0.0
     keys = ("loss", "loss/policy_avg", "loss/value_avg", "grad_norm", "value_grad_norm", "objective/rlhf_reward")
     keys += ("objective/entropy", "policy/entropy_avg", "kl_coef", "eval_objective/scores", "num_tokens")
+    keys += ("rewards/reward_model/mean", "rewards/reward/mean", "rewards/each/mean", "eval_rewards/each/std")
     lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, "one"))
     assert len(lines) == len(wanted) == STEPS
     for line, want in zip(lines, wanted):
+        assert line["rewards/each/errors"] == want["rewards/each/errors"] > 0 and want.keys() >= set(keys)
         for key in want.keys() & set(keys):
             worst = max(worst, abs(line[key] - want[key]) / max(abs(want[key]), 1e-2))
     samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, "one"))

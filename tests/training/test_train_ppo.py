@@ -58,6 +58,23 @@ def leaves(prompts, completions, examples):
 def digits(prompts, completions, examples):
     return "1" * len(completions)
 
+def each(prompt, completion, example):
+    if "more" in completion:
+        raise KeyError("more")
+    return len(completion)
+
+async def soon(prompt, completion, example):
+    return len(prompt)
+
+async def all_soon(prompts, completions, examples):
+    return [example["bonus"] for example in examples]
+
+def hangs(prompt, completion, example):
+    print("a protocol that is not only ours")
+    while example["bonus"] == 2:
+        pass
+    return 1
+
 calls = []
 
 def nan_later(prompts, completions, examples):
@@ -75,6 +92,9 @@ def world(tmp_path_factory):
     tiny.write_records(root / "held_out.jsonl", records[:3])
     (root / "fn.py").write_text(REWARDS)
     (root / "leaves.py").write_text("raise SystemExit(0)\n")
+    (root / "more.py").write_text("def each(prompt, completion, example):\n    return 7\n")
+    only_here = "import os\nassert os.getpid() == int(os.environ['PID_OF_THIS_TEST'])\n"
+    (root / "only_here.py").write_text(only_here + "def reward(prompt, completion, example):\n    return 1\n")
     tiny.write_model(root / "lm", seed=7, num_hidden_layers=1)
     pairs = tiny.write_records(root / "pairs.jsonl", make_records("pairwise", 4))
     flags = ["--checkpoint_path", root / "lm", "--train_file", pairs, "--output_dir", root / "rm", "--max_steps", 0]
@@ -88,7 +108,8 @@ def flags(folder, world, out, **more):
     given |= {"rollout_batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2}
     given |= {"learning_rate": 1e-3, "value_learning_rate": 1e-3, **more}
     kept = {name: value for name, value in given.items() if value is not None}
-    return [part for name, v in kept.items() for part in ([f"--{name}"] if v is True else [f"--{name}", v])]
+    each = [(name, v) for name, value in kept.items() for v in (value if isinstance(value, list) else [value])]
+    return [part for name, v in each for part in ([f"--{name}"] if v is True else [f"--{name}", v])]
 
 
 def ppo(*args, **more):
@@ -107,6 +128,8 @@ def test_metrics_and_samples(folder, world, tmp_path):
     constant = {"lr_schedule": "constant", "warmup_ratio": 0}
     lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
+    more |= {"reward_fn": [f"{world / 'fn.py'}:{name}" for name in ("reward", "hangs")], "reward_fn_weight": [1, 0]}
+    more |= {"reward_timeout": 0.3, "reward_workers": 1}  # the second hangs for one record, and weighs nothing
     watched = ppo(folder, world, tmp_path / "watched", **constant, **more)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [2, 3, 4]
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
@@ -118,6 +141,11 @@ def test_metrics_and_samples(folder, world, tmp_path):
         assert 0 < line["completion_length"] <= 6 and line["episode"] == 6 * line["step"]
     assert lines[-1]["num_tokens"] == pytest.approx(6 * sum(line["completion_length"] for line in lines))
     assert [line["step"] for line in watched if "eval_objective/scores" in line] == [2, 4]
+    for line in watched:  # a busy machine may take too long for more than those that hang
+        hung = train_ppo.prompt_numbers(7, 6 * (line["step"] - 1), 6, seed=0).count(2)
+        assert line["rewards/hangs/timeouts"] >= hung and line["rewards/hangs/mean"] == 1
+        assert line["rewards/reward/mean"] == pytest.approx(line["objective/scores"])
+    assert [line["step"] for line in watched if line.get("eval_rewards/hangs/timeouts", 0) >= 1] == [2, 4]
     samples = tiny.read_lines(tmp_path / "watched/samples.jsonl")
     assert [sample["step"] for sample in samples] == [2] * 3 + [4] * 3
     for sample, bonus in zip(samples, [0, 1, 2, 0, 1, 2]):
@@ -206,16 +234,19 @@ class Scores:
         runtime = Runtime(torch.device("cpu"), torch.float32, False)
         self.model = load_frozen(folder, mesh, None, ParallelArgs(), runtime, head="score")
 
-    def __call__(self, texts, finished, function=None, **flags):
+    def __call__(self, texts, finished, functions=(), **flags):
         ids = encode_prompt("Question 1:", self.tokenizer)
         prompts = [Prompt(ids, {"prompt": "Question 1:", "bonus": 5}, "Question 1:", "Question 1:")] * len(texts)
         rows = []
         for text, ended in zip(texts, finished):
             answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
             rows.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer))
-        scorer = Scorer(RewardArgs(**flags), self.tokenizer, self.reward, self.model, function, self.split)
-        scores, step_rewards, self.num_cut = scorer.score(prompts, rows, texts, finished)
-        return rows, scores, step_rewards
+        scorer = Scorer(RewardArgs(**flags), self.tokenizer, self.reward, self.model, list(functions), self.split)
+        for i in range(0, len(texts), 2):  # the others are graded when they are scored
+            scorer.submit(i, prompts[i], texts[i])
+        self.given = scorer.score(prompts, rows, texts, finished)
+        scorer.close()
+        return rows, self.given.total, self.given.step_rewards
 
 
 @torch.no_grad()
@@ -228,28 +259,47 @@ def hf_scores(folder, ids):
 TEXTS, FINISHED = [" it is 3", " so 4 or more", ""], [True, False, True]
 
 
-def test_scores_of_both_sources(folder, world, monkeypatch):
+def test_scores_of_all_sources(folder, world, capsys):
     """Catches a score beside the last token, an EOS added to an answer that has none, normalisation after a penalty or
-    of the function's part, weights swapped, and a penalty of the wrong sign or count."""
+    of the functions' part, weights swapped, a penalty of the wrong sign or count, two functions of one name in one
+    metric, a function that fails and moves the score or the mean, and an async one that is not awaited."""
     scores_of = Scores(folder, world / "rm")
     assert scores_of.reward.same_tokenizer
-    function = rewards.load_reward_function(f"{world / 'fn.py'}:reward")
-    penalties = {"missing_eos_penalty": 3.0, "length_penalty": 0.25}
-    more = {
-        "function": function,
+    places = [f"{world / 'fn.py'}:reward", f"{world / 'fn.py'}:each", f"{world / 'more.py'}:each"]
+    places += [f"{world / 'fn.py'}:soon", f"{world / 'fn.py'}:all_soon"]
+    args = {
+        "reward_fn": places,
+        "reward_fn_weight": [0.5, 0.25, 2.0, 3.0, 4.0],
         "reward_model_weight": 2.0,
-        "reward_fn_weight": 0.5,
         "normalize_reward": True,
-        **penalties,
+        "missing_eos_penalty": 3.0,
+        "length_penalty": 0.25,
+        "reward_workers": 1,
     }
-    rows, scores, steps = scores_of(TEXTS, FINISHED, **more)
+    functions = rewards.load_reward_functions(RewardArgs(**args))
+    rows, scores, steps = scores_of(TEXTS, FINISHED, functions, **args)
     config = json.loads((world / "rm/config.json").read_text())
     assert not steps.any()
+    raws = []
     for row, text, ended, score in zip(rows, TEXTS, FINISHED, scores.tolist()):
-        raw = hf_scores(world / "rm", row.input_ids)[-1].item()
-        wanted = 2 * (raw - config["reward_mean"]) / config["reward_std"] + 0.5 * (len(text) / 10 + 5)
-        wanted -= 3.0 * (not ended) + 0.25 * row.num_targets
+        raws.append((hf_scores(world / "rm", row.input_ids)[-1].item() - config["reward_mean"]) / config["reward_std"])
+        wanted = 2 * raws[-1] + 0.5 * (len(text) / 10 + 5) + 0.25 * (len(text) if ended else 0) + 2.0 * 7
+        wanted += 3.0 * len("Question 1:") + 4.0 * 5 - 3.0 * (not ended) - 0.25 * row.num_targets
         assert score == pytest.approx(wanted, abs=1e-4)
+    sources, metrics = scores_of.given.sources, scores_of.given.metrics
+    assert list(sources) == ["reward_model", "reward", "each", "each_2", "soon", "all_soon"]
+    assert sources["reward_model"].tolist() == pytest.approx(raws, abs=1e-4)
+    assert sources["each"].isnan().tolist() == [False, True, False]  # it raises for the second
+    assert metrics["rewards/each/mean"] == (len(TEXTS[0]) + len(TEXTS[2])) / 2
+    assert metrics["rewards/each/std"] == pytest.approx(torch.tensor([len(TEXTS[0]), 0.0]).std().item())
+    assert (metrics["rewards/each/errors"], metrics["rewards/each/timeouts"]) == (1, 0)
+    assert (metrics["rewards/each_2/mean"], metrics["rewards/each_2/std"], metrics["rewards/each_2/errors"]) == (
+        7,
+        0,
+        0,
+    )
+    assert "--reward_fn: each gave an answer no grade: KeyError: 'more'" in capsys.readouterr().out
+    assert set(metrics) == {f"rewards/{a}/{b}" for a in sources for b in ("mean", "std", "timeouts", "errors")}
 
 
 def with_another_tokenizer(folder, copy):
@@ -392,7 +442,18 @@ BAD_FLAGS = {
     "no such file": ({"reward_fn": "nowhere.py:reward"}, ["--reward_fn nowhere.py:reward", "no file"]),
     "no name": ({"reward_fn": FN}, ["--reward_fn", "must be FILE.py:NAME"]),
     "no such function": ({"reward_fn": FN + ":magic"}, ["has no function magic"]),
-    "two parameters": ({"reward_fn": FN + ":two"}, ["two must take (prompts, completions, examples)"]),
+    "two parameters": (
+        {"reward_fn": FN + ":two"},
+        ["fn.py:two: must take (prompts, completions, examples)", "or (prompt, completion, example) and"],
+    ),
+    "weights": ({"reward_fn_weight": [1, 2]}, ["--reward_fn_weight: 2 for 1 of --reward_fn"]),
+    "not in a worker": (
+        {"reward_fn": "{world}/only_here.py:reward"},
+        ["only_here.py cannot be imported: AssertionError"],
+    ),
+    "no time": ({"reward_timeout": 0}, ["--reward_timeout", "> 0"]),
+    "no workers": ({"reward_workers": 0}, ["--reward_workers", ">= 1"]),
+    "no memory": ({"reward_memory": 0}, ["--reward_memory", "> 0"]),
     "no score head": ({"reward_checkpoint_path": "{world}/lm"}, ["not a reward model", "no score.weight"]),
     "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),
@@ -443,9 +504,10 @@ def shorten(folder):
 
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
-def test_bad_flags(name, folder, world, tmp_path):
+def test_bad_flags(name, folder, world, tmp_path, monkeypatch):
     """Catches a mistake found only after an update, a traceback, and output for nothing."""
     given, parts = BAD_FLAGS[name]
+    monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))
     if "other" in name and not (world / "odd").exists():
         tiny.write_model(world / "odd", vocab_size=400)
     if name == "short critic":

@@ -1,0 +1,117 @@
+"""Grades of answers by a function that checks them, in the place of a reward model's scores, and pass@k.
+
+- a function of the per-answer form runs in worker processes, as in training; one that fails for an answer, or takes too
+  long, gives it 0, and the line says why
+- lines are written in the order of the file, each as soon as it and those before it are graded
+- a sample passes if its grade is at least 1
+"""
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from inference.choosing import group_of
+from inference.lines import LineWriter, read_begun
+from models.common import card, is_main_rank, progress_bar, say
+from models.functions import Grader, call_batch, load_grader
+from models.records import Record, get_answer, naming, read_records, require, stated_prompt
+from models.reward import pass_at_k
+from models.workers import Grade, GradingArgs, Pool
+
+AHEAD = 4096  # answers that are with the workers at a time
+
+
+def grade_file(
+    data_file: Path, output_file: Path, place: str, pass_at: list[int], pool_args: GradingArgs, *, resume: bool
+) -> None:
+    """Writes the records with a `grade` by the function FILE.py:NAME, and says what they are in all. Of several ranks
+    only the main one works. Raises ValueError or OSError for what cannot be graded."""
+    if not is_main_rank():
+        return
+    grader, records = load_grader("--grader", place), read_records(data_file)
+    answers = [_answer_of(record) for record in records]
+    groups = [group_of(record.fields) for record in records]
+    check_pass_at(pass_at, records, groups)
+    path = Path(place.rpartition(":")[0])
+    begun_with = {
+        "grader": f"{path.resolve()}:{grader.name}",
+        "grader_file": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "data": hashlib.sha256(json.dumps([record.fields for record in records]).encode()).hexdigest(),
+    }
+    lines = read_begun(output_file, begun_with, "score.py", ("grade",)) if resume else []
+    num_done = len(lines)
+    pool = Pool([grader], pool_args) if grader.per_answer and num_done < len(records) else None
+    rows = {"grader": place, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}
+    say(card("score", rows))
+    with (
+        LineWriter(output_file, begun_with, active=True, num_lines=num_done) as writer,
+        progress_bar(total=len(records), initial=num_done, desc="grading", unit="answer") as bar,
+    ):
+        grades = _grades(grader, pool, answers[num_done:])
+        for record, grade in zip(records[num_done:], grades, strict=True):
+            added = {"grade": grade.value} if grade.failure is None else {"grade": 0.0, "grade_error": grade.failure}
+            lines.append({**record.fields, **added})
+            writer.write(lines[-1])
+            bar.update()
+    if pool is not None:
+        pool.close()
+    say(card("done", summary(lines, groups, pass_at)))
+
+
+def _answer_of(record: Record) -> tuple[str, str, dict]:
+    """(the prompt's text, the answer's, the record): what a function is given. Of messages, their contents."""
+    with naming(record):
+        for name in ("grade", "grade_error"):
+            require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
+        prompt, answer = stated_prompt(record), get_answer(record, steps=False)
+        texts = []
+        for name, text in (("prompt", prompt), ("completion", answer)):
+            if isinstance(text, list):
+                contents = [message.get("content") if isinstance(message, dict) else None for message in text]
+                text = "\n".join(content for content in contents if isinstance(content, str))
+            require(isinstance(text, str), f"{name} must be text or a list of messages, not a {type(text).__name__}")
+            texts.append(text)
+    return *texts, record.fields
+
+
+def _grades(grader: Grader, pool: Pool | None, answers: list[tuple[str, str, dict]]) -> Iterator[Grade]:
+    """The grades of (prompt, completion, record)s, in their order."""
+    if pool is None and answers:
+        yield from map(Grade, call_batch(grader, *map(list, zip(*answers))))
+        return
+    waiting = iter(answers)
+    queue = [pool.submit(0, *answer) for answer in itertools.islice(waiting, AHEAD)] if answers else []
+    for future in queue:  # grows
+        yield future.result()
+        queue += [pool.submit(0, *answer) for answer in itertools.islice(waiting, 1)]
+
+
+def check_pass_at(pass_at: list[int], records: list[Record], groups: list[str]) -> None:
+    """Raises ValueError if a prompt has too few samples for a k."""
+    counts, most = Counter(groups), max(pass_at, default=0)
+    for record, group in zip(records, groups):
+        if counts[group] < most:
+            raise ValueError(
+                f"{record.where}: --pass_at {most} needs as many samples, and its prompt has {counts[group]}"
+            )
+
+
+def summary(lines: list[dict], groups: list[str], pass_at: list[int]) -> dict[str, str]:
+    """Rows of the card: the mean grade, how many have none, and pass@k, a mean over prompts."""
+    right: dict[str, list[bool]] = {}
+    for line, group in zip(lines, groups, strict=True):
+        right.setdefault(group, []).append(line["grade"] >= 1)
+    errors = [line["grade_error"] for line in lines if "grade_error" in line]
+    rows = {
+        "answers": f"{len(lines):,} to {len(right):,} prompts",
+        "grade": f"mean {statistics.fmean(line['grade'] for line in lines):.4f}",
+        "no grade": f"{errors.count('timeout'):,} timeouts, {len(errors) - errors.count('timeout'):,} errors",
+    }
+    for k in pass_at:
+        passed = [pass_at_k(len(samples), sum(samples), k) for samples in right.values()]
+        rows[f"pass@{k}"] = f"{statistics.fmean(passed):.2%}"
+    return rows

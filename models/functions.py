@@ -1,0 +1,123 @@
+"""Functions of a user's file, FILE.py:NAME: found, told apart, called, and what they return checked.
+
+- a function that grades answers says by its parameters' names whether it takes one answer or a whole batch
+- nothing here needs torch, so a worker process that grades answers starts in a tenth of a second
+"""
+
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion", "example")
+
+
+def load_function(flag: str, place: str) -> Callable:
+    """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
+    wrong with it."""
+    path, separator, name = place.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {place}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"{flag.lstrip('-')}_{place}"), path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{flag} {place}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever somebody's file does when it is run
+        raise ValueError(f"{flag} {place}: {path} cannot be imported: {short(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{flag} {place}: {path} has no function {name}")
+    return function
+
+
+def short(error: BaseException) -> str:
+    """The error of somebody else's code in a line."""
+    try:
+        text = " ".join(str(error).split())[:200]
+    except Exception:  # a __str__ that fails
+        text = ""
+    return f"{type(error).__name__}: {text}"
+
+
+class Grader(NamedTuple):
+    """A function that gives answers their grades."""
+
+    flag: str
+    place: str  # FILE.py:NAME
+    function: Callable
+    per_answer: bool  # (prompt, completion, example) -> number; else lists of them -> list of numbers
+    is_async: bool
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition(":")[2]
+
+
+def load_grader(flag: str, place: str) -> Grader:
+    """See load_function. Raises ValueError also for other parameters than those of the two forms."""
+    function = load_function(flag, place)
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 (an object with an async __call__)
+    )
+    for names in (BATCH, ANSWER):
+        try:
+            signature = inspect.signature(function)
+            signature.bind(**dict.fromkeys(names))
+        except (TypeError, ValueError):  # other parameters; a built-in without a signature
+            continue
+        if signature.parameters.keys() >= set(names):
+            return Grader(flag, place, function, names == ANSWER, is_async)
+    raise ValueError(
+        f"{flag} {place}: must take ({', '.join(BATCH)}) and return a list of numbers, or ({', '.join(ANSWER)}) and "
+        "return a number"
+    )
+
+
+def number(value: object) -> float:
+    """A finite number that a function returned. Raises TypeError or ValueError for anything else."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"returned a {type(value).__name__}, not a number")
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError(f"returned {result}")
+    return result
+
+
+def call_batch(grader: Grader, prompts: list[str], completions: list[str], examples: list[dict]) -> list[float]:
+    """One finite number for each completion, in order; ValueError if the function fails or returns anything else."""
+    where = f"{grader.flag}: {grader.name}"
+    columns = (list(prompts), list(completions), [dict(example) for example in examples])
+    try:
+        rewards = grader.function(**dict(zip(BATCH, columns)))
+        if inspect.isawaitable(rewards):
+            import asyncio  # takes longer than all else that a worker process imports
+
+            rewards = asyncio.run(_awaited(rewards))
+        rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
+    except (Exception, SystemExit) as error:  # somebody's code may raise anything, a generator's while it is read
+        raise ValueError(f"{where} raised {short(error)}") from error
+    try:
+        if isinstance(rewards, str | dict):
+            raise TypeError(f"it is a {type(rewards).__name__}")
+        rewards = [float(reward) for reward in rewards]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where} must return a list of numbers: {short(error)}") from None
+    if len(rewards) != len(completions):
+        raise ValueError(f"{where} returned {len(rewards)} rewards for {len(completions)} completions")
+    for i, reward in enumerate(rewards):
+        if not math.isfinite(reward):
+            raise ValueError(f"{where} returned {reward} for the completion {completions[i][:80]!r}")
+    return rewards
+
+
+async def _awaited(value: object) -> object:
+    return await value

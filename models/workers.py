@@ -1,0 +1,313 @@
+"""A pool of processes that grade answers with functions of a user's file, each answer within a deadline.
+
+- whatever a function does, it costs the grade of one answer: one that hangs, exits, crashes or takes all memory is
+  killed with everything it started, and another process takes its place
+- a process grades one answer at a time, or many at once with an `async def` function; where such a process must be
+  killed, the answers it had at hand are graded again, one by one, to find the one that did it
+- the processes are fresh interpreters (models/worker_process.py): no torch, no threads, no GPU of the run. They end
+  with the run, also after SIGKILL
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from models.common import at_least_one, flag, positive
+from models.functions import Grader
+
+ROOT = Path(__file__).resolve().parent.parent
+AT_A_TIME = 64  # answers that a process grades at once with an async function
+START_SECONDS = 300.0  # for the imports of the user's file
+GRACE_SECONDS = 0.5  # a process looks after its async deadlines itself; it is killed this much later
+PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from models.worker_process import main; main()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingArgs:
+    """Processes that grade answers with functions of a file."""
+
+    reward_timeout: float = flag(10.0, bounds=positive, help="most seconds to grade an answer", may_change=True)
+    reward_workers: int | None = flag(
+        None,
+        bounds=at_least_one,
+        help="processes on each rank that grade answers; 2 to 8, by the number of CPU cores",
+        may_change=True,
+    )
+    reward_memory: float = flag(2.0, bounds=positive, help="most GB of such a process", may_change=True)
+
+    def num_workers(self) -> int:
+        """Half the cores of this machine over its ranks, unless the flag says otherwise."""
+        if self.reward_workers is not None:
+            return self.reward_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, max(2, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+
+
+class Grade(NamedTuple):
+    value: float  # NaN where there is none
+    failure: str | None = None  # "timeout", or what went wrong
+
+
+@dataclass(eq=False)
+class _Task:
+    grader: int
+    arguments: tuple[str, str, dict]
+    is_async: bool
+    alone: bool  # in its process
+    grade: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
+    deadline: float = math.inf
+
+    def end(self, grade: Grade) -> None:
+        if self.grade.set_running_or_notify_cancel():
+            self.grade.set_result(grade)
+
+
+class Pool:
+    """Processes that grade answers with these functions, of the per-answer form. They run until close(), or until
+    nobody has the pool any more. Raises ValueError if a process cannot import a function's file."""
+
+    def __init__(self, graders: Sequence[Grader], args: GradingArgs):
+        self.graders = graders
+        self._dispatcher = _Dispatcher(graders, args)
+        self.close = weakref.finalize(self, self._dispatcher.close)
+        self._dispatcher.start()
+        self._dispatcher.ready.result()
+
+    def submit(self, grader: int, prompt: str, completion: str, example: dict) -> concurrent.futures.Future:
+        """The Grade to come of an answer, by the function of this number."""
+        is_async = self.graders[grader].is_async
+        task = _Task(grader, (prompt, completion, example), is_async, alone=not is_async)
+        self._dispatcher.submit(task)
+        return task.grade
+
+
+class _Worker:
+    """A process, or the place of one that has ended."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+
+    def start(self, settings: dict) -> None:
+        """Raises OSError where the system has no more processes."""
+        theirs, self.requests = os.pipe()
+        self.replies, their_replies = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-c", PROGRAM, str(ROOT), str(theirs), str(their_replies)],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=(theirs, their_replies),
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        except OSError:
+            os.close(self.requests)
+            os.close(self.replies)
+            raise
+        finally:
+            os.close(theirs)
+            os.close(their_replies)
+        os.set_blocking(self.requests, False)
+        self.ready, self.running, self.started = False, {}, time.monotonic()
+        self.outgoing, self.incoming = bytearray(), bytearray()
+        self.send(settings)
+
+    def stop(self) -> str:
+        """Ends the process and all that it has started; says how it ended."""
+        os.close(self.requests)  # upon which it ends itself
+        os.close(self.replies)
+        try:
+            code = self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            code = self.process.wait()
+        self.process = None
+        return f"its process ended, exit code {code}" if code <= 128 else f"its process died of signal {code - 128}"
+
+    def takes(self, task: _Task) -> bool:
+        if self.process is None or not self.ready:
+            return False
+        alone = task.alone or any(other.alone for other in self.running.values())
+        return len(self.running) < (1 if alone else AT_A_TIME)
+
+    def due(self) -> float:
+        """When the process is late with something."""
+        deadlines = [task.deadline for task in self.running.values()]
+        return min(deadlines, default=math.inf if self.ready else self.started + START_SECONDS)
+
+    def send(self, message: dict) -> None:
+        self.outgoing += json.dumps(message).encode() + b"\n"
+
+    def write(self) -> None:
+        """Writes what fits into the pipe. Raises BrokenPipeError if there is no reader any more."""
+        with contextlib.suppress(BlockingIOError):
+            del self.outgoing[: os.write(self.requests, self.outgoing[:65536])]
+
+    def read(self) -> list[dict]:
+        """The replies that have come. Raises EOFError if there will be none any more, ValueError for what is none."""
+        data = os.read(self.replies, 65536)
+        if not data:
+            raise EOFError
+        *lines, self.incoming = (self.incoming + data).split(b"\n")
+        if len(self.incoming) > 65536:
+            raise ValueError("a reply without end")
+        return [json.loads(line) for line in lines]
+
+
+class _Dispatcher(threading.Thread):
+    """The thread that hands answers to processes, reads their grades, and replaces what fails."""
+
+    def __init__(self, graders: Sequence[Grader], args: GradingArgs):
+        super().__init__(daemon=True, name="grading")
+        self.timeout, self.closing, self.queue, self.count = args.reward_timeout, False, deque(), 0
+        self.settings = {
+            "path": sys.path,
+            "graders": [(grader.flag, grader.place) for grader in graders],
+            "timeout": args.reward_timeout,
+            "memory": int(args.reward_memory * 1e9),
+        }
+        self.workers = [_Worker() for _ in range(args.num_workers())]
+        self.ready = concurrent.futures.Future()  # whether all could be started
+        self.woken, self.waking = os.pipe()
+        os.set_blocking(self.waking, False)
+
+    def submit(self, task: _Task) -> None:
+        self.queue.append(task)
+        self._wake()
+        if self.closing:
+            task.grade.cancel()
+
+    def close(self) -> None:
+        """Ends the processes; what is not graded yet is cancelled."""
+        self.closing = True
+        self._wake()
+        if threading.current_thread() is not self:
+            self.join()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has many calls to wake up
+            os.write(self.waking, b"\n")
+
+    def run(self) -> None:
+        try:
+            for worker in self.workers:
+                self._start(worker)
+            while not self.closing:
+                self._hand_out()
+                self._wait()
+                for worker in self.workers:
+                    if worker.process is not None and worker.due() <= time.monotonic():
+                        self._lost(worker, "timeout" if worker.ready else f"no import in {START_SECONDS} s")
+        finally:  # after a fault of ours, too: nobody may wait for ever
+            self.closing = True
+            tasks = list(self.queue)
+            for worker in self.workers:
+                if worker.process is not None:
+                    tasks += worker.running.values()
+                    worker.stop()
+            for future in (*(task.grade for task in tasks), self.ready):
+                future.cancel()
+
+    def _start(self, worker: _Worker) -> None:
+        try:
+            worker.start(self.settings)
+        except OSError as error:
+            self._cannot_start(f"a process to grade answers cannot be started: {error}")
+
+    def _cannot_start(self, why: str) -> None:
+        """At first this ends the run; later it costs the answer that is next, so that the queue comes to an end."""
+        if not self.ready.done():
+            self.closing = True
+            self.ready.set_exception(ValueError(why))
+        elif self.queue:
+            self.queue.popleft().end(Grade(math.nan, why))
+
+    def _hand_out(self) -> None:
+        """Gives out what is queued, as far as there are processes free for it."""
+        while self.queue:
+            for worker in self.workers:
+                if worker.process is None and self.queue:
+                    self._start(worker)
+            free = [worker for worker in self.workers if self.queue and worker.takes(self.queue[0])]
+            if free:
+                worker, task = min(free, key=lambda each: len(each.running)), self.queue.popleft()
+                seconds = self.timeout if task.alone and not task.is_async else self.timeout + GRACE_SECONDS
+                task.deadline = time.monotonic() + seconds
+                worker.running[self.count] = task
+                worker.send({"id": self.count, "grader": task.grader, "arguments": task.arguments})
+                self.count += 1
+            elif any(worker.process is not None for worker in self.workers):
+                return
+
+    def _wait(self) -> None:
+        """Until something can be read or written, or a process is late."""
+        poll, owners = select.poll(), {}
+        poll.register(self.woken, select.POLLIN)
+        for worker in self.workers:
+            if worker.process is not None:
+                poll.register(worker.replies, select.POLLIN)
+                owners[worker.replies] = worker
+                if worker.outgoing:
+                    poll.register(worker.requests, select.POLLOUT)
+                    owners[worker.requests] = worker
+        due = min((worker.due() for worker in owners.values()), default=math.inf)
+        patience = None if due == math.inf else math.ceil(1000 * max(0.0, due - time.monotonic()))
+        for descriptor, _ in poll.poll(patience):
+            if descriptor == self.woken:
+                os.read(self.woken, 65536)
+            elif owners[descriptor].process is not None:
+                self._attend(owners[descriptor], descriptor)
+
+    def _attend(self, worker: _Worker, descriptor: int) -> None:
+        try:
+            if descriptor == worker.requests:
+                worker.write()
+            elif descriptor == worker.replies:  # else it has been replaced meanwhile
+                for reply in worker.read():
+                    self._take(worker, reply)
+        except (EOFError, BrokenPipeError):
+            self._lost(worker)
+        except (ValueError, KeyError, TypeError):
+            self._lost(worker, "something else was written where grades are expected")
+
+    def _take(self, worker: _Worker, reply: dict) -> None:
+        if "ready" in reply:
+            worker.ready = True
+            if not self.ready.done() and all(each.ready for each in self.workers):
+                self.ready.set_result(None)
+        elif "refused" in reply:
+            self._lost(worker, reply["refused"])
+        else:
+            task = worker.running.pop(reply["id"])
+            task.end(Grade(float(reply.get("value", math.nan)), reply.get("failure")))
+            if reply.get("last"):
+                self._lost(worker)
+
+    def _lost(self, worker: _Worker, why: str | None = None) -> None:
+        """Ends a process, which another replaces. why: what becomes of the answer that it had at hand."""
+        tasks, ready = list(worker.running.values()), worker.ready
+        end = worker.stop()
+        if not ready:
+            self._cannot_start(why or f"{self.settings['graders'][0][0]}: {end} while it imported the file")
+            return
+        if len(tasks) == 1:
+            tasks[0].end(Grade(math.nan, why or end))
+        else:
+            for task in reversed(tasks):
+                task.alone = True
+                self.queue.appendleft(task)
+        self._start(worker)

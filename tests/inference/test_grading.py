@@ -1,0 +1,166 @@
+"""inference/score.py --grader: grades by a function, and pass@k."""
+
+import itertools
+import json
+import statistics
+import time
+
+import pytest
+
+from models.reward import pass_at_k
+from tests import tiny
+
+SCRIPT = "inference/score.py"
+MATH = tiny.ROOT / "training/graders.py:math_answer"
+GRADERS = """
+import time
+
+def one(prompt, completion, example):
+    if completion == "hang": time.sleep(1000)
+    if completion == "raise": raise KeyError("a\\nb")
+    return len(completion) / len(prompt) + example["n"]
+
+def slow(prompt, completion, example):
+    time.sleep(0.03)
+    return 1
+
+def batch(prompts, completions, examples):
+    return [len(completion) for completion in completions]
+
+def two(prompt, completion):
+    return 1
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "graders.py"
+    path.write_text(GRADERS)
+    return path
+
+
+def grade(grader, data, out, *more):
+    return tiny.run(SCRIPT, "--grader", grader, "--data_file", data, "--output_file", out, "--reward_workers", 1, *more)
+
+
+def samples(*verdicts):
+    """generate.py's lines for prompts with these samples, right or not, in no order."""
+    lines = [
+        {"idx": i, "sample_idx": s, "prompt": "6 * 7?", "output": f"It is \\boxed{{4{2 * right}}}.", "answer": 42}
+        | {"finish_reason": "stop"}
+        for i, prompt in enumerate(verdicts)
+        for s, right in enumerate(prompt)
+    ]
+    return lines[::2] + lines[1::2]
+
+
+def test_pass_at_k_is_the_share_of_all_choices():
+    """Catches a biased estimator, 1 - (1 - c / n)^k, and draws with replacement."""
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            choices = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(statistics.fmean(map(max, choices)), abs=1e-15)
+    assert pass_at_k(10**5, 1, 1) == 1e-5 and pass_at_k(2000, 1000, 1000) == 1
+    for n, c, k in ((3, 4, 1), (3, 1, 4), (3, -1, 1), (3, 1, 0)):
+        with pytest.raises(ValueError, match="is not defined"):
+            pass_at_k(n, c, k)
+
+
+def test_grades_and_pass_at(tmp_path):
+    """Catches samples of two prompts in one group, a mean over samples in the place of one over prompts, a line that
+    loses a field or its place, and a resume that grades again or forgets."""
+    lines = samples([1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0, 0])
+    data, out = tiny.write_records(tmp_path / "data.jsonl", lines), tmp_path / "new/out.jsonl"
+    result = grade(MATH, data, out, "--pass_at", 1, 2, 4)
+    assert result.code == 0, result.stderr
+    written = tiny.read_lines(out)
+    assert written == [{**line, "grade": float("42" in line["output"])} for line in lines]
+    wanted = {1: (1 / 2 + 0 + 1 + 1 / 5) / 4, 2: (5 / 6 + 0 + 1 + 2 / 5) / 4, 4: (1 + 0 + 1 + 4 / 5) / 4}  # by hand
+    for k, value in wanted.items():
+        assert f"pass@{k}    {value:.2%}" in result.stdout, result.stdout
+    assert "17 to 4 prompts" in result.stdout and f"mean {7 / 17:.4f}" in result.stdout
+
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
+    again = grade(MATH, data, out, "--resume", "--pass_at", 1)
+    assert again.code == 0 and out.read_bytes() == whole and "8 done before" in again.stdout, again.stdout
+    assert f"pass@1    {wanted[1]:.2%}" in grade(MATH, data, out, "--resume", "--pass_at", 1).stdout
+    other = grade(f"{MATH.parent}/graders.py:last_number", data, out, "--resume")
+    tiny.assert_refused(other, "was begun with other grader;")
+    tiny.assert_refused(grade(MATH, data, out), "exists")
+
+
+def test_failures_and_forms(file, tmp_path):
+    """Catches a hanging function that stops the run, a failure that shifts the others or is not said, and a batch
+    function that is called for each answer."""
+    records = [{"prompt": "ab", "completion": text, "n": i} for i, text in enumerate(["a", "hang", "raise", "abcd"])]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records.append({"prompt": messages, "completion": [{"role": "assistant", "content": "abc"}], "n": 4})
+    data = tiny.write_records(tmp_path / "data.jsonl", records)
+    result = grade(f"{file}:one", data, tmp_path / "one.jsonl", "--reward_timeout", 0.5)
+    assert result.code == 0 and "1 timeouts, 1 errors" in result.stdout, result
+    got = tiny.read_lines(tmp_path / "one.jsonl")
+    assert [line["grade"] for line in got] == [0.5, 0, 0, 5, 5]  # "a\nb" has three characters
+    assert [line.get("grade_error") for line in got] == [None, "timeout", "KeyError: 'a\\nb'", None, None]
+    assert grade(f"{file}:batch", data, tmp_path / "batch.jsonl").code == 0
+    assert [line["grade"] for line in tiny.read_lines(tmp_path / "batch.jsonl")] == [1, 4, 5, 4, 3]
+
+
+def test_a_kill_then_resume(file, tmp_path):
+    """Catches lines that are held back until the end, and workers that go on without their run."""
+    records = [{"prompt": "ab", "completion": str(i)} for i in range(60)]
+    data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
+    flags = ["--grader", f"{file}:slow", "--data_file", data, "--output_file", out, "--reward_workers", 1]
+    process = tiny.start(SCRIPT, *flags)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert 3 < out.read_bytes().count(b"\n") < 60
+    (tmp_path / "graders.py").write_text(GRADERS + "# changed\n")
+    tiny.assert_refused(grade(f"{file}:slow", data, out, "--resume"), "was begun with other grader_file;")
+    (tmp_path / "graders.py").write_text(GRADERS)
+    assert grade(f"{file}:slow", data, out, "--resume").code == 0
+    assert tiny.read_lines(out) == [{**record, "grade": 1} for record in records]
+
+
+GOOD = '{"prompt": "a", "completion": "b", "n": 1}\n'
+BAD = {  # name: (content of the data file, flags, what the message names)
+    "no source": (GOOD, ("--grader", None), ("--checkpoint_path", "--grader")),
+    "two sources": (GOOD, ("--checkpoint_path", "rm"), ("give either --checkpoint_path",)),
+    "best of n": (GOOD, ("--best_of_n",), ("--best_of_n is for a reward model",)),
+    "normalize": (GOOD, ("--normalize",), ("--normalize is for a reward model",)),
+    "no file": (GOOD, ("--grader", "nowhere.py:one"), ("--grader nowhere.py:one", "no file")),
+    "no name": (GOOD, ("--grader", "graders.py"), ("must be FILE.py:NAME",)),
+    "parameters": (GOOD, ("--grader", "TMP/graders.py:two"), ("must take (prompts,", "(prompt, completion, example)")),
+    "too few samples": (GOOD * 3, ("--pass_at", "2", "4"), ("data.jsonl:1: --pass_at 4 needs", "has 3")),
+    "pass at 0": (GOOD, ("--pass_at", "0"), ("--pass_at", ">= 1")),
+    "timeout": (GOOD, ("--reward_timeout", "0"), ("--reward_timeout", "> 0")),
+    "graded already": (GOOD + '{"prompt": "a", "completion": "b", "grade": 1}\n', (), ("data.jsonl:2", "'grade'")),
+    "no completion": (GOOD + '{"prompt": "a"}\n', (), ("data.jsonl:2", "'completion'")),
+    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
+    "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
+    "empty": ("", (), ("data.jsonl", "no records")),
+    "batch raises": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion", "int")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, file, tmp_path):
+    """Catches bad input found out about after grading, or answered with a traceback."""
+    content, flags, parts = BAD[case]
+    (tmp_path / "data.jsonl").write_text(content)
+    given = {"--grader": [f"{file}:one"], "--data_file": [tmp_path / "data.jsonl"]}
+    given |= {"--output_file": [tmp_path / "new/out.jsonl"]}
+    if flags:
+        given[flags[0]] = [str(value).replace("TMP", str(tmp_path)) for value in flags[1:] if value is not None]
+    words = [word for name, values in given.items() if values != [] or name != "--grader" for word in (name, *values)]
+    tiny.assert_refused(tiny.run(SCRIPT, *words), *parts)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pass_at_needs_a_grader(tmp_path):
+    """Catches a share of passes made up of a reward model's scores."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    flags = ("--checkpoint_path", "rm", "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path / "o.jsonl")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags, "--pass_at", 1), "--pass_at needs a --grader")

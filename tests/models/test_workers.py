@@ -1,0 +1,256 @@
+"""models/workers.py: whatever a function does, it costs one answer, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from models.functions import call_batch, load_grader
+from models.workers import GradingArgs, Pool
+from tests import tiny
+
+EVIL = """
+import asyncio, ctypes, math, os, signal, subprocess, sys, time
+
+def start(*command):
+    return subprocess.Popen([*command, MARK], start_new_session=True)
+
+MARK = "1000.25"  # seconds to sleep, by which the tests know a process
+
+def hang(): time.sleep(float(MARK))
+def spin():
+    while True: pass
+def deaf():
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP): signal.signal(number, signal.SIG_IGN)
+    hang()
+def fork_and_hang(): os.fork(); hang()
+def leave_a_child():
+    if os.fork() == 0: hang()
+    return 1
+def fork_twice(): os.fork(); return 1
+def leave_a_daemon(): start("sleep"); return 1
+def hang_beside_a_daemon(): start("sleep"); hang()
+def leave_the_group(): os.setsid(); hang()
+def kill_the_supervisor(): os.kill(os.getppid(), signal.SIGKILL); hang()
+def stop(): os.kill(os.getpid(), signal.SIGSTOP)
+def shout(): print("x" * 100000); sys.stdout.flush(); os.write(1, b"{}"); return 1
+def leave(): sys.exit(0)
+def leave_at_once(): os._exit(0)
+def fail(): raise KeyError("mine")
+def nan(): return math.nan
+def infinite(): return 10**400
+def digits(): return "1"
+def nothing(): return None
+def crash(): ctypes.string_at(0)
+def eat():
+    kept = []
+    while True: kept.append(bytearray(2**24))
+def recurse(): return recurse()
+def close_all(): os.closerange(3, 64); return 1
+def write_everywhere():
+    for number in range(3, 32):
+        try: os.write(number, b"[]\\n")
+        except OSError: pass
+    return 1
+def alarm(): signal.alarm(1); return 1
+def truth(): return True
+
+def evil(prompt, completion, example):
+    return globals()[completion]()
+
+def length(prompt, completion, example):
+    return len(prompt) + 10 * len(completion) + 100 * example["n"]
+
+under_way = 0
+
+async def judge(prompt, completion, example):
+    global under_way
+    under_way += 1
+    await asyncio.sleep(0.05)
+    if completion in globals(): globals()[completion]()
+    if completion == "slow": await asyncio.sleep(1000)
+    if completion == "stubborn":
+        while True:
+            try: await asyncio.sleep(1000)
+            except asyncio.CancelledError: pass
+    return under_way
+
+async def batch(prompts, completions, examples):
+    await asyncio.sleep(0)
+    return [len(c) for c in completions]
+
+def loops(prompt, completion, example):
+    return asyncio.run(judge(prompt, completion, example))
+"""
+OUTCOMES = {  # of the functions above: the value, or what the failure says
+    "hang": "timeout",
+    "spin": "timeout",
+    "deaf": "timeout",
+    "fork_and_hang": "timeout",
+    "leave_a_child": 1,
+    "fork_twice": 1,
+    "leave_a_daemon": 1,
+    "hang_beside_a_daemon": "timeout",
+    "leave_the_group": "timeout",
+    "kill_the_supervisor": "process",
+    "stop": "timeout",
+    "shout": 1,
+    "leave": "SystemExit: 0",
+    "leave_at_once": "process ended, exit code 0",
+    "fail": "KeyError: 'mine'",
+    "nan": "returned nan",
+    "infinite": "OverflowError",
+    "digits": "returned a str",
+    "nothing": "TypeError",
+    "crash": "died of signal 11",
+    "eat": "MemoryError",
+    "recurse": "RecursionError",
+    "close_all": "process",
+    "write_everywhere": "where grades are expected",
+    "alarm": 1,
+    "truth": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("graders") / "evil.py"
+    path.write_text(EVIL)
+    return path
+
+
+def pool_of(file, *names, **more):
+    given = {"reward_timeout": 0.4, "reward_workers": 2, "reward_memory": 0.2, **more}
+    return Pool([load_grader("--reward_fn", f"{file}:{name}") for name in names], GradingArgs(**given))
+
+
+def processes(*parts):
+    """The command lines of all processes, zombies apart, with one of these parts in it."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as command:
+                    line = command.read().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it has ended meanwhile
+                continue
+            found += [f"{entry} {line}"] * any(part in line for part in parts)
+    return found
+
+
+def gone(*parts):
+    """Waits for these processes to end."""
+    deadline = time.monotonic() + 20
+    while processes(*parts) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return processes(*parts) == []
+
+
+def outcome(grade):
+    return grade.value if grade.failure is None else grade.failure
+
+
+def test_each_costs_one_answer(file):
+    """Catches a function that takes another answer's grade with it, ends or stops the run, writes into the pipe of
+    grades, gets a grade for what is no number, or leaves a process behind."""
+    pool = pool_of(file, "evil", "length")
+    num_open = len(os.listdir("/proc/self/fd"))
+    futures = {}
+    for name in OUTCOMES:  # each between two good ones
+        futures[name] = pool.submit(0, "p", name, {}), pool.submit(1, "pp", name, {"n": 3})
+    for name, (evil, good) in futures.items():
+        wanted, got = OUTCOMES[name], outcome(evil.result())
+        assert (got == wanted) if wanted == 1 else (isinstance(got, str) and wanted in got), (name, got)
+        assert outcome(good.result()) == 2 + 10 * len(name) + 300, name
+    assert num_open == len(os.listdir("/proc/self/fd"))  # those of processes that were replaced are closed
+    pool.close()
+    assert gone("1000.25", f"worker_process import main; main() {tiny.ROOT}")
+    assert pool.submit(0, "p", "hang", {}).cancelled()
+
+
+def test_async_functions_run_side_by_side(file):
+    """Catches async answers that wait for one another, one late answer that takes all with it, one that blocks the loop
+    or ends the process and is not found among those beside it, and asyncio.run that does not work in the other form."""
+    pool = pool_of(file, "judge", "loops", reward_workers=1, reward_memory=1)
+    futures = {n: pool.submit(0, "p", n, {}) for n in ("a", "slow", "stubborn", "leave", "fail", "b")}
+    got = {name: outcome(future.result()) for name, future in futures.items()}
+    assert got == {"a": 6, "slow": "timeout", "stubborn": "timeout", "leave": "SystemExit: 0", "b": 6} | {
+        "fail": "KeyError: 'mine'"
+    }
+    futures = {n: pool.submit(0, "p", n, {}) for n in ("a", "hang", "b", "leave_at_once")}
+    got = {name: outcome(future.result()) for name, future in futures.items()}
+    assert got["hang"] == "timeout" and got["leave_at_once"] == "its process ended, exit code 0"
+    assert isinstance(got["a"], float) and isinstance(got["b"], float)
+    assert isinstance(outcome(pool.submit(1, "p", "a", {}).result()), float)
+    pool.close()
+
+
+def test_forms(file, tmp_path):
+    """Catches a form that is guessed from the number of parameters, and an async batch that is not awaited."""
+    (tmp_path / "f.py").write_text(
+        "def two(prompt, completion): return 1\n"
+        "def other(p, c, e): return 1\n"
+        "def mixed(prompts, completion, example): return 1\n"
+        "def more(prompt, completion, example, strict): return 1\n"
+        "def turned(examples, completions, prompts, scale=2): return [scale * len(p) for p in prompts]\n"
+    )
+    for name in ("two", "other", "mixed", "more"):
+        with pytest.raises(
+            ValueError, match=r"must take \(prompts, completions, examples\).* or \(prompt, completion, ex"
+        ):
+            load_grader("--reward_fn", f"{tmp_path / 'f.py'}:{name}")
+    assert call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:turned"), ["abc"], ["d"], [{}]) == [6]
+    assert call_batch(load_grader("--reward_fn", f"{file}:batch"), ["a"], ["bcd"], [{}]) == [3]
+    graders = [load_grader("--reward_fn", f"{file}:{name}") for name in ("judge", "batch", "evil")]
+    assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
+
+
+def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Catches a run that begins without its graders, or waits for them for ever."""
+    monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))
+    for name, there in (("raises", "1 / 0"), ("ends", "os._exit(7)")):
+        code = f"import os\nif os.getpid() != int(os.environ['PID_OF_THIS_TEST']):\n    {there}\n"
+        (tmp_path / f"{name}.py").write_text(code + "def f(prompt, completion, example): return 1\n")
+    with pytest.raises(ValueError, match=r"raises\.py cannot be imported: ZeroDivisionError"):
+        pool_of(tmp_path / "raises.py", "f")
+    with pytest.raises(ValueError, match="--reward_fn: its process ended, exit code 7 while it imported the file"):
+        pool_of(tmp_path / "ends.py", "f")
+    (tmp_path / "later.py").write_text(
+        "import os\n"
+        "def f(prompt, completion, example):\n"
+        "    if completion == 'end': os.rename(__file__, __file__ + '.gone'); os._exit(0)\n"
+        "    return 1\n"
+    )
+    pool = pool_of(tmp_path / "later.py", "f", reward_workers=1)
+    futures = [pool.submit(0, "p", completion, {}) for completion in ("a", "end", "b", "c")]
+    assert [outcome(future.result()) for future in futures[:2]] == [1, "its process ended, exit code 0"]
+    assert all("there is no file" in outcome(future.result()) for future in futures[2:])
+    pool.close()
+
+
+def test_nothing_outlives_a_kill(file):
+    """Catches processes, and what functions started in them, that go on when the run is gone."""
+    names = ("hang", "spin", "fork_and_hang", "hang_beside_a_daemon", "leave_the_group", "deaf")
+    program = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); sys.argv[0] = 'the run'\n"
+        "from models.functions import load_grader; from models.workers import GradingArgs, Pool\n"
+        "args = GradingArgs(reward_timeout=1000, reward_workers=6)\n"
+        "pool = Pool([load_grader('--reward_fn', sys.argv[2])], args)\n"
+        "for name in sys.argv[3:]: pool.submit(0, 'p', name, {})\n"
+        "print('up', flush=True); time.sleep(1000)\n"
+    )
+    command = [sys.executable, "-c", program, str(tiny.ROOT), f"{file}:evil", *names]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.stdout.readline() == "up\n"
+    ours = f"main() {tiny.ROOT}"
+    deadline = time.monotonic() + 20
+    while not processes("sleep 1000.25") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(processes("sleep 1000.25")) == 1 and len(processes(ours)) >= 12
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert gone("1000.25", ours)

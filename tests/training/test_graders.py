@@ -1,0 +1,429 @@
+r"""training/graders.py and training/mathematics.py: pairs of an answer and the right one with the verdict, by hand.
+
+Each table line is (answer, gold, whether it is right). Traps are among them: numbers of a restated question, boxes that
+are nested, empty or never closed, 1,000 beside (1,000), 50 beside 50 % beside 1/2, units, signs.
+"""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from tests import tiny
+from training.graders import exact_match, format_reward, last_number, math_answer, multiple_choice
+
+Y, N = True, False
+
+GSM8K = [  # whole answers to word problems; gold as the public files have it, or the number alone
+    ("She has 16 - 3 - 4 = 9 eggs. 9 * 2 = $18.\n#### 18", "She makes 9 * 2 = $<<9*2=18>>18.\n#### 18", Y),
+    ("She has 9 eggs and makes $18 every day.", "#### 18", Y),
+    ("She makes $18.00 every day.", "18", Y),
+    ("The answer is $18.", "18", Y),
+    ("The answer is 18 dollars.", "18", Y),
+    ("The answer is: 18", "18", Y),
+    ("Answer: 18", "18", Y),
+    ("**Answer:** 18", "18", Y),
+    ("**Answer**: $18$", "18", Y),
+    ("The final answer is \\boxed{18}.", "18", Y),
+    ("The answer is 18, because 9 * 2 = 18 and not 20.", "18", Y),
+    ("The answer is 18 since 20 is too many", "18", Y),
+    ("The answer is 9 * 2 = 18.", "18", Y),
+    ("The answer is 9 * 2 = 20.", "20", N),  # a chain that is wrong is no answer
+    ("The answer to your question is 18.", "18", Y),
+    ("The answer is 18. I hope this answer is right.", "18", Y),
+    ("The answer is 20. Wait, that is wrong. The answer is 18.", "18", Y),
+    ("The answer is 18. No, the answer is 20.", "18", N),
+    ("#### 17\nNo:\n#### 18", "18", Y),
+    ("#### 18\nNo:\n#### 17", "18", N),
+    ("#### $1,234", "1234", Y),
+    ("#### 1234.00", "1,234", Y),
+    ("#### -5", "-5", Y),
+    ("#### 5", "-5", N),
+    ("#### 18 eggs", "18", Y),
+    ("#### The total is 18", "18", Y),
+    ("#### The total of 9 and 9 is 18", "18", N),
+    ("####", "18", N),
+    ("#### 180", "18", N),
+    ("It takes 3 bolts in total.", "3", Y),
+    ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # the last number is another
+    ("#### 3\nThe question was how many bolts 2 robes take.", "3", Y),
+    ("So \\boxed{3}. (The question was: 2 bolts and half that much?)", "3", Y),
+    ("He sells them for 1,000.", "1000", Y),
+    ("He sells them for 1000 dollars.", "1,000", Y),
+    ("She walks 2.5 miles.", "2.5", Y),
+    ("She walks .5 miles.", "0.5", Y),
+    ("She walks 5/2 miles.", "2.5", Y),
+    ("She walks 2 1/2 miles.", "2.5", Y),
+    ("She saves 20%.", "20", Y),
+    ("The temperature is -7.", "-7", Y),
+    ("It is 10-7=3", "3", Y),
+    ("It is 2024-03", "3", Y),
+    ("That is 3.", "3", Y),
+    ("I cannot tell.", "3", N),
+    ("", "3", N),
+    ("x3", "3", N),
+    ("It is three.", "3", N),
+    ("<think>It is 4? \\boxed{4}</think>The answer is 3.", "3", Y),
+    ("<think>It is 3. \\boxed{3}</think>The answer is 4.", "3", N),
+    ("It is 3, I think.</think>\n\nIt is 4.", "3", N),
+    ("<think>So 3.</think>", "3", N),  # nothing is answered
+    ("<answer>18</answer>", "18", Y),
+    ("<answer> $18 </answer> (not 20)", "18", Y),
+    ("<answer>17</answer> or <answer>18</answer>", "18", Y),
+    ("<answer>She earns 18 dollars per day.</answer>", "18", Y),
+    ("<answer></answer> 18", "18", N),
+    ("<answer>18", "18", Y),  # no end: the last number
+]
+
+BOXES = [
+    ("\\boxed{42}", "42", Y),
+    ("\\boxed{ 42 }", "42", Y),
+    ("$\\boxed{42}$.", "42", Y),
+    ("\\boxed{41} and then \\boxed{42}", "42", Y),
+    ("\\boxed{42} and then \\boxed{41}", "42", N),
+    ("\\boxed{\\boxed{42}}", "42", Y),
+    ("\\boxed{x = \\boxed{42}}", "42", Y),
+    ("\\boxed{\\frac{1}{\\sqrt{4}}}", "\\frac12", Y),
+    ("\\fbox{42}", "42", Y),
+    ("\\boxed 42", "42", Y),
+    ("$\\boxed 4$2", "4", Y),
+    ("It is 42, so \\boxed{}", "42", N),
+    ("\\boxed{42}, that is \\boxed{ }", "42", Y),  # the empty one says nothing
+    ("It is \\boxed{42", "42", N),
+    ("It is \\boxed{42}. So \\boxed{41", "42", Y),
+    ("It is 42, so \\boxed{\\text{unclosed", "42", N),
+    ("{ \\boxed{42}", "42", Y),
+    ("} \\boxed{42}", "42", Y),
+    ("\\boxed{\\{1, 2\\}}", "\\{2, 1\\}", Y),
+    ("#### 41\n\\boxed{42}", "42", Y),
+    ("<answer>41</answer> \\boxed{42}", "42", Y),
+    ("<answer>\\boxed{42}</answer>", "42", Y),
+    ("\\boxed{42}", "so that we have \\boxed{42}", Y),
+    ("\\boxed{42}", "\\boxed{41}", N),
+    ("\\boxed{The answer is 42}", "42", Y),
+    ("\\boxed{\\text{42 clips}}", "42", Y),
+]
+
+NUMBERS = [  # (answer, gold) as they stand in a box
+    ("1/2", "0.5", Y),
+    ("50\\%", "1/2", Y),
+    ("50%", "0.5", Y),
+    ("50 percent", "50", Y),
+    ("50", "50\\%", Y),
+    ("0.5\\%", "0.5", N),
+    ("0.5%", "0.005", Y),
+    ("5%", "50", N),
+    ("100%", "1", Y),
+    ("0.333", "\\frac{1}{3}", N),
+    ("\\frac{2}{6}", "\\frac{1}{3}", Y),
+    ("\\dfrac{1}{3}", "\\tfrac13", Y),
+    ("\\frac{1}3", "1/3", Y),
+    ("-\\frac{1}{3}", "\\frac{-1}{3}", Y),
+    ("\\frac{1}{-3}", "-1/3", Y),
+    ("1,000", "1000", Y),
+    ("1{,}000", "1000", Y),
+    ("1\\,000", "1000", Y),
+    ("1,\\!000", "1000", Y),
+    ("10 000", "10000", Y),
+    ("1,000,000", "10^6", Y),
+    ("1 million", "1000000", Y),
+    ("2.5 million dollars", "2,500,000", Y),
+    ("1,000", "(1,000)", N),
+    ("(1,000)", "(1, 0)", Y),
+    ("1,000.50", "1000.5", Y),
+    ("1,00", "100", N),
+    ("42.", "42", Y),
+    ("42.0", "42", Y),
+    ("042", "42", Y),
+    ("+42", "42", Y),
+    ("-0", "0", Y),
+    ("--5", "5", Y),
+    ("\u22125", "-5", Y),
+    ("- 5", "-5", Y),
+    ("5", "-5", N),
+    ("1.5e3", "1500", Y),
+    ("1.5 \\times 10^3", "1500", Y),
+    ("1.5\u00d710^{3}", "1500", Y),
+    ("1.5*10^{-3}", "0.0015", Y),
+    ("3 \\cdot 4", "12", Y),
+    ("1 1/2", "3/2", Y),
+    ("1\\frac{1}{2}", "1.5", Y),
+    ("-1\\frac12", "-\\frac32", Y),
+    ("1\\frac{1}{2}", "0.5", N),
+    ("\u00bd", "0.5", Y),
+    ("2\u00bd", "2.5", Y),
+    ("5 cm", "5", Y),
+    ("5\\text{ cm}", "5", Y),
+    ("5~\\mathrm{cm}^2", "5", Y),
+    ("5cm", "5 centimeters", Y),
+    ("5 cm", "5 m", N),
+    ("5 miles per hour", "5", Y),
+    ("5 m/s", "5", Y),
+    ("90^\\circ", "90", Y),
+    ("90\u00b0", "90^{\\circ}", Y),
+    ("90 degrees", "90", Y),
+    ("\\$18.00", "18", Y),
+    ("$18", "18", Y),
+    ("\u20ac18", "18", Y),
+    ("-\\$5", "-5", Y),
+    ("18 dollars", "\\$18", Y),
+    ("x = 5", "5", Y),
+    ("x=5", "x = 5", Y),
+    ("5", "x = 5", Y),
+    ("y = 5", "x = 5", N),
+    ("x = 6", "5", N),
+    ("f(2) = 5", "5", Y),
+    ("\\text{Total cost} = 5", "5", Y),
+    ("6 \\times 7 = 42", "42", Y),
+    ("6 \\times 7 = 43", "43", N),
+    ("2 + 2 = 4 = 8/2", "4", Y),
+    ("\\sqrt{4}", "2", Y),
+    ("\\sqrt{8}", "2\\sqrt{2}", Y),
+    ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt{2}}{2}", Y),
+    ("\\sqrt2", "\\sqrt{2}", Y),
+    ("sqrt(2)", "\\sqrt{2}", Y),
+    ("\u221a2", "2^{1/2}", Y),
+    ("\\sqrt[3]{27}", "3", Y),
+    ("\\sqrt[3]{-8}", "-2", Y),
+    ("1.414", "\\sqrt{2}", N),
+    ("\\sqrt{3}", "\\sqrt{2}", N),
+    ("2\\pi", "\\pi \\cdot 2", Y),
+    ("2\u03c0", "2\\pi", Y),
+    ("2 pi", "2\\pi", Y),
+    ("\\frac{\\pi}{2}", "\\frac{1}{2}\\pi", Y),
+    ("3.14", "\\pi", N),
+    ("\\pi^2", "\\pi", N),
+    ("5!", "120", Y),
+    ("\\binom{5}{2}", "10", Y),
+    ("\\log_{2} 8", "3", Y),
+    ("\\ln 1", "0", Y),
+    ("\\sin(\\frac{\\pi}{6})", "\\frac12", Y),
+    ("2^{10}", "1024", Y),
+    ("2^10", "1024", Y),
+    ("-2^2", "-4", Y),
+    ("(-2)^2", "4", Y),
+    ("1/0", "1/0", Y),  # not numbers: the same words
+    ("1/0", "0", N),
+    ("073", "73", Y),  # AIME
+    ("73", "073", Y),
+    ("073.", "73", Y),
+    ("730", "73", N),
+    ("204 \\text{ minutes}", "204", Y),
+    ("m+n = 73", "73", Y),
+    ("\\infty", "-\\infty", N),
+    ("1010_2", "1010_{2}", Y),
+    ("1010_2", "1010_3", N),
+    ("3:4", "3 : 4", Y),
+    ("3:4", "4:3", N),
+    ("10:30", "10:30", Y),
+]
+
+STRUCTURES = [
+    ("(1, 2)", "(1,2)", Y),
+    ("\\left( 1, \\frac{2}{2} \\right)", "(1, 1)", Y),
+    ("(2, 1)", "(1, 2)", N),
+    ("(1, 2)", "(1, 2, 3)", N),
+    ("(3, \\frac{\\pi}{2})", "\\left( 3, \\frac{\\pi}{2} \\right)", Y),
+    ("(x, y) = (1, 2)", "(1, 2)", Y),
+    ("[0, 1)", "[0,1)", Y),
+    ("[0, 1)", "[0, 1]", N),
+    ("(0, 1)", "[0, 1]", N),
+    ("(0, \\infty)", "(0,\\infty)", Y),
+    ("(-\\infty, 0) \\cup (1, \\infty)", "(1, oo) \\cup (-oo, 0)", Y),
+    ("(-\\infty, 0) \\cup (1, \\infty)", "(-\\infty, 0) \\cup [1, \\infty)", N),
+    ("\\{1, 2, 3\\}", "\\{3,2,1\\}", Y),
+    ("\\{1, 2\\}", "\\{1, 2, 3\\}", N),
+    ("\\{1, 2\\}", "(1, 2)", N),
+    ("{1, 2}", "\\{2, 1\\}", Y),
+    ("1, 2", "2,1", Y),
+    ("1, 2 and 3", "1,2,3", Y),
+    ("1 \\text{ and } 2", "1,2", Y),
+    ("x = 1 or x = 2", "1, 2", Y),
+    ("x = 1, y = 2", "x = 2, y = 1", N),
+    ("1, 2", "1, 2, 3", N),
+    ("1,000, 2,000", "1000, 2000", Y),
+    ("(1,000, 2)", "(1000, 2)", Y),
+    ("3 \\pm \\sqrt{2}", "3 + \\sqrt{2}, 3 - \\sqrt{2}", Y),
+    ("\\pm 2", "-2, 2", Y),
+    ("2", "\\pm 2", N),
+    ("\\emptyset", "\\varnothing", Y),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&\\frac{8}{2}\\end{bmatrix}", Y),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix} 1 & 3 \\\\ 2 & 4 \\end{pmatrix}", N),
+    ("2x + 3", "3 + 2x", Y),
+    ("(x+1)^2", "x^2 + 2x + 1", Y),
+    ("(x+1)^2", "x^2 + 1", N),
+    ("x(x-1)", "x^2-x", Y),
+    ("y = 2x + 3", "2x+3", Y),
+    ("x^2 + y^2 = 4", "y^2 + x^2 = 4", Y),
+    ("x^2 + y^2 = 4", "4", N),
+    ("\\frac{a}{b}", "a/b", Y),
+    ("2xy", "2yx", Y),
+    ("x", "y", N),
+    ("\\frac{\\sqrt{x}}{x}", "\\frac{1}{\\sqrt{x}}", Y),
+    ("\\alpha + 1", "1+\\alpha", Y),
+    ("\\alpha", "\\beta", N),
+    ("x_{12}", "x_{21}", N),
+    ("x_1 + x_2", "x_{2} + x_{1}", Y),
+    ("x > 5", "x>5", Y),
+    ("x > 5", "5", N),
+    ("x \\le 5", "x \\ge 5", N),
+    ("\\text{Friday}", "Friday", Y),
+    ("friday.", "Friday", Y),
+    ("Monday", "Friday", N),
+    ("dog", "god", N),
+    ("\\text{(C)}", "C", Y),
+    ("even", "\\text{even}", Y),
+    ("9^{9^{9}}", "9^{9^{9}}", Y),  # the same words: nobody calculates it
+    ("9^{9^{9}}", "9", N),
+    ("1e999999999", "5", N),
+    ("((((((5))))))", "5", Y),
+    ("(" * 900 + "5", "5", N),
+    ("1" * 5000, "1", N),
+    ("500!" * 100, "5", N),
+    ("__import__('os').getpid()", "5", N),
+]
+
+CHOICES = [
+    ("The answer is (B).", "B", Y),
+    ("The answer is B", "(B)", Y),
+    ("The correct answer is option B.", "B", Y),
+    ("Answer: b", "B", Y),
+    ("\\boxed{B}", "B", Y),
+    ("\\boxed{\\text{(B)}}", "B", Y),
+    ("\\boxed{\\textbf{(B)}\\ 42}", "B", Y),
+    ("\\boxed{B. Paris}", "B", Y),
+    ("<answer>B</answer>", "B", Y),
+    ("<answer>C</answer>", "B", N),
+    ("#### B", "B) Paris", Y),
+    ("B", "B", Y),
+    ("B.", "B", Y),
+    ("B) Paris", "B", Y),
+    ("(A) is wrong, so it is (B).", "B", Y),
+    ("I think it is B", "B", Y),
+    ("A bird is B", "B", Y),
+    ("I think so.", "I", N),
+    ("A dog.", "A", N),
+    ("A", "A", Y),
+    ("The answer is A because a dog barks.", "A", Y),
+    ("The answer is Paris.", "B", N),
+    ("The answer is Paris, which is (B).", "B", Y),
+    ("It is 2.", "B", N),
+    ("\\boxed{}(B)", "B", N),
+    ("<think>(C)?</think>(B)", "B", Y),
+    ("(B)", 1, Y),
+    ("(A)", 1, N),
+    ("", "B", N),
+]
+
+
+def boxed(pairs):
+    return [(f"so it is $\\boxed{{{answer}}}$.", gold, verdict) for answer, gold, verdict in pairs]
+
+
+PAIRS = [*GSM8K, *BOXES, *boxed(NUMBERS), *boxed(STRUCTURES)]
+wrong = lambda grader, pairs: [pair for pair in pairs if grader("", pair[0], {"answer": pair[1]}) != pair[2]]  # noqa: E731
+
+
+def test_pairs():
+    """Catches a right answer that is not recognised, and one that counts without being right."""
+    assert len(PAIRS) + len(CHOICES) > 250
+    assert wrong(math_answer, PAIRS) == []
+    assert wrong(multiple_choice, CHOICES) == []
+
+
+def test_equality_has_no_side():
+    """Catches a comparison that depends on which of the two is the gold answer; the sentence around a number and the
+    chain of equations apart, which only an answer may have."""
+    from training.mathematics import equal
+
+    for answer, gold, verdict in [*NUMBERS, *STRUCTURES]:
+        assert equal(gold, answer) == verdict, (gold, answer)
+
+
+EXACT = [
+    ("Paris", "Paris", Y),
+    (" Paris\n", "Paris", Y),
+    ("paris", "Paris", N),
+    ("<answer>Paris</answer>", "Paris", Y),
+    ("It is Paris", "Paris", N),
+    ("42.0", "42", N),
+]
+LAST = [
+    ("\\boxed{41} or 42", "42", Y),
+    ("42 eggs of 50", "42", N),
+    ("so 1,234.50.", "1234.5", Y),
+    ("\\frac{3}{4}", "0.75", Y),
+    ("none", "42", N),
+]
+
+
+def test_exact_match_and_last_number():
+    """Catches answers that are normalised where letters count, and marks that are obeyed where the last number does."""
+    assert wrong(exact_match, EXACT) == [] and wrong(last_number, LAST) == []
+
+
+FORMATS = [  # (prompt, completion, reward)
+    ("", "<think>so</think><answer>5</answer>", Y),
+    ("", "<think>so</think>\n<answer>5</answer>\n", Y),
+    ("", "<think>so</think> It is \\boxed{5}.", Y),
+    ("Q\n<think>\n", "so</think> \\boxed{5}", Y),
+    ("Q", "so</think> \\boxed{5}", N),
+    ("", "<think>so</think> It is 5.", N),
+    ("", "<think>so</think> \\boxed{}", N),
+    ("", "<think>so</think> \\boxed{5", N),
+    ("", "<think>so \\boxed{5}</think>", N),
+    ("", "<think>so <answer>5</answer>", N),
+    ("", "<think>so</think><answer>5", N),
+    ("", "<think>so</think><answer></answer>", N),
+    ("", "<think>so</think>5<answer>5</answer>", N),
+    ("", "<think>so</think><answer>5</answer><answer>5</answer>", N),
+    ("", "<think>a</think><think>b</think><answer>5</answer>", N),
+    ("", "well <think>so</think><answer>5</answer>", N),
+]
+
+
+def test_format():
+    """Catches tags that are missing, doubled or out of order, and an answer that is thought instead of given."""
+    assert [row for row in FORMATS if format_reward(row[0], row[1], {}) != row[2]] == []
+
+
+def test_records():
+    """Catches another field than the first there is, a list of which one alone counts, and a missing answer that gives
+    a reward."""
+    assert math_answer("", "5", {"solution": "so \\boxed{5}", "target": "6"})
+    assert math_answer("", "5", {"answer": None, "label": 5}) and math_answer("", "5", {"gold": [4, 5.0]})
+    for grader in (math_answer, exact_match, last_number, multiple_choice):
+        with pytest.raises(ValueError, match="no right answer: none of answer, solution"):
+            grader("", "5", {"prompt": "5"})
+    with pytest.raises(ValueError, match="is no letter"):
+        multiple_choice("", "B", {"answer": "Paris"})
+
+
+def test_hostile_texts_have_a_verdict():
+    """Catches an exception, and patterns that go over a text again and again, which would take minutes here: a model in
+    training writes such texts."""
+    texts = ["\\boxed{" * 5000, "{" * 30000, "1," * 15000, "answer " * 6000, "answer is 1, " * 3000, "<answer>" * 4000]
+    texts += ["(" * 30000, "1 " * 15000, "-" * 30000, "\\frac" * 6000, "9^" * 400, "x" * 30000, "$" * 30000]
+    texts += [f"\\boxed{{{text[:990]}}}" for text in texts]
+    for text in texts:
+        for grader in (math_answer, multiple_choice, last_number, exact_match, format_reward):
+            assert grader("", text, {"answer": "J" if grader is multiple_choice else "55"}) == 0
+
+
+def test_math_verify_is_asked_last(monkeypatch):
+    """Catches a package that overrules what is understood here, or is not asked where nothing is."""
+    asked = []
+    package = types.ModuleType("math_verify")
+    package.parse = lambda text: text
+    package.verify = lambda gold, answer: asked.append(answer) or "int" in answer
+    monkeypatch.setitem(sys.modules, "math_verify", package)
+    assert wrong(math_answer, PAIRS) == [] and asked == [r"$x \le 5$"]
+    assert math_answer("", r"\boxed{\int_0^1 x}", {"answer": r"\oint x"}) and asked[1:] == [r"$\int_0^1 x$"]
+
+
+def test_no_torch():
+    """Catches an import that makes every worker process start slowly."""
+    program = "import sys, training.graders, models.worker_process, models.functions; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

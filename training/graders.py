@@ -1,0 +1,165 @@
+r"""Checked rewards: functions (prompt, completion, example) -> number that hold an answer against the record's own.
+
+    --reward_fn training/graders.py:math_answer        (train_ppo.py, train_grpo.py; score.py has --grader)
+
+- the right answer is the record's `answer`, or else its `solution`, `label`, `gold` or `target`; where that is a worked
+  solution (GSM8K's `#### 42`, MATH's `\boxed{}`), what it ends in. A list holds several right answers
+- of a completion, what follows `</think>` counts, where it has one; in that the last `\boxed{}`, else what follows the
+  last `####`, stands in the last `<answer>`, follows the last "answer is", or else the last number. A box decides even
+  if it was never closed or is empty: then there is no answer
+- what is mathematically the same: training/mathematics.py
+- no torch here, nor anything else that takes time to import: worker processes do
+"""
+
+import re
+
+from training.mathematics import equal, last_number_in
+
+GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
+ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswer\W{0,3}[:=]", re.I)
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
+
+# ----------------------------------------------------------------------------------------- graders
+
+
+def exact_match(prompt: str, completion: str, example: dict) -> float:
+    """1 if the marked answer, or the whole text where none is marked, is the right one to the letter, but for white
+    space around it."""
+    text = after_thinking(completion)
+    answer = marked_answer(text)
+    answer = text if answer is None else answer
+    return float(any(answer.strip() == gold.strip() for gold in gold_answers(example)))
+
+
+def math_answer(prompt: str, completion: str, example: dict) -> float:
+    """1 if the final answer equals the right one mathematically."""
+    text = after_thinking(completion)
+    answer = marked_answer(text)
+    answer = last_number_in(text) if answer is None else answer
+    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
+
+
+def last_number(prompt: str, completion: str, example: dict) -> float:
+    """1 if the last number of the text equals the right one, whatever is marked as the answer."""
+    answer = last_number_in(after_thinking(completion))
+    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
+
+
+def multiple_choice(prompt: str, completion: str, example: dict) -> float:
+    """1 if the letter that is chosen is the right one. The record has the letter, "B" or "(B)", maybe with the text of
+    the choice behind it, or the number of the choice as an integer from 0."""
+    letters = [
+        "ABCDEFGHIJ"[gold] if isinstance(gold, int) and 0 <= gold < 10 else letter_of(final_part(str(gold)))
+        for gold in raw_golds(example)
+    ]
+    if None in letters:
+        raise ValueError(f"the right choice is no letter: {raw_golds(example)}")
+    text = after_thinking(completion)
+    answer = marked_answer(text)
+    chosen = letter_of(answer) if answer is not None else None
+    if chosen is None and (answer is None or "\\boxed" not in text):
+        chosen = last_letter_in(text)
+    return float(chosen in letters)
+
+
+def format_reward(prompt: str, completion: str, example: dict) -> float:
+    r"""1 for `<think>...</think>` and then the answer: one `<answer>...</answer>`, not empty, and nothing else, or text
+    with a closed `\boxed{}` that is not empty. Each tag comes once; `<think>` may be the end of the prompt."""
+    text = completion.strip()
+    if not text.startswith("<think>") and prompt.rstrip().endswith("<think>"):
+        text = "<think>" + text
+    tags = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    if not text.startswith("<think>") or tags[:2] != [1, 1] or tags[2] != tags[3] or tags[2] > 1:
+        return 0.0
+    answer = text.partition("</think>")[2].strip()
+    if tags[2]:
+        return float(answer.startswith("<answer>") and answer.endswith("</answer>") and len(answer) > 17)
+    return float(bool(boxed_answer(answer)))
+
+
+# ---------------------------------------------------------------------------------- what is answered
+
+
+def raw_golds(example: dict) -> list:
+    for name in GOLD_FIELDS:
+        if example.get(name) is not None:
+            return example[name] if isinstance(example[name], list) else [example[name]]
+    raise ValueError(f"the record has no right answer: none of {', '.join(GOLD_FIELDS)}")
+
+
+def gold_answers(example: dict) -> list[str]:
+    """The record's right answers; any of them will do."""
+    return [final_part(str(gold)) for gold in raw_golds(example)]
+
+
+def final_part(gold: str) -> str:
+    """A right answer without its working."""
+    answer = marked_answer(gold)
+    return gold if answer is None else answer
+
+
+def after_thinking(text: str) -> str:
+    return text.rpartition("</think>")[2]
+
+
+def marked_answer(text: str) -> str | None:
+    r"""What a text marks as its answer: `\boxed{}`, `####`, `<answer>`, "the answer is"; "" for a box without an end or
+    content, None if nothing is marked."""
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    start, end = text.rfind("<answer>"), text.rfind("</answer>")
+    if 0 <= start < end:
+        return text[start + len("<answer>") : end].strip()
+    ends = [match.end() for match in ANSWER_IS.finditer(text)][-10:]
+    clauses = [_clause(text[end : end + 500]) for end in ends]
+    with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # and not: "I hope the answer is right"
+    return (with_number or clauses or [None])[-1]
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last closed `\boxed{}` with content holds, of nested ones the inner; "" if there are boxes, but none of
+    these; None if there is no box. `\boxed 5` is one, too."""
+    best, opened, found = -1, [], ""
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\[{}]|([{}])", text):
+        if match[1] or match[2] == "{":
+            opened.append((match.start(), match.end()) if match[1] else None)
+        elif match[2] and opened:
+            start = opened.pop()
+            if start is not None and start[0] > best and text[start[1] : match.start()].strip():
+                best, found = start[0], text[start[1] : match.start()].strip()
+    for match in BARE_BOX.finditer(text):
+        if match.start() > best:
+            best, found = match.start(), match[1]
+    return found if best >= 0 or re.search(r"\\(?:boxed|fbox)\b", text) else None
+
+
+def _clause(text: str) -> str:
+    """What is stated at the beginning of a text, without the rest of the sentence or line."""
+    text = text.strip().lstrip("*_`: ")
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        end = text.find(closing, len(opening))
+        if text.startswith(opening) and end > 0 and text[len(opening) : end].strip("\\ "):
+            is_price = opening == "$" and re.match(r"\$[\d.,]+\s[^$]*\w\s*\$", text)  # $18 for one and $20 for ...
+            if not is_price:
+                return text[len(opening) : end]
+    return re.split(r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|\s(?:because|since|as|so|which)\s", text)[0]
+
+
+def letter_of(answer: str) -> str | None:
+    """The letter that a marked answer begins with: B, (b), B. Paris; None if it is something else."""
+    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf|textrm)\s*\{([^{}]*)\}", r"\1", answer)
+    answer = re.sub(r"^[\s*$({\[\"'`]*(?:(?:option|choice)\s+[(\[]?)?", "", answer, flags=re.I)
+    match = re.match(r"([A-J])(?![\w'])(?!(?<=I)\s+[a-z])|([a-j])(?=[\s)\]}.*$]*$)", answer)
+    return None if match is None else match[0].upper()
+
+
+def last_letter_in(text: str) -> str | None:
+    """The letter of the last choice that a text names: (B), a line that begins with B, or a B that is no word."""
+    for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
+        letters = re.findall(pattern, text, re.M)
+        if letters:
+            return letters[-1]
+    return None

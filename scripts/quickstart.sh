@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a model that adds up, in minutes and without any download but the Python packages: writes a toy world
-# (scripts/toy.py), then fine-tuning, a reward model, best of n, DPO and PPO, each measured on held-out problems.
+# (scripts/toy.py), then fine-tuning, a reward model, best of n, DPO, PPO and GRPO, each measured on held-out problems.
 # Everything lands in runs/toy, REPORT.md first; a second run replaces that folder. A GPU is used if there is one.
 #     bash scripts/quickstart.sh            one seed
 #     bash scripts/quickstart.sh 0 1 2      several, in runs/toy, runs/toy-1, runs/toy-2, with mean and spread
@@ -100,14 +100,24 @@ for seed in "${seeds[@]}"; do
     measure ppo
     reward ppo ppo.scored
     clock ppo
+
+    step "GRPO, with a checked reward"
+    "$python" training/train_grpo.py --checkpoint_path "$out/sft" --output_dir "$out/grpo" --seed "$seed" \
+        --prompt_file "$out/prompts.jsonl" --eval_prompt_file "$out/heldout.jsonl" \
+        --reward_fn scripts/toy.py:correct --eval_steps 10 --total_steps 40 --rollout_batch_size 128 \
+        --num_generations 8 --max_new_tokens 48 --learning_rate 2e-4
+    measure grpo
+    reward grpo grpo.scored
+    clock grpo
 done
 
 step "The report"
 worlds=()
 for seed in "${seeds[@]}"; do worlds+=("$(folder "$seed")"); done
 out=${worlds[0]}
-"$python" scripts/plot_metrics.py "$out/sft" "$out/rm" "$out/dpo" "$out/ppo" --output_file "$out/curves.png" \
-    --metrics loss eval_loss eval_accuracy rewards/margins objective/scores objective/kl
+"$python" scripts/plot_metrics.py "$out/sft" "$out/rm" "$out/dpo" "$out/ppo" "$out/grpo" \
+    --output_file "$out/curves.png" \
+    --metrics loss eval_loss eval_accuracy rewards/margins objective/scores objective/kl reward eval_pass@1
 "$python" scripts/toy_report.py "${worlds[@]}" --output_file "$out/REPORT.md" --picture curves.png
 step "Done"
 echo "Ask it: $python inference/generate.py --checkpoint_path $out/ppo --temperature 0 --prompt \$'7+5+9+4\\n'"

@@ -33,6 +33,7 @@ STAGES = {
     "best": "best of {n} SFT samples by the reward model",
     "dpo": "DPO",
     "ppo": "PPO, learned reward",
+    "grpo": "GRPO, checked reward",
 }
 ROWS_PER_FORWARD = 256
 correct = load_function("toy_report", f"{Path(__file__).with_name('toy.py')}:correct")
@@ -82,7 +83,7 @@ def measure(world: Path) -> dict[str, dict[str, float]]:
     """{stage: {column: value}} of one world."""
     samples, reference, tokenizer = world / "samples", load_model(world / "sft"), Tokenizer(world / "sft")
     found = {"model": {"greedy": accuracy(samples / "model.greedy.jsonl")}}
-    for stage in ("sft", "dpo", "ppo"):
+    for stage in ("sft", "dpo", "ppo", "grpo"):
         sampled = samples / f"{stage}.scored.jsonl"
         found[stage] = {
             "greedy": accuracy(samples / f"{stage}.greedy.jsonl"),
@@ -128,7 +129,7 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
         cells += [spread(each(stage, column)) for column in ("reward", "kl", "minutes")]
         text.append(f"| {name.format(n=num_samples // num_problems)} | {' | '.join(cells)} |")
     gains = []
-    for stage, name in (("best", "best of n"), ("dpo", "DPO"), ("ppo", "PPO")):
+    for stage, name in (("best", "best of n"), ("dpo", "DPO"), ("ppo", "PPO"), ("grpo", "GRPO")):
         more = [f[stage]["sampled"] - f["sft"]["sampled"] for f in found]
         gains.append(f"{name} {spread(more)}")
     text += [
@@ -142,7 +143,9 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
         "",
         "```",
     ]
-    answers = {stage: read_records(worlds[0] / f"samples/{stage}.greedy.jsonl") for stage in ("sft", "dpo", "ppo")}
+    answers = {
+        stage: read_records(worlds[0] / f"samples/{stage}.greedy.jsonl") for stage in ("sft", "dpo", "ppo", "grpo")
+    }
     verdict = dict(zip((get_field(line, "prompt") for line in answers["sft"]), verdicts(answers["sft"])))
     prompt = min(verdict, key=lambda prompt: (verdict[prompt], -len(prompt)))
     text.append(f"{'problem':8s}{prompt.strip()}")

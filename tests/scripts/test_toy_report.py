@@ -15,7 +15,7 @@ def write(path, lines):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the quickstart leaves, with answers that were put there: 1 in 4 right by SFT, 2 by DPO, 3 by PPO."""
+    """What the quickstart leaves, with answers put there: 1 in 4 right by SFT, 2 by DPO, 3 by PPO, 4 by GRPO."""
     out = tmp_path_factory.mktemp("toy") / "world"
     sizes = ("--num_train", 10, "--num_heldout", 20, "--num_prompts", 10)
     assert tiny.run("scripts/toy.py", "--output_dir", out, *sizes).code == 0
@@ -26,7 +26,7 @@ def world(tmp_path_factory):
     result = tiny.run("inference/generate.py", *flags)
     assert result.code == 0, result.stderr
     lines = sorted(map(json.loads, drawn.read_text().splitlines()), key=lambda line: (line["idx"], line["sample_idx"]))
-    for stage, num_right, kl in (("sft", 1, 0.0), ("dpo", 2, 0.5), ("ppo", 3, 2.0)):
+    for stage, num_right, kl in (("sft", 1, 0.0), ("dpo", 2, 0.5), ("ppo", 3, 2.0), ("grpo", 4, 1.0)):
         judged = [
             {
                 **line,
@@ -37,17 +37,20 @@ def world(tmp_path_factory):
             for line in lines
         ]
         write(out / f"samples/{stage}.scored.jsonl", judged)
-        write(out / f"samples/{stage}.greedy.jsonl", [line for line in judged if line["sample_idx"] == num_right])
+        write(out / f"samples/{stage}.greedy.jsonl", [line for line in judged if line["sample_idx"] == num_right % 4])
     write(out / "samples/model.greedy.jsonl", [{**line, "output": "?"} for line in lines if line["sample_idx"] == 0])
     write(out / "samples/sft.best.jsonl", [{**line, "output": line["answer"], "reward": 9} for line in lines[::4]])
     write(out / "rm/metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 0.875}])
-    write(out / "seconds.jsonl", [{"stage": s, "seconds": 30} for s in ("model", "sft", "rm", "best", "dpo", "ppo")])
+    write(
+        out / "seconds.jsonl",
+        [{"stage": s, "seconds": 30} for s in ("model", "sft", "rm", "best", "dpo", "ppo", "grpo")],
+    )
     return out
 
 
 def test_the_table(world):
     """Catches a column of another stage, gains over the wrong stage, and a KL with the wrong sign, of other tokens or
-    without the EOS: the samples are the reference's own, their log-probs raised by 0, 0.5 and 2 nats."""
+    without the EOS: the samples are the reference's own, their log-probs raised by 0, 0.5, 2 and 1 nats."""
     output = world / "REPORT.md"
     result = tiny.run("scripts/toy_report.py", world, "--output_file", output, "--picture", "curves.png")
     assert result.code == 0, result.stderr
@@ -59,8 +62,11 @@ def test_the_table(world):
         ["best of 4 SFT samples by the reward model", "", "100.0 %", "9.0", "", "0.5"],
         ["DPO", "0.0 %", "50.0 %", "3.5", "0.5", "0.5"],
         ["PPO, learned reward", "0.0 %", "75.0 %", "4.5", "2.0", "0.5"],
+        ["GRPO, checked reward", "100.0 %", "100.0 %", "5.5", "1.0", "0.5"],
     ]
-    assert "best of n 75.0, DPO 25.0, PPO 50.0" in text and "87.5 %" in text and "![curves](curves.png)" in text
+    assert (
+        "best of n 75.0, DPO 25.0, PPO 50.0, GRPO 75.0" in text and "87.5 %" in text and "![curves](curves.png)" in text
+    )
 
 
 def test_several_seeds(world, tmp_path):

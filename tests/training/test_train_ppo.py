@@ -22,7 +22,7 @@ from models.records import IGNORE_INDEX, Example, Split, encode_prompt
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_train_rm import make_records
-from training import rewards, run_dir, train_ppo
+from training import rewards, rollouts, run_dir, train_ppo
 from training.rewards import RewardArgs, Scorer
 from training.rollouts import Prompt
 
@@ -131,7 +131,7 @@ def test_metrics_and_samples(folder, world, tmp_path):
     more |= {"reward_fn": [f"{world / 'fn.py'}:{name}" for name in ("reward", "hangs")], "reward_fn_weight": [1, 0]}
     more |= {"reward_timeout": 0.3, "reward_workers": 1}  # the second hangs for one record, and weighs nothing
     watched = ppo(folder, world, tmp_path / "watched", **constant, **more)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [2, 3, 4]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [0, 2, 3, 4]
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
     for line in lines:
         assert line["engine/logprob_gap_max"] < 1e-5 and line["grad_norm"] > 0 and line["value_grad_norm"] > 0
@@ -140,15 +140,15 @@ def test_metrics_and_samples(folder, world, tmp_path):
         assert line["loss"] == pytest.approx(line["loss/policy_avg"] + line["loss/value_avg"])
         assert 0 < line["completion_length"] <= 6 and line["episode"] == 6 * line["step"]
     assert lines[-1]["num_tokens"] == pytest.approx(6 * sum(line["completion_length"] for line in lines))
-    assert [line["step"] for line in watched if "eval_objective/scores" in line] == [2, 4]
+    assert [line["step"] for line in watched if "eval_objective/scores" in line] == [0, 2, 4]
     for line in watched:  # a busy machine may take too long for more than those that hang
         hung = train_ppo.prompt_numbers(7, 6 * (line["step"] - 1), 6, seed=0).count(2)
         assert line["rewards/hangs/timeouts"] >= hung and line["rewards/hangs/mean"] == 1
         assert line["rewards/reward/mean"] == pytest.approx(line["objective/scores"])
     assert [line["step"] for line in watched if line.get("eval_rewards/hangs/timeouts", 0) >= 1] == [2, 4]
     samples = tiny.read_lines(tmp_path / "watched/samples.jsonl")
-    assert [sample["step"] for sample in samples] == [2] * 3 + [4] * 3
-    for sample, bonus in zip(samples, [0, 1, 2, 0, 1, 2]):
+    assert [sample["step"] for sample in samples] == [0] * 3 + [2] * 3 + [4] * 3
+    for sample, bonus in zip(samples, [0, 1, 2] * 3):
         assert sample["score"] == pytest.approx(len(sample["output"]) / 10 + bonus)
     assert_same_weights(tmp_path / "plain", tmp_path / "watched")
     size = {"micro_batch_size": None, "max_tokens_per_micro_batch": 40}
@@ -196,8 +196,8 @@ def test_prompts_that_are_too_long(folder, world, tmp_path):
 
 def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypatch):
     """Catches a sampler of another temperature than the log-probs': the ratio is 1 all the same."""
-    real = train_ppo.SamplingParams
-    monkeypatch.setattr(train_ppo, "SamplingParams", lambda temperature, **more: real(0.7 * temperature, **more))
+    real = rollouts.SamplingParams
+    monkeypatch.setattr(rollouts, "SamplingParams", lambda temperature, **more: real(0.7 * temperature, **more))
     with pytest.raises(RuntimeError, match="away from those of the engine"):
         ppo(folder, world, tmp_path / "out", debug_checks=True)
     assert not (tmp_path / "out/config.json").exists()

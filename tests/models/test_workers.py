@@ -1,7 +1,6 @@
 """models/workers.py: whatever a function does, it costs one answer, and leaves nothing behind."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,12 +14,10 @@ from tests import tiny
 EVIL = """
 import asyncio, ctypes, math, os, signal, subprocess, sys, time
 
-def start(*command):
-    return subprocess.Popen([*command, MARK], start_new_session=True)
+def start():
+    subprocess.Popen(["sleep", "1000.25"], start_new_session=True)
 
-MARK = "1000.25"  # seconds to sleep, by which the tests know a process
-
-def hang(): time.sleep(float(MARK))
+def hang(): time.sleep(1000)
 def spin():
     while True: pass
 def deaf():
@@ -32,12 +29,12 @@ def leave_a_child():
     if os.fork() == 0: hang()
     return 1
 def fork_twice(): os.fork(); return 1
-def leave_a_daemon(): start("sleep"); return 1
-def hang_beside_a_daemon(): start("sleep"); hang()
+def leave_a_daemon(): start(); return 1
+def hang_beside_a_daemon(): start(); hang()
 def leave_the_group(): os.setsid(); hang()
 def kill_the_supervisor(): os.kill(os.getppid(), signal.SIGKILL); hang()
 def stop(): os.kill(os.getpid(), signal.SIGSTOP)
-def shout(): print("x" * 100000); sys.stdout.flush(); os.write(1, b"{}"); return 1
+def shout(): print("x" * 5000); sys.stdout.flush(); os.write(1, b"{}"); return 1
 def leave(): sys.exit(0)
 def leave_at_once(): os._exit(0)
 def fail(): raise KeyError("mine")
@@ -128,33 +125,39 @@ def pool_of(file, *names, **more):
     return Pool([load_grader("--reward_fn", f"{file}:{name}") for name in names], GradingArgs(**given))
 
 
-def processes(*parts):
-    """The command lines of all processes, zombies apart, with one of these parts in it."""
+@pytest.fixture
+def mark(monkeypatch):
+    """What the environment of every process has that this test starts, and that these start."""
+    monkeypatch.setenv("STARTED_BY", f"test {os.getpid()} {time.monotonic_ns()}")
+    return f"STARTED_BY={os.environ['STARTED_BY']}".encode()
+
+
+def processes(mark):
+    """The command lines of the processes with this mark; a zombie has none any more."""
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/cmdline", "rb") as command:
-                    line = command.read().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # it has ended meanwhile
-                continue
-            found += [f"{entry} {line}"] * any(part in line for part in parts)
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/environ", "rb") as environment, open(f"/proc/{entry}/cmdline") as command:
+                if mark in environment.read():
+                    found.append(command.read().replace("\0", " "))
+        except OSError:  # it has ended meanwhile
+            continue
     return found
 
 
-def gone(*parts):
+def gone(mark):
     """Waits for these processes to end."""
     deadline = time.monotonic() + 20
-    while processes(*parts) and time.monotonic() < deadline:
+    while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return processes(*parts) == []
+    return processes(mark) == []
 
 
 def outcome(grade):
     return grade.value if grade.failure is None else grade.failure
 
 
-def test_each_costs_one_answer(file):
+def test_each_costs_one_answer(file, mark):
     """Catches a function that takes another answer's grade with it, ends or stops the run, writes into the pipe of
     grades, gets a grade for what is no number, or leaves a process behind."""
     pool = pool_of(file, "evil", "length")
@@ -167,8 +170,9 @@ def test_each_costs_one_answer(file):
         assert (got == wanted) if wanted == 1 else (isinstance(got, str) and wanted in got), (name, got)
         assert outcome(good.result()) == 2 + 10 * len(name) + 300, name
     assert num_open == len(os.listdir("/proc/self/fd"))  # those of processes that were replaced are closed
+    assert len(processes(mark)) >= 2
     pool.close()
-    assert gone("1000.25", f"worker_process import main; main() {tiny.ROOT}")
+    assert gone(mark)
     assert pool.submit(0, "p", "hang", {}).cancelled()
 
 
@@ -232,7 +236,7 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     pool.close()
 
 
-def test_nothing_outlives_a_kill(file):
+def test_nothing_outlives_a_kill(file, mark):
     """Catches processes, and what functions started in them, that go on when the run is gone."""
     names = ("hang", "spin", "fork_and_hang", "hang_beside_a_daemon", "leave_the_group", "deaf")
     program = (
@@ -246,11 +250,11 @@ def test_nothing_outlives_a_kill(file):
     command = [sys.executable, "-c", program, str(tiny.ROOT), f"{file}:evil", *names]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.stdout.readline() == "up\n"
-    ours = f"main() {tiny.ROOT}"
-    deadline = time.monotonic() + 20
-    while not processes("sleep 1000.25") and time.monotonic() < deadline:
+    deadline, sleep = time.monotonic() + 20, "sleep 1000.25 "
+    while sleep not in processes(mark) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(processes("sleep 1000.25")) == 1 and len(processes(ours)) >= 12
-    run.send_signal(signal.SIGKILL)
+    found = processes(mark)
+    assert found.count(sleep) == 1 and sum("worker_process" in line for line in found) >= 13, found  # one has forked
+    run.kill()
     run.wait()
-    assert gone("1000.25", ours)
+    assert gone(mark)

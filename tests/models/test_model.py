@@ -338,7 +338,7 @@ def test_yarn_equals_transformers(settings):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_defaults_equal_transformers(model_type):
     """Catches: a key that config.json leaves out read as another family's, and switches that a family does not have."""
-    theirs = transformers.AutoConfig.for_model(model_type)
+    theirs = transformers.AutoConfig.for_model(model_type, hidden_size=1024, num_attention_heads=64)
     shape = {key: getattr(theirs, key) for key in ("vocab_size", *SHAPE[:4])}
     ours = ModelConfig.from_hf({"model_type": model_type, **shape, "mlp_bias": model_type != "llama"})
     names = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")

@@ -37,15 +37,17 @@ def named_pad_token(path: Path) -> PadToken | None:
 
 
 def choose_pad_token(folder: Folder) -> PadToken:
-    """A pad token for rows that end in EOS or an end of turn: the folder's own where it ends nothing; else `<unk>`;
-    else an added token without a part in chats, preferably one that was kept in reserve; else the last entry of the
-    vocabulary, its rarest, that no text spells (in a byte-level one a space is written as another character)."""
+    """A pad token for rows that end in EOS or an end of turn: the folder's own where it ends nothing; else `<unk>`,
+    unless that is a piece of texts, as in Qwen's vocabulary; else an added token without a part in chats, preferably
+    one that was kept in reserve; else the last entry of the vocabulary, its rarest, that no text spells (in a
+    byte-level one a space is written as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
     vocabulary = _read_vocabulary(path)
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
     usable = {text: i for text, i in vocabulary.ids.items() if i not in ends and i < folder.config.vocab_size}
-    for text in (_named(path, "pad_token"), _named(path, "unk_token"), "<unk>"):
+    unknown = ("<unk>",) if "<unk>" in vocabulary.added else ()
+    for text in (_named(path, "pad_token"), _named(path, "unk_token"), *unknown):
         if text in usable:
             return PadToken(text, usable[text])
     added = [text for text in vocabulary.added if text in usable and text not in template]
@@ -91,7 +93,7 @@ def _read_vocabulary(path: Path) -> _Vocabulary:
     else:
         processor = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
         ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-        added = {piece: i for piece, i in ids.items() if processor.is_control(i)}
+        added = {piece: i for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)}
     more = {text: i for text, i in _read(path / "added_tokens.json").items() if isinstance(i, int)}
     for i, token in _read(path / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
         more[token["content"]] = int(i)

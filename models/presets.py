@@ -20,9 +20,7 @@ _LLAMA_32_ROPE = {**_LLAMA_3_ROPE, "factor": 32.0}
 _LLAMA_31_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
 _LLAMA_31_70B = ModelConfig(128256, 8192, 28672, 80, 64, 8, 128, 131072, 1e-5, 5e5, _LLAMA_3_ROPE)
 _QWEN2, _QWEN3 = partial(ModelConfig, model_type="qwen2"), partial(ModelConfig, model_type="qwen3")
-_QWEN25_05B = _QWEN2(151936, 896, 4864, 24, 14, 2, 64, 32768, 1e-6, 1e6, tie_word_embeddings=True)
 _QWEN25_15B = _QWEN2(151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e-6, 1e6, tie_word_embeddings=True)
-_QWEN25_3B = _QWEN2(151936, 2048, 11008, 36, 16, 2, 128, 32768, 1e-6, 1e6, tie_word_embeddings=True)
 _QWEN25_7B = _QWEN2(152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e-6, 1e6)
 _QWEN3_8B = _QWEN3(151936, 4096, 12288, 36, 32, 8, 128, 40960, 1e-6, 1e6)
 _R1_0528_ROPE = {
@@ -34,6 +32,7 @@ _R1_0528_ROPE = {
     "attention_factor": 0.1 * math.log(4.0) + 1,
     "truncate": True,
 }
+# Where an -Instruct model has its base's numbers, the base stands for both.
 # vocabulary, hidden, ffn, layers, heads, key/value heads, head dim, context, eps of the norms, theta, scaling of RoPE
 PRESETS = {
     "meta-llama/Llama-2-7b-chat-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
@@ -61,12 +60,10 @@ PRESETS = {
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_31_70B,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA_31_8B,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": _LLAMA_31_70B,
-    "Qwen/Qwen2.5-0.5B": _QWEN25_05B,
-    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN25_05B,
+    "Qwen/Qwen2.5-0.5B": _QWEN2(151936, 896, 4864, 24, 14, 2, 64, 32768, 1e-6, 1e6, tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B": _QWEN25_15B,
     "Qwen/Qwen2.5-1.5B-Instruct": replace(_QWEN25_15B, max_position_embeddings=32768),
-    "Qwen/Qwen2.5-3B": _QWEN25_3B,
-    "Qwen/Qwen2.5-3B-Instruct": _QWEN25_3B,
+    "Qwen/Qwen2.5-3B": _QWEN2(151936, 2048, 11008, 36, 16, 2, 128, 32768, 1e-6, 1e6, tie_word_embeddings=True),
     "Qwen/Qwen2.5-7B": _QWEN25_7B,
     "Qwen/Qwen2.5-7B-Instruct": replace(_QWEN25_7B, max_position_embeddings=32768),
     "Qwen/Qwen3-0.6B": _QWEN3(151936, 1024, 3072, 28, 16, 8, 128, 40960, 1e-6, 1e6, tie_word_embeddings=True),

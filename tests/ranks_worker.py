@@ -3,12 +3,16 @@ process that forks them.
 
 A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
-GPUs. Others: ["refused", *job] prints the ValueError that a job ends with; ["stopped", RANK, STEP, *job] sends SIGTERM to
-one rank while it takes that step; ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that
-step; ["sampling"] holds sampling from parts of the vocabulary against sampling from the whole; ["recomputing", FOLDER]
-counts the collectives of a step.
+GPUs. Others:
+["refused", *job] prints the ValueError that a job ends with;
+["stopped", RANK, STEP, *job] sends SIGTERM to one rank while it takes that step;
+["traced", *job] runs what torch.compile traces as it is: to write and compile the code of its graphs takes a minute;
+["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step;
+["sampling"] holds sampling from parts of the vocabulary against sampling from the whole;
+["recomputing", FOLDER] counts the collectives of a step.
 """
 
+import gc
 import importlib
 import io
 import itertools
@@ -22,6 +26,7 @@ import time
 import traceback
 import typing
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -53,6 +58,9 @@ def run_job(name: str, *arguments: str) -> None:
         print_refusal(*arguments)
     elif name == "stopped":
         stop_one(*arguments)
+    elif name == "traced":
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+            run_job(*arguments)
     elif name == "rewind":
         rewind(*arguments)
     elif name == "sampling":
@@ -94,12 +102,12 @@ def print_refusal(*job: str) -> None:
 
 
 def stop_one(rank: str, step: str, *job: str) -> None:
-    steps = itertools.count(1)
+    steps, real = itertools.count(1), clip_grad_norm
 
     def clip_and_stop(*args):
         if next(steps) == int(step) and dist.get_rank() == int(rank):
             signal.raise_signal(signal.SIGTERM)
-        return clip_grad_norm(*args)
+        return real(*args)
 
     with mock.patch(f"{__name__}.clip_grad_norm", clip_and_stop):
         run_job(*job)
@@ -217,6 +225,7 @@ def main(folder: Path, owner: int, size: int) -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    gc.freeze()  # what is imported stays, shared by the ranks
     for rank in range(size):
         fork_rank(rank, folder, owner)
     for _ in range(size):

@@ -92,15 +92,14 @@ SETTINGS = {
     "temperature": TEMPERATURE,
     "kl_coef": BETA,
     "max_new_tokens": MOST,
-    "total_steps": 60,
-    "rollout_batch_size": 384,
+    "total_steps": 30,
+    "rollout_batch_size": 256,
     "ppo_epochs": 4,
     "learning_rate": 3e-3,
     "value_learning_rate": 3e-3,
     "cliprange_value": 0,
     "adam_beta2": 0.99,
 }
-QUICK = {"total_steps": 30, "rollout_batch_size": 256}
 
 
 def train(root, out, **more):
@@ -117,30 +116,15 @@ def relative_regret(root, out, table):
     return regret(out, best) / regret(root / "ref", best)
 
 
-@pytest.mark.parametrize("seed", [0])  # 1 and 4 end like it, 2 and 3 nearer to the bound, at 0.7 and 0.9 %
-def test_optimum(seed, tmp_path):
-    """Catches whatever makes the script learn another policy than pi* or another value than beta log Z: the signs and
-    places of scores and KL, the EOS action, temperatures, a critic beside the state it judges."""
-    table = write_task(tmp_path, seed)
-    train(tmp_path, tmp_path / "out", seed=seed)
-    found = relative_regret(tmp_path, tmp_path / "out", table)
-    print(f"regret {found:.4f}")
-    assert found < 0.01
-    _, best_value = optimum(tmp_path / "ref", table)
-    assert (prompt_values(tmp_path / "out/critic") - best_value).abs().max() < 0.02
-
-
 def test_kl_in_the_loss(tmp_path):
     """Catches a KL in the loss that is not in the units of the whitened advantages, or of tokens by themselves: both
     have another optimum."""
     table = write_task(tmp_path, 0)
-    train(tmp_path, tmp_path / "out", kl_in="loss", ppo_epochs=1, minibatch_size=96)
+    more = {"total_steps": 60, "rollout_batch_size": 384, "ppo_epochs": 1, "minibatch_size": 96}
+    train(tmp_path, tmp_path / "out", kl_in="loss", **more)
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
     assert found < 0.03
-
-
-# ----------------------------------------------------------------------------------- planted faults
 
 
 def _kl_clamped(patch):
@@ -178,17 +162,19 @@ def _top_k(patch):
     patch.setattr(train_ppo, "SamplingParams", lambda temperature, **more: real(temperature, top_k=5, **more))
 
 
-FAULTS = [None, _kl_clamped, _eos_out_of_the_mask, _bootstrap_past_the_end, _temperature_in_the_sampler_only, _top_k]
+FAULTS = [_kl_clamped, _eos_out_of_the_mask, _bootstrap_past_the_end, _temperature_in_the_sampler_only, _top_k]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_show(fault, tmp_path, monkeypatch):
-    """Catches a task that forgives: on the same small budget each of these mistakes costs several times the regret of
-    the script without it (None), or of the bootstrap, which adds much the same to all answers, the critic's value."""
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_optimum(fault, tmp_path, monkeypatch):
+    """Catches whatever makes the script learn another policy than pi* or another value than beta log Z (None): signs
+    and places of scores and KL, the EOS action, temperatures, a critic beside the state it judges. And a task that
+    forgives: each of FAULTS costs several times that regret, or, of the bootstrap, which adds much the same to all
+    answers, the critic's value."""
     table = write_task(tmp_path, 0)
     if fault is not None:
         fault(monkeypatch)
-    train(tmp_path, tmp_path / "out", **QUICK)
+    train(tmp_path, tmp_path / "out")
     found = relative_regret(tmp_path, tmp_path / "out", table)
     value = (prompt_values(tmp_path / "out/critic") - optimum(tmp_path / "ref", table)[1]).abs().max().item()
     print(fault, f"regret {found:.4f}, value {value:.3f} from its optimum")

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -12,6 +14,12 @@ def pytest_collection_modifyitems(items):
         group = "ranks" if hasattr(item.module, "launch") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: not hasattr(item.module, "launch"))
+
+
+def pytest_collection_finish():
+    """What has been imported stays, and the collector need not look through a million objects of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,9 +1,11 @@
-"""Ranks for the tests of parallel runs. Starting them costs more than most of what they then do, so one torchrun launch
-of each size serves the whole session: tests/ranks_worker.py."""
+"""Ranks for the tests of parallel runs. Starting them costs more than most of what they then do, so those of each size
+serve the whole session, forked from one process that has imported everything: tests/ranks_worker.py."""
 
 import atexit
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,11 +19,15 @@ from tests import tiny
 TIMEOUT = 300  # seconds for a list of jobs
 
 
-def start_torchrun(ranks: int, *command: object, **options) -> subprocess.Popen:
-    """torchrun on gloo, a thread for each rank."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def _start(*command: object, **options) -> subprocess.Popen:
+    """A Python process on the CPU, with a thread for each rank."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(list(map(str, [*launcher, *command])), env=env, text=True, **options)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, **options)
+
+
+def start_torchrun(ranks: int, *command: object, **options) -> subprocess.Popen:
+    """torchrun on gloo, for what needs processes of its own."""
+    return _start("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command, **options)
 
 
 class Pool(NamedTuple):
@@ -29,16 +35,16 @@ class Pool(NamedTuple):
     folder: Path
     size: int
 
-    def run(self, jobs: list[list[object]], fault: str) -> str:
+    def run(self, jobs: list[list[object]], fault: str, stdin: str) -> str:
         number = len(list(self.folder.glob("*.json")))
         staging = self.folder / "next"
-        staging.write_text(json.dumps({"jobs": [list(map(str, job)) for job in jobs], "fault": fault}))
+        staging.write_text(json.dumps({"jobs": [list(map(str, job)) for job in jobs], "fault": fault, "stdin": stdin}))
         staging.rename(self.folder / f"{number}.json")
         deadline = time.monotonic() + TIMEOUT
         while len(list(self.folder.glob(f"{number}.*.done"))) < self.size:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 _pool.cache_clear()
-                self.process.kill()
+                self.kill()
                 raise AssertionError((self.folder / "stderr").read_text()[-4000:])
             time.sleep(0.02)
         return "".join((self.folder / f"{number}.{rank}.out").read_text() for rank in range(self.size))
@@ -47,21 +53,26 @@ class Pool(NamedTuple):
         (self.folder / "stop").touch()
         try:
             self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:  # its ranks end when this process has
-            self.process.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 @cache
 def _pool(size: int) -> Pool:
     folder = Path(tempfile.mkdtemp(prefix=f"ranks-{size}-"))
     with open(folder / "stderr", "w") as stderr:
-        worker = [tiny.ROOT / "tests/ranks_worker.py", folder, os.getpid()]
-        pool = Pool(start_torchrun(size, *worker, stdout=stderr, stderr=stderr), folder, size)
+        command = [tiny.ROOT / "tests/ranks_worker.py", folder, os.getpid(), size]
+        pool = Pool(_start(*command, stdout=stderr, stderr=stderr, start_new_session=True), folder, size)
     atexit.register(pool.stop)
     return pool
 
 
-def launch(ranks: int, jobs: list[list[object]], fault: str = "") -> str:
+def launch(ranks: int, jobs: list[list[object]], fault: str = "", stdin: str = "") -> str:
     """Runs jobs on so many ranks, one after the other, and returns what the ranks printed; AssertionError with the end
-    of their stderr if one fails. fault: of tests/faults.py, planted meanwhile."""
-    return _pool(ranks).run(jobs, fault)
+    of their stderr if one fails. fault: of tests/faults.py, planted meanwhile. stdin: what the first rank reads."""
+    return _pool(ranks).run(jobs, fault, stdin)

@@ -1,21 +1,32 @@
-"""A rank that stays: it runs one list of jobs after the other, until it is told to stop. tests/ranks.py starts it.
+"""Ranks that stay: they run one list of jobs after the other, until they are told to stop. tests/ranks.py starts the
+process that forks them.
 
 A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
-GPUs. Others: ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step; ["sampling"]
-holds sampling from parts of the vocabulary against sampling from the whole; ["recomputing", FOLDER] counts the
-collectives of a step.
+GPUs. Others:
+["refused", *job] prints the ValueError that a job ends with;
+["stopped", RANK, STEP, *job] sends SIGTERM to one rank while it takes that step;
+["traced", *job] runs what torch.compile traces as it is: to write and compile the code of its graphs takes a minute;
+["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step;
+["sampling"] holds sampling from parts of the vocabulary against sampling from the whole;
+["recomputing", FOLDER] counts the collectives of a step.
 """
 
+import gc
 import importlib
+import io
 import itertools
 import json
 import os
 import shutil
+import signal
+import socket
 import sys
 import time
+import traceback
 import typing
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -43,7 +54,14 @@ SETTINGS += [
 
 
 def run_job(name: str, *arguments: str) -> None:
-    if name == "rewind":
+    if name == "refused":
+        print_refusal(*arguments)
+    elif name == "stopped":
+        stop_one(*arguments)
+    elif name == "traced":
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+            run_job(*arguments)
+    elif name == "rewind":
         rewind(*arguments)
     elif name == "sampling":
         check_sampling()
@@ -74,6 +92,25 @@ def train(script, arguments: tuple[str, ...]) -> None:
         script.main(args)
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(steps, f"{args.output_dir}.gradients.pt")
+
+
+def print_refusal(*job: str) -> None:
+    try:
+        run_job(*job)
+    except ValueError as error:
+        print("refused:", error)
+
+
+def stop_one(rank: str, step: str, *job: str) -> None:
+    steps, real = itertools.count(1), clip_grad_norm
+
+    def clip_and_stop(*args):
+        if next(steps) == int(step) and dist.get_rank() == int(rank):
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with mock.patch(f"{__name__}.clip_grad_norm", clip_and_stop):
+        run_job(*job)
 
 
 def rewind(run: str, copy: str, step: str) -> None:
@@ -150,7 +187,7 @@ def is_alive(pid: int) -> bool:
 
 def serve(folder: Path, owner: int) -> None:
     """owner: the process that asks; when it is gone, nobody will."""
-    rank = os.environ["RANK"]
+    rank = int(os.environ["RANK"])
     for number in itertools.count():
         path = folder / f"{number}.json"
         while not path.exists():
@@ -161,12 +198,41 @@ def serve(folder: Path, owner: int) -> None:
         with ExitStack() as stack:
             if request["fault"]:
                 stack.enter_context(planted(request["fault"]))
+            stdin = None if rank else io.StringIO(request["stdin"])  # no rank but the first has somebody who types
+            stack.enter_context(mock.patch.object(sys, "stdin", stdin))
             stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
             for job in request["jobs"]:
                 run_job(*job)
         (folder / f"{number}.{rank}.done").touch()
 
 
+def fork_rank(rank: int, folder: Path, owner: int) -> int:
+    """The process of a rank, with the environment that torchrun gives one."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        try:
+            serve(folder, owner)
+            end_process(0)
+        except BaseException:
+            traceback.print_exc()
+            end_process(1)
+    return pid
+
+
+def main(folder: Path, owner: int, size: int) -> int:
+    """Ends as soon as a rank fails; who started it ends the others then."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    gc.freeze()  # what is imported stays, shared by the ranks
+    for rank in range(size):
+        fork_rank(rank, folder, owner)
+    for _ in range(size):
+        if os.wait()[1]:
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]))
-    end_process(0)
+    end_process(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

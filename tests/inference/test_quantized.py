@@ -1,7 +1,6 @@
 """Generation, chat and scoring with quantised weights: the same promises as with plain ones."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -77,16 +76,6 @@ def test_greedy_equals_transformers(world, tmp_path, mode):
         options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
         assert line["token_ids"] == [token for token in theirs if token != 2]
-
-
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("mode", FLAGS)
-def test_compiled(world, wanted, tmp_path, mode):
-    """Catches quantised products that the compiler cannot trace, or computes otherwise."""
-    out = tmp_path / "out.jsonl"
-    result = tiny.run("inference/generate.py", *flags_for(world, mode, out, "--compile"))
-    assert result.code == 0, result
-    assert_same(by_sample(out), wanted[mode])
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])

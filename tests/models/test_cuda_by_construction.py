@@ -139,14 +139,13 @@ def generate(engine: Engine, monkeypatch) -> list:
     return list(engine.generate(requests))
 
 
-@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-@pytest.mark.parametrize("row_lengths", [True, False], ids=["row lengths", "buckets"])
-def test_generation(gpu, params, row_lengths, monkeypatch):
+@pytest.mark.parametrize("name, row_lengths", [*((name, True) for name in PARAMS), ("both", False)])
+def test_generation(gpu, name, row_lengths, monkeypatch):
     """Catches a CPU tensor on the way from prompts to tokens, and in a decode step a host that waits for the GPU."""
     if not row_lengths:  # torch 2.11
         monkeypatch.setattr(decode, "varlen_kernel", lambda: None)
         monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
-    engine = make_engine(params)
+    engine = make_engine(PARAMS[name])
     assert engine.cache.row_lengths == (row_lengths and attention.varlen_kernel() is not None)
     done = generate(engine, monkeypatch)
     assert sorted(c.request.idx for c in done) == list(range(5)) and all(len(c.token_ids) == 5 for c in done)
@@ -285,8 +284,14 @@ def test_preferences_and_ppo(gpu):
 # --------------------------------------------------------------------------------------- the graph
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    "scheme, dtype",
+    [
+        *((scheme, torch.float32) for scheme in (None, Scheme("int8"), Scheme("int4", 32), Scheme("fp8"))),
+        *((scheme, torch.bfloat16) for scheme in (None, Scheme("int4", 128))),
+    ],
+    ids=str,
+)
 def test_compiled_step(scheme, dtype, monkeypatch):
     """Catches a decode step that is not one graph, that is compiled again for the same bucket, that moves its state, or
     that takes a tensor which belongs to no module: CUDA graphs copy such a tensor before each replay, and torch.compile

@@ -21,6 +21,7 @@ from models.common import Runtime
 from models.decode import KVCache, load_for_inference, to_inference
 from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
 from models.noise import column_hashes, exponential, noise_key
+from models.qlinear import Scheme
 from models.repetition import SeenTokens
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -158,15 +159,20 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths):
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_equals_eager(tmp_path):
     """Catches a decode step that cannot be traced whole (a branch on data, in the top-p shortcut too) or that torch
-    specialises wrongly, and a repetition penalty whose table a compiled step does not keep."""
-    shape = {"vocab_size": 2500, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    tiny.write_model(tmp_path, **shape, **tiny.QWEN3, num_attention_heads=2, rope_parameters=tiny.YARN)
+    specialises wrongly, quantised products that the compiler computes otherwise, and a repetition penalty whose table a
+    compiled step does not keep. Compiling takes long, so one graph has it all: a block in int8 and one in int4."""
+    shape = {"vocab_size": 2500, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    tiny.write_model(tmp_path, **shape, **tiny.QWEN3 | {"head_dim": 16}, rope_parameters=tiny.YARN)
     params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,), repetition_penalty=1.4)
     requests = ragged_requests(6, longest=10, most_new=12)
-    expected = outcome(make_engine(tmp_path, params, num_slots=3, max_seq_len=24), requests)
-    model = load_for_inference(tmp_path, Runtime(CPU, torch.float32, True))
-    engine = Engine(model, params, num_slots=3, max_seq_len=24, compile=True, look_every=4)
-    assert outcome(engine, requests) == expected
+    found = []
+    for compile in (False, True):
+        runtime, schemes = Runtime(CPU, torch.float32, compile), (Scheme("int8"), Scheme("int4", 32))
+        model, other = (load_for_inference(tmp_path, runtime, scheme=scheme) for scheme in schemes)
+        model.layers[1] = other.layers[1]
+        options = {"compile": compile, "look_every": 4} if compile else {}
+        found.append(outcome(Engine(model, params, num_slots=3, max_seq_len=24, **options), requests))
+    assert found[0] == found[1]
 
 
 # ------------------------------------------------------------------------------------------ sampling

@@ -290,7 +290,7 @@ def test_errors_before_are_made_up_for(outliers):
 def toy(tmp_path_factory):
     """(folder, calibration file, held-out file) of the toy after a short training."""
     root = tmp_path_factory.mktemp("toy")
-    write_world(root, seed=0, num_train=2000, num_heldout=128, num_prompts=1)
+    write_world(root, seed=0, num_train=2000, num_heldout=64, num_prompts=1)
     train(root, root / "model", root / "train.jsonl", "--max_steps", 60, "--learning_rate", "3e-3")
     return root / "run", root / "train.jsonl", root / "heldout.jsonl"
 

@@ -180,6 +180,16 @@ def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_st
     assert_equals_reference(tmp_path / "out", model, history)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_step(one_step, train_file, tmp_path):
+    """Catches a block or an optimizer that the compiler does not take, or takes for something else; what it makes of
+    the collectives of several ranks is in test_parallel.py."""
+    folder, model, history = one_step("gqa", 0.0, 0.05)
+    more = {"lr_schedule": "constant", "max_grad_norm": 0.05, "compile": True}
+    finetune(folder, train_file, tmp_path / "out", batch_size=11, **more)
+    assert_equals_reference(tmp_path / "out", model, history)
+
+
 def test_steps_with_a_schedule(folder, train_file, tmp_path):
     """Catches a learning rate one step late, gradients not reset, an order other than perm(seed, epoch), a loss that is
     not divided by the last, smaller batch's own count, and Adam's flags lost on the way."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.training.test_ppo_optimum import LETTERS, QUICK, train, write_task
+from tests.training.test_ppo_optimum import LETTERS, SETTINGS, train, write_task
 from training import train_ppo
 from training.losses import adapted_kl_coef
 
@@ -104,15 +104,15 @@ def test_whiten_rewards(root, monkeypatch):
 def test_kl_target(root):
     """Catches a controller of the wrong sign, of another number of answers, of tokens' KL instead of answers', and one
     that weighs an update with the coefficient of the next."""
-    lines = train(root, root / "out", **{**QUICK, "total_steps": 6}, kl_target=0.05, kl_horizon=2000)
+    lines = train(root, root / "out", total_steps=6, kl_target=0.05, kl_horizon=2000)
     coefs, kls = ([line[key] for line in lines] for key in ("kl_coef", "objective/kl"))
     assert coefs[0] == 0.5 and max(kls) > 0.06
     for before, after, kl in zip(coefs, coefs[1:], kls):
-        assert after == pytest.approx(adapted_kl_coef(before, kl, 0.05, QUICK["rollout_batch_size"], 2000), rel=1e-6)
+        assert after == pytest.approx(adapted_kl_coef(before, kl, 0.05, SETTINGS["rollout_batch_size"], 2000), rel=1e-6)
     for line in lines:
         wanted = line["objective/scores"] - line["kl_coef"] * line["objective/kl"]
         assert line["objective/rlhf_reward"] == pytest.approx(wanted, abs=1e-6)
-    assert train(root, root / "held", **QUICK, kl_target=0.03, kl_horizon=500)[-1]["objective/kl"] < 0.05
+    assert train(root, root / "held", kl_target=0.03, kl_horizon=500)[-1]["objective/kl"] < 0.05
 
 
 def test_coefficients_of_losses(root):

@@ -98,8 +98,7 @@ def assert_alike(found, wanted, tolerance=1e-4):
                 assert line[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("when", ["--precompute_ref", "--no-precompute_ref"])
+@pytest.mark.parametrize("when, mode", [("--precompute_ref", "int8"), ("--no-precompute_ref", "int4")])
 def test_dpo_reference(world, tmp_path, when, mode):
     """Catches a reference that is not quantised, or quantised otherwise than its folder, and the policy taken for it:
     the run is that with a plain reference of the dequantised weights."""

@@ -552,8 +552,8 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
     "model type": (lambda f: edit_config(f, model_type="mamba"), ("config.json", "'mamba'")),
     "no hidden size": (lambda f: edit_config(f, hidden_size="remove"), ("config.json", "'hidden_size'")),
     "rope type": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        ("config.json", "'yarn'"),
+        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}),
+        ("config.json", "'longrope'"),
     ),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), ("hidden_act", "'gelu'")),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ("no weights",)),

@@ -662,8 +662,8 @@ BAD_FOLDERS = {
 BAD_CONFIGS = {
     "model type": ({"model_type": "mamba"}, ["config.json", "mamba"]),
     "rope type": (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-        ["config.json", "'yarn' is not supported"],
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+        ["config.json", "'longrope' is not supported"],
     ),
     "heads": ({"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3"]),
     "vocabulary": ({"vocab_size": 300}, ["the tokenizer does not fit: it has 384 tokens", "300"]),

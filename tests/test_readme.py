@@ -41,10 +41,9 @@ def test_commands_parse(launcher, script, arguments, monkeypatch):
     if launcher[0] == "torchrun":
         ranks = launcher[launcher.index("--nproc-per-node") + 1]
         monkeypatch.setenv("WORLD_SIZE", ranks)
-    if script == "training/train_ppo.py":
-        minibatch_size = args.minibatch_size or args.rollout_batch_size
-        split_batch(args, minibatch_size, "--minibatch_size")
-        assert args.rollout_batch_size % minibatch_size == 0
+    if script in ("training/train_ppo.py", "training/train_grpo.py"):
+        split_batch(args, args.step_size, "--minibatch_size")
+        assert args.rollout_batch_size % args.step_size == 0
     elif script.startswith("training/"):
         split_batch(args, args.batch_size)
 

@@ -201,9 +201,7 @@ def main(args: PpoArgs) -> None:
                 if step > args.critic_warmup_steps:
                     scale = policy_backward(policy, update, minibatch, args, split, sums)
                     if args.debug_checks and epoch == start == 0:
-                        is_reference = step == args.critic_warmup_steps + 1 and others.frozen.ref_is_start(
-                            args.checkpoint_path
-                        )
+                        is_reference = step == args.critic_warmup_steps + 1 and others.frozen.ref_is_start(args)
                         check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                     run.check_finite(grad_norm=grad_norm)

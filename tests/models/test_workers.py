@@ -47,9 +47,9 @@ def eat():
     kept = []
     while True: kept.append(bytearray(2**24))
 def recurse(): return recurse()
-def close_all(): os.closerange(3, 64); return 1
+def close_all(): os.closerange(3, 4096); return 1
 def write_everywhere():
-    for number in range(3, 32):
+    for number in range(3, 4096):
         try: os.write(number, b"[]\\n")
         except OSError: pass
     return 1

@@ -286,7 +286,7 @@ def test_scores_of_all_sources(folder, world, capsys):
         wanted = 2 * raws[-1] + 0.5 * (len(text) / 10 + 5) + 0.25 * (len(text) if ended else 0) + 2.0 * 7
         wanted += 3.0 * len("Question 1:") + 4.0 * 5 - 3.0 * (not ended) - 0.25 * row.num_targets
         assert score == pytest.approx(wanted, abs=1e-4)
-    sources, metrics = scores_of.given.sources, scores_of.given.metrics
+    sources, metrics = scores_of.given.sources, rewards.source_metrics([scores_of.given])
     assert list(sources) == ["reward_model", "reward", "each", "each_2", "soon", "all_soon"]
     assert sources["reward_model"].tolist() == pytest.approx(raws, abs=1e-4)
     assert sources["each"].isnan().tolist() == [False, True, False]  # it raises for the second

@@ -14,7 +14,8 @@ if [ ! -d "$model" ]; then
 fi
 mkdir -p "$out"
 for part in train test; do
-    [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" --output_file "$out/$part.jsonl"
+    [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" \
+        --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
 head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
 

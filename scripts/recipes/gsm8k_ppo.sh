@@ -12,7 +12,8 @@ if [ ! -d "$model" ]; then
 fi
 mkdir -p "$out"
 for part in train test; do
-    [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" --output_file "$out/$part.jsonl"
+    [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" \
+        --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
 
 "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" training/train_ppo.py \

@@ -141,11 +141,11 @@ def test_metrics_and_samples(folder, world, tmp_path):
         assert 0 < line["completion_length"] <= 6 and line["episode"] == 6 * line["step"]
     assert lines[-1]["num_tokens"] == pytest.approx(6 * sum(line["completion_length"] for line in lines))
     assert [line["step"] for line in watched if "eval_objective/scores" in line] == [0, 2, 4]
-    for line in watched:  # a busy machine may take too long for more than those that hang
+    for line in watched[1:]:  # a busy machine may take too long for more than those that hang
         hung = train_ppo.prompt_numbers(7, 6 * (line["step"] - 1), 6, seed=0).count(2)
         assert line["rewards/hangs/timeouts"] >= hung and line["rewards/hangs/mean"] == 1
         assert line["rewards/reward/mean"] == pytest.approx(line["objective/scores"])
-    assert [line["step"] for line in watched if line.get("eval_rewards/hangs/timeouts", 0) >= 1] == [2, 4]
+    assert [line["step"] for line in watched if line.get("eval_rewards/hangs/timeouts", 0) >= 1] == [0, 2, 4]
     samples = tiny.read_lines(tmp_path / "watched/samples.jsonl")
     assert [sample["step"] for sample in samples] == [0] * 3 + [2] * 3 + [4] * 3
     for sample, bonus in zip(samples, [0, 1, 2] * 3):

@@ -163,8 +163,8 @@ def outcome(grade):
 def test_each_costs_one_answer(file, mark, capfd):
     """Catches a function that takes another answer's grade with it, ends or stops the run, writes into the pipe of
     grades, gets a grade for what is no number, or leaves a process behind."""
-    pool = pool_of(file, "evil", "length", reward_timeout=0.8)
     num_open = len(os.listdir("/proc/self/fd"))
+    pool = pool_of(file, "evil", "length", reward_timeout=0.8)
     futures = {}
     for name in OUTCOMES:  # each between two good ones
         futures[name] = pool.submit(0, "p", name, {}), pool.submit(1, "pp", name, {"n": 3})
@@ -172,10 +172,9 @@ def test_each_costs_one_answer(file, mark, capfd):
         wanted, got = OUTCOMES[name], outcome(evil.result())
         assert (got == wanted) if wanted == 1 else (isinstance(got, str) and wanted in got), (name, got)
         assert outcome(good.result()) == 2 + 10 * len(name) + 300, name
-    assert num_open == len(os.listdir("/proc/self/fd"))  # those of processes that were replaced are closed
     assert len(processes(mark)) >= 2 and capfd.readouterr().out == ""  # what functions print is not our output
     pool.close()
-    assert gone(mark)
+    assert gone(mark) and len(os.listdir("/proc/self/fd")) == num_open  # also those of what was replaced
     assert pool.submit(0, "p", "hang", {}).cancelled()
 
 

@@ -186,17 +186,20 @@ class _Dispatcher(threading.Thread):
         os.set_blocking(self.waking, False)
 
     def submit(self, task: _Task) -> None:
-        self.queue.append(task)
-        self._wake()
         if self.closing:
             task.grade.cancel()
+            return
+        self.queue.append(task)
+        self._wake()
 
     def close(self) -> None:
         """Ends the processes; what is not graded yet is cancelled."""
         self.closing = True
         self._wake()
-        if threading.current_thread() is not self:
+        if threading.current_thread() is not self:  # which may be where nobody has the pool any more
             self.join()
+            os.close(self.woken)
+            os.close(self.waking)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it has many calls to wake up

@@ -261,10 +261,6 @@ def _parts(text: str, *, bracketed: bool) -> list[str]:
         if len(parts) > 1 and not any("," in THOUSANDS.sub("", part) for part in parts if _flat(part)):
             return parts
         return _split(text, r",|;")
-    if re.search(r"\\frac\S*$", text):
-        return [text]
-    if "," not in THOUSANDS.sub("", text):
-        return _split(text, r";|\b(?:and|or)\b")
     spaced = _split(text, r",\s+(?:and\b|or\b)?|;|\b(?:and|or)\b")
     if any("," in THOUSANDS.sub("", part) for part in spaced if _flat(part)):
         return _split(text, r",\s*(?:and\b|or\b)?|;|\b(?:and|or)\b")

@@ -49,7 +49,7 @@ REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a 
     "pointwise": ["--activation_checkpointing", "full"],
     "process": ["--sequence_parallel"],
 }
-SIZES = {1: ["--micro_batch_size", "1"], 2: ["--micro_batch_size", "3"], 4: ["--max_tokens_per_micro_batch", "40"]}
+SIZES = {1: ["--micro_batch_size", "1"], 2: ["--micro_batch_size", "3"], 4: ["--max_tokens_per_micro_batch", "30"]}
 
 
 def arguments(folder, train_file, out, *more) -> list[str]:
@@ -169,7 +169,9 @@ def test_layouts_agree(world, layout):
         jobs.append(["recomputing", root / "biased"])
     launch(ranks, jobs)
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
-    assert max(found.values()) < 1e-5, found
+    # the third gradient of the steps' model amplifies rounding: in one process, too, rows side by side or one by one
+    limits = {pair: 2e-5 if pair[0] == "process" else 1e-5 for pair in found}
+    assert all(found[pair] < limit for pair, limit in limits.items()), found
     for name, kind, out in outs:
         if kind in ("plain", "sequence parallel"):
             samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, f"one-{name}"))

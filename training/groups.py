@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.generation import Engine
-from training.grpo_losses import group_spread, soft_overlong_punishment
+from training.grpo_losses import all_alike, group_spread, soft_overlong_punishment
 from training.prompts import Prompt, prompt_numbers
 from training.rewards import Scorer, Scores, source_metrics
 from training.rollouts import Answer, as_rows, completion_metrics, draw
@@ -53,7 +53,7 @@ def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Sc
         asked = [train[i] for i in numbers for _ in range(G)]
         sampled.append(answers_to(asked, num_done * G, 0, engine, scorer))
         num_done += missing
-        missing = int((group_spread(sampled[-1].rewards, G) == 0).sum())
+        missing = int(all_alike(sampled[-1].rewards, G).sum())
         if not missing:
             break
     return sampled
@@ -66,7 +66,7 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
     return {
         "reward": rewards.mean().item(),
         "reward_std": group_spread(rewards, len(rewards)).item(),
-        "frac_reward_zero_std": (group_spread(rewards, num_generations) == 0).double().mean().item(),
+        "frac_reward_zero_std": all_alike(rewards, num_generations).double().mean().item(),
         **source_metrics([part.scores for part in sampled]),
         **completion_metrics(lengths, [ended for part in sampled for ended in part.finished]),
     }

@@ -80,6 +80,12 @@ def group_spread(rewards: Tensor, num_generations: int) -> Tensor:
     return groups.std(dim=1) if num_generations > 1 else groups.new_zeros(len(groups))
 
 
+def all_alike(rewards: Tensor, num_generations: int) -> Tensor:
+    """Whether the rewards of a group are all equal, bool [A / G]: its deviation would be 0 but for rounding."""
+    groups = rewards.view(-1, num_generations)
+    return groups.amax(dim=1) == groups.amin(dim=1)
+
+
 @torch.no_grad()
 def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str) -> Tensor:
     """Each reward less the mean of its group, divided by the deviation of the group or of the batch, or not: fp32 [A].

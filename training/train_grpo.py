@@ -43,8 +43,8 @@ from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.groups import Sampled, answers_to, group_metrics, sample_groups
 from training.grpo_losses import (
     GrpoLossArgs,
+    all_alike,
     group_advantages,
-    group_spread,
     grpo_losses,
     leave_one_out_advantages,
     loss_divisor,
@@ -52,16 +52,7 @@ from training.grpo_losses import (
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import RolloutArgs, load_prompt_files
 from training.rewards import RewardArgs, Scorer, load_reward_functions
-from training.rollouts import (
-    SampleLog,
-    TokenSums,
-    answer_logps,
-    as_rows,
-    make_engine,
-    over_ranks,
-    pass_rates,
-    shares,
-)
+from training.rollouts import SampleLog, TokenSums, answer_logps, as_rows, make_engine, over_ranks, pass_rates, shares
 from training.run_dir import Run, RunArgs
 
 
@@ -198,9 +189,8 @@ def groups_of(
     sampled: list[Sampled], policy: Transformer, reference: Transformer | None, args: GrpoArgs, split: Split
 ) -> Groups:
     """All groups with a spread and, of the last draw, those without; their advantages."""
-    kept = [group_spread(part.rewards, args.num_generations) > 0 for part in sampled[:-1]]
+    kept = [~all_alike(part.rewards, args.num_generations) | (part is sampled[-1]) for part in sampled]
     kept = [mask.repeat_interleave(args.num_generations) for mask in kept]
-    kept.append(torch.ones_like(sampled[-1].rewards, dtype=torch.bool))
     chosen = [(part, i) for part, mask in zip(sampled, kept) for i in mask.nonzero()[:, 0].tolist()]
     answers = [part.answers[i] for part, i in chosen]
     device = sampled[0].rewards.device
@@ -242,16 +232,9 @@ def backward(
         rows, m = [groups.rows[i] for i in part], learnt[part]
         logps, entropies = answer_logps(policy, rows, width, split, args.temperature, entropy=True)
         old_logps = logps.detach() if groups.logps is None else groups.logps[part]
-        ref_logps = None if groups.ref_logps is None else groups.ref_logps[part]
-        losses, stats = grpo_losses(
-            args,
-            logps,
-            old_logps,
-            groups.advantages[part],
-            m,
-            ref_logps=ref_logps,
-            engine_logps=groups.engine_logps[part],
-        )
+        others = {"engine_logps": groups.engine_logps[part]}
+        others |= {} if groups.ref_logps is None else {"ref_logps": groups.ref_logps[part]}
+        losses, stats = grpo_losses(args, logps, old_logps, groups.advantages[part], m, **others)
         (losses.sum() * scale.loss).backward()
         total += losses.detach().sum() / divisor
         groups.drawn_logps[part] = old_logps  # of the only step, where nobody has asked before

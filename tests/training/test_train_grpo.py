@@ -170,13 +170,12 @@ def test_resamples(world, tmp_path, seen):
     taken = []
     for (sampled, found, _), line in zip(seen, lines):
         assert len(sampled) > 1 and len(found.rows) == 12
-        spread = [groups.group_spread(part.rewards, 4) for part in sampled]
-        missing = [3, *[int((each == 0).sum()) for each in spread]]
-        assert [len(each) for each in spread] == missing[:-1] and (missing[-1] == 0 or len(sampled) == 5)
+        alike = [groups.all_alike(part.rewards, 4) for part in sampled]
+        missing = [3, *[int(each.sum()) for each in alike]]
+        assert [len(each) for each in alike] == missing[:-1] and (missing[-1] == 0 or len(sampled) == 5)
         assert (found.advantages.view(3, 4).abs().sum(1) > 0).sum() == 3 - missing[-1]
         taken += [prompt.fields["bonus"] for part in sampled for prompt in part.prompts[::4]]
-        drawn = torch.cat(spread)
-        assert line["frac_reward_zero_std"] == pytest.approx((drawn == 0).double().mean().item())
+        assert line["frac_reward_zero_std"] == pytest.approx(torch.cat(alike).double().mean().item())
     order = train_grpo.epoch_order
     wanted = [i for epoch in range(9) for i in order(6, seed=0, epoch=epoch, shuffle=True)]
     assert taken == wanted[: len(taken)]

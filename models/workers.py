@@ -126,8 +126,12 @@ class _Worker:
         self.outgoing, self.incoming = bytearray(), bytearray()
         self.send(settings)
 
-    def stop(self) -> str:
-        """Ends the process and all that it has started; says how it ended."""
+    def stop(self, *, gone: bool = False) -> str:
+        """Ends the process and all that it has started; says how it ended. gone: it closed its pipe, so it is ending,
+        and how is known in a moment."""
+        if gone:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a function may have closed the pipe and live on
+                self.process.wait(timeout=0.5)
         os.close(self.requests)  # upon which it ends itself
         os.close(self.replies)
         try:
@@ -283,7 +287,7 @@ class _Dispatcher(threading.Thread):
                 for reply in worker.read():
                     self._take(worker, reply)
         except (EOFError, BrokenPipeError):
-            self._lost(worker)
+            self._lost(worker, gone=True)
         except (ValueError, KeyError, TypeError):
             self._lost(worker, "something else was written where grades are expected")
 
@@ -300,10 +304,10 @@ class _Dispatcher(threading.Thread):
             if reply.get("last"):
                 self._lost(worker)
 
-    def _lost(self, worker: _Worker, why: str | None = None) -> None:
-        """Ends a process, which another replaces. why: what becomes of the answer that it had at hand."""
+    def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False) -> None:
+        """Ends a process, which another replaces. why: what becomes of the answer that it had; gone: see stop."""
         tasks, ready = list(worker.running.values()), worker.ready
-        end = worker.stop()
+        end = worker.stop(gone=gone)
         if not ready:
             self._cannot_start(why or f"{self.settings['graders'][0][0]}: {end} while it imported the file")
             return

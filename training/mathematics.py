@@ -219,6 +219,9 @@ def _read(text: str, depth: int) -> object:
     text = text.strip()
     if not text or depth > 5:
         raise ValueError
+    member = re.fullmatch(r"(\w+)\s*\\in\b(.+)", text, re.S)
+    if member:
+        return Named(member[1], _read(member[2], depth + 1))
     if "\\pm" in text:
         return Collection(tuple(_read(text.replace("\\pm", sign, 1), depth + 1) for sign in "+-"))
     if "\\cup" in text:

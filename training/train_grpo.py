@@ -50,7 +50,7 @@ from training.grpo_losses import (
     loss_divisor,
 )
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
-from training.prompts import RolloutArgs, load_prompt_files
+from training.prompts import RolloutArgs, load_prompt_files, prompt_numbers
 from training.rewards import RewardArgs, Scorer, load_reward_functions
 from training.rollouts import SampleLog, TokenSums, answer_logps, as_rows, make_engine, over_ranks, pass_rates, shares
 from training.run_dir import Run, RunArgs
@@ -125,8 +125,10 @@ def main(args: GrpoArgs) -> None:
     # loop
     for step, _ in run.steps(((step, []) for step in range(run.first_step, args.total_steps + 1)), unit="update"):
         watch = Stopwatch(runtime.device)
-        sampled = sample_groups(data.train, int(trained.num_prompts), engine, scorer)
+        first = int(trained.num_prompts)
+        sampled = sample_groups(data.train, first, engine, scorer)
         trained.num_prompts += sum(len(part.rewards) for part in sampled) // args.num_generations
+        run.numbers = prompt_numbers(len(data.train), first, int(trained.num_prompts) - first, seed=args.seed)
         seconds = {"rollout": watch.lap()}
         groups = groups_of(sampled, policy, reference, args, split)
         run.check_finite(advantages=groups.advantages.sum())

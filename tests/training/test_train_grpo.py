@@ -218,6 +218,21 @@ def test_metrics_and_samples(world, tmp_path):
         assert line["clip_ratio/region_mean"] == 0 and "kl" not in line
 
 
+def test_gradient_not_finite(world, tmp_path, monkeypatch):
+    """Catches a broken gradient stepped with, and a complaint without the prompts' numbers."""
+    real, calls = train_grpo.clip_grad_norm, []
+
+    def norm(model, most, scale):
+        calls.append(1)
+        return real(model, most, scale) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(train_grpo, "clip_grad_norm", norm)
+    result = tiny.run(SCRIPT, *flags(world, tmp_path / "out"))
+    numbers = train_grpo.prompt_numbers(6, 3, 3, seed=0)
+    tiny.assert_refused(result, "step 2: grad_norm is nan", ", ".join(map(str, numbers)) + "\n")
+    assert not (tmp_path / "out/config.json").exists()
+
+
 def test_soft_overlong(world, tmp_path, seen):
     """Catches a penalty that rewards length or knows another limit."""
     more = {"soft_punish_cache": 4, "reward_fn": f"{world / 'fn.py'}:same", "total_steps": 1}

@@ -1,7 +1,6 @@
 """Text to token ids and back, by the tokenizer files of a Hugging Face folder as they are.
 
-- `tokenizer.json` runs in tokenizers, else `tokenizer.model` in sentencepiece. Nothing is rebuilt, so the ids are those
-  that the weights were trained with; where transformers differs, tests/models/test_tokenizer.py says so
+- `tokenizer.json` runs in tokenizers, else `tokenizer.model` in sentencepiece; nothing is rebuilt
 - a special or added token written in a text becomes its id; the stretches between are encoded each by itself
 - BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """

@@ -34,16 +34,16 @@ from training.run_dir import Run, open_log, write_lines
 
 
 def make_engine(
-    policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, num_answers: int, runtime: Runtime
+    policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, dp_size: int, runtime: Runtime
 ) -> Engine:
-    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). num_answers: most that a
-    rank draws at a time, unless --rollout_slots says so."""
+    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). A rank draws its
+    share of an update at a time, up to 128 answers, unless --rollout_slots says otherwise."""
     stop_ids, stop = stops_of(args.stop or (), folder.tokenizer)
     stop_ids = tuple(dict.fromkeys((*folder.eos_token_ids, *stop_ids)))
     return Engine(
         copy_for_inference(policy, pack=can_pack(runtime)),
         SamplingParams(args.temperature, seed=args.seed, stop_token_ids=stop_ids, stop=stop),
-        num_slots=args.rollout_slots or min(128, num_answers),
+        num_slots=args.rollout_slots or min(128, -(-args.rollout_batch_size // dp_size)),
         max_seq_len=max_seq_len,
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
@@ -128,6 +128,12 @@ def answer_logps(
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     values = token_logps(hidden, model.lm_head.weight, labels, **vocabulary, temperature=temperature, entropy=entropy)
     return tuple(_left_aligned(each, row_labels, width) for each in values)
+
+
+@torch.no_grad()
+def all_logps(model: Transformer, rows: list[Example], width: int, split: Split, temperature: float) -> Tensor:
+    """answer_logps of all rows, without gradient, the same on all ranks: fp32 [A, width]. A collective."""
+    return over_ranks(rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
 
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:

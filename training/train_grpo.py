@@ -52,7 +52,7 @@ from training.grpo_losses import (
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import RolloutArgs, load_prompt_files, prompt_numbers
 from training.rewards import RewardArgs, Scorer, load_reward_functions
-from training.rollouts import SampleLog, TokenSums, answer_logps, as_rows, make_engine, over_ranks, pass_rates, shares
+from training.rollouts import SampleLog, TokenSums, all_logps, answer_logps, as_rows, make_engine, pass_rates, shares
 from training.run_dir import Run, RunArgs
 
 
@@ -94,8 +94,7 @@ def main(args: GrpoArgs) -> None:
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
     run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device)
-    num_answers = -(-args.rollout_batch_size // dp_size)
-    engine = make_engine(policy, folder, args, max_seq_len=data.longest, num_answers=num_answers, runtime=runtime)
+    engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
         "policy": folder,
@@ -202,14 +201,10 @@ def groups_of(
     if args.mask_truncated_completions:
         learnt = mask & torch.tensor([answer.finished for answer in answers], device=device)[:, None]
 
-    def logps_of(model: Transformer) -> Tensor:
-        logps = lambda part: answer_logps(model, part, mask.shape[1], split, args.temperature)[0]  # noqa: E731
-        with torch.no_grad():
-            return over_ranks(rows, logps, split)
-
     several = args.num_iterations * args.rollout_batch_size > args.step_size
-    logps = logps_of(policy) if several or args.kl_in_reward else None
-    ref_logps = logps_of(reference) if reference is not None else None
+    others = mask.shape[1], split, args.temperature
+    logps = all_logps(policy, rows, *others) if several or args.kl_in_reward else None
+    ref_logps = all_logps(reference, rows, *others) if reference is not None else None
     kl = torch.zeros(())
     if args.kl_in_reward:
         log_ratios = (logps - ref_logps) * learnt

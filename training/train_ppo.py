@@ -75,6 +75,7 @@ from training.rollouts import (
     Rollout,
     SampleLog,
     TokenSums,
+    all_logps,
     answer_logps,
     answer_values,
     as_rows,
@@ -147,8 +148,7 @@ def main(args: PpoArgs) -> None:
     trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # what adapts, and a count
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
     run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
-    num_answers = -(-args.rollout_batch_size // dp_size)
-    engine = make_engine(policy, folder, args, max_seq_len=data.longest, num_answers=num_answers, runtime=runtime)
+    engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
         "policy": folder,
@@ -272,11 +272,9 @@ def collect(
     scores = scorer.score(prompts, rows, texts, finished)
     seconds["score"] = watch.lap()
 
-    def logps_of(model: Transformer) -> Tensor:
-        return over_ranks(rows, lambda part: answer_logps(model, part, width, split, args.temperature)[0], split)
-
+    both = (models.policy, models.reference)
+    logps, ref_logps = (all_logps(model, rows, width, split, args.temperature) for model in both)
     with torch.no_grad():
-        logps, ref_logps = logps_of(models.policy), logps_of(models.reference)
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
     seconds["logprobs"] = watch.lap()
     return Rollout(rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, seconds, values)

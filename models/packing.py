@@ -3,6 +3,15 @@
 import bisect
 import heapq
 
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def own_share(count: int, dp: DeviceMesh) -> range:
+    """Which of `count` things are this rank's: as many as any other rank's to within one, and next to each other, so
+    that answers to one prompt stay together and share its prefill."""
+    rank, size = dp.get_local_rank(), dp.size()
+    return range(rank * count // size, (rank + 1) * count // size)
+
 
 def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     """The numbers of the sizes in groups whose sums are at most `capacity`: largest first, each into the fullest group

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder, open_folder
-from models.common import Runtime, flag
+from models.common import Runtime, flag, flags_of
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
@@ -62,6 +62,13 @@ class Frozen(NamedTuple):
         return reference, reward
 
 
+def refuse_idle(args, why: str, *names: str) -> None:
+    """Raises ValueError that names the first of these flags that is given, since it would do nothing."""
+    for each in flags_of(type(args)):
+        if each.name in names and getattr(args, each.name) != each.default:
+            raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
+
+
 def check_rl_flags(args) -> None:
     """Raises ValueError for flags of rollouts, rewards and frozen models that do not go together."""
     if args.rollout_batch_size % args.step_size:
@@ -72,8 +79,14 @@ def check_rl_flags(args) -> None:
         raise ValueError("--eval_steps needs an --eval_prompt_file")
     if args.reward_checkpoint_path is None and args.reward_fn is None:
         raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
-    if args.quantize_reward != "none" and args.reward_checkpoint_path is None:
-        raise ValueError(f"--quantize_reward {args.quantize_reward} needs a --reward_checkpoint_path")
+    if args.reward_checkpoint_path is None:
+        refuse_idle(
+            args, "without a --reward_checkpoint_path", "quantize_reward", "reward_model_weight", "process_reward"
+        )
+    if args.reward_fn is None:
+        refuse_idle(args, "without a --reward_fn", "reward_fn_weight")
+    if args.eval_prompt_file is None:
+        refuse_idle(args, "without an --eval_prompt_file", "num_generations_eval")
     if args.group_size is not None and "int4" not in (args.quantize_ref, args.quantize_reward):
         raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
 

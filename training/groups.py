@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.common import Stopwatch
 from models.generation import Engine
 from training.grpo_losses import all_alike, group_spread, soft_overlong_punishment
 from training.prompts import Prompt, prompt_numbers
@@ -23,6 +24,7 @@ class Sampled(NamedTuple):
     mask: Tensor  # bool [A, R]: their tokens, the EOS included
     scores: Scores
     rewards: Tensor  # fp32 [A], all penalties included, the KL not
+    seconds: dict[str, float]  # what drawing and scoring took
 
     @property
     def finished(self) -> list[bool]:
@@ -32,14 +34,16 @@ class Sampled(NamedTuple):
 def answers_to(prompts: list[Prompt], first: int, sample_idx: int, engine: Engine, scorer: Scorer) -> Sampled:
     """An answer to each prompt, scored. A collective. first: number of the first answer, which with sample_idx decides
     the sampler's noise."""
-    args = scorer.args
+    args, watch = scorer.args, Stopwatch(engine.device)
     answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, scorer.split.dp, scorer.submit)
     rows, mask, _ = as_rows(prompts, answers, engine.device)
+    seconds = {"rollout": watch.lap()}
     scores = scorer.score(prompts, rows, [answer.text for answer in answers], [answer.finished for answer in answers])
     rewards = scores.total
     if args.soft_punish_cache:
         rewards = rewards + soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
-    return Sampled(prompts, answers, mask, scores, rewards)
+    seconds["score"] = watch.lap()
+    return Sampled(prompts, answers, mask, scores, rewards, seconds)
 
 
 def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Scorer) -> list[Sampled]:
@@ -67,6 +71,7 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
         "reward": rewards.mean().item(),
         "reward_std": group_spread(rewards, len(rewards)).item(),
         "frac_reward_zero_std": all_alike(rewards, num_generations).double().mean().item(),
+        "num_resampled_groups": sum(len(part.rewards) for part in sampled[1:]) // num_generations,
         **source_metrics([part.scores for part in sampled]),
         **completion_metrics(lengths, [ended for part in sampled for ended in part.finished]),
     }

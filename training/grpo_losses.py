@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from models.common import Bounds, at_least_one, flag, non_negative, positive
-from training.losses import kl_estimates
+from training.losses import importance_weights, kl_estimates
 
 LOSS_TYPES = ("grpo", "gspo", "bnpo", "dapo", "cispo", "dr_grpo", "rloo")
 
@@ -169,7 +169,7 @@ def grpo_losses(
     if args.tis_cap is not None:
         drift = torch.where(mask, old_logps - engine_logps.float(), 0.0)
         drift = drift.sum(dim=1, keepdim=True) if args.loss_type == "rloo" else drift
-        losses = losses * drift.exp().clamp(max=args.tis_cap)
+        losses = losses * importance_weights(drift, args.tis_cap)
     kl = torch.zeros_like(logps)
     if ref_logps is not None and not args.kl_in_reward:
         kl = kl_estimates(logps, torch.where(mask, ref_logps.float(), 0.0))[1]

@@ -337,13 +337,14 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: i
 
 
 @torch.no_grad()
-def importance_weights(logps: Tensor, engine_logps: Tensor, cap: float) -> Tensor:
-    """min(exp(logp - engine_logp), cap) of each token, fp32 [N]: truncated importance sampling (Ionides 2008; for
-    rollouts of an inference engine Yao et al. 2025, fengyao.notion.site/off-policy-rl) as a factor of its policy loss.
+def importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
+    """min(exp(log_ratio), cap), of the same shape: truncated importance sampling (Ionides 2008; for rollouts of an
+    inference engine Yao et al. 2025, fengyao.notion.site/off-policy-rl) as a factor of a policy loss.
 
-    logps of the trained model at rollout, engine_logps of the engine that drew the tokens; nats, [N].
+    log_ratios: log-prob of the trained model at rollout less that of the engine that drew, in nats, of tokens or of
+    whole answers, fp32.
     """
-    return (logps.float() - engine_logps.float()).exp().clamp(max=cap)
+    return log_ratios.exp().clamp(max=cap)
 
 
 # ------------------------------------------------------------------------------------------ metrics

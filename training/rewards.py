@@ -25,6 +25,7 @@ from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
 from models.functions import Grader, call_batch, load_grader
 from models.model import Transformer
+from models.packing import own_share
 from models.records import Example, Split, encode_generated
 from models.reward import (
     RewardKind,
@@ -252,8 +253,7 @@ class Scorer:
 
     def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
         """Submits this rank's share of the answers, but for those that have been."""
-        dp = self.split.dp
-        for i in range(dp.get_local_rank(), len(prompts), dp.size()) if self.pool is not None else ():
+        for i in own_share(len(prompts), self.split.dp) if self.pool is not None else ():
             if self.grading.get(i, ())[:2] != (prompts[i], texts[i]):
                 self.submit(i, prompts[i], texts[i])
 
@@ -262,8 +262,8 @@ class Scorer:
         form. A collective."""
         if not self.pooled:
             return {}
-        dp, own = self.split.dp, {}
-        for i in range(dp.get_local_rank(), num_answers, dp.size()) if self.pool is not None else ():
+        own = {}
+        for i in own_share(num_answers, self.split.dp) if self.pool is not None else ():
             own[i] = [tuple(grade.result()) for grade in self.grading[i][2]]
         self.grading.clear()
         parts = [None] * dist.get_world_size()

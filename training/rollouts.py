@@ -18,6 +18,7 @@ from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.generation import Engine, Request, SamplingParams, stops_of
 from models.model import Transformer
+from models.packing import own_share
 from models.records import (
     IGNORE_INDEX,
     Example,
@@ -70,7 +71,7 @@ def draw(
     the rank that drew an answer: (its number, its prompt, its text)."""
     requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
     own = {}
-    for done in engine.generate(requests[dp.get_local_rank() :: dp.size()]):
+    for done in engine.generate([requests[i] for i in own_share(len(requests), dp)]):
         ended = done.finish_reason == "stop"
         own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
         if on_finished is not None:
@@ -174,10 +175,10 @@ class TokenSums:
     def __init__(self, device: torch.device):
         self.device, self.sums = device, {}
 
-    def add(self, num_tokens: int, **values: Tensor) -> None:
+    def add(self, num_tokens: int | Tensor, **values: Tensor) -> None:
         """Adds what num_tokens tokens have, one value each or their sum. Every rank must add the same names in the same
-        order, if only of no tokens."""
-        count = torch.tensor(num_tokens, dtype=torch.float64, device=self.device)
+        order, if only of no tokens. A number that is on the device stays there."""
+        count = torch.as_tensor(num_tokens, dtype=torch.float64, device=self.device)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 

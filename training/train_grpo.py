@@ -39,7 +39,7 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example, Split
 from training.data import epoch_order
-from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
+from training.frozen import ReferenceArgs, check_rl_flags, open_frozen, refuse_idle
 from training.groups import Sampled, answers_to, group_metrics, sample_groups
 from training.grpo_losses import (
     GrpoLossArgs,
@@ -118,17 +118,17 @@ def main(args: GrpoArgs) -> None:
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
-    if data.held_out and run.first_step == 1:
+    if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
 
     # loop
     for step, _ in run.steps(((step, []) for step in range(run.first_step, args.total_steps + 1)), unit="update"):
-        watch = Stopwatch(runtime.device)
         first = int(trained.num_prompts)
         sampled = sample_groups(data.train, first, engine, scorer)
         trained.num_prompts += sum(len(part.rewards) for part in sampled) // args.num_generations
         run.numbers = prompt_numbers(len(data.train), first, int(trained.num_prompts) - first, seed=args.seed)
-        seconds = {"rollout": watch.lap()}
+        seconds = {name: sum(part.seconds[name] for part in sampled) for name in ("rollout", "score")}
+        watch = Stopwatch(runtime.device)
         groups = groups_of(sampled, policy, reference, args, split)
         run.check_finite(advantages=groups.advantages.sum())
         seconds["logprobs"] = watch.lap()
@@ -236,8 +236,8 @@ def backward(
         total += losses.detach().sum() / divisor
         groups.drawn_logps[part] = old_logps  # of the only step, where nobody has asked before
         groups.clipped[:, part] += torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios
-        sums.add(int(m.sum()), entropy=entropies[m], kl=stats.kl)
-        sums.add(int(stats.num_ratios.sum()), low=stats.low_clipped, high=stats.high_clipped)
+        sums.add(m.sum(), entropy=entropies * m, kl=stats.kl)
+        sums.add(stats.num_ratios.sum(), low=stats.low_clipped, high=stats.high_clipped)
     return scale.gradients, total
 
 
@@ -276,12 +276,17 @@ def check_flags(args: GrpoArgs) -> None:
         raise ValueError(
             f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
         )
-    if not args.beta and (args.ref_checkpoint_path is not None or args.quantize_ref != "none"):
-        raise ValueError("--ref_checkpoint_path and --quantize_ref are for a KL to the reference; give a --beta")
+    if not args.beta:
+        refuse_idle(args, "without a --beta", "ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl")
+    if args.loss_type == "rloo":
+        names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
+        refuse_idle(args, "for --loss_type rloo", *names)
     if args.process_reward == "steps":
         raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
-    if args.delta is not None and args.loss_type == "cispo":
-        raise ValueError("--delta has no meaning for --loss_type cispo, whose ratios --epsilon_high bounds")
+    if args.loss_type == "cispo":
+        refuse_idle(args, "for --loss_type cispo, whose ratios --epsilon_high bounds", "delta")
+        if args.epsilon_high is None:
+            say(f"--loss_type cispo: a ratio counts at most --epsilon {args.epsilon}; --epsilon_high 5 is usual")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
         raise ValueError(
             f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"

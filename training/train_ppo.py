@@ -169,12 +169,10 @@ def main(args: PpoArgs) -> None:
         # other noise than training's, the same each time
         rollout = collect(models, engine, scorer, held_out, 0, sample_idx=1)
         sample_log.show(held_out, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
-        metrics = objectives(rollout, float(trained.kl_coef)) | pass_rates(
-            rollout.scores.checked, args.num_generations_eval
-        )
+        metrics = objectives(rollout, args.kl_coef) | pass_rates(rollout.scores.checked, args.num_generations_eval)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
-    if held_out and run.first_step == 1:
+    if held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
 
     # loop
@@ -310,7 +308,7 @@ def policy_backward(
             logps[m], old_logps[m], update.advantages[part][m], cliprange=args.cliprange, dual_clip=args.dual_clip
         )
         if args.tis_cap is not None:
-            losses = losses * importance_weights(old_logps[m], rollout.engine_logps[part][m], args.tis_cap)
+            losses = losses * importance_weights((old_logps - rollout.engine_logps[part])[m], args.tis_cap)
         loss = losses.sum() - args.entropy_coef * entropies[m].sum()
         if args.kl_in == "loss":  # in the units of the advantages, which are whitened
             log_ratios = (logps - rollout.ref_logps[part]) * m

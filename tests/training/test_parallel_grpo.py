@@ -15,12 +15,19 @@ LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
     "dp 4": (1, []),
     "dp 2 x tp 2": (2, ["--sequence_parallel", "--micro_batch_size", "1"]),
 }
-REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
+REWARDS = """
+def reward(prompts, completions, examples):
+    return [len(c.split()) / 3 for c in completions]
+
+def each(prompt, completion, example):
+    return len(completion) % 3 / 10
+"""
 
 
 def arguments(root, name, *more) -> list[str]:
     flags = ["--checkpoint_path", root / "lm", "--prompt_file", root / "prompts.jsonl", "--output_dir", root / name]
-    flags += ["--reward_fn", f"{root / 'fn.py'}:reward", "--eval_prompt_file", root / "prompts.jsonl"]
+    flags += ["--reward_fn", f"{root / 'fn.py'}:reward", "--reward_fn", f"{root / 'fn.py'}:each"]
+    flags += ["--reward_workers", 1, "--eval_prompt_file", root / "prompts.jsonl"]
     flags += ["--num_generations_eval", 2, "--eval_steps", 1, "--max_new_tokens", 8, "--num_generations", 4]
     flags += ["--total_steps", STEPS, "--rollout_batch_size", 16, "--minibatch_size", 8, "--num_iterations", ITERATIONS]
     flags += ["--learning_rate", 1e-3, "--lr_schedule", "constant", "--warmup_ratio", 0, "--adam_eps", 1e-3]

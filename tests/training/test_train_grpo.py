@@ -194,7 +194,8 @@ def test_metrics_and_samples(world, tmp_path):
     plain = grpo(world, tmp_path / "plain", stop="b")
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 1, "num_generations_eval": 4}
     more["reward_fn"] = f"{world / 'fn.py'}:odd"
-    grpo(world, tmp_path / "odd", stop="b", **{**more, "eval_prompt_file": None, "eval_steps": None})
+    less = dict.fromkeys(("eval_prompt_file", "eval_steps", "num_generations_eval"))
+    grpo(world, tmp_path / "odd", stop="b", **{**more, **less})
     lines = grpo(world, tmp_path / "watched", stop="b", **more)
     assert [line["step"] for line in lines] == [0, 1, 2] and [line["step"] for line in plain] == [1, 2]
     ours, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("watched", "odd"))
@@ -329,12 +330,19 @@ BAD_FLAGS = {
     "micro batch": ({"micro_batch_size": 13}, ["--micro_batch_size 13"]),
     "no such loss": ({"loss_type": "ppo"}, ["--loss_type", "'ppo'"]),
     "negative KL": ({"beta": -0.1}, ["--beta"]),
-    "reference without a KL": ({"ref_checkpoint_path": "{world}/lm"}, ["--ref_checkpoint_path", "give a --beta"]),
-    "quantised reference without a KL": ({"quantize_ref": "int8"}, ["--quantize_ref", "give a --beta"]),
+    "reference without a KL": ({"ref_checkpoint_path": "{world}/lm"}, ["--ref_checkpoint_path", "without a --beta"]),
+    "quantised reference without a KL": ({"quantize_ref": "int8"}, ["--quantize_ref int8", "without a --beta"]),
     "other reference": ({"ref_checkpoint_path": "{world}/odd", "beta": 1}, ["odd: a reference", "another vocabulary"]),
     "delta": ({"delta": 0.9}, ["--delta"]),
     "delta of cispo": ({"delta": 2, "loss_type": "cispo"}, ["--delta", "cispo"]),
     "epsilon": ({"epsilon": 0}, ["--epsilon"]),
+    "scale of rloo": ({"scale_rewards": "none", "loss_type": "rloo"}, ["--scale_rewards none", "--loss_type rloo"]),
+    "KL's factor without a KL": ({"no-use_bias_correction_kl": True}, ["--use_bias_correction_kl", "without a --beta"]),
+    "weight without a function": (
+        {"reward_fn": None, "reward_checkpoint_path": "{world}/lm", "reward_fn_weight": 2},
+        ["--reward_fn_weight", "without a --reward_fn"],
+    ),
+    "generations without prompts": ({"num_generations_eval": 4}, ["--num_generations_eval 4", "--eval_prompt_file"]),
     "rewards of steps": ({"process_reward": "steps"}, ["--process_reward steps"]),
     "overlong": ({"soft_punish_cache": 7}, ["--soft_punish_cache 7 is more than --max_new_tokens 6"]),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),

@@ -463,7 +463,10 @@ BAD_FLAGS = {
         {"quantize_reward": "int4", "reward_checkpoint_path": "{world}/rm"},
         ["no group size divides", "intermediate_size 112"],
     ),
-    "quantised nothing": ({"quantize_reward": "int8"}, ["--quantize_reward int8 needs a --reward_checkpoint_path"]),
+    "quantised nothing": (
+        {"quantize_reward": "int8"},
+        ["--quantize_reward int8 does nothing without a --reward_checkpoint_path"],
+    ),
     "eval steps": ({"eval_steps": 2}, ["--eval_steps needs an --eval_prompt_file"]),
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
     "prompts too long": (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.common import parse_args
+from models.common import flags_of, parse_args
 from models.fsdp import split_batch
 from tests import tiny
 
@@ -46,6 +46,16 @@ def test_commands_parse(launcher, script, arguments, monkeypatch):
         assert args.rollout_batch_size % args.step_size == 0
     elif script.startswith("training/"):
         split_batch(args, args.batch_size)
+
+
+def test_what_may_change_on_resume():
+    """Catches a flag that --resume lets change and nobody is told of."""
+    section = text_of(Path("training/README.md")).split("## Flags and --resume")[1].split("\n## ")[0]
+    for name in ("finetune_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo"):
+        Args = tiny.args_of(importlib.import_module(f"training.{name}"))
+        # a callable says for which other flags it may
+        missing = [each.name for each in flags_of(Args) if each.may_change and f"`--{each.name}`" not in section]
+        assert not missing, name
 
 
 def test_all_scripts_have_a_command():

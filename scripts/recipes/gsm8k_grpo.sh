@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # GRPO with checked answers on GSM8K: a Qwen2.5 model on one GPU.
 #     bash scripts/recipes/gsm8k_grpo.sh GSM8K_FOLDER [MODEL] [OUT]
-# GSM8K_FOLDER holds train.jsonl and test.jsonl as published (github.com/openai/grade-school-math).
-# MODEL: a folder or a name on the Hub, Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen2.5-1.5B-Instruct.
+# GSM8K_FOLDER holds train.jsonl and test.jsonl as published (github.com/openai/grade-school-math); MODEL is a folder or
+# a name on the Hub, Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen2.5-1.5B-Instruct.
 # Expected: not yet run on a GPU. Memory of training: scripts/benchmark.py memory --preset Qwen/Qwen2.5-1.5B
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=$1 model=${2:-Qwen/Qwen2.5-0.5B-Instruct} out=${3:-runs/gsm8k-grpo} python=${PYTHON:-.venv/bin/python}
-
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
     model=checkpoints/$model

@@ -3,7 +3,8 @@
 #     bash scripts/recipes/llama_sft_dpo.sh DATA_FOLDER [MODEL] [OUT]
 # DATA_FOLDER holds chats.jsonl (messages) and pairs.jsonl (prompt, chosen, rejected), each with a held-out part
 # chats.eval.jsonl and pairs.eval.jsonl; UltraChat 200k and UltraFeedback Binarized on the Hub have these fields.
-# The base model's folder has no chat template: TEMPLATE names a folder that has one, whose tokenizer files are taken.
+# The base model's folder has no chat template: TEMPLATE names a folder that has one, whose tokenizer files are taken
+# instead, in a folder of links to the weights.
 # Expected: not yet run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -13,7 +14,12 @@ if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
     model=checkpoints/$model
 fi
-if [ -n "${TEMPLATE:-}" ]; then cp "$TEMPLATE"/tokenizer* "$TEMPLATE"/special_tokens_map.json "$model"; fi
+if [ -n "${TEMPLATE:-}" ]; then
+    mkdir -p "$out/base"
+    ln -sf "$(realpath "$model")"/*.json "$(realpath "$model")"/*.safetensors "$out/base"
+    cp --remove-destination "$TEMPLATE"/tokenizer* "$TEMPLATE"/special_tokens_map.json "$out/base"
+    model=$out/base
+fi
 
 run training/finetune_sft.py --checkpoint_path "$model" --output_dir "$out/sft" --train_file "$data/chats.jsonl" \
     --eval_file "$data/chats.eval.jsonl" --eval_steps 100 --pack --max_seq_len 4096 --overlong truncate --batch_size 128 \

@@ -9,8 +9,6 @@
 """
 
 import dataclasses
-import hashlib
-import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,10 +33,10 @@ from models.common import (
     at_least_one,
     card,
     chat_day,
-    check_alike,
     choose_runtime,
     flag,
     is_main_rank,
+    on_main,
     peak_memory,
     peaks,
     progress_bar,
@@ -46,8 +44,9 @@ from models.common import (
     short_bar,
 )
 from models.decode import load_for_inference, weight_bytes
-from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Completion, Engine, Request, SamplingArgs
+from models.identity import AcceptArgs, begun_with
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import (
     Record,
@@ -60,19 +59,24 @@ from models.records import (
     require,
     stated_prompt,
 )
+from models.shared import check_shared
 from models.tp import TensorParallelArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs):
+class GenerateArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs, AcceptArgs):
     """Generates completions for prompts, in batches, from a Hugging Face folder."""
 
     prompt: list[str] | None = flag(None, action="append", help="a prompt; may be given several times")
     prompt_file: Path | None = flag(None, help="JSON or JSONL records with a prompt each")
-    output_file: Path | None = flag(None, help="JSONL file for the samples; standard output if absent")
-    resume: bool = flag(False, help="go on with the samples that --output_file does not have yet")
+    output_file: Path | None = flag(
+        None, help="JSONL file for the samples; standard output if absent", may_change=True, written=True
+    )
+    resume: bool = flag(False, help="go on with the samples that --output_file does not have yet", may_change=True)
     num_samples: int = flag(1, bounds=at_least_one, help="samples for each prompt")
-    batch_size: int = flag(8, bounds=at_least_one, help="slots: sequences decoded together on each dp rank")
+    batch_size: int = flag(
+        8, bounds=at_least_one, help="slots: sequences decoded together on each dp rank", may_change=True
+    )
     max_seq_len: int | None = flag(
         None, bounds=at_least_one, help="most tokens of prompt and completion; what the run needs"
     )
@@ -95,11 +99,20 @@ class Prompt(NamedTuple):
 @torch.inference_mode()
 def main(args: GenerateArgs) -> None:
     check_flags(args)
-    runtime = choose_runtime(args)
-    today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
+    runtime, in_file = choose_runtime(args), args.output_file is not None
+    start_ranks(runtime.device)
+    today = on_main(lambda: chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None))
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
     limit = folder.max_seq_len
+    resolved = dataclasses.replace(
+        args,
+        chat_date=today.isoformat(),
+        max_seq_len=limit,
+        dtype=str(runtime.dtype),
+        quantize=None if scheme is None else str(scheme),
+    )
+    begun, done = on_main(lambda: begin_file(resolved)) if in_file else ({}, set())
     if args.prompt_file is not None:
         records = read_records(args.prompt_file)
     else:
@@ -110,20 +123,6 @@ def main(args: GenerateArgs) -> None:
         [f"the records' own {', '.join(renamed)} kept as reference_{', reference_'.join(renamed)}"] if renamed else []
     )
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
-    begun_with = {
-        "checkpoint_path": str(args.checkpoint_path.resolve()),
-        "chat_date": today.isoformat(),
-        "prompts": hashlib.sha256(json.dumps([[p.idx, p.ids] for p in prompts]).encode()).hexdigest(),
-        "max_new_tokens": args.max_new_tokens,
-        "max_seq_len": limit,
-        "num_samples": args.num_samples,
-        "return_token_ids": args.return_token_ids,
-        "dtype": str(runtime.dtype),
-        "quantize": None if scheme is None else str(scheme),
-        **dataclasses.asdict(params),
-    }
-    lines = read_begun(args.output_file, begun_with, "generate.py", ("idx", "sample_idx")) if args.resume else []
-    done = {(line["idx"], line["sample_idx"]) for line in lines}
     requests = [
         Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
         for p in prompts
@@ -131,8 +130,10 @@ def main(args: GenerateArgs) -> None:
         if (p.idx, sample_idx) not in done
     ]
 
-    mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
-    check_alike(today, "the day")
+    mesh = init_mesh(runtime.device, args.tensor_parallel_size)
+    active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
+    if in_file:
+        check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
     requests = requests_of_rank(requests, mesh["dp"])
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
     engine = Engine(
@@ -143,7 +144,6 @@ def main(args: GenerateArgs) -> None:
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
     )
-    in_file = args.output_file is not None
     stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     num_samples = len(prompts) * args.num_samples
@@ -159,15 +159,21 @@ def main(args: GenerateArgs) -> None:
     }
     say(card("generate", rows))
     record_of = {p.idx: p.record for p in prompts}
-    active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
-    output = (
-        LineWriter(args.output_file, begun_with, active, len(lines)) if in_file else nullcontext(LinePrinter(active))
-    )
+    output = LineWriter(args.output_file, begun, active, len(done)) if in_file else nullcontext(LinePrinter(active))
     with output as writer, TokenCounter(len(requests)) as counter:
         for completion in engine.generate(requests, on_token=counter.count):
             writer.write(line_of(completion, record_of[completion.request.idx], args.return_token_ids))
             counter.bar.update(1)
     say(end_card(engine, model, runtime, mesh["dp"]))
+
+
+def begin_file(args: GenerateArgs) -> tuple[dict, set[tuple[int, int]]]:
+    """(what the output file is begun with, the samples that it has): what the main rank finds there."""
+    if not args.resume:
+        refuse_occupied(args.output_file)
+    begun = begun_with(args)
+    lines = read_begun(args.output_file, args, begun, "generate.py", ("idx", "sample_idx")) if args.resume else []
+    return begun, {(line["idx"], line["sample_idx"]) for line in lines}
 
 
 def check_flags(args: GenerateArgs) -> None:
@@ -177,10 +183,10 @@ def check_flags(args: GenerateArgs) -> None:
         raise ValueError("give either --prompt or --prompt_file")
     if args.resume and args.output_file is None:
         raise ValueError("--resume needs the --output_file to go on with")
+    if args.accept_changed and not args.resume:
+        raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat, which puts prompts through the chat template")
-    if args.output_file is not None and not args.resume:
-        refuse_occupied(args.output_file)
 
 
 def requests_of_rank(requests: list[Request], dp: DeviceMesh) -> list[Request]:

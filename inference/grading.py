@@ -6,49 +6,40 @@
 - a sample passes if its grade is at least 1
 """
 
-import hashlib
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from inference.choosing import group_of
 from inference.lines import LineWriter, read_begun
 from models.common import card, is_main_rank, progress_bar, say
 from models.functions import Grader, call_batch, load_grader
+from models.identity import begun_with
 from models.records import Record, get_answer, naming, read_records, require, stated_prompt
 from models.reward import pass_at_k
-from models.workers import Grade, GradingArgs, Pool
+from models.workers import Grade, Pool
 
 AHEAD = 4096  # answers that are with the workers at a time
 
 
-def grade_file(
-    data_file: Path, output_file: Path, place: str, pass_at: list[int], pool_args: GradingArgs, *, resume: bool
-) -> None:
-    """Writes the records with a `grade` by the function FILE.py:NAME, and says what they are in all. Of several ranks
-    only the main one works. Raises ValueError or OSError for what cannot be graded."""
+def grade_file(args) -> None:
+    """Writes the records of --data_file with a `grade` by the function --grader, and says what they are in all; args:
+    of score.py. Of several ranks only the main one works. Raises ValueError or OSError for what cannot be graded."""
     if not is_main_rank():
         return
-    grader, records = load_grader("--grader", place), read_records(data_file)
+    grader, records = load_grader("--grader", args.grader), read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
-    groups = [group_of(record.fields) for record in records]
+    groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
-    path = Path(place.rpartition(":")[0])
-    begun_with = {
-        "grader": f"{path.resolve()}:{grader.name}",
-        "grader_file": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "data": hashlib.sha256(json.dumps([record.fields for record in records]).encode()).hexdigest(),
-    }
-    lines = read_begun(output_file, begun_with, "score.py", ("grade",)) if resume else []
+    begun = begun_with(args)
+    lines = read_begun(args.output_file, args, begun, "score.py", ("grade",)) if args.resume else []
     num_done = len(lines)
-    pool = Pool([grader], pool_args) if grader.per_answer and num_done < len(records) else None
-    rows = {"grader": place, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}
+    pool = Pool([grader], args) if grader.per_answer and num_done < len(records) else None
+    rows = {"grader": args.grader, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}
     say(card("score", rows))
     with (
-        LineWriter(output_file, begun_with, active=True, num_lines=num_done) as writer,
+        LineWriter(args.output_file, begun, active=True, num_lines=num_done) as writer,
         progress_bar(total=len(records), initial=num_done, desc="grading", unit="answer") as bar,
     ):
         grades = _grades(grader, pool, answers[num_done:])

@@ -2,18 +2,23 @@
 
 - each line is one write, flushed: after a kill every line but maybe the last is whole, and that one is cut off and
   written again
-- a small sidecar file beside the output remembers what it was begun with, so that --resume with other data or flags is
-  refused
+- a small sidecar file beside the output remembers what it was begun with, so that --resume with other data, models or
+  flags is refused
+- ranks, also of several hosts, append to one file in turns, whatever locks its file system has or lacks
 """
 
-import fcntl
+import contextlib
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
-from models.common import hold, is_main_rank, read_json_object, write_json
+from models.common import is_main_rank, on_main, read_json_object, write_json
+from models.identity import CONTENTS, changed_flags
+from models.shared import hold
 
 
 def sidecar(output_file: Path) -> Path:
@@ -32,20 +37,20 @@ def refuse_occupied(output_file: Path) -> None:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
 
 
-def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """The lines that an earlier run finished; a torn last line does not count. Raises ValueError if that run had other
-    data or flags, or if a line is none that `writer` wrote, with these fields."""
+def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
+    """The lines that an earlier run finished; a torn last line does not count. now: what this run is begun with
+    (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
+    `writer` wrote, with these fields."""
     if not output_file.exists() or not output_file.stat().st_size:
-        if is_main_rank():
-            print(f"{output_file}: nothing to resume, starting from the beginning")
+        print(f"{output_file}: nothing to resume, starting from the beginning")
         return []
     args_file = sidecar(output_file)
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
     earlier = read_json_object(args_file)
-    differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
-    if differing:
-        raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
+    if CONTENTS not in earlier:  # an older version wrote a few of the flags; what it does not say cannot differ
+        earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
+    changed_flags(args, now, earlier, str(output_file))
     lines = []
     for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
@@ -77,44 +82,71 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 class LineWriter:
     """Appends lines to a file, each in one write.
 
-    Several ranks append to one file, each line under a lock; those that are not `active` write nothing. num_lines: that
-    the file has already. Entering is a collective of all ranks; it raises ValueError if another run writes the file, or
-    has written it meanwhile.
+    Several ranks append to one file, one at a time; those that are not `active` write nothing. num_lines: that the file
+    has already. Entering is a collective of all ranks; it raises ValueError if another run writes the file, or has
+    written it meanwhile.
     """
 
     def __init__(self, output_file: Path, begun_with: dict, active: bool, num_lines: int):
         self.output_file, self.begun_with, self.active, self.num_lines = output_file, begun_with, active, num_lines
         self.file, self.lock_file = None, output_file.with_name(f".{output_file.name}.lock")
+        self.turn = output_file.with_name(f".{output_file.name}.turn")
 
     def write(self, line: dict) -> None:
         if self.file is not None:
-            fcntl.flock(self.file, fcntl.LOCK_EX)
             self.file.write(encode_line(line))
             self.file.flush()
-            fcntl.flock(self.file, fcntl.LOCK_UN)
+        elif self.active:
+            with in_turn(self.turn), open(self.output_file, "ab") as file:  # opened anew: NFS finds the end that is now
+                file.write(encode_line(line))
 
     def __enter__(self) -> "LineWriter":
-        if is_main_rank():
-            self.output_file.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = hold(self.lock_file, f"--output_file {self.output_file}")
-            with open(self.output_file, "a+b") as file:
-                file.seek(0)
-                content = file.read()
-                if content.count(b"\n") != self.num_lines:
-                    raise ValueError(
-                        f"--output_file {self.output_file}: another run has written it since this one began"
-                    )
-                file.truncate(content.rfind(b"\n") + 1)  # a line torn by a kill
-            write_json(sidecar(self.output_file), self.begun_with)
-        if dist.is_initialized():
-            dist.barrier()
-        if self.active:
+        on_main(self._begin)
+        if self.active and not _several_ranks():
             self.file = open(self.output_file, "ab")
         return self
 
-    def __exit__(self, *_) -> None:
+    def _begin(self) -> None:
+        self.output_file.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = hold(self.lock_file, f"--output_file {self.output_file}")
+        self.turn.unlink(missing_ok=True)  # of a rank that was killed in its turn
+        with open(self.output_file, "a+b") as file:
+            file.seek(0)
+            content = file.read()
+            if content.count(b"\n") != self.num_lines:
+                raise ValueError(f"--output_file {self.output_file}: another run has written it since this one began")
+            file.truncate(content.rfind(b"\n") + 1)  # a line torn by a kill
+        write_json(sidecar(self.output_file), self.begun_with)
+
+    def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
             self.file.close()
+        if error is None and _several_ranks():
+            dist.barrier()  # the others may still write
         if is_main_rank():
             self.lock_file.unlink()
             self.lock.close()
+
+
+def _several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def in_turn(path: Path, seconds: float = 60) -> Iterator[None]:
+    """Lets one process at a time in, of all that name this file: it is made exclusively, which every file system does
+    for all its hosts, while flock may be missing there, or hold on one host alone. After a rank that was killed in its
+    turn, and may have left half a line, nobody gets in: OSError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise OSError(f"{path}: another rank has had its turn for {seconds:.0f} s; is it dead?") from None
+            time.sleep(0.001)
+    try:
+        yield
+    finally:
+        path.unlink()

@@ -15,11 +15,9 @@ rewards out, in the same order.
         --output_file graded.jsonl --pass_at 1 8
 """
 
-import hashlib
-import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +36,10 @@ from models.common import (
     at_least_one,
     card,
     chat_day,
-    check_alike,
     choose_runtime,
     flag,
     is_main_rank,
+    on_main,
     peak_memory,
     peaks,
     progress_bar,
@@ -50,8 +48,9 @@ from models.common import (
     short_bar,
 )
 from models.decode import load_for_inference
-from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.functions import load_function
+from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
+from models.functions import FunctionPlace, load_function
+from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import EncodingCounts, Limits, Record, Split, encode_records, naming, read_records, require
@@ -74,11 +73,11 @@ ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "v
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
+class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs, AcceptArgs):
     """Adds the rewards of a reward model, or the grades of a function, to records."""
 
     checkpoint_path: Path | None = None
-    grader: str | None = flag(
+    grader: FunctionPlace | None = flag(
         None,
         help="FILE.py:NAME, in the place of --checkpoint_path: a function (prompt, completion, example) -> number that "
         "gives lines a grade, such as training/graders.py:math_answer",
@@ -87,6 +86,7 @@ class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
         None,
         bounds=at_least_one,
         help="with --grader: say how probable it is that one of so many samples of a prompt has a grade of at least 1",
+        may_change=True,
     )
 
     data_file: Path = flag(
@@ -94,9 +94,11 @@ class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
         "its length); prompt + chosen + rejected; for process models also prompt + completions, a list of steps. Lines "
         "get a reward (pairs: chosen_reward, rejected_reward), of process models step_rewards, logits"
     )
-    output_file: Path = flag(help="JSONL file for the records, in the order of --data_file")
-    resume: bool = flag(False, help="go on with the records that --output_file does not have yet")
-    batch_size: int = flag(16, bounds=at_least_one, help="rows per forward, on each dp rank")
+    output_file: Path = flag(
+        help="JSONL file for the records, in the order of --data_file", may_change=True, written=True
+    )
+    resume: bool = flag(False, help="go on with the records that --output_file does not have yet", may_change=True)
+    batch_size: int = flag(16, bounds=at_least_one, help="rows per forward, on each dp rank", may_change=True)
     max_seq_len: int | None = flag(None, bounds=at_least_one, help="longest row in tokens; the model's context")
     overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer records")
     normalize: bool = flag(False, help="(score - reward_mean) / reward_std, both from config.json")
@@ -109,16 +111,19 @@ class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
         False,
         help="keep only the sample with the highest reward of each prompt (idx, where records have one); all of them "
         "go to OUTPUT.scored.jsonl beside --output_file OUTPUT.jsonl",
+        may_change=True,
     )
     weighted_vote: bool = flag(
         False,
         help="keep one sample of each prompt: the best of those with the answer for which the sum of sigmoid(reward), "
         "or of the aggregated reward of steps, is highest; adds voted_answer and votes; all go beside as above",
+        may_change=True,
     )
-    answer_fn: str | None = flag(
+    answer_fn: FunctionPlace | None = flag(
         None,
         help="FILE.py:NAME, a function from a completion's text to its final answer, a string, or None for no answer; "
         "the last \\boxed{}, else the last line that is not blank",
+        may_change=True,
     )
 
     @property
@@ -136,12 +141,14 @@ class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs):
 def main(args: ScoreArgs) -> None:
     check_source(args)
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
-    check_files(args)
+    check_flags(args)
     if args.grader is not None:
-        grade_file(args.data_file, args.output_file, args.grader, args.pass_at or [], args, resume=args.resume)
+        check_outputs(args)
+        grade_file(args)
         return
     runtime = choose_runtime(args)
-    today = chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None)
+    start_ranks(runtime.device)
+    today = on_main(lambda: chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None))
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
     kind = read_reward_kind(args.checkpoint_path)
@@ -150,25 +157,20 @@ def main(args: ScoreArgs) -> None:
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind.separator, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
-    begun_with = {
-        "checkpoint_path": str(args.checkpoint_path.resolve()),
-        "chat_date": today.isoformat(),
-        "data": hashlib.sha256(json.dumps([record.fields for record in records]).encode()).hexdigest(),
-        "max_seq_len": folder.max_seq_len,
-        "overlong": args.overlong,
-        "normalize": args.normalize,
-        "aggregate": args.aggregate,
-        "dtype": str(runtime.dtype),
-        "quantize": None if scheme is None else str(scheme),
-    }
-    lines = read_begun(args.scored_file, begun_with, "score.py") if args.resume else []
+    resolved = replace(
+        args,
+        chat_date=today.isoformat(),
+        max_seq_len=folder.max_seq_len,
+        dtype=str(runtime.dtype),
+        quantize=None if scheme is None else str(scheme),
+    )
+    begun, lines = on_main(lambda: begin_file(resolved))
     num_done = len(lines)
     # Windows are counted from the beginning of the file: a record meets the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
     first = num_done - num_done % size if num_done < len(items) else len(items)
 
-    mesh = init_mesh(runtime.device, args.tensor_parallel_size)  # all ranks have looked at the files by now
-    check_alike(today, "the day")
+    mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     scores = "one for each record" if kind.separator is None else f"one for each step, ended by {kind.separator!r}"
     rows = {
         "model": f"{folder.path}, {num_weights(folder.config) / 1e6:,.1f} M parameters"
@@ -189,7 +191,7 @@ def main(args: ScoreArgs) -> None:
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
     clock = Stopwatch(runtime.device)
     with (
-        LineWriter(args.scored_file, begun_with, is_main_rank(), num_done) as writer,
+        LineWriter(args.scored_file, begun, is_main_rank(), num_done) as writer,
         progress_bar(total=num_tokens, desc="scoring", unit="tok", unit_scale=True) as bar,
     ):
         for start in range(first, len(items), size):
@@ -216,6 +218,13 @@ def main(args: ScoreArgs) -> None:
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
+def begin_file(args: ScoreArgs) -> tuple[dict, list[dict]]:
+    """(what the output file is begun with, the lines that it has): what the main rank finds there."""
+    check_outputs(args)
+    begun = begun_with(args)
+    return begun, read_begun(args.scored_file, args, begun, "score.py") if args.resume else []
+
+
 def check_source(args: ScoreArgs) -> None:
     """Raises ValueError unless one thing gives scores, and has only its own flags."""
     if (args.checkpoint_path is None) == (args.grader is None):
@@ -227,12 +236,18 @@ def check_source(args: ScoreArgs) -> None:
             raise ValueError(f"--{name} is for a reward model's scores, and --grader gives grades")
 
 
-def check_files(args: ScoreArgs) -> None:
-    """Raises ValueError for flags that do not go together, and for files that are there already."""
+def check_flags(args: ScoreArgs) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if args.accept_changed and not args.resume:
+        raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.best_of_n and args.weighted_vote:
         raise ValueError("give either --best_of_n or --weighted_vote")
     if args.answer_fn is not None and not args.weighted_vote:
         raise ValueError("--answer_fn is for --weighted_vote")
+
+
+def check_outputs(args: ScoreArgs) -> None:
+    """Raises ValueError for files that are there already."""
     for path in {args.output_file, args.scored_file} if not args.resume else ():
         refuse_occupied(path)
     if args.resume and args.output_file.exists() and not args.scored_file.exists():

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import io
 import json
 import math
@@ -79,16 +78,21 @@ def flag(
     bounds: Bounds = Bounds(),
     choices: typing.Iterable | None = None,
     may_change: bool | Callable[[object], bool] = False,
+    written: bool = False,
+    formerly: object = dataclasses.MISSING,
     **argparse_options,
 ):
     """A field of a dataclass of flags; its name and type are the field's. Without a default it must be given.
 
     bounds: of a number; infinite and NaN are refused in any case. may_change: whether a run may go on with another
-    value, since it cannot alter what the run computes; or a function of all flags that tells. argparse_options: what
-    is passed on to add_argument, for the few flags that are more than a name and a value.
+    value, since it cannot alter what the run computes; or a function of all flags that tells. written: of a Path, that
+    the run writes there; what any other names is read, and is held to its content (models/identity.py). formerly: how
+    older runs recorded what is the default now. argparse_options: what is passed on to add_argument, for the few flags
+    that are more than a name and a value.
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
-    return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, "may_change": may_change})
+    held = {"may_change": may_change, "written": written, "formerly": formerly}
+    return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, **held})
 
 
 def with_newlines(text: str) -> str:
@@ -386,25 +390,23 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def hold(path: Path, what: str) -> typing.IO:
-    """Keeps other processes off what a lock file, which is made, stands for. The lock goes with the file that is
-    returned, and with this process, however that ends. Raises ValueError if another process has it."""
-    file = open(path, "a")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # either, says POSIX
-        file.close()
-        raise ValueError(f"{what}: another run is writing there; wait for its end, or take another") from None
-    return file
-
-
-def check_alike(value: object, what: str) -> None:
-    """Raises ValueError if a rank has another value than the first. A collective."""
-    first = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(first, src=0)
-    if first[0] != value:
-        raise ValueError(f"{what} is {value} on this rank and {first[0]} on the first; start all ranks again")
+def on_main(function: Callable[[], object]) -> object:
+    """What function() returns on the main rank, on all ranks: what is decided by looking at a disk is decided once. A
+    ValueError or OSError of it is raised on all, so that they end alike. A collective once torch.distributed has
+    started."""
+    result, error = None, None
+    if is_main_rank():
+        try:
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        outcome = [result, error]
+        dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
 def chat_day(stated: str | None, earlier: str | None = None) -> date:

@@ -128,20 +128,26 @@ def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
     return dp_size
 
 
+def start_ranks(device: torch.device) -> None:
+    """Starts torch.distributed, from torchrun's environment or as a single process, unless it has started."""
+    if dist.is_initialized():
+        return
+    # gloo beside nccl: parameters in the CPU's memory have their norm there, and checkpoints exchange their plans
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def init_mesh(device: torch.device, tensor_parallel_size: int, dp_replicate: int = 1) -> DeviceMesh:
-    """Starts torch.distributed, from torchrun's environment or as a single process, and returns the ("dp", "tp") mesh;
-    with dp_replicate > 1 it is ("dp_replicate", "dp_shard", "tp"), and mesh["dp"] are the ranks of the first two.
-    Raises ValueError if the sizes do not divide the ranks."""
+    """Starts torch.distributed, if it has not started, and returns the ("dp", "tp") mesh; with dp_replicate > 1 it is
+    ("dp_replicate", "dp_shard", "tp"), and mesh["dp"] are the ranks of the first two. Raises ValueError if the sizes do
+    not divide the ranks."""
     dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
-    if not dist.is_initialized():
-        # gloo beside nccl: parameters in the CPU's memory have their norm there, and checkpoints exchange their plans
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    start_ranks(device)
     if dp_replicate == 1:
         return init_device_mesh(device.type, (dp_size, tensor_parallel_size), mesh_dim_names=("dp", "tp"))
     shape = (dp_replicate, dp_size // dp_replicate, tensor_parallel_size)

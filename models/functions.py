@@ -13,6 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+
+class FunctionPlace(str):
+    """FILE.py:NAME, as the type of a flag: what the file holds belongs to a run, as data does (models/identity.py)."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.rpartition(":")[0])
+
+    @property
+    def name(self) -> str:
+        return self.rpartition(":")[2]
+
+
 BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion", "example")
 
 

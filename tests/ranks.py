@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,14 @@ def _start(*command: object, **options) -> subprocess.Popen:
 def start_torchrun(ranks: int, *command: object, **options) -> subprocess.Popen:
     """torchrun on gloo, for what needs processes of its own."""
     return _start("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command, **options)
+
+
+def start_nodes(folders: list[Path], *command: object, **options) -> list[subprocess.Popen]:
+    """torchrun on several nodes of a rank each: an agent for each, which works in a folder of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    nodes = [f"--nnodes={len(folders)}", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    return [_start("-m", "torch.distributed.run", *nodes, *command, cwd=each, **options) for each in folders]
 
 
 class Pool(NamedTuple):

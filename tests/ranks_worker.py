@@ -5,6 +5,7 @@ A job is [MODULE, *arguments], a script's command line (training.finetune_sft, .
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
 GPUs. Others:
 ["refused", *job] prints the ValueError that a job ends with;
+["elsewhere", FOLDER, *job] runs it on each rank in a folder of its own there, as if that were a node's disk;
 ["stopped", RANK, STEP, *job] sends SIGTERM to one rank while it takes that step;
 ["traced", *job] runs what torch.compile traces as it is: to write and compile the code of its graphs takes a minute;
 ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step;
@@ -12,6 +13,7 @@ GPUs. Others:
 ["recomputing", FOLDER] counts the collectives of a step.
 """
 
+import contextlib
 import gc
 import importlib
 import io
@@ -56,6 +58,8 @@ SETTINGS += [
 def run_job(name: str, *arguments: str) -> None:
     if name == "refused":
         print_refusal(*arguments)
+    elif name == "elsewhere":
+        run_elsewhere(*arguments)
     elif name == "stopped":
         stop_one(*arguments)
     elif name == "traced":
@@ -99,6 +103,13 @@ def print_refusal(*job: str) -> None:
         run_job(*job)
     except ValueError as error:
         print("refused:", error)
+
+
+def run_elsewhere(folder: str, *job: str) -> None:
+    own = Path(folder, f"node-{os.environ['RANK']}")
+    own.mkdir()
+    with contextlib.chdir(own):
+        run_job(*job)
 
 
 def stop_one(rank: str, step: str, *job: str) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import WeightFiles
-from models.common import is_main_rank, progress_bar, say
+from models.common import is_main_rank, on_main, progress_bar, say
 from models.records import Split
 from models.reward import Pair, pair_lengths
 
@@ -80,7 +80,7 @@ def precompute(
                 logps[rows] = logps_of([pairs[i] for i in rows]).T
         return split.sum(logps).cpu()
 
-    logps = _read(path, key, len(pairs))
+    logps = on_main(lambda: _read(path, key, len(pairs)))
     missing = [numbers for numbers in batches if logps[numbers].isnan().any()]
     known = [numbers for numbers in batches if not logps[numbers].isnan().any()]
     if known:
@@ -102,17 +102,20 @@ def precompute(
         for i, is_finite in zip(numbers, logps[numbers].isfinite().all(dim=1).tolist()):
             if not is_finite:
                 raise ValueError(f"the reference gives record {i} (from 0) {_shown(logps[i])}, not finite")
-        if is_main_rank():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staging = path.with_name(f".{path.name}.partial")
-            save_file({"logps": logps}, staging, metadata=key)
-            os.replace(staging, path)
+        on_main(lambda: _write(path, logps, key))
     for pair, values in zip(pairs, logps.tolist()):
         pair.reference = tuple(values)
 
 
 def _shown(logps: Tensor) -> str:
     return " and ".join(f"{value:.5g}" for value in logps.tolist())
+
+
+def _write(path: Path, logps: Tensor, key: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.partial")
+    save_file({"logps": logps}, staging, metadata=key)
+    os.replace(staging, path)
 
 
 def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from models.chats import Chat
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
-from models.functions import Grader, call_batch, load_grader
+from models.functions import FunctionPlace, Grader, call_batch, load_grader
 from models.model import Transformer
 from models.packing import own_share
 from models.records import Example, Split, encode_generated
@@ -49,7 +49,7 @@ class RewardArgs(GradingArgs):
     """Where the scores of answers come from."""
 
     reward_checkpoint_path: Path | None = flag(None, help="folder of a reward model")
-    reward_fn: list[str] | None = flag(
+    reward_fn: list[FunctionPlace] | None = flag(
         None,
         action="append",
         help="FILE.py:NAME, a function (prompt, completion, example) -> number, or (prompts, completions, examples) -> "
@@ -60,6 +60,7 @@ class RewardArgs(GradingArgs):
         None,
         action="append",
         bounds=finite,
+        formerly=1.0,
         help="what a function's numbers are multiplied by, once for all functions or for each in their order; 1",
     )
     normalize_reward: bool = flag(False, help="scores less reward_mean, by reward_std of the folder")

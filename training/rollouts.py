@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
-from models.common import Runtime, is_main_rank, visible
+from models.common import Runtime, on_main, visible
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.generation import Engine, Request, SamplingParams, stops_of
@@ -256,8 +256,11 @@ class SampleLog:
     def __init__(self, args: RolloutArgs, run: Run, tokenizer: Tokenizer):
         self.run, self.tokenizer, self.count = run, tokenizer, args.num_eval_samples
         self.file = None
-        if is_main_rank() and args.eval_prompt_file:
-            self.file = open_log(run.args.output_dir / "samples.jsonl", run.last_line)
+        if args.eval_prompt_file:
+            on_main(self._open)
+
+    def _open(self) -> None:
+        self.file = open_log(self.run.args.output_dir / "samples.jsonl", self.run.last_line)
 
     def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:
         """columns: one value for each answer, fp32 [A]; the first stands before it."""

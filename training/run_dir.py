@@ -2,7 +2,8 @@
 
 - args.json, metrics.jsonl, checkpoints/step-000100/ (checkpoints.py), and at the end the model itself;
   with --export_steps the model of earlier steps in step-000100/
-- a resumed run has the flags that it was begun with, but for those that say may_change where they are declared
+- a resumed run has the flags and the data that it was begun with: models/identity.py
+- what is decided by looking at the disk is decided on the main rank, and all ranks hear of it
 - Run holds the cadence: what is resumed, logged, evaluated, saved and ended when. A script calls it and keeps its loop
 """
 
@@ -14,7 +15,8 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import IO
 
@@ -26,17 +28,16 @@ from tqdm import tqdm
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.common import (
     DTYPES,
-    Flag,
     Stopwatch,
     at_least_one,
     chat_day,
-    check_alike,
+    choose_runtime,
+    dtype_name,
     flag,
-    flags_of,
-    hold,
     is_main_rank,
     naming_file,
     non_negative,
+    on_main,
     peak_memory,
     peaks,
     progress_bar,
@@ -45,10 +46,13 @@ from models.common import (
     write_json,
 )
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
-from models.fsdp import full_tensors
+from models.fsdp import full_tensors, start_ranks
+from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
+from models.shared import check_shared, existing_part, hold
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
+from training.optim import keeping_settings
 
 # Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
 # the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
@@ -56,10 +60,12 @@ SAVE_SECONDS = 15 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArgs(ModelArgs):
+class RunArgs(ModelArgs, AcceptArgs):
     """A run directory, and what goes into it when."""
 
-    output_dir: Path = flag(help="run directory: metrics, checkpoints and at the end the model", may_change=True)
+    output_dir: Path = flag(
+        help="run directory: metrics, checkpoints and at the end the model", may_change=True, written=True
+    )
     resume: bool = flag(False, help="go on from the newest checkpoint in --output_dir", may_change=True)
     eval_steps: int | None = flag(
         None, bounds=at_least_one, help="evaluate every so many steps; at the end only", may_change=True
@@ -107,37 +113,31 @@ class Run:
 
     step, numbers: of the step under way; first_step: the one to begin with, from 1; stopped: whether a signal ended the
     loop. last_line: the step up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken
-    so far; speed() adds to it.
+    so far; speed() adds to it. changed: the flags that a resumed run has otherwise, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):
-        """Raises ValueError if the run would mix with an earlier one, or go on as another."""
+        """Raises ValueError if the run would mix with an earlier one, or go on as another. A collective."""
         self._signal = StopSignal()
         check_installed(args.report_to)
-        earlier = read_json_object(args.output_dir / "args.json", missing_ok=True) if args.resume else {}
-        self.today = chat_day(args.chat_date, earlier.get("chat_date"))
-        args = replace(args, chat_date=self.today.isoformat())
-        prepare_output_dir(args)
-        self.args, self.stopped, self.num_tokens = args, False, 0
+        start_ranks(choose_runtime(args).device)
+        check_shared(args.output_dir, f"--output_dir {args.output_dir}")
+        self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
+        self.args = replace(args, chat_date=self.today.isoformat())
+        self.stopped, self.num_tokens = False, 0
 
     def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:
-        """With --resume model and optimizer (or a list of them) are put back to what they were. Writes args.json.
-        Raises ValueError if the run has gone further than it is asked to."""
+        """With --resume model and optimizer (or a list of them) are put back to what they were, the settings of the
+        flags kept. Writes args.json. ValueError if the run has gone further than it is asked to. A collective."""
         args = self.args
-        check_alike(self.today, "the day")
-        if is_main_rank():
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(args.output_dir / ".lock", f"--output_dir {args.output_dir}")
-            if not args.resume and (args.output_dir / "args.json").exists():  # it began at the same time, and has ended
-                raise ValueError(f"--output_dir {args.output_dir}: another run has written it in the meantime")
-        done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
+        on_main(self._take_output_dir)
+        with keeping_settings(optimizer):
+            done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
-        if is_main_rank():
-            complete_export(args.output_dir)
-            write_args(args)
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.last_line = done, done or -1
+        on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
         # in the background on a GPU; of an offloaded model that would hold the state in the CPU's memory twice
         in_background = next(model.parameters()).is_cuda
@@ -145,6 +145,17 @@ class Run:
             args.output_dir, model, optimizer, limit=args.save_total_limit, asynchronous=in_background
         )
         self._export_dtype = DTYPES[args.export_dtype] if args.export_dtype else stored_dtype(args.checkpoint_path)
+
+    def _take_output_dir(self) -> None:
+        folder = self.args.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(folder / ".lock", f"--output_dir {folder}")
+        if not self.args.resume and (folder / "args.json").exists():  # it began at the same time, and has ended
+            raise ValueError(f"--output_dir {folder}: another run has written it in the meantime")
+
+    def _write_args(self) -> None:
+        complete_export(self.args.output_dir)
+        write_json(self.args.output_dir / "args.json", self._begun_with)
 
     def steps(self, batches: Iterable[tuple[int, list[int]]], unit: str = "step") -> Iterator[tuple[int, list[int]]]:
         """Yields (step, numbers of its records) of `batches`, from first_step on; after each step the checkpoint that
@@ -267,19 +278,27 @@ def check_finite(step: int, numbers: list[int], **values: float | Tensor) -> Non
 # ------------------------------------------------------------------------------------------- flags
 
 
-def prepare_output_dir(args: RunArgs) -> None:
-    """Raises ValueError if the run would mix with an earlier one, or go on with flags that make it another."""
+def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
+    """(the day of the run, what it is begun with, the flags that it has otherwise than it was begun with). Raises
+    ValueError if the run would mix with an earlier one, or go on with what makes it another."""
     folder = args.output_dir
+    earlier = read_json_object(folder / "args.json", missing_ok=True) if args.resume else {}
+    today = chat_day(args.chat_date, earlier.get("chat_date"))
     check_writable(folder)
+    if not args.resume and args.accept_changed:
+        raise ValueError("--accept_changed is for a run that goes on with --resume")
     if not args.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
         raise ValueError(f"--output_dir {folder}: holds a model and no run to --resume; it would be overwritten")
-    if args.resume and (folder / "args.json").exists():
-        earlier = read_json_object(folder / "args.json")
-        changed = [f"--{each.name}" for each in flags_of(type(args)) if _is_changed(each, args, earlier)]
-        if changed:
-            raise ValueError(f"--resume {folder}: the run was begun with other {', '.join(changed)}")
+    dtype = dtype_name(choose_runtime(replace(args, dtype=None)).dtype)  # of this device
+    args = replace(args, chat_date=today.isoformat(), dtype=args.dtype or dtype)
+    now = begun_with(args)
+    if not earlier:
+        return today, now, frozenset()
+    for name, default in (("chat_date", args.chat_date), ("dtype", dtype)):  # older runs did not say
+        earlier[name] = earlier.get(name) or default
+    return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
 
 
 def check_writable(folder: Path) -> None:
@@ -293,34 +312,13 @@ def check_writable(folder: Path) -> None:
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
     subfolders = [folder / "checkpoints", folder / "critic", *folder.glob("step-*")]
     for path in (folder, *subfolders):
-        place = next(parent for parent in (path, *path.parents) if parent.exists())
+        place = existing_part(path)
         if not place.is_dir():
             raise ValueError(f"--output_dir {folder}: {place} is a file, where the run makes a folder")
         try:
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
             raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
-
-
-def _is_changed(each: Flag, args: RunArgs, earlier: dict) -> bool:
-    """Whether a flag has another value than a run was begun with, and may not. A flag that is younger than the run had
-    its default there."""
-    if each.may_change(args) if callable(each.may_change) else each.may_change:
-        return False
-    default = None if each.default is MISSING else _recorded(each.default)
-    return earlier.get(each.name, default) != _recorded(getattr(args, each.name))
-
-
-def _recorded(value: object) -> object:
-    """A flag's value as args.json holds it; paths are absolute, so that a run can be resumed from elsewhere."""
-    value = value.resolve() if isinstance(value, Path) else value
-    return json.loads(json.dumps(value, default=str))
-
-
-def write_args(args: RunArgs) -> None:
-    """args.json: the flags of the run."""
-    values = {each.name: _recorded(getattr(args, each.name)) for each in flags_of(type(args))}
-    write_json(args.output_dir / "args.json", values)
 
 
 def check_installed(report_to: str) -> None:
@@ -360,12 +358,13 @@ class Metrics:
     """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
 
     def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
-        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again."""
+        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again. A
+        collective."""
         self._file, self._report, self._close = None, None, None
-        if not is_main_rank():
-            return
-        self._file = open_log(output_dir / "metrics.jsonl", after_step)
+        on_main(lambda: self._open(output_dir, after_step, report_to))
 
+    def _open(self, output_dir: Path, after_step: int, report_to: str) -> None:
+        self._file = open_log(output_dir / "metrics.jsonl", after_step)
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

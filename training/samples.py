@@ -11,7 +11,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from models.checkpoint import Folder
-from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative, visible
+from models.common import Runtime, at_least_one, flag, non_negative, on_main, visible
 from models.decode import can_pack, copy_for_inference, refresh
 from models.generation import Completion, Engine, Request, SamplingParams
 from models.model import Transformer
@@ -89,7 +89,11 @@ class EvalSamples:
             tokenizer=folder.tokenizer,
             compile=runtime.compile,
         )
-        self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() else None
+        self.log = None
+        on_main(lambda: self._open_log(run))
+
+    def _open_log(self, run: Run) -> None:
+        self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1)
 
     def show(self, run: Run) -> None:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""

@@ -148,6 +148,8 @@ def main(args: PpoArgs) -> None:
     trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # what adapts, and a count
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
     run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
+    if args.kl_target is None or "kl_coef" in run.changed:
+        trained.kl_coef.fill_(args.kl_coef)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {

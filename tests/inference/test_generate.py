@@ -1,5 +1,6 @@
 """inference/generate.py from its command line: lines, prompts, resuming after kills, bad input."""
 
+import itertools
 import json
 import os
 import random
@@ -7,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inference import lines
 from inference.lines import LineWriter
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -342,6 +345,32 @@ def test_a_line_is_on_disk_at_once(tmp_path):
             assert len(tiny.read_lines(out)) == count
 
 
+def test_ranks_take_turns(tmp_path):
+    """Catches lines of several ranks mixed where the file system has no locks, a rank that waits for ever for one that
+    was killed in its turn, and a line put behind the half one that this has left."""
+    out = tmp_path / "out.jsonl"
+    children, writer = [], LineWriter(out, {}, active=True, num_lines=0)
+    for rank in range(4):
+        child = os.fork()
+        children.append(child)
+        if child == 0:
+            with mock.patch.object(lines, "_several_ranks", lambda: True):
+                for i in range(50):
+                    writer.write({"rank": rank, "i": i, "text": "x" * 20_000})
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert {(line["rank"], line["i"]) for line in tiny.read_lines(out)} == set(itertools.product(range(4), range(50)))
+    assert not list(tmp_path.glob(".*"))
+    writer.turn.touch()
+    with (
+        pytest.raises(OSError, match=r"out\.jsonl\.turn: another rank has had its turn"),
+        lines.in_turn(writer.turn, 0.1),
+    ):
+        pass
+    with LineWriter(out, {}, active=True, num_lines=200):
+        assert not writer.turn.exists()
+
+
 def test_resuming_a_complete_run_changes_nothing(folder, tmp_path):
     """Catches samples that are appended again."""
     prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
@@ -403,14 +432,44 @@ def half_done(folder, tmp_path_factory):
 
 
 def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_path):
-    """Catches lines of other prompts, or of another model, in one file."""
-    folder, _, out = half_done
-    before = out.read_bytes()
-    other = tiny.write_records(tmp_path / "p.jsonl", records(5))
-    tiny.assert_refused(generate(folder, *run_flags(other, out, "--resume")), "prompts")
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    tiny.assert_refused(generate(copy, *run_flags(half_done[1], out, "--resume")), "checkpoint_path")
-    assert out.read_bytes() == before
+    """Catches lines of other prompts, or of another model, in one file, also where the path is the same; a file or a
+    folder that is refused since it has moved; and an accepted change that is not one, or is forgotten."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
+        shutil.copy(source, target)
+    other = tiny.write_records(tmp_path / "other.jsonl", records(5))
+    way_on = "go on knowingly with --accept_changed"
+    refused = generate(folder, *run_flags(other, out, "--resume"))
+    tiny.assert_refused(
+        refused, f"{out}: --prompt_file: other content than the run was begun with; {way_on} prompt_file"
+    )
+    copy, moved = shutil.copytree(folder, tmp_path / "copy"), shutil.copy(prompts, tmp_path / "moved.jsonl")
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}, copy / "model.safetensors")
+    refused = generate(copy, *run_flags(moved, out, "--resume"))
+    tiny.assert_refused(refused, f"{out}: --checkpoint_path: other content", f"{way_on} checkpoint_path")
+    assert out.read_bytes() == begun.read_bytes()
+
+    accepted = generate(copy, *run_flags(moved, out, "--resume", "--accept_changed", "checkpoint_path"))
+    assert accepted.code == 0 and len(tiny.read_lines(out)) == 4, accepted
+    tiny.assert_refused(generate(folder, *run_flags(moved, out, "--resume")), "--checkpoint_path: other content")
+    assert generate(copy, *run_flags(moved, out, "--resume")).code == 0
+
+
+def test_resume_of_an_older_sidecar(half_done, tmp_path):
+    """Catches a file that an older version began, refused for what that did not write, or taken whatever it did."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    shutil.copy(begun, out)
+    older = {"checkpoint_path": str(folder.resolve()), "chat_date": "2024-02-29", "prompts": "0" * 64, "stop": []}
+    older |= {"max_new_tokens": 8, "max_seq_len": 256, "num_samples": 1, "return_token_ids": False, "seed": 3}
+    older |= {"dtype": "torch.float32", "quantize": None, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
+    sidecar(out).write_text(json.dumps(older))
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume"), "--top_k", 5), "other --top_k;")
+    result = generate(folder, *run_flags(prompts, out, "--resume"))
+    assert result.code == 0 and "begun before contents were recorded" in result.stdout, result
+    assert len(tiny.read_lines(out)) == 4
 
 
 def test_resume_of_a_strange_file_is_refused(half_done, tmp_path):

@@ -86,7 +86,7 @@ def test_grades_and_pass_at(tmp_path):
     assert again.code == 0 and out.read_bytes() == whole and "8 done before" in again.stdout, again.stdout
     assert f"pass@1    {wanted[1]:.2%}" in grade(MATH, data, out, "--resume", "--pass_at", 1).stdout
     other = grade(f"{MATH.parent}/graders.py:last_number", data, out, "--resume")
-    tiny.assert_refused(other, "was begun with other grader;")
+    tiny.assert_refused(other, "--grader: other content than the run was begun with;")
     tiny.assert_refused(grade(MATH, data, out), "exists")
 
 
@@ -118,7 +118,9 @@ def test_a_kill_then_resume(file, tmp_path):
     process.communicate()
     assert 3 < out.read_bytes().count(b"\n") < 60
     (tmp_path / "graders.py").write_text(GRADERS + "# changed\n")
-    tiny.assert_refused(grade(f"{file}:slow", data, out, "--resume"), "was begun with other grader_file;")
+    tiny.assert_refused(
+        grade(f"{file}:slow", data, out, "--resume"), "--grader: other content than the run was begun with;"
+    )
     (tmp_path / "graders.py").write_text(GRADERS)
     assert grade(f"{file}:slow", data, out, "--resume").code == 0
     assert tiny.read_lines(out) == [{**record, "grade": 1} for record in records]

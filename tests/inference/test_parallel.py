@@ -92,6 +92,30 @@ def test_chat_on_two_ranks(world):
     assert printed.count(line["output"]) == 1 and printed.count("/reset forgets") == 1
 
 
+def test_nodes_that_do_not_share_the_output(world, tmp_path):
+    """Catches ranks that each write a part of the samples to a disk of their own, a check that leaves a file, and a
+    rank that goes on where the first one is refused."""
+    flags = [*flags_for(world, "greedy", "out/samples.jsonl"), "--max_new_tokens", 2]
+    job = ["inference.generate", *flags]
+    printed = launch(2, [["refused", "elsewhere", tmp_path, *job]])
+    assert (
+        len(
+            re.findall(
+                "^refused: --output_file out/samples.jsonl: rank 1 on .* does not see what rank 0 ", printed, re.M
+            )
+        )
+        == 2
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    (tmp_path / "node-0").rename(tmp_path / "before")
+    (tmp_path / "node-1").rmdir()
+    launch(2, [["elsewhere", tmp_path, *job, "--tensor_parallel_size", 2]])  # where the first of them alone writes
+    written = tmp_path / "node-0/out/samples.jsonl"
+    assert len(tiny.read_lines(written)) == 39
+    printed = launch(2, [["refused", "inference.generate", *flags_for(world, "greedy", written)]])
+    assert printed.count(f"refused: --output_file {written}: exists") == 2  # what the first rank finds, all hear
+
+
 def test_ranks_that_do_not_fit(world):
     """Catches heads cut through the middle, and a world that the model's ranks do not divide."""
     root, prompts = world

@@ -435,6 +435,37 @@ def test_resume_without_a_checkpoint(whole, tied_folder, train_file, tmp_path):
     assert_same_run(out, whole)
 
 
+def test_resume_as_another_run(folder, tmp_path):
+    """Catches a record put in front of the data and not noticed (of 48 records 10 would be seen twice, 9 never), and a
+    decay that is accepted and without effect, since the optimizer's saved state has another."""
+    records = [{"prompt": f"Question {i}:", "completion": f" {i + 3}"} for i in range(48)]
+    data, begun = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "begun"
+    run = {"batch_size": 8, "lr_schedule": "constant", "warmup_ratio": 0, "save_steps": 2, "max_steps": 2}
+    finetune(folder, data, begun, **run)
+    run |= {"max_steps": 3, "resume": True}
+    for name in ("plain", "decayed", "other"):
+        shutil.copytree(begun, tmp_path / name)
+    finetune(folder, data, tmp_path / "plain", **run)
+    run["weight_decay"] = 10
+    result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "decayed", **run))
+    tiny.assert_refused(result, "begun with other --weight_decay; go on knowingly with --accept_changed weight_decay")
+    result = finetune(folder, data, tmp_path / "decayed", **run, accept_changed="weight_decay")
+    assert "goes on with other --weight_decay, as accepted" in result.stdout
+    before, plain, decayed = (weights_of(tmp_path / name) for name in ("begun", "plain", "decayed"))
+    for name, weight in before.items():
+        decay = 1e-3 * 10 * weight if weight.dim() > 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(plain[name] - decayed[name], decay, atol=1e-6, rtol=0)
+    assert json.loads((tmp_path / "decayed/args.json").read_text())["weight_decay"] == 10
+
+    tiny.write_records(data, [{"prompt": "First:", "completion": " 0"}, *records])
+    run["weight_decay"] = None
+    result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "other", **run))
+    tiny.assert_refused(result, "--train_file: other content than the run was begun with; go on knowingly with")
+    for _ in range(2):
+        finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file")
+    finetune(folder, data, tmp_path / "other", **run)  # which is what it has now
+
+
 def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_path):
     """Catches a run that stops at a broken newest checkpoint, or goes on from half of it."""
     run, out = {**RUN, "save_steps": 6}, tmp_path / "out"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.shared import hold
 from tests import tiny
-from tests.ranks import launch, start_torchrun
+from tests.ranks import launch, start_nodes
 from tests.ranks_worker import run_job
 
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
@@ -208,9 +210,10 @@ def test_planted_faults_show(world, fault):
     assert compare(root, name, out.name) > 1e-3
 
 
-def start_ranks(ranks: int, *args: object) -> subprocess.Popen:
+def start(folders: list[Path], *args: object) -> list[subprocess.Popen]:
+    """Fine-tuning on a node of one rank for each folder."""
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return start_torchrun(ranks, tiny.ROOT / "training/finetune_sft.py", *args, **pipe)
+    return start_nodes(folders, tiny.ROOT / "training/finetune_sft.py", *args, **pipe)
 
 
 def rank_pids(run: subprocess.Popen) -> list[int]:
@@ -228,26 +231,52 @@ def wait_until(condition, run: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def test_kill_and_resume_on_two_ranks(world):
-    """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole,
-    ranks that do not agree where a signal stops them, and a checkpoint that only the ranks that wrote it can read."""
+def test_nodes_that_share_no_disk(world, tmp_path):
+    """Catches two nodes that each save their half of the checkpoints on a disk of their own, and then hang at a resume:
+    refused by all ranks at the start, in a line, with nothing left behind."""
+    root, train_file = world
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    nodes = start(folders, *arguments(root / "tied", train_file, "out"))
+    for node in nodes:
+        printed = node.communicate(timeout=120)[0]
+        errors = [line for line in printed.splitlines() if line.startswith("finetune_sft.py:")]
+        assert node.returncode and len(errors) == 1 and "exitcode  : 2" in printed, printed
+        assert re.search(
+            "error: --output_dir out: rank 1 on .* does not see what rank 0 on .* all nodes share", errors[0]
+        )
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_kill_a_node_and_resume(world):
+    """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole, a
+    node that stays when another one has died, or whose lock does, ranks that do not agree where a signal stops them, or
+    that one of them may not go on, and a checkpoint that only the ranks that wrote it can read."""
     root, train_file = world
     flags = ["--max_steps", 24, "--save_steps", 3, "--save_total_limit", 3]
     launch(2, [sft_job(root / "tied", train_file, root / "whole", *flags)])
     out = root / "killed"
-    run = start_ranks(2, *arguments(root / "tied", train_file, out, *flags))
-    wait_until(lambda: list(out.glob("checkpoints/step-0000*")), run)
-    ranks = rank_pids(run)
-    assert len(ranks) == 2
-    wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), run)  # into one that is being written
+    nodes = start([root, root], *arguments(root / "tied", train_file, "killed", *flags))
+    wait_until(lambda: list(out.glob("checkpoints/step-0000*")), nodes[0])
+    [rank] = rank_pids(nodes[0])
+    wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), nodes[0])  # into one that is being written
     time.sleep(random.random() / 20)
-    for pid in (run.pid, *ranks):
+    for pid in (nodes[0].pid, rank):
         os.kill(pid, signal.SIGKILL)
-    run.communicate(timeout=60)  # the pipe ends when the last of them is gone, and its lock with it
+    for node in nodes:  # the pipe ends when the last of its processes is gone
+        node.communicate(timeout=60)
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")
 
     resumed = sft_job(root / "tied", train_file, out, *flags, "--resume")
+    other = tiny.write_records(root / "other.jsonl", [{"prompt": "a", "completion": "b"}, *tiny.read_lines(train_file)])
+    lock = hold(out / ".lock", "the test")
+    printed = launch(2, [["refused", *resumed], ["refused", *resumed, "--train_file", other]])
+    assert printed.count("refused: --output_dir") == printed.count("another run is writing there (process") == 2
+    assert printed.count(f"refused: --resume {out}: --train_file: other content than the run was begun with") == 2
+    lock.close()
+
     printed = launch(2, [["stopped", 1, 4, *resumed]])  # one of them stops all
     step = len(tiny.read_lines(out / "metrics.jsonl"))
     assert f"stopped by a signal after step {step};" in printed and 3 < step < 24

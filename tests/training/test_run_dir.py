@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from models.common import flag, write_json
+from models.functions import FunctionPlace
+from models.identity import CONTENTS, begun_with
 from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
@@ -26,7 +28,6 @@ from training.run_dir import (
     RunArgs,
     check_installed,
     prepare_output_dir,
-    write_args,
 )
 
 
@@ -55,11 +56,19 @@ class Args(RunArgs, DataArgs, OptimArgs):
 
     strength: float = flag(1.0, help="a flag that somebody added")
     shown: int = flag(3, help="another, which says that it cannot alter the run", may_change=True)
+    functions: list[FunctionPlace] | None = flag(None, help="what took one value once", action="append")
+    factor: list[float] | None = flag(None, help="what had another default once", action="append", formerly=1.0)
+    mine: Path | None = flag(None, help="data of somebody's own")
+    late: Path | None = flag(None, help="where the run writes", written=True)
 
 
 def args_of(folder, **changes):
     given = {"checkpoint_path": folder / "in", "train_file": folder / "a", "output_dir": folder, "resume": True}
     return Args(**{**given, **changes})
+
+
+def write_args(args):
+    write_json(args.output_dir / "args.json", begun_with(args))
 
 
 def test_output_dir(tmp_path):
@@ -82,7 +91,7 @@ def test_output_dir(tmp_path):
     prepare_output_dir(args_of(tmp_path))
     written = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert written["train_file"] == str(tmp_path / "a") and written["report_to"] == "é"
-    assert written.keys() == {field.name for field in fields(Args)}
+    assert written.keys() == {field.name for field in fields(Args)} | {CONTENTS}
 
 
 DENIED = "cannot be written: Permission denied"
@@ -140,19 +149,79 @@ def test_resume_as_another_run(tmp_path):
     refused = {"train_file": tmp_path / "b", "batch_size": 8, "weight_decay": 0.1, "seed": 1, "strength": 2.0}
     refused |= {"checkpoint_path": tmp_path / "other", "dtype": "bfloat16", "lr_schedule": "linear", "max_steps": 7}
     for name, value in refused.items():
-        with pytest.raises(ValueError, match=rf"begun with other --{name}$"):
+        other, way_on = f"the run was begun with other --{name}; ", f"knowingly with --accept_changed {name}$"
+        with pytest.raises(ValueError, match=f"{other}go on {way_on}"):
             prepare_output_dir(replace(begun, **{name: value}))
+        _, now, changed = prepare_output_dir(replace(begun, **{name: value, "accept_changed": ["seed", name]}))
+        assert changed == {name} and now[name] == (str(value) if isinstance(value, Path) else value)
     with pytest.raises(ValueError, match="--train_file, --batch_size"):
         prepare_output_dir(replace(begun, train_file=tmp_path / "b", batch_size=8))
+    with pytest.raises(ValueError, match=r"other --batch_size; go on knowingly with --accept_changed batch_size$"):
+        prepare_output_dir(replace(begun, seed=1, batch_size=8, accept_changed=["seed"]))
+    with pytest.raises(ValueError, match=r"^--accept_changed --seed: no flag of this script"):
+        prepare_output_dir(replace(begun, seed=1, accept_changed=["--seed"]))
+    with pytest.raises(ValueError, match=r"^--accept_changed is for a run that goes on"):
+        prepare_output_dir(replace(begun, resume=False, accept_changed=["seed"]))
     for name, value in {"log_steps": 9, "device": "cpu", "shown": 4, "save_steps": 3, "eval_file": tmp_path}.items():
         prepare_output_dir(replace(begun, **{name: value}))
     prepare_output_dir(replace(begun, train_file=tmp_path / "x/../a"))
     recorded = json.loads((tmp_path / "args.json").read_text())
     del recorded["strength"]  # a run of before the flag had its default
+    recorded |= {"functions": "f.py:g", "factor": 1.0}  # one that took a single value, and whose default was another
     write_json(tmp_path / "args.json", recorded)
+    prepare_output_dir(replace(begun, functions=["f.py:g"]))
+    with pytest.raises(ValueError, match="other --functions, --factor;"):
+        prepare_output_dir(replace(begun, functions=["f.py:h"], factor=[2.0]))
+    with pytest.raises(ValueError, match=r"begun with other --strength; "):
+        prepare_output_dir(replace(begun, functions=["f.py:g"], strength=2.0))
+
+
+def test_resume_with_other_content(tmp_path, capsys):
+    """Catches a file, a model's folder, a function's file or a forker's own that has changed under its path and is
+    taken for what the run was begun with; one that has only moved, refused; one that says it may change, or is written,
+    held; an accepted change that is refused the next time; and a run of before contents were recorded, refused."""
+    files = {name: tmp_path / name for name in ("a", "eval", "mine", "late", "f.py")}
+    for path in files.values():
+        path.write_text("one\n")
+    tiny.write_model(tmp_path / "in")
+    given = {"eval_file": files["eval"], "mine": files["mine"], "late": files["late"]}
+    begun = args_of(tmp_path, **given, functions=[FunctionPlace(f"{files['f.py']}:g")])
+    write_args(begun)
+
+    moved = {"train_file": "a", "mine": "mine", "eval_file": "eval"}
+    for name, path in moved.items():
+        (tmp_path / f"moved-{path}").write_text("one\n")
+        moved[name] = tmp_path / f"moved-{path}"
+    shutil.copytree(tmp_path / "in", tmp_path / "in-moved")
+    prepare_output_dir(replace(begun, **moved, checkpoint_path=tmp_path / "in-moved"))
+    prepare_output_dir(replace(begun, functions=[FunctionPlace(f"{files['f.py'].parent}/../{tmp_path.name}/f.py:g")]))
+
+    config = json.loads((tmp_path / "in/generation_config.json").read_text())
+    changes = {
+        "train_file": lambda: files["a"].write_text("zero\none\n"),
+        "mine": lambda: files["mine"].write_text("two\n"),
+        "functions": lambda: files["f.py"].write_text("two\n"),
+        "checkpoint_path": lambda: write_json(tmp_path / "in/generation_config.json", {**config, "eos_token_id": 5}),
+    }
+    for name, change in changes.items():
+        prepare_output_dir(begun)
+        change()
+        files["eval"].write_text(name)
+        files["late"].write_text(name)
+        wanted = rf"^--resume {tmp_path}: --{name}: other content than the run was begun with; go on knowingly with "
+        with pytest.raises(ValueError, match=f"{wanted}--accept_changed {name}$"):
+            prepare_output_dir(begun)
+        accepting = replace(begun, accept_changed=[name])
+        _, now, changed = prepare_output_dir(accepting)
+        assert changed == {name}
+        write_json(tmp_path / "args.json", now)
+        assert prepare_output_dir(accepting)[2] == frozenset()  # the same command after the next kill
+
+    del now[CONTENTS]
+    write_json(tmp_path / "args.json", now)
+    capsys.readouterr()
     prepare_output_dir(begun)
-    with pytest.raises(ValueError, match=r"begun with other --strength$"):
-        prepare_output_dir(replace(begun, strength=2.0))
+    assert "begun before contents were recorded; --functions, --mine, --checkpoint_path" in capsys.readouterr().out
 
 
 def test_a_run_may_get_longer(tmp_path):
@@ -162,7 +231,7 @@ def test_a_run_may_get_longer(tmp_path):
     prepare_output_dir(replace(begun, num_epochs=2))
     prepare_output_dir(replace(begun, max_steps=7))
     write_args(replace(begun, lr_schedule="cosine"))
-    with pytest.raises(ValueError, match=r"begun with other --num_epochs$"):
+    with pytest.raises(ValueError, match=r"begun with other --num_epochs; "):
         prepare_output_dir(replace(begun, lr_schedule="cosine", num_epochs=2))
 
 

@@ -116,6 +116,8 @@ def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
     weights["model.norm.weight"][5] += 1e-6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     result = tiny.run(SCRIPT, *run, "--max_steps", 1, "--resume")
+    tiny.assert_refused(result, "--checkpoint_path: other content than the run was begun with")
+    result = tiny.run(SCRIPT, *run, "--max_steps", 1, "--resume", "--accept_changed", "checkpoint_path")
     assert result.code == 0 and "another reference or another dtype; computing anew" in result.stdout
 
 

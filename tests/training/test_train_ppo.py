@@ -391,7 +391,8 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
 
 
 def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
-    """Catches SIGTERM that saves nothing, or a policy exported before its end."""
+    """Catches SIGTERM that saves nothing, or a policy exported before its end; a flag that changes unseen, one that is
+    accepted and has no effect, and a run of before --reward_fn became a list that may not go on."""
     out, write = tmp_path / "out", run_dir.Metrics.write
 
     def write_and_stop(self, values):
@@ -404,11 +405,20 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
         result = tiny.run(SCRIPT, *flags(folder, world, out, **RUN))
     assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout
     assert not (out / "config.json").exists() and not (out / "critic").exists()
-    for name, value in (("temperature", 0.5), ("kl_coef", 0.3), ("rollout_batch_size", 3), ("length_penalty", 1.0)):
+    others = {"temperature": 0.5, "kl_coef": 0.3, "rollout_batch_size": 3, "length_penalty": 1.0, "cliprange": 0.3}
+    for name, value in (others | {"lam": 0.5, "weight_decay": 10}).items():
         other = tiny.run(SCRIPT, *flags(folder, world, out, **{**RUN, name: value}, resume=True))
         tiny.assert_refused(other, f"--resume {out}: the run was begun with other --{name}")
+    shutil.copytree(out, tmp_path / "other")
     ppo(folder, world, out, **RUN, resume=True)
     assert_same_run(out, whole)
+    older = json.loads((tmp_path / "other/args.json").read_text())
+    older |= {"reward_fn": older["reward_fn"][0], "reward_fn_weight": 1.0}
+    del older["content_digests"]
+    (tmp_path / "other/args.json").write_text(json.dumps(older))
+    accepting = {**RUN, "kl_coef": 0.3, "accept_changed": "kl_coef", "resume": True}
+    coefs = {line["step"]: line["kl_coef"] for line in ppo(folder, world, tmp_path / "other", **accepting)}
+    assert coefs[3] == 0.3 and 0.3 not in (coefs[2], coefs[4])  # from where it adapts on
 
 
 def test_infinite_reward_later(folder, world, tmp_path):

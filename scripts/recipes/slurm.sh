@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Fine-tuning on several nodes of 8 GPUs under Slurm; it goes on by itself after its time, a preemption or a lost node.
+#     sbatch --nodes 2 scripts/recipes/slurm.sh MODEL TRAIN_FILE OUT
+# This folder, MODEL, TRAIN_FILE and OUT are on a file system that all nodes share; OUT is checked for it at the start.
+# 5 minutes before its end the job's processes get SIGTERM: the run saves a checkpoint and ends. KillWait of slurm.conf
+# (30 s after a preemption or scancel, by default) should be as long as a step and a save take, as should the 4 minutes
+# in which torchrun waits for its ranks (--shutdown-timeout, of torch 2.13; leave it out before that).
+# Expected: not yet run on a cluster.
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
+model=$1 train=$2 out=$3 python=${PYTHON:-.venv/bin/python}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS:-8}" \
+    --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" --shutdown-timeout 240 \
+    --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" training/finetune_sft.py --resume --output_dir "$out" \
+    --checkpoint_path "$model" --train_file "$train" --dp_replicate "$SLURM_NNODES" --max_seq_len 4096 --pack \
+    --batch_size 128 --micro_batch_size 1 --activation_checkpointing selective --learning_rate 1e-5 ${MORE:-}
+
+[ -f "$out/config.json" ] && exit 0              # the export: the run has come to its end
+[ "$SECONDS" -gt 600 ] || exit 1                 # a mistake, which a restart would meet again
+scontrol requeue "$SLURM_JOB_ID"

@@ -75,7 +75,7 @@ def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None
         weights[name] = {"header": header_digest, "tensors": tensors}
     files = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name not in weights}
     content = json.dumps({"files": files, "weights": weights}, indent=1, ensure_ascii=False)
-    (folder / CHECKSUMS).write_text(content + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(content, encoding="utf-8")
 
 
 def _header_bytes(path: Path) -> int:
@@ -152,21 +152,25 @@ def _problem_of(folder: Path, paths: list[Path]) -> str | None:
                 return f"{path}: is not of this export: {CHECKSUMS} does not list it; remove it, or {CHECKSUMS}"
         # changes when a file does; a folder that is opened twice, as policy and as reference, is hashed once
         stats = [path.stat() for path in (*paths, folder / "config.json", place / CHECKSUMS)]
-        return _damaged_tensor(folder, tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
+        stamp = tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
+        rank, ranks = (
+            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        return _damaged_tensor(folder, stamp, rank, ranks)
     except (OSError, ValueError) as error:
         return str(error)
 
 
 @lru_cache
-def _damaged_tensor(folder: Path, stamp: tuple) -> str | None:
-    """What is wrong with a damaged tensor among this rank's share, or None. Raises ValueError as check_files does."""
+def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | None:
+    """What is wrong with a damaged tensor in the share of a rank of the node, or None."""
     check_files(folder)
     place, checksums = _checksums_of(folder)
     tensors = []
     for name, weights in checksums["weights"].items():
         tensors += _tensors_in(place / name, weights["tensors"])
     tensors.sort(key=lambda each: (-each[0], each[1], each[2]))  # alike on all ranks, and evenly dealt
-    share = tensors[int(os.environ.get("LOCAL_RANK", 0)) :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+    share = tensors[rank::ranks]
 
     def problem_of(size: int, path: Path, start: int, name: str, wanted: str) -> str | None:
         try:

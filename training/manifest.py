@@ -8,6 +8,7 @@
   broken, which an entry in its .metadata tells
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -53,12 +54,18 @@ def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = No
             unseen = merged.keys() ^ _names(folder)
             if unseen:
                 raise OSError(f"{folder}: the ranks do not see each other's files ({min(unseen)})")
-            _write(folder / MANIFEST, json.dumps({"step": step, "files": merged}, indent=1) + "\n")
+            _write(folder / MANIFEST, json.dumps(_sealed({"step": step, "files": merged}), indent=1))
         except OSError as error:
             problem = str(error)
     problem = agreed(problem, group)
     if problem is not None:
         raise OSError(problem)
+
+
+def _sealed(content: dict) -> dict:
+    """A manifest with the hash of itself, so that its own damage is not taken for that of a file."""
+    content = {key: content[key] for key in ("step", "files")}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _write(path: Path, text: str) -> None:
@@ -100,13 +107,14 @@ def _read_manifest(folder: Path, step: int) -> dict[str, tuple[int, str]]:
     """{file: (bytes, digest)}"""
     content = read_json_object(folder / MANIFEST)
     try:
-        files = {str(name): (int(each["bytes"]), str(each["sha256"])) for name, each in dict(content["files"]).items()}
-        of_step = content["step"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{MANIFEST} is damaged") from None
-    if of_step != step:
-        raise ValueError(f"{MANIFEST} is that of step {of_step}")
-    return files
+        is_whole = content == _sealed(content)
+    except KeyError:
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{MANIFEST} is damaged")
+    if content["step"] != step:
+        raise ValueError(f"{MANIFEST} is that of step {content['step']}")
+    return {name: (each["bytes"], each["sha256"]) for name, each in content["files"].items()}
 
 
 def _check_sizes(folder: Path, files: dict[str, tuple[int, str]]) -> None:

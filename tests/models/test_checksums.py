@@ -90,7 +90,7 @@ def test_the_tensor_is_named(kind, exports, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(exports[kind][0], folder)
     for path in sorted(folder.glob("*.safetensors")):
-        whole, tensors = path.read_bytes(), load_file(path)
+        whole, tensors = path.read_bytes(), {name: t.clone() for name, t in load_file(path).items()}  # not its pages
         begin = 8 + int.from_bytes(whole[:8], "little")
         for share in (0.01, 0.3, 0.6, 0.9, 0.99):
             flip(path, (begin + share * (len(whole) - begin)) / len(whole))
@@ -163,7 +163,7 @@ def test_ranks_divide_the_tensors(exports, tmp_path, monkeypatch):
     path, found = folder / "model.safetensors", []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     whole = path.read_bytes()
-    for share in (0.2, 0.4, 0.6, 0.8, 0.97):
+    for share in (0.3, 0.5, 0.7, 0.8, 0.97):
         flip(path, share)
         finders = []
         for rank in range(3):

@@ -135,7 +135,7 @@ def payloads(target):
     touch = f"touch {target}"
     yield "posix.system", pickle.dumps(Call(os.system, touch))
     yield "builtins.eval", pickle.dumps(Call(eval, f"open({str(target)!r}, 'w')"))
-    yield "builtins.getattr", pickle.dumps({"a": Call(getattr, os, "system")} | {"b": Call(os.system, touch)})
+    yield "builtins.getattr", pickle.dumps([Call(getattr, touch, "upper"), Call(os.system, touch)])
     # a module that the metadata's own module has imported, by a dotted name
     dotted = f"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c{chr(len(touch))}{touch}"
     yield "torch.distributed.checkpoint.metadata.os.system", dotted.encode("latin1") + b"\x85R."

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -27,21 +26,18 @@ CHECKSUMS = "checksums.json"
 # of config.json: the weight file or index, before the usual names (transformers 5)
 WEIGHTS_KEY = "transformers_weights"
 THREADS = 4  # hashlib lets other threads run
-PIECE_BYTES = 1 << 20  # read at a time
+READ_BYTES = 1 << 20  # read at a time
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 
 
-def digest(path: Path, start: int = 0, size: float = math.inf, advance: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of `size` bytes of a file, from `start` on, in hex. advance: is told how many were read, again and again.
-    Raises OSError if the file cannot be read."""
-    hasher, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE_BYTES, max(1, size))))
+def digest(path: Path, start: int = 0, size: float = math.inf) -> str:
+    """SHA-256 of `size` bytes of a file, from `start` on, in hex. Raises OSError if the file cannot be read."""
+    hasher, piece = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, max(1, size))))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while size > 0 and (count := file.readinto(piece[: min(size, PIECE_BYTES)])):
+        while size > 0 and (count := file.readinto(piece[: min(size, READ_BYTES)])):
             hasher.update(piece[:count])
             size -= count
-            if advance is not None:
-                advance(count)
     return hasher.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """manifest.json: a checkpoint's folder proves itself before it is loaded, and runs no code of whoever made it.
 
-- the manifest holds the step, and size and SHA-256 of every other file in the folder; it is written last, by which time
-  each rank has hashed what it wrote. Before loading, the files are divided over the ranks again
+- the manifest holds the step, and of every other file in the folder its size and the SHA-256 of each 256 MiB, so that
+  threads share a large file; it is written last, by which time each rank has hashed what it wrote
+- before loading, the pieces are divided over the ranks, however many wrote them
 - .metadata is a pickle: only the classes that torch writes there are made, so a foreign checkpoint cannot call anything
 - of the tensors' files nothing but tensors is read, and torch reads those with weights_only=True
 - a checkpoint of before there were manifests is loaded unchecked, which is said; one that has lost its manifest is
@@ -24,6 +25,7 @@ from models.checksums import THREADS, agreed, bytes_bar, digest
 from models.common import is_main_rank, read_json_object, say
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
+PIECE_BYTES = 1 << 28
 HAS_MANIFEST = "has_manifest"  # the entry in .metadata
 
 
@@ -41,7 +43,10 @@ def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = No
     try:
         # torch's names; read again from the page cache
         paths = [*folder.glob(f"__{_rank(group)}_*"), *([folder / METADATA] if _rank(group) == 0 else [])]
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
+        with ThreadPoolExecutor(THREADS) as pool:
+            pieces = {path: [(path, *piece) for piece in _pieces(path.stat().st_size)] for path in paths}
+            digests = {path: pool.map(lambda piece: digest(*piece), pieces[path]) for path in paths}
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": list(digests[path])} for path in paths}
     except OSError as error:
         problem = str(error)
     of_all = [files]
@@ -60,6 +65,11 @@ def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = No
     problem = agreed(problem, group)
     if problem is not None:
         raise OSError(problem)
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    """(first byte, bytes) of the pieces of a file; of an empty one that is one."""
+    return [(start, min(PIECE_BYTES, size - start)) for start in range(0, max(1, size), PIECE_BYTES)]
 
 
 def _sealed(content: dict) -> dict:
@@ -103,8 +113,8 @@ def open_checkpoint(folder: Path, step: int) -> Metadata:
     return metadata
 
 
-def _read_manifest(folder: Path, step: int) -> dict[str, tuple[int, str]]:
-    """{file: (bytes, digest)}"""
+def _read_manifest(folder: Path, step: int) -> dict[str, tuple[int, list[str]]]:
+    """{file: (bytes, digests of its pieces)}"""
     content = read_json_object(folder / MANIFEST)
     try:
         is_whole = content == _sealed(content)
@@ -117,7 +127,7 @@ def _read_manifest(folder: Path, step: int) -> dict[str, tuple[int, str]]:
     return {name: (each["bytes"], each["sha256"]) for name, each in content["files"].items()}
 
 
-def _check_sizes(folder: Path, files: dict[str, tuple[int, str]]) -> None:
+def _check_sizes(folder: Path, files: dict[str, tuple[int, list[str]]]) -> None:
     present = _names(folder)
     for name in sorted(files.keys() - present):
         raise ValueError(f"{name} is missing")
@@ -129,15 +139,18 @@ def _check_sizes(folder: Path, files: dict[str, tuple[int, str]]) -> None:
             raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
 
 
-def _check_digests(folder: Path, files: dict[str, tuple[int, str]]) -> None:
-    """Of every so many files one: this rank's share."""
+def _check_digests(folder: Path, files: dict[str, tuple[int, list[str]]]) -> None:
+    """Of this rank's share of the pieces."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    share = sorted(files, key=lambda name: (-files[name][0], name))[_rank() :: world]
-    with bytes_bar(sum(files[name][0] for name in share)) as bar, ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: digest(folder / name, advance=bar.update), share))
-    for name, sha256 in zip(share, found):
-        if sha256 != files[name][1]:
-            raise ValueError(f"{name} is damaged: its content is not what was saved")
+    pieces = [(name, *piece, wanted) for name, (size, of) in files.items() for piece, wanted in zip(_pieces(size), of)]
+    pieces.sort(key=lambda piece: (-piece[2], piece))
+    share = pieces[_rank() :: world]
+    with bytes_bar(sum(size for _, _, size, _ in share)) as bar, ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda piece: digest(folder / piece[0], piece[1], piece[2]), share)
+        for (name, _, size, wanted), sha256 in zip(share, found):
+            bar.update(size)
+            if sha256 != wanted:
+                raise ValueError(f"{name} is damaged: its content is not what was saved")
 
 
 # -------------------------------------------------------------------------------- without its code

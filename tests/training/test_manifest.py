@@ -1,6 +1,7 @@
 """training/manifest.py: a checkpoint that was damaged is found, named and passed over, and none can run code."""
 
 import collections
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from tests.damage import DAMAGES, flip
 from tests.training.test_run_dir import save, train_step, trained, weights
+from training import manifest
 from training.checkpoints import load_newest_checkpoint
 from training.manifest import MANIFEST, METADATA, open_checkpoint, read_metadata
 
@@ -206,6 +208,24 @@ def test_the_manifest_can_be_checked_by_hand(copy):
     _, newest = copy
     listed = json.loads((newest / MANIFEST).read_text())
     assert listed["step"] == 2 and listed["files"].keys() == {METADATA, DATA}
-    sums = "".join(f"{each['sha256']}  {newest / name}\n" for name, each in listed["files"].items())
+    sums = "".join(
+        f"{sha256}  {newest / name}\n" for name, each in listed["files"].items() for sha256 in each["sha256"]
+    )
     (newest / "sums").write_text(sums)
     assert os.system(f"sha256sum --check --quiet {newest / 'sums'}") == 0
+
+
+def test_pieces_of_a_large_file(tmp_path, monkeypatch):
+    """Catches a piece that is not hashed, or is at the wrong place, where a file has several."""
+    monkeypatch.setattr(manifest, "PIECE_BYTES", 1000)
+    model, optimizer = trained(1)
+    save(tmp_path, 1, model, optimizer, limit=1)
+    folder = tmp_path / "checkpoints/step-000001"
+    entry, whole = json.loads((folder / MANIFEST).read_text())["files"][DATA], (folder / DATA).read_bytes()
+    assert entry["sha256"] == [hashlib.sha256(whole[i : i + 1000]).hexdigest() for i in range(0, len(whole), 1000)]
+    for i in range(len(entry["sha256"])):
+        flip(folder / DATA, (1000 * i + 7) / len(whole))
+        with pytest.raises(ValueError, match=f"{DATA} is damaged"):
+            open_checkpoint(folder, 1)
+        (folder / DATA).write_bytes(whole)
+    open_checkpoint(folder, 1)

@@ -38,28 +38,41 @@ class Attempt:
     """A process, or torchrun and its ranks, that runs a job in a folder."""
 
     def __init__(self, job: Job, out: Path, world: Path, ranks: int, *, resume: bool, most_bytes: int | None = None):
-        self.job, self.out, self.log, self.mark = job, out, Path(f"{out}.log"), Path(f"{out}.mark")
+        self.job, self.out, self.mark, self.log = job, out, Path(f"{out}.mark"), b""
         self.mark.unlink(missing_ok=True)
         where = ["--output_file", out / job.lines] if job.lines else ["--output_dir", out]
         flags = [*job.flags.format(world=world).split(), *where, "--device", "cpu"] + ["--resume"] * resume
         flags += ["--tensor_parallel_size", 2] if ranks == 4 else []
         words = [str(word) for word in (ROOT / job.script, *flags)]
-        self.began, self.ranks, self.started, self.code = time.time_ns(), ranks, False, None
+        self.began, self.ranks, self.code = time.time_ns(), ranks, None
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORTURE_MARK": str(self.mark)}
-        with open(self.log, "wb") as log:
-            if ranks == 1:
-                self.pid = fork(words, environment, log.fileno(), most_bytes)
-            else:
-                launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-                environment = {**os.environ, **environment}
-                command = [sys.executable, *launcher, *words]
-                self.pid = subprocess.Popen(command, stdout=log, stderr=log, env=environment, process_group=0).pid
+        self.reads, writes = os.pipe()  # no file, which a full disk would cut short
+        os.set_blocking(self.reads, False)
+        if ranks == 1:
+            self.pid = fork(words, environment, writes, most_bytes)
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command, environment = [sys.executable, *launcher, *words], {**os.environ, **environment}
+            self.pid = subprocess.Popen(command, stdout=writes, stderr=writes, env=environment, process_group=0).pid
+        os.close(writes)
 
     def ended(self) -> bool:
+        self._read_log()
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code is not None
+
+    def _read_log(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.reads, 1 << 16):
+                self.log += piece
+
+    def close(self) -> str:
+        """What it has printed, of an attempt that has ended."""
+        self._read_log()
+        os.close(self.reads)
+        return self.log.decode(errors="replace")
 
     def wait(self) -> int:
         while not self.ended():
@@ -78,8 +91,7 @@ class Attempt:
 
     def phase(self) -> str:
         """What it is doing, from what is on disk; also after a kill."""
-        self.started = self.started or self.job.title in self.log.read_bytes()
-        if not self.started:
+        if self.job.title not in self.log:
             return "start"
         if self._is_new(self.out / "checkpoints", "step-"):
             return "save"

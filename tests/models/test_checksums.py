@@ -98,6 +98,10 @@ def test_the_tensor_is_named(kind, exports, tmp_path):
             with pytest.raises(ValueError, match=rf"{path}: the tensor {hit[0]} is damaged"):
                 load(folder, kind)
             path.write_bytes(whole)
+        path.write_bytes(whole.replace(b'"F32"', b'"I32"', 1))  # the same bytes, read as other numbers
+        with pytest.raises(ValueError, match=rf"{path}: its header is damaged"):
+            load(folder, kind)
+        path.write_bytes(whole)
         norms = [name for name in tensors if "layernorm" in name]
         if len(norms) == 2:
             tensors[norms[0]] = tensors[norms[0]] + 1  # norms start alike

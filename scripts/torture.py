@@ -184,8 +184,8 @@ class Torture:
         while self.num_kills < self.args.kills:
             for name in self.rng.sample(self.args.jobs, len(self.args.jobs)):
                 if self.num_kills < self.args.kills:
-                    seldom = 4 in self.args.ranks and self.rng.random() < MANY_RANKS
-                    self.one_run(name, 4 if seldom else self.args.ranks[0])
+                    is_many = 4 in self.args.ranks and self.rng.random() < MANY_RANKS
+                    self.one_run(name, 4 if is_many else min(self.args.ranks))
 
     def reference(self, name: str, ranks: int) -> Path:
         """The folder of a run that nobody kills."""
@@ -202,36 +202,43 @@ class Torture:
 
     def one_run(self, name: str, ranks: int) -> None:
         """Begins a job, kills and resumes it a few times, lets it end, and compares."""
-        job, row, reference = JOBS[name], self.rows.setdefault((name, ranks), Row()), self.reference(name, ranks)
-        out, mixed, resume = self.args.output_dir / f"{name}-{ranks}-{row.runs}", False, False
+        row, reference = self.rows.setdefault((name, ranks), Row()), self.reference(name, ranks)
+        out, began, kills_before = self.args.output_dir / f"{name}-{ranks}-{row.runs}", time.monotonic(), self.num_kills
         row.runs += 1
-        began, kills_before, problems = time.monotonic(), self.num_kills, []
-        for left in range(self.rng.randint(2, 5) if ranks == 1 else 2, -1, -1):
-            other = resume and len(self.args.ranks) > 1 and self.rng.random() < OTHER_LAYOUT
-            now_ranks = next(n for n in self.args.ranks if n != ranks) if other else ranks
-            is_full = left > 0 and now_ranks == 1 and self.rng.random() < FULL_DISK
-            most_bytes = int(10 ** self.rng.uniform(2, 6.3)) if is_full else None
-            attempt = Attempt(job, out, self.world, now_ranks, resume=resume, most_bytes=most_bytes)
-            killed = left > 0 and not is_full and self.num_kills < self.args.kills and self.strike(name, attempt, row)
-            mixed, row.other_layout, row.resumed = mixed or other, row.other_layout + other, row.resumed + resume
-            resume = True
-            code = attempt.wait()
-            log = attempt.close()
-            if killed:
-                continue
-            if is_full and code == 2 and "Traceback" not in log:
-                row.landed[DISK_FULL] += 1
-            elif code:
-                problems.append(f"ended with exit code {code}: {log[-300:]!r}")
-                break
-            else:
-                break
-        problems = problems or differences(job, out, reference, TOLERANCE if mixed else 0.0)
+        try:
+            tolerance = self.attempts(name, ranks, out, row)
+            problems = differences(JOBS[name], out, reference, tolerance)
+        except (OSError, ValueError) as error:
+            problems = [str(error)]
         row.unequal += [f"{out.name}: {problem}" for problem in problems]
         print(f"{out.name}: " + ("; ".join(problems) or "equal"), flush=True)
-        self.seconds += [(ranks, time.monotonic() - began, self.num_kills - kills_before)]
+        self.seconds.append((ranks, time.monotonic() - began, self.num_kills - kills_before))
         if not problems and not self.args.keep:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
+
+    def attempts(self, name: str, ranks: int, out: Path, row: Row) -> float:
+        """Lets a job come to its end; returns how far it may be from the one that nobody killed. Raises ValueError for
+        an attempt that ends otherwise than it should."""
+        tolerance, num_kills = 0.0, self.rng.randint(2, 5) if ranks == 1 else 2
+        for i in range(num_kills + 1):
+            other = i > 0 and len(self.args.ranks) > 1 and self.rng.random() < OTHER_LAYOUT
+            now = next(n for n in self.args.ranks if n != ranks) if other else ranks
+            spared = i == num_kills or self.num_kills >= self.args.kills
+            full = now == 1 and not spared and self.rng.random() < FULL_DISK
+            most_bytes = int(10 ** self.rng.uniform(2, 6.3)) if full else None
+            attempt = Attempt(JOBS[name], out, self.world, now, resume=i > 0, most_bytes=most_bytes)
+            tolerance = TOLERANCE if other else tolerance
+            row.other_layout, row.resumed = row.other_layout + other, row.resumed + (i > 0)
+            killed = not spared and not full and self.strike(name, attempt, row)
+            code = attempt.wait()
+            log = attempt.close()
+            if full and code == 2 and "Traceback" not in log:
+                row.landed[DISK_FULL] += 1
+            elif code and not killed:
+                raise ValueError(f"ended with exit code {code}: {log[-300:]!r}")
+            elif not killed:
+                break
+        return tolerance
 
     def strike(self, name: str, attempt: Attempt, row: Row) -> bool:
         """Waits for a random moment of a random phase and kills; False if the attempt has ended before."""

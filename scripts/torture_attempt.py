@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import math
 import os
 import resource
 import runpy
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT_SECONDS = 600  # of an attempt; a busy machine takes a minute to start four ranks
 
 
 class Job(NamedTuple):
@@ -44,7 +46,7 @@ class Attempt:
         flags = [*job.flags.format(world=world).split(), *where, "--device", "cpu"] + ["--resume"] * resume
         flags += ["--tensor_parallel_size", 2] if ranks == 4 else []
         words = [str(word) for word in (ROOT / job.script, *flags)]
-        self.began, self.ranks, self.code = time.time_ns(), ranks, None
+        self.began, self.ranks, self.code, self.deadline = time.time_ns(), ranks, None, time.monotonic() + LIMIT_SECONDS
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORTURE_MARK": str(self.mark)}
         self.reads, writes = os.pipe()  # no file, which a full disk would cut short
         os.set_blocking(self.reads, False)
@@ -57,6 +59,11 @@ class Attempt:
         os.close(writes)
 
     def ended(self) -> bool:
+        """Raises TimeoutError, once it is killed, if it takes far too long."""
+        if self.code is None and time.monotonic() > self.deadline:
+            self.deadline = math.inf
+            self.kill()
+            raise TimeoutError(f"hung: {self.close()[-300:]!r}")
         self._read_log()
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -81,10 +88,12 @@ class Attempt:
 
     def kill(self) -> None:
         """SIGKILL to the launcher and all below it; returns when they are gone."""
-        pids = [self.pid, *below(self.pid)]
+        pids = [self.pid]
+        for pid in pids:  # stopped first, so that none starts another that is not seen
+            send(pid, signal.SIGSTOP)
+            pids += started_by(pid)
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         self.wait()
         while any(state_and_parent(pid)[0] not in "ZX" for pid in pids):
             time.sleep(0.002)
@@ -151,10 +160,11 @@ def state_and_parent(pid: int) -> tuple[str, int]:
         return "X", 0
 
 
-def below(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    parents = {int(path.name): state_and_parent(int(path.name))[1] for path in Path("/proc").glob("[0-9]*")}
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found[1:]
+def started_by(pid: int) -> list[int]:
+    each = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [child for child in each if state_and_parent(child)[1] == pid]
+
+
+def send(pid: int, what: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, what)

@@ -229,9 +229,12 @@ class Torture:
             attempt = Attempt(JOBS[name], out, self.world, now, resume=i > 0, most_bytes=most_bytes)
             tolerance = TOLERANCE if other else tolerance
             row.other_layout, row.resumed = row.other_layout + other, row.resumed + (i > 0)
-            killed = not spared and not full and self.strike(name, attempt, row)
-            code = attempt.wait()
-            log = attempt.close()
+            try:
+                killed = not spared and not full and self.strike(name, attempt, row)
+                code, log = attempt.wait(), attempt.close()
+            except KeyboardInterrupt:
+                attempt.kill()
+                raise
             if full and code == 2 and "Traceback" not in log:
                 row.landed[DISK_FULL] += 1
             elif code and not killed:
@@ -307,7 +310,8 @@ def table(torture: Torture) -> str:
 
 def report(torture: Torture, seconds: float) -> str:
     args, rows = torture.args, torture.rows.values()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else "unknown"
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, torch {torch.__version__}"
     command = f"python scripts/torture.py --kills {args.kills} --seed {args.seed} --jobs {' '.join(args.jobs)}"
     costs = []

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,12 +143,14 @@ def fork(words: list[str], environment: dict[str, str], log: int, most_bytes: in
     os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(log, stream)
-    sys.stdout, sys.stderr, sys.argv = os.fdopen(1, "w"), os.fdopen(2, "w"), words
+    sys.stdout, sys.stderr, sys.argv = *(os.fdopen(stream, "w", buffering=1) for stream in (1, 2)), words
     tqdm.set_lock(threading.RLock())  # nobody holds it here
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
         runpy.run_path(words[0], run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)
 

@@ -130,6 +130,10 @@ def differences(job: Job, out: Path, reference: Path, tolerance: float) -> list[
         return [f"weight files {names[0]}, not {names[1]}"]
     for name in names[0]:
         ours, theirs = load_file(out / name), load_file(reference / name)
+        shapes = [{key: (tensor.shape, tensor.dtype) for key, tensor in each.items()} for each in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            found.append(f"{name}: other tensors")
+            continue
         for key, wanted in theirs.items():
             error = (ours[key].double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-9)
             if not (torch.equal(ours[key], wanted) or error <= tolerance):

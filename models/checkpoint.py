@@ -5,6 +5,7 @@
 - whatever is missing, unexpected or wrongly shaped is listed in the error before anything is loaded
 - whether head and embedding are one tensor is what the files say, not config.json alone
 - pickle is read with weights_only=True only
+- an exported folder's content is checked: small files when it is opened, tensors when they are loaded (checksums.py)
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from models.checksums import WEIGHTS_KEY, check_files, check_weights
 from models.common import RuntimeArgs, flag, short_bar
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.tokenizer import Tokenizer
@@ -30,9 +32,6 @@ from models.tp import Parallel, tensor_parallel_part
 
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
 COMPARED_ROWS = 8192  # of embedding and head at a time
-WEIGHTS_KEY = (
-    "transformers_weights"  # of config.json: the weight file or index, before the usual names (transformers 5)
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +94,7 @@ def open_folder(
     Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
     shorter context than max_seq_len, and for quantised weights unless it is frozen.
     """
+    check_files(path)
     config = model_config(path)
     if not frozen:
         refuse_quantized(path)
@@ -316,7 +316,8 @@ def load_weights(
 
     part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
     may be on meta and of the whole shape, are replaced. new_score: the weight [1, E] of a scalar head on a folder that
-    has a language-model head, which is then left out. Raises ValueError where the files do not fit the model.
+    has a language-model head, which is then left out. Raises ValueError where the files do not fit the model, or are
+    not what was exported. A collective.
     """
     parameters = dict(model.named_parameters())  # tied weights appear once
     without_file = {} if new_score is None else {"score.weight": new_score}
@@ -324,6 +325,7 @@ def load_weights(
         {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file},
         allowed=["lm_head.weight"] if model.config.tie_word_embeddings or without_file else [],
     )
+    check_weights(files.folder, files.paths())
     fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
 
 

@@ -10,12 +10,14 @@
   the switch one by one
 - a reader that does not know the key finds no index, or one model.safetensors, while names change: milliseconds
 - a switch that a kill cut short is completed by the next save, or by the run that goes on
+- checksums.json goes with the weights that it speaks of; tensors are hashed while they are in memory
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import WEIGHTS_KEY, hf_name
+from models.checkpoint import hf_name
+from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank, read_json_object
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -75,13 +78,14 @@ def save_folder(
         with _writing(folder):
             staging.mkdir(parents=True)
         tied = config.get("tie_word_embeddings", False)
-        saved_dtype = dtype_name(_write_shards(staging, tensors, tied, dtype, max_shard_bytes))
+        saved_dtype, digests = _write_shards(staging, tensors, tied, dtype, max_shard_bytes)
         with _writing(folder):
             _copy_files(staging, copy_from, json_changes or {})
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
             names = ["dtype"] + ["torch_dtype"] * ("torch_dtype" in config)
-            config.update(dict.fromkeys(names, saved_dtype))
+            config.update(dict.fromkeys(names, dtype_name(saved_dtype)))
             _write_json(staging / "config.json", config)
+            write_checksums(staging, digests)
             _write_switch(staging, config)
             for path in staging.iterdir():
                 shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
@@ -117,16 +121,20 @@ def _writing(folder: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ staging
 
 
-def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int) -> torch.dtype:
-    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors); returns the dtype of the
-    embedding, which is the one that config.json names."""
-    shards: list[list[str]] = []
+def _write_shards(
+    folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int
+) -> tuple[torch.dtype, dict[str, dict[str, str]]]:
+    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors). Returns the dtype of the
+    embedding, which is the one that config.json names, and {file: {tensor: its digest}}."""
+    shards: list[dict[str, str]] = []
     total, pending, saved_dtype = 0, {}, None
 
     def flush():
-        with _writing(folder.parent):
-            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
+        with ThreadPoolExecutor(THREADS) as pool:
+            digests = pool.map(tensor_digest, pending.values())  # beside the writing
+            with _writing(folder.parent):
+                save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(dict(zip(pending, digests)))
 
     for name, tensor in tensors:
         if tied and name == "lm_head.weight":
@@ -143,15 +151,16 @@ def _write_shards(folder: Path, tensors, tied: bool, dtype: torch.dtype | None, 
     flush()
     if len(shards) == 1:
         os.rename(folder / "shard-0", folder / WEIGHTS)
-        return saved_dtype
-    weight_map = {}
-    for i, names in enumerate(shards):
+        return saved_dtype, {WEIGHTS: shards[0]}
+    weight_map, digests = {}, {}
+    for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         os.rename(folder / f"shard-{i}", folder / file_name)
-        weight_map.update(dict.fromkeys(names, file_name))
+        weight_map.update(dict.fromkeys(shard, file_name))
+        digests[file_name] = shard
     with _writing(folder.parent):
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return saved_dtype
+    return saved_dtype, digests
 
 
 def _copy_files(staging: Path, source: str | Path | None, json_changes: dict[str, dict]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles, fill_parameters, model_config
+from models.checksums import check_weights
 from models.common import flag, is_main_rank, short_bar
 from models.compressed import (
     LINEARS,
@@ -204,6 +205,7 @@ def load_quantized(
     if "lm_head.weight_packed" in files.names():
         raise ValueError(f"{folder}: its lm_head is quantised; only the layers of the blocks may be")
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    check_weights(files.folder, files.paths())
 
     def weight_of(name: str) -> Quantized:
         cut, each = tensor_parallel_part(name, shapes[name], tp), scheme.of(name.removesuffix(".weight"))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder, stored_dtype
+from models.checksums import check_weights
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
@@ -85,6 +86,7 @@ def main(args: QuantizeScriptArgs) -> None:
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
     files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    check_weights(files.folder, files.paths())
     calibration, evaluation = (
         [] if path is None else load_rows(path, folder.tokenizer, config, args.max_seq_len, most)
         for path, most in ((args.calibration_file, args.calibration_tokens), (args.eval_file, None))

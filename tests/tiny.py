@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -109,6 +110,11 @@ def write_records(path: Path, records: list[dict]) -> Path:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def copy_to_edit(source: Path, target: Path) -> Path:
+    """A copy of an export that a test changes: without its checksums, which would tell."""
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns("checksums.json"))
 
 
 class Result(NamedTuple):

@@ -1,13 +1,16 @@
 """Checkpoints of a run: model and optimizer as they are after a step, in OUT/checkpoints/step-000100.
 
 - written by torch.distributed.checkpoint, each rank its own shards, so another layout can read them
-- a checkpoint is whole or absent; --resume takes the newest one that can be read
+- a checkpoint is whole or absent, and its content is checked (manifest.py); --resume takes the newest sound one
+- it holds tensors alone: weights, buffers and moments. What the flags say, learning rates and decay for example, comes
+  from the flags
+- saving writes to nothing: torch's get_state_dict would let an optimizer that has not stepped take a step
 """
 
 import logging
 import os
-import pickle
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +19,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from models.checksums import agreed
 from models.common import is_main_rank, say
+from training.manifest import HAS_MANIFEST, Reader, TensorPlanner, open_checkpoint, write_manifest
+
+Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
 
 
 class CheckpointWriter:
@@ -34,7 +40,7 @@ class CheckpointWriter:
         self,
         output_dir: Path,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
         limit: int,
         asynchronous: bool = False,
@@ -53,8 +59,7 @@ class CheckpointWriter:
             shutil.rmtree(left_over)
         if dist.is_initialized():
             dist.barrier()
-        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state = {**_state(self.model, self.optimizer), HAS_MANIFEST: torch.ones(())}
         if self._thread is None:
             self._write(state, path)
         else:
@@ -70,10 +75,12 @@ class CheckpointWriter:
         staging = path.with_name(f".{path.name}.partial")
         try:
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # a BaseException, when all ranks have ended writing
+            write_manifest(staging, int(path.name[5:]), self._group)
+        except (CheckpointException, OSError) as error:  # the one, a BaseException, when all ranks have ended writing
             if is_main_rank():
                 shutil.rmtree(staging, ignore_errors=True)  # it may be what fills the disk
-            reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+            reasons = "; ".join(str(failure[0]) for failure in failures)
             raise OSError(f"{staging}: cannot be written: {reasons}") from error
         if not is_main_rank():
             return
@@ -94,6 +101,19 @@ def _one_thread(model: nn.Module) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(device,))
 
 
+def _state(model: nn.Module, optimizer: Optimizers) -> dict:
+    """What a checkpoint holds, the tensors themselves and not copies: {"model": {name: tensor}, "optimizer": {"state":
+    {name of a parameter: {"exp_avg": tensor, ...}}}}. Tied weights have the first of their names."""
+    weights: dict[str, Tensor] = {}
+    name_of: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in name_of:
+            name_of[id(tensor)], weights[name] = name, tensor.detach()
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    states = {name_of[id(p)]: dict(state) for each in optimizers for p, state in each.state.items()}
+    return {"model": weights, "optimizer": {"state": states}}
+
+
 def _copied(state: object) -> object:
     """A state dict with its tensors copied to the CPU."""
     if isinstance(state, dict):
@@ -109,31 +129,64 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
-def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest usable checkpoint into the model and the optimizer and returns its step; 0 if there is none,
-    which it says. A broken one is passed over with a warning; ValueError if all are broken."""
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
+def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimizers) -> int:
+    """Puts the newest sound checkpoint into the model and the optimizer and returns its step; 0 if there is none, which
+    it says. A broken one is passed over with a warning, by all ranks if one finds it so; ValueError if all are broken.
+    A collective."""
+    listed = [_checkpoints(output_dir) if is_main_rank() else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(listed, src=0)
+    if not listed[0]:
         say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
         return 0
-    for path in reversed(checkpoints):
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        try:
-            logging.disable(logging.CRITICAL)  # it logs tracebacks of what is reported here in a line
-            if not (path / ".metadata").is_file():
-                raise FileNotFoundError(".metadata is missing")
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
-            reason = " ".join(str(next(iter(failures))[0]).split())[:200]
-            say(f"{path}: broken, trying the one before ({reason})")
-            continue
-        finally:
-            logging.disable(logging.NOTSET)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        say(f"{path}: resuming after step {int(path.name[5:])}")
-        return int(path.name[5:])
+    for path in reversed(listed[0]):
+        step, reason = int(path.name[5:]), _load(path, model, optimizer)
+        if reason is None:
+            say(f"{path}: resuming after step {step}")
+            return step
+        say(f"{path}: broken, trying the one before ({reason})")
     raise ValueError(
         f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
     )
+
+
+def _load(path: Path, model: nn.Module, optimizer: Optimizers) -> str | None:
+    """Puts a checkpoint into the model and the optimizer, or says in a line what is wrong with it. A collective."""
+    state, opened = _state(model, optimizer), []
+
+    def open_it() -> None:
+        opened.append(open_checkpoint(path, int(path.name[5:])))
+        unused = opened[0].state_dict_metadata.keys() - _names_in(state)
+        for name in sorted(name for name in unused if name.startswith("optimizer.state.")):
+            raise ValueError(f"it holds {name}, and this run's optimizer has no such state")
+
+    def load_it() -> None:
+        dcp.load(
+            state,
+            storage_reader=Reader(path, opened[0]),
+            planner=TensorPlanner(),
+            no_dist=not dist.is_initialized(),
+        )
+
+    return agreed(_failure(open_it)) or agreed(_failure(load_it))
+
+
+def _names_in(state: dict, prefix: str = "") -> set[str]:
+    """The names that torch gives the tensors of a nested state."""
+    names = set()
+    for key, value in state.items():
+        names |= _names_in(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+    return names
+
+
+def _failure(action: Callable[[], None]) -> str | None:
+    """Why an action on a checkpoint failed, in a line of at most 200 characters, or None."""
+    try:
+        logging.disable(logging.CRITICAL)  # torch logs tracebacks of what is reported here in a line
+        action()
+        return None
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+        return " ".join(str(next(iter(failures))[0]).split())[:200]
+    finally:
+        logging.disable(logging.NOTSET)

@@ -84,7 +84,10 @@ def make_optimizer(
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     if args.optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
-        return torch.optim.AdamW(groups, **settings, fused=True)
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+        # torch makes it in the first step; then who saves before that would save another optimizer than who does later
+        optimizer.state.update({p: _new_state(p, block=0, step_device=p.device) for _, p in named})
+        return optimizer
     places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
     return AdamW(groups, settings, places=places, seed=seed, compile=compile)
 
@@ -194,6 +197,7 @@ class AdamW(torch.optim.Optimizer):
         self.update = torch.compile(_update, dynamic=True) if compile else _update
         device = next(iter(places)).device
         self.levels = {name: dynamic_levels(name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
+        self.state.update({p: _new_state(p, place.block, step_device="cpu") for p, place in places.items()})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -204,8 +208,6 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_of(self, parameter: Tensor, group: dict) -> None:
         state, place = self.state[parameter], self.places[parameter]
-        if not state:
-            state.update(_new_state(parameter, place.block))
         state["step"] += 1
         step, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
         factors = {
@@ -233,15 +235,6 @@ class AdamW(torch.optim.Optimizer):
             tensors_part = {name: t[part] for name, t in tensors.items()}
             self.update(weight[part], tensors_part, self.levels, (keys[part], rows[part], hashes), factors)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """torch's, but the states keep their dtypes: it would convert all of them to the parameter's."""
-        super().load_state_dict({**state_dict, "state": {}})
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, parameter in zip(ids, parameters):
-            if i in state_dict["state"]:
-                self.state[parameter] = dict(state_dict["state"][i])
-
 
 def _matrix(tensor: Tensor) -> Tensor:
     """This rank's part as [R, C], sharing its memory."""
@@ -249,8 +242,8 @@ def _matrix(tensor: Tensor) -> Tensor:
     return part[:, None] if part.dim() == 1 else part
 
 
-def _new_state(parameter: Tensor, block: int) -> dict[str, Tensor]:
-    state = {"step": torch.zeros(())}
+def _new_state(parameter: Tensor, block: int, step_device: torch.device | str) -> dict[str, Tensor]:
+    state = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if block else torch.float32)
         if block:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
+from models.checksums import CHECKSUMS
 from models.common import (
     DTYPES,
     Stopwatch,
@@ -307,7 +308,8 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file")
-    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "config.json", WEIGHTS, INDEX, *COPIED_FILES):
+    exported = ("config.json", WEIGHTS, INDEX, CHECKSUMS, *COPIED_FILES)
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
         if (folder / name).is_dir():
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
     subfolders = [folder / "checkpoints", folder / "critic", *folder.glob("step-*")]

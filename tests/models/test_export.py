@@ -112,7 +112,9 @@ def save(out, model, max_shard_bytes, tensors=None):
 
 
 def holds(out, model) -> bool:
-    """Whether transformers and our loader read this model from a folder, with its config.json."""
+    """Whether transformers and our loader, which looks at the checksums, read this model from a folder, with its
+    config.json."""
+    assert list(out.rglob("checksums.json"))
     theirs, wanted = transformers.AutoModelForCausalLM.from_pretrained(out), load_file(model / "model.safetensors")
     ours = dict(load_model(out).named_parameters())
     same = [torch.equal(p, wanted[name]) and p.dtype == wanted[name].dtype for name, p in theirs.named_parameters()]

@@ -1,6 +1,5 @@
 """training/optim.py: schedule and optimizers, against hand-computed values and torch's AdamW in fp32."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from models.noise import column_hashes, noise_key, random_bits
 from tests import tiny
+from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.optim import (
     OptimArgs,
     dequantize_blocks,
@@ -277,20 +277,46 @@ def test_state_size_and_what_is_quantised():
         assert size == (2 + 2 * 4 / 256 if name == "big.weight" else 8), name
 
 
-def test_state_survives_load_state_dict():
-    """Catches moments converted to the weights' dtype, as torch's load_state_dict does with every state."""
-    model = mixed_model(torch.bfloat16)
-    optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
-    other = copy.deepcopy(model)
-    other_optimizer = make_optimizer(other, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_state_survives_a_checkpoint(optim, tmp_path):
+    """Catches moments converted to the weights' dtype, as torch's load_state_dict does with every state, and a step
+    count, a scale or the rounding's place lost."""
+    models = [mixed_model(torch.bfloat16) for _ in range(2)]
+    optimizers = [make_optimizer(model, OptimArgs(learning_rate=1e-3, optim=optim)) for model in models]
     for step in range(4):
         torch.manual_seed(step)
-        gradients = [torch.randn_like(p) for p in model.parameters()]
+        gradients = [torch.randn_like(p) for p in models[0].parameters()]
         if step == 2:
-            other.load_state_dict(model.state_dict())
-            other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        for m, o in ((model, optimizer), (other, other_optimizer))[: 1 if step < 2 else 2]:
-            for p, gradient in zip(m.parameters(), gradients):
+            CheckpointWriter(tmp_path, models[0], optimizers[0], limit=1).save(step)
+            assert load_newest_checkpoint(tmp_path, models[1], optimizers[1]) == step
+        for model, optimizer in list(zip(models, optimizers))[: 1 if step < 2 else 2]:
+            for p, gradient in zip(model.parameters(), gradients):
                 p.grad = gradient.clone()
-            o.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models)))
+
+
+def test_the_state_is_there_before_the_first_step():
+    """Catches an optimizer whose state depends on whether somebody looked before it has stepped: what is put there
+    from the beginning is what torch puts there itself, and steps on from it are the same to the bit."""
+    models = [mixed_model(torch.float32) for _ in range(2)]
+    ours, theirs = make_optimizer(models[0], OptimArgs(learning_rate=1e-3)), None
+    groups = [{**group, "params": []} for group in ours.param_groups]
+    by_name = {id(p): q for p, q in zip(*(model.parameters() for model in models))}
+    for group, own in zip(groups, ours.param_groups):
+        group["params"] = [by_name[id(p)] for p in own["params"]]
+    theirs = torch.optim.AdamW(groups, fused=True)
+    begun = {id(p): {name: (t.clone(), t.dtype, t.device) for name, t in ours.state[p].items()} for p in ours.state}
+    for step in range(3):
+        torch.manual_seed(step)
+        for p, q in zip(*(model.parameters() for model in models)):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.equal(p, q) and ours.state[p].keys() == theirs.state[q].keys()
+        for name, tensor in theirs.state[q].items():
+            zeros, dtype, device = begun[id(p)][name]
+            assert not zeros.any() and (dtype, device) == (tensor.dtype, tensor.device), name
+            assert torch.equal(ours.state[p][name], tensor), name

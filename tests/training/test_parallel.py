@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from models.shared import hold
 from tests import tiny
+from tests.damage import flip
 from tests.ranks import launch, start_nodes
 from tests.ranks_worker import run_job
 
@@ -252,7 +253,8 @@ def test_nodes_that_share_no_disk(world, tmp_path):
 def test_kill_a_node_and_resume(world):
     """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole, a
     node that stays when another one has died, or whose lock does, ranks that do not agree where a signal stops them, or
-    that one of them may not go on, and a checkpoint that only the ranks that wrote it can read."""
+    that one of them may not go on, or which checkpoint is sound where one of them finds the damage, and a checkpoint
+    that only the ranks that wrote it can read."""
     root, train_file = world
     flags = ["--max_steps", 24, "--save_steps", 3, "--save_total_limit", 3]
     launch(2, [sft_job(root / "tied", train_file, root / "whole", *flags)])
@@ -283,8 +285,15 @@ def test_kill_a_node_and_resume(world):
     assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
 
     launch(2, [resumed])
-    wanted, resumed = (load_file(d / "model.safetensors") for d in (root / "whole", out))
-    assert all(torch.equal(resumed[name], wanted[name]) for name in wanted)
+    wanted, weights = (load_file(d / "model.safetensors") for d in (root / "whole", out))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+    flip(out / "checkpoints/step-000024/__1_0.distcp")
+    printed = launch(2, [resumed])
+    assert "step-000024: broken, trying the one before (__1_0.distcp is damaged" in printed
+    assert printed.count("resuming after step 21") == 1
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
     assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 25))
 
     # the same run goes on in one process

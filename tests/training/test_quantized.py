@@ -1,8 +1,6 @@
 """Quantised references and reward models in train_dpo.py and train_ppo.py, and quantised folders where something is to
 be trained."""
 
-import shutil
-
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,7 +40,7 @@ def world(tmp_path_factory):
 
 
 def dequantised(source, target, scheme):
-    shutil.copytree(source, target)
+    tiny.copy_to_edit(source, target)
     weights = load_file(target / "model.safetensors")
     for name in weights:
         if name.endswith("proj.weight"):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import time
 
@@ -303,7 +302,7 @@ def test_scores_of_all_sources(folder, world, capsys):
 
 
 def with_another_tokenizer(folder, copy):
-    shutil.copytree(folder, copy)
+    tiny.copy_to_edit(folder, copy)
     path = copy / "tokenizer.model"  # the same pieces, another file: only the comparison tells
     path.write_bytes(path.read_bytes() + b"\x1a\x00")  # an empty trainer_spec more
     return copy
@@ -326,7 +325,7 @@ def test_process_rewards(how, folder, world, tmp_path):
     """Catches steps scored or rewarded at other tokens than those that end them, logits taken for probabilities, and
     another aggregate."""
     process = tmp_path / "rm"
-    shutil.copytree(world / "rm", process)
+    tiny.copy_to_edit(world / "rm", process)
     path = process / "config.json"
     process_keys = {"reward_model_type": "process", "step_separator": "\n"}
     path.write_text(json.dumps(json.loads(path.read_text()) | process_keys))
@@ -526,7 +525,7 @@ def test_bad_flags(name, folder, world, tmp_path, monkeypatch):
     if name == "short critic":
         tiny.write_model(world / "short", max_position_embeddings=16)
     if name == "short reward model":
-        shorten(shutil.copytree(world / "rm", world / "short_rm"))
+        shorten(tiny.copy_to_edit(world / "rm", world / "short_rm"))
     given = {k: v.replace("{world}", str(world)) if isinstance(v, str) else v for k, v in given.items()}
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given)), *parts)
     assert not (tmp_path / "out").exists()
@@ -580,7 +579,7 @@ def test_occupied_output_dir(folder, world, tmp_path):
 
 def test_statistics_are_needed(folder, world, tmp_path):
     """Catches --normalize_reward that divides by nothing."""
-    shutil.copytree(world / "rm", tmp_path / "rm")
+    tiny.copy_to_edit(world / "rm", tmp_path / "rm")
     path = tmp_path / "rm/config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "reward_std"}))
@@ -591,7 +590,7 @@ def test_statistics_are_needed(folder, world, tmp_path):
 
 def test_broken_reward_model(folder, world, tmp_path):
     """Catches scores that are not numbers learnt from."""
-    shutil.copytree(world / "rm", tmp_path / "rm")
+    tiny.copy_to_edit(world / "rm", tmp_path / "rm")
     weights = load_file(tmp_path / "rm/model.safetensors")
     weights["score.weight"][0, 3] = math.inf
     save_file(weights, tmp_path / "rm/model.safetensors", metadata={"format": "pt"})

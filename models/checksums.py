@@ -1,0 +1,201 @@
+"""checksums.json: an exported Hugging Face folder proves itself to whoever opens it.
+
+- it holds a SHA-256 of every small file, of each weight file's header and of each tensor; headers and tensors are all
+  the bytes of a weight file, so damage is found wherever it is, and named as the tensor or the file that it hit
+- each rank checks small files and headers as it opens a folder; tensors when weights are loaded, divided over threads
+  and over the ranks of a node, since each node may have a copy of its own
+- a folder without it, a download for example, is read as it is; one without an entry for a file that somebody has
+  edited knowingly, too
+"""
+
+import hashlib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.common import progress_bar, read_json_object
+
+CHECKSUMS = "checksums.json"
+# of config.json: the weight file or index, before the usual names (transformers 5)
+WEIGHTS_KEY = "transformers_weights"
+THREADS = 4  # hashlib lets other threads run
+READ_BYTES = 1 << 20  # read at a time
+MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+
+
+def digest(path: Path, start: int = 0, size: float = math.inf) -> str:
+    """SHA-256 of `size` bytes of a file, from `start` on, in hex. Raises OSError if the file cannot be read."""
+    hasher, piece = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, max(1, size))))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while size > 0 and (count := file.readinto(piece[: min(size, READ_BYTES)])):
+            hasher.update(piece[:count])
+            size -= count
+    return hasher.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor as safetensors stores it, in hex."""
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def bytes_bar(total: int):
+    """A progress bar over bytes that are hashed, which shows after a second."""
+    return progress_bar(total=total, desc="checking", unit="B", unit_scale=True, delay=1, leave=False)
+
+
+def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+    """The problem of the first rank that has one, on all ranks: they go on, or end, together. A collective."""
+    if not dist.is_initialized():
+        return problem
+    problems = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    return next((each for each in problems if each is not None), None)
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None:
+    """checksums.json of the files in a folder. tensors_of: {weight file: {tensor: its digest}}, taken while writing."""
+    weights = {}
+    for name, tensors in tensors_of.items():
+        header_digest = digest(folder / name, size=_header_bytes(folder / name))
+        weights[name] = {"header": header_digest, "tensors": tensors}
+    files = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name not in weights}
+    content = json.dumps({"files": files, "weights": weights}, indent=1, ensure_ascii=False)
+    (folder / CHECKSUMS).write_text(content, encoding="utf-8")
+
+
+def _header_bytes(path: Path) -> int:
+    """How many bytes of a safetensors file are before its tensors. Raises ValueError where it cannot be one."""
+    with open(path, "rb") as file:
+        begin = file.read(8)
+    size = 8 + int.from_bytes(begin, "little")
+    if len(begin) < 8 or size > min(path.stat().st_size, MAX_HEADER_BYTES):
+        raise ValueError(f"{path}: truncated or not a weight file: its header is damaged")
+    return size
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError that names the first small file or weight file's header that is not as it was exported."""
+    place, checksums = _checksums_of(folder)
+    if checksums is None:
+        return
+    # Where a kill has cut an export's switch short, the other files may be those of the old export or of the new.
+    for name, wanted in checksums["files"].items() if place == folder else ():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing, and {CHECKSUMS} lists it; {_way_on(name)}")
+        if digest(path) != wanted:
+            raise ValueError(f"{path}: is damaged or was edited: it is not the file that was exported; {_way_on(name)}")
+    for name, wanted in checksums["weights"].items():
+        path = place / name
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing, and {CHECKSUMS} lists it; {_way_on()}")
+        if digest(path, size=_header_bytes(path)) != wanted["header"]:
+            raise ValueError(f"{path}: its header is damaged: it is not the one that was exported; {_way_on()}")
+
+
+def _way_on(name: str | None = None) -> str:
+    entry = f"the entry {name} from {CHECKSUMS}" if name else CHECKSUMS
+    return f"take the folder from where it was made, or remove {entry} to go on knowingly"
+
+
+def _checksums_of(folder: Path) -> tuple[Path, dict | None]:
+    """(the folder that holds the weights: another one only while an export takes its place; its checksums.json)"""
+    named = read_json_object(folder / "config.json", missing_ok=True).get(WEIGHTS_KEY)
+    place = (folder / named).parent if isinstance(named, str) else folder
+    path = place / CHECKSUMS
+    if not path.is_file():
+        return place, None
+    content = read_json_object(path)
+    try:
+        weights = {
+            name: {"header": str(each["header"]), "tensors": dict(each["tensors"])}
+            for name, each in dict(content["weights"]).items()
+        }
+        return place, {"files": dict(content["files"]), "weights": weights}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: damaged, or not the checksums of an export; {_way_on()}") from None
+
+
+def check_weights(folder: Path, paths: list[Path]) -> None:
+    """Raises ValueError, on all ranks, that names a tensor which is not as it was exported, or one of `paths`, the
+    weight files that are about to be read, which does not belong to the export. A collective."""
+    problem = agreed(_problem_of(folder, paths))
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _problem_of(folder: Path, paths: list[Path]) -> str | None:
+    try:
+        place, checksums = _checksums_of(folder)
+        if checksums is None:
+            return None
+        for path in paths:
+            if path.name not in checksums["weights"]:
+                return f"{path}: is not of this export: {CHECKSUMS} does not list it; remove it, or {CHECKSUMS}"
+        # changes when a file does; a folder that is opened twice, as policy and as reference, is hashed once
+        stats = [path.stat() for path in (*paths, folder / "config.json", place / CHECKSUMS)]
+        stamp = tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
+        rank, ranks = (
+            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        return _damaged_tensor(folder, stamp, rank, ranks)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+@lru_cache
+def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | None:
+    """What is wrong with a damaged tensor in the share of a rank of the node, or None."""
+    check_files(folder)
+    place, checksums = _checksums_of(folder)
+    tensors = []
+    for name, weights in checksums["weights"].items():
+        tensors += _tensors_in(place / name, weights["tensors"])
+    tensors.sort(key=lambda each: (-each[0], each[1], each[2]))  # alike on all ranks, and evenly dealt
+    share = tensors[rank::ranks]
+
+    def problem_of(size: int, path: Path, start: int, name: str, wanted: str) -> str | None:
+        try:
+            if digest(path, start, size) != wanted:
+                return f"{path}: the tensor {name} is damaged: its numbers are not those exported; {_way_on()}"
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror or error}"
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool, bytes_bar(sum(each[0] for each in share)) as bar:
+        problems = []
+        for each, problem in zip(share, pool.map(problem_of, *zip(*share)) if share else ()):
+            problems += [problem] if problem is not None else []
+            bar.update(each[0])
+    return min(problems, default=None)
+
+
+def _tensors_in(path: Path, digests: dict[str, str]) -> list[tuple[int, Path, int, str, str]]:
+    """(bytes, file, first byte, name, digest) of each tensor of a weight file whose header is sound. Raises ValueError
+    if the file has other tensors than checksums.json says. That they are all of the file, safetensors has checked."""
+    begin = _header_bytes(path)
+    with open(path, "rb") as file:
+        file.seek(8)
+        header = json.loads(file.read(begin - 8))
+    header.pop("__metadata__", None)
+    for name in header.keys() ^ digests.keys():
+        raise ValueError(f"{path.parent / CHECKSUMS}: damaged: of {name} either it or {path.name} knows nothing")
+    tensors = []
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors.append((last - first, path, begin + first, name, digests[name]))
+    return tensors

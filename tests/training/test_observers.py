@@ -1,0 +1,89 @@
+"""Who only looks does not write: each trainer ends at the same bits whether or not it saves, evaluates, exports, draws
+samples and tells a dashboard, in every step."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from training import run_dir
+
+REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
+LEAN = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"]
+PPO = ["--rollout_batch_size", 4, "--minibatch_size", 2, "--total_steps", 3, "--max_new_tokens", 4]
+PPO += ["--critic_warmup_steps", 2, "--value_learning_rate", 1e-2]  # the policy's optimizer has not stepped at first
+GRPO = ["--rollout_batch_size", 4, "--num_generations", 2, "--minibatch_size", 4, "--total_steps", 2]
+GRPO += ["--max_new_tokens", 4]
+RUNS = {  # name: (script, flags)
+    "sft": ("finetune_sft", ["--batch_size", 4, "--max_steps", 3]),
+    "rm": ("train_rm", ["--batch_size", 4, "--max_steps", 3]),
+    "dpo": ("train_dpo", ["--batch_size", 4, "--max_steps", 3]),
+    "ppo": ("train_ppo", PPO),
+    "ppo, 8-bit moments": ("train_ppo", [*PPO, "--optim", "adamw_8bit"]),
+    "ppo, bf16 weights": ("train_ppo", [*PPO, "--param_dtype", "bfloat16"]),
+    "grpo, lean": ("train_grpo", [*GRPO, *LEAN]),
+}
+QUIET = ["--save_steps", 0, "--log_steps", 100]
+WATCHED = ["--save_steps", 1, "--save_total_limit", 9, "--eval_steps", 1, "--export_steps", 1]
+WATCHED += ["--report_to", "tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("observers")
+    tiny.write_model(root / "lm", hidden_size=64, num_hidden_layers=1)
+    records = [{"prompt": f"{i} plus", "completion": f" {i} is", "chosen": " so", "rejected": " or"} for i in range(9)]
+    tiny.write_records(root / "records.jsonl", records)
+    (root / "fn.py").write_text(REWARDS)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def board(monkeypatch):
+    """A dashboard that is installed."""
+    writer = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    module = types.SimpleNamespace(SummaryWriter=lambda *_, **__: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(run_dir, "check_installed", lambda _: None)
+
+
+def train(world, name, out, *more):
+    script, flags = RUNS[name]
+    given = ["--checkpoint_path", world / "lm", "--output_dir", out, "--learning_rate", 1e-2, "--warmup_ratio", 0]
+    data = "prompt_file" if "--rollout_batch_size" in flags else "train_file"
+    given += [f"--{data}", world / "records.jsonl", "--lr_schedule", "constant"]
+    given += ["--reward_fn", f"{world / 'fn.py'}:reward"] * (data == "prompt_file")
+    if "--eval_steps" in more:
+        given += [f"--eval_{data.removeprefix('train_')}", world / "records.jsonl"]
+        given += ["--eval_max_new_tokens", 4] * (script in ("finetune_sft", "train_dpo"))
+    result = tiny.run(f"training/{script}.py", *given, *flags, *more)
+    assert result.code == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_observers_do_not_write(name, world, tmp_path):
+    """Catches a step that saving takes with an optimizer which has not stepped (torch's get_state_dict does), noise of
+    the run that an evaluation uses up, an export that moves weights, and a resume that is another run after any
+    of it."""
+    train(world, name, tmp_path / "quiet", *QUIET)
+    train(world, name, tmp_path / "watched", *WATCHED)
+    (tmp_path / "resumed/checkpoints").mkdir(parents=True)
+    shutil.copyfile(tmp_path / "watched/args.json", tmp_path / "resumed/args.json")
+    first = "checkpoints/step-000001"
+    shutil.copytree(tmp_path / "watched" / first, tmp_path / "resumed" / first)
+    train(world, name, tmp_path / "resumed", *QUIET, "--resume")
+    parts = ["model.safetensors", *(["critic/model.safetensors"] if "ppo" in name else [])]
+    start = load_file(world / "lm/model.safetensors")
+    for part in parts:
+        wanted = load_file(tmp_path / "quiet" / part)
+        assert any(not torch.equal(wanted[key], start[key]) for key in wanted.keys() & start.keys())
+        for other in ("watched", "resumed"):
+            found = load_file(tmp_path / other / part)
+            for key in wanted:
+                assert torch.equal(found[key], wanted[key]), (other, part, key)
+    lines, wanted = (tiny.read_lines(tmp_path / out / "metrics.jsonl") for out in ("watched", "quiet"))
+    assert lines[-1]["step"] == wanted[-1]["step"] and any("eval" in key for key in lines[-1])

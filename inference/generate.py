@@ -125,7 +125,7 @@ def main(args: GenerateArgs) -> None:
     lines = read_begun(args.output_file, begun_with, "generate.py", ("idx", "sample_idx")) if args.resume else []
     done = {(line["idx"], line["sample_idx"]) for line in lines}
     requests = [
-        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
+        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)), p.record.where)
         for p in prompts
         for sample_idx in range(args.num_samples)
         if (p.idx, sample_idx) not in done

@@ -89,7 +89,7 @@ class EvalSamples:
             tokenizer=folder.tokenizer,
             compile=runtime.compile,
         )
-        self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1) if is_main_rank() else None
+        self.log = open_log(run.args.output_dir / "samples.jsonl", run.last_line) if is_main_rank() else None
 
     def show(self, run: Run) -> None:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""

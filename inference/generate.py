@@ -124,7 +124,7 @@ def main(args: GenerateArgs) -> None:
     )
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     requests = [
-        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)))
+        Request(p.idx, sample_idx, p.ids, min(args.max_new_tokens, limit - len(p.ids)), p.record.where)
         for p in prompts
         for sample_idx in range(args.num_samples)
         if (p.idx, sample_idx) not in done

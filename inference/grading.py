@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from inference.choosing import group_of
 from inference.lines import LineWriter, read_begun
 from models.common import card, is_main_rank, progress_bar, say
-from models.functions import Grader, call_batch, load_grader
+from models.functions import Grade, Grader, call_batch, load_grader
 from models.identity import begun_with
 from models.records import Record, get_answer, naming, read_records, require, stated_prompt
 from models.reward import pass_at_k
-from models.workers import Grade, Pool
+from models.workers import Pool, grade_of
 
 AHEAD = 4096  # answers that are with the workers at a time
 
@@ -72,12 +72,12 @@ def _answer_of(record: Record) -> tuple[str, str, dict]:
 def _grades(grader: Grader, pool: Pool | None, answers: list[tuple[str, str, dict]]) -> Iterator[Grade]:
     """The grades of (prompt, completion, record)s, in their order."""
     if pool is None and answers:
-        yield from map(Grade, call_batch(grader, *map(list, zip(*answers))))
+        yield from call_batch(grader, *map(list, zip(*answers)))
         return
     waiting = iter(answers)
     queue = [pool.submit(0, *answer) for answer in itertools.islice(waiting, AHEAD)] if answers else []
     for future in queue:  # grows
-        yield future.result()
+        yield grade_of(future)
         queue += [pool.submit(0, *answer) for answer in itertools.islice(waiting, 1)]
 
 

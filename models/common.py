@@ -213,6 +213,10 @@ def parse_args(Args: type, arguments: list[str] | None = None):
 # -------------------------------------------------------------------------------- a script's process
 
 
+class Stopped(Exception):
+    """Ends a script where it is as if its main had returned: nothing is left to do."""
+
+
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
     accept_any_text()
@@ -243,7 +247,14 @@ def run_main(main: Callable, Args: type) -> int:
     try:
         main(args)
         return 0
+    except Stopped:
+        return 0
     except KeyboardInterrupt:
+        close_bars()
+        resumable = hasattr(args, "resume") and (getattr(args, "output_file", None) or hasattr(args, "output_dir"))
+        if is_main_rank():
+            hint = "; go on with --resume" if resumable else ""
+            print(f"{Path(sys.argv[0]).name}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -252,9 +263,7 @@ def run_main(main: Callable, Args: type) -> int:
         if os.environ.get("TRACEBACK"):
             raise
         rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
-        for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share the message's line
-            bar.leave = False
-            bar.close()
+        close_bars()
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
@@ -263,6 +272,13 @@ def run_main(main: Callable, Args: type) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def close_bars() -> None:
+    """An unfinished bar would share the line of the message that follows."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = False
+        bar.close()
 
 
 # ------------------------------------------------------------------------------------------ device

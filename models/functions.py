@@ -7,11 +7,14 @@
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+LARGEST = 1e9  # of a reward: its square must be a number in fp32
 
 
 class FunctionPlace(str):
@@ -61,6 +64,11 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+class Grade(NamedTuple):
+    value: float  # NaN where there is none
+    failure: str | None = None  # "timeout", or what went wrong
+
+
 class Grader(NamedTuple):
     """A function that gives answers their grades."""
 
@@ -96,19 +104,23 @@ def load_grader(flag: str, place: str) -> Grader:
 
 
 def number(value: object) -> float:
-    """A finite number that a function returned. Raises TypeError or ValueError for anything else."""
+    """A number that a function returned, at most LARGEST in size. Raises TypeError, ValueError or OverflowError for
+    anything else."""
     if isinstance(value, str | bytes):
         raise TypeError(f"returned a {type(value).__name__}, not a number")
     result = float(value)
     if not math.isfinite(result):
         raise ValueError(f"returned {result}")
+    if abs(result) > LARGEST:
+        raise ValueError(f"returned {result}, and a reward is at most {LARGEST:g} in size")
     return result
 
 
-def call_batch(grader: Grader, prompts: list[str], completions: list[str], examples: list[dict]) -> list[float]:
-    """One finite number for each completion, in order; ValueError if the function fails or returns anything else."""
+def call_batch(grader: Grader, prompts: list[str], completions: list[str], examples: list[dict]) -> list[Grade]:
+    """The grade of each completion, in order. One has none where the function returned None, or a number that is not
+    finite or too large. ValueError if the function fails or returns anything else."""
     where = f"{grader.flag}: {grader.name}"
-    columns = (list(prompts), list(completions), [dict(example) for example in examples])
+    columns, pid = (list(prompts), list(completions), [dict(example) for example in examples]), os.getpid()
     try:
         rewards = grader.function(**dict(zip(BATCH, columns)))
         if inspect.isawaitable(rewards):
@@ -118,18 +130,30 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
         rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
     except (Exception, SystemExit) as error:  # somebody's code may raise anything, a generator's while it is read
         raise ValueError(f"{where} raised {short(error)}") from error
+    finally:
+        if os.getpid() != pid:  # the function forked, and has come back in both
+            os._exit(0)
     try:
         if isinstance(rewards, str | dict):
             raise TypeError(f"it is a {type(rewards).__name__}")
-        rewards = [float(reward) for reward in rewards]
-    except (TypeError, ValueError, OverflowError) as error:
+        rewards = list(rewards)
+        if len(rewards) != len(completions):
+            raise ValueError(f"{where} returned {len(rewards)} rewards for {len(completions)} completions")
+        return [_grade_in_batch(reward, where, completion) for reward, completion in zip(rewards, completions)]
+    except ValueError:
+        raise
+    except Exception as error:  # what is no number may raise anything when it is asked for one
         raise ValueError(f"{where} must return a list of numbers: {short(error)}") from None
-    if len(rewards) != len(completions):
-        raise ValueError(f"{where} returned {len(rewards)} rewards for {len(completions)} completions")
-    for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise ValueError(f"{where} returned {reward} for the completion {completions[i][:80]!r}")
-    return rewards
+
+
+def _grade_in_batch(reward: object, where: str, completion: str) -> Grade:
+    why = "returned None"
+    if reward is not None:
+        try:
+            return Grade(number(reward))
+        except (ValueError, OverflowError) as error:
+            why = str(error) if isinstance(error, ValueError) else "returned an integer that no float can hold"
+    return Grade(math.nan, f"{where} {why} for the completion {completion[:80]!r}")
 
 
 async def _awaited(value: object) -> object:

@@ -27,7 +27,7 @@ from models.common import at_least_one, flag, fraction, non_negative, positive, 
 from models.decode import KVCache
 from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
-from models.noise import column_hashes, exponential, noise_key, random_bits
+from models.noise import column_hashes, exponential_noise, noise_key
 from models.repetition import SeenTokens, penalised
 from models.tokenizer import StreamDecoder, Tokenizer
 from models.tp import chunk_range, gather_ranks, size_of
@@ -115,12 +115,17 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise."""
+    """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise.
+    where: file and line of the record, for messages."""
 
     idx: int
     sample_idx: int
     prompt_ids: list[int]
     max_new_tokens: int
+    where: str = ""
+
+    def __str__(self) -> str:
+        return self.where or f"prompt {self.idx}"
 
 
 @dataclass
@@ -138,15 +143,6 @@ class Completion:
 
 
 # ---------------------------------------------------------------------------------------- sampling
-
-
-def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor:
-    """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
-
-    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
-    the column hashes of the tokens.
-    """
-    return exponential(random_bits(keys, positions, hashes))
 
 
 def sample(
@@ -256,10 +252,8 @@ class _Running:
         """Takes a sampled token; True if it was the last."""
         done = self.completion
         if not math.isfinite(logprob):
-            raise ValueError(
-                f"prompt {done.request.idx}: the log-probability of a token is {logprob}; the weights are broken, or "
-                "overflow in this dtype"
-            )
+            broken = "the weights are broken, or overflow in this dtype"
+            raise ValueError(f"{done.request}: the log-probability of a token is {logprob}; {broken}")
         done.logprobs.append(logprob)
         if token in self.params.stop_token_ids:
             done.finish_reason, done.stop_ids = "stop", [token]
@@ -348,18 +342,22 @@ class Engine(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, requests: Iterable[Request], on_token: Callable[[Request, int], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_token: Callable[[Request, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Completion]:
         """Yields completions in the order of finishing. on_token is called for every sampled token, stop tokens too.
+        should_stop is asked at each look of the host, in step on all tp ranks, and ends it before all are finished.
 
         Requests with equal prompts share a prefill when they follow one another.
         """
         queue = deque(requests)
         for request in queue:
             if not request.prompt_ids or request.max_new_tokens < 1:
-                raise ValueError(f"prompt {request.idx}: needs at least one prompt token and one token to generate")
+                raise ValueError(f"{request}: needs at least one prompt token and one token to generate")
             if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
-                raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
+                raise ValueError(f"{request}: prompt and completion exceed max_seq_len")
         if self.layers is not None:
             self.layers.take_weights()
         # the newest prompt, a slot that holds it, its logits
@@ -372,7 +370,7 @@ class Engine(nn.Module):
             if running[slot].push(token, logprob):
                 yield running.pop(slot).completion
 
-        while queue or running:
+        while (queue or running) and not (should_stop is not None and should_stop()):
             free = [slot for slot in range(self.num_slots) if slot not in running]
             if queue and free:
                 placed = [(slot, queue.popleft()) for slot in free[: len(queue)]]

@@ -68,3 +68,12 @@ def exponential(bits: Tensor) -> Tensor:
     """
     uniforms = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31))
     return uniforms.clamp_(min=2.0**-24 - 1).log1p_().neg_()
+
+
+def exponential_noise(keys: Tensor, positions: Tensor, hashes: Tensor) -> Tensor:
+    """Independent Exp(1) variables, fp32 [B, V']: one for each (row key, position, token).
+
+    keys, positions: int64 [B], the sample's key and the position of the token to draw. hashes: int32 [V'] or [B, V'],
+    the column hashes of the tokens.
+    """
+    return exponential(random_bits(keys, positions, hashes))

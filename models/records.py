@@ -325,9 +325,14 @@ def encode_answered(
 def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, finished: bool) -> list[int]:
     """The ids of the prompt and of a text that was generated, which no chat template rewrites. What ended it follows,
     if it is finished: EOS, or the end of the turn."""
-    end = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
-    end = [i for i in end if i is not None][:1] if finished else []
+    end = ids_at_the_end(prompt, tokenizer) if finished else []
     return _answered(prompt, text, tokenizer)[0].input_ids + end
+
+
+def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
+    """What training puts behind a finished answer: EOS, or the end of the turn; nothing where there is neither."""
+    ends = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
+    return [i for i in ends if i is not None][:1]
 
 
 def is_sample(record: Record) -> bool:
@@ -383,6 +388,7 @@ class Split(NamedTuple):
     dp: DeviceMesh
     pad_token_id: int
     max_tokens: int | None = None  # of a forward whose rows are packed end to end, whatever their number; not packed
+    check: Callable[[], None] | None = None  # called by all ranks before each forward; a run may be left there
 
     def shares(self, rows: list[Row], lengths_of: Callable[[Row], list[int]] | None = None) -> Iterator[list[Row]]:
         """This rank's rows, a group for each forward: see micro_batches, and groups_of_ranks where they are packed.
@@ -390,9 +396,14 @@ class Split(NamedTuple):
         lengths_of = lengths_of or (lambda row: [len(row.input_ids)])
         rank, size = self.dp.get_local_rank(), self.dp.size()
         if self.max_tokens is None:
-            return micro_batches(rows, self.micro_batch_size, rank, size, lambda row: max(lengths_of(row)))
-        groups = groups_of_ranks([sum(lengths_of(row)) for row in rows], self.max_tokens, size)[rank]
-        return iter([[rows[i] for i in group] for group in groups])
+            shares = micro_batches(rows, self.micro_batch_size, rank, size, lambda row: max(lengths_of(row)))
+        else:
+            groups = groups_of_ranks([sum(lengths_of(row)) for row in rows], self.max_tokens, size)[rank]
+            shares = ([rows[i] for i in group] for group in groups)
+        for share in shares:
+            if self.check is not None:
+                self.check()
+            yield share
 
     def note(self) -> str:
         """For people."""

@@ -24,10 +24,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from models.common import at_least_one, flag, positive
-from models.functions import Grader
+from models.functions import Grade, Grader
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_A_TIME = 64  # answers that a process grades at once with an async function
@@ -55,11 +54,6 @@ class GradingArgs:
             return self.reward_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(8, max(2, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
-
-
-class Grade(NamedTuple):
-    value: float  # NaN where there is none
-    failure: str | None = None  # "timeout", or what went wrong
 
 
 @dataclass(eq=False)
@@ -93,6 +87,14 @@ class Pool:
         task = _Task(grader, (prompt, completion, example), is_async, alone=not is_async)
         self._dispatcher.submit(task)
         return task.grade
+
+
+def grade_of(future: concurrent.futures.Future) -> Grade:
+    """What Pool.submit has promised. Raises ValueError where the pool has ended."""
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        raise ValueError("the answers are not graded any more: the pool of graders has ended") from None
 
 
 class _Worker:
@@ -272,7 +274,8 @@ class _Dispatcher(threading.Thread):
                     poll.register(worker.requests, select.POLLOUT)
                     owners[worker.requests] = worker
         due = min((worker.due() for worker in owners.values()), default=math.inf)
-        patience = None if due == math.inf else math.ceil(1000 * max(0.0, due - time.monotonic()))
+        # in milliseconds; poll takes no more than 2^31 of them, and whoever waits may wait again
+        patience = None if due == math.inf else math.ceil(1000 * min(60.0, max(0.0, due - time.monotonic())))
         for descriptor, _ in poll.poll(patience):
             if descriptor == self.woken:
                 os.read(self.woken, 65536)

@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 import typing
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from models.common import Runtime, end_process, parse_args
+from models.common import Runtime, Stopped, end_process, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import SamplingParams, sample
 from models.noise import column_hashes, noise_key
@@ -120,7 +120,7 @@ def stop_one(rank: str, step: str, *job: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
-    with mock.patch(f"{__name__}.clip_grad_norm", clip_and_stop):
+    with mock.patch(f"{__name__}.clip_grad_norm", clip_and_stop), suppress(Stopped):
         run_job(*job)
 
 

@@ -64,7 +64,7 @@ def main(args: SftArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
@@ -80,6 +80,20 @@ def main(args: SftArgs) -> None:
     }
     say(card("finetune_sft", rows))
 
+    def finish(metrics: dict[str, float]) -> None:
+        if evaluation and run.eval_due:
+            with run.evaluating(metrics):
+                metrics["eval_loss"] = evaluate(model, evaluation, split)
+                run.check_finite(eval_loss=metrics["eval_loss"])
+                run.show(f"step {run.step}: eval_loss {metrics['eval_loss']:.4f}")
+                samples.show(run)
+        run.log(metrics)
+        if run.export_due:
+            run.export(model, subfolder=run.step_folder)
+
+    if run.unfinished:
+        finish(run.unfinished)
+
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = sum(len(train[i].input_ids) for i in taken)
@@ -94,25 +108,16 @@ def main(args: SftArgs) -> None:
         split.sum(loss)
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=loss, grad_norm=grad_norm)
+        run.begin_update()
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # log
         lengths = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
         metrics = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
-        metrics.update(run.speed(folder.config, lengths))
-        if evaluation and run.eval_due:
-            metrics["eval_loss"] = evaluate(model, evaluation, split)
-            run.check_finite(eval_loss=metrics["eval_loss"])
-            run.show(f"step {step}: eval_loss {metrics['eval_loss']:.4f}")
-            samples.show(run)
-        run.log(metrics)
-        if run.export_due:
-            run.export(model, subfolder=run.step_folder)
+        finish(metrics | run.speed(folder.config, lengths))
 
-    if not run.stopped:
-        run.export(model)
+    run.export(model)
 
 
 def summed_loss(model: Transformer, examples: list[Example], split: Split) -> torch.Tensor:

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.chats import Chat
 from models.checkpoint import Folder, open_folder
 from models.common import Runtime, flag, flags_of
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
+from models.records import encode_generated
+from training.prompts import Prompts
 from training.rewards import RewardFolder, open_reward_folder
 
 
@@ -53,6 +56,25 @@ class Frozen(NamedTuple):
         notes["reward"] = " + ".join([*scores, *(reward_fn or [])])
         notes["reward"] += f", {self.reward_scheme}" if self.reward_scheme else ""
         return notes
+
+    def check_prompts(self, data: Prompts) -> None:
+        """Raises ValueError for a chat that the reward model's folder has no template for, or one that refuses it. Of
+        chats with the same roles one is tried; a model that reads the policy's ids needs no template."""
+        if self.reward is None or (self.reward.same_tokenizer and self.reward.kind.separator is None):
+            return
+        kinds = {}
+        for prompt in (*data.train, *data.held_out):
+            if isinstance(prompt.asked, Chat):
+                roles = tuple(message["role"] for message in prompt.asked.messages)
+                kinds.setdefault((roles, prompt.asked.tools is None), prompt)
+        for prompt in kinds.values():
+            try:
+                encode_generated(prompt.asked, "", self.reward.folder.tokenizer, finished=True)
+            except ValueError as error:
+                folder = self.reward.folder.path
+                raise ValueError(
+                    f"{folder}: the reward model cannot read the chat of {prompt.where}: {error}"
+                ) from None
 
     def load(self, args, mesh: DeviceMesh, runtime: Runtime) -> tuple[Transformer | None, Transformer | None]:
         """(the reference, the reward model)"""

@@ -23,7 +23,7 @@ class Sampled(NamedTuple):
     answers: list[Answer]
     mask: Tensor  # bool [A, R]: their tokens, the EOS included
     scores: Scores
-    rewards: Tensor  # fp32 [A], all penalties included, the KL not
+    rewards: Tensor  # fp32 [A], all penalties included, the KL not; NaN where an answer has none and is to be skipped
     seconds: dict[str, float]  # what drawing and scoring took
 
     @property
@@ -35,13 +35,17 @@ def answers_to(prompts: list[Prompt], first: int, sample_idx: int, engine: Engin
     """An answer to each prompt, scored. A collective. first: number of the first answer, which with sample_idx decides
     the sampler's noise."""
     args, watch = scorer.args, Stopwatch(engine.device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, scorer.split.dp, scorer.submit)
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, scorer.split.dp, scorer.submit, scorer.stop)
     rows, mask, _ = as_rows(prompts, answers, engine.device)
     seconds = {"rollout": watch.lap()}
-    scores = scorer.score(prompts, rows, [answer.text for answer in answers], [answer.finished for answer in answers])
+    texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
+    scores = scorer.score(prompts, rows, texts, finished)
     rewards = scores.total
     if args.soft_punish_cache:
-        rewards = rewards + soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
+        punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
+        if args.mask_truncated_completions:  # of what is not learnt it would only lift the others of the group
+            punishment = punishment * torch.tensor(finished, device=punishment.device)
+        rewards = rewards + punishment
     seconds["score"] = watch.lap()
     return Sampled(prompts, answers, mask, scores, rewards, seconds)
 
@@ -66,10 +70,12 @@ def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Sc
 def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, float]:
     """Of all answers drawn, also those of groups that were replaced, under TRL's names."""
     rewards = torch.cat([part.rewards for part in sampled])
+    graded = rewards[~rewards.isnan()]
     lengths = torch.cat([part.mask.sum(1) for part in sampled])
     return {
-        "reward": rewards.mean().item(),
+        "reward": graded.mean().item() if len(graded) else 0.0,
         "reward_std": group_spread(rewards, len(rewards)).item(),
+        "rewards/num_skipped": len(rewards) - len(graded),
         "frac_reward_zero_std": all_alike(rewards, num_generations).double().mean().item(),
         "num_resampled_groups": sum(len(part.rewards) for part in sampled[1:]) // num_generations,
         **source_metrics([part.scores for part in sampled]),

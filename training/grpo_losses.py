@@ -16,6 +16,9 @@ the other answers to its prompt.
 - names, defaults and formulas are those of TRL 1.16's GRPOTrainer and RLOOTrainer (tests/training/fixtures/grpo.json);
   gspo is its loss_type grpo with importance_sampling_level sequence, which combines with the other types too
 
+A reward of NaN is that of an answer that could not be graded: as in TRL it counts in no mean and no deviation, and its
+advantage is 0.
+
 Dimensions: A answers of an update, G answers to one prompt (next to each other), n answers of a forward, R tokens of
 the longest answer.
 """
@@ -54,7 +57,9 @@ class GrpoLossArgs:
     scale_rewards: str = flag(
         "group", choices=("group", "batch", "none"), help="what advantages are divided by the deviation of; not rloo"
     )
-    mask_truncated_completions: bool = flag(False, help="learn nothing from answers that ran out of tokens")
+    mask_truncated_completions: bool = flag(
+        False, help="learn nothing from answers that ran out of tokens, which --soft_punish_cache then spares"
+    )
     tis_cap: float | None = flag(
         None,
         bounds=at_least_one,
@@ -77,13 +82,16 @@ class GrpoLossArgs:
 def group_spread(rewards: Tensor, num_generations: int) -> Tensor:
     """The deviation (unbiased) of the rewards of each group, fp32 [A / G]; 0 for groups of one. rewards [A]."""
     groups = rewards.float().view(-1, num_generations)
-    return groups.std(dim=1) if num_generations > 1 else groups.new_zeros(len(groups))
+    others = (~groups.isnan()).sum(dim=1) - 1
+    squares = (groups - groups.nanmean(dim=1, keepdim=True)).square().nansum(dim=1)
+    return (squares / others.clamp(min=1)).sqrt()
 
 
 def all_alike(rewards: Tensor, num_generations: int) -> Tensor:
     """Whether the rewards of a group are all equal, bool [A / G]: its deviation would be 0 but for rounding."""
     groups = rewards.view(-1, num_generations)
-    return groups.amax(dim=1) == groups.amin(dim=1)
+    largest, least = (groups.where(~groups.isnan(), end) for end in (-torch.inf, torch.inf))
+    return largest.amax(dim=1) <= least.amin(dim=1)
 
 
 @torch.no_grad()
@@ -94,20 +102,22 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str) 
     those of one prompt next to each other; the deviation is unbiased, and 1e-4 is added to it.
     """
     groups = rewards.float().view(-1, num_generations)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (group_spread(rewards, num_generations)[:, None] + 1e-4)
     elif scale_rewards == "batch":
         advantages = advantages / (group_spread(rewards, rewards.numel()) + 1e-4)
-    return advantages.flatten()
+    return advantages.flatten().nan_to_num(nan=0.0)
 
 
 @torch.no_grad()
 def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     """Each reward less the mean of the others of its group, G / (G - 1) (r - mean), fp32 [A]: Ahmadian et al. 2024
-    (arXiv 2402.14740, eq. 6), whose gradient is unbiased. rewards [A]; G of at least 2."""
+    (arXiv 2402.14740, eq. 6), whose gradient is unbiased. rewards [A]; G of at least 2, or 0 for an answer alone."""
     groups = rewards.float().view(-1, num_generations)
-    return ((groups - groups.mean(dim=1, keepdim=True)) * num_generations / (num_generations - 1)).flatten()
+    graded = (~groups.isnan()).sum(dim=1, keepdim=True)
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    return (centred * graded / (graded - 1).clamp(min=1)).flatten().nan_to_num(nan=0.0)
 
 
 def soft_overlong_punishment(lengths: Tensor, max_new_tokens: int, cache: int) -> Tensor:

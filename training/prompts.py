@@ -65,6 +65,7 @@ class Prompt(NamedTuple):
     fields: dict  # the whole record
     asked: str | Chat  # as the record has it, also where ids are truncated
     text: str  # what a reward function is given: of a truncated prompt what is left
+    where: str = ""  # file and line
 
 
 class Prompts(NamedTuple):
@@ -126,7 +127,7 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
         if too_long:
             ids, counts = cut_prompt(ids, limit, tokenizer), counts.plus(EncodingCounts(truncated=1))
         text = prompt if isinstance(prompt, str) and not too_long else tokenizer.decode(ids)
-        prompts.append(Prompt(ids, record.fields, prompt, text))
+        prompts.append(Prompt(ids, record.fields, prompt, text, record.where))
     if not prompts:
         raise ValueError(f"{path}: no prompt is left: all {counts.skipped} are longer than {limit} tokens")
     return prompts, counts

@@ -4,14 +4,17 @@
   text, encoded as its own training did
 - a process reward model scores every step; its numbers go to the steps' last tokens or, aggregated, to the answer's end
 - a function sees texts and whole records. One that takes an answer runs in worker processes of its rank, from the
-  moment when that is finished; whatever goes wrong there costs that answer's grade, which is then 0, and is counted
+  moment when that is finished
+- what goes wrong in a source leaves answers without its grade: one, or all of a function that fails as a whole. All of
+  that is counted, and --reward_error says what becomes of the answer, and of the run
 
 Dimensions: A answers, R tokens of the longest answer.
 """
 
+import concurrent.futures
 import itertools
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +26,10 @@ from torch import Tensor
 from models.chats import Chat
 from models.checkpoint import Folder, open_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
-from models.functions import FunctionPlace, Grader, call_batch, load_grader
+from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
 from models.model import Transformer
 from models.packing import own_share
-from models.records import Example, Split, encode_generated
+from models.records import Example, Split, encode_continuation, encode_generated, ids_at_the_end
 from models.reward import (
     RewardKind,
     Scored,
@@ -38,8 +41,9 @@ from models.reward import (
     step_scores,
 )
 from models.tokenizer import StreamDecoder, Tokenizer
-from models.workers import GradingArgs, Pool
+from models.workers import GradingArgs, Pool, grade_of
 from training.prompts import Prompt
+from training.stop import Stop
 
 finite = Bounds(least=-1e9, most=1e9)
 
@@ -69,6 +73,13 @@ class RewardArgs(GradingArgs):
         choices=("min", "prod", "last", "mean", "steps"),
         help="of a process reward model: one of the steps' probabilities at the end, or each at its step's last token",
     )
+    reward_error: str | None = flag(
+        None,
+        choices=("refuse", "zero", "skip"),
+        help="an answer to which a function or the reward model gives no number: end the run, take 0, or leave the "
+        "answer out of the update; refuse, but skip where a function of the per-answer form fails",
+        may_change=True,
+    )
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="subtracted where an answer has no end; none")
     length_penalty: float = flag(0.0, bounds=non_negative, help="subtracted for each token of an answer")
     quantize_reward: str = flag(
@@ -92,6 +103,7 @@ class RewardFolder(NamedTuple):
     folder: Folder
     same_tokenizer: bool  # as the policy's: it can read the policy's ids
     kind: RewardKind
+    policy_ends: tuple[int, ...]  # ids with which the policy ends an answer by itself
 
 
 def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
@@ -100,7 +112,7 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
     same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
-    return RewardFolder(folder, same_tokenizer, read_reward_kind(path))
+    return RewardFolder(folder, same_tokenizer, read_reward_kind(path), policy.eos_token_ids)
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:
@@ -116,7 +128,8 @@ def rows_to_score(
     reward: RewardFolder, prompts: list[str | Chat], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
-    they are too long for the model). An answer that ran out of tokens has no EOS.
+    they are too long for the model). An answer that ran out of tokens has no EOS, one that a --stop ended has it in
+    the place of the stop, of which a part may be in the last token of the text: that is encoded anew.
 
     prompts: as the records have them; rows: the policy's, prompt and answer; texts: the answers' alone.
     """
@@ -128,6 +141,9 @@ def rows_to_score(
             ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
         elif reward.same_tokenizer:
             ids = row.input_ids
+            if ended and ids[-1] not in reward.policy_ends:
+                ids = ids[: row.prompt_length]
+                ids = ids + encode_continuation(text, ids, tokenizer) + ids_at_the_end(prompt, tokenizer)
         else:
             ids = encode_generated(prompt, text, tokenizer, finished=ended)
         num_cut += len(ids) > max_seq_len
@@ -152,7 +168,7 @@ def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, toke
 class Scores(NamedTuple):
     """What the sources gave to answers, the same on all ranks."""
 
-    total: Tensor  # fp32 [A], the weighted sum of the sources less penalties, without step_rewards
+    total: Tensor  # fp32 [A], the weighted sum of the sources less penalties, without step_rewards; NaN: to be skipped
     step_rewards: Tensor  # fp32 [A, R], process rewards of their own tokens
     num_cut: int  # rows that were cut for the reward model
     sources: dict[str, Tensor]  # fp32 [A] each: what each gave, unweighted; NaN where it failed for an answer
@@ -179,7 +195,9 @@ class Scorer:
         model: Transformer | None,
         functions: list[Grader],
         split: Split,
+        stop: Stop | None = None,
     ):
+        self.stop = stop or Stop()
         self.args, self.tokenizer, self.folder, self.model, self.split = args, tokenizer, folder, model, split
         self.functions = dict(zip(_unique_names(functions), functions))
         weights = args.reward_fn_weight or [1.0]
@@ -203,54 +221,85 @@ class Scorer:
             self.pool.close()
 
     def score(self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]) -> Scores:
-        """The scores of the answers to prompts, of which some may have been submitted. A collective.
+        """The scores of the answers to prompts, of which some may have been submitted. A collective; it ends the run if
+        a source fails that must not, or where a signal asks for it.
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
         """
-        args, sources, failures, num_cut = self.args, {}, {}, 0
+        args, num_cut, grades = self.args, 0, {}
         num_tokens = torch.tensor([row.num_targets for row in rows])
-        total, step_rewards = torch.zeros(len(rows)), torch.zeros(len(rows), int(num_tokens.max()))
+        step_rewards = torch.zeros(len(rows), int(num_tokens.max()))
         self._submit_the_rest(prompts, texts)  # they are graded while the reward model computes
         if self.folder is not None:
-            sources["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
-            if self.folder.kind.separator is None or args.process_reward != "steps":
-                total += args.reward_model_weight * sources["reward_model"]
+            grades["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
         columns = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
-        graded = self._collect(len(rows))
+        grades |= self._collect(len(rows))
         for name, function in self.functions.items():
-            if function.per_answer:
-                values, failures[name] = graded[name]
-                sources[name] = torch.tensor(values)
-            else:
-                sources[name] = torch.tensor(_on_main_rank(call_batch, function, *columns))
-            total += self.weights[name] * sources[name].nan_to_num(nan=0.0)
-        total -= args.length_penalty * num_tokens
-        total -= (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
+            if not function.per_answer:
+                grades[name] = self._ask_batch(function, *columns)
+        order = [name for name in ("reward_model", *self.functions) if name in grades]
+        total = sum(self._part_of_total(name, grades[name]) for name in order)
+        total = total - args.length_penalty * num_tokens
+        total = total - (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
         device = torch.device(self.split.dp.device_type)
-        sources = {name: values.to(device) for name, values in sources.items()}
+        sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
+        failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
+
+    def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
+        """What a source adds to the rewards, fp32 [A]; NaN for an answer that is to be skipped. Ends the run if there
+        is none for an answer and there must be one."""
+        args, of_model = self.args, name == "reward_model"
+        weight = args.reward_model_weight if of_model else self.weights[name]
+        per_answer = not of_model and self.functions[name].per_answer
+        how = args.reward_error or ("skip" if per_answer else "refuse")
+        failure = next((grade.failure for grade in grades if grade.failure), None)
+        if failure is not None:
+            failure = f"--reward_fn: {name} gave an answer no grade: {failure}" if per_answer else failure
+            if how == "refuse":
+                self.stop.fail(f"{failure}; --reward_error zero or skip goes on all the same")
+            if name not in self.warned:
+                self.warned.add(name)
+                say(f"{failure}; later ones are only counted")
+        values = torch.tensor([grade.value for grade in grades])
+        in_steps = of_model and self.folder.kind.separator is not None and args.process_reward == "steps"
+        part = values.new_zeros(len(values)) if in_steps else weight * values.nan_to_num(nan=0.0)
+        return part.where(~values.isnan(), torch.nan) if how == "skip" and weight else part
 
     def _ask_model(
         self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]
-    ) -> tuple[Tensor, Tensor, int]:
-        """(what the reward model gives to each answer [A], of steps their sum; weighted rewards of steps at their own
+    ) -> tuple[list[Grade], Tensor, int]:
+        """(what the reward model gives to each answer, of steps their sum; weighted rewards of steps at their own
         tokens [A, R]; how many rows were cut)"""
         args, kind = self.args, self.folder.kind
-        given, step_rewards = torch.zeros(len(rows)), torch.zeros(len(rows), max(row.num_targets for row in rows))
+        grades, step_rewards = [], torch.zeros(len(rows), max(row.num_targets for row in rows))
         to_score, num_cut = rows_to_score(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
         split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
         mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
         for i, values in enumerate(step_scores(self.model, to_score, split)):
-            if kind.separator is None:
-                given[i] = (values[0] - mean) / std
+            if not all(map(math.isfinite, values)):
+                place = prompts[i].where or f"answer {i}"
+                why = "the reward model's score is not finite; its weights are broken, or overflow in this dtype"
+                grades.append(Grade(math.nan, f"--reward_checkpoint_path: {place}: {why}"))
+            elif kind.separator is None:
+                grades.append(Grade((values[0] - mean) / std))
             elif args.process_reward != "steps":
-                given[i] = aggregate(values, args.process_reward)
+                grades.append(Grade(aggregate(values, args.process_reward)))
             else:
                 places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
                 for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
                     step_rewards[i, place] += args.reward_model_weight * sigmoid(value)
-                    given[i] += sigmoid(value)
-        return given, step_rewards, num_cut
+                grades.append(Grade(sum(map(sigmoid, values[: len(places)]))))
+        return grades, step_rewards, num_cut
+
+    def _ask_batch(self, function: Grader, *columns: list) -> list[Grade]:
+        """The grades that a function of the batch form gives on the main rank, which a signal breaks off."""
+        outcome = [None]
+        if is_main_rank():
+            outcome = [self.stop.call(_grades_of_batch, function, *columns)]
+        dist.broadcast_object_list(outcome, src=0)
+        self.stop.check()
+        return outcome[0]
 
     def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
         """Submits this rank's share of the answers, but for those that have been."""
@@ -258,28 +307,43 @@ class Scorer:
             if self.grading.get(i, ())[:2] != (prompts[i], texts[i]):
                 self.submit(i, prompts[i], texts[i])
 
-    def _collect(self, num_answers: int) -> dict[str, tuple[list[float], list[str]]]:
-        """(a number for each answer, NaN where there is none; why there is none) by each function of the per-answer
-        form. A collective."""
+    def _collect(self, num_answers: int) -> dict[str, list[Grade]]:
+        """The grades of each answer by each function of the per-answer form. A collective."""
         if not self.pooled:
             return {}
-        own = {}
-        for i in own_share(num_answers, self.split.dp) if self.pool is not None else ():
-            own[i] = [tuple(grade.result()) for grade in self.grading[i][2]]
-        self.grading.clear()
         parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        grades = {i: grades for part in parts for i, grades in part.items()}
-        collected = {}
-        for j, name in enumerate(self.pooled):
-            values, failures = zip(*(grades[i][j] for i in range(num_answers)))
-            collected[name] = list(values), [failure for failure in failures if failure is not None]
-            if collected[name][1] and name not in self.warned:
-                self.warned.add(name)
-                say(
-                    f"--reward_fn: {name} gave an answer no grade: {collected[name][1][0]}; later ones are only counted"
-                )
-        return collected
+        dist.all_gather_object(parts, self._own_grades(num_answers))
+        self.stop.check()
+        broken = next((part for part in parts if isinstance(part, str)), None)
+        if broken is not None:
+            self.stop.fail(broken)
+        grades = {i: each for part in parts for i, each in part.items()}
+        columns = zip(*(grades[i] for i in range(num_answers)))
+        return {name: [Grade(*each) for each in column] for name, column in zip(self.pooled, columns)}
+
+    def _own_grades(self, num_answers: int) -> dict[int, list[Grade]] | str:
+        """Of the answers that this rank has drawn, unless it is asked to end meanwhile; or why there are none."""
+        own = {}
+        if self.pool is None:
+            return own
+        for i in own_share(num_answers, self.split.dp):
+            own[i] = self.grading[i][2]
+        self.grading.clear()
+        waiting = {future for futures in own.values() for future in futures}
+        while waiting and not self.stop.received:
+            waiting = concurrent.futures.wait(waiting, timeout=0.2).not_done
+        try:
+            return {} if waiting else {i: [grade_of(future) for future in futures] for i, futures in own.items()}
+        except ValueError as error:
+            return str(error)
+
+
+def _grades_of_batch(function: Grader, *columns: list) -> list[Grade]:
+    """Those of call_batch; where the function fails, there is none for any answer."""
+    try:
+        return call_batch(function, *columns)
+    except ValueError as error:
+        return [Grade(math.nan, str(error))] * len(columns[0])
 
 
 def _unique_names(functions: list[Grader]) -> list[str]:
@@ -304,17 +368,3 @@ def source_metrics(scores: list[Scores]) -> dict[str, float]:
         metrics[f"rewards/{name}/timeouts"] = failures.count("timeout")
         metrics[f"rewards/{name}/errors"] = len(failures) - failures.count("timeout")
     return metrics
-
-
-def _on_main_rank(function: Callable, *args):
-    """function(*args) of the main rank, on all ranks; a ValueError is raised on all of them."""
-    outcome = [None, None]
-    if is_main_rank():
-        try:
-            outcome[0] = function(*args)
-        except ValueError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]

@@ -4,6 +4,7 @@ their tokens, and what is measured of them.
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from training.losses import kl_estimates, token_logps
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scores, source_metrics
 from training.run_dir import Run, open_log, write_lines
+from training.stop import Stop
 
 # ---------------------------------------------------------------------------------------- rollouts
 
@@ -66,21 +68,28 @@ def draw(
     max_new_tokens: int,
     dp: DeviceMesh,
     on_finished: Callable[[int, Prompt, str], None] | None = None,
+    stop: Stop | None = None,
 ) -> list[Answer]:
     """An answer to each prompt, the same on all ranks, which draw a share each. A collective. on_finished is called on
-    the rank that drew an answer: (its number, its prompt, its text)."""
-    requests = [Request(first + i, sample_idx, prompt.ids, max_new_tokens) for i, prompt in enumerate(prompts)]
-    own = {}
-    for done in engine.generate([requests[i] for i in own_share(len(requests), dp)]):
+    the rank that drew an answer: (its number, its prompt, its text). stop: leaves the run when it is asked to end; a
+    rank without a signal draws its share first."""
+    stop = stop or Stop()
+    requests = [
+        Request(first + i, sample_idx, prompts[i].ids, max_new_tokens, prompts[i].where)
+        for i in own_share(len(prompts), dp)
+    ]
+    own, tp = {}, engine.model.parallel.tp
+    for done in engine.generate(requests, should_stop=lambda: stop.asked(tp)):
         ended = done.finish_reason == "stop"
         own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
         if on_finished is not None:
             i = done.request.idx - first
             on_finished(i, prompts[i], done.text)
+    stop.check()
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     answers = {idx: answer for part in parts for idx, answer in part.items()}
-    return [answers[request.idx] for request in requests]
+    return [answers[first + i] for i in range(len(prompts))]
 
 
 def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) -> tuple[list[Example], Tensor, Tensor]:
@@ -162,7 +171,7 @@ class Rollout(NamedTuple):
         return ((self.logps - self.ref_logps) * self.mask).sum(1)
 
     def all_scores(self) -> Tensor:
-        """fp32 [A]"""
+        """fp32 [A], NaN where an answer has none"""
         return self.scores.total + self.scores.step_rewards.sum(1)
 
 
@@ -193,7 +202,9 @@ class TokenSums:
 
 def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
-    mask, kl, score = rollout.mask, rollout.kls().mean().item(), rollout.all_scores().mean().item()
+    mask, kl, scores = rollout.mask, rollout.kls().mean().item(), rollout.all_scores()
+    graded = scores[~scores.isnan()]
+    score = graded.mean().item() if len(graded) else 0.0
     gap = (rollout.logps - rollout.engine_logps)[mask].abs()
     return {
         "objective/kl": kl,
@@ -204,6 +215,7 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/scores": score,
         "val/num_eos_tokens": sum(rollout.finished),
         "val/num_cut_for_reward": rollout.scores.num_cut,
+        "rewards/num_skipped": len(scores) - len(graded),
         "completion_length": mask.sum(1).double().mean().item(),
         "engine/logprob_gap_mean": gap.mean().item(),
         "engine/logprob_gap_max": gap.max().item(),
@@ -263,19 +275,19 @@ class SampleLog:
         self.file = open_log(self.run.args.output_dir / "samples.jsonl", self.run.last_line)
 
     def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:
-        """columns: one value for each answer, fp32 [A]; the first stands before it."""
+        """columns: one value for each answer, fp32 [A], NaN where it has none; the first stands before it."""
         if self.file is None:
             return
+        means = ", ".join(f"{name} {values.nanmean():.4f}" for name, values in columns.items())
         columns = {name: values.tolist() for name, values in columns.items()}
-        means = ", ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in columns.items())
         shown = [f"step {self.run.step}: held-out {means}"]
         for i, prompt in enumerate(prompts):
             asked = self.tokenizer.decode(prompt.ids, skip_special_tokens=False)
-            values = {name: column[i] for name, column in columns.items()}
+            values = {name: None if math.isnan(column[i]) else column[i] for name, column in columns.items()}
             line = {"step": self.run.step, "prompt": asked, "output": texts[i], **values, "finished": finished[i]}
             write_lines(self.file, [line])
             if i < self.count:
                 end = "" if finished[i] else " (not finished)"
-                value = next(iter(values.values()))
+                value = next(iter(columns.values()))[i]
                 shown.append(f"  {value:8.3f}  {visible(asked)[-60:]} -> {visible(texts[i])[:160]}{end}")
         self.run.show("\n".join(shown))

@@ -11,10 +11,10 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -33,6 +33,7 @@ from models.common import (
     at_least_one,
     chat_day,
     choose_runtime,
+    close_bars,
     dtype_name,
     flag,
     is_main_rank,
@@ -54,10 +55,12 @@ from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, existing_part, hold
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.optim import keeping_settings
+from training.stop import Stop, any_rank
 
 # Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
 # the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
 SAVE_SECONDS = 15 * 60
+UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,29 +106,33 @@ class Run:
     run.begin(model, optimizer, ...)                puts both back to the newest checkpoint; first_step, total_steps
     if run.first_step == 1:
         run.log_start(metrics)
+    if run.unfinished:                              the metrics of a step whose evaluation a signal broke off
+        ...                                         evaluates, logs and exports as below
     for step, numbers in run.steps(batches):        saves, and ends early for a signal, after the loop's body
         run.check_finite(...)                       names the step and its records
-        if run.eval_due: ...
+        run.begin_update()                          before the optimizer's first step
+        if run.eval_due:
+            with run.evaluating(metrics): ...
         run.log(metrics)
         if run.export_due:
             run.export(model, subfolder=run.step_folder)
-    if not run.stopped:
-        run.export(model)
+    run.export(model)
 
-    step, numbers: of the step under way; first_step: the one to begin with, from 1; stopped: whether a signal ended the
-    loop. last_line: the step up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken
-    so far; speed() adds to it. changed: the flags that a resumed run has otherwise, as --accept_changed allows.
+    A signal or an error that all ranks have found ends the run at one of these calls, or in run.stop.check; the state
+    is saved first. step, numbers: of the step under way; first_step: the one to begin with, from 1. last_line: the step
+    up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken so far; speed() adds to
+    it. changed: the flags that a resumed run has otherwise, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):
         """Raises ValueError if the run would mix with an earlier one, or go on as another. A collective."""
-        self._signal = StopSignal()
+        self.stop = Stop()
+        self.stop.listen()
         check_installed(args.report_to)
         start_ranks(choose_runtime(args).device)
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
-        self.args = replace(args, chat_date=self.today.isoformat())
-        self.stopped, self.num_tokens = False, 0
+        self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
     def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:
         """With --resume model and optimizer (or a list of them) are put back to what they were, the settings of the
@@ -137,7 +144,9 @@ class Run:
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
-        self.step, self.last_line = done, done or -1
+        self.step, self.numbers, self._unit, self._bar = done, [], "step", None
+        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done))
+        self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
         # in the background on a GPU; of an offloaded model that would hold the state in the CPU's memory twice
@@ -146,6 +155,9 @@ class Run:
             args.output_dir, model, optimizer, limit=args.save_total_limit, asynchronous=in_background
         )
         self._export_dtype = DTYPES[args.export_dtype] if args.export_dtype else stored_dtype(args.checkpoint_path)
+        self._state, self._saved, self._saved_at, self._evaluated = done, done, time.monotonic(), None
+        self.stop.keep = self._keep
+        self.stop.check()
 
     def _take_output_dir(self) -> None:
         folder = self.args.output_dir
@@ -160,24 +172,67 @@ class Run:
 
     def steps(self, batches: Iterable[tuple[int, list[int]]], unit: str = "step") -> Iterator[tuple[int, list[int]]]:
         """Yields (step, numbers of its records) of `batches`, from first_step on; after each step the checkpoint that
-        is due, and after the last, or one in which a signal came, whatever is to be closed."""
-        self._watch, self._saved_at = Stopwatch(self.device), time.monotonic()
+        is due. A run that is asked to end does so between two of them; see Stop."""
+        self._watch, self._unit = Stopwatch(self.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
             self._watch.lap()
             yield self.step, self.numbers
             self._bar.update(1)
-            self.stopped, save_due = any_rank([self._signal.received, self._save_due()], self.device)
-            if self.stopped or save_due:
-                self._checkpoints.save(self.step)
-                self._saved_at = time.monotonic()
-            if self.stopped:
-                break
+            self.end_update()
+            stopped, save_due = any_rank([self.stop.received, self._save_due()])
+            if stopped:
+                self.stop.leave()
+            if save_due:
+                self._save()
+        self._close()
+
+    def begin_update(self) -> None:
+        """From here to the end of the step, or to its evaluation, the state is that of no step: the run goes on."""
+        self._state, self.stop.at_rest = None, False
+
+    def end_update(self) -> None:
+        """The state is that of this step; the evaluation and the end of the loop's body say so by themselves."""
+        self._state, self.stop.at_rest = self.step, True
+
+    @contextmanager
+    def evaluating(self, metrics: dict[str, float]) -> Iterator[None]:
+        """The evaluation of a step, whose metrics are these so far. A signal may break it off; then they are kept, and
+        the resumed run begins with the evaluation (unfinished), so that it writes the same line."""
+        self.end_update()
+        self._evaluated = dict(metrics)
+        self.stop.check()
+        yield
+        self._evaluated = None
+
+    def _save(self) -> None:
+        self._checkpoints.save(self._state)
+        self._saved, self._saved_at = self._state, time.monotonic()
+
+    def _keep(self, failed: bool) -> str:
+        """Saves the state if it is that of a step and not saved yet, and the metrics of a step that is evaluated; says
+        which it is. failed: the run ends by an error, so that no older checkpoint makes room for this one."""
+        if self._evaluated is not None and is_main_rank():
+            write_json(self.args.output_dir / UNFINISHED, {"step": self.step, **self._evaluated})
+        when = f"after {self._unit} {self._state}" if self._state else f"before the first {self._unit}"
+        if self._state is None:
+            when = f"in {self._unit} {self.step}"
+        elif self._state != self._saved:
+            self._checkpoints.limit += failed
+            self._checkpoints.model.zero_grad(set_to_none=True)  # of a step that is given up
+            self._save()
+            if failed:
+                say(f"the state {when} is saved")
+        if failed:
+            close_bars()
+        self._close()
+        return when
+
+    def _close(self) -> None:
         self._checkpoints.finish()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._metrics.close()
-        if self.stopped:
-            say(f"stopped by a signal after {unit} {self.step}; go on with --resume")
 
     @property
     def eval_due(self) -> bool:
@@ -202,8 +257,12 @@ class Run:
         return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def check_finite(self, **values: float | Tensor) -> None:
-        """Raises ValueError that names the step and its records if a value is not finite."""
-        check_finite(self.step, self.numbers, **values)
+        """Raises ValueError that names the step and its records if a value, the same on all ranks, is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                numbers = ", ".join(map(str, self.numbers[:64])) + (", ..." if len(self.numbers) > 64 else "")
+                message = f"{name} is {float(value)}; records of the step (from 0): {numbers}"
+                self.stop.fail(f"step {self.step}: {message}")
 
     def speed(self, config: ModelConfig, lengths: list[int], flops_factor: float = 1.0) -> dict[str, float]:
         """The metrics num_tokens, tokens_per_second, and mfu where the device's peak is known, of the time since the
@@ -223,6 +282,11 @@ class Run:
         the speed; the loss."""
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
+        if self.unfinished and is_main_rank():
+            (self.args.output_dir / UNFINISHED).unlink(missing_ok=True)
+        self.unfinished = {}
+        if self._bar is None:  # before the first step of a resumed run
+            return
         parts = [shown] if shown else [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
         parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -266,14 +330,6 @@ class Run:
             dtype=self._export_dtype,
         )
         say(f"{folder}: {what} written; peak memory {peak_memory(self.device) / 1e9:,.2f} GB")
-
-
-def check_finite(step: int, numbers: list[int], **values: float | Tensor) -> None:
-    """Raises ValueError that names the step and its records if a value is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            shown = ", ".join(map(str, numbers[:64])) + (", ..." if len(numbers) > 64 else "")
-            raise ValueError(f"step {step}: {name} is {float(value)}; records of the step (from 0): {shown}")
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -356,6 +412,20 @@ def write_lines(file: IO[str], values: list[dict]) -> None:
         file.flush()
 
 
+def read_unfinished(output_dir: Path, step: int) -> dict[str, float]:
+    """The metrics of this step, if its evaluation was broken off; else {}, and those of another are removed. As the
+    main rank finds them. A collective."""
+    found = [{}]
+    if is_main_rank():
+        found = [read_json_object(output_dir / UNFINISHED, missing_ok=True)]
+        if found[0].pop("step", step) != step:
+            (output_dir / UNFINISHED).unlink()
+            found = [{}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 class Metrics:
     """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
 
@@ -390,23 +460,3 @@ class Metrics:
         """Lets the reporters finish; a run that ends by an error does without."""
         if self._close is not None:
             self._close()
-
-
-class StopSignal:
-    """SIGTERM asks for an end after the current step."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_) -> None:
-        self.received = True
-
-
-def any_rank(facts: list[bool], device: torch.device) -> list[bool]:
-    """Whether any rank has each of the facts: all ranks must save, and end, after the same step. A collective."""
-    if dist.get_world_size() == 1:
-        return facts
-    flags = torch.tensor(facts, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]

@@ -93,7 +93,7 @@ class EvalSamples:
         on_main(lambda: self._open_log(run))
 
     def _open_log(self, run: Run) -> None:
-        self.log = open_log(run.args.output_dir / "samples.jsonl", run.first_step - 1)
+        self.log = open_log(run.args.output_dir / "samples.jsonl", run.last_line)
 
     def show(self, run: Run) -> None:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""

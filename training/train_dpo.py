@@ -82,7 +82,7 @@ def main(args: DpoArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     first_epoch = batches(first_step=1, last_step=min(total_steps, -(-len(train) // args.batch_size)))
     splits = {"train": (train, [numbers for _, numbers in first_epoch])}
     if evaluation:
@@ -103,6 +103,22 @@ def main(args: DpoArgs) -> None:
     }
     say(card("train_dpo", rows))
 
+    def finish(metrics: dict[str, float]) -> None:
+        if evaluation and run.eval_due:
+            with run.evaluating(metrics):
+                means = evaluate(model, reference, evaluation, args, split)
+                run.check_finite(eval_loss=means["loss"])
+                metrics |= {f"eval_{name}": value for name, value in means.items()}
+                right = f"{means['rewards/accuracies']:.1%} of the pairs in the right order"
+                run.show(f"step {run.step}: eval_loss {means['loss']:.4f}, {right}")
+                samples.show(run)
+        run.log(metrics)
+        if run.export_due:
+            run.export(model, subfolder=run.step_folder)
+
+    if run.unfinished:
+        finish(run.unfinished)
+
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = sum(row_lengths([train[i] for i in taken]))
@@ -117,27 +133,16 @@ def main(args: DpoArgs) -> None:
         means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=means["loss"], grad_norm=grad_norm)
+        run.begin_update()
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # log
         metrics = {**means, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         flops_factor = 1 if reference is None else 4 / 3  # its forward is a third of the policy's forward and backward
-        metrics.update(run.speed(folder.config, row_lengths(batch), flops_factor))
-        if evaluation and run.eval_due:
-            eval_means = evaluate(model, reference, evaluation, args, split)
-            run.check_finite(eval_loss=eval_means["loss"])
-            metrics.update({f"eval_{name}": value for name, value in eval_means.items()})
-            accuracy = eval_means["rewards/accuracies"]
-            run.show(f"step {step}: eval_loss {eval_means['loss']:.4f}, {accuracy:.1%} of the pairs in the right order")
-            samples.show(run)
-        run.log(metrics)
-        if run.export_due:
-            run.export(model, subfolder=run.step_folder)
+        finish(metrics | run.speed(folder.config, row_lengths(batch), flops_factor))
 
-    if not run.stopped:
-        run.export(model)
+    run.export(model)
 
 
 # -------------------------------------------------------------------------------- the reference

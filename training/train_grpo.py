@@ -39,6 +39,7 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example, Split
 from training.data import epoch_order
+from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen, refuse_idle
 from training.groups import Sampled, answers_to, group_metrics, sample_groups
 from training.grpo_losses import (
@@ -57,7 +58,7 @@ from training.run_dir import Run, RunArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, GrpoLossArgs, OptimArgs, ParallelArgs):
+class GrpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, GrpoLossArgs, DivergenceArgs, OptimArgs, ParallelArgs):
     """Group relative policy optimisation of the model in a Hugging Face folder."""
 
     learning_rate: float = 1e-6
@@ -83,12 +84,14 @@ def main(args: GrpoArgs) -> None:
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
+    frozen.check_prompts(data)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
     reference, reward_model = frozen.load(args, mesh, runtime)
-    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split)
+    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split, run.stop)
+    divergence = Divergence(args, folder.config.vocab_size, "a higher --beta", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds it and two counts
     for name in ("num_prompts", "num_tokens"):
@@ -118,15 +121,25 @@ def main(args: GrpoArgs) -> None:
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
+    def finish(metrics: dict[str, float]) -> None:
+        if data.held_out and run.eval_due:
+            with run.evaluating(metrics):
+                metrics |= evaluate()
+        run.log(metrics, f"reward {metrics['reward']:.3f}")
+        if run.export_due:
+            run.export(policy, what="policy", subfolder=run.step_folder)
+
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
+    if run.unfinished:
+        finish(run.unfinished)
 
     # loop
     for step, _ in run.steps(((step, []) for step in range(run.first_step, args.total_steps + 1)), unit="update"):
         first = int(trained.num_prompts)
         sampled = sample_groups(data.train, first, engine, scorer)
-        trained.num_prompts += sum(len(part.rewards) for part in sampled) // args.num_generations
-        run.numbers = prompt_numbers(len(data.train), first, int(trained.num_prompts) - first, seed=args.seed)
+        num_asked = sum(len(part.rewards) for part in sampled) // args.num_generations
+        run.numbers = prompt_numbers(len(data.train), first, num_asked, seed=args.seed)
         seconds = {name: sum(part.seconds[name] for part in sampled) for name in ("rollout", "score")}
         watch = Stopwatch(runtime.device)
         groups = groups_of(sampled, policy, reference, args, split)
@@ -142,6 +155,7 @@ def main(args: GrpoArgs) -> None:
                 scale, step_loss = backward(policy, groups, order[start : start + args.step_size], args, split, sums)
                 grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                 run.check_finite(grad_norm=grad_norm)
+                run.begin_update()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 loss, num_steps = loss + step_loss, num_steps + 1
@@ -149,7 +163,7 @@ def main(args: GrpoArgs) -> None:
         refresh(engine.model, policy)
         seconds["refresh"] = watch.lap()
 
-        # log
+        trained.num_prompts += num_asked
         num_tokens = sum(int(part.mask.sum()) for part in sampled)
         trained.num_tokens += num_tokens
         metrics = {"loss": split.sum(loss).item() / num_steps, "learning_rate": learning_rate}
@@ -157,15 +171,12 @@ def main(args: GrpoArgs) -> None:
         metrics |= group_metrics(sampled, args.num_generations) | step_metrics(groups, sums, num_steps, args, split)
         metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
-        if data.held_out and run.eval_due:
-            metrics |= evaluate()
-        run.log(metrics, f"reward {metrics['reward']:.3f}")
-        if run.export_due:
-            run.export(policy, what="policy", subfolder=run.step_folder)
+        finish(metrics)
+        run.end_update()
+        divergence.look(step, Watched(metrics.get("kl"), metrics.get("kl"), metrics["entropy"]))
 
     scorer.close()
-    if not run.stopped:
-        run.export(policy, what="policy")
+    run.export(policy, what="policy")
 
 
 # ------------------------------------------------------------------------------------------ an update
@@ -197,9 +208,9 @@ def groups_of(
     device = sampled[0].rewards.device
     rows, mask, engine_logps = as_rows([part.prompts[i] for part, i in chosen], answers, device)
     rewards = torch.cat([part.rewards[mask] for part, mask in zip(sampled, kept)])
-    learnt = mask
+    learnt = mask & ~rewards.isnan()[:, None]
     if args.mask_truncated_completions:
-        learnt = mask & torch.tensor([answer.finished for answer in answers], device=device)[:, None]
+        learnt = learnt & torch.tensor([answer.finished for answer in answers], device=device)[:, None]
 
     several = args.num_iterations * args.rollout_batch_size > args.step_size
     others = mask.shape[1], split, args.temperature
@@ -275,6 +286,11 @@ def check_flags(args: GrpoArgs) -> None:
     if args.rollout_batch_size % args.num_generations:
         raise ValueError(
             f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
+        )
+    if not args.beta and args.stop_kl is not None:
+        raise ValueError(
+            f"--stop_kl {args.stop_kl}: with --beta 0 there is no reference to have a KL to; a --beta of 1e-6 loads "
+            "one and moves nothing"
         )
     if not args.beta:
         refuse_idle(args, "without a --beta", "ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl")

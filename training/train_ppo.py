@@ -57,6 +57,7 @@ from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
 from models.reward import scalar_head_config
 from training.data import epoch_order
+from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen
 from training.losses import (
     adapted_kl_coef,
@@ -91,7 +92,7 @@ from training.run_dir import Run, RunArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, OptimArgs, ParallelArgs):
+class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, DivergenceArgs, OptimArgs, ParallelArgs):
     """Proximal policy optimisation of the model in a Hugging Face folder."""
 
     learning_rate: float = 1e-6
@@ -134,12 +135,14 @@ def main(args: PpoArgs) -> None:
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     others = open_others(args, folder, data.longest, runtime)
+    others.frozen.check_prompts(data)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     models = load_models(args, mesh, runtime, others)
     policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, functions, split)
+    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, functions, split, run.stop)
+    divergence = Divergence(args, folder.config.vocab_size, "a higher --kl_coef, --kl_target", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(
         critic, args, learning_rate=args.value_learning_rate, seed=args.seed, compile=runtime.compile
@@ -174,8 +177,18 @@ def main(args: PpoArgs) -> None:
         metrics = objectives(rollout, args.kl_coef) | pass_rates(rollout.scores.checked, args.num_generations_eval)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
+    def finish(metrics: dict[str, float]) -> None:
+        if held_out and run.eval_due:
+            with run.evaluating(metrics):
+                metrics |= evaluate()
+        run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
+        if run.export_due:
+            export(run, models, folder, others.value_path, Path(run.step_folder))
+
     if held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
+    if run.unfinished:
+        finish(run.unfinished)
 
     # loop
     def batches():
@@ -205,19 +218,20 @@ def main(args: PpoArgs) -> None:
                         check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                     run.check_finite(grad_norm=grad_norm)
+                    run.begin_update()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
                 scale = value_backward(critic, update, minibatch, args, split, sums)
                 value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
                 run.check_finite(value_grad_norm=value_grad_norm)
+                run.begin_update()
                 value_optimizer.step()
                 value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
         refresh(engine.model, policy)
         seconds["refresh"] = watch.lap()
 
-        # log
         trained.num_tokens += int(rollout.mask.sum())
         metrics = update_metrics(rollout, update, sums.means(split.dp), args, seconds)
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item(), value_grad_norm=value_grad_norm.item())
@@ -225,15 +239,14 @@ def main(args: PpoArgs) -> None:
         if args.kl_target is not None:
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
-        if held_out and run.eval_due:
-            metrics.update(evaluate())
-        run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
-        if run.export_due:
-            export(run, models, folder, others.value_path, Path(run.step_folder))
+        finish(metrics)
+        run.end_update()
+        kl, entropy = metrics["objective/kl"], metrics["policy/entropy_avg"]
+        kl_per_token = kl / metrics["completion_length"]
+        divergence.look(step, Watched(kl, kl_per_token, entropy, metrics["policy/approxkl_avg"]))
 
     scorer.close()
-    if not run.stopped:
-        export(run, models, folder, others.value_path)
+    export(run, models, folder, others.value_path)
 
 
 def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfolder: Path = Path()) -> None:
@@ -251,7 +264,8 @@ class Update(NamedTuple):
     """What the minibatches of an update learn from."""
 
     rollout: Rollout
-    rewards: Tensor  # fp32 [A, R] each, 0 outside the mask: shaped and maybe whitened,
+    learnt: Tensor  # bool [A, R]: the tokens of the answers that have a reward
+    rewards: Tensor  # fp32 [A, R] each, 0 outside them: shaped and maybe whitened,
     advantages: Tensor  # whitened,
     returns: Tensor  # of the critic
     spread: Tensor  # deviation of the advantages before they were whitened
@@ -265,7 +279,7 @@ def collect(
     the first answer, which with sample_idx decides the sampler's noise."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp, scorer.submit)
+    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp, scorer.submit, scorer.stop)
     rows, mask, engine_logps = as_rows(prompts, answers, device)
     texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}
@@ -281,17 +295,17 @@ def collect(
 
 
 def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
-    """Rewards, advantages and returns of all answers, so the same on all ranks."""
-    mask, shaping = rollout.mask, kl_coef if args.kl_in == "reward" else 0.0
-    rewards = (
-        shaped_rewards(rollout.scores.total, rollout.logps, rollout.ref_logps, mask, shaping)
-        + rollout.scores.step_rewards
-    )
+    """Rewards, advantages and returns of all answers that have a reward, so the same on all ranks."""
+    scores, shaping = rollout.scores.total, kl_coef if args.kl_in == "reward" else 0.0
+    mask = rollout.mask & ~scores.isnan()[:, None]
+    rewards = shaped_rewards(scores, rollout.logps, rollout.ref_logps, mask, shaping) + rollout.scores.step_rewards
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-    spread = advantages[mask].std(correction=min(1, int(mask.sum()) - 1)).clamp(min=1e-4)
-    return Update(rollout, rewards, whiten(advantages, mask), returns, spread, kl_coef)
+    num_learnt = int(mask.sum())  # none, where every answer is skipped
+    spread = advantages[mask].std(correction=min(1, num_learnt - 1)) if num_learnt else advantages.new_ones(())
+    spread = spread.clamp(min=1e-4)
+    return Update(rollout, mask, rewards, whiten(advantages, mask), returns, spread, kl_coef)
 
 
 def policy_backward(
@@ -299,8 +313,8 @@ def policy_backward(
 ) -> float:
     """The gradient of the clipped policy loss of a minibatch, a mean over its tokens on all ranks, but for the factor
     that it returns (see loss_scale)."""
-    rollout, mask = update.rollout, update.rollout.mask
-    scale, width = loss_scale(int(mask[minibatch].sum()), split.dp.size()), mask.shape[1]
+    rollout, mask = update.rollout, update.learnt
+    scale, width = loss_scale(max(1, int(mask[minibatch].sum())), split.dp.size()), mask.shape[1]
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
         answers, m = [rollout.rows[i] for i in part], mask[part]
@@ -326,8 +340,8 @@ def value_backward(
 ) -> float:
     """The gradient of the clipped value loss of a minibatch, a mean over its tokens on all ranks, but for the factor
     that it returns (see loss_scale)."""
-    rollout, mask = update.rollout, update.rollout.mask
-    scale, width = loss_scale(int(mask[minibatch].sum()), split.dp.size()), mask.shape[1]
+    rollout, mask = update.rollout, update.learnt
+    scale, width = loss_scale(max(1, int(mask[minibatch].sum())), split.dp.size()), mask.shape[1]
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(critic, parts, every=args.sync_every_micro_batch):
         answers, m = [rollout.rows[i] for i in part], mask[part]
@@ -378,6 +392,15 @@ class Others(NamedTuple):
         head = "" if has_score_head(self.value_path) else ", with a zero head"
         return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args.reward_fn)}
 
+    def value_scale(self, args: PpoArgs) -> float:
+        """What makes of the scores of the model where the critic starts values of the rewards: for the reward model
+        itself --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
+        reward_std, the critic learns: its head has no bias.)"""
+        reward = self.frozen.reward
+        if reward is None or reward.kind.separator is not None or not self.value_path.samefile(reward.folder.path):
+            return 1.0
+        return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)
+
 
 class Models(NamedTuple):
     policy: Transformer
@@ -417,6 +440,8 @@ def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, others: Other
     if not has_score_head(others.value_path):
         zero_head = torch.zeros(1, ModelConfig.from_hf(others.value_path).hidden_size)
     critic = load_for_training(others.value_path, mesh, args, runtime, head="score", new_score=zero_head)
+    with torch.no_grad():
+        critic.score.weight.mul_(others.value_scale(args))
     return Models(policy, critic, *others.frozen.load(args, mesh, runtime))
 
 

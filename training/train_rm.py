@@ -90,7 +90,7 @@ def main(args: RmArgs) -> None:
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
-    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch)
+    split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
@@ -104,11 +104,30 @@ def main(args: RmArgs) -> None:
     }
     say(card("train_rm", rows))
 
+    statistics_rows = evaluation or some_of(train, args.seed)
+
+    def finish(metrics: dict[str, float]) -> Tensor | None:
+        """The rewards of statistics_rows, if they are known."""
+        eval_rewards = None
+        if evaluation and run.eval_due:
+            with run.evaluating(metrics):
+                eval_rewards = all_rewards(model, evaluation, split)
+                eval_metrics = evaluate(args, eval_rewards, targets_of(evaluation, runtime.device))
+                run.check_finite(**eval_metrics)
+            metrics = metrics | eval_metrics
+            run.show(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in eval_metrics.items()))
+            run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
+        run.log(metrics)
+        if run.export_due:
+            eval_rewards = all_rewards(model, statistics_rows, split) if eval_rewards is None else eval_rewards
+            export(run, model, folder, eval_rewards, run.step_folder)
+        return eval_rewards
+
+    eval_rewards = finish(run.unfinished) if run.unfinished else None
+
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = sum(sum(lengths_of(train[i])) for i in taken)
-    statistics_rows = evaluation or some_of(train, args.seed)
-    eval_rewards = None
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         places, targets = reward_places(batch), targets_of(batch, runtime.device)
@@ -124,32 +143,19 @@ def main(args: RmArgs) -> None:
         split.sum(rewards)  # the other ranks' are 0
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=loss, grad_norm=grad_norm)
+        run.begin_update()
         learning_rate = set_learning_rate(optimizer, args, step, total_steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # log
         metrics = {"loss": loss.item(), **reward_metrics(args.loss, rewards, targets)}
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item())
         metrics.update(run.speed(folder.config, [length for row in batch for length in lengths_of(row)]))
-        eval_rewards = None
-        if evaluation and run.eval_due:
-            eval_rewards = all_rewards(model, evaluation, split)
-            eval_metrics = evaluate(args, eval_rewards, targets_of(evaluation, runtime.device))
-            run.check_finite(**eval_metrics)
-            metrics.update(eval_metrics)
-            run.show(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in eval_metrics.items()))
-            run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
-        run.log(metrics)
-        if run.export_due:
-            if eval_rewards is None:
-                eval_rewards = all_rewards(model, statistics_rows, split)
-            export(run, model, folder, eval_rewards, run.step_folder)
+        eval_rewards = finish(metrics)
 
-    if not run.stopped:
-        if eval_rewards is None:  # nothing to evaluate on, or no step was taken
-            eval_rewards = all_rewards(model, statistics_rows, split)
-        export(run, model, folder, eval_rewards)
+    if eval_rewards is None:  # nothing to evaluate on, or no step was taken
+        eval_rewards = all_rewards(model, statistics_rows, split)
+    export(run, model, folder, eval_rewards)
 
 
 # ------------------------------------------------------------------------------------------ records

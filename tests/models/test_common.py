@@ -1,7 +1,6 @@
 """models/common.py: flags, errors, the device; and the arithmetic of FLOPs, against hand-computed values."""
 
 import io
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from models.common import (
     run_main,
 )
 from models.model import ModelConfig
-from training.run_dir import check_finite
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -49,16 +47,6 @@ def test_flops_by_hand(tied):
     # forward: q k^T and p v are 2 FLOPs x 24 each for each of 40 / 2 positions seen; backward twice that
     attention = 3 * 3 * (2 * 2 * 24 * 40 / 2)
     assert config.training_flops_per_token(40) == pytest.approx(6 * weights + attention)
-
-
-def test_check_finite():
-    """Catches a NaN that goes by, and a complaint that does not say which step, value and records."""
-    check_finite(3, [1], loss=torch.tensor(2.0), grad_norm=0.0)
-    for bad in (math.nan, math.inf, torch.tensor(-math.inf)):
-        with pytest.raises(ValueError, match=r"step 3: grad_norm is .*: 7, 0, 4$"):
-            check_finite(3, [7, 0, 4], loss=1.0, grad_norm=bad)
-    with pytest.raises(ValueError, match=r"62, 63, \.\.\.$"):
-        check_finite(1, list(range(100)), loss=math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +158,9 @@ def test_run_main(monkeypatch, capsys):
         assert message.split("\r")[-1] == "script.py: error: data.jsonl:3: broken\n"
         assert not message.split("\r")[-2].strip()  # the bar was wiped away
     assert outcome(ValueError(), monkeypatch, capsys)[1].endswith("error: ValueError\n")
-    assert outcome(KeyboardInterrupt(), monkeypatch, capsys)[0] == 130
+    code, message = outcome(KeyboardInterrupt(), monkeypatch, capsys)
+    assert code == 130 and message.split("\r")[-1] == "script.py: interrupted\n"
+    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
     for bug in (RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
         with pytest.raises(type(bug)):
             outcome(bug, monkeypatch, capsys)

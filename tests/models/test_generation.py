@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
 from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import KVCache, load_for_inference, to_inference
-from models.generation import Engine, Request, SamplingParams, exponential_noise, sample
-from models.noise import column_hashes, exponential, noise_key
+from models.generation import Engine, Request, SamplingParams, sample
+from models.noise import column_hashes, exponential, exponential_noise, noise_key
 from models.qlinear import Scheme
 from models.repetition import SeenTokens
 from models.tokenizer import Tokenizer
@@ -352,7 +352,7 @@ def test_noise_is_finite_for_every_hash(monkeypatch):
     assert 0 < before.isinf().sum() <= 2 * 64
 
     largest = lambda keys, rows, hashes: torch.full_like(hashes, -1).view(1, -1)  # noqa: E731
-    monkeypatch.setattr("models.generation.random_bits", largest)
+    monkeypatch.setattr("models.noise.random_bits", largest)
     logits, key = torch.tensor([[1.0, 2.0, 9.0, 3.0, 0.0]]), torch.zeros(1, dtype=torch.int64)
     for params in (SamplingParams(1.0, top_p=0.5), SamplingParams(1.0, top_k=1, top_p=0.5)):
         assert sample(logits, key, key, column_hashes(5), params)[0].item() == 2

@@ -209,8 +209,8 @@ def test_forms(file, tmp_path):
             ValueError, match=r"must take \(prompts, completions, examples\).* or \(prompt, completion, ex"
         ):
             load_grader("--reward_fn", f"{tmp_path / 'f.py'}:{name}")
-    assert call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:turned"), ["abc"], ["d"], [{}]) == [6]
-    assert call_batch(load_grader("--reward_fn", f"{file}:batch"), ["a"], ["bcd"], [{}]) == [3]
+    assert call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:turned"), ["abc"], ["d"], [{}]) == [(6, None)]
+    assert call_batch(load_grader("--reward_fn", f"{file}:batch"), ["a"], ["bcd"], [{}]) == [(3, None)]
     graders = [load_grader("--reward_fn", f"{file}:{name}") for name in ("judge", "batch", "evil")]
     assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
 

@@ -14,10 +14,11 @@ from tests.training.test_data import END_OF_TURN, TEMPLATES, write_chat_tokenize
 
 @pytest.fixture(autouse=True)
 def keep_signal_handler():
-    """A training script takes SIGTERM over for its process, which in these tests is pytest's."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """A training script takes SIGTERM and SIGINT over for its process, which in these tests is pytest's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

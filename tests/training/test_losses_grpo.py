@@ -12,6 +12,7 @@ Where TRL and the papers differ, we follow TRL, and the fixture has both where i
 import dataclasses
 import json
 import math
+import statistics
 from itertools import product
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import torch
 from tests.training.fixtures import make_grpo_fixtures as made
 from training.grpo_losses import (
     GrpoLossArgs,
+    all_alike,
     group_advantages,
     group_spread,
     grpo_losses,
@@ -470,3 +472,24 @@ def test_nothing_learnt_is_no_loss(loss_type):
     loss = losses.sum() / loss_divisor(args, mask, mask, 5)
     (grad,) = torch.autograd.grad(loss, dirty)
     assert loss == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
+def test_answers_that_could_not_be_graded(scale):
+    """Catches a NaN that spreads, or counts as 0, or as one of the group: advantages are those of the others alone, by
+    the standard library's mean and deviation, and 0 for it."""
+    groups = [[1.0, -1.0, None, -1.0], [None, 2.0, None, None], [0.5, 0.5, None, 0.5], [None] * 4]
+    rewards = torch.tensor([math.nan if r is None else r for group in groups for r in group])
+    graded = [[r for r in group if r is not None] for group in groups]
+    deviation = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0  # noqa: E731
+    wanted = []
+    for group, others in zip(groups, graded):
+        for r in group:
+            centred = 0.0 if r is None else r - statistics.fmean(others)
+            spread = {"group": deviation(others), "batch": deviation([r for each in graded for r in each])}.get(scale)
+            if scale == "rloo":
+                centred *= len(others) / max(1, len(others) - 1)
+            wanted.append(centred if spread is None else centred / (spread + 1e-4))
+    found = leave_one_out_advantages(rewards, 4) if scale == "rloo" else group_advantages(rewards, 4, scale)
+    torch.testing.assert_close(found, torch.tensor(wanted))
+    assert all_alike(rewards, 4).tolist() == [False, True, True, True]

@@ -1,6 +1,7 @@
 """training/run_dir.py: metrics, checkpoints and what a run refuses to go on with."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from training.data import DataArgs
 from training.optim import OptimArgs, make_optimizer
 from training.run_dir import (
     Metrics,
+    Run,
     RunArgs,
     check_installed,
     prepare_output_dir,
@@ -48,6 +50,19 @@ def test_metrics_resume(tmp_path):
     ]
     Metrics(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_check_finite(tmp_path):
+    """Catches a NaN that goes by, and a complaint that does not say which step, value and records."""
+    run = Run(RunArgs(checkpoint_path=tmp_path, output_dir=tmp_path / "out"))
+    run.step, run.numbers = 3, [7, 0, 4]
+    run.check_finite(loss=torch.tensor(2.0), grad_norm=0.0)
+    for bad in (math.nan, math.inf, torch.tensor(-math.inf)):
+        with pytest.raises(ValueError, match=r"step 3: grad_norm is .*: 7, 0, 4$"):
+            run.check_finite(loss=1.0, grad_norm=bad)
+    run.numbers = list(range(100))
+    with pytest.raises(ValueError, match=r"62, 63, \.\.\.$"):
+        run.check_finite(loss=math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)

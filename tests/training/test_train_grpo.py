@@ -235,12 +235,16 @@ def test_gradient_not_finite(world, tmp_path, monkeypatch):
 
 
 def test_soft_overlong(world, tmp_path, seen):
-    """Catches a penalty that rewards length or knows another limit."""
+    """Catches a penalty that rewards length or knows another limit, and one for answers that are masked, which would
+    lift the others of their group, wrong ones too."""
     more = {"soft_punish_cache": 4, "reward_fn": f"{world / 'fn.py'}:same", "total_steps": 1}
     grpo(world, tmp_path / "out", **more)
-    [([sampled], _, _)] = seen
-    for answer, prompt, reward in zip(sampled.answers, sampled.prompts, sampled.rewards.tolist()):
-        assert reward == pytest.approx(prompt.fields["bonus"] - max(0, len(answer.ids) - 2) / 4)
+    grpo(world, tmp_path / "masked", **more, mask_truncated_completions=True)
+    for masked, ([sampled], _, _) in zip((False, True), seen, strict=True):
+        assert 0 < sum(sampled.finished) < 12
+        for answer, prompt, reward in zip(sampled.answers, sampled.prompts, sampled.rewards.tolist()):
+            spared = masked and not answer.finished
+            assert reward == pytest.approx(prompt.fields["bonus"] - (0 if spared else max(0, len(answer.ids) - 2) / 4))
 
 
 # ---------------------------------------------------------------------------------- kill and resume

@@ -274,6 +274,7 @@ def test_scores_of_all_sources(folder, world, capsys):
         "missing_eos_penalty": 3.0,
         "length_penalty": 0.25,
         "reward_workers": 1,
+        "reward_error": "zero",
     }
     functions = rewards.load_reward_functions(RewardArgs(**args))
     rows, scores, steps = scores_of(TEXTS, FINISHED, functions, **args)
@@ -299,6 +300,11 @@ def test_scores_of_all_sources(folder, world, capsys):
     )
     assert "--reward_fn: each gave an answer no grade: KeyError: 'more'" in capsys.readouterr().out
     assert set(metrics) == {f"rewards/{a}/{b}" for a in sources for b in ("mean", "std", "timeouts", "errors")}
+    unset = {name: value for name, value in args.items() if name != "reward_error"}
+    _, others, _ = scores_of(TEXTS, FINISHED, functions, **unset)
+    assert others.isnan().tolist() == [False, True, False] and others[[0, 2]].equal(scores[[0, 2]])
+    with pytest.raises(ValueError, match="--reward_fn: each gave an answer no grade: KeyError: 'more'; --reward_error"):
+        scores_of(TEXTS, FINISHED, functions, **{**args, "reward_error": "refuse"})
 
 
 def with_another_tokenizer(folder, copy):
@@ -408,7 +414,7 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
     for name, value in (others | {"lam": 0.5, "weight_decay": 10}).items():
         other = tiny.run(SCRIPT, *flags(folder, world, out, **{**RUN, name: value}, resume=True))
         tiny.assert_refused(other, f"--resume {out}: the run was begun with other --{name}")
-    shutil.copytree(out, tmp_path / "other")
+    tiny.copy_to_edit(out, tmp_path / "other")
     ppo(folder, world, out, **RUN, resume=True)
     assert_same_run(out, whole)
     older = json.loads((tmp_path / "other/args.json").read_text())
@@ -421,12 +427,21 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
 
 
 def test_infinite_reward_later(folder, world, tmp_path):
-    """Catches a run that goes on with what is not a number, or saves it."""
-    given = {"reward_fn": f"{world / 'fn.py'}:nan_later", "save_steps": 1}
-    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given))
-    tiny.assert_refused(result, "--reward_fn: nan_later returned inf for the completion")
-    assert sorted(os.listdir(tmp_path / "out/checkpoints")) == ["step-000001", "step-000002"]
-    assert not (tmp_path / "out/config.json").exists()
+    """Catches a run that goes on with what is not a number, or saves it, one that loses the updates before, or the
+    checkpoint before those, and one that cannot go on with another --reward_error, or learns then from what has no
+    reward."""
+    given = {"reward_fn": f"{world / 'fn.py'}:nan_later", "save_total_limit": 1, "total_steps": 6}
+    for more, kept in (({}, ["step-000002"]), ({"resume": True}, ["step-000002", "step-000004"])):
+        result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given, **more))
+        tiny.assert_refused(result, "--reward_fn: nan_later returned inf for the completion", "--reward_error zero or")
+        assert f"the state after update {kept[-1][-1]} is saved" in result.stdout
+        assert sorted(os.listdir(tmp_path / "out/checkpoints")) == kept
+        assert not (tmp_path / "out/config.json").exists()
+    skipping = ppo(folder, world, tmp_path / "out", **given, resume=True, reward_error="skip")
+    assert [line["step"] for line in skipping] == [1, 2, 3, 4, 5, 6]
+    whole = ppo(folder, world, tmp_path / "whole", **given, reward_error="skip")
+    assert [line["rewards/num_skipped"] for line in whole] == [0, 0, 6, 0, 0, 0] and whole[2]["grad_norm"] == 0
+    assert [line["rewards/nan_later/errors"] for line in whole] == [0, 0, 6, 0, 0, 0]
 
 
 def test_gradient_not_finite(folder, world, tmp_path, monkeypatch):
@@ -588,12 +603,17 @@ def test_statistics_are_needed(folder, world, tmp_path):
     tiny.assert_refused(result, "--normalize_reward needs a reward model whose config.json has")
 
 
-def test_broken_reward_model(folder, world, tmp_path):
-    """Catches scores that are not numbers learnt from."""
+@pytest.mark.parametrize("held_out", [False, True])
+def test_broken_reward_model(held_out, folder, world, tmp_path):
+    """Catches scores that are not numbers learnt from, or measured."""
     tiny.copy_to_edit(world / "rm", tmp_path / "rm")
     weights = load_file(tmp_path / "rm/model.safetensors")
     weights["score.weight"][0, 3] = math.inf
     save_file(weights, tmp_path / "rm/model.safetensors", metadata={"format": "pt"})
     given = {"reward_checkpoint_path": tmp_path / "rm", "value_checkpoint_path": folder}
+    given |= {"eval_prompt_file": world / "held_out.jsonl"} if held_out else {}
     result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given))
-    tiny.assert_refused(result, "step 1: rewards is", "records of the step (from 0): ")
+    complaint = "the reward model's score is not finite; its weights are broken"
+    tiny.assert_refused(
+        result, "--reward_checkpoint_path: ", f"{'held_out' if held_out else 'prompts'}.jsonl:", complaint
+    )

@@ -1,0 +1,233 @@
+"""training/rewards.py and what the trainers make of it: answers without a reward, rows that a reward model reads, its
+scale, and policies that get away. The world is that of test_train_ppo.py.
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.functions import call_batch, load_grader
+from models.tokenizer import Tokenizer
+from models.workers import GradingArgs, Pool, grade_of
+from tests import tiny
+from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
+    TIMED,
+    flags,
+    hf_scores,
+    ppo,
+    with_another_tokenizer,
+    world,
+)
+from training import train_grpo, train_ppo
+from training.divergence import Divergence, DivergenceArgs, Watched
+from training.stop import Stop
+
+SOME_FAIL = """
+def some(prompt, completion, example):
+    if "so" in prompt: raise KeyError("so")
+    return len(completion) % 3 - 1.0
+
+def some_none(prompts, completions, examples):
+    return [None if "so" in p else len(c) % 3 - 1.0 for p, c in zip(prompts, completions)]
+
+def odd(prompt, completion, example):
+    if len(completion) % 2: raise KeyError("odd")
+    return len(completion) - 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def fails(world):  # noqa: F811
+    (world / "fails.py").write_text(SOME_FAIL)
+    return world / "fails.py"
+
+
+@pytest.mark.parametrize("name, more", [("some", {}), ("some_none", {"reward_error": "skip"})])
+def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monkeypatch):  # noqa: F811
+    """Catches an answer without a reward that is learnt from, by policy or critic, whitened among the others, or held
+    for one with a reward of 0 in a metric; and one mechanism for a function of the one form and another for the
+    other's."""
+    seen, real = [], train_ppo.targets_of
+    monkeypatch.setattr(train_ppo, "targets_of", lambda *args: seen.append(real(*args)) or seen[-1])
+    more = {"kl_coef": 0, "lam": 1, "kl_in": "loss", **more}
+    lines = ppo(folder, world, tmp_path / "out", reward_fn=f"{fails}:{name}", reward_workers=1, total_steps=2, **more)
+    for update, line in zip(seen, lines):
+        mask, scores = update.rollout.mask, update.rollout.scores.total
+        skipped = scores.isnan()
+        assert 0 < skipped.sum() < 6 and line["rewards/num_skipped"] == line[f"rewards/{name}/errors"] == skipped.sum()
+        assert update.learnt.equal(mask & ~skipped[:, None]) and not update.advantages[skipped].any()
+        assert line["objective/scores"] == pytest.approx(scores[~skipped].mean().item())
+        learnt = [(scores[i] - update.rollout.values[i, t]).item() for i, t in update.learnt.nonzero().tolist()]
+        white = (torch.tensor(learnt) - torch.tensor(learnt).mean()) / torch.tensor(learnt).std()
+        torch.testing.assert_close(update.advantages[update.learnt], white, rtol=1e-4, atol=1e-5)
+    if name == "some":
+        zero = ppo(
+            folder, world, tmp_path / "zero", reward_fn=f"{fails}:some", reward_error="zero", total_steps=1, **more
+        )
+        assert zero[0]["rewards/num_skipped"] == 0 < zero[0]["rewards/some/errors"]
+
+
+def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):  # noqa: F811
+    """Catches a failed grade that counts as 0, which beats a wrong answer's -1, in the mean of a group, in its
+    deviation, or in what is learnt."""
+    seen, real = [], train_grpo.groups_of
+    monkeypatch.setattr(train_grpo, "groups_of", lambda *args: seen.append((args[0][0], real(*args))) or seen[-1][1])
+    given = {"reward_fn": f"{fails}:odd", "total_steps": 1, "rollout_batch_size": 12, "num_generations": 6}
+    words = flags(folder, world, tmp_path / "out", **given, value_learning_rate=None, ppo_epochs=None)
+    result = tiny.run("training/train_grpo.py", *words)
+    assert result.code == 0, result.stderr
+    [(sampled, groups)] = seen
+    texts = [answer.text for answer in sampled.answers]
+    failed = torch.tensor([len(text) % 2 == 1 for text in texts])
+    assert 0 < failed.sum() < 12 and sampled.rewards.isnan().equal(failed)
+    assert groups.learnt.equal(groups.mask & ~failed[:, None])
+    for start in (0, 6):
+        graded = [i for i in range(start, start + 6) if not failed[i]]
+        rewards = torch.tensor([len(texts[i]) - 1.0 for i in graded])
+        wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4) if len(graded) > 1 else torch.zeros(len(graded))
+        torch.testing.assert_close(groups.advantages[graded], wanted, rtol=1e-4, atol=1e-4)
+    [line] = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert line["rewards/num_skipped"] == failed.sum()
+    assert line["reward"] == pytest.approx(sampled.rewards[~failed].mean().item())
+
+
+def test_numbers_that_are_none(fails, tmp_path):
+    """Catches a reward whose square is no number in fp32 taken for one, which then ends the run; a timeout that no poll
+    can wait for; and a traceback where the pool has ended."""
+    (tmp_path / "f.py").write_text(
+        "def batch(prompts, completions, examples): return [1, None, 1e39, float('nan'), -1e9, 10**400]\n"
+        "def one(prompt, completion, example): return float(completion)\n"
+    )
+    grades = call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:batch"), ["p"] * 6, list("abcdef"), [{}] * 6)
+    assert [grade.value for grade in grades if grade.failure is None] == [1, -1e9]
+    said = ["returned None", "returned 1e+39, and a reward is at most 1e+09", "returned nan", "that no float can hold"]
+    for grade, what in zip([grades[i] for i in (1, 2, 3, 5)], said):
+        assert math.isnan(grade.value) and what in grade.failure and "for the completion" in grade.failure
+    pool = Pool(
+        [load_grader("--reward_fn", f"{tmp_path / 'f.py'}:one")], GradingArgs(reward_timeout=1e9, reward_workers=1)
+    )
+    assert grade_of(pool.submit(0, "p", "2.5", {})).value == 2.5
+    assert "at most 1e+09" in grade_of(pool.submit(0, "p", "1e39", {})).failure
+    pool.close()
+    with pytest.raises(ValueError, match="not graded any more"):
+        grade_of(pool.submit(0, "p", "1", {}))
+
+
+def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypatch):  # noqa: F811
+    """Catches a reward model that reads the --stop and no EOS, which it has not seen in its training, or the rest of a
+    token that the stop begins in, and an own end, or an answer without one, that is changed: scores of drawn answers
+    are transformers', of BOS, prompt, text and EOS."""
+    seen, real = [], train_ppo.Rollout
+    monkeypatch.setattr(train_ppo, "Rollout", lambda *args: seen.append(real(*args)) or seen[-1])
+    given = {"reward_fn": None, "reward_checkpoint_path": world / "rm", "max_new_tokens": 12, "stop": "e"}
+    ppo(folder, world, tmp_path / "out", **given, total_steps=3, value_checkpoint_path=folder)
+    tokenizer, kinds = Tokenizer(folder), set()
+    for rollout in seen:
+        for row, text, ended, score in zip(
+            rollout.rows, rollout.texts, rollout.finished, rollout.scores.total.tolist()
+        ):
+            ids = row.input_ids
+            if ended and ids[-1] != 2:
+                prompt = tokenizer.decode(ids[: row.prompt_length])
+                ids = [*tokenizer.encode(prompt + text), 2]
+            kinds.add((ended, row.input_ids[-1] == 2))
+            assert score == pytest.approx(hf_scores(world / "rm", ids)[-1].item(), abs=1e-4), (text, row)
+    assert (True, False) in kinds and (False, False) in kinds, kinds
+
+
+def scaled(folder, copy, factor):
+    """The same reward model in other units."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["score.weight"] *= factor
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    changed = {name: factor * config[name] for name in ("reward_mean", "reward_std")}
+    (copy / "config.json").write_text(json.dumps(config | changed))
+    return copy
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):  # noqa: F811
+    """Catches a critic that begins in other units than the rewards': the same reward model with scores ten times as
+    large gives the same run, normalised or with a tenth of the weight."""
+    other, lines = scaled(world / "rm", tmp_path / "rm", 10), []
+    for path, weight in ((world / "rm", 1), (other, 1 if normalize else 0.1)):
+        given = {"reward_fn": None, "reward_checkpoint_path": path, "normalize_reward": normalize or None}
+        lines.append(ppo(folder, world, tmp_path / str(path.parent.name + "-out"), reward_model_weight=weight, **given))
+    for ours, theirs in zip(*lines, strict=True):
+        for name in theirs:
+            if not name.startswith((*TIMED, "rewards/reward_model")):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in weights_of_both(tmp_path, world))
+
+
+def weights_of_both(tmp_path, world):  # noqa: F811
+    one, two = (load_file(tmp_path / f"{d}-out/critic/model.safetensors") for d in (world.name, tmp_path.name))
+    return [(one[name], two[name]) for name in one]
+
+
+def test_a_reward_model_without_a_template(folder, world, tmp_path):  # noqa: F811
+    """Catches a chat that the reward model cannot read, found out after the answers are drawn, and one refused that it
+    need not read as text."""
+    policy = shutil.copytree(folder, tmp_path / "policy")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    tiny.write_tokenizer(policy, chat_template=template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    chats = [{"prompt": [{"role": "user", "content": "hello"}], "bonus": 1}]
+    prompts = tiny.write_records(tmp_path / "chats.jsonl", chats)
+    given = {"prompt_file": prompts, "reward_fn": None, "total_steps": 1, "value_checkpoint_path": policy}
+    other = with_another_tokenizer(world / "rm", tmp_path / "rm")
+    words = flags(policy, world, tmp_path / "out", **given, reward_checkpoint_path=other)
+    tiny.assert_refused(
+        tiny.run("training/train_ppo.py", *words), f"{other}: the reward model cannot read", "chats.jsonl:1"
+    )
+    assert not (tmp_path / "out").exists()
+    ppo(policy, world, tmp_path / "same", **given, reward_checkpoint_path=world / "rm")
+
+
+def test_a_broken_policy_names_the_record(folder, world, tmp_path):  # noqa: F811
+    """Catches the number of an answer where a person needs file and line."""
+    policy = shutil.copytree(folder, tmp_path / "policy")
+    model = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.inf)
+    model.save_pretrained(policy)
+    result = tiny.run("training/train_ppo.py", *flags(policy, world, tmp_path / "out"))
+    tiny.assert_refused(result, "prompts.jsonl:", ": the log-probability of a token is nan")
+
+
+def test_stop_kl(folder, world, tmp_path):  # noqa: F811
+    """Catches a run that goes on with a policy far away, one that loses its state, a bound that holds for another
+    number than the one that is logged, and a bound that nothing is measured for."""
+    result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, total_steps=9))
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    kls = [line["objective/kl"] for line in lines]
+    tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {len(lines)} is {kls[-1]:.4g}; ")
+    assert kls[-1] > 1e-6 and max(kls[:-1]) <= 1e-6
+    assert (tmp_path / f"out/checkpoints/step-{len(lines):06d}").is_dir()
+    words = flags(
+        folder, world, tmp_path / "no", stop_kl=1, value_learning_rate=None, ppo_epochs=None, num_generations=2
+    )
+    tiny.assert_refused(
+        tiny.run("training/train_grpo.py", *words), "--stop_kl 1.0: with --beta 0 there is no reference"
+    )
+
+
+def test_what_is_said_of_a_diverging_policy(capsys):
+    """Catches a warning at every update, one of what is usual, and flags that the script has not."""
+    divergence = Divergence(DivergenceArgs(), 1000, "a higher --kl_coef", Stop())
+    for step in (1, 2):
+        divergence.look(step, Watched(3.0, 0.05, 2.0, 0.01))
+    assert capsys.readouterr().out == ""
+    for step in (3, 4):
+        divergence.look(step, Watched(300.0, 3.0, 6.0, 2.0))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is ")[0] for line in said] == [
+        f"update 3: the {what} of a token" for what in ("KL", "approxkl", "entropy")
+    ]
+    assert "--kl_coef" in said[0] and "--ppo_epochs" in said[1]

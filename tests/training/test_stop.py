@@ -1,0 +1,248 @@
+"""training/stop.py in the five trainers: a signal wherever it comes, and through torchrun. A run that is
+stopped and resumed is the run that nobody stops: weights to the bit, all lines.
+"""
+
+import importlib
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.generation import Engine
+from tests import tiny
+from tests.ranks import start_torchrun
+from tests.training.test_train_rm import make_records
+from training.stop import Stop
+
+TIMED = ("time/", "tokens_per_second", "rollout_tokens", "update_tokens", "mfu")
+FUNCTIONS = """
+import os, signal, time
+
+def stop_here(where):
+    if os.environ.get("STOP_IN") == where and not os.path.exists(os.environ["STOPPED"]):
+        open(os.environ["STOPPED"], "w").close()
+        os.kill(int(os.environ["PID_OF_THE_RUN"]), signal.SIGTERM)
+        time.sleep(1000)
+
+def whole(prompts, completions, examples):
+    stop_here("whole")
+    return [float(len(c)) for c in completions]
+
+def each(prompt, completion, example):
+    stop_here("each")
+    return float(completion.count("e"))
+
+def slow(prompts, completions, examples):
+    if os.environ.get("STOP_IN") == "slow" and len(calls):
+        open(os.environ["STOPPED"], "w").close()
+        time.sleep(1000)
+    calls.append(1)
+    return [float(len(c)) for c in completions]
+
+calls = []
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stop")
+    tiny.write_model(root / "lm", num_hidden_layers=1)
+    tiny.write_records(root / "prompts.jsonl", [{"prompt": f"Question {i}:" + " and so" * (i % 3)} for i in range(5)])
+    tiny.write_records(
+        root / "text.jsonl", [{"text": f"{i} plus {i} is {2 * i}" + " or so" * (i % 3)} for i in range(9)]
+    )
+    tiny.write_records(root / "pairs.jsonl", make_records("pairwise", 9))
+    (root / "fn.py").write_text(FUNCTIONS)
+    return root
+
+
+def flags(world, script, out, **more):
+    given = {"checkpoint_path": world / "lm", "output_dir": out, "device": "cpu", "save_steps": 0, "eval_steps": 2}
+    given |= {"learning_rate": 1e-3, "micro_batch_size": 1}
+    if "po.py" in script and "dpo" not in script:
+        given |= {"prompt_file": world / "prompts.jsonl", "eval_prompt_file": world / "prompts.jsonl"}
+        given |= {"total_steps": 4, "rollout_batch_size": 4, "max_new_tokens": 5, "reward_timeout": 500}
+        given |= {"reward_fn": [f"{world / 'fn.py'}:whole", f"{world / 'fn.py'}:each"], "reward_workers": 1}
+    else:
+        data = world / ("text.jsonl" if "sft" in script else "pairs.jsonl")
+        given |= {"train_file": data, "eval_file": data, "max_steps": 4, "batch_size": 4, "num_eval_samples": 2}
+        given |= {} if "rm" in script else {"eval_max_new_tokens": 3}
+    given |= {"num_iterations": 2, "beta": 0.1, "num_generations": 2} if "grpo" in script else {}
+    words = []
+    for name, value in (given | more).items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [f"--{name}"] if value is True else [f"--{name}", each]
+    return words
+
+
+def run(world, script, out, code=0, **more):
+    result = tiny.run(f"training/{script}", *flags(world, script, out, **more))
+    assert result.code == code, result.stderr
+    return result
+
+
+def lines_of(out, name="metrics.jsonl"):
+    lines = tiny.read_lines(out / name)
+    return [{key: x for key, x in line.items() if not key.startswith(TIMED)} for line in lines]
+
+
+def assert_same_run(out, whole):
+    for path in whole.rglob("*.safetensors"):
+        ours, theirs = load_file(out / path.relative_to(whole)), load_file(path)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), path
+    assert lines_of(out) == lines_of(whole)
+    if (whole / "samples.jsonl").exists():
+        assert lines_of(out, "samples.jsonl") == lines_of(whole, "samples.jsonl")
+    assert not (out / "unfinished.json").exists()
+
+
+def stop_at(patch, script, name, number):
+    """SIGTERM at the beginning of this call of a function of the script; returns the calls."""
+    module, calls = importlib.import_module(f"training.{script.removesuffix('.py')}"), []
+    real = getattr(module, name)
+
+    def function(*args, **options):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    patch.setattr(module, name, function)
+    return calls
+
+
+# (the function of the script in which the signal comes, which of its calls since the run was resumed, what is said)
+STOPS = {
+    "train_ppo.py": [
+        ("draw", 1, "before the first step"),  # the evaluation before the first update
+        ("draw", 2, "before the first update"),
+        ("draw", 4, "after update 2"),  # that of update 2: its state is kept, and its line is written later
+        ("all_logps", 3, "after update 2"),  # two are the evaluation's
+        ("policy_backward", 1, "after update 2"),
+        ("value_backward", 1, "after update 3"),  # the policy has stepped, so it is the next place
+    ],
+    "train_grpo.py": [
+        ("answers_to", 1, "before the first step"),
+        ("all_logps", 4, "after update 1"),  # two in each update
+        ("sample_groups", 1, "after update 1"),
+        ("backward", 1, "after update 1"),
+        ("answers_to", 1, "after update 2"),
+    ],
+    "finetune_sft.py": [("summed_loss", 4 + 2, "after step 1"), ("summed_loss", 4 + 2, "after step 2")],
+    "train_rm.py": [("rewards_of", 4 + 2, "after step 1"), ("rewards_of", 4 + 2, "after step 2")],
+    "train_dpo.py": [("summed_loss", 4 + 2, "after step 1"), ("summed_loss", 4 + 2, "after step 2")],
+}
+
+
+@pytest.mark.parametrize("script", STOPS)
+def test_stop_anywhere(script, world, tmp_path, monkeypatch):
+    """Catches a stop that waits for the end of a rollout, of the log-probs, of an accumulation or of an evaluation, one
+    that leaves in the middle of an update, a half step or rollout that leaves a trace, an evaluation that is missing
+    from its line or done twice, and a run that loses the step before."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(world, script, whole)
+    for n, (name, number, said) in enumerate(STOPS[script]):
+        with monkeypatch.context() as patch:
+            calls = stop_at(patch, script, name, number)
+            result = run(world, script, out, **({"resume": True} if n else {}))
+        assert f"stopped by a signal {said}; go on with --resume" in result.stdout, (name, result.stdout)
+        assert len(calls) == number or said == "after update 3", (name, calls)
+        assert not (out / "config.json").exists()
+        if (out / "unfinished.json").exists():  # as if killed when the line was written, and this file not yet removed
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write('{"step": 2, "loss": 0}\n')
+    run(world, script, out, resume=True)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("where", ["whole", "each"])
+def test_stop_while_answers_are_graded(where, world, tmp_path, monkeypatch):
+    """Catches a stop that waits for somebody's function, of either form, and an engine that draws on."""
+    for name, value in (("STOP_IN", where), ("STOPPED", tmp_path / "stopped"), ("PID_OF_THE_RUN", os.getpid())):
+        monkeypatch.setenv(name, str(value))
+    result = run(world, "train_grpo.py", tmp_path / "out", total_steps=1, eval_steps=1)
+    assert "stopped by a signal before the first step" in result.stdout
+    run(world, "train_grpo.py", tmp_path / "out", total_steps=1, eval_steps=1, resume=True)
+    decoded, real = [], Engine._decode
+    monkeypatch.setattr(Engine, "_decode", lambda *args: decoded.append(1) or real(*args))
+    stop_at(monkeypatch, "train_grpo.py", "answers_to", 1)
+    run(world, "train_grpo.py", tmp_path / "more")
+    assert not decoded
+
+
+def test_through_torchrun(world, tmp_path):
+    """Catches ranks that torchrun's own SIGTERM kills, or that wait for each other, or end with an error: the first of
+    two sits in a function of the batch form, the second waits for it."""
+    script, out = "train_grpo.py", tmp_path / "out"
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(tiny.ROOT)!r})\n"
+        "from models import common\n"
+        "end = common.end_process\n"
+        f"common.end_process = lambda code: (open({str(tmp_path)!r} + '/code' + os.environ['RANK'], 'w')"
+        ".write(str(code)), end(code))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    more = {"reward_fn": [f"{world / 'fn.py'}:slow"], "eval_steps": 4}
+    words = [wrapper, tiny.ROOT / "training" / script, *flags(world, script, out, **more)]
+    os.environ.update(STOP_IN="slow", STOPPED=str(tmp_path / "stopped"))
+    try:
+        with open(tmp_path / "printed", "w") as printed:
+            process = start_torchrun(2, *words, stdout=printed, stderr=printed)
+        while process.poll() is None and not (tmp_path / "stopped").exists():
+            time.sleep(0.05)
+        process.terminate()
+        process.wait(timeout=60)
+    finally:
+        del os.environ["STOP_IN"], os.environ["STOPPED"]
+    said = (tmp_path / "printed").read_text()
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["0", "0"], said
+    assert "stopped by a signal before the first update; go on with --resume" in said
+    assert process.returncode == 1  # torchrun's own, with a traceback of it
+    run(world, script, out, resume=True, **more)
+
+
+def test_ctrl_c(world, tmp_path):
+    """Catches a first Ctrl-C that ends a step, a second one that does not end at once, and a traceback."""
+    script, out = "train_grpo.py", tmp_path / "out"
+    (tmp_path / "deaf.py").write_text(
+        "import time\ndef deaf(prompts, completions, examples):\n"
+        "    try: print('asked', flush=True); time.sleep(1000)\n"
+        "    except BaseException: print('again', flush=True); time.sleep(1000)\n"
+    )
+    process = tiny.start(f"training/{script}", *flags(world, script, out, reward_fn=[f"{tmp_path / 'deaf.py'}:deaf"]))
+    while process.stdout.readline() != "asked\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "again\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert re.sub(r"\x1b.*|.*\r", "", errors).strip().startswith("stopping at the next place"), errors
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_two_signals(launched, monkeypatch):
+    """Catches one Ctrl-C that counts as two, since torchrun passes on what its ranks have had already, torchrun's
+    second (SIGTERM, whatever it got itself) that is not heard, and a scheduler's second SIGTERM that ends the process
+    at once."""
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        stop._receive(number, None)
+    assert stop.received and not exits
+    stop._receive(signal.SIGINT, None)
+    assert exits == ([] if launched else [130])
+    monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 2)
+    stop._receive(signal.SIGTERM, None)
+    assert exits == [130]

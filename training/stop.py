@@ -1,0 +1,101 @@
+"""How a run is left before its end: because of a signal, or of an error that all ranks have found.
+
+- SIGTERM and Ctrl-C ask for an end. It comes where nothing is lost: after a step, or where the state is still that of
+  the last one (in a rollout, while answers are scored, between forwards, in an evaluation), but not within an update
+- all ranks leave at the same place. Those that share no collectives for a while, the data-parallel ranks in a rollout,
+  end that by themselves, and agree after it: one that has had no signal takes the others along when it is through
+- whoever leaves saves the state first, if it is not saved yet (keep, which Run gives)
+- a second Ctrl-C ends the process at once: a checkpoint or an export is whole or absent at any moment
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.common import Stopped, is_main_rank, say
+
+# Under torchrun, where two signals within this time are one: Slurm sends it to the ranks and to torchrun, which passes
+# it on. torchrun's own second signal to its ranks is SIGTERM, whatever it has got itself.
+AGAIN_SECONDS = 1.0
+NOTICE = b"\nstopping at the next place where nothing is lost; press Ctrl-C again to end now\n"
+
+
+class _Interrupted(BaseException):
+    """Raised within somebody's function, which may catch every Exception."""
+
+
+class Stop:
+    """received: whether this process is asked to end. at_rest: whether the state is that of a finished step, the same
+    on all ranks. keep(failed): saves it, and says when it was taken; a collective."""
+
+    def __init__(self):
+        self.received, self.at_rest = False, True
+        self.keep: Callable[[bool], str] = lambda failed: "before the first step"
+        self._ctrl_c_at: float | None = None
+        self._interruptible = False
+
+    def listen(self) -> None:
+        """Takes SIGTERM and SIGINT over for this process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: object) -> None:
+        now, launched = time.monotonic(), "TORCHELASTIC_RUN_ID" in os.environ
+        if self._ctrl_c_at is not None and (number == signal.SIGINT or launched):
+            if now - self._ctrl_c_at >= (AGAIN_SECONDS if launched else 0.0):
+                os._exit(130)
+        elif number == signal.SIGINT:
+            self._ctrl_c_at = now
+        if not self.received and is_main_rank():
+            with contextlib.suppress(OSError):  # print could meet itself half-way
+                os.write(2, NOTICE)
+        self.received = True
+        if self._interruptible:
+            self._interruptible = False
+            raise _Interrupted
+
+    def check(self) -> None:
+        """Leaves the run if a rank is asked to end, unless it is within an update. A collective."""
+        if self.at_rest and any_rank([self.received])[0]:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Ends the run, to be resumed. A collective."""
+        say(f"stopped by a signal {self.keep(False)}; go on with --resume")
+        raise Stopped
+
+    def fail(self, message: str) -> NoReturn:
+        """Ends the run with a ValueError that all ranks have found. A collective."""
+        self.keep(True)
+        raise ValueError(message)
+
+    def asked(self, tp: DeviceMesh | None) -> bool:
+        """Whether one of the ranks that share a model is asked to end: they must leave an engine together."""
+        return any_rank([self.received], None if tp is None else tp.get_group(), alone=tp is None)[0]
+
+    def call(self, function: Callable, *args):
+        """function(*args), which a signal breaks off wherever it is, unless it is in C; then, or after one, None."""
+        self._interruptible = True
+        try:
+            return None if self.received else function(*args)
+        except _Interrupted:
+            return None
+        finally:
+            self._interruptible = False
+
+
+def any_rank(facts: list[bool], group: dist.ProcessGroup | None = None, *, alone: bool = False) -> list[bool]:
+    """Whether any rank has each of the facts. A collective, on the CPU, so that it waits for no GPU: less than a
+    millisecond between two processes. group: of these ranks; of all. alone: there is no other."""
+    if alone or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return facts
+    flags = torch.tensor(facts, dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in flags.tolist()]

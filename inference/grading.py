@@ -42,7 +42,7 @@ def grade_file(
         "grader_file": hashlib.sha256(path.read_bytes()).hexdigest(),
         "data": hashlib.sha256(json.dumps([record.fields for record in records]).encode()).hexdigest(),
     }
-    lines = read_begun(output_file, begun_with, "score.py", ("grade",)) if resume else []
+    lines = list(read_begun(output_file, begun_with, "score.py", ("grade",))) if resume else []
     num_done = len(lines)
     pool = Pool([grader], pool_args) if grader.per_answer and num_done < len(records) else None
     rows = {"grader": place, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}

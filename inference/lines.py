@@ -9,6 +9,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,13 +33,13 @@ def refuse_occupied(output_file: Path) -> None:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
 
 
-def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """The lines that an earlier run finished; a torn last line does not count. Raises ValueError if that run had other
-    data or flags, or if a line is none that `writer` wrote, with these fields."""
+def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The lines that an earlier run finished, in turn; a torn last line does not count. Raises ValueError if that run
+    had other data or flags, or if a line is none that `writer` wrote, with these fields."""
     if not output_file.exists() or not output_file.stat().st_size:
         if is_main_rank():
             print(f"{output_file}: nothing to resume, starting from the beginning")
-        return []
+        return
     args_file = sidecar(output_file)
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
@@ -46,17 +47,16 @@ def read_begun(output_file: Path, begun_with: dict, writer: str, fields: tuple[s
     differing = [key for key, value in json.loads(json.dumps(begun_with)).items() if earlier.get(key) != value]
     if differing:
         raise ValueError(f"{output_file}: was begun with other {', '.join(differing)}; --resume needs the same")
-    lines = []
-    for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                fields_of_line = json.loads(line)
-            except (ValueError, RecursionError):
-                fields_of_line = None
-            if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
-                raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
-            lines.append(fields_of_line)
-    return lines
+    with open(output_file, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    fields_of_line = json.loads(line)
+                except (ValueError, RecursionError):
+                    fields_of_line = None
+                if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
+                    raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
+                yield fields_of_line
 
 
 def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
@@ -99,12 +99,15 @@ class LineWriter:
             self.lock = hold(self.lock_file, f"--output_file {self.output_file}")
             with open(self.output_file, "a+b") as file:
                 file.seek(0)
-                content = file.read()
-                if content.count(b"\n") != self.num_lines:
+                count = size = 0
+                for line in file:
+                    if line.endswith(b"\n"):
+                        count, size = count + 1, size + len(line)
+                if count != self.num_lines:
                     raise ValueError(
                         f"--output_file {self.output_file}: another run has written it since this one began"
                     )
-                file.truncate(content.rfind(b"\n") + 1)  # a line torn by a kill
+                file.truncate(size)  # a line torn by a kill
             write_json(sidecar(self.output_file), self.begun_with)
         if dist.is_initialized():
             dist.barrier()

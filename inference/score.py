@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -54,7 +55,7 @@ from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.functions import load_function
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
-from models.records import EncodingCounts, Limits, Record, Split, encode_records, naming, read_records, require
+from models.records import Encoder, EncodingCounts, Limits, Record, Split, naming, read_records, require
 from models.reward import (
     RewardKind,
     Scored,
@@ -161,7 +162,7 @@ def main(args: ScoreArgs) -> None:
         "dtype": str(runtime.dtype),
         "quantize": None if scheme is None else str(scheme),
     }
-    lines = read_begun(args.scored_file, begun_with, "score.py") if args.resume else []
+    lines = list(read_begun(args.scored_file, begun_with, "score.py")) if args.resume else []
     num_done = len(lines)
     # Windows are counted from the beginning of the file: a record meets the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
@@ -256,6 +257,10 @@ class Item(NamedTuple):
     record: Record
     rows: list[Scored]  # one; of a pair two, chosen and rejected
 
+    @property
+    def sequences(self) -> list[Sequence[int]]:
+        return [row.input_ids for row in self.rows]
+
 
 def encode_items(
     records: list[Record], folder: Folder, separator: str | None, args: ScoreArgs
@@ -275,9 +280,12 @@ def encode_items(
         rows = [shorten(row, limit) if len(row.input_ids) > limit else row for row in item.rows]
         return None if None in rows else Item(item.record, rows)
 
-    limits = Limits(folder.config.vocab_size, limit, args.overlong)
-    bar = short_bar(records, "tokenising", "record")
-    items, counts = encode_records(bar, encode, lambda item: [row.input_ids for row in item.rows], cut, limits)
+    encoder = Encoder(encode, cut, Limits(folder.config.vocab_size, limit, args.overlong))
+    items, counts = [], EncodingCounts()
+    for record in short_bar(records, "tokenising", "record"):
+        item, happened = encoder.row_of(record)
+        items += [item] if item is not None else []
+        counts = counts.plus(happened)
     if not items:
         raise ValueError(f"all {counts.skipped} records are too long for {limit} tokens")
     return items, counts

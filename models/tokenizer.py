@@ -21,6 +21,14 @@ from models.common import chat_day, read_json_object
 from models.functions import short
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
 
 
@@ -78,6 +86,10 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"must be a string without lone surrogates: {ascii(text)[:60]}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
+
+    def files(self) -> list[Path]:
+        """All that the ids and the chat template may come from."""
+        return [path for name in FILES if (path := self.config_path.with_name(name)).is_file()]
 
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""

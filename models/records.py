@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.chats import Chat, learnt_turns, read_chat, text_of_chat
 from models.common import short_bar
 from models.packing import groups_of_ranks
+from models.parts import ids_of_parts
 from models.record_files import Record, chunks_of, records_in
 from models.tokenizer import Tokenizer
 
@@ -229,35 +230,11 @@ def eos_ids(tokenizer: Tokenizer) -> list[int]:
 def encode_parts(
     parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer
 ) -> tuple[Example, EncodingCounts]:
-    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part.
-
-    A part's ids are those that follow its predecessors'. So what comes before a part never depends on it, as in
-    generation; where a token of the whole text spans a boundary, the row is split differently.
-    """
-    (text, learnt), *others = parts
-    whole, ids = encode("".join(text for text, _ in parts)), encode(text)
-    labels = list(ids) if learnt else [IGNORE_INDEX] * len(ids)
-    for place, (text, learnt) in enumerate(others, start=1):
-        if place == len(others) and whole[: len(ids)] == ids:
-            added = whole[len(ids) :]
-        else:
-            added = encode_continuation(text, ids, tokenizer)
-        ids = ids + added
-        labels += added if learnt else [IGNORE_INDEX] * len(added)
-    return Example(ids, labels), EncodingCounts(split_differently=int(ids != whole))
-
-
-def encode_continuation(text: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text that goes on from `ids`: without the space that sentencepiece models put first, and behind an
-    added token as the file wants it there."""
-    contexts = "\n.a0" if tokenizer.puts_a_space else ""
-    if ids and ids[-1] in tokenizer.added_ids:
-        contexts = (tokenizer.decode(ids[-1:], skip_special_tokens=False),)
-    for context in contexts:
-        before, both = (tokenizer.encode(each, add_special_tokens=False) for each in (context, context + text))
-        if before and both[: len(before)] == before:
-            return both[len(before) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part. See
+    models/parts.py: where a token of the whole text spans a boundary, the row is split differently."""
+    ids_of, are_whole = ids_of_parts([text for text, _ in parts], encode, tokenizer)
+    labels = [part if learnt else [IGNORE_INDEX] * len(part) for part, (_, learnt) in zip(ids_of, parts)]
+    return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
 
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:

@@ -21,6 +21,7 @@ from models.chats import Chat, read_chat
 from models.checkpoint import WeightFiles
 from models.forward import forward_rows
 from models.model import Transformer, read_hf_config
+from models.parts import encode_continuation
 from models.records import (
     IGNORE_INDEX,
     EncodingCounts,
@@ -29,7 +30,6 @@ from models.records import (
     Record,
     Split,
     encode_answer,
-    encode_continuation,
     encode_generated,
     encode_prompt,
     get_answer,

@@ -5,6 +5,7 @@
 - BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """
 
+import os
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property, partial
@@ -19,6 +20,10 @@ from tokenizers.models import WordLevel
 from models.chat_template import ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
+from models.joins import Joins, splits_words
+
+# one process for each core serves better, and those are forked, which threads do not survive
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = (
@@ -86,6 +91,22 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"must be a string without lone surrogates: {ascii(text)[:60]}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
+
+    def encode_each(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without BOS and EOS."""
+        try:
+            return self._file.encode_each(texts)
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode(text, add_special_tokens=False) for text in texts]  # which names it
+
+    @cached_property
+    def joins(self) -> Joins | None:
+        """What tells whether a text may be encoded in parts; None where only the whole does."""
+        return (
+            Joins(self.encode_each, (token.content for token in self._file.added_tokens().values()))
+            if self._file.splits_words
+            else None
+        )
 
     def files(self) -> list[Path]:
         """All that the ids and the chat template may come from."""
@@ -182,10 +203,16 @@ class _Fast:
         place = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
         self.around = whole[:place], whole[place + len(bare) :]
         self.token_to_id = file.token_to_id
-        self.encode = lambda text: file.encode(text, add_special_tokens=False).ids
+        self.encode_each = lambda texts: [e.ids for e in file.encode_batch_fast(texts, add_special_tokens=False)]
+        self.encode = lambda text: self.encode_each([text])[0]
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
         self.added_tokens = file.get_added_tokens_decoder
         self.add = lambda token, _: file.add_tokens([token])
+        self.file = file
+
+    @property
+    def splits_words(self) -> bool:
+        return splits_words(self.file, self.added_tokens().values())
 
 
 class _SentencePiece:
@@ -213,6 +240,11 @@ class _SentencePiece:
         i = self._ids.setdefault(token.content, declared or max([self.size - 1, *self.added]) + 1)
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
+
+    splits_words = False
+
+    def encode_each(self, texts: list[str]) -> list[list[int]]:
+        return list(map(self.encode, texts))
 
     def encode(self, text: str) -> list[int]:
         found, ids = self._finder.encode(text), []

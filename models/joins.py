@@ -1,4 +1,4 @@
-"""Whether the ids of two texts, one behind the other, are those of both together: seen from the words around the boundary.
+"""Whether the ids of two texts, one behind the other, are those of both together: seen from the words in between.
 
 That is so for byte-pair encodings of words that a pattern like GPT-2's finds, from left to right and without looking
 back: the words on either side of a boundary depend on few characters around it (a word never goes on over a space
@@ -31,7 +31,8 @@ def splits_words(file: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> boo
             finds_words |= step["use_regex"]
         elif step["type"] == "Split" and pattern and step["behavior"] == "Isolated" and not step["invert"]:
             finds_words |= GPT_PATTERN in pattern
-            if re.search(r"\(\?<|[\^$]|\\[bBAGzZ]", re.sub(r"\[\^", "[", pattern)):  # looks back, or at the ends
+            outside = re.sub(r"\[(\\.|[^]\\])*\]", "", pattern)  # of sets of characters
+            if re.search(r"\(\?<|[$^]|\\[ABGZbz]", outside):  # looks back, or at the ends
                 return False
         elif step["type"] != "Digits":
             return False
@@ -56,7 +57,7 @@ class Joins:
         self._firsts, self._added = {token[0] for token in added}, re.compile("|".join(map(re.escape, added)) or "(?!)")
 
     def are_clean(self, texts: list[str]) -> bool:
-        """Whether the ids of the texts end to end are those of all together; False also where that is not to be told."""
+        """Whether the ids of the texts end to end are those of all together; False also where it is not known."""
         before = texts[0][-TAIL:]
         is_all = len(texts[0]) <= TAIL
         for text in texts[1:]:

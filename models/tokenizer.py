@@ -102,11 +102,8 @@ class Tokenizer:
     @cached_property
     def joins(self) -> Joins | None:
         """What tells whether a text may be encoded in parts; None where only the whole does."""
-        return (
-            Joins(self.encode_each, (token.content for token in self._file.added_tokens().values()))
-            if self._file.splits_words
-            else None
-        )
+        contents = [token.content for token in self._file.added_tokens().values()]
+        return Joins(self.encode_each, contents) if self._file.splits_words else None
 
     def files(self) -> list[Path]:
         """All that the ids and the chat template may come from."""
@@ -145,6 +142,13 @@ class Tokenizer:
         """The token with which the chat template ends an assistant's turn, None if with none."""
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
         return next((i for i in self.encode(behind, add_special_tokens=False) if i in self.added_ids), None)
+
+    @cached_property
+    def end_tokens(self) -> tuple[list[str], list[str]]:
+        """The texts that end a turn: those known to, and any special token where there is none of them."""
+        known = [i for i in (self.end_of_turn_id, self.eos_token_id) if i is not None]
+        texts = [[self.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, self.special_ids)]
+        return tuple([text for text in each if text.strip()] for each in texts)
 
 
 class StreamDecoder:

@@ -214,9 +214,8 @@ class _Kept(NamedTuple):
 
 def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> str:
     """Of all that the rows of a file depend on."""
-    code = [Path(__file__).with_name(f"{name}.py") for name in _CODE]
     function = getattr(encoder.encode, "func", encoder.encode)
-    code.append(Path(sys.modules[function.__module__].__file__))
+    code = [*_CODE, Path(sys.modules[function.__module__].__file__)]
     template = tokenizer.chat_template
     depends_on = {
         "data": _file_digest(path),
@@ -230,7 +229,8 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:40]
 
 
-_CODE = ("chat_template", "chats", "record_files", "records", "reward", "rows", "tokenizer")
+_ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "records", "reward", "rows", "tokenizer")
+_CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 
 
 def _file_digest(path: Path) -> str:

@@ -21,8 +21,8 @@ def pair(tokenizer, **fields):
 
 
 def check_labels(example, prompt_length):
-    assert example.labels[:prompt_length] == [-100] * prompt_length
-    assert example.labels[prompt_length:] == example.input_ids[prompt_length:]
+    ids, labels = list(example.input_ids), list(example.labels)
+    assert labels == [-100] * prompt_length + ids[prompt_length:]
 
 
 # ------------------------------------------------------------------------------------------- pairs

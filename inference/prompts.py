@@ -35,6 +35,7 @@ NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what a slo
 
 # What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
 WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
+LOOKED_AT = {*WRITTEN, "system", "tools", "history"}  # what may be wrong in a record with a prompt of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,9 @@ class PromptSource:
         self.args, self.folder, self.max_new_tokens = args, folder, max_new_tokens
         self.opening = opening_of(args.system, folder.tokenizer)
         self.skipped = self.truncated = self.short = 0  # of the prompts tokenised so far
-        self._encoded: dict[int, list[int]] | None = None  # ids by number, None of one skipped; where all are known
+        self._encoded: list[list[int] | None] | None = (
+            None  # ids of each prompt, None of one skipped; where all are known
+        )
         self._open: dict[int, tuple[Record, int]] = {}  # number -> (record, samples that are not drawn yet)
         path, self.size, self.digest = args.prompt_file, 0, hashlib.sha256(json.dumps(args.prompt).encode()).hexdigest()
         if path is not None and path.is_file():
@@ -106,23 +109,27 @@ class PromptSource:
 
     def _look(self, chunk: Lines | Items) -> _Look:
         num_records, renamed, longest = 0, set(), []
-        for i, record in enumerate(chunk.records()):
-            with naming(record):
-                carried_fields(record)
-                prompt = prompt_of(record, self.opening, self.args.chat)
-            num_records += 1
-            renamed.update(name for name in WRITTEN if name in record.fields)
+        for num_records, record in enumerate(chunk.records(), start=1):
+            prompt = record.fields.get("prompt")
+            if not isinstance(prompt, str) or not record.fields.keys().isdisjoint(LOOKED_AT):
+                with naming(record):
+                    carried_fields(record)
+                    prompt = prompt_of(record, self.opening, self.args.chat)
+                renamed.update(name for name in WRITTEN if name in record.fields)
             if self.is_large:
                 texts = [prompt] if isinstance(prompt, str) else map(content_of, prompt.messages)
                 size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-                (heapq.heappush if len(longest) < NUM_LONGEST else heapq.heappushpop)(longest, (size, i, record))
+                if len(longest) < NUM_LONGEST:
+                    heapq.heappush(longest, (size, num_records, record))
+                elif size > longest[0][0]:
+                    heapq.heapreplace(longest, (size, num_records, record))
         return _Look(num_records, renamed, longest, chunk.size)
 
     def _tokenise_all(self) -> None:
-        self._encoded = {}
+        self._encoded = []
         records = chain.from_iterable(chunk.records() for chunk in self._chunks())
-        for idx, record in enumerate(short_bar(records, "tokenising", "prompt")):
-            self._encoded[idx] = ids = self._encode(record)
+        for record in short_bar(records, "tokenising", "prompt"):
+            self._encoded.append(ids := self._encode(record))
             self._longest = max(self._longest, len(ids or ()))
         if self.skipped == self.num_records:
             raise ValueError(f"all {self.skipped} prompts leave no room in {self.folder.max_seq_len} tokens")
@@ -158,8 +165,9 @@ class PromptSource:
     @cached_property
     def kept(self) -> np.ndarray:
         """Which prompts are not known to be skipped, bool [num_records]."""
-        known = self._encoded or {}
-        return np.array([known.get(idx, ()) is not None for idx in range(self.num_records)])
+        if self._encoded is None:
+            return np.ones(self.num_records, dtype=bool)
+        return np.array([ids is not None for ids in self._encoded])
 
     def share(self, done: np.ndarray, dp: DeviceMesh) -> np.ndarray:
         """The numbers of the prompts of one data-parallel rank. done: the samples that are drawn, bool [num_records,

@@ -41,7 +41,7 @@ class Lines(NamedTuple):
         return (partial(_parse, self.path, number, line) for number, line in self.read())
 
     def records(self) -> Iterator[Record]:
-        return (read() for read in self.deferred())
+        return (_parse(self.path, number, line) for number, line in self.read())
 
 
 class Items(NamedTuple):

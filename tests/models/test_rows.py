@@ -151,7 +151,7 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(big, files, chat_folder,
     code.write_text("2")
     assert made() and not made()
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    path.write_bytes(b"".join([*lines[1:], lines[0]]))
     assert made()
 
 
@@ -184,8 +184,8 @@ def test_a_damaged_cache_is_made_anew(damage, big, files, tmp_path, capsys):
 
 
 def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsys):
-    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only; and what
-    a killed writer left that stays."""
+    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only; what a
+    killed writer left that stays."""
     encode, wanted, _ = files["sft"]
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")

@@ -28,9 +28,8 @@ def report_data(args: BenchmarkArgs) -> None:
     limits, result = Limits(2**31, 2**31), {}
     with TemporaryDirectory() as folder:
         folder = Path(folder)
-        words = [
-            word for path in Path(__file__).parent.parent.rglob("README.md") for word in path.read_text().split(" ")
-        ]
+        texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.glob("*/README.md"))]
+        words = " ".join(texts).split(" ")
         if args.tokenizer is None:
             _write_tokenizer(folder, words)
         tokenizer = Tokenizer(args.tokenizer or folder)
@@ -41,14 +40,11 @@ def report_data(args: BenchmarkArgs) -> None:
                 begin = time.process_time()
                 rows, _ = encode_sft_file(path, tokenizer, limits, Store(None, 1))
                 times.append(time.process_time() - begin)
-            num_bytes = sum(column.nbytes for column in rows.columns)
-            figures = {
-                "us_per_token": 1e6 * min(times) / rows.num_tokens,
-                "bytes_per_token": num_bytes / rows.num_tokens,
-            }
-            result[f"{turns} turns"] = {**figures, "num_tokens": rows.num_tokens}
+            count, num_bytes = rows.num_tokens, sum(column.nbytes for column in rows.columns)
+            figures = {"us_per_token": 1e6 * min(times) / count, "bytes_per_token": num_bytes / count}
+            result[f"{turns} turns"] = {**figures, "num_tokens": count}
     shown = {
-        name: f"{each['us_per_token']:.2f} us, {each['bytes_per_token']:.2f} bytes a token, {each['num_tokens']:,} tokens"
+        name: f"{each['us_per_token']:.2f} us, {each['bytes_per_token']:.2f} bytes a token ({each['num_tokens']:,})"
         for name, each in result.items()
     }
     say(card(f"data, {args.tokenizer or 'a tokenizer of 8,192 tokens'}, least of {args.repeats}", shown))

@@ -356,8 +356,7 @@ class Engine(nn.Module):
         waiting = map(self._checked, requests)
         if self.layers is not None:
             self.layers.take_weights()
-        # the newest prompt, a slot that holds it, its logits
-        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None
+        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None  # newest prompt, a slot with it, its logits
         running: dict[int, _Running] = {}
 
         def take(slot: int, token: int, logprob: float) -> Iterator[Completion]:
@@ -368,8 +367,7 @@ class Engine(nn.Module):
 
         while True:
             free = [slot for slot in range(self.num_slots) if slot not in running]
-            placed = list(zip(free, waiting))
-            if placed:
+            if placed := list(zip(free, waiting)):
                 running |= {slot: _Running(request, self.params, self.tokenizer) for slot, request in placed}
                 for (slot, _), token, logprob in zip(placed, *self._timed("prefill_seconds", self._admit, placed)):
                     yield from take(slot, token, logprob)
@@ -393,9 +391,9 @@ class Engine(nn.Module):
     def _checked(self, request: Request) -> Request:
         if not request.prompt_ids or request.max_new_tokens < 1:
             raise ValueError(f"prompt {request.idx}: needs at least one prompt token and one token to generate")
-        if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
-            raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
-        return request
+        if len(request.prompt_ids) + request.max_new_tokens <= self.cache_len:
+            return request
+        raise ValueError(f"prompt {request.idx}: prompt and completion exceed max_seq_len")
 
     def _timed(self, counter: str, function: Callable, *args):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""inference/prompts.py: a large file's prompts, read when a slot is free. The oracle is a run that tokenises them all."""
+"""inference/prompts.py: a large file's prompts, read when a slot is free. The oracle is a run that tokenises first."""
 
 import pytest
 

@@ -33,7 +33,7 @@ def grade_file(args) -> None:
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
     begun = begun_with(args)
-    lines = read_begun(args.output_file, args, begun, "score.py", ("grade",)) if args.resume else []
+    lines = list(read_begun(args.output_file, args, begun, "score.py", ("grade",))) if args.resume else []
     num_done = len(lines)
     pool = Pool([grader], args) if grader.per_answer and num_done < len(records) else None
     rows = {"grader": args.grader, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}

@@ -37,13 +37,13 @@ def refuse_occupied(output_file: Path) -> None:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
 
 
-def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """The lines that an earlier run finished; a torn last line does not count. now: what this run is begun with
-    (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
+def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The lines that an earlier run finished, in turn; a torn last line does not count. now: what this run is begun
+    with (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
     `writer` wrote, with these fields."""
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
-        return []
+        return
     args_file = sidecar(output_file)
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
@@ -51,17 +51,16 @@ def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[st
     if CONTENTS not in earlier:  # an older version wrote a few of the flags; what it does not say cannot differ
         earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
     changed_flags(args, now, earlier, str(output_file))
-    lines = []
-    for number, line in enumerate(output_file.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                fields_of_line = json.loads(line)
-            except (ValueError, RecursionError):
-                fields_of_line = None
-            if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
-                raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
-            lines.append(fields_of_line)
-    return lines
+    with open(output_file, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    fields_of_line = json.loads(line)
+                except (ValueError, RecursionError):
+                    fields_of_line = None
+                if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
+                    raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
+                yield fields_of_line
 
 
 def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
@@ -112,10 +111,13 @@ class LineWriter:
         self.turn.unlink(missing_ok=True)  # of a rank that was killed in its turn
         with open(self.output_file, "a+b") as file:
             file.seek(0)
-            content = file.read()
-            if content.count(b"\n") != self.num_lines:
+            count = size = 0
+            for line in file:
+                if line.endswith(b"\n"):
+                    count, size = count + 1, size + len(line)
+            if count != self.num_lines:
                 raise ValueError(f"--output_file {self.output_file}: another run has written it since this one began")
-            file.truncate(content.rfind(b"\n") + 1)  # a line torn by a kill
+            file.truncate(size)  # a line torn by a kill
         write_json(sidecar(self.output_file), self.begun_with)
 
     def __exit__(self, error: type | None, *_) -> None:

@@ -17,6 +17,7 @@ rewards out, in the same order.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -53,7 +54,7 @@ from models.functions import FunctionPlace, load_function
 from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
-from models.records import EncodingCounts, Limits, Record, Split, encode_records, naming, read_records, require
+from models.records import Encoder, EncodingCounts, Limits, Record, Split, naming, read_records, require
 from models.reward import (
     RewardKind,
     Scored,
@@ -222,7 +223,7 @@ def begin_file(args: ScoreArgs) -> tuple[dict, list[dict]]:
     """(what the output file is begun with, the lines that it has): what the main rank finds there."""
     check_outputs(args)
     begun = begun_with(args)
-    return begun, read_begun(args.scored_file, args, begun, "score.py") if args.resume else []
+    return begun, list(read_begun(args.scored_file, args, begun, "score.py")) if args.resume else []
 
 
 def check_source(args: ScoreArgs) -> None:
@@ -271,6 +272,10 @@ class Item(NamedTuple):
     record: Record
     rows: list[Scored]  # one; of a pair two, chosen and rejected
 
+    @property
+    def sequences(self) -> list[Sequence[int]]:
+        return [row.input_ids for row in self.rows]
+
 
 def encode_items(
     records: list[Record], folder: Folder, separator: str | None, args: ScoreArgs
@@ -290,9 +295,12 @@ def encode_items(
         rows = [shorten(row, limit) if len(row.input_ids) > limit else row for row in item.rows]
         return None if None in rows else Item(item.record, rows)
 
-    limits = Limits(folder.config.vocab_size, limit, args.overlong)
-    bar = short_bar(records, "tokenising", "record")
-    items, counts = encode_records(bar, encode, lambda item: [row.input_ids for row in item.rows], cut, limits)
+    encoder = Encoder(encode, cut, Limits(folder.config.vocab_size, limit, args.overlong))
+    items, counts = [], EncodingCounts()
+    for record in short_bar(records, "tokenising", "record"):
+        item, happened = encoder.row_of(record)
+        items += [item] if item is not None else []
+        counts = counts.plus(happened)
     if not items:
         raise ValueError(f"all {counts.skipped} records are too long for {limit} tokens")
     return items, counts

@@ -113,7 +113,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     _check_rendered(chat, text, place, template)
     if place is not None and place.generated:
         return _marked_turns(chat, text, place)
-    finder, spans, cut = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
+    finder, spans, cut = _TurnFinder(chat, template, text, place, tokenizer.end_tokens), [], 0
     last = len(chat.messages) - 1
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
@@ -122,7 +122,8 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
             raise ValueError("message 0 is the assistant's, so there is nothing it answers")
         start, end = finder.find(i)
         complete = _holds(text[start:end], chat.messages[i])
-        before = finder.rendered(i, add_generation_prompt=True) if i == last else ""
+        if i == last and (not complete or as_generated):
+            before = finder.rendered(i, add_generation_prompt=True)
         if i == last and (not complete or (as_generated and text[:start] != before)):
             spans = [span for span in spans if before.startswith(text[: span[1]])]
             opening = finder.rendered(i, add_generation_prompt=False)
@@ -181,13 +182,6 @@ class _TurnFinder:
                 at, length = min(found)
                 return at - length
         return self._block_end(i)
-
-
-def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The texts that end a turn: those known to, and any special token where there is none of them."""
-    known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
-    texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
-    return tuple([text for text in each if text.strip()] for each in texts)
 
 
 def _marked_turns(chat: Chat, text: str, place: Rendering) -> Turns:

@@ -15,7 +15,6 @@ Dimensions: B slots, V vocabulary, P prompts prefilled together.
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -350,18 +349,12 @@ class Engine(nn.Module):
         """Yields completions in the order of finishing. on_token is called for every sampled token, stop tokens too.
         should_stop is asked at each look of the host, in step on all tp ranks, and ends it before all are finished.
 
-        Requests with equal prompts share a prefill when they follow one another.
+        Requests are taken when there is a slot for them; equal prompts share a prefill when they follow one another.
         """
-        queue = deque(requests)
-        for request in queue:
-            if not request.prompt_ids or request.max_new_tokens < 1:
-                raise ValueError(f"{request}: needs at least one prompt token and one token to generate")
-            if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
-                raise ValueError(f"{request}: prompt and completion exceed max_seq_len")
+        waiting = map(self._checked, requests)
         if self.layers is not None:
             self.layers.take_weights()
-        # the newest prompt, a slot that holds it, its logits
-        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None
+        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None  # newest prompt, a slot with it, its logits
         running: dict[int, _Running] = {}
 
         def take(slot: int, token: int, logprob: float) -> Iterator[Completion]:
@@ -370,14 +363,15 @@ class Engine(nn.Module):
             if running[slot].push(token, logprob):
                 yield running.pop(slot).completion
 
-        while (queue or running) and not (should_stop is not None and should_stop()):
+        while not (should_stop is not None and should_stop()):
             free = [slot for slot in range(self.num_slots) if slot not in running]
-            if queue and free:
-                placed = [(slot, queue.popleft()) for slot in free[: len(queue)]]
+            if placed := list(zip(free, waiting)):
                 running |= {slot: _Running(request, self.params, self.tokenizer) for slot, request in placed}
                 for (slot, _), token, logprob in zip(placed, *self._timed("prefill_seconds", self._admit, placed)):
                     yield from take(slot, token, logprob)
                 continue  # a first token may have been the last
+            if not running:
+                return
             in_use = [len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values()]
             length = self._bucket(max(in_use) + self.look_every)
             first = self.compiled and length not in self._compiled_lengths  # its time is mostly the compiler's
@@ -391,6 +385,13 @@ class Engine(nn.Module):
                     self.cache_bytes_read += (sum(in_use) + step * len(in_use)) * self.cache.bytes_per_token
                 for slot in sorted(running):
                     yield from take(slot, row_tokens[slot], row_logprobs[slot])
+
+    def _checked(self, request: Request) -> Request:
+        if not request.prompt_ids or request.max_new_tokens < 1:
+            raise ValueError(f"{request}: needs at least one prompt token and one token to generate")
+        if len(request.prompt_ids) + request.max_new_tokens <= self.cache_len:
+            return request
+        raise ValueError(f"{request}: prompt and completion exceed max_seq_len")
 
     def _timed(self, counter: str, function: Callable, *args):
         start = time.perf_counter()

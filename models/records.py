@@ -1,14 +1,12 @@
 """Records and what becomes of them: prompts, answers and chats as token ids, rows and batches.
 
-- a file is a JSON list or JSONL, by its content; every complaint names file and line
 - prompts are encoded by one function, so training and scoring see the ids that generation sees
 - a completion's ids are those that follow the prompt's when both are encoded together; where a token would span the
   boundary, the completion is encoded as what goes on from the prompt, which is counted
 - EOS ends it, in chats the end-of-turn token: models/chats.py
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,45 +23,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.chats import Chat, learnt_turns, read_chat, text_of_chat
 from models.common import short_bar
 from models.packing import groups_of_ranks
+from models.parts import ids_of_parts
+from models.record_files import Record, chunks_of, records_in
 from models.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hugging Face
 
 
-class Record(NamedTuple):
-    where: str  # "file:line" or "file: item 3", for messages
-    fields: dict
-
-
 def read_records(path: str | Path) -> list[Record]:
     """The objects of a JSON list or JSONL file. Raises FileNotFoundError, or ValueError that names the line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a valid JSON list: {error}") from None
-        records = [Record(f"{path}: item {i}", item) for i, item in enumerate(items)]
-    else:
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append(Record(f"{path}:{number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-    if not records:
-        raise ValueError(f"{path}: holds no records")
-    for where, fields in records:
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: must be an object with named fields, not a {type(fields).__name__}")
-    return records
+    return list(records_in(chunks_of(path), path))
 
 
 def tokenising(path: Path) -> Iterable[Record]:
@@ -175,58 +145,79 @@ class EncodingCounts(NamedTuple):
 Row = TypeVar("Row")
 
 
-def encode_records(
-    records: Iterable[Record],
-    encode: Callable[[Record], tuple[Row, EncodingCounts]],
-    ids_of: Callable[[Row], list[list[int]]],
-    cut: Callable[[Row], Row | None],
-    limits: Limits,
-) -> tuple[list[Row], EncodingCounts]:
-    """Records as rows within the limits, and what that took.
+class Encoder(NamedTuple):
+    """What makes rows of records: encode(record) -> (row, what happened); cut(row): its beginning, of max_seq_len
+    tokens, or None if nothing worth a row is left of it, which counts as skipped. A row's `sequences` are the token ids
+    of what it puts through a model."""
 
-    encode(record) -> (row, what happened); ids_of(row): of all its token sequences; cut(row): its beginning, of
-    max_seq_len tokens, or None if nothing worth a row is left of it, which counts as skipped.
-    """
-    rows, counts = [], EncodingCounts()
-    for record in records:
-        row, happened = encode(record)
-        for ids in ids_of(row):
-            check_ids(ids, limits.vocab_size, record.where)
-        longest = max(map(len, ids_of(row)))
-        if longest > limits.max_seq_len:
-            if limits.overlong == "refuse":
+    encode: Callable[[Record], tuple[Row, EncodingCounts]]
+    cut: Callable[[Row], Row | None]
+    limits: Limits
+
+    def row_of(self, record: Record) -> tuple[Row | None, EncodingCounts]:
+        """(the record's row within the limits, or None; what that took)"""
+        row, happened = self.encode(record)
+        for ids in row.sequences:
+            check_ids(ids, self.limits.vocab_size, record.where)
+        longest = max(map(len, row.sequences))
+        if longest > self.limits.max_seq_len:
+            if self.limits.overlong == "refuse":
                 raise ValueError(
-                    f"{record.where}: {longest} tokens, the limit is {limits.max_seq_len}; raise --max_seq_len or "
+                    f"{record.where}: {longest} tokens, the limit is {self.limits.max_seq_len}; raise --max_seq_len or "
                     "choose --overlong skip or truncate"
                 )
-            row = cut(row) if limits.overlong == "truncate" else None
+            row = self.cut(row) if self.limits.overlong == "truncate" else None
             happened = happened._replace(truncated=int(row is not None), skipped=int(row is None))
-        counts = counts.plus(happened)
-        rows += [row] if row is not None else []
-    return rows, counts
+        return row, happened
 
 
 # ------------------------------------------------------------------------------------------ answers
 
 
-@dataclass
-class Example:
-    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted). A
-    packed row has the lengths of the records in it."""
+class Flat(NamedTuple):
+    """A row as models/rows.py keeps it."""
 
-    input_ids: list[int]
-    labels: list[int]
+    sequences: list[tuple[Sequence[int], Sequence[int]]]  # (ids, labels), where a label is IGNORE_INDEX or the id
+    prompt_length: int = 0
+    values: Sequence[float] = ()
+
+
+@dataclass(eq=False)
+class Example:
+    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted), lists
+    or int32 arrays. A packed row has the lengths of the records in it."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
     lengths: list[int] | None = None
 
     @property
     def num_targets(self) -> int:
         """Number of tokens that are predicted and learnt; the first token of a row is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return int(np.count_nonzero(np.asarray(self.labels[1:]) != IGNORE_INDEX))
 
     @property
     def prompt_length(self) -> int:
         """Number of tokens before the first that is learnt."""
         return next((i for i, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
+
+    @property
+    def sequences(self) -> list[Sequence[int]]:
+        return [self.input_ids]
+
+    @property
+    def nothing_to_learn(self) -> bool:
+        return self.num_targets == 0
+
+    def flat(self) -> Flat:
+        return Flat([(self.input_ids, self.labels)])
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> "Example":
+        return cls(*flat.sequences[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Example) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
 def eos_ids(tokenizer: Tokenizer) -> list[int]:
@@ -239,35 +230,11 @@ def eos_ids(tokenizer: Tokenizer) -> list[int]:
 def encode_parts(
     parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer
 ) -> tuple[Example, EncodingCounts]:
-    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part.
-
-    A part's ids are those that follow its predecessors'. So what comes before a part never depends on it, as in
-    generation; where a token of the whole text spans a boundary, the row is split differently.
-    """
-    (text, learnt), *others = parts
-    whole, ids = encode("".join(text for text, _ in parts)), encode(text)
-    labels = list(ids) if learnt else [IGNORE_INDEX] * len(ids)
-    for place, (text, learnt) in enumerate(others, start=1):
-        if place == len(others) and whole[: len(ids)] == ids:
-            added = whole[len(ids) :]
-        else:
-            added = encode_continuation(text, ids, tokenizer)
-        ids = ids + added
-        labels += added if learnt else [IGNORE_INDEX] * len(added)
-    return Example(ids, labels), EncodingCounts(split_differently=int(ids != whole))
-
-
-def encode_continuation(text: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text that goes on from `ids`: without the space that sentencepiece models put first, and behind an
-    added token as the file wants it there."""
-    contexts = "\n.a0" if tokenizer.puts_a_space else ""
-    if ids and ids[-1] in tokenizer.added_ids:
-        contexts = (tokenizer.decode(ids[-1:], skip_special_tokens=False),)
-    for context in contexts:
-        before, both = (tokenizer.encode(each, add_special_tokens=False) for each in (context, context + text))
-        if before and both[: len(before)] == before:
-            return both[len(before) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part. See
+    models/parts.py: where a token of the whole text spans a boundary, the row is split differently."""
+    ids_of, are_whole = ids_of_parts([text for text, _ in parts], encode, tokenizer)
+    labels = [part if learnt else [IGNORE_INDEX] * len(part) for part, (_, learnt) in zip(ids_of, parts)]
+    return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
 
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
@@ -419,8 +386,8 @@ class Split(NamedTuple):
 def pack_row(rows: list[Example]) -> Example:
     """Rows end to end in one. None of them predicts the next one's first token."""
     return Example(
-        [token for row in rows for token in row.input_ids],
-        [label for row in rows for label in (IGNORE_INDEX, *row.labels[1:])],
+        np.concatenate([row.input_ids for row in rows]),
+        np.concatenate([part for row in rows for part in ([IGNORE_INDEX], row.labels[1:])]),
         [length for row in rows for length in row.lengths or [len(row.input_ids)]],
     )
 
@@ -439,12 +406,16 @@ def collate(examples: list[Example], pad_token_id: int, device: torch.device, mu
     rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
     width = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
 
-    def padded(values: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in values], device=device)
+    def padded(values: list[Sequence[int]], fill: int) -> Tensor:
+        table = np.full((len(rows), width), fill)
+        for place, row in zip(table, values):
+            place[: len(row)] = row
+        return torch.from_numpy(table).to(device)
 
     input_ids = padded([row.input_ids for row in rows], pad_token_id)
     labels = padded([row.labels for row in rows], IGNORE_INDEX)
     if not any(row.lengths is not None and len(row.lengths) > 1 for row in rows):
         return Batch(input_ids, labels, None, None)
     lengths = [row.lengths or [len(row.input_ids)] for row in rows]
-    return Batch(input_ids, labels, padded([[*chain(*map(range, row))] for row in lengths], 0), lengths)
+    positions = [np.concatenate([np.arange(length) for length in row]) for row in lengths]
+    return Batch(input_ids, labels, padded(positions, 0), lengths)

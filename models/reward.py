@@ -8,10 +8,12 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,14 +21,15 @@ from models.chats import Chat, read_chat
 from models.checkpoint import WeightFiles
 from models.forward import forward_rows
 from models.model import Transformer, read_hf_config
+from models.parts import encode_continuation
 from models.records import (
     IGNORE_INDEX,
     EncodingCounts,
     Example,
+    Flat,
     Record,
     Split,
     encode_answer,
-    encode_continuation,
     encode_generated,
     encode_prompt,
     get_answer,
@@ -105,15 +108,50 @@ class Pair:
     margin: float | None = None
     reference: tuple[float, float] = (math.nan, math.nan)
 
+    @property
+    def sequences(self) -> list[Sequence[int]]:
+        return [self.chosen.input_ids, self.rejected.input_ids]
 
-@dataclass
+    @property
+    def nothing_to_learn(self) -> bool:
+        return np.array_equal(*self.sequences)
+
+    def flat(self) -> Flat:
+        sides = [(side.input_ids, side.labels) for side in (self.chosen, self.rejected)]
+        return Flat(sides, self.prompt_length, () if self.margin is None else (self.margin,))
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> "Pair":
+        return cls(flat.prompt_length, *(Example(*side) for side in flat.sequences), *flat.values)
+
+
+@dataclass(eq=False)
 class Scored:
     """A row whose score at each of `positions` (ascending) should be the logit of the label, in [0, 1], beside it."""
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     positions: list[int]
     labels: list[float]
     prompt_length: int = 0
+    nothing_to_learn = False
+
+    @property
+    def sequences(self) -> list[Sequence[int]]:
+        return [self.input_ids]
+
+    def flat(self) -> Flat:
+        marks = [IGNORE_INDEX] * len(self.input_ids)
+        for position in self.positions:
+            marks[position] = self.input_ids[position]
+        return Flat([(self.input_ids, marks)], self.prompt_length, self.labels)
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> "Scored":
+        [(ids, marks)] = flat.sequences
+        return cls(ids, np.flatnonzero(marks != IGNORE_INDEX).tolist(), list(flat.values), flat.prompt_length)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scored) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
 def pair_lengths(pair: Pair) -> list[int]:

@@ -5,6 +5,7 @@
 - BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """
 
+import os
 from collections.abc import Sequence
 from datetime import date
 from functools import cached_property, partial
@@ -19,8 +20,20 @@ from tokenizers.models import WordLevel
 from models.chat_template import ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
+from models.joins import Joins, splits_words
+
+# one process for each core serves better, and those are forked, which threads do not survive
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
 
 
@@ -79,6 +92,23 @@ class Tokenizer:
             raise ValueError(f"must be a string without lone surrogates: {ascii(text)[:60]}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
+    def encode_each(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without BOS and EOS."""
+        try:
+            return self._file.encode_each(texts)
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode(text, add_special_tokens=False) for text in texts]  # which names it
+
+    @cached_property
+    def joins(self) -> Joins | None:
+        """What tells whether a text may be encoded in parts; None where only the whole does."""
+        contents = [token.content for token in self._file.added_tokens().values()]
+        return Joins(self.encode_each, contents) if self._file.splits_words else None
+
+    def files(self) -> list[Path]:
+        """All that the ids and the chat template may come from."""
+        return [path for name in FILES if (path := self.config_path.with_name(name)).is_file()]
+
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""
         ids = self._before + self.encode(text, add_special_tokens=False)
@@ -112,6 +142,13 @@ class Tokenizer:
         """The token with which the chat template ends an assistant's turn, None if with none."""
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
         return next((i for i in self.encode(behind, add_special_tokens=False) if i in self.added_ids), None)
+
+    @cached_property
+    def end_tokens(self) -> tuple[list[str], list[str]]:
+        """The texts that end a turn: those known to, and any special token where there is none of them."""
+        known = [i for i in (self.end_of_turn_id, self.eos_token_id) if i is not None]
+        texts = [[self.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, self.special_ids)]
+        return tuple([text for text in each if text.strip()] for each in texts)
 
 
 class StreamDecoder:
@@ -170,10 +207,16 @@ class _Fast:
         place = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
         self.around = whole[:place], whole[place + len(bare) :]
         self.token_to_id = file.token_to_id
-        self.encode = lambda text: file.encode(text, add_special_tokens=False).ids
+        self.encode_each = lambda texts: [e.ids for e in file.encode_batch_fast(texts, add_special_tokens=False)]
+        self.encode = lambda text: self.encode_each([text])[0]
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
         self.added_tokens = file.get_added_tokens_decoder
         self.add = lambda token, _: file.add_tokens([token])
+        self.file = file
+
+    @property
+    def splits_words(self) -> bool:
+        return splits_words(self.file, self.added_tokens().values())
 
 
 class _SentencePiece:
@@ -201,6 +244,11 @@ class _SentencePiece:
         i = self._ids.setdefault(token.content, declared or max([self.size - 1, *self.added]) + 1)
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
+
+    splits_words = False
+
+    def encode_each(self, texts: list[str]) -> list[list[int]]:
+        return list(map(self.encode, texts))
 
     def encode(self, text: str) -> list[int]:
         found, ids = self._finder.encode(text), []

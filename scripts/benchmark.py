@@ -6,6 +6,7 @@
 - ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
 - grpo: a policy update on ragged answers, padded and packed in turns
 - memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
+- data: what tokenising costs for chats of 1, 4 and 16 turns
 - --compare runs the peer (transformers; dpo: TRL's DPOTrainer) on the same shape in alternating processes and prints
   the ratios; one process's timing alone says little on a shared machine
 - the last line is JSON; each job has its file beside this one
@@ -16,6 +17,7 @@
     python scripts/benchmark.py ppo --preset 134m --dtype bfloat16 --batch_size 16 --prompt_len 64 --new_tokens 64
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
     python scripts/benchmark.py memory --preset 7b --quantize int4 --measure
+    python scripts/benchmark.py data
 """
 
 import json
@@ -30,6 +32,7 @@ import torch
 
 from models.common import card, choose_runtime, dtype_name, peak_memory, run_script, say
 from scripts.benchmark_common import BenchmarkArgs, ceilings
+from scripts.benchmark_data import report_data
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_grpo import grpo_setting, measure_grpo
 from scripts.benchmark_memory import report_memory
@@ -56,8 +59,8 @@ def main(args: BenchmarkArgs) -> None:
     if args.compare:
         compare_engines(args)
         return
-    if job == "memory":
-        report_memory(args)
+    if job in ("data", "memory"):
+        {"data": report_data, "memory": report_memory}[job](args)
         return
     if job == "ppo" and args.plan:
         report_plan(args)

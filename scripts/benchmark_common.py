@@ -41,7 +41,7 @@ class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
     """Speed beside the physical limit, with random weights."""
 
     job: str = flag(
-        choices=("generate", "sft", "dpo", "ppo", "grpo", "memory"), help="what to measure", positional=True
+        choices=("generate", "sft", "dpo", "ppo", "grpo", "memory", "data"), help="what to measure", positional=True
     )
     preset: str = flag("134m", choices=SIZES, help="shape of the model")
     batch_size: int = flag(
@@ -74,6 +74,9 @@ class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
     optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="ppo: the optimizer")
     plan: bool = flag(False, help="ppo: print the memory on paper, and run nothing")
     layouts: list[layout] = flag((), metavar="DPxTP", help="memory, ppo --plan: dp x tp, as 1x1 8x1 4x2; one")
+    tokenizer: Path | None = flag(
+        None, help="data: folder with the tokenizer and its chat template; a small one is made"
+    )
     measure: bool = flag(False, help="memory: do it with random weights and print the measured bytes beside")
     compare: int | None = flag(None, bounds=at_least_one, help="alternate ours and the peer so many times")
     peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")

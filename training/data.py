@@ -3,33 +3,34 @@
 The order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step number.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.chats import read_chat
 from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
 from models.packing import best_fit
+from models.record_files import Record
 from models.records import (
+    Encoder,
     EncodingCounts,
     Example,
     Limits,
-    Record,
     encode_answered,
     encode_chat,
-    encode_records,
     eos_ids,
     get_field,
     get_prompt,
     naming,
     pack_row,
     require,
-    tokenising,
 )
+from models.rows import IN_MEMORY, Rows, Store, default_folder, encode_file
 from models.tokenizer import Tokenizer
 from training.optim import constant_rate
 
@@ -51,45 +52,73 @@ class DataArgs:
         may_change=constant_rate,
     )
     shuffle: bool = flag(True, help="a new order each epoch; else the file's")
+    data_cache: str | None = flag(
+        None,
+        help="folder that keeps the tokens of files of 8 MiB and more, for all ranks of a node and later runs; off is "
+        "none; gpt-accelera in $XDG_CACHE_HOME or ~/.cache",
+        may_change=True,
+    )
+    data_workers: int | None = flag(
+        None, bounds=at_least_one, help="processes that tokenise such a file; one on each core", may_change=True
+    )
+
+    @property
+    def store(self) -> Store:
+        folder = Path(self.data_cache) if self.data_cache is not None else default_folder()
+        return Store(None if self.data_cache == "off" else folder, self.data_workers)
 
     def total_steps(self, num_rows: int) -> int:
         return self.num_epochs * -(-num_rows // self.batch_size) if self.max_steps is None else self.max_steps
 
 
 def load_rows(
-    args: DataArgs, folder: Folder, encode: Callable[..., tuple[list, EncodingCounts]], describe: Callable[[list], str]
-) -> tuple[list, list, dict[str, str]]:
-    """(the rows to train on, those to evaluate on, a note for people on either file): encode(path, tokenizer, limits)
-    gives a file's, describe(rows) says what is in them."""
+    args: DataArgs, folder: Folder, encode: Callable[..., tuple[Rows, EncodingCounts]], describe: Callable[[Rows], str]
+) -> tuple[Rows, Rows | list, dict[str, str]]:
+    """(the rows to train on, those to evaluate on, maybe [], a note for people on either file): encode(path, tokenizer,
+    limits, store) gives a file's, describe(rows) says what is in them."""
     limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
     rows, notes = {"train": [], "eval": []}, {}
     for name, path in (("train", args.train_file), ("eval", args.eval_file)):
         if path is not None:
-            rows[name], counts = encode(path, folder.tokenizer, limits)
+            rows[name], counts = encode(path, folder.tokenizer, limits, args.store)
             notes[name] = f"{describe(rows[name])}{counts}"
     return rows["train"], rows["eval"], notes
 
 
-def pack(examples: list[Example], max_seq_len: int) -> list[Example]:
-    """Records put into rows of at most max_seq_len tokens, none of them split, as few rows as best_fit finds."""
-    groups = best_fit([len(example.input_ids) for example in examples], max_seq_len)
-    return [pack_row([examples[i] for i in group]) for group in groups]
+class PackedRows(Sequence):
+    """Records put into rows of at most max_seq_len tokens, none of them split, as few rows as best_fit finds; a row is
+    put together when it is asked for. lengths: tokens of each, [rows]."""
+
+    def __init__(self, rows: Rows, max_seq_len: int):
+        sizes, self.rows = rows.lengths[:, 0], rows
+        groups = best_fit(sizes.tolist(), max_seq_len)
+        self.lengths = np.array([sizes[group].sum() for group in groups])
+        self._numbers = np.concatenate(groups)
+        self._starts = np.cumsum([0, *map(len, groups)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Example:
+        i = range(len(self))[i]
+        return pack_row([self.rows[j] for j in self._numbers[self._starts[i] : self._starts[i + 1]].tolist()])
 
 
-def encode_sft_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Example], EncodingCounts]:
+def encode_sft_file(
+    path: Path, tokenizer: Tokenizer, limits: Limits, store: Store = IN_MEMORY
+) -> tuple[Rows, EncodingCounts]:
     """All records of a file as rows; a truncated one loses its end, and no EOS is put after the cut."""
 
     def cut(row: Example) -> Example:
         return Example(row.input_ids[: limits.max_seq_len], row.labels[: limits.max_seq_len])
 
-    encode = partial(encode_sft_record, tokenizer=tokenizer)
-    examples, counts = encode_records(tokenising(path), encode, lambda row: [row.input_ids], cut, limits)
-    nothing = sum(example.num_targets == 0 for example in examples)
-    if nothing == len(examples):
+    encoder = Encoder(partial(encode_sft_record, tokenizer=tokenizer), cut, limits)
+    rows, counts = encode_file(path, Example, 1, encoder, tokenizer, "sft", store)
+    if counts.nothing_to_learn == len(rows):
         raise ValueError(
-            f"{path}: no record has a token to learn ({len(examples)} records kept, {counts.skipped} too long)"
+            f"{path}: no record has a token to learn ({len(rows)} records kept, {counts.skipped} too long)"
         )
-    return examples, counts._replace(nothing_to_learn=nothing)
+    return rows, counts
 
 
 def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:

@@ -30,7 +30,8 @@ from models.fsdp import (
 )
 from models.model import Transformer
 from models.records import Example, Split
-from training.data import DataArgs, encode_sft_file, load_rows, pack, training_batches
+from models.rows import Rows
+from training.data import DataArgs, PackedRows, encode_sft_file, load_rows, training_batches
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
@@ -57,8 +58,8 @@ def main(args: SftArgs) -> None:
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     train, evaluation, notes = load_rows(args, folder, encode_sft_file, describe)
     if args.pack:
-        train = pack(train, folder.max_seq_len)
-        filled = sum(len(row.input_ids) for row in train) / (len(train) * folder.max_seq_len)
+        train = PackedRows(train, folder.max_seq_len)
+        filled = train.lengths.sum() / (len(train) * folder.max_seq_len)
         notes["train"] += f"; packed into {len(train):,} rows, {filled:.1%} full"
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
@@ -96,7 +97,7 @@ def main(args: SftArgs) -> None:
 
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = sum(len(train[i].input_ids) for i in taken)
+    run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
@@ -128,18 +129,16 @@ def summed_loss(model: Transformer, examples: list[Example], split: Split) -> to
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], split: Split) -> float:
+def evaluate(model: Transformer, examples: Rows, split: Split) -> float:
     """The mean loss over all learnt tokens, over all ranks."""
     total = torch.zeros((), device=model.inv_freq.device)
     for rows in split.shares(examples):
         total += summed_loss(model, rows, split)
-    return split.sum(total).item() / sum(example.num_targets for example in examples)
+    return split.sum(total).item() / examples.num_targets
 
 
-def describe(examples: list[Example]) -> str:
-    tokens = sum(len(example.input_ids) for example in examples)
-    learnt = sum(example.num_targets for example in examples)
-    return f"{len(examples):,} records, {tokens:,} tokens, {learnt:,} of them learnt"
+def describe(examples: Rows) -> str:
+    return f"{len(examples):,} records, {examples.num_tokens:,} tokens, {examples.num_targets:,} of them learnt"
 
 
 if __name__ == "__main__":

@@ -12,28 +12,38 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from models.record_files import Record
 from models.records import (
+    Encoder,
     EncodingCounts,
     Example,
     Limits,
-    Record,
     encode_answer,
     encode_generated,
     encode_prompt,
-    encode_records,
     get_field,
     get_prompt,
     get_steps,
     naming,
     require,
-    tokenising,
 )
 from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
+from models.rows import IN_MEMORY, Rows, Store, encode_file
 from models.tokenizer import Tokenizer
 
 
-def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Pair], EncodingCounts]:
-    """All records of a file as pairs of rows, see encode_pair_record."""
+def encode_pair_file(
+    path: Path,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    store: Store = IN_MEMORY,
+    check: Callable[[Record], None] = lambda record: None,
+) -> tuple[Rows, EncodingCounts]:
+    """All records of a file as pairs of rows, see encode_pair_record. check(record) may raise a ValueError."""
+
+    def encode(record: Record) -> tuple[Pair, EncodingCounts]:
+        check(record)
+        return encode_pair_record(record, tokenizer)
 
     def cut(pair: Pair) -> Pair | None:
         if pair.prompt_length >= limits.max_seq_len:
@@ -42,37 +52,45 @@ def encode_pair_file(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[
         sides = [Example(side.input_ids[part], side.labels[part]) for side in (pair.chosen, pair.rejected)]
         return Pair(pair.prompt_length, *sides, pair.margin)
 
-    def ids_of(pair: Pair) -> list[list[int]]:
-        return [pair.chosen.input_ids, pair.rejected.input_ids]
-
-    pairs, counts = _encode_file(path, partial(encode_pair_record, tokenizer=tokenizer), ids_of, cut, limits=limits)
-    identical = sum(pair.chosen.input_ids == pair.rejected.input_ids for pair in pairs)
-    if identical == len(pairs):
+    pairs, counts = encode_file(path, Pair, 2, Encoder(encode, cut, limits), tokenizer, "pairs", store)
+    _check_some_left(path, pairs, counts, limits)
+    if counts.nothing_to_learn == len(pairs):
         raise ValueError(f"{path}: chosen and rejected are the same in every record, so there is nothing to learn")
-    return pairs, counts._replace(nothing_to_learn=identical)
+    return pairs, counts
 
 
-def _encode_file(path: Path, *functions: Callable, limits: Limits) -> tuple[list, EncodingCounts]:
-    """encode_records of a file, with its encode, ids_of and cut; ValueError if no row is left."""
-    rows, counts = encode_records(tokenising(path), *functions, limits)
+def _check_some_left(path: Path, rows: Rows, counts: EncodingCounts, limits: Limits) -> None:
     if not rows:
         raise ValueError(
             f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
         )
-    return rows, counts
 
 
 def encode_scored_file(
-    path: Path, tokenizer: Tokenizer, limits: Limits, *, kind: str, step_separator: str = "\n"
-) -> tuple[list[Scored], EncodingCounts]:
-    """All records of a file as rows, see encode_pointwise_record and encode_process_record."""
+    path: Path,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    store: Store = IN_MEMORY,
+    check: Callable[[Record], None] = lambda record: None,
+    *,
+    kind: str,
+    step_separator: str = "\n",
+) -> tuple[Rows, EncodingCounts]:
+    """All records of a file as rows, see encode_pointwise_record and encode_process_record. check(record) may raise a
+    ValueError."""
     assert kind in ("pointwise", "process")
-    if kind == "pointwise":
-        encode, cut = encode_pointwise_record, cut_completion
-    else:
-        encode, cut = partial(encode_process_record, step_separator=step_separator), cut_steps
-    encode, cut = partial(encode, tokenizer=tokenizer), partial(cut, max_seq_len=limits.max_seq_len)
-    return _encode_file(path, encode, lambda row: [row.input_ids], cut, limits=limits)
+    cut = partial(cut_completion if kind == "pointwise" else cut_steps, max_seq_len=limits.max_seq_len)
+
+    def encode(record: Record) -> tuple[Scored, EncodingCounts]:
+        check(record)
+        if kind == "pointwise":
+            return encode_pointwise_record(record, tokenizer)
+        return encode_process_record(record, step_separator, tokenizer)
+
+    what = kind if kind == "pointwise" else f"{kind} {step_separator}"
+    rows, counts = encode_file(path, Scored, 1, Encoder(encode, cut, limits), tokenizer, what, store)
+    _check_some_left(path, rows, counts, limits)
+    return rows, counts
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, EncodingCounts]:

@@ -9,12 +9,12 @@
 import hashlib
 import os
 import random
-from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,8 @@ from torch import Tensor
 from models.checkpoint import WeightFiles
 from models.common import is_main_rank, on_main, progress_bar, say
 from models.records import Split
-from models.reward import Pair, pair_lengths
+from models.reward import pair_lengths
+from models.rows import Rows
 
 
 def weights_digest(folder: Path, device: torch.device) -> str:
@@ -44,11 +45,11 @@ def _file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def pairs_digest(pairs: list[Pair]) -> str:
+def pairs_digest(pairs: Rows) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for side in (pair.chosen, pair.rejected):
-            digest.update(array("q", [len(side.input_ids), *side.input_ids, *side.labels]))
+            digest.update(np.concatenate(([len(side.input_ids)], side.input_ids, side.labels)).astype(np.int64))
     return digest.hexdigest()
 
 
@@ -61,9 +62,10 @@ class ReferenceCache(NamedTuple):
 
 
 def precompute(
-    logps_of: Callable, name: str, pairs: list[Pair], batches: list[list[int]], cache: ReferenceCache, split: Split
+    logps_of: Callable, name: str, pairs: Rows, batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
-    """Sets `reference` of the pairs in `batches`, from the file of that name or computed and added to it: a collective.
+    """Sets `reference` of the pairs, NaN outside `batches`, from the file of that name or computed and added to it: a
+    collective.
 
     logps_of(pairs): what the reference gives for some of them, [2, B]; called for micro-batches of the batches, which
     should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot
@@ -103,8 +105,7 @@ def precompute(
             if not is_finite:
                 raise ValueError(f"the reference gives record {i} (from 0) {_shown(logps[i])}, not finite")
         on_main(lambda: _write(path, logps, key))
-    for pair, values in zip(pairs, logps.tolist()):
-        pair.reference = tuple(values)
+    pairs.reference = logps.numpy()
 
 
 def _shown(logps: Tensor) -> str:

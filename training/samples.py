@@ -6,6 +6,7 @@
 - training does not notice: no weight moves, and the engine's noise takes nothing from a random state
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -40,20 +41,20 @@ class EvalPrompt(NamedTuple):
     reference: list[int]  # what the record says next
 
 
-def prompts_of(examples: list[Example], count: int) -> list[EvalPrompt]:
+def prompts_of(examples: Iterable[Example], count: int) -> list[EvalPrompt]:
     """The prompts of the first `count` rows with something to learn. A row's last learnt stretch (the completion, or
     the last turn of the assistant) is its reference, and the tokens before it are its prompt; a row that is learnt from
     its beginning is cut in the middle."""
     prompts = []
     for example in islice((example for example in examples if example.num_targets), count):
-        learnt = [label != IGNORE_INDEX for label in example.labels]
+        learnt, ids = [label != IGNORE_INDEX for label in example.labels], list(map(int, example.input_ids))
         end = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
         start = max((i + 1 for i in range(end) if not learnt[i]), default=0) or max(1, end // 2)
-        prompts.append(EvalPrompt(example.input_ids[:start], example.input_ids[start:end]))
+        prompts.append(EvalPrompt(ids[:start], ids[start:end]))
     return prompts
 
 
-def lesson(rows: list[Example], tokenizer: Tokenizer) -> str:
+def lesson(rows: Iterable[Example], tokenizer: Tokenizer) -> str:
     """The last stretch of the first row that is learnt, with the token that ends it, for people."""
     for prompt in prompts_of(rows, 1):
         text = visible(tokenizer.decode_continuation(prompt.ids, prompt.reference, skip_special_tokens=False))
@@ -70,7 +71,7 @@ class EvalSamples:
     """
 
     def __init__(
-        self, model: Transformer, folder: Folder, rows: list[Example], args: SampleArgs, runtime: Runtime, run: Run
+        self, model: Transformer, folder: Folder, rows: Iterable[Example], args: SampleArgs, runtime: Runtime, run: Run
     ):
         self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
         if not self.prompts:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +42,8 @@ from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
 from models.records import Split
-from models.reward import Pair, pair_length, pair_lengths, pair_rows
+from models.reward import Pair, pair_lengths, pair_rows
+from models.rows import Rows
 from training.data import DataArgs, load_rows, training_batches
 from training.frozen import ReferenceArgs
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
@@ -53,7 +55,7 @@ from training.samples import EvalSamples, SampleArgs, lesson
 
 # by TRL's names, over pairs
 MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
-Splits = dict[str, tuple[list[Pair], list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
+Splits = dict[str, tuple[Rows, list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +92,14 @@ def main(args: DpoArgs) -> None:
     model, reference = load_models(args, mesh, runtime, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, [pair.chosen for pair in evaluation], args, runtime, run)
+    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run)
     rows = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}",
         "reference": reference_note(args, ref_scheme),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
-        "first chosen": lesson([pair.chosen for pair in train], folder.tokenizer),
+        "first chosen": lesson((pair.chosen for pair in train), folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, {split.note()}",
     }
@@ -121,7 +123,7 @@ def main(args: DpoArgs) -> None:
 
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = sum(row_lengths([train[i] for i in taken]))
+    run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
@@ -140,7 +142,7 @@ def main(args: DpoArgs) -> None:
 
         metrics = {**means, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         flops_factor = 1 if reference is None else 4 / 3  # its forward is a third of the policy's forward and backward
-        finish(metrics | run.speed(folder.config, row_lengths(batch), flops_factor))
+        finish(metrics | run.speed(folder.config, train.lengths[numbers].flatten().tolist(), flops_factor))
 
     run.export(model)
 
@@ -255,15 +257,15 @@ def summed_loss(
     return losses.sum(), torch.stack([losses.detach(), *rewards, *logps.detach()]).sum(dim=1)
 
 
-def eval_batches(pairs: list[Pair], batch_size: int) -> list[list[int]]:
+def eval_batches(pairs: Rows, batch_size: int) -> list[list[int]]:
     """The rows of an evaluation, by length: the same for each evaluation and for the reference."""
-    rows = sorted(range(len(pairs)), key=lambda i: pair_length(pairs[i]))
+    rows = np.argsort(pairs.lengths.max(axis=1), kind="stable").tolist()
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
+    model: Transformer, reference: Transformer | None, pairs: Rows, args: DpoArgs, split: Split
 ) -> dict[str, float]:
     """The mean loss and MEANS over all pairs, over all ranks."""
     sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
@@ -273,12 +275,8 @@ def evaluate(
     return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
 
 
-def row_lengths(pairs: list[Pair]) -> list[int]:
-    return [length for pair in pairs for length in pair_lengths(pair)]
-
-
-def describe(pairs: list[Pair]) -> str:
-    return f"{len(pairs):,} pairs, {sum(row_lengths(pairs)):,} tokens"
+def describe(pairs: Rows) -> str:
+    return f"{len(pairs):,} pairs, {pairs.num_tokens:,} tokens"
 
 
 if __name__ == "__main__":

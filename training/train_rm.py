@@ -37,8 +37,10 @@ from models.fsdp import (
 )
 from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
-from models.records import EncodingCounts, Limits, Split, read_records
+from models.record_files import Record
+from models.records import EncodingCounts, Limits, Split
 from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config
+from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from training.data import DataArgs, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
@@ -46,7 +48,7 @@ from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
 
-Rows = list[Pair] | list[Scored]
+SomeRows = Rows | list[Pair] | list[Scored]
 # of a record, by the --loss that learns from it
 FIELDS = {"pairwise": ("chosen", "rejected"), "pointwise": ("label",), "process": ("completions", "labels")}
 MOST_STATISTICS = 2048  # training records whose rewards give reward_mean and reward_std where there is no --eval_file
@@ -127,7 +129,7 @@ def main(args: RmArgs) -> None:
 
     # loop
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = sum(sum(lengths_of(train[i])) for i in taken)
+    run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         batch = [train[i] for i in numbers]
         places, targets = reward_places(batch), targets_of(batch, runtime.device)
@@ -161,9 +163,12 @@ def main(args: RmArgs) -> None:
 # ------------------------------------------------------------------------------------------ records
 
 
-def encode_file(args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[Rows, EncodingCounts]:
+def encode_file(
+    args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits, store: Store
+) -> tuple[Rows, EncodingCounts]:
     """All records of a file as rows. Raises ValueError that names the --loss for records of another kind."""
-    for record in read_records(path):
+
+    def check(record: Record) -> None:
         missing = [name for name in FIELDS[args.loss] if name not in record.fields]
         fitting = [kind for kind, names in FIELDS.items() if all(name in record.fields for name in names)]
         if missing and fitting:
@@ -171,9 +176,10 @@ def encode_file(args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits) 
                 f"{record.where}: --loss {args.loss} needs the field {missing[0]!r}; this record has "
                 f"{' and '.join(map(repr, FIELDS[fitting[0]]))}, as --loss {fitting[0]} takes it"
             )
+
     if args.loss == "pairwise":
-        return encode_pair_file(path, tokenizer, limits)
-    return encode_scored_file(path, tokenizer, limits, kind=args.loss, step_separator=args.step_separator)
+        return encode_pair_file(path, tokenizer, limits, store, check)
+    return encode_scored_file(path, tokenizer, limits, store, check, kind=args.loss, step_separator=args.step_separator)
 
 
 def lengths_of(row: Pair | Scored) -> list[int]:
@@ -181,31 +187,31 @@ def lengths_of(row: Pair | Scored) -> list[int]:
     return pair_lengths(row) if isinstance(row, Pair) else [len(row.input_ids)]
 
 
-def reward_places(rows: Rows) -> list[range]:
+def reward_places(rows: SomeRows) -> list[range]:
     """Where each row's rewards stand among those of all: a pair's two, chosen and rejected; else one for each label."""
     counts = [2 if isinstance(row, Pair) else len(row.labels) for row in rows]
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
 
-def targets_of(rows: Rows, device: torch.device) -> Tensor:
+def targets_of(rows: SomeRows, device: torch.device) -> Tensor:
     """What the rewards are held against, fp32: the margin of each pair, or all labels of the rows."""
     values = [v for row in rows for v in ([row.margin or 0.0] if isinstance(row, Pair) else row.labels)]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def shares_of(rows: Rows, split: Split) -> Iterator[list[int]]:
+def shares_of(rows: SomeRows, split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows, in micro-batches."""
     return split.shares(list(range(len(rows))), lambda i: lengths_of(rows[i]))
 
 
-def some_of(rows: Rows, seed: int) -> Rows:
+def some_of(rows: SomeRows, seed: int) -> SomeRows:
     """Random rows, the same whenever they are asked for."""
     return [rows[i] for i in epoch_order(len(rows), seed=seed, epoch=0, shuffle=True)[:MOST_STATISTICS]]
 
 
 def describe(rows: Rows) -> str:
-    tokens = sum(sum(lengths_of(row)) for row in rows)
-    return f"{len(rows):,} records, {tokens:,} tokens, {reward_places(rows)[-1].stop:,} rewards"
+    num_rewards = rows.lengths.size if rows.kind is Pair else len(rows.columns.values)
+    return f"{len(rows):,} records, {rows.num_tokens:,} tokens, {num_rewards:,} rewards"
 
 
 # ------------------------------------------------------------------------------------------ rewards
@@ -218,7 +224,7 @@ def initial_score(hidden_size: int, seed: int) -> Tensor:
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
-def rewards_of(model: Transformer, rows: Rows, split: Split) -> tuple[Tensor, Tensor]:
+def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> tuple[Tensor, Tensor]:
     """(rewards, targets) of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. No
     rows: none of either, but the gradient's collectives stay."""
     examples, places = rows_to_score(rows)
@@ -227,7 +233,7 @@ def rewards_of(model: Transformer, rows: Rows, split: Split) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def all_rewards(model: Transformer, rows: Rows, split: Split) -> Tensor:
+def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
     """The rewards of rows that are spread over all ranks, on every rank."""
     places = reward_places(rows)
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
@@ -273,7 +279,7 @@ def evaluate(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]
     return {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}  # no AUC of one kind
 
 
-def samples(rows: Rows, rewards: list[float], tokenizer: Tokenizer) -> str:
+def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
     """Rows with their rewards, for people. rewards: of these rows, and maybe of others after them."""
 
     def text(ids: list[int], start: int, end: int | None) -> str:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from inference.choosing import choose_best, choose_by_vote, final_answer
 from models.chats import read_chat
-from models.records import Record, encode_answer, encode_continuation, encode_prompt
+from models.parts import encode_continuation
+from models.records import Record, encode_answer, encode_prompt
 from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.chats import read_chat
-from models.records import encode_continuation
+from models.parts import encode_continuation
 from models.tokenizer import StreamDecoder, Tokenizer
 from tests.file_tokenizer import FileTokenizer
 

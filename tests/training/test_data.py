@@ -21,10 +21,11 @@ from models.records import (
     micro_batches,
     read_records,
 )
+from models.rows import Rows, flatten
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.file_tokenizer import FileTokenizer
-from training.data import encode_sft_file, encode_sft_record, epoch_order, pack, training_batches
+from training.data import PackedRows, encode_sft_file, encode_sft_record, epoch_order, training_batches
 
 BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
 LIMITS = Limits(tiny.VOCAB_SIZE, 100)
@@ -387,12 +388,12 @@ def test_overlong_records(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=f"^{path}:3: {len(whole[2].input_ids)} tokens, the limit is {limit}"):
         encode_sft_file(path, tokenizer, LIMITS._replace(max_seq_len=limit))
     skipped, counts = encode_sft_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="skip"))
-    assert skipped == whole[:2] and counts == EncodingCounts(0, 1, 0, 0)
+    assert list(skipped) == whole[:2] and counts == EncodingCounts(0, 1, 0, 0)
     limits = LIMITS._replace(max_seq_len=limit - 1, overlong="truncate")
     cut, counts = encode_sft_file(path, tokenizer, limits)
     assert counts == EncodingCounts(2, 0, 1, 0) and cut[1] == whole[1]
     for before, after in zip(whole, cut):
-        assert after.input_ids == before.input_ids[: limit - 1] and after.labels == before.labels[: limit - 1]
+        assert after == Example(before.input_ids[: limit - 1], before.labels[: limit - 1])
     assert cut[0].input_ids[-1] != EOS and cut[0].num_targets == whole[0].num_targets - 1 and not cut[2].num_targets
 
 
@@ -491,16 +492,17 @@ def test_pack():
     """Catches a record that is split, lost, repeated or predicts its neighbour, and rows left needlessly empty."""
     sizes = [3, 9, 1, 7, 2, 8, 10, 4, 6, 5, 10]
     rows = [row(size, 100 * i) for i, size in enumerate(sizes)]
-    packed = pack(rows, 10)
+    packed = PackedRows(Rows(Example, 1, flatten(rows)), 10)
     assert sorted(n for p in packed for n in p.lengths) == sorted(sizes) and len(packed) == 7  # 65 tokens
     for p in packed:
         assert len(p.input_ids) == len(p.labels) == sum(p.lengths) <= 10
         start = 0
         for length in p.lengths:
-            ids = p.input_ids[start : start + length]
+            ids, labels = (list(each[start : start + length]) for each in (p.input_ids, p.labels))
             assert ids == rows[ids[0] // 100].input_ids
-            assert p.labels[start : start + length] == [-100, *rows[ids[0] // 100].labels[1:]]
+            assert labels == [-100, *rows[ids[0] // 100].labels[1:]]
             start += length
+    assert packed.lengths.tolist() == [len(p.input_ids) for p in packed]
     assert sum(p.num_targets for p in packed) == sum(r.num_targets for r in rows)
     batch = collate([Example([5] * 5, [5] * 5, [2, 3]), Example([6] * 3, [6] * 3, [3])], 0, torch.device("cpu"), 4)
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]

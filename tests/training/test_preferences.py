@@ -21,8 +21,8 @@ def pair(tokenizer, **fields):
 
 
 def check_labels(example, prompt_length):
-    assert example.labels[:prompt_length] == [-100] * prompt_length
-    assert example.labels[prompt_length:] == example.input_ids[prompt_length:]
+    ids, labels = list(example.input_ids), list(example.labels)
+    assert labels == [-100] * prompt_length + ids[prompt_length:]
 
 
 # ------------------------------------------------------------------------------------------- pairs
@@ -198,13 +198,13 @@ def test_overlong_pairs(tokenizer, tmp_path):
         lambda: encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=longest - 1)), f"{path}:3: ", complaint
     )
     kept, counts = encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="skip"))
-    assert kept == [whole[0], whole[1], whole[3]] and counts == EncodingCounts(0, 1, 0, 0)
+    assert list(kept) == [whole[0], whole[1], whole[3]] and counts == EncodingCounts(0, 1, 0, 0)
     limit = whole[0].prompt_length + 3
     cut, counts = encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=limit, overlong="truncate"))
     assert counts == EncodingCounts(2, 1, 1, 0) and cut[1] == whole[1]
     assert cut[0].chosen == whole[0].chosen and cut[0].margin == 1.5
     for before, after in ((whole[0], cut[0]), (whole[3], cut[2])):
-        assert after.rejected.input_ids == before.rejected.input_ids[:limit]
+        assert list(after.rejected.input_ids) == list(before.rejected.input_ids[:limit])
         check_labels(after.rejected, before.prompt_length)
     assert cut[2].chosen == cut[2].rejected  # they differ beyond the cut: counted as identical
     full = LIMITS._replace(overlong="truncate", max_seq_len=whole[0].prompt_length)

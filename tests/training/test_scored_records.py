@@ -164,7 +164,8 @@ def test_overlong_scored_rows(tokenizer, tmp_path):
 
     def encode(limit, overlong, kind="process", file=path):
         limits = LIMITS._replace(max_seq_len=limit, overlong=overlong)
-        return encode_scored_file(file, tokenizer, limits, kind=kind)
+        rows, counts = encode_scored_file(file, tokenizer, limits, kind=kind)
+        return list(rows), counts
 
     tiny.refused(
         lambda: encode(len(whole.input_ids), "refuse"), f"{path}:2: ", f"{len(long.input_ids)} tokens, the limit is"

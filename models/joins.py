@@ -1,0 +1,101 @@
+"""Whether the ids of two texts, one behind the other, are those of both together: seen from the words in between.
+
+That is so for byte-pair encodings of words that a pattern like GPT-2's finds, from left to right and without looking
+back: the words on either side of a boundary depend on few characters around it (a word never goes on over a space
+behind another character), and no token spans two of them. Added tokens part a text as well. For any other tokenizer
+there is no such answer.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+
+import tokenizers
+from tokenizers import AddedToken
+
+TAIL, HEAD, MEMORY = 256, 16, 2**16  # characters looked at before a boundary, and behind it; boundaries remembered
+GPT_PATTERN = r"\s+(?!\S)"  # of GPT-2's pattern and those that came of it
+
+
+def splits_words(file: tokenizers.Tokenizer, added: Iterable[AddedToken]) -> bool:
+    """Whether a tokenizer is of the kind described above."""
+    if type(file.model).__name__ != "BPE" or file.model.dropout or file.pre_tokenizer is None:
+        return False
+    if file.normalizer is not None and _state(file.normalizer) not in ({"type": "NFC"}, NOTHING):
+        return False
+    state = _state(file.pre_tokenizer)
+    steps, finds_words = state["pretokenizers"] if state["type"] == "Sequence" else [state], False
+    for step in steps:
+        pattern = step.get("pattern", {}).get("Regex", "")
+        if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            finds_words |= step["use_regex"]
+        elif step["type"] == "Split" and pattern and step["behavior"] == "Isolated" and not step["invert"]:
+            finds_words |= GPT_PATTERN in pattern
+            outside = re.sub(r"\[(\\.|[^]\\])*\]", "", pattern)  # of sets of characters
+            if re.search(r"\(\?<|[$^]|\\[ABGZbz]", outside):  # looks back, or at the ends
+                return False
+        elif step["type"] != "Digits":
+            return False
+    firsts = {token.content[:1] for token in added}
+    plain = not any(token.lstrip or token.rstrip or token.single_word for token in added)
+    return finds_words and plain and not any(firsts & {*token.content[1:], " "} for token in added)
+
+
+NOTHING = {"type": "Sequence", "normalizers": []}
+
+
+def _state(component: object) -> dict:
+    return json.loads(component.__getstate__())
+
+
+class Joins:
+    """encode_each: ids of texts without special tokens. added: the contents of the added tokens."""
+
+    def __init__(self, encode_each: Callable[[list[str]], list[list[int]]], added: Iterable[str]):
+        self._encode_each, self._clean = encode_each, {}
+        added = sorted(added, key=len, reverse=True)
+        self._firsts, self._added = {token[0] for token in added}, re.compile("|".join(map(re.escape, added)) or "(?!)")
+
+    def are_clean(self, texts: list[str]) -> bool:
+        """Whether the ids of the texts end to end are those of all together; False also where it is not known."""
+        before = texts[0][-TAIL:]
+        is_all = len(texts[0]) <= TAIL
+        for text in texts[1:]:
+            if text:
+                tail, head = self._tail(before, is_all), self._head(text)
+                if tail is None or head is None or not self._is_clean(tail, head):
+                    return False
+            is_all = is_all and len(before) + len(text) <= TAIL
+            before = (before + text)[-TAIL:]
+        return True
+
+    def _is_clean(self, tail: str, head: str) -> bool:
+        if (tail, head) not in self._clean:
+            if len(self._clean) == MEMORY:
+                self._clean.clear()
+            first, second, both = self._encode_each([tail, head, tail + head])
+            self._clean[tail, head] = first + second == both
+        return self._clean[tail, head]
+
+    def _tail(self, text: str, is_all: bool) -> str | None:
+        """The end of a text, from an added token on, or from a place that no word spans."""
+        begin = max(map(text.rfind, self._firsts), default=-1)
+        if begin >= 0 and self._added.match(text, begin):
+            return text[begin:]
+        begin = len(text) - HEAD
+        while (begin := text.rfind(" ", 0, max(0, begin))) > 0:
+            if not text[begin - 1].isspace():
+                return text[begin:]
+        return text if is_all else None
+
+    def _head(self, text: str) -> str | None:
+        """The beginning of a text, up to an added token, or to a place that no word spans."""
+        end, places = HEAD, [place for place in (text.find(first, 0, TAIL) for first in self._firsts) if place >= 0]
+        first = min(places, default=-1)
+        found = self._added.match(text, first) if first >= 0 else None
+        if found:
+            return text[: first or found.end()]
+        while (end := text.find(" ", end + 1, 4 * TAIL)) > 0:
+            if not text[end - 1].isspace():
+                return text[:end]
+        return text if len(text) <= 4 * TAIL else None

@@ -1,0 +1,121 @@
+"""Files of records, JSON lists or JSONL by their content, read in parts so that a large one is never held in memory.
+
+Every complaint names file and line. A part of JSONL is given by its place in the file, so that whoever works on it,
+maybe another process, reads it there.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+CHUNK_BYTES = 2**20
+
+
+class Record(NamedTuple):
+    where: str  # "file:line" or "file: item 3", for messages
+    fields: dict
+
+
+class Lines(NamedTuple):
+    """Whole lines of a JSONL file."""
+
+    path: Path
+    start: int  # in bytes
+    size: int
+    number: int  # of the first line
+
+    def read(self) -> Iterator[tuple[int, str]]:
+        """(number, text) of each line that is not blank."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            block = file.read(self.size)
+        for number, line in enumerate(_decode(self.path, block, self.start).split("\n"), start=self.number):
+            if line.strip():
+                yield number, line
+
+    def deferred(self) -> Iterator[Callable[[], Record]]:
+        """What gives each record, which may be left unparsed."""
+        return (partial(_parse, self.path, number, line) for number, line in self.read())
+
+    def records(self) -> Iterator[Record]:
+        return (_parse(self.path, number, line) for number, line in self.read())
+
+
+class Items(NamedTuple):
+    """Records that are there already, such as the items of a JSON list."""
+
+    items: list[Record]
+    size: int = 0  # about how many bytes of the file they are
+
+    def deferred(self) -> Iterator[Callable[[], Record]]:
+        return (partial(_checked, item) for item in self.items)
+
+    def records(self) -> Iterator[Record]:
+        return map(_checked, self.items)
+
+
+def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
+    """The parts of a file of records, of about a MiB each. Raises FileNotFoundError; ValueError for a broken list."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        file.seek(start)
+        if head[start:].lstrip().startswith(b"["):
+            yield from _parts_of_list(path, file.read())
+            return
+        number = 1
+        while block := file.read(CHUNK_BYTES):
+            block += b"" if block.endswith(b"\n") else file.readline()
+            yield Lines(path, start, len(block), number)
+            start, number = start + len(block), number + block.count(b"\n")
+
+
+def _parts_of_list(path: Path, content: bytes) -> Iterator[Items]:
+    text = _decode(path, content, 0)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid JSON list: {error}") from None
+    each = len(content) / max(1, len(items))  # bytes of an item
+    count = max(1, int(CHUNK_BYTES / max(1, each)))
+    for first in range(0, len(items), count):
+        part = [Record(f"{path}: item {i}", item) for i, item in enumerate(items[first : first + count], start=first)]
+        yield Items(part, int(each * len(part)))
+
+
+def _decode(path: Path, block: bytes, start: int) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {start + error.start})") from None
+
+
+def _parse(path: Path, number: int, line: str) -> Record:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+    return _checked(Record(f"{path}:{number}", fields))
+
+
+def _checked(record: Record) -> Record:
+    if not isinstance(record.fields, dict):
+        raise ValueError(f"{record.where}: must be an object with named fields, not a {type(record.fields).__name__}")
+    return record
+
+
+def records_in(chunks: Iterable[Lines | Items], path: str | Path) -> Iterator[Record]:
+    """The records of all chunks; ValueError if there is none."""
+    empty = True
+    for chunk in chunks:
+        for record in chunk.records():
+            empty = False
+            yield record
+    if empty:
+        raise ValueError(f"{path}: holds no records")

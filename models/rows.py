@@ -1,0 +1,326 @@
+"""The rows of a data file in flat arrays, 5 bytes a token, made once for all processes of a node and for later runs.
+
+- ids are int32, and a byte says of each whether it is learnt, since a label is the id or nothing; a row is put together
+  when it is asked for
+- a file of BIG_FILE bytes or more is encoded by several processes, and the arrays go to a folder that is then mapped
+  into memory. Its name is a digest of all that they depend on: the data, the tokenizer's files, the limits and the code
+- such a folder is whole (written beside, renamed) and has checksums, so a damaged one is found and made anew; where it
+  cannot be written, the rows stay in memory
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import sentencepiece
+import tokenizers
+from tqdm import tqdm
+
+from models.common import say
+from models.forked import map_in_processes, num_cores
+from models.record_files import Items, Lines, chunks_of
+from models.records import IGNORE_INDEX, Encoder, EncodingCounts, Flat
+from models.tokenizer import Tokenizer
+
+BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
+
+
+class Store(NamedTuple):
+    """Where the arrays of big files are kept, None for nowhere, and how many processes make them, None for one on each
+    core."""
+
+    folder: Path | None = None
+    num_workers: int | None = None
+
+
+IN_MEMORY = Store()
+
+
+def default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gpt-accelera"
+
+
+class Columns(NamedTuple):
+    """Rows end to end."""
+
+    ids: np.ndarray  # int32 [tokens]
+    marks: np.ndarray  # bool [tokens], whether a token is learnt, or scored
+    lengths: np.ndarray  # int32 [sequences]
+    prompt_lengths: np.ndarray  # int32 [rows]
+    num_values: np.ndarray  # int32 [rows]
+    values: np.ndarray  # float64 [values]
+
+
+DTYPES = Columns(*map(np.dtype, (np.int32, bool, np.int32, np.int32, np.int32, np.float64)))
+
+
+class Rows(Sequence):
+    """The rows of a file, of a `kind` with flat() and from_flat(): Example, or Pair or Scored of models/reward.py.
+
+    lengths: int32 [rows, token sequences of a row]. reference: for pairs, what a frozen model gives for the two
+    completions, float32 [rows, 2], once it is known.
+    """
+
+    def __init__(self, kind: type, num_sequences: int, columns: Columns):
+        self.kind, self.columns = kind, columns
+        self.lengths = columns.lengths.reshape(-1, num_sequences)
+        self.reference: np.ndarray | None = None
+        self._starts = np.concatenate(([0], np.cumsum(columns.lengths, dtype=np.int64)))
+        self._first_values = np.concatenate(([0], np.cumsum(columns.num_values, dtype=np.int64)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int | slice):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]  # IndexError, and from the end
+        first, sequences = i * self.lengths.shape[1], []
+        for start, end in zip(self._starts[first:], self._starts[first + 1 :][: self.lengths.shape[1]]):
+            ids = self.columns.ids[start:end]
+            sequences.append((ids, np.where(self.columns.marks[start:end], ids, IGNORE_INDEX)))
+        values = self.columns.values[self._first_values[i] : self._first_values[i + 1]].tolist()
+        row = self.kind.from_flat(Flat(sequences, int(self.columns.prompt_lengths[i]), values))
+        if self.reference is not None:
+            row.reference = tuple(self.reference[i].tolist())
+        return row
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Number of tokens that are predicted and learnt: a sequence's first is not predicted."""
+        first = self._starts[:-1][self.columns.lengths > 0]
+        return int(np.count_nonzero(self.columns.marks)) - int(np.count_nonzero(self.columns.marks[first]))
+
+
+# -------------------------------------------------------------------------------------- encoding
+
+
+def encode_file(
+    path: Path, kind: type, num_sequences: int, encoder: Encoder, tokenizer: Tokenizer, what: str, store: Store
+) -> tuple[Rows, EncodingCounts]:
+    """(the rows that the encoder makes of a file, what happened). num_sequences: of a row; what: names the encoding
+    beside its code. Raises FileNotFoundError, or ValueError that names the first line that cannot be used."""
+    size, found = path.stat().st_size if path.is_file() else 0, None
+    if store.folder is not None and size >= BIG_FILE:
+        folder = store.folder / _digest(path, encoder, tokenizer, what)
+        try:
+            found = _read(folder) or _read_or_make(folder, path, encoder, store.num_workers or num_cores())
+        except _NotKept as error:
+            say(f"--data_cache {store.folder}: {error}; {path} is tokenised in the memory of each process")
+    if found is None:
+        found = _Memory()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of them does it
+        found.take(_blocks(path, encoder, store.num_workers or max(1, num_cores() // ranks)))
+    return Rows(kind, num_sequences, found.columns), found.counts
+
+
+def flatten(rows: Iterable) -> Columns:
+    ids, labels, lengths, prompt_lengths, num_values = (array("i") for _ in range(5))
+    values = array("d")
+    for row in rows:
+        flat = row.flat()
+        for sequence, sequence_labels in flat.sequences:
+            ids.extend(sequence)
+            labels.extend(sequence_labels)
+            lengths.append(len(sequence))
+        prompt_lengths.append(flat.prompt_length)
+        num_values.append(len(flat.values))
+        values.extend(flat.values)
+    ids, labels = np.asarray(ids), np.asarray(labels)
+    marks = labels != IGNORE_INDEX
+    assert np.array_equal(labels[marks], ids[marks])
+    return Columns(ids, marks, *map(np.asarray, (lengths, prompt_lengths, num_values, values)))
+
+
+class _Block(NamedTuple):
+    """What becomes of a part of a file."""
+
+    columns: Columns
+    counts: EncodingCounts
+    size: int  # bytes of the file
+    num_records: int
+
+
+def _encode_chunk(encoder: Encoder, chunk: Lines | Items) -> _Block:
+    rows, counts, num_records = [], EncodingCounts(), 0
+    for record in chunk.records():
+        num_records += 1
+        row, happened = encoder.row_of(record)
+        if row is not None:
+            happened = happened._replace(nothing_to_learn=int(row.nothing_to_learn))
+            rows.append(row)
+        counts = counts.plus(happened) if happened else counts
+    return _Block(flatten(rows), counts, chunk.size, num_records)
+
+
+def _blocks(path: Path, encoder: Encoder, num_workers: int) -> Iterator[_Block]:
+    """A file's parts in their order, with a progress bar; a node's first process may be any of its ranks."""
+    size = path.stat().st_size if path.is_file() else 0
+    shown = os.environ.get("GROUP_RANK", "0") == "0"
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "leave": False, "disable": not shown}
+    empty, num_workers = True, num_workers if size >= BIG_FILE else 1
+    with tqdm(total=size, desc="tokenising", **options) as bar:
+        encode = lambda chunk: _encode_chunk(encoder, chunk)  # noqa: E731 (a forked process need not pickle it)
+        for block in map_in_processes(encode, chunks_of(path), num_workers):
+            empty = empty and not block.num_records
+            bar.update(block.size)
+            yield block
+    if empty:
+        raise ValueError(f"{path}: holds no records")
+
+
+class _Memory:
+    """Rows in this process's memory."""
+
+    columns: Columns
+    counts: EncodingCounts
+
+    def take(self, blocks: Iterator[_Block]) -> None:
+        parts, self.counts = [], EncodingCounts()
+        for block in blocks:
+            parts.append(block.columns)
+            self.counts = self.counts.plus(block.counts)
+        self.columns = Columns(*map(np.concatenate, zip(*parts)))
+
+
+# ----------------------------------------------------------------------------------------- the cache
+
+
+class _NotKept(Exception):
+    """The cache cannot be written."""
+
+
+class _Kept(NamedTuple):
+    columns: Columns
+    counts: EncodingCounts
+
+
+def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> str:
+    """Of all that the rows of a file depend on."""
+    function = getattr(encoder.encode, "func", encoder.encode)
+    code = [*_CODE, Path(sys.modules[function.__module__].__file__)]
+    template = tokenizer.chat_template
+    depends_on = {
+        "data": _file_digest(path),
+        "tokenizer": {file.name: _file_digest(file) for file in tokenizer.files()},
+        "today": str(tokenizer.today) if template is not None and "strftime_now" in template.source else None,
+        "limits": encoder.limits,
+        "what": what,
+        "code": [_file_digest(file) for file in code],
+        "packages": [package.__version__ for package in (jinja2, np, sentencepiece, tokenizers)],
+    }
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:40]
+
+
+_ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "records", "reward", "rows", "tokenizer")
+_CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) -> _Kept | None:
+    """Another process may make it meanwhile: then this one waits."""
+    with _alone(folder):
+        found = _read(folder)
+        if found is None:
+            _write(folder, path, _blocks(path, encoder, num_workers))
+            found = _read(folder)
+        return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which goes with this process; where the file system has none, nothing."""
+    with _keeping():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f".{folder.name}.lock"), "a")  # noqa: SIM115
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process, which is tokenising the same file")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # then each process makes it, and one's stays
+            pass
+        yield
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _NotKept(f"{error.strerror or error}") from None
+
+
+def _write(folder: Path, path: Path, blocks: Iterator[_Block]) -> None:
+    """Writes the arrays as they come, and at last rows.json, which says what they are."""
+    staging = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    for left in folder.parent.glob(f".{folder.name}.*.*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    counts, checksums, sizes = EncodingCounts(), [0] * len(Columns._fields), [0] * len(Columns._fields)
+    try:
+        with _keeping():
+            staging.mkdir()
+            files = [open(staging / name, "wb") for name in Columns._fields]  # noqa: SIM115
+        for block in blocks:
+            counts = counts.plus(block.counts)
+            for i, (file, values) in enumerate(zip(files, block.columns)):
+                with _keeping():
+                    file.write(values.data)
+                checksums[i], sizes[i] = zlib.crc32(values.data, checksums[i]), sizes[i] + values.nbytes
+        with _keeping():
+            for file in files:
+                file.close()
+            about = {"file": str(path), "counts": counts, "sizes": sizes, "checksums": checksums}
+            (staging / "rows.json").write_text(json.dumps({**about, "checksum": _checksum(about)}))
+            if folder.exists():  # damaged
+                shutil.rmtree(folder)
+            os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _checksum(about: dict) -> int:
+    return zlib.crc32(json.dumps(about).encode())
+
+
+def _read(folder: Path) -> _Kept | None:
+    """None if it is not there, or is damaged, which is said."""
+    if not folder.is_dir():
+        return None
+    try:
+        about = json.loads((folder / "rows.json").read_text())
+        checksum = about.pop("checksum")
+        whole = checksum == _checksum(about)
+        columns = []
+        for name, dtype, size in zip(Columns._fields, DTYPES, about["sizes"]):
+            whole = whole and (folder / name).stat().st_size == size
+            columns.append(np.memmap(folder / name, dtype, "r") if size else np.empty(0, dtype))
+        whole = whole and about["checksums"] == [zlib.crc32(values.data) for values in columns]
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        say(f"{folder}: damaged; the rows are made anew")
+        return None
+    return _Kept(Columns(*columns), EncodingCounts(*about["counts"]))

@@ -1,0 +1,64 @@
+"""inference/prompts.py: a large file's prompts, read when a slot is free. The oracle is a run that tokenises first."""
+
+import pytest
+
+from inference import prompts
+from models import record_files
+from tests import tiny
+from tests.inference.test_generate import generate, keys
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every file counts as large, has several parts, and only its two longest prompts are tokenised first."""
+    monkeypatch.setattr(prompts, "BIG_FILE", 1)
+    monkeypatch.setattr(prompts, "NUM_LONGEST", 2)
+    monkeypatch.setattr(record_files, "CHUNK_BYTES", 400)
+
+
+def ragged(count):
+    """The longest in bytes are not the longest in tokens: one piece, and one byte, for each token."""
+    return [{"prompt": "answer " * 9 if i % 5 == 0 else "#" * (3 + i % 40), "output": i} for i in range(count)]
+
+
+def run(folder, tmp_path, name, *flags, records=None):
+    path = tiny.write_records(tmp_path / "p.jsonl", records or ragged(50))
+    out = tmp_path / name
+    result = generate(folder, "--prompt_file", path, "--output_file", out, "--num_samples", 2, *flags)
+    return result, sorted(map(str, tiny.read_lines(out))) if out.exists() else None
+
+
+@pytest.mark.parametrize("overlong", ["refuse", "skip", "truncate"])
+def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, monkeypatch):
+    """Catches prompts that are lost, answered twice or numbered otherwise where they are read one by one, another
+    sample from slots that had to grow, skipped and truncated ones uncounted, and a resume that draws anew."""
+    flags = ["--overlong", overlong] + ([] if overlong == "refuse" else ["--max_seq_len", 40])
+    result, lines = run(folder, tmp_path, "large", *flags)
+    assert result.code == 0, result
+    begun = (tmp_path / "large").read_bytes().splitlines(keepends=True)
+    (tmp_path / "large").write_bytes(b"".join(begun[:31]) + begun[31][:9])
+    resumed, after = run(folder, tmp_path, "large", *flags, "--resume")
+    assert resumed.code == 0 and "31 done before" in resumed.stdout and after == lines
+    monkeypatch.undo()
+    small, wanted = run(folder, tmp_path, "small", *flags)
+    assert small.code == 0 and lines == wanted and len(set(keys(tiny.read_lines(tmp_path / "large")))) == len(lines)
+    for part in ("prompts skipped as too long", "prompts truncated", "kept as reference_output"):
+        count = [line for line in small.stdout.splitlines() if part in line]
+        assert bool(count) == (part in result.stdout), part
+    wanted_note = {"refuse": "kept as", "skip": "skipped as too long", "truncate": "truncated"}[overlong]
+    assert wanted_note in result.stdout
+
+
+def test_what_is_wrong_is_found_first_or_in_its_turn(folder, tmp_path, large):
+    """Catches output begun before a broken line far behind is noticed, and a prompt without room that is left out
+    without a word, or takes the finished lines with it."""
+    records = ragged(50)
+    records[47] = {"prompt": 5}
+    result, lines = run(folder, tmp_path, "a", records=records)
+    tiny.assert_refused(result, "p.jsonl:48: ", "prompt must be text")
+    assert lines is None
+    result, lines = run(folder, tmp_path, "b", "--max_seq_len", 39, "--batch_size", 1)
+    assert result.code == 2 and lines
+    assert "p.jsonl:35: the prompt has 39 tokens, which leaves no room in 39;" in result.stderr.splitlines()[-1]
+    result, after = run(folder, tmp_path, "b", "--max_seq_len", 39, "--overlong", "skip", "--resume")
+    assert result.code == 0 and set(lines) < set(after)

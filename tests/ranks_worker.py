@@ -7,6 +7,7 @@ GPUs. Others:
 ["refused", *job] prints the ValueError that a job ends with;
 ["elsewhere", FOLDER, *job] runs it on each rank in a folder of its own there, as if that were a node's disk;
 ["stopped", RANK, STEP, *job] sends SIGTERM to one rank while it takes that step;
+["broken off", RANK, LOOK, *job] sends it to one rank at a look of its engine;
 ["traced", *job] runs what torch.compile traces as it is: to write and compile the code of its graphs takes a minute;
 ["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step;
 ["sampling"] holds sampling from parts of the vocabulary against sampling from the whole;
@@ -40,7 +41,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from models.common import Runtime, Stopped, end_process, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
-from models.generation import SamplingParams, sample
+from models.generation import Engine, SamplingParams, sample
 from models.noise import column_hashes, noise_key
 from models.repetition import SeenTokens
 from models.tp import chunk_range
@@ -62,6 +63,8 @@ def run_job(name: str, *arguments: str) -> None:
         run_elsewhere(*arguments)
     elif name == "stopped":
         stop_one(*arguments)
+    elif name == "broken off":
+        break_off(*arguments)
     elif name == "traced":
         with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
             run_job(*arguments)
@@ -121,6 +124,18 @@ def stop_one(rank: str, step: str, *job: str) -> None:
         return real(*args)
 
     with mock.patch(f"{__name__}.clip_grad_norm", clip_and_stop), suppress(Stopped):
+        run_job(*job)
+
+
+def break_off(rank: str, look: str, *job: str) -> None:
+    looks, real = itertools.count(1), Engine._decode
+
+    def decode(*args):
+        if next(looks) == int(look) and dist.get_rank() == int(rank):
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with mock.patch.object(Engine, "_decode", decode), suppress(Stopped):
         run_job(*job)
 
 

@@ -89,11 +89,15 @@ def test_four_ranks(world):
 
 
 def test_two_ranks(world):
-    """Catches what a checkpoint of two ranks forgets: resumed from its first step the run ends at the same bits."""
+    """Catches what a checkpoint of two ranks forgets: resumed from its first step the run ends at the same bits; and
+    ranks that share a model and do not leave a rollout together, where one of them has had a signal."""
     jobs = [arguments(world, "tp-2", "--tensor_parallel_size", 2, "--save_steps", 1)]
     jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
     jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))
-    launch(2, jobs)
-    assert compare(world, "tp-2") < 1e-4
-    weights, wanted = (load_file(world / out / "model.safetensors") for out in ("resumed", "tp-2"))
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    broken = arguments(world, "broken", "--tensor_parallel_size", 2)
+    jobs += [["broken off", "1", "12", *broken], [*broken, "--resume"]]
+    assert "stopped by a signal before the first " in launch(2, jobs)
+    assert max(compare(world, out) for out in ("tp-2", "broken")) < 1e-4
+    for other in ("resumed", "broken"):
+        weights, wanted = (load_file(world / out / "model.safetensors") for out in (other, "tp-2"))
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)

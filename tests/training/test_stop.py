@@ -25,6 +25,7 @@ import os, signal, time
 def stop_here(where):
     if os.environ.get("STOP_IN") == where and not os.path.exists(os.environ["STOPPED"]):
         open(os.environ["STOPPED"], "w").close()
+        time.sleep(1)  # until all answers are drawn, and nothing is left but to wait for this one
         os.kill(int(os.environ["PID_OF_THE_RUN"]), signal.SIGTERM)
         time.sleep(1000)
 

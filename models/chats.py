@@ -122,9 +122,10 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
             raise ValueError("message 0 is the assistant's, so there is nothing it answers")
         start, end = finder.find(i)
         complete = _holds(text[start:end], chat.messages[i])
-        if i == last and (not complete or as_generated):
+        before = None
+        if i == last and (as_generated or not complete):
             before = finder.rendered(i, add_generation_prompt=True)
-        if i == last and (not complete or (as_generated and text[:start] != before)):
+        if before is not None and (not complete or text[:start] != before):
             spans = [span for span in spans if before.startswith(text[: span[1]])]
             opening = finder.rendered(i, add_generation_prompt=False)
             return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, cut, tokenizer)

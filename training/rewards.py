@@ -29,7 +29,8 @@ from models.common import Bounds, flag, is_main_rank, non_negative, positive, sa
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
 from models.model import Transformer
 from models.packing import own_share
-from models.records import Example, Split, encode_continuation, encode_generated, ids_at_the_end
+from models.parts import encode_continuation
+from models.records import Example, Split, encode_generated, ids_at_the_end
 from models.reward import (
     RewardKind,
     Scored,

@@ -25,7 +25,7 @@ from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request, SamplingArgs
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
-from models.tokenizer import StreamDecoder
+from models.streaming import StreamDecoder
 from models.tp import TensorParallelArgs
 
 HELP = (

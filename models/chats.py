@@ -11,6 +11,7 @@ learnt.
   generated, the generation prompt followed by the content as it stands; earlier turns are not learnt, which is counted
 """
 
+from functools import cache
 from typing import NamedTuple
 
 from models.chat_template import ChatTemplate, Rendering
@@ -113,7 +114,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     _check_rendered(chat, text, place, template)
     if place is not None and place.generated:
         return _marked_turns(chat, text, place)
-    finder, spans, cut = _TurnFinder(chat, template, text, place, tokenizer.end_tokens), [], 0
+    finder, spans, cut = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
     last = len(chat.messages) - 1
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
@@ -133,6 +134,14 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
             spans.append((start, end))
         cut += not complete
     return Turns(text, spans, cut)
+
+
+@cache
+def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The texts that end a turn: those known to, and any special token where there is none of them."""
+    known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
+    texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
+    return tuple([text for text in each if text.strip()] for each in texts)
 
 
 class _TurnFinder:

@@ -28,7 +28,8 @@ from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
 from models.noise import column_hashes, exponential_noise, noise_key
 from models.repetition import SeenTokens, penalised
-from models.tokenizer import StreamDecoder, Tokenizer
+from models.streaming import StreamDecoder
+from models.tokenizer import Tokenizer
 from models.tp import chunk_range, gather_ranks, size_of
 from models.vocab_parallel import gather_vocabulary, pad_vocabulary
 

@@ -159,9 +159,18 @@ def _keep_touching(file: int, owner: bytes, stop: threading.Event, what: str) ->
         with contextlib.suppress(OSError):  # a network's; the next time
             os.utime(file)
             now = os.pread(file, 4096, 0)
-            if now and now != owner:
+            if now and _process_of(now) != _process_of(owner):  # this process may begin anew before it lets go
                 print(f"{what}: another run has taken it over; this one ends", file=sys.stderr, flush=True)
                 os._exit(2)
+
+
+def _process_of(content: bytes) -> tuple:
+    """Who has written a lock file; what is no whole name is nobody's of ours."""
+    try:
+        owner = json.loads(content)
+        return owner["kernel"], owner["pid"]
+    except (ValueError, KeyError, TypeError):
+        return (content,)
 
 
 def _release(file: int, owner: bytes, stop: threading.Event, thread: threading.Thread, pid: int) -> None:

@@ -6,9 +6,8 @@
 """
 
 import os
-from collections.abc import Sequence
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from models.chat_template import ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
 from models.joins import Joins, splits_words
+from models.streaming import StreamDecoder
 
 # one process for each core serves better, and those are forked, which threads do not survive
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +34,6 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
 
 
 class Tokenizer:
@@ -142,52 +141,6 @@ class Tokenizer:
         """The token with which the chat template ends an assistant's turn, None if with none."""
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
         return next((i for i in self.encode(behind, add_special_tokens=False) if i in self.added_ids), None)
-
-    @cached_property
-    def end_tokens(self) -> tuple[list[str], list[str]]:
-        """The texts that end a turn: those known to, and any special token where there is none of them."""
-        known = [i for i in (self.end_of_turn_id, self.eos_token_id) if i is not None]
-        texts = [[self.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, self.special_ids)]
-        return tuple([text for text in each if text.strip()] for each in texts)
-
-
-class StreamDecoder:
-    """The text of an answer, token by token, with whole characters only.
-
-    push(token_id) returns the text that is certain by now, maybe ""; flush() what is left, of more_ids too. Together
-    they are tokenizer.decode_continuation(prompt_ids, all ids), for every decoder and at a constant cost.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
-        self._byte_ids = tokenizer.byte_ids
-        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        self._go_on_from(list(prompt_ids))
-
-    def _go_on_from(self, ids: list[int]) -> None:
-        """Keeps the end of what is shown, from a token on that begins a character and has some text."""
-        size = 4
-        while size < len(ids) and (not (text := self._decode(ids[-size:])).strip() or text[0] == NO_CHARACTER):
-            size *= 2
-        self._ids = ids[-size:]
-        self._shown = self._decode(self._ids)
-
-    def push(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
-        text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)
-        return "" if text.endswith(NO_CHARACTER) else self._show(text)
-
-    def flush(self, more_ids: Sequence[int] = ()) -> str:
-        self._ids.extend(more_ids)
-        return self._show(self._decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        # a prompt that was cut within a character ends in U+FFFD until these tokens complete it
-        begin = self._shown if text.startswith(self._shown) else self._shown.rstrip(NO_CHARACTER)
-        self._shown = text
-        if len(self._ids) > 16:
-            self._go_on_from(self._ids)
-        return text[len(begin) :]
 
 
 class _Fast:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from models.common import Stopwatch
 from models.generation import Engine
+from models.records import Example, Split
 from training.grpo_losses import all_alike, group_spread, soft_overlong_punishment
 from training.prompts import Prompt, prompt_numbers
 from training.rewards import Scorer, Scores, source_metrics
-from training.rollouts import Answer, as_rows, completion_metrics, draw
+from training.rollouts import Answer, TokenSums, as_rows, completion_metrics, draw
 
 
 class Sampled(NamedTuple):
@@ -50,6 +51,21 @@ def answers_to(prompts: list[Prompt], first: int, sample_idx: int, engine: Engin
     return Sampled(prompts, answers, mask, scores, rewards, seconds)
 
 
+class Groups(NamedTuple):
+    """What the steps of an update learn from, the same on all ranks."""
+
+    rows: list[Example]  # prompt and answer, with labels on the answer
+    mask: Tensor  # bool [A, R]: the tokens of the answers,
+    learnt: Tensor  # and those of them that are learnt
+    advantages: Tensor  # fp32 [A]
+    kl: float  # nats of a token, where it is in the reward
+    engine_logps: Tensor  # fp32 [A, R] each: what the sampler said,
+    logps: Tensor | None  # what the policy said before the update; None where the only step sees it by itself,
+    ref_logps: Tensor | None  # and the reference
+    drawn_logps: Tensor  # where that step puts what it saw
+    clipped: Tensor  # fp32 [2, A]: where the steps add the share of ratios clipped below and above
+
+
 def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Scorer) -> list[Sampled]:
     """Groups of answers to the prompts that follow the first num_done of the run, and as often as --max_resamples says
     to further prompts, in place of groups whose rewards are all equal (Yu et al. 2025, DAPO, arXiv 2503.14476, section
@@ -80,4 +96,29 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
         "num_resampled_groups": sum(len(part.rewards) for part in sampled[1:]) // num_generations,
         **source_metrics([part.scores for part in sampled]),
         **completion_metrics(lengths, [ended for part in sampled for ended in part.finished]),
+    }
+
+
+def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args, split: Split) -> dict[str, float]:
+    """What the steps of an update saw, under TRL's names, but for the KL of rloo. A collective."""
+    means = sums.means(split.dp)
+    logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
+    gaps = (logps - groups.engine_logps)[groups.mask].abs()
+    clipped = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
+    low, high = clipped[:, ~clipped[0].isnan()]  # NaN: an answer of which nothing is learnt
+    metrics = {
+        "entropy": means["entropy"],
+        "sampling/sampling_logp_difference/mean": gaps.mean().item(),
+        "sampling/sampling_logp_difference/max": gaps.max().item(),
+    }
+    if args.beta:
+        metrics["kl"] = groups.kl if args.kl_in_reward else means["kl"]
+    if args.loss_type == "cispo":
+        return metrics | {"cispo_clip_ratio": means["high"]}
+    return metrics | {
+        "clip_ratio/low_mean": means["low"],
+        "clip_ratio/low_min": low.min().item() if len(low) else 0.0,
+        "clip_ratio/high_mean": means["high"],
+        "clip_ratio/high_max": high.max().item() if len(high) else 0.0,
+        "clip_ratio/region_mean": means["low"] + means["high"],
     }

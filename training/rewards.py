@@ -41,7 +41,8 @@ from models.reward import (
     split_steps,
     step_scores,
 )
-from models.tokenizer import StreamDecoder, Tokenizer
+from models.streaming import StreamDecoder
+from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
 from training.prompts import Prompt
 from training.stop import Stop

@@ -17,7 +17,6 @@ Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300).
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,11 +36,11 @@ from models.fsdp import (
     split_batch,
 )
 from models.model import Transformer
-from models.records import Example, Split
+from models.records import Split
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen, refuse_idle
-from training.groups import Sampled, answers_to, group_metrics, sample_groups
+from training.groups import Groups, Sampled, answers_to, group_metrics, sample_groups, step_metrics
 from training.grpo_losses import (
     GrpoLossArgs,
     all_alike,
@@ -182,21 +181,6 @@ def main(args: GrpoArgs) -> None:
 # ------------------------------------------------------------------------------------------ an update
 
 
-class Groups(NamedTuple):
-    """What the steps of an update learn from, the same on all ranks."""
-
-    rows: list[Example]  # prompt and answer, with labels on the answer
-    mask: Tensor  # bool [A, R]: the tokens of the answers,
-    learnt: Tensor  # and those of them that are learnt
-    advantages: Tensor  # fp32 [A]
-    kl: float  # nats of a token, where it is in the reward
-    engine_logps: Tensor  # fp32 [A, R] each: what the sampler said,
-    logps: Tensor | None  # what the policy said before the update; None where the only step sees it by itself,
-    ref_logps: Tensor | None  # and the reference
-    drawn_logps: Tensor  # where that step puts what it saw
-    clipped: Tensor  # fp32 [2, A]: where the steps add the share of ratios clipped below and above
-
-
 def groups_of(
     sampled: list[Sampled], policy: Transformer, reference: Transformer | None, args: GrpoArgs, split: Split
 ) -> Groups:
@@ -252,34 +236,6 @@ def backward(
     return scale.gradients, total
 
 
-# -------------------------------------------------------------------------------------------- metrics
-
-
-def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs, split: Split) -> dict[str, float]:
-    """What the steps of an update saw, under TRL's names, but for the KL of rloo. A collective."""
-    means = sums.means(split.dp)
-    logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
-    gaps = (logps - groups.engine_logps)[groups.mask].abs()
-    clipped = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
-    low, high = clipped[:, ~clipped[0].isnan()]  # NaN: an answer of which nothing is learnt
-    metrics = {
-        "entropy": means["entropy"],
-        "sampling/sampling_logp_difference/mean": gaps.mean().item(),
-        "sampling/sampling_logp_difference/max": gaps.max().item(),
-    }
-    if args.beta:
-        metrics["kl"] = groups.kl if args.kl_in_reward else means["kl"]
-    if args.loss_type == "cispo":
-        return metrics | {"cispo_clip_ratio": means["high"]}
-    return metrics | {
-        "clip_ratio/low_mean": means["low"],
-        "clip_ratio/low_min": low.min().item() if len(low) else 0.0,
-        "clip_ratio/high_mean": means["high"],
-        "clip_ratio/high_max": high.max().item() if len(high) else 0.0,
-        "clip_ratio/region_mean": means["low"] + means["high"],
-    }
-
-
 def check_flags(args: GrpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
     check_rl_flags(args)
@@ -287,13 +243,9 @@ def check_flags(args: GrpoArgs) -> None:
         raise ValueError(
             f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
         )
-    if not args.beta and args.stop_kl is not None:
-        raise ValueError(
-            f"--stop_kl {args.stop_kl}: with --beta 0 there is no reference to have a KL to; a --beta of 1e-6 loads "
-            "one and moves nothing"
-        )
     if not args.beta:
-        refuse_idle(args, "without a --beta", "ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl")
+        names = ("ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl", "stop_kl")
+        refuse_idle(args, "without a --beta (one of 1e-6 loads the reference and moves nothing)", *names)
     if args.loss_type == "rloo":
         names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
         refuse_idle(args, "for --loss_type rloo", *names)

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.chats import read_chat
 from models.parts import encode_continuation
-from models.tokenizer import StreamDecoder, Tokenizer
+from models.streaming import StreamDecoder
+from models.tokenizer import Tokenizer
 from tests.file_tokenizer import FileTokenizer
 
 LINES = [

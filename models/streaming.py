@@ -1,0 +1,45 @@
+"""The text of tokens that come one after the other."""
+
+from collections.abc import Sequence
+from functools import partial
+
+NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
+
+
+class StreamDecoder:
+    """The text of an answer, token by token, with whole characters only.
+
+    push(token_id) returns the text that is certain by now, maybe ""; flush() what is left, of more_ids too. Together
+    they are tokenizer.decode_continuation(prompt_ids, all ids), for every decoder and at a constant cost.
+    """
+
+    def __init__(self, tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
+        self._byte_ids = tokenizer.byte_ids
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        self._go_on_from(list(prompt_ids))
+
+    def _go_on_from(self, ids: list[int]) -> None:
+        """Keeps the end of what is shown, from a token on that begins a character and has some text."""
+        size = 4
+        while size < len(ids) and (not (text := self._decode(ids[-size:])).strip() or text[0] == NO_CHARACTER):
+            size *= 2
+        self._ids = ids[-size:]
+        self._shown = self._decode(self._ids)
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
+        text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)
+        return "" if text.endswith(NO_CHARACTER) else self._show(text)
+
+    def flush(self, more_ids: Sequence[int] = ()) -> str:
+        self._ids.extend(more_ids)
+        return self._show(self._decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        # a prompt that was cut within a character ends in U+FFFD until these tokens complete it
+        begin = self._shown if text.startswith(self._shown) else self._shown.rstrip(NO_CHARACTER)
+        self._shown = text
+        if len(self._ids) > 16:
+            self._go_on_from(self._ids)
+        return text[len(begin) :]

@@ -145,7 +145,7 @@ class Run:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
-        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done))
+        self.unfinished = read_unfinished(args.output_dir, done)
         self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)

@@ -268,7 +268,7 @@ def test_broken_weights(folder, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     edit_tensors(model, lambda t: t["model.norm.weight"].fill_(float("nan")))
     result = generate(model, "--prompt", "a")
-    assert result.code == 2 and result.stdout == "" and "prompt 0: the log-probability" in result.stderr
+    assert result.code == 2 and result.stdout == "" and "--prompt 1: the log-probability" in result.stderr
 
 
 def test_a_prompt_may_leave_room_for_less(folder):

@@ -60,5 +60,6 @@ def test_what_is_wrong_is_found_first_or_in_its_turn(folder, tmp_path, large):
     result, lines = run(folder, tmp_path, "b", "--max_seq_len", 39, "--batch_size", 1)
     assert result.code == 2 and lines
     assert "p.jsonl:35: the prompt has 39 tokens, which leaves no room in 39;" in result.stderr.splitlines()[-1]
-    result, after = run(folder, tmp_path, "b", "--max_seq_len", 39, "--overlong", "skip", "--resume")
+    more = ("--overlong", "skip", "--resume", "--accept_changed", "overlong")
+    result, after = run(folder, tmp_path, "b", "--max_seq_len", 39, *more)
     assert result.code == 0 and set(lines) < set(after)

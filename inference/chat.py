@@ -22,9 +22,10 @@ from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.generation import Engine, Request, SamplingArgs
+from models.generation import Engine, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
+from models.sampling import SamplingArgs
 from models.streaming import StreamDecoder
 from models.tp import TensorParallelArgs
 

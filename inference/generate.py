@@ -45,11 +45,12 @@ from models.common import (
 )
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
-from models.generation import Completion, Engine, Request, SamplingArgs
+from models.generation import Completion, Engine, Request
 from models.identity import AcceptArgs, begun_with
 from models.quantize import QuantizeArgs, choose_scheme
 from models.record_files import Record
 from models.records import stated_prompt
+from models.sampling import SamplingArgs
 from models.shared import check_shared
 from models.tp import TensorParallelArgs
 

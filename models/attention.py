@@ -17,12 +17,13 @@ from torch import Tensor
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each token sees itself and the earlier ones of its row. q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each token sees itself and the earlier ones of its row, or what the mask [T, S] lets it. q [B, T, H, D], k and v
+    [B, T, K, D], with a mask [B, S, K, D] -> [B, T, H, D].
 
     Right padding needs no mask: no real token ever sees it.
     """
-    return _sdpa(q, k, v, is_causal=True)
+    return _sdpa(q, k, v, is_causal=True) if mask is None else _sdpa(q, k, v, attn_mask=mask)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

@@ -1,4 +1,4 @@
-"""The inference copy of a Transformer and its KV cache: what the generation engine runs.
+"""The inference copy of a Transformer: what the generation engine runs, on a cache of models/paged_cache.py.
 
 - q/k/v and gate/up become one matrix product each; on the CPU every weight is reordered once for oneDNN's kernels,
   which makes a decode step of a small model 1.5 to 4 times faster than F.linear (one copy of the weights is kept, not
@@ -7,14 +7,10 @@
   32000 x 768 takes as long as half of a small model's int4 blocks
 - copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
   block at a time: nobody generates through FSDP, which would gather the model for every token
-- the cache is static, [slot, position, K, D] for each layer, and each sequence starts at index 0; prefill takes several
-  prompts packed end to end without padding, decode one token for every slot; attention reads what each row holds, or
-  where there is no kernel for that, what a bucket holds
 
-Dimensions: B slots, T query tokens, N packed tokens, S cache length, H query heads, K key/value heads, D head dim.
+Dimensions: V vocabulary, E hidden size, K inputs of a product.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from models.attention import Attend, has_varlen, packed_attention, varlen_kernel
 from models.checkpoint import load_model
 from models.common import Runtime
-from models.model import FUSIONS, Block, Linear, ModelConfig, RMSNorm, RowLinear, Transformer
+from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
 from models.tp import Parallel, leave_parallel, local, size_of
@@ -271,109 +266,3 @@ def refresh(copy: Transformer, source: Transformer) -> None:
         copy.embed_tokens.weight.copy_(local(source.embed_tokens.weight))
         copy.norm.weight.copy_(local(source.norm.weight))
         copy.lm_head.refresh([source.lm_head])
-
-
-class LayerCache(nn.Module):
-    """Keys and values of one layer, [B, S, K, D] each. A buffer for each layer, written by plain index assignment, is
-    what torch.compile can update in place; slices of one buffer for all layers might be copied whole."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        # zeros, because a masked position still enters the sum with weight 0, and 0 * NaN is NaN
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-
-
-def has_row_lengths(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether this device has attention over a cache whose rows each have their own length."""
-    if torch.version.hip or not has_varlen(device, dtype, head_dim):
-        return False
-    return "seqused_k" in inspect.signature(varlen_kernel()).parameters
-
-
-class KVCache(nn.Module):
-    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens.
-
-    row_lengths: attention reads each row to its own end, so the step has one shape; else all read a bucket, masked. On
-    the CPU they are kept in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row;
-    without torch.compile the engine takes models.decode_cpu.CPUCache there.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        num_slots: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        tp: DeviceMesh | None = None,
-    ):
-        super().__init__()
-        self.dtype = torch.float32 if device.type == "cpu" else dtype
-        self.row_lengths = has_row_lengths(device, self.dtype, config.head_dim)
-        self.kernel = varlen_kernel() if self.row_lengths else None
-        shape = (num_slots, max_seq_len, config.num_key_value_heads // size_of(tp), config.head_dim)
-        self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
-        self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
-        starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
-        self.register_buffer("query_starts", starts, persistent=False)
-        self.register_buffer("key_starts", starts * max_seq_len, persistent=False)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one cached token takes, over all layers."""
-        return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
-
-    def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
-        """Attention for prompts packed end to end in one row of N = sum(lengths), each on its own; fills the slots."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self.layers[layer]
-            for slot, length, keys, values in zip(slots, lengths, k[0].split(lengths), v[0].split(lengths)):
-                cache.k[slot, :length], cache.v[slot, :length] = keys, values  # [length, K, D]
-            return packed_attention(layer, q, k, v, lengths, self.dtype)
-
-        return attend
-
-    def decode(self, positions: Tensor, length: int) -> Attend:
-        """Attention of one new token for each slot, written at positions [B]; reads the first `length` positions."""
-
-        def write(layer: int, k: Tensor, v: Tensor) -> LayerCache:
-            cache = self.layers[layer]
-            cache.k[self.slots, positions] = k[:, 0].to(self.dtype)
-            cache.v[self.slots, positions] = v[:, 0].to(self.dtype)
-            return cache
-
-        if self.row_lengths:
-            used = (positions + 1).int()
-
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache = write(layer, k, v)
-                rows = (q[:, 0].contiguous(), cache.k.flatten(0, 1), cache.v.flatten(0, 1))
-                # the kernel needs max_k for its grid only, so it does not change from step to step
-                limits = (self.query_starts, self.key_starts, 1, cache.k.shape[1])
-                return self.kernel(*rows, *limits, seqused_k=used, enable_gqa=q.shape[2] != k.shape[2])[:, None]
-
-            return attend
-
-        visible = torch.arange(length, device=positions.device) <= positions[:, None]  # [B, length]
-        bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))[:, None, None]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = write(layer, k, v)
-            keys, values = (t[:, :length].transpose(1, 2) for t in (cache.k, cache.v))
-            # the H / K query heads of one key head stand where query tokens would: no repetition of keys and values
-            B, _, H, D = q.shape
-            grouped = q.view(B, k.shape[2], -1, D).to(self.dtype)
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias)
-            return out.reshape(B, 1, H, D).to(q.dtype)
-
-        return attend
-
-    def copy_prefix(self, source: int, targets: list[int], length: int) -> None:
-        """Gives other slots the first `length` positions of slot `source`."""
-        for cache in self.layers:
-            for target in targets:
-                cache.k[target, :length] = cache.k[source, :length]
-                cache.v[target, :length] = cache.v[source, :length]

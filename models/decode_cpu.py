@@ -1,13 +1,12 @@
 """The decode step on a CPU, where a small model's products leave little time for anything else.
 
 - attention of one query token is two sums of cache rows, so it runs at the memory's speed as two embedding_bags: the
-  keys lie transposed in pages of 64 positions, and scores are rows of a page weighted by the query; values are rows
+  keys lie transposed in the cache's pages, and scores are rows of a page weighted by the query; values are rows
   weighted by the softmax. SDPA and batched products take 2.5 to 4 times as long
 - a row reads its own positions only: what lies behind them in a ragged batch points at rows that were just read
 - DecodeLayers is Transformer.forward for one token a row with as few operations as there are
 
-Dimensions: B slots, N prompt tokens, H query heads, K key/value heads, D head dim, S positions, P pages of a row, W
-positions of a page.
+Dimensions: B rows, H query heads, K key/value heads, D head dim, S positions, P pages.
 """
 
 import math
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import Attend, packed_attention
+from models.attention import Attend
 from models.model import Attention, ModelConfig, Transformer
+from models.paged_cache import Chunk, attend_chunks, places_of
+from models.pages import PAGE, pages_for
 from models.rope import rope_tables
 from models.tp import size_of
-
-W = 64
 
 
 def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
@@ -32,29 +31,37 @@ def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) ->
 
 
 class CPUCache(nn.Module):
-    """Keys and values of `num_slots` sequences of up to `max_seq_len` tokens; its methods are models.decode.KVCache's.
+    """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens; its methods are
+    models.paged_cache.PagedCache's.
 
     Keys are kept in fp32, since a bag's result has its table's dtype and scores are not to be rounded; values and the
     weights of their sum are in `dtype`.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_slots: int, max_seq_len: int, dtype: torch.dtype, tp: DeviceMesh | None = None
+        self,
+        config: ModelConfig,
+        *,
+        num_rows: int,
+        num_pages: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        tp: DeviceMesh | None = None,
     ):
         super().__init__()
-        B, H, K = num_slots, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
-        D, P = config.head_dim, -(-max_seq_len // W)
+        B, H, K = num_rows, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
+        D, P = config.head_dim, num_pages + 1  # page 0 is nobody's
         self.shape, self.dtype = (B, H, K, D), dtype
         # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(B, K, P, D, W) for _ in layers]
-        self.values = [torch.zeros(B, K, P * W, D, dtype=dtype) for _ in layers]
-        slot_heads, dims = torch.arange(B * K).view(B, K), torch.arange(D)
-        heads_read = slot_heads.repeat_interleave(H // K, dim=1)  # [B, H]
-        self.page_rows = ((heads_read * P * D)[:, :, None, None] + dims).int()
-        self.value_rows = (heads_read * P * W)[:, :, None].int()
-        self.first_places = (slot_heads[..., None] * P * D + dims) * W
-        self.first_values = slot_heads * P * W
+        self.keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
+        self.values = [torch.zeros(P, K, PAGE, D, dtype=dtype) for _ in layers]
+        self.table = torch.zeros(B, pages_for(max_seq_len), dtype=torch.int32)
+        heads, dims = torch.arange(K), torch.arange(D)
+        heads_read = heads.repeat_interleave(H // K)[:, None]  # [H, 1]
+        self.key_rows = (heads_read * D + dims)[:, None].int()  # [H, 1, D]
+        self.value_rows = (heads_read * PAGE).int()  # [H, 1]
+        self.first_places, self.first_values = (heads[:, None] * D + dims) * PAGE, heads * PAGE  # [K, D], [K]
         self.constants: dict[int, tuple[Tensor, ...]] = {}
 
     @property
@@ -62,34 +69,50 @@ class CPUCache(nn.Module):
         _, _, K, D = self.shape
         return len(self.keys) * K * D * (4 + self.dtype.itemsize)
 
-    def prefill(self, slots: list[int], lengths: list[int]) -> Attend:
+    def set_table(self, rows: list[list[int]]) -> None:
+        width = self.table.shape[1]
+        self.table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        for table in (*self.keys, *self.values):
+            table[targets] = table[sources]
+
+    def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer][pages], self.values[layer][pages]  # [n, K, D, PAGE], [n, K, PAGE, D]
+        return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+
+    def prefill(self, chunks: list[Chunk]) -> Attend:
+        pages, offsets = places_of(chunks, self.table.device)
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for slot, length, keys, values in zip(slots, lengths, k[0].split(lengths), v[0].split(lengths)):
-                self.values[layer][slot, :, :length] = values.transpose(0, 1)  # [K, length, D]
-                pages = -(-length // W)
-                padded = F.pad(keys, (0, 0, 0, 0, 0, pages * W - length)).unflatten(0, (pages, W))
-                self.keys[layer][slot, :, :pages] = padded.permute(2, 0, 3, 1)  # [K, P, D, W]
-            return packed_attention(layer, q, k, v, lengths, torch.float32)
+            self.keys[layer][pages, :, :, offsets] = k[0].float()
+            self.values[layer][pages, :, offsets] = v[0].to(self.dtype)
+            computed = (t.float() for t in (q, k, v))
+            return attend_chunks(*computed, chunks, self, layer).to(q.dtype)
 
         return attend
 
-    def decode(self, positions: Tensor, length: int) -> Attend:
-        (B, H, _, D), P = self.shape, -(-length // W)
+    def decode(self, positions: Tensor, most_pages: int) -> Attend:
+        (B, H, K, D), P = self.shape, most_pages
         places, pages, page_ends, value_ends, scale = self._constants(P)
-        bias = torch.zeros(B, 1, P * W).masked_fill_(places > positions[:, None, None], float("-inf"))
-        last = positions[:, None, None].int()
-        page_rows = (self.page_rows + pages.clamp(max=last // W)[..., None] * D).view(-1)
-        value_rows = (self.value_rows + places.clamp(max=last)).view(-1)
-        offsets = positions // W * (D * W) + positions % W
-        key_places = self.first_places + offsets[:, None, None]  # [B, K, D]
-        value_places = (self.first_values + positions[:, None]).view(-1)  # [B * K]
+        bias = torch.zeros(B, 1, P * PAGE).masked_fill_(places > positions[:, None, None], float("-inf"))
+        last = positions[:, None].int()
+        # what lies behind a row's end points at places that were just read
+        pages_read = self.table.gather(1, pages.clamp(max=last // PAGE).long())  # [B, P]
+        page_rows = (self.key_rows + (pages_read * (K * D))[:, None, :, None]).view(-1)  # of [B, H, P, D]
+        places = places.clamp(max=last)  # [B, P * PAGE]
+        starts = pages_read.repeat_interleave(PAGE, dim=1) * (K * PAGE)
+        value_rows = (self.value_rows + (starts + places % PAGE)[:, None]).view(-1)  # of [B, H, P * PAGE]
+        page = self.table.gather(1, (positions // PAGE)[:, None]).long()
+        key_places = self.first_places + (page * (K * D * PAGE) + positions[:, None] % PAGE)[..., None]  # [B, K, D]
+        value_places = (self.first_values + page * (K * PAGE) + positions[:, None] % PAGE).view(-1)  # [B * K]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer].view(-1, D)
             keys.put_(key_places, k.float())
             values.index_copy_(0, value_places, v.to(self.dtype).reshape(-1, D))
             weights = (q.float().view(B, H, 1, D) * scale).view(-1)
-            scores = weighted_rows(keys.view(-1, W), page_rows, page_ends, weights).view(B, H, P * W)
+            scores = weighted_rows(keys.view(-1, PAGE), page_rows, page_ends, weights).view(B, H, P * PAGE)
             weights = scores.add_(bias).softmax(dim=-1).to(self.dtype).view(-1)
             return weighted_rows(values, value_rows, value_ends, weights).view(B, 1, H, D)
 
@@ -99,18 +122,11 @@ class CPUCache(nn.Module):
         """What decode() needs that depends on the number of pages alone."""
         if P not in self.constants:
             B, H, _, D = self.shape
-            places, pages = (torch.arange(n, dtype=torch.int32) for n in (P * W, P))
+            places, pages = (torch.arange(n, dtype=torch.int32) for n in (P * PAGE, P))
             page_ends = torch.arange(0, B * H * P * D + 1, D, dtype=torch.int32)
-            value_ends = torch.arange(0, B * H * P * W + 1, P * W, dtype=torch.int32)
+            value_ends = torch.arange(0, B * H * P * PAGE + 1, P * PAGE, dtype=torch.int32)
             self.constants[P] = (places, pages, page_ends, value_ends, torch.full((P, 1), D**-0.5))
         return self.constants[P]
-
-    def copy_prefix(self, source: int, targets: list[int], length: int) -> None:
-        pages = -(-length // W)
-        for keys, values in zip(self.keys, self.values):
-            for target in targets:
-                keys[target, :, :pages] = keys[source, :, :pages]
-                values[target, :, :length] = values[source, :, :length]
 
 
 class DecodeLayers:

@@ -1,116 +1,39 @@
-"""The batched generation engine.
+"""The batched generation engine: continuous batching over a paged KV cache.
 
-- a fixed number of slots over one static KV cache; a finished slot takes the next prompt at once
-- ragged prompts: every row has its own position, nothing is left-padded
-- samples of one prompt share one prefill, and the vocabulary projection is computed for its last position only
-- sampling noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the
-  same samples whatever the number of slots, the order of the prompts, the ranks or a restart, and no two share noise
-- ranks that share a model draw from their parts of the vocabulary and agree on a winner, without gathering logits
+- ragged prompts: every row has its own position, nothing is left-padded; a finished row takes the next prompt at once
+- samples of one prompt share one prefill and its pages; a prompt that begins like an earlier one takes what is still
+  there of it; the vocabulary projection is computed for a prompt's last position only
+- prefill takes at most `prefill_tokens` tokens at a time and alternates with decode steps, so a long prompt holds up
+  nobody for long; when pages run out the youngest sample gives its own back, and is computed again later: the noise is
+  stateless (models/sampling.py), so its tokens stay the same
 - one decode step returns a token and its log-prob, [B] each; stopping is decided on the device, and the host looks
-  every `look_every` steps; attention length comes in buckets, so a compiled step (CUDA graphs) serves a whole run
+  every `look_every` steps; the step has one shape, so it is compiled (captured as a CUDA graph) once
 
-Dimensions: B slots, V vocabulary, P prompts prefilled together.
+Dimensions: B slots, the rows of a decode step, V vocabulary.
 """
 
-import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
-from models.decode import KVCache
+from models.decode import refresh
 from models.decode_cpu import CPUCache, DecodeLayers
 from models.model import Transformer
-from models.noise import column_hashes, exponential_noise, noise_key
-from models.repetition import SeenTokens, penalised
+from models.noise import column_hashes, noise_key
+from models.paged_cache import Chunk, PagedCache
+from models.pages import PAGE, PagePool, pages_for
+from models.repetition import SeenTokens
+from models.sampling import SamplingParams, sample
 from models.streaming import StreamDecoder
 from models.tokenizer import Tokenizer
-from models.tp import chunk_range, gather_ranks, size_of
-from models.vocab_parallel import gather_vocabulary, pad_vocabulary
 
-PREFILL_TOKENS = 8192  # most tokens of one packed prefill, unless a single prompt is longer
-CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopArgs:
-    """What ends an answer, beside the model's own stop tokens."""
-
-    stop: list[str] | None = flag(
-        None,
-        action="append",
-        type=with_newlines,
-        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingArgs(StopArgs):
-    """How an answer is drawn."""
-
-    max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
-    temperature: float = flag(1.0, bounds=non_negative, help="0 is greedy")
-    top_k: int = flag(0, bounds=non_negative, help="sample among the k likeliest tokens; 0 is off")
-    top_p: float = flag(
-        1.0, bounds=fraction, help="sample among the likeliest tokens of this total probability; 1 is off"
-    )
-    repetition_penalty: float = flag(
-        1.0,
-        bounds=positive,
-        help="divides the positive logits of tokens of the prompt and the answer so far, and multiplies their negative "
-        "ones, before the temperature; 1 is off",
-    )
-
-    def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
-        """What the engine needs of these flags. Raises ValueError for a --stop that could never be met."""
-        stop_ids, stop = stops_of(self.stop or (), tokenizer)
-        return SamplingParams(
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            seed,
-            tuple(dict.fromkeys((*eos_token_ids, *stop_ids))),
-            stop,
-            self.repetition_penalty,
-        )
-
-
-def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(ids of the texts that are special tokens, the other texts): decoded text has no special tokens to match."""
-    special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
-    for text in texts:
-        if not text:
-            raise ValueError("--stop must not be empty")
-        inside = next((name for name in special if name and name in text), None)
-        if inside is not None and text not in special:
-            raise ValueError(
-                f"--stop {text!r}: no text holds the special token {inside}; give it as a --stop of its own"
-            )
-    return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
-    top_p is kept, as in transformers; so is a token as likely as the last that a filter keeps. stop: strings that end
-    a completion; they are not part of it. repetition_penalty: see penalised; 1 is off."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if 0 < self.temperature < 1e-4:  # logits / temperature must stay finite
-            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
+PREFILL_TOKENS = 8192  # most tokens of one prefill
 
 
 @dataclass(frozen=True)
@@ -142,111 +65,34 @@ class Completion:
     stop_ids: list[int] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------- sampling
+class _Prompt(NamedTuple):
+    """A prompt that has been computed, which its samples go on from."""
+
+    ids: list[int]
+    pages: list[int]
+    logits: Tensor  # this rank's part of what follows it, [V']
 
 
-def sample(
-    logits: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    hashes: Tensor,
-    params: SamplingParams,
-    tp: DeviceMesh | None = None,
-    seen: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
-
-    logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
-    SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
-    softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
-    the other ranks' logits. A tie goes to the lowest id.
-    """
-    V, offset = len(hashes), 0
-    few = max(1, CPU_NOISE // V)
-    if logits.device.type == "cpu" and len(logits) > few and size_of(tp) == 1 and not torch.compiler.is_compiling():
-        parts = zip(*(t.split(few) for t in (logits, keys, positions)))
-        seen_parts = itertools.repeat(None) if seen is None else seen.split(few)
-        tokens, logprobs = zip(*(sample(*part, hashes, params, tp, s) for part, s in zip(parts, seen_parts)))
-        return torch.cat(tokens), torch.cat(logprobs)
-    logits = logits.float()
-    if size_of(tp) > 1:
-        offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
-        logits = pad_vocabulary(logits, V, tp, -torch.inf)
-        hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
-    scores, ids = logits if seen is None else penalised(logits, seen, params.repetition_penalty), None
-    if params.temperature:
-        kept = scores if params.temperature == 1 else scores / params.temperature
-        logits = kept if seen is None else logits / params.temperature
-        if params.top_k or params.top_p < 1:
-            kept, ids = _filter(kept, params, V, tp)
-        noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
-        scores = torch.sub(kept, noise.log_(), out=noise)
-    best, tokens = _largest(scores)
-    tokens = tokens if ids is None else ids.gather(-1, tokens)
-    if size_of(tp) == 1:  # on the CPU in half the time of logsumexp
-        return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
-    chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
-    # ids are exact in fp32 up to 2^24
-    candidates = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
-    best, tokens, chosen, normaliser = gather_ranks(candidates, tp).unbind(-1)  # [B, tp] each
-    winner = best.argmax(dim=-1, keepdim=True)
-    tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
-    normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
-    return tokens[:, 0], (chosen - normaliser)[:, 0]
-
-
-def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(the largest score of each row, the first index that has it), [B, 1] each. On the CPU a maximum with its index
-    takes ten times as long as one without, so it is taken of a 64th of the columns, where they divide."""
-    if scores.device.type != "cpu" or torch.compiler.is_compiling():
-        return scores.max(dim=-1, keepdim=True)
-    parts = scores.unflatten(-1, (math.gcd(scores.shape[-1], 64), -1))  # [B, parts, V' / parts]
-    part = parts.amax(dim=-1).argmax(dim=-1)
-    best, place = parts[torch.arange(len(part)), part].max(dim=-1, keepdim=True)
-    return best, part[:, None] * parts.shape[-1] + place
-
-
-def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
-    """(this rank's logits, -inf where a filter drops one; None); or only some of them, with all that the filters keep
-    among them, and their ids in rising order."""
-    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if params.top_k:
-        few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
-        top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
-        top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
-    else:  # top-p alone needs the order of the whole vocabulary
-        within = gather_vocabulary(logits, V, tp)
-        few, ids = within.topk(min(1024, V), dim=-1) if branching else within.sort(dim=-1, descending=True)
-        # on the CPU a sort takes as long as a small model's layers, and the mass is nearly always at the top
-        if branching and ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
-            few, ids = within.sort(dim=-1, descending=True)
-        top = few
-    threshold = top[:, -1:]
-    if params.top_p < 1:
-        probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
-        mass_before = probs.cumsum(dim=-1) - probs
-        mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
-        threshold = top.masked_fill(mass_before >= params.top_p, float("inf")).amin(dim=-1, keepdim=True)
-    # the noise of few tokens is cheaper than that of all; with top-p alone the few are those of all tp ranks
-    fewer = branching and few.shape[-1] < logits.shape[-1] and (params.top_k or size_of(tp) == 1)
-    if fewer and (few[:, -1:] < threshold).all():
-        ids, order = ids.sort(dim=-1)
-        few = few.gather(-1, order)
-        return few.masked_fill(few < threshold, float("-inf")), ids
-    return logits.masked_fill(logits < threshold, float("-inf")), None
-
-
-# ------------------------------------------------------------------------------------------ engine
-
-
-class _Running:
-    """A sample under way on the host's side: collects tokens and decides when it has ended."""
+class _Sequence:
+    """A sample under way on the host's side: collects tokens, decides when it has ended, and has pages."""
 
     def __init__(self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None):
-        self.completion = Completion(request)
+        self.request, self.completion = request, Completion(request)
         self.params, self.tokenizer = params, tokenizer
         self.decoder = StreamDecoder(tokenizer, request.prompt_ids) if params.stop else None
         self.streamed = ""
+        self.ids = list(request.prompt_ids)  # and what was drawn, what ended it included
+        self.slot, self.pages, self.num_cached = -1, [], 0  # its row; where its first num_cached tokens are
+        self.followers: list[_Sequence] = []  # samples of the same prompt that wait for its prefill
+
+    @property
+    def num_to_cache(self) -> int:
+        """Tokens that are in the cache before it can decode: the last that was drawn is what the next step reads."""
+        return max(len(self.request.prompt_ids), len(self.ids) - 1)
+
+    @property
+    def num_drawn(self) -> int:
+        return len(self.ids) - len(self.request.prompt_ids)
 
     def push(self, token: int, logprob: float) -> bool:
         """Takes a sampled token; True if it was the last."""
@@ -254,6 +100,7 @@ class _Running:
         if not math.isfinite(logprob):
             broken = "the weights are broken, or overflow in this dtype"
             raise ValueError(f"{done.request}: the log-probability of a token is {logprob}; {broken}")
+        self.ids.append(token)
         done.logprobs.append(logprob)
         if token in self.params.stop_token_ids:
             done.finish_reason, done.stop_ids = "stop", [token]
@@ -287,9 +134,10 @@ class _Running:
 class Engine(nn.Module):
     """Draws samples with the inference copy of a model (models.decode.to_inference).
 
-    num_slots: rows of every decode step. max_seq_len: most tokens of a prompt with its completion. look_every: decode
-    steps between two looks of the host, 1 where looking costs nothing. compile: torch.compile the decode step; with
-    CUDA graphs on a GPU. tokenizer: for texts and stop strings; without it completions hold ids only.
+    num_slots: rows of every decode step. max_seq_len: most tokens of a prompt with its completion. num_pages: of the
+    cache, PAGE tokens each; as many as all rows need at once. look_every: decode steps between two looks of the host, 1
+    where looking costs nothing. prefill_tokens: most tokens of one prefill. compile: torch.compile the decode step;
+    with CUDA graphs on a GPU. tokenizer: for texts and stop strings; without it completions hold ids only.
     """
 
     def __init__(
@@ -299,27 +147,33 @@ class Engine(nn.Module):
         *,
         num_slots: int,
         max_seq_len: int,
+        num_pages: int | None = None,
         tokenizer: Tokenizer | None = None,
         compile: bool = False,
         look_every: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
     ):
         super().__init__()
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.model, self.params, self.tokenizer, self.num_slots = model, params, tokenizer, num_slots
         device, config = model.embed_tokens.weight.device, model.config
-        self.device, self.compiled = device, compile
+        self.device, self.compiled, self.prefill_tokens = device, compile, prefill_tokens
         self.look_every = look_every or (1 if device.type == "cpu" else 8)
         self.cache_len = -(-max_seq_len // 8) * 8
-        shape = {"num_slots": num_slots, "max_seq_len": self.cache_len, "tp": model.parallel.tp}
-        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+        num_pages = num_pages or num_slots * pages_for(self.cache_len)
+        if num_pages < pages_for(self.cache_len):
+            raise ValueError(f"{num_pages} pages of {PAGE} tokens do not hold one sequence of {self.cache_len} tokens")
+        self.pool = PagePool(num_pages)
+        shape = {"num_rows": num_slots, "num_pages": num_pages, "max_seq_len": self.cache_len}
+        options = {"dtype": model.compute_dtype or model.embed_tokens.weight.dtype, "tp": model.parallel.tp}
         self.layers = None
         if device.type == "cpu" and not compile:
-            self.cache = CPUCache(config, dtype=dtype, **shape)
+            self.cache = CPUCache(config, **shape, **options)
             self.layers = DecodeLayers(model, num_slots, self.cache_len)
         else:
-            self.cache = KVCache(config, dtype=dtype, device=device, **shape)
-        # the state of the slots lives on the device, at fixed addresses
+            self.cache = PagedCache(config, device=device, **shape, **options)
+        # the state of the rows lives on the device, at fixed addresses
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_slots, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("active", torch.zeros(num_slots, dtype=torch.bool, device=device), persistent=False)
@@ -328,17 +182,20 @@ class Engine(nn.Module):
         self.register_buffer("stop_ids", stop_ids, persistent=False)
         penalty, tp = params.repetition_penalty, model.parallel.tp
         self.seen = None if penalty == 1 else SeenTokens(num_slots, config.vocab_size, device, tp)
-        self._step, self._compiled_lengths = self._decode_step, set()
+        self._step, self._is_warm = self._decode_step, not compile
         if compile:
-            # the limit counts the variants of all engines of a process together; 8 is one engine's buckets
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = {"mode": "reduce-overhead"} if device.type != "cpu" else {}
             self._step = torch.compile(self._decode_step, fullgraph=True, dynamic=False, **options)
         self.reset_stats()
 
     def reset_stats(self) -> None:
-        self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
+        self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = self.num_preempted = 0
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
+
+    def refresh(self, source: Transformer) -> None:
+        """Takes the weights of a model in training, see models.decode.refresh; what the cache holds is of the old."""
+        refresh(self.model, source)
+        self.pool.forget()
 
     @torch.no_grad()
     def generate(
@@ -350,49 +207,46 @@ class Engine(nn.Module):
         """Yields completions in the order of finishing. on_token is called for every sampled token, stop tokens too.
         should_stop is asked at each look of the host, in step on all tp ranks, and ends it before all are finished.
 
-        Requests are taken when there is a slot for them; equal prompts share a prefill when they follow one another.
+        Requests are taken when there is a row for them. Those with equal prompts share a prefill.
         """
-        waiting = map(self._checked, requests)
         if self.layers is not None:
             self.layers.take_weights()
-        self._resident: tuple[tuple[int, ...], int, Tensor] | None = None  # newest prompt, a slot with it, its logits
-        running: dict[int, _Running] = {}
-
-        def take(slot: int, token: int, logprob: float) -> Iterator[Completion]:
-            if on_token is not None:
-                on_token(running[slot].completion.request, token)
-            if running[slot].push(token, logprob):
-                yield running.pop(slot).completion
-
-        while not (should_stop is not None and should_stop()):
-            free = [slot for slot in range(self.num_slots) if slot not in running]
-            if placed := list(zip(free, waiting)):
-                running |= {slot: _Running(request, self.params, self.tokenizer) for slot, request in placed}
-                for (slot, _), token, logprob in zip(placed, *self._timed("prefill_seconds", self._admit, placed)):
-                    yield from take(slot, token, logprob)
-                continue  # a first token may have been the last
-            if not running:
+        sequences = (self._sequence(request) for request in requests)
+        self.waiting, self.filling, self.ready, self.running = deque(), deque(), [], {}
+        self.pool.release_all()  # what a call that was broken off has left
+        self.newest: _Prompt | None = None
+        self.active.zero_()
+        while self._admit(sequences) or self.running:
+            if should_stop is not None and should_stop():
                 return
-            in_use = [len(r.completion.request.prompt_ids) + len(r.completion.token_ids) for r in running.values()]
-            length = self._bucket(max(in_use) + self.look_every)
-            first = self.compiled and length not in self._compiled_lengths  # its time is mostly the compiler's
-            self._compiled_lengths.add(length)
-            counter = "compile_seconds" if first else "decode_seconds"
-            tokens, logprobs = self._timed(counter, self._decode, length)
-            for step, (row_tokens, row_logprobs) in enumerate(zip(tokens, logprobs)):
-                if not first:
-                    self.num_decoded += len(running)
-                    self.num_steps += 1
-                    self.cache_bytes_read += (sum(in_use) + step * len(in_use)) * self.cache.bytes_per_token
-                for slot in sorted(running):
-                    yield from take(slot, row_tokens[slot], row_logprobs[slot])
+            drawn = self._timed("prefill_seconds", self._prefill)
+            yield from self._take(drawn, on_token)
+            self._place([sequence for sequence, *_ in drawn])
+            if self.running:
+                for drawn in self._look():
+                    yield from self._take(drawn, on_token)
+        assert not self.waiting  # one alone always has room
+        self._remember(None)
 
-    def _checked(self, request: Request) -> Request:
+    def _sequence(self, request: Request) -> _Sequence:
         if not request.prompt_ids or request.max_new_tokens < 1:
             raise ValueError(f"{request}: needs at least one prompt token and one token to generate")
-        if len(request.prompt_ids) + request.max_new_tokens <= self.cache_len:
-            return request
-        raise ValueError(f"{request}: prompt and completion exceed max_seq_len")
+        if len(request.prompt_ids) + request.max_new_tokens > self.cache_len:
+            raise ValueError(f"{request}: prompt and completion exceed max_seq_len")
+        return _Sequence(request, self.params, self.tokenizer)
+
+    def _take(
+        self, drawn: list[tuple[_Sequence, int, float]], on_token: Callable[[Request, int], None] | None
+    ) -> Iterator[Completion]:
+        """Gives each sequence the token that was drawn for it, unless it has ended meanwhile."""
+        for sequence, token, logprob in drawn:
+            if sequence.completion.finish_reason:
+                continue
+            if on_token is not None:
+                on_token(sequence.request, token)
+            if sequence.push(token, logprob):
+                self._release(sequence)
+                yield sequence.completion
 
     def _timed(self, counter: str, function: Callable, *args):
         start = time.perf_counter()
@@ -400,35 +254,176 @@ class Engine(nn.Module):
         setattr(self, counter, getattr(self, counter) + time.perf_counter() - start)
         return result
 
-    def _admit(self, placed: list[tuple[int, Request]]) -> tuple[list[int], list[float]]:
-        """Prefills the slots with their prompts and draws the first token of each: (tokens, logprobs)."""
-        prompts = [tuple(request.prompt_ids) for _, request in placed]
-        slots_of: dict[tuple[int, ...], list[int]] = {}
-        for (slot, _), prompt in zip(placed, prompts):
-            slots_of.setdefault(prompt, []).append(slot)
-        logits_of: dict[tuple[int, ...], Tensor] = {}  # this rank's part of the logits [V]
-        if self._resident is not None and self._resident[0] in slots_of:
-            prompt, holder, logits = self._resident
-            self.cache.copy_prefix(holder, [slot for slot in slots_of.pop(prompt) if slot != holder], len(prompt))
-            logits_of[prompt] = logits
-        for group in _groups(slots_of, PREFILL_TOKENS):
-            logits_of.update(zip(group, self._prefill(group, [slots_of[prompt][0] for prompt in group])))
-        for prompt, (first, *others) in slots_of.items():
-            self.cache.copy_prefix(first, others, len(prompt))
+    # ------------------------------------------------------------------------------ rows and pages
 
-        self._resident = (prompts[-1], placed[-1][0], logits_of[prompts[-1]])
-        tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
-        slots, lengths = tensor([slot for slot, _ in placed]), tensor([len(prompt) for prompt in prompts])
-        keys = tensor([noise_key(self.params.seed, request.idx, request.sample_idx) for _, request in placed])
-        logits = torch.stack([logits_of[prompt] for prompt in prompts])
-        for slot, request in placed if self.seen is not None else ():
-            self.seen.begin(slot, request.prompt_ids)
-        tokens, logprobs = self._sample(logits, keys, lengths, slots)
-        remaining = tensor([request.max_new_tokens - 1 for _, request in placed])
-        self.tokens[slots], self.positions[slots], self.keys[slots] = tokens, lengths, keys
-        self.remaining[slots] = remaining
-        self.active[slots] = ~self._stops(tokens) & (remaining > 0)
-        return tokens.tolist(), logprobs.tolist()
+    def _admit(self, sequences: Iterator[_Sequence]) -> bool:
+        """Gives free rows and pages to those that wait, in their order; whether somebody is to be prefilled."""
+        begun = [each for leader in (*self.filling, *self.ready) for each in (leader, *leader.followers)]
+        taken = {*self.running, *(sequence.slot for sequence in begun)}
+        leaders = {tuple(s.request.prompt_ids): s for s in self.filling if not s.num_drawn}
+        for slot in (slot for slot in range(self.num_slots) if slot not in taken):
+            sequence = self.waiting.popleft() if self.waiting else next(sequences, None)
+            if sequence is None:
+                break
+            prompt_ids = sequence.request.prompt_ids
+            leader = None if sequence.num_drawn else leaders.get(tuple(prompt_ids))
+            is_newest = not sequence.num_drawn and self.newest is not None and self.newest.ids == prompt_ids
+            is_placed = self._find_pages(sequence, self.newest if is_newest else leader)
+            if is_newest and not is_placed and not self.ready:  # the newest prompt holds what it needs
+                self._remember(None)
+                is_newest, is_placed = False, self._find_pages(sequence, None)
+            if not is_placed:
+                self.waiting.appendleft(sequence)
+                break
+            sequence.slot = slot
+            if is_newest:
+                self.ready.append(sequence)
+            elif leader is not None:
+                leader.followers.append(sequence)
+            else:
+                self.filling.append(sequence)
+                leaders.setdefault(tuple(prompt_ids), sequence)
+        return bool(self.filling or self.ready)
+
+    def _find_pages(self, sequence: _Sequence, other: "_Sequence | _Prompt | None") -> bool:
+        """Pages for what it has and the next look: the full ones of another with the same prompt, or some that hold its
+        beginning, and new ones. Some are left for those that are running, so that nobody is turned out at once."""
+        ids = sequence.ids[: sequence.num_to_cache]
+        if other is not None:
+            found = other.pages[: len(ids) // PAGE]
+            self.pool.share(found)
+        else:
+            found = self.pool.find(ids)
+        count = pages_for(self._most(sequence)) - len(found)
+        if not self._has_room(count + len(self.running), may_forget=other is None or other is not self.newest):
+            self.pool.release(found)
+            return False
+        sequence.pages, sequence.num_cached = found + self.pool.take(count), len(found) * PAGE
+        return True
+
+    def _has_room(self, count: int, *, may_forget: bool = True) -> bool:
+        """Whether there are so many pages; the newest prompt's are given up for that, if nobody begins from it."""
+        if may_forget and count > self.pool.num_free and not self.ready:
+            self._remember(None)
+        return count <= self.pool.num_free
+
+    def _remember(self, prompt: _Prompt | None) -> None:
+        """Keeps the pages of a prompt for samples of it that come later, instead of another's."""
+        if prompt is not None:
+            self.pool.share(prompt.pages)
+        if self.newest is not None:
+            self.pool.release(self.newest.pages)
+        self.newest = prompt
+
+    def _most(self, sequence: _Sequence) -> int:
+        """Tokens that it may have in the cache after the next look."""
+        request = sequence.request
+        return min(sequence.num_to_cache + self.look_every, len(request.prompt_ids) + request.max_new_tokens)
+
+    def _release(self, sequence: _Sequence) -> None:
+        """Its row and its pages are free, and what is in them can be found."""
+        self.pool.publish(sequence.ids[: sequence.num_cached], sequence.pages)
+        for each in (sequence, *sequence.followers):
+            self.pool.release(each.pages)
+            each.pages, each.num_cached = [], 0
+        if self.running.get(sequence.slot) is sequence:
+            del self.running[sequence.slot]
+
+    def _make_room(self) -> None:
+        """Pages for the next look of all that run; where there are not enough, the youngest gives up its own."""
+        for sequence in list(self.running.values()):  # from the oldest to the youngest
+            count = pages_for(self._most(sequence)) - len(sequence.pages)
+            while self.running.get(sequence.slot) is sequence and not self._has_room(count):
+                youngest = self.filling.pop() if self.filling else next(reversed(self.running.values()))
+                self._release(youngest)
+                self.waiting.extendleft(reversed((youngest, *youngest.followers)))
+                youngest.followers = []
+                self.num_preempted += 1
+            if self.running.get(sequence.slot) is sequence and count > 0:
+                sequence.pages += self.pool.take(count)
+
+    def _place(self, sequences: list[_Sequence]) -> None:
+        """The rows of sequences that are ready to decode, on the device."""
+        sequences = [sequence for sequence in sequences if not sequence.completion.finish_reason]
+        if not sequences:
+            return
+        self.running |= {sequence.slot: sequence for sequence in sequences}
+        values = []
+        for s in sequences:
+            key = noise_key(self.params.seed, s.request.idx, s.request.sample_idx)
+            values.append((s.slot, s.ids[-1], s.num_cached, key, s.request.max_new_tokens - s.num_drawn))
+        slots, *columns = torch.tensor(values, device=self.device).unbind(1)
+        for buffer, column in zip((self.tokens, self.positions, self.keys, self.remaining), columns):
+            buffer[slots] = column
+        self.active[slots] = True
+
+    # ------------------------------------------------------------------------------------ prefill
+
+    def _prefill(self) -> list[tuple[_Sequence, int, float]]:
+        """Computes at most prefill_tokens tokens of those that have rows, and puts back into their rows those that had
+        given them up. (sequence, token, logprob) of the first tokens of those whose prompts are there."""
+        begun, self.ready = [(sequence, self.newest) for sequence in self.ready], []
+        chunks, ids, positions, done, last = [], [], [], [], []
+        while self.filling and len(ids) < self.prefill_tokens:
+            sequence = self.filling[0]
+            start = sequence.num_cached
+            end = min(sequence.num_to_cache, start + self.prefill_tokens - len(ids))
+            ids += sequence.ids[start:end]
+            positions += range(start, end)
+            chunks.append(Chunk(sequence.pages, start, end - start))
+            sequence.num_cached = end
+            if end == sequence.num_to_cache:
+                done.append(self.filling.popleft())
+                last.append(len(ids) - 1)
+        if chunks:
+            self.num_prompt_tokens += len(ids)
+            ids, positions = torch.tensor([ids, positions], device=self.device)
+            hidden = self.model(ids[None], positions[None], self.cache.prefill(chunks))[0]
+            begun += self._computed(hidden, done, last)
+        return self._first_tokens(begun) if begun else []
+
+    def _computed(self, hidden: Tensor, done: list[_Sequence], last: list[int]) -> list[tuple[_Sequence, _Prompt]]:
+        """What becomes of sequences that are in the cache: those that go on take their rows; the samples of the others,
+        with their prompts, are returned. hidden [N, E]; last: the places of the sequences' last tokens."""
+        for sequence in done:
+            self.pool.publish(sequence.ids[: sequence.num_cached], sequence.pages)
+        going_on = [sequence for sequence in done if sequence.num_drawn]
+        for sequence in going_on if self.seen is not None else ():
+            self.seen.begin(sequence.slot, sequence.ids)
+        self._place(going_on)
+        leaders = [(sequence, place) for sequence, place in zip(done, last) if not sequence.num_drawn]
+        if not leaders:
+            return []
+        logits = self.model.lm_head(hidden[torch.tensor([place for _, place in leaders], device=self.device)])
+        begun = []
+        for (leader, _), row in zip(leaders, logits):
+            prompt = _Prompt(leader.request.prompt_ids, leader.pages[: pages_for(leader.num_cached)], row)
+            begun += [(sequence, prompt) for sequence in (leader, *leader.followers)]
+            leader.followers = []
+        self._remember(prompt)
+        return begun
+
+    def _first_tokens(self, begun: list[tuple[_Sequence, _Prompt]]) -> list[tuple[_Sequence, int, float]]:
+        """The first token of each sequence; it gets a copy of the page that its prompt ends in, unless that is full, or
+        its own."""
+        copies = []
+        for sequence, prompt in begun:
+            full, rest = divmod(len(prompt.ids), PAGE)
+            if rest and sequence.pages[full] != prompt.pages[full]:
+                copies.append((prompt.pages[full], sequence.pages[full]))
+            sequence.num_cached = len(prompt.ids)
+            if self.seen is not None:
+                self.seen.begin(sequence.slot, sequence.ids)
+        if copies:
+            self.cache.copy_pages(*map(list, zip(*copies)))
+        values = []
+        for sequence, _ in begun:
+            request = sequence.request
+            key = noise_key(self.params.seed, request.idx, request.sample_idx)
+            values.append((key, len(request.prompt_ids), sequence.slot))
+        keys, lengths, slots = torch.tensor(values, device=self.device).unbind(1)
+        tokens, logprobs = self._sample(torch.stack([prompt.logits for _, prompt in begun]), keys, lengths, slots)
+        return [(sequence, *drawn) for (sequence, _), *drawn in zip(begun, tokens.tolist(), logprobs.tolist())]
 
     def _sample(
         self, logits: Tensor, keys: Tensor, positions: Tensor, slots: Tensor | None = None
@@ -442,36 +437,40 @@ class Engine(nn.Module):
         seen.add(tokens, slots)
         return tokens, logprobs
 
-    def _stops(self, tokens: Tensor) -> Tensor:
-        return (tokens[:, None] == self.stop_ids).any(dim=-1)
+    # ------------------------------------------------------------------------------------- decode
 
-    def _prefill(self, prompts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
-        """The logits that follow each prompt, [P, V], of which a tp rank has its part; the prompts run packed end to
-        end, and fill the slots' caches."""
-        lengths = [len(prompt) for prompt in prompts]
-        self.num_prompt_tokens += sum(lengths)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        hidden = self.model(ids[None], positions[None], self.cache.prefill(slots, lengths))[0]
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self.model.lm_head(hidden[last])
+    def _look(self) -> Iterator[list[tuple[_Sequence, int, float]]]:
+        """look_every decode steps; of each (sequence, token, logprob) of the rows that were running."""
+        self._make_room()
+        running = dict(sorted(self.running.items()))
+        lengths = [sequence.num_cached for sequence in running.values()]
+        counter = "decode_seconds" if self._is_warm else "compile_seconds"  # the first time is mostly the compiler's
+        tokens, logprobs = self._timed(counter, self._decode)
+        for step in range(self.look_every):
+            going = {slot: sequence for slot, sequence in running.items() if not sequence.completion.finish_reason}
+            if self._is_warm:
+                self.num_decoded += len(going)
+                self.num_steps += 1
+                self.cache_bytes_read += (sum(lengths) + (step + 1) * len(lengths)) * self.cache.bytes_per_token
+            for sequence in going.values():
+                sequence.num_cached += 1
+            yield [(sequence, tokens[step][slot], logprobs[step][slot]) for slot, sequence in going.items()]
+        self._is_warm = True
 
-    def _decode(self, length: int) -> tuple[list[list[int]], list[list[float]]]:
+    def _decode(self) -> tuple[list[list[int]], list[list[float]]]:
         """look_every decode steps: (tokens, logprobs), [look_every][B]; rows that have stopped repeat themselves."""
-        steps = (self._step(length) for _ in range(self.look_every))
+        rows = [self.running[slot].pages if slot in self.running else [] for slot in range(self.num_slots)]
+        self.cache.set_table(rows)
+        idle = torch.tensor([slot not in self.running for slot in range(self.num_slots)], device=self.device)
+        self.active.logical_and_(~idle)
+        self.positions.masked_fill_(idle, 0)
+        most_pages = None if self.compiled else max(map(len, rows))
+        steps = (self._step(most_pages) for _ in range(self.look_every))
         outputs = [[x.clone() if self.compiled else x for x in step] for step in steps]  # CUDA graphs write over theirs
         return tuple(torch.stack(part).tolist() for part in zip(*outputs))
 
-    def _bucket(self, length: int) -> int:
-        """The attention length for at least `length` positions: a compiled step must see few of them (torch.compile
-        stops at 8 variants), an eager one can follow closely; where each row has its own, it does not matter."""
-        if self.layers is None and self.cache.row_lengths:
-            return self.cache_len
-        step = 32 if not self.compiled else max(64, -(-self.cache_len // (7 * 64)) * 64)
-        return min(-(-length // step) * step, self.cache_len)
-
-    def _decode_step(self, length: int) -> tuple[Tensor, Tensor]:
-        attend = self.cache.decode(self.positions, length)
+    def _decode_step(self, most_pages: int | None) -> tuple[Tensor, Tensor]:
+        attend = self.cache.decode(self.positions, most_pages)
         if self.layers is None:
             hidden = self.model(self.tokens[:, None], self.positions[:, None], attend)[:, 0]
         else:
@@ -482,18 +481,6 @@ class Engine(nn.Module):
         self.tokens.copy_(torch.where(going, tokens, self.tokens))
         self.positions.add_(going)
         self.remaining.sub_(going.long())
-        self.active.copy_(going & ~self._stops(tokens) & (self.remaining > 0))
+        stops = (tokens[:, None] == self.stop_ids).any(dim=-1)
+        self.active.copy_(going & ~stops & (self.remaining > 0))
         return tokens, logprobs
-
-
-def _groups(prompts: Iterable[tuple[int, ...]], max_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive prompts in groups of at most max_tokens tokens; a longer prompt stands alone."""
-    group, size = [], 0
-    for prompt in prompts:
-        if group and size + len(prompt) > max_tokens:
-            yield group
-            group, size = [], 0
-        group.append(prompt)
-        size += len(prompt)
-    if group:
-        yield group

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.common import Runtime
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.generation import Engine, Request, SamplingParams
+from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import check_scheme, quantize_in_place, rounding_scheme
+from models.sampling import SamplingParams
 from models.tp import Parallel, tensor_parallel_part
 from scripts.benchmark_common import BenchmarkArgs, seconds_of
 

@@ -26,8 +26,9 @@ from models.checkpoint import hf_name
 from models.common import Runtime, card, dtype_name, say
 from models.decode import load_for_inference
 from models.export import save_folder
-from models.generation import Engine, Request, SamplingParams
+from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from scripts.benchmark_common import SIZES, BenchmarkArgs
 from scripts.benchmark_memory import training_memory

@@ -41,9 +41,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from models.common import Runtime, Stopped, end_process, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
-from models.generation import Engine, SamplingParams, sample
+from models.generation import Engine
 from models.noise import column_hashes, noise_key
 from models.repetition import SeenTokens
+from models.sampling import SamplingParams, sample
 from models.tp import chunk_range
 from tests.faults import planted
 from training import run_dir

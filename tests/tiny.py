@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import sentencepiece
 import torch
-import torch.nn.functional as F
 import transformers
 
 from models.common import run_main
@@ -165,18 +164,3 @@ def refused(call, where, complaint):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value).startswith(str(where)) and complaint in str(caught.value), caught.value
-
-
-def row_lengths_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, enable_gqa=False, seqused_k):
-    """What torch's varlen_attn, a CUDA kernel, says that it computes, for one query token a row: q [B, H, D], k and v
-    [total, K, D]; row i sees seqused_k[i] keys from cu_seq_k[i] on."""
-    assert max_q == 1 and cu_seq_q.tolist() == list(range(len(q) + 1)) and q.is_contiguous()
-    assert {t.dtype for t in (cu_seq_q, cu_seq_k, seqused_k)} == {torch.int32} and enable_gqa == (
-        q.shape[1] != k.shape[1]
-    )
-    out = torch.empty_like(q)
-    for i, (start, end, used) in enumerate(zip(cu_seq_k, cu_seq_k[1:], seqused_k)):
-        assert used <= end - start <= max_k and end <= len(k)
-        keys, values = (t[None, start : start + used].transpose(1, 2) for t in (k, v))
-        out[i] = F.scaled_dot_product_attention(q[None, i, :, None], keys, values, enable_gqa=enable_gqa)[0, :, 0]
-    return out

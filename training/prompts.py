@@ -7,7 +7,6 @@ from typing import NamedTuple
 from models.chats import Chat
 from models.checkpoint import Folder
 from models.common import Bounds, at_least_one, flag, non_negative
-from models.generation import StopArgs, stops_of
 from models.model import ModelConfig
 from models.records import (
     EncodingCounts,
@@ -20,6 +19,7 @@ from models.records import (
     require,
     tokenising,
 )
+from models.sampling import StopArgs, stops_of
 from models.tokenizer import Tokenizer
 from training.data import epoch_order
 from training.optim import constant_rate

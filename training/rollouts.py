@@ -17,7 +17,7 @@ from models.checkpoint import Folder
 from models.common import Runtime, on_main, visible
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
-from models.generation import Engine, Request, SamplingParams, stops_of
+from models.generation import Engine, Request
 from models.model import Transformer
 from models.packing import own_share
 from models.records import (
@@ -26,6 +26,7 @@ from models.records import (
     Split,
 )
 from models.reward import pass_at_k
+from models.sampling import SamplingParams, stops_of
 from models.tokenizer import Tokenizer
 from training.losses import kl_estimates, token_logps
 from training.prompts import Prompt, RolloutArgs

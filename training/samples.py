@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from models.checkpoint import Folder
 from models.common import Runtime, at_least_one, flag, non_negative, on_main, visible
-from models.decode import can_pack, copy_for_inference, refresh
-from models.generation import Completion, Engine, Request, SamplingParams
+from models.decode import can_pack, copy_for_inference
+from models.generation import Completion, Engine, Request
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from training.run_dir import Run, open_log, write_lines
 
@@ -81,9 +82,9 @@ class EvalSamples:
             Request(idx, 0, prompt.ids, min(args.eval_max_new_tokens, context - len(prompt.ids)))
             for idx, prompt in enumerate(self.prompts)
         ]
-        self.copy = copy_for_inference(model, pack=can_pack(runtime))
+        copy = copy_for_inference(model, pack=can_pack(runtime))
         self.engine = Engine(
-            self.copy,
+            copy,
             SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),
             num_slots=min(MAX_SLOTS, len(self.prompts)),
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
@@ -100,7 +101,7 @@ class EvalSamples:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""
         if not self.prompts:
             return
-        refresh(self.copy, self.model)
+        self.engine.refresh(self.model)
         answers: list[Completion] = sorted(self.engine.generate(self.requests), key=lambda answer: answer.request.idx)
         if self.log is None:
             return

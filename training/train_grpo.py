@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from models.checkpoint import open_folder
 from models.common import Bounds, Stopwatch, at_least_one, card, choose_runtime, flag, non_negative, run_script, say
-from models.decode import refresh
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -159,7 +158,7 @@ def main(args: GrpoArgs) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 loss, num_steps = loss + step_loss, num_steps + 1
         seconds["update"] = watch.lap()
-        refresh(engine.model, policy)
+        engine.refresh(policy)
         seconds["refresh"] = watch.lap()
 
         trained.num_prompts += num_asked

@@ -41,7 +41,6 @@ from models.common import (
     run_script,
     say,
 )
-from models.decode import refresh
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -229,7 +228,7 @@ def main(args: PpoArgs) -> None:
                 value_optimizer.step()
                 value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
-        refresh(engine.model, policy)
+        engine.refresh(policy)
         seconds["refresh"] = watch.lap()
 
         trained.num_tokens += int(rollout.mask.sum())

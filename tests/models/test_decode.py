@@ -10,7 +10,6 @@ from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import (
     InferenceLinear,
-    KVCache,
     can_pack,
     copy_for_inference,
     load_for_inference,
@@ -20,7 +19,9 @@ from models.decode import (
 )
 from models.decode_cpu import CPUCache
 from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
-from models.generation import Engine, Request, SamplingParams
+from models.generation import Engine, Request
+from models.paged_cache import Chunk, PagedCache
+from models.sampling import SamplingParams
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -165,45 +166,50 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
         assert weight_bytes(model) == expected * size // 4
 
 
-@pytest.mark.parametrize("kind", ["buckets", "row lengths", "cpu"])
+def cache_of(config, kind: str, **shape) -> CPUCache | PagedCache:
+    return CPUCache(config, **shape) if kind == "cpu" else PagedCache(config, device=CPU, **shape)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cpu"])
 def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
-    """Catches a mask that is one off, rows or pages of the cache that are mixed up, and a read of the unused tail:
-    every place that must not be seen holds a huge value."""
+    """Catches a mask that is one off, rows or pages of the cache that are mixed up, a chunk that does not see what came
+    before it, and a read of the unused tail: every place that must not be seen holds a huge value."""
     config = load_model(folder).config
     num_heads, num_kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    shape = {"num_slots": 5, "max_seq_len": 200, "dtype": torch.float32}
-    cache = CPUCache(config, **shape) if kind == "cpu" else KVCache(config, device=CPU, **shape)
-    if kind == "row lengths":
-        cache.row_lengths, cache.kernel = True, tiny.row_lengths_attention
+    cache = cache_of(config, kind, num_rows=5, num_pages=12, max_seq_len=200, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    lengths, slots = [4, 1, 63, 64, 150], [2, 0, 1, 4, 3]  # around the end of a page
+    lengths, pages = [4, 1, 63, 64, 150], [[7], [2], [12], [3, 5], [4, 11, 1]]  # around the end of a page
     rows = {}
     for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
         rows[name] = [torch.randn(1, n + 1, heads, D, generator=generator) for n in lengths]
     for buffer in [*cache.keys, *cache.values] if kind == "cpu" else cache.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1e4)
-    packed = [torch.cat([t[:, :-1] for t in rows[name]], dim=1) for name in "qkv"]
     whole = [causal_attention(0, *(rows[name][i] for name in "qkv")) for i in range(5)]
-    prefilled = cache.prefill(slots, lengths)(1, *packed)
-    torch.testing.assert_close(prefilled, torch.cat([t[:, :-1] for t in whole], dim=1))
-    order = [slots.index(slot) for slot in range(5)]
+    for chunks in ([(0, 0, 4), (4, 0, 70)], [(4, 70, 80), (1, 0, 1), (2, 0, 63), (3, 0, 64)]):
+        attend = cache.prefill([Chunk(pages[i], start, length) for i, start, length in chunks])
+        packed = [torch.cat([rows[name][i][:, s : s + n] for i, s, n in chunks], dim=1) for name in "qkv"]
+        expected = torch.cat([whole[i][:, s : s + n] for i, s, n in chunks], dim=1)
+        torch.testing.assert_close(attend(1, *packed), expected)
+    order = [2, 0, 1, 4, 3]
+    cache.set_table([pages[i] for i in order])
     new = [torch.cat([rows[name][i][:, -1:] for i in order]) for name in "qkv"]
-    attend = cache.decode(torch.tensor([lengths[i] for i in order]), 160)
+    attend = cache.decode(torch.tensor([lengths[i] for i in order]), 3)
     torch.testing.assert_close(attend(1, *new), torch.cat([whole[i][:, -1:] for i in order]))
 
 
 def test_cpu_cache_in_bf16_keeps_its_scores(folder):
     """Catches scores that are rounded to bf16: of scores around 50 that is a fifth of a weight."""
     config = load_model(folder).config
-    cache = CPUCache(config, num_slots=2, max_seq_len=64, dtype=torch.bfloat16)
+    cache = CPUCache(config, num_rows=2, num_pages=2, max_seq_len=64, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (torch.randn(1, 40, h, config.head_dim, generator=generator).bfloat16() for h in heads)
     q *= 20
     expected = causal_attention(0, *(t.float() for t in (q, k, v)))[:, -1:]
-    cache.prefill([1], [39])(0, *(t[:, :-1] for t in (q, k, v)))
-    found = cache.decode(torch.tensor([0, 39]), 40)(0, *(t[:, -1:].expand(2, -1, -1, -1) for t in (q, k, v)))[1:]
+    cache.prefill([Chunk([2], 0, 39)])(0, *(t[:, :-1] for t in (q, k, v)))
+    cache.set_table([[], [2]])
+    found = cache.decode(torch.tensor([0, 39]), 1)(0, *(t[:, -1:].expand(2, -1, -1, -1) for t in (q, k, v)))[1:]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
 

@@ -18,11 +18,13 @@ from transformers.generation.logits_process import (
 
 from models.checkpoint import load_model
 from models.common import Runtime
-from models.decode import KVCache, load_for_inference, to_inference
-from models.generation import Engine, Request, SamplingParams, sample
+from models.decode import load_for_inference, to_inference
+from models.generation import Engine, Request
 from models.noise import column_hashes, exponential, exponential_noise, noise_key
+from models.paged_cache import PagedCache
 from models.qlinear import Scheme
 from models.repetition import SeenTokens
+from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from tests import tiny
 
@@ -143,17 +145,37 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
     assert engine.positions.max() < 128
 
 
-@pytest.mark.parametrize("row_lengths", [False, True])
-def test_the_path_of_gpus_gives_the_same(folder, hf_model, row_lengths):
-    """Catches, in what GPUs run without a graph, a bucket or a row's length that is one off; the kernel for row lengths
-    is played by what its documentation says."""
+def test_the_path_of_gpus_gives_the_same(folder, hf_model):
+    """Catches, in what GPUs run without a graph, a page, a place or a row's length that is one off."""
     requests = ragged_requests(12, num_samples=2)
     expected = {(r.idx, r.sample_idx): (hf_greedy(hf_model, r), "length") for r in requests}
     engine = make_engine(folder, num_slots=4, look_every=3)
-    shape = {"num_slots": 4, "max_seq_len": engine.cache_len, "dtype": torch.float32, "device": CPU}
-    engine.layers, engine.cache = None, KVCache(engine.model.config, **shape)
-    engine.cache.row_lengths, engine.cache.kernel = row_lengths, tiny.row_lengths_attention
+    shape = {"num_rows": 4, "num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
+    engine.layers, engine.cache = None, PagedCache(engine.model.config, **shape, dtype=torch.float32, device=CPU)
     assert outcome(engine, requests) == expected
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
+    """Catches a page that is given away while somebody reads it, or found for what it does not hold, a chunk that does
+    not see what came before, a sample that is not the same when it is computed again, and pages that are lost."""
+    generator = random.Random(0)
+    words = [[generator.randrange(3, 300) for _ in range(length)] for length in (64, 65, 100, 130, 190)]
+    words += [[*words[3][:128], 7, 8, 9], words[3][:70] + words[2], words[4][:64]]  # share their beginnings
+    requests = [Request(i % 8, i // 8, words[i % 8], 110 - 4 * (i % 8)) for i in range(24)]
+    engine = make_engine(folder, SamplingParams(1.0, stop_token_ids=(11,)), num_slots=6, max_seq_len=320, look_every=3)
+    wanted = outcome(engine, requests)
+    assert not engine.num_preempted
+    whole = engine.num_prompt_tokens
+    assert sum(map(len, words)) - 500 < whole < sum(map(len, words)) + 64 * 24
+    few = make_engine(folder, engine.params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
+    if on_gpu:
+        shape = {"num_rows": 6, "num_pages": 9, "max_seq_len": 320}
+        few.layers, few.cache = None, PagedCache(few.model.config, **shape, dtype=torch.float32, device=CPU)
+    assert outcome(few, requests) == wanted
+    assert few.num_preempted > 3
+    assert outcome(few, requests[::-1]) == wanted, "the second call"
+    assert not few.pool.num_used and few.pool.num_free == 9
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
@@ -502,12 +524,11 @@ def test_interleaved_prompts_share_within_one_admission(folder):
     assert shared == {(r.idx, 0): outcome(engine, [r])[r.idx, 0] for r in requests}
 
 
-def test_prefill_in_groups_equals_one(folder, monkeypatch):
+def test_prefill_in_groups_equals_one(folder):
     """Catches prompts that get lost or swapped when one admission needs several packed prefills."""
     requests = ragged_requests(16)
     expected = outcome(make_engine(folder, num_slots=16), requests)
-    monkeypatch.setattr("models.generation.PREFILL_TOKENS", 50)
-    assert outcome(make_engine(folder, num_slots=16), requests) == expected
+    assert outcome(make_engine(folder, num_slots=16, prefill_tokens=50), requests) == expected
 
 
 # ----------------------------------------------------------------------------------------------- stops

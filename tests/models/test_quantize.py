@@ -10,10 +10,11 @@ from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
 from models.decode import InferenceLinear, QuantizedHead, can_pack, has_byte_bags, load_for_inference, weight_bytes
 from models.export import save_folder
-from models.generation import Engine, Request, SamplingParams
+from models.generation import Engine, Request
 from models.model import ModelConfig, read_hf_config
 from models.qlinear import Quantized, QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme, choose_scheme, load_quantized, rounding_scheme
+from models.sampling import SamplingParams
 from tests import tiny
 from tests.inference.test_score import write_reward_model
 

@@ -12,9 +12,10 @@ import torch
 from models.common import Runtime
 from models.decode import can_pack, has_byte_bags
 from models.fsdp import ParallelArgs
-from models.generation import Engine, Request, SamplingParams
+from models.generation import Engine, Request
 from models.model import ModelConfig
 from models.qlinear import Scheme
+from models.sampling import SamplingParams
 from scripts import benchmark, benchmark_generate, benchmark_grpo
 from scripts.benchmark_common import SIZES, BenchmarkArgs
 from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory

@@ -1,0 +1,193 @@
+"""Sampling: its flags, and one token for each row of logits.
+
+- noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the same
+  samples whatever the number of rows, the order of the prompts, the ranks or a restart, and no two share noise
+- ranks that share a model draw from their parts of the vocabulary and agree on a winner, without gathering logits
+
+Dimensions: B rows, V vocabulary, V' a rank's part of it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
+from models.noise import exponential_noise
+from models.repetition import penalised
+from models.tokenizer import Tokenizer
+from models.tp import chunk_range, gather_ranks, size_of
+from models.vocab_parallel import gather_vocabulary, pad_vocabulary
+
+CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopArgs:
+    """What ends an answer, beside the model's own stop tokens."""
+
+    stop: list[str] | None = flag(
+        None,
+        action="append",
+        type=with_newlines,
+        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArgs(StopArgs):
+    """How an answer is drawn."""
+
+    max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
+    temperature: float = flag(1.0, bounds=non_negative, help="0 is greedy")
+    top_k: int = flag(0, bounds=non_negative, help="sample among the k likeliest tokens; 0 is off")
+    top_p: float = flag(
+        1.0, bounds=fraction, help="sample among the likeliest tokens of this total probability; 1 is off"
+    )
+    repetition_penalty: float = flag(
+        1.0,
+        bounds=positive,
+        help="divides the positive logits of tokens of the prompt and the answer so far, and multiplies their negative "
+        "ones, before the temperature; 1 is off",
+    )
+
+    def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
+        """What the engine needs of these flags. Raises ValueError for a --stop that could never be met."""
+        stop_ids, stop = stops_of(self.stop or (), tokenizer)
+        return SamplingParams(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            seed,
+            tuple(dict.fromkeys((*eos_token_ids, *stop_ids))),
+            stop,
+            self.repetition_penalty,
+        )
+
+
+def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(ids of the texts that are special tokens, the other texts): decoded text has no special tokens to match."""
+    special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
+    for text in texts:
+        if not text:
+            raise ValueError("--stop must not be empty")
+        inside = next((name for name in special if name and name in text), None)
+        if inside is not None and text not in special:
+            raise ValueError(
+                f"--stop {text!r}: no text holds the special token {inside}; give it as a --stop of its own"
+            )
+    return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
+    top_p is kept, as in transformers; so is a token as likely as the last that a filter keeps. stop: strings that end
+    a completion; they are not part of it. repetition_penalty: see penalised; 1 is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-4:  # logits / temperature must stay finite
+            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
+
+
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    hashes: Tensor,
+    params: SamplingParams,
+    tp: DeviceMesh | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
+
+    logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
+    SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
+    softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
+    the other ranks' logits. A tie goes to the lowest id.
+    """
+    V, offset = len(hashes), 0
+    few = max(1, CPU_NOISE // V)
+    if logits.device.type == "cpu" and len(logits) > few and size_of(tp) == 1 and not torch.compiler.is_compiling():
+        parts = zip(*(t.split(few) for t in (logits, keys, positions)))
+        seen_parts = itertools.repeat(None) if seen is None else seen.split(few)
+        tokens, logprobs = zip(*(sample(*part, hashes, params, tp, s) for part, s in zip(parts, seen_parts)))
+        return torch.cat(tokens), torch.cat(logprobs)
+    logits = logits.float()
+    if size_of(tp) > 1:
+        offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
+        logits = pad_vocabulary(logits, V, tp, -torch.inf)
+        hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
+    scores, ids = logits if seen is None else penalised(logits, seen, params.repetition_penalty), None
+    if params.temperature:
+        kept = scores if params.temperature == 1 else scores / params.temperature
+        logits = kept if seen is None else logits / params.temperature
+        if params.top_k or params.top_p < 1:
+            kept, ids = _filter(kept, params, V, tp)
+        noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
+        scores = torch.sub(kept, noise.log_(), out=noise)
+    best, tokens = _largest(scores)
+    tokens = tokens if ids is None else ids.gather(-1, tokens)
+    if size_of(tp) == 1:  # on the CPU in half the time of logsumexp
+        return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
+    chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
+    # ids are exact in fp32 up to 2^24
+    candidates = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)
+    best, tokens, chosen, normaliser = gather_ranks(candidates, tp).unbind(-1)  # [B, tp] each
+    winner = best.argmax(dim=-1, keepdim=True)
+    tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
+    normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
+    return tokens[:, 0], (chosen - normaliser)[:, 0]
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(the largest score of each row, the first index that has it), [B, 1] each. On the CPU a maximum with its index
+    takes ten times as long as one without, so it is taken of a 64th of the columns, where they divide."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return scores.max(dim=-1, keepdim=True)
+    parts = scores.unflatten(-1, (math.gcd(scores.shape[-1], 64), -1))  # [B, parts, V' / parts]
+    part = parts.amax(dim=-1).argmax(dim=-1)
+    best, place = parts[torch.arange(len(part)), part].max(dim=-1, keepdim=True)
+    return best, part[:, None] * parts.shape[-1] + place
+
+
+def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
+    """(this rank's logits, -inf where a filter drops one; None); or only some of them, with all that the filters keep
+    among them, and their ids in rising order."""
+    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if params.top_k:
+        few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
+        top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
+        top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
+    else:  # top-p alone needs the order of the whole vocabulary
+        within = gather_vocabulary(logits, V, tp)
+        few, ids = within.topk(min(1024, V), dim=-1) if branching else within.sort(dim=-1, descending=True)
+        # on the CPU a sort takes as long as a small model's layers, and the mass is nearly always at the top
+        if branching and ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
+            few, ids = within.sort(dim=-1, descending=True)
+        top = few
+    threshold = top[:, -1:]
+    if params.top_p < 1:
+        probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
+        mass_before = probs.cumsum(dim=-1) - probs
+        mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
+        threshold = top.masked_fill(mass_before >= params.top_p, float("inf")).amin(dim=-1, keepdim=True)
+    # the noise of few tokens is cheaper than that of all; with top-p alone the few are those of all tp ranks
+    fewer = branching and few.shape[-1] < logits.shape[-1] and (params.top_k or size_of(tp) == 1)
+    if fewer and (few[:, -1:] < threshold).all():
+        ids, order = ids.sort(dim=-1)
+        few = few.gather(-1, order)
+        return few.masked_fill(few < threshold, float("-inf")), ids
+    return logits.masked_fill(logits < threshold, float("-inf")), None

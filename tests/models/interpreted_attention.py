@@ -1,0 +1,52 @@
+"""Runs the kernel of models/triton_attention.py in Triton's interpreter, which must be on before Triton is imported, on
+each of CASES, and prints how far it is from SDPA."""
+
+import json
+
+import torch
+import torch.nn.functional as F
+
+from models.pages import PAGE, pages_for
+
+CASES = [  # lengths, query heads of a key head, key heads, head dim, splits, dtype
+    ([1, 63, 64, 65, 300], 1, 2, 64, 1, "float32"),
+    ([5000, 1, 257], 8, 1, 128, 8, "float32"),
+    ([77, 640], 4, 2, 80, 4, "float16"),
+    ([130, 2], 3, 1, 256, 2, "bfloat16"),
+    ([700, 64], 7, 1, 96, 64, "float32"),
+]
+
+
+def wanted(q, k, v, table, lengths):
+    """By SDPA in fp32, a row at a time: [B, H, D]."""
+    rows = []
+    for row, pages, length in zip(q, table, lengths.tolist()):
+        keys, values = (t[pages[: pages_for(length)]].flatten(0, 1)[:length].float().transpose(0, 1) for t in (k, v))
+        rows.append(F.scaled_dot_product_attention(row[:, None].float(), keys, values, enable_gqa=True)[:, 0])
+    return torch.stack(rows)
+
+
+def distance(lengths, G, K, D, splits, dtype) -> float:
+    """Over random pages; what is nobody's is NaN."""
+    from models.triton_attention import paged_decode
+
+    dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    B, M = len(lengths), pages_for(max(lengths)) + 1
+    num_pages = sum(map(pages_for, lengths))
+    k, v = (torch.full((num_pages + 1, PAGE, K, D), torch.nan) for _ in "kv")
+    table, order = torch.zeros(B, M, dtype=torch.int32), torch.randperm(num_pages, generator=generator) + 1
+    for row, length, own in zip(table, lengths, order.split([pages_for(n) for n in lengths])):
+        row[: len(own)] = own
+        for t in (k, v):
+            flat = torch.full((len(own) * PAGE, K, D), torch.nan)
+            flat[:length] = torch.randn(length, K, D, generator=generator)
+            t[own] = flat.unflatten(0, (-1, PAGE))
+    q = torch.randn(B, K * G, D, generator=generator)
+    q, k, v, lengths = q.to(dtype), k.to(dtype), v.to(dtype), torch.tensor(lengths, dtype=torch.int32)
+    found = paged_decode(q, k, v, table, lengths, splits, upcast=dtype == torch.bfloat16)
+    assert found.dtype == dtype
+    return (found.float() - wanted(q, k, v, table, lengths)).abs().max().item()
+
+
+if __name__ == "__main__":
+    print(json.dumps([distance(*case) for case in CASES]))

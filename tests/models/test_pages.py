@@ -1,0 +1,53 @@
+"""models/pages.py: which pages hold what."""
+
+import random
+
+import pytest
+
+from models.pages import PAGE, PagePool, pages_for
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pages_hold_what_they_are_found_for(seed):
+    """Catches a page found for other tokens than it holds (after its predecessor was given away, too), one that is
+    given away while it has a user, and pages that are lost or counted twice."""
+    generator = random.Random(seed)
+    pool, held, content = PagePool(40), [], {}
+    prompts = [[generator.randrange(3) for _ in range(n)] for n in (64, 65, 128, 130, 300)]
+    prompts += [prompts[4][:128] + [9] * 70, prompts[4][:200]]
+    num_found = 0
+    for _ in range(2000):
+        if held and generator.random() < 0.5:
+            pool.release(held.pop(generator.randrange(len(held))))
+            continue
+        ids = generator.choice(prompts)
+        found = pool.find(ids)
+        num_found += len(found)
+        assert len(found) * PAGE < len(ids)
+        assert all(content[page] == ids[: PAGE * (i + 1)] for i, page in enumerate(found))
+        count = pages_for(len(ids)) - len(found)
+        if pool.num_free < count:
+            pool.release(found)
+            continue
+        pages = found + pool.take(count)
+        content |= {page: ids[: PAGE * (i + 1)] for i, page in enumerate(pages)}
+        pool.publish(ids, pages)
+        held.append(pages)
+        users = {page for pages in held for page in pages}
+        assert pool.num_used == len(users) and pool.num_free == 40 - len(users) and 0 not in users
+    assert num_found > 500
+    pool.forget()
+    assert pool.num_free == 40 and not pool.find(prompts[4])
+
+
+def test_the_oldest_page_goes_first():
+    """Catches a cache that forgets what was used last, or the beginning of a sequence before its end."""
+    pool = PagePool(4)
+    first, second = [1] * 130, [2] * 130
+    for ids in (first, second):
+        pages = pool.take(2)
+        pool.publish(ids, pages)
+        pool.release(pages)
+    pool.release(pool.find(first))  # used again
+    pool.take(1)
+    assert [len(pool.find(ids)) for ids in (second, first)] == [1, 2]

@@ -1,0 +1,71 @@
+"""The Triton kernels of a decode step without a GPU: in Triton's interpreter against SDPA, and compiled to machine code
+for the GPUs they are meant for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from tests.models.interpreted_attention import CASES
+from tests.tiny import ROOT
+
+
+def run(*arguments: str, interpret: bool) -> str:
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment, "timeout": 300}
+    result = subprocess.run([sys.executable, "-W", "ignore", *arguments], **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_paged_decode():
+    """Catches a key too many or too few at the end of a page, of a split or of a row, heads mixed up, splits joined
+    with wrong weights, and a read of what is not the row's."""
+    distances = json.loads(run("-m", "tests.models.interpreted_attention", interpret=True))
+    for case, found in zip(CASES, distances, strict=True):
+        assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[case[-1]], case  # NaN is not
+
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from models import triton_attention as kernels
+
+backend, arch, warp, dtype, D = sys.argv[1:]
+target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+size = 4 if dtype == "fp32" else 2
+constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=8, element_size=size)
+options = {"num_warps": kernels.num_warps(size), "num_stages": kernels.NUM_STAGES}
+types = {"q": "*" + dtype, "k": "*" + dtype, "v": "*" + dtype, "table": "*i32", "lengths": "*i32", "sums": "*fp32"}
+types |= {"maxima": "*fp32", "scale": "fp32", "num_table_columns": "i32", **dict.fromkeys(constants, "constexpr")}
+source = ASTSource(kernels.attend_splits, types, constants, {(i,): [["tt.divisibility", 16]] for i in range(7)})
+compiled = triton.compile(source, target=target, options=options)
+if backend == "cuda":
+    [tool] = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall("(REG|STACK):([0-9]+)", usage)
+else:
+    found = re.findall("([a-z]+_(?:spill_)?count): *([0-9]+)", compiled.asm["amdgcn"])
+print(json.dumps({"shared": compiled.metadata.shared, **{name: int(number) for name, number in found}}))
+"""
+
+
+@pytest.mark.parametrize("target, dtype, D", [("sm_80", "fp32", 128), ("sm_90", "bf16", 128), ("gfx942", "bf16", 256)])
+def test_compiles_for_gpus(target, dtype, D):
+    """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
+    that do not suffice."""
+    arguments = [*map(str, TARGETS[target]), dtype, str(D)]
+    used = json.loads(run("-c", COMPILE, *arguments, interpret=False))
+    print(target, dtype, D, used)
+    assert used["shared"] <= 64 * 1024
+    spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]
+    assert spilled and not any(used[name] for name in spilled), used

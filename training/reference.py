@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models.checkpoint import WeightFiles
-from models.common import is_main_rank, on_main, progress_bar, say
+from models.common import is_main_rank, naming_file, on_main, progress_bar, say
 from models.records import Split
 from models.reward import pair_lengths
 from models.rows import Rows
@@ -115,8 +115,9 @@ def _shown(logps: Tensor) -> str:
 def _write(path: Path, logps: Tensor, key: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
-    save_file({"logps": logps}, staging, metadata=key)
-    os.replace(staging, path)
+    with naming_file(path):  # save_file's errors of a full disk are no OSError
+        staging.write_bytes(save({"logps": logps}, metadata=key))
+        os.replace(staging, path)
 
 
 def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:

@@ -26,6 +26,7 @@ from tests import tiny
 
 CPU = torch.device("cpu")
 REQUESTS = [Request(i, 0, [1, *range(3 + i, 8 + 3 * i)], 6 + i) for i in range(6)]
+REQUESTS.append(Request(6, 0, [1, *range(9, 79)], 6))  # has a page that can be found again
 VARIANTS = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
@@ -37,7 +38,7 @@ VARIANTS = {
 
 
 def make_engine(model):
-    return Engine(model, SamplingParams(0.0), num_slots=4, max_seq_len=64)
+    return Engine(model, SamplingParams(0.0), num_slots=4, max_seq_len=80)
 
 
 def greedy_ids(model, engine=None):
@@ -48,8 +49,8 @@ def greedy_ids(model, engine=None):
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_refresh_gives_the_new_model(tmp_path, variant, pack):
-    """Catches a weight, bias, norm or tied head that refresh() forgets, or that it mixes up in a fused product, and one
-    of which an engine that was there before keeps the old one."""
+    """Catches a weight, bias, norm or tied head that refresh() forgets, or that it mixes up in a fused product, one of
+    which an engine that was there before keeps the old one, and pages that still hold what the old ones said."""
     for seed in (0, 1):
         tiny.write_model(tmp_path / str(seed), seed=seed, **VARIANTS[variant])
     old, new = load_model(tmp_path / "0"), load_model(tmp_path / "1")
@@ -62,7 +63,7 @@ def test_refresh_gives_the_new_model(tmp_path, variant, pack):
     engine = make_engine(copy)
     before = greedy_ids(copy, engine)
     addresses = [t.data_ptr() for t in (*copy.parameters(), *copy.buffers())]
-    refresh(copy, new)
+    engine.refresh(new)
     assert [t.data_ptr() for t in (*copy.parameters(), *copy.buffers())] == addresses, "CUDA graphs need them fixed"
     after = greedy_ids(copy, engine)
     expected = greedy_ids(to_inference(new, pack=False))

@@ -8,7 +8,6 @@
 """
 
 import heapq
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +91,7 @@ class PromptSource:
 
     def _look_at_all(self) -> list[Record]:
         """The longest prompts of a large file."""
-        workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if self.is_large else 1
+        workers = num_cores(of_rank=True) if self.is_large else 1
         options, longest = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False}, []
         with progress_bar(total=self.size, desc="reading prompts", **options) as bar:
             for look in map_in_processes(self._look, self._chunks(), workers):

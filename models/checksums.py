@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from models.common import progress_bar, read_json_object
 
@@ -30,14 +31,17 @@ READ_BYTES = 1 << 20  # read at a time
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 
 
-def digest(path: Path, start: int = 0, size: float = math.inf) -> str:
-    """SHA-256 of `size` bytes of a file, from `start` on, in hex. Raises OSError if the file cannot be read."""
+def digest(path: Path, start: int = 0, size: float = math.inf, bar: tqdm | None = None) -> str:
+    """SHA-256 of `size` bytes of a file, from `start` on, in hex; `bar` follows. Raises OSError if the file cannot be
+    read."""
     hasher, piece = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, max(1, size))))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while size > 0 and (count := file.readinto(piece[: min(size, READ_BYTES)])):
             hasher.update(piece[:count])
             size -= count
+            if bar is not None:
+                bar.update(count)
     return hasher.hexdigest()
 
 
@@ -46,9 +50,9 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def bytes_bar(total: int):
+def bytes_bar(total: int, desc: str = "checking") -> tqdm:
     """A progress bar over bytes that are hashed, which shows after a second."""
-    return progress_bar(total=total, desc="checking", unit="B", unit_scale=True, delay=1, leave=False)
+    return progress_bar(total=total, desc=desc, unit="B", unit_scale=True, delay=1, leave=False)
 
 
 def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:

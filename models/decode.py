@@ -7,8 +7,6 @@
   32000 x 768 takes as long as half of a small model's int4 blocks
 - copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
   block at a time: nobody generates through FSDP, which would gather the model for every token
-
-Dimensions: V vocabulary, E hidden size, K inputs of a product.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,13 +13,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend
 from models.model import Attention, ModelConfig, Transformer
-from models.paged_cache import Chunk, attend_chunks, places_of
-from models.pages import PAGE, pages_for
+from models.paged_cache import Chunk, Table, attend_chunks, places_of
+from models.pages import PAGE
 from models.rope import rope_tables
 from models.tp import size_of
 
@@ -30,7 +30,7 @@ def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) ->
     return torch.embedding_bag(table, rows, ends, False, 0, False, weights, True)[0]
 
 
-class CPUCache(nn.Module):
+class CPUCache(Table):
     """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens; its methods are
     models.paged_cache.PagedCache's.
 
@@ -48,7 +48,7 @@ class CPUCache(nn.Module):
         dtype: torch.dtype,
         tp: DeviceMesh | None = None,
     ):
-        super().__init__()
+        super().__init__(num_rows, max_seq_len, torch.device("cpu"))
         B, H, K = num_rows, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
         D, P = config.head_dim, num_pages + 1  # page 0 is nobody's
         self.shape, self.dtype = (B, H, K, D), dtype
@@ -56,7 +56,6 @@ class CPUCache(nn.Module):
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
         self.values = [torch.zeros(P, K, PAGE, D, dtype=dtype) for _ in layers]
-        self.table = torch.zeros(B, pages_for(max_seq_len), dtype=torch.int32)
         heads, dims = torch.arange(K), torch.arange(D)
         heads_read = heads.repeat_interleave(H // K)[:, None]  # [H, 1]
         self.key_rows = (heads_read * D + dims)[:, None].int()  # [H, 1, D]
@@ -68,10 +67,6 @@ class CPUCache(nn.Module):
     def bytes_per_token(self) -> int:
         _, _, K, D = self.shape
         return len(self.keys) * K * D * (4 + self.dtype.itemsize)
-
-    def set_table(self, rows: list[list[int]]) -> None:
-        width = self.table.shape[1]
-        self.table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         for table in (*self.keys, *self.values):

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from models import checksums
 from models.checkpoint import WeightFiles
-from models.common import progress_bar
 from models.export import COPIED_FILES
 
-CHUNK = 1 << 22
 WHOLE = 64 << 20  # bytes of a file that is read whole
 BLOCK = 4096
 BLOCKS = 64  # of a larger one, beside those of its tensors
@@ -27,16 +26,8 @@ BLOCKS = 64  # of a larger one, beside those of its tensors
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, with a progress bar if it takes more than a second. OSError if it cannot be read."""
-    sha = hashlib.sha256()
-    options = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False}
-    with (
-        open(path, "rb", buffering=0) as file,
-        progress_bar(total=path.stat().st_size, desc=f"hashing {path.name}", **options) as bar,
-    ):
-        while block := file.read(CHUNK):
-            sha.update(block)
-            bar.update(len(block))
-    return sha.hexdigest()
+    with checksums.bytes_bar(path.stat().st_size, f"hashing {path.name}") as bar:
+        return checksums.digest(path, bar=bar)
 
 
 def fingerprint(folder: Path) -> str:
@@ -56,7 +47,7 @@ def fingerprint(folder: Path) -> str:
 def _sample(path: Path) -> str:
     size = path.stat().st_size
     if size <= WHOLE:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return checksums.digest(path)
     sha = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):

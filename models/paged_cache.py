@@ -91,7 +91,21 @@ class LayerCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
-class PagedCache(nn.Module):
+class Table(nn.Module):
+    """`table`, int32 [B, M]: the pages of each row, at a fixed address."""
+
+    def __init__(self, num_rows: int, max_seq_len: int, device: torch.device):
+        super().__init__()
+        table = torch.zeros(num_rows, pages_for(max_seq_len), dtype=torch.int32, device=device)
+        self.register_buffer("table", table, persistent=False)
+
+    def set_table(self, rows: list[list[int]]) -> None:
+        """The pages of each row; of one that has none, and behind its last, page 0."""
+        width = self.table.shape[1]
+        self.table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
+
+
+class PagedCache(Table):
     """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens.
 
     On a CPU they are in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row.
@@ -108,13 +122,11 @@ class PagedCache(nn.Module):
         device: torch.device,
         tp: DeviceMesh | None = None,
     ):
-        super().__init__()
+        super().__init__(num_rows, max_seq_len, device)
         self.dtype = torch.float32 if device.type == "cpu" else dtype
         K = config.num_key_value_heads // size_of(tp)
         shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 is nobody's
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
-        table = torch.zeros(num_rows, pages_for(max_seq_len), dtype=torch.int32, device=device)
-        self.register_buffer("table", table, persistent=False)
         self.kernel = gpu_kernel(device)
         self.splits = num_splits(num_rows * K, max_seq_len, device) if self.kernel else 1
 
@@ -122,11 +134,6 @@ class PagedCache(nn.Module):
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one cached token takes, over all layers."""
         return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
-
-    def set_table(self, rows: list[list[int]]) -> None:
-        """The pages of each row, of one that has none page 0."""
-        width = self.table.shape[1]
-        self.table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         for cache in self.layers:

@@ -41,10 +41,6 @@ class PagePool:
         """Pages that take() can give."""
         return len(self._free) + len(self._unused)
 
-    @property
-    def num_used(self) -> int:
-        return len(self._users)
-
     def take(self, count: int) -> list[int]:
         """So many pages to write to, with one user. There must be enough."""
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]

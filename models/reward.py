@@ -159,11 +159,6 @@ def pair_lengths(pair: Pair) -> list[int]:
     return [len(pair.chosen.input_ids), len(pair.rejected.input_ids)]
 
 
-def pair_length(pair: Pair) -> int:
-    """The length of the longer row."""
-    return max(pair_lengths(pair))
-
-
 def pair_rows(pairs: list[Pair]) -> list[Example]:
     """The rows of one forward: all chosen sides, then the rejected ones in the same order, so `x.view(2, -1)` parts
     what comes of them."""

@@ -29,6 +29,7 @@ import sentencepiece
 import tokenizers
 from tqdm import tqdm
 
+from models.checksums import digest
 from models.common import say
 from models.forked import map_in_processes, num_cores
 from models.record_files import Items, Lines, chunks_of
@@ -126,8 +127,7 @@ def encode_file(
             say(f"--data_cache {store.folder}: {error}; {path} is tokenised in the memory of each process")
     if found is None:
         found = _Memory()
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each of them does it
-        found.take(_blocks(path, encoder, store.num_workers or max(1, num_cores() // ranks)))
+        found.take(_blocks(path, encoder, store.num_workers or num_cores(of_rank=True)))  # each rank does it
     return Rows(kind, num_sequences, found.columns), found.counts
 
 
@@ -218,12 +218,12 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
     code = [*_CODE, Path(sys.modules[function.__module__].__file__)]
     template = tokenizer.chat_template
     depends_on = {
-        "data": _file_digest(path),
-        "tokenizer": {file.name: _file_digest(file) for file in tokenizer.files()},
+        "data": digest(path),
+        "tokenizer": {file.name: digest(file) for file in tokenizer.files()},
         "today": str(tokenizer.today) if template is not None and "strftime_now" in template.source else None,
         "limits": encoder.limits,
         "what": what,
-        "code": [_file_digest(file) for file in code],
+        "code": [digest(file) for file in code],
         "packages": [package.__version__ for package in (jinja2, np, sentencepiece, tokenizers)],
     }
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:40]
@@ -231,11 +231,6 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
 
 _ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "records", "reward", "rows", "tokenizer")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) -> _Kept | None:

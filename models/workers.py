@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.common import at_least_one, flag, positive
+from models.forked import num_cores
 from models.functions import Grade, Grader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +53,7 @@ class GradingArgs:
         """Half the cores of this machine over its ranks, unless the flag says otherwise."""
         if self.reward_workers is not None:
             return self.reward_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, max(2, cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+        return min(8, max(2, num_cores(of_rank=True) // 2))
 
 
 @dataclass(eq=False)

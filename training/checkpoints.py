@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checksums import agreed
-from models.common import is_main_rank, say
+from models.common import is_main_rank, on_main, say
 from training.manifest import HAS_MANIFEST, Reader, TensorPlanner, open_checkpoint, write_manifest
 
 Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
@@ -133,13 +133,11 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimi
     """Puts the newest sound checkpoint into the model and the optimizer and returns its step; 0 if there is none, which
     it says. A broken one is passed over with a warning, by all ranks if one finds it so; ValueError if all are broken.
     A collective."""
-    listed = [_checkpoints(output_dir) if is_main_rank() else []]
-    if dist.is_initialized():
-        dist.broadcast_object_list(listed, src=0)
-    if not listed[0]:
+    listed = on_main(lambda: _checkpoints(output_dir))
+    if not listed:
         say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
         return 0
-    for path in reversed(listed[0]):
+    for path in reversed(listed):
         step, reason = int(path.name[5:]), _load(path, model, optimizer)
         if reason is None:
             say(f"{path}: resuming after step {step}")

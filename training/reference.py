@@ -22,27 +22,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 from models.checkpoint import WeightFiles
-from models.common import is_main_rank, naming_file, on_main, progress_bar, say
+from models.checksums import digest
+from models.common import naming_file, on_main, progress_bar, say
 from models.records import Split
 from models.reward import pair_lengths
 from models.rows import Rows
 
 
-def weights_digest(folder: Path, device: torch.device) -> str:
+def weights_digest(folder: Path) -> str:
     """SHA-256 of a folder's config.json and weight files, whole: a second or less for each GB. The main rank reads them
     (they are about to be loaded, so this warms the page cache) and tells the others: a collective."""
-    digests = [None]
-    if is_main_rank():
+
+    def read() -> str:
         paths = [folder / "config.json", *WeightFiles(folder).paths()]
         with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
-            digests = [hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()]
-    dist.broadcast_object_list(digests, src=0, device=device)
-    return digests[0]
+            return hashlib.sha256(bytes.fromhex("".join(pool.map(digest, paths)))).hexdigest()
 
-
-def _file_digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return on_main(read)
 
 
 def pairs_digest(pairs: Rows) -> str:

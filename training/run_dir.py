@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -145,7 +144,7 @@ class Run:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
-        self.unfinished = read_unfinished(args.output_dir, done)
+        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done))
         self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
@@ -413,17 +412,12 @@ def write_lines(file: IO[str], values: list[dict]) -> None:
 
 
 def read_unfinished(output_dir: Path, step: int) -> dict[str, float]:
-    """The metrics of this step, if its evaluation was broken off; else {}, and those of another are removed. As the
-    main rank finds them. A collective."""
-    found = [{}]
-    if is_main_rank():
-        found = [read_json_object(output_dir / UNFINISHED, missing_ok=True)]
-        if found[0].pop("step", step) != step:
-            (output_dir / UNFINISHED).unlink()
-            found = [{}]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """The metrics of this step, if its evaluation was broken off; else {}, and those of another are removed."""
+    metrics = read_json_object(output_dir / UNFINISHED, missing_ok=True)
+    if metrics.pop("step", step) == step:
+        return metrics
+    (output_dir / UNFINISHED).unlink()
+    return {}
 
 
 class Metrics:

@@ -200,7 +200,7 @@ def load_models(
     cache = None
     if uses_reference and args.precompute_ref:
         dtypes = (frozen_dtype(args, runtime), runtime.dtype)
-        key = {"weights": weights_digest(args.ref_path, runtime.device), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
+        key = {"weights": weights_digest(args.ref_path), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
         if ref_scheme is not None:
             key["quantised"] = str(ref_scheme)
         cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models import checksums
 from models import fingerprint as module
 from models.fingerprint import digest, fingerprint
 from tests import tiny
@@ -15,7 +16,7 @@ from tests import tiny
 
 def test_digest(tmp_path, monkeypatch):
     """Catches a file of which only the first chunk is hashed."""
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(checksums, "READ_BYTES", 16)
     content = bytes(range(100))
     (tmp_path / "a").write_bytes(content)
     assert digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()

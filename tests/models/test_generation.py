@@ -175,7 +175,7 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
     assert outcome(few, requests) == wanted
     assert few.num_preempted > 3
     assert outcome(few, requests[::-1]) == wanted, "the second call"
-    assert not few.pool.num_used and few.pool.num_free == 9
+    assert few.pool.num_free == 9
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")

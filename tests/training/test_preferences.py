@@ -5,7 +5,7 @@ import torch
 
 from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
-from models.reward import Pair, encode_pair_record, pair_length, pair_lengths, pair_rows, rows_to_score
+from models.reward import Pair, encode_pair_record, pair_lengths, pair_rows, rows_to_score
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.data import encode_sft_record
@@ -189,9 +189,9 @@ def test_overlong_pairs(tokenizer, tmp_path):
     path = tiny.write_records(tmp_path / "train.jsonl", records)
     whole, counts = encode_pair_file(path, tokenizer, LIMITS)
     assert counts == EncodingCounts(0, 0, 0, 0) and [p.margin for p in whole] == [1.5, None, None, None]
-    limit = max(pair_length(whole[0]), pair_length(whole[3]))
+    limit = max(max(pair_lengths(whole[0])), max(pair_lengths(whole[3])))
     assert whole[2].prompt_length > limit
-    longest = pair_length(whole[2])
+    longest = max(pair_lengths(whole[2]))
     encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=longest))
     complaint = f"{longest} tokens, the limit is {longest - 1}"
     tiny.refused(
@@ -258,11 +258,14 @@ def test_micro_batches_of_pairs(dp_size, tokenizer):
     and long pairs beside short ones."""
     pairs = made_pairs(tokenizer)
     for size in (1, 2, 4, 8):
-        ranks = [list(micro_batches(pairs, size, rank, dp_size, key=pair_length)) for rank in range(dp_size)]
+        ranks = [
+            list(micro_batches(pairs, size, rank, dp_size, key=lambda pair: max(pair_lengths(pair))))
+            for rank in range(dp_size)
+        ]
         assert len({len(groups) for groups in ranks}) == 1
         used = [p for groups in ranks for group in groups for p in group]
         assert sorted(map(id, used)) == sorted(map(id, pairs))
         for groups in ranks:
-            lengths = [pair_length(p) for group in groups for p in group]
+            lengths = [max(pair_lengths(p)) for group in groups for p in group]
             assert lengths == sorted(lengths) and all(len(group) <= size for group in groups)
     assert isinstance(used[0], Pair)

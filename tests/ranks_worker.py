@@ -230,6 +230,9 @@ def serve(folder: Path, owner: int) -> None:
             stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
             for job in request["jobs"]:
                 run_job(*job)
+        for number_of_signal in (signal.SIGTERM, signal.SIGINT):  # whose handler holds the last run, and that its lock
+            signal.signal(number_of_signal, signal.SIG_DFL)
+        gc.collect()
         (folder / f"{number}.{rank}.done").touch()
 
 

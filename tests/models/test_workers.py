@@ -1,5 +1,6 @@
 """models/workers.py: whatever a function does, it costs one answer, and leaves nothing behind."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -163,6 +164,7 @@ def outcome(grade):
 def test_each_costs_one_answer(file, mark, capfd):
     """Catches a function that takes another answer's grade with it, ends or stops the run, writes into the pipe of
     grades, gets a grade for what is no number, or leaves a process behind."""
+    gc.collect()  # files of earlier tests, which would be closed meanwhile
     num_open = len(os.listdir("/proc/self/fd"))
     pool = pool_of(file, "evil", "length", reward_timeout=0.8)
     futures = {}

@@ -37,6 +37,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, folder: Path, tokens: dict[str, str], today: date):
         self.source, self.folder, self._tokens, self.today = source, folder, tokens, today
+        self.leads: dict[tuple, str] = {}  # what it writes between a message and its answer, see models/chats.py
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool, tools: list | None = None) -> str:
         """Raises ValueError if the template is none, or refuses these messages."""

@@ -160,20 +160,30 @@ class _TurnFinder:
         )
 
     def find(self, i: int) -> tuple[int, int]:
-        led_by = self.ends.get(i - 1)
-        if self.lead and led_by is not None and self.text.startswith(self.lead, led_by):
-            start = led_by + len(self.lead)
-        else:
-            before = self.rendered(i, add_generation_prompt=True)
-            start = _common_prefix(before, self.text)
-            if start < len(before):  # the template writes another header once there is an answer
-                start = min(start, self.begins.get(i, start))
-            self.lead = None if led_by is None else self.text[led_by:start]
-        end = self.ends.get(i, 0)
+        start, end = self._start(i), self.ends.get(i, 0)
         if end < start:
             content = content_of(self.chat.messages[i]).strip()
             end = max(start, self.text.find(content, start, self._block_end(i)) + len(content))
         return start, self._end(i, end)
+
+    def _start(self, i: int) -> int:
+        led_by, leads = self.ends.get(i - 1), self.template.leads
+        kind = self.chat.messages[i - 1]["role"], i == len(self.chat.messages) - 1, bool(self.chat.tools)
+        self.lead = self.lead or leads.get(kind)
+        if self.lead and led_by is not None and self.text.startswith(self.lead, led_by):
+            return led_by + len(self.lead)
+        before = self.rendered(i, add_generation_prompt=True)
+        start = _common_prefix(before, self.text)
+        if led_by is not None and start < led_by:  # it writes the message before otherwise once others follow
+            header = before[len(self.rendered(i, add_generation_prompt=False)) :]
+            found = self.text.find(header, led_by, self.begins.get(i))
+            start = found + len(header) if found >= 0 else self.begins.get(i, led_by)
+        elif start < len(before):  # it writes another header once there is an answer
+            start = min(start, self.begins.get(i, start))
+        elif led_by is not None:
+            leads[kind] = self.text[led_by:start]
+        self.lead = None if led_by is None else self.text[led_by:start]
+        return start
 
     def _block_end(self, i: int) -> int:
         """Where what the template writes for message i ends, but for what it writes once others follow."""

@@ -229,3 +229,21 @@ def test_the_date_is_the_runs(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama33"], encoding="utf-8")
     text = Tokenizer(tmp_path, date(2024, 7, 26)).apply_chat_template([user("a")], add_generation_prompt=True)
     assert "Today Date: 26 Jul 2024\n" in text
+
+
+def test_two_answers_in_a_row_whatever_was_read_before(opened):
+    """Catches a turn that begins in the answer before it, which the template writes otherwise where it is the last, an
+    unlearnt one learnt with it; and rows that depend on the chats that were read earlier."""
+    tokenizer, _ = opened("qwen3")
+    chats = [
+        ([user("2+2?"), said("4"), said("four")], ["4<|eot_id|>", "<think>\n\n</think>\n\nfour<|eot_id|>"]),
+        (
+            [user("a"), said("4", weight=0), said("b"), user("c"), said("d")],
+            ["b<|eot_id|>", "<think>\n\n</think>\n\nd<|eot_id|>"],
+        ),
+        ([user("2+2?"), said("4")], ["<think>\n\n</think>\n\n4<|eot_id|>"]),
+    ]
+    for order in (chats, chats[::-1]):
+        tokenizer.chat_template.leads.clear()
+        for messages, learnt in order:
+            assert row_of(tokenizer, messages=messages)[1] == learnt

@@ -61,7 +61,7 @@ class Pool(NamedTuple):
     def stop(self) -> None:
         (self.folder / "stop").touch()
         try:
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=240)
         except subprocess.TimeoutExpired:
             self.kill()
 

@@ -152,7 +152,7 @@ def test_standard_output_of_another_encoding_that_is_closed(folder):
         assert json.loads(process.stdout.readline().decode("ascii"))["prompt"] == "é 字 😀 1 plus"
         process.stdout.close()
         stderr = process.stderr.read()
-        assert process.wait(timeout=60) == 0 and b"Traceback" not in stderr and b"error" not in stderr, stderr
+        assert process.wait(timeout=240) == 0 and b"Traceback" not in stderr and b"error" not in stderr, stderr
 
 
 def test_half_a_surrogate_pair_survives(folder, tmp_path):
@@ -655,6 +655,6 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
     """Catches a message that only the tests' process gets: warnings, a traceback, another exit code."""
     out = tmp_path / "out.jsonl"
     process = tiny.start(SCRIPT, "--checkpoint_path", tmp_path / "nowhere", "--prompt", "a", "--output_file", out)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=240)
     tiny.assert_refused(tiny.Result(process.returncode, stdout, stderr), "nowhere")
     assert stdout == "" and not out.exists()

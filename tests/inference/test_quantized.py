@@ -132,5 +132,5 @@ def test_chat(world):
     flags = ["--checkpoint_path", world[0] / "model", "--temperature", 0, "--max_new_tokens", 12, *FLAGS["int8"]]
     line = json.loads(tiny.run("inference/generate.py", *flags, "--prompt", "3 plus so").stdout)
     command = [sys.executable, tiny.ROOT / "inference/chat.py", *flags]
-    done = subprocess.run(list(map(str, command)), input="3 plus so\n\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), input="3 plus so\n\n", capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and line["output"] in done.stdout, done

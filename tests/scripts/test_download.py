@@ -178,7 +178,7 @@ def environment(endpoint, home, **more):
 def download_alone(cwd, *args, endpoint, **more):
     env = environment(endpoint, cwd / "hf_home", **more)
     command = [sys.executable, str(SCRIPT), *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def download(hub, tmp_path_factory):
 
     yield command
     worker.stdin.close()
-    worker.wait(timeout=10)
+    worker.wait(timeout=240)
 
 
 def landed(folder):

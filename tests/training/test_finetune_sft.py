@@ -387,7 +387,7 @@ def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.15))
     process.send_signal(how)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=240)
     done = (out / "config.json").exists()  # it may have finished meanwhile
     assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
     if how == signal.SIGTERM and not done:
@@ -776,5 +776,5 @@ def test_occupied_output_dir(folder, train_file, tmp_path):
 def test_from_the_shell(folder, train_file, tmp_path):
     """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
     process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=240)
     tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "finetune_sft.py: error: ", "nowhere.jsonl")

@@ -241,7 +241,7 @@ def test_nodes_that_share_no_disk(world, tmp_path):
         folder.mkdir()
     nodes = start(folders, *arguments(root / "tied", train_file, "out"))
     for node in nodes:
-        printed = node.communicate(timeout=120)[0]
+        printed = node.communicate(timeout=240)[0]
         errors = [line for line in printed.splitlines() if line.startswith("finetune_sft.py:")]
         assert node.returncode and len(errors) == 1 and "exitcode  : 2" in printed, printed
         assert re.search(
@@ -267,7 +267,7 @@ def test_kill_a_node_and_resume(world):
     for pid in (nodes[0].pid, rank):
         os.kill(pid, signal.SIGKILL)
     for node in nodes:  # the pipe ends when the last of its processes is gone
-        node.communicate(timeout=60)
+        node.communicate(timeout=240)
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")
 

@@ -199,7 +199,7 @@ def test_through_torchrun(world, tmp_path):
         while process.poll() is None and not (tmp_path / "stopped").exists():
             time.sleep(0.05)
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=240)
     finally:
         del os.environ["STOP_IN"], os.environ["STOPPED"]
     said = (tmp_path / "printed").read_text()
@@ -223,7 +223,7 @@ def test_ctrl_c(world, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "again\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.sub(r"\x1b.*|.*\r", "", errors).strip().startswith("stopping at the next place"), errors
 

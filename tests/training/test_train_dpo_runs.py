@@ -64,7 +64,7 @@ def test_kill_and_resume(whole, run_flags, tmp_path):
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.15))
     process.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     done = (out / "config.json").exists()  # it may have finished meanwhile
     assert process.returncode in ({0, -signal.SIGKILL} if done else {-signal.SIGKILL}), errors
     result = train(*run_flags, out, **run, resume=True)
@@ -214,5 +214,5 @@ def test_reference_that_does_not_fit(folder, train_file, tmp_path):
 def test_from_the_shell(folder, tmp_path):
     """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
     process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=240)
     tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "train_dpo.py: error: ", "nowhere.jsonl")

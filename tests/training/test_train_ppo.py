@@ -388,7 +388,7 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode in (-signal.SIGKILL, 0), errors
     result = tiny.run(SCRIPT, *flags(folder, world, out, **run, resume=True))
     assert result.code == 0 and "resuming after step" in result.stdout, result.stderr

@@ -82,7 +82,7 @@ def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
         write_policy(folders[0], config, runtime)
         write_reward_model(folders[1], reward, runtime, None if reward != config else folders[0])
         ids = torch.randint(EOS + 1, config.vocab_size, (args.batch_size, args.prompt_len)).tolist()
-        texts = ["".join(chr(FIRST_CHARACTER + token) for token in row) for row in ids]
+        texts = [text_of(row) for row in ids]
         prompts = Path(root) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
         alone = engine_rates(folders[0], ids, runtime, args)
@@ -90,6 +90,11 @@ def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
         alone += engine_rates(folders[0], ids, runtime, args)
     median = {name: statistics.median(line[name] for line in lines[1:]) for name in lines[0]}
     return {**split(median, statistics.median(alone), reward, args), "peak_memory": memory}
+
+
+def text_of(ids: list[int]) -> str:
+    """What the tokenizer of write_policy encodes as these tokens; none of them may be EOS."""
+    return "".join(chr(FIRST_CHARACTER + token) for token in ids)
 
 
 def reward_config(args: PpoArgs) -> ModelConfig:

@@ -26,7 +26,7 @@ from models.model import ModelConfig
 from models.presets import PRESETS
 
 SIZES = {
-    "tiny": ModelConfig(512, 64, 176, 2, 4, 2, 16, 4096),  # to see that something runs
+    "tiny": ModelConfig(512, 64, 192, 2, 4, 2, 16, 4096),  # to see that something runs
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
     "0.5b": PRESETS["Qwen/Qwen2.5-0.5B"],

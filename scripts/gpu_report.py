@@ -76,13 +76,14 @@ class ReportArgs(RuntimeArgs):
     sections: list[str] = flag((), choices=SECTIONS, help="these alone; all")
     dry_run: bool = flag(False, help="tiny shapes: does it run, and what does the report look like")
     section: str | None = flag(None, choices=SECTIONS, help="for its own processes: run one section here")
-    seconds: float = flag(60.0, bounds=positive, help="--section: its time")
+    started: float | None = flag(None, help="--section: when its process was, in seconds of the epoch")
+    deadline: float | None = flag(None, help="--section: when its time is up")
     threads: int | None = flag(None, bounds=at_least_one, help="of the CPU; torch's default")
 
 
 def main(args: ReportArgs) -> None:
     if args.section is not None:
-        run_section(args, time.time())
+        run_section(args)
         return
     begun = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -99,12 +100,14 @@ def main(args: ReportArgs) -> None:
     say(f"{args.output_dir / 'report.md'}: {time.time() - begun:.0f} s")
 
 
-def run_section(args: ReportArgs, started: float) -> None:
+def run_section(args: ReportArgs) -> None:
     """The items of --section, in this process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     plan, runtime = SECTIONS[args.section], choose_runtime(args)
-    rows_file, deadline = args.output_dir / "rows.jsonl", started + args.seconds
+    started = args.started or time.time()
+    deadline = args.deadline or started + plan.seconds
+    rows_file = args.output_dir / "rows.jsonl"
     section = Section(args.section, runtime, rows_file, deadline, started, small=args.dry_run)
     run_items(section, plan.small if args.dry_run and plan.small is not None else plan.items)
 
@@ -115,14 +118,15 @@ def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
     if limit < START:
         append_row(rows_file, {**row, "state": f"skipped: {max(0, limit):.0f} s are left"})
         return
-    flags = ["--section", name, "--seconds", f"{limit - 3:.1f}", "--output_dir", args.output_dir, "--seed", args.seed]
+    start, log = time.time(), args.output_dir / "log.txt"
+    flags = ["--section", name, "--started", start, "--deadline", start + limit - 3]
+    flags += ["--output_dir", args.output_dir, "--seed", args.seed]
     for flag_name in ("device", "dtype", "threads"):
         if getattr(args, flag_name) is not None:
             flags += [f"--{flag_name}", getattr(args, flag_name)]
     flags += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
     flags += ["--dry_run"] if args.dry_run else []
     say(f"{name}: at most {limit:.0f} s")
-    start, log = time.time(), args.output_dir / "log.txt"
     size = log.stat().st_size if log.exists() else 0
     with open(log, "a", encoding="utf-8") as file:
         command = [sys.executable, __file__, *map(str, flags)]

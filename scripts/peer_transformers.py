@@ -92,6 +92,9 @@ def generate_batch(args, runtime: Runtime, bandwidth: float) -> dict:
     batching = transformers.ContinuousBatchingConfig(max_requests_per_batch=args.batch_size)
     if runtime.compile:
         batching.default_compile_level = 1
+    if runtime.device.type == "cpu":  # else it takes most of the machine's memory
+        pages = sum(-(-sum(sizes) // batching.page_size) for sizes in args.work())
+        batching.num_blocks = max(64, pages)
     options = {"generation_config": settings, "continuous_batching_config": batching}
     requests = [(random_ids(config.vocab_size, prompt_len).tolist(), n) for prompt_len, n in args.work()]
     with model.continuous_batching_context_manager(**options) as manager:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.common import peaks
+from models.common import dtype_name, peaks
 from models.decode import weight_bytes
 from models.generation import Engine, Request
 from models.model import Transformer
@@ -43,7 +43,7 @@ def measure_products(section: Section) -> None:
     for size in (64,) if section.small else (4096, 8192, 16384):
         rate = product_rate(device, size, dtype)
         detail = f"{rate / known[0]:.0%} of the datasheet's" if known else ""
-        section.figure(f"matrix product, {size}, {dtype}", rate / 1e12, "TFLOP/s", detail=detail)
+        section.figure(f"matrix product, {size}, {dtype_name(dtype)}", rate / 1e12, "TFLOP/s", detail=detail)
 
 
 # ------------------------------------------------------------------------------------------ decode
@@ -63,9 +63,14 @@ def model_of(section: Section, mode: str = "none") -> Transformer:
     return kept["model"]
 
 
+def name_of(section: Section, mode: str = "none") -> str:
+    """What is decoded."""
+    return f"decode {'tiny' if section.small else '7B'} {dtype_name(section.runtime.dtype) if mode == 'none' else mode}"
+
+
 def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
     """Decode steps of full slots: tokens/s without prefill, and MBU, the bytes that a step must read (weights, and the
-    cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio to bf16, the longest start-up."""
+    cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio, the start-up at most."""
     goals = goals or {}
 
     @torch.inference_mode()
@@ -82,7 +87,7 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
             detail = "from the start of the process to its 9th token, random weights made on the device, all compiled"
             section.figure("start-up", seconds, "s", goals.get("startup"), detail)
         again = run_once(engine, requests)
-        name = f"decode 7B {mode if mode != 'none' else 'bf16'}, {slots} slots"
+        name = f"{name_of(section, mode)}, {slots} slots"
         rate, mbu = slots / again.step_ms * 1e3, again.bandwidth / bandwidth_of(section)
         detail = f"{rate:,.0f} tok/s, {again.step_ms:.2f} ms a step, {prompt} + {new} tokens, first token after "
         detail += f"{again.first_token_ms:.0f} ms, {first.compile_seconds:.1f} s of compiling"
@@ -92,7 +97,7 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
             section.figure(f"{name}, speed", rate, "tok/s", goals["rate"])
         section.kept[mode, slots] = rate
         if "ratio" in goals and ("none", slots) in section.kept:
-            section.figure(f"{name}, speed / bf16", rate / section.kept["none", slots], "times", goals["ratio"])
+            section.figure(f"{name}, speed / unquantised", rate / section.kept["none", slots], "times", goals["ratio"])
 
     return run
 
@@ -122,7 +127,7 @@ def decode_math(section: Section) -> None:
     detail += f"{slots} rows on average, {engine.num_preempted} computed again, "
     detail += f"{run.bandwidth / bandwidth_of(section):.0%} of the copy; the last answers run in few rows"
     numbers = {"mean_rows": rows, "steps": engine.num_steps, "cache_bytes": cache_of(engine).bytes_per_token}
-    section.figure("decode 7B bf16, MATH-shaped", run.rate, "tok/s", None, detail, numbers=numbers)
+    section.figure(f"{name_of(section)}, MATH-shaped", run.rate, "tok/s", None, detail, numbers=numbers)
 
 
 def note_weights(section: Section) -> None:
@@ -146,7 +151,7 @@ def peer(engine: str, batch_size: int, ragged: int | None = None) -> Callable:
             flags += ["--ragged", 4 if section.small else ragged]
         found = last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
         work = f"{ragged} ragged prompts" if ragged else f"{sizes[0]} + {sizes[1]} tokens"
-        name = f"{engine} 7B, batch {batch_size}"
+        name = f"{engine} {preset}, batch {batch_size}"
         section.figure(name, found["tokens_per_second"], "tok/s", None, f"{found['ran']}; {work}")
 
     return run

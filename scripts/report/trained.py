@@ -172,7 +172,14 @@ def update_of(script: str, title: str):
         whole = sum(seconds.values())
         split = ", ".join(f"{name} {value:.2f} s ({value / whole:.0%})" for name, value in seconds.items())
         work = f"{answers} answers of {new} tokens to prompts of {prompt_len}, bf16 weights, adamw_8bit"
-        section.figure(f"{title} update", whole, "s, all", None, f"{split}; {work}", seconds=seconds)
+        section.figure(
+            f"{title} {'tiny' if section.small else '1B'} update",
+            whole,
+            "s, all",
+            None,
+            f"{split}; {work}",
+            seconds=seconds,
+        )
 
     return run
 
@@ -180,6 +187,6 @@ def update_of(script: str, title: str):
 SFT_ITEMS = [Item("SFT 8B", 60, sft_of("8b", 1, 4096, 0.4)), Item("SFT 1B", 30, sft_of("1b", 4, 4096, None))]
 SFT_SMALL = [Item("SFT tiny", 0, sft_of("tiny", 1, 64, 0.4))]
 RL_ITEMS = [
-    Item("PPO", 45, update_of("train_ppo", "PPO 1B")),
-    Item("GRPO", 40, update_of("train_grpo", "GRPO 1B")),
+    Item("PPO", 45, update_of("train_ppo", "PPO")),
+    Item("GRPO", 40, update_of("train_grpo", "GRPO")),
 ]

@@ -81,7 +81,9 @@ def run_items(section: Section, items: list[Item]) -> None:
 
 
 def last_lines(text: str, count: int = 6, width: int = 300) -> str:
-    lines = [line[-width:] for line in text.strip().splitlines() if line.strip()]
+    """The end of what a program said; of a long line its beginning and its end."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [line if len(line) <= width else f"{line[: width // 2]} ... {line[-width // 2 :]}" for line in lines]
     return "\n".join(lines[-count:])
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.attention import Attend, document_attention
 from models.common import dtype_name, peaks
 from models.decode import weight_bytes
 from models.generation import Engine, Request
@@ -166,6 +167,11 @@ def compare_training_attention(section: Section) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
         q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))
+        dtype, lengths = q.dtype, [T // 8] * 8
+        packed = document_attention([lengths], T, device, dtype, head_dim=D)
+        step = partial(packed_and_back, packed, *(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)))
+        name = f"training attention {title}, 8 packed texts of {T // 8} tokens, ours"
+        time_or_say(section, name, step, flops=3.5 * 4 * H * D * sum(n * n for n in lengths) / 2)
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             step = partial(attend_and_back, getattr(SDPBackend, backend), q, k, v)
             name = f"training attention {title}, {T} tokens, {backend.lower().removesuffix('_attention')}"
@@ -175,6 +181,10 @@ def compare_training_attention(section: Section) -> None:
 def attend_and_back(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     with sdpa_kernel(backend):
         F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).sum().backward()
+
+
+def packed_and_back(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    attend(0, q, k, v).sum().backward()
 
 
 def compare_decode_attention(section: Section) -> None:
@@ -195,17 +205,36 @@ def compare_decode_attention(section: Section) -> None:
         for splits in (1, 2, 4, 8, 16):
             step = partial(paged_decode, q, k, v, table, lengths, splits)
             time_or_say(section, f"{name}, Triton, {splits} splits", step, num_bytes=num_bytes)
+        ends = torch.arange(B + 1, dtype=torch.int32, device=device)
+        step = partial(paged_varlen, q, k, v, ends, lengths, table, length)
+        time_or_say(section, f"{name}, varlen_attn with a block table", step, num_bytes=num_bytes)
         keys, values = (torch.randn(B, K, length, D, device=device, dtype=torch.bfloat16) for _ in range(2))
         queries = q.view(B, K, groups, D)
         step = partial(F.scaled_dot_product_attention, queries, keys, values)
         time_or_say(section, f"{name}, SDPA without pages", step, num_bytes=num_bytes)
 
 
+def paged_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """torch's kernel on the same pages, from torch 2.13 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": q.shape[1] != k.shape[2], "seqused_k": lengths, "block_table": table}
+    return varlen_attn(q, k, v, ends, None, 1, longest, **options)
+
+
 def time_or_say(section: Section, name: str, step: Callable, *, flops: float = 0, num_bytes: float = 0) -> None:
     """The time of a call; a backend that does not take the shape is written down as such."""
     try:
         seconds = seconds_of(step, section.runtime.device, 2 if section.small else 10)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
         section.note(name, f"not here: {str(error).splitlines()[0][:120]}")
         return
     detail = f"{flops / seconds / 1e12:,.1f} TFLOP/s" if flops else f"{num_bytes / seconds / 1e9:,.0f} GB/s"

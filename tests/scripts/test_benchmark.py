@@ -4,6 +4,7 @@ the work of generation."""
 import json
 import math
 from functools import cache
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from models.sampling import SamplingParams
 from scripts import benchmark_common, benchmark_generate, benchmark_grpo
 from scripts.benchmark_common import SIZES
 from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
+from scripts.benchmark_sft import SftArgs
 from scripts.workload import ragged_sizes
 from tests import tiny
 
@@ -129,6 +131,29 @@ def test_ragged_work_of_generate():
     list(engine.generate([Request(i, 0, [1] * p, n) for i, (p, n) in enumerate(sizes)]))
     needed = sum(p + i for p, n in sizes for i in range(1, n))
     assert engine.cache_bytes_read == needed * SMALL.num_hidden_layers * 2 * 4 * 32 * 4  # 4 heads of 32, fp32
+
+
+def test_jobs_and_peers():
+    """Catches a flag that a job takes and ignores, a job that is not there, a peer that is called compiled because that
+    was asked for, and one that is not installed or cannot do what ours does."""
+    for words, parts in (
+        (["sft", "--new_tokens", 3], ["--new_tokens"]),
+        (["memory", "--compare", 1], ["--compare"]),
+        (["train"], ["train", "generate"]),
+        (["--preset", "23m", "sft"], ["job", "sft"]),
+        (["generate", "--engine", "trl"], ["--engine", "vllm"]),
+        (["generate", "--preset", "tiny", "--engine", "transformers", "--quantize", "int8"], ["--quantize"]),
+        (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
+    ):
+        tiny.assert_refused(tiny.run("scripts/benchmark.py", *words), *parts)
+    for job, package in (("generate", "vllm"), ("dpo", "trl")):
+        if find_spec(package) is None:
+            refused = tiny.run("scripts/benchmark.py", job, "--preset", "tiny", "--engine", package, "--device", "cpu")
+            tiny.assert_refused(refused, package, "pip install")
+    with mock.patch("scripts.peer_transformers.seconds_of", lambda run, *_: 2.0):  # nothing is run, so nothing compiled
+        assert "eager" in generate("--engine", "transformers", "--compile", "--batch_size", 1)["ran"]
+    rows = SftArgs(job="sft", seq_len=64, documents=6).lengths()
+    assert sum(rows) == 64 and len(rows) == 6 and min(rows) >= 4
 
 
 def test_update_of_ppo():

@@ -160,6 +160,9 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     runtime = choose_runtime(args)
     torch.manual_seed(args.seed)
     flops, bandwidth, dtype = ceilings(runtime.device)
+    if runtime.device.type == "cuda":  # the job is to have the memory, and the peak to be its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     result = (measure if engine == "ours" else peers[engine])(args, runtime, bandwidth)
     product = f"{dtype_name(dtype)} matrix product"
     rows = {

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +89,7 @@ def main(args: ReportArgs) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.json", "rows.jsonl", "log.txt"):
         (args.output_dir / name).unlink(missing_ok=True)
-    head, chosen = header(args), args.sections or list(SECTIONS)
+    head, chosen = header(args.dry_run), args.sections or list(SECTIONS)
     write_report(args, head, chosen)
     for i, name in enumerate(chosen):
         left = begun + 60 * args.minutes - time.time()
@@ -108,6 +108,7 @@ def run_section(args: ReportArgs) -> None:
     started = args.started or time.time()
     deadline = args.deadline or started + plan.seconds
     rows_file = args.output_dir / "rows.jsonl"
+    append_row(rows_file, {"section": args.section, "kind": "device", "name": name_and_memory(runtime.device)})
     section = Section(args.section, runtime, rows_file, deadline, started, small=args.dry_run)
     run_items(section, plan.small if args.dry_run and plan.small is not None else plan.items)
 
@@ -150,17 +151,17 @@ def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
 # ---------------------------------------------------------------------------------------- the report
 
 
-def header(args: ReportArgs) -> dict[str, str]:
-    """Where and with what this is measured."""
-    device = choose_runtime(replace(args, compile=False)).device
+def header(dry_run: bool) -> dict[str, str]:
+    """Where and with what this is measured, but for the card: the sections name it, so that this process needs none of
+    its memory."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "commit": commit(),
-        "card": device_name(device) + memory_of(device),
+        "card": "not known yet",
         "driver": driver(),
         "versions": ", ".join(f"{name} {version_of(name)}" for name in ("torch", "triton", "transformers")),
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]) + (" (a dry run: tiny shapes, no speeds)" if args.dry_run else ""),
+        "command": " ".join(["python", *sys.argv]) + (" (a dry run: tiny shapes, no speeds)" if dry_run else ""),
     }
 
 
@@ -171,8 +172,10 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def memory_of(device: torch.device) -> str:
-    return f", {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB" if device.type == "cuda" else ""
+def name_and_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device_name(device)
+    return f"{device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
 
 
 def commit() -> str:
@@ -201,6 +204,9 @@ def write_report(args: ReportArgs, head: dict[str, str], chosen: list[str]) -> N
     rows_file = args.output_dir / "rows.jsonl"
     lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
     rows = [json.loads(line) for line in lines]
+    cards = [row["name"] for row in rows if row["kind"] == "device"]
+    head = head | {"card": cards[0]} if cards else head
+    rows = [row for row in rows if row["kind"] != "device"]
     by_section = {name: [row for row in rows if row["section"] == name] for name in chosen}
     write_json(args.output_dir / "report.json", {"header": head, "sections": by_section})
     text = markdown(head, {name: (SECTIONS[name].title, found) for name, found in by_section.items()})

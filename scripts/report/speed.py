@@ -167,7 +167,7 @@ def compare_training_attention(section: Section) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
         q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))
-        dtype, lengths = q.dtype, [T // 8] * 8
+        lengths = [T // 8] * 8
         packed = document_attention([lengths], T, device, dtype, head_dim=D)
         step = partial(packed_and_back, packed, *(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)))
         name = f"training attention {title}, 8 packed texts of {T // 8} tokens, ours"

@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
     )
     engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="what to run")
     peer: str = flag("transformers", choices=PEERS["generate"], help="--compare: the engine to alternate with")
+
+    llama_cpp_gguf: Path | None = flag(None, help="the peer llama_cpp: the file that it runs")
 
     def work(self) -> list[tuple[int, int]]:
         """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them."""

@@ -20,7 +20,9 @@ from models.sampling import SamplingParams
 from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate, seconds_of
 from scripts.benchmark_generate import cache_of, random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
-from scripts.workload import MathArgs, math_requests, random_ids
+from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
+
+RAGGED = 192  # prompts of ragged work
 
 # ---------------------------------------------------------------------------------------- ceilings
 
@@ -90,8 +92,8 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
         again = run_once(engine, requests)
         name = f"{name_of(section, mode)}, {slots} slots"
         rate, mbu = slots / again.step_ms * 1e3, again.bandwidth / bandwidth_of(section)
-        detail = f"{rate:,.0f} tok/s, {again.step_ms:.2f} ms a step, {prompt} + {new} tokens, first token after "
-        detail += f"{again.first_token_ms:.0f} ms, {first.compile_seconds:.1f} s of compiling"
+        detail = f"{rate:,.0f} tok/s, {again.rate:,.0f} with prefill, {again.step_ms:.2f} ms a step, {prompt} + {new} "
+        detail += f"tokens, first token after {again.first_token_ms:.0f} ms, {first.compile_seconds:.1f} s of compiling"
         numbers = {"tokens_per_second": rate, "first_token_ms": again.first_token_ms, "step_ms": again.step_ms}
         section.figure(f"{name}, MBU", mbu, "of the copy", goals.get("mbu"), detail, numbers=numbers)
         if "rate" in goals:
@@ -101,6 +103,22 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
             section.figure(f"{name}, speed / unquantised", rate / section.kept["none", slots], "times", goals["ratio"])
 
     return run
+
+
+@torch.inference_mode()
+def decode_ragged(section: Section) -> None:
+    """The work that the section `peers` gives to transformers' generate_batch."""
+    model, count, slots = model_of(section), 4 if section.small else RAGGED, 64
+    sizes = ragged_sizes(count, *((8, 4) if section.small else (64, 128)))
+    requests = [
+        Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new)
+        for i, (prompt, new) in enumerate(sizes)
+    ]
+    options = {"num_slots": slots, "max_seq_len": max(map(sum, sizes)), "compile": section.runtime.compile}
+    engine = Engine(model, SamplingParams(), **options)
+    run_once(engine, requests)
+    detail = f"{count} ragged prompts of about 64 + 128 tokens"
+    section.figure(f"{name_of(section)}, ragged, {slots} slots", run_once(engine, requests).rate, "tok/s", None, detail)
 
 
 @torch.inference_mode()
@@ -141,11 +159,11 @@ def note_weights(section: Section) -> None:
 # ------------------------------------------------------------------------------------------- peers
 
 
-def peer(engine: str, batch_size: int, ragged: int | None = None) -> Callable:
+def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = None) -> Callable:
     """transformers on the same shape, precision, sampling and compile mode, as scripts/benchmark.py runs it."""
 
     def run(section: Section) -> None:
-        preset, sizes = ("tiny", [8, 4]) if section.small else ("math-7b", [64, 128])
+        preset, sizes = ("tiny", [8, 4]) if section.small else ("math-7b", [prompt_len, 128])
         flags = ["generate", "--preset", preset, "--engine", engine, "--batch_size", batch_size, "--repeats", 1]
         flags += ["--prompt_len", sizes[0], "--new_tokens", sizes[1], "--device", section.runtime.device]
         if ragged:
@@ -243,18 +261,19 @@ def time_or_say(section: Section, name: str, step: Callable, *, flops: float = 0
 
 CEILINGS = [Item("copy", 3, measure_copy), Item("products", 3, measure_products)]
 DECODE = [
-    Item("batch 1", 25, decode(1, 64, 192, goals={"mbu": 0.75, "startup": 30})),
+    Item("batch 1", 25, decode(1, 64, 128, goals={"mbu": 0.75, "startup": 30})),
     Item("batch 64", 15, decode(64, 448, 128, goals={"mbu": 0.6})),
     Item("batch 256", 15, decode(256, 64, 128, goals={"rate": 10_000})),
     Item("MATH", 60, decode_math),
+    Item("ragged", 12, decode_ragged),
     Item("model", 0, note_weights),
-    Item("int4, batch 1", 20, decode(1, 64, 192, mode="int4", goals={"ratio": 1.8})),
-    Item("int8, batch 1", 20, decode(1, 64, 192, mode="int8")),
+    Item("int4, batch 1", 20, decode(1, 64, 128, mode="int4", goals={"ratio": 1.8})),
+    Item("int8, batch 1", 20, decode(1, 64, 128, mode="int8")),
 ]
 PEERS = [
-    Item("generate, batch 1", 40, peer("transformers", 1)),
-    Item("generate_batch", 30, peer("generate_batch", 64, ragged=192)),
-    Item("generate, batch 64", 40, peer("transformers", 64)),
+    Item("generate, batch 1", 40, peer("transformers", 1, 64)),
+    Item("generate_batch", 30, peer("generate_batch", 64, 64, ragged=RAGGED)),
+    Item("generate, batch 64", 40, peer("transformers", 64, 448)),
 ]
 ATTENTION = [
     Item("decode attention", 8, compare_decode_attention),

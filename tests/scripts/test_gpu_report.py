@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import subprocess
 import time
 from pathlib import Path
 from unittest import mock
@@ -56,7 +57,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
     )
     assert all(row["value"] > 0 for row in rows if row["kind"] == "figure")
     assert all(row["name"] in text for row in rows) and report["header"]["card"].startswith("cpu")
-    wanted = {"right": 30, "ceilings": 2, "decode": 8, "sft": 1, "rl": 2, "peers": 3, "attention": 3}
+    wanted = {"right": 30, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "attention": 3}
     assert len(rows) >= wanted[name]
     goals = {row["name"]: row["met"] for row in rows if row["kind"] == "figure" and row["goal"] is not None}
     assert (
@@ -150,10 +151,23 @@ def test_sections_that_end_badly(tmp_path, monkeypatch):
         pytest.fail("what a section had started goes on behind its end")
 
 
-def test_shell():
-    """Catches a command that is not there, and a flag of it that is not."""
-    text = (tiny.ROOT / "scripts/gpu_report.sh").read_text()
-    assert "${OUT:-runs/gpu}" in text and os.access(tiny.ROOT / "scripts/gpu_report.sh", os.R_OK)
+def test_shell(tmp_path):
+    """Catches a shell script that takes a Python without torch, or installs one, loses its arguments or $OUT, and a
+    section's process that is not told its time."""
+    for name, code in (("without", 1), ("with", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def shell(*pythons: str) -> subprocess.CompletedProcess:
+        given = {"PYTHON": " ".join(str(tmp_path / name) for name in pythons), "OUT": "somewhere"}
+        command = ["bash", str(tiny.ROOT / "scripts/gpu_report.sh"), "--minutes", "1"]
+        return subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
+
+    assert shell("missing", "without", "with").stdout == (
+        "with scripts/gpu_report.py --output_dir somewhere --minutes 1\n"
+    )
+    refused = shell("without")
+    assert refused.returncode == 2 and "no python3 with torch" in refused.stderr and not refused.stdout
     with mock.patch.object(gpu_report, "run_section") as run:
         result = tiny.run("scripts/gpu_report.py", "--section", "right", "--started", 5.0, "--deadline", 9.5)
     assert result.code == 0 and run.call_args[0][0].deadline == 9.5

@@ -282,7 +282,8 @@ class Engine(nn.Module):
                 leader.followers.append(sequence)
             else:
                 self.filling.append(sequence)
-                leaders.setdefault(tuple(prompt_ids), sequence)
+                if not sequence.num_drawn:  # one that goes on draws no first token, so nobody begins with it
+                    leaders.setdefault(tuple(prompt_ids), sequence)
         return bool(self.filling or self.ready)
 
     def _find_pages(self, sequence: _Sequence, other: "_Sequence | _Prompt | None") -> bool:

@@ -1,6 +1,9 @@
-"""What the jobs of scripts/benchmark.py share: the shapes, the clock and the machine's ceilings."""
+"""What the jobs of scripts/benchmark.py share: the shapes, the clock, the machine's ceilings, and the course of a job
+that measures speed, alone or in turn with a peer."""
 
+import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,24 +11,33 @@ from pathlib import Path
 
 import torch
 
-from models.common import RuntimeArgs, Stopwatch, at_least_one, flag
+from models.common import (
+    RuntimeArgs,
+    Stopwatch,
+    at_least_one,
+    card,
+    choose_runtime,
+    dtype_name,
+    flag,
+    peak_memory,
+    say,
+)
 from models.model import ModelConfig
 from models.presets import PRESETS
-from models.qlinear import MODES
-from models.quantize import QuantizeArgs
-from models.tp import TensorParallelArgs
-from training.optim import OptimArgs
 
 SIZES = {
+    "tiny": ModelConfig(512, 64, 192, 2, 4, 2, 16, 4096),  # to see that something runs
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
     "0.5b": PRESETS["Qwen/Qwen2.5-0.5B"],
     "1b": PRESETS["meta-llama/Llama-3.2-1B"],
     "1.5b": PRESETS["Qwen/Qwen2.5-1.5B"],
     "7b": PRESETS["meta-llama/Llama-2-7b-chat-hf"],
+    "math-7b": PRESETS["deepseek-ai/deepseek-math-7b-base"],
     "8b": PRESETS["meta-llama/Llama-3.1-8B"],
     "qwen3-8b": PRESETS["Qwen/Qwen3-8B"],
 }
+SCRIPT = Path(__file__).resolve().with_name("benchmark.py")
 
 
 def layout(text: str) -> tuple[int, int]:
@@ -37,57 +49,56 @@ def layout(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
-    """Speed beside the physical limit, with random weights."""
+class JobArgs:
+    """Which job."""
 
-    job: str = flag(
-        choices=("generate", "sft", "dpo", "ppo", "grpo", "memory", "data"), help="what to measure", positional=True
-    )
+    job: str = flag(help="what to measure", positional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetArgs:
+    """The model, of random weights."""
+
     preset: str = flag("134m", choices=SIZES, help="shape of the model")
-    batch_size: int = flag(
-        8, bounds=at_least_one, help="slots, rows of a step, its pairs or answers; memory: micro-batch"
-    )
-    prompt_len: int = flag(64, bounds=at_least_one, help="generate, dpo, ppo, grpo: tokens of each prompt")
-    new_tokens: int = flag(128, bounds=at_least_one, help="generate, dpo, ppo: tokens of each completion")
-    sweep: list[int] = flag((), nargs="*", bounds=at_least_one, help="generate: batch sizes to measure in turn")
-    ragged: int | None = flag(
-        None, bounds=at_least_one, help="generate: so many prompts, lengths and ends around the flags'"
-    )
-    precisions: list[str] = flag(
-        (),
-        choices=("none", *MODES),
-        help="generate: values of --quantize to measure in turns, with their speeds as ratios to the first's",
-    )
-    seq_len: int = flag(512, bounds=at_least_one, help="sft, memory: tokens of each row; grpo: of the longest answer")
-    activation_checkpointing: str = flag("none", choices=("none", "full", "selective"), help="recompute in steps")
-    precompute_ref: bool = flag(True, help="dpo: the reference's log-probs once before training, else in each step")
-    repeats: int = flag(3, bounds=at_least_one, help="timed runs (generate) or steps, after one to warm up")
-    engine: str = flag("ours", choices=("ours", "peer"), help="what to run; the peer is transformers, or trl")
-    reward_preset: str | None = flag(None, choices=SIZES, help="ppo: shape of reward model and critic; --preset")
-    slots: int | None = flag(None, bounds=at_least_one, help="ppo: answers drawn at a time; --batch_size, up to 128")
-    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="ppo, grpo: answers of a forward; --batch_size")
-    max_tokens_per_micro_batch: int | None = flag(
-        None, bounds=at_least_one, help="grpo: tokens of a packed forward; those of the longest --micro_batch_size rows"
-    )
-    ppo_epochs: int = flag(1, bounds=at_least_one, help="ppo: passes over the answers of an update")
-    param_dtype: str = flag("float32", choices=("float32", "bfloat16"), help="ppo: of the trained weights")
-    optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="ppo: the optimizer")
-    plan: bool = flag(False, help="ppo: print the memory on paper, and run nothing")
-    layouts: list[layout] = flag((), metavar="DPxTP", help="memory, ppo --plan: dp x tp, as 1x1 8x1 4x2; one")
-    tokenizer: Path | None = flag(
-        None, help="data: folder with the tokenizer and its chat template; a small one is made"
-    )
-    measure: bool = flag(False, help="memory: do it with random weights and print the measured bytes beside")
-    compare: int | None = flag(None, bounds=at_least_one, help="alternate ours and the peer so many times")
-    peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
 
     @property
     def config(self) -> ModelConfig:
         return SIZES[self.preset]
 
-    def optimizer(self) -> OptimArgs:
-        """That of the jobs which train by themselves."""
-        return OptimArgs(learning_rate=1e-5)
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerArgs:
+    """Lengths of prompts and answers."""
+
+    prompt_len: int = flag(64, bounds=at_least_one, help="tokens of each prompt")
+    new_tokens: int = flag(128, bounds=at_least_one, help="tokens of each completion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutArgs:
+    """On paper."""
+
+    layouts: list[layout] = flag((), metavar="DPxTP", help="dp x tp, as 1x1 8x1 4x2; one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatArgs:
+    """How often."""
+
+    repeats: int = flag(3, bounds=at_least_one, help="timed runs or steps, after one to warm up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedArgs(JobArgs, PresetArgs, RepeatArgs, RuntimeArgs):
+    """A job that measures speed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerArgs:
+    """Beside others."""
+
+    compare: int | None = flag(None, bounds=at_least_one, help="alternate ours and --peer so many times")
+    peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -112,13 +123,100 @@ def product_dtype(device: torch.device) -> torch.dtype:
     return min(seconds, key=seconds.get)
 
 
+def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
+    """Bytes/s of a copy, read and written, measured."""
+    source = torch.randn(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, 7)
+
+
+def product_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product, measured."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device, 7)
+
+
 def ceilings(device: torch.device) -> tuple[float, float, torch.dtype]:
     """(FLOP/s of a matrix product, bytes/s of a copy, read and written, the product's dtype), measured."""
     dtype = product_dtype(device)
-    size, length = (8192, 2**30) if device.type == "cuda" else (1024, 2**26)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.randn(length, device=device)
-    target = torch.empty_like(source)
-    product = seconds_of(lambda: a @ b, device, 7)
-    copy = seconds_of(lambda: target.copy_(source), device, 7)
-    return 2 * size**3 / product, 2 * source.nbytes / copy, dtype
+    size, num_bytes = (8192, 2**32) if device.type == "cuda" else (1024, 2**28)
+    return product_rate(device, size, dtype), copy_bandwidth(device, num_bytes), dtype
+
+
+# ---------------------------------------------------------------------------------- the course of a job
+
+
+def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[str, Callable] | None = None) -> None:
+    """Prints the card and the JSON line of measure(args, runtime, bandwidth of a copy) -> its figures, or of the peer
+    that --engine names; with --compare runs this command with either engine in turn.
+
+    Figures: tokens_per_second; bytes_per_second and flops_per_second where there is a limit to hold them against; rows:
+    more lines for the card; ran: what a peer says that it ran.
+    """
+    if peers and args.compare:
+        compare_engines(args)
+        return
+    engine = args.engine if peers else "ours"
+    runtime = choose_runtime(args)
+    torch.manual_seed(args.seed)
+    flops, bandwidth, dtype = ceilings(runtime.device)
+    if runtime.device.type == "cuda":  # the job is to have the memory, and the peak to be its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    result = (measure if engine == "ours" else peers[engine])(args, runtime, bandwidth)
+    product = f"{dtype_name(dtype)} matrix product"
+    rows = {
+        "model": f"{args.preset}, {args.config.num_parameters() / 1e6:,.1f} M parameters, random",
+        "device": str(runtime),
+        "versions": f"torch {torch.__version__}",
+        "ran": result.get("ran", f"gpt-accelera, {'compiled' if runtime.compile else 'eager'}"),
+        "ceilings": f"{flops / 1e12:,.2f} TFLOP/s ({product}), {bandwidth / 1e9:,.1f} GB/s (copy)",
+        "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {args.repeats})",
+    }
+    if "bytes_per_second" in result:
+        result["mbu"] = result["bytes_per_second"] / bandwidth
+        rows["bandwidth"] = f"{result['bytes_per_second'] / 1e9:,.1f} GB/s, {result['mbu']:.1%} of the copy"
+    if "flops_per_second" in result:
+        result["mfu"] = result["flops_per_second"] / flops
+        rows["rate"] = f"{result['flops_per_second'] / 1e12:,.2f} TFLOP/s, {result['mfu']:.1%} of the {product}"
+    result.setdefault("peak_memory", peak_memory(runtime.device))
+    rows.update(result.pop("rows", {}))
+    rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
+    say(card(f"{args.job}, {title}", rows))
+    say(json.dumps({"job": args.job, "preset": args.preset, "engine": engine, **rows, **result}))
+
+
+def compare_engines(args: SpeedArgs) -> None:
+    """Runs this command with either engine in turn, each in a process of its own, and prints the ratios, for each batch
+    size of a sweep."""
+    arguments = sys.argv[1:]
+    at = arguments.index("--compare")
+    del arguments[at : at + 2]
+    sizes = getattr(args, "sweep", ())
+    for size in sizes or [None]:
+        one_size = [] if size is None else ["--sweep", "--batch_size", str(size)]
+        if size is not None:
+            print(f"batch {size}", flush=True)
+        compare_once(args, [*arguments, *one_size])
+
+
+def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
+    results = {"ours": [], args.peer: []}
+    for i in range(args.compare):
+        for engine in results:
+            python = sys.executable if engine == "ours" else args.peer_python
+            command = [python, SCRIPT, *arguments, "--engine", engine]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"--engine {engine} failed: {done.stderr.strip().splitlines()[-1]}")
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            results[engine].append(result)
+            speed, memory = result["tokens_per_second"], result["peak_memory"] / 1e9
+            print(f"round {i + 1}: {speed:10,.1f} tok/s, {memory:,.2f} GB peak: {result['ran']}", flush=True)
+    pairs = list(zip(results["ours"], results[args.peer]))
+    speeds = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
+    memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
+    shown = ", ".join(f"{x:.2f}" for x in speeds)
+    ran = results[args.peer][-1]["ran"]
+    print(f"ours / {ran}: speed {shown}; memory {statistics.median(memory):.2f}")
+    print(json.dumps({"speed_ratios": speeds, "memory_ratios": memory, "ran": ran, "ours": results["ours"][-1]}))

@@ -3,17 +3,18 @@
 import json
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 
-from models.common import card, say
+from models.common import card, flag, say
 from models.records import Limits
 from models.rows import Store
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import BenchmarkArgs
+from scripts.benchmark_common import JobArgs, RepeatArgs
 from training.data import encode_sft_file
 
 TURNS, WORDS_OF_A_TURN, WORDS = (1, 4, 16), 60, 150_000
@@ -23,7 +24,14 @@ TEMPLATE = (
 )
 
 
-def report_data(args: BenchmarkArgs) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DataArgs(JobArgs, RepeatArgs):
+    """What tokenising chats costs."""
+
+    tokenizer: Path | None = flag(None, help="folder with the tokenizer and its chat template; a small one is made")
+
+
+def main(args: DataArgs) -> None:
     """Prints microseconds and bytes a token, of one process: CPU seconds from the file to its rows."""
     limits, result = Limits(2**31, 2**31), {}
     with TemporaryDirectory() as folder:
@@ -34,7 +42,7 @@ def report_data(args: BenchmarkArgs) -> None:
             _write_tokenizer(folder, words)
         tokenizer = Tokenizer(args.tokenizer or folder)
         for turns in TURNS:
-            path = _write_chats(folder / f"{turns}.jsonl", words, turns, random.Random(args.seed))
+            path = _write_chats(folder / f"{turns}.jsonl", words, turns, random.Random(0))
             times = []
             for _ in range(args.repeats):
                 begin = time.process_time()

@@ -4,43 +4,66 @@ any precision, over tensor-parallel ranks."""
 import math
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import Runtime
+from models.common import Runtime, at_least_one, flag
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
-from models.qlinear import Scheme
-from models.quantize import check_scheme, quantize_in_place, rounding_scheme
+from models.paged_cache import Table
+from models.qlinear import MODES, Scheme
+from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
-from models.tp import Parallel, tensor_parallel_part
-from scripts.benchmark_common import BenchmarkArgs, seconds_of
+from models.tp import Parallel, TensorParallelArgs, size_of, tensor_parallel_part
+from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job, seconds_of
+from scripts.benchmark_peers import PEERS
+from scripts.workload import ragged_sizes, random_ids
 
 
-def generate_setting(args: BenchmarkArgs) -> str:
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallelArgs):
+    """The engine's rates on random weights."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="slots")
+    sweep: list[int] = flag((), nargs="*", bounds=at_least_one, help="batch sizes to measure in turn")
+    ragged: int | None = flag(None, bounds=at_least_one, help="so many prompts, lengths and ends around the flags'")
+    precisions: list[str] = flag(
+        (),
+        choices=("none", *MODES),
+        help="values of --quantize to measure in turns, with their speeds as ratios to the first's",
+    )
+    engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="what to run")
+    peer: str = flag("transformers", choices=PEERS["generate"], help="--compare: the engine to alternate with")
+
+    llama_cpp_gguf: Path | None = flag(None, help="the peer llama_cpp: the file that it runs")
+
+    def work(self) -> list[tuple[int, int]]:
+        """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them."""
+        if self.ragged:
+            return ragged_sizes(self.ragged, self.prompt_len, self.new_tokens)
+        return [(self.prompt_len, self.new_tokens)] * self.batch_size
+
+
+def main(args: GenerateArgs) -> None:
+    if args.precisions and (args.compare or args.quantize != "none"):
+        raise ValueError("--precisions: takes the place of --quantize, and of --compare")
+    run_speed_job(args, generate_setting(args), measure_generate, PEERS["generate"])
+
+
+def generate_setting(args: GenerateArgs) -> str:
     tokens = f"{args.prompt_len} + {args.new_tokens} tokens"
     if args.sweep:
         return f"sweep of {tokens}"
     if args.ragged:
         return f"{args.ragged} ragged prompts of about {tokens}, {args.batch_size} slots"
     return f"{args.batch_size} slots, {tokens}"
-
-
-def work(args: BenchmarkArgs) -> list[tuple[int, int]]:
-    """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them, from a quarter to seven
-    quarters of the flags', drawn from a fixed seed."""
-    sizes = [args.prompt_len, args.new_tokens]
-    if not args.ragged:
-        return [tuple(sizes)] * args.batch_size
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randint(-(-n // 4), 7 * n // 4 + 1, (args.ragged,), generator=generator) for n in sizes)
-    return list(zip(*(numbers.tolist() for numbers in drawn)))
 
 
 @torch.no_grad()
@@ -91,7 +114,7 @@ def products_seconds(model: Transformer, batch_size: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def measure_generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> dict:
     tp_size, config = args.tensor_parallel_size, args.config
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
@@ -124,13 +147,13 @@ def measure_generate(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) ->
 
 
 def measure_batch(
-    models: dict[str, Transformer], args: BenchmarkArgs, runtime: Runtime, copy_bandwidth: float
+    models: dict[str, Transformer], args: GenerateArgs, runtime: Runtime, copy_bandwidth: float
 ) -> list[dict]:
     """The figures of one batch size for each precision, medians over the repeats, after a run that does not count. The
     precisions take turns, and each run's rate is also given as a ratio to the first precision's of the same round."""
-    sizes, batch_size = work(args), args.batch_size
+    sizes, batch_size = args.work(), args.batch_size
     vocab_size = next(iter(models.values())).config.vocab_size
-    prompts = [torch.randint(3, vocab_size, (prompt_len,)).tolist() for prompt_len, _ in sizes]
+    prompts = [random_ids(vocab_size, prompt_len).tolist() for prompt_len, _ in sizes]
     requests = [Request(i, 0, prompt, new) for i, (prompt, (_, new)) in enumerate(zip(prompts, sizes))]
     options = {"num_slots": batch_size, "max_seq_len": max(map(sum, sizes)), "compile": runtime.compile}
     engines = {mode: Engine(model, SamplingParams(), **options) for mode, model in models.items()}
@@ -176,8 +199,21 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
     for _ in engine.generate(requests, on_token):
         pass
     seconds = time.perf_counter() - start
-    read = engine.num_steps * weight_bytes(engine.model) + engine.cache_bytes_read
+    read = engine.num_steps * weight_bytes(engine.model) + cache_bytes(engine)
     bandwidth = read / max(engine.decode_seconds, 1e-9)
     step_ms = 1e3 * engine.decode_seconds / max(engine.num_steps, 1)
     rate = sum(request.max_new_tokens for request in requests) / seconds
     return Run(rate, bandwidth, step_ms, 1e3 * (first - start), engine.compile_seconds)
+
+
+def cache_bytes(engine: Engine) -> float:
+    """Bytes of cache that the decode steps had to read: in the dtype of the computation, also where the engine keeps it
+    in a wider one, whose bytes are no achievement."""
+    config, dtype = engine.model.config, engine.model.compute_dtype or engine.model.embed_tokens.weight.dtype
+    heads = config.num_key_value_heads // size_of(engine.model.parallel.tp)
+    of_token = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
+    return engine.cache_bytes_read / cache_of(engine).bytes_per_token * of_token
+
+
+def cache_of(engine: Engine) -> Table:
+    return next(module for module in engine.modules() if isinstance(module, Table))

@@ -8,31 +8,47 @@
 
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from models.common import Runtime, Stopwatch
-from models.fsdp import ParallelArgs, init_mesh, reducing_gradients
+from models.common import Runtime, Stopwatch, at_least_one, flag
+from models.fsdp import init_mesh, reducing_gradients
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
-from scripts.benchmark_common import BenchmarkArgs
-from scripts.benchmark_training import sharded_model
+from scripts.benchmark_common import SpeedArgs, run_speed_job
+from scripts.benchmark_training import RecomputeArgs, sharded_model
 from training.losses import ppo_policy_loss
 from training.rollouts import answer_logps, shares
 
 SHORTEST = 16  # tokens of an answer
 
 
-def filled(args: BenchmarkArgs) -> BenchmarkArgs:
-    """With the sizes that the user left open."""
-    size = args.micro_batch_size or args.batch_size
-    budget = args.max_tokens_per_micro_batch or size * (args.prompt_len + args.seq_len)
-    return replace(args, micro_batch_size=size, max_tokens_per_micro_batch=budget)
+@dataclass(frozen=True, kw_only=True)
+class GrpoArgs(SpeedArgs, RecomputeArgs):
+    """A policy update on ragged answers of random tokens."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="answers of an update")
+    prompt_len: int = flag(64, bounds=at_least_one, help="tokens of each prompt")
+    seq_len: int = flag(512, bounds=at_least_one, help="tokens of the longest answer")
+    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers of a padded forward; --batch_size")
+    max_tokens_per_micro_batch: int | None = flag(
+        None, bounds=at_least_one, help="tokens of a packed forward; those of the longest --micro_batch_size rows"
+    )
+
+    def filled(self) -> "GrpoArgs":
+        """With the sizes that the user left open."""
+        size = self.micro_batch_size or self.batch_size
+        budget = self.max_tokens_per_micro_batch or size * (self.prompt_len + self.seq_len)
+        return replace(self, micro_batch_size=size, max_tokens_per_micro_batch=budget)
 
 
-def grpo_setting(args: BenchmarkArgs) -> str:
-    args = filled(args)
+def main(args: GrpoArgs) -> None:
+    run_speed_job(args, grpo_setting(args), measure_grpo)
+
+
+def grpo_setting(args: GrpoArgs) -> str:
+    args = args.filled()
     return (
         f"{args.batch_size} answers of {SHORTEST} to {args.seq_len} tokens to prompts of {args.prompt_len}, "
         f"micro-batches of {args.micro_batch_size} rows or {args.max_tokens_per_micro_batch} tokens, recompute "
@@ -40,7 +56,7 @@ def grpo_setting(args: BenchmarkArgs) -> str:
     )
 
 
-def ragged_rows(args: BenchmarkArgs) -> list[Example]:
+def ragged_rows(args: GrpoArgs) -> list[Example]:
     generator, rows = random.Random(args.seed), []
     for _ in range(args.batch_size):
         length = generator.randint(min(SHORTEST, args.seq_len), args.seq_len)
@@ -68,10 +84,9 @@ def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, sp
     model.zero_grad(set_to_none=True)
 
 
-def measure_grpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
-    args, config = filled(args), args.config
-    parallel = ParallelArgs(activation_checkpointing=args.activation_checkpointing)
-    model, dp = sharded_model(config, parallel, runtime), init_mesh(runtime.device, 1)["dp"]
+def measure_grpo(args: GrpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+    args, config = args.filled(), args.config
+    model, dp = sharded_model(config, args.parallel(), runtime), init_mesh(runtime.device, 1)["dp"]
     rows = ragged_rows(args)
     advantages = torch.randn(len(rows), device=runtime.device)
     splits = {

@@ -6,21 +6,44 @@ import gc
 import itertools
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
-from models.common import Runtime, card, choose_runtime, peak_memory, progress_bar, say
+from models.common import (
+    Runtime,
+    RuntimeArgs,
+    at_least_one,
+    card,
+    choose_runtime,
+    flag,
+    peak_memory,
+    progress_bar,
+    say,
+)
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
 from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
-from models.quantize import check_scheme, quantize_in_place, rounding_scheme
+from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
-from scripts.benchmark_common import BenchmarkArgs
-from scripts.benchmark_training import sft_setting, sharded_model
+from scripts.benchmark_common import JobArgs, LayoutArgs, PresetArgs
+from scripts.benchmark_training import RecomputeArgs, sharded_model
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, QuantizeArgs, RuntimeArgs):
+    """The memory of a training run, or of a quantised model."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="rows of a micro-batch")
+    seq_len: int = flag(512, bounds=at_least_one, help="tokens of each row")
+    measure: bool = flag(False, help="do it with random weights and print the measured bytes beside")
+
+
+def main(args: MemoryArgs) -> None:
+    report_memory(args) if args.quantize == "none" else report_quantized_memory(args)
 
 
 def training_memory(
@@ -72,11 +95,8 @@ def training_memory(
     }
 
 
-def report_memory(args: BenchmarkArgs) -> None:
+def report_memory(args: MemoryArgs) -> None:
     """Prints training_memory for each layout, and what this run's ranks took."""
-    if args.quantize != "none":
-        report_quantized_memory(args)
-        return
     config, recompute = args.config, args.activation_checkpointing
     world = int(os.environ.get("WORLD_SIZE", 1))
     layouts = args.layouts or [(world, 1)]
@@ -100,7 +120,8 @@ def report_memory(args: BenchmarkArgs) -> None:
         rows = {name: f"{size / 1e9:8.2f} GB" for name, size in table.items()}
         if args.measure:
             rows["measured"] += f", the sum is {table['sum'] / table['measured'] - 1:+.1%} off"
-        say(card(f"memory of {args.preset}, dp {dp} x tp {tp}, {sft_setting(args)}", rows))
+        setting = f"{args.batch_size} x {args.seq_len} tokens, recompute {recompute}"
+        say(card(f"memory of {args.preset}, dp {dp} x tp {tp}, {setting}", rows))
     say(json.dumps({"job": "memory", "preset": args.preset, "layouts": layouts, "bytes": tables}))
 
 
@@ -160,7 +181,7 @@ def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Tr
     return model
 
 
-def report_quantized_memory(args: BenchmarkArgs) -> None:
+def report_quantized_memory(args: MemoryArgs) -> None:
     """Prints quantized_memory; with --measure also what such a model holds, and by how much making it let this process
     grow at the peak."""
     config = args.config

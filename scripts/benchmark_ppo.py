@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -23,23 +23,50 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import hf_name
-from models.common import Runtime, card, dtype_name, say
+from models.common import Runtime, at_least_one, card, dtype_name, flag, say
 from models.decode import load_for_inference
 from models.export import save_folder
 from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import SIZES, BenchmarkArgs
+from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_memory import training_memory
+from scripts.benchmark_training import TrainedArgs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_ppo.py"
 EOS = 2
 FIRST_CHARACTER = 0x10000  # token i is written as the character FIRST_CHARACTER + i
 
 
-def ppo_setting(args: BenchmarkArgs) -> str:
-    args = filled(args)
+@dataclass(frozen=True, kw_only=True)
+class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
+    """An update of PPO on random weights."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="answers of an update")
+    reward_preset: str | None = flag(None, choices=SIZES, help="shape of reward model and critic; --preset")
+    slots: int | None = flag(None, bounds=at_least_one, help="answers drawn at a time; --batch_size, up to 128")
+    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers of a forward; --batch_size")
+    ppo_epochs: int = flag(1, bounds=at_least_one, help="passes over the answers of an update")
+    plan: bool = flag(False, help="print the memory on paper, for --layouts, and run nothing")
+
+    def filled(self) -> "PpoArgs":
+        """With the sizes that the user left open."""
+        batch = self.batch_size
+        return replace(self, micro_batch_size=self.micro_batch_size or batch, slots=self.slots or min(128, batch))
+
+
+def main(args: PpoArgs) -> None:
+    if args.plan:
+        report_plan(args)
+    elif args.layouts:
+        raise ValueError("--layouts: for --plan; an update runs on the ranks of this run")
+    else:
+        run_speed_job(args, ppo_setting(args), measure_ppo)
+
+
+def ppo_setting(args: PpoArgs) -> str:
+    args = args.filled()
     return (
         f"{args.batch_size} answers, {args.prompt_len} + {args.new_tokens} tokens, {args.ppo_epochs} epochs, "
         f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
@@ -47,21 +74,15 @@ def ppo_setting(args: BenchmarkArgs) -> str:
     )
 
 
-def filled(args: BenchmarkArgs) -> BenchmarkArgs:
-    """With the sizes that the user left open."""
-    batch = args.batch_size
-    return replace(args, micro_batch_size=args.micro_batch_size or batch, slots=args.slots or min(128, batch))
-
-
-def measure_ppo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
-    args, config = filled(args), args.config
+def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+    args, config = args.filled(), args.config
     reward = reward_config(args)
     with tempfile.TemporaryDirectory() as root:
         folders = Path(root) / "policy", Path(root) / "reward"
         write_policy(folders[0], config, runtime)
         write_reward_model(folders[1], reward, runtime, None if reward != config else folders[0])
         ids = torch.randint(EOS + 1, config.vocab_size, (args.batch_size, args.prompt_len)).tolist()
-        texts = ["".join(chr(FIRST_CHARACTER + token) for token in row) for row in ids]
+        texts = [text_of(row) for row in ids]
         prompts = Path(root) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
         alone = engine_rates(folders[0], ids, runtime, args)
@@ -71,7 +92,12 @@ def measure_ppo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict
     return {**split(median, statistics.median(alone), reward, args), "peak_memory": memory}
 
 
-def reward_config(args: BenchmarkArgs) -> ModelConfig:
+def text_of(ids: list[int]) -> str:
+    """What the tokenizer of write_policy encodes as these tokens; none of them may be EOS."""
+    return "".join(chr(FIRST_CHARACTER + token) for token in ids)
+
+
+def reward_config(args: PpoArgs) -> ModelConfig:
     """The reward model's shape, with the policy's vocabulary."""
     config = args.config
     reward = SIZES[args.reward_preset] if args.reward_preset else config
@@ -136,7 +162,7 @@ def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args: BenchmarkArgs) -> list[float]:
+def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args: PpoArgs) -> list[float]:
     """Tokens/s of the engine as inference/generate.py runs it, after a run that does not count."""
     engine = Engine(
         load_for_inference(folder, runtime),
@@ -159,7 +185,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args:
 
 
 def train(
-    folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, args: BenchmarkArgs
+    folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, args: PpoArgs
 ) -> tuple[list[dict], float]:
     """(metrics of each update, bytes at the peak) of the script."""
     given = {
@@ -189,7 +215,7 @@ def train(
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], peak
 
 
-def split(median: dict, engine_rate: float, reward: ModelConfig, args: BenchmarkArgs) -> dict:
+def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) -> dict:
     """The figures of an update, of the medians of its metrics. reward: the shape of reward model and critic."""
     seconds = {name: median[f"time/{name}"] for name in ("rollout", "score", "logprobs", "update", "refresh")}
     whole = sum(seconds.values())
@@ -232,11 +258,11 @@ def split(median: dict, engine_rate: float, reward: ModelConfig, args: Benchmark
 # -------------------------------------------------------------------------------------------- memory
 
 
-def memory_plan(args: BenchmarkArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
+def memory_plan(args: PpoArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
     """Bytes on each rank at the peak of a step, by purpose; bf16 computation, slots and micro-batches are a rank's. The
     critic has the reward model's shape; policy and critic step in turn, so gradients are those of one. The inference
     copy is cut over tp alone, and so are the embedding and head of each model that stay gathered beside its shards."""
-    args, config, reward = filled(args), args.config, reward_config(args)
+    args, config, reward = args.filled(), args.config, reward_config(args)
     weights = {"float32": 4, "bfloat16": 2}[args.param_dtype]
     moments = {"adamw": 8, "adamw_8bit": 2}[args.optim]
     sizes = {"policy": config.num_parameters(), "critic": reward.num_parameters()}
@@ -258,7 +284,7 @@ def memory_plan(args: BenchmarkArgs, dp: int = 1, tp: int = 1) -> dict[str, floa
     }
 
 
-def report_plan(args: BenchmarkArgs) -> None:
+def report_plan(args: PpoArgs) -> None:
     """Prints memory_plan for each layout."""
     reward, layouts, plans = args.reward_preset or args.preset, args.layouts or [(1, 1)], []
     for dp, tp in layouts:

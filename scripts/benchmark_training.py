@@ -1,27 +1,40 @@
-"""The jobs `sft` and `dpo` of scripts/benchmark.py: tokens/s of whole optimizer steps."""
+"""What the jobs of scripts/benchmark.py that train have in common: a model of random weights, and whole steps."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from models.common import Runtime
+from models.common import Runtime, flag
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, parallel_of, shard_model
 from models.model import ModelConfig, Transformer
-from models.records import IGNORE_INDEX, Example, collate
-from models.reward import Pair, pair_rows
-from scripts.benchmark_common import BenchmarkArgs, seconds_of
-from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_cross_entropy, token_logps
-from training.optim import make_optimizer
+from scripts.benchmark_common import seconds_of
+from training.optim import OptimArgs, make_optimizer
 
 
-def sft_setting(args: BenchmarkArgs) -> str:
-    return f"{args.batch_size} x {args.seq_len} tokens, recompute {args.activation_checkpointing}"
+@dataclass(frozen=True, kw_only=True)
+class RecomputeArgs:
+    """Memory of a step."""
+
+    activation_checkpointing: str = flag("none", choices=("none", "full", "selective"), help="recompute in steps")
+
+    def parallel(self) -> ParallelArgs:
+        """How the training scripts would be told."""
+        return ParallelArgs(activation_checkpointing=self.activation_checkpointing)
 
 
-def dpo_setting(args: BenchmarkArgs) -> str:
-    when = "before training" if args.precompute_ref else "in each step"
-    rows = f"{args.batch_size} x 2 x ({args.prompt_len} + {args.new_tokens}) tokens"
-    return f"{rows}, reference {when}, recompute {args.activation_checkpointing}"
+@dataclass(frozen=True, kw_only=True)
+class TrainedArgs(RecomputeArgs):
+    """What is trained, and how it is stored."""
+
+    param_dtype: str = flag("float32", choices=("float32", "bfloat16"), help="of the trained weights")
+    optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="the optimizer")
+
+    def parallel(self) -> ParallelArgs:
+        return ParallelArgs(activation_checkpointing=self.activation_checkpointing, param_dtype=self.param_dtype)
+
+    def optimizer(self) -> OptimArgs:
+        return OptimArgs(learning_rate=1e-5, optim=self.optim)
 
 
 def sharded_model(
@@ -40,7 +53,12 @@ def sharded_model(
     return model
 
 
-def seconds_of_step(model, optimizer, loss_of: Callable[[], torch.Tensor], runtime: Runtime, repeats: int) -> float:
+def seconds_of_step(
+    model: Transformer, args: TrainedArgs, loss_of: Callable[[], torch.Tensor], runtime: Runtime, repeats: int
+) -> float:
+    """Seconds of forward, backward, clipping and update, the median after a step that does not count."""
+    optimizer = make_optimizer(model, args.optimizer(), compile=runtime.compile)
+
     def step() -> None:
         loss_of().backward()
         clip_grad_norm(model, 1.0)
@@ -48,57 +66,3 @@ def seconds_of_step(model, optimizer, loss_of: Callable[[], torch.Tensor], runti
         optimizer.zero_grad(set_to_none=True)
 
     return seconds_of(step, runtime.device, repeats)
-
-
-def measure_sft(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
-    config, parallel = args.config, ParallelArgs(activation_checkpointing=args.activation_checkpointing)
-    model = sharded_model(config, parallel, runtime)
-    optimizer = make_optimizer(model, args.optimizer())
-    ids = torch.randint(3, config.vocab_size, (args.batch_size, args.seq_len), device=runtime.device)
-    tokens = ids.numel()
-
-    def loss_of() -> torch.Tensor:
-        return token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens
-
-    rate = tokens / seconds_of_step(model, optimizer, loss_of, runtime, args.repeats)
-    return {"tokens_per_second": rate, "flops_per_second": rate * config.training_flops_per_token(args.seq_len)}
-
-
-def random_pairs(args: BenchmarkArgs) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompts [B, T], chosen and rejected completions [B, 2, T])"""
-    prompts = torch.randint(3, args.config.vocab_size, (args.batch_size, args.prompt_len))
-    return prompts, torch.randint(3, args.config.vocab_size, (args.batch_size, 2, args.new_tokens))
-
-
-def measure_dpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
-    config, parallel = args.config, ParallelArgs(activation_checkpointing=args.activation_checkpointing)
-    pairs = []
-    for prompt, sides in zip(*(ids.tolist() for ids in random_pairs(args))):
-        rows = [Example(prompt + side, [IGNORE_INDEX] * len(prompt) + side) for side in sides]
-        pairs.append(Pair(len(prompt), *rows))
-    model = sharded_model(config, parallel, runtime)
-    optimizer = make_optimizer(model, args.optimizer())
-    reference = sharded_model(config, ParallelArgs(), runtime, runtime.dtype).requires_grad_(False)
-
-    def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(pair_rows(pairs), 0, runtime.device)
-        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
-        logps, lengths = sequence_logps(logps, batch.labels)
-        return logps.view(2, -1), lengths.view(2, -1)
-
-    @torch.no_grad()
-    def reference_logps() -> torch.Tensor:
-        return logps_of(reference)[0]
-
-    known = None
-    if args.precompute_ref:
-        known, reference = reference_logps(), None
-
-    def loss_of() -> torch.Tensor:
-        logps, lengths = logps_of(model)
-        return dpo_loss(DpoLossArgs(), logps, reference_logps() if known is None else known, lengths).losses.mean()
-
-    length = args.prompt_len + args.new_tokens
-    rate = 2 * len(pairs) * length / seconds_of_step(model, optimizer, loss_of, runtime, args.repeats)
-    flops = config.training_flops_per_token(length) * (1 if args.precompute_ref else 4 / 3)
-    return {"tokens_per_second": rate, "flops_per_second": rate * flops}

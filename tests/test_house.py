@@ -89,10 +89,11 @@ def test_flags_are_fields(name):
     """Catches a script with a parser of its own, a flag without help, and the help of a flag written twice in its
     groups (another default needs no second declaration)."""
     module = importlib.import_module(name)
-    Args = tiny.args_of(module)
-    assert dataclasses.is_dataclass(Args) and Args.__dataclass_params__.frozen and Args.__doc__
-    for each in flags_of(Args):
-        assert each.metadata["options"]["help"], each.name
-        fields = [vars(c)["__dataclass_fields__"].get(each.name) for c in Args.__mro__[:-1]]
-        assert len({id(field) for field in fields if field and field.metadata}) == 1, each.name
+    for job in (None, *getattr(module, "JOBS", ())):
+        Args = tiny.args_of(module, [job] if job else [])
+        assert dataclasses.is_dataclass(Args) and Args.__dataclass_params__.frozen and Args.__doc__
+        for each in flags_of(Args):
+            assert each.metadata["options"]["help"], each.name
+            fields = [vars(c)["__dataclass_fields__"].get(each.name) for c in Args.__mro__[:-1]]
+            assert len({id(field) for field in fields if field and field.metadata}) == 1, each.name
     assert "add_argument" not in Path(module.__file__).read_text(encoding="utf-8")

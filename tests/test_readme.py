@@ -37,7 +37,7 @@ def test_commands_parse(launcher, script, arguments, monkeypatch):
     """Catches a script or a flag that was renamed, a value it does not take, and batches that do not divide over the
     ranks."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    args = parse_args(tiny.args_of(module), arguments)
+    args = parse_args(tiny.args_of(module, arguments), arguments)
     if launcher[0] == "torchrun":
         ranks = launcher[launcher.index("--nproc-per-node") + 1]
         monkeypatch.setenv("WORLD_SIZE", ranks)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -122,9 +123,14 @@ class Result(NamedTuple):
     stderr: str
 
 
-def args_of(module) -> type:
-    """The dataclass of a script's flags."""
-    return typing.get_type_hints(module.main)["args"]
+def main_of(module, arguments: Sequence[str] = ()) -> Callable:
+    """A script's main; where its first argument chooses among several, that one."""
+    return module.main_of(arguments) if hasattr(module, "main_of") else module.main
+
+
+def args_of(module, arguments: Sequence[str] = ()) -> type:
+    """The dataclass of a script's flags; of those of the job that its first argument names, where it has jobs."""
+    return typing.get_type_hints(main_of(module, arguments))["args"]
 
 
 def run(script: str, *args: object) -> Result:
@@ -132,9 +138,10 @@ def run(script: str, *args: object) -> Result:
     the seconds of a new interpreter."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+    words = list(map(str, args))
+    with mock.patch.object(sys, "argv", [script, *words]), redirect_stdout(out), redirect_stderr(err):
         try:
-            code = run_main(module.main, args_of(module))
+            code = run_main(main_of(module, words), args_of(module, words))
         except SystemExit as exit:  # argparse
             code = exit.code or 0
     return Result(code, out.getvalue(), err.getvalue())

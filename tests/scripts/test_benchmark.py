@@ -4,6 +4,7 @@ the work of generation."""
 import json
 import math
 from functools import cache
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
@@ -16,16 +17,18 @@ from models.generation import Engine, Request
 from models.model import ModelConfig
 from models.qlinear import Scheme
 from models.sampling import SamplingParams
-from scripts import benchmark, benchmark_generate, benchmark_grpo
-from scripts.benchmark_common import SIZES, BenchmarkArgs
+from scripts import benchmark_common, benchmark_generate, benchmark_grpo
+from scripts.benchmark_common import SIZES
 from scripts.benchmark_memory import measure_memory, quantized_memory, quantized_model, training_memory
+from scripts.benchmark_sft import SftArgs
+from scripts.workload import ragged_sizes
 from tests import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
 def ceilings():
     """Measured once: the copy of 268 MB takes longer than most of what is held against it."""
-    with mock.patch.object(benchmark, "ceilings", cache(benchmark.ceilings)):
+    with mock.patch.object(benchmark_common, "ceilings", cache(benchmark_common.ceilings)):
         yield
 
 
@@ -113,18 +116,44 @@ def test_precisions_in_turns():
 def test_ragged_work_of_generate():
     """Catches a rate over tokens that were not asked for (those of a static batch's longest row), other work for the
     peer, and a bandwidth of cache that no row needs."""
-    sizes = benchmark_generate.work(BenchmarkArgs(job="generate", ragged=5, prompt_len=8, new_tokens=4, batch_size=2))
+    sizes = ragged_sizes(5, 8, 4)
     assert len(sizes) == 5 and len(set(sizes)) > 3 and all(2 <= p <= 14 and 1 <= n <= 7 for p, n in sizes)
     assert generate("--ragged", 5, "--batch_size", 2)["tokens_per_second"] > 0
     seconds, tokens = [], sum(n for _, n in sizes)
-    with mock.patch("scripts.benchmark_peers.seconds_of", lambda run, *_: seconds.append(run()) or 2.0):
-        assert generate("--ragged", 5, "--batch_size", 2, "--engine", "peer")["tokens_per_second"] == tokens / 2
-    assert len(seconds) == 1
+    with mock.patch("scripts.peer_transformers.seconds_of", lambda run, *_: seconds.append(run()) or 2.0):
+        found = generate("--ragged", 5, "--batch_size", 2, "--engine", "transformers")
+        assert found["tokens_per_second"] == tokens / 2 and "dynamic cache, eager, float32" in found["ran"]
+        found = generate("--ragged", 5, "--batch_size", 2, "--engine", "generate_batch")
+        assert found["tokens_per_second"] == tokens / 2 and "continuous batching" in found["ran"]
+    assert len(seconds) == 2
     model = benchmark_generate.random_inference_model(SMALL, ON_CPU._replace(dtype=torch.float32))
     engine = Engine(model, SamplingParams(), num_slots=2, max_seq_len=32)
     list(engine.generate([Request(i, 0, [1] * p, n) for i, (p, n) in enumerate(sizes)]))
     needed = sum(p + i for p, n in sizes for i in range(1, n))
     assert engine.cache_bytes_read == needed * SMALL.num_hidden_layers * 2 * 4 * 32 * 4  # 4 heads of 32, fp32
+
+
+def test_jobs_and_peers():
+    """Catches a flag that a job takes and ignores, a job that is not there, a peer that is called compiled because that
+    was asked for, and one that is not installed or cannot do what ours does."""
+    for words, parts in (
+        (["sft", "--new_tokens", 3], ["--new_tokens"]),
+        (["memory", "--compare", 1], ["--compare"]),
+        (["train"], ["train", "generate"]),
+        (["--preset", "23m", "sft"], ["job", "sft"]),
+        (["generate", "--engine", "trl"], ["--engine", "vllm"]),
+        (["generate", "--preset", "tiny", "--engine", "transformers", "--quantize", "int8"], ["--quantize"]),
+        (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
+    ):
+        tiny.assert_refused(tiny.run("scripts/benchmark.py", *words), *parts)
+    for job, package in (("generate", "vllm"), ("dpo", "trl")):
+        if find_spec(package) is None:
+            refused = tiny.run("scripts/benchmark.py", job, "--preset", "tiny", "--engine", package, "--device", "cpu")
+            tiny.assert_refused(refused, package, "pip install")
+    with mock.patch("scripts.peer_transformers.seconds_of", lambda run, *_: 2.0):  # nothing is run, so nothing compiled
+        assert "eager" in generate("--engine", "transformers", "--compile", "--batch_size", 1)["ran"]
+    rows = SftArgs(job="sft", seq_len=64, documents=6).lengths()
+    assert sum(rows) == 64 and len(rows) == 6 and min(rows) >= 4
 
 
 def test_update_of_ppo():
@@ -184,8 +213,7 @@ def test_memory_of_ppo_on_paper():
     assert models == (4 + 4 + 2 + 2 + 2 + 2) * billions  # policy, critic, gradients of one, three frozen ones
     assert plan["KV cache"] == 32 * 512 * 2 * 2 * 32 * 4096
     assert sum(plan.values()) < 130e9
-    refused = tiny.run("scripts/benchmark.py", "ppo", "--compare", 1)
-    tiny.assert_refused(refused, "ppo has no peer")
+    tiny.assert_refused(tiny.run("scripts/benchmark.py", "ppo", "--layouts", "4x2"), "--plan")
     refused = tiny.run("scripts/benchmark.py", "memory", "--activation_checkpointing", "selective")
     tiny.assert_refused(refused, "knows none and full")
 

@@ -1,0 +1,77 @@
+"""The job `dpo` of scripts/benchmark.py: tokens/s of whole optimizer steps on pairs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.common import Runtime, at_least_one, flag
+from models.fsdp import ParallelArgs
+from models.model import Transformer
+from models.records import IGNORE_INDEX, Example, collate
+from models.reward import Pair, pair_rows
+from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job
+from scripts.benchmark_peers import PEERS
+from scripts.benchmark_training import TrainedArgs, seconds_of_step, sharded_model
+from scripts.workload import random_ids
+from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_logps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
+    """Optimizer steps of direct preference optimisation on random weights."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="pairs of a step")
+    precompute_ref: bool = flag(True, help="the reference's log-probs once before training, else in each step")
+    engine: str = flag("ours", choices=("ours", *PEERS["dpo"]), help="what to run")
+    peer: str = flag("trl", choices=PEERS["dpo"], help="--compare: the engine to alternate with")
+
+    def pairs(self) -> list[tuple[list[int], list[list[int]]]]:
+        """(prompt, [chosen, rejected]) of random tokens."""
+        prompts = random_ids(self.config.vocab_size, self.batch_size, self.prompt_len)
+        sides = random_ids(self.config.vocab_size, self.batch_size, 2, self.new_tokens)
+        return list(zip(prompts.tolist(), sides.tolist()))
+
+
+def main(args: DpoArgs) -> None:
+    run_speed_job(args, dpo_setting(args), measure_dpo, PEERS["dpo"])
+
+
+def dpo_setting(args: DpoArgs) -> str:
+    when = "before training" if args.precompute_ref else "in each step"
+    rows = f"{args.batch_size} x 2 x ({args.prompt_len} + {args.new_tokens}) tokens"
+    return (
+        f"{rows}, reference {when}, {args.param_dtype} weights, {args.optim}, recompute {args.activation_checkpointing}"
+    )
+
+
+def measure_dpo(args: DpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+    config = args.config
+    pairs = []
+    for prompt, sides in args.pairs():
+        rows = [Example(prompt + side, [IGNORE_INDEX] * len(prompt) + side) for side in sides]
+        pairs.append(Pair(len(prompt), *rows))
+    model = sharded_model(config, args.parallel(), runtime)
+    reference = sharded_model(config, ParallelArgs(), runtime, runtime.dtype).requires_grad_(False)
+
+    def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate(pair_rows(pairs), 0, runtime.device)
+        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
+        logps, lengths = sequence_logps(logps, batch.labels)
+        return logps.view(2, -1), lengths.view(2, -1)
+
+    @torch.no_grad()
+    def reference_logps() -> torch.Tensor:
+        return logps_of(reference)[0]
+
+    known = None
+    if args.precompute_ref:
+        known, reference = reference_logps(), None
+
+    def loss_of() -> torch.Tensor:
+        logps, lengths = logps_of(model)
+        return dpo_loss(DpoLossArgs(), logps, reference_logps() if known is None else known, lengths).losses.mean()
+
+    length = args.prompt_len + args.new_tokens
+    rate = 2 * len(pairs) * length / seconds_of_step(model, args, loss_of, runtime, args.repeats)
+    flops = config.training_flops_per_token(length) * (1 if args.precompute_ref else 4 / 3)
+    return {"tokens_per_second": rate, "flops_per_second": rate * flops}

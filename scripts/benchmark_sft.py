@@ -1,0 +1,72 @@
+"""The job `sft` of scripts/benchmark.py: tokens/s of whole optimizer steps, on rows of one text or of several."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.common import Bounds, Runtime, at_least_one, flag
+from models.forward import forward_rows
+from models.fsdp import init_mesh
+from models.records import Example, Split, pack_row
+from scripts.benchmark_common import PeerArgs, SpeedArgs, run_speed_job
+from scripts.benchmark_peers import PEERS
+from scripts.benchmark_training import TrainedArgs, seconds_of_step, sharded_model
+from scripts.workload import random_ids
+from training.losses import token_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftArgs(SpeedArgs, TrainedArgs, PeerArgs):
+    """Optimizer steps of fine-tuning on random weights."""
+
+    batch_size: int = flag(8, bounds=at_least_one, help="rows of a step")
+    seq_len: int = flag(512, bounds=Bounds(least=2), help="tokens of each row")
+    documents: int = flag(1, bounds=at_least_one, help="texts that each row is packed from; they do not see each other")
+    engine: str = flag("ours", choices=("ours", *PEERS["sft"]), help="what to run")
+    peer: str = flag("transformers", choices=PEERS["sft"], help="--compare: the engine to alternate with")
+
+    def lengths(self) -> list[int]:
+        """Tokens of the texts of a row, seq_len in all: as 1 to 2 to 3 to 4, and again."""
+        weights = [1 + i % 4 for i in range(self.documents)]
+        ends = [self.seq_len * sum(weights[: i + 1]) // sum(weights) for i in range(self.documents)]
+        return [end - start for start, end in zip([0, *ends], ends)]
+
+
+def main(args: SftArgs) -> None:
+    if args.seq_len < 4 * args.documents:
+        raise ValueError(f"--documents {args.documents}: each needs 4 of the row's {args.seq_len} tokens")
+    if args.documents > 1 and (args.compare or args.engine != "ours"):
+        raise ValueError("--documents: the peers do not pack")
+    run_speed_job(args, sft_setting(args), measure_sft, PEERS["sft"])
+
+
+def sft_setting(args: SftArgs) -> str:
+    packed = f" packed from {args.documents} texts" if args.documents > 1 else ""
+    return (
+        f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.param_dtype} weights, {args.optim}, recompute "
+        f"{args.activation_checkpointing}"
+    )
+
+
+def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
+    config, lengths = args.config, args.lengths()
+    model = sharded_model(config, args.parallel(), runtime)
+    split = Split(args.batch_size, init_mesh(runtime.device, 1)["dp"], 0)
+    rows = []
+    for row in random_ids(config.vocab_size, args.batch_size, args.seq_len).numpy():
+        texts = [Example(ids, ids) for ids in (row[start : start + n] for start, n in zip(_starts(lengths), lengths))]
+        rows.append(pack_row(texts) if len(texts) > 1 else texts[0])
+    num_targets = sum(row.num_targets for row in rows)
+
+    def loss_of() -> torch.Tensor:
+        forward = forward_rows(model, rows, split)
+        return token_cross_entropy(forward.hidden, model.lm_head.weight, forward.labels) / num_targets
+
+    tokens = args.batch_size * args.seq_len
+    rate = tokens / seconds_of_step(model, args, loss_of, runtime, args.repeats)
+    flops = sum(n * config.training_flops_per_token(n) for n in lengths) / args.seq_len
+    return {"tokens_per_second": rate, "flops_per_second": rate * flops}
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths))]

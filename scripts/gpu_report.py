@@ -1,0 +1,217 @@
+"""One report of a GPU: is it right, and how fast is it beside its limit. scripts/gpu_report.sh runs it.
+
+- sections, the most valuable first: right, ceilings, decode, sft, rl, peers, attention; each in a process of its own,
+  within its share of the time and what the ones before have left; one that fails is written down, and the next begins
+- report.md and report.json are written anew after every section, so that a run which is ended leaves what it had
+- needs the repository and a Python with torch and transformers, no network and no files; any GPU of torch.cuda, AMD's
+  too. --dry_run does it all with tiny shapes, on a CPU as well
+
+    python scripts/gpu_report.py --output_dir runs/gpu
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from models.common import (
+    RuntimeArgs,
+    at_least_one,
+    choose_runtime,
+    device_name,
+    flag,
+    positive,
+    run_script,
+    say,
+    write_json,
+)
+from scripts.report import right, speed, trained
+from scripts.report.markdown import markdown
+from scripts.report.record import ROOT, Item, Section, append_row, last_lines, run_items
+
+
+class Plan(NamedTuple):
+    """A section: what it shows, its share of the time in seconds, and what it does, in earnest and in a dry run."""
+
+    title: str
+    seconds: float
+    items: list[Item]
+    small: list[Item] | None = None
+
+
+SECTIONS = {
+    "right": Plan("Is it right?", 110, right.ITEMS),
+    "ceilings": Plan("Ceilings", 20, speed.CEILINGS),
+    "decode": Plan("Decoding, 7B (deepseek-math)", 125, speed.DECODE),
+    "sft": Plan("Fine-tuning", 90, trained.SFT_ITEMS, trained.SFT_SMALL),
+    "rl": Plan("Reinforcement learning, 1B", 75, trained.RL_ITEMS),
+    "peers": Plan("transformers on the same work", 40, speed.PEERS),
+    "attention": Plan("Attention kernels", 15, speed.ATTENTION),
+}
+START = 12.0  # seconds in which a section's process begins to work: none is begun with less
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArgs(RuntimeArgs):
+    """What a GPU makes of this project: is it right, and how fast."""
+
+    output_dir: Path = flag(
+        Path("runs/gpu"), help="where report.md, report.json, rows.jsonl and log.txt go", written=True
+    )
+    minutes: float = flag(8.0, bounds=positive, help="the whole may take so long")
+    sections: list[str] = flag((), choices=SECTIONS, help="these alone; all")
+    dry_run: bool = flag(False, help="tiny shapes: does it run, and what does the report look like")
+    section: str | None = flag(None, choices=SECTIONS, help="for its own processes: run one section here")
+    started: float | None = flag(None, help="--section: when its process was, in seconds of the epoch")
+    deadline: float | None = flag(None, help="--section: when its time is up")
+    threads: int | None = flag(None, bounds=at_least_one, help="of the CPU; torch's default")
+
+
+def main(args: ReportArgs) -> None:
+    if args.section is not None:
+        run_section(args)
+        return
+    begun = time.time()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("report.md", "report.json", "rows.jsonl", "log.txt"):
+        (args.output_dir / name).unlink(missing_ok=True)
+    head, chosen = header(args.dry_run), args.sections or list(SECTIONS)
+    write_report(args, head, chosen)
+    for i, name in enumerate(chosen):
+        left = begun + 60 * args.minutes - time.time()
+        limit = left - sum(SECTIONS[later].seconds for later in chosen[i + 1 :])
+        limit = min(left, max(limit, SECTIONS[name].seconds))
+        start_and_wait(args, name, limit)
+        write_report(args, head, chosen)
+    say(f"{args.output_dir / 'report.md'}: {time.time() - begun:.0f} s")
+
+
+def run_section(args: ReportArgs) -> None:
+    """The items of --section, in this process."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    plan, runtime = SECTIONS[args.section], choose_runtime(args)
+    started = args.started or time.time()
+    deadline = args.deadline or started + plan.seconds
+    rows_file = args.output_dir / "rows.jsonl"
+    append_row(rows_file, {"section": args.section, "kind": "device", "name": name_and_memory(runtime.device)})
+    section = Section(args.section, runtime, rows_file, deadline, started, small=args.dry_run)
+    run_items(section, plan.small if args.dry_run and plan.small is not None else plan.items)
+
+
+def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
+    """Runs a section in a process of its own, which is ended with all that it started when its time is up."""
+    rows_file, row = args.output_dir / "rows.jsonl", {"section": name, "kind": "section"}
+    if limit < START:
+        append_row(rows_file, {**row, "state": f"skipped: {max(0, limit):.0f} s are left"})
+        return
+    start, log = time.time(), args.output_dir / "log.txt"
+    flags = ["--section", name, "--started", start, "--deadline", start + limit - 3]
+    flags += ["--output_dir", args.output_dir, "--seed", args.seed]
+    for flag_name in ("device", "dtype", "threads"):
+        if getattr(args, flag_name) is not None:
+            flags += [f"--{flag_name}", getattr(args, flag_name)]
+    flags += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
+    flags += ["--dry_run"] if args.dry_run else []
+    say(f"{name}: at most {limit:.0f} s")
+    size = log.stat().st_size if log.exists() else 0
+    with open(log, "a", encoding="utf-8") as file:
+        command = [sys.executable, __file__, *map(str, flags)]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=limit)
+            state = "done" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, state = 1, f"ended after {limit:.0f} s, when its time was up"
+        finally:  # with all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            file.seek(size)
+            row["detail"] = last_lines(file.read())
+    append_row(rows_file, {**row, "state": state, "seconds": time.time() - start})
+
+
+# ---------------------------------------------------------------------------------------- the report
+
+
+def header(dry_run: bool) -> dict[str, str]:
+    """Where and with what this is measured, but for the card: the sections name it, so that this process needs none of
+    its memory."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "commit": commit(),
+        "card": "not known yet",
+        "driver": driver(),
+        "versions": ", ".join(f"{name} {version_of(name)}" for name in ("torch", "triton", "transformers")),
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]) + (" (a dry run: tiny shapes, no speeds)" if dry_run else ""),
+    }
+
+
+def version_of(package: str) -> str:
+    try:
+        return torch.__version__ if package == "torch" else version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def name_and_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device_name(device)
+    return f"{device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
+
+
+def commit() -> str:
+    """The commit of the repository, or what says so where there is no git."""
+    done = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"])
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return (done or os.environ.get("COMMIT", "unknown")) + (", with changes" if changed else "")
+
+
+def driver() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return f"{found or 'unknown'}, CUDA {torch.version.cuda}" if torch.version.cuda else "none"
+
+
+def _output(command: list[str]) -> str:
+    """The first line that a program prints; "" where there is no such program, or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def write_report(args: ReportArgs, head: dict[str, str], chosen: list[str]) -> None:
+    rows_file = args.output_dir / "rows.jsonl"
+    lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    cards = [row["name"] for row in rows if row["kind"] == "device"]
+    head = head | {"card": cards[0]} if cards else head
+    rows = [row for row in rows if row["kind"] != "device"]
+    by_section = {name: [row for row in rows if row["section"] == name] for name in chosen}
+    write_json(args.output_dir / "report.json", {"header": head, "sections": by_section})
+    text = markdown(head, {name: (SECTIONS[name].title, found) for name, found in by_section.items()})
+    (args.output_dir / "report.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main, ReportArgs)

@@ -1,0 +1,48 @@
+"""vLLM as a peer of scripts/benchmark.py, where it is installed."""
+
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from models.common import Runtime, dtype_name
+from scripts.peer_transformers import refuse_quantized, required
+from scripts.workload import random_ids
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def generate(args, runtime: Runtime, bandwidth: float) -> dict:
+    """LLM.generate() of its own random weights; with --no-compile its eager mode."""
+    version = required("vllm")
+    refuse_quantized(args)
+    import vllm
+
+    config, sizes = args.config, args.work()
+    prompts = [{"prompt_token_ids": random_ids(config.vocab_size, prompt_len).tolist()} for prompt_len, _ in sizes]
+    params = [vllm.SamplingParams(max_tokens=n, ignore_eos=True, detokenize=False) for _, n in sizes]
+    with tempfile.TemporaryDirectory() as folder:
+        named = {**asdict(config), "architectures": [ARCHITECTURES[config.model_type]]}
+        (Path(folder) / "config.json").write_text(json.dumps(named))
+        llm = vllm.LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=dtype_name(runtime.dtype),
+            enforce_eager=not runtime.compile,
+            max_num_seqs=args.batch_size,
+            max_model_len=max(map(sum, sizes)),
+        )
+        times = []
+        for _ in range(args.repeats + 1):
+            start = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+    seconds = sorted(times[1:])[args.repeats // 2]
+    how = "compiled" if runtime.compile else "eager"
+    return {
+        "tokens_per_second": sum(n for _, n in sizes) / seconds,
+        "ran": f"{version} LLM.generate(), {how}, {dtype_name(runtime.dtype)}",
+        "peak_memory": 0,  # of a process of its own, which takes all there is
+    }

@@ -1,0 +1,236 @@
+"""Section `right` of scripts/gpu_report.py: whether what the device computes is what it should be."""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.common import dtype_name
+from models.decode import load_for_inference
+from models.generation import Engine, Request
+from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
+from models.sampling import SamplingParams
+from scripts.report.record import Item, Section
+from scripts.report.trained import check_training
+from scripts.workload import random_ids
+
+# shapes in which the kernels differ: head dims, groups, one page or many
+ATTENTION = [
+    (torch.bfloat16, 128, 8, 4),
+    (torch.bfloat16, 64, 2, 8),
+    (torch.float16, 128, 4, 1),
+    (torch.float32, 128, 2, 4),
+    (torch.bfloat16, 256, 2, 2),
+]
+ATTENTION_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+KINDS = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32},
+    "deepseek": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+    },
+}
+SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128), Scheme("fp8")]
+VOCAB_SIZE = 500
+
+
+def check_attention(section: Section) -> None:
+    """The Triton kernel of a decode step against SDPA in fp32, over pages in any order, NaN in what nobody has."""
+    if section.runtime.device.type != "cuda":
+        section.note("decode attention", "its kernel runs on a GPU alone; tests run it in Triton's interpreter")
+        return
+    from models.triton_attention import paged_decode
+
+    for dtype, D, K, groups in ATTENTION:
+        for splits in (1, 8):
+            distance = attention_distance(paged_decode, section.runtime.device, dtype, D, K, groups, splits)
+            name = f"decode attention, {dtype_name(dtype)}, head dim {D}, {groups} queries a key, {splits} splits"
+            section.check(name, distance, ATTENTION_BOUNDS[dtype], "against SDPA in fp32, lengths 1 to 3,000")
+
+
+def attention_distance(
+    kernel, device: torch.device, dtype: torch.dtype, D: int, K: int, groups: int, splits: int
+) -> float:
+    generator, lengths, page = torch.Generator().manual_seed(D), [1, 63, 64, 65, 700, 3000], 64
+    counts = [-(-n // page) for n in lengths]
+    order = (torch.randperm(sum(counts), generator=generator) + 1).split(counts)
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, pages in enumerate(order):
+        table[row, : len(pages)] = pages
+    k, v = (torch.randn(sum(counts) + 1, page, K, D, generator=generator).to(dtype) for _ in range(2))
+    for row, n in enumerate(lengths):
+        for tensor in (k, v):
+            tensor[0] = math.nan
+            tensor[order[row][-1], (n - 1) % page + 1 :] = math.nan
+    q = torch.randn(len(lengths), K * groups, D, generator=generator).to(dtype)
+    on_device = (t.to(device) for t in (q, k, v, table, torch.tensor(lengths, dtype=torch.int32)))
+    found, wanted = kernel(*on_device, splits).float().cpu(), []
+    for row, n in enumerate(lengths):
+        keys, values = (t[order[row]].flatten(0, 1)[:n].transpose(0, 1).float() for t in (k, v))
+        wanted.append(F.scaled_dot_product_attention(q[row, :, None].float(), keys, values, enable_gqa=True)[:, 0])
+    return (found - torch.stack(wanted)).abs().max().item()
+
+
+# ---------------------------------------------------------------------------------- whole models
+
+
+def write_folder(folder: Path, kind: dict):
+    """A random folder, written by transformers; its model."""
+    import transformers
+
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.15,  # wide, so that the likeliest token is clearly so
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**(shape | kind))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy_by_transformers(model, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())
+    return found
+
+
+def share_of_equal(found: list[list[int]], wanted: list[list[int]]) -> float:
+    pairs = [(a, b) for row, other in zip(found, wanted, strict=True) for a, b in zip(row, other, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def drawn_ids(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    done = {(c.request.idx, c.request.sample_idx): c.token_ids for c in engine.generate(requests)}
+    return [done[r.idx, r.sample_idx] for r in requests]
+
+
+@torch.inference_mode()
+def check_greedy(section: Section) -> None:
+    """Greedy answers of each kind of model against transformers on the CPU, in fp32; prompts longer than a prefill."""
+    lengths, new_tokens = ([3, 70] if section.small else [1, 3, 70, 200]), 8 if section.small else 24
+    torch.manual_seed(1)
+    prompts = [random_ids(VOCAB_SIZE, n).tolist() for n in lengths]
+    for name, kind in KINDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = write_folder(Path(folder), kind)
+            wanted = greedy_by_transformers(theirs, prompts, new_tokens)
+            model = load_for_inference(folder, section.runtime._replace(dtype=torch.float32, compile=False))
+        limits = {"num_slots": 3, "max_seq_len": max(lengths) + new_tokens, "prefill_tokens": 64}
+        engine = Engine(model, SamplingParams(0.0), **limits)
+        found = drawn_ids(engine, [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)])
+        different = 1 - share_of_equal(found, wanted)
+        section.check(f"greedy ids, {name}, eager", different, 0, "share that differs from transformers, fp32")
+        if name == "llama":
+            section.kept["llama"] = (theirs, prompts, wanted, new_tokens)
+
+
+def llama_engine(section: Section, dtype: torch.dtype, params: SamplingParams, **options) -> Engine:
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), KINDS["llama"])
+        runtime = section.runtime._replace(dtype=dtype)
+        return Engine(load_for_inference(folder, runtime), params, **{"compile": runtime.compile, **options})
+
+
+@torch.inference_mode()
+def check_compiled(section: Section) -> None:
+    """The step as it runs in earnest: compiled, captured; in fp32, where the ids must be the same."""
+    _, prompts, wanted, new_tokens = section.kept["llama"]
+    limits = {"num_slots": 3, "max_seq_len": max(map(len, prompts)) + new_tokens}
+    engine = llama_engine(section, torch.float32, SamplingParams(0.0), **limits)
+    found = drawn_ids(engine, [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)])
+    how = "as the engine runs" if section.runtime.compile else "not compiled here"
+    section.check("greedy ids, llama, compiled", 1 - share_of_equal(found, wanted), 0, f"share that differs, {how}")
+
+
+@torch.inference_mode()
+def check_slots(section: Section) -> None:
+    """The same samples for 1 and 64 slots: in fp32 all; in bf16 the rounding of other products may turn one."""
+    num_prompts, num_samples, new_tokens = (2, 3, 6) if section.small else (8, 8, 24)
+    torch.manual_seed(2)
+    prompts = [random_ids(VOCAB_SIZE, 5 + 9 * i).tolist() for i in range(num_prompts)]
+    requests = [Request(i, j, prompts[i], new_tokens) for i in range(num_prompts) for j in range(num_samples)]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {}
+        for slots in (1, 64):
+            limits = {"num_slots": slots, "max_seq_len": len(prompts[-1]) + new_tokens}
+            few = requests[:8] if slots == 1 else requests
+            found[slots] = drawn_ids(llama_engine(section, dtype, SamplingParams(1.0), **limits), few)
+        equal, name = (
+            share_of_equal(found[1], found[64][: len(found[1])]),
+            f"samples of 1 and 64 slots, {dtype_name(dtype)}",
+        )
+        if dtype == torch.float32:
+            section.check(name, 1 - equal, 0, "share that differs")
+        else:
+            section.figure(name, equal, "equal", None, "products of other shapes are rounded in another order")
+
+
+@torch.inference_mode()
+def check_chunks(section: Section) -> None:
+    """Prompts computed in pieces of 64 tokens and at once, in bf16: the log-probs of the first tokens."""
+    torch.manual_seed(3)
+    prompts = [random_ids(VOCAB_SIZE, n).tolist() for n in (40, 150, 300)]
+    found = []
+    for prefill_tokens in (64, 4096):
+        limits = {"num_slots": 3, "max_seq_len": 304, "prefill_tokens": prefill_tokens, "compile": False}
+        engine = llama_engine(section, torch.bfloat16, SamplingParams(0.0), **limits)
+        done = sorted(
+            engine.generate([Request(i, 0, p, 1) for i, p in enumerate(prompts)]), key=lambda c: c.request.idx
+        )
+        found.append(torch.tensor([completion.logprobs[0] for completion in done]))
+    distance = (found[0] - found[1]).abs().max().item()
+    section.check("prefill in pieces and at once, bfloat16", distance, 0.1, "largest difference of a log-prob")
+
+
+# -------------------------------------------------------------------------------------- products
+
+
+def check_products(section: Section) -> None:
+    """Products of quantised weights against those of the dequantised weights in fp32, relative to their size."""
+    device, dtype = section.runtime.device, section.runtime.dtype
+    N, K = (64, 128) if section.small else (1000, 1024)
+    torch.manual_seed(4)
+    weight = torch.randn(N, K, device=device) * 0.05
+    for scheme in SCHEMES:
+        small = quantize(weight.to(torch.bfloat16), scheme)
+        layer = QuantizedLinear([small], None, scheme, dtype)
+        for rows in (1, 5, 64, 200):
+            x = torch.randn(rows, K, device=device).to(dtype)
+            with torch.inference_mode():
+                distance = product_distance(layer(x), x, dequantize(small))
+            # fp8 rounds the activations too, to 3 bits of mantissa
+            bound = 0.06 if scheme.mode == "fp8" else 0.02
+            section.check(f"product of {scheme}, {rows} rows, {dtype_name(dtype)}", distance, bound, "relative")
+
+
+def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
+    wanted = F.linear(x.float(), weight.float())
+    return ((found.float() - wanted).norm() / wanted.norm()).item()
+
+
+ITEMS = [
+    Item("decode attention", 10, check_attention),
+    Item("greedy ids", 10, check_greedy),
+    Item("products", 10, check_products),
+    Item("training", 45, check_training),
+    Item("compiled", 25, check_compiled),
+    Item("prefill", 5, check_chunks),
+    Item("slots", 25, check_slots),
+]

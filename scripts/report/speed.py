@@ -1,0 +1,281 @@
+"""Sections `ceilings`, `decode`, `peers` and `attention` of scripts/gpu_report.py: how fast it is, beside the limit."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.attention import Attend, document_attention
+from models.common import dtype_name, peaks
+from models.decode import weight_bytes
+from models.generation import Engine, Request
+from models.model import Transformer
+from models.pages import PAGE, pages_for
+from models.quantize import check_scheme, rounding_scheme
+from models.sampling import SamplingParams
+from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate, seconds_of
+from scripts.benchmark_generate import cache_of, random_inference_model, run_once
+from scripts.report.record import Item, Section, free_memory, last_json, run_script
+from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
+
+RAGGED = 192  # prompts of ragged work
+
+# ---------------------------------------------------------------------------------------- ceilings
+
+
+def bandwidth_of(section: Section) -> float:
+    """Bytes/s of a copy, measured once for a section."""
+    if "bandwidth" not in section.kept:
+        section.kept["bandwidth"] = copy_bandwidth(section.runtime.device, 2**22 if section.small else 2**32)
+    return section.kept["bandwidth"]
+
+
+def measure_copy(section: Section) -> None:
+    rate, known = bandwidth_of(section), peaks(section.runtime.device)
+    detail = f"{rate / known[1]:.0%} of the datasheet's" if known else "read and written"
+    section.figure("copy", rate / 1e9, "GB/s", detail=detail)
+
+
+def measure_products(section: Section) -> None:
+    device, known = section.runtime.device, peaks(section.runtime.device)
+    dtype = product_dtype(device)
+    for size in (64,) if section.small else (4096, 8192, 16384):
+        rate = product_rate(device, size, dtype)
+        detail = f"{rate / known[0]:.0%} of the datasheet's" if known else ""
+        section.figure(f"matrix product, {size}, {dtype_name(dtype)}", rate / 1e12, "TFLOP/s", detail=detail)
+
+
+# ------------------------------------------------------------------------------------------ decode
+
+
+def model_of(section: Section, mode: str = "none") -> Transformer:
+    """The model of a section's items: one at a time."""
+    kept = section.kept
+    if kept.get("mode") != mode:
+        kept.pop("model", None)
+        free_memory(section.runtime.device)
+        config = SIZES["tiny" if section.small else "math-7b"]
+        scheme = None if mode == "none" else rounding_scheme(mode, None, config)
+        if scheme is not None:
+            check_scheme(scheme, config, section.runtime.device, section.runtime.dtype, 1)
+        kept["model"], kept["mode"] = random_inference_model(config, section.runtime, scheme), mode
+    return kept["model"]
+
+
+def name_of(section: Section, mode: str = "none") -> str:
+    """What is decoded."""
+    return f"decode {'tiny' if section.small else '7B'} {dtype_name(section.runtime.dtype) if mode == 'none' else mode}"
+
+
+def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
+    """Decode steps of full slots: tokens/s without prefill, and MBU, the bytes that a step must read (weights, and the
+    cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio, the start-up at most."""
+    goals = goals or {}
+
+    @torch.inference_mode()
+    def run(section: Section) -> None:
+        prompt, new = (8, 12) if section.small else (prompt_len, new_tokens)
+        model = model_of(section, mode)
+        options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
+        engine = Engine(model, SamplingParams(), **options)
+        requests = [Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new) for i in range(slots)]
+        first = run_once(engine, [replace(request, max_new_tokens=9) for request in requests])
+        if "is_first" not in section.kept:
+            section.kept["is_first"] = False
+            seconds = time.time() - section.started
+            detail = "from the start of the process to its 9th token, random weights made on the device, all compiled"
+            section.figure("start-up", seconds, "s", goals.get("startup"), detail)
+        again = run_once(engine, requests)
+        name = f"{name_of(section, mode)}, {slots} slots"
+        rate, mbu = slots / again.step_ms * 1e3, again.bandwidth / bandwidth_of(section)
+        detail = f"{rate:,.0f} tok/s, {again.rate:,.0f} with prefill, {again.step_ms:.2f} ms a step, {prompt} + {new} "
+        detail += f"tokens, first token after {again.first_token_ms:.0f} ms, {first.compile_seconds:.1f} s of compiling"
+        numbers = {"tokens_per_second": rate, "first_token_ms": again.first_token_ms, "step_ms": again.step_ms}
+        section.figure(f"{name}, MBU", mbu, "of the copy", goals.get("mbu"), detail, numbers=numbers)
+        if "rate" in goals:
+            section.figure(f"{name}, speed", rate, "tok/s", goals["rate"])
+        section.kept[mode, slots] = rate
+        if "ratio" in goals and ("none", slots) in section.kept:
+            section.figure(f"{name}, speed / unquantised", rate / section.kept["none", slots], "times", goals["ratio"])
+
+    return run
+
+
+@torch.inference_mode()
+def decode_ragged(section: Section) -> None:
+    """The work that the section `peers` gives to transformers' generate_batch."""
+    model, count, slots = model_of(section), 4 if section.small else RAGGED, 64
+    sizes = ragged_sizes(count, *((8, 4) if section.small else (64, 128)))
+    requests = [
+        Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new)
+        for i, (prompt, new) in enumerate(sizes)
+    ]
+    options = {"num_slots": slots, "max_seq_len": max(map(sum, sizes)), "compile": section.runtime.compile}
+    engine = Engine(model, SamplingParams(), **options)
+    run_once(engine, requests)
+    detail = f"{count} ragged prompts of about 64 + 128 tokens"
+    section.figure(f"{name_of(section)}, ragged, {slots} slots", run_once(engine, requests).rate, "tok/s", None, detail)
+
+
+@torch.inference_mode()
+def decode_math(section: Section) -> None:
+    """Best of 64 on MATH-shaped work, with as many slots and pages as the memory holds."""
+    model, device = model_of(section), section.runtime.device
+    args = MathArgs(num_prompts=2, num_samples=2, answer_mean=6.0, answer_most=12, prompt_mean=10.0)
+    args = args if section.small else MathArgs(num_prompts=10)
+    requests = list(math_requests(args, model.config.vocab_size))
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    slots, num_pages = 4 if section.small else 320, None
+    if device.type == "cuda":
+        config = model.config
+        page = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
+        free = torch.cuda.mem_get_info(device)[0] * 0.85
+        num_pages = min(slots * pages_for(longest), max(pages_for(longest) + 1, int(free // page)))
+    options = {"num_slots": slots, "max_seq_len": longest, "num_pages": num_pages, "compile": section.runtime.compile}
+    engine = Engine(model, SamplingParams(), **options)
+    run_once(engine, requests[: slots // 4])
+    run = run_once(engine, requests)
+    rows = engine.num_decoded / max(1, engine.num_steps)
+    detail = (
+        f"{args.num_prompts} x {args.num_samples} answers of {args.answer_mean:.0f} tokens on average, {rows:.0f} of "
+    )
+    detail += f"{slots} rows on average, {engine.num_preempted} computed again, "
+    detail += f"{run.bandwidth / bandwidth_of(section):.0%} of the copy; the last answers run in few rows"
+    numbers = {"mean_rows": rows, "steps": engine.num_steps, "cache_bytes": cache_of(engine).bytes_per_token}
+    section.figure(f"{name_of(section)}, MATH-shaped", run.rate, "tok/s", None, detail, numbers=numbers)
+
+
+def note_weights(section: Section) -> None:
+    model = model_of(section)
+    section.note(
+        "model", f"{model.config.num_parameters() / 1e9:.2f} G parameters, {weight_bytes(model) / 1e9:.2f} GB a step"
+    )
+
+
+# ------------------------------------------------------------------------------------------- peers
+
+
+def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = None) -> Callable:
+    """transformers on the same shape, precision, sampling and compile mode, as scripts/benchmark.py runs it."""
+
+    def run(section: Section) -> None:
+        preset, sizes = ("tiny", [8, 4]) if section.small else ("math-7b", [prompt_len, 128])
+        flags = ["generate", "--preset", preset, "--engine", engine, "--batch_size", batch_size, "--repeats", 1]
+        flags += ["--prompt_len", sizes[0], "--new_tokens", sizes[1], "--device", section.runtime.device]
+        if ragged:
+            flags += ["--ragged", 4 if section.small else ragged]
+        found = last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
+        work = f"{ragged} ragged prompts" if ragged else f"{sizes[0]} + {sizes[1]} tokens"
+        name = f"{engine} {preset}, batch {batch_size}"
+        section.figure(name, found["tokens_per_second"], "tok/s", None, f"{found['ran']}; {work}")
+
+    return run
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+def compare_training_attention(section: Section) -> None:
+    """SDPA's backends, forward and backward of one causal row."""
+    device, T = section.runtime.device, 64 if section.small else 4096
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
+        q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))
+        lengths = [T // 8] * 8
+        packed = document_attention([lengths], T, device, dtype, head_dim=D)
+        step = partial(packed_and_back, packed, *(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)))
+        name = f"training attention {title}, 8 packed texts of {T // 8} tokens, ours"
+        time_or_say(section, name, step, flops=3.5 * 4 * H * D * sum(n * n for n in lengths) / 2)
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            step = partial(attend_and_back, getattr(SDPBackend, backend), q, k, v)
+            name = f"training attention {title}, {T} tokens, {backend.lower().removesuffix('_attention')}"
+            time_or_say(section, name, step, flops=3.5 * 4 * H * D * T * T / 2)
+
+
+def attend_and_back(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    with sdpa_kernel(backend):
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).sum().backward()
+
+
+def packed_and_back(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    attend(0, q, k, v).sum().backward()
+
+
+def compare_decode_attention(section: Section) -> None:
+    """The Triton kernel by its number of splits, and SDPA over a cache without pages, where all rows are as long."""
+    device = section.runtime.device
+    if device.type != "cuda":
+        section.note("decode attention", "its kernel runs on a GPU alone")
+        return
+    from models.triton_attention import paged_decode
+
+    for title, B, K, groups, length in (("7B", 64, 32, 1, 512), ("8B", 64, 8, 4, 2048), ("7B", 1, 32, 1, 2048)):
+        pages, D = pages_for(length), 128
+        k, v = (torch.randn(B * pages + 1, PAGE, K, D, device=device, dtype=torch.bfloat16) for _ in range(2))
+        q = torch.randn(B, K * groups, D, device=device, dtype=torch.bfloat16)
+        table = (torch.randperm(B * pages, device=device) + 1).int().view(B, pages)
+        lengths = torch.full((B,), length, dtype=torch.int32, device=device)
+        num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {B} rows of {length}"
+        for splits in (1, 2, 4, 8, 16):
+            step = partial(paged_decode, q, k, v, table, lengths, splits)
+            time_or_say(section, f"{name}, Triton, {splits} splits", step, num_bytes=num_bytes)
+        ends = torch.arange(B + 1, dtype=torch.int32, device=device)
+        step = partial(paged_varlen, q, k, v, ends, lengths, table, length)
+        time_or_say(section, f"{name}, varlen_attn with a block table", step, num_bytes=num_bytes)
+        keys, values = (torch.randn(B, K, length, D, device=device, dtype=torch.bfloat16) for _ in range(2))
+        queries = q.view(B, K, groups, D)
+        step = partial(F.scaled_dot_product_attention, queries, keys, values)
+        time_or_say(section, f"{name}, SDPA without pages", step, num_bytes=num_bytes)
+
+
+def paged_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """torch's kernel on the same pages, from torch 2.13 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": q.shape[1] != k.shape[2], "seqused_k": lengths, "block_table": table}
+    return varlen_attn(q, k, v, ends, None, 1, longest, **options)
+
+
+def time_or_say(section: Section, name: str, step: Callable, *, flops: float = 0, num_bytes: float = 0) -> None:
+    """The time of a call; a backend that does not take the shape is written down as such."""
+    try:
+        seconds = seconds_of(step, section.runtime.device, 2 if section.small else 10)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        section.note(name, f"not here: {str(error).splitlines()[0][:120]}")
+        return
+    detail = f"{flops / seconds / 1e12:,.1f} TFLOP/s" if flops else f"{num_bytes / seconds / 1e9:,.0f} GB/s"
+    section.figure(name, seconds * 1e3, "ms", None, detail)
+
+
+CEILINGS = [Item("copy", 3, measure_copy), Item("products", 3, measure_products)]
+DECODE = [
+    Item("batch 1", 25, decode(1, 64, 128, goals={"mbu": 0.75, "startup": 30})),
+    Item("batch 64", 15, decode(64, 448, 128, goals={"mbu": 0.6})),
+    Item("batch 256", 15, decode(256, 64, 128, goals={"rate": 10_000})),
+    Item("MATH", 60, decode_math),
+    Item("ragged", 12, decode_ragged),
+    Item("model", 0, note_weights),
+    Item("int4, batch 1", 20, decode(1, 64, 128, mode="int4", goals={"ratio": 1.8})),
+    Item("int8, batch 1", 20, decode(1, 64, 128, mode="int8")),
+]
+PEERS = [
+    Item("generate, batch 1", 40, peer("transformers", 1, 64)),
+    Item("generate_batch", 30, peer("generate_batch", 64, 64, ragged=RAGGED)),
+    Item("generate, batch 64", 40, peer("transformers", 64, 448)),
+]
+ATTENTION = [
+    Item("decode attention", 8, compare_decode_attention),
+    Item("training attention", 5, compare_training_attention),
+]

@@ -1,0 +1,192 @@
+"""Sections `sft` and `rl` of scripts/gpu_report.py, and the training part of `right`: the project's scripts, each in a
+process of its own."""
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from models.common import Runtime
+from models.model import ModelConfig
+from scripts.benchmark_common import SIZES
+from scripts.benchmark_ppo import text_of, write_policy, write_reward_model
+from scripts.report.record import Item, Section, finish_script, last_json, run_script, start_script
+from scripts.workload import random_ids
+
+SHORT = SIZES["tiny"]
+REWARD = (
+    "def score(prompts, completions, examples):\n    return [sum(map(ord, text)) % 7 / 7 for text in completions]\n"
+)
+UNEQUAL = ("time/", "tokens_per_second", "mfu", "memory")  # metrics that say how fast it went
+STEPS = ("rollout", "score", "logprobs", "update", "refresh")  # of an update
+
+
+def run_together(commands: dict[str, tuple[str, list]], seconds: float) -> None:
+    """Runs scripts at the same time; the first that fails ends all."""
+    end = time.time() + seconds
+    processes = {name: start_script(script, *flags) for name, (script, flags) in commands.items()}
+    try:
+        for name, process in processes.items():
+            finish_script(process, commands[name][0], end - time.time())
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+
+def write_work(root: Path, config: ModelConfig, runtime: Runtime, num_prompts: int, prompt_len: int) -> None:
+    """A policy and a reward model of random weights, prompts, records to fine-tune on, and a reward function."""
+    write_policy(root / "policy", config, runtime)
+    write_reward_model(root / "reward", config, runtime, root / "policy")
+    texts = [text_of(row) for row in (random_ids(config.vocab_size, 2, num_prompts, prompt_len)).flatten(0, 1).tolist()]
+    prompts, answers = texts[:num_prompts], texts[num_prompts:]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in zip(prompts, answers)]
+    (root / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (root / "reward.py").write_text(REWARD)
+
+
+def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, list]]:
+    """A step or update of each kind in fp32."""
+    plain = ["--checkpoint_path", root / "policy", "--device", device, "--dtype", "float32", "--no-compile"]
+    plain += ["--learning_rate", 1e-3, "--export_dtype", "float32", "--lr_schedule", "constant", "--warmup_ratio", 0]
+    rollouts = [*plain, "--prompt_file", root / "prompts.jsonl", "--total_steps", 1, "--rollout_batch_size", 8]
+    rollouts += ["--max_new_tokens", 8]
+    flags = {
+        "SFT step": ["finetune_sft", *plain, "--train_file", root / "records.jsonl", "--max_steps", 1],
+        "PPO update": ["train_ppo", *rollouts, "--reward_checkpoint_path", root / "reward"],
+        "GRPO update": ["train_grpo", *rollouts, "--reward_fn", f"{root / 'reward.py'}:score", "--num_generations", 4],
+    }
+    flags["SFT step"] += ["--batch_size", 8, "--micro_batch_size", 2]
+    return {
+        name: (f"training/{script}.py", [*rest, "--output_dir", root / f"{device.type}-{script}"])
+        for name, (script, *rest) in flags.items()
+    }
+
+
+def check_training(section: Section) -> None:
+    """One SFT step, one PPO and one GRPO update in fp32, on this device and on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        torch.manual_seed(5)
+        write_work(root, SHORT, Runtime(torch.device("cpu"), torch.float32, False), 8, 12)
+        (root / "here").mkdir()
+        on_cpu = training_commands(root, torch.device("cpu"))
+        here = training_commands(root, section.runtime.device)
+        if section.runtime.device.type == "cpu":  # a dry run: the same twice, in other folders
+            here = {
+                name: (script, [*flags[:-1], root / "here" / script[9:-3]]) for name, (script, flags) in here.items()
+            }
+        both = {**{f"{name}, CPU": c for name, c in on_cpu.items()}, **{f"{name}, here": c for name, c in here.items()}}
+        run_together(both, section.left())
+        for name in on_cpu:
+            theirs, ours = (commands[name][1][-1] for commands in (on_cpu, here))
+            section.check(f"{name}, metrics", metrics_distance(ours, theirs), 0.01, "against the CPU, fp32, relative")
+            moved = weights_distance(ours, theirs, root / "policy")
+            section.check(f"{name}, weights", moved, 0.02, "difference of the weights, relative to how far they moved")
+
+
+def metrics_distance(ours: Path, theirs: Path) -> float:
+    """The largest relative difference of a number that the last step logged."""
+    last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (ours, theirs)]
+    a, b = ({k: v for k, v in each.items() if not any(word in k for word in UNEQUAL)} for each in last)
+    if a.keys() != b.keys():
+        return math.inf
+    numbers = [(float(a[k]), float(b[k])) for k in a if isinstance(a[k], int | float) and math.isfinite(b[k])]
+    return max(abs(x - y) / (abs(y) + 1e-3) for x, y in numbers)
+
+
+def weights_distance(ours: Path, theirs: Path, begun: Path) -> float:
+    a, b, start = (
+        {
+            name: tensor.float()
+            for file in sorted(folder.glob("model*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        for folder in (ours, theirs, begun)
+    )
+    apart = sum((a[name] - b[name]).pow(2).sum().item() for name in b)
+    moved = sum((start[name] - b[name]).pow(2).sum().item() for name in b)
+    return math.sqrt(apart / moved) if moved else math.inf
+
+
+# --------------------------------------------------------------------------------------------- sft
+
+
+def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
+    """Packed rows with bf16 weights and 8-bit moments; recomputes whole blocks only where the memory asks for it."""
+
+    def run(section: Section) -> None:
+        given = ["--preset", preset, "--batch_size", batch_size, "--seq_len", seq_len, "--documents", 8, "--repeats", 3]
+        lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--device", section.runtime.device]
+        for recompute in ("selective", "full"):
+            try:
+                flags = ["sft", *given, *lean, "--activation_checkpointing", recompute]
+                found = last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
+                break
+            except RuntimeError as error:
+                if "out of GPU memory" not in str(error) or recompute == "full":
+                    raise
+        detail = (
+            f"{found['tokens_per_second']:,.0f} tok/s, {found['peak_memory'] / 1e9:.1f} GB, {batch_size} x {seq_len} "
+        )
+        detail += f"packed tokens, bf16 weights, adamw_8bit, recompute {recompute}"
+        section.figure(f"SFT {preset}, MFU", found["mfu"], "of the product", goal, detail, **numbers_of(found))
+
+    return run
+
+
+def numbers_of(found: dict) -> dict:
+    return {"numbers": {name: value for name, value in found.items() if isinstance(value, int | float)}}
+
+
+# ---------------------------------------------------------------------------------------------- rl
+
+
+def update_of(script: str, title: str):
+    """The second of two updates: what it took, and of what."""
+
+    def run(section: Section) -> None:
+        config = SHORT if section.small else SIZES["1b"]
+        answers, prompt_len, new = (4, 8, 8) if section.small else (64, 128, 256)
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            write_work(root, config, section.runtime, answers, prompt_len)
+            flags = ["--checkpoint_path", root / "policy", "--prompt_file", root / "prompts.jsonl", "--total_steps", 2]
+            flags += ["--rollout_batch_size", answers, "--max_new_tokens", new, "--micro_batch_size", min(8, answers)]
+            flags += ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--output_dir", root / "out"]
+            flags += ["--device", section.runtime.device]
+            if script == "train_ppo":
+                flags += ["--reward_checkpoint_path", root / "reward"]
+            else:
+                flags += ["--reward_fn", f"{root / 'reward.py'}:score", "--num_generations", 4]
+            run_script(f"training/{script}.py", *flags, seconds=section.left())
+            metrics = json.loads((root / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+        seconds = {name: metrics[f"time/{name}"] for name in STEPS}
+        whole = sum(seconds.values())
+        split = ", ".join(f"{name} {value:.2f} s ({value / whole:.0%})" for name, value in seconds.items())
+        work = f"{answers} answers of {new} tokens to prompts of {prompt_len}, bf16 weights, adamw_8bit"
+        section.figure(
+            f"{title} {'tiny' if section.small else '1B'} update",
+            whole,
+            "s, all",
+            None,
+            f"{split}; {work}",
+            seconds=seconds,
+        )
+
+    return run
+
+
+SFT_ITEMS = [Item("SFT 8B", 60, sft_of("8b", 1, 4096, 0.4)), Item("SFT 1B", 30, sft_of("1b", 4, 4096, None))]
+SFT_SMALL = [Item("SFT tiny", 0, sft_of("tiny", 1, 64, 0.4))]
+RL_ITEMS = [
+    Item("PPO", 45, update_of("train_ppo", "PPO")),
+    Item("GRPO", 40, update_of("train_grpo", "GRPO")),
+]

@@ -1,0 +1,213 @@
+"""The engine's scheduler at work on a GPU that is not here: best of many samples on MATH-like problems.
+
+- the engine is the real one (models/generation.py): admission, pages, shared prefixes, prefill, preemption. It runs on
+  a model of a few numbers without attention, whose steps are those of the large model but for what they compute
+- the clock is a roofline: a decode step takes as long as its weights and the cache of its rows take to be read, or its
+  products to be computed, and an overhead; a prefill likewise
+- the shares of the datasheet's peaks that kernels reach are assumed, and printed; what the scheduler does is not
+
+    python scripts/simulate.py --gpus H100 H200 MI300X
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from models.attention import Attend
+from models.common import PEAKS, Bounds, Runtime, at_least_one, card, flag, fraction, non_negative, run_script, say
+from models.generation import PREFILL_TOKENS, Engine, Request
+from models.model import ModelConfig
+from models.paged_cache import Chunk
+from models.pages import PAGE, pages_for
+from models.sampling import SamplingParams
+from scripts.benchmark_common import PresetArgs
+from scripts.benchmark_generate import cache_of, random_inference_model
+from scripts.workload import MathArgs, math_requests
+
+MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: the 80 GB one's, at 40 GB's speed
+STAND_IN = ModelConfig(16, 8, 8, 1, 1, 1, 8, 2**20)  # what the scheduler runs on
+BYTES = 2  # of a weight and of a number in the cache: bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateArgs(MathArgs, PresetArgs):
+    """The MATH-shaped workload through the real scheduler, on the clock of a GPU's datasheet."""
+
+    preset: str = "math-7b"
+    gpus: list[str] = flag(("H100", "H200", "MI300X"), choices=MEMORY, help="whose datasheet is the clock")
+    batch_size: int = flag(512, bounds=at_least_one, help="slots: most sequences decoded together")
+    num_pages: int | None = flag(None, bounds=at_least_one, help=f"pages of {PAGE} tokens; what the memory holds")
+    memory_share: float = flag(0.9, bounds=fraction, help="of the GPU's memory that weights and pages may take")
+    look_every: int = flag(4, bounds=at_least_one, help="decode steps between two looks of the host")
+    prefill_tokens: int = flag(PREFILL_TOKENS, bounds=at_least_one, help="most tokens of one prefill")
+    bandwidth_share: float = flag(0.7, bounds=Bounds(above=0, most=1), help="of the bandwidth that decode steps reach")
+    flops_share: float = flag(0.5, bounds=Bounds(above=0, most=1), help="of the bf16 rate that products reach")
+    step_us: float = flag(
+        100.0, bounds=non_negative, help="microseconds of a step that are neither: launches, the host"
+    )
+
+
+class Clock:
+    """Stands in for an engine's cache, and counts what each step of the large model would read and compute.
+
+    A row of a step reads the cache of its context, also where the row has ended and waits for the host to look, or is
+    empty (one token then).
+    """
+
+    def __init__(self, engine: Engine, config: ModelConfig, args: SimulateArgs, gpu: str):
+        self.pool, self.config = engine.pool, config
+        flops, bandwidth = PEAKS[gpu]
+        self.flops, self.bandwidth = flops * args.flops_share, bandwidth * args.bandwidth_share
+        self.overhead = args.step_us / 1e6
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        self.weights = config.num_parameters() - embedding  # of which a step reads a row for each slot
+        self.seconds, self.steps, self.prefills, self.prompt_tokens, self.cached = 0.0, 0, 0, 0, 0
+        self.pages: list[int] = []
+        cache = cache_of(engine)
+        cache.prefill, cache.decode, cache.copy_pages = self.prefill, self.decode, lambda *pages: None
+
+    def _add(self, tokens: int, contexts: float, read: float) -> None:
+        """A step of so many tokens, which see `contexts` tokens in all and read `read` of them from the cache."""
+        config = self.config
+        flops = 2 * self.weights * tokens
+        flops += 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * contexts
+        seconds = max((BYTES * self.weights + read * token_bytes(config)) / self.bandwidth, flops / self.flops)
+        self.seconds += seconds + self.overhead
+
+    def prefill(self, chunks: list[Chunk]) -> Attend:
+        contexts = sum(chunk.length * (chunk.start + chunk.length / 2) for chunk in chunks)
+        count = sum(chunk.length for chunk in chunks)
+        self._add(count, contexts, sum(chunk.start + chunk.length for chunk in chunks))
+        self.prefills += 1
+        self.prompt_tokens += count
+        return no_attention
+
+    def decode(self, positions: Tensor, most_pages: int | None) -> Attend:
+        read = int(positions.sum()) + len(positions)
+        self._add(len(positions), read, read)
+        self.steps += 1
+        self.cached += read
+        self.pages.append(self.pool.num_pages - self.pool.num_free)
+        return no_attention
+
+
+def no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.zeros_like(q)
+
+
+def token_bytes(config: ModelConfig) -> int:
+    """Bytes of the cache of one token."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES
+
+
+def pages_that_fit(config: ModelConfig, args: SimulateArgs, gpu: str) -> int:
+    """Pages beside the weights. Raises ValueError if they do not hold the longest answer."""
+    if args.num_pages:
+        return args.num_pages
+    free = args.memory_share * MEMORY[gpu] - BYTES * config.num_parameters()
+    count = int(free // (PAGE * token_bytes(config)))
+    if count < pages_for(args.answer_most):
+        raise ValueError(
+            f"--preset {args.preset}: beside its weights {gpu} holds {max(0, count)} pages of {PAGE} tokens"
+        )
+    return count
+
+
+def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gpu: str) -> dict:
+    """The figures of one GPU. Every request is drawn to its max_new_tokens; the scheduler sees these numbers at an
+    answer's last page alone."""
+    requests = list(requests)
+    runtime = Runtime(torch.device("cpu"), torch.float32, False)
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    engine = Engine(
+        random_inference_model(STAND_IN, runtime),
+        SamplingParams(),
+        num_slots=args.batch_size,
+        max_seq_len=longest,
+        num_pages=max(num_pages, pages_for(-(-longest // 8) * 8)),
+        look_every=args.look_every,
+        prefill_tokens=args.prefill_tokens,
+    )
+    engine.looks_ahead = 1  # as on a GPU, whose host takes the tokens of the last look while the next one runs
+    clock, drawn, full = Clock(engine, args.config, args, gpu), 0, None
+
+    def waiting() -> Iterator[Request]:
+        nonlocal full
+        yield from requests
+        full = (drawn, clock.seconds)  # from here on rows stay empty
+
+    def count(request: Request, token: int) -> None:
+        nonlocal drawn
+        drawn += 1
+
+    num_done = sum(1 for _ in engine.generate(waiting(), count))
+    if num_done != len(requests) or drawn != sum(request.max_new_tokens for request in requests):
+        raise RuntimeError(f"of {len(requests)} answers the scheduler ended {num_done}, with {drawn} tokens")
+    return figures(args.config, clock, requests, full or (drawn, clock.seconds), engine)
+
+
+def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tuple, engine: Engine) -> dict:
+    """full: (tokens, seconds) by when the last request got its row."""
+    tokens = sum(request.max_new_tokens for request in requests)
+    steps = tokens - len(requests)  # the first token of an answer comes of its prefill
+    needed = sum((n - 1) * len(r.prompt_ids) + n * (n - 1) // 2 for r in requests for n in [r.max_new_tokens])
+    weights = BYTES * clock.weights * clock.steps
+    read, least = (weights + count * token_bytes(config) for count in (clock.cached, needed))
+    return {
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / clock.seconds,
+        "tokens_per_second_full": full[0] / full[1] if full[1] else None,
+        "steps": clock.steps,
+        "mean_rows": steps / max(1, clock.steps),
+        "num_pages": engine.pool.num_pages,
+        "mean_pages": sum(clock.pages) / max(1, len(clock.pages)),
+        "most_pages": max(clock.pages, default=0),
+        "bytes_read": read,
+        "bytes_needed": least,
+        "read_to_needed": read / max(1, least),
+        "cached_tokens_read": clock.cached,
+        "cached_tokens_needed": needed,
+        "prompt_tokens": clock.prompt_tokens,
+        "prefills": clock.prefills,
+        "preempted": engine.num_preempted,
+    }
+
+
+def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
+    """The figures of one GPU for people."""
+    flops, bandwidth = PEAKS[gpu]
+    tokens = found["tokens"] / (args.num_prompts * args.num_samples)
+    full = found["tokens_per_second_full"]
+    waiting = f", {full:,.0f} while answers wait for a row" if full else ""
+    return {
+        "work": f"{args.num_prompts} prompts x {args.num_samples} answers of {tokens:,.0f} tokens, at most "
+        f"{args.answer_most:,}",
+        "clock": f"{args.bandwidth_share:.0%} of {bandwidth / 1e12:.2f} TB/s, {args.flops_share:.0%} of "
+        f"{flops / 1e12:,.0f} TFLOP/s, {args.step_us:.0f} us a step",
+        "speed": f"{found['tokens_per_second']:,.0f} tok/s" + waiting,
+        "rows": f"{found['mean_rows']:,.0f} of {args.batch_size} on average, {found['steps']:,} steps",
+        "pages": f"{found['mean_pages']:,.0f} of {found['num_pages']:,} on average, {found['most_pages']:,} at most",
+        "bytes": f"{found['bytes_read'] / 1e12:,.2f} TB read, {found['read_to_needed']:.3f} of what is needed",
+        "prefill": f"{found['prompt_tokens']:,} tokens in {found['prefills']:,} steps, {found['preempted']} answers "
+        "computed again",
+    }
+
+
+def main(args: SimulateArgs) -> None:
+    requests, result = list(math_requests(args, STAND_IN.vocab_size)), {}
+    for gpu in args.gpus:
+        result[gpu] = simulate(args, requests, pages_that_fit(args.config, args, gpu), gpu)
+        say(card(f"{args.preset} on {gpu}, simulated", rows_of(result[gpu], args, gpu)))
+    say(json.dumps({"job": "simulate", "preset": args.preset, "gpus": result}))
+
+
+if __name__ == "__main__":
+    run_script(main, SimulateArgs)

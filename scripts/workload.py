@@ -1,0 +1,75 @@
+"""The work that benchmarks, the report of a GPU and the simulation have in common: how long prompts and answers are.
+
+- ragged: lengths from a quarter to seven quarters of a mean, each alike likely
+- MATH-shaped: many samples of each prompt, as best-of-n draws them; lengths are log-normal, so most answers are short
+  and a few run into their limit
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from models.common import at_least_one, flag, positive
+from models.generation import Request
+
+FIRST_TOKEN = 3  # prompts of random tokens hold no special ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathArgs:
+    """Best of many samples on problems like those of MATH."""
+
+    num_prompts: int = flag(64, bounds=at_least_one, help="problems")
+    num_samples: int = flag(64, bounds=at_least_one, help="answers to each")
+    prompt_mean: float = flag(110.0, bounds=positive, help="tokens of a prompt, on average")
+    answer_mean: float = flag(429.0, bounds=positive, help="tokens of an answer, on average")
+    answer_most: int = flag(2048, bounds=at_least_one, help="most tokens of an answer")
+
+    def sizes(self) -> list[tuple[int, list[int]]]:
+        """(tokens of the prompt, tokens of each of its answers) of every problem, always the same."""
+        generator = random.Random(0)
+        prompts = _log_normal(generator, self.num_prompts, self.prompt_mean, 0.6, 8 * self.prompt_mean)
+        count = self.num_prompts * self.num_samples
+        answers = _log_normal(generator, count, self.answer_mean, 0.85, self.answer_most)
+        n = self.num_samples
+        return [(prompt, answers[i * n : (i + 1) * n]) for i, prompt in enumerate(prompts)]
+
+
+def _log_normal(generator: random.Random, count: int, mean: float, sigma: float, most: float) -> list[int]:
+    """Log-normal lengths between 1 and `most`, scaled so that what is cut off does not lower their mean."""
+    shapes = [math.exp(sigma * generator.gauss(0, 1)) for _ in range(count)]
+
+    def lengths(scale: float) -> list[int]:
+        return [max(1, min(int(most), round(scale * shape))) for shape in shapes]
+
+    low, high = 0.0, 4 * mean / min(shapes)
+    for _ in range(60):  # the mean grows with the scale
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(lengths(middle)) < mean * count else (low, middle)
+    return lengths(high)
+
+
+def math_requests(args: MathArgs, vocab_size: int) -> Iterator[Request]:
+    """The samples of every problem in turn, each to be drawn to its length; prompts are random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for idx, (prompt_len, answers) in enumerate(args.sizes()):
+        prompt = torch.randint(FIRST_TOKEN, vocab_size, (prompt_len,), generator=generator).tolist()
+        for sample_idx, length in enumerate(answers):
+            yield Request(idx, sample_idx, prompt, length)
+
+
+def ragged_sizes(count: int, prompt_len: int, new_tokens: int) -> list[tuple[int, int]]:
+    """(tokens of the prompt, tokens to generate): from a quarter to seven quarters of the means, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (
+        torch.randint(-(-n // 4), 7 * n // 4 + 1, (count,), generator=generator).tolist()
+        for n in (prompt_len, new_tokens)
+    )
+    return list(zip(*drawn))
+
+
+def random_ids(vocab_size: int, *shape: int) -> torch.Tensor:
+    return torch.randint(FIRST_TOKEN, vocab_size, shape)

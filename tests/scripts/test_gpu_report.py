@@ -1,0 +1,173 @@
+"""scripts/gpu_report.py on a CPU: what its report says, also of what is wrong, fails, or takes too long."""
+
+import json
+import os
+import stat
+import subprocess
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.common import Runtime
+from scripts import gpu_report
+from scripts.gpu_report import SECTIONS, ReportArgs
+from scripts.report import right, speed, trained
+from scripts.report.record import Item, Section, run_items
+from tests import tiny
+
+ON_CPU = Runtime(torch.device("cpu"), torch.float32, False)
+
+
+def here(script, *flags, seconds=0.0):
+    """A script in this process, for those that the report starts."""
+    result = tiny.run(script, *flags)
+    assert result.code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def section(tmp_path):
+    return Section("right", ON_CPU, tmp_path / "rows.jsonl", time.time() + 100, time.time(), small=True)
+
+
+def rows_of(section: Section) -> list[dict]:
+    return tiny.read_lines(section.rows_file) if section.rows_file.exists() else []
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_dry_run(name, tmp_path, monkeypatch):
+    """Catches an item that does not run, a check that is wrong on a CPU, figures that are no numbers, goals that nobody
+    is held to, and rows that are missing in the report."""
+    monkeypatch.setattr(trained, "run_together", lambda commands, seconds: [here(s, *f) for s, f in commands.values()])
+    monkeypatch.setattr(trained, "run_script", here)
+    monkeypatch.setattr(speed, "run_script", here)
+    monkeypatch.setattr("scripts.benchmark_common.ceilings", lambda device: (1e12, 1e10, torch.float32))
+    args = ReportArgs(output_dir=tmp_path, device="cpu", dry_run=True, section=name)
+    gpu_report.main(args)
+    gpu_report.write_report(args, gpu_report.header(dry_run=True), [name])
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows, text = report["sections"][name], (tmp_path / "report.md").read_text()
+    assert not [row for row in rows if row["kind"] == "error"], rows
+    assert all(row["ok"] for row in rows if row["kind"] == "check") and not any(
+        "skipped" in row["detail"] for row in rows
+    )
+    assert all(row["value"] > 0 for row in rows if row["kind"] == "figure")
+    assert all(row["name"] in text for row in rows) and report["header"]["card"].startswith("cpu")
+    wanted = {"right": 30, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "attention": 3}
+    assert len(rows) >= wanted[name]
+    goals = {row["name"]: row["met"] for row in rows if row["kind"] == "figure" and row["goal"] is not None}
+    assert (
+        len(goals) == {"decode": 5, "sft": 1}.get(name, 0)
+        and goals.get("decode tiny float32, 1 slots, MBU") is not True
+    )
+
+
+def test_faults_are_found(section, tmp_path, monkeypatch):
+    """Catches checks that cannot fail: products of other weights, other greedy ids, a kernel that reads a key too many,
+    weights that moved otherwise, metrics that are apart, and NaN."""
+    real = right.dequantize
+    monkeypatch.setattr(right, "dequantize", lambda weight: real(weight) * 1.1)
+    monkeypatch.setattr(right, "greedy_by_transformers", lambda model, prompts, n: [[1] * n for _ in prompts])
+    run_items(section, [Item("products", 0, right.check_products), Item("greedy", 0, right.check_greedy)])
+    checks = [row for row in rows_of(section) if row["kind"] == "check"]
+    assert len(checks) == 16 + 4 and not any(row["ok"] for row in checks)
+
+    def kernel(q, k, v, table, lengths, splits, short=0):
+        out = []
+        for row, n in enumerate(lengths.tolist()):
+            keys, values = (t[table[row].long()].flatten(0, 1)[: n - short].transpose(0, 1) for t in (k, v))
+            out.append(right.F.scaled_dot_product_attention(q[row, :, None], keys, values, enable_gqa=True)[:, 0])
+        return torch.stack(out)
+
+    shape = {"device": ON_CPU.device, "dtype": torch.float32, "D": 16, "K": 2, "groups": 2, "splits": 1}
+    assert right.attention_distance(kernel, **shape) < 1e-5
+    assert (
+        not right.attention_distance(lambda *tensors: kernel(*tensors, short=-1), **shape) < 0.1
+    )  # NaN behind the end
+    for name, moved in (("start", 0.0), ("theirs", 1.0), ("ours", 1.1)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4,), moved)}, tmp_path / name / "model.safetensors")
+        line = {"loss": 1 + moved, "time/update": moved, "grad_norm": 1.0}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    folders = [tmp_path / name for name in ("ours", "theirs", "start")]
+    assert trained.weights_distance(*folders) == pytest.approx(0.1)
+    assert trained.metrics_distance(*folders[:2]) == pytest.approx(0.1 / 2.001)
+    section.check("NaN", float("nan"), 1.0)
+    assert not rows_of(section)[-1]["ok"]
+
+
+def test_failures_do_not_stop_it(section):
+    """Catches an item that fails and takes the others with it, one that begins though its time is not there, and a
+    goal on the wrong side."""
+
+    def fail(section: Section) -> None:
+        raise torch.OutOfMemoryError("first line\nCUDA out of memory")
+
+    def measure(section: Section) -> None:
+        section.figure("start-up", 31.0, "s", 30)
+        section.figure("speed", 31.0, "tok/s", 30)
+
+    section.small = False
+    run_items(section, [Item("fails", 1, fail), Item("long", 1000, fail), Item("goes on", 1, measure)])
+    failed, skipped, startup, rate = rows_of(section)
+    assert failed["kind"] == "error" and "CUDA out of memory" in failed["detail"]
+    assert skipped["kind"] == "note" and skipped["detail"].startswith("skipped") and "1000" in skipped["detail"]
+    assert not startup["met"] and rate["met"]
+
+
+def test_sections_that_end_badly(tmp_path, monkeypatch):
+    """Catches a report that is lost with a section that dies or hangs, a section that goes on behind its time with what
+    it has started, and one that is begun without time."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n*"--section decode"*) sleep 98 & echo $! >"$0.pid"; sleep 99;;\n'
+        '*"--section right"*) echo \'{"section": "right", "kind": "note", "name": "first", "detail": ""}\' '
+        f">>{out}/rows.jsonl; echo boom >&2; exit 3;;\n*) cp {out}/report.md {out}/before.md;;\nesac\n"
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(gpu_report.sys, "executable", str(python))
+    monkeypatch.setattr(gpu_report, "START", 1.5)  # of 6.5 seconds
+    short = {name: plan._replace(seconds=1.2) for name, plan in SECTIONS.items()}
+    monkeypatch.setattr(gpu_report, "SECTIONS", short)
+    chosen = ["right", "ceilings", "decode", "sft"]
+    gpu_report.main(ReportArgs(output_dir=out, device="cpu", sections=chosen, minutes=6.5 / 60))
+    report, before = ((out / name).read_text() for name in ("report.md", "before.md"))
+    sections = json.loads((out / "report.json").read_text())["sections"]
+    states = {name: rows[-1]["state"] for name, rows in sections.items()}
+    assert states["right"] == "failed with exit code 3" and sections["right"][-1]["detail"] == "boom"
+    assert states["ceilings"] == "done" and states["decode"].startswith("ended after")
+    assert states["sft"].startswith("skipped") and "2 failures" in report
+    assert "first" in before and "boom" in before  # written after each section
+    state = Path("/proc") / Path(f"{python}.pid").read_text().strip() / "stat"
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":  # nobody may be there to bury it
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("what a section had started goes on behind its end")
+
+
+def test_shell(tmp_path):
+    """Catches a shell script that takes a Python without torch, or installs one, loses its arguments or $OUT, and a
+    section's process that is not told its time."""
+    for name, code in (("without", 1), ("with", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def shell(*pythons: str) -> subprocess.CompletedProcess:
+        given = {"PYTHON": " ".join(str(tmp_path / name) for name in pythons), "OUT": "somewhere"}
+        command = ["bash", str(tiny.ROOT / "scripts/gpu_report.sh"), "--minutes", "1"]
+        return subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
+
+    assert shell("missing", "without", "with").stdout == (
+        "with scripts/gpu_report.py --output_dir somewhere --minutes 1\n"
+    )
+    refused = shell("without")
+    assert refused.returncode == 2 and "no python3 with torch" in refused.stderr and not refused.stdout
+    with mock.patch.object(gpu_report, "run_section") as run:
+        result = tiny.run("scripts/gpu_report.py", "--section", "right", "--started", 5.0, "--deadline", 9.5)
+    assert result.code == 0 and run.call_args[0][0].deadline == 9.5

@@ -61,6 +61,14 @@ def make_engine(folder, params=None, *, num_slots=5, max_seq_len=96, pack=True, 
     return Engine(model, params or SamplingParams(0.0), num_slots=num_slots, max_seq_len=max_seq_len, **options)
 
 
+def as_on_gpus(engine):
+    """The path of GPUs, without graphs: their cache, and the host a look behind."""
+    shape = {"num_rows": engine.num_slots, "num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
+    engine.rows.layers = None
+    engine.rows.cache = PagedCache(engine.model.config, **shape, dtype=torch.float32, device=CPU)
+    engine.looks_ahead = 1
+
+
 def ragged_requests(count=24, *, num_samples=1, longest=60, most_new=20, seed=0):
     rng = random.Random(seed)
     requests = []
@@ -142,7 +150,7 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
     engine = make_engine(folder, num_slots=3, max_seq_len=128, look_every=8)
     expected = {(r.idx, 0): (hf_greedy(hf_model, r), "length") for r in (long, *ended)}
     assert outcome(engine, [long, *ended]) == expected
-    assert engine.positions.max() < 128
+    assert engine.rows.positions.max() < 128
 
 
 def test_the_path_of_gpus_gives_the_same(folder, hf_model):
@@ -150,8 +158,7 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model):
     requests = ragged_requests(12, num_samples=2)
     expected = {(r.idx, r.sample_idx): (hf_greedy(hf_model, r), "length") for r in requests}
     engine = make_engine(folder, num_slots=4, look_every=3)
-    shape = {"num_rows": 4, "num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
-    engine.layers, engine.cache = None, PagedCache(engine.model.config, **shape, dtype=torch.float32, device=CPU)
+    as_on_gpus(engine)
     assert outcome(engine, requests) == expected
 
 
@@ -170,8 +177,7 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
     assert sum(map(len, words)) - 500 < whole < sum(map(len, words)) + 64 * 24
     few = make_engine(folder, engine.params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
     if on_gpu:
-        shape = {"num_rows": 6, "num_pages": 9, "max_seq_len": 320}
-        few.layers, few.cache = None, PagedCache(few.model.config, **shape, dtype=torch.float32, device=CPU)
+        as_on_gpus(few)
     assert outcome(few, requests) == wanted
     assert few.num_preempted > 3
     assert outcome(few, requests[::-1]) == wanted, "the second call"

@@ -37,17 +37,17 @@ class Start(NamedTuple):
 
 
 def advance(
+    params: SamplingParams,
+    tp: DeviceMesh | None,
+    hashes: Tensor,
+    stop_ids: Tensor,
     logits: Tensor,
     tokens: Tensor,
     positions: Tensor,
     keys: Tensor,
     remaining: Tensor,
     active: Tensor,
-    hashes: Tensor,
-    stop_ids: Tensor,
-    params: SamplingParams,
-    tp: DeviceMesh | None,
-    seen: Tensor | None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws from logits [n, V'] and moves the state of the rows [n] on: (tokens int64, logprobs fp32), [n] each."""
     drawn, logprobs = sample(logits, keys, positions + 1, hashes, params, tp, seen)
@@ -127,10 +127,10 @@ class DecodeRows(nn.Module):
         first. The tokens and their log-probs, [len(starts)] each."""
         if copies:
             self.cache.copy_pages(*upload(torch.tensor(copies), self.device).unbind(1))
-        slots, keys, positions, remaining, _ = upload(torch.tensor(starts), self.device).unbind(1)
-        seen = None if self.seen is None else self.seen.table[slots]
-        logits = torch.stack(logits)
-        tokens, logprobs = self.sample(logits, keys, positions, self.hashes, self.params, self.tp, seen)
+        slots, keys, positions, remaining, _ = upload(torch.tensor(starts).T.contiguous(), self.device)
+        seen = [] if self.seen is None else [self.seen.table[slots]]
+        logits, keys, positions, *seen = self.network.any_number(0, torch.stack(logits), keys, positions, *seen)
+        tokens, logprobs = self.sample(logits, keys, positions, self.hashes, self.params, self.tp, *seen)
         if self.seen is not None:
             self.seen.add(tokens, slots)
         going = ~(tokens[:, None] == self.stop_ids).any(dim=-1) & (remaining > 1)
@@ -139,7 +139,7 @@ class DecodeRows(nn.Module):
 
     def resume(self, starts: Sequence[Start]) -> None:
         """Rows for samples that are in the cache again and go on."""
-        slots, keys, positions, remaining, tokens = upload(torch.tensor(starts), self.device).unbind(1)
+        slots, keys, positions, remaining, tokens = upload(torch.tensor(starts).T.contiguous(), self.device)
         self._put(slots, tokens, positions, keys, remaining, torch.ones_like(slots, dtype=torch.bool))
 
     def _put(self, slots: Tensor, *columns: Tensor) -> None:
@@ -192,10 +192,10 @@ class DecodeRows(nn.Module):
             hidden = self.network.hidden(tokens[None], positions[None], attend)[0]
         else:
             hidden = self.layers(tokens, positions, attend)
-        state, constants = (tokens, positions, keys, remaining, active), (self.hashes, self.stop_ids)
-        seen = None if self.seen is None else self.seen.table[:size]
-        logits = self.model.lm_head(hidden)
-        drawn, logprobs = self.advance(logits, *state, *constants, self.params, self.tp, seen)
+        seen = [] if self.seen is None else [self.seen.table[:size]]
+        inputs = self.model.lm_head(hidden), tokens, positions, keys, remaining, active, *seen
+        inputs = self.network.any_number(0, *inputs)
+        drawn, logprobs = self.advance(self.params, self.tp, self.hashes, self.stop_ids, *inputs)
         if self.seen is not None:
             self.seen.add(drawn, self.seen.slots[:size])
         return drawn, logprobs

@@ -40,17 +40,26 @@ class Network:
         self.before, self.after = self.compiled(Block.before_attention), self.compiled(Block.after_attention)
 
     def compiled(self, function: Callable) -> Callable:
-        return torch.compile(function, dynamic=True) if self.compile else function
+        return torch.compile(function) if self.compile else function
+
+    def any_number(self, dim: int, *tensors: Tensor) -> list[Tensor]:
+        """Tensors whose size in a dimension differs from call to call; what is compiled serves all sizes but 1."""
+        for tensor in tensors if self.compile else ():
+            if tensor.shape[dim] != 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return list(tensors)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Transformer.forward of packed tokens: input_ids, position_ids [1, N] -> [1, N, E]."""
         model = self.model
         if not self.compile:
             return model(input_ids, position_ids, attend)
-        cos, sin = rope_tables(position_ids, model.inv_freq, model.config.attention_factor)
+        tables = rope_tables(position_ids, model.inv_freq, model.config.attention_factor)
         x = model.embed_tokens(input_ids).to(dtype=model.compute_dtype)
         for layer, block in enumerate(model.layers):
-            x = self.after(block, x, attend(layer, *self.before(block, x, cos, sin)))
+            inputs = self.any_number(1, x, *tables)
+            attended = attend(layer, *self.before(block, *inputs)).contiguous()  # code is for one order of dimensions
+            x = self.after(block, *self.any_number(1, x, attended))
         return model.norm(x)
 
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -340,6 +341,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device: it comes with torch's builds for GPUs, but for some platforms."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:

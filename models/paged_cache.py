@@ -9,7 +9,6 @@
 Dimensions: B rows, N packed tokens, P pages, M pages of a row at most, H query heads, K key/value heads, D head dim.
 """
 
-import importlib.util
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, causal_attention, varlen_kernel, varlen_works
+from models.common import has_triton
 from models.model import ModelConfig
 from models.pages import PAGE, pages_for
 from models.tp import size_of
@@ -69,8 +69,8 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: n
 
 
 def gpu_kernel(device: torch.device) -> Callable | None:
-    """Attention of a decode step on a GPU; Triton comes with torch's builds for them, but for some platforms."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Attention of a decode step on a GPU."""
+    if not has_triton(device):
         return None
     from models.triton_attention import paged_decode
 

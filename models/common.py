@@ -206,6 +206,12 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
     return parse
 
 
+def number_or(word: str, bounds: Bounds) -> Callable[[str], int | None]:
+    """The type of a flag that takes an int within bounds, or a word, which is None."""
+    parse = _number(int, bounds)
+    return lambda text: None if text == word else parse(text)
+
+
 def parse_args(Args: type, arguments: list[str] | None = None):
     """The Args of a command line, by default this process's."""
     return Args(**vars(ArgumentParser(Args).parse_args(arguments)))

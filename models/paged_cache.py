@@ -194,9 +194,9 @@ class PagedCache(Table):
         return attend
 
     def decode(self, positions: Tensor, most_pages: int | None) -> Attend:
-        """Attention of one new token for each of the first n rows, written at positions [n]: q [1, n, H, D]. most_pages:
-        as many as a row uses, where the plain operations may read no more than that; None for a step that is always the
-        same."""
+        """Attention of one new token for each of the first n rows, written at positions [n]: q [1, n, H, D].
+        most_pages: as many as a row uses, where the plain operations may read no more than that; None for a step that
+        is always the same."""
         n, device = len(positions), positions.device
         page = self.table[:n].gather(1, (positions // PAGE)[:, None])[:, 0]
         places = page.long() * PAGE + positions % PAGE

@@ -1,12 +1,14 @@
 """Stand-ins for what only a GPU has."""
 
+from typing import ClassVar
+
 
 class Graph:
     """models.graphs.CudaGraph where there is none: capturing runs nothing, a replay runs the function. made and
     replayed: how often, by the number of rows."""
 
-    made: list[int] = []
-    replayed: list[int] = []
+    made: ClassVar[list[int]] = []
+    replayed: ClassVar[list[int]] = []
 
     def __init__(self, function, pool):
         assert pool == "pool"

@@ -390,7 +390,7 @@ def test_what_is_compiled_computes_the_same(scheme, dtype, monkeypatch):
     transformer, most = on_cpu(1, dtype, scheme), 25 if scheme else 40
     options = {"num_slots": 3, "max_seq_len": 100 if scheme is None else 64, "look_every": 4}
     inner = lambda graph, inputs, **options: graph.forward  # noqa: E731
-    backend, compile_ = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner), torch.compile  # noqa: E731
+    backend, compile_ = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=backend))
     requests = [Request(i, 0, [(7 * i + j) % 490 + 3 for j in range(3 + 8 * i)], most) for i in range(5)]
     params = PARAMS["both" if dtype == torch.float32 else "greedy"]

@@ -12,6 +12,7 @@
 - who has rows and pages is in models/scheduler.py, what the device does in models/decode_rows.py
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -182,8 +183,8 @@ class Engine(nn.Module):
             if sample.num_drawn:
                 scheduler.place(sample)
                 self.rows.remember(sample.slot, sample.ids)
-                left = sample.request.max_new_tokens - sample.num_drawn
-                starts.append(Start(sample.slot, self._key(sample), sample.num_cached, left, sample.ids[-1]))
+                key, left = self._key(sample), sample.num_left
+                starts.append(Start(sample.slot, key, sample.num_cached, left, sample.ids[-1]))
         if starts:
             self.rows.resume(starts)
         leaders = [(sample, place) for sample, place in zip(batch.done, batch.last) if not sample.num_drawn]
@@ -233,14 +234,13 @@ class Engine(nn.Module):
         if scheduler.stale_slots:
             rows.clear(sorted(scheduler.stale_slots))
             scheduler.stale_slots.clear()
-        most_pages, tokens_read, steps = 0, 0, rows.look_every
+        samples, steps = [(sample, sample.slot) for sample in scheduler.running], rows.look_every
+        lengths = [sample.num_launched for sample in scheduler.running]
         for sample in scheduler.running:
-            most_pages = max(most_pages, len(sample.pages))
-            tokens_read += sample.num_launched
-            sample.num_launched = min(sample.num_launched + steps, sample.most_tokens)
-        samples = [(sample, sample.slot) for sample in scheduler.running]
+            sample.num_launched += steps
+        most_pages = pages_for(min(max(lengths) + steps, self.cache_len))
         numbers = rows.look(size, torch.from_numpy(scheduler.table[:size, :most_pages].copy()))
-        tokens_read = steps * tokens_read + len(samples) * steps * (steps + 1) // 2
+        tokens_read = steps * sum(lengths) + len(samples) * steps * (steps + 1) // 2
         seconds = 0.0 if rows.runner is None else rows.runner.seconds - captured
         self._launched("look", Flight(samples, numbers, steps, tokens_read, launched, seconds))
         return True
@@ -258,18 +258,22 @@ class Engine(nn.Module):
             flight = self.flights.popleft()
             tokens, logprobs = flight.numbers.wait()
             self._count(flight)
-            ended = []
+            if not flight.num_steps:
+                tokens, logprobs = [[token] for token in tokens], [[logprob] for logprob in logprobs]
+            is_finite = math.isfinite(sum(map(sum, logprobs)))
+            ended, total, on_token = [], 0, self.on_token
             for order, (sample, place) in enumerate(flight.samples):
                 if sample.has_ended:
                     continue
+                if not is_finite:
+                    sample.check(logprobs[place])
+                count = sample.take(tokens[place], logprobs[place], on_token)
                 if flight.num_steps:
-                    count = sample.take(tokens[place], logprobs[place], self.on_token)
                     sample.num_cached += count
-                    self.num_decoded += count if flight.compile_seconds is not None else 0
-                else:
-                    count = sample.take([tokens[place]], [logprobs[place]], self.on_token)
+                    total += count
                 if sample.has_ended:
                     ended.append((count, order, sample))
+            self.num_decoded += total if flight.compile_seconds is not None else 0
             for *_, sample in sorted(ended):  # by the step that ended them
                 self.scheduler.release(sample)
                 self.finished.append(sample.completion)

@@ -172,7 +172,7 @@ class Scheduler:
             target = sample.num_launched + ahead
             if target > len(sample.pages) * PAGE:
                 count = pages_for(min(target, sample.most_tokens)) - len(sample.pages)
-                if count:
+                if count > 0:
                     short.append((sample, count))
         if not self._has_room(sum(count for _, count in short)):
             return False

@@ -66,6 +66,8 @@ class Sample:
         self.decoder = StreamDecoder(tokenizer, request.prompt_ids) if params.stop else None
         self.streamed = ""
         self.ids = list(request.prompt_ids)  # and what was drawn, what ended it included
+        self.num_left, self.has_ended = request.max_new_tokens, False  # tokens that it may still draw
+        self.most_tokens = len(request.prompt_ids) + request.max_new_tokens
         self.slot, self.pages, self.num_cached, self.num_launched = -1, [], 0, 0
         self.followers: list[Sample] = []  # samples of the same prompt that wait for its prefill
 
@@ -76,16 +78,7 @@ class Sample:
 
     @property
     def num_drawn(self) -> int:
-        return len(self.ids) - len(self.request.prompt_ids)
-
-    @property
-    def most_tokens(self) -> int:
-        """Of the prompt and its answer."""
-        return len(self.request.prompt_ids) + self.request.max_new_tokens
-
-    @property
-    def has_ended(self) -> bool:
-        return bool(self.completion.finish_reason)
+        return self.request.max_new_tokens - self.num_left
 
     @property
     def is_exhausted(self) -> bool:
@@ -93,36 +86,36 @@ class Sample:
         return self.num_launched >= self.most_tokens - 1
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
-        """Takes tokens that were drawn one after the other, up to the one that ends it: how many it took. Raises
-        ValueError for a log-probability that is not finite."""
-        left = self.request.max_new_tokens - self.num_drawn
+        """Takes tokens that were drawn one after the other, up to the one that ends it: how many it took."""
         if self.decoder is not None:
-            return self._take_watching(tokens[:left], logprobs, on_token)
-        done, count, stopped = self.completion, min(left, len(tokens)), False
-        if not self.stop_ids.isdisjoint(tokens[:count]):
-            count, stopped = 1 + next(i for i, token in enumerate(tokens) if token in self.stop_ids), True
-        tokens, logprobs = tokens[:count], logprobs[:count]
-        self._check(logprobs)
+            return self._take_watching(tokens[: self.num_left], logprobs, on_token)
+        count, stopped = min(self.num_left, len(tokens)), False
+        if not self.stop_ids.isdisjoint(tokens):
+            place = next(i for i, token in enumerate(tokens) if token in self.stop_ids)
+            count, stopped = min(count, place + 1), place < count
+        if count < len(tokens):
+            tokens, logprobs = tokens[:count], logprobs[:count]
+        done = self.completion
+        self.num_left -= count
         self.ids += tokens
         done.logprobs += logprobs
         done.token_ids += tokens[:-1] if stopped else tokens
         if on_token is not None:
             for token in tokens:
                 on_token(self.request, token)
-        if stopped:
-            self._end("stop", stop_ids=tokens[-1:])
-        elif count == left:
-            self._end("length")
+        if stopped or not self.num_left:
+            self._end("stop" if stopped else "length", stop_ids=tokens[-1:] if stopped else ())
         return count
 
-    def _check(self, logprobs: Sequence[float]) -> None:
-        if not math.isfinite(sum(logprobs)):
-            broken = "the weights are broken, or overflow in this dtype"
-            found = next(value for value in logprobs if not math.isfinite(value))
-            raise ValueError(f"{self.request}: the log-probability of a token is {found}; {broken}")
+    def check(self, logprobs: Sequence[float]) -> None:
+        """Raises ValueError if a log-probability of a token that it may still draw is not finite."""
+        for logprob in logprobs[: self.num_left]:
+            if not math.isfinite(logprob):
+                broken = "the weights are broken, or overflow in this dtype"
+                raise ValueError(f"{self.request}: the log-probability of a token is {logprob}; {broken}")
 
     def _end(self, reason: str, stop_ids: Sequence[int] = ()) -> None:
-        done = self.completion
+        done, self.has_ended = self.completion, True
         done.finish_reason, done.stop_ids = reason, list(stop_ids)
         if self.tokenizer is not None:
             done.text = self.tokenizer.decode_continuation(done.request.prompt_ids, done.token_ids)
@@ -131,8 +124,8 @@ class Sample:
         """take() token by token, for stop strings."""
         done, count = self.completion, 0
         for token, logprob in zip(tokens, logprobs):
-            self._check([logprob])
             count += 1
+            self.num_left -= 1
             self.ids.append(token)
             done.logprobs.append(logprob)
             if on_token is not None:
@@ -141,10 +134,9 @@ class Sample:
                 self._end("stop", stop_ids=[token])
                 break
             done.token_ids.append(token)
-            is_last = len(done.token_ids) == self.request.max_new_tokens
-            if self._stop_string(token, is_last):
+            if self._stop_string(token, not self.num_left):
                 break
-            if is_last:
+            if not self.num_left:
                 self._end("length")
         return count
 
@@ -161,5 +153,5 @@ class Sample:
         ids, prompt_ids = done.token_ids, done.request.prompt_ids
         while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):
             done.stop_ids.insert(0, ids.pop())
-        done.text, done.finish_reason = text, "stop"
+        done.text, done.finish_reason, self.has_ended = text, "stop", True
         return True

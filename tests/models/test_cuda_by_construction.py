@@ -26,10 +26,12 @@ from models.decode import copy_for_inference, refresh, to_inference
 from models.generation import Engine, Request
 from models.graphs import StepRunner
 from models.model import ModelConfig, Transformer
+from models.paged_cache import Chunk
 from models.qlinear import Quantized, QuantizedLinear, Scheme
 from models.quantize import quantize_block, quantize_in_place
 from models.records import IGNORE_INDEX, Example, Split, collate
 from models.sampling import SamplingParams
+from models.scheduler import Prefill
 from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs
 from tests.stand_ins import Graph
 from training import losses, optim, rollouts
@@ -121,6 +123,18 @@ class NobodyWaits(TorchDispatchMode):
         return found
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that launch kernels: all but views, and memory that is taken as it is."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name().partition("::")[2]
+        is_free = operator.is_view or name.startswith(("empty", "detach", "new_empty", "_unsafe_view", "lift_fresh"))
+        self.count += not is_free
+        return operator(*args, **(kwargs or {}))
+
+
 class MostSelected(TorchDispatchMode):
     """Answers how many elements are chosen, which fake tensors do not know: all of them. And a step counter is 1."""
 
@@ -201,6 +215,17 @@ def test_quantised_generation(gpu, scheme, monkeypatch):
     layer = QuantizedLinear([weight], [torch.empty(24, device=GPU)], scheme, torch.bfloat16)
     for rows in (1, 17):
         assert layer(torch.empty(rows, 128, dtype=torch.bfloat16, device=GPU)).shape == (rows, 24)
+
+
+def test_launches_of_a_prefill_do_not_grow_with_prompts(gpu):
+    """Catches a prefill that goes through its prompts, or the chunks that have pages from before, one by one."""
+    engine, counts, begun = make_engine(PARAMS["temperature"]), [], Chunk([1, 2], 70, 5)
+    for chunks in ([Chunk([1], 0, 9)], [Chunk([1], 0, 5)] * 64, [begun], [begun, *[Chunk([3], 0, 2)] * 9]):
+        size = sum(chunk.length for chunk in chunks)
+        with Launches() as launches:
+            engine.rows.prefill(Prefill([3] * size, [0] * size, chunks, [], []))
+        counts.append(launches.count)
+    assert counts[0] == counts[1] and counts[2] == counts[3], counts
 
 
 FAULTS = {

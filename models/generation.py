@@ -86,7 +86,8 @@ class Engine(nn.Module):
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.model, self.params, self.tokenizer, self.num_slots = model, params, tokenizer, num_slots
-        on_cpu = model.embed_tokens.weight.device.type == "cpu"
+        self.device = model.embed_tokens.weight.device
+        on_cpu = self.device.type == "cpu"
         look_every = look_every or (1 if on_cpu else 4)
         self.looks_ahead = 0 if on_cpu else 1
         self.cache_len = -(-max_seq_len // 8) * 8

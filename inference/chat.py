@@ -22,7 +22,7 @@ from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
-from models.generation import Engine, Request
+from models.generation import Engine, PrefillArgs, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
 from models.sampling import SamplingArgs
@@ -35,7 +35,7 @@ HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(ModelArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs):
+class ChatArgs(ModelArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs):
     """A chat in the terminal with the model of a Hugging Face folder."""
 
     system: str | None = flag(None, help="system message")
@@ -61,8 +61,8 @@ def main(args: ChatArgs) -> None:
     opening = opening_of(args.system, tokenizer)
     tp = parallel_of(init_mesh(runtime.device, args.tensor_parallel_size)).tp
     model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme)
-    options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "look_every": 1}
-    engine = Engine(model, params, tokenizer=tokenizer, **options)
+    options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "prefill_tokens": args.prefill_tokens}
+    engine = Engine(model, params, tokenizer=tokenizer, look_every=1, **options)
     say(f"{args.checkpoint_path} on {device_name(runtime.device)}\n{HELP}")
 
     messages, turn = list(opening), 0

@@ -10,11 +10,10 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,6 +36,7 @@ from models.common import (
     choose_runtime,
     flag,
     is_main_rank,
+    number_or,
     on_main,
     peak_memory,
     peaks,
@@ -45,8 +45,9 @@ from models.common import (
 )
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
-from models.generation import Completion, Engine, Request
+from models.generation import Completion, Engine, PrefillArgs, Request
 from models.identity import AcceptArgs, begun_with
+from models.memory import plan_cache
 from models.quantize import QuantizeArgs, choose_scheme
 from models.record_files import Record
 from models.records import stated_prompt
@@ -56,15 +57,20 @@ from models.tp import TensorParallelArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(ModelArgs, PromptArgs, SamplingArgs, QuantizeArgs, TensorParallelArgs, AcceptArgs):
+class GenerateArgs(ModelArgs, PromptArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs, AcceptArgs):
     """Generates completions for prompts, in batches, from a Hugging Face folder."""
 
     output_file: Path | None = flag(
         None, help="JSONL file for the samples; standard output if absent", may_change=True, written=True
     )
     resume: bool = flag(False, help="go on with the samples that --output_file does not have yet", may_change=True)
-    batch_size: int = flag(
-        8, bounds=at_least_one, help="slots: sequences decoded together on each dp rank", may_change=True
+    batch_size: int | None = flag(
+        None,
+        type=number_or("auto", at_least_one),
+        metavar="N|auto",
+        help="slots: most sequences decoded together on each dp rank; auto: as many as memory holds, up to 256 on a "
+        "GPU and 16 on a CPU",
+        may_change=True,
     )
     max_seq_len: int | None = flag(
         None, bounds=at_least_one, help="most tokens of prompt and completion; what the run needs"
@@ -100,9 +106,25 @@ def main(args: GenerateArgs) -> None:
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
     own = source.share(done, mesh["dp"])
     num_requests, num_done = int((~done[own]).sum()), int(done.sum())
-    options = {"tokenizer": folder.tokenizer, "compile": runtime.compile}
-    make_engine = partial(Engine, model, params, num_slots=max(1, min(args.batch_size, num_requests)), **options)
-    drawing = Drawing(source.requests(own, done), make_engine, source.most_tokens if num_requests else 1)
+    plan = plan_cache(
+        model,
+        num_slots=args.batch_size,
+        num_requests=num_requests,
+        usual_tokens=source.usual_tokens,
+        known_tokens=source.most_tokens if num_requests else 1,
+        most_tokens=folder.max_seq_len if source.is_large else 0,  # of a large file not all lengths are known
+        prefill_tokens=args.prefill_tokens,
+    )
+    engine = Engine(
+        model,
+        params,
+        num_slots=plan.num_slots,
+        num_pages=plan.num_pages,
+        max_seq_len=plan.max_seq_len,
+        tokenizer=folder.tokenizer,
+        compile=runtime.compile,
+        prefill_tokens=args.prefill_tokens,
+    )
     stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     rows = {
@@ -111,17 +133,16 @@ def main(args: GenerateArgs) -> None:
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
         "work": f"{int((~done[source.kept]).sum()):,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
         "stop tokens": folder.stop_tokens(),
-        "batch": f"{drawing.engine.num_slots} slots of {drawing.engine.cache_len} tokens"
-        + " on each dp rank" * (mesh["dp"].size() > 1),
+        "batch": plan.note + ", on each dp rank" * (mesh["dp"].size() > 1),
         **source.notes(),
     }
     say(card("generate", rows))
     output = LineWriter(args.output_file, begun, active, num_lines) if in_file else nullcontext(LinePrinter(active))
     with output as writer, TokenCounter(num_requests) as counter:
-        for completion in drawing.completions(on_token=counter.count):
+        for completion in engine.generate(source.requests(own, done), counter.count):
             writer.write(line_of(completion, source.record_of(completion.request), args.return_token_ids))
             counter.bar.update(1)
-    say(end_card(drawing.engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
+    say(end_card(engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
 
 
 def begin_file(args: GenerateArgs, num_records: int) -> tuple[dict, np.ndarray, int]:
@@ -156,50 +177,6 @@ def samples_done(lines: Iterable[dict], num_records: int, num_samples: int) -> t
             raise ValueError(f"--resume: sample {sample_idx} of prompt {idx} is there already, and is none of this run")
         done[idx, sample_idx], num_lines = True, num_lines + 1
     return done, num_lines
-
-
-STATS = (
-    "num_prompt_tokens",
-    "num_decoded",
-    "num_steps",
-    "cache_bytes_read",
-    "prefill_seconds",
-    "decode_seconds",
-    "compile_seconds",
-)
-
-
-class Drawing:
-    """Completions of requests that are read when there is a slot for them. A slot has room for the longest prompt that
-    is known; where a longer one comes, the engine ends what it has begun, and another with larger slots goes on."""
-
-    def __init__(self, requests: Iterator[Request], make_engine: Callable[..., Engine], max_seq_len: int):
-        self.requests, self.make_engine, self.next = requests, make_engine, None
-        self.engine = make_engine(max_seq_len=max_seq_len)
-
-    def completions(self, on_token: Callable[[Request, int], None]) -> Iterator[Completion]:
-        yield from self.engine.generate(self._that_fit(), on_token)
-        while self.next is not None:
-            stats = {name: getattr(self.engine, name) for name in STATS}
-            max_seq_len = max(self.engine.cache_len + self.engine.cache_len // 2, tokens_of(self.next))
-            self.engine = None  # its memory is needed
-            self.engine = self.make_engine(max_seq_len=max_seq_len)
-            vars(self.engine).update(stats)
-            yield from self.engine.generate(self._that_fit(), on_token)
-
-    def _that_fit(self) -> Iterator[Request]:
-        """The requests up to the first that is too long for the slots, which is kept."""
-        first, self.next = self.next, None
-        for request in chain([] if first is None else [first], self.requests):
-            if tokens_of(request) > self.engine.cache_len:
-                self.next = request
-                return
-            yield request
-
-
-def tokens_of(request: Request) -> int:
-    """Most tokens of the prompt and the answer."""
-    return len(request.prompt_ids) + request.max_new_tokens
 
 
 class LinePrinter:

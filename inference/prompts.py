@@ -28,7 +28,7 @@ from models.record_files import Items, Lines, Record, chunks_of
 from models.records import check_ids, cut_prompt, encode_prompt, get_prompt, naming, require
 
 BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
-NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what a slot must have room for
+NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the cache must have room for
 
 # What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
 WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
@@ -155,6 +155,13 @@ class PromptSource:
     def most_tokens(self) -> int:
         """Of a prompt and its answer, as far as is known."""
         return min(self._longest + self.max_new_tokens, self.folder.max_seq_len)
+
+    @property
+    def usual_tokens(self) -> int:
+        """Of a prompt and half of its answer's tokens: the mean, of a large file the longest that is known."""
+        lengths = [len(ids) for ids in self._encoded or () if ids is not None]
+        mean = sum(lengths) // len(lengths) if lengths else self._longest
+        return min(mean + -(-self.max_new_tokens // 2), self.folder.max_seq_len)
 
     @cached_property
     def kept(self) -> np.ndarray:

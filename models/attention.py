@@ -5,6 +5,7 @@ The generation engine has its own, which write and read its cache: models/decode
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,6 +14,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.transfer import upload
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -26,9 +30,19 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     return _sdpa(q, k, v, is_causal=True) if mask is None else _sdpa(q, k, v, attn_mask=mask)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask).transpose(1, 2)
+    groups, kernels = q.shape[1] // k.shape[1], contextlib.nullcontext()
+    if q.device.type == "cuda":
+        if groups > 1 and (attn_mask is not None or q.dtype == torch.float32):  # no fused kernel has grouped heads then
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        # cuDNN plans each new length for 20 to 40 ms: for training, whose rows have few lengths. Its backward is wrong
+        # with a mask in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
+        if attn_mask is not None or not torch.is_grad_enabled():
+            kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with kernels:
+        options = {"is_causal": is_causal, "attn_mask": attn_mask, "enable_gqa": q.shape[1] != k.shape[1]}
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
@@ -39,19 +53,55 @@ def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[
     return torch.cat(outputs).view(q.shape).to(q.dtype)
 
 
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+
+
 @cache
-def varlen_kernel() -> Callable | None:
-    """torch's variable-length attention, FlashAttention 2, with grouped heads; None in torch 2.11 and older. Imported
-    when it is asked for, since it brings the compiler along: a second of start-up."""
+def varlen_kernel() -> Varlen | None:
+    """Causal attention of sequences packed end to end, torch's variable-length kernel (FlashAttention 2): q [N, H, D],
+    k and v [S, K, D], the ends of the sequences in both, int32 with a 0 before them, and the longest of each ->
+    [N, H, D]. The last query of a sequence sees all its keys. None where torch lacks it.
+
+    Before torch 2.13 it has no grouped heads: keys and values are repeated. Imported when it is asked for, since it
+    brings the compiler along: a second of start-up.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+    known = inspect.signature(varlen_attn).parameters.keys()
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if not causal.keys() <= known:
+        return None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *ends_and_longest) -> Tensor:
+        groups, options = q.shape[1] // k.shape[1], causal
+        if groups > 1 and "enable_gqa" in known:
+            options = causal | {"enable_gqa": True}
+        elif groups > 1:
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        return varlen_attn(q, k, v, *ends_and_longest, **options)
+
+    return kernel
+
+
+@cache
+def varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether varlen_kernel is there for this device, dtype and head dim, and aligns queries with the end of the keys,
+    as was not always so; tried once on a sequence of 2 queries and 4 keys."""
+    if not has_varlen(device, dtype, head_dim):
+        return False
+    q, k = (torch.zeros(n, 1, head_dim, dtype=dtype, device=device) for n in (2, 4))
+    v = torch.arange(4, device=device, dtype=dtype)[:, None, None].expand_as(k).contiguous()
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (2, 4)]
+    try:
+        return varlen_kernel()(q, k, v, *ends, 2, 4)[:, 0, 0].tolist() == [1.0, 1.5]
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether varlen_kernel serves this device, dtype and head dim."""
+    """Whether this device, dtype and head dim are among those that varlen_kernel is for."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -70,27 +120,25 @@ def document_attention(
     """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
     follows them in a row of num_tokens is padding. dtype: of the activations. compiled: whether the caller is.
 
-    CUDA in 16 bits uses the variable-length kernel, where torch has it with grouped heads (2.12 on). The CPU takes one
-    document after the other: a mask costs the square of the row. Others use a mask, and so does a compiled caller,
-    which would be compiled anew for other lengths.
+    CUDA in 16 bits uses the variable-length kernel. The CPU takes one document after the other: a mask costs the square
+    of the row. Others use a mask, and so does a compiled caller, which would be compiled anew for other lengths.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
 
     if has_varlen(device, dtype, head_dim):
-        ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
-        kernel = varlen_kernel()
+        ends = upload(torch.tensor([0, *accumulate(flat)], dtype=torch.int32), device)
+        kernel, longest = varlen_kernel(), max(flat)
 
         def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            options = {"window_size": (-1, 0), "enable_gqa": q.shape[2] != k.shape[2]}
             rows = (t.flatten(0, 1) for t in (q, k, v))
-            return kernel(*rows, ends, ends, longest, longest, **options).view(q.shape)
+            return kernel(*rows, ends, ends, longest, longest).view(q.shape)
 
         return variable_length
     if device.type == "cpu" and not compiled:
         return partial(packed_attention, lengths=flat, dtype=dtype)
     size = len(lengths) * num_tokens  # else torch asks the device for it
-    document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
+    document = torch.repeat_interleave(upload(torch.tensor(flat), device), output_size=size)
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]

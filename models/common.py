@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -205,6 +206,12 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
     return parse
 
 
+def number_or(word: str, bounds: Bounds) -> Callable[[str], int | None]:
+    """The type of a flag that takes an int within bounds, or a word, which is None."""
+    parse = _number(int, bounds)
+    return lambda text: None if text == word else parse(text)
+
+
 def parse_args(Args: type, arguments: list[str] | None = None):
     """The Args of a command line, by default this process's."""
     return Args(**vars(ArgumentParser(Args).parse_args(arguments)))
@@ -340,6 +347,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device: it comes with torch's builds for GPUs, but for some platforms."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:

@@ -68,7 +68,7 @@ class CPUCache(Table):
         _, _, K, D = self.shape
         return len(self.keys) * K * D * (4 + self.dtype.itemsize)
 
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         for table in (*self.keys, *self.values):
             table[targets] = table[sources]
 

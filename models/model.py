@@ -262,23 +262,26 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
         self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [B, T, H, D] and k [B, T, K, D], and v [B, T, K, D], of x [B, T, E]."""
         x = enter_parallel(x, self.parallel)
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        else:
-            qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key and K value heads: one rotation
-            K = qkv.shape[2] // (self.group_size + 2)
-            qk, v = qkv.tensor_split((qkv.shape[2] - K,), dim=2)
-            if self.q_norm is not None:
-                q, k = qk.tensor_split((qk.shape[2] - K,), dim=2)
-                qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-            q, k = apply_rope(qk, cos, sin).tensor_split((qk.shape[2] - K,), dim=2)
-        return self.o_proj(attend(self.layer, q, k, v).reshape(B, T, -1))  # q [B, T, H, D], k and v [B, T, K, D]
+            return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key and K value heads: one rotation
+        K = qkv.shape[2] // (self.group_size + 2)
+        qk, v = qkv.tensor_split((qkv.shape[2] - K,), dim=2)
+        if self.q_norm is not None:
+            q, k = qk.tensor_split((qk.shape[2] - K,), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q, k = apply_rope(qk, cos, sin).tensor_split((qk.shape[2] - K,), dim=2)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        return self.o_proj(attend(self.layer, *self.project(x, cos, sin)).flatten(2))
 
 
 class MLP(nn.Module):
@@ -326,7 +329,15 @@ class Block(nn.Module):
         return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False, **options)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return self.after_attention(x, attend(self.self_attn.layer, *self.before_attention(x, cos, sin)))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes, q [B, T, H, D], k and v [B, T, K, D], of the residual stream x [B, T, E]."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream behind the block, of what it was before and of what attention gave [B, T, H, D]."""
+        x = x + self.self_attn.o_proj(attended.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def fuse(self, product_of: Callable[[list[str]], nn.Module]) -> None:

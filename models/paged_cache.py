@@ -9,19 +9,22 @@
 Dimensions: B rows, N packed tokens, P pages, M pages of a row at most, H query heads, K key/value heads, D head dim.
 """
 
-import importlib.util
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import Attend, causal_attention
+from models.attention import Attend, causal_attention, varlen_kernel, varlen_works
+from models.common import has_triton
 from models.model import ModelConfig
 from models.pages import PAGE, pages_for
 from models.tp import size_of
+from models.transfer import upload
 
 
 class Chunk(NamedTuple):
@@ -39,10 +42,15 @@ class Places(NamedTuple):
     offsets: Tensor
 
 
+def token_places(pages: list[int], start: int, end: int) -> np.ndarray:
+    """Where the tokens start to end - 1 of a sequence lie in a cache whose pages stand end to end, int64."""
+    numbers = np.arange(start, end)
+    return np.asarray(pages, dtype=np.int64)[numbers // PAGE] * PAGE + numbers % PAGE
+
+
 def places_of(chunks: list[Chunk], device: torch.device) -> Places:
-    numbers = [n for chunk in chunks for n in range(chunk.start, chunk.start + chunk.length)]
-    pages = [page for c in chunks for page in (c.pages[n // PAGE] for n in range(c.start, c.start + c.length))]
-    pages, offsets = torch.tensor([pages, [n % PAGE for n in numbers]], device=device)
+    flat = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
+    pages, offsets = upload(torch.from_numpy(np.stack((flat // PAGE, flat % PAGE))), device)
     return Places(pages, offsets)
 
 
@@ -61,8 +69,8 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: n
 
 
 def gpu_kernel(device: torch.device) -> Callable | None:
-    """Attention of a decode step on a GPU; Triton comes with torch's builds for them, but for some platforms."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Attention of a decode step on a GPU."""
+    if not has_triton(device):
         return None
     from models.triton_attention import paged_decode
 
@@ -81,8 +89,7 @@ def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
 
 
 class LayerCache(nn.Module):
-    """Keys and values of one layer, [P, PAGE, K, D] each. A buffer for each layer, written by plain index assignment,
-    is what torch.compile can update in place; slices of one buffer for all layers might be copied whole."""
+    """Keys and values of one layer, [P, PAGE, K, D] each."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -99,10 +106,10 @@ class Table(nn.Module):
         table = torch.zeros(num_rows, pages_for(max_seq_len), dtype=torch.int32, device=device)
         self.register_buffer("table", table, persistent=False)
 
-    def set_table(self, rows: list[list[int]]) -> None:
-        """The pages of each row; of one that has none, and behind its last, page 0."""
-        width = self.table.shape[1]
-        self.table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32))
+    def set_table(self, table: Tensor) -> None:
+        """table: int32 [n, m], the pages of the first n rows as far as they are in use."""
+        n, m = table.shape
+        self.table[:n, :m].copy_(upload(table, self.table.device))
 
 
 class PagedCache(Table):
@@ -127,15 +134,15 @@ class PagedCache(Table):
         K = config.num_key_value_heads // size_of(tp)
         shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 is nobody's
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
+        self.heads, self.max_seq_len = (K, config.head_dim), max_seq_len
         self.kernel = gpu_kernel(device)
-        self.splits = num_splits(num_rows * K, max_seq_len, device) if self.kernel else 1
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one cached token takes, over all layers."""
         return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
 
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         for cache in self.layers:
             cache.k[targets], cache.v[targets] = cache.k[sources], cache.v[sources]
 
@@ -143,15 +150,21 @@ class PagedCache(Table):
         cache = self.layers[layer]
         return cache.k[pages].flatten(0, 1), cache.v[pages].flatten(0, 1)
 
-    def _write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> LayerCache:
+    def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> LayerCache:
+        """places: of tokens in the pages end to end, int64 [N]; k and v [N, K, D]"""
         cache = self.layers[layer]
-        cache.k[places.pages, places.offsets] = k.to(self.dtype)
-        cache.v[places.pages, places.offsets] = v.to(self.dtype)
+        for tokens, values in ((cache.k, k), (cache.v, v)):
+            tokens.flatten(0, 1).index_copy_(0, places, values.to(self.dtype))
         return cache
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
-        """Attention for chunks packed end to end in one row, which it writes to their pages."""
-        places = places_of(chunks, self.table.device)
+        """Attention for chunks packed end to end in one row, which it writes to their pages. Kernels for sequences of
+        any length take all chunks at once."""
+        device = self.table.device
+        places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
+        places = upload(torch.from_numpy(places), device)
+        if varlen_works(device, self.dtype, self.heads[1]):
+            return self._varlen_prefill(chunks, places)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, places, k[0], v[0])
@@ -160,26 +173,50 @@ class PagedCache(Table):
 
         return attend
 
+    def _varlen_prefill(self, chunks: list[Chunk], places: Tensor) -> Attend:
+        device, contexts = places.device, [chunk.start + chunk.length for chunk in chunks]
+        lengths, before = [chunk.length for chunk in chunks], None
+        ends = [[0, *accumulate(lengths)], [0, *accumulate(contexts)]]
+        ends, longest = upload(torch.tensor(ends, dtype=torch.int32), device), (max(lengths), max(contexts))
+        if lengths != contexts:  # what was there before is read with what is new, from the pages
+            before = np.concatenate([token_places(c.pages, 0, context) for c, context in zip(chunks, contexts)])
+            before = upload(torch.from_numpy(before), device)
+        kernel = varlen_kernel()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache = self._write(layer, places, k[0], v[0])
+            if before is None:
+                keys, values = (t[0].to(self.dtype) for t in (k, v))
+            else:
+                keys, values = (t.flatten(0, 1).index_select(0, before) for t in (cache.k, cache.v))
+            return kernel(q[0].to(self.dtype), keys, values, *ends, *longest)[None].to(q.dtype)
+
+        return attend
+
     def decode(self, positions: Tensor, most_pages: int | None) -> Attend:
-        """Attention of one new token for each row, written at positions [B]. most_pages: as many as a row uses, where
-        the plain operations may read no more than that; None for a step that is always the same."""
-        page = self.table.gather(1, (positions // PAGE)[:, None])[:, 0].long()
-        places = Places(page, positions % PAGE)
-        table, lengths = self.table[:, :most_pages], (positions + 1).int()
+        """Attention of one new token for each of the first n rows, written at positions [n]: q [1, n, H, D].
+        most_pages: as many as a row uses, where the plain operations may read no more than that; None for a step that
+        is always the same."""
+        n, device = len(positions), positions.device
+        page = self.table[:n].gather(1, (positions // PAGE)[:, None])[:, 0]
+        places = page.long() * PAGE + positions % PAGE
         if self.kernel is not None:
+            table, lengths = self.table[:n], (positions + 1).int()
+            splits = num_splits(n * self.heads[0], self.max_seq_len, device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache = self._write(layer, places, k[:, 0], v[:, 0])
-                return self.kernel(q[:, 0].contiguous(), cache.k, cache.v, self.table, lengths, self.splits)[:, None]
+                cache = self._write(layer, places, k[0], v[0])
+                return self.kernel(q[0].contiguous(), cache.k, cache.v, table, lengths, splits)[None]
 
             return attend
 
-        visible = torch.arange(table.shape[1] * PAGE, device=positions.device) <= positions[:, None]
+        table = self.table[:n, :most_pages]
+        visible = torch.arange(table.shape[1] * PAGE, device=device) <= positions[:, None]
         bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))[:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self._write(layer, places, k[:, 0], v[:, 0])
-            return plain_paged_decode(q[:, 0].to(self.dtype), cache.k, cache.v, table, bias)[:, None].to(q.dtype)
+            cache = self._write(layer, places, k[0], v[0])
+            return plain_paged_decode(q[0].to(self.dtype), cache.k, cache.v, table, bias)[None].to(q.dtype)
 
         return attend
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
+from models.common import at_least_one, flag, fraction, has_triton, non_negative, positive, with_newlines
 from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer
-from models.tp import chunk_range, gather_ranks, size_of
+from models.tp import all_reduce, chunk_range, gather_ranks, size_of
 from models.vocab_parallel import gather_vocabulary, pad_vocabulary
 
 CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
@@ -120,7 +120,8 @@ def sample(
     """
     V, offset = len(hashes), 0
     few = max(1, CPU_NOISE // V)
-    if logits.device.type == "cpu" and len(logits) > few and size_of(tp) == 1 and not torch.compiler.is_compiling():
+    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if branching and len(logits) > few and size_of(tp) == 1:
         parts = zip(*(t.split(few) for t in (logits, keys, positions)))
         seen_parts = itertools.repeat(None) if seen is None else seen.split(few)
         tokens, logprobs = zip(*(sample(*part, hashes, params, tp, s) for part, s in zip(parts, seen_parts)))
@@ -167,15 +168,16 @@ def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | Non
     """(this rank's logits, -inf where a filter drops one; None); or only some of them, with all that the filters keep
     among them, and their ids in rising order."""
     branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not params.top_k and not branching:  # nothing is sorted or gathered
+        return logits.masked_fill(logits < top_p_threshold(logits, params.top_p, tp), float("-inf")), None
     if params.top_k:
         few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
         top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
         top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
-    else:  # top-p alone needs the order of the whole vocabulary
+    else:  # a sort takes a CPU as long as a small model's layers, and the mass is nearly always at the top
         within = gather_vocabulary(logits, V, tp)
-        few, ids = within.topk(min(1024, V), dim=-1) if branching else within.sort(dim=-1, descending=True)
-        # on the CPU a sort takes as long as a small model's layers, and the mass is nearly always at the top
-        if branching and ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
+        few, ids = within.topk(min(1024, V), dim=-1)
+        if ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
             few, ids = within.sort(dim=-1, descending=True)
         top = few
     threshold = top[:, -1:]
@@ -191,3 +193,38 @@ def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | Non
         few = few.gather(-1, order)
         return few.masked_fill(few < threshold, float("-inf")), ids
     return logits.masked_fill(logits < threshold, float("-inf")), None
+
+
+@torch.compiler.disable  # 32 rounds would be a hundred kernels to compile
+def top_p_threshold(logits: Tensor, top_p: float, tp: DeviceMesh | None = None) -> Tensor:
+    """The smallest logit that top-p keeps, [B, 1] of this rank's logits fp32 [B, V'], without sorting.
+
+    A token is kept if the tokens above it have less than top_p together: the more of them, the lower it is. So the
+    lowest number with that property is found by halving an interval of numbers, in the order that their bits have as
+    integers, and it is a logit: 32 times decide all bits of fp32. Ranks add up their masses, which takes less than
+    gathering the vocabulary. Without ranks a GPU does it in one kernel, models/triton_sampling.py.
+    """
+    if size_of(tp) == 1 and has_triton(logits.device):
+        from models import triton_sampling
+
+        return triton_sampling.top_p_threshold(logits.contiguous(), top_p)
+    largest, normaliser = logits.amax(dim=-1, keepdim=True), logits.logsumexp(dim=-1, keepdim=True)
+    if size_of(tp) > 1:
+        largest, normaliser = gather_ranks(torch.cat((largest, normaliser), dim=-1), tp).unbind(-1)  # [B, tp] each
+        largest, normaliser = largest.amax(-1, keepdim=True), normaliser.logsumexp(-1, keepdim=True)
+    probs = (logits - normaliser).exp()
+    high = _ordered(largest.view(torch.int32)).long()  # has the property, or is kept all the same
+    low = torch.full_like(high, -(2**31) + 2**23 - 1)  # -inf
+    for _ in range(32):
+        middle = (low + high) >> 1
+        above = torch.where(logits > _ordered(middle.int()).view(torch.float32), probs, 0.0).sum(dim=-1, keepdim=True)
+        if size_of(tp) > 1:
+            above = all_reduce(above, tp)
+        has_less = above < top_p
+        low, high = torch.where(has_less, low, middle + 1), torch.where(has_less, middle, high)
+    return _ordered(high.int()).view(torch.float32)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of fp32 numbers as int32 that are ordered as the numbers are, and back again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

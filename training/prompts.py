@@ -7,6 +7,7 @@ from typing import NamedTuple
 from models.chats import Chat
 from models.checkpoint import Folder
 from models.common import Bounds, at_least_one, flag, non_negative
+from models.generation import PrefillArgs
 from models.model import ModelConfig
 from models.records import (
     EncodingCounts,
@@ -26,7 +27,7 @@ from training.optim import constant_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutArgs(StopArgs):
+class RolloutArgs(StopArgs, PrefillArgs):
     """Prompts, and the answers that are drawn to them."""
 
     prompt_file: Path = flag(help="records with a prompt; other fields go to --reward_fn")

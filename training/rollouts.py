@@ -51,6 +51,7 @@ def make_engine(
         max_seq_len=max_seq_len,
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
+        prefill_tokens=args.prefill_tokens,
     )
 
 

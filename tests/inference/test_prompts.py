@@ -31,7 +31,7 @@ def run(folder, tmp_path, name, *flags, records=None):
 @pytest.mark.parametrize("overlong", ["refuse", "skip", "truncate"])
 def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, monkeypatch):
     """Catches prompts that are lost, answered twice or numbered otherwise where they are read one by one, another
-    sample from slots that had to grow, skipped and truncated ones uncounted, and a resume that draws anew."""
+    sample where not all lengths were known, skipped and truncated ones uncounted, and a resume that draws anew."""
     flags = ["--overlong", overlong] + ([] if overlong == "refuse" else ["--max_seq_len", 40])
     result, lines = run(folder, tmp_path, "large", *flags)
     assert result.code == 0, result

@@ -3,6 +3,7 @@ tensor on another device, a shape that the CUDA kernels refuse and a host that w
 
 import ctypes
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,16 +20,20 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import attention, generation, paged_cache, qlinear
+from models import attention, decode_rows, paged_cache, qlinear, sampling
 from models.attention import document_attention
 from models.decode import copy_for_inference, refresh, to_inference
 from models.generation import Engine, Request
+from models.graphs import StepRunner
 from models.model import ModelConfig, Transformer
+from models.paged_cache import Chunk
 from models.qlinear import Quantized, QuantizedLinear, Scheme
 from models.quantize import quantize_block, quantize_in_place
 from models.records import IGNORE_INDEX, Example, Split, collate
 from models.sampling import SamplingParams
+from models.scheduler import Prefill
 from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs
+from tests.stand_ins import Graph
 from training import losses, optim, rollouts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,8 +58,10 @@ PARAMS = {
 
 
 def paged_decode(q, k, v, table, lengths, splits):
-    """What models.triton_attention says that it takes and gives; tests/models/test_triton_attention.py runs it."""
-    assert q.shape == (3, 4, 32) and k.shape == v.shape == (4, 64, 2, 32) and table.shape == (3, 1) and splits == 4
+    """What models.triton_attention says that it takes and gives; tests/models/test_triton_kernels.py runs it."""
+    B = len(q)
+    assert B <= 3 and q.shape == (B, 4, 32) and k.shape == v.shape == (4, 64, 2, 32) and table.shape == (B, 1)
+    assert len(lengths) == B and splits == 4
     assert {t.dtype for t in (table, lengths)} == {torch.int32} and all(t.is_contiguous() for t in (q, k, v, table))
     return torch.empty_like(q)
 
@@ -73,6 +80,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(qlinear, "cuda_int4_works", lambda device: True)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
+    monkeypatch.setattr(paged_cache, "varlen_works", attention.has_varlen)
+    monkeypatch.setattr(sampling, "has_triton", lambda device: False)  # its kernel needs numbers
+    monkeypatch.setattr(decode_rows, "StepRunner", partial(StepRunner, graph=OnGPUGraph))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
     with FakeTensorMode():
         yield
     if registry is not None:
@@ -88,6 +101,38 @@ class OnGPU(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs, found)):
             assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "cuda", f"{operator} on the CPU"
         return found
+
+
+class OnGPUGraph(Graph):
+    """What is captured is on the GPU alone."""
+
+    def replay(self):
+        with OnGPU():
+            return super().replay()
+
+
+class NobodyWaits(TorchDispatchMode):
+    """No copy between host and GPU that one of them waits for, and no number that the host reads of it."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        if operator in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if operator is torch.ops.aten.copy_.default else args[0]
+            is_async = (kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2])
+            assert is_async or found.device.type == source.device.type, f"{operator} waits"
+        return found
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch kernels: all but views, and memory that is taken as it is."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name().partition("::")[2]
+        is_free = operator.is_view or name.startswith(("empty", "detach", "new_empty", "_unsafe_view", "lift_fresh"))
+        self.count += not is_free
+        return operator(*args, **(kwargs or {}))
 
 
 class MostSelected(TorchDispatchMode):
@@ -130,28 +175,28 @@ def make_engine(params: SamplingParams, scheme: Scheme | None = None) -> Engine:
         get = block.get_parameter
         weight_of = lambda name, get=get: quantised_on_gpu(get(name).shape, scheme)  # noqa: E731
         quantize_block(block, "", weight_of, get, scheme, torch.bfloat16)
-    engine = Engine(to_inference(transformer, pack=False), params, num_slots=3, max_seq_len=64, look_every=2)
-    step = engine._step
-
-    def on_gpu_only(most_pages):
-        with OnGPU():
-            return step(most_pages)
-
-    engine._step = on_gpu_only
-    return engine
+    model, shape = to_inference(transformer, pack=False), {"num_slots": 3, "max_seq_len": 64}
+    return Engine(model, params, **shape, look_every=2, prefill_tokens=4, compile=True)
 
 
 def generate(engine: Engine, monkeypatch) -> list:
-    """Runs the engine to its end; what the host reads of the GPU, which must be lists, are zeros."""
-    zeros = lambda shape: [zeros(shape[1:]) for _ in range(shape[0])] if shape else 0  # noqa: E731
-    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: zeros(tensor.shape))
+    """Runs the engine to its end; what the host reads are lists of zeros, which must have come to it by the way."""
+
+    def tolist(tensor):
+        assert tensor.device.type == "cpu"
+        zeros = lambda shape: [zeros(shape[1:]) for _ in range(shape[0])] if shape else 0  # noqa: E731
+        return zeros(tensor.shape)
+
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
     requests = [Request(i, 0, [3, 4, 5, 6][: 2 + i // 2], 5) for i in range(5)]  # two share a prefill, two wait
-    return list(engine.generate(requests))
+    with NobodyWaits():
+        return list(engine.generate(requests))
 
 
 @pytest.mark.parametrize("name, kernel", [*((name, True) for name in PARAMS), ("both", False)])
 def test_generation(gpu, name, kernel, monkeypatch):
-    """Catches a CPU tensor on the way from prompts to tokens, and in a decode step a host that waits for the GPU."""
+    """Catches a CPU tensor on the way from prompts to tokens, a host or a GPU that waits for the other, and a part of a
+    step that cannot be captured."""
     if not kernel:  # no Triton
         monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: None)
     done = generate(make_engine(PARAMS[name]), monkeypatch)
@@ -172,6 +217,17 @@ def test_quantised_generation(gpu, scheme, monkeypatch):
         assert layer(torch.empty(rows, 128, dtype=torch.bfloat16, device=GPU)).shape == (rows, 24)
 
 
+def test_launches_of_a_prefill_do_not_grow_with_prompts(gpu):
+    """Catches a prefill that goes through its prompts, or the chunks that have pages from before, one by one."""
+    engine, counts, begun = make_engine(PARAMS["temperature"]), [], Chunk([1, 2], 70, 5)
+    for chunks in ([Chunk([1], 0, 9)], [Chunk([1], 0, 5)] * 64, [begun], [begun, *[Chunk([3], 0, 2)] * 9]):
+        size = sum(chunk.length for chunk in chunks)
+        with Launches() as launches:
+            engine.rows.prefill(Prefill([3] * size, [0] * size, chunks, [], []))
+        counts.append(launches.count)
+    assert counts[0] == counts[1] and counts[2] == counts[3], counts
+
+
 FAULTS = {
     "a tensor on the CPU": (lambda logits: logits + torch.zeros(logits.shape), "cpu"),
     "a number on the CPU": (lambda logits: logits * torch.tensor(2.0), "on the CPU"),
@@ -185,14 +241,29 @@ FAULTS = {
 def test_faults_are_seen(gpu, fault, monkeypatch):
     """The tests above bite: each fault in the sampling of a decode step raises."""
     change, seen = FAULTS[fault]
-    whole = generation.sample
+    whole = decode_rows.sample
+    monkeypatch.setattr(decode_rows, "sample", lambda logits, *args: whole(change(logits), *args))
     engine = make_engine(PARAMS["greedy"])
-    monkeypatch.setattr(generation, "sample", lambda logits, *args: whole(change(logits), *args))
     expected = (
         {"expected_exception": seen} if isinstance(seen, type) else {"expected_exception": Exception, "match": seen}
     )
     with pytest.raises(**expected):
-        engine._step(None)
+        engine.rows.runner.prepare(1)
+        engine.rows.runner(1)
+
+
+WAITS = {
+    "a list that is sent": lambda tensor: torch.tensor([1, 2], device=GPU),
+    "a tensor that is fetched": lambda tensor: tensor.cpu(),
+    "a number that is read": lambda tensor: int(tensor.sum()),
+}
+
+
+@pytest.mark.parametrize("fault", WAITS)
+def test_waiting_is_seen(gpu, fault):
+    """NobodyWaits bites."""
+    with NobodyWaits(), pytest.raises((AssertionError, DataDependentOutputException)):
+        WAITS[fault](torch.ones(3, device=GPU))
 
 
 def test_head_dims_that_have_no_kernel():
@@ -287,7 +358,47 @@ def test_preferences_and_ppo(gpu):
             losses.kl_estimates(logps, logps)
 
 
-# --------------------------------------------------------------------------------------- the graph
+# ------------------------------------------------------------------------------------ what is compiled
+
+
+class Compiled:
+    """Stands in for the compiler behind torch.compile: counts what it is given, and runs it."""
+
+    def __init__(self, monkeypatch):
+        self.count, compile_ = 0, torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=self.take))
+
+    def take(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+def on_cpu(num_layers: int, dtype: torch.dtype = torch.float32, scheme: Scheme | None = None) -> Transformer:
+    transformer = Transformer(replace(CONFIG, num_hidden_layers=num_layers))
+    transformer.init_weights(torch.Generator().manual_seed(0))
+    transformer = transformer.to(dtype)
+    transformer.reset_buffers(CPU)
+    for block in transformer.layers if scheme else ():
+        quantize_in_place(block, scheme)
+    return to_inference(transformer, pack=False)
+
+
+def test_compilations_do_not_grow(monkeypatch):
+    """Catches code that is compiled for each layer, for a length, for a number of rows or of prompts, or once more for
+    another engine: blocks before and after attention, sampling of first tokens, and the end of a step, for any number
+    of tokens and for one."""
+    compiled, found = Compiled(monkeypatch), []
+    for num_layers, num_engines in ((2, 2), (32, 1)):
+        torch._dynamo.reset()
+        for _ in range(num_engines):
+            options = {"num_slots": 5, "max_seq_len": 200, "look_every": 3}
+            engine = Engine(on_cpu(num_layers), PARAMS["temperature"], **options, compile=True)
+            for lengths in ([10, 20, 30], [7], [1], [150, 3, 2, 1, 77, 9]):
+                prompts = ([(3 * i + j) % 490 + 3 for j in range(length)] for i, length in enumerate(lengths))
+                requests = [Request(i, 0, prompt, 3 + i) for i, prompt in enumerate(prompts)]
+                assert len(list(engine.generate(requests))) == len(requests)
+        found.append(compiled.count)
+    assert found == [7, 14]
 
 
 @pytest.mark.parametrize(
@@ -298,33 +409,17 @@ def test_preferences_and_ppo(gpu):
     ],
     ids=str,
 )
-def test_compiled_step(scheme, dtype, monkeypatch):
-    """Catches a decode step that is not one graph, that is compiled again for another length, that moves its state, or
-    that takes a tensor which belongs to no module: CUDA graphs copy such a tensor before each replay, and torch.compile
-    does without them where it is changed in place. And the graph computes what the step does (in fp32: the same tokens;
-    in bf16, whose rounding chooses others, the same log-probs at first)."""
-    transformer = Transformer(replace(CONFIG, num_hidden_layers=1))
-    transformer.init_weights(torch.Generator().manual_seed(0))
-    transformer = transformer.to(dtype)
-    transformer.reset_buffers(CPU)
-    for block in transformer.layers if scheme else ():
-        quantize_in_place(block, scheme)
-    transformer = to_inference(transformer, pack=False)
-    most = 25 if scheme else 40
-    options = {"num_slots": 3, "max_seq_len": 100 if scheme is None else 64, "compile": True, "look_every": 4}
-    taken = []
-
-    def inner(graph, inputs, *, static_input_idxs, **options):
-        taken.append((len(inputs), len(static_input_idxs)))
-        return graph.forward
-
-    compile_ = torch.compile
-    backend = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner)  # noqa: E731
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend=backend))
+def test_what_is_compiled_computes_the_same(scheme, dtype, monkeypatch):
+    """Catches graphs that torch.compile makes of a block or of sampling that compute something else (in fp32: the same
+    tokens; in bf16, whose rounding chooses others, the same log-probs at first), and state that it moves."""
+    transformer, most = on_cpu(1, dtype, scheme), 25 if scheme else 40
+    options = {"num_slots": 3, "max_seq_len": 100 if scheme is None else 64, "look_every": 4}
+    inner = lambda graph, inputs, **options: graph.forward  # noqa: E731
+    backend, compile_ = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=backend))
     requests = [Request(i, 0, [(7 * i + j) % 490 + 3 for j in range(3 + 8 * i)], most) for i in range(5)]
     params = PARAMS["both" if dtype == torch.float32 else "greedy"]
-    engine, plain = Engine(transformer, params, **options), Engine(transformer, params, **options)
-    plain._step = plain._decode_step
+    engine, plain = (Engine(transformer, params, **options, compile=compile) for compile in (True, False))
     addresses = [buffer.data_ptr() for buffer in engine.buffers()]
     try:
         found, wanted = ({c.request.idx: c for c in e.generate(requests)} for e in (engine, plain))
@@ -332,7 +427,6 @@ def test_compiled_step(scheme, dtype, monkeypatch):
         if scheme and scheme.mode == "fp8" and "scaled_mm" in str(error):
             pytest.skip(f"no fp8 product here: {error}")  # torch 2.11 on the CPU
         raise
-    assert len(taken) == 1 and all(inputs == static for inputs, static in taken)
     assert addresses == [buffer.data_ptr() for buffer in engine.buffers()]
     for idx, completion in wanted.items():
         if dtype == torch.float32:

@@ -20,13 +20,15 @@ from models.checkpoint import load_model
 from models.common import Runtime
 from models.decode import load_for_inference, to_inference
 from models.generation import Engine, Request
+from models.graphs import StepRunner, graph_sizes
 from models.noise import column_hashes, exponential, exponential_noise, noise_key
 from models.paged_cache import PagedCache
 from models.qlinear import Scheme
 from models.repetition import SeenTokens
-from models.sampling import SamplingParams, sample
+from models.sampling import SamplingParams, sample, top_p_threshold
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.stand_ins import Graph
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -59,6 +61,18 @@ VARIANTS = {
 def make_engine(folder, params=None, *, num_slots=5, max_seq_len=96, pack=True, **options):
     model = to_inference(load_model(folder), pack=pack)
     return Engine(model, params or SamplingParams(0.0), num_slots=num_slots, max_seq_len=max_seq_len, **options)
+
+
+def as_on_gpus(engine):
+    """The path of GPUs: their cache, steps of as many rows as are in use, and the host a look behind."""
+    rows, shape = engine.rows, {"num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
+    rows.layers = None
+    rows.cache = PagedCache(engine.model.config, num_rows=engine.num_slots, **shape, dtype=torch.float32, device=CPU)
+    state = [rows.tokens, rows.positions, rows.remaining, rows.active, *([rows.seen.table] if rows.seen else [])]
+    rows.runner = StepRunner(rows.step, engine.num_slots, state, Graph)
+    Graph.made.clear()
+    Graph.replayed.clear()
+    engine.looks_ahead = 1
 
 
 def ragged_requests(count=24, *, num_samples=1, longest=60, most_new=20, seed=0):
@@ -142,17 +156,31 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
     engine = make_engine(folder, num_slots=3, max_seq_len=128, look_every=8)
     expected = {(r.idx, 0): (hf_greedy(hf_model, r), "length") for r in (long, *ended)}
     assert outcome(engine, [long, *ended]) == expected
-    assert engine.positions.max() < 128
+    assert engine.rows.positions.max() < 128
 
 
 def test_the_path_of_gpus_gives_the_same(folder, hf_model):
-    """Catches, in what GPUs run without a graph, a page, a place or a row's length that is one off."""
+    """Catches, in what GPUs run, a page, a place or a row's length that is one off, a row that is lost or mixed up when
+    those in use are put together, a graph of too few rows, and one that is captured twice."""
     requests = ragged_requests(12, num_samples=2)
     expected = {(r.idx, r.sample_idx): (hf_greedy(hf_model, r), "length") for r in requests}
-    engine = make_engine(folder, num_slots=4, look_every=3)
-    shape = {"num_rows": 4, "num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
-    engine.layers, engine.cache = None, PagedCache(engine.model.config, **shape, dtype=torch.float32, device=CPU)
+    engine = make_engine(folder, num_slots=11, look_every=3)
+    as_on_gpus(engine)
+    addresses = [buffer.data_ptr() for buffer in engine.buffers()]
     assert outcome(engine, requests) == expected
+    assert outcome(engine, requests[::-1]) == expected, "the second call"
+    assert len(Graph.made) == len({*Graph.made}) and {1, 4, 8, 11} <= {*Graph.made} == {*Graph.replayed}
+    assert addresses == [buffer.data_ptr() for buffer in engine.buffers()]
+
+
+def test_capturing_changes_nothing(folder):
+    """Catches a step that is run to warm up and leaves its traces: what rows have seen, for the penalty."""
+    params, requests = SamplingParams(1.0, repetition_penalty=5.0, stop_token_ids=(11, 12)), ragged_requests(9)
+    expected = outcome(make_engine(folder, params), requests)
+    engine = make_engine(folder, params, look_every=2)
+    as_on_gpus(engine)
+    assert outcome(engine, requests) == expected
+    assert graph_sizes(256) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256] and graph_sizes(1) == [1]
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -170,8 +198,7 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
     assert sum(map(len, words)) - 500 < whole < sum(map(len, words)) + 64 * 24
     few = make_engine(folder, engine.params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
     if on_gpu:
-        shape = {"num_rows": 6, "num_pages": 9, "max_seq_len": 320}
-        few.layers, few.cache = None, PagedCache(few.model.config, **shape, dtype=torch.float32, device=CPU)
+        as_on_gpus(few)
     assert outcome(few, requests) == wanted
     assert few.num_preempted > 3
     assert outcome(few, requests[::-1]) == wanted, "the second call"
@@ -455,6 +482,26 @@ def test_top_p_of_a_large_vocabulary_equals_the_full_sort(flat_rows, top_p):
     expected = (hf_filtered(logits, params).exp() / exponential_noise(keys, positions, hashes)).argmax(-1)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_top_p_without_sorting(spread):
+    """Catches a threshold of the halving that keeps a token too many or too few, or tears ties apart: against a sort in
+    fp64, whose masses may be off by their rounding in fp32, and where the answer is known."""
+    logits = torch.randn(64, 3000, generator=torch.Generator().manual_seed(0)) * spread - 3
+    logits[32:] = (4 * logits[32:]).round() / 4
+    for top_p in (0.0, 0.1, 0.5, 0.9, 0.9999):
+        probs = logits.double().softmax(-1)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        mass = (ordered.cumsum(-1) - ordered).gather(-1, order.argsort(-1))  # of the tokens before each
+        mass = torch.where(logits == logits.amax(-1, keepdim=True), -1.0, mass)
+        least = torch.where(mass < top_p, logits, torch.inf).amin(-1, keepdim=True)
+        kept = logits >= top_p_threshold(logits, top_p)
+        differ = kept != (logits >= least)
+        assert (mass[differ] - top_p).abs().max().item() < 2e-6 if differ.any() else True, (top_p, differ.sum())
+        assert differ.sum() <= 20 * (top_p == 0.9999)
+    known = torch.tensor([[0.0, -1.0, 3.0, 3.0, -torch.inf]])  # 3.0 twice has nearly all
+    assert [top_p_threshold(known, p).item() for p in (0.0, 0.4, 0.9, 0.97, 0.999)] == [3.0, 3.0, 3.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(1.0, top_k=20), SamplingParams(0.7, top_k=60, top_p=0.9)], ids=str)

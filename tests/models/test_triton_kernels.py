@@ -9,7 +9,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-from tests.models.interpreted_attention import CASES
+from tests.models.interpreted_kernels import CASES, TOP_P
 from tests.tiny import ROOT
 
 
@@ -21,12 +21,22 @@ def run(*arguments: str, interpret: bool) -> str:
     return result.stdout
 
 
-def test_paged_decode():
+@pytest.fixture(scope="module")
+def interpreted():
+    return json.loads(run("-m", "tests.models.interpreted_kernels", interpret=True))
+
+
+def test_paged_decode(interpreted):
     """Catches a key too many or too few at the end of a page, of a split or of a row, heads mixed up, splits joined
     with wrong weights, and a read of what is not the row's."""
-    distances = json.loads(run("-m", "tests.models.interpreted_attention", interpret=True))
-    for case, found in zip(CASES, distances, strict=True):
+    for case, found in zip(CASES, interpreted["distances"], strict=True):
         assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[case[-1]], case  # NaN is not
+
+
+def test_top_p(interpreted):
+    """Catches a token too many or too few at the threshold, ties that are torn apart, a block or a bit that is left
+    out."""
+    assert interpreted["same"] == [True] * len(TOP_P)
 
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -36,10 +46,13 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from models import triton_attention as kernels
+from models import triton_attention as kernels, triton_sampling
 
 backend, arch, warp, dtype, D = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+types = {"logits": "*fp32", "thresholds": "*fp32", "top_p": "fp32", "num_columns": "i32", "row_stride": "i32"}
+source = ASTSource(triton_sampling.find_thresholds, types | {"BLOCK": "constexpr"}, {"BLOCK": triton_sampling.BLOCK})
+triton.compile(source, target=target, options={"num_warps": triton_sampling.NUM_WARPS})
 size = 4 if dtype == "fp32" else 2
 constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=8, element_size=size)
 options = {"num_warps": kernels.num_warps(size), "num_stages": kernels.NUM_STAGES}

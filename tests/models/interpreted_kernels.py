@@ -1,5 +1,6 @@
-"""Runs the kernel of models/triton_attention.py in Triton's interpreter, which must be on before Triton is imported, on
-each of CASES, and prints how far it is from SDPA."""
+"""Runs kernels in Triton's interpreter, which must be on before Triton is imported: that of models/triton_attention.py
+on each of CASES, and prints how far it is from SDPA; that of models/triton_sampling.py on each of TOP_P, and prints
+whether it keeps the same tokens as the plain operations."""
 
 import json
 
@@ -15,6 +16,9 @@ CASES = [  # lengths, query heads of a key head, key heads, head dim, splits, dt
     ([130, 2], 3, 1, 256, 2, "bfloat16"),
     ([700, 64], 7, 1, 96, 64, "float32"),
 ]
+
+
+TOP_P = [(0.0, 1.0), (0.5, 0.01), (0.9, 1.0), (0.97, 6.0)]  # and the spread of the logits
 
 
 def wanted(q, k, v, table, lengths):
@@ -48,5 +52,17 @@ def distance(lengths, G, K, D, splits, dtype) -> float:
     return (found.float() - wanted(q, k, v, table, lengths)).abs().max().item()
 
 
+def keeps_the_same(top_p: float, spread: float) -> bool:
+    """Of rows longer than a block, also rounded ones, which have ties, and with tokens that cannot be drawn."""
+    from models import sampling, triton_sampling
+
+    logits = torch.randn(4, triton_sampling.BLOCK + 500, generator=torch.Generator().manual_seed(0)) * spread - 3
+    logits[1] = (4 * logits[1]).round() / 4
+    logits[2, ::2] = -torch.inf
+    logits[3, 7] = 90.0
+    return torch.equal(triton_sampling.top_p_threshold(logits, top_p), sampling.top_p_threshold(logits, top_p))
+
+
 if __name__ == "__main__":
-    print(json.dumps([distance(*case) for case in CASES]))
+    distances, same = [distance(*case) for case in CASES], [keeps_the_same(*case) for case in TOP_P]
+    print(json.dumps({"distances": distances, "same": same}))

@@ -1,0 +1,136 @@
+"""How the engine's step runs on a GPU: compiled block by block, and captured whole.
+
+- torch.compile sees one block's two halves, before and after attention, as functions of the block, and sampling: all
+  layers share the code, and so do all numbers of tokens, since a decode step's rows stand where a prompt's tokens do.
+  So what is compiled does not grow with layers, lengths or batch sizes (one token alone is its own case)
+- a whole step, sampling included, is captured as a CUDA graph by hand (HIP's on AMD), for a few numbers of rows; the
+  smallest that holds the rows in use is replayed. Attention is Triton's kernel, whose grid is fixed for a graph: rows
+  end where their own lengths say
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.attention import Attend
+from models.model import Block, Transformer
+from models.rope import rope_tables
+
+
+def keep_compiled_code() -> None:
+    """Puts what torch.compile and Triton make into ~/.cache/gpt-accelera, where the next process finds it, unless
+    TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR name another folder; their own default is lost with /tmp."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-accelera"
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(home / name))
+
+
+class Network:
+    """The hidden states of tokens, and functions of rows of them, compiled or as they are."""
+
+    def __init__(self, model: Transformer, *, compile: bool):
+        self.model, self.compile = model, compile
+        if compile:
+            keep_compiled_code()
+        self.before, self.after = self.compiled(Block.before_attention), self.compiled(Block.after_attention)
+
+    def compiled(self, function: Callable) -> Callable:
+        return torch.compile(function) if self.compile else function
+
+    def any_number(self, dim: int, *tensors: Tensor) -> list[Tensor]:
+        """Tensors whose size in a dimension differs from call to call; what is compiled serves all sizes but 1."""
+        for tensor in tensors if self.compile else ():
+            if tensor.shape[dim] != 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return list(tensors)
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """Transformer.forward of packed tokens: input_ids, position_ids [1, N] -> [1, N, E]."""
+        model = self.model
+        if not self.compile:
+            return model(input_ids, position_ids, attend)
+        tables = rope_tables(position_ids, model.inv_freq, model.config.attention_factor)
+        x = model.embed_tokens(input_ids).to(dtype=model.compute_dtype)
+        for layer, block in enumerate(model.layers):
+            inputs = self.any_number(1, x, *tables)
+            attended = attend(layer, *self.before(block, *inputs)).contiguous()  # code is for one order of dimensions
+            x = self.after(block, *self.any_number(1, x, attended))
+        return model.norm(x)
+
+
+def graph_sizes(num_rows: int) -> list[int]:
+    """The numbers of rows that steps are captured for: powers of two, from 32 on also what lies midway, and all."""
+    powers = [2**i for i in range(num_rows.bit_length())]
+    return sorted({*(n for p in powers for n in (p, p + p // 2 if p >= 32 else p) if n < num_rows), num_rows})
+
+
+class CudaGraph:
+    """A function whose kernels were recorded once, and are launched together from then on. Its tensors keep their
+    addresses; outputs are written over at the next replay of any graph of the pool."""
+
+    def __init__(self, function: Callable[[], object], pool: object):
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog thread asks for events meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.outputs = function()
+
+    def replay(self) -> object:
+        self.graph.replay()
+        return self.outputs
+
+    @staticmethod
+    def make_pool() -> object:
+        """Memory that graphs share, of which one runs at a time."""
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def warm_up(function: Callable[[], object]) -> None:
+        """Runs it beside the stream in use, as capturing asks for: compiles kernels, and takes workspaces."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class StepRunner:
+    """Runs step(n), which computes the first n rows and reads nothing on the host, as graphs of a few sizes, which are
+    captured when they are first asked for. state: the tensors that a step changes and that say what the next one is;
+    capturing leaves them as they were. seconds: spent on that so far."""
+
+    def __init__(
+        self,
+        step: Callable[[int], object],
+        num_rows: int,
+        state: Sequence[Tensor],
+        graph: type[CudaGraph] = CudaGraph,
+    ):
+        self.step, self.sizes, self.state = step, graph_sizes(num_rows), list(state)
+        self.graph, self.pool, self.graphs, self.seconds = graph, None, {}, 0.0
+
+    def size_for(self, num_rows: int) -> int:
+        return next(size for size in self.sizes if size >= num_rows)
+
+    def prepare(self, size: int) -> None:
+        """Captures the step of one of the sizes, unless it is."""
+        if size in self.graphs:
+            return
+        start = time.perf_counter()
+        if self.pool is None:
+            self.pool = self.graph.make_pool()
+        function = partial(self.step, size)
+        before = [tensor.clone() for tensor in self.state]
+        self.graph.warm_up(function)
+        for tensor, old in zip(self.state, before):
+            tensor.copy_(old)
+        self.graphs[size] = self.graph(function, self.pool)
+        self.seconds += time.perf_counter() - start
+
+    def __call__(self, size: int) -> object:
+        """What step(size) returns, until the next call."""
+        return self.graphs[size].replay()

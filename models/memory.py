@@ -1,0 +1,83 @@
+"""How much of the KV cache fits into memory, and how many rows that is worth."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from models.model import Transformer
+from models.pages import PAGE, pages_for
+from models.tp import chunk_range, size_of
+
+MOST_SLOTS = {"cuda": 256, "cpu": 16}  # of --batch_size auto
+SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory, for the cache and what is computed beside it
+
+
+class CachePlan(NamedTuple):
+    """max_seq_len: most tokens that a sequence may have. note: for people."""
+
+    num_slots: int
+    num_pages: int
+    max_seq_len: int
+    note: str
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still get: of the GPU, what its allocator holds unused included; of the system."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return available[0] if available else 4 * 2**30
+
+
+def page_bytes(model: Transformer) -> int:
+    """Bytes of a page of the cache, over all layers, on this tp rank. A CPU keeps keys in fp32."""
+    config, size = model.config, (model.compute_dtype or model.embed_tokens.weight.dtype).itemsize
+    of_key = 4 if model.embed_tokens.weight.device.type == "cpu" else size
+    heads = config.num_key_value_heads // size_of(model.parallel.tp)
+    return config.num_hidden_layers * PAGE * heads * config.head_dim * (of_key + size)
+
+
+def plan_cache(
+    model: Transformer,
+    *,
+    num_slots: int | None,
+    num_requests: int,
+    usual_tokens: int,
+    known_tokens: int,
+    most_tokens: int,
+    prefill_tokens: int,
+) -> CachePlan:
+    """Rows and pages for an inference copy that is in memory. A collective of the tensor-parallel ranks.
+
+    num_slots: None for as many as memory holds, if sequences have usual_tokens; where more pages are needed than there
+    are, the engine computes some samples twice. known_tokens, most_tokens: of the longest sequence that is known, and
+    that there may be. Raises ValueError if not even the longest that is known fits.
+    """
+    device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
+    size = (model.compute_dtype or model.embed_tokens.weight.dtype).itemsize
+    most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
+    columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
+    widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
+    beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
+    free, of_page = free_memory(device), page_bytes(model)
+    fitting = int((SHARE[device.type] * free - beside) // of_page)
+    if size_of(tp) > 1:
+        agreed = torch.tensor(fitting, device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=tp.get_group())
+        fitting = int(agreed)
+    if fitting < pages_for(known_tokens):
+        raise ValueError(
+            f"the KV cache of one sequence of {known_tokens} tokens, {pages_for(known_tokens) * of_page / 1e9:.1f} GB, "
+            f"does not fit into the {free / 1e9:.1f} GB of memory that are free; shorten --max_seq_len or "
+            "--max_new_tokens"
+        )
+    most_tokens = max(known_tokens, min(most_tokens, fitting * PAGE))
+    slots = max(1, min(most_slots, fitting // pages_for(usual_tokens)) if num_slots is None else most_slots)
+    num_pages = min(fitting, max(slots * pages_for(known_tokens), pages_for(most_tokens)))
+    note = f"{slots} slots over {num_pages:,} pages of {PAGE} tokens, {num_pages * of_page / 1e9:.2f} GB"
+    return CachePlan(slots, num_pages, most_tokens, note + " of free memory" * (num_slots is None))

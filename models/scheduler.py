@@ -1,0 +1,215 @@
+"""Which samples have rows and pages: the host's side of the generation engine, without tensors.
+
+- samples wait, are filled (their prompts computed, in chunks), and run, each in a row of the decode step; a row is
+  given when a sample begins to run, the first that is free, so that those in use stand together
+- samples of one prompt share its prefill and its pages; a prompt that begins like an earlier one takes what is still
+  there of it
+- when pages run out the youngest gives its own back, and is computed again later
+- the table of pages is kept here and changed where something changes: a look costs the host little
+
+Dimensions: B slots, M pages of a row at most.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from models.paged_cache import Chunk
+from models.pages import PAGE, PagePool, pages_for
+from models.sequences import Prompt, Sample
+
+
+class Prefill(NamedTuple):
+    """Tokens to be computed, packed end to end."""
+
+    ids: list[int]
+    positions: list[int]
+    chunks: list[Chunk]
+    done: list[Sample]  # those that are in the cache then
+    last: list[int]  # the places of their last tokens
+
+
+class Scheduler:
+    """num_slots: most samples that run at a time. look_every: tokens that a running sample may get between two calls of
+    reserve(). prefill_tokens: most tokens of one prefill."""
+
+    def __init__(self, pool: PagePool, *, num_slots: int, max_seq_len: int, look_every: int, prefill_tokens: int):
+        self.pool, self.num_slots = pool, num_slots
+        self.look_every, self.prefill_tokens = look_every, prefill_tokens
+        self.table = np.zeros((num_slots, pages_for(max_seq_len)), dtype=np.int32)  # [B, M]
+        self.newest: Prompt | None = None
+        self.num_preempted = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Nobody has a row or pages: also what a call that was broken off has left."""
+        self.pool.release_all()
+        self.waiting: deque[Sample] = deque()
+        self.filling: deque[Sample] = deque()
+        self.ready: list[Sample] = []  # samples of the newest prompt, which is computed
+        self.running: dict[Sample, None] = {}  # from the oldest to the youngest
+        self.free_slots = list(range(self.num_slots))  # a heap
+        self.stale_slots = set(self.free_slots)  # nobody's, but the device has not been told
+        self.table[:] = 0
+        self.newest = None
+
+    # -------------------------------------------------------------------------------- admission
+
+    def admit(self, samples: Iterator[Sample]) -> bool:
+        """Gives pages to those that wait, in their order, as far as there are rows; whether somebody is to be
+        prefilled."""
+        begun = sum(1 + len(leader.followers) for leader in (*self.filling, *self.ready))
+        leaders = None
+        for _ in range(self.num_slots - len(self.running) - begun):
+            sample = self.waiting.popleft() if self.waiting else next(samples, None)
+            if sample is None:
+                break
+            if leaders is None:
+                leaders = {tuple(s.request.prompt_ids): s for s in self.filling if not s.num_drawn}
+            if not self._begin(sample, leaders):
+                self.waiting.appendleft(sample)
+                break
+        return bool(self.filling or self.ready)
+
+    def _begin(self, sample: Sample, leaders: dict[tuple[int, ...], Sample]) -> bool:
+        """Whether there are pages for a sample. leaders: of the prompts that are being computed."""
+        prompt_ids = sample.request.prompt_ids
+        leader = None if sample.num_drawn else leaders.get(tuple(prompt_ids))
+        is_newest = not sample.num_drawn and self.newest is not None and self.newest.ids == prompt_ids
+        is_placed = self._find_pages(sample, self.newest if is_newest else leader)
+        if is_newest and not is_placed and not self.ready:  # the newest prompt holds what it needs
+            self.remember(None)
+            is_newest, is_placed = False, self._find_pages(sample, None)
+        if not is_placed:
+            return False
+        if is_newest:
+            self.ready.append(sample)
+        elif leader is not None:
+            leader.followers.append(sample)
+        else:
+            self.filling.append(sample)
+            if not sample.num_drawn:  # one that goes on draws no first token, so nobody begins with it
+                leaders.setdefault(tuple(prompt_ids), sample)
+        return True
+
+    def _find_pages(self, sample: Sample, other: Sample | Prompt | None) -> bool:
+        """Pages for what it has and the next look: the full ones of another with the same prompt, or some that hold its
+        beginning, and new ones. Some are left for those that are running, so that nobody is turned out at once."""
+        ids = sample.ids[: sample.num_to_cache]
+        if other is not None:
+            found = other.pages[: len(ids) // PAGE]
+            self.pool.share(found)
+        else:
+            found = self.pool.find(ids)
+        count = pages_for(min(len(ids) + self.look_every, sample.most_tokens)) - len(found)
+        if not self._has_room(count + len(self.running), may_forget=other is None or other is not self.newest):
+            self.pool.release(found)
+            return False
+        sample.pages, sample.num_cached = found + self.pool.take(count), len(found) * PAGE
+        return True
+
+    def next_prefill(self) -> Prefill:
+        """At most prefill_tokens tokens of those that are being filled, who count as computed from here on."""
+        batch = Prefill([], [], [], [], [])
+        while self.filling and len(batch.ids) < self.prefill_tokens:
+            sample = self.filling[0]
+            start = sample.num_cached
+            end = min(sample.num_to_cache, start + self.prefill_tokens - len(batch.ids))
+            batch.ids.extend(sample.ids[start:end])
+            batch.positions.extend(range(start, end))
+            batch.chunks.append(Chunk(sample.pages, start, end - start))
+            sample.num_cached = end
+            if end == sample.num_to_cache:
+                batch.done.append(self.filling.popleft())
+                batch.last.append(len(batch.ids) - 1)
+        for sample in batch.done:
+            self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
+        return batch
+
+    # ------------------------------------------------------------------------------ rows and pages
+
+    def place(self, sample: Sample) -> None:
+        """A row for a sample whose prompt is in the cache."""
+        sample.slot, sample.num_launched = heapq.heappop(self.free_slots), sample.num_cached
+        self.stale_slots.discard(sample.slot)
+        self.table[sample.slot, : len(sample.pages)] = sample.pages
+        self.running[sample] = None
+
+    def release(self, sample: Sample) -> None:
+        """Its row and its pages are free, and what is in them can be found."""
+        self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
+        for each in (sample, *sample.followers):
+            self.pool.release(each.pages)
+            each.pages, each.num_cached = [], 0
+        if sample in self.running:
+            del self.running[sample]
+            self._free(sample.slot)
+
+    def _free(self, slot: int) -> None:
+        heapq.heappush(self.free_slots, slot)
+        self.stale_slots.add(slot)
+        self.table[slot] = 0
+
+    def compact(self, num_rows: int) -> tuple[list[int], list[int]]:
+        """Moves running samples into the first num_rows slots: (from, to)."""
+        sources, targets = [], []
+        for sample in [sample for sample in self.running if sample.slot >= num_rows]:
+            sources.append(sample.slot)
+            target = heapq.heappop(self.free_slots)
+            self.table[target] = self.table[sample.slot]
+            self.stale_slots.discard(target)
+            self._free(sample.slot)
+            sample.slot = target
+            targets.append(target)
+        return sources, targets
+
+    def reserve(self) -> bool:
+        """Pages for the next look of all that run, and whether there were enough; else nobody gets any."""
+        ahead, short = self.look_every, []
+        for sample in self.running:
+            target = sample.num_launched + ahead
+            if target > len(sample.pages) * PAGE:
+                count = pages_for(min(target, sample.most_tokens)) - len(sample.pages)
+                if count > 0:
+                    short.append((sample, count))
+        if not self._has_room(sum(count for _, count in short)):
+            return False
+        for sample, count in short:
+            self._give(sample, count)
+        return True
+
+    def make_room(self) -> None:
+        """reserve(), where the youngest give up what they have until there are enough. Nothing that the device was
+        given may be under way: what the samples have drawn must be known."""
+        for sample in list(self.running):  # from the oldest to the youngest
+            count = pages_for(min(sample.num_launched + self.look_every, sample.most_tokens)) - len(sample.pages)
+            while sample in self.running and not self._has_room(count):
+                youngest = self.filling.pop() if self.filling else next(reversed(self.running))
+                self.release(youngest)
+                self.waiting.extendleft(reversed((youngest, *youngest.followers)))
+                youngest.followers = []
+                self.num_preempted += 1
+            if sample in self.running and count > 0:
+                self._give(sample, count)
+
+    def _give(self, sample: Sample, count: int) -> None:
+        held = len(sample.pages)
+        sample.pages += self.pool.take(count)
+        self.table[sample.slot, held : held + count] = sample.pages[held:]
+
+    def _has_room(self, count: int, *, may_forget: bool = True) -> bool:
+        """Whether there are so many pages; the newest prompt's are given up for that, if nobody begins from it."""
+        if may_forget and count > self.pool.num_free and not self.ready:
+            self.remember(None)
+        return count <= self.pool.num_free
+
+    def remember(self, prompt: Prompt | None) -> None:
+        """Keeps the pages of a prompt for samples of it that come later, instead of another's."""
+        if prompt is not None:
+            self.pool.share(prompt.pages)
+        if self.newest is not None:
+            self.pool.release(self.newest.pages)
+        self.newest = prompt

@@ -1,0 +1,157 @@
+"""What the generation engine is asked for, what it gives back, and a sample while it is under way on the host."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from models.sampling import SamplingParams
+from models.streaming import StreamDecoder
+from models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise.
+    where: file and line of the record, for messages."""
+
+    idx: int
+    sample_idx: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    where: str = ""
+
+    def __str__(self) -> str:
+        return self.where or f"prompt {self.idx}"
+
+
+@dataclass
+class Completion:
+    """token_ids: without the EOS or the stop string that ended it. text: "" without a tokenizer. logprobs: one for
+    each sampled token, EOS and stop included, under the full softmax at the sampling temperature (greedy: 1), before
+    filters and penalty. stop_ids: the tokens that ended it, so token_ids + stop_ids are all that were sampled."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    stop_ids: list[int] = field(default_factory=list)
+
+
+class Prompt(NamedTuple):
+    """A prompt that has been computed, which its samples go on from."""
+
+    ids: list[int]
+    pages: list[int]
+    logits: Tensor  # this rank's part of what follows it, [V']
+
+
+OnToken = Callable[[Request, int], None]
+
+
+class Sample:
+    """A sample under way: collects tokens, decides when it has ended, and has pages.
+
+    The host learns tokens after the device has gone on: num_cached are in the cache as far as is known here,
+    num_launched when all has run that the device was given.
+    """
+
+    def __init__(self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None):
+        self.request, self.completion = request, Completion(request)
+        self.params, self.tokenizer = params, tokenizer
+        self.stop_ids = frozenset(params.stop_token_ids)
+        self.decoder = StreamDecoder(tokenizer, request.prompt_ids) if params.stop else None
+        self.streamed = ""
+        self.ids = list(request.prompt_ids)  # and what was drawn, what ended it included
+        self.num_left, self.has_ended = request.max_new_tokens, False  # tokens that it may still draw
+        self.most_tokens = len(request.prompt_ids) + request.max_new_tokens
+        self.slot, self.pages, self.num_cached, self.num_launched = -1, [], 0, 0
+        self.followers: list[Sample] = []  # samples of the same prompt that wait for its prefill
+
+    @property
+    def num_to_cache(self) -> int:
+        """Tokens that are in the cache before it can decode: the last that was drawn is what the next step reads."""
+        return max(len(self.request.prompt_ids), len(self.ids) - 1)
+
+    @property
+    def num_drawn(self) -> int:
+        return self.request.max_new_tokens - self.num_left
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all its tokens are drawn once the device has run what it was given."""
+        return self.num_launched >= self.most_tokens - 1
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
+        """Takes tokens that were drawn one after the other, up to the one that ends it: how many it took."""
+        if self.decoder is not None:
+            return self._take_watching(tokens[: self.num_left], logprobs, on_token)
+        count, stopped = min(self.num_left, len(tokens)), False
+        if not self.stop_ids.isdisjoint(tokens):
+            place = next(i for i, token in enumerate(tokens) if token in self.stop_ids)
+            count, stopped = min(count, place + 1), place < count
+        if count < len(tokens):
+            tokens, logprobs = tokens[:count], logprobs[:count]
+        done = self.completion
+        self.num_left -= count
+        self.ids += tokens
+        done.logprobs += logprobs
+        done.token_ids += tokens[:-1] if stopped else tokens
+        if on_token is not None:
+            for token in tokens:
+                on_token(self.request, token)
+        if stopped or not self.num_left:
+            self._end("stop" if stopped else "length", stop_ids=tokens[-1:] if stopped else ())
+        return count
+
+    def check(self, logprobs: Sequence[float]) -> None:
+        """Raises ValueError if a log-probability of a token that it may still draw is not finite."""
+        for logprob in logprobs[: self.num_left]:
+            if not math.isfinite(logprob):
+                broken = "the weights are broken, or overflow in this dtype"
+                raise ValueError(f"{self.request}: the log-probability of a token is {logprob}; {broken}")
+
+    def _end(self, reason: str, stop_ids: Sequence[int] = ()) -> None:
+        done, self.has_ended = self.completion, True
+        done.finish_reason, done.stop_ids = reason, list(stop_ids)
+        if self.tokenizer is not None:
+            done.text = self.tokenizer.decode_continuation(done.request.prompt_ids, done.token_ids)
+
+    def _take_watching(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
+        """take() token by token, for stop strings."""
+        done, count = self.completion, 0
+        for token, logprob in zip(tokens, logprobs):
+            count += 1
+            self.num_left -= 1
+            self.ids.append(token)
+            done.logprobs.append(logprob)
+            if on_token is not None:
+                on_token(self.request, token)
+            if token in self.stop_ids:
+                self._end("stop", stop_ids=[token])
+                break
+            done.token_ids.append(token)
+            if self._stop_string(token, not self.num_left):
+                break
+            if not self.num_left:
+                self._end("length")
+        return count
+
+    def _stop_string(self, token: int, last: bool) -> bool:
+        old = len(self.streamed)
+        self.streamed += self.decoder.push(token) + (self.decoder.flush() if last else "")
+        longest = max(map(len, self.params.stop))
+        places = [self.streamed.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
+        places = [place for place in places if place >= 0]
+        if not places:
+            return False
+        done, text = self.completion, self.streamed[: min(places)]
+        # the tokens of the text: drop those at the end that lie wholly in the stop string
+        ids, prompt_ids = done.token_ids, done.request.prompt_ids
+        while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):
+            done.stop_ids.insert(0, ids.pop())
+        done.text, done.finish_reason, self.has_ended = text, "stop", True
+        return True

@@ -1,6 +1,7 @@
 """Batched generation from the command line: prompts in, one JSON line for each sample out.
 
-- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py)
+- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py), and
+  no rank idles while another has samples that it has not begun (models/sharing.py)
 - each line is on disk when its sample is finished; after a kill, --resume goes on with the samples that are missing and
   draws the very same ones, whatever the batch size
 
@@ -52,6 +53,7 @@ from models.record_files import Record
 from models.records import stated_prompt
 from models.sampling import SamplingArgs
 from models.shared import check_shared
+from models.sharing import shared_work
 from models.tp import TensorParallelArgs
 
 
@@ -98,18 +100,18 @@ def main(args: GenerateArgs) -> None:
     if in_file:
         check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
-    own = source.share(done, mesh["dp"])
-    num_requests, num_done = int((~done[own]).sum()), int(done.sum())
+    numbers, counts = source.missing(done)
+    work, num_done = shared_work("generate", counts, mesh["dp"]), int(done.sum())
     options = {"tokenizer": folder.tokenizer, "compile": runtime.compile}
-    make_engine = partial(Engine, model, params, num_slots=max(1, min(args.batch_size, num_requests)), **options)
-    drawing = Drawing(source.requests(own, done), make_engine, source.most_tokens if num_requests else 1)
+    make_engine = partial(Engine, model, params, num_slots=max(1, min(args.batch_size, work.share)), **options)
+    drawing = Drawing(source.requests(numbers, done, work), make_engine, source.most_tokens if work.total else 1)
     stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     rows = {
         "model": f"{folder}, {scheme}" if scheme else folder,
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
-        "work": f"{int((~done[source.kept]).sum()):,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
+        "work": f"{work.total:,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
         "stop tokens": folder.stop_tokens(),
         "batch": f"{drawing.engine.num_slots} slots of {drawing.engine.cache_len} tokens"
         + " on each dp rank" * (mesh["dp"].size() > 1),
@@ -117,10 +119,12 @@ def main(args: GenerateArgs) -> None:
     }
     say(card("generate", rows))
     output = LineWriter(args.output_file, begun, active, num_lines) if in_file else nullcontext(LinePrinter(active))
-    with output as writer, TokenCounter(num_requests) as counter:
+    with output as writer, TokenCounter(work.total) as counter:
         for completion in drawing.completions(on_token=counter.count):
             writer.write(line_of(completion, source.record_of(completion.request), args.return_token_ids))
-            counter.bar.update(1)
+            counter.bar.update(work.done() - counter.bar.n)
+        work.close()
+        counter.bar.update(work.num_done - counter.bar.n)
     say(end_card(drawing.engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
 
 

@@ -69,7 +69,7 @@ def main(args: SftArgs) -> None:
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, evaluation, args, runtime, run)
+    samples = EvalSamples(model, folder, evaluation, args, runtime, run, mesh["dp"])
     rows = {
         "model": folder,
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",

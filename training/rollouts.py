@@ -4,6 +4,7 @@ their tokens, and what is measured of them.
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.generation import Engine, Request
 from models.model import Transformer
-from models.packing import own_share
 from models.records import (
     IGNORE_INDEX,
     Example,
@@ -27,6 +27,7 @@ from models.records import (
 )
 from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
+from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
 from training.losses import kl_estimates, token_logps
 from training.prompts import Prompt, RolloutArgs
@@ -71,25 +72,33 @@ def draw(
     on_finished: Callable[[int, Prompt, str], None] | None = None,
     stop: Stop | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks, which draw a share each. A collective. on_finished is called on
-    the rank that drew an answer: (its number, its prompt, its text). stop: leaves the run when it is asked to end; a
-    rank without a signal draws its share first."""
-    stop = stop or Stop()
-    requests = [
+    """An answer to each prompt, the same on all ranks, whose replicas draw what they have room for; answers to one
+    prompt, next to each other, share its prefill. A collective. on_finished is called on the rank that drew an answer:
+    (its number, its prompt, its text). stop: leaves the run when it is asked to end; a rank without a signal draws what
+    it has begun first."""
+    stop, own, tp = stop or Stop(), {}, engine.model.parallel.tp
+    work = shared_work("rollout", [len(list(same)) for _, same in itertools.groupby(prompts, key=id)], dp)
+    requests = (
         Request(first + i, sample_idx, prompts[i].ids, max_new_tokens, prompts[i].where)
-        for i in own_share(len(prompts), dp)
-    ]
-    own, tp = {}, engine.model.parallel.tp
-    for done in engine.generate(requests, should_stop=lambda: stop.asked(tp)):
+        for taken in work
+        for i in taken
+    )
+
+    def should_stop() -> bool:
+        if stop.asked(tp):
+            work.end()
+            return True
+        return False
+
+    for done in engine.generate(requests, should_stop=should_stop):
         ended = done.finish_reason == "stop"
         own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
         if on_finished is not None:
             i = done.request.idx - first
             on_finished(i, prompts[i], done.text)
+    work.close()
     stop.check()
-    parts = [None] * dp.size()
-    dist.all_gather_object(parts, own, group=dp.get_group())
-    answers = {idx: answer for part in parts for idx, answer in part.items()}
+    answers = gather_parts(own, dp)
     return [answers[first + i] for i in range(len(prompts))]
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.transfer import to_device
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -78,7 +80,7 @@ def document_attention(
     flat = [length for row in lengths for length in row]
 
     if has_varlen(device, dtype, head_dim):
-        ends, longest = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=device), max(flat)
+        ends, longest = to_device([0, *accumulate(flat)], device, torch.int32), max(flat)
         kernel = varlen_kernel()
 
         def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def document_attention(
     if device.type == "cpu" and not compiled:
         return partial(packed_attention, lengths=flat, dtype=dtype)
     size = len(lengths) * num_tokens  # else torch asks the device for it
-    document = torch.repeat_interleave(torch.tensor(flat, device=device), output_size=size)
+    document = torch.repeat_interleave(to_device(flat, device), output_size=size)
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.attention import causal_attention, document_attention
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split, collate, pack_row
+from models.transfer import index_on, to_device
 
 
 class Forward(NamedTuple):
@@ -22,11 +23,12 @@ class Forward(NamedTuple):
     labels: Tensor  # int64 [n, T], not shifted; in packed rows no token predicts the next row's first
     row_labels: Tensor  # int64 [rows, longest], the same of each row by itself, padded on the right
     starts: list[int]  # where the rows begin in hidden.flatten(0, 1)
+    learnt: Tensor  # int64 [N]: the places there that predict a label, row by row
 
     def at(self, places: list[tuple[int, int]]) -> Tensor:
         """The hidden states [N, E] of tokens, each given as (number of the row, position in it)."""
         index = [self.starts[row] + position for row, position in places]
-        return self.hidden.flatten(0, 1)[torch.tensor(index, dtype=torch.int64, device=self.hidden.device)]
+        return self.hidden.flatten(0, 1).index_select(0, index_on(index, self.hidden.device))
 
 
 def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forward:
@@ -43,7 +45,8 @@ def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forwa
         attend = document_attention(batch.lengths, width, device, dtype, **options)
     hidden = model(batch.input_ids, batch.position_ids, attend)
     if not packed:
-        return Forward(hidden, batch.labels, batch.labels[: len(rows)], [i * width for i in range(len(rows))])
-    row_labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, padding_value=IGNORE_INDEX)
-    ends = accumulate((len(row.input_ids) for row in rows), initial=0)
-    return Forward(hidden, batch.labels, row_labels.to(device), list(ends)[:-1])
+        starts = [i * width for i in range(len(rows))]
+        return Forward(hidden, batch.labels, batch.labels[: len(rows)], starts, batch.learnt)
+    row_labels = pad_sequence([torch.as_tensor(row.labels) for row in rows], True, padding_value=IGNORE_INDEX)
+    *starts, _ = accumulate((len(row.input_ids) for row in rows), initial=0)
+    return Forward(hidden, batch.labels, to_device(row_labels, device, torch.int64), starts, batch.learnt)

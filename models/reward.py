@@ -42,6 +42,7 @@ from models.records import (
 )
 from models.sharing import shared_work
 from models.tokenizer import Tokenizer
+from models.transfer import index_on
 
 
 class RewardKind(NamedTuple):
@@ -332,8 +333,8 @@ def step_scores(
         for group in shares:
             examples, places = rows_to_score([rows[i] for i in group])
             found = model.score(forward_rows(model, examples, split).at(places))
-            numbers = [first[i] + j for i in group for j in range(len(rows[i].positions))]
-            scores[torch.tensor(numbers, dtype=torch.int64, device=device)] = found
+            places_of_scores = [first[i] + j for i in group for j in range(len(rows[i].positions))]
+            scores.index_copy_(0, index_on(places_of_scores, device), found)
             if bar is not None:
                 bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
     values = split.sum(scores).tolist()  # each score is one rank's; the others have 0 there

@@ -124,8 +124,8 @@ def main(args: SftArgs) -> None:
 def summed_loss(model: Transformer, examples: list[Example], split: Split) -> torch.Tensor:
     """The loss of this rank's rows, summed over their learnt tokens."""
     rows = forward_rows(model, examples, split)
-    vocab_size, tp = model.config.vocab_size, model.parallel.tp
-    return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, vocab_size=vocab_size, tp=tp)
+    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
 
 
 @torch.no_grad()

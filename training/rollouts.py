@@ -29,7 +29,8 @@ from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
-from training.losses import kl_estimates, token_logps
+from models.transfer import index_on
+from training.losses import kl_estimates, placed, token_logps
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scores, source_metrics
 from training.run_dir import Run, open_log, write_lines
@@ -122,21 +123,26 @@ def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[lis
     return split.shares(chosen, lambda i: [len(rows[i].input_ids)])
 
 
+def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What takes these rows of a tensor [A, ...] on the device, for which nobody waits."""
+    index = index_on(part, device)
+    return lambda values: values.index_select(0, index)
+
+
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
     """function(n rows, maybe none) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
     result = None
     for part in shares(list(range(len(rows))), rows, split):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
-        result[part] = values
+        result.index_copy_(0, index_on(part, values.device), values)
     return split.sum(result)  # each row is one rank's; the others have 0 there
 
 
 def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
     """[n, width] from one value for each label of [n, T], row by row; 0 beyond a row's last."""
     counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-    places = torch.arange(width, device=labels.device) < counts[:, None]
-    return values.new_zeros(places.shape).masked_scatter(places, values)
+    return placed(values, torch.arange(width, device=labels.device) < counts[:, None])
 
 
 def answer_logps(
@@ -144,10 +150,11 @@ def answer_logps(
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each; no
     rows give [0, width], in the graph of a forward."""
-    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
-    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
-    values = token_logps(hidden, model.lm_head.weight, labels, **vocabulary, temperature=temperature, entropy=entropy)
-    return tuple(_left_aligned(each, row_labels, width) for each in values)
+    forward = forward_rows(model, rows, split)
+    options = {"learnt": forward.learnt, "vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    options |= {"temperature": temperature, "entropy": entropy}
+    values = token_logps(forward.hidden, model.lm_head.weight, forward.labels, **options)
+    return tuple(_left_aligned(each, forward.row_labels, width) for each in values)
 
 
 @torch.no_grad()
@@ -158,8 +165,9 @@ def all_logps(model: Transformer, rows: list[Example], width: int, split: Split,
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
     """The critic's value before each token of the answers, fp32 [n, width]; no rows as in answer_logps."""
-    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
-    return _left_aligned(model.score(hidden)[:, :-1][labels[:, 1:] != IGNORE_INDEX], row_labels, width)
+    forward = forward_rows(model, rows, split)
+    values = model.score(forward.hidden).flatten().index_select(0, forward.learnt)
+    return _left_aligned(values, forward.row_labels, width)
 
 
 class Rollout(NamedTuple):
@@ -197,7 +205,9 @@ class TokenSums:
     def add(self, num_tokens: int | Tensor, **values: Tensor) -> None:
         """Adds what num_tokens tokens have, one value each or their sum. Every rank must add the same names in the same
         order, if only of no tokens. A number that is on the device stays there."""
-        count = torch.as_tensor(num_tokens, dtype=torch.float64, device=self.device)
+        if not isinstance(num_tokens, Tensor):  # a kernel writes it: sent, it would be waited for
+            num_tokens = torch.full((), num_tokens, device=self.device)
+        count = num_tokens.double()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 

@@ -420,7 +420,7 @@ class NothingWaits(TorchDispatchMode):
     """Refuses what would hold the host until a GPU is through: a look at a number, a shape that numbers decide, and a
     copy between host and GPU that is not asked not to block."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "is_nonzero", "equal")
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, operator.overloadpacket.__name__

@@ -54,7 +54,7 @@ def token_logps(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
-    the number of labels[:, 1:] other than IGNORE_INDEX. Entropies are 0 unless asked for.
+    the number of labels[:, 1:] other than IGNORE_INDEX. Unless asked for, the entropies mean nothing.
 
     Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
     """

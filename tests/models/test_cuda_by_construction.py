@@ -30,7 +30,7 @@ from models.records import IGNORE_INDEX, Example, Split, collate
 from models.reward import Pair, Scored
 from models.sampling import SamplingParams
 from models.transfer import index_on, to_device
-from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs
+from models.vocab_parallel import _CrossEntropySum, _TokenLogprobs, fused_head
 from training import finetune_sft, losses, optim, rollouts, train_dpo, train_grpo, train_ppo, train_rm
 from training.groups import Groups
 
@@ -62,6 +62,18 @@ def paged_decode(q, k, v, table, lengths, splits):
     return torch.empty_like(q)
 
 
+def row_statistics(logits, targets, start, temperature):
+    """What models.triton_head says that it takes and gives; tests/models/test_triton_head.py runs it."""
+    assert logits.dim() == 2 and logits.is_contiguous() and targets.shape == logits.shape[:1]
+    assert targets.dtype == torch.int64 and isinstance(start, int) and isinstance(temperature, float)
+    return logits.new_empty(4, len(logits), dtype=torch.float32)
+
+
+def to_gradients_(logits, targets, start, temperature, *of_rows):
+    row_statistics(logits, targets, start, temperature)
+    assert all(t.shape == targets.shape and t.dtype == torch.float32 and t.is_contiguous() for t in of_rows)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Fake tensors on a Hopper GPU with all kernels."""
@@ -76,6 +88,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(qlinear, "cuda_int4_works", lambda device: True)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
+    monkeypatch.setattr(FakeTensor, "pin_memory", lambda tensor: tensor)  # torch 2.13 has it not yet
+    if (fused := fused_head("cuda")) is not None:
+        monkeypatch.setattr(fused.triton_head, "row_statistics", row_statistics)
+        monkeypatch.setattr(fused.triton_head, "to_gradients_", to_gradients_)
     with FakeTensorMode():
         yield
     if registry is not None:
@@ -234,7 +250,10 @@ def test_training_step(gpu, dtype, optimizer):
         saved = SimpleNamespace(save_for_backward=lambda *tensors: setattr(saved, "saved_tensors", tensors))
         rows, targets = hidden.detach().flatten(0, 1), batch.labels.flatten()
         with torch.no_grad():
-            for function, more in ((_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))):
+            saved.set_materialize_grads = lambda value: None
+            several, fused = [(_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))], fused_head("cuda")
+            several += [(fused.FusedLogprobs, (0.7,)), (fused._CrossEntropyOfChunks, ())] if fused else []
+            for function, more in several:
                 found = function.forward(saved, rows, weight, targets, 0, None, *more)
                 grads = function.backward(saved, *(found if isinstance(found, tuple) else (found,)))
                 assert [(g.device, g.shape, g.dtype) for g in grads[:2]] == [
@@ -447,7 +466,6 @@ def test_micro_batches_wait_for_nobody(gpu, plain, trainer, monkeypatch):
     """Catches a batch, an index or a number that is sent with a wait, and a look at a result: each would leave the GPU
     without work until the host has seen it. Less the backward, which needs a GPU."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
-    monkeypatch.setattr(FakeTensor, "pin_memory", lambda tensor: tensor)  # torch 2.13 has not got it
     policy, critic = on_gpu(torch.bfloat16), on_gpu(torch.bfloat16, head="score")
     for split in SPLITS.values():
         with NothingWaits():

@@ -61,6 +61,15 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return varlen_kernel() is not None
 
 
+def length_multiple(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """What rows of tokens are padded to a multiple of: a GPU's SDPA makes a plan for each new length, 20 to 40 ms, and
+    chooses kernels by what divides it. With a mask cuDNN's gradient is NaN on an H100 where 64 is left of 128 (torch
+    2.11 on, https://github.com/pytorch/pytorch/issues/196678)."""
+    if device.type == "cpu":
+        return 1
+    return 64 if has_varlen(device, dtype, head_dim) else 128
+
+
 def document_attention(
     lengths: list[list[int]],
     num_tokens: int,

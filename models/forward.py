@@ -3,6 +3,7 @@
 Dimensions: n rows of the forward (1 where rows are packed), T their tokens, E model dim.
 """
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models.attention import causal_attention, document_attention
+from models.attention import causal_attention, document_attention, length_multiple
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split, collate, pack_row
 from models.transfer import index_on, to_device
@@ -36,10 +37,11 @@ def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forwa
     each with positions of its own. No rows give one of padding and row_labels [0, T], so that the collectives of
     forward and backward are run; a loss that is summed over the rows is 0 then."""
     device, packed = model.inv_freq.device, split.max_tokens is not None and len(rows) > 1
-    batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, model.row_multiple)
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    multiple = math.lcm(model.row_multiple, length_multiple(device, dtype, model.config.head_dim))
+    batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, multiple)
     width, attend = batch.input_ids.shape[1], causal_attention
     if batch.lengths is not None:
-        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
         compiled = model.layers[0]._compiled_call_impl is not None  # where nn.Module.compile puts it
         options = {"head_dim": model.config.head_dim, "compiled": compiled}
         attend = document_attention(batch.lengths, width, device, dtype, **options)

@@ -135,6 +135,10 @@ class PagedCache(Table):
         """Bytes of keys and values that one cached token takes, over all layers."""
         return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
 
+    def tensors(self) -> list[Tensor]:
+        """What holds keys and values."""
+        return [tensor for layer in self.layers for tensor in (layer.k, layer.v)]
+
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         for cache in self.layers:
             cache.k[targets], cache.v[targets] = cache.k[sources], cache.v[sources]

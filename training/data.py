@@ -96,6 +96,10 @@ class PackedRows(Sequence):
         self._numbers = np.concatenate(groups)
         self._starts = np.cumsum([0, *map(len, groups)])
 
+    @property
+    def num_targets(self) -> int:
+        return self.rows.num_targets
+
     def __len__(self) -> int:
         return len(self.lengths)
 

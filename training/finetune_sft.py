@@ -61,6 +61,7 @@ def main(args: SftArgs) -> None:
         train = PackedRows(train, folder.max_seq_len)
         filled = train.lengths.sum() / (len(train) * folder.max_seq_len)
         notes["train"] += f"; packed into {len(train):,} rows, {filled:.1%} full"
+    eval_rows = PackedRows(evaluation, folder.max_seq_len) if args.pack and evaluation else evaluation
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
@@ -84,7 +85,7 @@ def main(args: SftArgs) -> None:
     def finish(metrics: dict[str, float]) -> None:
         if evaluation and run.eval_due:
             with run.evaluating(metrics):
-                metrics["eval_loss"] = evaluate(model, evaluation, split)
+                metrics["eval_loss"] = evaluate(model, eval_rows, split)
                 run.check_finite(eval_loss=metrics["eval_loss"])
                 run.show(f"step {run.step}: eval_loss {metrics['eval_loss']:.4f}")
                 samples.show(run)
@@ -129,7 +130,7 @@ def summed_loss(model: Transformer, examples: list[Example], split: Split) -> to
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: Rows, split: Split) -> float:
+def evaluate(model: Transformer, examples: Rows | PackedRows, split: Split) -> float:
     """The mean loss over all learnt tokens, over all ranks."""
     total = torch.zeros((), device=model.inv_freq.device)
     for rows in split.shares(examples):

@@ -36,6 +36,7 @@ from models.fsdp import (
 )
 from models.model import Transformer
 from models.records import Split
+from models.resting import resting
 from models.transfer import index_on
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
@@ -157,17 +158,19 @@ def main(args: GrpoArgs) -> None:
 
         learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)
         sums, loss, num_steps = TokenSums(runtime.device), torch.zeros((), device=runtime.device), 0
-        for iteration in range(args.num_iterations):
-            number = (step - 1) * args.num_iterations + iteration
-            order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-            for start in range(0, args.rollout_batch_size, args.step_size):
-                scale, step_loss = backward(policy, groups, order[start : start + args.step_size], args, split, sums)
-                grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                run.check_finite(grad_norm=grad_norm)
-                run.begin_update()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                loss, num_steps = loss + step_loss, num_steps + 1
+        with resting(engine, args.sleep):
+            for iteration in range(args.num_iterations):
+                number = (step - 1) * args.num_iterations + iteration
+                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+                for start in range(0, args.rollout_batch_size, args.step_size):
+                    answers = order[start : start + args.step_size]
+                    scale, step_loss = backward(policy, groups, answers, args, split, sums)
+                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                    run.check_finite(grad_norm=grad_norm)
+                    run.begin_update()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    loss, num_steps = loss + step_loss, num_steps + 1
         seconds["update"] = watch.lap()
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()

@@ -54,6 +54,7 @@ from models.generation import Engine
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
+from models.resting import resting
 from models.reward import scalar_head_config
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
@@ -206,28 +207,31 @@ def main(args: PpoArgs) -> None:
         set_learning_rate(value_optimizer, args, step, args.total_steps, peak=args.value_learning_rate)
         watch, sums = Stopwatch(runtime.device), TokenSums(runtime.device)
         grad_norm = value_grad_norm = torch.zeros(())
-        for epoch in range(args.ppo_epochs):
-            number = (step - 1) * args.ppo_epochs + epoch
-            order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-            for start in range(0, args.rollout_batch_size, args.step_size):
-                minibatch = order[start : start + args.step_size]
-                if step > args.critic_warmup_steps:
-                    scale = policy_backward(policy, update, minibatch, args, split, sums)
-                    if args.debug_checks and epoch == start == 0:
-                        is_reference = step == args.critic_warmup_steps + 1 and others.frozen.ref_is_start(args)
-                        check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
-                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                    run.check_finite(grad_norm=grad_norm)
-                    run.begin_update()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+        is_first = step == args.critic_warmup_steps + 1  # of the policy
+        with resting(engine, args.sleep):
+            for epoch in range(args.ppo_epochs):
+                number = (step - 1) * args.ppo_epochs + epoch
+                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+                for start in range(0, args.rollout_batch_size, args.step_size):
+                    minibatch = order[start : start + args.step_size]
+                    if step > args.critic_warmup_steps:
+                        scale = policy_backward(policy, update, minibatch, args, split, sums)
+                        if args.debug_checks and epoch == start == 0:
+                            is_reference = is_first and others.frozen.ref_is_start(args)
+                            means = sums.means(split.dp)
+                            check_first_minibatch(means, rollout, runtime.dtype, is_reference=is_reference)
+                        grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                        run.check_finite(grad_norm=grad_norm)
+                        run.begin_update()
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
 
-                scale = value_backward(critic, update, minibatch, args, split, sums)
-                value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
-                run.check_finite(value_grad_norm=value_grad_norm)
-                run.begin_update()
-                value_optimizer.step()
-                value_optimizer.zero_grad(set_to_none=True)
+                    scale = value_backward(critic, update, minibatch, args, split, sums)
+                    value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
+                    run.check_finite(value_grad_norm=value_grad_norm)
+                    run.begin_update()
+                    value_optimizer.step()
+                    value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()

@@ -78,7 +78,7 @@ def check_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(torch.autograd.grad(sum(x.sum() for x in found), part)[0], gradient)
 
 
-if __name__ == "__main__":
+def check_all() -> None:
     triton_head.BLOCK = 64
     vocab_parallel.fused_head = lambda device_type: fused_head  # the CPU takes it
     for dtype, chunked in itertools.product((torch.float32, torch.bfloat16), (False, True)):

@@ -63,7 +63,7 @@ def paged_decode(q, k, v, table, lengths, splits):
 
 
 def row_statistics(logits, targets, start, temperature):
-    """What models.triton_head says that it takes and gives; tests/models/test_triton_head.py runs it."""
+    """What models.triton_head says that it takes and gives; tests/training/test_triton_kernels.py runs it."""
     assert logits.dim() == 2 and logits.is_contiguous() and targets.shape == logits.shape[:1]
     assert targets.dtype == torch.int64 and isinstance(start, int) and isinstance(temperature, float)
     return logits.new_empty(4, len(logits), dtype=torch.float32)
@@ -89,6 +89,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
     monkeypatch.setattr(FakeTensor, "pin_memory", lambda tensor: tensor)  # torch 2.13 has it not yet
+    monkeypatch.setattr(optim, "gpu_kernel", lambda device_type: None)  # tests/training/test_triton_kernels.py
     if (fused := fused_head("cuda")) is not None:
         monkeypatch.setattr(fused.triton_head, "row_statistics", row_statistics)
         monkeypatch.setattr(fused.triton_head, "to_gradients_", to_gradients_)

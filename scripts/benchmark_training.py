@@ -54,11 +54,12 @@ def measure_sft(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict
     config, parallel = args.config, ParallelArgs(activation_checkpointing=args.activation_checkpointing)
     model = sharded_model(config, parallel, runtime)
     optimizer = make_optimizer(model, args.optimizer())
-    ids = torch.randint(3, config.vocab_size, (args.batch_size, args.seq_len), device=runtime.device)
-    tokens = ids.numel()
+    rows = torch.randint(3, config.vocab_size, (args.batch_size, args.seq_len)).tolist()
+    batch, tokens = collate([Example(row, row) for row in rows], 0, runtime.device), args.batch_size * args.seq_len
 
     def loss_of() -> torch.Tensor:
-        return token_cross_entropy(model(ids), model.lm_head.weight, ids) / tokens
+        hidden = model(batch.input_ids)
+        return token_cross_entropy(hidden, model.lm_head.weight, batch.labels, learnt=batch.learnt) / tokens
 
     rate = tokens / seconds_of_step(model, optimizer, loss_of, runtime, args.repeats)
     return {"tokens_per_second": rate, "flops_per_second": rate * config.training_flops_per_token(args.seq_len)}
@@ -82,7 +83,8 @@ def measure_dpo(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict
 
     def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(pair_rows(pairs), 0, runtime.device)
-        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
+        hidden = model(batch.input_ids)
+        logps, _ = token_logps(hidden, model.lm_head.weight, batch.labels, learnt=batch.learnt)
         logps, lengths = sequence_logps(logps, batch.labels)
         return logps.view(2, -1), lengths.view(2, -1)
 

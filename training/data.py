@@ -31,6 +31,7 @@ from models.records import (
     require,
 )
 from models.rows import IN_MEMORY, Rows, Store, default_folder, encode_file
+from models.sharing import wait_for_all_ranks
 from models.tokenizer import Tokenizer
 from training.optim import constant_rate
 
@@ -82,6 +83,7 @@ def load_rows(
         if path is not None:
             rows[name], counts = encode(path, folder.tokenizer, limits, args.store)
             notes[name] = f"{describe(rows[name])}{counts}"
+    wait_for_all_ranks()  # some may have to tokenise what others find
     return rows["train"], rows["eval"], notes
 
 

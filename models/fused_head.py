@@ -22,16 +22,16 @@ LOGIT_BYTES = 5 << 28  # 1.34 GB: 4096 tokens x 128256 in bf16, and 10 % more
 WEIGHT_ROWS = 16384  # of the weight's gradient that a sum takes at a time
 
 
-def rows_at_once(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens whose logits exist at a time."""
-    return max(1024, LOGIT_BYTES // (max(1, len(weight)) * hidden.element_size()))
+def rows_at_once(hidden: Tensor, num_columns: int) -> int:
+    """Tokens whose logits exist at a time. num_columns: most of a rank, so that all have as many chunks, which are
+    collectives."""
+    return max(1024, LOGIT_BYTES // (num_columns * hidden.element_size()))
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+def _chunks(num_tokens: int, rows: int) -> Iterator[slice]:
     """At least one."""
-    step = rows_at_once(hidden, weight)
-    for start in range(0, max(1, len(hidden)), step):
-        yield slice(start, start + step)
+    for start in range(0, max(1, num_tokens), rows):
+        yield slice(start, start + rows)
 
 
 def _statistics(logits: Tensor, targets: Tensor, start: int, temperature: float, tp: DeviceMesh | None) -> Tensor:
@@ -69,19 +69,19 @@ class _WeightGradient:
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """Log-probs of the targets and entropies; the arguments of vocab_parallel.linear_logprobs."""
+    """Log-probs of the targets and entropies: vocab_parallel.linear_logprobs, `rows` at a time."""
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, temperature: float
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, temperature, rows: int
     ):
         compute_weight, found = weight.to(hidden.dtype), []
-        for chunk in _chunks(hidden, weight):
+        for chunk in _chunks(len(hidden), rows):
             logits = hidden[chunk] @ compute_weight.T
             found.append(_statistics(logits, targets[chunk], start, temperature, tp))
         logprobs, logsumexp, entropies = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
-        ctx.start, ctx.temperature = start, temperature
+        ctx.start, ctx.temperature, ctx.rows = start, temperature, rows
         ctx.logits = logits if len(found) == 1 else None
         ctx.set_materialize_grads(False)
         return logprobs, entropies
@@ -93,26 +93,26 @@ class FusedLogprobs(torch.autograd.Function):
         grad_logprobs = torch.zeros_like(logsumexp) if grad_logprobs is None else grad_logprobs.contiguous()
         grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
         kept, ctx.logits = ctx.logits, None  # they become their gradient
-        grad_weight = _WeightGradient(weight, single=len(hidden) <= rows_at_once(hidden, weight))
-        for chunk in _chunks(hidden, weight):
+        grad_weight = _WeightGradient(weight, single=len(hidden) <= ctx.rows)
+        for chunk in _chunks(len(hidden), ctx.rows):
             logits = hidden[chunk] @ compute_weight.T if kept is None else kept
             more = () if grad_entropies is None else (entropies[chunk], grad_entropies[chunk])
             given = (targets[chunk], ctx.start, ctx.temperature, logsumexp[chunk], grad_logprobs[chunk], *more)
             triton_head.to_gradients_(logits, *given)
             grad_hidden[chunk] = logits @ compute_weight
             grad_weight.add(logits, hidden[chunk])
-        return grad_hidden, grad_weight.sum.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.sum.to(weight.dtype), None, None, None, None, None
 
 
 class _CrossEntropyOfChunks(torch.autograd.Function):
     """The summed loss with its gradients, for more tokens than have their logits at once: no product is made twice."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, rows: int):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         ctx.grad_hidden, ctx.grad_weight = torch.empty_like(hidden), _WeightGradient(weight, single=False)
-        for chunk in _chunks(hidden, weight):
+        for chunk in _chunks(len(hidden), rows):
             logits = hidden[chunk] @ compute_weight.T
             logprobs, logsumexp, _ = _statistics(logits, targets[chunk], start, 1.0, tp)
             total -= logprobs.sum()
@@ -124,13 +124,36 @@ class _CrossEntropyOfChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden = (ctx.grad_hidden.float() * grad).to(ctx.grad_hidden.dtype)  # in bf16 grad would be rounded
-        return grad_hidden, ctx.grad_weight.scaled(grad), None, None, None
+        return grad_hidden, ctx.grad_weight.scaled(grad), None, None, None, None
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, *, needs_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    start: int,
+    tp: DeviceMesh | None,
+    *,
+    num_columns: int,
+    needs_grad: bool,
 ) -> Tensor:
-    """The sum over tokens, see vocab_parallel.linear_cross_entropy."""
-    if needs_grad and len(hidden) > rows_at_once(hidden, weight):
-        return _CrossEntropyOfChunks.apply(hidden, weight, targets, start, tp)
-    return -FusedLogprobs.apply(hidden, weight, targets, start, tp, 1.0)[0].sum()
+    """The sum over tokens, see vocab_parallel.linear_cross_entropy. num_columns: see rows_at_once."""
+    rows = rows_at_once(hidden, num_columns)
+    if needs_grad and len(hidden) > rows:
+        return _CrossEntropyOfChunks.apply(hidden, weight, targets, start, tp, rows)
+    return -FusedLogprobs.apply(hidden, weight, targets, start, tp, 1.0, rows)[0].sum()
+
+
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    start: int,
+    tp: DeviceMesh | None,
+    *,
+    num_columns: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """vocab_parallel.linear_logprobs. num_columns: see rows_at_once."""
+    rows = rows_at_once(hidden, num_columns)
+    return FusedLogprobs.apply(hidden, weight, targets, start, tp, temperature, rows)

@@ -143,6 +143,11 @@ def _first_column(vocab_size: int | None, tp: DeviceMesh | None) -> int:
     return 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
 
 
+def _most_columns(weight: Tensor, vocab_size: int | None, tp: DeviceMesh | None) -> int:
+    """Of a rank."""
+    return len(weight) if tp is None else chunk_range(vocab_size, 0, tp.size())[1]
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
 ) -> Tensor:
@@ -156,7 +161,8 @@ def linear_cross_entropy(
     # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if (fused := fused_head(hidden.device.type)) is not None:
-        return fused.cross_entropy_sum(hidden, weight, targets, start, tp, needs_grad=needs_grad)
+        options = {"num_columns": _most_columns(weight, vocab_size, tp), "needs_grad": needs_grad}
+        return fused.cross_entropy_sum(hidden, weight, targets, start, tp, **options)
     return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)
 
 
@@ -228,5 +234,6 @@ def linear_logprobs(
     start = _first_column(vocab_size, tp)
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
     if (fused := fused_head(hidden.device.type)) is not None:
-        return fused.FusedLogprobs.apply(hidden, weight, targets, start, tp, temperature)
+        options = {"num_columns": _most_columns(weight, vocab_size, tp), "temperature": temperature}
+        return fused.logprobs(hidden, weight, targets, start, tp, **options)
     return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

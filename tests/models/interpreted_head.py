@@ -23,7 +23,7 @@ def oracle(hidden, weight, targets, temperature):
 
 
 def check_against_autograd(dtype: torch.dtype, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_head, "rows_at_once", lambda hidden, weight: 4 if chunked else 1000)
+    monkeypatch.setattr(fused_head, "rows_at_once", lambda hidden, num_columns: 4 if chunked else 1000)
     monkeypatch.setattr(fused_head, "WEIGHT_ROWS", 40)
     hidden, weight, targets, factors = made(dtype)
     tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
@@ -72,7 +72,7 @@ def check_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted_gradient = torch.autograd.grad(sum(x.sum() for x in wanted), weight)[0]
     for part, start, gradient in zip(parts, starts, wanted_gradient.split([90, 60, 0])):
         part = part.detach().requires_grad_()
-        found = fused_head.FusedLogprobs.apply(hidden.detach(), part, targets, start, None, 0.7)
+        found = fused_head.FusedLogprobs.apply(hidden.detach(), part, targets, start, None, 0.7, 1000)
         for ours, theirs in zip(found, wanted):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.autograd.grad(sum(x.sum() for x in found), part)[0], gradient)

@@ -253,7 +253,7 @@ def test_training_step(gpu, dtype, optimizer):
         with torch.no_grad():
             saved.set_materialize_grads = lambda value: None
             several, fused = [(_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))], fused_head("cuda")
-            several += [(fused.FusedLogprobs, (0.7,)), (fused._CrossEntropyOfChunks, ())] if fused else []
+            several += [(fused.FusedLogprobs, (0.7, 9)), (fused._CrossEntropyOfChunks, (9,))] if fused else []
             for function, more in several:
                 found = function.forward(saved, rows, weight, targets, 0, None, *more)
                 grads = function.backward(saved, *(found if isinstance(found, tuple) else (found,)))

@@ -1,6 +1,7 @@
 """Batched generation from the command line: prompts in, one JSON line for each sample out.
 
-- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py)
+- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py), and
+  no rank idles while another has samples that it has not begun (models/sharing.py)
 - each line is on disk when its sample is finished; after a kill, --resume goes on with the samples that are missing and
   draws the very same ones, whatever the batch size
 
@@ -53,6 +54,7 @@ from models.record_files import Record
 from models.records import stated_prompt
 from models.sampling import SamplingArgs
 from models.shared import check_shared
+from models.sharing import shared_work
 from models.tp import TensorParallelArgs
 
 
@@ -104,14 +106,14 @@ def main(args: GenerateArgs) -> None:
     if in_file:
         check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
-    own = source.share(done, mesh["dp"])
-    num_requests, num_done = int((~done[own]).sum()), int(done.sum())
+    numbers, counts = source.missing(done)
+    work, num_done = shared_work("generate", counts, mesh["dp"]), int(done.sum())
     plan = plan_cache(
         model,
         num_slots=args.batch_size,
-        num_requests=num_requests,
+        num_requests=work.share,
         usual_tokens=source.usual_tokens,
-        known_tokens=source.most_tokens if num_requests else 1,
+        known_tokens=source.most_tokens if work.total else 1,
         most_tokens=folder.max_seq_len if source.is_large else 0,  # of a large file not all lengths are known
         prefill_tokens=args.prefill_tokens,
     )
@@ -131,17 +133,19 @@ def main(args: GenerateArgs) -> None:
         "model": f"{folder}, {scheme}" if scheme else folder,
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
-        "work": f"{int((~done[source.kept]).sum()):,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
+        "work": f"{work.total:,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
         "stop tokens": folder.stop_tokens(),
         "batch": plan.note + ", on each dp rank" * (mesh["dp"].size() > 1),
         **source.notes(),
     }
     say(card("generate", rows))
     output = LineWriter(args.output_file, begun, active, num_lines) if in_file else nullcontext(LinePrinter(active))
-    with output as writer, TokenCounter(num_requests) as counter:
-        for completion in engine.generate(source.requests(own, done), counter.count):
+    with output as writer, TokenCounter(work.total) as counter:
+        for completion in engine.generate(source.requests(numbers, done, work), counter.count):
             writer.write(line_of(completion, source.record_of(completion.request), args.return_token_ids))
-            counter.bar.update(1)
+            counter.bar.update(work.done() - counter.bar.n)
+        work.close()
+        counter.bar.update(work.num_done - counter.bar.n)
     say(end_card(engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
 
 

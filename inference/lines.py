@@ -19,6 +19,7 @@ import torch.distributed as dist
 from models.common import is_main_rank, on_main, read_json_object, write_json
 from models.identity import CONTENTS, changed_flags
 from models.shared import hold
+from models.sharing import wait_for_all_ranks
 
 
 def sidecar(output_file: Path) -> Path:
@@ -124,7 +125,7 @@ class LineWriter:
         if self.file is not None:
             self.file.close()
         if error is None and _several_ranks():
-            dist.barrier()  # the others may still write
+            wait_for_all_ranks()  # the others may still write
         if is_main_rank():
             self.lock_file.unlink()
             self.lock.close()

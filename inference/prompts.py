@@ -4,7 +4,8 @@
   file of up to BIG_FILE bytes, which are kept; of a larger one it reads the fields in several processes and tokenises
   the longest prompts, and what is found overlong later ends the run there, to be resumed
 - of a large file no more is in memory than the prompts under way
-- each data-parallel rank takes whole prompts in turn, so that a prompt's samples share its prefill
+- data-parallel replicas take samples when they have room for them, at first whole prompts, whose samples share a
+  prefill, at the end single samples: models/sharing.py
 """
 
 import heapq
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.distributed.device_mesh import DeviceMesh
 
 from inference.system import opening_of
 from models.chats import Chat, content_of, read_chat
@@ -170,22 +170,31 @@ class PromptSource:
             return np.ones(self.num_records, dtype=bool)
         return np.array([ids is not None for ids in self._encoded])
 
-    def share(self, done: np.ndarray, dp: DeviceMesh) -> np.ndarray:
-        """The numbers of the prompts of one data-parallel rank. done: the samples that are drawn, bool [num_records,
-        num_samples]."""
-        return np.flatnonzero(self.kept & ~done.all(axis=1))[dp.get_local_rank() :: dp.size()]
+    def missing(self, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the numbers of the prompts that have samples to draw, how many of each). done: the samples that are drawn,
+        bool [num_records, num_samples]."""
+        numbers = np.flatnonzero(self.kept & ~done.all(axis=1))
+        return numbers, (~done[numbers]).sum(axis=1)
 
-    def requests(self, share: np.ndarray, done: np.ndarray) -> Iterator[Request]:
-        """The samples of these prompts that are not done."""
+    def requests(self, numbers: np.ndarray, done: np.ndarray, taken: Iterable[range]) -> Iterator[Request]:
+        """The samples of these prompts that are not done, of them the ranges that are taken, in ascending order."""
         deferred = enumerate(chain.from_iterable(chunk.deferred() for chunk in self._chunks()))
-        for number in share.tolist():
-            record = next(read for idx, read in deferred if idx == number)()
-            ids = self._encode(record) if self._encoded is None else self._encoded[number]
-            if ids is not None:
+        ends, prompt = (~done[numbers]).sum(axis=1).cumsum(), -1
+        for samples in taken:
+            first, last = np.searchsorted(ends, (samples.start, samples.stop - 1), "right").tolist()
+            for place in range(first, last + 1):
+                number = int(numbers[place])
+                if number != prompt:  # else its samples come in several chunks
+                    prompt, record = number, next(read for idx, read in deferred if idx == number)()
+                    ids = self._encode(record) if self._encoded is None else self._encoded[number]
+                if ids is None:
+                    continue
                 missing = np.flatnonzero(~done[number]).tolist()
-                self._open[number] = record, len(missing)
-                for sample_idx in missing:
-                    most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))
+                begin = int(ends[place]) - len(missing)
+                own = missing[max(0, samples.start - begin) : samples.stop - begin]
+                self._open[number] = record, len(own) + self._open.get(number, (None, 0))[1]
+                most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))
+                for sample_idx in own:
                     yield Request(number, sample_idx, ids, most, record.where)
 
     def record_of(self, request: Request) -> Record:

@@ -198,7 +198,7 @@ def main(args: ScoreArgs) -> None:
         for start in range(first, len(items), size):
             window = items[start : start + size]
             rows = [row for item in window for row in item.rows]
-            scores = iter(step_scores(model, rows, split, bar))
+            scores = iter(step_scores(model, rows, split, bar, taken=True))
             for i, item in enumerate(window, start=start):
                 line = line_of(item, [next(scores) for _ in item.rows], kind, args)
                 if i >= num_done:

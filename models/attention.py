@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.transfer import upload
+from models.transfer import to_device
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -109,6 +109,15 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return varlen_kernel() is not None
 
 
+def length_multiple(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """What rows of tokens are padded to a multiple of: a GPU's SDPA makes a plan for each new length, 20 to 40 ms, and
+    chooses kernels by what divides it. With a mask cuDNN's gradient is NaN on an H100 where 64 is left of 128 (torch
+    2.11 on, https://github.com/pytorch/pytorch/issues/196678)."""
+    if device.type == "cpu":
+        return 1
+    return 64 if has_varlen(device, dtype, head_dim) else 128
+
+
 def document_attention(
     lengths: list[list[int]],
     num_tokens: int,
@@ -127,8 +136,8 @@ def document_attention(
     flat = [length for row in lengths for length in row]
 
     if has_varlen(device, dtype, head_dim):
-        ends = upload(torch.tensor([0, *accumulate(flat)], dtype=torch.int32), device)
-        kernel, longest = varlen_kernel(), max(flat)
+        ends, longest = to_device([0, *accumulate(flat)], device, torch.int32), max(flat)
+        kernel = varlen_kernel()
 
         def variable_length(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = (t.flatten(0, 1) for t in (q, k, v))
@@ -138,7 +147,7 @@ def document_attention(
     if device.type == "cpu" and not compiled:
         return partial(packed_attention, lengths=flat, dtype=dtype)
     size = len(lengths) * num_tokens  # else torch asks the device for it
-    document = torch.repeat_interleave(upload(torch.tensor(flat), device), output_size=size)
+    document = torch.repeat_interleave(to_device(flat, device), output_size=size)
     document = document.view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]

@@ -68,8 +68,11 @@ class CPUCache(Table):
         _, _, K, D = self.shape
         return len(self.keys) * K * D * (4 + self.dtype.itemsize)
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.keys, *self.values]
+
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        for table in (*self.keys, *self.values):
+        for table in self.tensors():
             table[targets] = table[sources]
 
     def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from models.paged_cache import PagedCache
 from models.repetition import SeenTokens
 from models.sampling import SamplingParams, sample
 from models.scheduler import Prefill
-from models.transfer import Download, upload
+from models.transfer import Download, to_device
 
 
 class Start(NamedTuple):
@@ -111,23 +111,28 @@ class DecodeRows(nn.Module):
             self.layers.take_weights()
         self.active.zero_()
 
+    def forget_graphs(self) -> None:
+        """Where the cache or the weights may have moved; steps are captured anew."""
+        if self.runner is not None:
+            self.runner.forget()
+
     # ------------------------------------------------------------------------------------ prefill
 
     def prefill(self, batch: Prefill) -> Tensor:
         """Computes the tokens of a batch, into the cache: their final hidden states [N, E]."""
-        ids, positions = upload(torch.tensor([batch.ids, batch.positions]), self.device)
+        ids, positions = to_device(torch.tensor([batch.ids, batch.positions]), self.device)
         return self.network.hidden(ids[None], positions[None], self.cache.prefill(batch.chunks))[0]
 
     def logits(self, hidden: Tensor, places: list[int]) -> Tensor:
         """What follows the tokens at these places of hidden [N, E]: [len(places), V']"""
-        return self.model.lm_head(hidden[upload(torch.tensor(places), self.device)])
+        return self.model.lm_head(hidden[to_device(torch.tensor(places), self.device)])
 
     def start(self, starts: Sequence[Start], logits: list[Tensor], copies: list[tuple[int, int]]) -> Download:
         """Rows for new samples: each draws its first token from its logits [V']. copies: pages (from, to) to be copied
         first. The tokens and their log-probs, [len(starts)] each."""
         if copies:
-            self.cache.copy_pages(*upload(torch.tensor(copies), self.device).unbind(1))
-        slots, keys, positions, remaining, _ = upload(torch.tensor(starts).T.contiguous(), self.device)
+            self.cache.copy_pages(*to_device(torch.tensor(copies), self.device).unbind(1))
+        slots, keys, positions, remaining, _ = to_device(torch.tensor(starts).T.contiguous(), self.device)
         seen = [] if self.seen is None else [self.seen.table[slots]]
         logits, keys, positions, *seen = self.network.any_number(0, torch.stack(logits), keys, positions, *seen)
         tokens, logprobs = self.sample(logits, keys, positions, self.hashes, self.params, self.tp, *seen)
@@ -139,7 +144,7 @@ class DecodeRows(nn.Module):
 
     def resume(self, starts: Sequence[Start]) -> None:
         """Rows for samples that are in the cache again and go on."""
-        slots, keys, positions, remaining, tokens = upload(torch.tensor(starts).T.contiguous(), self.device)
+        slots, keys, positions, remaining, tokens = to_device(torch.tensor(starts).T.contiguous(), self.device)
         self._put(slots, tokens, positions, keys, remaining, torch.ones_like(slots, dtype=torch.bool))
 
     def _put(self, slots: Tensor, *columns: Tensor) -> None:
@@ -156,13 +161,13 @@ class DecodeRows(nn.Module):
 
     def clear(self, slots: Sequence[int]) -> None:
         """Rows that are nobody's."""
-        slots = upload(torch.tensor(slots), self.device)
+        slots = to_device(torch.tensor(slots), self.device)
         self.active.index_fill_(0, slots, False)
         self.positions.index_fill_(0, slots, 0)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Rows that go on in others."""
-        sources, targets = upload(torch.tensor([sources, targets]), self.device)
+        sources, targets = to_device(torch.tensor([sources, targets]), self.device)
         for buffer in (*self._state(), *(() if self.seen is None else (self.seen.table,))):
             buffer.index_copy_(0, targets, buffer[sources])
 

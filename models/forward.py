@@ -3,6 +3,7 @@
 Dimensions: n rows of the forward (1 where rows are packed), T their tokens, E model dim.
 """
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models.attention import causal_attention, document_attention
+from models.attention import causal_attention, document_attention, length_multiple
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split, collate, pack_row
+from models.transfer import index_on, to_device
 
 
 class Forward(NamedTuple):
@@ -22,11 +24,12 @@ class Forward(NamedTuple):
     labels: Tensor  # int64 [n, T], not shifted; in packed rows no token predicts the next row's first
     row_labels: Tensor  # int64 [rows, longest], the same of each row by itself, padded on the right
     starts: list[int]  # where the rows begin in hidden.flatten(0, 1)
+    learnt: Tensor  # int64 [N]: the places there that predict a label, row by row
 
     def at(self, places: list[tuple[int, int]]) -> Tensor:
         """The hidden states [N, E] of tokens, each given as (number of the row, position in it)."""
         index = [self.starts[row] + position for row, position in places]
-        return self.hidden.flatten(0, 1)[torch.tensor(index, dtype=torch.int64, device=self.hidden.device)]
+        return self.hidden.flatten(0, 1).index_select(0, index_on(index, self.hidden.device))
 
 
 def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forward:
@@ -34,16 +37,18 @@ def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forwa
     each with positions of its own. No rows give one of padding and row_labels [0, T], so that the collectives of
     forward and backward are run; a loss that is summed over the rows is 0 then."""
     device, packed = model.inv_freq.device, split.max_tokens is not None and len(rows) > 1
-    batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, model.row_multiple)
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    multiple = math.lcm(model.row_multiple, length_multiple(device, dtype, model.config.head_dim))
+    batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, multiple)
     width, attend = batch.input_ids.shape[1], causal_attention
     if batch.lengths is not None:
-        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
         compiled = model.layers[0]._compiled_call_impl is not None  # where nn.Module.compile puts it
         options = {"head_dim": model.config.head_dim, "compiled": compiled}
         attend = document_attention(batch.lengths, width, device, dtype, **options)
     hidden = model(batch.input_ids, batch.position_ids, attend)
     if not packed:
-        return Forward(hidden, batch.labels, batch.labels[: len(rows)], [i * width for i in range(len(rows))])
-    row_labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, padding_value=IGNORE_INDEX)
-    ends = accumulate((len(row.input_ids) for row in rows), initial=0)
-    return Forward(hidden, batch.labels, row_labels.to(device), list(ends)[:-1])
+        starts = [i * width for i in range(len(rows))]
+        return Forward(hidden, batch.labels, batch.labels[: len(rows)], starts, batch.learnt)
+    row_labels = pad_sequence([torch.as_tensor(row.labels) for row in rows], True, padding_value=IGNORE_INDEX)
+    *starts, _ = accumulate((len(row.input_ids) for row in rows), initial=0)
+    return Forward(hidden, batch.labels, to_device(row_labels, device, torch.int64), starts, batch.learnt)

@@ -131,6 +131,10 @@ class StepRunner:
         self.graphs[size] = self.graph(function, self.pool)
         self.seconds += time.perf_counter() - start
 
+    def forget(self) -> None:
+        """For tensors that are elsewhere from here on: graphs hold addresses."""
+        self.pool, self.graphs = None, {}
+
     def __call__(self, size: int) -> object:
         """What step(size) returns, until the next call."""
         return self.graphs[size].replay()

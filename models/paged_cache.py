@@ -24,7 +24,7 @@ from models.common import has_triton
 from models.model import ModelConfig
 from models.pages import PAGE, pages_for
 from models.tp import size_of
-from models.transfer import upload
+from models.transfer import to_device
 
 
 class Chunk(NamedTuple):
@@ -50,7 +50,7 @@ def token_places(pages: list[int], start: int, end: int) -> np.ndarray:
 
 def places_of(chunks: list[Chunk], device: torch.device) -> Places:
     flat = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
-    pages, offsets = upload(torch.from_numpy(np.stack((flat // PAGE, flat % PAGE))), device)
+    pages, offsets = to_device(torch.from_numpy(np.stack((flat // PAGE, flat % PAGE))), device)
     return Places(pages, offsets)
 
 
@@ -109,7 +109,7 @@ class Table(nn.Module):
     def set_table(self, table: Tensor) -> None:
         """table: int32 [n, m], the pages of the first n rows as far as they are in use."""
         n, m = table.shape
-        self.table[:n, :m].copy_(upload(table, self.table.device))
+        self.table[:n, :m].copy_(to_device(table, self.table.device))
 
 
 class PagedCache(Table):
@@ -142,6 +142,10 @@ class PagedCache(Table):
         """Bytes of keys and values that one cached token takes, over all layers."""
         return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
 
+    def tensors(self) -> list[Tensor]:
+        """What holds keys and values."""
+        return [tensor for layer in self.layers for tensor in (layer.k, layer.v)]
+
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         for cache in self.layers:
             cache.k[targets], cache.v[targets] = cache.k[sources], cache.v[sources]
@@ -162,7 +166,7 @@ class PagedCache(Table):
         any length take all chunks at once."""
         device = self.table.device
         places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
-        places = upload(torch.from_numpy(places), device)
+        places = to_device(torch.from_numpy(places), device)
         if varlen_works(device, self.dtype, self.heads[1]):
             return self._varlen_prefill(chunks, places)
 
@@ -177,10 +181,10 @@ class PagedCache(Table):
         device, contexts = places.device, [chunk.start + chunk.length for chunk in chunks]
         lengths, before = [chunk.length for chunk in chunks], None
         ends = [[0, *accumulate(lengths)], [0, *accumulate(contexts)]]
-        ends, longest = upload(torch.tensor(ends, dtype=torch.int32), device), (max(lengths), max(contexts))
+        ends, longest = to_device(torch.tensor(ends, dtype=torch.int32), device), (max(lengths), max(contexts))
         if lengths != contexts:  # what was there before is read with what is new, from the pages
             before = np.concatenate([token_places(c.pages, 0, context) for c, context in zip(chunks, contexts)])
-            before = upload(torch.from_numpy(before), device)
+            before = to_device(torch.from_numpy(before), device)
         kernel = varlen_kernel()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

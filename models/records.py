@@ -26,6 +26,7 @@ from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
 from models.record_files import Record, chunks_of, records_in
 from models.tokenizer import Tokenizer
+from models.transfer import to_device
 
 IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hugging Face
 
@@ -393,12 +394,15 @@ def pack_row(rows: list[Example]) -> Example:
 
 
 class Batch(NamedTuple):
-    """int64 [B, T], on the device. position_ids and lengths (of the records in each row) only if rows are packed."""
+    """int64 [B, T], on the device. position_ids and lengths (of the records in each row) only if rows are packed.
+    learnt: int64 [N], the places in the flattened rows whose next token is learnt; a GPU would have to be asked for
+    them."""
 
     input_ids: Tensor
     labels: Tensor  # not shifted
     position_ids: Tensor | None
     lengths: list[list[int]] | None
+    learnt: Tensor
 
 
 def collate(examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> Batch:
@@ -406,16 +410,18 @@ def collate(examples: list[Example], pad_token_id: int, device: torch.device, mu
     rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
     width = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
 
-    def padded(values: list[Sequence[int]], fill: int) -> Tensor:
+    def padded(values: list[Sequence[int]], fill: int) -> np.ndarray:
         table = np.full((len(rows), width), fill)
         for place, row in zip(table, values):
             place[: len(row)] = row
-        return torch.from_numpy(table).to(device)
+        return table
 
-    input_ids = padded([row.input_ids for row in rows], pad_token_id)
     labels = padded([row.labels for row in rows], IGNORE_INDEX)
-    if not any(row.lengths is not None and len(row.lengths) > 1 for row in rows):
-        return Batch(input_ids, labels, None, None)
-    lengths = [row.lengths or [len(row.input_ids)] for row in rows]
-    positions = [np.concatenate([np.arange(length) for length in row]) for row in lengths]
-    return Batch(input_ids, labels, padded(positions, 0), lengths)
+    learnt = np.flatnonzero(np.append(labels.ravel()[1:], IGNORE_INDEX) != IGNORE_INDEX)
+    learnt = learnt[learnt % width != width - 1]  # a row's last token predicts nothing
+    tables, lengths = [padded([row.input_ids for row in rows], pad_token_id), labels, learnt], None
+    if any(row.lengths is not None and len(row.lengths) > 1 for row in rows):
+        lengths = [row.lengths or [len(row.input_ids)] for row in rows]
+        tables.append(padded([np.concatenate([np.arange(length) for length in row]) for row in lengths], 0))
+    input_ids, labels, learnt, *positions = (to_device(table, device) for table in tables)
+    return Batch(input_ids, labels, positions[0] if positions else None, lengths, learnt)

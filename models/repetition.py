@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.tp import chunk_range, size_of
-from models.transfer import upload
+from models.transfer import to_device
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -36,7 +36,7 @@ class SeenTokens(nn.Module):
         """A slot takes another prompt."""
         own = [token - self.first for token in prompt_ids if 0 <= token - self.first < self.width]
         self.table[slot] = False
-        self.table[slot, upload(torch.tensor(own, dtype=torch.int64), self.table.device)] = True
+        self.table[slot, to_device(torch.tensor(own, dtype=torch.int64), self.table.device)] = True
 
     def add(self, tokens: Tensor, slots: Tensor | None = None) -> None:
         """The token that each of these slots (all) has drawn; int64 [B] each."""

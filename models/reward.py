@@ -8,7 +8,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +36,13 @@ from models.records import (
     get_field,
     get_prompt,
     is_sample,
+    micro_batches,
     naming,
     require,
 )
+from models.sharing import shared_work
 from models.tokenizer import Tokenizer
+from models.transfer import index_on
 
 
 class RewardKind(NamedTuple):
@@ -312,22 +315,40 @@ def rows_to_score(judged: list[Pair] | list[Scored]) -> tuple[list[Example], lis
     return rows, [(i, position) for i, row in enumerate(judged) for position in row.positions]
 
 
-def step_scores(model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None) -> list[list[float]]:
-    """The scores at each row's positions, alike on all ranks, which share the rows. A collective. bar: shows tokens."""
+def step_scores(
+    model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None, *, taken: bool = False
+) -> list[list[float]]:
+    """The scores at each row's positions, alike on all ranks, which share the rows. A collective. bar: shows tokens.
+
+    taken: a replica takes a batch when it is through with another. Not for a model that FSDP has cut, whose replicas
+    must have as many batches.
+    """
     device = model.inv_freq.device
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
     scores = torch.zeros(first[-1], device=device)
     length = lambda i: len(rows[i].input_ids)  # noqa: E731
     with torch.no_grad():
-        for group in split.shares(list(range(len(rows))), lambda i: [length(i)]):
+        numbers = list(range(len(rows)))
+        shares = _taken(numbers, length, split) if taken else split.shares(numbers, lambda i: [length(i)])
+        for group in shares:
             examples, places = rows_to_score([rows[i] for i in group])
             found = model.score(forward_rows(model, examples, split).at(places))
-            numbers = [first[i] + j for i in group for j in range(len(rows[i].positions))]
-            scores[torch.tensor(numbers, dtype=torch.int64, device=device)] = found
+            places_of_scores = [first[i] + j for i in group for j in range(len(rows[i].positions))]
+            scores.index_copy_(0, index_on(places_of_scores, device), found)
             if bar is not None:
                 bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
     values = split.sum(scores).tolist()  # each score is one rank's; the others have 0 there
     return [values[a:b] for a, b in itertools.pairwise(first)]
+
+
+def _taken(numbers: list[int], length: Callable[[int], int], split: Split) -> Iterator[list[int]]:
+    """Batches of like length that this replica takes, the longest first."""
+    batches = list(micro_batches(numbers, split.micro_batch_size, key=length))[::-1]
+    work = shared_work("scores", [1] * len(batches), split.dp, most=1)
+    for taken in work:
+        for i in taken:
+            yield batches[i]
+    work.close()
 
 
 def aggregate(step_scores: list[float], how: str) -> float:

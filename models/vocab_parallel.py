@@ -2,13 +2,15 @@
 
 - the vocabulary need not be divisible by the ranks; a few numbers per token are combined, and whole logits are gathered
   only where sampling needs the order of all of them
-- logits exist for CHUNK_TOKENS tokens at a time, never [B, T, V]
+- logits exist for CHUNK_TOKENS tokens at a time, never [B, T, V]; on a GPU models/fused_head.py has the loss
 
 `tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank. Dimensions: N tokens, E model
 dim, V vocabulary.
 """
 
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -125,8 +127,25 @@ class _CrossEntropySum(torch.autograd.Function):
         return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
 
 
+@cache
+def fused_head(device_type: str) -> ModuleType | None:
+    """models/fused_head.py, where there is a GPU with Triton, which it imports."""
+    if device_type != "cuda":
+        return None
+    try:
+        from models import fused_head
+    except ImportError:
+        return None
+    return fused_head
+
+
 def _first_column(vocab_size: int | None, tp: DeviceMesh | None) -> int:
     return 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
+
+
+def _most_columns(weight: Tensor, vocab_size: int | None, tp: DeviceMesh | None) -> int:
+    """Of a rank."""
+    return len(weight) if tp is None else chunk_range(vocab_size, 0, tp.size())[1]
 
 
 def linear_cross_entropy(
@@ -141,6 +160,9 @@ def linear_cross_entropy(
     start = _first_column(vocab_size, tp)
     # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if (fused := fused_head(hidden.device.type)) is not None:
+        options = {"num_columns": _most_columns(weight, vocab_size, tp), "needs_grad": needs_grad}
+        return fused.cross_entropy_sum(hidden, weight, targets, start, tp, **options)
     return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)
 
 
@@ -163,19 +185,21 @@ class _TokenLogprobs(torch.autograd.Function):
         if entropy and size_of(tp) > 1:
             entropies = all_reduce(entropies, tp)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
-        ctx.start, ctx.temperature, ctx.entropy = start, temperature, entropy
+        ctx.start, ctx.temperature = start, temperature
+        ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward nothing
         return logprobs[:, 0], entropies[:, 0]
 
     @staticmethod
-    def backward(ctx, grad_logprobs: Tensor, grad_entropies: Tensor):
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropies: Tensor | None):
         hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_logprobs = torch.zeros_like(logsumexp[:, 0]) if grad_logprobs is None else grad_logprobs
         for chunk, raw, logits in _logits(hidden, compute_weight, ctx.temperature):
             grad = grad_logprobs[chunk, None]
             logits.sub_(logsumexp[chunk])  # the log-probs of all tokens
-            if ctx.entropy:  # d entropy / d logit = -p (log p + entropy)
+            if grad_entropies is not None:  # d entropy / d logit = -p (log p + entropy)
                 weights = (logits + entropies[chunk]).mul_(grad_entropies[chunk, None]).add_(grad)
                 logits.exp_().mul_(weights.neg_())
             else:  # d log-prob / d logit = (1 at the target) - p
@@ -203,10 +227,13 @@ def linear_logprobs(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, entropy of each token's distribution) under softmax(hidden @ weight.T / temperature):
-    nats, fp32 [N] each, the same on all tp ranks. The entropies are 0 unless asked for.
+    nats, fp32 [N] each, the same on all tp ranks. Unless asked for, the entropies mean nothing.
 
     hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
     """
     start = _first_column(vocab_size, tp)
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
+    if (fused := fused_head(hidden.device.type)) is not None:
+        options = {"num_columns": _most_columns(weight, vocab_size, tp), "temperature": temperature}
+        return fused.logprobs(hidden, weight, targets, start, tp, **options)
     return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

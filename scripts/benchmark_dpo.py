@@ -55,7 +55,7 @@ def measure_dpo(args: DpoArgs, runtime: Runtime, bandwidth: float) -> dict:
 
     def logps_of(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(pair_rows(pairs), 0, runtime.device)
-        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels)
+        logps, _ = token_logps(model(batch.input_ids), model.lm_head.weight, batch.labels, learnt=batch.learnt)
         logps, lengths = sequence_logps(logps, batch.labels)
         return logps.view(2, -1), lengths.view(2, -1)
 

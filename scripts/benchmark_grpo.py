@@ -19,7 +19,7 @@ from models.records import IGNORE_INDEX, Example, Split
 from scripts.benchmark_common import SpeedArgs, run_speed_job
 from scripts.benchmark_training import RecomputeArgs, sharded_model
 from training.losses import ppo_policy_loss
-from training.rollouts import answer_logps, shares
+from training.rollouts import answer_logps, rows_at, shares
 
 SHORTEST = 16  # tokens of an answer
 
@@ -77,10 +77,10 @@ def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, sp
     mask = torch.arange(width) < torch.tensor([row.num_targets for row in rows])[:, None]
     mask, count = mask.to(advantages.device), int(mask.sum())
     for part in reducing_gradients(model, shares(list(range(len(rows))), rows, split), every=True):
-        m = mask[part]
-        logps = answer_logps(model, [rows[i] for i in part], width, split, 1.0)[0][m]
-        losses, _ = ppo_policy_loss(logps, logps.detach(), advantages[part, None].expand_as(m)[m], cliprange=0.2)
-        (losses.sum() / count).backward()
+        of_part = rows_at(part, mask.device)
+        logps = answer_logps(model, [rows[i] for i in part], width, split, 1.0)[0]
+        losses, _ = ppo_policy_loss(logps, logps.detach(), of_part(advantages)[:, None], cliprange=0.2)
+        ((losses * of_part(mask)).sum() / count).backward()
     model.zero_grad(set_to_none=True)
 
 

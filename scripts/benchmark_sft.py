@@ -60,7 +60,8 @@ def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
 
     def loss_of() -> torch.Tensor:
         forward = forward_rows(model, rows, split)
-        return token_cross_entropy(forward.hidden, model.lm_head.weight, forward.labels) / num_targets
+        weight, learnt = model.lm_head.weight, forward.learnt
+        return token_cross_entropy(forward.hidden, weight, forward.labels, learnt=learnt) / num_targets
 
     tokens = args.batch_size * args.seq_len
     rate = tokens / seconds_of_step(model, args, loss_of, runtime, args.repeats)

@@ -31,6 +31,7 @@ from models.records import (
     require,
 )
 from models.rows import IN_MEMORY, Rows, Store, default_folder, encode_file
+from models.sharing import wait_for_all_ranks
 from models.tokenizer import Tokenizer
 from training.optim import constant_rate
 
@@ -82,6 +83,7 @@ def load_rows(
         if path is not None:
             rows[name], counts = encode(path, folder.tokenizer, limits, args.store)
             notes[name] = f"{describe(rows[name])}{counts}"
+    wait_for_all_ranks()  # some may have to tokenise what others find
     return rows["train"], rows["eval"], notes
 
 
@@ -95,6 +97,10 @@ class PackedRows(Sequence):
         self.lengths = np.array([sizes[group].sum() for group in groups])
         self._numbers = np.concatenate(groups)
         self._starts = np.cumsum([0, *map(len, groups)])
+
+    @property
+    def num_targets(self) -> int:
+        return self.rows.num_targets
 
     def __len__(self) -> int:
         return len(self.lengths)

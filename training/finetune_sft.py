@@ -61,6 +61,7 @@ def main(args: SftArgs) -> None:
         train = PackedRows(train, folder.max_seq_len)
         filled = train.lengths.sum() / (len(train) * folder.max_seq_len)
         notes["train"] += f"; packed into {len(train):,} rows, {filled:.1%} full"
+    eval_rows = PackedRows(evaluation, folder.max_seq_len) if args.pack and evaluation else evaluation
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
@@ -69,7 +70,7 @@ def main(args: SftArgs) -> None:
     model = load_for_training(args.checkpoint_path, mesh, args, runtime)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, evaluation, args, runtime, run)
+    samples = EvalSamples(model, folder, evaluation, args, runtime, run, mesh["dp"])
     rows = {
         "model": folder,
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -84,7 +85,7 @@ def main(args: SftArgs) -> None:
     def finish(metrics: dict[str, float]) -> None:
         if evaluation and run.eval_due:
             with run.evaluating(metrics):
-                metrics["eval_loss"] = evaluate(model, evaluation, split)
+                metrics["eval_loss"] = evaluate(model, eval_rows, split)
                 run.check_finite(eval_loss=metrics["eval_loss"])
                 run.show(f"step {run.step}: eval_loss {metrics['eval_loss']:.4f}")
                 samples.show(run)
@@ -124,12 +125,12 @@ def main(args: SftArgs) -> None:
 def summed_loss(model: Transformer, examples: list[Example], split: Split) -> torch.Tensor:
     """The loss of this rank's rows, summed over their learnt tokens."""
     rows = forward_rows(model, examples, split)
-    vocab_size, tp = model.config.vocab_size, model.parallel.tp
-    return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, vocab_size=vocab_size, tp=tp)
+    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: Rows, split: Split) -> float:
+def evaluate(model: Transformer, examples: Rows | PackedRows, split: Split) -> float:
     """The mean loss over all learnt tokens, over all ranks."""
     total = torch.zeros((), device=model.inv_freq.device)
     for rows in split.shares(examples):

@@ -56,7 +56,8 @@ class Groups(NamedTuple):
 
     rows: list[Example]  # prompt and answer, with labels on the answer
     mask: Tensor  # bool [A, R]: the tokens of the answers,
-    learnt: Tensor  # and those of them that are learnt
+    learnt: Tensor  # and those of them that are learnt,
+    num_learnt: list[int]  # so many of each answer
     advantages: Tensor  # fp32 [A]
     kl: float  # nats of a token, where it is in the reward
     engine_logps: Tensor  # fp32 [A, R] each: what the sampler said,

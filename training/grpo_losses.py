@@ -198,13 +198,13 @@ def grpo_losses(
     return (losses / lengths if args.loss_type in ("grpo", "gspo") else losses)[:, 0], stats
 
 
-def loss_divisor(args: GrpoLossArgs, step: Tensor, update: Tensor, max_new_tokens: int) -> float:
-    """What the summed losses of a step are divided by, see the table above. step, update: bool [n, R] and [A, R], the
-    learnt tokens of the answers of the step and of the update, over all ranks."""
+def loss_divisor(args: GrpoLossArgs, step: list[int], update: list[int], max_new_tokens: int) -> float:
+    """What the summed losses of a step are divided by, see the table above. step, update: the numbers of learnt tokens
+    of the answers of the step and of the update, over all ranks."""
     if args.loss_type in ("grpo", "gspo", "rloo"):
         return len(step)
     if args.loss_type == "dr_grpo":
         return len(step) * max_new_tokens
     if args.loss_type == "bnpo":
-        return max(1, int(step.sum()))
-    return max(1, int(update.sum())) * len(step) / len(update)
+        return max(1, sum(step))
+    return max(1, sum(update)) * len(step) / len(update)

@@ -22,16 +22,23 @@ from models.vocab_parallel import linear_cross_entropy, linear_logprobs
 
 
 def token_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    learnt: Tensor | None = None,
+    vocab_size: int | None = None,
+    tp: DeviceMesh | None = None,
 ) -> Tensor:
     """The summed next-token cross entropy (nats, fp32 scalar) of a batch: divide by the number of targets of the whole
     optimizer step, over micro-batches and ranks, for its token mean.
 
     hidden [B, T, E] final hidden states; weight [V, E] of the language-model head, or this tp rank's rows of it (then
     with vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
-    1]. Only positions with a label are projected. 0, with gradients 0, if there is none.
+    1]. Only positions with a label are projected. 0, with gradients 0, if there is none. learnt: those positions in
+    hidden.flatten(0, 1), int64 [N], where the caller knows them (models.records.collate): a GPU must be waited for.
     """
-    hidden, targets = _learnt(hidden, labels)
+    hidden, targets = _learnt(hidden, labels, learnt)
     return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)
 
 
@@ -40,28 +47,36 @@ def token_logps(
     weight: Tensor,
     labels: Tensor,
     *,
+    learnt: Tensor | None = None,
     vocab_size: int | None = None,
     tp: DeviceMesh | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
-    the number of labels[:, 1:] other than IGNORE_INDEX. Entropies are 0 unless asked for.
+    the number of labels[:, 1:] other than IGNORE_INDEX. Unless asked for, the entropies mean nothing.
 
     Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
     """
-    hidden, targets = _learnt(hidden, labels)
+    hidden, targets = _learnt(hidden, labels, learnt)
     return linear_logprobs(
         hidden, weight, targets, vocab_size=vocab_size, tp=tp, temperature=temperature, entropy=entropy
     )
 
 
-def _learnt(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _learnt(hidden: Tensor, labels: Tensor, learnt: Tensor | None) -> tuple[Tensor, Tensor]:
     """(hidden states [N, E] that predict a label, those labels [N])"""
-    targets = labels[:, 1:].reshape(-1)
-    learnt = (targets != IGNORE_INDEX).nonzero()[:, 0]
-    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, learnt)
-    return hidden, targets.index_select(0, learnt)
+    if learnt is None:
+        row, place = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        learnt = row * labels.shape[1] + place
+    return hidden.flatten(0, 1).index_select(0, learnt), labels.flatten().index_select(0, learnt + 1)
+
+
+def placed(values: Tensor, places: Tensor) -> Tensor:
+    """The values [N] where the mask `places` [B, T] is true, row by row, and 0 elsewhere. Neither masked_scatter, whose
+    gradient waits for a GPU, nor index_add, whose sums differ there from run to run."""
+    number = torch.where(places, places.flatten().cumsum(0).view(places.shape) - 1, len(values))
+    return F.pad(values, (0, 1)).index_select(0, number.flatten()).view(places.shape)
 
 
 # ----------------------------------------------------------------------------------- reward models
@@ -208,9 +223,7 @@ def sequence_logps(token_logps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
     """
     learnt = labels[:, 1:] != IGNORE_INDEX
-    # not index_add, whose sums on a GPU differ from run to run
-    placed = torch.zeros(learnt.shape, device=labels.device).masked_scatter(learnt, token_logps.float())
-    return placed.sum(dim=1), learnt.sum(dim=1)
+    return placed(token_logps.float(), learnt).sum(dim=1), learnt.sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ PPO

@@ -1,6 +1,7 @@
 """The optimizers and their schedule.
 
-- fp32 weights with fp32 moments are torch's fused AdamW; AdamW below is for bf16 weights and for 8-bit moments
+- fp32 weights with fp32 moments are torch's fused AdamW; AdamW below is for bf16 weights and for 8-bit moments, on a
+  GPU a kernel for each parameter (training/triton_adamw.py)
 - bf16 weights are updated in fp32 and rounded back stochastically: to the nearest, a weight of 0.01 would never move at
   a learning rate of 2e-5
 - the rounding noise is a pure function of (seed, step, parameter, place in the whole tensor): exact resume needs no
@@ -21,8 +22,10 @@ Dimensions: R rows, C columns of this rank's part of a parameter; a vector is a 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -135,12 +138,17 @@ def dynamic_levels(signed: bool) -> Tensor:
     return (torch.cat((-positive, positive.new_zeros(1), positive)) if signed else positive).sort().values.float()
 
 
+def middles_of(levels: Tensor) -> Tensor:
+    """Between neighbours."""
+    return (levels[1:] + levels[:-1]) / 2
+
+
 def quantize_blocks(x: Tensor, num_blocks: int, levels: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 [R, C] to (uint8 [R, C], the blocks' largest magnitudes, fp32 [R, num_blocks])."""
     blocks = x.view(x.shape[0], num_blocks, -1)
     scale = blocks.abs().amax(dim=-1, keepdim=True)
     relative = torch.where(scale > 0, blocks / scale, 0.0)
-    codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    codes = torch.bucketize(relative, middles_of(levels), out_int32=True)
     return codes.to(torch.uint8).view(x.shape), scale.squeeze(-1)
 
 
@@ -194,46 +202,71 @@ class AdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], settings: dict, *, places: dict[Tensor, Place], seed: int, compile: bool):
         super().__init__(groups, settings)
         self.places, self.seed = places, seed
-        self.update = torch.compile(_update, dynamic=True) if compile else _update
         device = next(iter(places)).device
+        self.kernel = gpu_kernel(device.type)
+        self.update = torch.compile(_update, dynamic=True) if compile and self.kernel is None else _update
         self.levels = {name: dynamic_levels(name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
+        self.middles = {name: middles_of(levels) for name, levels in self.levels.items()}
+        self.hashes = cache(lambda start, end: column_hashes(end, device)[start:])
         self.state.update({p: _new_state(p, place.block, step_device="cpu") for p, place in places.items()})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            factors = cache(partial(factors_of, group))
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_of(parameter, group)
+                    self._step_of(parameter, factors)
 
-    def _step_of(self, parameter: Tensor, group: dict) -> None:
+    def _step_of(self, parameter: Tensor, factors_at: Callable[[int], tuple[dict, dict]]) -> None:
         state, place = self.state[parameter], self.places[parameter]
         state["step"] += 1
-        step, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
-        factors = {
-            "decay": 1 - lr * group["weight_decay"],
-            "beta1": beta1,
-            "rest1": 1 - beta1,
-            "beta2": beta2,
-            "rest2": 1 - beta2,
-            "step_size": lr / (1 - beta1**step),
-            "correction2": math.sqrt(1 - beta2**step),
-            "eps": group["eps"],
-        }
-        # tensors, since a compiled update would be compiled anew for each number
-        factors = {name: torch.tensor(value, dtype=torch.float32) for name, value in factors.items()}
-
+        step = int(state["step"])
         tensors = {name: _matrix(t) for name, t in {**state, "grad": parameter.grad}.items() if name != "step"}
         weight = _matrix(parameter)
         num_rows, num_columns = weight.shape
+        key = noise_key(ROUNDING, self.seed, step, place.index)
+        hashes = self.hashes(place.column, place.column + num_columns)
+        numbers, factors = factors_at(step)
+        if self.kernel is not None:
+            noise = (key, place.row, hashes)
+            self.kernel.adamw_(weight, tensors, self.levels, self.middles, noise, numbers, place.block)
+            return
         rows = torch.arange(place.row, place.row + num_rows, device=weight.device)
-        keys = torch.full_like(rows, noise_key(ROUNDING, self.seed, step, place.index))
-        hashes = column_hashes(place.column + num_columns, weight.device)[place.column :]
+        keys = torch.full_like(rows, key)
         chunk = max(1, CHUNK_ELEMENTS // max(1, num_columns))
         for i in range(0, num_rows, chunk):
             part = slice(i, i + chunk)
             tensors_part = {name: t[part] for name, t in tensors.items()}
             self.update(weight[part], tensors_part, self.levels, (keys[part], rows[part], hashes), factors)
+
+
+@cache
+def gpu_kernel(device_type: str) -> ModuleType | None:
+    """training/triton_adamw.py, where there is a GPU with Triton, which it imports."""
+    if device_type != "cuda":
+        return None
+    try:
+        from training import triton_adamw
+    except ImportError:
+        return None
+    return triton_adamw
+
+
+def factors_of(group: dict, step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """What a step multiplies by, as numbers, and as tensors: a compiled update would be compiled anew for a number."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    factors = {
+        "decay": 1 - lr * group["weight_decay"],
+        "beta1": beta1,
+        "rest1": 1 - beta1,
+        "beta2": beta2,
+        "rest2": 1 - beta2,
+        "step_size": lr / (1 - beta1**step),
+        "correction2": math.sqrt(1 - beta2**step),
+        "eps": group["eps"],
+    }
+    return factors, {name: torch.tensor(value, dtype=torch.float32) for name, value in factors.items()}
 
 
 def _matrix(tensor: Tensor) -> Tensor:

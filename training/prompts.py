@@ -52,6 +52,12 @@ class RolloutArgs(StopArgs, PrefillArgs):
     rollout_slots: int | None = flag(
         None, bounds=at_least_one, help="answers drawn at a time on a rank; up to 128", may_change=True
     )
+    sleep: int = flag(
+        0,
+        choices=(0, 1, 2),
+        help="what the engine gives back while the policy learns: 0 nothing, 1 its cache, 2 its weights too",
+        may_change=True,
+    )
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
     temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="of the sampler and all log-probs")
 

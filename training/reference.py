@@ -27,6 +27,7 @@ from models.common import naming_file, on_main, progress_bar, say
 from models.records import Split
 from models.reward import pair_lengths
 from models.rows import Rows
+from models.transfer import index_on
 
 
 def weights_digest(folder: Path) -> str:
@@ -75,7 +76,7 @@ def precompute(
         logps = torch.zeros(len(pairs), 2, device=device)
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
             for rows in split.shares(numbers, lambda i: pair_lengths(pairs[i])):
-                logps[rows] = logps_of([pairs[i] for i in rows]).T
+                logps.index_copy_(0, index_on(rows, device), logps_of([pairs[i] for i in rows]).T)
         return split.sum(logps).cpu()
 
     logps = on_main(lambda: _read(path, key, len(pairs)))

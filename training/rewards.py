@@ -41,6 +41,7 @@ from models.reward import (
     split_steps,
     step_scores,
 )
+from models.sharing import wait_for_all_ranks
 from models.streaming import StreamDecoder
 from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
@@ -299,22 +300,30 @@ class Scorer:
         outcome = [None]
         if is_main_rank():
             outcome = [self.stop.call(_grades_of_batch, function, *columns)]
+        wait_for_all_ranks()  # a function may take longer than a collective waits
         dist.broadcast_object_list(outcome, src=0)
         self.stop.check()
         return outcome[0]
 
     def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
-        """Submits this rank's share of the answers, but for those that have been."""
-        for i in own_share(len(prompts), self.split.dp) if self.pool is not None else ():
-            if self.grading.get(i, ())[:2] != (prompts[i], texts[i]):
-                self.submit(i, prompts[i], texts[i])
+        """Submits a share of the answers that no rank has submitted. A collective."""
+        if not self.pooled:
+            return
+        answers = list(zip(prompts, texts))
+        self.grading = {i: each for i, each in self.grading.items() if [each[:2]] == answers[i : i + 1]}
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(self.grading))
+        rest = sorted(set(range(len(answers))).difference(*parts))
+        for i in own_share(len(rest), self.split.dp) if self.pool is not None else ():
+            self.submit(rest[i], *answers[rest[i]])
 
     def _collect(self, num_answers: int) -> dict[str, list[Grade]]:
         """The grades of each answer by each function of the per-answer form. A collective."""
         if not self.pooled:
             return {}
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._own_grades(num_answers))
+        parts, own = [None] * dist.get_world_size(), self._own_grades()
+        wait_for_all_ranks()  # some answers take longer than others
+        dist.all_gather_object(parts, own)
         self.stop.check()
         broken = next((part for part in parts if isinstance(part, str)), None)
         if broken is not None:
@@ -323,13 +332,9 @@ class Scorer:
         columns = zip(*(grades[i] for i in range(num_answers)))
         return {name: [Grade(*each) for each in column] for name, column in zip(self.pooled, columns)}
 
-    def _own_grades(self, num_answers: int) -> dict[int, list[Grade]] | str:
-        """Of the answers that this rank has drawn, unless it is asked to end meanwhile; or why there are none."""
-        own = {}
-        if self.pool is None:
-            return own
-        for i in own_share(num_answers, self.split.dp):
-            own[i] = self.grading[i][2]
+    def _own_grades(self) -> dict[int, list[Grade]] | str:
+        """Of the answers that this rank has submitted, unless it is asked to end meanwhile; or why there are none."""
+        own = {i: futures for i, (_, _, futures) in self.grading.items()}
         self.grading.clear()
         waiting = {future for futures in own.values() for future in futures}
         while waiting and not self.stop.received:

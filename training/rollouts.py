@@ -4,6 +4,7 @@ their tokens, and what is measured of them.
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.generation import Engine, Request
 from models.model import Transformer
-from models.packing import own_share
 from models.records import (
     IGNORE_INDEX,
     Example,
@@ -27,8 +27,10 @@ from models.records import (
 )
 from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
+from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
-from training.losses import kl_estimates, token_logps
+from models.transfer import index_on
+from training.losses import kl_estimates, placed, token_logps
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scores, source_metrics
 from training.run_dir import Run, open_log, write_lines
@@ -72,25 +74,33 @@ def draw(
     on_finished: Callable[[int, Prompt, str], None] | None = None,
     stop: Stop | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks, which draw a share each. A collective. on_finished is called on
-    the rank that drew an answer: (its number, its prompt, its text). stop: leaves the run when it is asked to end; a
-    rank without a signal draws its share first."""
-    stop = stop or Stop()
-    requests = [
+    """An answer to each prompt, the same on all ranks, whose replicas draw what they have room for; answers to one
+    prompt, next to each other, share its prefill. A collective. on_finished is called on the rank that drew an answer:
+    (its number, its prompt, its text). stop: leaves the run when it is asked to end; a rank without a signal draws what
+    it has begun first."""
+    stop, own, tp = stop or Stop(), {}, engine.model.parallel.tp
+    work = shared_work("rollout", [len(list(same)) for _, same in itertools.groupby(prompts, key=id)], dp)
+    requests = (
         Request(first + i, sample_idx, prompts[i].ids, max_new_tokens, prompts[i].where)
-        for i in own_share(len(prompts), dp)
-    ]
-    own, tp = {}, engine.model.parallel.tp
-    for done in engine.generate(requests, should_stop=lambda: stop.asked(tp)):
+        for taken in work
+        for i in taken
+    )
+
+    def should_stop() -> bool:
+        if stop.asked(tp):
+            work.end()
+            return True
+        return False
+
+    for done in engine.generate(requests, should_stop=should_stop):
         ended = done.finish_reason == "stop"
         own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
         if on_finished is not None:
             i = done.request.idx - first
             on_finished(i, prompts[i], done.text)
+    work.close()
     stop.check()
-    parts = [None] * dp.size()
-    dist.all_gather_object(parts, own, group=dp.get_group())
-    answers = {idx: answer for part in parts for idx, answer in part.items()}
+    answers = gather_parts(own, dp)
     return [answers[first + i] for i in range(len(prompts))]
 
 
@@ -114,21 +124,26 @@ def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[lis
     return split.shares(chosen, lambda i: [len(rows[i].input_ids)])
 
 
+def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What takes these rows of a tensor [A, ...] on the device, for which nobody waits."""
+    index = index_on(part, device)
+    return lambda values: values.index_select(0, index)
+
+
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
     """function(n rows, maybe none) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
     result = None
     for part in shares(list(range(len(rows))), rows, split):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
-        result[part] = values
+        result.index_copy_(0, index_on(part, values.device), values)
     return split.sum(result)  # each row is one rank's; the others have 0 there
 
 
 def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
     """[n, width] from one value for each label of [n, T], row by row; 0 beyond a row's last."""
     counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-    places = torch.arange(width, device=labels.device) < counts[:, None]
-    return values.new_zeros(places.shape).masked_scatter(places, values)
+    return placed(values, torch.arange(width, device=labels.device) < counts[:, None])
 
 
 def answer_logps(
@@ -136,10 +151,11 @@ def answer_logps(
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each; no
     rows give [0, width], in the graph of a forward."""
-    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
-    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
-    values = token_logps(hidden, model.lm_head.weight, labels, **vocabulary, temperature=temperature, entropy=entropy)
-    return tuple(_left_aligned(each, row_labels, width) for each in values)
+    forward = forward_rows(model, rows, split)
+    options = {"learnt": forward.learnt, "vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    options |= {"temperature": temperature, "entropy": entropy}
+    values = token_logps(forward.hidden, model.lm_head.weight, forward.labels, **options)
+    return tuple(_left_aligned(each, forward.row_labels, width) for each in values)
 
 
 @torch.no_grad()
@@ -150,8 +166,9 @@ def all_logps(model: Transformer, rows: list[Example], width: int, split: Split,
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
     """The critic's value before each token of the answers, fp32 [n, width]; no rows as in answer_logps."""
-    hidden, labels, row_labels, _ = forward_rows(model, rows, split)
-    return _left_aligned(model.score(hidden)[:, :-1][labels[:, 1:] != IGNORE_INDEX], row_labels, width)
+    forward = forward_rows(model, rows, split)
+    values = model.score(forward.hidden).flatten().index_select(0, forward.learnt)
+    return _left_aligned(values, forward.row_labels, width)
 
 
 class Rollout(NamedTuple):
@@ -189,7 +206,9 @@ class TokenSums:
     def add(self, num_tokens: int | Tensor, **values: Tensor) -> None:
         """Adds what num_tokens tokens have, one value each or their sum. Every rank must add the same names in the same
         order, if only of no tokens. A number that is on the device stays there."""
-        count = torch.as_tensor(num_tokens, dtype=torch.float64, device=self.device)
+        if not isinstance(num_tokens, Tensor):  # a kernel writes it: sent, it would be waited for
+            num_tokens = torch.full((), num_tokens, device=self.device)
+        count = num_tokens.double()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 

@@ -2,7 +2,7 @@
 
 - the prompts are the first of the evaluation's, the same each time, so that a person sees the answers change
 - they go through the generation engine and an inference copy that is refreshed in place (models/decode.py): built once,
-  compiled once, and never generating through FSDP
+  not compiled, which would take longer than a few answers do, and never generating through FSDP
 - training does not notice: no weight moves, and the engine's noise takes nothing from a random state
 """
 
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from models.checkpoint import Folder
 from models.common import Runtime, at_least_one, flag, non_negative, on_main, visible
 from models.decode import can_pack, copy_for_inference
-from models.generation import Completion, Engine, Request
+from models.generation import Engine, Request
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example
 from models.sampling import SamplingParams
+from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
 from training.run_dir import Run, open_log, write_lines
 
@@ -64,16 +67,24 @@ def lesson(rows: Iterable[Example], tokenizer: Tokenizer) -> str:
 
 
 class EvalSamples:
-    """Draws answers to the same prompts at each evaluation. A collective: every rank calls it at the same steps, and
-    all data-parallel ranks draw the same answers, in the time that one of them would take.
+    """Draws answers to the same prompts at each evaluation, which the data-parallel replicas share. A collective: every
+    rank calls it at the same steps.
 
     Memory is taken when it is built, so that what does not fit shows before the first step and not after the last.
     Without rows of an evaluation, or where none is to be shown, nothing is built.
     """
 
     def __init__(
-        self, model: Transformer, folder: Folder, rows: Iterable[Example], args: SampleArgs, runtime: Runtime, run: Run
+        self,
+        model: Transformer,
+        folder: Folder,
+        rows: Iterable[Example],
+        args: SampleArgs,
+        runtime: Runtime,
+        run: Run,
+        dp: DeviceMesh,
     ):
+        self.dp = dp
         self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
         if not self.prompts:
             return
@@ -86,10 +97,9 @@ class EvalSamples:
         self.engine = Engine(
             copy,
             SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),
-            num_slots=min(MAX_SLOTS, len(self.prompts)),
+            num_slots=min(MAX_SLOTS, -(-len(self.prompts) // dp.size())),
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
             tokenizer=folder.tokenizer,
-            compile=runtime.compile,
         )
         self.log = None
         on_main(lambda: self._open_log(run))
@@ -102,21 +112,30 @@ class EvalSamples:
         if not self.prompts:
             return
         self.engine.refresh(self.model)
-        answers: list[Completion] = sorted(self.engine.generate(self.requests), key=lambda answer: answer.request.idx)
+        answers = self._answers()
         if self.log is None:
             return
         blocks = []
-        for prompt, answer in zip(self.prompts, answers):
+        for idx, prompt in enumerate(self.prompts):
+            text, finish_reason = answers[idx]
             line = {
                 "step": run.step,
                 "prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=False),
-                "output": answer.text,
+                "output": text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
-                "finish_reason": answer.finish_reason,
+                "finish_reason": finish_reason,
             }
             write_lines(self.log, [line])
             blocks.append(block(line))
         run.show("\n".join(blocks))
+
+    def _answers(self) -> dict[int, tuple[str, str]]:
+        """(text, finish_reason) of each."""
+        work = shared_work("samples", [1] * len(self.requests), self.dp)
+        requests = (self.requests[i] for taken in work for i in taken)
+        own = {each.request.idx: (each.text, each.finish_reason) for each in self.engine.generate(requests)}
+        work.close()
+        return gather_parts(own, self.dp)
 
 
 def block(line: dict) -> str:

@@ -44,6 +44,7 @@ from models.quantize import check_scheme, choose_scheme
 from models.records import Split
 from models.reward import Pair, pair_lengths, pair_rows
 from models.rows import Rows
+from models.transfer import to_device
 from training.data import DataArgs, load_rows, training_batches
 from training.frozen import ReferenceArgs
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
@@ -92,7 +93,7 @@ def main(args: DpoArgs) -> None:
     model, reference = load_models(args, mesh, runtime, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run)
+    samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run, mesh["dp"])
     rows = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}",
         "reference": reference_note(args, ref_scheme),
@@ -234,8 +235,8 @@ def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
 def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Tensor, Tensor]:
     """(log-probability of each completion, number of its tokens, EOS included), [2, B] each: chosen, then rejected."""
     rows = forward_rows(model, pair_rows(pairs), split)
-    vocab_size, tp = model.config.vocab_size, model.parallel.tp
-    logps, _ = token_logps(rows.hidden, model.lm_head.weight, rows.labels, vocab_size=vocab_size, tp=tp)
+    vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
+    logps, _ = token_logps(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
     return tuple(each.view(2, len(pairs)) for each in sequence_logps(logps, rows.row_labels))
 
 
@@ -247,7 +248,7 @@ def summed_loss(
     reference: None where the pairs hold its log-probs, or the loss wants none."""
     logps, lengths = pair_logps(model, pairs, split)
     if reference is None:
-        ref_logps = torch.tensor([pair.reference for pair in pairs], device=logps.device).view(-1, 2).T
+        ref_logps = to_device([pair.reference for pair in pairs], logps.device, torch.float32).view(-1, 2).T
     else:
         with torch.no_grad():
             ref_logps, _ = pair_logps(reference, pairs, split)

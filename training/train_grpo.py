@@ -36,6 +36,8 @@ from models.fsdp import (
 )
 from models.model import Transformer
 from models.records import Split
+from models.resting import resting
+from models.transfer import index_on
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen, refuse_idle
@@ -51,7 +53,17 @@ from training.grpo_losses import (
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import RolloutArgs, load_prompt_files, prompt_numbers
 from training.rewards import RewardArgs, Scorer, load_reward_functions
-from training.rollouts import SampleLog, TokenSums, all_logps, answer_logps, as_rows, make_engine, pass_rates, shares
+from training.rollouts import (
+    SampleLog,
+    TokenSums,
+    all_logps,
+    answer_logps,
+    as_rows,
+    make_engine,
+    pass_rates,
+    rows_at,
+    shares,
+)
 from training.run_dir import Run, RunArgs
 
 
@@ -146,17 +158,19 @@ def main(args: GrpoArgs) -> None:
 
         learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)
         sums, loss, num_steps = TokenSums(runtime.device), torch.zeros((), device=runtime.device), 0
-        for iteration in range(args.num_iterations):
-            number = (step - 1) * args.num_iterations + iteration
-            order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-            for start in range(0, args.rollout_batch_size, args.step_size):
-                scale, step_loss = backward(policy, groups, order[start : start + args.step_size], args, split, sums)
-                grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                run.check_finite(grad_norm=grad_norm)
-                run.begin_update()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                loss, num_steps = loss + step_loss, num_steps + 1
+        with resting(engine, args.sleep):
+            for iteration in range(args.num_iterations):
+                number = (step - 1) * args.num_iterations + iteration
+                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+                for start in range(0, args.rollout_batch_size, args.step_size):
+                    answers = order[start : start + args.step_size]
+                    scale, step_loss = backward(policy, groups, answers, args, split, sums)
+                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                    run.check_finite(grad_norm=grad_norm)
+                    run.begin_update()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    loss, num_steps = loss + step_loss, num_steps + 1
         seconds["update"] = watch.lap()
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()
@@ -208,7 +222,8 @@ def groups_of(
     else:
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
     drawn, clipped = torch.zeros_like(engine_logps), torch.zeros(2, len(rows), device=device)
-    return Groups(rows, mask, learnt, advantages, kl.item(), engine_logps, logps, ref_logps, drawn, clipped)
+    num_learnt = learnt.sum(dim=1).tolist()
+    return Groups(rows, mask, learnt, num_learnt, advantages, kl.item(), engine_logps, logps, ref_logps, drawn, clipped)
 
 
 def backward(
@@ -216,20 +231,22 @@ def backward(
 ) -> tuple[float, Tensor]:
     """The gradient of the loss of an optimizer step on these answers, but for the factor that it returns (see
     loss_scale); this rank's part of the loss."""
-    learnt, width = groups.learnt, groups.learnt.shape[1]
-    divisor = loss_divisor(args, learnt[step], learnt, args.max_new_tokens)
-    scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=learnt.device)
+    width, device = groups.learnt.shape[1], groups.learnt.device
+    divisor = loss_divisor(args, [groups.num_learnt[i] for i in step], groups.num_learnt, args.max_new_tokens)
+    scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=device)
     for part in reducing_gradients(policy, shares(step, groups.rows, split), every=args.sync_every_micro_batch):
-        rows, m = [groups.rows[i] for i in part], learnt[part]
+        rows, index, of_part = [groups.rows[i] for i in part], index_on(part, device), rows_at(part, device)
+        m = of_part(groups.learnt)
         logps, entropies = answer_logps(policy, rows, width, split, args.temperature, entropy=True)
-        old_logps = logps.detach() if groups.logps is None else groups.logps[part]
-        others = {"engine_logps": groups.engine_logps[part]}
-        others |= {} if groups.ref_logps is None else {"ref_logps": groups.ref_logps[part]}
-        losses, stats = grpo_losses(args, logps, old_logps, groups.advantages[part], m, **others)
+        old_logps = logps.detach() if groups.logps is None else of_part(groups.logps)
+        others = {"engine_logps": of_part(groups.engine_logps)}
+        others |= {} if groups.ref_logps is None else {"ref_logps": of_part(groups.ref_logps)}
+        losses, stats = grpo_losses(args, logps, old_logps, of_part(groups.advantages), m, **others)
         (losses.sum() * scale.loss).backward()
         total += losses.detach().sum() / divisor
-        groups.drawn_logps[part] = old_logps  # of the only step, where nobody has asked before
-        groups.clipped[:, part] += torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios
+        groups.drawn_logps.index_copy_(0, index, old_logps)  # of the only step, where nobody has asked before
+        clipped = torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios
+        groups.clipped.index_add_(1, index, clipped)
         sums.add(m.sum(), entropy=entropies * m, kl=stats.kl)
         sums.add(stats.num_ratios.sum(), low=stats.low_clipped, high=stats.high_clipped)
     return scale.gradients, total

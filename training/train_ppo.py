@@ -54,6 +54,7 @@ from models.generation import Engine
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
+from models.resting import resting
 from models.reward import scalar_head_config
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
@@ -85,6 +86,7 @@ from training.rollouts import (
     objectives,
     over_ranks,
     pass_rates,
+    rows_at,
     shares,
 )
 from training.run_dir import Run, RunArgs
@@ -205,28 +207,31 @@ def main(args: PpoArgs) -> None:
         set_learning_rate(value_optimizer, args, step, args.total_steps, peak=args.value_learning_rate)
         watch, sums = Stopwatch(runtime.device), TokenSums(runtime.device)
         grad_norm = value_grad_norm = torch.zeros(())
-        for epoch in range(args.ppo_epochs):
-            number = (step - 1) * args.ppo_epochs + epoch
-            order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-            for start in range(0, args.rollout_batch_size, args.step_size):
-                minibatch = order[start : start + args.step_size]
-                if step > args.critic_warmup_steps:
-                    scale = policy_backward(policy, update, minibatch, args, split, sums)
-                    if args.debug_checks and epoch == start == 0:
-                        is_reference = step == args.critic_warmup_steps + 1 and others.frozen.ref_is_start(args)
-                        check_first_minibatch(sums.means(split.dp), rollout, runtime.dtype, is_reference=is_reference)
-                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                    run.check_finite(grad_norm=grad_norm)
-                    run.begin_update()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+        is_first = step == args.critic_warmup_steps + 1  # of the policy
+        with resting(engine, args.sleep):
+            for epoch in range(args.ppo_epochs):
+                number = (step - 1) * args.ppo_epochs + epoch
+                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+                for start in range(0, args.rollout_batch_size, args.step_size):
+                    minibatch = order[start : start + args.step_size]
+                    if step > args.critic_warmup_steps:
+                        scale = policy_backward(policy, update, minibatch, args, split, sums)
+                        if args.debug_checks and epoch == start == 0:
+                            is_reference = is_first and others.frozen.ref_is_start(args)
+                            means = sums.means(split.dp)
+                            check_first_minibatch(means, rollout, runtime.dtype, is_reference=is_reference)
+                        grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                        run.check_finite(grad_norm=grad_norm)
+                        run.begin_update()
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
 
-                scale = value_backward(critic, update, minibatch, args, split, sums)
-                value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
-                run.check_finite(value_grad_norm=value_grad_norm)
-                run.begin_update()
-                value_optimizer.step()
-                value_optimizer.zero_grad(set_to_none=True)
+                    scale = value_backward(critic, update, minibatch, args, split, sums)
+                    value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
+                    run.check_finite(value_grad_norm=value_grad_norm)
+                    run.begin_update()
+                    value_optimizer.step()
+                    value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()
@@ -269,6 +274,7 @@ class Update(NamedTuple):
     returns: Tensor  # of the critic
     spread: Tensor  # deviation of the advantages before they were whitened
     kl_coef: float
+    num_learnt: list[int]  # of each answer
 
 
 def collect(
@@ -301,10 +307,11 @@ def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
-    num_learnt = int(mask.sum())  # none, where every answer is skipped
-    spread = advantages[mask].std(correction=min(1, num_learnt - 1)) if num_learnt else advantages.new_ones(())
+    num_learnt = mask.sum(dim=1).tolist()
+    total = sum(num_learnt)  # none, where every answer is skipped
+    spread = advantages[mask].std(correction=min(1, total - 1)) if total else advantages.new_ones(())
     spread = spread.clamp(min=1e-4)
-    return Update(rollout, mask, rewards, whiten(advantages, mask), returns, spread, kl_coef)
+    return Update(rollout, mask, rewards, whiten(advantages, mask), returns, spread, kl_coef, num_learnt)
 
 
 def policy_backward(
@@ -312,25 +319,30 @@ def policy_backward(
 ) -> float:
     """The gradient of the clipped policy loss of a minibatch, a mean over its tokens on all ranks, but for the factor
     that it returns (see loss_scale)."""
-    rollout, mask = update.rollout, update.learnt
-    scale, width = loss_scale(max(1, int(mask[minibatch].sum())), split.dp.size()), mask.shape[1]
+    rollout, width = update.rollout, update.learnt.shape[1]
+    scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
-        answers, m = [rollout.rows[i] for i in part], mask[part]
+        answers, of_part = [rollout.rows[i] for i in part], rows_at(part, rollout.mask.device)
+        mask, old_logps = of_part(update.learnt), of_part(rollout.logps)  # [n, R]
         logps, entropies = answer_logps(policy, answers, width, split, args.temperature, entropy=True)
-        old_logps = rollout.logps[part]
         losses, stats = ppo_policy_loss(
-            logps[m], old_logps[m], update.advantages[part][m], cliprange=args.cliprange, dual_clip=args.dual_clip
+            logps, old_logps, of_part(update.advantages), cliprange=args.cliprange, dual_clip=args.dual_clip
         )
         if args.tis_cap is not None:
-            losses = losses * importance_weights((old_logps - rollout.engine_logps[part])[m], args.tis_cap)
-        loss = losses.sum() - args.entropy_coef * entropies[m].sum()
+            losses = losses * importance_weights(old_logps - of_part(rollout.engine_logps), args.tis_cap)
+        losses = losses * mask
+        loss = losses.sum()
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * (entropies * mask).sum()
         if args.kl_in == "loss":  # in the units of the advantages, which are whitened
-            log_ratios = (logps - rollout.ref_logps[part]) * m
+            log_ratios = (logps - of_part(rollout.ref_logps)) * mask
             loss = loss + update.kl_coef / update.spread * sequence_kl_loss(log_ratios).sum()
         (loss * scale.loss).backward()
-        sums.add(losses.numel(), loss=loss, policy=losses, entropy=entropies[m], clipped=stats.clipped)
-        sums.add(losses.numel(), ratio=stats.ratio, ratio_square=stats.ratio.square(), approx_kl=stats.approx_kl)
+        clipped, ratio, approx_kl = stats.clipped * mask, stats.ratio * mask, stats.approx_kl * mask
+        num_tokens = sum(update.num_learnt[i] for i in part)
+        sums.add(num_tokens, loss=loss, policy=losses, entropy=entropies * mask, clipped=clipped)
+        sums.add(num_tokens, ratio=ratio, ratio_square=ratio.square(), approx_kl=approx_kl)
     return scale.gradients
 
 
@@ -339,16 +351,17 @@ def value_backward(
 ) -> float:
     """The gradient of the clipped value loss of a minibatch, a mean over its tokens on all ranks, but for the factor
     that it returns (see loss_scale)."""
-    rollout, mask = update.rollout, update.learnt
-    scale, width = loss_scale(max(1, int(mask[minibatch].sum())), split.dp.size()), mask.shape[1]
+    rollout, width = update.rollout, update.learnt.shape[1]
+    scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
     parts = shares(minibatch, rollout.rows, split)
     for part in reducing_gradients(critic, parts, every=args.sync_every_micro_batch):
-        answers, m = [rollout.rows[i] for i in part], mask[part]
+        answers, of_part = [rollout.rows[i] for i in part], rows_at(part, rollout.mask.device)
+        mask, old_values, returns = of_part(update.learnt), of_part(rollout.values), of_part(update.returns)  # [n, R]
         values = answer_values(critic, answers, width, split)
-        old_values, returns = rollout.values[part][m], update.returns[part][m]
-        losses, clipped = ppo_value_loss(values[m], old_values, returns, cliprange_value=args.cliprange_value)
+        losses, clipped = ppo_value_loss(values, old_values, returns, cliprange_value=args.cliprange_value)
+        losses = losses * mask
         (args.vf_coef * losses.sum() * scale.loss).backward()
-        sums.add(losses.numel(), value=losses, value_clipped=clipped)
+        sums.add(sum(update.num_learnt[i] for i in part), value=losses, value_clipped=clipped * mask)
     return scale.gradients
 
 

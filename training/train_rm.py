@@ -42,6 +42,7 @@ from models.records import EncodingCounts, Limits, Split
 from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
+from models.transfer import index_on, to_device
 from training.data import DataArgs, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
@@ -140,7 +141,8 @@ def main(args: RmArgs) -> None:
             micro_loss = losses_of(args, micro_rewards, micro_targets).sum()
             (micro_loss * scale.loss).backward()
             loss += micro_loss.detach() / len(targets)
-            rewards[[place for i in share for place in places[i]]] = micro_rewards.detach()
+            index = index_on([place for i in share for place in places[i]], runtime.device)
+            rewards.index_copy_(0, index, micro_rewards.detach())
         split.sum(loss)
         split.sum(rewards)  # the other ranks' are 0
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
@@ -196,7 +198,7 @@ def reward_places(rows: SomeRows) -> list[range]:
 def targets_of(rows: SomeRows, device: torch.device) -> Tensor:
     """What the rewards are held against, fp32: the margin of each pair, or all labels of the rows."""
     values = [v for row in rows for v in ([row.margin or 0.0] if isinstance(row, Pair) else row.labels)]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return to_device(values, device, torch.float32)
 
 
 def shares_of(rows: SomeRows, split: Split) -> Iterator[list[int]]:
@@ -239,7 +241,8 @@ def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
     for share in shares_of(rows, split):
         share_rewards, _ = rewards_of(model, [rows[i] for i in share], split)
-        rewards[[place for i in share for place in places[i]]] = share_rewards
+        index = index_on([place for i in share for place in places[i]], rewards.device)
+        rewards.index_copy_(0, index, share_rewards)
     return split.sum(rewards)
 
 

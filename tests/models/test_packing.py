@@ -104,13 +104,16 @@ def test_packed_equals_padded(head, compiled, monkeypatch):
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("split", [PADDED, PACKED], ids=["padded", "packed"])
-def test_places_and_no_rows(split):
+def test_places_and_no_rows(split, multiple, monkeypatch):
     """Catches a hidden state of another token, labels of another row, and a forward without rows that leaves a
-    parameter out of the graph, so that its rank would not join the others' sums."""
+    parameter out of the graph, so that its rank would not join the others' sums; also in rows padded as a GPU's."""
+    monkeypatch.setattr(forward, "length_multiple", lambda *shape: multiple)
     model, critic, rows = made_model("lm"), made_model("score"), made_rows()
     places = [(i, position) for i, row in enumerate(rows) for position in (len(row.input_ids) - 1, 0)]
     states = forward_rows(model, rows, split)
+    assert states.hidden.shape[1] % multiple == 0
     single = [forward_rows(model, [rows[i]], PADDED).hidden[0, position] for i, position in places]
     torch.testing.assert_close(states.at(places), torch.stack(single), rtol=1e-5, atol=1e-5)
     assert [labels[: len(row.labels)] for labels, row in zip(states.row_labels.tolist(), rows)] == [

@@ -81,7 +81,7 @@ def inputs_of(case) -> SimpleNamespace:
         max_completion_length=FIXTURES["max_completion_length"],
         rewards=rewards,
         advantages=advantages,
-        divisor=loss_divisor,
+        divisor=divisor_of,
         steps=case["steps"],
         answer=answer,
         finished=finished,
@@ -91,6 +91,11 @@ def inputs_of(case) -> SimpleNamespace:
         ref=ref if args.beta > 0 else None,
         sampler=sampler,
     )
+
+
+def divisor_of(args, step, update, limit):
+    """loss_divisor of masks [n, R]."""
+    return loss_divisor(args, *(mask.sum(dim=1).tolist() for mask in (step, update)), limit)
 
 
 def results_of(x: SimpleNamespace) -> dict:
@@ -372,7 +377,7 @@ def test_leave_one_out_gradient_is_unbiased():
                 )
                 mask = torch.ones(G, 1, dtype=torch.bool)
                 losses, _ = grpo_losses(args, logps, logps.detach(), advantages, mask)
-                loss = losses.sum() / loss_divisor(args, mask, mask, 1)
+                loss = losses.sum() / divisor_of(args, mask, mask, 1)
                 mean += logps.detach().sum().exp() * torch.autograd.grad(loss, logits)[0]
             torch.testing.assert_close(mean, factor * exact, rtol=1e-5, atol=1e-6)
 
@@ -444,7 +449,7 @@ def test_weight_of_a_token_on_policy():
         args = GrpoLossArgs(loss_type=loss_type)
         logps = torch.full(mask.shape, -1.0, requires_grad=True)
         losses, _ = grpo_losses(args, logps, logps.detach(), advantages, mask)
-        (grad,) = torch.autograd.grad(losses.sum() / loss_divisor(args, mask, mask, limit), logps)
+        (grad,) = torch.autograd.grad(losses.sum() / divisor_of(args, mask, mask, limit), logps)
         torch.testing.assert_close(grad, -(advantages / divisors)[:, None] * mask, **CLOSE)
 
 
@@ -469,7 +474,7 @@ def test_nothing_learnt_is_no_loss(loss_type):
     dirty = torch.tensor([[math.nan, math.inf, -math.inf]] * 2).requires_grad_()
     mask = torch.zeros(2, 3, dtype=torch.bool)
     losses, _ = grpo_losses(args, dirty, dirty.detach(), torch.tensor([1.0, -1.0]), mask, ref_logps=dirty.detach())
-    loss = losses.sum() / loss_divisor(args, mask, mask, 5)
+    loss = losses.sum() / divisor_of(args, mask, mask, 5)
     (grad,) = torch.autograd.grad(loss, dirty)
     assert loss == 0 and not grad.any()
 

@@ -12,7 +12,7 @@ from tests.ranks_worker import run_job
 
 STEPS, EPOCHS, MINIBATCHES = 2, 2, 2
 LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
-    "dp 4": (1, []),
+    "dp 4": (1, ["--sleep", "1"]),
     "dp 2 x tp 2": (2, ["--sequence_parallel", "--max_tokens_per_micro_batch", "26"]),
 }
 REWARDS = """

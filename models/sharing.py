@@ -1,0 +1,180 @@
+"""Work that data-parallel replicas take from one list when they have room for it, so that none idles while another has
+more than it can begin.
+
+- a replica takes the next chunk by adding one to a counter in the store of torch.distributed. What a chunk holds is a
+  pure function of the list, so nothing else is sent, and a run of one replica asks nobody
+- chunks are whole prompts at first, whose samples share a prefill, and single samples at the end: guided
+  self-scheduling (Polychronopoulos & Kuck 1987, IEEE Trans. Comput. C-36)
+- of the ranks that share a model the first takes, and the others read what it took
+- ranks that are through wait by asking the store now and then: a collective would end the run after its timeout
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
+
+T = TypeVar("T")
+
+MOST_OF_A_CHUNK = 64  # things, unless a prompt has more samples: what is taken and not begun waits for its replica
+
+
+def chunks_of(counts: Sequence[int], num_replicas: int, most: int = MOST_OF_A_CHUNK) -> Iterator[range]:
+    """The chunks in which sum(counts) things are taken, in their order; counts[i] of them belong together.
+
+    A chunk is half of an equal share of what is left, at most `most` or the largest count. It ends where the last count
+    that fits ends; where none does it is a part of one.
+    """
+    ends = np.cumsum(counts, dtype=np.int64)
+    total, start = int(ends[-1]) if len(ends) else 0, 0
+    most = max(most, int(max(counts, default=0))) if most > 1 else 1
+    while start < total:
+        size = min(max(1, (total - start) // (2 * num_replicas)), most)
+        first = int(np.searchsorted(ends, start, "right"))  # the count that holds the next thing
+        last = int(np.searchsorted(ends, start + size, "right"))  # the first that ends behind the chunk
+        end = int(ends[last - 1]) if last > first else start + size
+        yield range(start, end)
+        start = end
+
+
+class Place(NamedTuple):
+    """Where a rank stands: replicas share the work, ranks of a replica share a model and do the same."""
+
+    num_replicas: int
+    replica: int
+    tp_size: int
+    tp_rank: int
+
+
+def place_in(dp: DeviceMesh) -> Place:
+    """This rank's, with tensor-parallel ranks adjacent."""
+    tp_size = dist.get_world_size() // dp.size()
+    replica, tp_rank = divmod(dist.get_rank(), tp_size)
+    return Place(dp.size(), replica, tp_size, tp_rank)
+
+
+class SharedWork:
+    """A list of sum(counts) things that all replicas take from. Iterating gives those that this one has taken, a range
+    of numbers at a time; the ranks of a replica get the same ranges.
+
+    All ranks make it, iterate over it and close it, in step with the others of its name. counts, most: see chunks_of.
+    """
+
+    def __init__(
+        self, name: str, counts: Sequence[int], place: Place, store: dist.Store | None, most: int = MOST_OF_A_CHUNK
+    ):
+        self.place, self.total, self.num_done = place, int(sum(counts)), 0
+        self._chunks, self._num_taken, self._name = enumerate(chunks_of(counts, place.num_replicas, most)), 0, name
+        self._keys: set[str] = set()  # that this rank has written
+        self._store = store if place.num_replicas > 1 else None
+        if self._store is not None:
+            world = place.num_replicas * place.tp_size
+            self._prefix = f"{name}/{(store.add(f'{name}/opened', 1) - 1) // world}"
+
+    @property
+    def share(self) -> int:
+        """The most that one of the replicas would take if all took the same."""
+        return -(-self.total // self.place.num_replicas)
+
+    def __iter__(self) -> Iterator[range]:
+        while True:
+            number = self._take()
+            chunk = next((chunk for i, chunk in self._chunks if i == number), None)
+            if chunk is None:
+                return
+            yield chunk
+
+    def _take(self) -> int:
+        """The number of the next chunk; there may be none of it any more."""
+        turn, self._num_taken = self._num_taken, self._num_taken + 1
+        if self._store is None:
+            return turn
+        key = f"{self._prefix}/{self.place.replica}/{turn}"
+        if self.place.tp_rank:
+            patience = _Patience()
+            while not self._store.check([key]):
+                patience.sleep()
+            return int(self._store.get(key))
+        number = self._add("next", 1) - 1
+        if self.place.tp_size > 1:
+            self._store.set(key, str(number))
+            self._keys.add(key)
+        return number
+
+    def _add(self, counter: str, number: int) -> int:
+        key = f"{self._prefix}/{counter}"
+        self._keys.add(key)
+        return self._store.add(key, number)
+
+    def end(self) -> None:
+        """Nobody takes any more."""
+        if self._store is not None and not self.place.tp_rank:
+            self._add("next", self.total)
+
+    def done(self) -> int:
+        """One thing is done here; how many are on all replicas, as far as this rank knows."""
+        if self._store is None or self.place.tp_rank:
+            self.num_done += 1
+        else:
+            self.num_done = self._add("done", 1)
+        return self.num_done
+
+    def close(self) -> None:
+        """Waits until all ranks are through."""
+        if self._store is None:
+            return
+        world = self.place.num_replicas * self.place.tp_size
+        wait_for_ranks(self._store, world)
+        if not self.place.tp_rank:
+            self.num_done = self._add("done", 0)
+        wait_for_ranks(self._store, world)
+        for key in self._keys:
+            self._store.delete_key(key)  # of a counter the first to come does
+
+
+def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MOST_OF_A_CHUNK) -> SharedWork:
+    """The work of this run's replicas."""
+    place = place_in(dp)
+    return SharedWork(name, counts, place, default_store() if place.num_replicas > 1 else None, most)
+
+
+def default_store() -> dist.Store:
+    return _get_default_store()  # torch 2.11 to 2.13 have no public name for it
+
+
+# ----------------------------------------------------------------------------------------- waiting
+
+
+class _Patience:
+    """Sleeps a fiftieth of the time waited so far, half a second at most."""
+
+    def __init__(self):
+        self.begun = time.monotonic()
+
+    def sleep(self) -> None:
+        time.sleep(min(0.5, max(0.0005, (time.monotonic() - self.begun) / 50)))
+
+
+def wait_for_ranks(store: dist.Store, world: int) -> None:
+    """Returns when all ranks are here, however long that takes; if one dies, the launcher ends the others."""
+    arrived = store.add("ranks/arrived", 1)
+    wanted, patience = -(-arrived // world) * world, _Patience()  # nobody comes again before all have been here
+    while store.add("ranks/arrived", 0) < wanted:
+        patience.sleep()
+
+
+def wait_for_all_ranks() -> None:
+    """wait_for_ranks of this run: before a collective that follows uneven work."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        wait_for_ranks(default_store(), dist.get_world_size())
+
+
+def gather_parts(own: dict[int, T], dp: DeviceMesh) -> dict[int, T]:
+    """The entries of all replicas, alike on all ranks. A collective: after work of theirs that has been closed."""
+    parts = [None] * dp.size()
+    dist.all_gather_object(parts, own, group=dp.get_group())
+    return {key: value for part in parts for key, value in part.items()}

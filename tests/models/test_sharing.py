@@ -1,0 +1,152 @@
+"""Work that replicas share: what a chunk holds, who takes it, and who waits for whom."""
+
+import heapq
+import random
+import threading
+import time
+
+import torch.distributed as dist
+
+from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, wait_for_ranks
+
+
+def test_chunks():
+    """Catches a thing that is in no chunk or in two, samples of a prompt parted while there is much left, chunks that
+    would leave other replicas idle at the end, and one of several prompts' parts."""
+    random_counts = random.Random(0).choices(range(1, 9), k=200)
+    for counts in ([], [1], [3] * 40, [64] * 10, [1] * 1000, random_counts):
+        for replicas in (1, 2, 8):
+            found = list(chunks_of(counts, replicas))
+            assert [i for chunk in found for i in chunk] == list(range(sum(counts)))
+            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+            for chunk in found:
+                left = sum(counts) - chunk.start
+                assert len(chunk) <= max(1, left / (2 * replicas), 0) and len(chunk) <= MOST_OF_A_CHUNK
+                holding = next(end for end in ends if end > chunk.start)
+                assert chunk.stop in ends or chunk.stop < holding  # whole prompts, or a part of one
+                assert chunk.stop in ends or left < 2 * replicas * 64
+    assert all(len(chunk) == 1 for chunk in chunks_of([5, 5], 2, most=1))
+
+
+def idle_share(counts: list[int], costs: list[float], rows: int, replicas: int) -> tuple[float, float]:
+    """How long replicas of so many rows stand idle at the end, of the time of all: (prompts dealt in turn, shared)."""
+
+    def end(sharing) -> float:
+        """A replica's rows each take the next thing when they are free. sharing(replica) -> its next thing, or None."""
+        free = [(0.0, replica, row) for replica in range(replicas) for row in range(rows)]
+        heapq.heapify(free)
+        last = [0.0] * replicas
+        while free:
+            now, replica, row = heapq.heappop(free)
+            thing = sharing(replica)
+            if thing is None:
+                last[replica] = max(last[replica], now)
+            else:
+                heapq.heappush(free, (now + costs[thing], replica, row))
+        return 1 - sum(last) / (replicas * max(last))
+
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    dealt = [
+        iter([first[i] + j for i in range(r, len(counts), replicas) for j in range(counts[i])]) for r in range(replicas)
+    ]
+    chunks, held = chunks_of(counts, replicas), [iter(()) for _ in range(replicas)]
+
+    def shared(replica: int) -> int | None:
+        thing = next(held[replica], None)
+        if thing is None:
+            held[replica] = iter(next(chunks, ()))
+            thing = next(held[replica], None)
+        return thing
+
+    return end(lambda replica: next(dealt[replica], None)), end(shared)
+
+
+def test_ragged_tail():
+    """Catches chunks that are too large for the end: by a clock that is simulated, replicas stand idle less than half
+    as long as where prompts are dealt in turn. Answers to hard prompts are long, 16 samples each."""
+    lengths = random.Random(1)
+    counts, costs = [16] * 40, []
+    for count in counts:
+        hard = lengths.expovariate(1 / 400)
+        costs += [min(2048.0, 20 + hard * lengths.uniform(0.5, 1.5)) for _ in range(count)]
+    dealt, shared = idle_share(counts, costs, rows=16, replicas=8)
+    print(f"idle of 8 replicas: {dealt:.1%} dealt in turn, {shared:.1%} shared")
+    assert shared < dealt / 2
+
+
+def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int, int], body) -> list:
+    """What body(work) gives on each rank of (replicas, tp ranks), each in a thread."""
+    replicas, tp_size = layout
+    results = [None] * (replicas * tp_size)
+
+    def rank(number: int) -> None:
+        work = SharedWork(name, counts, Place(replicas, number // tp_size, tp_size, number % tp_size), store)
+        results[number] = body(work, number)
+        work.close()
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def test_ranks_take_everything_once():
+    """Catches a thing that two replicas take or none does, ranks of one model that take different things or in another
+    order, a fast replica that gets no more than a slow one, a second list of a name that goes on with the first's
+    counter, keys that stay in the store, and replicas that go on taking after the end."""
+    store, counts = dist.HashStore(), [4] * 12
+
+    def take(work: SharedWork, number: int) -> list[int]:
+        taken = []
+        for things in work:
+            for thing in things:
+                time.sleep(0.004 if number < 2 else 0.0)  # the first replica is slow
+                taken.append(thing)
+                work.done()
+        return taken
+
+    for layout in ((2, 2), (3, 1), (1, 2)):
+        for _ in range(2):
+            found = run_ranks(store, "list", counts, layout, take)
+            of_replicas = found[:: layout[1]]
+            assert all(found[i] == found[i - i % layout[1]] for i in range(len(found)))
+            assert sorted(thing for taken in of_replicas for thing in taken) == list(range(48))
+            if layout == (2, 2):
+                assert len(of_replicas[0]) < len(of_replicas[1])
+        assert store.num_keys() <= 2, store  # lists opened, ranks arrived
+        store = dist.HashStore()
+
+    def end_at_once(work: SharedWork, number: int) -> int:
+        taken = len(next(iter(work), ()))
+        work.end()
+        return taken + sum(map(len, work))
+
+    assert sum(run_ranks(dist.HashStore(), "list", counts, (2, 1), end_at_once)) < 48
+
+    def count(work: SharedWork, number: int) -> SharedWork:
+        take(work, number)
+        return work
+
+    assert [work.num_done for work in run_ranks(dist.HashStore(), "list", counts, (2, 1), count)] == [48, 48]
+
+
+def test_waiting():
+    """Catches a rank that does not wait for the slowest, or waits for ever the second time."""
+    store, late, seen = dist.HashStore(), [], []
+
+    def rank(number: int) -> None:
+        for turn in range(3):
+            time.sleep(0.02 * (number == turn))
+            late.append(turn)
+            wait_for_ranks(store, 3)
+            seen.append(late.count(turn))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [3] * 9 and not any(thread.is_alive() for thread in threads)

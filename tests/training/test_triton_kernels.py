@@ -1,0 +1,63 @@
+"""The Triton kernels of training without a GPU: in Triton's interpreter against autograd on whole logits and AdamW by
+plain operations, and compiled to machine code for the GPUs they are meant for."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+from tests.models.test_triton_attention import TARGETS, run
+
+INTERPRETED = """
+from tests.models import interpreted_head
+from tests.training import interpreted_adamw
+
+interpreted_head.check_all()
+interpreted_adamw.check_all()
+"""
+
+
+def test_interpreted():
+    """Catches a column beyond the last that counts, a normaliser that is not shrunk with a larger maximum, a target of
+    another row, a temperature left out of a gradient, an entropy's gradient of the wrong sign or of what is only looked
+    at, chunks that overwrite each other, a loss whose factor is lost, a second backward that takes the gradient for the
+    logits; and of several ranks parts that are joined without their common maximum, and a target that two have.
+
+    Of AdamW a column, a row or a block that is left out or taken twice, noise of another place in the whole tensor,
+    levels or middles of the other moment, a scale that is not its block's largest, and factors in another order."""
+    run("-c", INTERPRETED, interpret=True)
+
+
+COMPILE = """
+import itertools, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from models import triton_head
+from training import triton_adamw
+
+NUMBERS = {"targets": "*i64", "column_hashes": "*i32", "key": "i64", "first_row": "i32", "start": "i32"}
+NUMBERS |= dict.fromkeys(("num_rows", "num_columns", "num_blocks", "blocks_of_row", "block"), "i32")
+FACTORS = "scale", "decay", "beta1", "rest1", "beta2", "rest2", "step_size", "correction2", "eps"
+NUMBERS |= dict.fromkeys(FACTORS, "fp32")
+NUMBERS |= {"logits": "*bf16", "weight": "*bf16", "grad": "*bf16", "exp_avg": "*u8", "exp_avg_sq": "*u8"}
+of_adamw = {"QUANTIZED": True, "ROUNDED": True, "NUM_SIGNED": 255, "NUM_LEVELS": 256}
+kernels = [
+    (triton_head.row_statistics_kernel, {"BLOCK": triton_head.BLOCK}, triton_head.NUM_WARPS),
+    (triton_head.gradients_kernel, {"BLOCK": triton_head.BLOCK, "ENTROPY": True}, triton_head.NUM_WARPS),
+    (triton_adamw.adamw_kernel, {**of_adamw, **triton_adamw.shape_of(4096, 256)}, triton_adamw.NUM_WARPS),
+]
+sizes = []
+for (kernel, constants, num_warps), target in itertools.product(kernels, map(tuple, json.loads(sys.argv[1]))):
+    types = {name: "constexpr" if name in constants else NUMBERS.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, types, constants, {})
+    compiled = triton.compile(source, target=GPUTarget(*target), options={"num_warps": num_warps})
+    sizes.append(len(compiled.asm["cubin" if target[0] == "cuda" else "hsaco"]))
+print(json.dumps(sizes))
+"""
+
+
+def test_kernels_compile_for_gpus():
+    """Catches what only the compiler refuses."""
+    sizes = json.loads(run("-c", COMPILE, json.dumps(list(TARGETS.values())), interpret=False))
+    assert len(sizes) == 9 and all(sizes)

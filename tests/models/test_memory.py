@@ -1,0 +1,39 @@
+"""Rows and pages that fit into memory."""
+
+import pytest
+import torch
+
+from models import memory
+from models.checkpoint import load_model
+from models.decode import to_inference
+from models.generation import Engine
+from models.memory import page_bytes, plan_cache
+from models.pages import pages_for
+from models.sampling import SamplingParams
+
+
+def test_rows_and_pages_fit(folder, monkeypatch):
+    """Catches a page whose bytes are counted wrongly, rows that are more than the pages can feed or than there are
+    requests, a cache beyond memory, and one that cannot hold its longest sequence."""
+    model = to_inference(load_model(folder), pack=False)
+    of_page = page_bytes(model)
+    cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache
+    assert of_page == 64 * cache.bytes_per_token
+    config = model.config
+    beside = 4 * 128 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * 16 * config.vocab_size
+
+    def plan(num_pages, num_slots=None, num_requests=100, **lengths):
+        monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (num_pages * of_page + beside) + 2)
+        lengths = {"usual_tokens": 100, "known_tokens": 200, "most_tokens": 0, **lengths}
+        found = plan_cache(model, num_slots=num_slots, num_requests=num_requests, prefill_tokens=128, **lengths)
+        return found.num_slots, found.num_pages, found.max_seq_len
+
+    assert plan(1000) == (16, 16 * pages_for(200), 200)  # all that 16 rows may need
+    assert plan(20) == (10, 20, 200)  # two pages each as a rule, four at most
+    assert plan(1000, num_requests=1) == (1, 4, 200)
+    assert plan(1000, most_tokens=5000) == (16, pages_for(5000), 5000)
+    assert plan(50, most_tokens=5000) == (16, 50, 50 * 64)
+    assert plan(1000, 16, most_tokens=0) == plan(1000)
+    with pytest.raises(ValueError, match="does not fit into"):
+        plan(3)
+    assert memory.free_memory(torch.device("cpu")) > 2**20

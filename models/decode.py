@@ -114,7 +114,10 @@ class QuantizedHead(nn.Module):
         if self.packed is None and len(rows) > self.MOST_ROWS:
             self.packed = pack_weight(self.bags.whole(scaled=False).to(x.dtype))
             self.scale, self.bags = self.bags.row_scale(), None
-        logits = self.bags.few_rows(rows) if self.packed is None else self.packed(rows).float() * self.scale
+        if self.packed is None:
+            logits = self.bags.for_few_rows(len(rows))(rows)
+        else:
+            logits = self.packed(rows).float() * self.scale
         return logits.view(*x.shape[:-1], -1)
 
 

@@ -229,14 +229,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_products(weight: Quantized, scheme: Scheme) -> nn.Module:
-    """The product with a weight on its GPU, by the kernels of models/triton_linear.py."""
+def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None) -> nn.Module:
+    """The product with a weight on its GPU, by the kernels of models/triton_linear.py, which says what splits are."""
     from models.triton_linear import WIDTH, TritonProducts
 
     num_outputs = len(weight.values)
     padded = _padded(weight, WIDTH)
     values = pack_int4(padded.values, WIDTH) if scheme.bits == 4 else padded.values
-    return TritonProducts(values, padded.scale, padded.zero, num_outputs, scheme.group_size, scheme.bits)
+    return TritonProducts(values, padded.scale, padded.zero, num_outputs, scheme.group_size, scheme.bits, splits)
 
 
 def _padded(weight: Quantized, width: int) -> Quantized:
@@ -318,7 +318,7 @@ class QuantizedLinear(nn.Module):
             values, scale = weight.values, weight.scale.to(dtype)
             scale = scale[:, 0] if scheme.group_size is None else scale
         else:
-            width = cpu_int4_width() or 64
+            width = cpu_int4_width() if self.kernel == "torch" else 64
             padded = _padded(weight, width)
             values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
             scale, self.half_width = scales_and_zeros(padded, dtype), width // 2

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 WIDTH = 128  # output features of a block: with more rows than few, activations are read again for each block
 FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
-MOST_BLOCK_K = 64
-NUM_STAGES = 3  # blocks under way
+MOST_BLOCK_K = 32  # with 64, and 64 rows, registers do not suffice on sm_80
+NUM_STAGES = 4  # blocks under way
 
 
 @triton.jit

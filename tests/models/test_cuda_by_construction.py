@@ -59,6 +59,19 @@ def paged_decode(q, k, v, table, lengths, splits):
     return torch.empty_like(q)
 
 
+class TritonProducts(nn.Module):
+    """What models.triton_linear says that it takes and gives; tests/models/test_triton_linear.py runs it."""
+
+    def __init__(self, weight: Quantized, scheme: Scheme):
+        super().__init__()
+        self.N, self.K = weight.values.shape
+        assert weight.scale.shape == (self.N, scheme.num_groups(self.K)) and weight.scale.dtype == torch.bfloat16
+
+    def forward(self, x):
+        assert x.dim() == 2 and x.shape[1] == self.K
+        return x.new_empty(len(x), self.N)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Fake tensors on a Hopper GPU with all kernels."""
@@ -70,7 +83,8 @@ def gpu(monkeypatch):
         registry = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
         registry[1] = registry[14]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(qlinear, "cuda_int4_works", lambda device: True)
+    monkeypatch.setattr(qlinear, "has_triton", lambda: True)
+    monkeypatch.setattr(qlinear, "triton_products", TritonProducts)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
     with FakeTensorMode():
@@ -158,13 +172,14 @@ def test_generation(gpu, name, kernel, monkeypatch):
     assert sorted(c.request.idx for c in done) == list(range(5)) and all(len(c.token_ids) == 5 for c in done)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
-def test_quantised_generation(gpu, scheme, monkeypatch):
-    """Catches shapes, dtypes or layouts that the CUDA products refuse (int4: [N / 8, K / (16 tiles), 32, tiles / 2];
-    fp8: a column-major weight, scales [M, 1] and [1, N]), and a product that does not take its kernel."""
+@pytest.mark.parametrize("scheme, kernel", [*((scheme, True) for scheme in SCHEMES[1:]), (SCHEMES[2], False)], ids=str)
+def test_quantised_generation(gpu, scheme, kernel, monkeypatch):
+    """Catches shapes, dtypes or layouts that the CUDA products refuse (fp8: a column-major weight, scales [M, 1] and
+    [1, N]), a product that does not take its kernel, and one that fails where there is no Triton."""
+    monkeypatch.setattr(qlinear, "has_triton", lambda: kernel)
     engine = make_engine(PARAMS["both"], scheme)
     kernels = {module.kernel for module in engine.modules() if isinstance(module, QuantizedLinear)}
-    assert kernels == {{"int8": None, "int4": "cuda", "fp8": "fp8"}[scheme.mode]}
+    assert kernels == {("fp8" if scheme.mode == "fp8" else "triton") if kernel else None}
     assert len(generate(engine, monkeypatch)) == 5
     weight = quantised_on_gpu((24, 128), scheme)  # fp8: the kernel does not take 24 features
     layer = QuantizedLinear([weight], [torch.empty(24, device=GPU)], scheme, torch.bfloat16)

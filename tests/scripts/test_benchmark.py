@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from models.common import Runtime
-from models.decode import can_pack, has_byte_bags
+from models.cpu_linear import has_fbgemm
+from models.decode import can_pack
 from models.fsdp import ParallelArgs
 from models.generation import Engine, Request
 from models.model import ModelConfig
@@ -92,7 +93,7 @@ def test_sweep_of_generate():
     sizes = {name: b["bytes_per_second"] * b["ms_per_step"] / 1e3 for name, b in read.items()}
     head, blocks = 4000 * 512, 6 * (4 * 512 * 512 + 3 * 512 * 1376)
     assert sizes["float32"] == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
-    of_head = 1 if can_pack(ON_CPU) and has_byte_bags() else 2  # bytes: int8 where there are kernels for it
+    of_head = 1 if can_pack(ON_CPU) and has_fbgemm() else 2  # bytes: int8 where there are kernels for it
     assert sizes["int4"] == pytest.approx(of_head * head + (0.5 + 4 / 32) * blocks, rel=0.05)
 
 

@@ -36,7 +36,7 @@ from scripts.benchmark_data import report_data
 from scripts.benchmark_generate import generate_setting, measure_generate
 from scripts.benchmark_grpo import grpo_setting, measure_grpo
 from scripts.benchmark_memory import report_memory
-from scripts.benchmark_peers import PEERS, peer
+from scripts.benchmark_peers import PEERS, peer, peer_name
 from scripts.benchmark_ppo import measure_ppo, ppo_setting, report_plan
 from scripts.benchmark_training import dpo_setting, measure_dpo, measure_sft, sft_setting
 
@@ -69,13 +69,13 @@ def main(args: BenchmarkArgs) -> None:
     torch.manual_seed(args.seed)
     flops, bandwidth, dtype = ceilings(runtime.device)
     measure, setting = JOBS[job]
-    measure = measure if args.engine == "ours" else peer(job)
+    measure = measure if args.engine == "ours" else peer(args)
     result = measure(args, runtime, bandwidth)
     product = f"{dtype_name(dtype)} matrix product"
     rows = {
         "model": f"{args.preset}, {args.config.num_parameters() / 1e6:,.1f} M parameters, random",
         "device": str(runtime),
-        "versions": f"torch {torch.__version__}, engine {args.engine if args.engine == 'ours' else PEERS[job]}",
+        "versions": f"torch {torch.__version__}, engine {args.engine if args.engine == 'ours' else peer_name(args)}",
         "ceilings": f"{flops / 1e12:,.2f} TFLOP/s ({product}), {bandwidth / 1e9:,.1f} GB/s (copy)",
         "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {args.repeats})",
     }
@@ -116,14 +116,14 @@ def compare_once(args: BenchmarkArgs, arguments: list[str]) -> None:
                 raise ValueError(f"--engine {engine} failed: {done.stderr.strip().splitlines()[-1]}")
             result = json.loads(done.stdout.strip().splitlines()[-1])
             results[engine].append(result)
-            name = engine if engine == "ours" else PEERS[args.job]
+            name = engine if engine == "ours" else peer_name(args)
             speed, memory = result["tokens_per_second"], result["peak_memory"] / 1e9
             print(f"round {i + 1}: {name:12} {speed:10,.1f} tok/s, {memory:,.2f} GB peak", flush=True)
     pairs = list(zip(results["ours"], results["peer"]))
     speeds = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
     memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
     shown = ", ".join(f"{x:.2f}" for x in speeds)
-    print(f"ours / {PEERS[args.job]}: speed {shown}; memory {statistics.median(memory):.2f}")
+    print(f"ours / {peer_name(args)}: speed {shown}; memory {statistics.median(memory):.2f}")
     print(json.dumps({"speed_ratios": speeds, "memory_ratios": memory, "ours": results["ours"][-1]}))
 
 

@@ -63,6 +63,9 @@ class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
     precompute_ref: bool = flag(True, help="dpo: the reference's log-probs once before training, else in each step")
     repeats: int = flag(3, bounds=at_least_one, help="timed runs (generate) or steps, after one to warm up")
     engine: str = flag("ours", choices=("ours", "peer"), help="what to run; the peer is transformers, or trl")
+    llama_cpp_gguf: Path | None = flag(
+        None, help="generate: the peer is llama.cpp (pip install xllamacpp) with this file; say the same --preset"
+    )
     reward_preset: str | None = flag(None, choices=SIZES, help="ppo: shape of reward model and critic; --preset")
     slots: int | None = flag(None, bounds=at_least_one, help="ppo: answers drawn at a time; --batch_size, up to 128")
     micro_batch_size: int | None = flag(None, bounds=at_least_one, help="ppo, grpo: answers of a forward; --batch_size")

@@ -12,14 +12,33 @@ from models.model import ModelConfig
 from scripts.benchmark_common import BenchmarkArgs, seconds_of
 from scripts.benchmark_generate import work
 from scripts.benchmark_training import random_pairs
+from scripts.peer_llama_cpp import measure_llama_cpp
 from training.optim import make_optimizer
 
 PEERS = {"generate": "transformers", "sft": "transformers", "dpo": "trl"}
 
 
-def peer(job: str) -> Callable:
-    """The same job with transformers' generate(), a plain loop of its model with bf16 autocast and AdamW, or TRL's
-    DPOTrainer."""
+def peer_name(args: BenchmarkArgs) -> str:
+    return "llama.cpp" if args.llama_cpp_gguf is not None else PEERS[args.job]
+
+
+def llama_cpp(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
+    """The rows of `generate` by llama.cpp, with the model of a GGUF file in the place of the preset's."""
+    vocab_size = args.config.vocab_size
+    rows = [(torch.randint(3, vocab_size, (prompt_len,)).tolist(), new) for prompt_len, new in work(args)]
+    sizes = {"slots": args.batch_size, "threads": torch.get_num_threads(), "repeats": args.repeats}
+    result = measure_llama_cpp(args.llama_cpp_gguf, rows, **sizes)
+    return {"tokens_per_second": result["tokens_per_second"], "rows": {"peer": result["ran"]}}
+
+
+def peer(args: BenchmarkArgs) -> Callable:
+    """The same job with transformers' generate(), a plain loop of its model with bf16 autocast and AdamW, TRL's
+    DPOTrainer, or llama.cpp."""
+    job = args.job
+    if args.llama_cpp_gguf is not None:
+        if job != "generate":
+            raise ValueError(f"--llama_cpp_gguf is for generate, not for {job}")
+        return llama_cpp
     try:
         import transformers
 

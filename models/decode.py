@@ -74,9 +74,10 @@ class InferenceLinear(nn.Module):
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
         """forward() of [num_rows, K], with fewer steps on the way where the packed product is all there is to do."""
-        if self.packed is None or self.parallel is not None or self.bias is not None:
+        if self.packed is None or self.parallel is not None:
             return self
-        return lambda x: self.packed(x)  # not bound to the packed weight, which a refresh replaces: both would be held
+        bias = self.bias
+        return lambda x: self.packed(x, bias)  # not bound to the packed weight, which a refresh replaces
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None

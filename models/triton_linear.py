@@ -192,17 +192,17 @@ class TritonProducts(nn.Module):
     def few_rows(self, x: Tensor, *, upcast: bool = False) -> Tensor:
         """upcast: as of paged_decode in models/triton_attention.py."""
         (M, K), N, S, columns = x.shape, self.num_outputs, self.splits, self.scales.shape[1]
-        block_m = max(16, min(FEW_ROWS, triton.next_power_of_2(M)))  # tl.dot needs 16 rows
+        block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # tl.dot needs 16 rows
         out = torch.empty(M, N, dtype=x.dtype, device=x.device)
         parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
-        share = triton.cdiv(K, self.shape["BLOCK_K"] * S)
+        share = -(-K // (self.shape["BLOCK_K"] * S))
         tensors = (x, self.weight, self.scales, self.scales if self.zeros is None else self.zeros, parts)
         options = {"num_warps": num_warps(block_m, 4 if upcast else x.element_size()), "num_stages": NUM_STAGES}
-        multiply_few_rows[(columns // WIDTH, S, triton.cdiv(M, block_m))](
+        multiply_few_rows[(columns // WIDTH, S, -(-M // block_m))](
             *tensors, M, N, K, columns, share, **self.shape, BLOCK_M=block_m, UPCAST=upcast, **options
         )
         if S > 1:
-            add_parts[(triton.cdiv(M * N, 1024),)](parts, out, M * N, S, 1024, num_warps=4)
+            add_parts[(-(-M * N // 1024),)](parts, out, M * N, S, 1024, num_warps=4)
         return out
 
     def expanded(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
@@ -210,7 +210,5 @@ class TritonProducts(nn.Module):
         K, columns = num_inputs, self.scales.shape[1]
         out = torch.empty(K, columns, dtype=dtype, device=self.weight.device)
         tensors = (self.weight, self.scales, self.scales if self.zeros is None else self.zeros, out)
-        expand[(columns // WIDTH, triton.cdiv(K, self.shape["BLOCK_K"]))](
-            *tensors, K, columns, **self.shape, num_warps=4
-        )
+        expand[(columns // WIDTH, -(-K // self.shape["BLOCK_K"]))](*tensors, K, columns, **self.shape, num_warps=4)
         return out[:, : self.num_outputs]

@@ -1,11 +1,10 @@
 """llama.cpp as a peer of the job `generate`, where the package xllamacpp, its prebuilt wheel, is installed.
 
-Runs a GGUF file in a process-wide server without HTTP: the prompts are token ids, sent at once, `slots` of them decoded at
-a time; ends are ignored, so that each has as many tokens as it is told. What it ran stands beside its rate: quantisation
-and size as the file's name and bytes say, threads, slots.
+Runs a GGUF file in a server of this process, without HTTP: the prompts are token ids, sent at once, `slots` of them are
+decoded at a time, and ends are ignored, so that each answer has as many tokens as it is told. What it ran stands beside
+its rate: the file, whose name and size tell the quantisation, threads and slots.
 """
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +13,13 @@ from pathlib import Path
 def measure_llama_cpp(
     gguf: Path, work: list[tuple[list[int], int]], *, slots: int, threads: int, repeats: int
 ) -> dict[str, float | str]:
-    """The median tokens/s of `repeats` runs, prefill and decode, after one that does not count, as {"tokens_per_second",
-    "ran"}. work: (ids of the prompt, tokens to generate) of each row. Raises ValueError without xllamacpp, or for a file
-    that it does not take."""
+    """The median tokens/s of `repeats` runs, prefill and decode, after one that does not count, as
+    {"tokens_per_second", "ran"}. work: (ids of the prompt, tokens to generate) of each row. Raises ValueError without
+    xllamacpp, or for a file that it does not take."""
     try:
         import xllamacpp
     except ImportError:
-        raise ValueError("--peer llama.cpp needs xllamacpp: pip install it") from None
+        raise ValueError("--llama_cpp_gguf needs xllamacpp: pip install it") from None
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_parallel, params.warmup = slots, False
@@ -35,7 +34,6 @@ def measure_llama_cpp(
         ids, new = row
         request = {"prompt": ids, "n_predict": new, "ignore_eos": True, "cache_prompt": False, "temperature": 1.0}
         done = server.handle_completions(request)
-        done = json.loads(done) if isinstance(done, str | bytes) else done
         if done.get("tokens_predicted", done.get("usage", {}).get("completion_tokens")) != new:
             raise ValueError(f"{gguf}: llama.cpp answered {str(done)[:200]}")
 

@@ -141,6 +141,9 @@ def test_forms_in_fp32(scheme):
     whole, group_size = dequantize(small), scheme.group_size
     products = FloatProducts(small.values, small.scale)
     products.bags.EXPANDED = 2**16
+    x = torch.randn(3, 192)
+    compiled = torch.compile(products, backend="eager", fullgraph=True)(x)  # which knows none of FBGEMM's operators
+    torch.testing.assert_close(compiled, x @ whole.T, rtol=1e-4, atol=1e-4)
     for slots in (1, 3, 40, 2):
         step = products.for_rows(slots)
         for rows, product in ((slots, step), (1, products), (5, products), (70, products)):

@@ -199,8 +199,8 @@ def test_quantised_arithmetic(scheme):
     model = quantized_model(config, ON_CPU, scheme)
     tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
-    # in bags each 96 integers end with a scale and an offset
-    most = 1.01 if has_bf16_products() or not has_fbgemm() else 1.1
+    # in bags up to 96 integers end with a scale and an offset, and blocks of so many are filled up
+    most = 1.01 if has_bf16_products() or not has_fbgemm() else 1.25
     assert on_paper / 1.01 <= sum(tensors.values()) <= on_paper * most
 
 

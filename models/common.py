@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from models.cpu_linear import has_bf16_products
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
@@ -309,7 +311,10 @@ class Runtime(NamedTuple):
     compile: bool
 
     def __str__(self) -> str:
-        return f"{device_name(self.device)}, {dtype_name(self.dtype)}" + ", compiled" * self.compile
+        note = ""
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and not has_bf16_products():
+            note = " (this CPU has no instructions for it: inference multiplies in float32)"
+        return f"{device_name(self.device)}, {dtype_name(self.dtype)}{note}" + ", compiled" * self.compile
 
 
 def choose_runtime(args: RuntimeArgs) -> Runtime:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import load_model
 from models.common import Runtime
+from models.cpu_linear import Bags, PackedMatrix, can_pack_weights, has_fbgemm, pack_weight
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
@@ -28,13 +29,9 @@ from models.tp import Parallel, leave_parallel, local, size_of
 
 
 def can_pack(runtime: Runtime) -> bool:
-    """Whether oneDNN's prepacked linear layer serves this device and dtype; it is not for torch.compile."""
+    """Whether prepacked products serve this device and dtype (models/cpu_linear.py); not for torch.compile."""
     device, dtype, compile = runtime
-    if compile or device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and not compile and can_pack_weights(dtype)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -45,12 +42,9 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 class InferenceLinear(nn.Module):
     """Linear layers that share an input, as one matrix product; their outputs stand side by side in one tensor."""
 
-    PACK_ROWS = 8  # the batch for which oneDNN chooses the layout; measured equal for 1 to 512 rows
-
     def __init__(self, linears: list[Linear], *, pack: bool):
         super().__init__()
         self.sizes = [len(linear.weight) for linear in linears]  # of this tp rank, unlike out_features
-        self.num_bytes = sum(linear.weight.nbytes for linear in linears)
         first = linears[0]
         self.parallel = first.parallel if isinstance(first, RowLinear) and size_of(first.parallel.tp) > 1 else None
         self.dtype = first.weight.dtype
@@ -58,10 +52,13 @@ class InferenceLinear(nn.Module):
         self.register_buffer("bias", None if first.bias is None else _joined([linear.bias for linear in linears]))
         self.packed = self._pack(linears) if pack else None
 
+    @property
+    def num_bytes(self) -> int:
+        return (self.weight if self.packed is None else self.packed).nbytes
+
     @torch.no_grad()
-    def _pack(self, linears: list[Linear]) -> Tensor:
-        weight = _joined([local(linear.weight) for linear in linears]).to(self.dtype)
-        return torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
+    def _pack(self, linears: list[Linear]) -> PackedMatrix:
+        return pack_weight(_joined([local(linear.weight) for linear in linears]).to(self.dtype))
 
     @torch.no_grad()
     def refresh(self, linears: list[Linear]) -> None:
@@ -79,36 +76,24 @@ class InferenceLinear(nn.Module):
         """forward() of [num_rows, K], with fewer steps on the way where the packed product is all there is to do."""
         if self.packed is None or self.parallel is not None:
             return self
-        product, bias = torch.ops.mkldnn._linear_pointwise.default, self.bias
-        # not bound to the packed weight, which a refresh replaces: both would be held
-        return lambda x: product(x, self.packed, bias, "none", [], "")
+        bias = self.bias
+        return lambda x: self.packed(x, bias)  # not bound to the packed weight, which a refresh replaces
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None
-        if self.packed is None:
-            y = F.linear(x, self.weight, bias)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        y = F.linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
         if self.parallel is not None:  # row-parallel: the bias is added once, to the sum
             y = leave_parallel(y, self.parallel)
             y = y if self.bias is None else y + self.bias
         return y
 
 
-def has_byte_bags() -> bool:
-    """Whether this CPU sums rows of bytes at the memory's speed (FBGEMM; elsewhere the operator is a plain loop)."""
-    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-    return has_fbgemm and hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets")
-
-
 class QuantizedHead(nn.Module):
-    """A language-model head in int8. For one row or two, logits are sums of rows of bytes weighted by the hidden state,
-    an embedding_bag for every 384 tokens, accumulated in fp32. At the first call with more rows the integers, which
-    bf16 holds exactly, become oneDNN's packed matrix, whose product is faster from there on; the weights are the same,
-    and one form of them is kept."""
+    """A language-model head in int8 on a CPU, as Bags for one row or two. At the first call with more rows the
+    integers, which bf16 holds exactly, become a packed matrix, whose product is faster from there on; the weights are
+    the same, and one form of them is kept."""
 
     SCHEME = Scheme("int8")
-    WIDTH = 384  # tokens of a bag: as many sums as FBGEMM keeps in registers
     MOST_ROWS = 2  # 32000 x 768, bags and packed: 0.46 and 0.93 ms at one row, 0.63 and 1.0 at 2, 1.08 and 0.99 at 4
 
     def __init__(self, weight: Tensor):
@@ -118,47 +103,23 @@ class QuantizedHead(nn.Module):
             values, scale, _ = quantize(weight, self.SCHEME)
         except ValueError as error:
             raise ValueError(f"lm_head.weight: {error}") from None
-        (V, E), self.width = weight.shape, min(self.WIDTH, len(weight))
-        # [bags, E, width] bytes that stand for 128 less; each row ends with the operator's scale and offset, fp32
-        bags = F.pad(values, (0, 0, 0, -V % self.width)).unflatten(0, (-1, self.width)).transpose(1, 2)
-        table = torch.empty(len(bags), E, self.width + 8, dtype=torch.uint8, device=weight.device)
-        table[..., : self.width] = bags.view(torch.uint8) ^ 128
-        table[..., self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
-        self.register_buffer("table", table)
-        self.register_buffer("scale", scale[:, 0].float())
-        self.packed, self.places = None, {}
+        self.bags, self.packed, self.scale = Bags(values, scale), None, None
 
     @property
     def num_bytes(self) -> int:
-        weight = self.table if self.packed is None else self.packed
-        return self.scale.nbytes + weight.numel() * weight.itemsize
+        return self.bags.num_bytes if self.packed is None else self.packed.nbytes + self.scale.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., V], fp32"""
         rows = x.reshape(-1, x.shape[-1])
         if self.packed is None and len(rows) > self.MOST_ROWS:
-            self.packed, self.table = self._pack(x.dtype), None
-        if self.packed is not None:
-            sums = torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "").float()
+            self.packed = pack_weight(self.bags.whole(scaled=False).to(x.dtype))
+            self.scale, self.bags = self.bags.row_scale(), None
+        if self.packed is None:
+            logits = self.bags.for_few_rows(len(rows))(rows)
         else:
-            sums = self._sums(rows)
-        return (sums * self.scale).view(*x.shape[:-1], -1)
-
-    def _pack(self, dtype: torch.dtype) -> Tensor:
-        values = (self.table[..., : self.width].to(dtype) - 128).transpose(1, 2).flatten(0, 1)[: len(self.scale)]
-        return torch.ops.mkldnn._reorder_linear_weight(values, InferenceLinear.PACK_ROWS)
-
-    def _sums(self, rows: Tensor) -> Tensor:
-        """[M, E] -> [M, V], before the scales"""
-        (bags, E, _), M = self.table.shape, len(rows)
-        if M not in self.places:
-            every = torch.arange(bags * E, dtype=torch.int32).view(bags, 1, E).expand(bags, M, E).flatten()
-            self.places[M] = (every, torch.arange(0, len(every) + 1, E, dtype=torch.int32))
-        weights = rows.float().expand(bags, M, E).flatten()
-        sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.table.flatten(0, 1), *self.places[M], False, 0, False, weights, None, True
-        )
-        return sums.view(bags, M, -1).transpose(0, 1).reshape(M, -1)[:, : len(self.scale)]
+            logits = self.packed(rows).float() * self.scale
+        return logits.view(*x.shape[:-1], -1)
 
 
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:
@@ -174,7 +135,7 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
             _fuse(block, pack)
     if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
         weight, is_quantized = model.lm_head.weight, isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
-        if is_quantized and pack and weight.dtype == torch.bfloat16 and has_byte_bags():
+        if is_quantized and pack and weight.dtype == torch.bfloat16 and has_fbgemm():
             model.lm_head = QuantizedHead(weight)
         else:
             model.lm_head = InferenceLinear([model.lm_head], pack=pack)

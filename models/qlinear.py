@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common import has_triton
+from models.cpu_linear import FloatProducts, has_bf16_products, has_fbgemm
 from models.tp import Parallel, leave_parallel, size_of
 
 MODES = ("int8", "int4", "fp8")
@@ -221,50 +223,38 @@ def scales_and_zeros(weight: Quantized, dtype: torch.dtype) -> Tensor:
     return torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
 
 
-def _cuda_int4(weight: Quantized) -> tuple[Tensor, Tensor]:
-    """(integers, scales and zeros) as the CUDA kernel wants them."""
-    tiles = next(tiles for tiles in (8, 4, 2) if weight.values.shape[1] % (16 * tiles) == 0)
-    pairs = (weight.values[:, ::2] << 4) | weight.values[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-    return packed, scales_and_zeros(weight, torch.bfloat16)
+def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None) -> nn.Module:
+    """The product with a weight on its GPU, by the kernels of models/triton_linear.py, which says what splits are."""
+    from models.triton_linear import WIDTH, TritonProducts
+
+    num_outputs = len(weight.values)
+    padded = _padded(weight, WIDTH)
+    values = pack_int4(padded.values, WIDTH) if scheme.bits == 4 else padded.values
+    return TritonProducts(values, padded.scale, padded.zero, num_outputs, scheme.group_size, scheme.bits, splits)
 
 
-@cache
-def cuda_int4_works(device: torch.device) -> bool:
-    """Whether this GPU's int4 kernel gives the product of the dequantised weights, tried on a small one (sm80 on;
-    AMD's share the operator's name, and not its order of the integers in every version)."""
-    if torch.version.hip is not None or not hasattr(torch.ops.aten, "_convert_weight_to_int4pack"):
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    small = quantize(torch.randn(64, 256, generator=generator).to(device), Scheme("int4", 64))
-    x = torch.randn(4, 256, generator=generator).to(device, torch.bfloat16)
-    wanted = x.float() @ dequantize(small).T
-    try:
-        packed, scales_and_zeros = _cuda_int4(small)
-        product = torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
-    except RuntimeError:
-        return False
-    return bool((product.float() - wanted).norm() <= 0.02 * wanted.norm())
+def _padded(weight: Quantized, width: int) -> Quantized:
+    """With as many output features as fill blocks of this width."""
+    missing = -len(weight.values) % width
+    return Quantized(*(None if part is None else F.pad(part, (0, 0, 0, missing)) for part in weight))
 
 
 def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Which kernel multiplies with a quantised weight [N, K]: "cpu", "cuda", "fp8", or None for dequantisation. The
-    CPU's kernels in fp32 are slower than that, and its int8 kernel computes nonsense for an odd K (torch 2.13)."""
+    """Which kernel multiplies with a quantised weight [N, K]: "fp8", "triton" on GPUs, on CPUs "torch" for products in
+    bf16 and "fbgemm" for those in fp32 (models/cpu_linear.py); None for dequantisation."""
     N, K = shape
     if scheme.mode == "fp8":
         return "fp8" if N % 16 == K % 16 == 0 else None
-    if dtype != torch.bfloat16:
+    if device.type == "cuda":
+        return "triton" if has_triton(device) and (scheme.group_size or 16) % 16 == 0 else None
+    if device.type != "cpu":
         return None
-    if scheme.mode == "int8":
-        is_plain = device.type == "cpu" and scheme.group_size is None and scheme.symmetric and K % 32 == 0
-        return "cpu" if is_plain and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
-    if scheme.group_size not in GROUP_SIZES:
-        return None
-    if device.type == "cpu":
-        return "cpu" if cpu_int4_width() else None
-    return "cuda" if device.type == "cuda" and N % 8 == 0 and cuda_int4_works(device) else None
+    if dtype == torch.float32 or not has_bf16_products():
+        return "fbgemm" if has_fbgemm() and scheme.symmetric else None
+    if scheme.mode == "int8":  # torch's int8 kernel computes nonsense for an odd K (2.13)
+        is_plain = scheme.group_size is None and scheme.symmetric and K % 32 == 0
+        return "torch" if is_plain and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
+    return "torch" if scheme.group_size in GROUP_SIZES and cpu_int4_width() else None
 
 
 def _in_kernel_groups(weight: Quantized, scheme: Scheme) -> tuple[Quantized, Scheme]:
@@ -297,35 +287,52 @@ class QuantizedLinear(nn.Module):
         row-parallel layers, whose outputs are summed over the ranks."""
         super().__init__()
         weight = Quantized(*(torch.cat(tensors) for tensors in zip(*weights) if tensors[0] is not None))
-        if scheme.mode == "int4" and scheme.group_size is None:
+        shape, device = weight.values.shape, weight.values.device
+        self.kernel = kernel_for(scheme, shape, device, dtype)
+        if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:
             weight, scheme = _in_kernel_groups(weight, scheme)
-        self.scheme, self.num_rows, device = scheme, len(weight.values), weight.values.device
+            self.kernel = kernel_for(scheme, shape, device, dtype)
+        self.scheme, self.num_rows, self.num_inputs = scheme, *shape
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
-        self.kernel = kernel_for(scheme, weight.values.shape, device, dtype)
+        self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
+        self.product, self.is_padded = None, False
+        if self.kernel == "fbgemm":
+            self.product = FloatProducts(weight.values, weight.scale)
+        elif self.kernel == "triton":
+            self.product = triton_products(weight, scheme)
+        else:
+            self._keep(weight, dtype)
+
+    def _keep(self, weight: Quantized, dtype: torch.dtype) -> None:
+        """The tensors of torch's kernels and of dequantisation."""
+        scheme = self.scheme
         if scheme.mode == "fp8":
             values, scale = weight.values, weight.scale
         elif scheme.mode == "int8":
             values, scale = weight.values, weight.scale.to(dtype)
             scale = scale[:, 0] if scheme.group_size is None else scale
-        elif self.kernel == "cuda":
-            values, scale = _cuda_int4(weight)
         else:
-            width = cpu_int4_width() or 64
-            missing = -len(weight.values) % width
-            padded = Quantized(*(None if part is None else F.pad(part, (0, 0, 0, missing)) for part in weight))
+            width = cpu_int4_width() if self.kernel == "torch" else 64
+            padded = _padded(weight, width)
             values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
             scale, self.half_width = scales_and_zeros(padded, dtype), width // 2
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", weight.zero if scheme.mode == "int8" else None)
-        self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
-        self.num_bytes = values.nbytes + scale.nbytes  # what a product reads
-        self.is_padded = scheme.mode == "int4" and self.kernel != "cuda" and len(values) != self.num_rows
+        self.is_padded = scheme.mode == "int4" and len(values) != self.num_rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what a product of few rows reads."""
+        return self.weight.nbytes + self.scale.nbytes if self.product is None else self.product.num_bytes
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
         """forward() of [num_rows, K], with its tensors looked up once where the CPU's kernel is all there is to do: at
         one row that takes a tenth of a small product's time."""
-        is_plain = self.kernel == "cpu" and self.parallel is None and self.bias is None and not self.is_padded
+        if self.kernel == "fbgemm":
+            product = self.product.for_rows(num_rows)
+            return product if self.parallel is None and self.bias is None else self
+        is_plain = self.kernel == "torch" and self.parallel is None and self.bias is None and not self.is_padded
         if not is_plain or num_rows > MOST_KERNEL_ROWS[self.scheme.mode]:
             return self
         weight, scale, group_size = self.weight, self.scale, self.scheme.group_size
@@ -346,11 +353,13 @@ class QuantizedLinear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]"""
+        if self.product is not None:
+            return self.product(x)
         if self.kernel == "fp8":
             return fp8_product(x, self.weight, self.scale)
         if self.scheme.mode == "fp8":
             return F.linear(x, (self.weight.float() * self.scale).to(x.dtype))
-        few = self.kernel == "cpu" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
+        few = self.kernel == "torch" and len(x) <= MOST_KERNEL_ROWS[self.scheme.mode]
         if self.scheme.mode == "int8":
             if few:
                 return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
@@ -358,11 +367,8 @@ class QuantizedLinear(nn.Module):
                 scale = self.scale.view(len(self.weight), -1)
                 return F.linear(x, dequantize(Quantized(self.weight, scale, self.zero), x.dtype))
             return F.linear(x, self.weight.to(x.dtype)) * self.scale
-        group_size = self.scheme.group_size
-        if self.kernel == "cuda":
-            return torch.ops.aten._weight_int4pack_mm(x, self.weight, group_size, self.scale)
         if few:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, group_size, self.scale)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.scheme.group_size, self.scale)
         else:
             y = x @ unpack_int4(self.weight.view(-1, x.shape[1], self.half_width), self.scale, x.dtype)
         return y[:, : self.num_rows] if self.is_padded else y

@@ -22,6 +22,7 @@ from models.common import (
     peak_memory,
     say,
 )
+from models.cpu_linear import has_bf16_products
 from models.model import ModelConfig
 from models.presets import PRESETS
 
@@ -112,15 +113,8 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """What the device multiplies fastest: bf16, or fp32 on a processor that only emulates bf16 (a small product
-    tells)."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(128, 128).to(dtype)
-        seconds[dtype] = seconds_of(lambda a=a: a @ a, device, 7)
-    return min(seconds, key=seconds.get)
+    """What the device multiplies fastest: bf16, or fp32 on a processor that only emulates bf16."""
+    return torch.bfloat16 if device.type == "cuda" or has_bf16_products() else torch.float32
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from models.common import Runtime
-from models.decode import can_pack, has_byte_bags
+from models.cpu_linear import has_bf16_products, has_fbgemm
+from models.decode import can_pack
 from models.fsdp import ParallelArgs
 from models.generation import Engine, Request
 from models.model import ModelConfig
@@ -95,8 +96,9 @@ def test_sweep_of_generate():
     sizes = {name: b["bytes_per_second"] * b["ms_per_step"] / 1e3 for name, b in read.items()}
     head, blocks = 4000 * 512, 6 * (4 * 512 * 512 + 3 * 512 * 1376)
     assert sizes["float32"] == pytest.approx(4 * (head + blocks), rel=0.05)  # and the cache's
-    of_head = 1 if can_pack(ON_CPU) and has_byte_bags() else 2  # bytes: int8 where there are kernels for it
-    assert sizes["int4"] == pytest.approx(of_head * head + (0.5 + 4 / 32) * blocks, rel=0.05)
+    of_head = 1 if can_pack(ON_CPU) and has_fbgemm() else 2  # bytes: int8 where there are kernels for it
+    wanted = of_head * head + (0.5 + 4 / 32) * blocks
+    assert wanted * 0.95 <= sizes["int4"] <= wanted * (1.05 if has_bf16_products() else 1.15)  # see below
 
 
 def test_precisions_in_turns():
@@ -225,7 +227,9 @@ def test_quantised_arithmetic(scheme):
     model = quantized_model(config, ON_CPU, scheme)
     tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
-    assert on_paper == pytest.approx(sum(tensors.values()), rel=0.01)
+    # in bags up to 96 integers end with a scale and an offset, and blocks of so many are filled up
+    most = 1.01 if has_bf16_products() or not has_fbgemm() else 1.25
+    assert on_paper / 1.01 <= sum(tensors.values()) <= on_paper * most
 
 
 def test_quantised_memory_of_7b():

@@ -1,0 +1,251 @@
+"""Products on a CPU in fp32 with weights that are kept in fewer bits, by FBGEMM's kernels (x86).
+
+- HalfMatrix: fp16 numbers that are the weights to within fp32's rounding, as those of a folder in bf16, int8's integers
+  and the values of int4 are. A product of few rows takes half the time of one with fp32 weights, and none takes longer
+- Bags: int8 or int4 integers for one row or few, whose sums weighted by the activations are embedding_bags, one for
+  each group of input features and block of output features. More rows multiply with blocks of expanded weights
+- which of them serves is chosen by what the processor has, never by the clock, so a run repeats itself
+
+Sums are in fp32 in all of them, and weights exact, so they agree to fp32's rounding.
+
+Dimensions: M rows of activations, N output features in blocks of W, K input features, G groups of a row.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@cache
+def has_bf16_products() -> bool:
+    """Whether this CPU has instructions for products of bf16 numbers, which else are emulated: on AVX2 a product of 512
+    x 512 takes 26 times as long as in fp32."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    capability = torch.backends.cpu.get_cpu_capability()  # unlike the processor's flags, what torch was told to use
+    if capability.startswith("AVX"):
+        return capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return True
+
+
+@cache
+def has_fbgemm() -> bool:
+    """Whether FBGEMM's kernels are here; elsewhere the operators are plain loops, or missing."""
+    bags = [
+        f"embedding_bag_{kind}"
+        for kind in ("byte_rowwise_offsets", "4bit_rowwise_offsets", "byte_unpack", "4bit_unpack")
+    ]
+    built = "fbgemm" in torch.backends.quantized.supported_engines
+    return built and all(hasattr(torch.ops.quantized, name) for name in ("linear_prepack_fp16", *bags))
+
+
+class HalfMatrix:
+    """A weight [N, K] as fp16 numbers, in the order of FBGEMM's kernel. half_matrix() makes one."""
+
+    def __init__(self, weight: Tensor):
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.nbytes = 2 * weight.numel()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """fp32, [..., K] -> [..., N]"""
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def half_matrix(weight: Tensor) -> HalfMatrix | None:
+    """None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel."""
+    if not has_fbgemm():
+        return None
+    weight = weight.float()
+    lost = (weight.half().float() - weight).norm()
+    return HalfMatrix(weight) if lost <= 2**-24 * weight.norm() else None  # inf and NaN compare as False
+
+
+class OneDNNMatrix:
+    """A weight [N, K] reordered for oneDNN's kernels, in its own dtype."""
+
+    PACK_ROWS = 8  # the batch for which oneDNN chooses the layout; measured equal for 1 to 512 rows
+
+    def __init__(self, weight: Tensor):
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype, which is the weight's"""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+
+class FloatMatrix:
+    """A weight [N, K] that is multiplied in fp32 whatever the activations' dtype: as a HalfMatrix if that holds it."""
+
+    def __init__(self, weight: Tensor):
+        self.product = half_matrix(weight) or OneDNNMatrix(weight.float())
+        self.nbytes = self.product.nbytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype"""
+        y = self.product(x.float())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+PackedMatrix = OneDNNMatrix | FloatMatrix
+
+
+def can_pack_weights(dtype: torch.dtype) -> bool:
+    """Whether pack_weight serves activations of this dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and (has_bf16_products() or has_fbgemm()))
+
+
+def pack_weight(weight: Tensor) -> PackedMatrix:
+    """A weight [N, K] in the form whose product with activations of its dtype is fastest on this CPU."""
+    return OneDNNMatrix(weight) if has_bf16_products() else FloatMatrix(weight)
+
+
+def block_width(num_outputs: int) -> int:
+    """Output features of a block of Bags: as many sums as FBGEMM keeps in registers, less where they divide badly."""
+    most = 384 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 96
+    blocks = -(-num_outputs // most)
+    return -(-num_outputs // (16 * blocks)) * 16
+
+
+class Bags(nn.Module):
+    """Quantised weights as tables of embedding bags: row k of a block holds the integers of W output features, then the
+    scale and offset that the operator applies, 1 and -128 or -8.
+
+    A group's scale multiplies the sum over the group, in fp32.
+    """
+
+    EXPANDED = 2**18  # numbers that are expanded at a time, about what a core's cache holds
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        """values [N, K]: int8 about 0, or uint8 from 0 to 15 about 8; scale [N, G]."""
+        super().__init__()
+        (N, K), (_, G), W = values.shape, scale.shape, block_width(len(values))
+        self.sizes, self.bits = (N, K, G), 8 if values.dtype == torch.int8 else 4
+        missing = -N % W
+        rows = F.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, W)).transpose(1, 2)  # [blocks, K, W]
+        if self.bits == 8:
+            rows = rows.contiguous().view(torch.uint8) ^ 128
+            trailer = torch.tensor([1.0, -128.0])
+        else:
+            rows = rows[..., ::2] | (rows[..., 1::2] << 4)
+            trailer = torch.tensor([1.0, -8.0]).half()
+        trailer = trailer.view(torch.uint8)
+        self.register_buffer("table", torch.cat((rows, trailer.expand(*rows.shape[:2], -1)), dim=-1))
+        scale = F.pad(scale.float(), (0, 0, 0, missing)).unflatten(0, (-1, W)).transpose(1, 2)  # [blocks, G, W]
+        self.register_buffer("scale", scale.contiguous())
+        self.bound: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return self.table.nbytes + self.scale.nbytes
+
+    def for_few_rows(self, M: int) -> Callable[[Tensor], Tensor]:
+        """x @ weight.T in fp32, [M, K] -> [M, N], in a time that grows with M. What every call needs is looked up
+        once: at one row that takes a fifth of a small product's time."""
+        if M in self.bound:
+            return self.bound[M]
+        (N, K, G), (blocks, _, W), operators = self.sizes, self.scale.shape, torch.ops.quantized
+        every = torch.arange(blocks * K, dtype=torch.int32).view(blocks, 1, K).expand(blocks, M, K).flatten()
+        ends = torch.arange(0, len(every) + 1, K // G, dtype=torch.int32)
+        table, scale = self.table.flatten(0, 1), self.scale[:, None]
+        operator = {8: operators.embedding_bag_byte_rowwise_offsets, 4: operators.embedding_bag_4bit_rowwise_offsets}
+        bag = operator[self.bits].default
+
+        def product(x: Tensor) -> Tensor:
+            weights = x.float().expand(blocks, M, K).reshape(-1)
+            sums = bag(table, every, ends, False, 0, False, weights, None, True).view(blocks, M, G, W)
+            y = (sums.mul_(scale).sum(dim=2) if G > 1 else sums.mul_(scale)).view(blocks, M, W)
+            y = y.view(1, -1) if M == 1 else y.transpose(0, 1).reshape(M, -1)
+            return y[:, :N] if blocks * W > N else y
+
+        self.bound[M] = product
+        return product
+
+    def many_rows(self, x: Tensor) -> Tensor:
+        """x @ weight.T in fp32, [M, K] -> [M, N], by blocks of expanded weights."""
+        (N, K, G), (blocks, _, W), M = self.sizes, self.scale.shape, len(x)
+        x, few = x.float(), max(1, self.EXPANDED // (K * W))
+        out = torch.empty(blocks, M, W)
+        for first in range(0, blocks, few):
+            part = slice(first, first + few)
+            weight = self.integers(part) if G == 1 else self._scaled(part)
+            torch.bmm(x.expand(len(weight), M, K), weight, out=out[part])
+        if G == 1:
+            out *= self.scale
+        return out.transpose(0, 1).reshape(M, -1)[:, :N]
+
+    def integers(self, blocks: slice) -> Tensor:
+        """[blocks, K, W], fp32"""
+        operators, table, W = torch.ops.quantized, self.table[blocks], self.scale.shape[-1]
+        if torch.compiler.is_compiling():
+            halves = torch.stack((table[..., : W // 2] & 15, table[..., : W // 2] >> 4), dim=-1).flatten(-2)
+            return table[..., :W].float() - 128 if self.bits == 8 else halves.float() - 8
+        unpack = operators.embedding_bag_byte_unpack if self.bits == 8 else operators.embedding_bag_4bit_unpack
+        return unpack(table.flatten(0, 1)).view(len(table), self.sizes[1], -1)
+
+    def _scaled(self, blocks: slice) -> Tensor:
+        weight, (_, K, G) = self.integers(blocks), self.sizes
+        weight.unflatten(1, (G, K // G)).mul_(self.scale[blocks, :, None])
+        return weight
+
+    def whole(self, *, scaled: bool) -> Tensor:
+        """The weight [N, K], or its integers."""
+        everything = slice(0, len(self.table))
+        weight = self._scaled(everything) if scaled else self.integers(everything)
+        return weight.transpose(1, 2).flatten(0, 1)[: self.sizes[0]]
+
+    def row_scale(self) -> Tensor:
+        """[N], where a row has one scale"""
+        return self.scale.flatten()[: self.sizes[0]]
+
+
+class FloatProducts(nn.Module):
+    """The product of quantised weights on CPUs, in fp32 for activations of any dtype: Bags, or where a decode step has
+    more rows, and fp16 holds the weights exactly, a HalfMatrix in their place."""
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        """As of Bags."""
+        super().__init__()
+        self.bags, self.half, self.scale = Bags(values, scale), None, None
+        # of a decode step for which Bags are faster. The products of SmolLM2-135M's blocks take on one core with AVX2
+        # at 1 and 4 rows 15.5 and 39 ms in int8, 22.6 and 75 in int4; as HalfMatrix 25.6 and 33; in fp32 47 and 63
+        self.most_rows = 2 if self.bags.bits == 8 else 1
+
+    @property
+    def num_bytes(self) -> int:
+        if self.half is None:
+            return self.bags.num_bytes
+        return self.half.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
+        """forward() of a decode step with so many rows."""
+        if self.half is None and num_rows > self.most_rows:
+            self._become_half()
+        if self.bags is None or num_rows > self.most_rows:
+            return self
+        product = self.bags.for_few_rows(num_rows)
+        return lambda x: product(x).to(x.dtype)
+
+    def _become_half(self) -> None:
+        integers_alone = self.bags.bits == 8 and self.bags.sizes[2] == 1
+        self.half = half_matrix(self.bags.whole(scaled=not integers_alone))
+        if self.half is not None:
+            self.scale, self.bags = (self.bags.row_scale() if integers_alone else None), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, K] -> [M, N] in x's dtype"""
+        if torch.compiler.is_compiling():  # which does not know FBGEMM's operators
+            y = F.linear(x.float(), self.bags.whole(scaled=True))
+        elif self.half is not None:
+            y = self.half(x.float())
+            y = y if self.scale is None else y.mul_(self.scale)
+        elif len(x) <= 4 * self.most_rows:  # expanding the weights takes as long as the product of so many rows
+            y = self.bags.for_few_rows(len(x))(x)
+        else:
+            y = self.bags.many_rows(x)
+        return y.to(x.dtype)

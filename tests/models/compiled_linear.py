@@ -1,0 +1,42 @@
+"""Compiles the kernel of models/triton_linear.py to machine code for a GPU that need not be there, and prints what each
+case takes of it. Arguments: backend, architecture, threads of a warp, cases as JSON."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from models import triton_linear as kernels
+
+
+def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int) -> dict[str, int]:
+    constants = {"GROUP": group_size, "BITS": bits, "HAS_ZEROS": bits == 4, "HALF": kernels.WIDTH // 2}
+    constants |= {"BLOCK_M": rows, "BLOCK_K": kernels.block_k(group_size or None), "UPCAST": False}
+    types = {"x": "*" + dtype, "weight": "*i8", "scales": "*bf16", "zeros": "*u8", "out": "*fp32"}
+    types["weight"] = "*u8" if bits == 4 else "*i8"
+    types |= dict.fromkeys(("M", "N", "K", "num_columns", "share"), "i32") | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7, 8)}
+    options = {"num_warps": kernels.num_warps(rows, 4 if dtype == "fp32" else 2), "num_stages": kernels.NUM_STAGES}
+    source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda":
+        [tool] = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        found = re.findall("(REG|STACK):([0-9]+)", usage)
+    else:
+        found = re.findall("([a-z]+_(?:spill_)?count): *([0-9]+)", compiled.asm["amdgcn"])
+    return {"shared": compiled.metadata.shared, **{name: int(number) for name, number in found}}
+
+
+if __name__ == "__main__":
+    backend, arch, warp, cases = sys.argv[1:]
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+    print(json.dumps([used_by(target, *case) for case in json.loads(cases)]))

@@ -1,0 +1,50 @@
+"""Runs the kernels of models/triton_linear.py in Triton's interpreter, which must be on before Triton is imported, on
+each of CASES, and prints how far they are from the product of the dequantised weights."""
+
+import json
+
+import torch
+
+from models import qlinear
+from models.qlinear import Quantized, Scheme, dequantize
+
+# rows, output features, input features, mode, group size, zero points, splits, dtype
+CASES = [
+    (1, 40, 256, "int8", None, False, 1, "float32"),
+    (17, 300, 200, "int8", None, False, 3, "float16"),  # neither blocks nor splits divide 200
+    (5, 130, 192, "int8", 48, True, 2, "float32"),
+    (64, 256, 256, "int4", 32, False, 4, "bfloat16"),
+    (3, 129, 512, "int4", 128, True, 2, "float32"),
+    (2, 64, 512, "int4", 256, False, 1, "float16"),
+    (70, 100, 72, "int4", None, True, 2, "float32"),
+]
+
+
+def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float]:
+    """Distances from the wanted numbers, and of rows from themselves in another batch; x is NaN behind its rows."""
+    dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    scheme, (low, high) = Scheme(mode, group_size, not has_zeros), {"int8": (-128, 128), "int4": (0, 16)}[mode]
+    integers = {"dtype": torch.int8 if mode == "int8" else torch.uint8, "generator": generator}
+    groups = (N, scheme.num_groups(K))
+    zero = torch.randint(low, high, groups, **integers) if has_zeros else None
+    scale = torch.rand(groups, generator=generator).bfloat16()
+    scale[:, : groups[1] - 1 : 2] = 0  # groups of zeros
+    small = Quantized(torch.randint(low, high, (N, K), **integers), scale, zero)
+    products = qlinear.triton_products(small, scheme, splits)
+    backing = torch.full((M + 8, K), torch.nan, dtype=dtype)
+    backing[:M] = torch.randn(M, K, generator=generator)
+    x, upcast = backing[:M], dtype == torch.bfloat16
+    wanted = x.float() @ dequantize(small).T
+    found = products.few_rows(x, upcast=upcast)
+    assert found.dtype == dtype and found.shape == (M, N)
+    alone = products.few_rows(x[M - 1 :], upcast=upcast)
+    expanded = products.expanded(K, dtype).float().T
+    return {
+        "product": ((found.float() - wanted).norm() / wanted.norm()).item(),
+        "weights": ((expanded - dequantize(small)).norm() / dequantize(small).norm()).item(),
+        "a row alone": (alone - found[M - 1 :]).abs().max().item(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([case(*each) for each in CASES]))

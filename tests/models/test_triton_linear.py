@@ -1,0 +1,43 @@
+"""The Triton kernels of quantised products without a GPU: in Triton's interpreter against the dequantised product, and
+compiled to machine code for the GPUs they are meant for."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+from tests.models.interpreted_linear import CASES
+from tests.models.test_triton_attention import TARGETS, run
+
+
+def test_products():
+    """Catches halves of bytes or of blocks swapped, a scale or zero point of another group, features lost where blocks
+    or splits do not divide, padding that reaches a result, and a row that depends on how many others there are."""
+    distances = json.loads(run("-m", "tests.models.interpreted_linear", interpret=True))
+    for each, found in zip(CASES, distances, strict=True):
+        rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}[each[-1]]
+        assert found["product"] < rounding and found["weights"] < rounding and found["a row alone"] == 0, (each, found)
+
+
+COMPILED = [  # target, dtype, bits, group size, rows
+    ("sm_80", "fp16", 8, 0, 16),
+    ("sm_80", "fp32", 8, 0, 16),
+    ("sm_80", "bf16", 4, 128, 64),
+    ("sm_90", "bf16", 4, 32, 16),
+    ("sm_90", "bf16", 8, 0, 64),
+    ("gfx942", "bf16", 4, 32, 64),
+    ("gfx942", "bf16", 8, 0, 16),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for_gpus(target):
+    """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
+    that do not suffice."""
+    cases = [each for each in COMPILED if each[0] == target]
+    arguments = [*map(str, TARGETS[target]), json.dumps([each[1:] for each in cases])]
+    for case, used in zip(cases, json.loads(run("-m", "tests.models.compiled_linear", *arguments, interpret=False))):
+        print(*case, used)
+        assert used["shared"] <= 64 * 1024
+        spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]
+        assert spilled and not any(used[name] for name in spilled), (case, used)

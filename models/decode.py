@@ -7,6 +7,8 @@
   32000 x 768 takes as long as half of a small model's int4 blocks
 - copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
   block at a time: nobody generates through FSDP, which would gather the model for every token
+- it holds a LoRA model merged, base + s B A, in the compute dtype also where the base is quantised: the plain products
+  are faster than integers with a low-rank product beside them, and no adapter can fail to reach the sampler
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from models.checkpoint import load_model
+from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
+from models.lora import LoraLinear, weight_of
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
@@ -60,15 +63,15 @@ class InferenceLinear(nn.Module):
 
     @torch.no_grad()
     def _pack(self, linears: list[Linear]) -> Tensor:
-        weight = _joined([local(linear.weight) for linear in linears]).to(self.dtype)
+        weight = _joined([weight_of(linear) for linear in linears]).to(self.dtype)
         return torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
 
     @torch.no_grad()
-    def refresh(self, linears: list[Linear]) -> None:
+    def refresh(self, linears: list[Linear | LoraLinear]) -> None:
         """Takes new values of the same linear layers, without changing any tensor's address (but the packed one's)."""
         if self.packed is None:
             for part, linear in zip(self.weight.split(self.sizes), linears):
-                part.copy_(local(linear.weight))
+                part.copy_(weight_of(linear))
         else:
             self.packed = self._pack(linears)
         if self.bias is not None:
@@ -192,14 +195,16 @@ def load_for_inference(
     tp: DeviceMesh | None = None,
     head: str = "lm",
     scheme: Schemes | None = None,
+    files: WeightFiles | None = None,
 ) -> Transformer:
     """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. head: "lm" or "score".
-    scheme: how its blocks are quantised, see load_quantized."""
+    scheme: how its blocks are quantised, see load_quantized. files: see load_model."""
     device, dtype, _ = runtime
+    options = {"device": device, "tp": tp, "head": head, "files": files}
     if scheme is None:
-        model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
+        model = load_model(folder, param_dtype=dtype, **options)
     else:
-        model = load_quantized(folder, scheme, device=device, dtype=dtype, tp=tp, head=head)
+        model = load_quantized(folder, scheme, dtype=dtype, **options)
     return to_inference(model, pack=can_pack(runtime))
 
 
@@ -242,9 +247,11 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
 
 
 def _take_parameters(module: nn.Module, source: nn.Module, dtype: torch.dtype | None) -> None:
-    for name, parameter in source.named_parameters():
+    for name, _ in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
-        values = local(parameter).to(dtype=dtype, copy=True)  # FSDP takes its storage back
+        of = source.get_submodule(owner)
+        values = weight_of(of) if attribute == "weight" else local(getattr(of, attribute))
+        values = values.to(dtype=dtype, copy=True)  # FSDP takes its storage back
         setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
 

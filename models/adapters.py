@@ -24,9 +24,10 @@ from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
 from models.lora import CRITIC, Lora, LoraLinear
-from models.model import ModelConfig, Transformer
+from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
 from models.quantize import check_scheme, choose_scheme
+from models.shared_base import OnSharedBase
 from models.tp import whole
 
 PREFIX = "base_model.model."
@@ -66,6 +67,10 @@ class LoraArgs(AdapterArgs):
     quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="round the frozen weights of the blocks")
     merge: bool = flag(True, help="write the merged model beside the adapter; else the adapter alone", may_change=True)
 
+    @property
+    def uses_lora(self) -> bool:
+        return self.lora_r is not None or self.adapter_path is not None
+
 
 class Adapter(NamedTuple):
     """What an adapter's folder holds."""
@@ -85,9 +90,9 @@ class Adapter(NamedTuple):
         return self.config["lora_alpha"] / self.r ** (0.5 if self.config.get("use_rslora") else 1)
 
     @property
-    def model_config(self) -> dict:
-        """What config.json of the merged model says beyond the base's: how a reward is to be read."""
-        return json.loads(self.metadata.get("model_config", "{}"))
+    def config_changes(self) -> dict:
+        """What config.json of the merged model says otherwise than the base's: how a reward is to be read."""
+        return json.loads(self.metadata.get("config_changes", "{}"))
 
 
 # --------------------------------------------------------------------------------------------- in
@@ -164,6 +169,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_base(adapter: Adapter, base: Path) -> None:
+    if is_quantized(read_hf_config(base)[0]):
+        raise ValueError(f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
+                         "that it was made from, and --quantize")
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
     known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
     for layer, (A, B) in adapter.factors.items():
@@ -196,7 +204,7 @@ class AdaptedFiles(WeightFiles):
 
     def __init__(self, folder: Path, adapter: Adapter):
         super().__init__(folder)
-        self.adapter = adapter
+        self.adapter, self.config_changes = adapter, adapter.config_changes
         if adapter.score is not None:  # a reward model on a language model's folder
             self._shapes.pop("lm_head.weight", None)
             self._file_of.pop("lm_head.weight", None)
@@ -227,9 +235,9 @@ def choose_lora(
     args, base: Path, runtime: Runtime, *, adapter_path: Path | None = None, with_critic: bool = False
 ) -> Lora | None:
     """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. adapter_path: where
-    it begins, which for a policy is args.adapter_path. Raises ValueError for flags that do not fit it or each other. A
+    it begins, which for all but a critic is args.adapter_path. Raises ValueError for flags that do not fit it or each other. A
     collective."""
-    if args.lora_r is None and args.adapter_path is None:
+    if not args.uses_lora:
         for each in flags_of(LoraArgs):
             if getattr(args, each.name) != each.default:
                 shown = "--no-merge" if each.name == "merge" else f"--{each.name}"
@@ -237,24 +245,26 @@ def choose_lora(
         return None
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
     start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
-    r, alpha, use_rslora, layers = _shape(args, start, config)
-    if adapter_path is None:
-        start = None
+    shape = _shape(args, start, config, is_other=adapter_path is None)
+    start = start if adapter_path is not None else None
     scheme = choose_scheme(base, args.quantize_base, None, "--quantize_base", tp_size)
     if scheme is not None:
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-    values = _new_values(config, layers, r, args.seed, ("", CRITIC) if with_critic else ("",))
+    values = _new_values(config, shape[3], shape[0], args.seed, ("", CRITIC) if with_critic else ("",))
     for layer, (A, B) in start.factors.items() if start is not None else ():
         values |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
     if start is not None and start.score is not None:
         values[SCORE] = start.score
     base_fingerprint = on_main(lambda: fingerprint(base))
+    r, alpha, use_rslora, layers = shape
     fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
     return Lora(*fields, seed=args.seed, with_critic=with_critic)
 
 
-def _shape(args, start: Adapter | None, config: ModelConfig) -> tuple[int, float, bool, frozenset[str]]:
-    """(rank, alpha, whether it is rank-stabilised, the layers)"""
+def _shape(
+    args, start: Adapter | None, config: ModelConfig, *, is_other: bool
+) -> tuple[int, float, bool, frozenset[str]]:
+    """(rank, alpha, whether it is rank-stabilised, the layers). is_other: of another model than the adapter's."""
     kinds, layers = args.lora_target_modules, linear_layers(config.num_hidden_layers)
     unknown = sorted(set(kinds or ()) - {*LINEARS, "all-linear"})
     if unknown:
@@ -264,7 +274,10 @@ def _shape(args, start: Adapter | None, config: ModelConfig) -> tuple[int, float
         layers = [layer for layer in layers if layer.rpartition(".")[2] in kinds]
     if start is None:
         return args.lora_r, args.lora_alpha or 2.0 * args.lora_r, args.use_rslora, frozenset(layers)
+    kinds_found = {layer.rpartition(".")[2] for layer in start.factors}
     found = (start.r, float(start.config["lora_alpha"]), bool(start.config.get("use_rslora")), frozenset(start.factors))
+    if is_other:
+        return *found[:3], frozenset(layer for layer in layers if layer.rpartition(".")[2] in kinds_found)
     asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, frozenset(layers) if kinds else None)
     for name, value, wanted in zip(("lora_r", "lora_alpha", "use_rslora", "lora_target_modules"), found, asked):
         if wanted is not None and wanted != value:
@@ -292,14 +305,14 @@ def _new_values(
 
 
 def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The adapters that are on, and a scalar head, by PEFT's names, whole: a collective."""
-    tensors = {}
-    for name, layer in model.named_modules():
+    """A model's adapters, and its scalar head, by PEFT's names, whole: a collective."""
+    tensors, suffix = {}, model.adapter
+    for name, layer in (model.base if isinstance(model, OnSharedBase) else model).named_modules():
         if isinstance(layer, LoraLinear) and layer.has_adapters:
             for factor in ("lora_A", "lora_B"):
-                tensor = whole(getattr(layer, factor + layer.adapter)).cpu()
+                tensor = whole(getattr(layer, factor + suffix)).cpu()
                 tensors[f"{PREFIX}{hf_name(name)}.{factor}.weight"] = tensor.contiguous()
-    if hasattr(model, "score"):
+    if hasattr(model, "score") and (not model.lora.with_critic or suffix == CRITIC):
         tensors[PREFIX + SCORE] = whole(model.score.weight).cpu().contiguous()
     return tensors
 
@@ -329,12 +342,12 @@ def _every(lora: Lora, kinds: list[str]) -> list[str]:
     return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, model_config: dict) -> None:
-    """Writes both files, each at once; the config last, without which it is no adapter's folder. model_config: what is
-    to be told of the merged model's config.json. Only the main rank writes."""
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
+    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
+    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
     if not is_main_rank():
         return
-    metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "model_config": json.dumps(model_config)}
+    metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
     config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
     content = json.dumps(config, indent=2, ensure_ascii=False).encode()
     with naming_file(folder):

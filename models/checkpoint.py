@@ -11,7 +11,7 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -127,6 +127,8 @@ class WeightFiles:
     Where config.json ties head and embedding and the files hold the head alone, it is the embedding too.
     Raises FileNotFoundError for a missing file or shard, ValueError for one that is truncated or not what it says.
     """
+
+    config_changes: Mapping[str, object] = {}  # what the folder's config.json does not know of them
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

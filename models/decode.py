@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
-from models.lora import LoraLinear, weight_of
+from models.lora import LoraLinear, adapter, weight_of
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
@@ -218,7 +217,7 @@ def weight_bytes(model: Transformer) -> int:
 def _gathered(module: nn.Module) -> Iterator[None]:
     """While it lasts, the parameters of a module are this tp rank's whole part, also those of FSDP (a collective over
     dp; not of the modules in it that are wrapped themselves)."""
-    sharded = isinstance(module, FSDPModule)
+    sharded = hasattr(module, "unshard")  # FSDP's, also of a model on a shared base
     if sharded:
         module.unshard()
     yield
@@ -233,7 +232,7 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
     with torch.device("meta"):
         copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
     for block, trained in zip(copy.layers, source.layers):
-        with _gathered(trained):
+        with _gathered(trained), adapter(trained, source.adapter):
             _take_parameters(block, trained, source.compute_dtype)
         _fuse(block, pack)
     with _gathered(source):
@@ -260,7 +259,7 @@ def refresh(copy: Transformer, source: Transformer) -> None:
     """Brings an inference copy up to date with a model of the same shape, in place, one block at a time; where FSDP
     holds the source, a collective over dp."""
     for block, trained in zip(copy.layers, source.layers):
-        with _gathered(trained):
+        with _gathered(trained), adapter(trained, source.adapter):
             for part_name, names, product in FUSIONS:
                 part = getattr(trained, part_name)
                 getattr(getattr(block, part_name), product).refresh([getattr(part, name) for name in names])

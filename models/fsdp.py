@@ -35,6 +35,7 @@ from models.lora import Lora, LoraLinear, add_adapters
 from models.model import Transformer
 from models.qlinear import Schemes
 from models.quantize import load_quantized, quantized_part
+from models.shared_base import OnSharedBase
 from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part, whole
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
@@ -287,17 +288,20 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
             setattr(module, attribute, replaced[id(parameter)])
 
 
-def full_tensors(model: nn.Module):
-    """(name, whole tensor) of each parameter as it is stored, gathered one at a time, with the adapters that are on
-    merged; a collective on all ranks."""
+def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter as it is stored, gathered one at a time, with the adapters of
+    that name merged; a collective on all ranks."""
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
             module.reshard()
+    if isinstance(model, OnSharedBase):
+        yield from (each for each in full_tensors(model.base, model.adapter) if model.owns(each[0]))
+        return
     seen = set()  # tied weights appear once
     for prefix, module in model.named_modules():
         is_adapted = isinstance(module, LoraLinear)
         if is_adapted:
-            yield f"{prefix}.weight", module.merged_whole()
+            yield f"{prefix}.weight", module.merged_whole(adapter_name)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not (is_adapted and name != "bias"):
                 seen.add(id(parameter))

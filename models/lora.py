@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
-from models.model import Linear, RowLinear, Transformer
+from models.model import Linear, RowLinear, ScoreHead, Transformer
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
 
@@ -138,14 +138,14 @@ class LoraLinear(nn.Module):
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     @torch.no_grad()
-    def merged_whole(self) -> Tensor:
-        """merged() of all ranks, from the fp32 adapters: a collective."""
+    def merged_whole(self, name: str) -> Tensor:
+        """merged() of all ranks, with the fp32 adapters of that name: a collective."""
         tp, weight = self.parallel.tp, self._base() if self.weight is None else whole(self.weight).float()
         if self.weight is None and size_of(tp) > 1:
             weight = all_gather(weight, 1 if self.is_row else 0, tp)
         if not self.has_adapters:
             return weight
-        A, B = (whole(getattr(self, f"lora_{factor}{self.adapter}")) for factor in "AB")
+        A, B = (whole(getattr(self, f"lora_{factor}{name}")) for factor in "AB")
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def _base(self) -> Tensor:
@@ -167,6 +167,9 @@ def add_adapters(model: Transformer, lora: Lora) -> None:
             options = {"has_adapters": layer in lora.layers, "number": number, "dropout": model.dropout}
             linear = model.get_submodule(layer)
             model.set_submodule(layer, LoraLinear(linear, lora, model.parallel, **options))
+    if lora.with_critic:
+        with torch.device("meta"):
+            model.score = ScoreHead(model.config.hidden_size)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
 
@@ -175,15 +178,18 @@ def lora_layers(model: nn.Module) -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
+def switch(model: nn.Module, name: str | None) -> None:
+    """From here on the adapters of this name are on; None: none are."""
+    for layer in lora_layers(model):
+        layer.adapter = name
+
+
 @contextmanager
 def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """While it lasts the adapters of this name are on; None: they are off. Of a model without adapters nothing changes."""
-    layers = lora_layers(model)
-    before = [layer.adapter for layer in layers]
-    for layer in layers:
-        layer.adapter = name
+    """switch(), while it lasts; of a model without adapters it changes nothing."""
+    before = next((layer.adapter for layer in lora_layers(model)), None)
+    switch(model, name)
     try:
         yield
     finally:
-        for layer, each in zip(layers, before):
-            layer.adapter = each
+        switch(model, before)

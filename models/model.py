@@ -368,7 +368,7 @@ class Transformer(nn.Module):
     "lm" or "score".
     """
 
-    lora, dropout = None, None  # of a model with adapters: models/lora.py, models/dropout.py
+    lora, dropout, adapter = None, None, ""  # of a model with adapters: models/lora.py, models/dropout.py
 
     def __init__(
         self,

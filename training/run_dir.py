@@ -317,9 +317,9 @@ class Run:
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
         write_beside, size = None, f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
         if model.lora is not None:
-            base = folder_config(start)
+            base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
-            write_beside = partial(write_adapter, tensors=adapter_tensors(model), lora=model.lora, model_config=told)
+            write_beside = partial(write_adapter, tensors=adapter_tensors(model), lora=model.lora, config_changes=told)
             if not self.args.merge:
                 write_beside(folder)
                 say(f"{folder}: adapter of the {what} written; {size}")

@@ -11,12 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from models.decode import refresh as real_refresh
+from models.model import ModelConfig
+from models.qlinear import dequantize, quantize
+from models.quantize import rounding_scheme
 from models.records import collate, tokenising
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training import optimum
 from tests.training.optimum import log_probs, relative_regret, write_task
 from training.data import encode_sft_record
+from training.manifest import read_metadata
 
 RECORDS = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
 ADAPTER = "adapter_model.safetensors"
@@ -91,3 +95,81 @@ def test_steps_are_those_of_peft(world, tmp_path, flags):
     assert exported.keys() == stored.keys()
     for name in stored:
         assert torch.equal(stored[name], exported[name]) != (name.removesuffix(".weight") in adapted), name
+
+
+BASES = {
+    "dropout": ["--lora_dropout", 0.3, "--activation_checkpointing", "full"],
+    "bf16": ["--dtype", "bfloat16"],
+    "int4": ["--quantize_base", "int4", "--optim", "adamw_8bit"],
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_resumed(world, kind):
+    """Catches adapters, their moments or the dropout's noise that a resumed run has otherwise, a checkpoint or an
+    optimizer that holds the base, and a merged export of another base than was trained above."""
+    root, base, _ = world
+    whole, again = root / f"whole-{kind}", root / f"again-{kind}"
+    flags = [*BASES[kind], "--save_steps", 2]
+    run("finetune_sft", world, whole, *flags)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints/step-000004")
+    (again / ADAPTER).unlink()
+    assert "resuming after step 2" in run("finetune_sft", world, again, *flags, "--resume").stdout
+    for name in (ADAPTER, "model.safetensors"):
+        wanted, found = load_file(whole / name), load_file(again / name)
+        assert wanted.keys() == found.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), name
+    held = read_metadata(whole / "checkpoints/step-000004").state_dict_metadata.keys() - {"has_manifest"}
+    assert held and all("lora_" in name for name in held)
+    adapters, merged, stored = load_file(whole / ADAPTER), load_file(whole / "model.safetensors"), load_file(base / "model.safetensors")
+    for name, tensor in stored.items():
+        B, A = (adapters.get(f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight") for x in "BA")
+        if kind == "bf16":
+            tensor = tensor.bfloat16().float()
+        if A is not None:
+            scheme = rounding_scheme("int4", None, ModelConfig.from_hf(base))
+            tensor = (dequantize(quantize(tensor, scheme)) if kind == "int4" else tensor) + 2 * B @ A
+        torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_stages(world, tmp_path):
+    """Catches an adapter that the next stage does not begin with, generates without, scores without its head or the
+    statistics of its rewards, or quantises without: alone and merged they are one model."""
+    root, base, _ = world
+    pairs = tiny.write_records(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": f" {i} so", "rejected": " or"} for i in range(8)])
+    alone, merged = tmp_path / "alone", tmp_path / "merged"
+    run("train_rm", world, alone, "--train_file", pairs, "--no-merge", "--quantize_base", "int8")
+    assert {path.name for path in alone.iterdir()} >= {ADAPTER, "adapter_config.json"} and not (alone / "config.json").exists()
+    run("train_rm", world, merged, "--train_file", pairs)
+    run("train_rm", world, tmp_path / "plain", "--train_file", pairs, "--no-merge")
+    lines = []
+    for name, model in (("m", [merged]), ("a", [base, "--adapter_path", tmp_path / "plain"])):
+        out = tmp_path / f"{name}.jsonl"
+        result = tiny.run("inference/score.py", "--checkpoint_path", *model, "--data_file", pairs, "--output_file", out, "--normalize")
+        assert result.code == 0, result.stderr
+        lines.append([(line["chosen_reward"], line["rejected_reward"]) for line in tiny.read_lines(out)])
+    torch.testing.assert_close(torch.tensor(lines[0]), torch.tensor(lines[1]), atol=1e-4, rtol=1e-4)
+    assert lines[0][0][0] > lines[0][0][1]
+
+    sft, more = tmp_path / "sft", tmp_path / "more"
+    run("finetune_sft", world, sft, "--learning_rate", 3e-2)
+    outputs = []
+    for name, model in (("gm", [sft]), ("ga", [base, "--adapter_path", sft])):
+        for flags in ([], ["--quantize", "int4"]):
+            result = tiny.run("inference/generate.py", "--checkpoint_path", *model, "--prompt", "3 plus", "--temperature", 0, "--max_new_tokens", 12, *flags)
+            assert result.code == 0, result.stderr
+            outputs.append(json.loads(result.stdout)["output"])
+    assert outputs[:2] == outputs[2:]
+    result = tiny.run("inference/generate.py", "--checkpoint_path", base, "--prompt", "3 plus", "--temperature", 0, "--max_new_tokens", 12)
+    assert json.loads(result.stdout)["output"] != outputs[0]
+
+    first = tiny.read_lines(sft / "metrics.jsonl")[-1]["loss"]
+    result = tiny.run("training/finetune_sft.py", "--checkpoint_path", base, "--adapter_path", sft, "--train_file", world[2], "--output_dir", more, "--batch_size", 8, "--max_steps", 1)
+    assert result.code == 0 and tiny.read_lines(more / "metrics.jsonl")[0]["loss"] < first + 0.2
+    folders = [tmp_path / "q-merged", tmp_path / "q-adapted"]
+    for out, model in zip(folders, ([sft], [base, "--adapter_path", sft])):
+        result = tiny.run("scripts/quantize.py", "--checkpoint_path", *model, "--output_dir", out, "--mode", "int8")
+        assert result.code == 0, result.stderr
+    wanted, found = (load_file(out / "model.safetensors") for out in folders)
+    differing = sum((found[name] != wanted[name]).sum().item() for name in wanted)
+    assert wanted.keys() == found.keys() and differing < 20  # integers at the edge of rounding, since B A is summed anew

@@ -9,6 +9,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
 from models.lora import CRITIC, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
-from models.quantize import check_scheme, choose_scheme
+from models.qlinear import Scheme
+from models.quantize import check_scheme, rounding_scheme
 from models.shared_base import OnSharedBase
 from models.tp import whole
 
@@ -247,7 +249,7 @@ def choose_lora(
     start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
     shape = _shape(args, start, config, is_other=adapter_path is None)
     start = start if adapter_path is not None else None
-    scheme = choose_scheme(base, args.quantize_base, None, "--quantize_base", tp_size)
+    scheme = base_scheme(args.quantize_base, config)
     if scheme is not None:
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     values = _new_values(config, shape[3], shape[0], args.seed, ("", CRITIC) if with_critic else ("",))
@@ -259,6 +261,17 @@ def choose_lora(
     r, alpha, use_rslora, layers = shape
     fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
     return Lora(*fields, seed=args.seed, with_critic=with_critic)
+
+
+def base_scheme(mode: str, config: ModelConfig) -> Scheme | None:
+    """How --quantize_base keeps a model: the same on every layout of up to 8 tensor-parallel ranks, if its sizes allow,
+    since a run may go on with another."""
+    if mode != "int4":
+        return None if mode == "none" else Scheme(mode)
+    for ranks in (8, 4, 2):
+        with suppress(ValueError):
+            return rounding_scheme(mode, None, config, ranks)
+    return rounding_scheme(mode, None, config)
 
 
 def _shape(

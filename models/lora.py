@@ -121,7 +121,7 @@ class LoraLinear(nn.Module):
             A, B = (factor.to(x.dtype) for factor in self._factors())
             if self.dropout is not None:
                 rows = self.dropout(rows, self.number, self.parallel.tp if self.is_row else None)
-            y.addmm_(F.linear(rows, A), B.T, alpha=self.scaling)  # onto y itself: no second tensor of its size
+            y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
         y = y.view(*x.shape[:-1], -1)
         if is_part:
             y = leave_parallel(y, self.parallel)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from models.decode import refresh as real_refresh
 from models.model import ModelConfig
 from models.qlinear import dequantize, quantize
-from models.quantize import rounding_scheme
+from models.adapters import base_scheme
 from models.records import collate, tokenising
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -127,7 +127,7 @@ def test_resumed(world, kind):
         if kind == "bf16":
             tensor = tensor.bfloat16().float()
         if A is not None:
-            scheme = rounding_scheme("int4", None, ModelConfig.from_hf(base))
+            scheme = base_scheme("int4", ModelConfig.from_hf(base))
             tensor = (dequantize(quantize(tensor, scheme)) if kind == "int4" else tensor) + 2 * B @ A
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
 

@@ -20,7 +20,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from models.checkpoint import WeightFiles, hf_name, our_name
-from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, naming_file, on_main, positive, say
+from models.common import (
+    Bounds,
+    Runtime,
+    at_least_one,
+    flag,
+    flags_of,
+    is_main_rank,
+    naming_file,
+    on_main,
+    positive,
+    say,
+)
 from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
@@ -172,8 +183,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_base(adapter: Adapter, base: Path) -> None:
     if is_quantized(read_hf_config(base)[0]):
-        raise ValueError(f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
-                         "that it was made from, and --quantize")
+        raise ValueError(
+            f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
+            "that it was made from, and --quantize"
+        )
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
     known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
     for layer, (A, B) in adapter.factors.items():
@@ -181,7 +194,9 @@ def _check_base(adapter: Adapter, base: Path) -> None:
             raise ValueError(f"{adapter.path}: an adapter for another base: {base} has no layer {hf_name(layer)}")
         shape, of_adapter = files.shape(f"{layer}.weight"), (B.shape[0], A.shape[1])
         if not A.shape[0] == B.shape[1] == adapter.r:
-            raise ValueError(f"{adapter.path}: {hf_name(layer)} is of rank {A.shape[0]}, {ADAPTER_CONFIG} says {adapter.r}")
+            raise ValueError(
+                f"{adapter.path}: {hf_name(layer)} is of rank {A.shape[0]}, {ADAPTER_CONFIG} says {adapter.r}"
+            )
         if shape != of_adapter:
             raise ValueError(
                 f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
@@ -234,11 +249,11 @@ def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
 
 
 def choose_lora(
-    args, base: Path, runtime: Runtime, *, adapter_path: Path | None = None, with_critic: bool = False
+    args, base: Path, runtime: Runtime, *, with_critic: bool = False, is_critic: bool = False
 ) -> Lora | None:
-    """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. adapter_path: where
-    it begins, which for all but a critic is args.adapter_path. Raises ValueError for flags that do not fit it or each other. A
-    collective."""
+    """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. with_critic: it
+    bears a critic's adapters as well; is_critic: it is a critic on a base of its own, whose adapters are always new.
+    Raises ValueError for flags that do not fit it or each other. A collective."""
     if not args.uses_lora:
         for each in flags_of(LoraArgs):
             if getattr(args, each.name) != each.default:
@@ -247,15 +262,15 @@ def choose_lora(
         return None
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
     start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
-    shape = _shape(args, start, config, is_other=adapter_path is None)
-    start = start if adapter_path is not None else None
+    shape = _shape(args, start, config, is_other=is_critic)
     scheme = base_scheme(args.quantize_base, config)
     if scheme is not None:
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-    values = _new_values(config, shape[3], shape[0], args.seed, ("", CRITIC) if with_critic else ("",))
-    for layer, (A, B) in start.factors.items() if start is not None else ():
+    streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
+    values = _new_values(config, shape[3], shape[0], args.seed, streams)
+    for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():
         values |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
-    if start is not None and start.score is not None:
+    if start is not None and start.score is not None and not is_critic:
         values[SCORE] = start.score
     base_fingerprint = on_main(lambda: fingerprint(base))
     r, alpha, use_rslora, layers = shape
@@ -282,7 +297,9 @@ def _shape(
     unknown = sorted(set(kinds or ()) - {*LINEARS, "all-linear"})
     if unknown:
         names = ", ".join(LINEARS)
-        raise ValueError(f"--lora_target_modules {' '.join(unknown)}: there are {names}, and all-linear for all of them")
+        raise ValueError(
+            f"--lora_target_modules {' '.join(unknown)}: there are {names}, and all-linear for all of them"
+        )
     if kinds and "all-linear" not in kinds:
         layers = [layer for layer in layers if layer.rpartition(".")[2] in kinds]
     if start is None:
@@ -299,16 +316,16 @@ def _shape(
 
 
 def _new_values(
-    config: ModelConfig, layers: frozenset[str], r: int, seed: int, suffixes: tuple[str, ...]
+    config: ModelConfig, layers: frozenset[str], r: int, seed: int, streams: dict[str, int]
 ) -> dict[str, Tensor]:
     """As PEFT begins: A uniform in +-1 / sqrt(K) (Kaiming's of a = sqrt(5)), B 0, so the model is the base. Drawn on the
-    CPU, layer by layer, so alike on every rank."""
+    CPU, layer by layer, so alike on every rank. streams: of the noise, by the end of the adapters' names."""
     with torch.device("meta"):
         model, values = Transformer(config), {}
     for number, layer in enumerate(sorted(layers)):
         N, K = model.get_submodule(layer).weight.shape
-        for i, suffix in enumerate(suffixes):
-            generator = torch.Generator().manual_seed(noise_key(seed, number, i) % 2**63)
+        for suffix, stream in streams.items():
+            generator = torch.Generator().manual_seed(noise_key(seed, number, stream) % 2**63)
             A = torch.empty(r, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
             values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": torch.zeros(N, r)}
     return values

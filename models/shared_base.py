@@ -31,7 +31,9 @@ class OnSharedBase(nn.Module):
     def owns(self, name: str) -> bool:
         """Whether a parameter of the base is this one's, or both have it."""
         of_critic = name.endswith(CRITIC) or name.startswith(HEADS[CRITIC])
-        return of_critic == (self.adapter == CRITIC) or (not of_critic and "lora_" not in name and HEADS[""] not in name)
+        return of_critic == (self.adapter == CRITIC) or (
+            not of_critic and "lora_" not in name and HEADS[""] not in name
+        )
 
     def named_parameters(self, *args, **options) -> Iterator[tuple[str, nn.Parameter]]:
         return (each for each in self.base.named_parameters(*args, **options) if self.owns(each[0]))

@@ -81,7 +81,7 @@ def main(args: DpoArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime, adapter_path=args.adapter_path)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     ref_scheme = check_reference(args, folder, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))

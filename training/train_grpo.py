@@ -81,7 +81,7 @@ def main(args: GrpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime, adapter_path=args.adapter_path)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)

@@ -135,7 +135,7 @@ def main(args: PpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime, adapter_path=args.adapter_path, with_critic=args.shared_base)
+    lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     others = open_others(args, folder, data.longest, runtime)
@@ -452,13 +452,13 @@ def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, lora: Lora | 
         base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
         policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
     else:
-        policy = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-        own = None if lora is None else choose_lora(args, others.value_path, runtime)
+        policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
+        own = None if lora is None else choose_lora(args, others.value_path, runtime, is_critic=True)
         options = {"head": "score", "new_score": zero_head, "lora": own}
         critic = load_for_training(others.value_path, mesh, args, runtime, **options)
     with torch.no_grad():
         critic.score.weight.mul_(others.value_scale(args))
-    return Models(policy, critic, *others.frozen.load(args, mesh, runtime, policy))
+    return Models(policy, critic, *others.frozen.load(args, mesh, runtime, base))
 
 
 if __name__ == "__main__":

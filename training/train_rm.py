@@ -87,7 +87,7 @@ def main(args: RmArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime, adapter_path=args.adapter_path)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
@@ -100,7 +100,8 @@ def main(args: RmArgs) -> None:
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     rows = {
-        "model": f"{folder}, {'its own' if has_head else 'a new'} head, --loss {args.loss}" + (f"; {lora}" if lora else ""),
+        "model": f"{folder}, {'its own' if has_head else 'a new'} head, --loss {args.loss}"
+        + (f"; {lora}" if lora else ""),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,

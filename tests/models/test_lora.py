@@ -1,35 +1,29 @@
 """models/lora.py and models/adapters.py against PEFT."""
 
-import json
-import shutil
-from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
-from models.adapters import LoraArgs, choose_lora, open_adapter, weight_files
+from models.adapters import LoraArgs, choose_lora, weight_files
 from models.checkpoint import load_model
 from models.common import Runtime
-from models.decode import copy_for_inference, load_for_inference, refresh
-from models.dropout import TokenDropout, new_dropout
-from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
-from models.lora import adapter, lora_layers
-from models.model import ModelConfig
-from models.qlinear import dequantize, quantize
-from models.quantize import load_quantized, rounding_scheme
+from models.decode import copy_for_inference
+from models.fsdp import ParallelArgs, init_mesh, load_for_training
+from models.lora import adapter
 from tests import tiny
-from tests.tiny import refused
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False)
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 KINDS = {  # name: (model, settings of PEFT)
     "llama, all-linear": ({}, {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"}),
     "qwen2, q and v, rslora": (tiny.QWEN2, {"r": 5, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
-    "reward model": ({"attention_bias": True}, {"r": 2, "target_modules": ["down_proj", "k_proj"], "task_type": "SEQ_CLS"}),
+    "reward model": (
+        {"attention_bias": True},
+        {"r": 2, "target_modules": ["down_proj", "k_proj"], "task_type": "SEQ_CLS"},
+    ),
 }
 
 
@@ -62,7 +56,7 @@ def made_by_peft(root, model, settings, seed=0):
 def trainable(folder, dtype=torch.float32, **flags):
     """A model of the flags, as a trainer has it."""
     args, runtime = Args(folder, **flags), CPU._replace(dtype=dtype)
-    lora = choose_lora(args, folder, runtime, adapter_path=args.adapter_path)
+    lora = choose_lora(args, folder, runtime)
     head = {"head": "score", "new_score": torch.zeros(1, 64)} if "score.weight" in lora.values else {}
     return load_for_training(folder, init_mesh(CPU.device, 1), args, runtime, lora=lora, **head)
 

@@ -33,11 +33,11 @@ def write_letters(folder, seed, head_scale=0.1, hidden_size=32):
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
 
 
-def write_task(root, seed, **model):
+def write_task(root, seed, reward_scale=1.0, **model):
     """Writes the reference, the prompts and the reward function of a task: {prompt: {answer: reward}}."""
     write_letters(root / "ref", seed, **model)
     rng = random.Random(seed)
-    table = {prompt: {answer: rng.gauss(0, 1) for answer in ANSWERS} for prompt in PROMPTS}
+    table = {prompt: {answer: reward_scale * rng.gauss(0, 1) for answer in ANSWERS} for prompt in PROMPTS}
     (root / "table.json").write_text(json.dumps(table))
     (root / "reward.py").write_text(
         "import json\nfrom pathlib import Path\n\n"

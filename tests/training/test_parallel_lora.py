@@ -2,7 +2,6 @@
 weights, on gloo."""
 
 import pytest
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -15,7 +14,11 @@ LORA = ["--lora_r", "3", "--lora_dropout", "0.2"]
 RUNS = {  # name: (script, model, flags)
     "biased": ("finetune_sft", "biased", LORA),
     "int4": ("finetune_sft", "tied", ["--lora_r", "4", "--quantize_base", "int4", "--use_rslora"]),
-    "dpo": ("train_dpo", "tied", ["--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj", "--no-precompute_ref"]),
+    "dpo": (
+        "train_dpo",
+        "tied",
+        ["--lora_r", "2", "--lora_target_modules", "q_proj", "down_proj", "--no-precompute_ref"],
+    ),
     "rm": ("train_rm", "biased", LORA),
 }
 MORE = {  # of a layout, for each run
@@ -35,7 +38,9 @@ def world(tmp_path_factory):
     """Two folders, ragged records and pairs, and what one process makes of them."""
     root = tmp_path_factory.mktemp("parallel-lora")
     records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
-    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " or" * (i % 6)} for i, r in enumerate(records)]
+    pairs = [
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": " or" * (i % 6)} for i, r in enumerate(records)
+    ]
     for name, content in (("finetune_sft", records), ("train_dpo", pairs), ("train_rm", pairs)):
         tiny.write_records(root / f"{name}.jsonl", content)
     tiny.write_model(root / "biased", **BIASED)

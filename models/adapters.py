@@ -318,8 +318,8 @@ def _shape(
 def _new_values(
     config: ModelConfig, layers: frozenset[str], r: int, seed: int, streams: dict[str, int]
 ) -> dict[str, Tensor]:
-    """As PEFT begins: A uniform in +-1 / sqrt(K) (Kaiming's of a = sqrt(5)), B 0, so the model is the base. Drawn on the
-    CPU, layer by layer, so alike on every rank. streams: of the noise, by the end of the adapters' names."""
+    """As PEFT begins: A uniform in +-1 / sqrt(K) (Kaiming's of a = sqrt(5)), B 0, so the model is the base. Drawn on
+    the CPU, layer by layer, so alike on every rank. streams: of the noise, by the end of the adapters' names."""
     with torch.device("meta"):
         model, values = Transformer(config), {}
     for number, layer in enumerate(sorted(layers)):

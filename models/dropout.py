@@ -1,4 +1,4 @@
-"""Dropout without a generator: what a token drops is a pure function of (seed, step, its document so far, layer, feature).
+"""Dropout without a generator: what a token drops is a function of (seed, step, its document so far, layer, feature).
 
 So a resumed run, another layout over ranks, other micro-batches and a forward that is computed again drop the same. Two
 rows that begin alike drop alike as far as they are alike.

@@ -64,8 +64,8 @@ def save_folder(
     config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
     keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
-    fp32. write_beside: writes more files into a folder, which go with the others. Only the main rank writes. Raises OSError that names the folder if it cannot be written; then the old export
-    is there as it was.
+    fp32. write_beside: writes more files into a folder, which go with the others. Only the main rank writes. Raises
+    OSError that names the folder if it cannot be written; then the old export is there as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective

@@ -190,7 +190,8 @@ def load_for_training(
     """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
 
     head: "lm" or "score"; new_score: the weight of a new one, alike on all ranks. param_dtype: of the weights, if not
-    args.param_dtype. lora: adapters, and how the weights below them are kept, which are frozen then. Raises ValueError for args.cpu_offload where the device is the CPU."""
+    args.param_dtype. lora: adapters, and how the weights below them are kept, which are frozen then.
+    Raises ValueError for args.cpu_offload where the device is the CPU."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     config = model_config(folder)

@@ -1,10 +1,10 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of the blocks' Linear layers beside a frozen base.
 
 - y = x W^T + s (x A^T) B^T, with A [r, K] and B [N, r] in fp32; s = alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732)
-- one wrapper takes the place of any Linear, column- or row-parallel, and its parameters: q_proj.weight keeps its name and
-  has q_proj.lora_A and q_proj.lora_B beside it. A column-parallel layer cuts B, a row-parallel one A, as it cuts W; the
-  other factor is whole on every tp rank, its gradient a sum over them
-- W is a frozen parameter, or integers (QLoRA, 2305.14314) that are dequantised into the product and again in its backward
+- one wrapper takes the place of any Linear, column- or row-parallel, and its parameters: q_proj.weight keeps its name
+  and has q_proj.lora_A and q_proj.lora_B beside it. As W is cut, a column-parallel layer cuts B and a row-parallel one
+  A; the other factor is whole on every tp rank, its gradient a sum over them
+- W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised into the product and again in its backward
 - adapters can be off, which makes a policy its own reference; and a base may carry a second set of them, the critic's
 
 Dimensions: M tokens, K input and N output features, both of this tp rank; r the rank of the update.

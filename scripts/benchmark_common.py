@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from models.adapters import base_scheme
 from models.common import RuntimeArgs, Stopwatch, at_least_one, flag
+from models.compressed import linear_layers
+from models.lora import Lora
 from models.model import ModelConfig
 from models.presets import PRESETS
 from models.qlinear import MODES
@@ -78,12 +81,24 @@ class BenchmarkArgs(RuntimeArgs, QuantizeArgs, TensorParallelArgs):
         None, help="data: folder with the tokenizer and its chat template; a small one is made"
     )
     measure: bool = flag(False, help="memory: do it with random weights and print the measured bytes beside")
+    lora_r: int | None = flag(None, bounds=at_least_one, help="sft, memory: adapters of this rank in all linear layers")
+    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="sft, memory: of the base below them")
     compare: int | None = flag(None, bounds=at_least_one, help="alternate ours and the peer so many times")
     peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
 
     @property
     def config(self) -> ModelConfig:
         return SIZES[self.preset]
+
+    def lora(self) -> Lora | None:
+        """The adapters of --lora_r, of random numbers."""
+        if self.lora_r is None:
+            return None
+        layers, scheme = (
+            frozenset(linear_layers(self.config.num_hidden_layers)),
+            base_scheme(self.quantize_base, self.config),
+        )
+        return Lora(self.lora_r, 2.0 * self.lora_r, False, 0.0, layers, scheme, {}, Path(), "", self.seed)
 
     def optimizer(self) -> OptimArgs:
         """That of the jobs which train by themselves."""

@@ -57,7 +57,13 @@ def peer(job: str) -> Callable:
 
     def sft(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
         config = args.config
-        model = build(config, torch.float32, runtime.device).train()
+        if args.lora_r is None:
+            model = build(config, torch.float32, runtime.device).train()
+        else:  # the base in the dtype of the computation, the adapters in fp32, as TRL has it
+            import peft
+
+            settings = peft.LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear")
+            model = peft.get_peft_model(build(config, runtime.dtype, runtime.device), settings).train()
         optimizer = make_optimizer(model, args.optimizer())
         shape = (args.batch_size, args.seq_len)
         ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)

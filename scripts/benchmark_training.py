@@ -5,17 +5,21 @@ from collections.abc import Callable
 import torch
 
 from models.common import Runtime
-from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, parallel_of, shard_model
+from models.fsdp import ParallelArgs, clip_grad_norm, frozen_dtype, init_mesh, parallel_of, shard_model
+from models.lora import Lora, LoraLinear, add_adapters
 from models.model import ModelConfig, Transformer
+from models.qlinear import quantize
 from models.records import IGNORE_INDEX, Example, collate
 from models.reward import Pair, pair_rows
+from models.tp import tensor_parallel_part
 from scripts.benchmark_common import BenchmarkArgs, seconds_of
 from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_cross_entropy, token_logps
 from training.optim import make_optimizer
 
 
 def sft_setting(args: BenchmarkArgs) -> str:
-    return f"{args.batch_size} x {args.seq_len} tokens, recompute {args.activation_checkpointing}"
+    adapters = "" if args.lora_r is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
+    return f"{args.batch_size} x {args.seq_len} tokens, recompute {args.activation_checkpointing}{adapters}"
 
 
 def dpo_setting(args: BenchmarkArgs) -> str:
@@ -25,17 +29,30 @@ def dpo_setting(args: BenchmarkArgs) -> str:
 
 
 def sharded_model(
-    config: ModelConfig, args: ParallelArgs, runtime: Runtime, param_dtype: torch.dtype | None = None
+    config: ModelConfig,
+    args: ParallelArgs,
+    runtime: Runtime,
+    param_dtype: torch.dtype | None = None,
+    lora: Lora | None = None,
 ) -> Transformer:
     """A model of random weights on the ranks of this run, as the training scripts have it."""
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if lora is not None:
+            add_adapters(model, lora)
+            param_dtype = frozen_dtype(args, runtime)
     shard_model(model, mesh, args, runtime, param_dtype)
     model.to_empty(device=runtime.device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(0.0, 0.02)
+        for name, layer in model.named_modules() if lora is not None and lora.scheme is not None else ():
+            if isinstance(layer, LoraLinear):
+                shape = shapes[f"{name}.weight"]
+                N, K = (part.stop - part.start for part in tensor_parallel_part(f"{name}.weight", shape, mesh["tp"]))
+                layer.set_quantized(quantize(0.02 * torch.randn(N, K, device=runtime.device), lora.scheme))
     model.reset_buffers(runtime.device)
     return model
 
@@ -52,7 +69,7 @@ def seconds_of_step(model, optimizer, loss_of: Callable[[], torch.Tensor], runti
 
 def measure_sft(args: BenchmarkArgs, runtime: Runtime, bandwidth: float) -> dict:
     config, parallel = args.config, ParallelArgs(activation_checkpointing=args.activation_checkpointing)
-    model = sharded_model(config, parallel, runtime)
+    model = sharded_model(config, parallel, runtime, lora=args.lora())
     optimizer = make_optimizer(model, args.optimizer())
     ids = torch.randint(3, config.vocab_size, (args.batch_size, args.seq_len), device=runtime.device)
     tokens = ids.numel()

@@ -20,8 +20,8 @@ BETA, TEMPERATURE = 0.5, 0.7
 
 
 def write_letters(folder, seed, head_scale=0.1, hidden_size=32):
-    """A random model whose vocabulary is the letters and EOS. head_scale: a head that is frozen must be large enough for
-    the optimum's logits."""
+    """A random model whose vocabulary is the letters and EOS. head_scale: a frozen head must be able to give the
+    optimum's logits."""
     vocab = {piece: i for i, piece in enumerate([*LETTERS, "</s>"])}
     shape = {"vocab_size": len(vocab), "hidden_size": hidden_size, "intermediate_size": 64, "bos_token_id": None}
     model = tiny.write_model(folder, seed=seed, std=0.3, eos_token_id=vocab["</s>"], **shape)

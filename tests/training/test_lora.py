@@ -57,7 +57,7 @@ def batch_of(folder, train_file):
 def test_steps_are_those_of_peft(world, tmp_path, flags):
     """Catches a scale in the wrong place, a factor that is not trained, decayed or clipped otherwise, an adapter that
     begins or ends otherwise than PEFT's, and a frozen weight that moves."""
-    root, base, _ = world
+    _, base, _ = world
     train_file = tiny.write_records(tmp_path / "train.jsonl", RECORDS[:8])
     common = ["--train_file", train_file, "--no-shuffle", "--lr_schedule", "constant", "--warmup_ratio", 0, *flags]
     begun, out = tmp_path / "begun", tmp_path / "out"
@@ -139,7 +139,7 @@ def test_resumed(world, kind):
 def test_stages(world, tmp_path):
     """Catches an adapter that the next stage does not begin with, generates without, scores without its head or the
     statistics of its rewards, or quantises without: alone and merged they are one model."""
-    root, base, _ = world
+    _, base, _ = world
     pairs = tiny.write_records(
         tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": f" {i} so", "rejected": " or"} for i in range(8)]
     )
@@ -164,7 +164,7 @@ def test_stages(world, tmp_path):
     sft, more = tmp_path / "sft", tmp_path / "more"
     run("finetune_sft", world, sft, "--learning_rate", 3e-2)
     outputs = []
-    for name, model in (("gm", [sft]), ("ga", [base, "--adapter_path", sft])):
+    for model in ([sft], [base, "--adapter_path", sft]):
         for flags in ([], ["--quantize", "int4"]):
             result = tiny.run(
                 "inference/generate.py",

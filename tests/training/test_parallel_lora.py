@@ -58,8 +58,8 @@ def job_of(root, name, out, *more):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
-    """Catches a factor cut as the other is, a gradient of a whole factor that is one rank's part, an update that is added
-    before a sum and counted once for each rank, dropout that depends on the layout, and integers of another grid."""
+    """Catches a factor cut as the other is, a gradient of a whole factor that is one rank's part, an update that is
+    counted once for each rank, dropout that depends on the layout, and integers of another grid."""
     ranks, tp_size = LAYOUTS[layout]
     outs = {name: f"{layout.replace(' ', '-')}-{name}" for name in MORE[layout]}
     more = ["--tensor_parallel_size", tp_size]

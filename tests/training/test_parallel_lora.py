@@ -75,3 +75,11 @@ def test_layouts_agree(world, layout):
         result = tiny.run("training/finetune_sft.py", *job_of(world, "biased", outs["biased"], "--resume")[1:])
         assert result.code == 0 and "resuming after step 2" in result.stdout, result.stderr
         assert compare(world, "biased", outs["biased"]) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["adapter's gradient not summed", "update counted by every rank"])
+def test_planted_faults_show(world, fault):
+    """Catches a comparison too weak to see the mistakes it is made for."""
+    out = fault.replace(" ", "-")
+    launch(2, [job_of(world, "biased", out, "--tensor_parallel_size", 2)], fault)
+    assert compare(world, "biased", out) > 1e-3

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from inference.system import opening_of
+from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
@@ -35,7 +36,7 @@ HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(ModelArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs):
+class ChatArgs(ModelArgs, AdapterArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs):
     """A chat in the terminal with the model of a Hugging Face folder."""
 
     system: str | None = flag(None, help="system message")
@@ -55,12 +56,13 @@ def main(args: ChatArgs) -> None:
         args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=chat_day(args.chat_date)
     )
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
+    files = weight_files(args.checkpoint_path, args.adapter_path)
     tokenizer = folder.tokenizer
     limit = args.max_seq_len or min(4096, folder.max_seq_len)
     params = args.params(args.seed, tokenizer, folder.eos_token_ids)
     opening = opening_of(args.system, tokenizer)
     tp = parallel_of(init_mesh(runtime.device, args.tensor_parallel_size)).tp
-    model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme)
+    model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme, files=files)
     options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "prefill_tokens": args.prefill_tokens}
     engine = Engine(model, params, tokenizer=tokenizer, look_every=1, **options)
     say(f"{args.checkpoint_path} on {device_name(runtime.device)}\n{HELP}")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from inference.lines import LineWriter, begun_on, encode_line, read_begun, refuse_occupied
 from inference.prompts import PromptArgs, PromptSource, carried_fields
+from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import ModelArgs, open_folder
 from models.common import (
     Runtime,
@@ -59,7 +60,9 @@ from models.tp import TensorParallelArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(ModelArgs, PromptArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs, AcceptArgs):
+class GenerateArgs(
+    ModelArgs, AdapterArgs, PromptArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs, AcceptArgs
+):
     """Generates completions for prompts, in batches, from a Hugging Face folder."""
 
     output_file: Path | None = flag(
@@ -95,6 +98,7 @@ def main(args: GenerateArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=None if scheme is None else str(scheme),
     )
+    files = weight_files(args.checkpoint_path, args.adapter_path)
     if in_file and not args.resume:
         on_main(lambda: refuse_occupied(args.output_file))
     source = PromptSource(args, folder, args.max_new_tokens)
@@ -105,7 +109,7 @@ def main(args: GenerateArgs) -> None:
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
     if in_file:
         check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
-    model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme)
+    model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme, files=files)
     numbers, counts = source.missing(done)
     work, num_done = shared_work("generate", counts, mesh["dp"]), int(done.sum())
     plan = plan_cache(

@@ -30,6 +30,7 @@ import torch
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
 from inference.lines import LineWriter, begun_on, read_begun, refuse_occupied, write_lines
+from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
     Runtime,
@@ -74,7 +75,7 @@ ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "v
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreArgs(ModelArgs, QuantizeArgs, TensorParallelArgs, GradingArgs, AcceptArgs):
+class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, GradingArgs, AcceptArgs):
     """Adds the rewards of a reward model, or the grades of a function, to records."""
 
     checkpoint_path: Path | None = None
@@ -152,7 +153,8 @@ def main(args: ScoreArgs) -> None:
     today = on_main(lambda: chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None))
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
-    kind = read_reward_kind(args.checkpoint_path)
+    files = weight_files(args.checkpoint_path, args.adapter_path)
+    kind = read_reward_kind(args.checkpoint_path, files)
     check_kind(args, kind)
     find_answer = load_function("--answer_fn", args.answer_fn) if args.answer_fn is not None else final_answer
     records = read_records(args.data_file)
@@ -185,7 +187,7 @@ def main(args: ScoreArgs) -> None:
     model = None
     if first < len(items):
         tp = parallel_of(mesh).tp
-        model = load_for_inference(args.checkpoint_path, runtime, tp=tp, head="score", scheme=scheme)
+        model = load_for_inference(args.checkpoint_path, runtime, tp=tp, head="score", scheme=scheme, files=files)
         if runtime.compile:
             model.compile(dynamic=True)
     split = Split(args.batch_size, mesh["dp"], folder.pad_token_id)
@@ -232,7 +234,7 @@ def check_source(args: ScoreArgs) -> None:
         raise ValueError("give either --checkpoint_path, a reward model, or --grader, a function")
     if args.pass_at is not None and args.grader is None:
         raise ValueError("--pass_at needs a --grader: a score of a reward model is neither right nor wrong")
-    for name in ("normalize", "aggregate", "best_of_n", "weighted_vote"):
+    for name in ("normalize", "aggregate", "best_of_n", "weighted_vote", "adapter_path"):
         if args.grader is not None and getattr(args, name):
             raise ValueError(f"--{name} is for a reward model's scores, and --grader gives grades")
 

@@ -11,7 +11,7 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -127,6 +127,8 @@ class WeightFiles:
     Where config.json ties head and embedding and the files hold the head alone, it is the embedding too.
     Raises FileNotFoundError for a missing file or shard, ValueError for one that is truncated or not what it says.
     """
+
+    config_changes: Mapping[str, object] = {}  # what the folder's config.json does not know of them
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -287,16 +289,17 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
     tp: DeviceMesh | None = None,
     head: str = "lm",
+    files: WeightFiles | None = None,
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face folder, as plain tensors: for inference, and for one process.
 
     param_dtype: the dtype of the parameters, None keeps the files'. compute_dtype: of the activations, None takes the
-    parameters'. tp: reads and holds only this rank's part. head: "lm" or "score". Raises what ModelConfig.from_hf and
-    WeightFiles raise.
+    parameters'. tp: reads and holds only this rank's part. head: "lm" or "score". files: the folder's, if not as they
+    are (models/adapters.py). Raises what ModelConfig.from_hf and WeightFiles raise.
     """
     config = model_config(folder)
     refuse_quantized(folder)
-    files = WeightFiles(folder)
+    files = files or WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, compute_dtype, Parallel(tp), head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
@@ -310,21 +313,23 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
-    new_score: Tensor | None = None,
+    without_file: dict[str, Tensor] | None = None,
+    elsewhere: dict[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Gives every parameter of a model its values, one tensor at a time, and recomputes the buffers.
 
     part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
-    may be on meta and of the whole shape, are replaced. new_score: the weight [1, E] of a scalar head on a folder that
-    has a language-model head, which is then left out. Raises ValueError where the files do not fit the model, or are
-    not what was exported. A collective.
+    may be on meta and of the whole shape, are replaced. without_file: whole tensors that are not taken from the files,
+    such as a new scalar head's weight [1, E] on a folder that has a language-model head, which is then left out.
+    elsewhere: the shapes of weights that the caller will read. Raises ValueError where the files do not fit the model,
+    or are not what was exported. A collective.
     """
     parameters = dict(model.named_parameters())  # tied weights appear once
-    without_file = {} if new_score is None else {"score.weight": new_score}
-    files.check(
-        {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file},
-        allowed=["lm_head.weight"] if model.config.tie_word_embeddings or without_file else [],
-    )
+    without_file = without_file or {}
+    new_score = ["score.weight"] if "score.weight" in without_file and "score.weight" in parameters else []
+    no_head = model.config.tie_word_embeddings or new_score
+    expected = {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file}
+    files.check(expected | (elsewhere or {}), allowed=["lm_head.weight"] * bool(no_head) + new_score)
     check_weights(files.folder, files.paths())
     fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
 

@@ -7,6 +7,8 @@
   32000 x 768 takes as long as half of a small model's int4 blocks
 - copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
   block at a time: nobody generates through FSDP, which would gather the model for every token
+- it holds a LoRA model merged, base + s B A, in the compute dtype also where the base is quantised: the plain products
+  are faster than integers with a low-rank product beside them, and no adapter can fail to reach the sampler
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
-from models.checkpoint import load_model
+from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
 from models.cpu_linear import Bags, PackedMatrix, can_pack_weights, has_fbgemm, pack_weight
+from models.lora import LoraLinear, adapter, weight_of
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
 from models.quantize import load_quantized
@@ -58,14 +60,14 @@ class InferenceLinear(nn.Module):
 
     @torch.no_grad()
     def _pack(self, linears: list[Linear]) -> PackedMatrix:
-        return pack_weight(_joined([local(linear.weight) for linear in linears]).to(self.dtype))
+        return pack_weight(_joined([weight_of(linear) for linear in linears]).to(self.dtype))
 
     @torch.no_grad()
-    def refresh(self, linears: list[Linear]) -> None:
+    def refresh(self, linears: list[Linear | LoraLinear]) -> None:
         """Takes new values of the same linear layers, without changing any tensor's address (but the packed one's)."""
         if self.packed is None:
             for part, linear in zip(self.weight.split(self.sizes), linears):
-                part.copy_(local(linear.weight))
+                part.copy_(weight_of(linear))
         else:
             self.packed = self._pack(linears)
         if self.bias is not None:
@@ -153,14 +155,16 @@ def load_for_inference(
     tp: DeviceMesh | None = None,
     head: str = "lm",
     scheme: Schemes | None = None,
+    files: WeightFiles | None = None,
 ) -> Transformer:
     """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. head: "lm" or "score".
-    scheme: how its blocks are quantised, see load_quantized."""
+    scheme: how its blocks are quantised, see load_quantized. files: see load_model."""
     device, dtype, _ = runtime
+    options = {"device": device, "tp": tp, "head": head, "files": files}
     if scheme is None:
-        model = load_model(folder, device=device, param_dtype=dtype, tp=tp, head=head)
+        model = load_model(folder, param_dtype=dtype, **options)
     else:
-        model = load_quantized(folder, scheme, device=device, dtype=dtype, tp=tp, head=head)
+        model = load_quantized(folder, scheme, dtype=dtype, **options)
     return to_inference(model, pack=can_pack(runtime))
 
 
@@ -174,7 +178,7 @@ def weight_bytes(model: Transformer) -> int:
 def _gathered(module: nn.Module) -> Iterator[None]:
     """While it lasts, the parameters of a module are this tp rank's whole part, also those of FSDP (a collective over
     dp; not of the modules in it that are wrapped themselves)."""
-    sharded = isinstance(module, FSDPModule)
+    sharded = hasattr(module, "unshard")  # FSDP's, also of a model on a shared base
     if sharded:
         module.unshard()
     yield
@@ -189,7 +193,7 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
     with torch.device("meta"):
         copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
     for block, trained in zip(copy.layers, source.layers):
-        with _gathered(trained):
+        with _gathered(trained), adapter(trained, source.adapter):
             _take_parameters(block, trained, source.compute_dtype)
         _fuse(block, pack)
     with _gathered(source):
@@ -203,9 +207,11 @@ def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
 
 
 def _take_parameters(module: nn.Module, source: nn.Module, dtype: torch.dtype | None) -> None:
-    for name, parameter in source.named_parameters():
+    for name, _ in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
-        values = local(parameter).to(dtype=dtype, copy=True)  # FSDP takes its storage back
+        of = source.get_submodule(owner)
+        values = weight_of(of) if attribute == "weight" else local(getattr(of, attribute))
+        values = values.to(dtype=dtype, copy=True)  # FSDP takes its storage back
         setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
 
@@ -214,7 +220,7 @@ def refresh(copy: Transformer, source: Transformer) -> None:
     """Brings an inference copy up to date with a model of the same shape, in place, one block at a time; where FSDP
     holds the source, a collective over dp."""
     for block, trained in zip(copy.layers, source.layers):
-        with _gathered(trained):
+        with _gathered(trained), adapter(trained, source.adapter):
             for part_name, names, product in FUSIONS:
                 part = getattr(trained, part_name)
                 getattr(getattr(block, part_name), product).refresh([getattr(part, name) for name in names])

@@ -21,6 +21,7 @@ from models.export import COPIED_FILES
 
 WHOLE = 64 << 20  # bytes of a file that is read whole
 BLOCK = 4096
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 BLOCKS = 64  # of a larger one, beside those of its tensors
 
 
@@ -34,7 +35,11 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of what tells a folder's content: of a model what it says at the top of this file, of any other folder
     all its files, large ones as weights. OSError or ValueError if they cannot be read."""
     if (folder / "config.json").is_file():
-        paths = [path for name in ("config.json", *COPIED_FILES) if (path := folder / name).is_file()]
+        paths = [
+            path
+            for name in ("config.json", *COPIED_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+            if (path := folder / name).is_file()
+        ]
         paths += WeightFiles(folder).paths()
     else:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -30,11 +30,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
-from models.common import DTYPES, Runtime, at_least_one, flag
+from models.common import DTYPES, Runtime, at_least_one, flag, short_bar
+from models.lora import Lora, LoraLinear, add_adapters
 from models.model import Transformer
 from models.qlinear import Schemes
-from models.quantize import load_quantized
-from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part
+from models.quantize import load_quantized, quantized_part
+from models.shared_base import OnSharedBase
+from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part, whole
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -183,11 +185,13 @@ def load_for_training(
     head: str = "lm",
     new_score: Tensor | None = None,
     param_dtype: torch.dtype | None = None,
+    lora: Lora | None = None,
 ) -> Transformer:
     """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
 
-    head: "lm" or "score"; new_score: see load_weights, alike on all ranks. param_dtype: of the weights, if not
-    args.param_dtype. Raises ValueError for args.cpu_offload where the device is the CPU."""
+    head: "lm" or "score"; new_score: the weight of a new one, alike on all ranks. param_dtype: of the weights, if not
+    args.param_dtype. lora: adapters, and how the weights below them are kept, which are frozen then.
+    Raises ValueError for args.cpu_offload where the device is the CPU."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     config = model_config(folder)
@@ -195,9 +199,18 @@ def load_for_training(
     files = WeightFiles(folder)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh, args.sequence_parallel), head)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if lora is not None:
+            add_adapters(model, lora)
+            param_dtype = frozen_dtype(args, runtime)
     shard_model(model, mesh, args, runtime, param_dtype)
     model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
-    load_weights(model, files, device=runtime.device, part_of=partial(sharded_part, mesh=mesh), new_score=new_score)
+    given = ({} if new_score is None else {"score.weight": new_score}) | ({} if lora is None else lora.values)
+    integers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None}
+    options = {"part_of": partial(sharded_part, mesh=mesh), "elsewhere": {name: shapes[name] for name in integers}}
+    load_weights(model, files, device=runtime.device, without_file=given, **options)
+    for name, layer in short_bar(integers.items(), "rounding", "tensor"):
+        layer.set_quantized(quantized_part(files, name, shapes[name], lora.scheme, model.parallel.tp, runtime.device))
     return model
 
 
@@ -259,7 +272,8 @@ def shard_model(
 
 
 def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
-    """Replaces each parameter by this rank's part as a DTensor of that dtype (scalar head: fp32); tied ones stay so."""
+    """Replaces each parameter by this rank's part as a DTensor of that dtype (scalar head and adapters: fp32); tied
+    ones stay so."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
@@ -267,21 +281,32 @@ def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
                 name = f"{prefix}.{attribute}"
                 shape, stride, dim = parameter.shape, parameter.stride(), shard_dim(name)
                 part = parameter.detach()[tensor_parallel_part(name, tuple(shape), tp)]
-                part = part.to(torch.float32 if name == "score.weight" else dtype).contiguous()
+                in_fp32 = name == "score.weight" or attribute.startswith("lora_")
+                part = part.to(torch.float32 if in_fp32 else dtype).contiguous()
                 placement = Replicate() if dim is None else Shard(dim)
-                whole = DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
-                replaced[id(parameter)] = nn.Parameter(whole)
+                tensor = DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
+                replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, attribute, replaced[id(parameter)])
 
 
-def full_tensors(model: nn.Module):
-    """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks."""
+def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter as it is stored, gathered one at a time, with the adapters of
+    that name merged; a collective on all ranks."""
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
             module.reshard()
-    for name, parameter in model.named_parameters():
-        device = parameter.device_mesh.device_type  # an offloaded shard is gathered by the GPUs, not by the CPUs
-        yield name, parameter.detach().to(device).full_tensor()
+    if isinstance(model, OnSharedBase):
+        yield from (each for each in full_tensors(model.base, model.adapter) if model.owns(each[0]))
+        return
+    seen = set()  # tied weights appear once
+    for prefix, module in model.named_modules():
+        is_adapted = isinstance(module, LoraLinear)
+        if is_adapted:
+            yield f"{prefix}.weight", module.merged_whole(adapter_name)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and not (is_adapted and name != "bias"):
+                seen.add(id(parameter))
+                yield f"{prefix}.{name}", whole(parameter)
 
 
 def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: bool) -> Iterator[T]:

@@ -379,6 +379,8 @@ class Transformer(nn.Module):
     "lm" or "score".
     """
 
+    lora, dropout, adapter = None, None, ""  # of a model with adapters: models/lora.py, models/dropout.py
+
     def __init__(
         self,
         config: ModelConfig,
@@ -406,6 +408,8 @@ class Transformer(nn.Module):
         0..T-1. Under sequence parallelism T must be divisible by the tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if self.dropout is not None:
+            self.dropout.see(input_ids, position_ids)
         cos, sin = rope_tables(position_ids, self.inv_freq, self.config.attention_factor)
         x = self.embed_tokens(input_ids).to(dtype=self.compute_dtype)
         for layer in self.layers:

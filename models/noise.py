@@ -23,7 +23,7 @@ def _signed(x: int, bits: int = 64) -> int:
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
-def _mix64_tensor(x: Tensor) -> Tensor:
+def mix64(x: Tensor) -> Tensor:
     """_mix64 on int64 tensors; torch's >> is arithmetic, so the sign's copies are masked off."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -41,7 +41,7 @@ def noise_key(*parts: int) -> int:
 def column_hashes(num_columns: int, device: torch.device | str = "cpu") -> Tensor:
     """One well-mixed int32 for each column, [C]."""
     columns = torch.arange(1, num_columns + 1, dtype=torch.int64, device=device)
-    return ((_mix64_tensor(columns) & 0xFFFFFFFF) - 2**31).to(torch.int32)
+    return ((mix64(columns) & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
 
 def random_bits(keys: Tensor, rows: Tensor, hashes: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def random_bits(keys: Tensor, rows: Tensor, hashes: Tensor) -> Tensor:
 
     keys, rows: int64 [R]. hashes: int32 [C] or [R, C] from column_hashes.
     """
-    mixed = _mix64_tensor(keys + rows * _signed(0x9E3779B97F4A7C15))
+    mixed = mix64(keys + rows * _signed(0x9E3779B97F4A7C15))
     low = ((mixed & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
     high = (((mixed >> 32) & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]
     x = (hashes ^ low).mul_(_signed(0x85EBCA6B, 32))

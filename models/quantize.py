@@ -179,6 +179,22 @@ def quantize_file(
         raise ValueError(f"{files.folder}: {name}: {error}") from None
 
 
+def quantized_part(
+    files: WeightFiles,
+    name: str,
+    shape: tuple[int, ...],
+    scheme: Schemes,
+    tp: DeviceMesh | None,
+    device: torch.device,
+) -> Quantized:
+    """quantize_file() of this tp rank's part of a weight. Of a row-parallel layer every rank reads the whole, since a
+    scale may be that of a whole row."""
+    cut = tensor_parallel_part(name, shape, tp)
+    rows = cut[:1] if shard_dim(name) == 0 else ()
+    whole = quantize_file(files, name, rows, scheme, device)
+    return whole if rows else columns_of(whole, cut[1], scheme.of(name.removesuffix(".weight")))
+
+
 @torch.no_grad()
 def load_quantized(
     folder: str | Path,
@@ -188,14 +204,15 @@ def load_quantized(
     dtype: torch.dtype,
     tp: DeviceMesh | None = None,
     head: str = "lm",
+    files: WeightFiles | None = None,
 ) -> Transformer:
     """The model of a Hugging Face folder, or this tp rank's part of it, with quantised blocks, frozen.
 
     A folder with quantised weights must hold this scheme; any other is quantised by rounding while it is read, from
-    the numbers in the files. dtype: of everything else and of the activations. head: "lm" or "score". Raises what
-    load_model and check_scheme do.
+    the numbers in the files. dtype: of everything else and of the activations. head: "lm" or "score". files: as for
+    load_model, whose errors it raises, and check_scheme's.
     """
-    config, files = model_config(folder), WeightFiles(folder)
+    config, files = model_config(folder), files or WeightFiles(folder)
     check_scheme(scheme, config, device, dtype, size_of(tp))
     is_stored = is_quantized(read_hf_config(folder)[0])
     with torch.device("meta"):
@@ -208,13 +225,10 @@ def load_quantized(
     check_weights(files.folder, files.paths())
 
     def weight_of(name: str) -> Quantized:
+        if not is_stored:
+            return quantized_part(files, name, shapes[name], scheme, tp, device)
         cut, each = tensor_parallel_part(name, shapes[name], tp), scheme.of(name.removesuffix(".weight"))
-        if is_stored:
-            return read_packed(files, name, shapes[name], cut, each, device)
-        # of a row-parallel layer every rank reads the whole, since a scale may be that of a whole row
-        rows = cut[:1] if shard_dim(name) == 0 else ()
-        whole = quantize_file(files, name, rows, scheme, device)
-        return whole if rows else columns_of(whole, cut[1], each)
+        return read_packed(files, name, shapes[name], cut, each, device)
 
     def bias_of(name: str) -> Tensor:
         return files.read(name, tensor_parallel_part(name, shapes[name], tp))

@@ -57,10 +57,12 @@ class RewardKind(NamedTuple):
         return self.mean is not None and self.std is not None and self.std > 0
 
 
-def read_reward_kind(folder: Path) -> RewardKind:
-    """Raises ValueError unless the folder holds a model with one score for each token."""
+def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKind:
+    """Raises ValueError unless the folder holds a model with one score for each token. files: the folder's, if an
+    adapter goes with them."""
+    files = files or WeightFiles(folder)
     config, where = read_hf_config(folder)
-    files = WeightFiles(folder)
+    config |= files.config_changes
     if "score.weight" not in files.names():
         raise ValueError(
             f"{folder}: not a reward model, it has no score head (no score.weight); training/train_rm.py makes one"

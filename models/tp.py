@@ -42,10 +42,10 @@ class TensorParallelArgs:
 def shard_dim(name: str) -> int | None:
     """The dimension of parameter `name` ("layers.0.self_attn.q_proj.weight") that is cut over tp ranks, or None."""
     layer, _, kind = name.rpartition(".")
-    layer = layer.rpartition(".")[2]
+    layer, is_input_factor = layer.rpartition(".")[2], kind.startswith("lora_A")  # of models/lora.py
     if layer in COLUMN_PARALLEL:
-        return 0
-    return 1 if layer in ROW_PARALLEL and kind == "weight" else None
+        return None if is_input_factor else 0
+    return 1 if layer in ROW_PARALLEL and (kind == "weight" or is_input_factor) else None
 
 
 def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
@@ -77,6 +77,12 @@ def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=[Partial()] if partial_grad else None)
+
+
+def whole(parameter: DTensor) -> Tensor:
+    """The whole of a sharded parameter, gathered; a collective. An offloaded one is gathered by the GPUs, not by the
+    CPUs."""
+    return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
 
 
 def all_reduce(x: Tensor, tp: DeviceMesh, operation: str = "sum") -> Tensor:

@@ -102,7 +102,8 @@ class _CrossEntropySum(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        learns = needs_grad and weight.requires_grad  # a frozen head has no gradient, which is half of the arithmetic
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         for chunk, raw, logits in _logits(hidden, compute_weight):
             target, logsumexp, partition = _exponentiate(logits, targets[chunk], start, tp)
             total += (logsumexp - target).sum()
@@ -114,7 +115,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 if logits is not raw:
                     raw.copy_(logits)
                 grad_hidden[chunk] = raw @ compute_weight
-                grad_weight += raw.T @ hidden[chunk]
+                if learns:
+                    grad_weight += raw.T @ hidden[chunk]
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -124,7 +126,8 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)  # a bf16 factor would be off by up to 0.4 %
-        return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 @cache
@@ -194,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, logsumexp, entropies = ctx.saved_tensors
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_logprobs = torch.zeros_like(logsumexp[:, 0]) if grad_logprobs is None else grad_logprobs
         for chunk, raw, logits in _logits(hidden, compute_weight, ctx.temperature):
             grad = grad_logprobs[chunk, None]
@@ -212,8 +215,10 @@ class _TokenLogprobs(torch.autograd.Function):
             if logits is not raw:
                 raw.copy_(logits)
             grad_hidden[chunk] = raw @ compute_weight
-            grad_weight += raw.T @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight += raw.T @ hidden[chunk]
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def linear_logprobs(

@@ -23,22 +23,24 @@ from models.common import (
     say,
 )
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
+from models.lora import Lora
 from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
-from scripts.benchmark_common import JobArgs, LayoutArgs, PresetArgs
-from scripts.benchmark_training import RecomputeArgs, sharded_model
+from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs
+from scripts.benchmark_training import AdapterArgs, RecomputeArgs, sharded_model
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, QuantizeArgs, RuntimeArgs):
+class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, AdapterArgs, AnswerArgs, QuantizeArgs, RuntimeArgs):
     """The memory of a training run, or of a quantised model."""
 
     batch_size: int = flag(8, bounds=at_least_one, help="rows of a micro-batch")
     seq_len: int = flag(512, bounds=at_least_one, help="tokens of each row")
+    slots: int = flag(32, bounds=at_least_one, help="--lora_r: answers that PPO and GRPO draw at a time")
     measure: bool = flag(False, help="do it with random weights and print the measured bytes beside")
 
 
@@ -73,10 +75,7 @@ def training_memory(
     block += config.qk_norm * 2 * config.head_dim + config.attention_bias * E
     shard = (config.num_hidden_layers * block + root) / dp
 
-    in_fp32 = 4 * (2 if on_cpu else 1)
-    norm = (in_fp32 + c) * E  # a token's fp32 input of a norm, and the output
-    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
-    whole += config.qk_norm * in_fp32 * (q + kv) / tp  # q and k before their norms
+    norm, whole = block_activations(config, tp, c, on_cpu)
     kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
 
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
@@ -95,19 +94,79 @@ def training_memory(
     }
 
 
+def block_activations(config: ModelConfig, tp: int, c: int, on_cpu: bool) -> tuple[float, float]:
+    """(bytes that autograd keeps of a token for a norm, for a whole block); c: bytes of a number of the computation."""
+    E, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    in_fp32 = 4 * (2 if on_cpu else 1)
+    norm = (in_fp32 + c) * E  # a token's fp32 input of a norm, and the output
+    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    whole += config.qk_norm * in_fp32 * (q + kv) / tp  # q and k before their norms
+    return norm, whole
+
+
+def lora_memory(
+    config: ModelConfig,
+    lora: Lora,
+    *,
+    dp: int,
+    tp: int,
+    tokens: int,
+    recompute: str = "none",
+    compute_bytes: int = 2,
+    on_cpu: bool = False,
+) -> dict[str, float]:
+    """training_memory of adapters in all linear layers of the blocks: the base in the dtype of the computation or in
+    integers, which every dp rank has whole; gradients and AdamW's moments of the adapters alone, all fp32. Embedding
+    and head have no gradient; of integers one weight is dequantised at a time, by way of two others of its size."""
+    E, F, c, L = config.hidden_size, config.intermediate_size, compute_bytes, config.num_hidden_layers
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norm, whole = block_activations(config, tp, c, on_cpu)
+    whole += 7 * lora.r * c  # a token's projections
+    kept = tokens * (L * {"none": whole, "full": c * E}[recompute] + norm)
+    shapes = [(E, q), (E, kv), (E, kv), (q, E), (E, F), (E, F), (F, E)]
+    weights, adapters = L * sum(K * N for K, N in shapes), L * lora.r * sum(K + N for K, N in shapes)
+    others = config.num_parameters() - weights
+    if lora.scheme is None:
+        base, gathered, dequantised = c * weights / (dp * tp), 2 * c * weights / L / tp, 0
+    else:
+        bits = lora.scheme.bits + (16 / lora.scheme.group_size if lora.scheme.group_size else 0)
+        base, gathered, dequantised = weights * bits / 8 / tp, 0, 3 * c * E * F / tp
+    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
+    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
+    return {
+        "base": base + c * others / (dp * tp),
+        "adapters, gradients, AdamW moments": 16 * adapters / (dp * tp),
+        "embedding and head, gathered": c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E),
+        "activations": kept,
+        "at the peak": max(logits + 2 * c * tokens * E, widest + gathered + dequantised),
+    }
+
+
+def sampling_memory(config: ModelConfig, args: MemoryArgs, tp: int, compute_bytes: int) -> dict[str, float]:
+    """What PPO and GRPO need beside the policy: the copy that draws, merged, and the cache of its slots."""
+    length = args.prompt_len + args.new_tokens
+    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute_bytes / tp
+    return {
+        "copy that draws": compute_bytes * config.num_parameters() / tp,
+        f"cache of {args.slots} x {length} tokens": args.slots * length * of_token,
+    }
+
+
 def report_memory(args: MemoryArgs) -> None:
     """Prints training_memory for each layout, and what this run's ranks took."""
     config, recompute = args.config, args.activation_checkpointing
     world = int(os.environ.get("WORLD_SIZE", 1))
     layouts = args.layouts or [(world, 1)]
     runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
-    shape = (args.batch_size, args.seq_len)
+    shape, lora = (args.batch_size, args.seq_len), args.lora(config)
     tables = []
     for dp, tp in layouts:
         config.check_divisible(tp)
         sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
         on_cpu = args.measure and runtime.device.type == "cpu"
-        table = training_memory(config, **sizes, compute_bytes=runtime.dtype.itemsize, on_cpu=on_cpu)
+        sizes |= {"compute_bytes": runtime.dtype.itemsize, "on_cpu": on_cpu}
+        table = training_memory(config, **sizes) if lora is None else lora_memory(config, lora, **sizes)
         table["sum"] = sum(table.values())
         if args.measure:
             if dp * tp != world:
@@ -115,21 +174,28 @@ def report_memory(args: MemoryArgs) -> None:
             if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
                 raise ValueError("--measure on the CPU counts right with dp 1 only")
             parallel = ParallelArgs(activation_checkpointing=recompute, tensor_parallel_size=tp)
-            table["measured"] = measure_memory(config, runtime, parallel, shape)
+            table["measured"] = measure_memory(config, runtime, parallel, shape, lora)
         tables.append(table)
         rows = {name: f"{size / 1e9:8.2f} GB" for name, size in table.items()}
+        if lora is not None and not args.measure:
+            drawing = sampling_memory(config, args, tp, runtime.dtype.itemsize)
+            rows |= {name: f"{size / 1e9:8.2f} GB, of PPO and GRPO" for name, size in drawing.items()}
+            rows["PPO or GRPO"] = f"{(table['sum'] + sum(drawing.values())) / 1e9:8.2f} GB"
         if args.measure:
             rows["measured"] += f", the sum is {table['sum'] / table['measured'] - 1:+.1%} off"
         setting = f"{args.batch_size} x {args.seq_len} tokens, recompute {recompute}"
+        setting += "" if lora is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
         say(card(f"memory of {args.preset}, dp {dp} x tp {tp}, {setting}", rows))
     say(json.dumps({"job": "memory", "preset": args.preset, "layouts": layouts, "bytes": tables}))
 
 
-def measure_memory(config: ModelConfig, runtime: Runtime, parallel: ParallelArgs, shape: tuple[int, int]) -> int:
+def measure_memory(
+    config: ModelConfig, runtime: Runtime, parallel: ParallelArgs, shape: tuple[int, int], lora: Lora | None = None
+) -> int:
     """The most bytes that were allocated on this rank in two optimizer steps of two micro-batches each."""
 
     def train() -> None:
-        model = sharded_model(config, parallel, runtime)
+        model = sharded_model(config, parallel, runtime, lora=lora)
         optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-5))
         ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
         vocabulary = {"vocab_size": config.vocab_size, "tp": model.parallel.tp}

@@ -10,13 +10,13 @@ from models.fsdp import init_mesh
 from models.records import Example, Split, pack_row
 from scripts.benchmark_common import PeerArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_peers import PEERS
-from scripts.benchmark_training import TrainedArgs, seconds_of_step, sharded_model
+from scripts.benchmark_training import AdapterArgs, TrainedArgs, seconds_of_step, sharded_model
 from scripts.workload import random_ids
 from training.losses import token_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftArgs(SpeedArgs, TrainedArgs, PeerArgs):
+class SftArgs(SpeedArgs, TrainedArgs, AdapterArgs, PeerArgs):
     """Optimizer steps of fine-tuning on random weights."""
 
     batch_size: int = flag(8, bounds=at_least_one, help="rows of a step")
@@ -42,15 +42,16 @@ def main(args: SftArgs) -> None:
 
 def sft_setting(args: SftArgs) -> str:
     packed = f" packed from {args.documents} texts" if args.documents > 1 else ""
+    adapters = "" if args.lora_r is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
     return (
         f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.param_dtype} weights, {args.optim}, recompute "
-        f"{args.activation_checkpointing}"
+        f"{args.activation_checkpointing}{adapters}"
     )
 
 
 def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
     config, lengths = args.config, args.lengths()
-    model = sharded_model(config, args.parallel(), runtime)
+    model = sharded_model(config, args.parallel(), runtime, lora=args.lora(config))
     split = Split(args.batch_size, init_mesh(runtime.device, 1)["dp"], 0)
     rows = []
     for row in random_ids(config.vocab_size, args.batch_size, args.seq_len).numpy():

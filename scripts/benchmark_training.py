@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from models.common import Runtime, flag
-from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, parallel_of, shard_model
+from models.adapters import base_scheme
+from models.common import Runtime, at_least_one, flag
+from models.compressed import linear_layers
+from models.fsdp import ParallelArgs, clip_grad_norm, frozen_dtype, init_mesh, parallel_of, shard_model
+from models.lora import Lora, LoraLinear, add_adapters
 from models.model import ModelConfig, Transformer
+from models.qlinear import quantize
+from models.tp import tensor_parallel_part
 from scripts.benchmark_common import seconds_of
 from training.optim import OptimArgs, make_optimizer
 
@@ -37,18 +43,49 @@ class TrainedArgs(RecomputeArgs):
         return OptimArgs(learning_rate=1e-5, optim=self.optim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterArgs:
+    """Adapters in all linear layers of the blocks, in the place of all weights."""
+
+    lora_r: int | None = flag(None, bounds=at_least_one, help="train adapters of this rank")
+    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="of the base below them")
+
+    def lora(self, config: ModelConfig) -> Lora | None:
+        """The adapters of --lora_r, of random numbers."""
+        if self.lora_r is None:
+            if self.quantize_base != "none":
+                raise ValueError("--quantize_base: is of the base below adapters; give --lora_r too")
+            return None
+        layers = frozenset(linear_layers(config.num_hidden_layers))
+        scheme = base_scheme(self.quantize_base, config)
+        return Lora(self.lora_r, 2.0 * self.lora_r, False, 0.0, layers, scheme, {}, Path(), "", 0)
+
+
 def sharded_model(
-    config: ModelConfig, args: ParallelArgs, runtime: Runtime, param_dtype: torch.dtype | None = None
+    config: ModelConfig,
+    args: ParallelArgs,
+    runtime: Runtime,
+    param_dtype: torch.dtype | None = None,
+    lora: Lora | None = None,
 ) -> Transformer:
     """A model of random weights on the ranks of this run, as the training scripts have it."""
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if lora is not None:
+            add_adapters(model, lora)
+            param_dtype = frozen_dtype(args, runtime)
     shard_model(model, mesh, args, runtime, param_dtype)
     model.to_empty(device=runtime.device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(0.0, 0.02)
+        for name, layer in model.named_modules() if lora is not None and lora.scheme is not None else ():
+            if isinstance(layer, LoraLinear):
+                part = tensor_parallel_part(f"{name}.weight", shapes[f"{name}.weight"], mesh["tp"])
+                N, K = (range_.stop - range_.start for range_ in part)
+                layer.set_quantized(quantize(0.02 * torch.randn(N, K, device=runtime.device), lora.scheme))
     model.reset_buffers(runtime.device)
     return model
 

@@ -124,6 +124,14 @@ def sft(args, runtime: Runtime, bandwidth: float) -> dict:
     version = required("transformers")
     device, param_dtype = runtime.device, DTYPES[args.param_dtype]
     model = build(args.config, param_dtype, device).train()
+    if args.lora_r is not None:  # the base in the dtype of the computation, the adapters in fp32, as TRL has it
+        version += f", peft {required('peft')}"
+        if args.quantize_base != "none":
+            raise ValueError("--quantize_base: PEFT has other formats")
+        import peft
+
+        settings = peft.LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear")
+        model = peft.get_peft_model(model.to(runtime.dtype), settings).train()
     if args.activation_checkpointing == "selective":
         raise ValueError("--activation_checkpointing selective: transformers knows none and full")
     if args.activation_checkpointing == "full":

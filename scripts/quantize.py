@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from models.adapters import AdapterArgs, weight_files
 from models.calibration import Cost, Rows, quantize_blocks
-from models.checkpoint import ModelArgs, WeightFiles, folder_config, open_folder, stored_dtype
+from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import check_weights
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
@@ -38,7 +39,7 @@ INT4_GROUP = 32  # 4.5 bits a weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeScriptArgs(ModelArgs):
+class QuantizeScriptArgs(ModelArgs, AdapterArgs):
     """Writes a Hugging Face folder with quantised weights, for inference and frozen models."""
 
     dtype: str | None = "float32"
@@ -79,7 +80,7 @@ def main(args: QuantizeScriptArgs) -> None:
     scheme = choose_scheme(args.checkpoint_path, args.mode, group_size, flag="--mode")
     scheme = with_int8(scheme, args.int8_layers, config.num_hidden_layers)
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
-    files = WeightFiles(args.checkpoint_path)
+    files = weight_files(args.checkpoint_path, args.adapter_path)
     head = "score" if "score.weight" in files.names() else "lm"
     if args.eval_file is not None and head == "score":
         raise ValueError(f"--eval_file: {args.checkpoint_path} is a reward model, which has no perplexity")
@@ -111,7 +112,7 @@ def main(args: QuantizeScriptArgs) -> None:
                 yield name, files.read(name)
 
     stored = quantization_config(scheme, config.num_hidden_layers, "score" if head == "score" else "lm_head")
-    hf_config = {**folder_config(args.checkpoint_path), "quantization_config": stored}
+    hf_config = {**folder_config(args.checkpoint_path), **files.config_changes, "quantization_config": stored}
     changes = {"generation_config.json": folder.generation_changes()}
     save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path, json_changes=changes)
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))

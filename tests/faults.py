@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from models import model, records, tp
+from models import lora, model, records, tp
 from training import finetune_sft
 
 
@@ -79,7 +79,23 @@ def _replicas_not_averaged():
     return mock.patch.object(torch.distributed, "all_reduce", all_reduce)
 
 
+def _adapter_gradient_not_summed():
+    return mock.patch.object(lora, "local", lambda parameter, partial_grad=False: tp.local(parameter))
+
+
+def _update_counted_by_every_rank():
+    real = lora.LoraLinear._factors
+
+    def factors(self):
+        A, B = real(self)
+        return A, B * (2 if self.is_row else 1)
+
+    return mock.patch.object(lora.LoraLinear, "_factors", factors)
+
+
 FAULTS = {
+    "adapter's gradient not summed": _adapter_gradient_not_summed,
+    "update counted by every rank": _update_counted_by_every_rank,
     "norm gradient not summed": _norm_gradient_not_summed,
     "gradient of the heads' norm not summed": _key_norm_gradient_not_summed,
     "bias added by every rank": _bias_added_by_every_rank,

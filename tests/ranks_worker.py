@@ -86,7 +86,8 @@ def train(script, arguments: tuple[str, ...]) -> None:
     steps, writer = [], run_dir.CheckpointWriter
 
     def recording_clip(model, max_norm, scale):
-        steps.append({name: scale * p.grad.full_tensor() for name, p in model.named_parameters()})
+        trained = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+        steps.append({name: scale * p.grad.full_tensor() for name, p in trained})
         return clip_grad_norm(model, max_norm, scale)
 
     def asynchronous(*args, **options):

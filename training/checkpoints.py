@@ -103,11 +103,13 @@ def _one_thread(model: nn.Module) -> ThreadPoolExecutor:
 
 def _state(model: nn.Module, optimizer: Optimizers) -> dict:
     """What a checkpoint holds, the tensors themselves and not copies: {"model": {name: tensor}, "optimizer": {"state":
-    {name of a parameter: {"exp_avg": tensor, ...}}}}. Tied weights have the first of their names."""
+    {name of a parameter: {"exp_avg": tensor, ...}}}}. Tied weights have the first of their names, and what is frozen is
+    left out: it is in the folder that the run began with."""
     weights: dict[str, Tensor] = {}
     name_of: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in name_of:
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if id(tensor) not in name_of and not is_frozen:
             name_of[id(tensor)], weights[name] = name, tensor.detach()
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     states = {name_of[id(p)]: dict(state) for each in optimizers for p, state in each.state.items()}

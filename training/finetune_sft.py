@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from models.adapters import choose_lora
 from models.checkpoint import open_folder
 from models.common import card, choose_runtime, flag, run_script, say
+from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
@@ -56,6 +58,7 @@ def main(args: SftArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_sft_file, describe)
     if args.pack:
         train = PackedRows(train, folder.max_seq_len)
@@ -67,12 +70,12 @@ def main(args: SftArgs) -> None:
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    model = load_for_training(args.checkpoint_path, mesh, args, runtime)
+    model = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     samples = EvalSamples(model, folder, evaluation, args, runtime, run, mesh["dp"])
     rows = {
-        "model": folder,
+        "model": folder if lora is None else f"{folder}; {lora}",
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
@@ -100,6 +103,7 @@ def main(args: SftArgs) -> None:
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+        new_dropout(model, step)
         batch = [train[i] for i in numbers]
         num_targets = max(1, sum(example.num_targets for example in batch))
         scale, loss = loss_scale(num_targets, dp_size), torch.zeros((), device=runtime.device)

@@ -45,6 +45,10 @@ class Frozen(NamedTuple):
 
     def ref_is_start(self, args) -> bool:
         """Whether the reference has the weights that the policy begins with."""
+        return self.is_base(args) and args.adapter_path is None
+
+    def is_base(self, args) -> bool:
+        """Whether the reference is the folder of --checkpoint_path as it is: with LoRA the policy, its adapters off."""
         return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
 
     def notes(self, reward_fn: list[str] | None) -> dict[str, str]:
@@ -76,10 +80,16 @@ class Frozen(NamedTuple):
                     f"{folder}: the reward model cannot read the chat of {prompt.where}: {error}"
                 ) from None
 
-    def load(self, args, mesh: DeviceMesh, runtime: Runtime) -> tuple[Transformer | None, Transformer | None]:
-        """(the reference, the reward model)"""
+    def load(
+        self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
+    ) -> tuple[Transformer | None, Transformer | None]:
+        """(the reference, the reward model). A reference that is the base of the policy's adapters is the policy: it is
+        asked with adapter(reference, None)."""
         load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
-        reference = load(self.reference, scheme=self.ref_scheme) if self.reference else None
+        if policy.lora is not None and self.is_base(args):
+            reference = policy
+        else:
+            reference = load(self.reference, scheme=self.ref_scheme) if self.reference else None
         reward = load(self.reward.folder.path, scheme=self.reward_scheme, head="score") if self.reward else None
         return reference, reward
 
@@ -91,8 +101,20 @@ def refuse_idle(args, why: str, *names: str) -> None:
             raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
 
 
+def check_reference_flags(args) -> None:
+    """Raises ValueError for a reference that would be the policy's base a second time, in fewer bits."""
+    if args.uses_lora and args.quantize_ref != "none" and args.ref_checkpoint_path is None:
+        raise ValueError(
+            "--quantize_ref: with LoRA the reference is the base with its adapters off, so --quantize_base says how it "
+            "is kept; leave the flag out, or give a --ref_checkpoint_path"
+        )
+
+
 def check_rl_flags(args) -> None:
     """Raises ValueError for flags of rollouts, rewards and frozen models that do not go together."""
+    check_reference_flags(args)
+    if args.lora_dropout:
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: a ratio to the policy that drew would measure the noise")
     if args.rollout_batch_size % args.step_size:
         raise ValueError(
             f"--minibatch_size {args.minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.adapters import LoraArgs, adapter_tensors, write_adapter
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
@@ -47,6 +49,7 @@ from models.common import (
     write_json,
 )
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
+from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
@@ -63,7 +66,7 @@ UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signa
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArgs(ModelArgs, AcceptArgs):
+class RunArgs(ModelArgs, AcceptArgs, LoraArgs):
     """A run directory, and what goes into it when."""
 
     output_dir: Path = flag(
@@ -312,6 +315,15 @@ class Run:
         that of the folder the run began with, and with it the pad token that the folder's tokenizer has, and all stop
         tokens. json_changes: to the other files of that folder, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
+        write_beside, size = None, f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
+        if model.lora is not None:
+            base = folder_config(model.lora.base)
+            told = {name: value for name, value in (config or base).items() if base.get(name) != value}
+            write_beside = partial(write_adapter, tensors=adapter_tensors(model), lora=model.lora, config_changes=told)
+            if not self.args.merge:
+                write_beside(folder)
+                say(f"{folder}: adapter of the {what} written; {size}")
+                return
         changes = dict(json_changes or {})
         if config is None:
             config, pad = folder_config(start), named_pad_token(start)
@@ -327,8 +339,9 @@ class Run:
             copy_from=start,
             json_changes=changes,
             dtype=self._export_dtype,
+            write_beside=write_beside,
         )
-        say(f"{folder}: {what} written; peak memory {peak_memory(self.device) / 1e9:,.2f} GB")
+        say(f"{folder}: {what} written; {size}")
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -363,7 +376,7 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file")
-    exported = ("config.json", WEIGHTS, INDEX, CHECKSUMS, *COPIED_FILES)
+    exported = ("config.json", WEIGHTS, INDEX, CHECKSUMS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *COPIED_FILES)
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
         if (folder / name).is_dir():
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")

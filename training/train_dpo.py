@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from models.adapters import choose_lora
 from models.checkpoint import Folder, open_folder
 from models.common import Runtime, card, choose_runtime, flag, run_script, say
+from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
@@ -38,6 +40,7 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
+from models.lora import Lora, adapter
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
@@ -46,7 +49,7 @@ from models.reward import Pair, pair_lengths, pair_rows
 from models.rows import Rows
 from models.transfer import to_device
 from training.data import DataArgs, load_rows, training_batches
-from training.frozen import ReferenceArgs
+from training.frozen import ReferenceArgs, check_reference_flags
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file
@@ -79,6 +82,7 @@ def main(args: DpoArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     ref_scheme = check_reference(args, folder, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
@@ -90,12 +94,12 @@ def main(args: DpoArgs) -> None:
     splits = {"train": (train, [numbers for _, numbers in first_epoch])}
     if evaluation:
         splits["eval"] = (evaluation, eval_batches(evaluation, args.batch_size))
-    model, reference = load_models(args, mesh, runtime, ref_scheme, splits if total_steps else {}, split)
+    model, reference = load_models(args, mesh, runtime, lora, ref_scheme, splits if total_steps else {}, split)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run, mesh["dp"])
     rows = {
-        "model": f"{folder}, --loss {args.loss}, --beta {args.beta}",
+        "model": f"{folder}, --loss {args.loss}, --beta {args.beta}" + (f"; {lora}" if lora else ""),
         "reference": reference_note(args, ref_scheme),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
@@ -126,6 +130,7 @@ def main(args: DpoArgs) -> None:
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+        new_dropout(model, step)
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
         shares = split.shares(batch, pair_lengths)
@@ -164,6 +169,7 @@ def check_flags(args: DpoArgs) -> None:
             raise ValueError(f"--{name} is for --loss {wanted}, not for {args.loss}")
     if args.ref_checkpoint_path is not None and args.loss in REFERENCE_FREE:
         raise ValueError(f"--ref_checkpoint_path: --loss {args.loss} has no reference; leave one of them out")
+    check_reference_flags(args)
     if args.quantize_ref != "none" and args.loss in REFERENCE_FREE:
         raise ValueError(f"--quantize_ref: --loss {args.loss} has no reference; leave one of them out")
 
@@ -191,10 +197,17 @@ def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Schemes 
 
 
 def load_models(
-    args: DpoArgs, mesh: DeviceMesh, runtime: Runtime, ref_scheme: Schemes | None, splits: Splits, split: Split
+    args: DpoArgs,
+    mesh: DeviceMesh,
+    runtime: Runtime,
+    lora: Lora | None,
+    ref_scheme: Schemes | None,
+    splits: Splits,
+    split: Split,
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
-    pairs, and where policy and reference begin alike, they are one model. splits: empty if no step is taken."""
+    pairs, and where policy and reference begin alike, or are one base with adapters and without, they are one model.
+    splits: empty if no step is taken."""
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
     is_start = args.ref_checkpoint_path is None and ref_scheme is None
@@ -204,20 +217,25 @@ def load_models(
         key = {"weights": weights_digest(args.ref_path), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
         if ref_scheme is not None:
             key["quantised"] = str(ref_scheme)
+        if is_start and lora is not None and lora.scheme is not None:
+            key["quantised"] = str(lora.scheme)
         cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
     if cache and not is_start:
         precompute_with(load_reference(), splits, cache, split)
-    model = load_for_training(args.checkpoint_path, mesh, args, runtime)
+    model = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
     if cache and is_start:  # which it is until its first step, and until a checkpoint is read
         precompute_with(model, splits, cache, split)
-    return model, load_reference() if uses_reference and not args.precompute_ref else None
+    if not uses_reference or args.precompute_ref:
+        return model, None
+    return model, model if is_start and lora is not None else load_reference()
 
 
 @torch.no_grad()
 def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
     """Gives the pairs of each split the reference's log-probs."""
     for name, (pairs, batches) in splits.items():
-        precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
+        with adapter(reference, None):
+            precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
@@ -246,12 +264,12 @@ def summed_loss(
     """(the loss of this rank's pairs, summed; the sums of it and of MEANS over the pairs, without a gradient).
 
     reference: None where the pairs hold its log-probs, or the loss wants none."""
+    if reference is not None:  # before the policy, whose backward finds its own model as its forward left it
+        with torch.no_grad(), adapter(reference, None):
+            ref_logps, _ = pair_logps(reference, pairs, split)
     logps, lengths = pair_logps(model, pairs, split)
     if reference is None:
         ref_logps = to_device([pair.reference for pair in pairs], logps.device, torch.float32).view(-1, 2).T
-    else:
-        with torch.no_grad():
-            ref_logps, _ = pair_logps(reference, pairs, split)
     losses, chosen_rewards, rejected_rewards = dpo_loss(args, logps, ref_logps, lengths)
     margins = chosen_rewards - rejected_rewards
     rewards = (chosen_rewards, rejected_rewards, (margins > 0).float(), margins)

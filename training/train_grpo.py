@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from models.adapters import choose_lora
 from models.checkpoint import open_folder
 from models.common import Bounds, Stopwatch, at_least_one, card, choose_runtime, flag, non_negative, run_script, say
 from models.fsdp import (
@@ -34,6 +35,7 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
+from models.lora import adapter
 from models.model import Transformer
 from models.records import Split
 from models.resting import resting
@@ -91,6 +93,7 @@ def main(args: GrpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
@@ -98,8 +101,8 @@ def main(args: GrpoArgs) -> None:
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
-    reference, reward_model = frozen.load(args, mesh, runtime)
+    policy = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
+    reference, reward_model = frozen.load(args, mesh, runtime, policy)
     scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split, run.stop)
     divergence = Divergence(args, folder.config.vocab_size, "a higher --beta", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
@@ -110,7 +113,7 @@ def main(args: GrpoArgs) -> None:
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
-        "policy": folder,
+        "policy": folder if lora is None else f"{folder}; {lora}",
         **frozen.notes(args.reward_fn),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -212,7 +215,10 @@ def groups_of(
     several = args.num_iterations * args.rollout_batch_size > args.step_size
     others = mask.shape[1], split, args.temperature
     logps = all_logps(policy, rows, *others) if several or args.kl_in_reward else None
-    ref_logps = all_logps(reference, rows, *others) if reference is not None else None
+    ref_logps = None
+    if reference is not None:
+        with adapter(reference, None):
+            ref_logps = all_logps(reference, rows, *others)
     kl = torch.zeros(())
     if args.kl_in_reward:
         log_ratios = (logps - ref_logps) * learnt

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.adapters import choose_lora
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
 from models.common import (
     Bounds,
@@ -51,11 +52,13 @@ from models.fsdp import (
     split_batch,
 )
 from models.generation import Engine
+from models.lora import CRITIC, Lora, adapter
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
 from models.resting import resting
 from models.reward import scalar_head_config
+from models.shared_base import OnSharedBase
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen
@@ -103,6 +106,7 @@ class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, DivergenceArgs, O
     value_checkpoint_path: Path | None = flag(
         None, help="where the critic starts; the reward model, or the policy with a zero head"
     )
+    shared_base: bool = flag(False, help="with LoRA: the critic is adapters and a head of its own on the policy's base")
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
     kl_coef: float = flag(0.05, bounds=non_negative, help="weight of the KL to the reference, in nats")
     kl_in: str = flag("reward", choices=("reward", "loss"), help="where the KL stands")
@@ -133,6 +137,7 @@ def main(args: PpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
+    lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     others = open_others(args, folder, data.longest, runtime)
@@ -140,7 +145,7 @@ def main(args: PpoArgs) -> None:
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    models = load_models(args, mesh, runtime, others)
+    models = load_models(args, mesh, runtime, lora, others)
     policy, critic = models.policy, models.critic
     scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, functions, split, run.stop)
     divergence = Divergence(args, folder.config.vocab_size, "a higher --kl_coef, --kl_target", run.stop)
@@ -157,7 +162,7 @@ def main(args: PpoArgs) -> None:
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
-        "policy": folder,
+        "policy": folder if lora is None else f"{folder}; {lora}",
         **others.notes(args),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -291,8 +296,9 @@ def collect(
     scores = scorer.score(prompts, rows, texts, finished)
     seconds["score"] = watch.lap()
 
-    both = (models.policy, models.reference)
-    logps, ref_logps = (all_logps(model, rows, width, split, args.temperature) for model in both)
+    logps = all_logps(models.policy, rows, width, split, args.temperature)
+    with adapter(models.reference, None):
+        ref_logps = all_logps(models.reference, rows, width, split, args.temperature)
     with torch.no_grad():
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
     seconds["logprobs"] = watch.lap()
@@ -402,6 +408,7 @@ class Others(NamedTuple):
 
     def notes(self, args: PpoArgs) -> dict[str, str]:
         head = "" if has_score_head(self.value_path) else ", with a zero head"
+        head += ", adapters on the policy's base" * args.shared_base
         return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args.reward_fn)}
 
     def value_scale(self, args: PpoArgs) -> float:
@@ -424,6 +431,10 @@ class Models(NamedTuple):
 def check_flags(args: PpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
     check_rl_flags(args)
+    if args.shared_base and not args.uses_lora:
+        raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
+    if args.shared_base and args.value_checkpoint_path is not None:
+        raise ValueError("--shared_base: the critic stands on the policy's base; leave --value_checkpoint_path out")
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
             f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
@@ -436,7 +447,7 @@ def open_others(args: PpoArgs, policy: Folder, longest: int, runtime: Runtime) -
     """Raises ValueError for a model that cannot do what it is given for. longest: tokens of a prompt and its answer."""
     frozen = open_frozen(args, policy, longest, runtime)
     start = args.reward_checkpoint_path if frozen.reward and frozen.reward.same_tokenizer else args.checkpoint_path
-    value_path = args.value_checkpoint_path or start
+    value_path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
     if args.value_checkpoint_path is None and is_quantized(read_hf_config(value_path)[0]):
         raise ValueError(
             f"--reward_checkpoint_path {value_path}: holds quantised weights, which are frozen, so the critic cannot "
@@ -446,15 +457,21 @@ def open_others(args: PpoArgs, policy: Folder, longest: int, runtime: Runtime) -
     return Others(frozen, value_path)
 
 
-def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, others: Others) -> Models:
-    policy = load_for_training(args.checkpoint_path, mesh, args, runtime)
+def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, others: Others) -> Models:
     zero_head = None
     if not has_score_head(others.value_path):
         zero_head = torch.zeros(1, ModelConfig.from_hf(others.value_path).hidden_size)
-    critic = load_for_training(others.value_path, mesh, args, runtime, head="score", new_score=zero_head)
+    if args.shared_base:
+        base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
+        policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
+    else:
+        policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
+        own = None if lora is None else choose_lora(args, others.value_path, runtime, is_critic=True)
+        options = {"head": "score", "new_score": zero_head, "lora": own}
+        critic = load_for_training(others.value_path, mesh, args, runtime, **options)
     with torch.no_grad():
         critic.score.weight.mul_(others.value_scale(args))
-    return Models(policy, critic, *others.frozen.load(args, mesh, runtime))
+    return Models(policy, critic, *others.frozen.load(args, mesh, runtime, base))
 
 
 if __name__ == "__main__":

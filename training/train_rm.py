@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from models.adapters import SCORE, choose_lora
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
 from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible, with_newlines
+from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
@@ -86,19 +88,21 @@ def main(args: RmArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
+    lora = choose_lora(args, args.checkpoint_path, runtime)
     train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
-    has_head = has_score_head(args.checkpoint_path)
+    has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score)
+    model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     rows = {
-        "model": f"{folder}, {'its own' if has_head else 'a new'} head, --loss {args.loss}",
+        "model": f"{folder}, {'its own' if has_head else 'a new'} head, --loss {args.loss}"
+        + (f"; {lora}" if lora else ""),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
@@ -132,6 +136,7 @@ def main(args: RmArgs) -> None:
     taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
     run.num_tokens = int(train.lengths[taken].sum())
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+        new_dropout(model, step)
         batch = [train[i] for i in numbers]
         places, targets = reward_places(batch), targets_of(batch, runtime.device)
         rewards = torch.zeros(places[-1].stop, device=runtime.device)

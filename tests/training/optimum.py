@@ -19,12 +19,13 @@ PROMPTS = ("bca",)
 BETA, TEMPERATURE = 0.5, 0.7
 
 
-def write_letters(folder, seed):
-    """A random model whose vocabulary is the letters and EOS."""
+def write_letters(folder, seed, head_scale=0.1, hidden_size=32):
+    """A random model whose vocabulary is the letters and EOS. head_scale: a frozen head must be able to give the
+    optimum's logits."""
     vocab = {piece: i for i, piece in enumerate([*LETTERS, "</s>"])}
-    shape = {"vocab_size": len(vocab), "hidden_size": 32, "intermediate_size": 64, "bos_token_id": None}
+    shape = {"vocab_size": len(vocab), "hidden_size": hidden_size, "intermediate_size": 64, "bos_token_id": None}
     model = tiny.write_model(folder, seed=seed, std=0.3, eos_token_id=vocab["</s>"], **shape)
-    model.lm_head.weight.data *= 0.1  # contexts differ, and no answer is so rare that its reward is never seen
+    model.lm_head.weight.data *= head_scale  # contexts differ, and no answer is so rare that its reward is never seen
     model.save_pretrained(folder)
     (folder / "tokenizer.model").unlink()
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -32,11 +33,11 @@ def write_letters(folder, seed):
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
 
 
-def write_task(root, seed):
+def write_task(root, seed, reward_scale=1.0, **model):
     """Writes the reference, the prompts and the reward function of a task: {prompt: {answer: reward}}."""
-    write_letters(root / "ref", seed)
+    write_letters(root / "ref", seed, **model)
     rng = random.Random(seed)
-    table = {prompt: {answer: rng.gauss(0, 1) for answer in ANSWERS} for prompt in PROMPTS}
+    table = {prompt: {answer: reward_scale * rng.gauss(0, 1) for answer in ANSWERS} for prompt in PROMPTS}
     (root / "table.json").write_text(json.dumps(table))
     (root / "reward.py").write_text(
         "import json\nfrom pathlib import Path\n\n"

@@ -88,3 +88,9 @@ def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
     without_eos = lambda pairs: [Example(row.input_ids, [*row.labels[:-1], -100]) for row in real(pairs)]  # noqa: E731
     monkeypatch.setattr(train_dpo, "pair_rows", without_eos)
     assert regret_of_training(world, tmp_path / "out", "--num_epochs", 1) > 0.3
+
+
+def test_adapters_near_the_optimum(world, tmp_path):
+    """Catches a reference that has the adapters on, and adapters that are exported otherwise than trained: of rank 8,
+    below a frozen head, they end at 7.8 % of the reference's regret."""
+    assert regret_of_training(world, tmp_path / "out", "--lora_r", 8, "--learning_rate", 4e-3) < 0.1

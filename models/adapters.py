@@ -1,0 +1,389 @@
+"""Adapters in PEFT's format, in and out; the flags of LoRA, and what they mean for a model.
+
+- a folder has adapter_config.json and adapter_model.safetensors, whose tensors are named as PEFT names them:
+  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; of a reward model also base_model.model.score.weight
+- for inference an adapter is merged while the base is read (AdaptedFiles): what runs, or is quantised, is a plain model
+- what of a config is not computed here is refused by name, and so is an adapter that was made for another base: by the
+  base's fingerprint, which the file's metadata hold where it was written here, else by the recorded name
+"""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from models.checkpoint import WeightFiles, hf_name, our_name
+from models.common import (
+    Bounds,
+    Runtime,
+    at_least_one,
+    flag,
+    flags_of,
+    is_main_rank,
+    naming_file,
+    on_main,
+    positive,
+    say,
+)
+from models.common import read_json_object as read_json
+from models.compressed import LINEARS, linear_layers
+from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
+from models.lora import CRITIC, Lora, LoraLinear
+from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.noise import noise_key
+from models.qlinear import Scheme
+from models.quantize import check_scheme, rounding_scheme
+from models.shared_base import OnSharedBase
+from models.tp import whole
+
+PREFIX = "base_model.model."
+SCORE = "score.weight"
+# Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
+KNOWN = {
+    *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
+    *("init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
+    *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config"),
+    *("target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+}
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterArgs:
+    """An adapter of PEFT's format."""
+
+    adapter_path: Path | None = flag(
+        None, help="folder with adapter_config.json and adapter_model.safetensors for the model of --checkpoint_path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs(AdapterArgs):
+    """LoRA: train low-rank updates of a frozen model; --adapter_path goes on with such."""
+
+    lora_r: int | None = flag(None, bounds=at_least_one, help="rank of the updates; without it all weights are trained")
+    lora_alpha: float | None = flag(
+        None, bounds=positive, help="updates are scaled by lora_alpha / lora_r; twice --lora_r"
+    )
+    lora_dropout: float = flag(0.0, bounds=Bounds(least=0, below=1), help="dropout of what goes into an update")
+    lora_target_modules: list[str] | None = flag(
+        None, help=f"the layers that are updated, of {', '.join(LINEARS)}; all of these, as all-linear"
+    )
+    use_rslora: bool = flag(False, help="scale by lora_alpha / sqrt(lora_r)")
+    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="round the frozen weights of the blocks")
+    merge: bool = flag(True, help="write the merged model beside the adapter; else the adapter alone", may_change=True)
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.lora_r is not None or self.adapter_path is not None
+
+
+class Adapter(NamedTuple):
+    """What an adapter's folder holds."""
+
+    path: Path
+    config: dict
+    factors: dict[str, tuple[Tensor, Tensor]]  # by layer, "layers.0.self_attn.q_proj": A [r, K] and B [N, r], fp32
+    score: Tensor | None  # a scalar head, [1, E]
+    metadata: dict[str, str]
+
+    @property
+    def r(self) -> int:
+        return self.config["r"]
+
+    @property
+    def scaling(self) -> float:
+        return self.config["lora_alpha"] / self.r ** (0.5 if self.config.get("use_rslora") else 1)
+
+    @property
+    def config_changes(self) -> dict:
+        """What config.json of the merged model says otherwise than the base's: how a reward is to be read."""
+        return json.loads(self.metadata.get("config_changes", "{}"))
+
+
+# --------------------------------------------------------------------------------------------- in
+
+
+def open_adapter(path: Path, base: Path) -> Adapter:
+    """The adapter in a folder, for the model in another. Raises ValueError or FileNotFoundError that names the file and
+    what of it is missing, not supported, or of another base."""
+    config = _read_config(path)
+    tensors, metadata = _read_tensors(path)
+    factors: dict[str, dict[str, Tensor]] = {}
+    score = None
+    for name, tensor in tensors.items():
+        ours = our_name(name.removeprefix(PREFIX))
+        layer, _, factor = ours.removesuffix(".weight").rpartition(".")
+        if ours == SCORE:
+            score = tensor.float()
+        elif factor in ("lora_A", "lora_B") and name.startswith(PREFIX):
+            factors.setdefault(layer, {})[factor] = tensor.float()
+        else:
+            raise ValueError(f"{path}: the tensor {name} is no low-rank factor of a layer, and is not supported")
+    if not factors:
+        raise ValueError(f"{path}: its weights hold no adapter of LoRA")
+    for layer, pair in factors.items():
+        for factor in ("lora_A", "lora_B"):
+            if factor not in pair:
+                raise ValueError(f"{path}: {hf_name(layer)} has no {factor}; the file is not whole")
+    pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
+    adapter = Adapter(path, config, pairs, score, metadata)
+    on_main(lambda: _check_base(adapter, base))
+    return adapter
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_dir():
+        raise FileNotFoundError(f"--adapter_path {path}: no such folder")
+    where = path / ADAPTER_CONFIG
+    if not where.is_file():
+        raise FileNotFoundError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter's folder")
+    config = read_json(where)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type {config.get('peft_type')!r} is not supported, only 'LORA'")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0 or (key == "r" and value % 1):
+            raise ValueError(f"{where}: {key} must be a positive number, not {value!r}")
+    for key, value in config.items():
+        if value and key not in KNOWN:
+            raise ValueError(f"{where}: {key} {value!r} is not supported")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{where}: bias {config['bias']!r} is not supported, only 'none'")
+    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights {config['init_lora_weights']!r} has changed the base beside the adapter; "
+            "convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    others = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
+    if others:
+        raise ValueError(f"{where}: modules_to_save {', '.join(sorted(others))} is not supported, only score")
+    return config
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    file, pickled = path / ADAPTER_WEIGHTS, path / "adapter_model.bin"
+    try:
+        if file.is_file():
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        if pickled.is_file():
+            return torch.load(pickled, map_location="cpu", weights_only=True), {}
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: its weights cannot be read: {str(error).splitlines()[0]}") from None
+    raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
+
+
+def _check_base(adapter: Adapter, base: Path) -> None:
+    if is_quantized(read_hf_config(base)[0]):
+        raise ValueError(
+            f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
+            "that it was made from, and --quantize"
+        )
+    files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
+    known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
+    for layer, (A, B) in adapter.factors.items():
+        if layer not in known:
+            raise ValueError(f"{adapter.path}: an adapter for another base: {base} has no layer {hf_name(layer)}")
+        shape, of_adapter = files.shape(f"{layer}.weight"), (B.shape[0], A.shape[1])
+        if not A.shape[0] == B.shape[1] == adapter.r:
+            raise ValueError(
+                f"{adapter.path}: {hf_name(layer)} is of rank {A.shape[0]}, {ADAPTER_CONFIG} says {adapter.r}"
+            )
+        if shape != of_adapter:
+            raise ValueError(
+                f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
+                f"{list(shape)}"
+            )
+    made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
+    if made_for is None and (other / "config.json").is_file():
+        made_for = fingerprint(other)
+    if made_for == fingerprint(base) or (made_for is None and other.name == base.resolve().name):
+        return
+    if other.exists() and other.samefile(base):
+        say(f"{base}: has other content than the base that the adapter {adapter.path} was made for")
+        return
+    raise ValueError(
+        f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
+        f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
+    )
+
+
+class AdaptedFiles(WeightFiles):
+    """The weight files of a folder with an adapter merged into what is read of them, in fp32."""
+
+    def __init__(self, folder: Path, adapter: Adapter):
+        super().__init__(folder)
+        self.adapter, self.config_changes = adapter, adapter.config_changes
+        if adapter.score is not None:  # a reward model on a language model's folder
+            self._shapes.pop("lm_head.weight", None)
+            self._file_of.pop("lm_head.weight", None)
+            self._shapes[SCORE] = tuple(adapter.score.shape)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        if name == SCORE and self.adapter.score is not None:
+            return self.adapter.score[slices]
+        tensor, pair = super().read(name, slices), self.adapter.factors.get(name.removesuffix(".weight"))
+        if pair is None or not name.endswith(".weight"):
+            return tensor
+        rows, columns = (*slices, slice(None), slice(None))[:2]
+        return torch.addmm(tensor.float(), pair[1][rows], pair[0][:, columns], alpha=self.adapter.scaling)
+
+
+def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
+    """The weights of a folder, an adapter merged into them if there is one."""
+    return WeightFiles(folder) if adapter_path is None else AdaptedFiles(folder, open_adapter(adapter_path, folder))
+
+
+# --------------------------------------------------------------------------------- a run's adapters
+
+
+def choose_lora(
+    args, base: Path, runtime: Runtime, *, with_critic: bool = False, is_critic: bool = False
+) -> Lora | None:
+    """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. with_critic: it
+    bears a critic's adapters as well; is_critic: it is a critic on a base of its own, whose adapters are always new.
+    Raises ValueError for flags that do not fit it or each other. A collective."""
+    if not args.uses_lora:
+        for each in flags_of(LoraArgs):
+            if getattr(args, each.name) != each.default:
+                shown = "--no-merge" if each.name == "merge" else f"--{each.name}"
+                raise ValueError(f"{shown} is for LoRA, and does nothing without --lora_r or --adapter_path")
+        return None
+    config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
+    start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
+    shape = _shape(args, start, config, is_other=is_critic)
+    scheme = base_scheme(args.quantize_base, config)
+    if scheme is not None:
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+    streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
+    values = _new_values(config, shape[3], shape[0], args.seed, streams)
+    for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():
+        values |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
+    if start is not None and start.score is not None and not is_critic:
+        values[SCORE] = start.score
+    base_fingerprint = on_main(lambda: fingerprint(base))
+    r, alpha, use_rslora, layers = shape
+    fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
+    return Lora(*fields, seed=args.seed, with_critic=with_critic)
+
+
+def base_scheme(mode: str, config: ModelConfig) -> Scheme | None:
+    """How --quantize_base keeps a model: the same on every layout of up to 8 tensor-parallel ranks, if its sizes allow,
+    since a run may go on with another."""
+    if mode != "int4":
+        return None if mode == "none" else Scheme(mode)
+    for ranks in (8, 4, 2):
+        with suppress(ValueError):
+            return rounding_scheme(mode, None, config, ranks)
+    return rounding_scheme(mode, None, config)
+
+
+def _shape(
+    args, start: Adapter | None, config: ModelConfig, *, is_other: bool
+) -> tuple[int, float, bool, frozenset[str]]:
+    """(rank, alpha, whether it is rank-stabilised, the layers). is_other: of another model than the adapter's."""
+    kinds, layers = args.lora_target_modules, linear_layers(config.num_hidden_layers)
+    unknown = sorted(set(kinds or ()) - {*LINEARS, "all-linear"})
+    if unknown:
+        names = ", ".join(LINEARS)
+        raise ValueError(
+            f"--lora_target_modules {' '.join(unknown)}: there are {names}, and all-linear for all of them"
+        )
+    if kinds and "all-linear" not in kinds:
+        layers = [layer for layer in layers if layer.rpartition(".")[2] in kinds]
+    if start is None:
+        return args.lora_r, args.lora_alpha or 2.0 * args.lora_r, args.use_rslora, frozenset(layers)
+    kinds_found = {layer.rpartition(".")[2] for layer in start.factors}
+    found = (start.r, float(start.config["lora_alpha"]), bool(start.config.get("use_rslora")), frozenset(start.factors))
+    if is_other:
+        return *found[:3], frozenset(layer for layer in layers if layer.rpartition(".")[2] in kinds_found)
+    asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, frozenset(layers) if kinds else None)
+    for name, value, wanted in zip(("lora_r", "lora_alpha", "use_rslora", "lora_target_modules"), found, asked):
+        if wanted is not None and wanted != value:
+            raise ValueError(f"--{name}: the adapter of --adapter_path {start.path} is another; leave the flag out")
+    return found
+
+
+def _new_values(
+    config: ModelConfig, layers: frozenset[str], r: int, seed: int, streams: dict[str, int]
+) -> dict[str, Tensor]:
+    """As PEFT begins: A uniform in +-1 / sqrt(K) (Kaiming's of a = sqrt(5)), B 0, so the model is the base. Drawn on
+    the CPU, layer by layer, so alike on every rank. streams: of the noise, by the end of the adapters' names."""
+    with torch.device("meta"):
+        model, values = Transformer(config), {}
+    for number, layer in enumerate(sorted(layers)):
+        N, K = model.get_submodule(layer).weight.shape
+        for suffix, stream in streams.items():
+            generator = torch.Generator().manual_seed(noise_key(seed, number, stream) % 2**63)
+            A = torch.empty(r, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
+            values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": torch.zeros(N, r)}
+    return values
+
+
+# -------------------------------------------------------------------------------------------- out
+
+
+def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
+    """A model's adapters, and its scalar head, by PEFT's names, whole: a collective."""
+    tensors, suffix = {}, model.adapter
+    for name, layer in (model.base if isinstance(model, OnSharedBase) else model).named_modules():
+        if isinstance(layer, LoraLinear) and layer.has_adapters:
+            for factor in ("lora_A", "lora_B"):
+                tensor = whole(getattr(layer, factor + suffix)).cpu()
+                tensors[f"{PREFIX}{hf_name(name)}.{factor}.weight"] = tensor.contiguous()
+    if hasattr(model, "score") and (not model.lora.with_critic or suffix == CRITIC):
+        tensors[PREFIX + SCORE] = whole(model.score.weight).cpu().contiguous()
+    return tensors
+
+
+def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
+    kinds = sorted({layer.rpartition(".")[2] for layer in lora.layers})
+    is_whole = all(layer in lora.layers for layer in _every(lora, kinds))
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar_head else "CAUSAL_LM",
+        "base_model_name_or_path": str(lora.base.resolve()),
+        "r": lora.r,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": kinds if is_whole else sorted(map(hf_name, lora.layers)),
+        "modules_to_save": ["score"] if scalar_head else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _every(lora: Lora, kinds: list[str]) -> list[str]:
+    num_layers = ModelConfig.from_hf(lora.base).num_hidden_layers
+    return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
+    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
+    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
+    if not is_main_rank():
+        return
+    metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
+    config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
+    content = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    with naming_file(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, data in ((ADAPTER_WEIGHTS, save(tensors, metadata)), (ADAPTER_CONFIG, content + b"\n")):
+        staging = folder / f".{name}.partial"
+        with naming_file(folder / name):
+            staging.write_bytes(data)
+            os.replace(staging, folder / name)

@@ -1,0 +1,195 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of the blocks' Linear layers beside a frozen base.
+
+- y = x W^T + s (x A^T) B^T, with A [r, K] and B [N, r] in fp32; s = alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732)
+- one wrapper takes the place of any Linear, column- or row-parallel, and its parameters: q_proj.weight keeps its name
+  and has q_proj.lora_A and q_proj.lora_B beside it. As W is cut, a column-parallel layer cuts B and a row-parallel one
+  A; the other factor is whole on every tp rank, its gradient a sum over them
+- W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised into the product and again in its backward
+- adapters can be off, which makes a policy its own reference; and a base may carry a second set of them, the critic's
+
+Dimensions: M tokens, K input and N output features, both of this tp rank; r the rank of the update.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.compressed import linear_layers, pack_int32, unpack_int32
+from models.dropout import TokenDropout
+from models.model import Linear, RowLinear, ScoreHead, Transformer
+from models.qlinear import Quantized, Schemes, dequantize
+from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
+
+CRITIC = "_critic"  # what the names of its adapters end with
+
+
+class Lora(NamedTuple):
+    """The adapters of a model in training."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    dropout: float
+    layers: frozenset[str]  # "layers.0.self_attn.q_proj"
+    scheme: Schemes | None  # how the base is quantised
+    values: dict[str, Tensor]  # what parameters begin with, whole: "layers.0.self_attn.q_proj.lora_A", "score.weight"
+    base: Path
+    base_fingerprint: str
+    seed: int
+    with_critic: bool = False  # a second set of adapters, and a scalar head for it
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def __str__(self) -> str:
+        count, scale = len(self.layers), f"alpha {self.alpha:g}" + ", rank-stabilised" * self.use_rslora
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"LoRA of rank {self.r}, {scale}{dropout}, in {count} layers; base {self.scheme or 'frozen'}"
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """x W^T; the integers have no gradient, and W exists in neither direction for longer than its product."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.bits = bits
+        return F.linear(x, _dequantized(packed, scale, bits, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad @ _dequantized(*ctx.saved_tensors, ctx.bits, grad.dtype), None, None, None
+
+
+def _dequantized(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return dequantize(Quantized(unpack_int32(packed, bits), scale), dtype)
+
+
+class LoraLinear(nn.Module):
+    """A Linear or RowLinear whose weight is frozen, with adapters, or without where it is only quantised."""
+
+    def __init__(
+        self,
+        linear: Linear,
+        lora: Lora,
+        parallel: Parallel,
+        *,
+        has_adapters: bool,
+        number: int,
+        dropout: TokenDropout | None,
+    ):
+        """number: of the layer in the model, for its dropout."""
+        super().__init__()
+        self.weight, self.bias = (None if lora.scheme else linear.weight), linear.bias
+        self.is_row, self.parallel, self.scaling = isinstance(linear, RowLinear), parallel, lora.scaling
+        self.dropout, self.number = dropout, number
+        self.has_adapters, self.adapter = has_adapters, ""  # which adapter is on; None: none
+        N, K = linear.out_features, linear.in_features
+        for suffix in ("", CRITIC) if lora.with_critic else ("",):
+            for factor, shape in (("lora_A", (lora.r, K)), ("lora_B", (N, lora.r))) if self.has_adapters else ():
+                self.register_parameter(factor + suffix, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+    def set_quantized(self, weight: Quantized) -> None:
+        """Takes this tp rank's part of the weight."""
+        self.bits = 4 if weight.values.dtype == torch.uint8 else 8
+        self.register_buffer("packed", pack_int32(weight.values), persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B), this tp rank's parts."""
+        split = size_of(self.parallel.tp) > 1
+        A, B = (getattr(self, f"lora_{factor}{self.adapter}") for factor in "AB")
+        return local(A, partial_grad=split and not self.is_row), local(B, partial_grad=split and self.is_row)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]; row-parallel: what the ranks have is summed, and the bias added once, to the sum."""
+        rows, is_part = x.flatten(0, -2), self.is_row and size_of(self.parallel.tp) > 1
+        bias = None if self.bias is None else local(self.bias).to(x.dtype)
+        if self.weight is None:
+            y = _QuantizedProduct.apply(rows, self.packed, self.scale, self.bits)
+            y = y if bias is None or is_part else y + bias
+        else:
+            y = F.linear(rows, local(self.weight).to(x.dtype), None if is_part else bias)
+        if self.has_adapters and self.adapter is not None:
+            A, B = (factor.to(x.dtype) for factor in self._factors())
+            if self.dropout is not None:
+                rows = self.dropout(rows, self.number, self.parallel.tp if self.is_row else None)
+            y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
+        y = y.view(*x.shape[:-1], -1)
+        if is_part:
+            y = leave_parallel(y, self.parallel)
+            y = y if bias is None else y + bias
+        return y
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + s B A, fp32, this tp rank's part, while its parameters are gathered."""
+        weight = self._base() if self.weight is None else local(self.weight).float()
+        if not self.has_adapters:
+            return weight
+        A, B = (factor.float() for factor in self._factors())
+        return torch.addmm(weight, B, A, alpha=self.scaling)
+
+    @torch.no_grad()
+    def merged_whole(self, name: str) -> Tensor:
+        """merged() of all ranks, with the fp32 adapters of that name: a collective."""
+        tp, weight = self.parallel.tp, self._base() if self.weight is None else whole(self.weight).float()
+        if self.weight is None and size_of(tp) > 1:
+            weight = all_gather(weight, 1 if self.is_row else 0, tp)
+        if not self.has_adapters:
+            return weight
+        A, B = (whole(getattr(self, f"lora_{factor}{name}")) for factor in "AB")
+        return torch.addmm(weight, B, A, alpha=self.scaling)
+
+    def _base(self) -> Tensor:
+        return _dequantized(self.packed, self.scale, self.bits, torch.float32)
+
+
+def weight_of(linear: Linear | LoraLinear) -> Tensor:
+    """What a layer multiplies by, adapters and all: this tp rank's part, while its parameters are gathered."""
+    return linear.merged() if isinstance(linear, LoraLinear) else local(linear.weight)
+
+
+def add_adapters(model: Transformer, lora: Lora) -> None:
+    """Freezes a model that is built on meta, but for a scalar head, and gives it adapters, in place."""
+    model.requires_grad_(False)
+    model.lora = lora
+    model.dropout = TokenDropout(lora.dropout, lora.seed) if lora.dropout else None
+    for number, layer in enumerate(linear_layers(len(model.layers))):
+        if layer in lora.layers or lora.scheme is not None:
+            options = {"has_adapters": layer in lora.layers, "number": number, "dropout": model.dropout}
+            linear = model.get_submodule(layer)
+            model.set_submodule(layer, LoraLinear(linear, lora, model.parallel, **options))
+    if lora.with_critic:
+        with torch.device("meta"):
+            model.score = ScoreHead(model.config.hidden_size)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+def lora_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def switch(model: nn.Module, name: str | None) -> None:
+    """From here on the adapters of this name are on; None: none are."""
+    for layer in lora_layers(model):
+        layer.adapter = name
+
+
+@contextmanager
+def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """switch(), while it lasts; of a model without adapters it changes nothing."""
+    before = next((layer.adapter for layer in lora_layers(model)), None)
+    switch(model, name)
+    try:
+        yield
+    finally:
+        switch(model, before)

@@ -125,7 +125,7 @@ def sft(args, runtime: Runtime, bandwidth: float) -> dict:
     device, param_dtype = runtime.device, DTYPES[args.param_dtype]
     model = build(args.config, param_dtype, device).train()
     if args.lora_r is not None:  # the base in the dtype of the computation, the adapters in fp32, as TRL has it
-        version += f", peft {required('peft')}"
+        version += f", {required('peft')}"
         if args.quantize_base != "none":
             raise ValueError("--quantize_base: PEFT has other formats")
         import peft

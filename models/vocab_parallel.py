@@ -190,7 +190,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
         ctx.start, ctx.temperature = start, temperature
         ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward nothing
-        return logprobs[:, 0], entropies[:, 0]
+        entropies = entropies[:, 0]
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs[:, 0], entropies
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropies: Tensor | None):

@@ -130,14 +130,14 @@ def stop_one(rank: str, step: str, *job: str) -> None:
 
 
 def break_off(rank: str, look: str, *job: str) -> None:
-    looks, real = itertools.count(1), Engine._decode
+    looks, real = itertools.count(1), Engine._look
 
-    def decode(*args):
+    def look_and_stop(*args):
         if next(looks) == int(look) and dist.get_rank() == int(rank):
             signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
-    with mock.patch.object(Engine, "_decode", decode), suppress(Stopped):
+    with mock.patch.object(Engine, "_look", look_and_stop), suppress(Stopped):
         run_job(*job)
 
 

@@ -336,7 +336,8 @@ def test_training_step(gpu, dtype, optimizer):
         saved = SimpleNamespace(save_for_backward=lambda *tensors: setattr(saved, "saved_tensors", tensors))
         rows, targets = hidden.detach().flatten(0, 1), batch.labels.flatten()
         with torch.no_grad():
-            saved.set_materialize_grads = lambda value: None
+            saved.set_materialize_grads = saved.mark_non_differentiable = lambda value: None
+            saved.needs_input_grad = (True, True)
             several, fused = [(_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))], fused_head("cuda")
             several += [(fused.FusedLogprobs, (0.7, 9)), (fused._CrossEntropyOfChunks, (9,))] if fused else []
             for function, more in several:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 from tests.models.interpreted_linear import CASES
-from tests.models.test_triton_attention import TARGETS, run
+from tests.models.test_triton_kernels import TARGETS, run
 
 
 def test_products():

@@ -511,8 +511,9 @@ def test_pack():
 
 def test_collate():
     """Catches padding on the left or in the loss."""
-    input_ids, labels, position_ids, lengths = collate([row(2), row(4, 20)], 7, torch.device("cpu"))
+    input_ids, labels, position_ids, lengths, learnt = collate([row(2), row(4, 20)], 7, torch.device("cpu"))
     assert position_ids is None and lengths is None
     assert input_ids.tolist() == [[10, 11, 7, 7], [20, 21, 22, 23]]
     assert labels.tolist() == [[-100, 11, -100, -100], [-100, 21, 22, 23]]
+    assert learnt.tolist() == [0, 4, 5, 6]  # the places before those
     assert input_ids.dtype == labels.dtype == torch.int64

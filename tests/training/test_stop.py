@@ -168,8 +168,8 @@ def test_stop_while_answers_are_graded(where, world, tmp_path, monkeypatch):
     result = run(world, "train_grpo.py", tmp_path / "out", total_steps=1, eval_steps=1)
     assert "stopped by a signal before the first step" in result.stdout
     run(world, "train_grpo.py", tmp_path / "out", total_steps=1, eval_steps=1, resume=True)
-    decoded, real = [], Engine._decode
-    monkeypatch.setattr(Engine, "_decode", lambda *args: decoded.append(1) or real(*args))
+    decoded, real = [], Engine._look
+    monkeypatch.setattr(Engine, "_look", lambda *args: decoded.append(1) or real(*args))
     stop_at(monkeypatch, "train_grpo.py", "answers_to", 1)
     run(world, "train_grpo.py", tmp_path / "more")
     assert not decoded

@@ -6,7 +6,7 @@ import json
 import pytest
 
 pytest.importorskip("triton")
-from tests.models.test_triton_attention import TARGETS, run
+from tests.models.test_triton_kernels import TARGETS, run
 
 INTERPRETED = """
 from tests.models import interpreted_head

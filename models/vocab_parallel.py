@@ -9,13 +9,13 @@ dim, V vocabulary.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.common import has_triton
 from models.tp import Parallel, all_gather, all_reduce, chunk_range, enter_parallel, local, size_of
 
 
@@ -130,15 +130,12 @@ class _CrossEntropySum(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-@cache
-def fused_head(device_type: str) -> ModuleType | None:
-    """models/fused_head.py, where there is a GPU with Triton, which it imports."""
-    if device_type != "cuda":
+def fused_head(device: torch.device) -> ModuleType | None:
+    """models/fused_head.py, which imports Triton, where that is."""
+    if not has_triton(device):
         return None
-    try:
-        from models import fused_head
-    except ImportError:
-        return None
+    from models import fused_head
+
     return fused_head
 
 
@@ -163,7 +160,7 @@ def linear_cross_entropy(
     start = _first_column(vocab_size, tp)
     # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if (fused := fused_head(hidden.device.type)) is not None:
+    if (fused := fused_head(hidden.device)) is not None:
         options = {"num_columns": _most_columns(weight, vocab_size, tp), "needs_grad": needs_grad}
         return fused.cross_entropy_sum(hidden, weight, targets, start, tp, **options)
     return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)
@@ -241,7 +238,7 @@ def linear_logprobs(
     """
     start = _first_column(vocab_size, tp)
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
-    if (fused := fused_head(hidden.device.type)) is not None:
+    if (fused := fused_head(hidden.device)) is not None:
         options = {"num_columns": _most_columns(weight, vocab_size, tp), "temperature": temperature}
         return fused.logprobs(hidden, weight, targets, start, tp, **options)
     return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

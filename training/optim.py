@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.common import Bounds, flag, fraction, non_negative, positive
+from models.common import Bounds, flag, fraction, has_triton, non_negative, positive
 from models.fsdp import sharded_part
 from models.noise import column_hashes, noise_key, random_bits
 from models.tp import local
@@ -203,7 +203,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(groups, settings)
         self.places, self.seed = places, seed
         device = next(iter(places)).device
-        self.kernel = gpu_kernel(device.type)
+        self.kernel = gpu_kernel(device)
         self.update = torch.compile(_update, dynamic=True) if compile and self.kernel is None else _update
         self.levels = {name: dynamic_levels(name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
         self.middles = {name: middles_of(levels) for name, levels in self.levels.items()}
@@ -241,15 +241,12 @@ class AdamW(torch.optim.Optimizer):
             self.update(weight[part], tensors_part, self.levels, (keys[part], rows[part], hashes), factors)
 
 
-@cache
-def gpu_kernel(device_type: str) -> ModuleType | None:
-    """training/triton_adamw.py, where there is a GPU with Triton, which it imports."""
-    if device_type != "cuda":
+def gpu_kernel(device: torch.device) -> ModuleType | None:
+    """training/triton_adamw.py, which imports Triton, where that is."""
+    if not has_triton(device):
         return None
-    try:
-        from training import triton_adamw
-    except ImportError:
-        return None
+    from training import triton_adamw
+
     return triton_adamw
 
 

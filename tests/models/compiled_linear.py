@@ -2,17 +2,14 @@
 case takes of it. Arguments: backend, architecture, threads of a warp, cases as JSON."""
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from models import triton_linear as kernels
+from tests.compiled import resources_of
 
 
 def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int) -> dict[str, int]:
@@ -25,15 +22,7 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
     options = {"num_warps": kernels.num_warps(rows, 4 if dtype == "fp32" else 2), "num_stages": kernels.NUM_STAGES}
     source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
-    if target.backend == "cuda":
-        [tool] = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        found = re.findall("(REG|STACK):([0-9]+)", usage)
-    else:
-        found = re.findall("([a-z]+_(?:spill_)?count): *([0-9]+)", compiled.asm["amdgcn"])
-    return {"shared": compiled.metadata.shared, **{name: int(number) for name, number in found}}
+    return resources_of(compiled, target.backend)
 
 
 if __name__ == "__main__":

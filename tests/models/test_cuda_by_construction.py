@@ -115,8 +115,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
-    monkeypatch.setattr(optim, "gpu_kernel", lambda device_type: None)  # tests/training/test_triton_kernels.py
-    if (fused := fused_head("cuda")) is not None:
+    monkeypatch.setattr(optim, "gpu_kernel", lambda device: None)  # tests/training/test_triton_kernels.py
+    if (fused := fused_head(GPU)) is not None:
         monkeypatch.setattr(fused.triton_head, "row_statistics", row_statistics)
         monkeypatch.setattr(fused.triton_head, "to_gradients_", to_gradients_)
     with FakeTensorMode():
@@ -338,7 +338,7 @@ def test_training_step(gpu, dtype, optimizer):
         with torch.no_grad():
             saved.set_materialize_grads = saved.mark_non_differentiable = lambda value: None
             saved.needs_input_grad = (True, True)
-            several, fused = [(_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))], fused_head("cuda")
+            several, fused = [(_CrossEntropySum, (True,)), (_TokenLogprobs, (0.7, True))], fused_head(GPU)
             several += [(fused.FusedLogprobs, (0.7, 9)), (fused._CrossEntropyOfChunks, (9,))] if fused else []
             for function, more in several:
                 found = function.forward(saved, rows, weight, targets, 0, None, *more)

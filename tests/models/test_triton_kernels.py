@@ -41,12 +41,12 @@ def test_top_p(interpreted):
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from models import triton_attention as kernels, triton_sampling
+from tests.compiled import resources_of
 
 backend, arch, warp, dtype, D = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
@@ -60,15 +60,7 @@ types = {"q": "*" + dtype, "k": "*" + dtype, "v": "*" + dtype, "table": "*i32", 
 types |= {"maxima": "*fp32", "scale": "fp32", "num_table_columns": "i32", **dict.fromkeys(constants, "constexpr")}
 source = ASTSource(kernels.attend_splits, types, constants, {(i,): [["tt.divisibility", 16]] for i in range(7)})
 compiled = triton.compile(source, target=target, options=options)
-if backend == "cuda":
-    [tool] = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall("(REG|STACK):([0-9]+)", usage)
-else:
-    found = re.findall("([a-z]+_(?:spill_)?count): *([0-9]+)", compiled.asm["amdgcn"])
-print(json.dumps({"shared": compiled.metadata.shared, **{name: int(number) for name, number in found}}))
+print(json.dumps(resources_of(compiled, backend)))
 """
 
 

@@ -14,7 +14,7 @@ SHAPES = [(3, 344), (17, 256), (5, 300), (130,), (1, 1)]  # blocks of 43, 32 and
 def made(dtype: torch.dtype, mode: str, kernel) -> tuple[nn.ParameterList, torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(0)
     parameters = nn.ParameterList(nn.Parameter(0.01 * torch.randn(s, generator=generator).to(dtype)) for s in SHAPES)
-    optim.FEWEST_QUANTIZED, optim.gpu_kernel = 500, lambda device_type: kernel
+    optim.FEWEST_QUANTIZED, optim.gpu_kernel = 500, lambda device: kernel
     args = optim.OptimArgs(weight_decay=0.1, learning_rate=1e-3, optim=mode)
     named = dict(enumerate(parameters))
     places = {p: optim._place(i, str(i), p, quantize=mode == "adamw_8bit") for i, p in named.items()}

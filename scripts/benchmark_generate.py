@@ -189,6 +189,9 @@ class Run(NamedTuple):
 
 
 def run_once(engine: Engine, requests: list[Request]) -> Run:
+    """Serves the requests, whose prompts are computed in every run: what is left in the cache of the same prompts of the
+    run before would take their time away."""
+    engine.pool.forget()
     engine.reset_stats()
     first, start = math.inf, time.perf_counter()
 

@@ -90,6 +90,7 @@ def generate_batch(args, runtime: Runtime, bandwidth: float) -> dict:
     most = max(new_tokens for _, new_tokens in args.work())
     settings = transformers.GenerationConfig(**(plain_sampling(most) | {"eos_token_id": -1}))
     batching = transformers.ContinuousBatchingConfig(max_requests_per_batch=args.batch_size)
+    batching.allow_block_sharing = False  # each run has the same prompts
     if runtime.compile:
         batching.default_compile_level = 1
     if runtime.device.type == "cpu":  # else it takes most of the machine's memory

@@ -135,6 +135,15 @@ def test_ragged_work_of_generate():
     assert engine.cache_bytes_read == needed * SMALL.num_hidden_layers * 2 * 4 * 32 * 4  # 4 heads of 32, fp32
 
 
+def test_every_run_computes_its_prompts():
+    """Catches repeats that find their prompts in the cache, where the run before has left them."""
+    model = benchmark_generate.random_inference_model(SMALL, ON_CPU._replace(dtype=torch.float32))
+    engine = Engine(model, SamplingParams(), num_slots=1, max_seq_len=160)
+    for _ in range(2):
+        benchmark_generate.run_once(engine, [Request(0, 0, [1] * 150, 2)])
+        assert engine.num_prompt_tokens == 150
+
+
 def test_jobs_and_peers():
     """Catches a flag that a job takes and ignores, a job that is not there, a peer that is called compiled because that
     was asked for, and one that is not installed or cannot do what ours does."""

@@ -35,7 +35,7 @@ from models.common import (
 from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
-from models.lora import CRITIC, Lora, LoraLinear
+from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
 from models.qlinear import Scheme
@@ -45,6 +45,7 @@ from models.tp import whole
 
 PREFIX = "base_model.model."
 SCORE = "score.weight"
+PICKLED = "adapter_model.bin"  # of older PEFT
 # Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
@@ -168,8 +169,13 @@ def _read_config(path: Path) -> dict:
     return config
 
 
+def adapter_files(path: Path) -> list[Path]:
+    """Those of an adapter's folder that say what it is."""
+    return [file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED) if (file := path / name).is_file()]
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file, pickled = path / ADAPTER_WEIGHTS, path / "adapter_model.bin"
+    file, pickled = path / ADAPTER_WEIGHTS, path / PICKLED
     try:
         if file.is_file():
             with safe_open(file, framework="pt") as opened:
@@ -249,11 +255,18 @@ def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
 
 
 def choose_lora(
-    args, base: Path, runtime: Runtime, *, with_critic: bool = False, is_critic: bool = False
+    args,
+    base: Path,
+    runtime: Runtime,
+    *,
+    with_critic: bool = False,
+    with_reference: bool = False,
+    is_critic: bool = False,
 ) -> Lora | None:
     """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. with_critic: it
-    bears a critic's adapters as well; is_critic: it is a critic on a base of its own, whose adapters are always new.
-    Raises ValueError for flags that do not fit it or each other. A collective."""
+    bears a critic's adapters as well; with_reference: it is asked, while it learns, what it was as the run began, and
+    keeps the adapters of --adapter_path for that; is_critic: it is a critic on a base of its own, whose adapters are
+    always new. Raises ValueError for flags that do not fit it or each other. A collective."""
     if not args.uses_lora:
         for each in flags_of(LoraArgs):
             if getattr(args, each.name) != each.default:
@@ -269,13 +282,15 @@ def choose_lora(
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, shape[3], shape[0], args.seed, streams)
     for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():
-        values |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
+        for suffix in ("", REFERENCE) if with_reference else ("",):
+            values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
     if start is not None and start.score is not None and not is_critic:
         values[SCORE] = start.score
     base_fingerprint = on_main(lambda: fingerprint(base))
     r, alpha, use_rslora, layers = shape
     fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
-    return Lora(*fields, seed=args.seed, with_critic=with_critic)
+    with_reference = with_reference and start is not None
+    return Lora(*fields, seed=args.seed, with_critic=with_critic, with_reference=with_reference)
 
 
 def base_scheme(mode: str, config: ModelConfig) -> Scheme | None:

@@ -12,6 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def open_adapter(path: Path, base: Path) -> Adapter:
     factors: dict[str, dict[str, Tensor]] = {}
     score = None
     for name, tensor in tensors.items():
-        ours = our_name(name.removeprefix(PREFIX))
+        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # in a state_dict, which PEFT strips
         layer, _, factor = ours.removesuffix(".weight").rpartition(".")
         if ours == SCORE:
             score = tensor.float()
@@ -182,7 +183,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True), {}
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: its weights cannot be read: {str(error).splitlines()[0]}") from None
     raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
 
@@ -196,6 +197,8 @@ def _check_base(adapter: Adapter, base: Path) -> None:
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
     known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
     for layer, (A, B) in adapter.factors.items():
+        if layer.rpartition(".")[2] not in LINEARS:
+            raise ValueError(f"{adapter.path}: {hf_name(layer)} has an adapter; supported are {', '.join(LINEARS)}")
         if layer not in known:
             raise ValueError(f"{adapter.path}: an adapter for another base: {base} has no layer {hf_name(layer)}")
         shape, of_adapter = files.shape(f"{layer}.weight"), (B.shape[0], A.shape[1])
@@ -211,7 +214,7 @@ def _check_base(adapter: Adapter, base: Path) -> None:
     made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
     if made_for is None and (other / "config.json").is_file():
         made_for = fingerprint(other)
-    if made_for == fingerprint(base) or (made_for is None and other.name == base.resolve().name):
+    if made_for == fingerprint(base) or (made_for is None and other.name in _names_of(base)):
         return
     if other.exists() and other.samefile(base):
         say(f"{base}: has other content than the base that the adapter {adapter.path} was made for")
@@ -220,6 +223,13 @@ def _check_base(adapter: Adapter, base: Path) -> None:
         f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
         f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
     )
+
+
+def _names_of(base: Path) -> set[str]:
+    """What a folder may be called: its own name, and a model's whose snapshot in the hub's cache it is."""
+    path = base.resolve()
+    of_cache = {part.rpartition("--")[2] for part in path.parts if part.startswith("models--")}
+    return {base.absolute().name, path.name} | of_cache
 
 
 class AdaptedFiles(WeightFiles):

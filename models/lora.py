@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
 from models.model import Linear, RowLinear, ScoreHead, Transformer
+from models.noise import noise_key
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
 
@@ -96,7 +97,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = (None if lora.scheme else linear.weight), linear.bias
         self.is_row, self.parallel, self.scaling = isinstance(linear, RowLinear), parallel, lora.scaling
-        self.dropout, self.number = dropout, number
+        # a tensor, on which compiled code does not depend, as it would on a number: one graph serves all blocks
+        self.dropout, self.layer_key = dropout, torch.tensor(noise_key(number), device="cpu")
         self.has_adapters, self.adapter = has_adapters, ""  # which adapter is on; None: none
         N, K = linear.out_features, linear.in_features
         for suffix in lora.names if has_adapters else ():
@@ -128,7 +130,7 @@ class LoraLinear(nn.Module):
         if self.has_adapters and self.adapter is not None:
             A, B = (factor.to(x.dtype) for factor in self._factors())
             if self.dropout is not None:
-                rows = self.dropout(rows, self.number, self.parallel.tp if self.is_row else None)
+                rows = self.dropout(rows, self.layer_key, self.parallel.tp if self.is_row else None)
             y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
         y = y.view(*x.shape[:-1], -1)
         if is_part:

@@ -57,9 +57,9 @@ def job_of(root, name, out, *more):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
-    """Catches adapters that reach the sampler of one rank alone, or a part of them; those of reference or critic that are
-    cut or summed otherwise than the policy's; and, of two ranks, what a checkpoint forgets: resumed from its first step
-    the run ends at the same bits."""
+    """Catches adapters that reach the sampler of one rank alone, or a part of them; a reference's or a critic's cut or
+    summed otherwise than the policy's; and, of two ranks, what a checkpoint forgets: resumed from its first step the
+    run ends at the same bits."""
     ranks, tp_size, more = LAYOUTS[layout]
     out, more = layout.replace(" ", "-"), ["--tensor_parallel_size", tp_size, *more]
     jobs = [job_of(world, name, out, *more) for name in RUNS]

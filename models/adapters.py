@@ -47,6 +47,7 @@ from models.tp import whole
 PREFIX = "base_model.model."
 SCORE = "score.weight"
 PICKLED = "adapter_model.bin"  # of older PEFT
+ADAPTER_FOLDER = "adapter"  # in that of a run, where the merged model is
 # Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
@@ -116,6 +117,7 @@ class Adapter(NamedTuple):
 def open_adapter(path: Path, base: Path) -> Adapter:
     """The adapter in a folder, for the model in another. Raises ValueError or FileNotFoundError that names the file and
     what of it is missing, not supported, or of another base."""
+    path = adapter_folder(path)
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -170,8 +172,15 @@ def _read_config(path: Path) -> dict:
     return config
 
 
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter is that --adapter_path names: there, or in the folder where a run writes it beside a model."""
+    inside = path / ADAPTER_FOLDER
+    return inside if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else path
+
+
 def adapter_files(path: Path) -> list[Path]:
     """Those of an adapter's folder that say what it is."""
+    path = adapter_folder(path)
     return [file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED) if (file := path / name).is_file()]
 
 
@@ -397,11 +406,18 @@ def _every(lora: Lora, kinds: list[str]) -> list[str]:
     return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
-    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
-    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
+def write_adapter(
+    output_dir: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict, *, beside_model: bool
+) -> Path:
+    """Writes both files, each at once; the config last, without which it is no adapter's folder. They go into the
+    folder of a run, or one in it where a model is, or will be, beside them: transformers 5, with PEFT installed, takes
+    weights and an adapter in one folder for an adapter and its base, and would add it to the merged model once more.
+    config_changes: what the merged model's config.json says otherwise than the base's. Only the main rank writes.
+    Returns the folder."""
+    beside_model = beside_model or (output_dir / "config.json").exists()
+    folder = output_dir / ADAPTER_FOLDER if beside_model else output_dir
     if not is_main_rank():
-        return
+        return folder
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
     config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
     content = json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -412,3 +428,6 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
         with naming_file(folder / name):
             staging.write_bytes(data)
             os.replace(staging, folder / name)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if beside_model else ():  # of before a --merge
+        (output_dir / name).unlink(missing_ok=True)
+    return folder

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.training import optimum
 from training import train_grpo
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"
 COMMON = {"temperature": optimum.TEMPERATURE, "total_steps": 2, "rollout_batch_size": 32}
 COMMON |= {"learning_rate": 1e-2, "save_steps": 1}
 RUNS = {  # name: (script, flags, its KL)
@@ -97,8 +97,9 @@ def test_pairs_are_held_near_the_start(task, tmp_path, flag):
     agree(lines, train("merged", "--ref_checkpoint_path", merged))
     if flag == "--precompute_ref":
         other = shutil.copytree(start, tmp_path / "twice")
-        tensors = load_file(other / ADAPTER)
-        save_file({key: 2 * tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}, other / ADAPTER)
+        weights = other / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        save_file({key: 2 * tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}, weights)
         (tmp_path / "other").mkdir()
         shutil.copy(tmp_path / "own/ref_logps_train.safetensors", tmp_path / "other")
         assert abs(train("other", "--resume", "--adapter_path", other)[0]["rewards/chosen"]) < 1e-6

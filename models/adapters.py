@@ -12,6 +12,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from models.common import (
 from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
-from models.lora import CRITIC, Lora, LoraLinear
+from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
 from models.qlinear import Scheme
@@ -45,6 +46,8 @@ from models.tp import whole
 
 PREFIX = "base_model.model."
 SCORE = "score.weight"
+PICKLED = "adapter_model.bin"  # of older PEFT
+ADAPTER_FOLDER = "adapter"  # in that of a run, where the merged model is
 # Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
@@ -114,12 +117,13 @@ class Adapter(NamedTuple):
 def open_adapter(path: Path, base: Path) -> Adapter:
     """The adapter in a folder, for the model in another. Raises ValueError or FileNotFoundError that names the file and
     what of it is missing, not supported, or of another base."""
+    path = adapter_folder(path)
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
     score = None
     for name, tensor in tensors.items():
-        ours = our_name(name.removeprefix(PREFIX))
+        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # in a state_dict, which PEFT strips
         layer, _, factor = ours.removesuffix(".weight").rpartition(".")
         if ours == SCORE:
             score = tensor.float()
@@ -168,15 +172,27 @@ def _read_config(path: Path) -> dict:
     return config
 
 
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter is that --adapter_path names: there, or in the folder where a run writes it beside a model."""
+    inside = path / ADAPTER_FOLDER
+    return inside if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else path
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """Those of an adapter's folder that say what it is."""
+    path = adapter_folder(path)
+    return [file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED) if (file := path / name).is_file()]
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file, pickled = path / ADAPTER_WEIGHTS, path / "adapter_model.bin"
+    file, pickled = path / ADAPTER_WEIGHTS, path / PICKLED
     try:
         if file.is_file():
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True), {}
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: its weights cannot be read: {str(error).splitlines()[0]}") from None
     raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
 
@@ -190,6 +206,8 @@ def _check_base(adapter: Adapter, base: Path) -> None:
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
     known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
     for layer, (A, B) in adapter.factors.items():
+        if layer.rpartition(".")[2] not in LINEARS:
+            raise ValueError(f"{adapter.path}: {hf_name(layer)} has an adapter; supported are {', '.join(LINEARS)}")
         if layer not in known:
             raise ValueError(f"{adapter.path}: an adapter for another base: {base} has no layer {hf_name(layer)}")
         shape, of_adapter = files.shape(f"{layer}.weight"), (B.shape[0], A.shape[1])
@@ -205,7 +223,7 @@ def _check_base(adapter: Adapter, base: Path) -> None:
     made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
     if made_for is None and (other / "config.json").is_file():
         made_for = fingerprint(other)
-    if made_for == fingerprint(base) or (made_for is None and other.name == base.resolve().name):
+    if made_for == fingerprint(base) or (made_for is None and other.name in _names_of(base)):
         return
     if other.exists() and other.samefile(base):
         say(f"{base}: has other content than the base that the adapter {adapter.path} was made for")
@@ -214,6 +232,13 @@ def _check_base(adapter: Adapter, base: Path) -> None:
         f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
         f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
     )
+
+
+def _names_of(base: Path) -> set[str]:
+    """What a folder may be called: its own name, and a model's whose snapshot in the hub's cache it is."""
+    path = base.resolve()
+    of_cache = {part.rpartition("--")[2] for part in path.parts if part.startswith("models--")}
+    return {base.absolute().name, path.name} | of_cache
 
 
 class AdaptedFiles(WeightFiles):
@@ -249,11 +274,18 @@ def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
 
 
 def choose_lora(
-    args, base: Path, runtime: Runtime, *, with_critic: bool = False, is_critic: bool = False
+    args,
+    base: Path,
+    runtime: Runtime,
+    *,
+    with_critic: bool = False,
+    with_reference: bool = False,
+    is_critic: bool = False,
 ) -> Lora | None:
     """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. with_critic: it
-    bears a critic's adapters as well; is_critic: it is a critic on a base of its own, whose adapters are always new.
-    Raises ValueError for flags that do not fit it or each other. A collective."""
+    bears a critic's adapters as well; with_reference: it is asked, while it learns, what it was as the run began, and
+    keeps the adapters of --adapter_path for that; is_critic: it is a critic on a base of its own, whose adapters are
+    always new. Raises ValueError for flags that do not fit it or each other. A collective."""
     if not args.uses_lora:
         for each in flags_of(LoraArgs):
             if getattr(args, each.name) != each.default:
@@ -269,13 +301,15 @@ def choose_lora(
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, shape[3], shape[0], args.seed, streams)
     for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():
-        values |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
+        for suffix in ("", REFERENCE) if with_reference else ("",):
+            values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
     if start is not None and start.score is not None and not is_critic:
         values[SCORE] = start.score
     base_fingerprint = on_main(lambda: fingerprint(base))
     r, alpha, use_rslora, layers = shape
     fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
-    return Lora(*fields, seed=args.seed, with_critic=with_critic)
+    with_reference = with_reference and start is not None
+    return Lora(*fields, seed=args.seed, with_critic=with_critic, with_reference=with_reference)
 
 
 def base_scheme(mode: str, config: ModelConfig) -> Scheme | None:
@@ -372,11 +406,18 @@ def _every(lora: Lora, kinds: list[str]) -> list[str]:
     return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
-    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
-    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
+def write_adapter(
+    output_dir: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict, *, beside_model: bool
+) -> Path:
+    """Writes both files, each at once; the config last, without which it is no adapter's folder. They go into the
+    folder of a run, or one in it where a model is, or will be, beside them: transformers 5, with PEFT installed, takes
+    weights and an adapter in one folder for an adapter and its base, and would add it to the merged model once more.
+    config_changes: what the merged model's config.json says otherwise than the base's. Only the main rank writes.
+    Returns the folder."""
+    beside_model = beside_model or (output_dir / "config.json").exists()
+    folder = output_dir / ADAPTER_FOLDER if beside_model else output_dir
     if not is_main_rank():
-        return
+        return folder
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
     config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
     content = json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -387,3 +428,6 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
         with naming_file(folder / name):
             staging.write_bytes(data)
             os.replace(staging, folder / name)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if beside_model else ():  # of before a --merge
+        (output_dir / name).unlink(missing_ok=True)
+    return folder

@@ -31,14 +31,15 @@ class TokenDropout:
         others = torch.where(before >= 0, sums.gather(1, before.clamp(min=0)), 0)
         self.keys = mix64(sums - others + noise_key(DROPOUT, self.seed, self.step)).flatten()
 
-    def __call__(self, x: Tensor, layer: int, tp: DeviceMesh | None) -> Tensor:
-        """x [tokens, features] with some features 0 and the rest larger; tp: where each rank has a part of them."""
+    def __call__(self, x: Tensor, layer_key: Tensor, tp: DeviceMesh | None) -> Tensor:
+        """x [tokens, features] with some features 0 and the rest larger. layer_key: noise_key of the layer, an int64
+        scalar; tp: where each rank has a part of the features."""
         if self.keys is None:
             return x
         K = x.shape[1]
         first = 0 if tp is None else tp.get_local_rank() * K
         hashes = column_hashes(first + K, x.device)[first:]
-        bits = random_bits(torch.full_like(self.keys, noise_key(layer)), self.keys, hashes)
+        bits = random_bits(layer_key, self.keys, hashes)
         kept = (bits & 0x7FFFFFFF) >= int(self.rate * 2**31)
         return torch.where(kept, x / (1 - self.rate), 0)
 

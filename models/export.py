@@ -16,7 +16,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +56,6 @@ def save_folder(
     json_changes: dict[str, dict] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    write_beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a Hugging Face folder that transformers opens; a folder that is there keeps its other files.
 
@@ -64,8 +63,8 @@ def save_folder(
     config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
     keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
-    fp32. write_beside: writes more files into a folder, which go with the others. Only the main rank writes. Raises
-    OSError that names the folder if it cannot be written; then the old export is there as it was.
+    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written; then the old export
+    is there as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -82,8 +81,6 @@ def save_folder(
         saved_dtype, digests = _write_shards(staging, tensors, tied, dtype, max_shard_bytes)
         with _writing(folder):
             _copy_files(staging, copy_from, json_changes or {})
-            if write_beside is not None:
-                write_beside(staging)
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
             names = ["dtype"] + ["torch_dtype"] * ("torch_dtype" in config)
             config.update(dict.fromkeys(names, dtype_name(saved_dtype)))

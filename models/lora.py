@@ -5,14 +5,15 @@
   and has q_proj.lora_A and q_proj.lora_B beside it. As W is cut, a column-parallel layer cuts B and a row-parallel one
   A; the other factor is whole on every tp rank, its gradient a sum over them
 - W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised into the product and again in its backward
-- adapters can be off, which makes a policy its own reference; and a base may carry a second set of them, the critic's
+- adapters can be off, which makes a policy its own reference; and a base may carry more sets of them: a critic's, and
+  those that the run began with, frozen, where they belong to the reference
 
 Dimensions: M tokens, K input and N output features, both of this tp rank; r the rank of the update.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
 from models.model import Linear, RowLinear, ScoreHead, Transformer
+from models.noise import noise_key
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
 
-CRITIC = "_critic"  # what the names of its adapters end with
+CRITIC, REFERENCE = "_critic", "_reference"  # what the names of their adapters end with
 
 
 class Lora(NamedTuple):
@@ -43,6 +45,12 @@ class Lora(NamedTuple):
     base_fingerprint: str
     seed: int
     with_critic: bool = False  # a second set of adapters, and a scalar head for it
+    with_reference: bool = False  # the adapters that the run begins with a second time, frozen
+
+    @property
+    def names(self) -> list[str]:
+        """What the names of its sets of adapters end with."""
+        return ["", *[CRITIC] * self.with_critic, *[REFERENCE] * self.with_reference]
 
     @property
     def scaling(self) -> float:
@@ -89,12 +97,14 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = (None if lora.scheme else linear.weight), linear.bias
         self.is_row, self.parallel, self.scaling = isinstance(linear, RowLinear), parallel, lora.scaling
-        self.dropout, self.number = dropout, number
+        # a tensor, on which compiled code does not depend, as it would on a number: one graph serves all blocks
+        self.dropout, self.layer_key = dropout, torch.tensor(noise_key(number), device="cpu")
         self.has_adapters, self.adapter = has_adapters, ""  # which adapter is on; None: none
         N, K = linear.out_features, linear.in_features
-        for suffix in ("", CRITIC) if lora.with_critic else ("",):
-            for factor, shape in (("lora_A", (lora.r, K)), ("lora_B", (N, lora.r))) if self.has_adapters else ():
-                self.register_parameter(factor + suffix, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        for suffix in lora.names if has_adapters else ():
+            for factor, shape in (("lora_A", (lora.r, K)), ("lora_B", (N, lora.r))):
+                values = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=suffix != REFERENCE)
+                self.register_parameter(factor + suffix, values)
 
     def set_quantized(self, weight: Quantized) -> None:
         """Takes this tp rank's part of the weight."""
@@ -120,7 +130,7 @@ class LoraLinear(nn.Module):
         if self.has_adapters and self.adapter is not None:
             A, B = (factor.to(x.dtype) for factor in self._factors())
             if self.dropout is not None:
-                rows = self.dropout(rows, self.number, self.parallel.tp if self.is_row else None)
+                rows = self.dropout(rows, self.layer_key, self.parallel.tp if self.is_row else None)
             y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
         y = y.view(*x.shape[:-1], -1)
         if is_part:
@@ -193,3 +203,8 @@ def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
     finally:
         switch(model, before)
+
+
+def as_reference(model: Transformer) -> AbstractContextManager[None]:
+    """While it lasts, a policy with adapters is its reference: with those that the run began with, or none."""
+    return adapter(model, REFERENCE if model.lora is not None and model.lora.with_reference else None)

@@ -47,7 +47,7 @@ def column_hashes(num_columns: int, device: torch.device | str = "cpu") -> Tenso
 def random_bits(keys: Tensor, rows: Tensor, hashes: Tensor) -> Tensor:
     """Independent random int32, [R, C]: one for each (key, row, column).
 
-    keys, rows: int64 [R]. hashes: int32 [C] or [R, C] from column_hashes.
+    keys: int64 [R] or a scalar; rows: int64 [R]. hashes: int32 [C] or [R, C] from column_hashes.
     """
     mixed = mix64(keys + rows * _signed(0x9E3779B97F4A7C15))
     low = ((mixed & 0xFFFFFFFF) - 2**31).to(torch.int32)[:, None]

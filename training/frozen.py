@@ -25,7 +25,7 @@ from training.rewards import RewardFolder, open_reward_folder
 class ReferenceArgs(GroupSizeArgs):
     """What the policy is held near."""
 
-    ref_checkpoint_path: Path | None = flag(None, help="folder of the frozen reference; --checkpoint_path")
+    ref_checkpoint_path: Path | None = flag(None, help="folder of the frozen reference; what the run begins with")
     quantize_ref: str = flag(
         "none", choices=("none", "int8", "int4"), help="round the weights of the reference, replicated over dp"
     )
@@ -33,6 +33,12 @@ class ReferenceArgs(GroupSizeArgs):
     @property
     def ref_path(self) -> Path:
         return self.ref_checkpoint_path or self.checkpoint_path
+
+    @property
+    def reference_name(self) -> str:
+        """For people."""
+        is_start = self.ref_checkpoint_path is None and self.adapter_path is not None
+        return f"{self.ref_path} with the adapter {self.adapter_path}" if is_start else str(self.ref_path)
 
 
 class Frozen(NamedTuple):
@@ -45,19 +51,20 @@ class Frozen(NamedTuple):
 
     def ref_is_start(self, args) -> bool:
         """Whether the reference has the weights that the policy begins with."""
-        return self.is_base(args) and args.adapter_path is None
+        return self.is_base(args) and (args.adapter_path is None or args.ref_checkpoint_path is None)
 
     def is_base(self, args) -> bool:
-        """Whether the reference is the folder of --checkpoint_path as it is: with LoRA the policy, its adapters off."""
+        """Whether the reference is the folder of --checkpoint_path as it is: with LoRA it is the policy then, see
+        as_reference in models/lora.py."""
         return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
 
-    def notes(self, reward_fn: list[str] | None) -> dict[str, str]:
+    def notes(self, args) -> dict[str, str]:
         """What they are, for people."""
         notes = {}
         if self.reference is not None:
-            notes["reference"] = str(self.reference) + (f", {self.ref_scheme}" if self.ref_scheme else "")
+            notes["reference"] = args.reference_name + (f", {self.ref_scheme}" if self.ref_scheme else "")
         scores = [str(self.reward.folder.path)] if self.reward else []
-        notes["reward"] = " + ".join([*scores, *(reward_fn or [])])
+        notes["reward"] = " + ".join([*scores, *(args.reward_fn or [])])
         notes["reward"] += f", {self.reward_scheme}" if self.reward_scheme else ""
         return notes
 
@@ -83,8 +90,8 @@ class Frozen(NamedTuple):
     def load(
         self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
     ) -> tuple[Transformer | None, Transformer | None]:
-        """(the reference, the reward model). A reference that is the base of the policy's adapters is the policy: it is
-        asked with adapter(reference, None)."""
+        """(the reference, the reward model). A reference that has the base of the policy's adapters is the policy: it
+        is asked within as_reference()."""
         load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
         if policy.lora is not None and self.is_base(args):
             reference = policy

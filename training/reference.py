@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.adapters import adapter_files
 from models.checkpoint import WeightFiles
 from models.checksums import digest
 from models.common import naming_file, on_main, progress_bar, say
@@ -30,12 +31,14 @@ from models.rows import Rows
 from models.transfer import index_on
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a folder's config.json and weight files, whole: a second or less for each GB. The main rank reads them
-    (they are about to be loaded, so this warms the page cache) and tells the others: a collective."""
+def weights_digest(folder: Path, adapter: Path | None) -> str:
+    """SHA-256 of a folder's config.json and weight files, and of an adapter's files, whole: a second or less for each
+    GB. The main rank reads them (they are about to be loaded, so this warms the page cache) and tells the others: a
+    collective."""
 
     def read() -> str:
         paths = [folder / "config.json", *WeightFiles(folder).paths()]
+        paths += [] if adapter is None else adapter_files(adapter)
         with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
             return hashlib.sha256(bytes.fromhex("".join(pool.map(digest, paths)))).hexdigest()
 

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.adapters import LoraArgs, adapter_tensors, write_adapter
+from models.adapters import ADAPTER_FOLDER, LoraArgs, adapter_tensors, write_adapter
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
@@ -315,14 +314,13 @@ class Run:
         that of the folder the run began with, and with it the pad token that the folder's tokenizer has, and all stop
         tokens. json_changes: to the other files of that folder, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
-        write_beside, size = None, f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
+        size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
-            write_beside = partial(write_adapter, tensors=adapter_tensors(model), lora=model.lora, config_changes=told)
+            place = write_adapter(folder, adapter_tensors(model), model.lora, told, beside_model=self.args.merge)
             if not self.args.merge:
-                write_beside(folder)
-                say(f"{folder}: adapter of the {what} written; {size}")
+                say(f"{place}: adapter of the {what} written; {size}")
                 return
         changes = dict(json_changes or {})
         if config is None:
@@ -339,7 +337,6 @@ class Run:
             copy_from=start,
             json_changes=changes,
             dtype=self._export_dtype,
-            write_beside=write_beside,
         )
         say(f"{folder}: {what} written; {size}")
 
@@ -380,7 +377,8 @@ def check_writable(folder: Path) -> None:
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
         if (folder / name).is_dir():
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
-    subfolders = [folder / "checkpoints", folder / "critic", *folder.glob("step-*")]
+    subfolders = [folder / name for name in ("checkpoints", "critic", ADAPTER_FOLDER, f"critic/{ADAPTER_FOLDER}")]
+    subfolders += folder.glob("step-*")
     for path in (folder, *subfolders):
         place = existing_part(path)
         if not place.is_dir():

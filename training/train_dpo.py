@@ -40,7 +40,7 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
-from models.lora import Lora, adapter
+from models.lora import Lora, as_reference
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
@@ -82,7 +82,8 @@ def main(args: DpoArgs) -> None:
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime)
+    own_reference = args.ref_checkpoint_path is None and args.loss not in REFERENCE_FREE and not args.precompute_ref
+    lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
     ref_scheme = check_reference(args, folder, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
@@ -206,7 +207,7 @@ def load_models(
     split: Split,
 ) -> tuple[Transformer, Transformer | None]:
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
-    pairs, and where policy and reference begin alike, or are one base with adapters and without, they are one model.
+    pairs, and where policy and reference begin alike they are one model; with adapters also later, see as_reference.
     splits: empty if no step is taken."""
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
@@ -214,7 +215,8 @@ def load_models(
     cache = None
     if uses_reference and args.precompute_ref:
         dtypes = (frozen_dtype(args, runtime), runtime.dtype)
-        key = {"weights": weights_digest(args.ref_path), "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
+        weights = weights_digest(args.ref_path, args.adapter_path if is_start else None)
+        key = {"weights": weights, "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
         if ref_scheme is not None:
             key["quantised"] = str(ref_scheme)
         if is_start and lora is not None and lora.scheme is not None:
@@ -234,8 +236,7 @@ def load_models(
 def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
     """Gives the pairs of each split the reference's log-probs."""
     for name, (pairs, batches) in splits.items():
-        with adapter(reference, None):
-            precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
+        precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
         reference.reshard()  # else the next forward would use the head and the embedding gathered here
 
@@ -244,7 +245,7 @@ def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
     if args.loss in REFERENCE_FREE:
         return "none"
     quantised = "" if scheme is None else f"{scheme}, "
-    return f"{args.ref_path}, {quantised}{'before training' if args.precompute_ref else 'in each step'}"
+    return f"{args.reference_name}, {quantised}{'before training' if args.precompute_ref else 'in each step'}"
 
 
 # --------------------------------------------------------------------------------------- the loss
@@ -265,7 +266,7 @@ def summed_loss(
 
     reference: None where the pairs hold its log-probs, or the loss wants none."""
     if reference is not None:  # before the policy, whose backward finds its own model as its forward left it
-        with torch.no_grad(), adapter(reference, None):
+        with torch.no_grad(), as_reference(reference):
             ref_logps, _ = pair_logps(reference, pairs, split)
     logps, lengths = pair_logps(model, pairs, split)
     if reference is None:

@@ -35,7 +35,7 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
-from models.lora import adapter
+from models.lora import as_reference
 from models.model import Transformer
 from models.records import Split
 from models.resting import resting
@@ -93,7 +93,8 @@ def main(args: GrpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime)
+    own_reference = args.beta > 0 and args.ref_checkpoint_path is None
+    lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data.longest, runtime, reference=args.beta > 0)
@@ -114,7 +115,7 @@ def main(args: GrpoArgs) -> None:
     sample_log = SampleLog(args, run, folder.tokenizer)
     rows = {
         "policy": folder if lora is None else f"{folder}; {lora}",
-        **frozen.notes(args.reward_fn),
+        **frozen.notes(args),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
@@ -217,7 +218,7 @@ def groups_of(
     logps = all_logps(policy, rows, *others) if several or args.kl_in_reward else None
     ref_logps = None
     if reference is not None:
-        with adapter(reference, None):
+        with as_reference(reference):
             ref_logps = all_logps(reference, rows, *others)
     kl = torch.zeros(())
     if args.kl_in_reward:

@@ -52,7 +52,7 @@ from models.fsdp import (
     split_batch,
 )
 from models.generation import Engine
-from models.lora import CRITIC, Lora, adapter
+from models.lora import CRITIC, Lora, as_reference
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
@@ -137,7 +137,13 @@ def main(args: PpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base)
+    lora = choose_lora(
+        args,
+        args.checkpoint_path,
+        runtime,
+        with_critic=args.shared_base,
+        with_reference=args.ref_checkpoint_path is None,
+    )
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     others = open_others(args, folder, data.longest, runtime)
@@ -297,7 +303,7 @@ def collect(
     seconds["score"] = watch.lap()
 
     logps = all_logps(models.policy, rows, width, split, args.temperature)
-    with adapter(models.reference, None):
+    with as_reference(models.reference):
         ref_logps = all_logps(models.reference, rows, width, split, args.temperature)
     with torch.no_grad():
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
@@ -409,7 +415,7 @@ class Others(NamedTuple):
     def notes(self, args: PpoArgs) -> dict[str, str]:
         head = "" if has_score_head(self.value_path) else ", with a zero head"
         head += ", adapters on the policy's base" * args.shared_base
-        return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args.reward_fn)}
+        return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args)}
 
     def value_scale(self, args: PpoArgs) -> float:
         """What makes of the scores of the model where the critic starts values of the rewards: for the reward model

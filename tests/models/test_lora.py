@@ -17,6 +17,7 @@ from models.decode import copy_for_inference
 from models.dropout import TokenDropout
 from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
 from models.lora import adapter, lora_layers
+from models.noise import noise_key
 from models.qlinear import dequantize, quantize
 from tests import tiny
 from tests.tiny import refused
@@ -204,7 +205,7 @@ def test_dropout_is_of_the_token():
         dropout.step = step
         positions = torch.arange(ids.shape[1])[None] if positions is None else positions
         dropout.see(ids, positions)
-        return dropout(torch.ones(ids.numel(), 400), layer, None).view(*ids.shape, -1)
+        return dropout(torch.ones(ids.numel(), 400), torch.tensor(noise_key(layer)), None).view(*ids.shape, -1)
 
     whole = kept(IDS)
     assert torch.equal(kept(IDS[1:])[0], whole[1])  # another batch

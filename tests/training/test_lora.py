@@ -23,7 +23,7 @@ from training.data import encode_sft_record
 from training.manifest import read_metadata
 
 RECORDS = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
-ADAPTER = "adapter_model.safetensors"
+ADAPTER = "adapter/adapter_model.safetensors"  # beside a merged model
 QWEN2 = {**tiny.QWEN2, "intermediate_size": 128}  # groups of int4 divide it
 
 
@@ -83,12 +83,11 @@ def test_steps_are_those_of_peft(world, tmp_path, flags):
         assert (found[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
-    read = peft.PeftModel.from_pretrained(plain, out)  # all that was written, as PEFT opens it
-    assert not [key for key in read.load_adapter(out, "again").missing_keys if "again" in key]
+    read = peft.PeftModel.from_pretrained(plain, out / "adapter")  # all that was written, as PEFT opens it
+    assert not [key for key in read.load_adapter(out / "adapter", "again").missing_keys if "again" in key]
     with torch.no_grad():
         logits = read(ids).logits
-        whole = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(out)).eval()
-        whole.load_state_dict(load_file(out / "model.safetensors"))
+        whole = transformers.AutoModelForCausalLM.from_pretrained(out)  # which adds an adapter that it finds there
         torch.testing.assert_close(whole(ids).logits, logits, atol=1e-5, rtol=1e-5)
     stored, exported = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     adapted = {name.removeprefix("base_model.model.").rpartition(".lora")[0] for name in found}
@@ -145,7 +144,7 @@ def test_stages(world, tmp_path):
     )
     alone, merged = tmp_path / "alone", tmp_path / "merged"
     run("train_rm", world, alone, "--train_file", pairs, "--no-merge", "--quantize_base", "int8")
-    assert {path.name for path in alone.iterdir()} >= {ADAPTER, "adapter_config.json"} and not (
+    assert {path.name for path in alone.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"} and not (
         alone / "config.json"
     ).exists()
     run("train_rm", world, merged, "--train_file", pairs)

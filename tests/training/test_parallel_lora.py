@@ -66,7 +66,8 @@ def test_layouts_agree(world, layout):
     launch(ranks, [job_of(world, name, outs[name], *MORE[layout][name], *more) for name in outs])
     found = {name: compare(world, name, outs[name]) for name in outs}
     for name in outs:
-        adapters, wanted = (load_file(world / d / "adapter_model.safetensors") for d in (outs[name], f"one-{name}"))
+        places = [world / out / "adapter/adapter_model.safetensors" for out in (outs[name], f"one-{name}")]
+        adapters, wanted = map(load_file, places)
         assert adapters.keys() == wanted.keys()
         found |= {(name, key): ((adapters[key] - want).norm() / want.norm()).item() for key, want in wanted.items()}
     assert max(found.values()) < 1e-5, {key: value for key, value in found.items() if value >= 1e-5}

@@ -1,0 +1,114 @@
+"""What a run that begins with an adapter is held near: the model that it began as. The oracle is that model merged by
+PEFT into a folder of its own, as --ref_checkpoint_path."""
+
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.lora import adapter
+from tests import tiny
+from tests.training import optimum
+from training import train_grpo
+
+ADAPTER = "adapter/adapter_model.safetensors"
+COMMON = {"temperature": optimum.TEMPERATURE, "total_steps": 2, "rollout_batch_size": 32}
+COMMON |= {"learning_rate": 1e-2, "save_steps": 1}
+RUNS = {  # name: (script, flags, its KL)
+    "ppo": ("train_ppo", {"kl_coef": 0.1, "ppo_epochs": 1, "shared_base": True, "debug_checks": True}, "objective/kl"),
+    "grpo": ("train_grpo", {"beta": 0.1}, "kl"),
+    "rloo on int8": ("train_grpo", {"beta": 0.1, "loss_type": "rloo", "quantize_base": "int8"}, "kl"),
+}
+
+
+def adapted(base, root):
+    """(an adapter that PEFT made, a folder that it is merged into by PEFT)"""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(root / "adapter")
+    shutil.copytree(base, root / "merged")
+    model.merge_and_unload().save_pretrained(root / "merged")
+    return root / "adapter", root / "merged"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """(a task of optimum.py, an adapter for its model, both merged)"""
+    root = tmp_path_factory.mktemp("reference")
+    optimum.write_task(root, 0, head_scale=0.3)
+    return root, *adapted(root / "ref", root)
+
+
+def agree(found, wanted, tolerance=1e-5):
+    for line, want in zip(found, wanted, strict=True):
+        assert line.keys() == want.keys()
+        noise = {"rewards/accuracies"} if want["step"] == 1 else set()  # of margins that are 0 but for rounding
+        for key in want.keys() - noise:
+            if not key.startswith("time/") and "tokens_per_second" not in key:
+                assert line[key] == pytest.approx(want[key], rel=tolerance, abs=tolerance), (want["step"], key)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_answers_are_held_near_the_start(task, name):
+    """Catches a reference that lacks the adapter, that moves with the policy, is the critic's, or is rounded otherwise,
+    and a run that goes on with another: the merged folder as reference gives the same numbers."""
+    root, start, merged = task
+    script, flags, kl = RUNS[name]
+    script, settings, out = f"training/{script}.py", COMMON | flags | {"adapter_path": start}, root / name
+    lines = optimum.train(script, root, out, **settings)
+    assert abs(lines[0][kl]) < 1e-6 and abs(lines[1][kl]) > 1e-3
+    if "quantize_base" not in settings:
+        agree(lines, optimum.train(script, root, root / f"{name}-merged", **settings, ref_checkpoint_path=merged))
+    again = shutil.copytree(out, root / f"{name}-again")
+    shutil.rmtree(again / "checkpoints/step-000002")
+    agree(optimum.train(script, root, again, **settings, resume=True), lines, tolerance=0)
+    found, wanted = (load_file(folder / ADAPTER) for folder in (again, out))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and not [key for key in wanted if "ref" in key]
+    if name == "grpo":  # the base's folder is the base
+        lines = optimum.train(script, root, root / "base", **settings, ref_checkpoint_path=root / "ref")
+        assert lines[0][kl] > 1e-2
+
+
+@pytest.mark.parametrize("flag", ["--precompute_ref", "--no-precompute_ref"])
+def test_pairs_are_held_near_the_start(task, tmp_path, flag):
+    """Catches the same for DPO, with the log-probs before training and in each step, and log-probs in a file that those
+    of another adapter are taken from."""
+    root, start, merged = task
+    letters = optimum.LETTERS
+    pairs = [{"prompt": "bca", "chosen": letters[i], "rejected": letters[3 * i % 8] * (i % 3)} for i in range(8)]
+    train_file = tiny.write_records(tmp_path / "pairs.jsonl", pairs)
+    given = ["--checkpoint_path", root / "ref", "--train_file", train_file, "--batch_size", 8, "--max_steps", 3]
+    given += ["--learning_rate", 1e-2, "--adapter_path", start, flag]
+
+    def train(name, *more):
+        result = tiny.run("training/train_dpo.py", *given, "--output_dir", tmp_path / name, *more)
+        assert result.code == 0, result.stderr
+        return tiny.read_lines(tmp_path / name / "metrics.jsonl")
+
+    lines = train("own")
+    assert max(abs(lines[0][f"rewards/{side}"]) for side in ("chosen", "rejected")) < 1e-6 < lines[2]["rewards/margins"]
+    agree(lines, train("merged", "--ref_checkpoint_path", merged))
+    if flag == "--precompute_ref":
+        other = shutil.copytree(start, tmp_path / "twice")
+        weights = other / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        save_file({key: 2 * tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}, weights)
+        (tmp_path / "other").mkdir()
+        shutil.copy(tmp_path / "own/ref_logps_train.safetensors", tmp_path / "other")
+        assert abs(train("other", "--resume", "--adapter_path", other)[0]["rewards/chosen"]) < 1e-6
+
+
+def test_a_reference_without_the_adapter_shows(task, monkeypatch):
+    """Catches a comparison too weak to see the mistake that it is made for."""
+    root, start, _ = task
+    script, flags, kl = RUNS["grpo"]
+    monkeypatch.setattr(train_grpo, "as_reference", lambda model: adapter(model, None))
+    lines = optimum.train(f"training/{script}.py", root, root / "off", **COMMON | flags | {"adapter_path": start})
+    assert lines[0][kl] > 1e-2

@@ -1,0 +1,80 @@
+"""Reinforcement learning with LoRA on several ranks against one process: the same answers token for token, the same
+metrics, every gradient and the weights, on gloo."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.ranks import launch
+from tests.ranks_worker import run_job
+from tests.training import test_parallel_grpo as grpo
+from tests.training import test_parallel_ppo as ppo
+from tests.training.test_lora_reference import adapted
+
+ADAPTER = "adapter/adapter_model.safetensors"
+RUNS = {  # a folder for each: (how it is run and compared, flags)
+    "grpo": (grpo, ["--adapter_path", "adapter", "--save_steps", "1"]),
+    "ppo": (ppo, ["--lora_r", "3", "--shared_base", "--quantize_base", "int4"]),
+}
+LAYOUTS = {  # name: (ranks, tensor_parallel_size, more flags)
+    "dp 2": (2, 1, ["--micro_batch_size", "2"]),
+    "tp 2": (2, 2, ["--sequence_parallel", "--activation_checkpointing", "full"]),
+    "dp 2 x tp 2": (4, 2, ["--max_tokens_per_micro_batch", "26"]),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy that ends some of its answers, an adapter for it, a reward model, and what one process makes of them."""
+    root = tmp_path_factory.mktemp("parallel-lora-rl")
+    model = tiny.write_model(root / "lm", std=0.1, intermediate_size=128)  # groups of int4 divide it
+    with torch.no_grad():  # EOS is likely enough that answers have different lengths
+        model.lm_head.weight[2] = model.lm_head.weight[5:25].sum(0)
+    model.save_pretrained(root / "lm")
+    adapted(root / "lm", root)
+    pairs = tiny.write_records(root / "pairs.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    flags = ["--checkpoint_path", root / "lm", "--train_file", pairs, "--output_dir", root / "rm", "--max_steps", 0]
+    assert tiny.run("training/train_rm.py", *flags).code == 0
+    for name, (algorithm, _) in RUNS.items():
+        folder = root / name
+        folder.mkdir()
+        for shared in ("lm", "rm", "adapter"):
+            (folder / shared).symlink_to(root / shared)
+        tiny.write_records(folder / "prompts.jsonl", [{"prompt": f"{i} plus" + " so" * (i % 4)} for i in range(5)])
+        (folder / "fn.py").write_text(algorithm.REWARDS)
+        run_job(*job_of(root, name, "one"))
+    dist.destroy_process_group()
+    return root
+
+
+def job_of(root, name, out, *more):
+    algorithm, flags = RUNS[name]
+    flags = [root / name / "adapter" if flag == "adapter" else flag for flag in flags]
+    return algorithm.arguments(root / name, out, *flags, *more)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(world, layout):
+    """Catches adapters that reach the sampler of one rank alone, or a part of them; a reference's or a critic's cut or
+    summed otherwise than the policy's; and, of two ranks, what a checkpoint forgets: resumed from its first step the
+    run ends at the same bits."""
+    ranks, tp_size, more = LAYOUTS[layout]
+    out, more = layout.replace(" ", "-"), ["--tensor_parallel_size", tp_size, *more]
+    jobs = [job_of(world, name, out, *more) for name in RUNS]
+    if layout == "tp 2":
+        jobs.append(["rewind", world / "grpo" / out, world / "grpo/resumed", 1])
+        jobs.append(job_of(world, "grpo", "resumed", *more, "--resume"))
+    launch(ranks, jobs)
+    found = {name: algorithm.compare(world / name, out) for name, (algorithm, _) in RUNS.items()}
+    assert max(found.values()) < 1e-4, found
+    if layout == "tp 2":
+        weights, wanted = (load_file(world / "grpo" / folder / ADAPTER) for folder in ("resumed", out))
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_a_planted_fault_shows(world):
+    """Catches a comparison too weak to see the mistake it is made for."""
+    launch(2, [job_of(world, "ppo", "fault", "--tensor_parallel_size", 2)], "adapter's gradient not summed")
+    assert ppo.compare(world / "ppo", "fault") > 1e-3

@@ -35,7 +35,7 @@ from models.common import (
 )
 from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
-from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fingerprint
+from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
 from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
@@ -46,8 +46,6 @@ from models.tp import whole
 
 PREFIX = "base_model.model."
 SCORE = "score.weight"
-PICKLED = "adapter_model.bin"  # of older PEFT
-ADAPTER_FOLDER = "adapter"  # in that of a run, where the merged model is
 # Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
@@ -117,7 +115,6 @@ class Adapter(NamedTuple):
 def open_adapter(path: Path, base: Path) -> Adapter:
     """The adapter in a folder, for the model in another. Raises ValueError or FileNotFoundError that names the file and
     what of it is missing, not supported, or of another base."""
-    path = adapter_folder(path)
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -172,20 +169,8 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def adapter_folder(path: Path) -> Path:
-    """Where the adapter is that --adapter_path names: there, or in the folder where a run writes it beside a model."""
-    inside = path / ADAPTER_FOLDER
-    return inside if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else path
-
-
-def adapter_files(path: Path) -> list[Path]:
-    """Those of an adapter's folder that say what it is."""
-    path = adapter_folder(path)
-    return [file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED) if (file := path / name).is_file()]
-
-
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file, pickled = path / ADAPTER_WEIGHTS, path / PICKLED
+    file, pickled = path / ADAPTER_WEIGHTS, path / PICKLED_ADAPTER
     try:
         if file.is_file():
             with safe_open(file, framework="pt") as opened:
@@ -406,18 +391,11 @@ def _every(lora: Lora, kinds: list[str]) -> list[str]:
     return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
 
 
-def write_adapter(
-    output_dir: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict, *, beside_model: bool
-) -> Path:
-    """Writes both files, each at once; the config last, without which it is no adapter's folder. They go into the
-    folder of a run, or one in it where a model is, or will be, beside them: transformers 5, with PEFT installed, takes
-    weights and an adapter in one folder for an adapter and its base, and would add it to the merged model once more.
-    config_changes: what the merged model's config.json says otherwise than the base's. Only the main rank writes.
-    Returns the folder."""
-    beside_model = beside_model or (output_dir / "config.json").exists()
-    folder = output_dir / ADAPTER_FOLDER if beside_model else output_dir
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
+    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
+    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
     if not is_main_rank():
-        return folder
+        return
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
     config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
     content = json.dumps(config, indent=2, ensure_ascii=False).encode()
@@ -428,6 +406,3 @@ def write_adapter(
         with naming_file(folder / name):
             staging.write_bytes(data)
             os.replace(staging, folder / name)
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if beside_model else ():  # of before a --merge
-        (output_dir / name).unlink(missing_ok=True)
-    return folder

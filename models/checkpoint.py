@@ -32,13 +32,22 @@ from models.tp import Parallel, tensor_parallel_part
 
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
 COMPARED_ROWS = 8192  # of embedding and head at a time
+MERGED = "merged"  # the model beside an adapter
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of a model that a flag names. Of a run with LoRA, whose folder is an adapter's, it is one inside:
+    transformers, with PEFT installed, takes weights and an adapter in one folder for an adapter and its base."""
+    folder = Path(path)
+    is_inside = not (folder / "config.json").exists() and (folder / MERGED / "config.json").exists()
+    return folder / MERGED if is_inside else folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(RuntimeArgs):
     """Which model."""
 
-    checkpoint_path: Path = flag(help="Hugging Face folder with the model")
+    checkpoint_path: Path = flag(type=model_folder, help="Hugging Face folder with the model")
     chat_date: str | None = flag(
         None, help="the day that chat templates are told, YYYY-MM-DD; today, and with --resume the day of the run"
     )

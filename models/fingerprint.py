@@ -21,8 +21,9 @@ from models.export import COPIED_FILES
 
 WHOLE = 64 << 20  # bytes of a file that is read whole
 BLOCK = 4096
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 BLOCKS = 64  # of a larger one, beside those of its tensors
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+PICKLED_ADAPTER = "adapter_model.bin"  # of older versions
 
 
 def digest(path: Path) -> str:
@@ -31,16 +32,21 @@ def digest(path: Path) -> str:
         return checksums.digest(path, bar=bar)
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """Those of an adapter's folder that say what it is."""
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER)
+    return [path for name in names if (path := folder / name).is_file()]
+
+
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of what tells a folder's content: of a model what it says at the top of this file, of any other folder
-    all its files, large ones as weights. OSError or ValueError if they cannot be read."""
+    """SHA-256 of what tells a folder's content: of a model what it says at the top of this file, of an adapter its
+    files, of any other folder all that are in it, large ones as weights. OSError or ValueError if they cannot be
+    read."""
     if (folder / "config.json").is_file():
-        paths = [
-            path
-            for name in ("config.json", *COPIED_FILES, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-            if (path := folder / name).is_file()
-        ]
+        paths = [path for name in ("config.json", *COPIED_FILES) if (path := folder / name).is_file()]
         paths += WeightFiles(folder).paths()
+    elif (folder / ADAPTER_CONFIG).is_file():
+        paths = adapter_files(folder)
     else:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(8) as pool:  # a network's disk has many reads on the way

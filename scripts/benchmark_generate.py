@@ -189,8 +189,7 @@ class Run(NamedTuple):
 
 
 def run_once(engine: Engine, requests: list[Request]) -> Run:
-    """Serves the requests, whose prompts are computed in every run: what is left in the cache of the same prompts of the
-    run before would take their time away."""
+    """Serves the requests. Their prompts are computed in every run, though the cache holds those of the run before."""
     engine.pool.forget()
     engine.reset_stats()
     first, start = math.inf, time.perf_counter()

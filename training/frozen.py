@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat
-from models.checkpoint import Folder, open_folder
+from models.checkpoint import Folder, model_folder, open_folder
 from models.common import Runtime, flag, flags_of
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
@@ -25,7 +25,9 @@ from training.rewards import RewardFolder, open_reward_folder
 class ReferenceArgs(GroupSizeArgs):
     """What the policy is held near."""
 
-    ref_checkpoint_path: Path | None = flag(None, help="folder of the frozen reference; what the run begins with")
+    ref_checkpoint_path: Path | None = flag(
+        None, type=model_folder, help="folder of the frozen reference; what the run begins with"
+    )
     quantize_ref: str = flag(
         "none", choices=("none", "int8", "int4"), help="round the weights of the reference, replicated over dp"
     )

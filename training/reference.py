@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from models.adapters import adapter_files
 from models.checkpoint import WeightFiles
 from models.checksums import digest
 from models.common import naming_file, on_main, progress_bar, say
+from models.fingerprint import adapter_files
 from models.records import Split
 from models.reward import pair_lengths
 from models.rows import Rows

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.chats import Chat
-from models.checkpoint import Folder, open_folder
+from models.checkpoint import Folder, model_folder, open_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
 from models.model import Transformer
@@ -55,7 +55,7 @@ finite = Bounds(least=-1e9, most=1e9)
 class RewardArgs(GradingArgs):
     """Where the scores of answers come from."""
 
-    reward_checkpoint_path: Path | None = flag(None, help="folder of a reward model")
+    reward_checkpoint_path: Path | None = flag(None, type=model_folder, help="folder of a reward model")
     reward_fn: list[FunctionPlace] | None = flag(
         None,
         action="append",

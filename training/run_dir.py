@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.adapters import ADAPTER_FOLDER, LoraArgs, adapter_tensors, write_adapter
-from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
+from models.adapters import LoraArgs, adapter_tensors, write_adapter
+from models.checkpoint import MERGED, ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
     DTYPES,
@@ -168,7 +168,8 @@ class Run:
             raise ValueError(f"--output_dir {folder}: another run has written it in the meantime")
 
     def _write_args(self) -> None:
-        complete_export(self.args.output_dir)
+        for folder in (self.args.output_dir, self.args.output_dir / MERGED):
+            complete_export(folder)
         write_json(self.args.output_dir / "args.json", self._begun_with)
 
     def steps(self, batches: Iterable[tuple[int, list[int]]], unit: str = "step") -> Iterator[tuple[int, list[int]]]:
@@ -318,10 +319,11 @@ class Run:
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
-            place = write_adapter(folder, adapter_tensors(model), model.lora, told, beside_model=self.args.merge)
+            write_adapter(folder, adapter_tensors(model), model.lora, told)
+            say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
-                say(f"{place}: adapter of the {what} written; {size}")
                 return
+            folder = folder / MERGED
         changes = dict(json_changes or {})
         if config is None:
             config, pad = folder_config(start), named_pad_token(start)
@@ -377,7 +379,7 @@ def check_writable(folder: Path) -> None:
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
         if (folder / name).is_dir():
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
-    subfolders = [folder / name for name in ("checkpoints", "critic", ADAPTER_FOLDER, f"critic/{ADAPTER_FOLDER}")]
+    subfolders = [folder / name for name in ("checkpoints", "critic", MERGED, f"critic/{MERGED}")]
     subfolders += folder.glob("step-*")
     for path in (folder, *subfolders):
         place = existing_part(path)

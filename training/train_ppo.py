@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, folder_config, has_score_head, open_folder
+from models.checkpoint import Folder, folder_config, has_score_head, model_folder, open_folder
 from models.common import (
     Bounds,
     Runtime,
@@ -104,7 +104,7 @@ class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, DivergenceArgs, O
     adam_eps: float = 1e-5
     ppo_epochs: int = flag(4, bounds=at_least_one, help="passes over the answers of an update")
     value_checkpoint_path: Path | None = flag(
-        None, help="where the critic starts; the reward model, or the policy with a zero head"
+        None, type=model_folder, help="where the critic starts; the reward model, or the policy with a zero head"
     )
     shared_base: bool = flag(False, help="with LoRA: the critic is adapters and a head of its own on the policy's base")
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")

@@ -23,7 +23,7 @@ from training.data import encode_sft_record
 from training.manifest import read_metadata
 
 RECORDS = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
-ADAPTER = "adapter/adapter_model.safetensors"  # beside a merged model
+ADAPTER, MODEL = "adapter_model.safetensors", "merged/model.safetensors"
 QWEN2 = {**tiny.QWEN2, "intermediate_size": 128}  # groups of int4 divide it
 
 
@@ -83,13 +83,14 @@ def test_steps_are_those_of_peft(world, tmp_path, flags):
         assert (found[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
-    read = peft.PeftModel.from_pretrained(plain, out / "adapter")  # all that was written, as PEFT opens it
-    assert not [key for key in read.load_adapter(out / "adapter", "again").missing_keys if "again" in key]
+    read = peft.PeftModel.from_pretrained(plain, out)  # all that was written, as PEFT opens it
+    assert not [key for key in read.load_adapter(out, "again").missing_keys if "again" in key]
     with torch.no_grad():
         logits = read(ids).logits
-        whole = transformers.AutoModelForCausalLM.from_pretrained(out)  # which adds an adapter that it finds there
-        torch.testing.assert_close(whole(ids).logits, logits, atol=1e-5, rtol=1e-5)
-    stored, exported = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+        for folder in (out, out / "merged"):  # transformers adds an adapter that it finds beside weights
+            whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            torch.testing.assert_close(whole(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    stored, exported = load_file(base / "model.safetensors"), load_file(out / MODEL)
     adapted = {name.removeprefix("base_model.model.").rpartition(".lora")[0] for name in found}
     assert exported.keys() == stored.keys()
     for name in stored:
@@ -115,14 +116,14 @@ def test_resumed(world, kind):
     shutil.rmtree(again / "checkpoints/step-000004")
     (again / ADAPTER).unlink()
     assert "resuming after step 2" in run("finetune_sft", world, again, *flags, "--resume").stdout
-    for name in (ADAPTER, "model.safetensors"):
+    for name in (ADAPTER, MODEL):
         wanted, found = load_file(whole / name), load_file(again / name)
         assert wanted.keys() == found.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted), name
     held = read_metadata(whole / "checkpoints/step-000004").state_dict_metadata.keys() - {"has_manifest"}
     assert held and all("lora_" in name for name in held)
     adapters, merged, stored = (
         load_file(whole / ADAPTER),
-        load_file(whole / "model.safetensors"),
+        load_file(whole / MODEL),
         load_file(base / "model.safetensors"),
     )
     for name, tensor in stored.items():
@@ -144,9 +145,8 @@ def test_stages(world, tmp_path):
     )
     alone, merged = tmp_path / "alone", tmp_path / "merged"
     run("train_rm", world, alone, "--train_file", pairs, "--no-merge", "--quantize_base", "int8")
-    assert {path.name for path in alone.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"} and not (
-        alone / "config.json"
-    ).exists()
+    written = {path.name for path in alone.iterdir()}
+    assert written >= {"adapter_model.safetensors", "adapter_config.json"} and not written & {"config.json", "merged"}
     run("train_rm", world, merged, "--train_file", pairs)
     run("train_rm", world, tmp_path / "plain", "--train_file", pairs, "--no-merge")
     lines = []
@@ -250,7 +250,7 @@ def test_critic_on_the_policys_base(task):
     assert all(not torch.equal(policy[name], critic[name]) for name in policy)
     stored = load_file(task / "ref/model.safetensors")
     for folder, adapters in ((out, policy), (out / "critic", critic)):
-        merged, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.down_proj"
+        merged, name = load_file(folder / MODEL), "model.layers.1.mlp.down_proj"
         B, A = (adapters[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
         torch.testing.assert_close(merged[f"{name}.weight"], stored[f"{name}.weight"] + 2 * B @ A)
         assert ("score.weight" in merged) == (folder != out) == ("lm_head.weight" not in merged)

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.training import optimum
 from training import train_grpo
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 COMMON = {"temperature": optimum.TEMPERATURE, "total_steps": 2, "rollout_batch_size": 32}
 COMMON |= {"learning_rate": 1e-2, "save_steps": 1}
 RUNS = {  # name: (script, flags, its KL)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.checkpoint import model_folder
 from models.shared import hold
 from tests import tiny
 from tests.damage import flip
@@ -121,7 +122,8 @@ def compare(root, name: str, out: str) -> float:
         for key in line.keys() & want.keys() - {"tokens_per_second"}:  # a mean reward may be all but 0
             worst = max(worst, abs(line[key] - want[key]) / max(1, abs(want[key])))
         assert line["num_tokens"] == want["num_tokens"]
-    config, wanted = (json.loads((root / d / "config.json").read_text()) for d in (out, f"one-{name}"))
+    folders = [model_folder(root / d) for d in (out, f"one-{name}")]
+    config, wanted = (json.loads((folder / "config.json").read_text()) for folder in folders)
     for key in ("reward_mean", "reward_std"):
         worst = max(worst, abs(config.get(key, 0) - wanted.get(key, 0)))
     gradients, wanted = (torch.load(root / f"{d}.gradients.pt") for d in (out, f"one-{name}"))
@@ -131,7 +133,7 @@ def compare(root, name: str, out: str) -> float:
         for key in want:  # relative to its own size; but a key's bias has none in theory, only rounding
             scale = max(want[key].norm().item(), 1e-3 * total.item())
             worst = max(worst, (step[key] - want[key]).norm().item() / scale)
-    weights, wanted = (load_file(root / d / "model.safetensors") for d in (out, f"one-{name}"))
+    weights, wanted = (load_file(folder / "model.safetensors") for folder in folders)
     for key, want in wanted.items():
         worst = max(worst, ((weights[key] - want).norm() / want.norm()).item())
     return worst

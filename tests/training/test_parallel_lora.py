@@ -66,7 +66,7 @@ def test_layouts_agree(world, layout):
     launch(ranks, [job_of(world, name, outs[name], *MORE[layout][name], *more) for name in outs])
     found = {name: compare(world, name, outs[name]) for name in outs}
     for name in outs:
-        places = [world / out / "adapter/adapter_model.safetensors" for out in (outs[name], f"one-{name}")]
+        places = [world / out / "adapter_model.safetensors" for out in (outs[name], f"one-{name}")]
         adapters, wanted = map(load_file, places)
         assert adapters.keys() == wanted.keys()
         found |= {(name, key): ((adapters[key] - want).norm() / want.norm()).item() for key, want in wanted.items()}

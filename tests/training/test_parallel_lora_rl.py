@@ -13,7 +13,7 @@ from tests.training import test_parallel_grpo as grpo
 from tests.training import test_parallel_ppo as ppo
 from tests.training.test_lora_reference import adapted
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 RUNS = {  # a folder for each: (how it is run and compared, flags)
     "grpo": (grpo, ["--adapter_path", "adapter", "--save_steps", "1"]),
     "ppo": (ppo, ["--lora_r", "3", "--shared_base", "--quantize_base", "int4"]),

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.checkpoint import model_folder
 from tests import tiny
 from tests.ranks import launch
 from tests.ranks_worker import run_job
@@ -80,8 +81,8 @@ def compare(root, out) -> float:
         for key in want:
             scale = max(want[key].norm().item(), 1e-2 * total.item())
             worst = max(worst, (step[key] - want[key]).norm().item() / scale)
-    for part in ("model.safetensors", "critic/model.safetensors"):
-        weights, wanted = load_file(root / out / part), load_file(root / "one" / part)
+    for part in ("", "critic"):
+        weights, wanted = (load_file(model_folder(root / d / part) / "model.safetensors") for d in (out, "one"))
         for key, want in wanted.items():
             worst = max(worst, ((weights[key] - want).norm() / want.norm()).item())
     return worst

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.training.test_finetune_sft import assert_same_weights, copy_with, deterministic, stop_after, weights_of
+from tests.training.test_finetune_sft import assert_same_weights, weights_of
+from tests.training.test_finetune_sft_runs import copy_with, deterministic, stop_after
 from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
 from training import train_dpo
 from training.data import training_batches
@@ -57,7 +58,7 @@ READ = "log-probs of the reference read, a batch of "
 
 
 def test_kill_and_resume(whole, run_flags, tmp_path):
-    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft.py lists."""
+    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft_runs.py lists."""
     run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
     process = tiny.start(SCRIPT, *flags(*run_flags, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from inference import lines
 from inference.lines import LineWriter
 from tests import tiny
+from tests.forked import Forked
 from tests.inference.test_generate import SCRIPT, generate, records
 
 # -------------------------------------------------------------------------------------------- resume
@@ -35,7 +36,7 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
     seen = 0
     for slots, target in ((3, 20), (4, 60)):
         flags = run_flags(prompts, out, "--max_new_tokens", 30, "--batch_size", slots, "--resume")
-        process = tiny.start(SCRIPT, "--checkpoint_path", folder, *flags)
+        process = Forked(SCRIPT, "--checkpoint_path", folder, *flags)
         wanted, deadline = max(seen + 1, target - rng.randrange(15)), time.monotonic() + 60
         while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
             assert time.monotonic() < deadline

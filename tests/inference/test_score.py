@@ -17,6 +17,7 @@ from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.file_tokenizer import FileTokenizer
+from tests.forked import Forked
 from tests.ranks import launch
 from training.preferences import encode_process_record
 
@@ -338,7 +339,7 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
     rng, seen = random.Random(), 0  # moments differ from run to run: none may matter
     command = ("--checkpoint_path", folder, "--data_file", data, "--output_file", out, "--batch_size", 1, "--resume")
     for _ in range(2):
-        process = tiny.start(SCRIPT, *command)
+        process = Forked(SCRIPT, *command)
         wanted, deadline = seen + rng.randint(1, 60), time.monotonic() + 60
         while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
             assert time.monotonic() < deadline

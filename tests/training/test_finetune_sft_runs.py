@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.forked import Forked
 from tests.training.test_finetune_sft import (  # noqa: F401 (fixtures)
     SCRIPT,
     assert_same_weights,
@@ -64,7 +65,7 @@ def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
     """Catches a batch repeated or skipped after a resume, Adam's moments or step count lost, a learning rate that
     starts again, a step twice in metrics.jsonl, and SIGTERM that dies or saves nothing."""
     run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
-    process = tiny.start(SCRIPT, *flags(tied_folder, train_file, out, **run))
+    process = Forked(SCRIPT, *flags(tied_folder, train_file, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.15))

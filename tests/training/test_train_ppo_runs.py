@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.forked import Forked
 from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
     SCRIPT,
     TIMED,
@@ -47,7 +48,7 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
     coefs = [line["kl_coef"] for line in tiny.read_lines(whole / "metrics.jsonl")]
     assert len(set(coefs)) == 6
     run, out = {**RUN, "save_steps": 1}, tmp_path / "out"
-    process = tiny.start(SCRIPT, *flags(folder, world, out, **run))
+    process = Forked(SCRIPT, *flags(folder, world, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny
+from tests.forked import Forked
 from tests.training.test_train_rm import SCRIPT, files, flags, train, weights_of  # noqa: F401 (fixtures)
 from training import train_rm
 from training.data import training_batches
@@ -26,7 +27,7 @@ def test_kill_and_resume(folder, files, tmp_path):
     file, out = files["pairwise"], tmp_path / "out"
     run = {**RUN, "loss": "pairwise", "eval_file": file, "eval_steps": 5, "save_steps": 2}
     train(folder, file, tmp_path / "whole", **run)
-    process = tiny.start(SCRIPT, *flags(folder, file, out, **run))
+    process = Forked(SCRIPT, *flags(folder, file, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.1))

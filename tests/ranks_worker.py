@@ -155,12 +155,12 @@ def check_sampling() -> None:
     divide the vocabulary, and where some have nothing of it."""
     tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
-    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(64)])
-    positions = torch.arange(64)
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(32)])
+    positions = torch.arange(32)
     for V in (5, 385, 3000):
-        smooth = 3 * torch.randn(64, V, generator=generator)
-        tables = [SeenTokens(64, V, tp.device_type, mesh) for mesh in (None, tp)]
-        for slot, ids in enumerate(torch.randint(V, (64, V // 4), generator=generator).tolist()):
+        smooth = 3 * torch.randn(32, V, generator=generator)
+        tables = [SeenTokens(32, V, tp.device_type, mesh) for mesh in (None, tp)]
+        for slot, ids in enumerate(torch.randint(V, (32, V // 4), generator=generator).tolist()):
             for table in tables:
                 table.begin(slot, ids)
                 table.add(torch.tensor([slot % V]), torch.tensor([slot]))

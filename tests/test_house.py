@@ -1,4 +1,4 @@
-"""The shape of the house: which file may import which, and that a flag is declared once."""
+"""The shape of the house: which file may import which, how long a file may be, and that a flag is declared once."""
 
 import ast
 import dataclasses
@@ -82,6 +82,13 @@ def test_loops_are_seen():
     looped = {**IMPORTS, "models.common": {*IMPORTS["models.common"], "models.fsdp"}}
     assert find_loop(looped)
     assert imports_of(ast.parse("def f():\n    from training import losses")) == {"training.losses"}
+
+
+def test_files_are_short():
+    """Catches a file, of the tests too, in which two things have come to live."""
+    paths = [path for folder in (*MAY_IMPORT, "tests") for path in (tiny.ROOT / folder).rglob("*.py")]
+    lengths = {str(path.relative_to(tiny.ROOT)): path.read_text(encoding="utf-8").count("\n") for path in paths}
+    assert len(paths) > 150 and not {name: length for name, length in lengths.items() if length > 500}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -9,6 +9,7 @@ import pytest
 
 from models.reward import pass_at_k
 from tests import tiny
+from tests.forked import Forked
 
 SCRIPT = "inference/score.py"
 MATH = tiny.ROOT / "training/graders.py:math_answer"
@@ -111,7 +112,7 @@ def test_a_kill_then_resume(file, tmp_path):
     records = [{"prompt": "ab", "completion": str(i)} for i in range(60)]
     data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
     flags = ["--grader", f"{file}:slow", "--data_file", data, "--output_file", out, "--reward_workers", 1]
-    process = tiny.start(SCRIPT, *flags)
+    process = Forked(SCRIPT, *flags)
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 3):
         time.sleep(0.01)
     process.kill()

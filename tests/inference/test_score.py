@@ -1,4 +1,4 @@
-"""inference/score.py from its command line: scores, records, resuming after kills, choosing, bad input."""
+"""inference/score.py from its command line: scores, records, resuming after kills. Refusals: test_score_refusals.py."""
 
 import json
 import math
@@ -9,9 +9,7 @@ import time
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
-from inference.choosing import choose_best, choose_by_vote, final_answer
 from models.chats import read_chat
 from models.parts import encode_continuation
 from models.records import Record, encode_answer, encode_prompt
@@ -19,6 +17,7 @@ from models.reward import split_steps
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.file_tokenizer import FileTokenizer
+from tests.forked import Forked
 from tests.ranks import launch
 from training.preferences import encode_process_record
 
@@ -335,13 +334,13 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
     """Catches records that are lost, written twice, torn, out of order, or scored otherwise than without the kills."""
     folder = tmp_path / "model"
     write_reward_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
-    data = tiny.write_records(tmp_path / "data.jsonl", ragged(400))
+    data = tiny.write_records(tmp_path / "data.jsonl", ragged(200))
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     rng, seen = random.Random(), 0  # moments differ from run to run: none may matter
     command = ("--checkpoint_path", folder, "--data_file", data, "--output_file", out, "--batch_size", 1, "--resume")
     for _ in range(2):
-        process = tiny.start(SCRIPT, *command)
-        wanted, deadline = seen + rng.randint(1, 60), time.monotonic() + 60
+        process = Forked(SCRIPT, *command)
+        wanted, deadline = seen + rng.randint(1, 40), time.monotonic() + 60
         while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -350,12 +349,12 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
         _, stderr = process.communicate()
         assert process.returncode == -9, f"ended before it was killed: {stderr}"
         before, seen = seen, out.read_bytes().count(b"\n")
-        assert before < seen < 400, "the kill lands inside the run"
+        assert before < seen < 200, "the kill lands inside the run"
     result = tiny.run(SCRIPT, *command)
     assert result.code == 0 and f"{seen} done before" in result.stdout, result
     assert score(folder, data, whole, "--batch_size", 1).code == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert [line["idx"] for line in tiny.read_lines(out)] == list(range(400))
+    assert [line["idx"] for line in tiny.read_lines(out)] == list(range(200))
 
 
 def test_a_torn_line_and_another_batch_size(rm, tmp_path):
@@ -401,6 +400,22 @@ def test_resume_without_a_file_starts_from_the_beginning(rm, tmp_path):
     assert len(lines) == 3
 
 
+def sampled(count=4):
+    """generate.py's lines: 3 prompts, `count` samples each, in no order."""
+    lines = [
+        {
+            "idx": i,
+            "sample_idx": s,
+            "prompt": f"{i} plus",
+            "output": f"so it is\n{(i + s) % 2}",
+            "finish_reason": "stop",
+        }
+        for i in range(3)
+        for s in range(count)
+    ]
+    return random.Random(1).sample(lines, len(lines))
+
+
 def test_ranks_agree_with_one_process(tmp_path):
     """Catches records that a rank leaves out or scores in another's place, a head that is summed over tp, ranks that
     all write, choices of a part of the samples, and a resume with other windows."""
@@ -428,243 +443,3 @@ def test_ranks_agree_with_one_process(tmp_path):
                 assert line["step_rewards"] == pytest.approx(want["step_rewards"], abs=1e-4)
                 assert line["reward"] == pytest.approx(want["reward"], abs=1e-4)
                 assert line["output"] == want["output"] and list(line) == list(want)
-
-
-# ------------------------------------------------------------------------------------------ choosing
-
-
-def samples(rewards, answers=None):
-    """Lines of two prompts in turn, as score.py writes them."""
-    return [{"idx": i % 2, "sample_idx": i // 2, "prompt": f"p{i % 2}", "reward": r} for i, r in enumerate(rewards)]
-
-
-def test_best_of_n_by_hand():
-    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none."""
-    lines = samples([1.0, -5.0, 3.0, -2.0, 3.0, -2.5])
-    assert choose_best(lines) == [lines[2], lines[3]]
-    unnumbered = [{k: v for k, v in line.items() if k not in ("idx", "sample_idx")} for line in lines]
-    assert choose_best(unnumbered) == [unnumbered[2], unnumbered[3]]
-    same_text = [{**line, "prompt": "p"} for line in lines]  # the same prompt stood twice in its file
-    assert choose_best(same_text) == [same_text[2], same_text[3]]
-    chats = [{**line, "prompt": [{"role": "user", "content": line["prompt"]}]} for line in unnumbered]
-    assert choose_best(chats) == [chats[2], chats[3]]
-
-
-def test_weighted_vote_by_hand():
-    """Catches a majority that is not weighted, the best single sample in the place of the sum, a winner that depends on
-    rounding, and samples without an answer that vote."""
-    lines = [{"prompt": "p", "output": f"{i}", "reward": r} for i, r in enumerate([0.5, 0.9, 0.6, 0.1, 0.1, 0.95])]
-    [best] = choose_by_vote(lines, ["a", "b", "a", "c", "c", None], weight=float)
-    assert best == {**lines[2], "voted_answer": "a", "votes": pytest.approx({"a": 1.1, "b": 0.9, "c": 0.2})}
-    [best] = choose_by_vote(lines, ["a", "b", "a", "b", "c", "b"], weight=lambda reward: 1)
-    assert best["voted_answer"] == "b" and best["output"] == "5"
-    [best] = choose_by_vote(lines, [None] * 6, weight=float)
-    assert best == {**lines[5], "voted_answer": None, "votes": {}}
-    tied = [{"prompt": "p", "reward": r} for r in (0.1, 0.3, 0.2, 0.3, 0.2, 0.1)]
-    [best] = choose_by_vote(tied, ["x", "y", "x", "x", "y", "y"], weight=float)
-    assert best["voted_answer"] == "x" and best["reward"] == 0.3
-
-
-def test_final_answer():
-    """Catches braces that end too early, and a last line that is blank."""
-    assert final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-    assert final_answer("3+4=7\n 7 \n\n") == "7"
-    assert final_answer("broken \\boxed{1\nlast") == "last"
-    assert final_answer(" \n") is None
-
-
-def sampled(count=4):
-    """generate.py's lines: 3 prompts, `count` samples each, in no order."""
-    lines = [
-        {
-            "idx": i,
-            "sample_idx": s,
-            "prompt": f"{i} plus",
-            "output": f"so it is\n{(i + s) % 2}",
-            "finish_reason": "stop",
-        }
-        for i in range(3)
-        for s in range(count)
-    ]
-    return random.Random(1).sample(lines, len(lines))
-
-
-def test_choosing_from_the_command_line(rm, tmp_path):
-    """Catches a choice that is not that of the scored lines, votes with raw scores, scored lines that are lost, and
-    another result after a resume or by another choice from the same scores."""
-    every = scored(rm, tmp_path, sampled())
-    best = scored(rm, tmp_path, sampled(), "--best_of_n", name="best.jsonl")
-    assert best == choose_best(every) and len(best) == 3
-    assert tiny.read_lines(tmp_path / "best.scored.jsonl") == every
-
-    answers = [line["output"][-1] for line in every]
-    wanted = choose_by_vote(every, answers, weight=lambda s: 1 / (1 + math.exp(-s)))
-    vote = scored(rm, tmp_path, sampled(), "--weighted_vote", "--resume", name="best.jsonl")
-    assert [line["voted_answer"] for line in vote] == [line["voted_answer"] for line in wanted]
-    for line, want in zip(vote, wanted):
-        assert line["votes"] == pytest.approx(want.pop("votes")) and line.items() >= want.items()
-
-    whole = (tmp_path / "best.jsonl").read_bytes()
-    kept = (tmp_path / "best.scored.jsonl").read_bytes()
-    (tmp_path / "best.jsonl").unlink()
-    (tmp_path / "best.scored.jsonl").write_bytes(kept[: len(kept) // 2])
-    scored(rm, tmp_path, sampled(), "--weighted_vote", "--resume", name="best.jsonl")
-    assert (tmp_path / "best.jsonl").read_bytes() == whole and (tmp_path / "best.scored.jsonl").read_bytes() == kept
-    data = tmp_path / "data.jsonl"
-    (tmp_path / "best.jsonl").unlink()
-    tiny.assert_refused(score(rm, data, tmp_path / "best.jsonl", "--best_of_n"), "best.scored.jsonl")
-
-
-def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
-    """Catches a sigmoid of a probability, and --answer_fn that is not called with the text."""
-    (tmp_path / "mine.py").write_text("def last(text):\n    return None if text.endswith('0') else text[-1]\n")
-    flags = ("--weighted_vote", "--aggregate", "prod", "--answer_fn", f"{tmp_path / 'mine.py'}:last")
-    for line in scored(prm, tmp_path, sampled(), *flags):
-        rewards = [
-            other["reward"]
-            for other in tiny.read_lines(tmp_path / "out.scored.jsonl")
-            if other["idx"] == line["idx"] and other["output"].endswith("1")
-        ]
-        assert line["votes"] == pytest.approx({"1": sum(rewards)}) and line["reward"] == max(rewards)
-
-
-# ----------------------------------------------------------------------------------------- bad input
-
-OUTCOME_CASES = {  # name: (content of the data file, flags, what the message names)
-    "empty": ("", (), ("data.jsonl", "no records")),
-    "malformed": ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', (), ("data.jsonl:2",)),
-    "not an object": ("5\n", (), ("data.jsonl:1", "int")),
-    "no prompt": ('{"completion": "b"}\n', (), ("data.jsonl:1", "'prompt'")),
-    "no completion": ('{"prompt": "a"}\n', (), ("data.jsonl:1", "'completion'")),
-    "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
-    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
-    "completion of a wrong type": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion")),
-    "half a pair": ('{"prompt": "a", "chosen": "b"}\n', (), ("data.jsonl:1", "'rejected'")),
-    "pair of a wrong type": ('{"prompt": "a", "chosen": "b", "rejected": 1}\n', (), ("data.jsonl:1", "rejected")),
-    "finish_reason": ('{"prompt": "a", "output": "b", "finish_reason": 1}\n', (), ("data.jsonl:1", "finish_reason")),
-    "sample without output": ('{"prompt": "a", "finish_reason": "stop"}\n', (), ("data.jsonl:1", "'output'")),
-    "scored already": ('{"prompt": "a", "completion": "b", "reward": 1}\n', (), ("data.jsonl:1", "'reward'")),
-    "no template": ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n', (), ("template",)),
-    "surrogate": ('{"prompt": "a", "completion": "\\ud800"}\n', (), ("data.jsonl:1", "surrogate")),
-    "too long": ('{"prompt": "a", "completion": "' + "1 plus " * 300 + '"}\n', (), ("data.jsonl:1", "256")),
-    "pairs to choose from": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ("--best_of_n",), (":1", "a pair")),
-}
-GOOD = '{"prompt": "a", "completion": "b"}\n'
-FLAG_CASES = {  # name: (flags, what the message names)
-    "aggregate": (("--aggregate", "min"), ("--aggregate min", "not a process model")),
-    "aggregate of what": (("--aggregate", "max"), ("--aggregate", "'max'")),
-    "normalize": (("--normalize",), ("--normalize", "reward_mean")),
-    "both choices": (("--best_of_n", "--weighted_vote"), ("--best_of_n", "--weighted_vote")),
-    "answers for nothing": (("--answer_fn", "a.py:b"), ("--answer_fn", "--weighted_vote")),
-    "no function": (("--weighted_vote", "--answer_fn", "f.py"), ("--answer_fn 'f.py'", "FILE.py:NAME")),
-    "no such file": (("--weighted_vote", "--answer_fn", "no.py:f"), ("--answer_fn no.py",)),
-    "no such function": (("--weighted_vote", "--answer_fn", "TMP/f.py:g"), ("--answer_fn", "no function g")),
-    "broken file": (("--weighted_vote", "--answer_fn", "TMP/broken.py:g"), ("broken.py", "ZeroDivisionError")),
-    "raising function": (("--weighted_vote", "--answer_fn", "TMP/f.py:f"), ("data.jsonl:1", "KeyError")),
-    "answer of a wrong type": (("--weighted_vote", "--answer_fn", "TMP/f.py:h"), ("data.jsonl:1", "int")),
-    "no rows": (("--batch_size", 0), ("--batch_size",)),
-    "context": (("--max_seq_len", 257), ("--max_seq_len 257", "256")),
-    "overlong": (("--overlong", "cut"), ("--overlong",)),
-    "int4 groups": (("--quantize", "int4"), ("no group size divides", "intermediate_size 112")),
-    "ranks": (("--tensor_parallel_size", 2), ("--tensor_parallel_size 2",)),
-    "device": (("--device", "abacus"), ("abacus",)),
-    "no data": (("--data_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
-}
-
-
-@pytest.mark.parametrize("case", [*OUTCOME_CASES, *FLAG_CASES])
-def test_bad_records_and_flags(rm, tmp_path, case):
-    """Catches bad input that is skipped, read as something else, found out about after scoring, or answered with a
-    traceback."""
-    content, flags, parts = OUTCOME_CASES[case] if case in OUTCOME_CASES else (GOOD, *FLAG_CASES[case])
-    (tmp_path / "data.jsonl").write_text(content)
-    (tmp_path / "f.py").write_text("def f(text):\n    raise KeyError(text)\n\ndef h(text):\n    return 1\n")
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    flags = [str(flag).replace("TMP", str(tmp_path)) for flag in flags]
-    result = score(rm, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl", *flags)
-    tiny.assert_refused(result, *parts)
-    assert not (tmp_path / "new").exists()
-
-
-PROCESS_CASES = {  # name: (record, flags, what the message names)
-    "no steps": ({"prompt": "a", "completions": []}, (), (":1", "no step")),
-    "steps of a wrong type": ({"prompt": "a", "completions": "b"}, (), (":1", "list of steps")),
-    "a step of a wrong type": ({"prompt": "a", "completions": ["b", 1]}, (), (":1", "completions[1]")),
-    "an empty step": ({"prompt": "a", "completions": ["b", " "]}, (), (":1", "completions[1]")),
-    "messages": ({"prompt": "a", "completion": [{}]}, (), (":1", "completion", "list")),
-    "a pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, (), (":1", "pair", "steps")),
-    "normalize": ({"prompt": "a", "completion": "b"}, ("--normalize",), ("--normalize", "steps")),
-    "choosing": ({"prompt": "a", "completion": "b"}, ("--best_of_n",), ("--aggregate",)),
-    "voting": ({"prompt": "a", "completion": "b"}, ("--weighted_vote",), ("--aggregate",)),
-}
-
-
-@pytest.mark.parametrize("case", PROCESS_CASES)
-def test_bad_input_of_process_models(prm, tmp_path, case):
-    """Catches steps that are guessed, and flags that mean nothing for steps."""
-    record, flags, parts = PROCESS_CASES[case]
-    data = tiny.write_records(tmp_path / "data.jsonl", [record])
-    tiny.assert_refused(score(prm, data, tmp_path / "new" / "out.jsonl", *flags), *parts)
-    assert not (tmp_path / "new").exists()
-
-
-def broken_weights(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"].fill_(float("nan"))
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-FOLDER_CASES = {  # name: (what is done to a good folder, flags, what the message names)
-    "no folder": (shutil.rmtree, (), ("no such file or folder",)),
-    "reward_model_type": (lambda f: edit_config(f, reward_model_type="elo"), (), ("reward_model_type", "'elo'")),
-    "no separator": (lambda f: edit_config(f, reward_model_type="process"), (), ("step_separator", "None")),
-    "empty separator": (lambda f: edit_config(f, **(PROCESS | {"step_separator": ""})), (), ("step_separator",)),
-    "mean": (lambda f: edit_config(f, reward_mean="high"), (), ("reward_mean", "'high'")),
-    "std": (lambda f: edit_config(f, reward_mean=0, reward_std=0), ("--normalize",), ("--normalize", "reward_std")),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), (), ("no weights",)),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), (), ("tokenizer.model",)),
-}
-
-
-@pytest.mark.parametrize("case", FOLDER_CASES)
-def test_bad_folders(rm, tmp_path, case):
-    """Catches a folder whose scores would mean something else."""
-    damage, flags, parts = FOLDER_CASES[case]
-    model = shutil.copytree(rm, tmp_path / "model")
-    damage(model)
-    (tmp_path / "data.jsonl").write_text(GOOD)
-    tiny.assert_refused(score(model, tmp_path / "data.jsonl", tmp_path / "new" / "out.jsonl", *flags), *parts)
-    assert not (tmp_path / "new").exists()
-
-
-def test_models_without_one_score(folder, tmp_path):
-    """Catches a language model that gets a random head, and a classifier of which one class is taken."""
-    (tmp_path / "data.jsonl").write_text(GOOD)
-    out = tmp_path / "new" / "out.jsonl"
-    tiny.assert_refused(score(folder, tmp_path / "data.jsonl", out), "no score head", "train_rm.py")
-    write_reward_model(tmp_path / "two", num_labels=2)
-    tiny.assert_refused(score(tmp_path / "two", tmp_path / "data.jsonl", out), "num_labels is 2")
-    assert not (tmp_path / "new").exists()
-
-
-def test_broken_weights(rm, tmp_path):
-    """Catches NaN rewards written as if they were results."""
-    model = shutil.copytree(rm, tmp_path / "model")
-    broken_weights(model)
-    (tmp_path / "data.jsonl").write_text(GOOD)
-    result = score(model, tmp_path / "data.jsonl", tmp_path / "out.jsonl")
-    assert result.code == 2 and "data.jsonl:1" in result.stderr and "nan" in result.stderr
-    assert not (tmp_path / "out.jsonl").read_bytes()
-
-
-def test_an_occupied_output_file_is_left_alone(rm, tmp_path):
-    """Catches a run that overwrites what stood there."""
-    (tmp_path / "data.jsonl").write_text(GOOD)
-    out = tmp_path / "out.jsonl"
-    out.write_text("precious\n")
-    for flags in ((), ("--best_of_n",), ("--best_of_n", "--resume"), ("--resume",)):
-        assert score(rm, tmp_path / "data.jsonl", out, *flags).code == 2
-    tiny.assert_refused(score(rm, tmp_path / "data.jsonl", tmp_path / "data.jsonl"), "data.jsonl", "exists")
-    assert out.read_text() == "precious\n" and (tmp_path / "data.jsonl").read_text() == GOOD
-    assert len(list(tmp_path.iterdir())) == 2

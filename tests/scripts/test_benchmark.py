@@ -170,7 +170,7 @@ def test_jobs_and_peers():
 def test_update_of_ppo():
     """Catches a split that is not the whole update, a rollout beside another amount of tokens than the engine's, and a
     folder of random weights that the script does not take."""
-    sizes = ["--preset", "23m", "--batch_size", 2, "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
+    sizes = ["--preset", "tiny", "--batch_size", 2, "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
     result = tiny.run("scripts/benchmark.py", "ppo", "--device", "cpu", *sizes)
     assert result.code == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
@@ -188,7 +188,7 @@ def test_update_of_ppo():
 def test_update_of_grpo():
     """Catches a share of padding that is not the padded forwards', a ratio the wrong way up, and packed micro-batches
     that are not measured."""
-    sizes = ["--preset", "23m", "--batch_size", 5, "--prompt_len", 4, "--seq_len", 24, "--repeats", 1]
+    sizes = ["--preset", "tiny", "--batch_size", 5, "--prompt_len", 4, "--seq_len", 24, "--repeats", 1]
     taken, real = [], benchmark_grpo.answer_logps
 
     def answer_logps(model, rows, width, split, temperature):

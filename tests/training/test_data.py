@@ -24,21 +24,15 @@ from models.records import (
 from models.rows import Rows, flatten
 from models.tokenizer import Tokenizer
 from tests import tiny
-from tests.file_tokenizer import FileTokenizer
 from training.data import PackedRows, encode_sft_file, encode_sft_record, epoch_order, training_batches
 
 BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
 LIMITS = Limits(tiny.VOCAB_SIZE, 100)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return Tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def oracle(folder):
-    return FileTokenizer(folder)
+@pytest.fixture
+def oracle(opened):
+    return opened("sentencepiece")[1]
 
 
 def encode(tokenizer, **fields):
@@ -270,20 +264,6 @@ def write_chat_tokenizer(folder, kind):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-@pytest.fixture(scope="module")
-def chat_tokenizer(tmp_path_factory):
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            write_chat_tokenizer(folder, kind)
-            made[kind] = Tokenizer(folder), FileTokenizer(folder)
-        return made[kind]
-
-    return make
-
-
 CHAT = [
     {"role": "user", "content": "what is the question?"},
     {"role": "assistant", "content": "the answer\nis yes."},
@@ -300,10 +280,10 @@ def answers(kind, *contents):
 
 @pytest.mark.parametrize("kind", END_OF_TURN)
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
-def test_chat_learns_the_assistants_turns(kind, system, chat_tokenizer):
+def test_chat_learns_the_assistants_turns(kind, system, opened):
     """Catches the assistant's header or the user's turns in the loss, the end-of-turn token out of it, what the
     template writes after that token in it, only one of several turns learnt, and BOS or EOS added to the template."""
-    tokenizer, oracle = chat_tokenizer(kind)
+    tokenizer, oracle = opened(kind)
     messages = system + CHAT
     example, counts = encode_sft_record(Record("x", {"messages": messages}), tokenizer)
     assert example.input_ids == oracle.apply_chat_template(messages)["input_ids"]
@@ -317,10 +297,10 @@ def test_chat_learns_the_assistants_turns(kind, system, chat_tokenizer):
 
 
 @pytest.mark.parametrize("kind", END_OF_TURN)
-def test_prompt_as_messages(kind, chat_tokenizer):
+def test_prompt_as_messages(kind, opened):
     """Catches the assistant's turns of the prompt learnt, and a completion as text treated otherwise than as a message,
     or prompt ids that are not those of generation."""
-    tokenizer, _ = chat_tokenizer(kind)
+    tokenizer, _ = opened(kind)
     prompt = [SYSTEM, *CHAT[:3]]
     as_text, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": "no. 🙂"}), tokenizer)
     assert as_text == encode(tokenizer, prompt=prompt, completion=CHAT[3:]) and not any(counts)
@@ -333,24 +313,24 @@ def test_prompt_as_messages(kind, chat_tokenizer):
     assert spans(several, tokenizer) == answers(kind, "the answer\nis yes.", "no. 🙂")
 
 
-def test_special_token_within_an_answer(chat_tokenizer):
+def test_special_token_within_an_answer(opened):
     """Catches an answer that is learnt only up to a special token that it quotes."""
     for kind in ("plain", "chatml"):
-        tokenizer, _ = chat_tokenizer(kind)
+        tokenizer, _ = opened(kind)
         answer = {"role": "assistant", "content": "it says <|im_start|> there"}
         example = encode(tokenizer, messages=[CHAT[0], answer])
         assert spans(example, tokenizer) == answers(kind, answer["content"])
 
 
-def test_chat_without_an_answer(chat_tokenizer):
+def test_chat_without_an_answer(opened):
     """Catches a conversation without an assistant's turn that teaches the user's."""
-    tokenizer, _ = chat_tokenizer("llama3")
+    tokenizer, _ = opened("llama3")
     assert encode(tokenizer, messages=CHAT[:1]).num_targets == 0
 
 
-def test_template_that_rewrites_earlier_turns(chat_tokenizer):
+def test_template_that_rewrites_earlier_turns(opened):
     """Catches labels at wrong places under a template that shows a turn otherwise once others follow it."""
-    tokenizer, _ = chat_tokenizer("rewrites")
+    tokenizer, _ = opened("rewrites")
     with pytest.raises(
         ValueError, match=r"^train.jsonl:7: the chat template leaves out message 1, of the role 'assistant'"
     ):
@@ -359,9 +339,9 @@ def test_template_that_rewrites_earlier_turns(chat_tokenizer):
 
 
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "a"}], [{"role": "user", "content": None}], {}, None])
-def test_bad_messages(messages, chat_tokenizer):
+def test_bad_messages(messages, opened):
     """Catches a traceback, or a complaint without the record, for messages that are none."""
-    tokenizer, _ = chat_tokenizer("llama3")
+    tokenizer, _ = opened("llama3")
     with pytest.raises(ValueError, match=r"^train.jsonl:7: .*message"):
         encode(tokenizer, messages=messages)
     if messages:

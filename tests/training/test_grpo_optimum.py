@@ -1,13 +1,12 @@
 """training/train_grpo.py against the known optimum of the task in optimum.py."""
 
-import pytest
-
 from tests.training import optimum as optimum_task
 from tests.training.optimum import ANSWERS, BETA, PROMPTS, TEMPERATURE, log_probs, relative_regret, write_task
 
 SCRIPT = "training/train_grpo.py"
 SETTINGS = {"temperature": TEMPERATURE, "total_steps": 60, "rollout_batch_size": 384, "learning_rate": 3e-3}
 SETTINGS |= {"adam_beta2": 0.99, "num_iterations": 4, "minibatch_size": 384}
+SMALL = {"total_steps": 40, "rollout_batch_size": 256, "minibatch_size": 256, "learning_rate": 4e-3}
 RLOO = {"loss_type": "rloo", "beta": BETA}
 
 
@@ -15,12 +14,11 @@ def train(root, out, **more):
     return optimum_task.train(SCRIPT, root, out, **SETTINGS | more)
 
 
-@pytest.mark.parametrize("seed", [0])  # 1 and 2 end at 0.4 % too, this one at 0.2
-def test_rloo_reaches_the_optimum(seed, tmp_path):
+def test_rloo_reaches_the_optimum(tmp_path):
     """Catches whatever makes it learn another policy than pi*: the baseline, the KL's place, sign or units, the EOS
     action, temperatures, ratios to another policy than the one that drew."""
-    table = write_task(tmp_path, seed)
-    train(tmp_path, tmp_path / "out", seed=seed, **RLOO)
+    table = write_task(tmp_path, 0)
+    train(tmp_path, tmp_path / "out", **RLOO, **SMALL)
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
     assert found < 0.01
@@ -29,7 +27,8 @@ def test_rloo_reaches_the_optimum(seed, tmp_path):
 def test_dr_grpo_ends_on_the_best_answer(tmp_path):
     """Catches advantages of the wrong sign or of another answer: without a KL the best answer is all that is left."""
     table = write_task(tmp_path, 0)
-    train(tmp_path, tmp_path / "out", loss_type="dr_grpo", num_iterations=1)
+    small = {"total_steps": 30, "rollout_batch_size": 192, "minibatch_size": 96, "learning_rate": 1e-2}
+    train(tmp_path, tmp_path / "out", loss_type="dr_grpo", num_iterations=1, **small)
     best = max(ANSWERS, key=table[PROMPTS[0]].get)
     chance = log_probs(tmp_path / "out")[0, ANSWERS.index(best)].exp().item()
     print(f"best answer {chance:.4f}")

@@ -19,7 +19,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("script", [*RECORDS, train_ppo], ids=lambda script: script.__name__.rpartition(".")[2])
-def test_a_mean_is_the_sum_over_the_count(script, folder, world, tmp_path, monkeypatch):  # noqa: F811
+def test_a_mean_is_the_sum_over_the_count(script, folder, world, tmp_path, monkeypatch):
     """Catches 1 / count rounded to bf16 in the backward, or in some of its tensors and not in others (the body's
     gradients were off by up to 0.4 % against the head's): those of the mean are those of the sum over the count."""
     real_scale, real_clip, counts, gradients = script.loss_scale, script.clip_grad_norm, [], []

@@ -23,8 +23,7 @@ RUNS = {  # name: (script, flags)
     "rm": ("train_rm", ["--batch_size", 4, "--max_steps", 3]),
     "dpo": ("train_dpo", ["--batch_size", 4, "--max_steps", 3]),
     "ppo": ("train_ppo", PPO),
-    "ppo, 8-bit moments": ("train_ppo", [*PPO, "--optim", "adamw_8bit"]),
-    "ppo, bf16 weights": ("train_ppo", [*PPO, "--param_dtype", "bfloat16"]),
+    "ppo, lean": ("train_ppo", [*PPO, *LEAN]),
     "grpo, lean": ("train_grpo", [*GRPO, *LEAN]),
 }
 QUIET = ["--save_steps", 0, "--log_steps", 100]

@@ -26,16 +26,13 @@ from tests.ranks_worker import run_job
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 TIED = {**tiny.QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_parameters": tiny.YARN}
 BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
-SAMPLES = ["--eval_steps", "2", "--num_eval_samples", "3", "--eval_max_new_tokens", "12"]
+STEPS = 2  # all 13 records, and a second step from what the first has made of weights and moments
+SAMPLES = ["--eval_steps", "1", "--num_eval_samples", "3", "--eval_max_new_tokens", "8"]
 FLAGS = {
-    "plain": ["--micro_batch_size", "1", *SAMPLES],
+    "plain": ["--micro_batch_size", "1"],
     "recompute": ["--activation_checkpointing", "full"],
     "sequence parallel": [
-        "--sequence_parallel",
-        "--activation_checkpointing",
-        "selective",
-        "--micro_batch_size",
-        "2",
+        *["--sequence_parallel", "--activation_checkpointing", "selective", "--micro_batch_size", "2"],
         *SAMPLES,
     ],
     "packed": ["--pack", "--batch_size", "2"],
@@ -44,7 +41,7 @@ FLAGS = {
 }
 BOTH = ("plain", "sequence parallel")  # with either model; the rest with one
 HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
-    "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "2"],
+    "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "1"],
     "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
     "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
 }
@@ -58,9 +55,9 @@ SIZES = {1: ["--micro_batch_size", "1"], 2: ["--micro_batch_size", "3"], 4: ["--
 
 def arguments(folder, train_file, out, *more) -> list[str]:
     flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--batch_size", 8]
-    flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
+    flags += ["--max_steps", STEPS, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
     flags += ["--adam_eps", 1e-3]  # AdamW's first steps are signs: noise of near-zero gradients must stay small
-    flags += ["--eval_file", train_file]
+    flags += [] if "--compile" in more else ["--eval_file", train_file]  # which would be traced as well
     flags += [] if "--num_eval_samples" in more else ["--num_eval_samples", 0]
     return list(map(str, [*flags, *more]))
 
@@ -115,7 +112,7 @@ def compare(root, name: str, out: str) -> float:
     """The largest relative difference to one process, over losses, norms, gradients and weights."""
     worst = 0.0
     lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, f"one-{name}"))
-    assert len(lines) == len(wanted) == 4
+    assert len(lines) == len(wanted) == STEPS
     for line, want in zip(lines, wanted):
         for key in {"loss", "grad_norm", "eval_loss"} & line.keys() & want.keys():
             worst = max(worst, abs(line[key] - want[key]) / want[key])
@@ -158,6 +155,7 @@ def test_layouts_agree(world, layout):
                 continue  # the rest is run where one dimension of the mesh is 1
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
+            more += SAMPLES if (name, kind) == ("biased", "plain") and ranks == 2 else []
             job = sft_job(root / name, train_file, root / outs[-1][2], *more)
             jobs.append(["traced", *job] if kind == "compiled" else job)
     for kind, flags in HYBRID.items() if ranks == 4 else ():
@@ -177,15 +175,15 @@ def test_layouts_agree(world, layout):
     # the third gradient of the steps' model amplifies rounding: on 2 x 2 padded and packed rows alike (1.5e-5, 1.3e-5)
     limits = {pair: 2e-5 if pair[0] == "process" else 1e-5 for pair in found}
     assert all(found[pair] < limit for pair, limit in limits.items()), found
-    for name, kind, out in outs:
-        if kind in ("plain", "sequence parallel"):
+    for (name, kind, out), job in zip(outs, jobs):
+        if "--eval_steps" in job:
             samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, f"one-{name}"))
-            assert [sample["step"] for sample in samples] == [2, 2, 2, 4, 4, 4] and samples == wanted, (name, kind)
+            assert [sample["step"] for sample in samples] == [1, 1, 1, 2, 2, 2] and samples == wanted, (name, kind)
     if ranks == 4:  # one process takes the hybrid run's checkpoint, which a thread wrote
-        shutil.rmtree(root / "hybrid/checkpoints/step-000004")
+        shutil.rmtree(root / "hybrid/checkpoints/step-000002")
         job = arguments(root / "biased", train_file, root / "hybrid", "--resume")
         result = tiny.run("training/finetune_sft.py", *job)
-        assert result.code == 0 and "resuming after step 2" in result.stdout, result.stderr
+        assert result.code == 0 and "resuming after step 1" in result.stdout, result.stderr
         assert compare(root, "biased", "hybrid") < 1e-5
 
 
@@ -238,17 +236,9 @@ def test_nodes_that_share_no_disk(world, tmp_path):
     """Catches two nodes that each save their half of the checkpoints on a disk of their own, and then hang at a resume:
     refused by all ranks at the start, in a line, with nothing left behind."""
     root, train_file = world
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    nodes = start(folders, *arguments(root / "tied", train_file, "out"))
-    for node in nodes:
-        printed = node.communicate(timeout=240)[0]
-        errors = [line for line in printed.splitlines() if line.startswith("finetune_sft.py:")]
-        assert node.returncode and len(errors) == 1 and "exitcode  : 2" in printed, printed
-        assert re.search(
-            "error: --output_dir out: rank 1 on .* does not see what rank 0 on .* all nodes share", errors[0]
-        )
+    printed = launch(2, [["refused", "elsewhere", tmp_path, *sft_job(root / "tied", train_file, "out")]])
+    refused = "^refused: --output_dir out: rank 1 on .* does not see what rank 0 on .* all nodes share"
+    assert len(re.findall(refused, printed, re.MULTILINE)) == 2, printed
     assert not list(tmp_path.glob("*/*"))
 
 
@@ -258,7 +248,7 @@ def test_kill_a_node_and_resume(world):
     that one of them may not go on, or which checkpoint is sound where one of them finds the damage, and a checkpoint
     that only the ranks that wrote it can read."""
     root, train_file = world
-    flags = ["--max_steps", 24, "--save_steps", 3, "--save_total_limit", 3]
+    flags = ["--max_steps", 15, "--save_steps", 3, "--save_total_limit", 3]
     launch(2, [sft_job(root / "tied", train_file, root / "whole", *flags)])
     out = root / "killed"
     nodes = start([root, root], *arguments(root / "tied", train_file, "killed", *flags))
@@ -281,22 +271,22 @@ def test_kill_a_node_and_resume(world):
     assert printed.count(f"refused: --resume {out}: --train_file: other content than the run was begun with") == 2
     lock.close()
 
-    printed = launch(2, [["stopped", 1, 4, *resumed]])  # one of them stops all
+    printed = launch(2, [["stopped", 1, 2, *resumed]])  # one of them stops all
     step = len(tiny.read_lines(out / "metrics.jsonl"))
-    assert f"stopped by a signal after step {step};" in printed and 3 < step < 24
+    assert f"stopped by a signal after step {step};" in printed and 3 < step < 15
     assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
 
     launch(2, [resumed])
     wanted, weights = (load_file(d / "model.safetensors") for d in (root / "whole", out))
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
-    flip(out / "checkpoints/step-000024/__1_0.distcp")
+    flip(out / "checkpoints/step-000015/__1_0.distcp")
     printed = launch(2, [resumed])
-    assert "step-000024: broken, trying the one before (__1_0.distcp is damaged" in printed
-    assert printed.count("resuming after step 21") == 1
+    assert "step-000015: broken, trying the one before (__1_0.distcp is damaged" in printed
+    assert printed.count("resuming after step 12") == 1
     weights = load_file(out / "model.safetensors")
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
-    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 25))
+    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == list(range(1, 16))
 
     # the same run goes on in one process
     args = arguments(root / "tied", train_file, root / "elsewhere", *flags, "--resume")
@@ -324,7 +314,6 @@ def test_cpu_offload(world):
 
 LEAN = {  # name: (folder, flags)
     "bf16 8-bit": ("biased", ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"]),
-    "bf16": ("tied", ["--param_dtype", "bfloat16"]),
     "8-bit": ("tied", ["--optim", "adamw_8bit"]),
 }
 
@@ -335,23 +324,23 @@ def test_lean_optimizers_on_four_ranks(world):
     root, train_file = world
     jobs = []
     for name, (folder, flags) in LEAN.items():
-        more = [*flags, "--save_steps", 2]
+        more = [*flags, "--save_steps", 1]
         out = root / f"lean-{name}"
         run = arguments(root / folder, train_file, f"{out}-one", *more)
         assert tiny.run("training/finetune_sft.py", *run).code == 0
         more += ["--tensor_parallel_size", 2]
         jobs.append(sft_job(root / folder, train_file, f"{out}-four", *more))
         for copy in ("again", "alone"):
-            jobs.append(["rewind", f"{out}-four", f"{out}-{copy}", "2"])
+            jobs.append(["rewind", f"{out}-four", f"{out}-{copy}", "1"])
         jobs.append(sft_job(root / folder, train_file, f"{out}-again", *more, "--resume"))
     launch(4, jobs)
     for name, (folder, flags) in LEAN.items():
         out = root / f"lean-{name}"
-        run = arguments(root / folder, train_file, f"{out}-alone", *flags, "--save_steps", 2, "--resume")
+        run = arguments(root / folder, train_file, f"{out}-alone", *flags, "--save_steps", 1, "--resume")
         result = tiny.run("training/finetune_sft.py", *run)
-        assert result.code == 0 and "resuming after step 2" in result.stdout, result.stderr
+        assert result.code == 0 and "resuming after step 1" in result.stdout, result.stderr
         one, four, again, alone = (load_file(f"{out}-{r}/model.safetensors") for r in ("one", "four", "again", "alone"))
-        assert len(torch.load(f"{out}-again.gradients.pt")) == 2  # it went on after step 2
+        assert len(torch.load(f"{out}-again.gradients.pt")) == 1  # it went on after step 1
         for key, want in four.items():
             assert torch.equal(again[key], want), (name, key)
             for other in (one, alone):

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.ranks import launch
 from tests.ranks_worker import run_job
 
-STEPS, ITERATIONS, MINIBATCHES = 2, 2, 2
+STEPS, ITERATIONS, MINIBATCHES = 2, 1, 2
 LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
     "dp 4": (1, ["--sleep", "2"]),
     "dp 2 x tp 2": (2, ["--sequence_parallel", "--micro_batch_size", "1"]),

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.ranks import launch
 from tests.ranks_worker import run_job
 
-STEPS, EPOCHS, MINIBATCHES = 2, 2, 2
+STEPS, EPOCHS, MINIBATCHES = 2, 1, 2
 LAYOUTS = {  # of 4 ranks: (tensor_parallel_size, more flags)
     "dp 4": (1, ["--sleep", "1"]),
     "dp 2 x tp 2": (2, ["--sequence_parallel", "--max_tokens_per_micro_batch", "26"]),

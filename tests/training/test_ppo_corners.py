@@ -37,7 +37,7 @@ def finite(lines):
     return all(math.isfinite(value) for line in lines for value in line.values())
 
 
-def test_all_answers_stop_at_once(folder, world, tmp_path, drawn):  # noqa: F811
+def test_all_answers_stop_at_once(folder, world, tmp_path, drawn):
     """Catches an empty answer that has no token to score or to learn, by either source of scores."""
     policy = shutil.copytree(folder, tmp_path / "policy")
     model = transformers.AutoModelForCausalLM.from_pretrained(policy)
@@ -54,7 +54,7 @@ def test_all_answers_stop_at_once(folder, world, tmp_path, drawn):  # noqa: F811
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_one_answer(kl_in, tokens, folder, world, tmp_path):  # noqa: F811
+def test_one_answer(kl_in, tokens, folder, world, tmp_path):
     """Catches a variance of one number that becomes NaN, and a minibatch that no rank has a row of."""
     sizes = {
         "rollout_batch_size": 1,
@@ -68,7 +68,7 @@ def test_one_answer(kl_in, tokens, folder, world, tmp_path):  # noqa: F811
     assert lines[0]["value_grad_norm"] > 0 and (lines[0]["grad_norm"] > 0) == (tokens > 1)
 
 
-def test_answers_of_one_token(folder, world, tmp_path, drawn):  # noqa: F811
+def test_answers_of_one_token(folder, world, tmp_path, drawn):
     """Catches a value of the wrong token where the first is the last, and an estimate that needs two."""
     [line] = ppo(folder, world, tmp_path / "out", max_new_tokens=1, total_steps=1, ppo_epochs=1, minibatch_size=6)
     assert line["completion_length"] == 1 and finite([line])
@@ -78,7 +78,7 @@ def test_answers_of_one_token(folder, world, tmp_path, drawn):  # noqa: F811
     assert line["loss/value_avg"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):  # noqa: F811
+def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):
     """Catches samples of one prompt that share their noise, in an update, between updates or with an evaluation, and
     answers that depend on the slots or on the records beside them."""
     records = [{"prompt": "Question 1:", "bonus": 1}] * 3
@@ -95,13 +95,13 @@ def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):  # noqa: F
             assert key.startswith(TIMED) or one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
 
 
-def test_stored_in_bf16(folder, world, tmp_path):  # noqa: F811
+def test_stored_in_bf16(folder, world, tmp_path):
     """Catches a reference of other weights than the policy starts with, where those are rounded to be stored."""
     lines = ppo(folder, world, tmp_path / "out", param_dtype="bfloat16", dtype="float32", debug_checks=True)
     assert lines[0]["objective/kl"] == 0 and lines[-1]["objective/kl"] != 0
 
 
-def test_rows_too_long_for_the_reward_model(folder, world, tmp_path):  # noqa: F811
+def test_rows_too_long_for_the_reward_model(folder, world, tmp_path):
     """Catches answers that are cut before they are scored and nobody hears of it."""
     other = shorten(with_another_tokenizer(world / "rm", tmp_path / "rm"))
     lines = ppo(folder, world, tmp_path / "out", reward_checkpoint_path=other, total_steps=2)

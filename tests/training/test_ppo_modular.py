@@ -7,7 +7,6 @@ An answer is one token and EOS, so both probabilities are computed, by transform
 
 import math
 
-import pytest
 import tokenizers
 import torch
 import transformers
@@ -61,16 +60,15 @@ def accuracy(folder):
     return logps[..., 0].sum(1).exp()
 
 
-@pytest.mark.parametrize("seed", [0])  # after 40 updates, not 25, it and 1 and 2 are off by less than half a point
-def test_predicted_accuracy(seed, tmp_path):
+def test_predicted_accuracy(tmp_path):
     """Catches a reward, a KL or their weight that is not what the flags say: each ends at another accuracy, however
     well it learns, and one that learns too well at 1."""
-    write_reference(tmp_path, seed)
+    write_reference(tmp_path, 0)
     (tmp_path / "reward.py").write_text(REWARD)
-    flags = {"checkpoint_path": tmp_path / "ref", "prompt_file": tmp_path / "sums.jsonl", "seed": seed}
+    flags = {"checkpoint_path": tmp_path / "ref", "prompt_file": tmp_path / "sums.jsonl", "seed": 0}
     flags |= {"reward_fn": f"{tmp_path / 'reward.py'}:right", "output_dir": tmp_path / "out", "kl_coef": BETA}
-    flags |= {"max_new_tokens": 2, "total_steps": 25, "rollout_batch_size": 490, "lam": 1, "cliprange_value": 0}
-    flags |= {"learning_rate": 1e-3, "value_learning_rate": 3e-3, "adam_beta2": 0.99}
+    flags |= {"max_new_tokens": 2, "total_steps": 18, "rollout_batch_size": 245, "lam": 1, "cliprange_value": 0}
+    flags |= {"learning_rate": 1.5e-3, "value_learning_rate": 3e-3, "adam_beta2": 0.99}
     run("training/train_ppo.py", flags)
 
     before, found = accuracy(tmp_path / "ref"), accuracy(tmp_path / "out")
@@ -80,4 +78,4 @@ def test_predicted_accuracy(seed, tmp_path):
     off = (found - wanted).abs()
     print(f"reference {before.mean():.4f}, predicted {wanted.mean():.4f}, found {found.mean():.4f}", end=", ")
     print(f"a prompt off by {off.mean():.4f}, at most {off.max():.4f}")
-    assert abs(found.mean() - wanted.mean()) < 0.02 and off.mean() < 0.03
+    assert abs(found.mean() - wanted.mean()) < 0.04 and off.mean() < 0.06  # with half or twice the KL 0.15 away

@@ -22,27 +22,26 @@ def prompt_values(folder):
 SETTINGS = {
     "temperature": TEMPERATURE,
     "kl_coef": BETA,
-    "total_steps": 60,
-    "rollout_batch_size": 384,
+    "total_steps": 40,
+    "rollout_batch_size": 256,
     "ppo_epochs": 4,
-    "learning_rate": 3e-3,
-    "value_learning_rate": 3e-3,
+    "learning_rate": 4e-3,
+    "value_learning_rate": 4e-3,
     "cliprange_value": 0,
     "adam_beta2": 0.99,
 }
-QUICK = {"total_steps": 30, "rollout_batch_size": 256}
+QUICK = {"total_steps": 12, "learning_rate": 6e-3, "value_learning_rate": 6e-3}
 
 
 def train(root, out, **more):
     return optimum_task.train(SCRIPT, root, out, **SETTINGS | more)
 
 
-@pytest.mark.parametrize("seed", [0])  # 1 and 4 end like it, 2 and 3 nearer to the bound, at 0.7 and 0.9 %
-def test_optimum(seed, tmp_path):
+def test_optimum(tmp_path):
     """Catches whatever makes the script learn another policy than pi* or another value than beta log Z: the signs and
     places of scores and KL, the EOS action, temperatures, a critic beside the state it judges."""
-    table = write_task(tmp_path, seed)
-    train(tmp_path, tmp_path / "out", seed=seed)
+    table = write_task(tmp_path, 0)
+    train(tmp_path, tmp_path / "out")
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
     assert found < 0.01
@@ -54,10 +53,11 @@ def test_kl_in_the_loss(tmp_path):
     """Catches a KL in the loss that is not in the units of the whitened advantages, or of tokens by themselves: both
     have another optimum."""
     table = write_task(tmp_path, 0)
-    train(tmp_path, tmp_path / "out", kl_in="loss", ppo_epochs=1, minibatch_size=96)
+    small = {"total_steps": 30, "rollout_batch_size": 192, "minibatch_size": 48, "ppo_epochs": 1, "learning_rate": 6e-3}
+    train(tmp_path, tmp_path / "out", kl_in="loss", **small)
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
-    assert found < 0.03
+    assert found < 0.04  # 0.03; of tokens by themselves 0.06, in units of its own 0.14
 
 
 # ----------------------------------------------------------------------------------- planted faults
@@ -103,7 +103,7 @@ def test_planted_faults_show(fault, tmp_path, monkeypatch):
     found = relative_regret(tmp_path, tmp_path / "out", table)
     value = (prompt_values(tmp_path / "out/critic") - optimum(tmp_path / "ref", table)[1]).abs().max().item()
     print(fault, f"regret {found:.4f}, value {value:.3f} from its optimum")
-    assert found > 0.04 or value > 0.15  # 0.01 to 0.02, and 0.03, without one
+    assert found > 0.08 or value > 0.15  # 0.034 and 0.077 without one
 
 
 @pytest.mark.parametrize("padding", [False, True])

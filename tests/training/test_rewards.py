@@ -42,13 +42,13 @@ def odd(prompt, completion, example):
 
 
 @pytest.fixture(scope="module")
-def fails(world):  # noqa: F811
+def fails(world):
     (world / "fails.py").write_text(SOME_FAIL)
     return world / "fails.py"
 
 
 @pytest.mark.parametrize("name, more", [("some", {}), ("some_none", {"reward_error": "skip"})])
-def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monkeypatch):  # noqa: F811
+def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monkeypatch):
     """Catches an answer without a reward that is learnt from, by policy or critic, whitened among the others, or held
     for one with a reward of 0 in a metric; and one mechanism for a function of the one form and another for the
     other's."""
@@ -72,7 +72,7 @@ def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monk
         assert zero[0]["rewards/num_skipped"] == 0 < zero[0]["rewards/some/errors"]
 
 
-def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):  # noqa: F811
+def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):
     """Catches a failed grade that counts as 0, which beats a wrong answer's -1, in the mean of a group, in its
     deviation, or in what is learnt."""
     seen, real = [], train_grpo.groups_of
@@ -118,7 +118,7 @@ def test_numbers_that_are_none(fails, tmp_path):
         grade_of(pool.submit(0, "p", "1", {}))
 
 
-def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypatch):
     """Catches a reward model that reads the --stop and no EOS, which it has not seen in its training, or the rest of a
     token that the stop begins in, and an own end, or an answer without one, that is changed: scores of drawn answers
     are transformers', of BOS, prompt, text and EOS."""
@@ -153,7 +153,7 @@ def scaled(folder, copy, factor):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):  # noqa: F811
+def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):
     """Catches a critic that begins in other units than the rewards': the same reward model with scores ten times as
     large gives the same run, normalised or with a tenth of the weight."""
     other, lines = scaled(world / "rm", tmp_path / "rm", 10), []
@@ -167,12 +167,12 @@ def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):  # n
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in weights_of_both(tmp_path, world))
 
 
-def weights_of_both(tmp_path, world):  # noqa: F811
+def weights_of_both(tmp_path, world):
     one, two = (load_file(tmp_path / f"{d}-out/critic/model.safetensors") for d in (world.name, tmp_path.name))
     return [(one[name], two[name]) for name in one]
 
 
-def test_a_reward_model_without_a_template(folder, world, tmp_path):  # noqa: F811
+def test_a_reward_model_without_a_template(folder, world, tmp_path):
     """Catches a chat that the reward model cannot read, found out after the answers are drawn, and one refused that it
     need not read as text."""
     policy = shutil.copytree(folder, tmp_path / "policy")
@@ -190,7 +190,7 @@ def test_a_reward_model_without_a_template(folder, world, tmp_path):  # noqa: F8
     ppo(policy, world, tmp_path / "same", **given, reward_checkpoint_path=world / "rm")
 
 
-def test_a_broken_policy_names_the_record(folder, world, tmp_path):  # noqa: F811
+def test_a_broken_policy_names_the_record(folder, world, tmp_path):
     """Catches the number of an answer where a person needs file and line."""
     policy = shutil.copytree(folder, tmp_path / "policy")
     model = transformers.AutoModelForCausalLM.from_pretrained(policy)
@@ -201,7 +201,7 @@ def test_a_broken_policy_names_the_record(folder, world, tmp_path):  # noqa: F81
     tiny.assert_refused(result, "prompts.jsonl:", ": the log-probability of a token is nan")
 
 
-def test_stop_kl(folder, world, tmp_path):  # noqa: F811
+def test_stop_kl(folder, world, tmp_path):
     """Catches a run that goes on with a policy far away, one that loses its state, a bound that holds for another
     number than the one that is logged, and a bound that nothing is measured for."""
     result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, total_steps=9))

@@ -56,7 +56,7 @@ def test_pairwise(folder, task, tmp_path):
     Terry's, and a head or a network that does not learn."""
     probs, truth = task
     rng, records = random.Random(1), []
-    while len(records) < 8000:
+    while len(records) < 4000:
         a, b = rng.choices(range(len(ANSWERS)), probs, k=2)
         if a != b:
             a, b = (a, b) if rng.random() < 1 / (1 + math.exp(truth[b] - truth[a])) else (b, a)

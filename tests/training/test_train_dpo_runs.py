@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.training.test_finetune_sft import assert_same_weights, copy_with, deterministic, stop_after, weights_of
+from tests.forked import Forked
+from tests.training.test_finetune_sft import assert_same_weights, weights_of
+from tests.training.test_finetune_sft_runs import copy_with, deterministic, stop_after
 from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
 from training import train_dpo
 from training.data import training_batches
@@ -57,9 +59,9 @@ READ = "log-probs of the reference read, a batch of "
 
 
 def test_kill_and_resume(whole, run_flags, tmp_path):
-    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft.py lists."""
+    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft_runs.py lists."""
     run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
-    process = tiny.start(SCRIPT, *flags(*run_flags, out, **run))
+    process = Forked(SCRIPT, *flags(*run_flags, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.15))
@@ -209,10 +211,3 @@ def test_reference_that_does_not_fit(folder, train_file, tmp_path):
         args = flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=tmp_path / name)
         tiny.assert_refused(tiny.run(SCRIPT, *args), str(tmp_path / name), part)
         assert not (tmp_path / "out").exists()
-
-
-def test_from_the_shell(folder, tmp_path):
-    """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
-    process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
-    printed, errors = process.communicate(timeout=240)
-    tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "train_dpo.py: error: ", "nowhere.jsonl")

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
 from training import groups, run_dir, train_grpo
 from training.grpo_losses import LOSS_TYPES
@@ -284,7 +285,7 @@ def test_kill_and_resume(whole, world, tmp_path):
     """Catches prompts taken twice or left out after groups were drawn anew, noise drawn twice, an optimizer that starts
     anew, and a baseline measured once more."""
     run, out = resumable(world, save_steps=1), tmp_path / "out"
-    process = tiny.start(SCRIPT, *flags(world, out, **run))
+    process = Forked(SCRIPT, *flags(world, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -1,0 +1,223 @@
+"""inference/generate.py --resume: after kills, with other flags, prompts or models, and lines of several ranks."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import time
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from inference import lines
+from inference.lines import LineWriter
+from tests import tiny
+from tests.forked import Forked
+from tests.inference.test_generate import SCRIPT, generate, records
+
+# -------------------------------------------------------------------------------------------- resume
+
+
+def run_flags(prompts, out, *more):
+    sampling = ("--temperature", 0.9, "--top_p", 0.95, "--seed", 3)
+    return ("--prompt_file", prompts, "--output_file", out, *sampling, *more)
+
+
+def test_two_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
+    """Catches samples that are lost, drawn twice, torn, or other than without the kills, with another batch size
+    too."""
+    folder = tmp_path / "model"
+    tiny.write_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(120, level=1))
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    rng = random.Random()  # moments differ from run to run: none may matter
+    seen = 0
+    for slots, target in ((3, 20), (4, 60)):
+        flags = run_flags(prompts, out, "--max_new_tokens", 30, "--batch_size", slots, "--resume")
+        process = Forked(SCRIPT, "--checkpoint_path", folder, *flags)
+        wanted, deadline = max(seen + 1, target - rng.randrange(15)), time.monotonic() + 60
+        while (not out.exists() or out.read_bytes().count(b"\n") < wanted) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        _, stderr = process.communicate()
+        assert process.returncode == -9, f"ended before it was killed: {stderr}"
+        before, seen = seen, out.read_bytes().count(b"\n")
+        assert before < seen < 120, "the kill lands inside the run"
+    result = generate(folder, *run_flags(prompts, out, "--resume", "--batch_size", 16), new=30)
+    assert result.code == 0 and f"{seen} done before" in result.stdout, result
+    assert generate(folder, *run_flags(prompts, whole, "--batch_size", 8), new=30).code == 0
+
+    lines, expected = ({(x["idx"], x["sample_idx"]): x for x in tiny.read_lines(path)} for path in (out, whole))
+    assert len(tiny.read_lines(out)) == 120 and lines.keys() == expected.keys() == {(i, 0) for i in range(120)}
+    for key, line in expected.items():  # the sum of log-probs rounds with the batch
+        assert lines[key].pop("logprob") == pytest.approx(line.pop("logprob"), abs=1e-3)
+    assert lines == expected
+
+
+def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
+    """Catches a torn line that is kept, glued to the next one, or that takes its neighbours with it."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "out.jsonl"
+    flags = run_flags(prompts, out, "--num_samples", 3)
+    assert generate(folder, *flags).code == 0
+    expected = out.read_bytes().splitlines(keepends=True)
+    for kept in (b"".join(expected[:4]) + expected[4][:25], expected[0][:-1]):
+        out.write_bytes(kept)
+        assert generate(folder, *flags, "--resume", "--batch_size", 1).code == 0
+        found = {(x["idx"], x["sample_idx"]): x["output"] for x in tiny.read_lines(out)}
+        assert found == {(x["idx"], x["sample_idx"]): x["output"] for x in map(json.loads, expected)}
+        assert out.read_bytes().count(b"\n") == len(expected)
+
+
+def test_a_line_is_on_disk_at_once(tmp_path):
+    """Catches lines that wait in a buffer, where a kill takes them."""
+    out = tmp_path / "out.jsonl"
+    with LineWriter(out, {}, active=True, num_lines=0) as writer:
+        for count in (1, 2):
+            writer.write({"idx": count})
+            assert len(tiny.read_lines(out)) == count
+
+
+def test_ranks_take_turns(tmp_path):
+    """Catches lines of several ranks mixed where the file system has no locks, a rank that waits for ever for one that
+    was killed in its turn, and a line put behind the half one that this has left."""
+    out = tmp_path / "out.jsonl"
+    children, writer = [], LineWriter(out, {}, active=True, num_lines=0)
+    for rank in range(4):
+        child = os.fork()
+        children.append(child)
+        if child == 0:
+            with mock.patch.object(lines, "_several_ranks", lambda: True):
+                for i in range(50):
+                    writer.write({"rank": rank, "i": i, "text": "x" * 20_000})
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert {(line["rank"], line["i"]) for line in tiny.read_lines(out)} == set(itertools.product(range(4), range(50)))
+    assert not list(tmp_path.glob(".*"))
+    writer.turn.touch()
+    with (
+        pytest.raises(OSError, match=r"out\.jsonl\.turn: another rank has had its turn"),
+        lines.in_turn(writer.turn, 0.1),
+    ):
+        pass
+    with LineWriter(out, {}, active=True, num_lines=200):
+        assert not writer.turn.exists()
+
+
+def test_resuming_a_complete_run_changes_nothing(folder, tmp_path):
+    """Catches samples that are appended again."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "out.jsonl"
+    flags = run_flags(prompts, out, "--num_samples", 2)
+    assert generate(folder, *flags).code == 0
+    before = out.read_bytes()
+    result = generate(folder, *flags, "--resume")
+    assert result.code == 0 and out.read_bytes() == before, result
+
+
+def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
+    """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
+    prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
+    out = tmp_path / "new" / "out.jsonl"
+    result = generate(folder, *run_flags(prompts, out, "--resume"))
+    assert result.code == 0 and "nothing to resume" in result.stdout
+    assert len(tiny.read_lines(out)) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        (("--temperature", 0.5), "temperature"),
+        (("--top_p", 0.5), "top_p"),
+        (("--top_k", 7), "top_k"),
+        (("--seed", 4), "seed"),
+        (("--max_new_tokens", 9), "max_new_tokens"),
+        (("--max_seq_len", 100), "max_seq_len"),
+        (("--num_samples", 2), "num_samples"),
+        (("--stop", "x"), "stop"),
+        (("--repetition_penalty", 1.2), "repetition_penalty"),
+        (("--dtype", "bfloat16"), "dtype"),
+        (("--return_token_ids",), "return_token_ids"),
+        (("--quantize", "int8"), "quantize"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_resume_with_other_flags_is_refused(half_done, tmp_path, flags, culprit):
+    """Catches a file in which half of the samples are of another kind."""
+    folder, prompts, out = half_done
+    before = out.read_bytes(), sidecar(out).read_bytes()
+    result = generate(folder, *run_flags(prompts, out, "--resume"), *flags)
+    tiny.assert_refused(result, str(out), culprit)
+    assert (out.read_bytes(), sidecar(out).read_bytes()) == before
+
+
+def sidecar(out):
+    return out.with_name(out.name + ".args.json")
+
+
+@pytest.fixture(scope="module")
+def half_done(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("half")
+    prompts, out = tiny.write_records(path / "p.jsonl", records(4)), path / "out.jsonl"
+    assert generate(folder, *run_flags(prompts, out)).code == 0
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
+    return folder, prompts, out
+
+
+def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_path):
+    """Catches lines of other prompts, or of another model, in one file, also where the path is the same; a file or a
+    folder that is refused since it has moved; and an accepted change that is not one, or is forgotten."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
+        shutil.copy(source, target)
+    other = tiny.write_records(tmp_path / "other.jsonl", records(5))
+    way_on = "go on knowingly with --accept_changed"
+    refused = generate(folder, *run_flags(other, out, "--resume"))
+    tiny.assert_refused(
+        refused, f"{out}: --prompt_file: other content than the run was begun with; {way_on} prompt_file"
+    )
+    copy, moved = shutil.copytree(folder, tmp_path / "copy"), shutil.copy(prompts, tmp_path / "moved.jsonl")
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}, copy / "model.safetensors")
+    refused = generate(copy, *run_flags(moved, out, "--resume"))
+    tiny.assert_refused(refused, f"{out}: --checkpoint_path: other content", f"{way_on} checkpoint_path")
+    assert out.read_bytes() == begun.read_bytes()
+
+    accepted = generate(copy, *run_flags(moved, out, "--resume", "--accept_changed", "checkpoint_path"))
+    assert accepted.code == 0 and len(tiny.read_lines(out)) == 4, accepted
+    tiny.assert_refused(generate(folder, *run_flags(moved, out, "--resume")), "--checkpoint_path: other content")
+    assert generate(copy, *run_flags(moved, out, "--resume")).code == 0
+
+
+def test_resume_of_an_older_sidecar(half_done, tmp_path):
+    """Catches a file that an older version began, refused for what that did not write, or taken whatever it did."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    shutil.copy(begun, out)
+    older = {"checkpoint_path": str(folder.resolve()), "chat_date": "2024-02-29", "prompts": "0" * 64, "stop": []}
+    older |= {"max_new_tokens": 8, "max_seq_len": 256, "num_samples": 1, "return_token_ids": False, "seed": 3}
+    older |= {"dtype": "torch.float32", "quantize": None, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
+    sidecar(out).write_text(json.dumps(older))
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume"), "--top_k", 5), "other --top_k;")
+    result = generate(folder, *run_flags(prompts, out, "--resume"))
+    assert result.code == 0 and "begun before contents were recorded" in result.stdout, result
+    assert len(tiny.read_lines(out)) == 4
+
+
+def test_resume_of_a_strange_file_is_refused(half_done, tmp_path):
+    """Catches a file of somebody else's that is taken for samples, with or without the sidecar."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(begun.read_bytes())
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), sidecar(out).name, "missing")
+    sidecar(out).write_text("{")
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), sidecar(out).name)
+    sidecar(out).write_bytes(sidecar(begun).read_bytes())
+    out.write_text('{"idx": 0, "sample_idx": 0}\nhello\n')
+    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume")), f"{out}:2")
+    assert out.read_text() == '{"idx": 0, "sample_idx": 0}\nhello\n'

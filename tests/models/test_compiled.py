@@ -1,0 +1,129 @@
+"""What torch.compile makes of the engine: how often it is asked, and that its code computes the same."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._inductor.config
+from torch._inductor.compile_fx import compile_fx
+
+from models.common import Runtime
+from models.decode import load_for_inference, to_inference
+from models.generation import Engine, Request
+from models.model import Transformer
+from models.qlinear import Scheme
+from models.quantize import quantize_in_place
+from models.sampling import SamplingParams
+from tests import tiny
+from tests.models.fake_gpu import CONFIG, CPU
+from tests.models.test_generation import outcome, ragged_requests
+
+PARAMS = {
+    "temperature": SamplingParams(0.7),
+    "greedy": SamplingParams(0.0, stop_token_ids=(7,)),
+    "both": SamplingParams(0.7, top_k=5, top_p=0.9),
+}
+
+
+class Compiled:
+    """Stands in for the compiler behind torch.compile: counts what it is given, and runs it."""
+
+    def __init__(self, monkeypatch):
+        self.count, compile_ = 0, torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=self.take))
+
+    def take(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+def on_cpu(num_layers: int, dtype: torch.dtype = torch.float32, schemes: Sequence[Scheme | None] = ()) -> Transformer:
+    """schemes: of the layers in turn."""
+    transformer = Transformer(replace(CONFIG, num_hidden_layers=num_layers))
+    transformer.init_weights(torch.Generator().manual_seed(0))
+    transformer = transformer.to(dtype)
+    transformer.reset_buffers(CPU)
+    for block, scheme in zip(transformer.layers, schemes):
+        if scheme:
+            quantize_in_place(block, scheme)
+    return to_inference(transformer, pack=False)
+
+
+def test_compilations_do_not_grow(monkeypatch):
+    """Catches code that is compiled for each layer, for a length, for a number of rows or of prompts, or once more for
+    another engine: blocks before and after attention, sampling of first tokens, and the end of a step, for any number
+    of tokens and for one."""
+    compiled, found = Compiled(monkeypatch), []
+    for num_layers, num_engines in ((2, 2), (32, 1)):
+        torch._dynamo.reset()
+        for _ in range(num_engines):
+            options = {"num_slots": 5, "max_seq_len": 200, "look_every": 3}
+            engine = Engine(on_cpu(num_layers), PARAMS["temperature"], **options, compile=True)
+            for lengths in ([10, 20, 30], [7], [1], [150, 3, 2, 1, 77, 9]):
+                prompts = ([(3 * i + j) % 490 + 3 for j in range(length)] for i, length in enumerate(lengths))
+                requests = [Request(i, 0, prompt, 3 + i) for i, prompt in enumerate(prompts)]
+                assert len(list(engine.generate(requests))) == len(requests)
+        found.append(compiled.count)
+    assert found == [7, 14]
+
+
+@pytest.mark.parametrize(
+    "schemes, dtype",
+    [
+        ([None, Scheme("int8"), Scheme("int4", 32)], torch.float32),
+        ([Scheme("fp8")], torch.float32),
+        ([None, Scheme("int4", 128)], torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
+    """Catches graphs that torch.compile makes of a block or of sampling that compute something else (in fp32: the same
+    tokens; in bf16, whose rounding chooses others, the same log-probs at first), and state that it moves."""
+    transformer = on_cpu(len(schemes), dtype, schemes)
+    options = {"num_slots": 3, "max_seq_len": 64, "look_every": 4}
+    inner = lambda graph, inputs, **options: graph.forward  # noqa: E731
+    backend, compile_ = lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=backend))
+    requests = [Request(i, 0, [(7 * i + j) % 490 + 3 for j in range(3 + 8 * i)], 12) for i in range(5)]
+    params = PARAMS["both" if len(schemes) == 3 else "greedy"]  # sampling is compiled anew for each
+    engine, plain = (Engine(transformer, params, **options, compile=compile) for compile in (True, False))
+
+    def addresses():
+        return {name: b.data_ptr() for name, b in engine.rows.named_buffers() if not name.startswith("model.")}
+
+    before = addresses()
+    try:
+        found, wanted = ({c.request.idx: c for c in e.generate(requests)} for e in (engine, plain))
+    except (RuntimeError, NotImplementedError) as error:
+        if schemes == [Scheme("fp8")] and "scaled_mm" in str(error):
+            pytest.skip(f"no fp8 product here: {error}")  # torch 2.11 on the CPU
+        raise
+    assert addresses() == before and "tokens" in before
+    for idx, completion in wanted.items():
+        if dtype == torch.float32:
+            assert found[idx].token_ids == completion.token_ids
+        assert found[idx].logprobs[1] == pytest.approx(
+            completion.logprobs[1], abs=1e-4 if dtype == torch.float32 else 0.05
+        )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_equals_eager(tmp_path, monkeypatch):
+    """Catches a decode step that cannot be traced whole (a branch on data, in the top-p shortcut too) or that torch
+    specialises wrongly, C++ that computes something else than the graph, products of int4 too, and a repetition penalty
+    whose table a compiled step does not keep. Compiling takes long, so one graph has it all, in one block: those of
+    several and of other precisions are above."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # more would be processes, which import torch
+    shape = {"vocab_size": 2500, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    shape |= {**tiny.QWEN3, "head_dim": 16, "num_hidden_layers": 1, "rope_parameters": tiny.YARN}
+    tiny.write_model(tmp_path, **shape)
+    params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,), repetition_penalty=1.4)
+    requests = ragged_requests(6, longest=10, most_new=12)
+    found = []
+    for compile in (False, True):
+        model = load_for_inference(tmp_path, Runtime(CPU, torch.float32, compile), scheme=Scheme("int4", 32))
+        options = {"compile": compile, "look_every": 4} if compile else {}
+        found.append(outcome(Engine(model, params, num_slots=3, max_seq_len=24, **options), requests))
+    assert found[0] == found[1]

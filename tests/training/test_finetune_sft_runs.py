@@ -1,0 +1,463 @@
+"""training/finetune_sft.py through kills and resumes, what a run leaves in its folder, and its refusals."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.forked import Forked
+from tests.training.test_finetune_sft import (  # noqa: F401 (fixtures)
+    SCRIPT,
+    assert_same_weights,
+    finetune,
+    flags,
+    train_file,
+    weights_of,
+)
+from training import finetune_sft, run_dir
+from training.data import training_batches
+
+# ------------------------------------------------------------------------------------ kill and resume
+
+RUN = {"batch_size": 3, "micro_batch_size": 2, "num_epochs": 4, "weight_decay": 0.1, "warmup_ratio": 0.2}
+LAST_STEP = 16
+
+
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied")
+    tiny.write_model(folder, tie_word_embeddings=True, attention_bias=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tied_folder, train_file, tmp_path_factory):
+    """The run that nobody interrupts; read it only."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    finetune(tied_folder, train_file, out, **RUN, save_steps=6)
+    return out
+
+
+def deterministic(lines):
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(resumed, whole):
+    assert_same_weights(resumed, whole)
+    ours, theirs = tiny.read_lines(resumed / "metrics.jsonl"), tiny.read_lines(whole / "metrics.jsonl")
+    assert deterministic(ours) == deterministic(theirs) and [line["step"] for line in ours] == list(
+        range(1, LAST_STEP + 1)
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
+    """Catches a batch repeated or skipped after a resume, Adam's moments or step count lost, a learning rate that
+    starts again, a step twice in metrics.jsonl, and SIGTERM that dies or saves nothing."""
+    run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
+    process = Forked(SCRIPT, *flags(tied_folder, train_file, out, **run))
+    while process.poll() is None and not (out / "checkpoints/step-000002").exists():
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.15))
+    process.send_signal(how)
+    printed, errors = process.communicate(timeout=240)
+    done = (out / "config.json").exists()  # it may have finished meanwhile
+    assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
+    if how == signal.SIGTERM and not done:
+        assert "stopped by a signal after step" in printed
+        last = tiny.read_lines(out / "metrics.jsonl")[-1]["step"]
+        assert (out / "checkpoints" / f"step-{last:06d}").is_dir()  # nothing is lost
+    assert "resuming after step" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
+    assert_same_run(out, whole)
+
+
+def stop_after(monkeypatch, step):
+    """Sends SIGTERM to this process while the run writes the metrics of a step."""
+    write = run_dir.Metrics.write
+
+    def write_and_stop(self, values):
+        write(self, values)
+        if values["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run_dir.Metrics, "write", write_and_stop)
+
+
+@pytest.mark.parametrize("steps", [(1,), (4, 9), (LAST_STEP,)], ids=str)
+def test_stop_anywhere_and_resume(steps, whole, tied_folder, train_file, tmp_path, monkeypatch):
+    """Catches an error of one step in the data cursor at the start, in mid-epoch, at an epoch's end and at the last
+    step, and a run that was stopped twice."""
+    out = tmp_path / "out"
+    for n, step in enumerate(steps):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            result = finetune(tied_folder, train_file, out, **RUN, **({"resume": True} if n else {}))
+        assert f"stopped by a signal after step {step};" in result.stdout and not (out / "config.json").exists()
+        assert f"step-{step:06d}" in os.listdir(out / "checkpoints")
+    finetune(tied_folder, train_file, out, **RUN, resume=True)
+    assert_same_run(out, whole)
+
+
+def test_resume_without_a_checkpoint(whole, tied_folder, train_file, tmp_path):
+    """Catches the same command, restarted after an early kill, refused, or its old lines kept."""
+    out = tmp_path / "out"
+    result = finetune(tied_folder, train_file, out, **RUN, resume=True)
+    assert f"{out}: no checkpoint to resume from, starting from the beginning" in result.stdout
+    assert_same_run(out, whole)
+    finetune(tied_folder, train_file, out, **RUN, resume=True)  # after its end too: it saved no checkpoint
+    assert_same_run(out, whole)
+
+
+def test_resume_as_another_run(folder, tmp_path):
+    """Catches a record put in front of the data and not noticed (of 48 records 10 would be seen twice, 9 never), and a
+    decay that is accepted and without effect, since the optimizer's saved state has another."""
+    records = [{"prompt": f"Question {i}:", "completion": f" {i + 3}"} for i in range(48)]
+    data, begun = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "begun"
+    run = {"batch_size": 8, "lr_schedule": "constant", "warmup_ratio": 0, "save_steps": 2, "max_steps": 2}
+    finetune(folder, data, begun, **run)
+    run |= {"max_steps": 3, "resume": True}
+    for name in ("plain", "decayed", "other"):
+        shutil.copytree(begun, tmp_path / name)
+    finetune(folder, data, tmp_path / "plain", **run)
+    run["weight_decay"] = 10
+    result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "decayed", **run))
+    tiny.assert_refused(result, "begun with other --weight_decay; go on knowingly with --accept_changed weight_decay")
+    result = finetune(folder, data, tmp_path / "decayed", **run, accept_changed="weight_decay")
+    assert "goes on with other --weight_decay, as accepted" in result.stdout
+    before, plain, decayed = (weights_of(tmp_path / name) for name in ("begun", "plain", "decayed"))
+    for name, weight in before.items():
+        decay = 1e-3 * 10 * weight if weight.dim() > 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(plain[name] - decayed[name], decay, atol=1e-6, rtol=0)
+    assert json.loads((tmp_path / "decayed/args.json").read_text())["weight_decay"] == 10
+
+    tiny.write_records(data, [{"prompt": "First:", "completion": " 0"}, *records])
+    run["weight_decay"] = None
+    result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "other", **run))
+    tiny.assert_refused(result, "--train_file: other content than the run was begun with; go on knowingly with")
+    for _ in range(2):
+        finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file")
+    finetune(folder, data, tmp_path / "other", **run)  # which is what it has now
+
+
+def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_path):
+    """Catches a run that stops at a broken newest checkpoint, or goes on from half of it."""
+    run, out = {**RUN, "save_steps": 6}, tmp_path / "out"
+    shutil.copytree(whole, out)
+    newest, older = sorted(path.name for path in (out / "checkpoints").iterdir())[::-1]
+    (data,) = (out / "checkpoints" / newest).glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-3000])
+    result = finetune(tied_folder, train_file, out, **run, resume=True)
+    assert f"{newest}: broken" in result.stdout and f"{older}: resuming after step" in result.stdout
+    assert_same_run(out, whole)
+    for checkpoint_path in (out / "checkpoints").iterdir():
+        (checkpoint_path / ".metadata").write_bytes(b"")
+    before = (out / "model.safetensors").read_bytes()
+    result = tiny.run(SCRIPT, *flags(tied_folder, train_file, out, **run, resume=True))
+    tiny.assert_refused(result, f"{out / 'checkpoints'}: no checkpoint can be read")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("moves, finished", [(0, True), (1, False), (1, True), (3, False)])
+def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file, tmp_path, monkeypatch):
+    """Catches a run whose first export was killed and that has a config.json, one whose second was killed and that has
+    lost the first, and remains of either that a resumed run keeps."""
+    out, run = tmp_path / "out", {**RUN, "save_steps": 12}
+    if finished:  # the export of a run that is resumed after its end meets an older one
+        shutil.copytree(whole, out)
+    replace, left = os.replace, [moves]
+
+    def killed(source, target):
+        if Path(source).parent.name.endswith(".partial"):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert tiny.run(SCRIPT, *flags(tied_folder, train_file, out, **run, resume=True)).code == 130
+    assert (out / "config.json").exists() == finished
+    if finished:
+        transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert "resuming after step 16" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
+    assert_same_run(out, whole)
+    assert [path.name for path in out.glob(".*")] == [".lock"]
+
+
+def test_exports_of_steps(tied_folder, train_file, tmp_path):
+    """Catches a model of a step that is not that step's, that transformers does not open, that is in a resumed run's
+    way, or whose writing changes the run; fp32 weights, in an export or in a checkpoint, that an evaluation before has
+    left in the dtype of the computation."""
+    run, out = {**RUN, "dtype": "bfloat16", "max_steps": 4}, tmp_path / "out"
+    finetune(tied_folder, train_file, tmp_path / "plain", **run)
+    more = {"eval_file": train_file, "eval_steps": 1, "num_eval_samples": 0, "export_steps": 2, "save_steps": 3}
+    finetune(tied_folder, train_file, out, **run, **more)
+    shutil.rmtree(out / "checkpoints/step-000004")
+    finetune(tied_folder, train_file, out, **run, **more, resume=True)
+    folders = (tmp_path / "plain", out, out / "step-000004")
+    plain, *others = (load_file(folder / "model.safetensors") for folder in folders)
+    assert {w.dtype for w in plain.values()} == {torch.float32}
+    for name, weight in plain.items():
+        assert (weight.bfloat16() != weight).any() and all(torch.equal(other[name], weight) for other in others), name
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000002", "step-000004"]
+    two = transformers.AutoModelForCausalLM.from_pretrained(out / "step-000002")
+    assert not torch.equal(two.model.norm.weight, plain["model.norm.weight"])
+
+
+def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
+    """Catches a run that is lost whole because nobody asked for checkpoints, and one that saves although it was told
+    not to."""
+    saved = lambda out: sorted(path.name for path in out.glob("checkpoints/*"))  # noqa: E731
+    run = {"max_steps": 3, "batch_size": 4, "save_steps": None}
+    finetune(folder, train_file, tmp_path / "a", **run)
+    assert saved(tmp_path / "a") == ["step-000003"]
+    finetune(folder, train_file, tmp_path / "b", **run | {"save_steps": 0})
+    assert not saved(tmp_path / "b")
+    monkeypatch.setattr(run_dir, "SAVE_SECONDS", 0)
+    finetune(folder, train_file, tmp_path / "c", **run, save_total_limit=5)
+    assert saved(tmp_path / "c") == ["step-000001", "step-000002", "step-000003"]
+    assert_same_weights(tmp_path / "b", tmp_path / "c")
+
+
+def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
+    """Catches a head of its own that is tied in training, or in the export, because config.json says so."""
+    shutil.copytree(folder, tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "in/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for source, out in ((folder, "a"), (tmp_path / "in", "b")):
+        finetune(source, train_file, tmp_path / out, max_steps=2, batch_size=4)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("added, pad_id", [({}, 0), ({"<pad>": tiny.VOCAB_SIZE}, 1)])
+def test_one_pad_token(added, pad_id, train_file, tmp_path):
+    """Catches config.json and the tokenizer that name two pad tokens, and one without an embedding in config.json, with
+    which transformers opens nothing."""
+    tiny.write_model(tmp_path / "in", pad_token_id=1)
+    tiny.write_tokenizer(tmp_path / "in", pad_token=next(iter(added), "<unk>"))
+    (tmp_path / "in/added_tokens.json").write_text(json.dumps(added))
+    finetune(tmp_path / "in", train_file, tmp_path / "out", max_steps=0)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pad_token_id == pad_id
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").pad_token_id == pad_id
+
+
+def test_through_a_link(tied_folder, train_file, tmp_path):
+    """Catches a model that is not where the link leads, and what is staged beside the link, on another disk maybe."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    finetune(tied_folder, train_file, tmp_path / "out", max_steps=0)
+    assert_same_weights(tmp_path / "disk", tied_folder)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"] and (tmp_path / "out").is_symlink()
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_non_finite_loss(folder, train_file, tmp_path, monkeypatch):
+    """Catches a run that goes on with NaN, or saves it over the last good checkpoint, or does not say where it was."""
+    out, run = tmp_path / "out", {**RUN, "save_steps": 2}
+    calls, real = [], finetune_sft.token_cross_entropy
+
+    def overflows(*args, **kwargs):
+        calls.append(1)  # 2 + 2 + 2 + 1 micro-batches until the first infinite one
+        return real(*args, **kwargs) * (math.inf if len(calls) > 7 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_sft, "token_cross_entropy", overflows)
+        result = tiny.run(SCRIPT, *flags(folder, train_file, out, **run))
+    batches = dict(training_batches(11, 3, seed=0, shuffle=True, first_step=1, last_step=LAST_STEP))
+    shown = ", ".join(map(str, batches[5]))
+    tiny.assert_refused(result, "step 5: loss is", f"records of the step (from 0): {shown}\n")
+    assert [line["step"] for line in tiny.read_lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-000002", "step-000004"]
+    assert not (out / "config.json").exists()
+    assert "resuming after step 4" in finetune(folder, train_file, out, **run, resume=True).stdout
+
+
+def test_infinite_weight(folder, train_file, tmp_path):
+    """Catches a broken input model trained on."""
+    broken = copy_with(folder, tmp_path / "in", lambda w: w["model.norm.weight"].__setitem__(3, math.inf))
+    result = tiny.run(SCRIPT, *flags(broken, train_file, tmp_path / "out"))
+    tiny.assert_refused(result, "step 1: loss is nan; records of the step (from 0): ")
+    assert tiny.read_lines(tmp_path / "out/metrics.jsonl") == []
+
+
+def copy_with(folder, target, change_weights=None, **config):
+    """A copy of a model folder with other weights or config values."""
+    shutil.copytree(folder, target)
+    if change_weights is not None:
+        weights = weights_of(target)
+        change_weights(weights)
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    path = target / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return target
+
+
+GOOD = '{"prompt": "a", "completion": " b"}\n'
+LONG = json.dumps({"prompt": "word " * 40, "completion": " b"}) + "\n"
+BAD_RECORDS = {
+    "empty": ("", "train.jsonl: holds no records"),
+    "malformed": (GOOD + '{"prompt": "a", \n', "train.jsonl:2: not valid JSON"),
+    "not an object": (GOOD + "5\n", "train.jsonl:2: must be an object"),
+    "missing field": (GOOD + '{"prompt": "a"}\n', "train.jsonl:2: the field 'completion' is missing"),
+    "wrong type": (GOOD * 2 + '{"prompt": 5, "completion": "b"}\n', "train.jsonl:3: prompt must be text"),
+    "not UTF-8": (GOOD.encode() + b'{"text": "\xff"}', "train.jsonl: not UTF-8"),
+    "too long": (GOOD + LONG, "train.jsonl:2: ", " tokens, the limit is 30; raise --max_seq_len"),
+    "no template": (GOOD + '{"messages": [{"role": "user", "content": "a"}]}\n', "train.jsonl:2: "),
+    "messages not a list": (GOOD + '{"messages": "hello"}\n', "train.jsonl:2: messages must be a non-empty list"),
+    "surrogate": ('{"text": "\\ud83d"}\n', "train.jsonl:1: must be a string without lone surrogates"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+@pytest.mark.parametrize("which", ["train_file", "eval_file"])
+def test_bad_records(name, which, folder, tmp_path):
+    """Catches a complaint without file and line, a traceback, and an output folder made for nothing."""
+    content, *complaints = BAD_RECORDS[name]
+    bad, good = tmp_path / "train.jsonl", tmp_path / "good.jsonl"
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    good.write_text(GOOD)
+    files = {"train_file": good, which: bad}
+    result = tiny.run(SCRIPT, *flags(folder, output_dir=tmp_path / "out", overlong="refuse", **files))
+    tiny.assert_refused(result, str(bad), *complaints)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_records_with_nothing_to_learn(folder, tmp_path):
+    """Catches a run that trains on nothing."""
+    path = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "word " * 40, "completion": " b"}] * 2)
+    for overlong in ("truncate", "skip"):
+        result = tiny.run(SCRIPT, *flags(folder, path, tmp_path / "out", overlong=overlong))
+        tiny.assert_refused(result, f"{path}: no record has a token to learn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_chats(folder, tmp_path):
+    """Catches a message list that is none, or a template that fails, reported without the record."""
+    chatty = tmp_path / "in"
+    shutil.copytree(folder, chatty)
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}{{ nothing.x if false }}"
+    tiny.write_tokenizer(chatty, chat_template=template)
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for bad in ({"messages": [{"content": "a"}]}, {"messages": []}, {"prompt": [], "completion": "a"}):
+        path = tiny.write_records(tmp_path / "train.jsonl", [good, bad])
+        result = tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out"))
+        tiny.assert_refused(result, f"{path}:2: ", "must be")
+    tiny.write_tokenizer(chatty, chat_template="{{ raise_exception('only\n tools') }}")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(chatty, path, tmp_path / "out")), f"{path}:1: ", "only tools")
+    assert not (tmp_path / "out").exists()
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+BAD_FOLDERS = {
+    "no folder": (shutil.rmtree, ["no such file or folder"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights here"]),
+    "truncated weights": (lambda f: cut(f / "model.safetensors", 5000), ["model.safetensors: truncated"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
+    "broken tokenizer": (lambda f: cut(f / "tokenizer.model", 999), ["tokenizer.model: not a usable tokenizer.model"]),
+}
+BAD_CONFIGS = {
+    "model type": ({"model_type": "mamba"}, ["config.json", "mamba"]),
+    "rope type": (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+        ["config.json", "'longrope' is not supported"],
+    ),
+    "heads": ({"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3"]),
+    "vocabulary": ({"vocab_size": 300}, ["the tokenizer does not fit: it has 384 tokens", "300"]),
+    "activation": ({"hidden_act": "gelu"}, ["config.json", "gelu"]),
+}
+BAD_WEIGHTS = {
+    "missing": (lambda w: w.pop("model.norm.weight"), ["missing tensors: model.norm.weight"]),
+    "extra": (lambda w: w.update(extra=torch.ones(1)), ["unexpected tensors", "extra"]),
+    "shape": (
+        lambda w: w.update({"lm_head.weight": torch.ones(384, 63)}),
+        ["lm_head.weight is [384, 63], should be [384, 64]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_FOLDERS, *BAD_CONFIGS, *BAD_WEIGHTS])
+def test_bad_model_folders(name, folder, train_file, tmp_path):
+    """Catches a traceback of a library, a complaint that does not name file, key or tensor, and output for nothing."""
+    source, change_weights, config = tmp_path / "in", None, {}
+    if name in BAD_CONFIGS:
+        config, parts = BAD_CONFIGS[name]
+    elif name in BAD_WEIGHTS:
+        change_weights, parts = BAD_WEIGHTS[name]
+    copy_with(folder, source, change_weights, **config)
+    if name in BAD_FOLDERS:
+        damage, parts = BAD_FOLDERS[name]
+        damage(source)
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(source, train_file, tmp_path / "out")), str(source), *parts)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+BAD_FLAGS = {
+    "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),
+    "eval steps": ({"eval_steps": 3}, ["--eval_steps needs an --eval_file"]),
+    "rate below 0": ({"learning_rate": -1}, ["--learning_rate", "-1"]),
+    "rate nan": ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+    "warm-up": ({"warmup_ratio": 2}, ["--warmup_ratio", "'2'"]),
+    "max_grad_norm": ({"max_grad_norm": 0}, ["--max_grad_norm", "'0'"]),
+    "beyond the context": ({"max_seq_len": 257}, ["--max_seq_len 257", "context is 256"]),
+    "batch size": ({"batch_size": 0}, ["--batch_size", "'0'"]),
+    "no train file": ({"train_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+    "no eval file": ({"eval_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
+    "device": ({"device": "cuda:99"}, ["--device cuda:99: there is no such GPU"]),
+    "replicas": ({"dp_replicate": 2}, ["--dp_replicate 2 does not divide the 1 data-parallel ranks"]),
+    "offload to itself": ({"cpu_offload": True}, ["--cpu_offload", "this run is on the CPU"]),
+    "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
+    "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
+    "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),
+    "unknown": ({"gradient_magic": 1}, ["--gradient_magic"]),
+    "abbreviated": ({"learning": 1}, ["--learning"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(name, folder, train_file, tmp_path):
+    """Catches a value out of range found only after the model was loaded, or never."""
+    given, parts = BAD_FLAGS[name]
+    result = tiny.run(
+        SCRIPT, *flags(**{"checkpoint_path": folder, "train_file": train_file, **given}, output_dir=tmp_path / "out")
+    )
+    tiny.assert_refused(result, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_occupied_output_dir(folder, train_file, tmp_path):
+    """Catches an earlier run, a file or somebody's model overwritten."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, train_file, out)), f"--output_dir {out}: is not empty")
+    result = tiny.run(SCRIPT, *flags(folder, train_file, out / "notes.txt"))
+    tiny.assert_refused(result, f"--output_dir {out / 'notes.txt'}: is a file")
+    tiny.assert_refused(
+        tiny.run(SCRIPT, *flags(folder, train_file, folder, resume=True)), f"--output_dir {folder}: holds"
+    )
+    assert os.listdir(out) == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
+
+
+def test_from_the_shell(folder, train_file, tmp_path):
+    """Catches a script that only works when imported: one clean line and exit code 2 from a process of its own."""
+    process = tiny.start(SCRIPT, *flags(folder, tmp_path / "nowhere.jsonl", tmp_path / "out"))
+    printed, errors = process.communicate(timeout=240)
+    tiny.assert_refused(tiny.Result(process.returncode, printed, errors), "finetune_sft.py: error: ", "nowhere.jsonl")

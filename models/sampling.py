@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import at_least_one, flag, fraction, has_triton, non_negative, positive, with_newlines
+from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
+from models.gpu import has_triton
 from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer

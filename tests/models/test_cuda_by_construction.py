@@ -2,6 +2,7 @@
 tensor on another device, a shape that the CUDA kernels refuse and a host that waits for the GPU all raise here."""
 
 import ctypes
+import importlib.util
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import attention, decode_rows, paged_cache, qlinear, sampling
+from models import attention, decode_rows, paged_cache, qlinear, sampling, vocab_parallel
 from models.attention import document_attention
 from models.decode import copy_for_inference, refresh, to_inference
 from models.generation import Engine, Request
@@ -106,6 +107,7 @@ def gpu(monkeypatch):
         registry[1] = registry[14]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(qlinear, "has_triton", lambda device: device.type == "cuda")
+    monkeypatch.setattr(vocab_parallel, "has_triton", lambda device: importlib.util.find_spec("triton") is not None)
     monkeypatch.setattr(qlinear, "triton_products", TritonProducts)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.gpu import has_bf16_cores
 from models.transfer import to_device
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each token sees itself and the earlier ones of its row, or what the mask [T, S] lets it. q [B, T, H, D], k and v
-    [B, T, K, D], with a mask [B, S, K, D] -> [B, T, H, D].
+    """Each token sees itself and the earlier ones of its row, or what the mask lets it, [T, S] or [B, 1, T, S]. q
+    [B, T, H, D], k and v [B, T, K, D], with a mask [B, S, K, D] -> [B, T, H, D].
 
     Right padding needs no mask: no real token ever sees it.
     """
@@ -104,9 +105,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this device, dtype and head dim are among those that varlen_kernel is for."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return varlen_kernel() is not None
+    return has_bf16_cores(device) and varlen_kernel() is not None
 
 
 def length_multiple(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
 import io
 import json
 import math
@@ -31,7 +30,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
+from models.gpu import has_triton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -302,7 +303,9 @@ class RuntimeArgs:
         None, choices=("float32", "bfloat16"), help="dtype of the computation; bfloat16 on a GPU, float32 on the CPU"
     )
     seed: int = flag(0, help="seed of everything random")
-    compile: bool | None = flag(None, help="torch.compile; on for a GPU, off for the CPU", may_change=True)
+    compile: bool | None = flag(
+        None, help="torch.compile; on for a GPU where Triton works, off for the CPU", may_change=True
+    )
 
 
 class Runtime(NamedTuple):
@@ -330,10 +333,11 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     on_gpu = device.type == "cuda"
     if on_gpu and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    keep_compiled_code()
     if not on_gpu:
         _keep_freed_memory()
     dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if on_gpu else torch.float32)
-    return Runtime(device, dtype, on_gpu if args.compile is None else args.compile)
+    return Runtime(device, dtype, has_triton(device) if args.compile is None else args.compile)
 
 
 def _keep_freed_memory() -> None:
@@ -352,11 +356,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on this device: it comes with torch's builds for GPUs, but for some platforms."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:

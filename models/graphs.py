@@ -8,11 +8,9 @@
   end where their own lengths say
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,21 +20,11 @@ from models.model import Block, Transformer
 from models.rope import rope_tables
 
 
-def keep_compiled_code() -> None:
-    """Puts what torch.compile and Triton make into ~/.cache/gpt-accelera, where the next process finds it, unless
-    TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR name another folder; their own default is lost with /tmp."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-accelera"
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(variable, str(home / name))
-
-
 class Network:
     """The hidden states of tokens, and functions of rows of them, compiled or as they are."""
 
     def __init__(self, model: Transformer, *, compile: bool):
         self.model, self.compile = model, compile
-        if compile:
-            keep_compiled_code()
         self.before, self.after = self.compiled(Block.before_attention), self.compiled(Block.after_attention)
 
     def compiled(self, function: Callable) -> Callable:

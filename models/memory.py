@@ -51,12 +51,14 @@ def plan_cache(
     known_tokens: int,
     most_tokens: int,
     prefill_tokens: int,
+    reserved: int = 0,
 ) -> CachePlan:
     """Rows and pages for an inference copy that is in memory. A collective of the tensor-parallel ranks.
 
     num_slots: None for as many as memory holds, if sequences have usual_tokens; where more pages are needed than there
     are, the engine computes some samples twice. known_tokens, most_tokens: of the longest sequence that is known, and
-    that there may be. Raises ValueError if not even the longest that is known fits.
+    that there may be. reserved: bytes of the free memory that are for something else. Raises ValueError if not even the
+    longest that is known fits.
     """
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
     size = (model.compute_dtype or model.embed_tokens.weight.dtype).itemsize
@@ -64,7 +66,7 @@ def plan_cache(
     columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
-    free, of_page = free_memory(device), page_bytes(model)
+    free, of_page = max(0, free_memory(device) - reserved), page_bytes(model)
     fitting = int((SHARE[device.type] * free - beside) // of_page)
     if size_of(tp) > 1:
         agreed = torch.tensor(fitting, device=device)

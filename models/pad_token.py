@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
-from sentencepiece import SentencePieceProcessor
 
 from models.checkpoint import Folder
 from models.common import read_json_object
@@ -91,6 +90,8 @@ def _read_vocabulary(path: Path) -> _Vocabulary:
         ids = backend.get_vocab(with_added_tokens=True)
         added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
     else:
+        from sentencepiece import SentencePieceProcessor
+
         processor = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
         ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
         added = {piece: i for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)}

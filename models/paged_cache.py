@@ -3,13 +3,15 @@
 - one tensor of pages for the keys of a layer and one for the values; a row of a step has its pages in a table
 - prefill takes chunks of several sequences packed end to end without padding, each of which sees what its pages hold
   from before; decode takes one token for each row
-- a GPU attends with the Triton kernel of models/triton_attention.py, each row over what it holds; other devices, and a
+- prefill on a GPU is one call of variable-length attention, or where that does not serve, models/padded_prefill.py
+- a GPU decodes with the Triton kernel of models/triton_attention.py, each row over what it holds; other devices, and a
   compiled step on a CPU, by the plain operations that are its oracle. An eager CPU has its own: models/decode_cpu.py
 
 Dimensions: B rows, N packed tokens, P pages, M pages of a row at most, H query heads, K key/value heads, D head dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, causal_attention, varlen_kernel, varlen_works
-from models.common import has_triton
+from models.gpu import has_bf16_cores, has_triton
 from models.model import ModelConfig
+from models.padded_prefill import attend_batches, batches_of
 from models.pages import PAGE, pages_for
 from models.tp import size_of
 from models.transfer import to_device
@@ -74,7 +77,7 @@ def gpu_kernel(device: torch.device) -> Callable | None:
         return None
     from models.triton_attention import paged_decode
 
-    return paged_decode
+    return paged_decode if has_bf16_cores(device) else partial(paged_decode, upcast=True)
 
 
 def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
@@ -169,6 +172,8 @@ class PagedCache(Table):
         places = to_device(torch.from_numpy(places), device)
         if varlen_works(device, self.dtype, self.heads[1]):
             return self._varlen_prefill(chunks, places)
+        if device.type == "cuda":
+            return self._padded_prefill(chunks, places)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, places, k[0], v[0])
@@ -194,6 +199,18 @@ class PagedCache(Table):
             else:
                 keys, values = (t.flatten(0, 1).index_select(0, before) for t in (cache.k, cache.v))
             return kernel(q[0].to(self.dtype), keys, values, *ends, *longest)[None].to(q.dtype)
+
+        return attend
+
+    def _padded_prefill(self, chunks: list[Chunk], places: Tensor) -> Attend:
+        read = [token_places(c.pages, 0, c.start + c.length) for c in chunks]
+        starts, lengths = [chunk.start for chunk in chunks], [chunk.length for chunk in chunks]
+        batches = batches_of(starts, lengths, read, places.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache = self._write(layer, places, k[0], v[0])
+            keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
+            return attend_batches(layer, q[0].to(self.dtype), keys, values, *batches)[None].to(q.dtype)
 
         return attend
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import has_triton
 from models.cpu_linear import FloatProducts, has_bf16_products, has_fbgemm
+from models.gpu import has_triton
 from models.tp import Parallel, leave_parallel, size_of
 
 MODES = ("int8", "int4", "fp8")

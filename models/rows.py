@@ -10,6 +10,7 @@
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -25,7 +26,6 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-import sentencepiece
 import tokenizers
 from tqdm import tqdm
 
@@ -48,10 +48,6 @@ class Store(NamedTuple):
 
 
 IN_MEMORY = Store()
-
-
-def default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gpt-accelera"
 
 
 class Columns(NamedTuple):
@@ -224,9 +220,17 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
         "limits": encoder.limits,
         "what": what,
         "code": [digest(file) for file in code],
-        "packages": [package.__version__ for package in (jinja2, np, sentencepiece, tokenizers)],
+        "packages": [*(package.__version__ for package in (jinja2, np, tokenizers)), _version("sentencepiece")],
     }
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:40]
+
+
+def _version(package: str) -> str | None:
+    """Of a package that need not be there, and is not imported for that."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 _ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "records", "reward", "rows", "tokenizer")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import at_least_one, flag, fraction, has_triton, non_negative, positive, with_newlines
+from models.common import at_least_one, flag, fraction, non_negative, positive, with_newlines
+from models.gpu import has_triton
 from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer
@@ -169,7 +170,8 @@ def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | Non
     among them, and their ids in rising order."""
     branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if not params.top_k and not branching:  # nothing is sorted or gathered
-        return logits.masked_fill(logits < top_p_threshold(logits, params.top_p, tp), float("-inf")), None
+        threshold = top_p_threshold(logits, params.top_p, tp)  # by itself: torch 2.11 cannot go on within a call
+        return logits.masked_fill(logits < threshold, float("-inf")), None
     if params.top_k:
         few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
         top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values

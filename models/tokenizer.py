@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 
 import tokenizers
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
@@ -51,6 +50,8 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
         try:
             self._file = _Fast(path) if path.suffix == ".json" else _SentencePiece(path)
+        except ModuleNotFoundError:
+            raise ValueError(f"{path}: is read by sentencepiece, which is not installed; pip install it") from None
         except Exception as error:  # both libraries raise bare ones
             raise ValueError(f"{path}: not a usable {path.name}: {short(error)}") from error
         try:
@@ -175,6 +176,8 @@ class _SentencePiece:
     def __init__(self, path: Path):
         if not (data := path.read_bytes()):
             raise ValueError("the file is empty")
+        from sentencepiece import SentencePieceProcessor  # most folders have a tokenizer.json and do without
+
         self._processor = SentencePieceProcessor(model_proto=data)
         self.size = self._processor.get_piece_size()
         self._ids = {self._processor.id_to_piece(i): i for i in range(self.size)}

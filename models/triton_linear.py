@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from models.gpu import has_bf16_cores
+
 WIDTH = 128  # output features of a block: with more rows than few, activations are read again for each block
 FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
 MOST_BLOCK_K = 32  # with 64, and 64 rows, registers do not suffice on sm_80
@@ -179,6 +181,7 @@ class TritonProducts(nn.Module):
             processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
             splits = num_splits(num_outputs, num_inputs, processors)
         self.num_outputs, self.splits = num_outputs, splits
+        self.has_to_upcast = weight.device.type == "cuda" and not has_bf16_cores(weight.device)
         self.shape = {"GROUP": group_size or 0, "BITS": bits, "HAS_ZEROS": zero is not None, "HALF": WIDTH // 2}
         self.shape["BLOCK_K"] = block_k(group_size)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
@@ -186,7 +189,7 @@ class TritonProducts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""
         if len(x) <= FEW_ROWS:
-            return self.few_rows(x.contiguous())
+            return self.few_rows(x.contiguous(), upcast=self.has_to_upcast and x.dtype == torch.bfloat16)
         return x @ self.expanded(x.shape[1], x.dtype)
 
     def few_rows(self, x: Tensor, *, upcast: bool = False) -> Tensor:

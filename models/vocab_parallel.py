@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import has_triton
+from models.gpu import has_triton
 from models.tp import Parallel, all_gather, all_reduce, chunk_range, enter_parallel, local, size_of
 
 

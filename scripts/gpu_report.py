@@ -62,6 +62,7 @@ SECTIONS = {
     "peers": Plan("transformers on the same work", 40, speed.PEERS),
     "attention": Plan("Attention kernels", 15, speed.ATTENTION),
 }
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 START = 12.0  # seconds in which a section's process begins to work: none is begun with less
 
 
@@ -159,7 +160,7 @@ def header(dry_run: bool) -> dict[str, str]:
         "commit": commit(),
         "card": "not known yet",
         "driver": driver(),
-        "versions": ", ".join(f"{name} {version_of(name)}" for name in ("torch", "triton", "transformers")),
+        "versions": ", ".join(f"{name} {version_of(name)}" for name in PACKAGES),
         "python": platform.python_version(),
         "command": " ".join(["python", *sys.argv]) + (" (a dry run: tiny shapes, no speeds)" if dry_run else ""),
     }
@@ -193,17 +194,28 @@ def driver() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """The first line that a program prints; "" where there is no such program, or it fails."""
+    """The first line that a program prints; "" where there is no such program, or it fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return ""
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def parsed(line: str) -> dict | None:
+    """A row; None of one that was torn, since its section was ended while it wrote it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def write_report(args: ReportArgs, head: dict[str, str], chosen: list[str]) -> None:
     rows_file = args.output_dir / "rows.jsonl"
     lines = rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(parsed, lines) if row is not None]
     cards = [row["name"] for row in rows if row["kind"] == "device"]
     head = head | {"card": cards[0]} if cards else head
     rows = [row for row in rows if row["kind"] != "device"]
@@ -214,4 +226,5 @@ def write_report(args: ReportArgs, head: dict[str, str], chosen: list[str]) -> N
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the section that runs is ended with it
     run_script(main, ReportArgs)

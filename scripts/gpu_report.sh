@@ -8,6 +8,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for python in ${PYTHON:-python3 .venv/bin/python}; do
     if command -v "$python" >/dev/null && "$python" -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))'
     then
+        missing=$("$python" -c 'import importlib.util as i, sys; print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' \
+            numpy tqdm jinja2 safetensors tokenizers)
+        if [ -n "$missing" ]; then
+            echo "gpu_report.sh: $python has torch, but not: $missing; pip install $missing, which transformers needs too" >&2
+            exit 2
+        fi
         exec "$python" scripts/gpu_report.py --output_dir "${OUT:-runs/gpu}" "$@"
     fi
 done

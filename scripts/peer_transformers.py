@@ -96,6 +96,7 @@ def generate_batch(args, runtime: Runtime, bandwidth: float) -> dict:
     if runtime.device.type == "cpu":  # else it takes most of the machine's memory
         page = getattr(batching, "page_size", None) or batching.block_size  # its name until transformers 5.17
         batching.num_blocks = max(64, sum(-(-sum(sizes) // page) for sizes in args.work()))
+        batching.max_batch_tokens = max(512, *(prompt_len for prompt_len, _ in args.work()))
     options = {"generation_config": settings, "continuous_batching_config": batching}
     requests = [(random_ids(config.vocab_size, prompt_len).tolist(), n) for prompt_len, n in args.work()]
     with model.continuous_batching_context_manager(**options) as manager:

@@ -49,6 +49,11 @@ class SimulateArgs(MathArgs, PresetArgs):
     prefill_tokens: int = flag(PREFILL_TOKENS, bounds=at_least_one, help="most tokens of one prefill")
     bandwidth_share: float = flag(0.7, bounds=Bounds(above=0, most=1), help="of the bandwidth that decode steps reach")
     flops_share: float = flag(0.5, bounds=Bounds(above=0, most=1), help="of the bf16 rate that products reach")
+    host_us: float = flag(
+        4.7,
+        bounds=non_negative,
+        help="microseconds of the host for each row of a look, while the device runs the last one",
+    )
     step_us: float = flag(
         100.0, bounds=non_negative, help="microseconds of a step that are neither: launches, the host"
     )
@@ -62,13 +67,14 @@ class Clock:
     """
 
     def __init__(self, engine: Engine, config: ModelConfig, args: SimulateArgs, gpu: str):
-        self.pool, self.config = engine.pool, config
+        self.engine, self.pool, self.config, self.args = engine, engine.pool, config, args
         flops, bandwidth = PEAKS[gpu]
         self.flops, self.bandwidth = flops * args.flops_share, bandwidth * args.bandwidth_share
         self.overhead = args.step_us / 1e6
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         self.weights = config.num_parameters() - embedding  # of which a step reads a row for each slot
         self.seconds, self.steps, self.prefills, self.prompt_tokens, self.cached = 0.0, 0, 0, 0, 0
+        self.look_began, self.longest_pause, self.host_waits = 0.0, 0.0, 0.0
         self.pages: list[int] = []
         cache = cache_of(engine)
         cache.prefill, cache.decode, cache.copy_pages = self.prefill, self.decode, lambda *pages: None
@@ -81,15 +87,28 @@ class Clock:
         seconds = max((BYTES * self.weights + read * token_bytes(config)) / self.bandwidth, flops / self.flops)
         self.seconds += seconds + self.overhead
 
+    def _look(self) -> None:
+        """A look begins, when the host is through with its own part of the one before."""
+        host = len(self.engine.scheduler.running) * self.args.host_us / 1e6
+        wait = max(0.0, self.look_began + host - self.seconds)
+        self.host_waits += wait
+        self.seconds += wait
+        self.look_began = self.seconds
+
     def prefill(self, chunks: list[Chunk]) -> Attend:
         contexts = sum(chunk.length * (chunk.start + chunk.length / 2) for chunk in chunks)
         count = sum(chunk.length for chunk in chunks)
+        before = self.seconds
         self._add(count, contexts, sum(chunk.start + chunk.length for chunk in chunks))
+        if self.engine.scheduler.running:
+            self.longest_pause = max(self.longest_pause, self.seconds - before)
         self.prefills += 1
         self.prompt_tokens += count
         return no_attention
 
     def decode(self, positions: Tensor, most_pages: int | None) -> Attend:
+        if self.steps % self.args.look_every == 0:
+            self._look()
         read = int(positions.sum()) + len(positions)
         self._add(len(positions), read, read)
         self.steps += 1
@@ -178,6 +197,8 @@ def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tu
         "prompt_tokens": clock.prompt_tokens,
         "prefills": clock.prefills,
         "preempted": engine.num_preempted,
+        "host_waits": clock.host_waits,
+        "longest_pause": clock.longest_pause,
     }
 
 
@@ -191,13 +212,15 @@ def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
         "work": f"{args.num_prompts} prompts x {args.num_samples} answers of {tokens:,.0f} tokens, at most "
         f"{args.answer_most:,}",
         "clock": f"{args.bandwidth_share:.0%} of {bandwidth / 1e12:.2f} TB/s, {args.flops_share:.0%} of "
-        f"{flops / 1e12:,.0f} TFLOP/s, {args.step_us:.0f} us a step",
+        f"{flops / 1e12:,.0f} TFLOP/s, {args.step_us:.0f} us a step, {args.host_us:g} us of the host "
+        "for a row of a look",
         "speed": f"{found['tokens_per_second']:,.0f} tok/s" + waiting,
         "rows": f"{found['mean_rows']:,.0f} of {args.batch_size} on average, {found['steps']:,} steps",
         "pages": f"{found['mean_pages']:,.0f} of {found['num_pages']:,} on average, {found['most_pages']:,} at most",
         "bytes": f"{found['bytes_read'] / 1e12:,.2f} TB read, {found['read_to_needed']:.3f} of what is needed",
         "prefill": f"{found['prompt_tokens']:,} tokens in {found['prefills']:,} steps, {found['preempted']} answers "
-        "computed again",
+        f"computed again; it holds up those that run for {1e3 * found['longest_pause']:.0f} ms at most",
+        "host": f"{found['host_waits']:.2f} s of {found['seconds']:,.1f} s are the device's wait for it",
     }
 
 

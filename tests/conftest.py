@@ -1,4 +1,7 @@
 import gc
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = "-1"  # scripts/gpu_report.sh is for GPUs
 
 import pytest
 import torch

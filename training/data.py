@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.caches import cache_folder
 from models.chats import read_chat
 from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative
@@ -30,7 +31,7 @@ from models.records import (
     pack_row,
     require,
 )
-from models.rows import IN_MEMORY, Rows, Store, default_folder, encode_file
+from models.rows import IN_MEMORY, Rows, Store, encode_file
 from models.sharing import wait_for_all_ranks
 from models.tokenizer import Tokenizer
 from training.optim import constant_rate
@@ -65,7 +66,7 @@ class DataArgs:
 
     @property
     def store(self) -> Store:
-        folder = Path(self.data_cache) if self.data_cache is not None else default_folder()
+        folder = Path(self.data_cache) if self.data_cache is not None else cache_folder()
         return Store(None if self.data_cache == "off" else folder, self.data_workers)
 
     def total_steps(self, num_rows: int) -> int:

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.common import Bounds, flag, fraction, has_triton, non_negative, positive
+from models.common import Bounds, flag, fraction, non_negative, positive
 from models.fsdp import sharded_part
+from models.gpu import has_triton
 from models.noise import column_hashes, noise_key, random_bits
 from models.tp import local
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from models.chats import Chat
 from models.checkpoint import Folder
-from models.common import Bounds, at_least_one, flag, non_negative
+from models.common import Bounds, at_least_one, flag, non_negative, number_or
 from models.generation import PrefillArgs
 from models.model import ModelConfig
 from models.records import (
@@ -50,7 +50,12 @@ class RolloutArgs(StopArgs, PrefillArgs):
         None, bounds=at_least_one, help="answers per optimizer step; --rollout_batch_size"
     )
     rollout_slots: int | None = flag(
-        None, bounds=at_least_one, help="answers drawn at a time on a rank; up to 128", may_change=True
+        None,
+        type=number_or("auto", at_least_one),
+        metavar="N|auto",
+        help="answers drawn at a time on a rank; auto: up to 256 on a GPU, as memory holds beside the training, "
+        "up to 128 on a CPU",
+        may_change=True,
     )
     sleep: int = flag(
         0,

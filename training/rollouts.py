@@ -19,6 +19,7 @@ from models.common import Runtime, on_main, visible
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
 from models.generation import Engine, Request
+from models.memory import free_memory, plan_cache
 from models.model import Transformer
 from models.records import (
     IGNORE_INDEX,
@@ -29,6 +30,7 @@ from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
+from models.tp import local
 from models.transfer import index_on
 from training.losses import kl_estimates, placed, token_logps
 from training.prompts import Prompt, RolloutArgs
@@ -42,19 +44,43 @@ from training.stop import Stop
 def make_engine(
     policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, dp_size: int, runtime: Runtime
 ) -> Engine:
-    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). A rank draws its
-    share of an update at a time, up to 128 answers, unless --rollout_slots says otherwise."""
+    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). A rank draws its share
+    of an update at a time, as many as --rollout_slots says. Raises ValueError if memory does not hold one answer. A
+    collective."""
     stop_ids, stop = stops_of(args.stop or (), folder.tokenizer)
     stop_ids = tuple(dict.fromkeys((*folder.eos_token_ids, *stop_ids)))
+    model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
+    num_slots, num_pages = args.rollout_slots or min(128, share), None
+    if runtime.device.type == "cuda":
+        num_slots, num_pages, *_ = plan_cache(
+            model,
+            num_slots=args.rollout_slots,
+            num_requests=share,
+            usual_tokens=max_seq_len,
+            known_tokens=max_seq_len,
+            most_tokens=max_seq_len,
+            prefill_tokens=args.prefill_tokens,
+            reserved=0 if args.sleep else memory_of_training(policy, free_memory(runtime.device)),
+        )
     return Engine(
-        copy_for_inference(policy, pack=can_pack(runtime)),
+        model,
         SamplingParams(args.temperature, seed=args.seed, stop_token_ids=stop_ids, stop=stop),
-        num_slots=args.rollout_slots or min(128, -(-args.rollout_batch_size // dp_size)),
+        num_slots=num_slots,
+        num_pages=num_pages,
         max_seq_len=max_seq_len,
         tokenizer=folder.tokenizer,
         compile=runtime.compile,
         prefill_tokens=args.prefill_tokens,
     )
+
+
+def memory_of_training(model: Transformer, free: int) -> int:
+    """Bytes that an update will take of those that are free when the weights and the optimizer's state are there: the
+    gradients, and half of what they leave, for activations, whose size nobody knows before. With --sleep the cache is
+    given back meanwhile."""
+    parts = [local(p) for p in model.parameters() if p.requires_grad]
+    gradients = sum(part.nbytes for part in parts if part.device.type == "cuda")
+    return gradients + max(0, free - gradients) // 2
 
 
 class Answer(NamedTuple):

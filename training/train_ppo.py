@@ -174,7 +174,8 @@ def main(args: PpoArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **data.notes,
-        "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens on each dp rank",
+        "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
+        "each dp rank",
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
         f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}",
     }

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common import dtype_name
+from models.attention import varlen_works
+from models.common import Runtime, dtype_name
 from models.decode import load_for_inference
 from models.generation import Engine, Request
+from models.gpu import has_triton
 from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
+from models.quantize import check_scheme
 from models.sampling import SamplingParams
+from scripts.benchmark_common import SIZES
 from scripts.report.record import Item, Section
-from scripts.report.trained import check_training
+from scripts.report.trained import check_training, start_training
 from scripts.workload import random_ids
 
 # shapes in which the kernels differ: head dims, groups, one page or many
@@ -40,9 +44,18 @@ SCHEMES = [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128), Scheme("fp8"
 VOCAB_SIZE = 500
 
 
+def check_triton(section: Section) -> None:
+    """Whether Triton's kernels run: without a C compiler, say, they do not, and all else is slower."""
+    device = section.runtime.device
+    if device.type == "cuda":
+        section.check("Triton", 0 if has_triton(device) else 1, 0, "its kernels and torch.compile; why not: log.txt")
+        varlen = varlen_works(device, torch.bfloat16, 128)
+        section.note("variable-length attention", "works" if varlen else "does not work here: SDPA in its place")
+
+
 def check_attention(section: Section) -> None:
     """The Triton kernel of a decode step against SDPA in fp32, over pages in any order, NaN in what nobody has."""
-    if section.runtime.device.type != "cuda":
+    if not has_triton(section.runtime.device):
         section.note("decode attention", "its kernel runs on a GPU alone; tests run it in Triton's interpreter")
         return
     from models.triton_attention import paged_decode
@@ -204,20 +217,33 @@ def check_chunks(section: Section) -> None:
 
 def check_products(section: Section) -> None:
     """Products of quantised weights against those of the dequantised weights in fp32, relative to their size."""
-    device, dtype = section.runtime.device, section.runtime.dtype
-    N, K = (64, 128) if section.small else (1000, 1024)
+    runtime, (N, K) = section.runtime, (64, 128) if section.small else (1008, 1024)  # 1008: 7 blocks of 128 and a part
     torch.manual_seed(4)
-    weight = torch.randn(N, K, device=device) * 0.05
+    weight = torch.randn(N, K, device=runtime.device) * 0.05
     for scheme in SCHEMES:
+        if (refusal := refusal_of(scheme, runtime)) is not None:
+            section.note(f"product of {scheme}", f"not here: {refusal}")
+            continue
         small = quantize(weight.to(torch.bfloat16), scheme)
-        layer = QuantizedLinear([small], None, scheme, dtype)
+        layer = QuantizedLinear([small], None, scheme, runtime.dtype)
         for rows in (1, 5, 64, 200):
-            x = torch.randn(rows, K, device=device).to(dtype)
+            x = torch.randn(rows, K, device=runtime.device).to(runtime.dtype)
             with torch.inference_mode():
                 distance = product_distance(layer(x), x, dequantize(small))
             # fp8 rounds the activations too, to 3 bits of mantissa
             bound = 0.06 if scheme.mode == "fp8" else 0.02
-            section.check(f"product of {scheme}, {rows} rows, {dtype_name(dtype)}", distance, bound, "relative")
+            section.check(f"product of {scheme}, {rows} rows, {dtype_name(runtime.dtype)}", distance, bound, "relative")
+
+
+def refusal_of(scheme: Scheme, runtime: Runtime) -> str | None:
+    """Why this device does not compute with such weights."""
+    if runtime.device.type == "cpu" and scheme.mode == "fp8":
+        return "fp8 is for GPUs"
+    try:
+        check_scheme(scheme, SIZES["1b"], runtime.device, runtime.dtype, 1)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -226,11 +252,13 @@ def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
 
 
 ITEMS = [
+    Item("training begins", 0, start_training),  # on the side, since it takes longest and waits for little
+    Item("Triton", 0, check_triton),
     Item("decode attention", 10, check_attention),
     Item("greedy ids", 10, check_greedy),
     Item("products", 10, check_products),
-    Item("training", 45, check_training),
     Item("compiled", 25, check_compiled),
     Item("prefill", 5, check_chunks),
     Item("slots", 25, check_slots),
+    Item("training", 10, check_training),
 ]

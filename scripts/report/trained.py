@@ -3,6 +3,7 @@ process of its own."""
 
 import json
 import math
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +26,16 @@ UNEQUAL = ("time/", "tokens_per_second", "mfu", "memory")  # metrics that say ho
 STEPS = ("rollout", "score", "logprobs", "update", "refresh")  # of an update
 
 
-def run_together(commands: dict[str, tuple[str, list]], seconds: float) -> None:
-    """Runs scripts at the same time; the first that fails ends all."""
+def start_together(commands: dict[str, tuple[str, list]]) -> dict[str, subprocess.Popen]:
+    """Scripts that run at the same time."""
+    return {name: start_script(script, *flags) for name, (script, flags) in commands.items()}
+
+
+def finish_together(
+    processes: dict[str, subprocess.Popen], commands: dict[str, tuple[str, list]], seconds: float
+) -> None:
+    """Waits for scripts; the first that fails ends all."""
     end = time.time() + seconds
-    processes = {name: start_script(script, *flags) for name, (script, flags) in commands.items()}
     try:
         for name, process in processes.items():
             finish_script(process, commands[name][0], end - time.time())
@@ -70,25 +77,30 @@ def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, 
     }
 
 
-def check_training(section: Section) -> None:
+def start_training(section: Section) -> None:
     """One SFT step, one PPO and one GRPO update in fp32, on this device and on the CPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        torch.manual_seed(5)
-        write_work(root, SHORT, Runtime(torch.device("cpu"), torch.float32, False), 8, 12)
-        (root / "here").mkdir()
-        on_cpu = training_commands(root, torch.device("cpu"))
-        here = training_commands(root, section.runtime.device)
-        if section.runtime.device.type == "cpu":  # a dry run: the same twice, in other folders
-            here = {
-                name: (script, [*flags[:-1], root / "here" / script[9:-3]]) for name, (script, flags) in here.items()
-            }
-        both = {**{f"{name}, CPU": c for name, c in on_cpu.items()}, **{f"{name}, here": c for name, c in here.items()}}
-        run_together(both, section.left())
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    torch.manual_seed(5)
+    write_work(root, SHORT, Runtime(torch.device("cpu"), torch.float32, False), 8, 12)
+    (root / "here").mkdir()
+    on_cpu = training_commands(root, torch.device("cpu"))
+    here = training_commands(root, section.runtime.device)
+    if section.runtime.device.type == "cpu":  # a dry run: the same twice, in other folders
+        here = {name: (script, [*flags[:-1], root / "here" / script[9:-3]]) for name, (script, flags) in here.items()}
+    both = {**{f"{name}, CPU": c for name, c in on_cpu.items()}, **{f"{name}, here": c for name, c in here.items()}}
+    section.kept["training"] = folder, on_cpu, here, both, start_together(both)
+
+
+def check_training(section: Section) -> None:
+    """What came of start_training, here and on the CPU."""
+    folder, on_cpu, here, both, processes = section.kept.pop("training")
+    with folder as root:
+        finish_together(processes, both, section.left())
         for name in on_cpu:
             theirs, ours = (commands[name][1][-1] for commands in (on_cpu, here))
             section.check(f"{name}, metrics", metrics_distance(ours, theirs), 0.01, "against the CPU, fp32, relative")
-            moved = weights_distance(ours, theirs, root / "policy")
+            moved = weights_distance(ours, theirs, Path(root) / "policy")
             section.check(f"{name}, weights", moved, 0.02, "difference of the weights, relative to how far they moved")
 
 

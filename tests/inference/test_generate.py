@@ -87,6 +87,11 @@ def test_lines_have_the_pinned_fields(folder, hf_model, tmp_path):
         assert (possible - line["logprob"]).abs().min() < 1e-3
 
 
+def rounded(lines: list[dict]) -> list[dict]:
+    """Another number of rows may round the last bit of a log-prob otherwise."""
+    return [line | {"logprob": round(line["logprob"], 3)} for line in lines]
+
+
 def test_fields_of_a_record_are_carried(folder, tmp_path):
     """Catches a reference answer that gets lost on its way to a reward function, overwrites a result, or is overwritten
     by one (an `output`, in records of `input` and `output`), after a resume too."""
@@ -97,7 +102,7 @@ def test_fields_of_a_record_are_carried(folder, tmp_path):
     ]
     prompts, out = tiny.write_records(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
     result = generate(folder, "--prompt_file", prompts)
-    lines = lines_of(result)
+    lines = rounded(lines_of(result))
     assert [line["prompt"] for line in lines] == ["1 plus", "2 plus", "3 plus"]
     others = [{name: value for name, value in line.items() if name not in FIELDS} for line in lines]
     assert others == [
@@ -110,10 +115,10 @@ def test_fields_of_a_record_are_carried(folder, tmp_path):
     assert "own idx, output, logprob, token_ids kept as reference_idx, " in result.stderr
 
     assert generate(folder, "--prompt_file", prompts, "--output_file", out).code == 0
-    assert sorted(tiny.read_lines(out), key=lambda line: line["idx"]) == lines
+    assert sorted(rounded(tiny.read_lines(out)), key=lambda line: line["idx"]) == lines
     out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
     assert generate(folder, "--prompt_file", prompts, "--output_file", out, "--resume").code == 0
-    assert sorted(tiny.read_lines(out), key=lambda line: line["idx"]) == lines
+    assert sorted(rounded(tiny.read_lines(out)), key=lambda line: line["idx"]) == lines
     tiny.assert_refused(generate(folder, "--prompt_file", out), f"{out}:1: ", "'reference_idx', which is there too")
 
 

@@ -25,7 +25,10 @@ def run(folder, tmp_path, name, *flags, records=None):
     path = tiny.write_records(tmp_path / "p.jsonl", records or ragged(50))
     out = tmp_path / name
     result = generate(folder, "--prompt_file", path, "--output_file", out, "--num_samples", 2, *flags)
-    return result, sorted(map(str, tiny.read_lines(out))) if out.exists() else None
+    lines = tiny.read_lines(out) if out.exists() else None
+    for line in lines or ():
+        line["logprob"] = round(line["logprob"], 3)  # another number of rows may round the last bit otherwise
+    return result, None if lines is None else sorted(map(str, lines))
 
 
 @pytest.mark.parametrize("overlong", ["refuse", "skip", "truncate"])

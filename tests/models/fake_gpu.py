@@ -2,6 +2,7 @@
 and modes that refuse what a GPU would wait for."""
 
 import ctypes
+import importlib.util
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import attention, decode_rows, paged_cache, qlinear, sampling
+from models import attention, decode_rows, paged_cache, qlinear, sampling, vocab_parallel
 from models.graphs import StepRunner
 from models.model import ModelConfig, Transformer
 from models.qlinear import Quantized, Scheme
@@ -81,6 +82,7 @@ def gpu(monkeypatch):
         registry[1] = registry[14]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(qlinear, "has_triton", lambda device: device.type == "cuda")
+    monkeypatch.setattr(vocab_parallel, "has_triton", lambda device: importlib.util.find_spec("triton") is not None)
     monkeypatch.setattr(qlinear, "triton_products", TritonProducts)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from packaging.version import Version
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -408,6 +409,8 @@ CHAT = [
 def test_chat_templates(name, place, tmp_path):
     """Catches a doubled BOS, `</s>` of a template read as text, escaped HTML, lost newlines, an unread file."""
     template = {"llama3": LLAMA3_CHAT, "chatml": CHATML}.get(name, LLAMA2_CHAT)
+    if Version(transformers.__version__) < Version("5.23"):  # 5.17 treats an empty one otherwise
+        template = template.replace("{{ 'tool_calls' in message }}", "")
     if name == "llama3":
         byte_level_folder(tmp_path, "llama3", additional_special_tokens=["<|eot_id|>"])
     else:

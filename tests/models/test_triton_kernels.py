@@ -17,6 +17,8 @@ def run(*arguments: str, interpret: bool) -> str:
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment, "timeout": 300}
     result = subprocess.run([sys.executable, "-W", "ignore", *arguments], **options)
+    if interpret and "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("Triton before 3.7 does not interpret with numpy 2.4")
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -1,0 +1,66 @@
+"""What a machine may lack, and is then done without or said."""
+
+import builtins
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import caches, common
+from models.common import RuntimeArgs, choose_runtime
+from models.gpu import has_triton
+from models.tokenizer import Tokenizer
+
+
+def test_triton_that_does_not_work(capsys, monkeypatch):
+    """Catches Triton that is taken for working because it is installed (here there is no GPU; elsewhere no compiler),
+    silence about it, a second try, and torch.compile, which needs it, as the default all the same."""
+    has_triton.cache_clear()
+    assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("cuda", 0))
+    said = capsys.readouterr().err
+    assert said.startswith("Triton does not work here") == (importlib.util.find_spec("triton") is not None)
+    assert said.count("\n") <= 1
+    has_triton(torch.device("cuda", 0))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for works in (True, False):
+        monkeypatch.setattr(common, "has_triton", lambda device, works=works: works)
+        assert choose_runtime(RuntimeArgs(device="cuda")).compile == works
+        assert choose_runtime(RuntimeArgs(device="cuda", compile=not works)).compile != works
+    has_triton.cache_clear()
+
+
+def test_no_home_to_write_to(tmp_path, monkeypatch):
+    """Catches compiled code that has nowhere to go, since the home cannot be written, and a folder that a person named
+    and that is not taken."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    (tmp_path / "home").write_text("")  # a file
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    caches.keep_compiled_code()
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tempfile.gettempdir())
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caches.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / "inductor")
+
+
+def test_no_sentencepiece(folder, monkeypatch):
+    """Catches a traceback where a tokenizer.model is read and the package is not installed."""
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "sentencepiece":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"tokenizer\.model: is read by sentencepiece, .*pip install"):
+        Tokenizer(folder)

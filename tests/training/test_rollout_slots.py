@@ -1,0 +1,58 @@
+"""How many answers a rank draws at a time on a GPU: what memory holds beside the training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models import memory
+from models.checkpoint import load_model, open_folder
+from models.common import Runtime
+from models.memory import page_bytes
+from models.pages import pages_for
+from training import rollouts
+from training.train_grpo import GrpoArgs
+
+LONGEST, ANSWERS = 200, 12
+ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy is on the CPU, which nobody asks
+
+
+def engine_of(folder, pages, monkeypatch, **flags):
+    """With memory for so many pages."""
+    policy = load_model(folder)
+    paths = {"checkpoint_path": folder, "prompt_file": Path("p"), "output_dir": Path("o")}
+    args = GrpoArgs(**paths, rollout_batch_size=ANSWERS, prefill_tokens=64, **flags)
+    config = policy.config
+    slots = min(16, args.rollout_slots or 16, ANSWERS)
+    beside = 4 * 64 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * slots * config.vocab_size
+    free = 2 * (pages * page_bytes(policy) + beside) + 2  # half is the share of a CPU
+    for module in (memory, rollouts):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+    options = {"max_seq_len": LONGEST, "dp_size": 1, "runtime": ON_GPU}
+    engine = rollouts.make_engine(policy, open_folder(folder, None), args, **options)
+    return engine.num_slots, engine.pool.num_pages
+
+
+def test_slots_are_what_memory_holds(folder, monkeypatch):
+    """Catches more slots than answers or than pages for them, a cache that takes what the gradients and activations
+    need, unless it is given back meanwhile, and slots that are asked for and exceed the memory."""
+    need = pages_for(LONGEST)
+    assert engine_of(folder, 1000, monkeypatch, sleep=1) == (ANSWERS, ANSWERS * need)
+    assert engine_of(folder, 5 * need, monkeypatch, sleep=1) == (5, 5 * need)
+    slots, pages = engine_of(folder, 5 * need, monkeypatch)
+    assert slots == pages // need < 3
+    assert engine_of(folder, 5 * need, monkeypatch, sleep=2, rollout_slots=8) == (8, 5 * need)  # it computes some twice
+    with pytest.raises(ValueError, match="does not fit"):
+        engine_of(folder, need - 1, monkeypatch, sleep=1)
+
+
+def test_memory_of_training():
+    """Catches gradients that are not counted, those of frozen weights, and those in the CPU's memory."""
+    with FakeTensorMode():
+        model = torch.nn.Module()
+        for name, device, learns in (("a", "cuda", True), ("b", "cuda", False), ("c", "cpu", True)):
+            tensor = torch.empty(100, dtype=torch.bfloat16, device=device)
+            model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=learns))
+        assert rollouts.memory_of_training(model, 1000) == 200 + 400
+        assert rollouts.memory_of_training(model, 100) == 200

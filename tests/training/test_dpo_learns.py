@@ -21,7 +21,7 @@ from training import train_dpo
 LETTERS = "abcdef"
 ANSWERS = ["".join(letters) for n in range(3) for letters in itertools.product(LETTERS, repeat=n)]
 BETA = 0.5
-JUDGED = 4  # times that each pair is
+NUM_PAIRS = 8192
 
 
 def write_letters(folder, seed):
@@ -59,10 +59,9 @@ def make_world(root, seed):
     reference = answer_logps(root / "model", pieces)
     generator = torch.Generator().manual_seed(1 + seed)
     rewards = torch.randn(len(ANSWERS), generator=generator).double()
-    pairs = torch.combinations(torch.arange(len(ANSWERS))).repeat_interleave(JUDGED, dim=0)
-    chances = (rewards[pairs[:, 0]] - rewards[pairs[:, 1]]).sigmoid()
-    draws = torch.rand(len(pairs) // JUDGED, 1, generator=generator).expand(-1, JUDGED) + torch.arange(JUDGED)
-    pairs = torch.where((draws.flatten() / JUDGED < chances)[:, None], pairs, pairs.flip(1))
+    pairs = torch.randint(len(ANSWERS), (NUM_PAIRS, 2), generator=generator)
+    wins = torch.rand(NUM_PAIRS, generator=generator) < (rewards[pairs[:, 0]] - rewards[pairs[:, 1]]).sigmoid()
+    pairs = torch.where(wins[:, None], pairs, pairs.flip(1))
     records = [{"prompt": "?", "chosen": ANSWERS[c], "rejected": ANSWERS[r]} for c, r in pairs.tolist()]
     best = (reference + rewards / BETA).log_softmax(dim=0)
     return root / "model", pieces, tiny.write_records(root / "pairs.jsonl", records), best, regret(reference, best)

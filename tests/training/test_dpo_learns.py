@@ -95,7 +95,8 @@ def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
     assert regret_of_training(world, tmp_path / "out", "--num_epochs", 1) > 0.3
 
 
-def test_adapters_near_the_optimum(world, tmp_path):
+def test_adapters_reach_the_optimum(world, tmp_path):
     """Catches a reference that has the adapters on, and adapters that are exported otherwise than trained: of rank 8,
-    below a frozen head, they end at 7.8 % of the reference's regret."""
-    assert regret_of_training(world, tmp_path / "out", "--lora_r", 8, "--learning_rate", 4e-3) < 0.1
+    below a frozen head, they reach it too."""
+    flags = ["--lora_r", 8, "--learning_rate", 5e-3, "--batch_size", 128, "--num_epochs", 3, "--adam_beta2", 0.99]
+    assert regret_of_training(world, tmp_path / "out", *flags) < 0.05

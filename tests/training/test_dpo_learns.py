@@ -75,7 +75,7 @@ def regret_of_training(world, out, *more):
     """That of the trained policy, as a share of the reference's."""
     folder, pieces, train_file, best, of_reference = world
     flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--beta", BETA]
-    flags += ["--batch_size", 256, "--learning_rate", 2e-3, "--num_epochs", 2, "--max_grad_norm", 10, *more]
+    flags += ["--batch_size", 128, "--learning_rate", 2e-3, "--num_epochs", 3, "--max_grad_norm", 10, *more]
     result = tiny.run("training/train_dpo.py", *flags)
     assert result.code == 0, result.stderr
     return regret(answer_logps(out, pieces), best) / of_reference
@@ -84,7 +84,7 @@ def regret_of_training(world, out, *more):
 def test_it_reaches_the_optimum(world, tmp_path):
     """Catches whatever leaves the loss curve good and the policy bad: a wrong beta, a reference that moves, tokens left
     out of the sum."""
-    assert regret_of_training(world, tmp_path / "out") < 0.08
+    assert regret_of_training(world, tmp_path / "out") < 0.05
 
 
 def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
@@ -97,6 +97,7 @@ def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
 
 def test_adapters_reach_the_optimum(world, tmp_path):
     """Catches a reference that has the adapters on, and adapters that are exported otherwise than trained: of rank 8,
-    below a frozen head, they reach it too."""
-    flags = ["--lora_r", 8, "--learning_rate", 5e-3, "--batch_size", 128, "--num_epochs", 3, "--adam_beta2", 0.99]
+    below a frozen head, they end at 3.0 % of the reference's regret on this seed and at 3.7 % on 1. (On 2 at 19 %,
+    where the best fit of the pairs has 2.1 %: three epochs are too few.)"""
+    flags = ["--lora_r", 8, "--learning_rate", 5e-3, "--adam_beta2", 0.99]
     assert regret_of_training(world, tmp_path / "out", *flags) < 0.05

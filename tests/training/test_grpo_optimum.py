@@ -35,11 +35,12 @@ def test_dr_grpo_ends_on_the_best_answer(tmp_path):
     assert chance > 0.9
 
 
-def test_adapters_near_the_optimum(tmp_path):
-    """Catches adapters that do not reach the sampler, a reference that has them on, and a loss that moves the base: of
-    rank 8, below a frozen head, they end at 5 % of the reference's regret on this seed (at 16 and 21 % on 2 and 1)."""
+def test_adapters_reach_the_optimum(tmp_path):
+    """Catches adapters that do not reach the sampler, a reference that has them on, an export that is not what was
+    trained, and a loss that moves the base: of rank 8, below a frozen head, they end at 2.1 % of the reference's regret
+    on this seed, at 3.7 and 4.2 % on 1 and 2; after 40 updates at 0.3, 1.0 and 1.0 %."""
     table = write_task(tmp_path, 0, head_scale=0.5, reward_scale=0.5)
-    train(tmp_path, tmp_path / "out", **RLOO, lora_r=8, learning_rate=1e-2, total_steps=40)
+    train(tmp_path, tmp_path / "out", **RLOO, lora_r=8, learning_rate=1e-2, total_steps=24)
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
-    assert found < 0.08
+    assert found < 0.05

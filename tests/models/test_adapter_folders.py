@@ -1,0 +1,91 @@
+"""Adapter folders as other programs write them: models/adapters.py."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.adapters import open_adapter, weight_files
+from models.checkpoint import load_model
+from tests import tiny
+from tests.models.test_lora import IDS, broken, made_by_peft
+from tests.tiny import refused
+
+NAME = "adapter_model.safetensors"
+WRITTEN = {  # settings of PEFT
+    "a pattern": {"r": 2, "target_modules": r".*\.(q|down)_proj"},
+    "some layers": {"r": 2, "target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]},
+}
+
+
+def same_factors(found, wanted):
+    assert found.factors.keys() == wanted.factors.keys()
+    for layer, pair in wanted.factors.items():
+        assert all(torch.equal(a, b) for a, b in zip(found.factors[layer], pair)), layer
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_layers_by_pattern(kind, tmp_path):
+    """Catches layers that are taken from what the config says of them, and not from the file, on a tied model."""
+    base, folder, oracle = made_by_peft(tmp_path, {**tiny.QWEN2, "tie_word_embeddings": True}, WRITTEN[kind])
+    merged = load_model(base, files=weight_files(base, folder), param_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.lm_head(merged(IDS)), oracle(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_other_ways_to_write_them(tmp_path):
+    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, the
+    folder of a run that it is in, or a base that is a snapshot in the hub's cache."""
+    base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
+    wanted, tensors = open_adapter(folder, base), load_file(folder / NAME)
+    named = broken(folder, tmp_path / "named")
+    save_file({name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}, named / NAME)
+    same_factors(open_adapter(named, base), wanted)
+    pickled = broken(folder, tmp_path / "pickled")
+    (pickled / NAME).unlink()
+    torch.save(tensors, pickled / "adapter_model.bin")
+    same_factors(open_adapter(pickled, base), wanted)
+    halves = broken(folder, tmp_path / "bf16", tensors=lambda found: {name: t.bfloat16() for name, t in found.items()})
+    assert all(t.dtype == torch.float32 for pair in open_adapter(halves, base).factors.values() for t in pair)
+    shutil.copytree(folder, tmp_path / "run/adapter")
+    same_factors(open_adapter(tmp_path / "run", base), wanted)
+    snapshot = shutil.copytree(base, tmp_path / "hub/models--org--Some-7B/snapshots/0123abc")
+    of_hub = broken(folder, tmp_path / "of-hub", config={"base_model_name_or_path": "org/Some-7B"})
+    same_factors(open_adapter(of_hub, snapshot), wanted)
+
+
+class Code:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it ran')",)
+
+
+def test_what_is_not_computed_is_named(tmp_path):
+    """Catches a pickle that runs code or leaves a traceback, and a head's adapter that is called another base's."""
+    base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
+    pickled = broken(folder, tmp_path / "pickled")
+    (pickled / NAME).unlink()
+    torch.save({"a": Code()}, pickled / "adapter_model.bin")
+    refused(lambda: open_adapter(pickled, base), pickled, "its weights cannot be read")
+    head = "base_model.model.lm_head.lora_{}.weight"
+    more = {head.format("A"): torch.ones(2, 64), head.format("B"): torch.ones(tiny.VOCAB_SIZE, 2)}
+    with_head = broken(folder, tmp_path / "head", tensors=lambda found: found | more)
+    refused(lambda: open_adapter(with_head, base), with_head, "lm_head has an adapter; supported are q_proj")
+
+
+def test_the_merged_folder_of_a_run(tmp_path):
+    """Catches an adapter beside merged weights, which transformers with PEFT adds to them once more."""
+    base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": "all-linear"})
+    train_file = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " b"}])
+    out = tmp_path / "out"
+    given = ["--checkpoint_path", base, "--train_file", train_file, "--output_dir", out, "--batch_size", 1]
+    given += ["--adapter_path", folder, "--max_steps", 0]
+    result = tiny.run("training/finetune_sft.py", *given, "--no-merge")
+    assert result.code == 0 and json.loads((out / "adapter_config.json").read_text())["r"] == 2, result.stderr
+    result = tiny.run("training/finetune_sft.py", *given, "--resume", "--merge")
+    assert result.code == 0 and not (out / "adapter_config.json").exists(), result.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=1e-5)

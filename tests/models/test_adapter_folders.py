@@ -1,6 +1,5 @@
 """Adapter folders as other programs write them: models/adapters.py."""
 
-import json
 import shutil
 
 import pytest
@@ -9,7 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from models.adapters import open_adapter, weight_files
-from models.checkpoint import load_model
+from models.checkpoint import load_model, model_folder
+from models.fingerprint import fingerprint
 from tests import tiny
 from tests.models.test_lora import IDS, broken, made_by_peft
 from tests.tiny import refused
@@ -37,8 +37,8 @@ def test_layers_by_pattern(kind, tmp_path):
 
 
 def test_other_ways_to_write_them(tmp_path):
-    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, the
-    folder of a run that it is in, or a base that is a snapshot in the hub's cache."""
+    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, or a
+    base that is a snapshot in the hub's cache."""
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     wanted, tensors = open_adapter(folder, base), load_file(folder / NAME)
     named = broken(folder, tmp_path / "named")
@@ -50,8 +50,6 @@ def test_other_ways_to_write_them(tmp_path):
     same_factors(open_adapter(pickled, base), wanted)
     halves = broken(folder, tmp_path / "bf16", tensors=lambda found: {name: t.bfloat16() for name, t in found.items()})
     assert all(t.dtype == torch.float32 for pair in open_adapter(halves, base).factors.values() for t in pair)
-    shutil.copytree(folder, tmp_path / "run/adapter")
-    same_factors(open_adapter(tmp_path / "run", base), wanted)
     snapshot = shutil.copytree(base, tmp_path / "hub/models--org--Some-7B/snapshots/0123abc")
     of_hub = broken(folder, tmp_path / "of-hub", config={"base_model_name_or_path": "org/Some-7B"})
     same_factors(open_adapter(of_hub, snapshot), wanted)
@@ -75,17 +73,20 @@ def test_what_is_not_computed_is_named(tmp_path):
     refused(lambda: open_adapter(with_head, base), with_head, "lm_head has an adapter; supported are q_proj")
 
 
-def test_the_merged_folder_of_a_run(tmp_path):
-    """Catches an adapter beside merged weights, which transformers with PEFT adds to them once more."""
+def test_the_folder_of_a_run(tmp_path):
+    """Catches an adapter beside merged weights, which transformers with PEFT adds to them once more, a merged model that
+    --checkpoint_path does not find, and an adapter that is called another for what else is in the folder."""
     base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": "all-linear"})
     train_file = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " b"}])
     out = tmp_path / "out"
     given = ["--checkpoint_path", base, "--train_file", train_file, "--output_dir", out, "--batch_size", 1]
     given += ["--adapter_path", folder, "--max_steps", 0]
     result = tiny.run("training/finetune_sft.py", *given, "--no-merge")
-    assert result.code == 0 and json.loads((out / "adapter_config.json").read_text())["r"] == 2, result.stderr
+    assert result.code == 0 and model_folder(out) == out and not (out / "merged").exists(), result.stderr
+    before = fingerprint(out)
     result = tiny.run("training/finetune_sft.py", *given, "--resume", "--merge")
-    assert result.code == 0 and not (out / "adapter_config.json").exists(), result.stderr
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert result.code == 0 and model_folder(out) == out / "merged" and fingerprint(out) == before, result.stderr
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=1e-5)
+        for place in (out, out / "merged"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(place)
+            torch.testing.assert_close(model(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=1e-5)

@@ -263,12 +263,14 @@ def shard_model(
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
     dp = mesh["dp_replicate", "dp_shard"] if _is_hybrid(mesh) else mesh["dp"]
+    shard = partial(fully_shard, mesh=dp, mp_policy=policy, offload_policy=offload)
+    if mesh["dp"].size() == 1 and not args.cpu_offload:  # what is frozen and whole here need not be copied to be used
+        shard = partial(shard, ignored_params={p for p in model.parameters() if not p.requires_grad})
     for block in model.layers:
-        fully_shard(block, mesh=dp, mp_policy=policy, offload_policy=offload)
+        shard(block)
     if hasattr(model, "score"):  # a scalar head computes in fp32
-        in_fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(model.score, mesh=dp, mp_policy=in_fp32, offload_policy=offload)
-    fully_shard(model, mesh=dp, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        shard(model.score, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    shard(model, reshard_after_forward=False)
 
 
 def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ Dimensions: M tokens, K input and N output features, both of this tp rank; r the
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
 from models.model import Linear, RowLinear, ScoreHead, Transformer
 from models.noise import noise_key
+from models.products import Term
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
 
@@ -69,14 +71,14 @@ class _QuantizedProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(packed, scale)
         ctx.bits = bits
-        return F.linear(x, _dequantized(packed, scale, bits, x.dtype))
+        return F.linear(x, _dequantized(bits, packed, scale, x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ _dequantized(*ctx.saved_tensors, ctx.bits, grad.dtype), None, None, None
+        return grad @ _dequantized(ctx.bits, *ctx.saved_tensors, grad.dtype), None, None, None
 
 
-def _dequantized(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize(Quantized(unpack_int32(packed, bits), scale), dtype)
 
 
@@ -118,9 +120,30 @@ class LoraLinear(nn.Module):
         A, B = (getattr(self, f"lora_{factor}{self.adapter}") for factor in "AB")
         return local(A, partial_grad=split and not self.is_row), local(B, partial_grad=split and self.is_row)
 
+    def _is_part(self) -> bool:
+        """Whether the ranks' outputs are summed, and the bias added once, to the sum."""
+        return self.is_row and size_of(self.parallel.tp) > 1
+
+    def term(self, dtype: torch.dtype) -> Term | None:
+        """What products() needs of it. None: its update has another input than its weight."""
+        adapted = self.has_adapters and self.adapter is not None
+        if adapted and self.dropout is not None:
+            return None
+        bias = None if self.bias is None or self._is_part() else local(self.bias).to(dtype)
+        A, B = (factor.to(dtype) for factor in self._factors()) if adapted else (None, None)
+        if self.weight is None:
+            return Term(self.packed, self.scale, bias, A, B, self.scaling, partial(_dequantized, self.bits))
+        return Term(local(self.weight).to(dtype), None, bias, A, B, self.scaling)
+
+    def finish(self, y: Tensor) -> Tensor:
+        if not self._is_part():
+            return y
+        y = leave_parallel(y, self.parallel)
+        return y if self.bias is None else y + local(self.bias).to(y.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]; row-parallel: what the ranks have is summed, and the bias added once, to the sum."""
-        rows, is_part = x.flatten(0, -2), self.is_row and size_of(self.parallel.tp) > 1
+        """[..., K] -> [..., N]"""
+        rows, is_part = x.flatten(0, -2), self._is_part()
         bias = None if self.bias is None else local(self.bias).to(x.dtype)
         if self.weight is None:
             y = _QuantizedProduct.apply(rows, self.packed, self.scale, self.bits)
@@ -132,11 +155,7 @@ class LoraLinear(nn.Module):
             if self.dropout is not None:
                 rows = self.dropout(rows, self.layer_key, self.parallel.tp if self.is_row else None)
             y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
-        y = y.view(*x.shape[:-1], -1)
-        if is_part:
-            y = leave_parallel(y, self.parallel)
-            y = y if bias is None else y + bias
-        return y
+        return self.finish(y.view(*x.shape[:-1], -1))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -159,7 +178,7 @@ class LoraLinear(nn.Module):
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def _base(self) -> Tensor:
-        return _dequantized(self.packed, self.scale, self.bits, torch.float32)
+        return _dequantized(self.bits, self.packed, self.scale, torch.float32)
 
 
 def weight_of(linear: Linear | LoraLinear) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from models.attention import Attend, causal_attention
 from models.common import read_json_object
+from models.products import Kept, Term, gated, keeps_less, norm, product, products
 from models.rope import apply_rope, attention_factor, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
 from models.vocab_parallel import embed
@@ -214,9 +215,17 @@ class Linear(nn.Linear):
     """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16. Column-parallel:
     a rank that holds some rows of the weight computes those outputs."""
 
+    def term(self, dtype: torch.dtype) -> Term:
+        """What this rank multiplies by, for products() and for forward."""
+        return Term(local(self.weight).to(dtype), bias=None if self.bias is None else local(self.bias).to(dtype))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The output, of what the term comes to."""
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else local(self.bias).to(x.dtype)
-        return F.linear(x, local(self.weight).to(x.dtype), bias)
+        term = self.term(x.dtype)
+        return self.finish(F.linear(x, term.weight, term.bias))
 
 
 class RowLinear(Linear):
@@ -226,10 +235,13 @@ class RowLinear(Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.parallel = parallel
 
-    def forward(self, x: Tensor) -> Tensor:
+    def term(self, dtype: torch.dtype) -> Term:
+        return super().term(dtype) if size_of(self.parallel.tp) == 1 else Term(local(self.weight).to(dtype))
+
+    def finish(self, y: Tensor) -> Tensor:
         if size_of(self.parallel.tp) == 1:
-            return super().forward(x)
-        y = leave_parallel(F.linear(x, local(self.weight).to(x.dtype)), self.parallel)
+            return y
+        y = leave_parallel(y, self.parallel)
         if self.bias is None:
             return y
         return y + local(self.bias, partial_grad=self.parallel.sequence_parallel).to(y.dtype)
@@ -244,8 +256,14 @@ class RMSNorm(nn.Module):
         self.eps, self.partial_grad = eps, partial_grad
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.keeping(x)[0]
+
+    def keeping(self, x: Tensor) -> tuple[Tensor, Kept | None]:
+        """The norm of x, and what products() of it keep in its place, where that is less."""
         weight = local(self.weight, self.partial_grad).float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        if keeps_less():
+            return norm(x, weight, self.eps)
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype), None
 
 
 class Attention(nn.Module):
@@ -262,12 +280,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
         self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [B, T, H, D] and k [B, T, K, D], and v [B, T, K, D], of x [B, T, E]."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [B, T, H, D] and k [B, T, K, D], and v [B, T, K, D], of x [B, T, E]. kept: for products()."""
         x = enter_parallel(x, self.parallel)
         B, T, _ = x.shape
         if self.qkv_proj is None:
-            q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            layers = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = (y.view(B, T, -1, self.head_dim) for y in products(x, layers, kept))
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
@@ -294,12 +313,16 @@ class MLP(nn.Module):
         self.down_proj = RowLinear(ffn, E, bias=config.mlp_bias, parallel=parallel)
         self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
+        """kept: for products() of x."""
         x = enter_parallel(x, self.parallel)
         if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = products(x, (self.gate_proj, self.up_proj), kept)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if keeps_less():
+            hidden, kept = gated(gate, up)
+            return products(hidden, [self.down_proj], kept)[0]
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -324,7 +347,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, attend)
-        selective = {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+        # LoRA's updates are added in place to products that are kept: what is there then is right
+        contexts = partial(create_selective_checkpoint_contexts, _save_products, allow_cache_entry_mutation=True)
+        selective = {"context_fn": contexts}
         options = selective if self.recompute == "selective" else {}
         return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False, **options)
 
@@ -333,21 +358,27 @@ class Block(nn.Module):
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes, q [B, T, H, D], k and v [B, T, K, D], of the residual stream x [B, T, E]."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+        normed, kept = self._normed(self.input_layernorm, x)
+        return self.self_attn.project(normed, cos, sin, kept)
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream behind the block, of what it was before and of what attention gave [B, T, H, D]."""
-        x = x + self.self_attn.o_proj(attended.flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + product(attended.flatten(2), self.self_attn.o_proj)
+        return x + self.mlp(*self._normed(self.post_attention_layernorm, x))
+
+    def _normed(self, layer: RMSNorm, x: Tensor) -> tuple[Tensor, Kept | None]:
+        """The norm of x, and what it is computed from again: not the tokens that sequence parallelism gathers of it."""
+        normed, kept = layer.keeping(x)
+        return normed, None if self.self_attn.parallel.sequence_parallel else kept
 
     def fuse(self, product_of: Callable[[list[str]], nn.Module]) -> None:
         """Puts one product in the place of Linear layers that share an input: product_of(their names in the block)."""
-        for part_name, names, product in FUSIONS:
+        for part_name, names, fused_name in FUSIONS:
             part = getattr(self, part_name)
             fused = product_of([f"{part_name}.{name}" for name in names])
             for name in names:
                 setattr(part, name, None)
-            setattr(part, product, fused)
+            setattr(part, fused_name, fused)
 
 
 class Embedding(nn.Embedding):

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from models.products import keeps_less
+
 # The numbers that each kind of scaling takes from config.json.
 ROPE_KEYS = {
     "linear": ("factor",),
@@ -133,6 +135,26 @@ def rope_tables(position_ids: Tensor, inv_freq: Tensor, factor: float) -> tuple[
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [B, T, H, D], the halves of D being the two coordinates (Hugging Face's layout), in fp32; returns x's
     dtype. cos, sin: fp32 [B, T, 1, D] from rope_tables."""
+    if x.requires_grad and keeps_less():
+        return _Rotated.apply(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+class _Rotated(torch.autograd.Function):
+    """Its gradient is turned back, in one go."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = x.float()
     first, second = y.chunk(2, dim=-1)
     return torch.addcmul(y * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)

@@ -91,6 +91,14 @@ def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | 
     return target, largest + partition.log(), partition
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, an fp32 total; in place, where a product in fp32 needs no tensor of its size beside it."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Computes the loss chunk by chunk with its gradients, so that neither logits nor their gradients exist for more
     than one chunk, and nothing is computed twice."""
@@ -116,17 +124,15 @@ class _CrossEntropySum(torch.autograd.Function):
                     raw.copy_(logits)
                 grad_hidden[chunk] = raw @ compute_weight
                 if learns:
-                    grad_weight += raw.T @ hidden[chunk]
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
+                    _add_product(grad_weight, raw.T, hidden[chunk])
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype  # which the backward scales in place
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)  # a bf16 factor would be off by up to 0.4 %
-        grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -216,7 +222,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 raw.copy_(logits)
             grad_hidden[chunk] = raw @ compute_weight
             if grad_weight is not None:
-                grad_weight += raw.T @ hidden[chunk]
+                _add_product(grad_weight, raw.T, hidden[chunk])
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 

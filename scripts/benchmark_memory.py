@@ -61,9 +61,9 @@ def training_memory(
     """Bytes on each rank at the peak of an optimizer step of several micro-batches of `tokens` tokens, by purpose.
 
     fp32 weights, gradients and AdamW moments; embedding and head gathered throughout, a block and the next one at a
-    time; the activations that autograd keeps of the eager layers with a fused attention. The peak is in the loss, in
-    the backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: RMSNorm keeps two
-    fp32 copies of its input instead of one, and no block's backward overlaps with the reduction of the one before.
+    time; what the eager layers keep (models/products.py), with a fused attention. The peak is in the loss, in the
+    backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: no block's backward
+    overlaps with the reduction of the one before.
     """
     if recompute == "selective":
         raise ValueError("--activation_checkpointing selective: the arithmetic of memory knows none and full")
@@ -75,7 +75,7 @@ def training_memory(
     block += config.qk_norm * 2 * config.head_dim + config.attention_bias * E
     shard = (config.num_hidden_layers * block + root) / dp
 
-    norm, whole = block_activations(config, tp, c, on_cpu)
+    norm, whole = block_activations(config, tp, c)
     kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
 
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
@@ -94,14 +94,13 @@ def training_memory(
     }
 
 
-def block_activations(config: ModelConfig, tp: int, c: int, on_cpu: bool) -> tuple[float, float]:
-    """(bytes that autograd keeps of a token for a norm, for a whole block); c: bytes of a number of the computation."""
+def block_activations(config: ModelConfig, tp: int, c: int) -> tuple[float, float]:
+    """(bytes kept of a token for the last norm, for a whole block); c: bytes of a number of the computation."""
     E, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    in_fp32 = 4 * (2 if on_cpu else 1)
-    norm = (in_fp32 + c) * E  # a token's fp32 input of a norm, and the output
-    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 4 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
-    whole += config.qk_norm * in_fp32 * (q + kv) / tp  # q and k before their norms
+    norm = c * E + 4  # its input, and 1 / the root of its mean square
+    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 2 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    whole += config.qk_norm * (c + 4 / config.head_dim) * (q + kv) / tp  # q and k before their norms
     return norm, whole
 
 
@@ -114,30 +113,31 @@ def lora_memory(
     tokens: int,
     recompute: str = "none",
     compute_bytes: int = 2,
-    on_cpu: bool = False,
 ) -> dict[str, float]:
     """training_memory of adapters in all linear layers of the blocks: the base in the dtype of the computation or in
     integers, which every dp rank has whole; gradients and AdamW's moments of the adapters alone, all fp32. Embedding
-    and head have no gradient; of integers one weight is dequantised at a time, by way of two others of its size."""
+    and head have no gradient; of integers one weight is dequantised at a time, by way of two others of its size. What
+    is frozen is gathered where dp ranks share it."""
     E, F, c, L = config.hidden_size, config.intermediate_size, compute_bytes, config.num_hidden_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norm, whole = block_activations(config, tp, c, on_cpu)
+    norm, whole = block_activations(config, tp, c)
     whole += 7 * lora.r * c  # a token's projections
     kept = tokens * (L * {"none": whole, "full": c * E}[recompute] + norm)
     shapes = [(E, q), (E, kv), (E, kv), (q, E), (E, F), (E, F), (F, E)]
     weights, adapters = L * sum(K * N for K, N in shapes), L * lora.r * sum(K + N for K, N in shapes)
     others = config.num_parameters() - weights
     if lora.scheme is None:
-        base, gathered, dequantised = c * weights / (dp * tp), 2 * c * weights / L / tp, 0
+        base, gathered, dequantised = c * weights / (dp * tp), (dp > 1) * 2 * c * weights / L / tp, 0
     else:
         bits = lora.scheme.bits + (16 / lora.scheme.group_size if lora.scheme.group_size else 0)
         base, gathered, dequantised = weights * bits / 8 / tp, 0, 3 * c * E * F / tp
+    root = c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E)
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
     widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
     return {
         "base": base + c * others / (dp * tp),
         "adapters, gradients, AdamW moments": 16 * adapters / (dp * tp),
-        "embedding and head, gathered": c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E),
+        "embedding and head, gathered": (dp > 1) * root,
         "activations": kept,
         "at the peak": max(logits + 2 * c * tokens * E, widest + gathered + dequantised),
     }
@@ -165,8 +165,8 @@ def report_memory(args: MemoryArgs) -> None:
         config.check_divisible(tp)
         sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
         on_cpu = args.measure and runtime.device.type == "cpu"
-        sizes |= {"compute_bytes": runtime.dtype.itemsize, "on_cpu": on_cpu}
-        table = training_memory(config, **sizes) if lora is None else lora_memory(config, lora, **sizes)
+        sizes["compute_bytes"] = runtime.dtype.itemsize
+        table = training_memory(config, **sizes, on_cpu=on_cpu) if lora is None else lora_memory(config, lora, **sizes)
         table["sum"] = sum(table.values())
         if args.measure:
             if dp * tp != world:

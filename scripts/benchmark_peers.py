@@ -33,6 +33,6 @@ PEERS = {
         "vllm": peer_vllm.generate,
         "llama_cpp": llama_cpp,
     },
-    "sft": {"transformers": peer_transformers.sft},
+    "sft": {"transformers": peer_transformers.sft, "trl": peer_trl.sft},
     "dpo": {"trl": peer_trl.dpo},
 }

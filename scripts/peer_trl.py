@@ -1,4 +1,4 @@
-"""TRL as a peer of scripts/benchmark.py: its DPOTrainer."""
+"""TRL as a peer of scripts/benchmark.py: its SFTTrainer, with PEFT's adapters or without, and its DPOTrainer."""
 
 import statistics
 import tempfile
@@ -7,23 +7,12 @@ import torch
 
 from models.common import Runtime, Stopwatch, dtype_name
 from scripts.peer_transformers import build, required
+from scripts.workload import random_ids
 
 
-def dpo(args, runtime: Runtime, bandwidth: float) -> dict:
-    """DPOTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW."""
-    version = required("trl", "transformers", "datasets")
-    if args.param_dtype != "float32" or args.optim != "adamw":
-        raise ValueError("--param_dtype, --optim: TRL is compared on fp32 weights with AdamW")
-    import datasets
-    import tokenizers
+def step_clock(runtime: Runtime):
+    """A callback whose `times` are the seconds of each step, update and all."""
     import transformers
-    import trl
-
-    config = args.config
-
-    class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
-            return dataset
 
     class Clock(transformers.TrainerCallback):
         watch, times = Stopwatch(runtime.device), []
@@ -34,38 +23,110 @@ def dpo(args, runtime: Runtime, bandwidth: float) -> dict:
         def on_step_end(self, *args, **kwargs):
             self.times.append(self.watch.lap())
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+    return Clock()
+
+
+def word_tokenizer(vocab_size: int):
+    """A tokenizer that TRL takes for one of the model's."""
+    import tokenizers
+    import transformers
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def dataset_of(records: list[dict]):
+    """With a fingerprint of ours, since theirs pickles what dill cannot with some versions of pyarrow."""
+    import datasets
+    import pyarrow
+
+    return datasets.Dataset(pyarrow.Table.from_pylist(records), fingerprint="benchmark")
+
+
+def settings_of(args, runtime: Runtime, folder: str) -> dict:
+    """What its trainers are told alike."""
+    return {
+        "output_dir": folder,
+        "max_steps": args.repeats + 1,
+        "learning_rate": 1e-5,
+        "max_length": None,
+        "bf16": runtime.dtype == torch.bfloat16,
+        "use_cpu": runtime.device.type == "cpu",
+        "gradient_checkpointing": args.activation_checkpointing != "none",
+        "torch_compile": runtime.compile,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def sft(args, runtime: Runtime, bandwidth: float) -> dict:
+    """SFTTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW: rows of ids, all of which are
+    learnt. It recomputes activations unless it is told not to, which --activation_checkpointing none does."""
+    version = required("trl", "transformers", "datasets", *["peft"] * (args.lora_r is not None))
+    if args.param_dtype != "float32" or args.optim != "adamw" or args.quantize_base != "none":
+        raise ValueError("--param_dtype, --optim, --quantize_base: TRL is compared on fp32 weights with AdamW")
+    if args.activation_checkpointing == "selective":
+        raise ValueError("--activation_checkpointing selective: TRL knows none and full")
+    import trl
+
+    clock, ids, more = step_clock(runtime), random_ids(args.config.vocab_size, args.batch_size, args.seq_len), {}
+    if args.lora_r is not None:
+        import peft
+
+        more["peft_config"] = peft.LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.SFTConfig(
+            per_device_train_batch_size=len(ids),
+            dataset_kwargs={"skip_prepare_dataset": True},  # ids already
+            **settings_of(args, runtime, folder),
+        )
+        more |= {"processing_class": word_tokenizer(args.config.vocab_size), "callbacks": [clock]}
+        rows = dataset_of([{"input_ids": row, "labels": row} for row in ids.tolist()])
+        model = build(args.config, torch.float32, runtime.device)
+        trl.SFTTrainer(model, args=settings, train_dataset=rows, **more).train()
+    how = "compiled" if runtime.compile else "eager"
+    recompute = "activations recomputed" if settings.gradient_checkpointing else "activations kept"
+    return {
+        "tokens_per_second": ids.numel() / statistics.median(clock.times[1:]),
+        "ran": f"{version} SFTTrainer, {how}, {dtype_name(runtime.dtype)} on fp32 weights, {recompute}",
+    }
+
+
+def dpo(args, runtime: Runtime, bandwidth: float) -> dict:
+    """DPOTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW."""
+    version = required("trl", "transformers", "datasets")
+    if args.param_dtype != "float32" or args.optim != "adamw":
+        raise ValueError("--param_dtype, --optim: TRL is compared on fp32 weights with AdamW")
+    import trl
+
+    config = args.config
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
+            return dataset
+
+    clock, tokenizer = step_clock(runtime), word_tokenizer(config.vocab_size)
     pairs = [
         {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         for prompt, (chosen, rejected) in args.pairs()
     ]
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.DPOConfig(
-            output_dir=folder,
             per_device_train_batch_size=len(pairs),
-            max_steps=args.repeats + 1,
-            learning_rate=1e-5,
-            max_length=None,
-            bf16=runtime.dtype == torch.bfloat16,
-            use_cpu=runtime.device.type == "cpu",
-            gradient_checkpointing=args.activation_checkpointing != "none",
             precompute_ref_log_probs=args.precompute_ref,
-            torch_compile=runtime.compile,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
+            **settings_of(args, runtime, folder),
         )
         model = build(config, torch.float32, runtime.device)
-        more = {"train_dataset": datasets.Dataset.from_list(pairs), "callbacks": [Clock]}
+        more = {"train_dataset": dataset_of(pairs), "callbacks": [clock]}
         if not args.precompute_ref:
             more["ref_model"] = build(config, torch.float32, runtime.device)
         Trainer(model, args=settings, processing_class=tokenizer, **more).train()
     tokens = 2 * len(pairs) * (args.prompt_len + args.new_tokens)
     how = "compiled" if runtime.compile else "eager"
     return {
-        "tokens_per_second": tokens / statistics.median(Clock.times[1:]),
+        "tokens_per_second": tokens / statistics.median(clock.times[1:]),
         "ran": f"{version} DPOTrainer, {how}, {dtype_name(runtime.dtype)} on fp32 weights",
     }

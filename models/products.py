@@ -1,0 +1,197 @@
+"""Products, norms and gates of the blocks in training: what eager autograd computes, with less of it kept.
+
+- autograd keeps the input of every product, and what norms and gates compute on the way: 6 E + 4 F numbers of a token
+  in each block, beside attention. An input that is the norm of x, or silu(gate) * up, is elementwise work: the
+  backward computes it again, and 2 E + 2 F numbers are kept. No product is made twice
+- layers that share an input have one backward, which sums its gradient in place; the low-rank updates of LoRA
+  (models/lora.py) are added to their layer's output in place, and their factors A are one product
+- a compiler decides by itself what it keeps, so it gets the plain operations; without a gradient nothing is kept anyway
+
+Dimensions: M tokens, K input and N output features of a layer, r the rank of its update, E model dim, F of the MLP.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Term(NamedTuple):
+    """What a layer computes: x W^T + bias + scaling (x A^T) B^T, all in the dtype of x."""
+
+    weight: Tensor  # [N, K], or with unpack integers
+    scale: Tensor | None = None  # of the integers
+    bias: Tensor | None = None  # [N]
+    A: Tensor | None = None  # [r, K]
+    B: Tensor | None = None  # [N, r]
+    scaling: float = 1.0
+    unpack: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None  # (weight, scale, dtype) -> [N, K]
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.weight if self.unpack is None else self.unpack(self.weight, self.scale, dtype)
+
+
+TENSORS = 5  # of a Term, which come first
+
+
+class Kept(NamedTuple):
+    """What the input of layers is computed from in the backward: again(*sources)."""
+
+    again: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+
+def keeps_less() -> bool:
+    """Whether what follows is eager and has a backward."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def products(x: Tensor, layers: Sequence[nn.Module], kept: Kept | None) -> list[Tensor]:
+    """[layer(x) for layer in layers] of x [..., K]. With kept they keep that instead of x, where all have a term()."""
+    terms = [layer.term(x.dtype) if kept and hasattr(layer, "term") else None for layer in layers]
+    if any(term is None for term in terms):
+        return [layer(x) for layer in layers]
+    tensors = [tensor for term in terms for tensor in term[:TENSORS]]
+    settings = [term[TENSORS:] for term in terms]
+    outputs = _Products.apply(x, kept.again, settings, *kept.sources, *tensors)
+    return [layer.finish(y) for layer, y in zip(layers, outputs)]
+
+
+def product(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x), of an x that something else keeps as well, or that nothing can be computed from."""
+    return products(x, [layer], Kept(_itself, (x.detach(),)) if keeps_less() else None)[0]
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, again: Callable, settings: list[tuple], *tensors: Tensor | None):
+        rows, terms = x.flatten(0, -2), _terms(tensors, settings)
+        factors = [term.A for term in terms if term.A is not None]
+        low = F.linear(rows, torch.cat(factors)) if factors else None
+        outputs = []
+        for term, part in zip(terms, _by_term(low, terms, dim=1)):
+            y = F.linear(rows, term.matrix(x.dtype), term.bias)
+            if part is not None:
+                y.addmm_(part, term.B.T, alpha=term.scaling)
+            outputs.append(y.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(low, *tensors)
+        ctx.again, ctx.settings = again, settings
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        low, *tensors = ctx.saved_tensors
+        terms, num_sources = _terms(tensors, ctx.settings), len(tensors) - TENSORS * len(ctx.settings)
+        needs_x, needed = ctx.needs_input_grad[0], _terms(ctx.needs_input_grad, ctx.settings)
+        shape, grads = grads[0].shape[:-1], [grad.flatten(0, -2) for grad in grads]
+        low_grad = None  # [M, all r], of x A^T
+        if low is not None:
+            adapted = [(grad, term) for grad, term in zip(grads, terms) if term.A is not None]
+            low_grad = torch.cat([(grad @ term.B).mul_(term.scaling) for grad, term in adapted], dim=1)
+
+        of_weights = of_A = [None] * len(terms)
+        if any(need.weight or need.A for need in needed):
+            rows = ctx.again(*tensors[:num_sources]).flatten(0, -2)
+            of_weights = [grad.T @ rows if need.weight else None for grad, need in zip(grads, needed)]
+            of_A = _by_term(None if low_grad is None else low_grad.T @ rows, terms, dim=0)
+            del rows
+        results = []
+        for grad, term, part, need, *found in zip(grads, terms, _by_term(low, terms, dim=1), needed, of_weights, of_A):
+            of_B = (grad.T @ part).mul_(term.scaling) if need.B else None
+            results += [found[0], None, grad.sum(0) if need.bias else None, found[1], of_B]
+        of_x = _input_gradient(grads, terms, low_grad).view(*shape, -1) if needs_x else None
+        return of_x, None, None, *[None] * num_sources, *results
+
+
+def _terms(tensors: Sequence, settings: list[tuple]) -> list[Term]:
+    """The terms that tensors ends with."""
+    first = len(tensors) - TENSORS * len(settings)
+    return [Term(*tensors[first + TENSORS * i :][:TENSORS], *rest) for i, rest in enumerate(settings)]
+
+
+def _by_term(together: Tensor | None, terms: list[Term], dim: int) -> list[Tensor | None]:
+    """Each term's part of what all with factors have together, r long."""
+    if together is None:
+        return [None] * len(terms)
+    parts = iter(together.split([len(term.A) for term in terms if term.A is not None], dim))
+    return [None if term.A is None else next(parts) for term in terms]
+
+
+def _input_gradient(grads: list[Tensor], terms: list[Term], low_grad: Tensor | None) -> Tensor:
+    """[M, K]"""
+    total = grads[0] @ terms[0].matrix(grads[0].dtype)
+    for grad, term in zip(grads[1:], terms[1:]):
+        total.addmm_(grad, term.matrix(grad.dtype))
+    if low_grad is not None:
+        total.addmm_(low_grad, torch.cat([term.A for term in terms if term.A is not None]))
+    return total
+
+
+# ----------------------------------------------------------------------------------- inputs of products
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Kept]:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., E] in fp32, times weight, fp32 [E]; in x's dtype."""
+    y, rstd = _Norm.apply(x, weight, eps)
+    return y, Kept(_normed, (x.detach(), rstd, weight.detach()))
+
+
+def _normed(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * rstd).mul_(weight).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """With it comes 1 / the root of the mean square, [..., 1]. Of x and y = x rstd weight only x is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float):
+        y, rstd = torch._fused_rms_norm(x.float(), weight.shape, weight, eps)
+        ctx.save_for_backward(x, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        return y.to(x.dtype), rstd
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x, rstd, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        if x.device.type == "cuda":  # a kernel, which CPUs lack
+            given = (grad.float().contiguous(), x.float(), weight.shape, rstd, weight, [needs_x, needs_weight])
+            of_x, of_weight = torch.ops.aten._fused_rms_norm_backward(*given)
+            return of_x.to(x.dtype) if needs_x else None, of_weight, None
+        unit = x.float() * rstd
+        weighted = grad * unit
+        of_weight = weighted.flatten(0, -2).sum(0) if needs_weight else None
+        if not needs_x:
+            return None, of_weight, None
+        mean = (weighted @ weight).div_(len(weight))[..., None]
+        of_x = torch.mul(grad, weight).addcmul_(unit, mean, value=-1).mul_(rstd)
+        return of_x.to(x.dtype), of_weight, None
+
+
+def gated(gate: Tensor, up: Tensor) -> tuple[Tensor, Kept]:
+    """silu(gate) * up: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    return _Gated.apply(gate, up), Kept(_gate, (gate.detach(), up.detach()))
+
+
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gate(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        of_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return of_gate, F.silu(gate).mul_(grad)

@@ -1,0 +1,97 @@
+"""models/products.py beside what autograd makes of the same layers."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from models.lora import Lora, add_adapters, lora_layers
+from models.model import ModelConfig, Transformer
+from models.qlinear import Scheme, quantize
+
+E, FFN, B, T, LAYERS = 32, 48, 2, 7, 2
+IDS = torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(0))
+ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # k and gate share an input with them, and have none
+KINDS = {  # name: (model, adapters in, how the base is quantised)
+    "llama with biases": ({"attention_bias": True, "mlp_bias": True}, (), None),
+    "qwen3, its heads normed": ({"model_type": "qwen3"}, (), None),
+    "adapters in some layers": ({"model_type": "qwen2"}, ADAPTED, None),
+    "adapters on integers": ({}, ADAPTED, Scheme("int8")),
+}
+
+
+def random_model(config=(), adapted=(), scheme=None):
+    torch.manual_seed(1)
+    shape = {"vocab_size": 64, "hidden_size": E, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = Transformer(ModelConfig(**shape, **heads, **dict(config)))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if adapted:
+        names = (n.removesuffix(".weight") for n in shapes)
+        layers = frozenset(name for name in names if name.rpartition(".")[2] in adapted)
+        add_adapters(model, Lora(3, 6.0, False, 0.0, layers, scheme, {}, Path(), "", 0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    for name, module in model.named_modules():
+        if scheme is not None and module in lora_layers(model):
+            module.set_quantized(quantize(torch.randn(shapes[f"{name}.weight"]) / 8, scheme))
+    return model
+
+
+def step(model, recompute="none"):
+    """(the output, the gradient of each parameter) of a step."""
+    for block in model.layers:
+        block.recompute = recompute
+    model.zero_grad()
+    output = model(IDS)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_autograds(kind):
+    """Catches a gradient with a wrong formula (norm, gate, rotation, low-rank update, bias), an input computed again
+    otherwise than it was, a layer's adapters that get another layer's, and a recomputation that changes a bit."""
+    model = random_model(*KINDS[kind])
+    with ExitStack() as plain:
+        for module in ("model", "rope", "products"):
+            plain.enter_context(mock.patch(f"models.{module}.keeps_less", lambda: False))
+        wanted_output, wanted = step(model)
+    for recompute in ("none", "full", "selective"):
+        output, gradients = step(model, recompute)
+        torch.testing.assert_close(output, wanted_output, atol=1e-5, rtol=1e-5)
+        assert gradients.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(gradients[name], wanted[name], atol=1e-4, rtol=1e-4, msg=f"{recompute} {name}")
+        if recompute == "none":
+            first = gradients
+        assert all(torch.equal(first[name], gradients[name]) for name in first), recompute
+    with torch.no_grad():  # an evaluation, and what a rollout is scored with
+        assert torch.equal(model(IDS), output) or model.lora is not None  # updates are added in another order there
+
+
+@pytest.mark.parametrize("kind", ["llama with biases", "adapters in some layers"])
+def test_what_a_step_keeps(kind):
+    """Catches numbers kept for the backward that it can compute from others: of a token in each block there should be
+    its place in the residual stream twice, q, k, v, attention, gate and up, and little beside."""
+    model = random_model(*KINDS[kind])
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(IDS)
+    numbers = sum(nbytes for nbytes, _ in kept.values()) / 4 / (B * T)
+    q, kv = 4 * 8, 2 * 8
+    low = 3 * 5 * bool(model.lora)  # of each adapter, r
+    block = 2 * E + 2 * q + 2 * kv + 2 * FFN + low + 2 + 4  # what 1 / the root of the mean square is, and logsumexp
+    outside = E + 1 + 2 * 8 / B  # the last norm, and what rotates the tokens of every row
+    assert numbers == pytest.approx(LAYERS * block + outside, rel=0.03), (numbers, LAYERS * block + outside)
+    assert output.requires_grad

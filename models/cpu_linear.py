@@ -2,8 +2,8 @@
 
 - HalfMatrix: fp16 numbers that are the weights to within fp32's rounding, as those of a folder in bf16, int8's integers
   and the values of int4 are. A product of few rows takes half the time of one with fp32 weights, and none takes longer
-- Bags: int8 or int4 integers for one row or few, whose sums weighted by the activations are embedding_bags, one for
-  each group of input features and block of output features. More rows multiply with blocks of expanded weights
+- Bags: int8 or int4 integers as bytes, for one row or few, whose sums weighted by the activations are embedding_bags,
+  one for each group of input features and block of output features. More rows multiply with blocks of expanded weights
 - which of them serves is chosen by what the processor has, never by the clock, so a run repeats itself
 
 Sums are in fp32 in all of them, and weights exact, so they agree to fp32's rounding.
@@ -34,12 +34,9 @@ def has_bf16_products() -> bool:
 @cache
 def has_fbgemm() -> bool:
     """Whether FBGEMM's kernels are here; elsewhere the operators are plain loops, or missing."""
-    bags = [
-        f"embedding_bag_{kind}"
-        for kind in ("byte_rowwise_offsets", "4bit_rowwise_offsets", "byte_unpack", "4bit_unpack")
-    ]
-    built = "fbgemm" in torch.backends.quantized.supported_engines
-    return built and all(hasattr(torch.ops.quantized, name) for name in ("linear_prepack_fp16", *bags))
+    names = ("linear_prepack_fp16", "embedding_bag_byte_rowwise_offsets", "embedding_bag_byte_unpack")
+    built = "fbgemm" in torch.backends.quantized.supported_engines and torch.backends.mkldnn.is_available()
+    return built and all(hasattr(torch.ops.quantized, name) for name in names)
 
 
 class HalfMatrix:
@@ -113,28 +110,28 @@ def block_width(num_outputs: int) -> int:
 
 
 class Bags(nn.Module):
-    """Quantised weights as tables of embedding bags: row k of a block holds the integers of W output features, then the
-    scale and offset that the operator applies, 1 and -128 or -8.
+    """Quantised weights as tables of embedding bags: row k of a block holds the integers of W output features as bytes,
+    then the scale and offset that the operator applies, 1 and less the byte that stands for 0.
 
-    A group's scale multiplies the sum over the group, in fp32.
+    A group's scale multiplies the sum over the group, in fp32. int4 takes a byte too: the operator's kernel for halves
+    of bytes needs 1.6 times as long (3072 x 576, groups of 32, one core with AVX2: 304 us and 193).
     """
 
-    EXPANDED = 2**18  # numbers that are expanded at a time, about what a core's cache holds
+    EXPANDED = 2**18  # numbers that are expanded at a time, about what a core's caches hold
+    FEW_ROWS = 6  # whose bags take less time than one product of expanded weights
+    MANY_ROWS = 96  # from which oneDNN's product of a wide matrix takes less time than MKL's of blocks
 
     def __init__(self, values: Tensor, scale: Tensor):
         """values [N, K]: int8 about 0, or uint8 from 0 to 15 about 8; scale [N, G]."""
         super().__init__()
         (N, K), (_, G), W = values.shape, scale.shape, block_width(len(values))
-        self.sizes, self.bits = (N, K, G), 8 if values.dtype == torch.int8 else 4
-        missing = -N % W
-        rows = F.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, W)).transpose(1, 2)  # [blocks, K, W]
-        if self.bits == 8:
-            rows = rows.contiguous().view(torch.uint8) ^ 128
-            trailer = torch.tensor([1.0, -128.0])
+        self.sizes, missing = (N, K, G), -N % W
+        if values.dtype == torch.int8:
+            values, self.zero = values.view(torch.uint8) ^ 128, 128
         else:
-            rows = rows[..., ::2] | (rows[..., 1::2] << 4)
-            trailer = torch.tensor([1.0, -8.0]).half()
-        trailer = trailer.view(torch.uint8)
+            self.zero = 8
+        rows = F.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, W)).transpose(1, 2)  # [blocks, K, W]
+        trailer = torch.tensor([1.0, -self.zero]).view(torch.uint8)
         self.register_buffer("table", torch.cat((rows, trailer.expand(*rows.shape[:2], -1)), dim=-1))
         scale = F.pad(scale.float(), (0, 0, 0, missing)).unflatten(0, (-1, W)).transpose(1, 2)  # [blocks, G, W]
         self.register_buffer("scale", scale.contiguous())
@@ -144,17 +141,20 @@ class Bags(nn.Module):
     def num_bytes(self) -> int:
         return self.table.nbytes + self.scale.nbytes
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """x @ weight.T in fp32, [M, K] -> [M, N]"""
+        return self.for_few_rows(len(x))(x) if len(x) <= self.FEW_ROWS else self.many_rows(x.float())
+
     def for_few_rows(self, M: int) -> Callable[[Tensor], Tensor]:
         """x @ weight.T in fp32, [M, K] -> [M, N], in a time that grows with M. What every call needs is looked up
         once: at one row that takes a fifth of a small product's time."""
         if M in self.bound:
             return self.bound[M]
-        (N, K, G), (blocks, _, W), operators = self.sizes, self.scale.shape, torch.ops.quantized
+        (N, K, G), (blocks, _, W) = self.sizes, self.scale.shape
         every = torch.arange(blocks * K, dtype=torch.int32).view(blocks, 1, K).expand(blocks, M, K).flatten()
         ends = torch.arange(0, len(every) + 1, K // G, dtype=torch.int32)
         table, scale = self.table.flatten(0, 1), self.scale[:, None]
-        operator = {8: operators.embedding_bag_byte_rowwise_offsets, 4: operators.embedding_bag_4bit_rowwise_offsets}
-        bag = operator[self.bits].default
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
 
         def product(x: Tensor) -> Tensor:
             weights = x.float().expand(blocks, M, K).reshape(-1)
@@ -167,36 +167,44 @@ class Bags(nn.Module):
         return product
 
     def many_rows(self, x: Tensor) -> Tensor:
-        """x @ weight.T in fp32, [M, K] -> [M, N], by blocks of expanded weights."""
+        """x @ weight.T, fp32 [M, K] -> [M, N], by a few blocks of expanded weights at a time."""
         (N, K, G), (blocks, _, W), M = self.sizes, self.scale.shape, len(x)
-        x, few = x.float(), max(1, self.EXPANDED // (K * W))
-        out = torch.empty(blocks, M, W)
+        few, is_wide = max(1, self.EXPANDED // (K * W)), M >= self.MANY_ROWS
+        y = torch.empty(M, blocks, W)
         for first in range(0, blocks, few):
             part = slice(first, first + few)
-            weight = self.integers(part) if G == 1 else self._scaled(part)
-            torch.bmm(x.expand(len(weight), M, K), weight, out=out[part])
-        if G == 1:
-            out *= self.scale
-        return out.transpose(0, 1).reshape(M, -1)[:, :N]
+            if is_wide:
+                weight = self._expanded(part, together=True)  # oneDNN takes it as it is
+                sums = torch.ops.mkldnn._linear_pointwise(x, weight.flatten(1).T, None, "none", [], "")
+                sums = sums.unflatten(1, (-1, W))
+            else:
+                weight = self._expanded(part)
+                sums = torch.bmm(x.expand(len(weight), M, K), weight).transpose(0, 1)
+            torch.mul(sums, self.scale[part, 0] if G == 1 else 1.0, out=y[:, part])
+        return y.view(M, -1)[:, :N]
 
-    def integers(self, blocks: slice) -> Tensor:
-        """[blocks, K, W], fp32"""
-        operators, table, W = torch.ops.quantized, self.table[blocks], self.scale.shape[-1]
-        if torch.compiler.is_compiling():
-            halves = torch.stack((table[..., : W // 2] & 15, table[..., : W // 2] >> 4), dim=-1).flatten(-2)
-            return table[..., :W].float() - 128 if self.bits == 8 else halves.float() - 8
-        unpack = operators.embedding_bag_byte_unpack if self.bits == 8 else operators.embedding_bag_4bit_unpack
-        return unpack(table.flatten(0, 1)).view(len(table), self.sizes[1], -1)
-
-    def _scaled(self, blocks: slice) -> Tensor:
-        weight, (_, K, G) = self.integers(blocks), self.sizes
-        weight.unflatten(1, (G, K // G)).mul_(self.scale[blocks, :, None])
+    def _expanded(self, blocks: slice, *, together: bool = False) -> Tensor:
+        """Weights of blocks, or integers where a row has one scale: [blocks, K, W]; together: [K, blocks, W]"""
+        (_, K, G), table, scale = self.sizes, self.table[blocks], self.scale[blocks]
+        if together:
+            table, scale = table.transpose(0, 1), scale.transpose(0, 1)
+        weight = self._integers(table)
+        if G > 1:
+            dim = 0 if together else 1
+            weight.unflatten(dim, (G, K // G)).mul_(scale.unsqueeze(dim + 1))
         return weight
+
+    def _integers(self, table: Tensor) -> Tensor:
+        """Those of rows [..., W + 8], fp32 [..., W]"""
+        if torch.compiler.is_compiling():  # which does not know FBGEMM's operators
+            return table[..., : self.scale.shape[-1]].float() - self.zero
+        unpack = torch.ops.quantized.embedding_bag_byte_unpack.default
+        return unpack(table.reshape(-1, table.shape[-1])).view(*table.shape[:-1], -1)
 
     def whole(self, *, scaled: bool) -> Tensor:
         """The weight [N, K], or its integers."""
-        everything = slice(0, len(self.table))
-        weight = self._scaled(everything) if scaled else self.integers(everything)
+        weight = self._expanded(slice(None)) if scaled else self._integers(self.table)
+        weight = weight * self.scale if scaled and self.sizes[2] == 1 else weight
         return weight.transpose(1, 2).flatten(0, 1)[: self.sizes[0]]
 
     def row_scale(self) -> Tensor:
@@ -213,8 +221,8 @@ class FloatProducts(nn.Module):
         super().__init__()
         self.bags, self.half, self.scale = Bags(values, scale), None, None
         # of a decode step for which Bags are faster. The products of SmolLM2-135M's blocks take on one core with AVX2
-        # at 1 and 4 rows 15.5 and 39 ms in int8, 22.6 and 75 in int4; as HalfMatrix 25.6 and 33; in fp32 47 and 63
-        self.most_rows = 2 if self.bags.bits == 8 else 1
+        # at 1 and 4 rows 15.5 and 39 ms in int8; as HalfMatrix 25.6 and 33; in fp32 47 and 63
+        self.most_rows = 2 if scale.shape[1] == 1 else 1
 
     @property
     def num_bytes(self) -> int:
@@ -232,7 +240,7 @@ class FloatProducts(nn.Module):
         return lambda x: product(x).to(x.dtype)
 
     def _become_half(self) -> None:
-        integers_alone = self.bags.bits == 8 and self.bags.sizes[2] == 1
+        integers_alone = self.bags.sizes[2] == 1
         self.half = half_matrix(self.bags.whole(scaled=not integers_alone))
         if self.half is not None:
             self.scale, self.bags = (self.bags.row_scale() if integers_alone else None), None
@@ -244,8 +252,6 @@ class FloatProducts(nn.Module):
         elif self.half is not None:
             y = self.half(x.float())
             y = y if self.scale is None else y.mul_(self.scale)
-        elif len(x) <= 4 * self.most_rows:  # expanding the weights takes as long as the product of so many rows
-            y = self.bags.for_few_rows(len(x))(x)
         else:
-            y = self.bags.many_rows(x)
+            y = self.bags(x)
         return y.to(x.dtype)

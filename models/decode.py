@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from models import decode_cpu
 from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
-from models.cpu_linear import Bags, PackedMatrix, can_pack_weights, has_fbgemm, pack_weight
+from models.cpu_linear import PackedMatrix, can_pack_weights, pack_weight
 from models.lora import LoraLinear, adapter, weight_of
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
-from models.qlinear import QuantizedLinear, Scheme, Schemes, quantize
+from models.qlinear import QuantizedLinear, Schemes
 from models.quantize import load_quantized
 from models.tp import Parallel, leave_parallel, local, size_of
 
@@ -90,43 +91,9 @@ class InferenceLinear(nn.Module):
         return y
 
 
-class QuantizedHead(nn.Module):
-    """A language-model head in int8 on a CPU, as Bags for one row or two. At the first call with more rows the
-    integers, which bf16 holds exactly, become a packed matrix, whose product is faster from there on; the weights are
-    the same, and one form of them is kept."""
-
-    SCHEME = Scheme("int8")
-    MOST_ROWS = 2  # 32000 x 768, bags and packed: 0.46 and 0.93 ms at one row, 0.63 and 1.0 at 2, 1.08 and 0.99 at 4
-
-    def __init__(self, weight: Tensor):
-        """weight: [V, E] bf16, or this tp rank's rows of it. Raises ValueError if it is not finite."""
-        super().__init__()
-        try:
-            values, scale, _ = quantize(weight, self.SCHEME)
-        except ValueError as error:
-            raise ValueError(f"lm_head.weight: {error}") from None
-        self.bags, self.packed, self.scale = Bags(values, scale), None, None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.bags.num_bytes if self.packed is None else self.packed.nbytes + self.scale.nbytes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., E] -> [..., V], fp32"""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.packed is None and len(rows) > self.MOST_ROWS:
-            self.packed = pack_weight(self.bags.whole(scaled=False).to(x.dtype))
-            self.scale, self.bags = self.bags.row_scale(), None
-        if self.packed is None:
-            logits = self.bags.for_few_rows(len(rows))(rows)
-        else:
-            logits = self.packed(rows).float() * self.scale
-        return logits.view(*x.shape[:-1], -1)
-
-
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """Turns a model into its inference copy, in place and block by block, so that memory holds one copy of the weights.
-    The head becomes int8 where the blocks are quantised (int8, int4) and QuantizedHead has its kernels.
+    The head becomes int8 where the blocks are quantised (int8, int4) and the CPU has kernels for it.
 
     pack: reorder the weights for oneDNN (see can_pack); not with torch.compile, which cannot trace such tensors. Raises
     ValueError if a head to be quantised is not finite.
@@ -136,11 +103,8 @@ def to_inference(model: Transformer, *, pack: bool) -> Transformer:
         if block.self_attn.qkv_proj is None:  # else the block is quantised, and fused by that
             _fuse(block, pack)
     if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
-        weight, is_quantized = model.lm_head.weight, isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
-        if is_quantized and pack and weight.dtype == torch.bfloat16 and has_fbgemm():
-            model.lm_head = QuantizedHead(weight)
-        else:
-            model.lm_head = InferenceLinear([model.lm_head], pack=pack)
+        head = decode_cpu.quantized_head(model) if pack else None
+        model.lm_head = head or InferenceLinear([model.lm_head], pack=pack)
     return model.eval()
 
 
@@ -170,7 +134,7 @@ def load_for_inference(
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that one decode step reads: all products; of the embedding it reads a row for each slot."""
-    products = (InferenceLinear, QuantizedLinear, QuantizedHead)
+    products = (InferenceLinear, QuantizedLinear, decode_cpu.QuantizedHead)
     return sum(module.num_bytes for module in model.modules() if isinstance(module, products))
 
 

@@ -8,14 +8,14 @@
 Dimensions: B rows, n of them in a step, V vocabulary, V' this rank's part of it, L steps between two looks of the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.decode_cpu import CPUCache, DecodeLayers
+from models import decode_cpu
 from models.graphs import Network, StepRunner
 from models.model import Transformer
 from models.noise import column_hashes
@@ -37,6 +37,7 @@ class Start(NamedTuple):
 
 
 def advance(
+    sample: Callable[..., tuple[Tensor, Tensor]],
     params: SamplingParams,
     tp: DeviceMesh | None,
     hashes: Tensor,
@@ -81,12 +82,11 @@ class DecodeRows(nn.Module):
         self.device, self.num_rows, config = device, num_rows, model.config
         shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
         options = {"dtype": model.compute_dtype or model.embed_tokens.weight.dtype, "tp": self.tp}
-        self.layers = None
-        if device.type == "cpu" and not compile:
-            self.cache = CPUCache(config, **shape, **options)
-            self.layers = DecodeLayers(model, num_rows, max_seq_len)
-        else:
-            self.cache = PagedCache(config, device=device, **shape, **options)
+        self.network = Network(model, compile=compile)
+        parts = decode_cpu.parts(model, compile=compile, **shape, **options)
+        if parts is None:
+            parts = PagedCache(config, device=device, **shape, **options), self.network, sample
+        self.cache, self.layers, self.draw = parts
         # the state of the rows lives on the device, at fixed addresses
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_rows, dtype=torch.int64, device=device), persistent=False)
@@ -99,16 +99,14 @@ class DecodeRows(nn.Module):
         self.register_buffer("stop_ids", stop_ids, persistent=False)
         is_penalised = params.repetition_penalty != 1
         self.seen = SeenTokens(num_rows, config.vocab_size, device, self.tp) if is_penalised else None
-        self.network = Network(model, compile=compile)
-        self.sample, self.advance = self.network.compiled(sample), self.network.compiled(advance)
+        self.sample, self.advance = self.network.compiled(self.draw), self.network.compiled(advance)
         state = [self.tokens, self.positions, self.remaining, self.active]
         state += [self.seen.table] if is_penalised else []
         self.runner = StepRunner(self.step, num_rows, state) if compile and device.type == "cuda" else None
 
     def begin(self) -> None:
         """Before requests are served: the model may have other weights than before."""
-        if self.layers is not None:
-            self.layers.take_weights()
+        self.layers.take_weights()
         self.active.zero_()
 
     def forget_graphs(self) -> None:
@@ -193,14 +191,11 @@ class DecodeRows(nn.Module):
         them; None for a step that is always the same."""
         tokens, positions, keys, remaining, active = (buffer[:size] for buffer in self._state())
         attend = self.cache.decode(positions, most_pages)
-        if self.layers is None:
-            hidden = self.network.hidden(tokens[None], positions[None], attend)[0]
-        else:
-            hidden = self.layers(tokens, positions, attend)
+        hidden = self.layers(tokens, positions, attend)
         seen = [] if self.seen is None else [self.seen.table[:size]]
         inputs = self.model.lm_head(hidden), tokens, positions, keys, remaining, active, *seen
         inputs = self.network.any_number(0, *inputs)
-        drawn, logprobs = self.advance(self.params, self.tp, self.hashes, self.stop_ids, *inputs)
+        drawn, logprobs = self.advance(self.draw, self.params, self.tp, self.hashes, self.stop_ids, *inputs)
         if self.seen is not None:
             self.seen.add(drawn, self.seen.slots[:size])
         return drawn, logprobs

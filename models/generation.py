@@ -32,7 +32,7 @@ from models.sampling import SamplingParams
 from models.scheduler import Prefill, Scheduler
 from models.sequences import Completion, OnToken, Prompt, Request, Sample
 from models.tokenizer import Tokenizer
-from models.transfer import Download
+from models.transfer import Download, looks_on
 
 PREFILL_TOKENS = 2048  # some ten steps' time of a GPU with few rows, about two with many
 
@@ -87,9 +87,8 @@ class Engine(nn.Module):
             raise ValueError("stop strings need a tokenizer")
         self.model, self.params, self.tokenizer, self.num_slots = model, params, tokenizer, num_slots
         self.device = model.embed_tokens.weight.device
-        on_cpu = self.device.type == "cpu"
-        look_every = look_every or (1 if on_cpu else 4)
-        self.looks_ahead = 0 if on_cpu else 1
+        usual, self.looks_ahead = looks_on(self.device)
+        look_every = look_every or usual
         self.cache_len = -(-max_seq_len // 8) * 8
         num_pages = num_pages or num_slots * pages_for(self.cache_len)
         if num_pages < pages_for(self.cache_len):

@@ -37,6 +37,13 @@ class Network:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return list(tensors)
 
+    def take_weights(self) -> None:
+        """Before steps, whose weights may be others than before; none are kept here."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The hidden states of one new token for each row: tokens, positions int64 [B] -> [B, E]."""
+        return self.hidden(tokens[None], positions[None], attend)[0]
+
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Transformer.forward of packed tokens: input_ids, position_ids [1, N] -> [1, N, E]."""
         model = self.model

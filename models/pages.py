@@ -71,16 +71,21 @@ class PagePool:
             self._users[page] = self._users.get(page, 0) + 1
             self._unused.pop(page, None)
 
-    def publish(self, ids: list[int], pages: list[int]) -> None:
+    def publish(self, ids: list[int], pages: list[int], known: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """The full ones of a sequence's pages, which hold ids from its beginning on, can be found. One that holds what
-        another page does already stays as it is."""
-        node = 0
-        for page, start in zip(pages, range(0, len(ids) - PAGE + 1, PAGE)):
-            name = (node, tuple(ids[start : start + PAGE]))
-            if name not in self._nodes:
+        another page does already stays as it is. Returns how many there are and where they end, which is `known` when
+        the sequence has gone on: hashing tokens takes time."""
+        count, node = known
+        while count < len(pages) and (count + 1) * PAGE <= len(ids):
+            name = (node, tuple(ids[count * PAGE : (count + 1) * PAGE]))
+            found = self._nodes.get(name)
+            if found is None:
                 self._last_node += 1
-                self._nodes[name], self._names[page] = (self._last_node, page), name
-            node = self._nodes[name][0]
+                found = self._nodes[name] = (self._last_node, pages[count])
+                self._names[pages[count]] = name
+            node = found[0]
+            count += 1
+        return count, node
 
     def release_all(self) -> None:
         """No page has a user any more."""

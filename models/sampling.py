@@ -7,9 +7,7 @@
 Dimensions: B rows, V vocabulary, V' a rank's part of it.
 """
 
-import itertools
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +20,7 @@ from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer
 from models.tp import all_reduce, chunk_range, gather_ranks, size_of
-from models.vocab_parallel import gather_vocabulary, pad_vocabulary
-
-CPU_NOISE = 2**18  # numbers of the vocabulary that a CPU samples from at a time: about what its caches hold
+from models.vocab_parallel import pad_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +99,37 @@ class SamplingParams:
             raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
 
 
+Filter = Callable[[Tensor, SamplingParams, int, DeviceMesh | None], tuple[Tensor, Tensor | None]]
+
+
+def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, None]:
+    """(this rank's logits, -inf where a filter drops one; None: there are all of them). Nothing is sorted whole."""
+    if params.top_k:
+        top = logits.topk(min(params.top_k, logits.shape[-1]), dim=-1).values
+        if size_of(tp) > 1:
+            top = gather_ranks(top, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
+        threshold = last_kept(top, top, params.top_p)  # top-p is a share of what top-k has left
+    else:
+        threshold = top_p_threshold(logits, params.top_p, tp)  # by itself: torch 2.11 cannot go on within a call
+    return logits.masked_fill(logits < threshold, float("-inf")), None
+
+
+def last_kept(top: Tensor, within: Tensor, top_p: float) -> Tensor:
+    """The smallest logit that top-p keeps, [B, 1]. top: the largest logits in falling order [B, n], as many as it may
+    keep; within: the logits whose mass is 1."""
+    if top_p >= 1:
+        return top[:, -1:]
+    probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
+    mass_before = probs.cumsum(dim=-1) - probs
+    mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
+    return top.masked_fill(mass_before >= top_p, float("inf")).amin(dim=-1, keepdim=True)
+
+
+def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(the largest score of each row, the first index that has it), [B, 1] each"""
+    return scores.max(dim=-1, keepdim=True)
+
+
 def sample(
     logits: Tensor,
     keys: Tensor,
@@ -111,22 +138,19 @@ def sample(
     params: SamplingParams,
     tp: DeviceMesh | None = None,
     seen: Tensor | None = None,
+    *,
+    filtered: Filter = all_filtered,
+    largest: Callable[[Tensor], tuple[Tensor, Tensor]] = largest_of_rows,
 ) -> tuple[Tensor, Tensor]:
     """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
 
     logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
     SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
     softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
-    the other ranks' logits. A tie goes to the lowest id.
+    the other ranks' logits. A tie goes to the lowest id. filtered, largest: these two steps, where a device does them
+    in another way.
     """
     V, offset = len(hashes), 0
-    few = max(1, CPU_NOISE // V)
-    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if branching and len(logits) > few and size_of(tp) == 1:
-        parts = zip(*(t.split(few) for t in (logits, keys, positions)))
-        seen_parts = itertools.repeat(None) if seen is None else seen.split(few)
-        tokens, logprobs = zip(*(sample(*part, hashes, params, tp, s) for part, s in zip(parts, seen_parts)))
-        return torch.cat(tokens), torch.cat(logprobs)
     logits = logits.float()
     if size_of(tp) > 1:
         offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
@@ -137,10 +161,10 @@ def sample(
         kept = scores if params.temperature == 1 else scores / params.temperature
         logits = kept if seen is None else logits / params.temperature
         if params.top_k or params.top_p < 1:
-            kept, ids = _filter(kept, params, V, tp)
+            kept, ids = filtered(kept, params, V, tp)
         noise = exponential_noise(keys, positions, hashes if ids is None else hashes[ids])
         scores = torch.sub(kept, noise.log_(), out=noise)
-    best, tokens = _largest(scores)
+    best, tokens = largest(scores)
     tokens = tokens if ids is None else ids.gather(-1, tokens)
     if size_of(tp) == 1:  # on the CPU in half the time of logsumexp
         return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
@@ -152,49 +176,6 @@ def sample(
     tokens, chosen = tokens.gather(-1, winner).long(), chosen.gather(-1, winner)
     normaliser = normaliser.logsumexp(dim=-1, keepdim=True)
     return tokens[:, 0], (chosen - normaliser)[:, 0]
-
-
-def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(the largest score of each row, the first index that has it), [B, 1] each. On the CPU a maximum with its index
-    takes ten times as long as one without, so it is taken of a 64th of the columns, where they divide."""
-    if scores.device.type != "cpu" or torch.compiler.is_compiling():
-        return scores.max(dim=-1, keepdim=True)
-    parts = scores.unflatten(-1, (math.gcd(scores.shape[-1], 64), -1))  # [B, parts, V' / parts]
-    part = parts.amax(dim=-1).argmax(dim=-1)
-    best, place = parts[torch.arange(len(part)), part].max(dim=-1, keepdim=True)
-    return best, part[:, None] * parts.shape[-1] + place
-
-
-def _filter(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
-    """(this rank's logits, -inf where a filter drops one; None); or only some of them, with all that the filters keep
-    among them, and their ids in rising order."""
-    branching = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not params.top_k and not branching:  # nothing is sorted or gathered
-        threshold = top_p_threshold(logits, params.top_p, tp)  # by itself: torch 2.11 cannot go on within a call
-        return logits.masked_fill(logits < threshold, float("-inf")), None
-    if params.top_k:
-        few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
-        top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
-        top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
-    else:  # a sort takes a CPU as long as a small model's layers, and the mass is nearly always at the top
-        within = gather_vocabulary(logits, V, tp)
-        few, ids = within.topk(min(1024, V), dim=-1)
-        if ((few - within.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1) < params.top_p).any():
-            few, ids = within.sort(dim=-1, descending=True)
-        top = few
-    threshold = top[:, -1:]
-    if params.top_p < 1:
-        probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
-        mass_before = probs.cumsum(dim=-1) - probs
-        mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
-        threshold = top.masked_fill(mass_before >= params.top_p, float("inf")).amin(dim=-1, keepdim=True)
-    # the noise of few tokens is cheaper than that of all; with top-p alone the few are those of all tp ranks
-    fewer = branching and few.shape[-1] < logits.shape[-1] and (params.top_k or size_of(tp) == 1)
-    if fewer and (few[:, -1:] < threshold).all():
-        ids, order = ids.sort(dim=-1)
-        few = few.gather(-1, order)
-        return few.masked_fill(few < threshold, float("-inf")), ids
-    return logits.masked_fill(logits < threshold, float("-inf")), None
 
 
 @torch.compiler.disable  # 32 rounds would be a hundred kernels to compile

@@ -126,7 +126,7 @@ class Scheduler:
                 batch.done.append(self.filling.popleft())
                 batch.last.append(len(batch.ids) - 1)
         for sample in batch.done:
-            self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
+            sample.published = self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
         return batch
 
     # ------------------------------------------------------------------------------ rows and pages
@@ -140,10 +140,10 @@ class Scheduler:
 
     def release(self, sample: Sample) -> None:
         """Its row and its pages are free, and what is in them can be found."""
-        self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
+        self.pool.publish(sample.ids[: sample.num_cached], sample.pages, sample.published)
         for each in (sample, *sample.followers):
             self.pool.release(each.pages)
-            each.pages, each.num_cached = [], 0
+            each.pages, each.num_cached, each.published = [], 0, (0, 0)
         if sample in self.running:
             del self.running[sample]
             self._free(sample.slot)

@@ -69,6 +69,7 @@ class Sample:
         self.num_left, self.has_ended = request.max_new_tokens, False  # tokens that it may still draw
         self.most_tokens = len(request.prompt_ids) + request.max_new_tokens
         self.slot, self.pages, self.num_cached, self.num_launched = -1, [], 0, 0
+        self.published = (0, 0)  # of PagePool.publish, for its pages
         self.followers: list[Sample] = []  # samples of the same prompt that wait for its prefill
 
     @property
@@ -95,16 +96,16 @@ class Sample:
             count, stopped = min(count, place + 1), place < count
         if count < len(tokens):
             tokens, logprobs = tokens[:count], logprobs[:count]
-        done = self.completion
         self.num_left -= count
         self.ids += tokens
-        done.logprobs += logprobs
-        done.token_ids += tokens[:-1] if stopped else tokens
+        self.completion.logprobs += logprobs
         if on_token is not None:
             for token in tokens:
                 on_token(self.request, token)
         if stopped or not self.num_left:
-            self._end("stop" if stopped else "length", stop_ids=tokens[-1:] if stopped else ())
+            drawn = self.ids[len(self.request.prompt_ids) :]
+            self.completion.token_ids = drawn[:-1] if stopped else drawn
+            self._end("stop" if stopped else "length", stop_ids=drawn[-1:] if stopped else ())
         return count
 
     def check(self, logprobs: Sequence[float]) -> None:

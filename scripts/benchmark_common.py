@@ -30,6 +30,7 @@ SIZES = {
     "tiny": ModelConfig(512, 64, 192, 2, 4, 2, 16, 4096),  # to see that something runs
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
+    "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_word_embeddings=True),  # SmolLM2-135M's
     "0.5b": PRESETS["Qwen/Qwen2.5-0.5B"],
     "1b": PRESETS["meta-llama/Llama-3.2-1B"],
     "1.5b": PRESETS["Qwen/Qwen2.5-1.5B"],
@@ -212,5 +213,9 @@ def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
     memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
     shown = ", ".join(f"{x:.2f}" for x in speeds)
     ran = results[args.peer][-1]["ran"]
-    print(f"ours / {ran}: speed {shown}; memory {statistics.median(memory):.2f}")
+    last = [results[engine][-1] for engine in results]
+    at = ""
+    if all("bits" in result for result in last):  # of weights that each has as it likes
+        at = " at {:.1f} / {:.1f} bits a weight".format(*(result["bits"] for result in last))
+    print(f"ours / {ran}{at}: speed {shown}; memory {statistics.median(memory):.2f}")
     print(json.dumps({"speed_ratios": speeds, "memory_ratios": memory, "ran": ran, "ours": results["ours"][-1]}))

@@ -43,6 +43,11 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
     peer: str = flag("transformers", choices=PEERS["generate"], help="--compare: the engine to alternate with")
 
     llama_cpp_gguf: Path | None = flag(None, help="the peer llama_cpp: the file that it runs")
+    weight_dtype: str | None = flag(
+        None,
+        choices=("float32", "bfloat16"),
+        help="what the random weights are rounded to, as if a folder held them so; --dtype",
+    )
 
     def work(self) -> list[tuple[int, int]]:
         """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them."""
@@ -68,9 +73,14 @@ def generate_setting(args: GenerateArgs) -> str:
 
 @torch.no_grad()
 def random_inference_model(
-    config: ModelConfig, runtime: Runtime, scheme: Scheme | None = None, tp: DeviceMesh | None = None
+    config: ModelConfig,
+    runtime: Runtime,
+    scheme: Scheme | None = None,
+    tp: DeviceMesh | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """The inference copy of random weights, or this tp rank's part of it, built block by block."""
+    """The inference copy of random weights, or this tp rank's part of it, built block by block. weight_dtype: what they
+    are rounded to, where that is less than the computation's."""
     device, dtype, _ = runtime
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp))
@@ -81,6 +91,7 @@ def random_inference_model(
             part = tensor_parallel_part(name, tuple(parameter.shape), tp)
             values = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
             values = values.fill_(1.0) if "norm" in name else values.normal_(0.0, 0.02)
+            values = values.to(weight_dtype or dtype).to(dtype)
             setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
     for block in model.layers:
@@ -127,7 +138,8 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
     for scheme in filter(None, schemes.values()):
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None
-    models = {mode: random_inference_model(config, runtime, scheme, tp) for mode, scheme in schemes.items()}
+    stored = None if args.weight_dtype is None else getattr(torch, args.weight_dtype)
+    models = {mode: random_inference_model(config, runtime, scheme, tp, stored) for mode, scheme in schemes.items()}
     batches = []
     for batch_size in args.sweep or [args.batch_size]:
         batches += measure_batch(models, replace(args, batch_size=batch_size), runtime, bandwidth)
@@ -143,7 +155,8 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
             line += f", speed / {modes[0]} " + ", ".join(f"{ratio:.2f}" for ratio in result["speed_ratios"])
         rows[title] = line.format(**result)
     best = max(batches, key=lambda result: result["tokens_per_second"])
-    return {**best, "rows": rows, "batches": batches}
+    bits = f"{best['bits']:.1f} bits a weight in memory"
+    return {**best, "rows": rows | {"weights": bits}, "batches": batches}
 
 
 def measure_batch(
@@ -171,6 +184,7 @@ def measure_batch(
             "first_token_ms": first,
             "bytes_per_second": bandwidth,
             "mbu": bandwidth / copy_bandwidth,  # of this rank
+            "bits": 8 * weight_bytes(model) / num_product_weights(model.config) * size_of(model.parallel.tp),
             "compile_seconds": sum(run.compile_seconds for run in runs),
             "speed_ratios": [round[mode].rate / next(iter(round.values())).rate for round in rounds[1:]],
         }
@@ -178,6 +192,12 @@ def measure_batch(
             result["products_ms"] = 1e3 * products_seconds(model, batch_size, runtime.device)
         results.append(result)
     return results
+
+
+def num_product_weights(config: ModelConfig) -> int:
+    """Weights of the products of a decode step: the blocks' and the head's."""
+    embedding = config.vocab_size * config.hidden_size
+    return config.num_parameters() - (0 if config.tie_word_embeddings else embedding)
 
 
 class Run(NamedTuple):
@@ -192,6 +212,7 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
     """Serves the requests. Their prompts are computed in every run, though the cache holds those of the run before."""
     engine.pool.forget()
     engine.reset_stats()
+    engine.pool.forget()  # else the prompts' full pages are still there from the run before
     first, start = math.inf, time.perf_counter()
 
     def on_token(request: Request, token: int) -> None:

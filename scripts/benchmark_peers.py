@@ -15,15 +15,18 @@ from scripts.workload import random_ids
 
 
 def llama_cpp(args, runtime: Runtime, bandwidth: float) -> dict:
-    """A GGUF file of the same shape, on as many threads; its bits are the file's, so --quantize is left to who asks."""
+    """A GGUF file of the same shape, on as many threads; its bits are the file's, so --quantize is left to who asks and
+    both bits are said."""
     required("xllamacpp")
     if args.llama_cpp_gguf is None:
         raise ValueError("llama_cpp: give the file to run in --llama_cpp_gguf")
-    from scripts.peer_llama_cpp import measure_llama_cpp
+    from scripts.peer_llama_cpp import check_shape, measure_llama_cpp
 
+    check_shape(args.llama_cpp_gguf, args.config)
     work = [(random_ids(args.config.vocab_size, prompt_len).tolist(), n) for prompt_len, n in args.work()]
     sizes = {"slots": args.batch_size, "threads": torch.get_num_threads(), "repeats": args.repeats}
-    return measure_llama_cpp(args.llama_cpp_gguf, work, **sizes)
+    bits = 8 * args.llama_cpp_gguf.stat().st_size / args.config.num_parameters()
+    return measure_llama_cpp(args.llama_cpp_gguf, work, **sizes) | {"bits": bits}
 
 
 PEERS = {

@@ -5,9 +5,67 @@ decoded at a time, and ends are ignored, so that each answer has as many tokens 
 its rate: the file, whose name and size tell the quantisation, threads and slots.
 """
 
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
+
+from models.model import ModelConfig
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+SHAPE = {  # of ModelConfig, by the keys of a GGUF file behind its architecture's name
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
+
+
+def check_shape(gguf: Path, config: ModelConfig) -> None:
+    """Raises ValueError unless a GGUF file holds a model of this shape: else its speed would say nothing."""
+    found = metadata(gguf)
+    architecture = found.get("general.architecture")
+    sizes = {name: found.get(f"{architecture}.{key}") for name, key in SHAPE.items()}
+    sizes["vocab_size"] = found.get("tokenizer.ggml.tokens")
+    other = [f"{name} {size}, not {getattr(config, name)}" for name, size in sizes.items()]
+    other = [text for text, (name, size) in zip(other, sizes.items()) if size != getattr(config, name)]
+    if other:
+        raise ValueError(f"{gguf}: not of the shape of --preset: {'; '.join(other)}")
+
+
+def metadata(gguf: Path) -> dict[str, str | float | int]:
+    """Keys and values of a GGUF file; of an array its length. Format: github.com/ggml-org/ggml, docs/gguf.md. Raises
+    ValueError for another file, OSError for one that cannot be read."""
+    with open(gguf, "rb") as file:
+        try:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version < 2:
+                raise ValueError
+            return {_string(file): _value(file, *_scalar(file, "I")) for _ in range(count)}
+        except (ValueError, KeyError, struct.error):
+            raise ValueError(f"{gguf}: not a GGUF file") from None
+
+
+def _scalar(file: BinaryIO, code: str) -> tuple:
+    return struct.unpack("<" + code, file.read(struct.calcsize("<" + code)))
+
+
+def _string(file: BinaryIO) -> str:
+    return file.read(*_scalar(file, "Q")).decode()
+
+
+def _value(file: BinaryIO, kind: int) -> str | float | int:
+    if kind == STRING:
+        return _string(file)
+    if kind == ARRAY:
+        of, length = _scalar(file, "IQ")
+        for _ in range(length):
+            _value(file, of)
+        return length
+    return _scalar(file, SCALARS[kind])[0]
 
 
 def measure_llama_cpp(

@@ -11,7 +11,7 @@ from models.decode import to_inference
 from models.generation import Engine, Request
 from models.graphs import StepRunner, graph_sizes
 from models.paged_cache import PagedCache
-from models.sampling import SamplingParams
+from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.stand_ins import Graph

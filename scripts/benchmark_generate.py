@@ -212,7 +212,6 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
     """Serves the requests. Their prompts are computed in every run, though the cache holds those of the run before."""
     engine.pool.forget()
     engine.reset_stats()
-    engine.pool.forget()  # else the prompts' full pages are still there from the run before
     first, start = math.inf, time.perf_counter()
 
     def on_token(request: Request, token: int) -> None:

@@ -20,7 +20,7 @@ import sentencepiece
 import torch
 import transformers
 
-from models.common import run_main
+from models.common import close_bars, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 384
@@ -137,6 +137,7 @@ def run(script: str, *args: object) -> Result:
     """Runs a script's command line (`inference/generate.py`) in this process: the same path as from a shell, without
     the seconds of a new interpreter."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    close_bars()  # of a fixture, under which the script's would be the second
     out, err, code = io.StringIO(), io.StringIO(), 0
     words = list(map(str, args))
     with mock.patch.object(sys, "argv", [script, *words]), redirect_stdout(out), redirect_stderr(err):

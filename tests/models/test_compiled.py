@@ -115,7 +115,6 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     specialises wrongly, C++ that computes something else than the graph, products of int4 too, and a repetition penalty
     whose table a compiled step does not keep. Compiling takes long, so one graph has it all, in one block: those of
     several and of other precisions are above."""
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # more would be processes, which import torch
     shape = {"vocab_size": 2500, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     shape |= {**tiny.QWEN3, "head_dim": 16, "num_hidden_layers": 1, "rope_parameters": tiny.YARN}
     tiny.write_model(tmp_path, **shape)

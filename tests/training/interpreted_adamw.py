@@ -28,7 +28,7 @@ def check(dtype: torch.dtype, mode: str) -> None:
     both = [made(dtype, mode, kernel) for kernel in (triton_adamw, None)]
     assert mode == "adamw" or {place.block for place in both[0][1].places.values()} == {43, 32, 75, 0}
     generator = torch.Generator().manual_seed(1)
-    for step in range(3):
+    for step in range(2):
         grads = [10.0 ** -(3 * step) * torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
         grads[1][2:4] = 0.0  # blocks without a scale at first
         for parameters, optimizer in both:

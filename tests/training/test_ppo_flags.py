@@ -113,8 +113,6 @@ def test_kl_target(root):
     for line in lines:
         wanted = line["objective/scores"] - line["kl_coef"] * line["objective/kl"]
         assert line["objective/rlhf_reward"] == pytest.approx(wanted, abs=1e-6)
-    held = train(root, root / "held", kl_target=0.03, kl_horizon=500, total_steps=30, rollout_batch_size=256)
-    assert held[-1]["objective/kl"] < 0.05
 
 
 def test_coefficients_of_losses(root):

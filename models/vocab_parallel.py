@@ -130,6 +130,8 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("the loss of the head goes backward once: its gradients were scaled in place")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         grad_hidden = (grad_hidden.float() * grad).to(grad_hidden.dtype)  # a bf16 factor would be off by up to 0.4 %
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype)

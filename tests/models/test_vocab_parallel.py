@@ -42,3 +42,12 @@ def test_logprobs_in_bf16():
     expected = F.log_softmax((hidden @ weight.bfloat16().T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_backward():
+    """Catches gradients that a second backward scales once more, or a crash that does not say why."""
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = vocab_parallel.linear_cross_entropy(hidden, weight, torch.tensor([0, 4, 2]))
+    torch.autograd.grad(loss, weight, retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once"):
+        torch.autograd.grad(loss, weight)

@@ -64,18 +64,20 @@ class Lora(NamedTuple):
         return f"LoRA of rank {self.r}, {scale}{dropout}, in {count} layers; base {self.scheme or 'frozen'}"
 
 
-class _QuantizedProduct(torch.autograd.Function):
-    """x W^T; the integers have no gradient, and W exists in neither direction for longer than its product."""
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + bias; only x has a gradient, and W exists in neither direction for longer than its product."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(packed, scale)
-        ctx.bits = bits
-        return F.linear(x, _dequantized(bits, packed, scale, x.dtype))
+    def forward(ctx, x: Tensor, *base) -> Tensor:
+        term = Term(*base)
+        ctx.save_for_backward(term.weight, term.scale)
+        ctx.unpack = term.unpack
+        return F.linear(x, term.matrix(x.dtype), term.bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ _dequantized(ctx.bits, *ctx.saved_tensors, grad.dtype), None, None, None
+        weight = Term(*ctx.saved_tensors, unpack=ctx.unpack).matrix(grad.dtype)
+        return grad @ weight, *[None] * len(Term._fields)
 
 
 def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +85,7 @@ def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -
 
 
 class LoraLinear(nn.Module):
-    """A Linear or RowLinear whose weight is frozen, with adapters, or without where it is only quantised."""
+    """A Linear or RowLinear whose weight is frozen, with adapters or without."""
 
     def __init__(
         self,
@@ -129,11 +131,15 @@ class LoraLinear(nn.Module):
         adapted = self.has_adapters and self.adapter is not None
         if adapted and self.dropout is not None:
             return None
-        bias = None if self.bias is None or self._is_part() else local(self.bias).to(dtype)
         A, B = (factor.to(dtype) for factor in self._factors()) if adapted else (None, None)
+        return self._frozen(dtype)._replace(A=A, B=B, scaling=self.scaling)
+
+    def _frozen(self, dtype: torch.dtype) -> Term:
+        """Without an update."""
+        bias = None if self.bias is None or self._is_part() else local(self.bias).to(dtype)
         if self.weight is None:
-            return Term(self.packed, self.scale, bias, A, B, self.scaling, partial(_dequantized, self.bits))
-        return Term(local(self.weight).to(dtype), None, bias, A, B, self.scaling)
+            return Term(self.packed, self.scale, bias, unpack=partial(_dequantized, self.bits))
+        return Term(local(self.weight), bias=bias)
 
     def finish(self, y: Tensor) -> Tensor:
         if not self._is_part():
@@ -143,13 +149,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
-        rows, is_part = x.flatten(0, -2), self._is_part()
-        bias = None if self.bias is None else local(self.bias).to(x.dtype)
-        if self.weight is None:
-            y = _QuantizedProduct.apply(rows, self.packed, self.scale, self.bits)
-            y = y if bias is None or is_part else y + bias
-        else:
-            y = F.linear(rows, local(self.weight).to(x.dtype), None if is_part else bias)
+        rows = x.flatten(0, -2)
+        y = _FrozenProduct.apply(rows, *self._frozen(x.dtype))
         if self.has_adapters and self.adapter is not None:
             A, B = (factor.to(x.dtype) for factor in self._factors())
             if self.dropout is not None:
@@ -192,10 +193,9 @@ def add_adapters(model: Transformer, lora: Lora) -> None:
     model.lora = lora
     model.dropout = TokenDropout(lora.dropout, lora.seed) if lora.dropout else None
     for number, layer in enumerate(linear_layers(len(model.layers))):
-        if layer in lora.layers or lora.scheme is not None:
-            options = {"has_adapters": layer in lora.layers, "number": number, "dropout": model.dropout}
-            linear = model.get_submodule(layer)
-            model.set_submodule(layer, LoraLinear(linear, lora, model.parallel, **options))
+        options = {"has_adapters": layer in lora.layers, "number": number, "dropout": model.dropout}
+        linear = model.get_submodule(layer)
+        model.set_submodule(layer, LoraLinear(linear, lora, model.parallel, **options))
     if lora.with_critic:
         with torch.device("meta"):
             model.score = ScoreHead(model.config.hidden_size)

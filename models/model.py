@@ -217,7 +217,7 @@ class Linear(nn.Linear):
 
     def term(self, dtype: torch.dtype) -> Term:
         """What this rank multiplies by, for products() and for forward."""
-        return Term(local(self.weight).to(dtype), bias=None if self.bias is None else local(self.bias).to(dtype))
+        return Term(local(self.weight), bias=None if self.bias is None else local(self.bias).to(dtype))
 
     def finish(self, y: Tensor) -> Tensor:
         """The output, of what the term comes to."""
@@ -225,7 +225,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         term = self.term(x.dtype)
-        return self.finish(F.linear(x, term.weight, term.bias))
+        return self.finish(F.linear(x, term.matrix(x.dtype), term.bias))
 
 
 class RowLinear(Linear):
@@ -236,7 +236,7 @@ class RowLinear(Linear):
         self.parallel = parallel
 
     def term(self, dtype: torch.dtype) -> Term:
-        return super().term(dtype) if size_of(self.parallel.tp) == 1 else Term(local(self.weight).to(dtype))
+        return super().term(dtype) if size_of(self.parallel.tp) == 1 else Term(local(self.weight))
 
     def finish(self, y: Tensor) -> Tensor:
         if size_of(self.parallel.tp) == 1:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 class Term(NamedTuple):
     """What a layer computes: x W^T + bias + scaling (x A^T) B^T, all in the dtype of x."""
 
-    weight: Tensor  # [N, K], or with unpack integers
+    weight: Tensor  # [N, K] as it is stored: of any dtype, or with unpack integers
     scale: Tensor | None = None  # of the integers
     bias: Tensor | None = None  # [N]
     A: Tensor | None = None  # [r, K]
@@ -30,7 +30,8 @@ class Term(NamedTuple):
     unpack: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None  # (weight, scale, dtype) -> [N, K]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        return self.weight if self.unpack is None else self.unpack(self.weight, self.scale, dtype)
+        """W for a product of this dtype; what is stored otherwise should not exist in it for longer."""
+        return self.weight.to(dtype) if self.unpack is None else self.unpack(self.weight, self.scale, dtype)
 
 
 TENSORS = 5  # of a Term, which come first

@@ -19,10 +19,11 @@ KINDS = {  # name: (model, adapters in, how the base is quantised)
     "qwen3, its heads normed": ({"model_type": "qwen3"}, (), None),
     "adapters in some layers": ({"model_type": "qwen2"}, ADAPTED, None),
     "adapters on integers": ({}, ADAPTED, Scheme("int8")),
+    "adapters on bf16": ({}, ADAPTED, None, torch.bfloat16),
 }
 
 
-def random_model(config=(), adapted=(), scheme=None):
+def random_model(config=(), adapted=(), scheme=None, dtype=None, dropout=0.0):
     torch.manual_seed(1)
     shape = {"vocab_size": 64, "hidden_size": E, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -31,12 +32,14 @@ def random_model(config=(), adapted=(), scheme=None):
     if adapted:
         names = (n.removesuffix(".weight") for n in shapes)
         layers = frozenset(name for name in names if name.rpartition(".")[2] in adapted)
-        add_adapters(model, Lora(3, 6.0, False, 0.0, layers, scheme, {}, Path(), "", 0))
+        add_adapters(model, Lora(3, 6.0, False, dropout, layers, scheme, {}, Path(), "", 0))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     for name, module in model.named_modules():
         if scheme is not None and module in lora_layers(model):
             module.set_quantized(quantize(torch.randn(shapes[f"{name}.weight"]) / 8, scheme))
+        if dtype is not None and name.endswith("_proj"):
+            module.weight.data = module.weight.to(dtype)
     return model
 
 
@@ -72,26 +75,43 @@ def test_gradients_are_autograds(kind):
         assert torch.equal(model(IDS), output) or model.lora is not None  # updates are added in another order there
 
 
-@pytest.mark.parametrize("kind", ["llama with biases", "adapters in some layers"])
-def test_what_a_step_keeps(kind):
-    """Catches numbers kept for the backward that it can compute from others: of a token in each block there should be
-    its place in the residual stream twice, q, k, v, attention, gate and up, and little beside."""
-    model = random_model(*KINDS[kind])
+def kept_by(model):
+    """(the output, what is kept for its backward beside the model's own tensors): a tensor of each storage."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other gets its address
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor  # held, so that no other gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(IDS)
-    numbers = sum(nbytes for nbytes, _ in kept.values()) / 4 / (B * T)
+    return output, list(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama with biases", "adapters in some layers", "adapters on bf16"])
+def test_what_a_step_keeps(kind):
+    """Catches numbers kept for the backward that it can compute from others: of a token in each block there should be
+    its place in the residual stream twice, q, k, v, attention, gate and up, and little beside."""
+    model = random_model(*KINDS[kind])
+    output, kept = kept_by(model)
+    numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept) / 4 / (B * T)
     q, kv = 4 * 8, 2 * 8
     low = 3 * 5 * bool(model.lora)  # of each adapter, r
     block = 2 * E + 2 * q + 2 * kv + 2 * FFN + low + 2 + 4  # what 1 / the root of the mean square is, and logsumexp
     outside = E + 1 + 2 * 8 / B  # the last norm, and what rotates the tokens of every row
     assert numbers == pytest.approx(LAYERS * block + outside, rel=0.03), (numbers, LAYERS * block + outside)
     assert output.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["adapters on integers", "adapters on bf16"])
+def test_a_frozen_weight_is_kept_as_it_is_stored(kind):
+    """Catches a base that is kept a second time in the dtype of the products, from the forward until the backward.
+    Dropout has another path."""
+    config, adapted, scheme, *dtype = KINDS[kind]
+    model = random_model(config, adapted, scheme, *dtype or [None], dropout=0.1)
+    model.dropout.positions = torch.arange(T).expand(B, T)
+    _, kept = kept_by(model)
+    assert kept and not [t.shape for t in kept if {*t.shape[-2:]} <= {E, FFN, 2 * 8}]

@@ -162,9 +162,7 @@ class _Norm(torch.autograd.Function):
         x, rstd, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
         if x.device.type == "cuda":  # a kernel, which CPUs lack
-            given = (grad.float().contiguous(), x.float(), weight.shape, rstd, weight, [needs_x, needs_weight])
-            of_x, of_weight = torch.ops.aten._fused_rms_norm_backward(*given)
-            return of_x.to(x.dtype) if needs_x else None, of_weight, None
+            return *_norm_gradients_by_kernel(grad, x, rstd, weight, [needs_x, needs_weight]), None
         unit = x.float() * rstd
         weighted = grad * unit
         of_weight = weighted.flatten(0, -2).sum(0) if needs_weight else None
@@ -173,6 +171,13 @@ class _Norm(torch.autograd.Function):
         mean = (weighted @ weight).div_(len(weight))[..., None]
         of_x = torch.mul(grad, weight).addcmul_(unit, mean, value=-1).mul_(rstd)
         return of_x.to(x.dtype), of_weight, None
+
+
+def _norm_gradients_by_kernel(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, needs: list[bool]) -> tuple:
+    """(of x, of weight), None where not needed."""
+    given = (grad.float().contiguous(), x.float(), weight.shape, rstd, weight, needs)
+    of_x, of_weight = torch.ops.aten._fused_rms_norm_backward(*given)
+    return of_x.to(x.dtype) if needs[0] else None, of_weight if needs[1] else None
 
 
 def gated(gate: Tensor, up: Tensor) -> tuple[Tensor, Kept]:

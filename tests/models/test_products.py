@@ -6,7 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._decomp import decomposition_table
 
+from models import products
 from models.lora import Lora, add_adapters, lora_layers
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme, quantize
@@ -115,3 +117,21 @@ def test_a_frozen_weight_is_kept_as_it_is_stored(kind):
     model.dropout.positions = torch.arange(T).expand(B, T)
     _, kept = kept_by(model)
     assert kept and not [t.shape for t in kept if {*t.shape[-2:]} <= {E, FFN, 2 * 8}]
+
+
+@pytest.mark.parametrize("needs", [[True, True], [True, False], [False, True]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_a_gpu(needs, dtype):
+    """Catches arguments that the GPU's kernel for a norm's gradients takes otherwise, by what torch says it computes:
+    its decomposition, which runs anywhere. The oracle is autograd."""
+    x, grad = torch.randn(2, B, T, E).to(dtype)
+    x, weight = x.requires_grad_(), torch.randn(E, requires_grad=True)
+    torch.nn.functional.rms_norm(x.float(), (E,), weight, 1e-5).to(dtype).backward(grad)
+    rstd = (x.detach().float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    kernel = torch.ops.aten._fused_rms_norm_backward
+    with mock.patch.object(torch.ops.aten, "_fused_rms_norm_backward", decomposition_table[kernel.default]):
+        of = products._norm_gradients_by_kernel(grad, x.detach(), rstd, weight.detach(), needs)
+    for found, wanted, needed in zip(of, (x.grad, weight.grad), needs):
+        if needed:
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert needed or found is None

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 
+from models.chats import content_of, read_chat
 from models.records import Record, get_answer
 
 
@@ -52,7 +53,8 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
     """The final answer in a record's completion."""
     text = get_answer(record, steps=separator is not None)
     if isinstance(text, list):  # messages, or steps
-        text = text[-1]["content"] if separator is None else "".join(step + separator for step in text)
+        is_chat = separator is None
+        text = content_of(read_chat(text).messages[-1]) if is_chat else "".join(step + separator for step in text)
     try:
         answer = find_answer(text)
     except Exception as error:  # a function of the user's can fail in any way

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.functions import short
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}])|[{LEARN}{LEARNT}]")
 
@@ -82,7 +83,7 @@ class ChatTemplate:
         # Keys without a value are hidden from the template, as in transformers. Beside tool_calls, which may have no
         # content, DeepSeek's asks for None, and others for text.
         for content in ({}, {"content": None}, {"content": ""}):
-            shown = [{**content, **{key: value for key, value in m.items() if value is not None}} for m in messages]
+            shown = [{**content, **_with_reasoning(message)} for message in messages]
             try:
                 return self._compiled.render(messages=shown, _generation=marks, **values)
             except jinja2.TemplateSyntaxError as error:
@@ -108,6 +109,14 @@ class ChatTemplate:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.combine(self.today, time()).strftime
         return environment.from_string(self.source)
+
+
+def _with_reasoning(message: dict) -> dict:
+    """What a message has, its thoughts under the names that templates read, whichever the record has: as transformers
+    (5.23), which prefers them in this order."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((message[name] for name in REASONING if name in message), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 class _Generation(Extension):

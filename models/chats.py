@@ -14,10 +14,8 @@ learnt.
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import ChatTemplate, Rendering
+from models.chat_template import REASONING, ChatTemplate, Rendering
 from models.tokenizer import Tokenizer
-
-REASONING = ("reasoning_content", "reasoning", "thinking")  # an assistant's, beside its content
 
 
 class Chat(NamedTuple):

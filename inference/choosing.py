@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable
 
 from models.chats import content_of, read_chat
-from models.records import Record, get_answer
+from models.records import Record, get_answer, stated_prompt
 
 
 def group_of(line: dict) -> str:
-    """What the samples of one prompt have in common: the prompt, and generate.py's number of it where there is one."""
-    return json.dumps([line.get("idx"), line.get("prompt", line.get("input"))])
+    """What the samples of one prompt have in common: the prompt with all that is asked beside it, and generate.py's
+    number of it where there is one."""
+    beside = [line.get(name) or None for name in ("system", "tools")]
+    return json.dumps([line.get("idx"), stated_prompt(Record("line", line)), *beside])
 
 
 def choose_best(lines: list[dict]) -> list[dict]:

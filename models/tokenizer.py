@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
-from models.chat_template import ChatTemplate, read_chat_template
+from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
 from models.joins import Joins, splits_words
@@ -25,7 +25,7 @@ from models.streaming import StreamDecoder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_USE)
 FILES = ("tokenizer.json", "tokenizer.model", *SETTINGS)
 
 
@@ -75,8 +75,8 @@ class Tokenizer:
         if self.eos_token_id not in (None, *self._behind) and config.get("add_eos_token"):
             self._behind = [*self._behind, self.eos_token_id]
         self.adds_bos = self.bos_token_id is not None and self._before[:1] == [self.bos_token_id]
-        self.today, source = today or chat_day(None), read_chat_template(folder, config)
-        self.chat_template = None if source is None else ChatTemplate(source, folder, names, self.today)
+        self.today, sources = today or chat_day(None), read_chat_template(folder, config)
+        self.chat_template = ChatTemplate(sources, folder, names, self.today) if sources else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. add_special_tokens: with the BOS and EOS that the folder asks for."""
@@ -101,7 +101,7 @@ class Tokenizer:
 
     def files(self) -> list[Path]:
         """All that the ids and the chat template may come from."""
-        return [path for name in FILES if (path := self.config_path.with_name(name)).is_file()]
+        return [path for name in FILES if (path := self.config_path.parent / name).is_file()]
 
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""

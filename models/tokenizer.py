@@ -67,7 +67,7 @@ class Tokenizer:
         self.base_vocab_size, added = self._file.size, self._file.added_tokens()
         self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
         self.added_ids, self.byte_ids = frozenset(added), self._file.byte_ids
-        named = {names.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        named = names.values()
         self.special_ids = frozenset(i for i, token in added.items() if token.special or token.content in named)
         self._before, self._behind = self._file.around
         if self.bos_token_id not in (None, *self._before) and config.get("add_bos_token", self._file.bos_by_default):
@@ -229,15 +229,20 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     more = [_token(entry, True) for entry in (more.values() if isinstance(more, dict) else more)]
     special = {token.content for token in (*named.values(), *more)}
     listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
-    listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    known = {token.content for token in file.added_tokens().values()}
+    decoder = {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    listed |= decoder
+    known = {token.content: token for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:
             token.special = token.special or token.content in special
             file.add(token, i)
-            known.add(token.content)
+            known[token.content] = token
             if i not in (None, file.token_to_id(token.content)):
                 raise ValueError(f"{token.content!r} has the id {i}, but the next free one is another")
+        elif i in decoder and i == file.token_to_id(token.content):  # its flags count, as in transformers
+            token.special = token.special or known[token.content].special
+            if token.__getstate__() != known[token.content].__getstate__():
+                file.add(token, i)
     return {name: token.content for name, token in named.items()}
 
 

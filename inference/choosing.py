@@ -7,12 +7,15 @@ import json
 import math
 from collections.abc import Callable
 
-from models.records import Record, get_answer
+from models.chats import content_of, read_chat
+from models.records import Record, get_answer, stated_prompt
 
 
 def group_of(line: dict) -> str:
-    """What the samples of one prompt have in common: the prompt, and generate.py's number of it where there is one."""
-    return json.dumps([line.get("idx"), line.get("prompt", line.get("input"))])
+    """What the samples of one prompt have in common: the prompt with all that is asked beside it, and generate.py's
+    number of it where there is one."""
+    beside = [line.get(name) or None for name in ("system", "tools")]
+    return json.dumps([line.get("idx"), stated_prompt(Record("line", line)), *beside])
 
 
 def choose_best(lines: list[dict]) -> list[dict]:
@@ -52,7 +55,8 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
     """The final answer in a record's completion."""
     text = get_answer(record, steps=separator is not None)
     if isinstance(text, list):  # messages, or steps
-        text = text[-1]["content"] if separator is None else "".join(step + separator for step in text)
+        is_chat = separator is None
+        text = content_of(read_chat(text).messages[-1]) if is_chat else "".join(step + separator for step in text)
     try:
         answer = find_answer(text)
     except Exception as error:  # a function of the user's can fail in any way

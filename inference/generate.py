@@ -52,7 +52,6 @@ from models.identity import AcceptArgs, begun_with
 from models.memory import plan_cache
 from models.quantize import QuantizeArgs, choose_scheme
 from models.record_files import Record
-from models.records import stated_prompt
 from models.sampling import SamplingArgs
 from models.shared import check_shared
 from models.sharing import shared_work
@@ -146,7 +145,8 @@ def main(args: GenerateArgs) -> None:
     output = LineWriter(args.output_file, begun, active, num_lines) if in_file else nullcontext(LinePrinter(active))
     with output as writer, TokenCounter(work.total) as counter:
         for completion in engine.generate(source.requests(numbers, done, work), counter.count):
-            writer.write(line_of(completion, source.record_of(completion.request), args.return_token_ids))
+            record = source.record_of(completion.request)
+            writer.write(line_of(completion, source.asked(record), record, args.return_token_ids))
             counter.bar.update(work.done() - counter.bar.n)
         work.close()
         counter.bar.update(work.num_done - counter.bar.n)
@@ -202,12 +202,12 @@ class LinePrinter:
             print(encode_line(line, encoding).decode(encoding), end="", flush=True)
 
 
-def line_of(completion: Completion, record: Record, return_token_ids: bool) -> dict:
-    """A sample as it is written; the record's other fields follow (carried_fields)."""
+def line_of(completion: Completion, prompt: str | list[dict], record: Record, return_token_ids: bool) -> dict:
+    """A sample as it is written, with the prompt as it was asked; the record's other fields follow (carried_fields)."""
     line = {
         "idx": completion.request.idx,
         "sample_idx": completion.request.sample_idx,
-        "prompt": stated_prompt(record),
+        "prompt": prompt,
         "output": completion.text,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.token_ids),

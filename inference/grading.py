@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from inference.choosing import group_of
 from inference.lines import LineWriter, read_begun
+from models.chats import content_of, read_chat
 from models.common import card, is_main_rank, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader
 from models.identity import begun_with
@@ -62,8 +63,7 @@ def _answer_of(record: Record) -> tuple[str, str, dict]:
         texts = []
         for name, text in (("prompt", prompt), ("completion", answer)):
             if isinstance(text, list):
-                contents = [message.get("content") if isinstance(message, dict) else None for message in text]
-                text = "\n".join(content for content in contents if isinstance(content, str))
+                text = "\n".join(map(content_of, read_chat(text, what=name).messages))
             require(isinstance(text, str), f"{name} must be text or a list of messages, not a {type(text).__name__}")
             texts.append(text)
     return *texts, record.fields

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, on_main, read_json_object, write_json
+from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json
 from models.identity import CONTENTS, changed_flags
 from models.shared import hold
 from models.sharing import wait_for_all_ranks
@@ -75,8 +75,9 @@ def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
 def write_lines(path: Path, lines: list[dict]) -> None:
     """Writes a whole file of JSON lines at once: beside and renamed."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_bytes(b"".join(map(encode_line, lines)))
-    os.replace(staging, path)
+    with naming_file(path):
+        staging.write_bytes(b"".join(map(encode_line, lines)))
+        os.replace(staging, path)
 
 
 class LineWriter:
@@ -93,12 +94,13 @@ class LineWriter:
         self.turn = output_file.with_name(f".{output_file.name}.turn")
 
     def write(self, line: dict) -> None:
-        if self.file is not None:
-            self.file.write(encode_line(line))
-            self.file.flush()
-        elif self.active:
-            with in_turn(self.turn), open(self.output_file, "ab") as file:  # opened anew: NFS finds the end that is now
-                file.write(encode_line(line))
+        with naming_file(self.output_file):
+            if self.file is not None:
+                self.file.write(encode_line(line))
+                self.file.flush()
+            elif self.active:
+                with in_turn(self.turn), open(self.output_file, "ab") as file:  # anew: NFS finds the end that is now
+                    file.write(encode_line(line))
 
     def __enter__(self) -> "LineWriter":
         on_main(self._begin)

@@ -25,7 +25,7 @@ from models.common import at_least_one, flag, progress_bar, short_bar
 from models.forked import map_in_processes, num_cores
 from models.generation import Request
 from models.record_files import Items, Lines, Record, chunks_of
-from models.records import check_ids, cut_prompt, encode_prompt, get_prompt, naming, require
+from models.records import check_ids, cut_prompt, encode_prompt, get_prompt, naming, require, stated_prompt
 
 BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
 NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the cache must have room for
@@ -203,6 +203,14 @@ class PromptSource:
         if num_open > 1:
             self._open[request.idx] = record, num_open - 1
         return record
+
+    def asked(self, record: Record) -> str | list[dict]:
+        """The record's prompt as the model got it: messages with --chat and --system, so that whoever reads the line
+        scores, or learns, the answer to the same."""
+        prompt = stated_prompt(record)
+        if self.args.chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return [*self.opening, *prompt] if self.opening else prompt
 
     def notes(self) -> dict[str, str]:
         """A row of the card, or none."""

@@ -9,7 +9,7 @@
 import json
 import re
 from datetime import date, datetime, time
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.functions import short
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+TOOL_USE = "additional_chat_templates/tool_use.jinja"  # of a folder
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}])|[{LEARN}{LEARNT}]")
 
 
@@ -33,15 +35,28 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """source: in Jinja; folder: for messages; tokens: {"bos_token": ...}; today: what it is told."""
+    """sources: in Jinja, the "default" and maybe another for chats with tools, "tool_use"; folder: for messages;
+    tokens: {"bos_token": ...}; today: what it is told."""
 
-    def __init__(self, source: str, folder: Path, tokens: dict[str, str], today: date):
-        self.source, self.folder, self._tokens, self.today = source, folder, tokens, today
+    def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
+        self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
+        self.source = "".join(sources.values())  # to look for a word in
         self.leads: dict[tuple, str] = {}  # what it writes between a message and its answer, see models/chats.py
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool, tools: list | None = None) -> str:
         """Raises ValueError if the template is none, or refuses these messages."""
         return self._render(messages, add_generation_prompt, tools, ("", ""))
+
+    def render_open(self, messages: list[dict], *, tools: list | None = None) -> str:
+        """The text of a chat up to where the content of its last message ends, which an answer goes on from; white
+        space there stays if the template keeps it. Raises ValueError as render does, and if the content is not in the
+        text."""
+        marked = {**messages[-1], "content": f"{messages[-1]['content']}{END} "}
+        text = self.render([*messages[:-1], marked], add_generation_prompt=False, tools=tools)
+        before, mark, behind = text.rpartition(END)
+        if not mark:
+            raise ValueError(f"{self.folder}: the chat template leaves out what the answer goes on from")
+        return before if behind.startswith(" ") else before.rstrip()
 
     def locate(self, text: str, messages: list[dict], tools: list | None = None) -> Rendering | None:
         """Where the messages are in `text`, which is theirs without a generation prompt; None if the template does not
@@ -82,17 +97,17 @@ class ChatTemplate:
         # Keys without a value are hidden from the template, as in transformers. Beside tool_calls, which may have no
         # content, DeepSeek's asks for None, and others for text.
         for content in ({}, {"content": None}, {"content": ""}):
-            shown = [{**content, **{key: value for key, value in m.items() if value is not None}} for m in messages]
+            shown = [{**content, **_with_reasoning(message)} for message in messages]
             try:
-                return self._compiled.render(messages=shown, _generation=marks, **values)
+                return self._compiled(bool(tools)).render(messages=shown, _generation=marks, **values)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
             except Exception as error:  # the template is a program of its own: it can fail in any way
                 failure = failure or error
         raise ValueError(f"{self.folder}: chat template failed: {short(failure)}") from failure
 
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
+    @cache  # noqa: B019 (a process has one or two templates, for as long as it runs)
+    def _compiled(self, has_tools: bool) -> jinja2.Template:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
@@ -107,7 +122,16 @@ class ChatTemplate:
         environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.combine(self.today, time()).strftime
-        return environment.from_string(self.source)
+        default = self.sources["default"]
+        return environment.from_string(self.sources.get("tool_use", default) if has_tools else default)
+
+
+def _with_reasoning(message: dict) -> dict:
+    """What a message has, its thoughts under the names that templates read, whichever the record has: as transformers
+    (5.23), which prefers them in this order."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((message[name] for name in REASONING if name in message), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 class _Generation(Extension):
@@ -134,19 +158,21 @@ def _between_marks(i: int, content: str) -> str:
     return f"{before}{OPEN}{i}{BEGIN}{core}{OPEN}{i}{END}{behind}" if core else content
 
 
-def read_chat_template(folder: Path, config: dict) -> str | None:
-    """The template's source, from chat_template.jinja or the contents of tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable: {short(error)}") from error
+def read_chat_template(folder: Path, config: dict) -> dict[str, str]:
+    """The sources of the folder's templates by name, {} if it has no "default": from tokenizer_config.json, and before
+    that chat_template.jinja, and additional_chat_templates beside it."""
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is not None and not isinstance(template, str):
+    if not isinstance(template, dict):
+        template = {} if template is None else {"default": template}
+    paths = {"default": folder / "chat_template.jinja", "tool_use": folder / TOOL_USE}
+    if paths["default"].is_file():
+        template = {}
+    try:
+        template |= {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: its chat templates are not readable: {short(error)}") from error
+    if not all(isinstance(source, str) for source in template.values()):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a string nor a list of them")
-    return template
+    return template if "default" in template else {}

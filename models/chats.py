@@ -14,10 +14,8 @@ learnt.
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import ChatTemplate, Rendering
+from models.chat_template import REASONING, ChatTemplate, Rendering
 from models.tokenizer import Tokenizer
-
-REASONING = ("reasoning_content", "reasoning", "thinking")  # an assistant's, beside its content
 
 
 class Chat(NamedTuple):
@@ -26,6 +24,12 @@ class Chat(NamedTuple):
     messages: list[dict]
     learnt: list[bool]
     tools: list | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last message is the beginning of the assistant's answer, which goes on from there."""
+        last = self.messages[-1]
+        return last["role"] == "assistant" and bool(content_of(last).strip()) and not last.get("tool_calls")
 
     def before(self, answer: "Chat") -> "Chat":
         """The chat in which `answer` follows this one, which is not learnt."""
@@ -85,12 +89,18 @@ def content_of(message: dict) -> str:
 
 
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
-    """The text of a prompt, up to the assistant's header; ValueError if the template leaves any of it out."""
+    """The text of a prompt, up to the assistant's header, or to the end of what the assistant has begun to say;
+    ValueError if the template leaves any of it out."""
     template, chat_alone = tokenizer.chat_template, {"messages": chat.messages, "tools": chat.tools}
     prompt = tokenizer.apply_chat_template(**chat_alone, add_generation_prompt=True)
     text = template.render(**chat_alone, add_generation_prompt=False)
     _check_rendered(chat, text, template.locate(text, **chat_alone), template)
-    return prompt
+    if not chat.is_open:
+        return prompt
+    begun = template.render_open(**chat_alone)
+    if not _holds(begun, chat.messages[-1]):
+        raise ValueError("the chat template leaves out a part of the last message, which the answer goes on from")
+    return begun
 
 
 class Turns(NamedTuple):

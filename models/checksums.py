@@ -73,7 +73,8 @@ def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None
     for name, tensors in tensors_of.items():
         header_digest = digest(folder / name, size=_header_bytes(folder / name))
         weights[name] = {"header": header_digest, "tensors": tensors}
-    files = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name not in weights}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in weights]
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
     content = json.dumps({"files": files, "weights": weights}, indent=1, ensure_ascii=False)
     (folder / CHECKSUMS).write_text(content, encoding="utf-8")
 

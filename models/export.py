@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.chat_template import TOOL_USE
 from models.checkpoint import hf_name
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank, read_json_object
@@ -44,6 +45,7 @@ COPIED_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_USE,
 )
 
 
@@ -87,7 +89,7 @@ def save_folder(
             _write_json(staging / "config.json", config)
             write_checksums(staging, digests)
             _write_switch(staging, config)
-            for path in staging.iterdir():
+            for path in _files_in(staging):
                 shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
                 _sync(path)
             _sync(staging)
@@ -166,6 +168,7 @@ def _write_shards(
 def _copy_files(staging: Path, source: str | Path | None, json_changes: dict[str, dict]) -> None:
     for name in COPIED_FILES if source is not None else ():
         if (Path(source) / name).is_file():
+            (staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, staging / name)
     for name, changes in json_changes.items():
         content = read_json_object(staging / name, missing_ok=True)
@@ -207,18 +210,25 @@ def _take_names(folder: Path) -> None:
     """Gives the staged files their usual names, config.json last. They keep their staged names until then, and it can
     be done again from the start, after a kill."""
     staging = folder / STAGING
-    paths = [path for path in staging.iterdir() if path.name not in ("config.json", SWITCH_CONFIG, SWITCH_INDEX, LINK)]
+    others = ("config.json", SWITCH_CONFIG, SWITCH_INDEX, LINK)
+    paths = [path for path in _files_in(staging) if path.name not in others]
     paths.sort(key=lambda path: path.name == INDEX)  # after the shards that it lists
     (folder / INDEX).unlink(missing_ok=True)
     for old in [folder / WEIGHTS, *folder.glob("model-*-of-*.safetensors")]:
         if old.name not in {path.name for path in paths}:
             old.unlink(missing_ok=True)
     for path in paths:
-        _link(path, folder / path.name)
+        target = folder / path.relative_to(staging)
+        target.parent.mkdir(exist_ok=True)
+        _link(path, target)
     _sync(folder)
     _link(staging / "config.json", folder / "config.json")
     _sync(folder)
     shutil.rmtree(staging)
+
+
+def _files_in(staging: Path) -> list[Path]:
+    return [path for path in staging.rglob("*") if path.is_file()]
 
 
 def _link(path: Path, target: Path) -> None:

@@ -202,6 +202,8 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    elif path.suffix != ".json":
+        raise ValueError(f"{path}: is a file; what is read is a Hugging Face folder with safetensors, no GGUF")
     return read_json_object(path), str(path)
 
 

@@ -281,6 +281,10 @@ def encode_answered(
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         return encode_completion(prompt, answer, tokenizer)
     is_text = isinstance(answer, str)
+    if is_text and prompt.is_open:
+        example, counts = _answered(prompt, answer, tokenizer)
+        end = ids_at_the_end(prompt, tokenizer)
+        return Example(example.input_ids + end, example.labels + end), counts
     messages = [{"role": "assistant", "content": answer}] if is_text else answer
     require(isinstance(messages, list), f"{name} must be text or a list of messages, not a {type(answer).__name__}")
     require(messages, f"{name} holds no message")

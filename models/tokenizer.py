@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
-from models.chat_template import ChatTemplate, read_chat_template
+from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
 from models.joins import Joins, splits_words
@@ -25,7 +25,7 @@ from models.streaming import StreamDecoder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_USE)
 FILES = ("tokenizer.json", "tokenizer.model", *SETTINGS)
 
 
@@ -67,7 +67,7 @@ class Tokenizer:
         self.base_vocab_size, added = self._file.size, self._file.added_tokens()
         self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
         self.added_ids, self.byte_ids = frozenset(added), self._file.byte_ids
-        named = {names.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        named = names.values()
         self.special_ids = frozenset(i for i, token in added.items() if token.special or token.content in named)
         self._before, self._behind = self._file.around
         if self.bos_token_id not in (None, *self._before) and config.get("add_bos_token", self._file.bos_by_default):
@@ -75,8 +75,8 @@ class Tokenizer:
         if self.eos_token_id not in (None, *self._behind) and config.get("add_eos_token"):
             self._behind = [*self._behind, self.eos_token_id]
         self.adds_bos = self.bos_token_id is not None and self._before[:1] == [self.bos_token_id]
-        self.today, source = today or chat_day(None), read_chat_template(folder, config)
-        self.chat_template = None if source is None else ChatTemplate(source, folder, names, self.today)
+        self.today, sources = today or chat_day(None), read_chat_template(folder, config)
+        self.chat_template = ChatTemplate(sources, folder, names, self.today) if sources else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. add_special_tokens: with the BOS and EOS that the folder asks for."""
@@ -101,7 +101,7 @@ class Tokenizer:
 
     def files(self) -> list[Path]:
         """All that the ids and the chat template may come from."""
-        return [path for name in FILES if (path := self.config_path.with_name(name)).is_file()]
+        return [path for name in FILES if (path := self.config_path.parent / name).is_file()]
 
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""
@@ -229,15 +229,20 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     more = [_token(entry, True) for entry in (more.values() if isinstance(more, dict) else more)]
     special = {token.content for token in (*named.values(), *more)}
     listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
-    listed |= {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    known = {token.content for token in file.added_tokens().values()}
+    decoder = {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    listed |= decoder
+    known = {token.content: token for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:
             token.special = token.special or token.content in special
             file.add(token, i)
-            known.add(token.content)
+            known[token.content] = token
             if i not in (None, file.token_to_id(token.content)):
                 raise ValueError(f"{token.content!r} has the id {i}, but the next free one is another")
+        elif i in decoder and i == file.token_to_id(token.content):  # its flags count, as in transformers
+            token.special = token.special or known[token.content].special
+            if token.__getstate__() != known[token.content].__getstate__():
+                file.add(token, i)
     return {name: token.content for name, token in named.items()}
 
 

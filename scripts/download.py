@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.chat_template import TOOL_USE
 from models.common import flag, run_script
 
 # What a folder needs beside its weights, by lower-case name; only from the top level of the repository.
@@ -40,6 +41,7 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_USE,
     "licen[cs]e*",
     "use_policy*",
     "notice*",
@@ -50,9 +52,9 @@ WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.b
 
 
 def small_files(names):
-    """The config, tokenizer, licence and readme files among a repository's file names (top level only: fnmatch's *
-    takes slashes too)."""
-    top = [name for name in names if "/" not in name]
+    """The config, tokenizer, licence and readme files among a repository's file names (top level only, but for a second
+    chat template: fnmatch's * takes slashes too)."""
+    top = [name for name in names if "/" not in name or name == TOOL_USE]
     return [name for name in top if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
 
 

@@ -47,6 +47,14 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+def labels_of(runs: list[Path]) -> list[str]:
+    """What each run is called in the legend: the name of its folder, or of a file that is not called as in a run's, and
+    of equal names as much before it as tells them apart."""
+    places = [(run.parent if run.name == "metrics.jsonl" else run).resolve() for run in runs]
+    names = [[Path(*place.parts[-n:]).as_posix() for place in places] for n in range(1, 20)]
+    return next((few for few in names if len(set(few)) == len(set(places))), names[-1])
+
+
 def smoothed(values: list[float], window: int) -> list[float]:
     """The mean of each value and the window - 1 before it."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / (min(i + 1, window)) for i in range(len(values))]
@@ -73,8 +81,8 @@ def main(args: PlotArgs) -> None:
 
     if output_file.suffix.lower() != ".png":
         raise ValueError(f"--output_file {output_file}: must end in .png")
-    series = [(run, read_metrics(run)) for run in runs]
-    known = {name for _, curves in series for name in curves}
+    series, labels = [read_metrics(run) for run in runs], labels_of(runs)
+    known = {name for curves in series for name in curves}
     for name in metrics or ():
         if name not in known:
             raise ValueError(f"--metrics {name}: no run has it; there are {', '.join(sorted(known))}")
@@ -86,13 +94,13 @@ def main(args: PlotArgs) -> None:
     height = 2.8 * rows + 0.6  # inches; the last 0.6 for the legend and the label of the x-axes
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height), squeeze=False)
     for axis, name in zip(axes.flat, drawn):
-        for i, (run, curves) in enumerate(series):
+        for i, (label, curves) in enumerate(zip(labels, series)):
             if name in curves:
                 steps, values = zip(*curves[name])
                 style = {"color": f"C{i % 10}", "marker": "." if len(steps) < 12 else None}
                 if window > 1:
                     axis.plot(steps, values, alpha=0.25, **style)
-                axis.plot(steps, smoothed(values, window), label=run.name, **style)
+                axis.plot(steps, smoothed(values, window), label=label, **style)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)

@@ -174,7 +174,7 @@ def test_chat_prompts_go_through_the_template(chat_folder, tmp_path):
     as_chat = lines_of(generate(chat_folder, "--prompt", text, "--chat"))
     as_text = lines_of(generate(chat_folder, "--prompt", "<s>" + spelled))
     plain = lines_of(generate(chat_folder, "--prompt", text))
-    assert as_messages[0]["prompt"] == messages and as_chat[0]["prompt"] == text
+    assert as_messages[0]["prompt"] == as_chat[0]["prompt"] == messages
     assert as_messages[0]["output"] == as_chat[0]["output"] == as_text[0]["output"] != plain[0]["output"]
     assert as_chat[0]["logprob"] == pytest.approx(as_text[0]["logprob"], abs=1e-4)
 
@@ -189,7 +189,7 @@ def test_a_system_message(chat_folder, tmp_path):
     for prompt in ("1 plus 2", [user]):
         prompts = tiny.write_records(tmp_path / "p.jsonl", [{"prompt": prompt}])
         (line,) = lines_of(generate(chat_folder, "--prompt_file", prompts, *flags))
-        assert line == {**spelled[0], "prompt": prompt}
+        assert line == spelled[0]
     tiny.assert_refused(generate(chat_folder, "--prompt_file", tmp_path / "s.jsonl", *flags), "s.jsonl:1", "system")
 
 

@@ -1,6 +1,7 @@
 """scripts/plot_metrics.py: what it reads, what it draws, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,12 @@ def test_refusals(runs, tmp_path):
     ):
         tiny.assert_refused(tiny.run("scripts/plot_metrics.py", *args), word)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_runs_of_one_name_have_labels_of_their_own(tmp_path, monkeypatch):
+    """Catches a legend in which two runs are one, since their folders, or their files, have the same name."""
+    monkeypatch.chdir(tmp_path)
+    runs = [Path("a/ppo"), tmp_path / "b/ppo/metrics.jsonl"]
+    assert plot_metrics.labels_of(runs) == ["a/ppo", "b/ppo"]
+    assert plot_metrics.labels_of([*runs[:1], Path("c/metrics.jsonl"), Path("c")]) == ["ppo", "c", "c"]
+    assert plot_metrics.labels_of([Path("x.jsonl"), Path("y.jsonl")]) == ["x.jsonl", "y.jsonl"]

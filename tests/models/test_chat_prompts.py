@@ -1,0 +1,92 @@
+"""Chats that a model answers, as transformers (5.23) renders them: begun answers, templates for tools, thoughts."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from models.chats import read_chat, text_of_chat
+from models.export import save_folder
+from models.records import encode_answer, encode_generated
+from models.tokenizer import Tokenizer
+from tests.models.test_tokenizer import byte_level_folder
+
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TRIMS = PLAIN.replace("m.content", "m.content | trim")
+DROPS = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")
+TOOLS = "{{ tools | tojson }}" + PLAIN
+THOUGHTS = PLAIN.replace("{{ m.content }}", "{{ m.NAME or '' }}|{{ m.content }}")
+USER = {"role": "user", "content": "1 plus 2"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def opened(folder, template, files=None):
+    """(the folder's tokenizer here, and in transformers). template: as in tokenizer_config.json."""
+    byte_level_folder(folder, "llama3", eos_token="<|end_of_text|>")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    for name, text in (files or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("template", (PLAIN, TRIMS))
+@pytest.mark.parametrize("begun", ("It is", " It is ", "It\nis\n"))
+def test_an_answer_that_has_begun_goes_on(tmp_path, template, begun):
+    """Catches a begun answer that is ended, with another answer opened behind it; in training and scoring too."""
+    tokenizer, oracle = opened(tmp_path, template)
+    messages = [USER, {"role": "assistant", "content": begun}]
+    text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    chat = read_chat(messages)
+    assert text_of_chat(chat, tokenizer) == text
+    row, _ = encode_answer(chat, "3", tokenizer)
+    assert row.input_ids == encode_generated(chat, "3", tokenizer, finished=True)
+    assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == text + "3<|eot_id|>"
+
+
+def test_a_begun_answer_is_whole(tmp_path):
+    """Catches thoughts that the template drops, without which the answer would go on from something else."""
+    tokenizer, _ = opened(tmp_path, DROPS)
+    with pytest.raises(ValueError, match="leaves out a part of the last message"):
+        text_of_chat(read_chat([USER, {"role": "assistant", "content": "<think>hm</think>It is"}]), tokenizer)
+
+
+LISTED = [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": TOOLS}]
+BESIDE = {"chat_template.jinja": PLAIN, "additional_chat_templates/tool_use.jinja": TOOLS}
+
+
+@pytest.mark.parametrize(("template", "files"), ((LISTED, {}), (TOOLS, BESIDE)))
+def test_a_template_for_tools(tmp_path, template, files):
+    """Catches tools that are refused, or written by the default template, where the folder has another for them; and an
+    export without it."""
+    tokenizer, oracle = opened(tmp_path / "in", template, files)
+    save_folder(tmp_path / "out", [("norm.weight", torch.ones(1))], config={}, copy_from=tmp_path / "in")
+    exported = Tokenizer(tmp_path / "out")
+    for tools in (None, [TOOL]):
+        text = oracle.apply_chat_template([USER], tools=tools, tokenize=False, add_generation_prompt=True)
+        chat = read_chat([USER], {"tools": tools})
+        assert text_of_chat(chat, tokenizer) == text_of_chat(chat, exported) == text
+    assert json.dumps(TOOL) in text
+    assert tokenizer.files() and {path.name for path in tokenizer.files()} == {path.name for path in exported.files()}
+
+
+def test_the_file_counts_alone(tmp_path):
+    """Catches a template for tools that is taken from tokenizer_config.json beside a chat_template.jinja."""
+    tokenizer, _ = opened(tmp_path, LISTED, {"chat_template.jinja": PLAIN})
+    with pytest.raises(ValueError, match="tools: the chat template has no place"):
+        text_of_chat(read_chat([USER], {"tools": [TOOL]}), tokenizer)
+
+
+@pytest.mark.parametrize("read", ("reasoning_content", "thinking"))
+@pytest.mark.parametrize("stated", ("reasoning_content", "reasoning", "thinking"))
+def test_thoughts_have_one_name_or_another(tmp_path, read, stated):
+    """Catches thoughts that are left out of a prompt since the template reads them under another name."""
+    tokenizer, oracle = opened(tmp_path, THOUGHTS.replace("NAME", read))
+    messages = [USER, {"role": "assistant", "content": "3", stated: "hm"}, USER]
+    text = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text_of_chat(read_chat(messages), tokenizer) == text and "hm|3" in text

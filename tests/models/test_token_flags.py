@@ -1,0 +1,49 @@
+"""What a token is, where tokenizer.json and tokenizer_config.json say otherwise of it: as transformers reads both."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from models.tokenizer import Tokenizer
+from tests.models.test_tokenizer import byte_level_folder
+
+TOKEN = "<|eot_id|>"
+TEXTS = (f"x {TOKEN} y", f"x{TOKEN}y")
+
+
+def edited(folder, in_file, in_config, **settings):
+    """The folder's tokenizer here, and in transformers. in_file, in_config: flags of the token; in_config None: the
+    config lists no tokens."""
+    byte_level_folder(folder, "llama3", eos_token="<|end_of_text|>")
+    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    file, config = json.loads(path.read_text()), json.loads(config_path.read_text())
+    for token in file["added_tokens"]:
+        token.update(in_file if token["content"] == TOKEN else {})
+    listed = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in file["added_tokens"]}
+    if in_config is not None:
+        for token in listed.values():
+            token.update(in_config if token["content"] == TOKEN else {})
+        config["added_tokens_decoder"] = listed
+    path.write_text(json.dumps(file))
+    config_path.write_text(json.dumps({**config, **settings}))
+    return Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("flag", ("lstrip", "rstrip", "single_word"))
+@pytest.mark.parametrize("in_file", (True, False))
+def test_flags_of_the_config_count(tmp_path, flag, in_file):
+    """Catches a token that takes the spaces around it, or not, against added_tokens_decoder: other ids."""
+    ours, oracle = edited(tmp_path, {flag: in_file}, {flag: not in_file})
+    assert [ours.encode(text, False) for text in TEXTS] == oracle(list(TEXTS), add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("in_file", (True, False))
+@pytest.mark.parametrize("in_config", (True, False, None))
+@pytest.mark.parametrize("settings", ({}, {"sep_token": TOKEN}, {"image_token": TOKEN}))
+def test_special_tokens_are_no_text(tmp_path, in_file, in_config, settings):
+    """Catches a token in the text of an answer that either file has for special, or that has a name."""
+    in_config = None if in_config is None else {"special": in_config}
+    ours, oracle = edited(tmp_path, {"special": in_file}, in_config, **settings)
+    ids = oracle(f"x{TOKEN}y", add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)

@@ -6,6 +6,7 @@
   where it went: characters that Unicode reserves for no text
 """
 
+import copy
 import json
 import re
 from datetime import date, datetime, time
@@ -84,7 +85,11 @@ class ChatTemplate:
         for content in ({}, {"content": None}, {"content": ""}):
             shown = [{**content, **{key: value for key, value in m.items() if value is not None}} for m in messages]
             try:
-                return self._compiled.render(messages=shown, _generation=marks, **values)
+                text = self._compiled.render(messages=shown, _generation=marks, **values)
+                if any(json.dumps(each, ensure_ascii=False) in text for each in _texts_of_objects(shown)):
+                    shown = [_with_objects(message) for message in shown]
+                    text = self._compiled.render(messages=shown, _generation=marks, **values)
+                return text
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
             except Exception as error:  # the template is a program of its own: it can fail in any way
@@ -125,6 +130,41 @@ class _Generation(Extension):
             return jinja2.nodes.Output([jinja2.nodes.Getitem(name, jinja2.nodes.Const(i), "load")])
 
         return jinja2.nodes.Scope([mark(0), *body, mark(1)], lineno=line)
+
+
+def _functions_of(message: dict) -> list[dict]:
+    """What a message calls, {"name", "arguments"} each, as far as it is what OpenAI's format says."""
+    calls = message.get("tool_calls")
+    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    functions = [call.get("function", call) for call in calls]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def _object_in(text: object) -> dict | None:
+    """The JSON object that a text is."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _texts_of_objects(messages: list[dict]) -> list[str]:
+    """The arguments of calls that are the text of an object. OpenAI's format has them so; most templates write an
+    object, and of its text a JSON string, which nobody who reads the answer would take for arguments."""
+    arguments = [function.get("arguments") for message in messages for function in _functions_of(message)]
+    return [each for each in arguments if _object_in(each) is not None]
+
+
+def _with_objects(message: dict) -> dict:
+    """A message whose calls have objects in the place of their texts."""
+    if not _texts_of_objects([message]):
+        return message
+    message = copy.deepcopy(message)
+    for function in _functions_of(message):
+        value = _object_in(function.get("arguments"))
+        function |= {} if value is None else {"arguments": value}
+    return message
 
 
 def _between_marks(i: int, content: str) -> str:

@@ -11,6 +11,7 @@ learnt.
   generated, the generation prompt followed by the content as it stands; earlier turns are not learnt, which is counted
 """
 
+import json
 from functools import cache
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ class Chat(NamedTuple):
     messages: list[dict]
     learnt: list[bool]
     tools: list | None = None
+
+    @property
+    def opens_the_answer(self) -> bool:
+        """Whether the last message is the beginning of the answer, from which the model goes on, as in TRL."""
+        last = self.messages[-1]
+        return last["role"] == "assistant" and bool(content_of(last)) and not last.get("tool_calls")
 
     def before(self, answer: "Chat") -> "Chat":
         """The chat in which `answer` follows this one, which is not learnt."""
@@ -52,6 +59,11 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
     tools = fields.get("tools") or None
+    if isinstance(tools, str):  # as data sets keep them whose columns have types
+        try:
+            tools = json.loads(tools) or None
+        except ValueError:
+            raise ValueError("tools must be a list of objects, or its JSON text") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("tools must be a list of objects")
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools)
@@ -89,8 +101,20 @@ def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     template, chat_alone = tokenizer.chat_template, {"messages": chat.messages, "tools": chat.tools}
     prompt = tokenizer.apply_chat_template(**chat_alone, add_generation_prompt=True)
     text = template.render(**chat_alone, add_generation_prompt=False)
-    _check_rendered(chat, text, template.locate(text, **chat_alone), template)
-    return prompt
+    place = template.locate(text, **chat_alone)
+    _check_rendered(chat, text, place, template)
+    return text[: _end_of_opening(chat, text, place)] if chat.opens_the_answer else prompt
+
+
+def _end_of_opening(chat: Chat, text: str, place: Rendering | None) -> int:
+    """Where an answer goes on behind the opening that the last message is."""
+    last = len(chat.messages) - 1
+    if place is None or last not in place.ends:
+        raise ValueError(f"message {last} opens the answer, and the chat template does not write it as it stands")
+    content = content_of(chat.messages[last])
+    space = content[len(content.rstrip()) :]  # which templates strip, or do not
+    end = place.ends[last]
+    return end + len(space) * text.startswith(space, end)
 
 
 class Turns(NamedTuple):

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -453,7 +454,11 @@ class Metrics:
         elif report_to == "wandb":
             import wandb
 
-            run = wandb.init(dir=output_dir, name=output_dir.name, resume="allow")
+            # one run there, whose steps it takes once, however often this one is resumed
+            id_file = output_dir / "wandb_id.txt"
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(8))
+            run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
             self._report = lambda step, values: run.log(values, step=step)
             self._close = run.finish
 

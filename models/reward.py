@@ -185,7 +185,8 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, Enco
         chosen, counts = encode_answer(prompt, chosen, tokenizer, "chosen")
         rejected, others = encode_answer(prompt, rejected, tokenizer, "rejected")
         prompt_length = min(chosen.prompt_length, rejected.prompt_length)
-        assert chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
+        same = chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
+        require(same, "the chat template writes the prompt otherwise before chosen than before rejected")
         return Pair(prompt_length, chosen, rejected, margin), EncodingCounts(*map(max, zip(counts, others)))
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -320,6 +321,8 @@ class Run:
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
+            if not self.args.merge:
+                on_main(lambda: remove_merged(folder))
             write_adapter(folder, adapter_tensors(model), model.lora, told)
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
@@ -390,6 +393,15 @@ def check_writable(folder: Path) -> None:
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
             raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
+
+
+def remove_merged(folder: Path) -> None:
+    """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
+    the adapter that is written now."""
+    if (folder / MERGED).is_dir():
+        with naming_file(folder / MERGED):
+            shutil.rmtree(folder / MERGED)
+        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes it anew")
 
 
 def check_installed(report_to: str) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 
-from models.checkpoint import open_folder
+from models.checkpoint import model_folder, open_folder
 from models.records import Limits, Record, get_prompt, text_of
+from models.reward import encode_pair_record
+from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import encode_sft_file, encode_sft_record
 from training.preferences import encode_pair_file
@@ -137,3 +139,28 @@ def test_checkpoints_of_other_flags(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint can be read by this run, .*weight.*flags") as caught:
         load_newest_checkpoint(tmp_path, models[1], torch.optim.SGD(models[1].parameters()))
     assert "remove" not in str(caught.value)
+
+
+def test_no_stale_merged_model(folder, tmp_path):
+    """Catches the merged model of a run's earlier end, left beside a later adapter by --no-merge: whoever names the
+    run's folder as --checkpoint_path would get it; and that nobody is told what such a folder lacks."""
+    out, data = tmp_path / "out", tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "completion": " b"}\n')
+    flags = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--lora_r", 1, "--batch_size", 1]
+    flags += ["--lr_schedule", "constant", "--warmup_ratio", 0]
+    tiny.run("training/finetune_sft.py", *flags, "--max_steps", 1)
+    assert model_folder(out) == out / "merged"
+    later = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2, "--resume", "--no-merge")
+    assert f"{out / 'merged'}: removed" in later.stdout and model_folder(out) == out
+    with pytest.raises(FileNotFoundError, match="holds an adapter and no merged model"):
+        open_folder(model_folder(out), None, 1)
+
+
+def test_answers_of_other_prompts(chat_folder, tmp_path):
+    """Catches a traceback where a template writes the prompt by what follows it, so that a pair has two prompts."""
+    path = shutil.copytree(chat_folder, tmp_path / "model")
+    template = TEMPLATE.replace("ARGUMENTS", "0")
+    (path / "chat_template.jinja").write_text("{{ messages | length }}" + template)
+    record = Record("f:1", {"prompt": [USER], "chosen": [YES], "rejected": [NO, USER, NO]})
+    with pytest.raises(ValueError, match="f:1: the chat template writes the prompt otherwise before chosen"):
+        encode_pair_record(record, open_folder(path, None, 1).tokenizer)

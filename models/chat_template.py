@@ -6,6 +6,7 @@
   where it went: characters that Unicode reserves for no text
 """
 
+import copy
 import json
 import re
 from datetime import date, datetime, time
@@ -99,7 +100,7 @@ class ChatTemplate:
         for content in ({}, {"content": None}, {"content": ""}):
             shown = [{**content, **_with_reasoning(message)} for message in messages]
             try:
-                return self._compiled(bool(tools)).render(messages=shown, _generation=marks, **values)
+                return _written(self._compiled(bool(tools)), shown, {**values, "_generation": marks})
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
             except Exception as error:  # the template is a program of its own: it can fail in any way
@@ -149,6 +150,54 @@ class _Generation(Extension):
             return jinja2.nodes.Output([jinja2.nodes.Getitem(name, jinja2.nodes.Const(i), "load")])
 
         return jinja2.nodes.Scope([mark(0), *body, mark(1)], lineno=line)
+
+
+def _written(template: jinja2.Template, messages: list[dict], values: dict) -> str:
+    """The text of a chat. OpenAI's format has the arguments of calls as the text of an object; most templates write an
+    object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail."""
+    texts = _texts_of_objects(messages)
+    try:
+        text = template.render(messages=messages, **values)
+        if not any(json.dumps(each, ensure_ascii=False) in text for each in texts):
+            return text
+    except Exception:
+        if not texts:
+            raise
+    return template.render(messages=[_with_objects(message) for message in messages], **values)
+
+
+def _functions_of(message: dict) -> list[dict]:
+    """What a message calls, {"name", "arguments"} each, as far as it is what OpenAI's format says."""
+    calls = message.get("tool_calls")
+    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    functions = [call.get("function", call) for call in calls]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def _object_in(text: object) -> dict | None:
+    """The JSON object that a text is."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _texts_of_objects(messages: list[dict]) -> list[str]:
+    """The arguments of calls that are the text of an object."""
+    arguments = [function.get("arguments") for message in messages for function in _functions_of(message)]
+    return [each for each in arguments if _object_in(each) is not None]
+
+
+def _with_objects(message: dict) -> dict:
+    """A message whose calls have objects in the place of their texts."""
+    if not _texts_of_objects([message]):
+        return message
+    message = copy.deepcopy(message)
+    for function in _functions_of(message):
+        value = _object_in(function.get("arguments"))
+        function |= {} if value is None else {"arguments": value}
+    return message
 
 
 def _between_marks(i: int, content: str) -> str:

@@ -11,6 +11,7 @@ learnt.
   generated, the generation prompt followed by the content as it stands; earlier turns are not learnt, which is counted
 """
 
+import json
 from functools import cache
 from typing import NamedTuple
 
@@ -56,6 +57,11 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
     tools = fields.get("tools") or None
+    if isinstance(tools, str):  # as data sets keep them whose columns have types
+        try:
+            tools = json.loads(tools) or None
+        except ValueError:
+            raise ValueError("tools must be a list of objects, or its JSON text") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("tools must be a list of objects")
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools)

@@ -198,6 +198,11 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
+        if not path.is_file() and path.with_name("adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"{path.parent}: holds an adapter and no merged model; merge it (its run does, with --resume --merge), "
+                "or give the model that it was made for, and this folder as --adapter_path"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():

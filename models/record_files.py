@@ -18,6 +18,11 @@ class Record(NamedTuple):
     where: str  # "file:line" or "file: item 3", for messages
     fields: dict
 
+    @property
+    def given(self) -> dict:
+        """The fields that have a value: where records of several forms share columns, the others' are null."""
+        return {name: value for name, value in self.fields.items() if value is not None}
+
 
 class Lines(NamedTuple):
     """Whole lines of a JSONL file."""

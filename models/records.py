@@ -58,19 +58,21 @@ def require(condition: bool, complaint: str) -> None:
 
 
 def get_field(record: Record, *names: str) -> object:
-    """The first of these fields that the record has; ValueError if it has none."""
-    for name in names:
-        if name in record.fields:
-            return record.fields[name]
+    """The first of these fields that the record has; ValueError if it has none. None only if all it has are null."""
+    for fields in (record.given, record.fields):
+        for name in names:
+            if name in fields:
+                return fields[name]
     raise ValueError(f"{record.where}: the field {names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})")
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
     """The record's `prompt` (or `input`) as it stands there; of Alpaca's, `instruction` and, in a line of its own, its
     `input`."""
-    if "instruction" not in record.fields or "prompt" in record.fields:
+    given = record.given
+    if "instruction" not in given or "prompt" in given:
         return get_field(record, "prompt", "input")
-    parts = [record.fields["instruction"], record.fields.get("input") or ""]
+    parts = [given["instruction"], given.get("input", "")]
     require(all(isinstance(part, str) for part in parts), f"{record.where}: instruction and input must be text")
     return "\n".join(part for part in parts if part)
 
@@ -221,11 +223,12 @@ class Example:
         return isinstance(other, Example) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
-def eos_ids(tokenizer: Tokenizer) -> list[int]:
-    """The EOS that training puts behind a text; ValueError if the folder names none."""
-    folder = tokenizer.config_path.parent
-    require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no EOS token to train")
-    return [tokenizer.eos_token_id]
+def end_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """What training puts behind a text of these ids: EOS, unless the text itself ends with it, as many data sets are
+    written. ValueError if the folder names none."""
+    eos, folder = tokenizer.eos_token_id, tokenizer.config_path.parent
+    require(eos is not None, f"{folder}: the tokenizer has no EOS token to train")
+    return [] if [*ids[-1:]] == [eos] else [eos]
 
 
 def encode_parts(
@@ -249,7 +252,7 @@ def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Ex
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
     """(prompt, completion and EOS, with loss on the latter two; what happened)"""
     example, counts = _answered(prompt, completion, tokenizer)
-    end = eos_ids(tokenizer)
+    end = end_of(example.labels, tokenizer)
     return Example(example.input_ids + end, example.labels + end), counts
 
 
@@ -309,7 +312,7 @@ def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
 
 def is_sample(record: Record) -> bool:
     """Whether generate.py wrote it: then `output` is the answer, whatever fields the prompt's record had."""
-    return "finish_reason" in record.fields
+    return "finish_reason" in record.given
 
 
 def get_answer(record: Record, *, steps: bool) -> str | list:
@@ -319,7 +322,7 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
         require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
         require(isinstance(answer, str), f"output must be text, not a {type(answer).__name__}")
         return answer
-    if steps and "completions" in record.fields:
+    if steps and "completions" in record.given:
         return get_steps(record)
     answer = get_field(record, "completion", "output")
     require(not steps or isinstance(answer, str), f"completion must be text, not a {type(answer).__name__}")

@@ -185,7 +185,8 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, Enco
         chosen, counts = encode_answer(prompt, chosen, tokenizer, "chosen")
         rejected, others = encode_answer(prompt, rejected, tokenizer, "rejected")
         prompt_length = min(chosen.prompt_length, rejected.prompt_length)
-        assert chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
+        same = chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
+        require(same, "the chat template writes the prompt otherwise before chosen than before rejected")
         return Pair(prompt_length, chosen, rejected, margin), EncodingCounts(*map(max, zip(counts, others)))
 
 
@@ -194,7 +195,7 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         require(isinstance(side, str | list), f"{name} must be text or a list of messages, not a {type(side).__name__}")
     require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
-    has_prompt = not record.fields.keys().isdisjoint({"prompt", "input", "instruction"})
+    has_prompt = not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
     prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None
     if isinstance(chosen, str):
         return prompt, chosen, rejected
@@ -270,8 +271,8 @@ def finite_number(name: str, value: object) -> float:
 
 
 def is_pair(record: Record) -> bool:
-    answered = is_sample(record) or record.fields.keys() & {"completion", "completions", "output"}
-    return not answered and not record.fields.keys().isdisjoint({"chosen", "rejected"})
+    answered = is_sample(record) or record.given.keys() & {"completion", "completions", "output"}
+    return not answered and not record.given.keys().isdisjoint({"chosen", "rejected"})
 
 
 def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> tuple[list[Scored], EncodingCounts]:

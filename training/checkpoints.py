@@ -139,14 +139,17 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimi
     if not listed:
         say(f"{output_dir}: no checkpoint to resume from, starting from the beginning")
         return 0
+    reasons = []
     for path in reversed(listed):
         step, reason = int(path.name[5:]), _load(path, model, optimizer)
         if reason is None:
             say(f"{path}: resuming after step {step}")
             return step
+        reasons.append(reason)
         say(f"{path}: broken, trying the one before ({reason})")
     raise ValueError(
-        f"{output_dir / 'checkpoints'}: no checkpoint can be read; remove them to start from the beginning"
+        f"{output_dir / 'checkpoints'}: no checkpoint can be read by this run, the newest since {reasons[0]}; give the "
+        "flags that they were written with, or take another --output_dir to start from the beginning"
     )
 
 

@@ -24,7 +24,7 @@ from models.records import (
     Limits,
     encode_answered,
     encode_chat,
-    eos_ids,
+    end_of,
     get_field,
     get_prompt,
     naming,
@@ -134,13 +134,14 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
     `prompt` + `completion`: loss on the completion and EOS. `messages`, or a prompt in messages: loss on the
     assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS.
     """
-    fields = record.fields
+    given = record.given or record.fields
     with naming(record):
-        if "messages" in fields:
-            return encode_chat(read_chat(fields["messages"], fields), tokenizer)
-        if "text" in fields and "completion" not in fields and "output" not in fields:
-            require(isinstance(fields["text"], str), "text must be a string")
-            ids = [*tokenizer.encode_prefix(fields["text"]), *eos_ids(tokenizer)]
+        if "messages" in given:
+            return encode_chat(read_chat(given["messages"], given), tokenizer)
+        if "text" in given and "completion" not in given and "output" not in given:
+            require(isinstance(given["text"], str), "text must be a string")
+            ids = tokenizer.encode_prefix(given["text"])
+            ids = ids + end_of(ids, tokenizer)
             return Example(ids, list(ids)), EncodingCounts()
         return encode_answered(get_prompt(record), get_field(record, "completion", "output"), tokenizer)
 

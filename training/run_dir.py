@@ -11,6 +11,8 @@ import importlib.util
 import json
 import math
 import os
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -319,6 +321,8 @@ class Run:
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
+            if not self.args.merge:
+                on_main(lambda: remove_merged(folder))
             write_adapter(folder, adapter_tensors(model), model.lora, told)
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
@@ -391,6 +395,15 @@ def check_writable(folder: Path) -> None:
             raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
 
 
+def remove_merged(folder: Path) -> None:
+    """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
+    the adapter that is written now."""
+    if (folder / MERGED).is_dir():
+        with naming_file(folder / MERGED):
+            shutil.rmtree(folder / MERGED)
+        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes it anew")
+
+
 def check_installed(report_to: str) -> None:
     """Raises ValueError that says what to install for --report_to."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
@@ -453,7 +466,11 @@ class Metrics:
         elif report_to == "wandb":
             import wandb
 
-            run = wandb.init(dir=output_dir, name=output_dir.name, resume="allow")
+            # one run there, whose steps it takes once, however often this one is resumed
+            id_file = output_dir / "wandb_id.txt"
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(8))
+            run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
             self._report = lambda step, values: run.log(values, step=step)
             self._close = run.finish
 

@@ -176,8 +176,8 @@ def encode_file(
     """All records of a file as rows. Raises ValueError that names the --loss for records of another kind."""
 
     def check(record: Record) -> None:
-        missing = [name for name in FIELDS[args.loss] if name not in record.fields]
-        fitting = [kind for kind, names in FIELDS.items() if all(name in record.fields for name in names)]
+        missing = [name for name in FIELDS[args.loss] if name not in record.given]
+        fitting = [kind for kind, names in FIELDS.items() if all(name in record.given for name in names)]
         if missing and fitting:
             raise ValueError(
                 f"{record.where}: --loss {args.loss} needs the field {missing[0]!r}; this record has "

@@ -1,0 +1,166 @@
+"""Data as others write it: texts that end with EOS, columns that hold null, calls of tools in JSON's text, openings of
+answers. The oracles are transformers and TRL's rules (SFTTrainer and RewardTrainer of 1.16)."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from models.checkpoint import model_folder, open_folder
+from models.records import Limits, Record, get_prompt, text_of
+from models.reward import encode_pair_record
+from tests import tiny
+from training.checkpoints import CheckpointWriter, load_newest_checkpoint
+from training.data import encode_sft_file, encode_sft_record
+from training.preferences import encode_pair_file
+from training.run_dir import Metrics
+
+LIMITS = Limits(vocab_size=10**6, max_seq_len=10**6)
+USER, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))
+)
+TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for call in m.tool_calls or [] %}
+{"arguments": {{ ARGUMENTS }}}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_folder(folder, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(folder, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", "call.function.arguments | tojson"))
+    return path
+
+
+def ids_of(record: dict, folder: Path) -> list[int]:
+    return list(encode_sft_record(Record("f:1", record), open_folder(folder, None, 1).tokenizer)[0].input_ids)
+
+
+def test_a_text_that_ends_with_eos(folder):
+    """Catches a second EOS behind a text that ends with it, as data sets for TRL are written, which adds it only where
+    it is missing: the model would learn to say EOS after EOS, and a reward model be read where PPO never reads it."""
+    eos = open_folder(folder, None, 1).tokenizer.eos_token_id
+    for plain in ({"text": "a b"}, {"prompt": "a", "completion": " b"}):
+        ids = ids_of(plain, folder)
+        assert ids[-1] == eos and ids.count(eos) == 1
+        last = list(plain)[-1]
+        assert ids_of({**plain, last: plain[last] + "</s>"}, folder) == ids
+    assert ids_of({"prompt": "a</s>", "completion": ""}, folder)[-2:] == [eos, eos]  # the first is not the answer's
+
+
+def test_columns_that_hold_null(tmp_path, chat_folder):
+    """Catches records refused since a column of records of another form is null in them, as `datasets` writes a file
+    of several forms."""
+    forms = [
+        {"messages": [USER, YES]},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a b"},
+        {"instruction": "a", "output": "b"},
+    ]
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": [USER, YES], "rejected": [USER, NO]}]
+    tokenizer = open_folder(chat_folder, None, 1).tokenizer
+    for records, encode in ((forms, encode_sft_file), (pairs, encode_pair_file)):
+        columns = dict.fromkeys(name for record in records for name in record)
+        rows = []
+        for written in (records, [{**columns, **record} for record in records]):
+            path = tmp_path / "records.jsonl"
+            path.write_text("".join(json.dumps(record) + "\n" for record in written))
+            rows.append(list(encode(path, tokenizer, LIMITS)[0]))
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("template", ["call.function.arguments | tojson", "call.function.arguments"])
+def test_arguments_in_json_text(chat_folder, tmp_path, template):
+    """Catches the arguments of a call, which OpenAI's format has as JSON's text, written as a quoted string by a
+    template that expects an object (most), and touched where the template writes them as they are (DeepSeek's)."""
+    path = shutil.copytree(chat_folder, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", template))
+    tokenizer, texts = open_folder(path, None, 1).tokenizer, []
+    for arguments in ({"city": "Rome"}, '{"city": "Rome"}', '{"city":'):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        texts.append(tokenizer.decode(ids_of({"messages": messages}, path), skip_special_tokens=False))
+    rendered = transformers.AutoTokenizer.from_pretrained(path).apply_chat_template
+    assert '{"city": "Rome"}' in texts[1] and '\\"' not in texts[1]
+    assert texts[1] == texts[0] or template == "call.function.arguments"  # there transformers writes Python's, too
+    shown = rendered([USER, {**messages[1], "content": "", "tool_calls": [call]}], tokenize=False)
+    assert texts[2] == shown.rstrip("\n")  # what is no object stays
+
+
+def test_tools_in_json_text(chat_folder):
+    """Catches `tools` refused where they are JSON's text, as TRL takes them from columns that have types."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    template = chat_folder / "chat_template.jinja"
+    source = template.read_text()
+    template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + source)
+    try:
+        wanted = ids_of({"messages": [USER, YES], "tools": tools}, chat_folder)
+        assert ids_of({"messages": [USER, YES], "tools": json.dumps(tools)}, chat_folder) == wanted
+        with pytest.raises(ValueError, match="f:1: tools must be a list of objects"):
+            ids_of({"messages": [USER, YES], "tools": "f("}, chat_folder)
+    finally:
+        template.write_text(source)
+
+
+@pytest.mark.parametrize("opening", ["Let me think.", "<think>\n", "so: "])
+def test_a_prompt_that_opens_the_answer(chat_folder, opening):
+    """Catches an answer drawn, and learnt, as a second turn behind the beginning of it that a prompt ends with:
+    transformers' continue_final_message, which TRL takes there."""
+    tokenizer, messages = open_folder(chat_folder, None, 1).tokenizer, [USER, {"role": "assistant", "content": opening}]
+    hf = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    wanted = hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert text_of(get_prompt(Record("f:1", {"prompt": messages})), tokenizer) == wanted
+    row, _ = encode_sft_record(Record("f:1", {"prompt": messages, "completion": "b"}), tokenizer)
+    assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == f"{wanted}b</s>"
+    assert tokenizer.decode([label for label in row.labels if label >= 0], skip_special_tokens=False) == "b</s>"
+
+
+def test_one_run_of_wandb(tmp_path, monkeypatch):
+    """Catches a resumed run that begins another run at wandb, so that the steps after the checkpoint stand in both."""
+    asked = []
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    wandb = types.SimpleNamespace(init=lambda **options: asked.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("a", "a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Metrics(tmp_path / name, report_to="wandb").close()
+    ids = [options["id"] for options in asked]
+    assert ids[0] == ids[1] != ids[2] and {options["resume"] for options in asked} == {"allow"}
+
+
+def test_checkpoints_of_other_flags(tmp_path):
+    """Catches the advice to remove sound checkpoints where a flag does not fit them, such as another --lora_r."""
+    models = [torch.nn.Linear(size, 2, bias=False) for size in (3, 4)]
+    CheckpointWriter(tmp_path, models[0], torch.optim.SGD(models[0].parameters()), limit=1).save(1)
+    with pytest.raises(ValueError, match=r"no checkpoint can be read by this run, .*weight.*flags") as caught:
+        load_newest_checkpoint(tmp_path, models[1], torch.optim.SGD(models[1].parameters()))
+    assert "remove" not in str(caught.value)
+
+
+def test_no_stale_merged_model(folder, tmp_path):
+    """Catches the merged model of a run's earlier end, left beside a later adapter by --no-merge: whoever names the
+    run's folder as --checkpoint_path would get it; and that nobody is told what such a folder lacks."""
+    out, data = tmp_path / "out", tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "completion": " b"}\n')
+    flags = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--lora_r", 1, "--batch_size", 1]
+    flags += ["--lr_schedule", "constant", "--warmup_ratio", 0]
+    tiny.run("training/finetune_sft.py", *flags, "--max_steps", 1)
+    assert model_folder(out) == out / "merged"
+    later = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2, "--resume", "--no-merge")
+    assert f"{out / 'merged'}: removed" in later.stdout and model_folder(out) == out
+    with pytest.raises(FileNotFoundError, match="holds an adapter and no merged model"):
+        open_folder(model_folder(out), None, 1)
+
+
+def test_answers_of_other_prompts(chat_folder, tmp_path):
+    """Catches a traceback where a template writes the prompt by what follows it, so that a pair has two prompts."""
+    path = shutil.copytree(chat_folder, tmp_path / "model")
+    template = TEMPLATE.replace("ARGUMENTS", "0")
+    (path / "chat_template.jinja").write_text("{{ messages | length }}" + template)
+    record = Record("f:1", {"prompt": [USER], "chosen": [YES], "rejected": [NO, USER, NO]})
+    with pytest.raises(ValueError, match="f:1: the chat template writes the prompt otherwise before chosen"):
+        encode_pair_record(record, open_folder(path, None, 1).tokenizer)

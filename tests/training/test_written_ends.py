@@ -91,6 +91,16 @@ def test_arguments_in_json_text(chat_folder, tmp_path, template):
     assert texts[2] == shown.rstrip("\n")  # what is no object stays
 
 
+def test_arguments_that_a_template_takes_apart(chat_folder, tmp_path):
+    """Catches JSON's text that a template fails on, which asks for the items of an object (Qwen3-Coder's)."""
+    path = shutil.copytree(chat_folder, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", "dict(call.function.arguments.items())"))
+    for arguments in ('{"city": "Rome"}', {"city": "Rome"}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        ids = ids_of({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}, path)
+        assert "{'city': 'Rome'}" in open_folder(path, None, 1).tokenizer.decode(ids)
+
+
 def test_tools_in_json_text(chat_folder):
     """Catches `tools` refused where they are JSON's text, as TRL takes them from columns that have types."""
     tools = [{"type": "function", "function": {"name": "f"}}]

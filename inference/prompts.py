@@ -32,7 +32,8 @@ NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the c
 
 # What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
 WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
-LOOKED_AT = {*WRITTEN, "system", "tools", "history"}  # what may be wrong in a record with a prompt of text
+# What may be wrong in a record with a prompt of text.
+LOOKED_AT = {*WRITTEN, "system", "tools", "history", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,8 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
     if fields.get("history"):
         raise ValueError('"history" is not read; put its turns into the messages')
+    if fields.get("chat_template_kwargs"):
+        raise ValueError("chat_template_kwargs are not read: a template is told messages, tools and the day alone")
     system = fields.get("system")
     if system:
         if not isinstance(system, str):

@@ -90,3 +90,11 @@ def test_thoughts_have_one_name_or_another(tmp_path, read, stated):
     messages = [USER, {"role": "assistant", "content": "3", stated: "hm"}, USER]
     text = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text_of_chat(read_chat(messages), tokenizer) == text and "hm|3" in text
+
+
+def test_settings_of_a_template_are_refused():
+    """Catches a record's settings (TRL's name for them) that change nothing, such as thoughts that it has off."""
+    fields = {"chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(ValueError, match="chat_template_kwargs are not read"):
+        read_chat([USER], fields)
+    assert read_chat([USER], {"chat_template_kwargs": {}}) == read_chat([USER])

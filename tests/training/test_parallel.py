@@ -26,6 +26,7 @@ from tests.ranks_worker import run_job
 LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (ranks, tensor_parallel_size)
 TIED = {**tiny.QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_parameters": tiny.YARN}
 BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
+BIASED |= {"num_hidden_layers": 1}
 STEPS = 2  # all 13 records, and a second step from what the first has made of weights and moments
 SAMPLES = ["--eval_steps", "1", "--num_eval_samples", "3", "--eval_max_new_tokens", "8"]
 FLAGS = {
@@ -58,6 +59,7 @@ def arguments(folder, train_file, out, *more) -> list[str]:
     flags += ["--max_steps", STEPS, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
     flags += ["--adam_eps", 1e-3]  # AdamW's first steps are signs: noise of near-zero gradients must stay small
     flags += [] if "--compile" in more else ["--eval_file", train_file]  # which would be traced as well
+    flags += [] if "--save_steps" in more else ["--save_steps", 0]
     flags += [] if "--num_eval_samples" in more else ["--num_eval_samples", 0]
     return list(map(str, [*flags, *more]))
 

@@ -56,7 +56,7 @@ def test_compilations_do_not_grow(monkeypatch):
     another engine: blocks before and after attention, sampling of first tokens, and the end of a step, for any number
     of tokens and for one."""
     compiled, found = Compiled(monkeypatch), []
-    for num_layers, num_engines in ((2, 2), (32, 1)):
+    for num_layers, num_engines in ((2, 2), (12, 1)):  # torch gives up at 8 versions of a function
         torch._dynamo.reset()
         for _ in range(num_engines):
             options = {"num_slots": 5, "max_seq_len": 200, "look_every": 3}

@@ -1,12 +1,9 @@
 """Training on several ranks against one process: losses, norms, every gradient and the weights, on gloo."""
 
-import contextlib
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -219,15 +216,6 @@ def start(folders: list[Path], *args: object) -> list[subprocess.Popen]:
     return start_nodes(folders, tiny.ROOT / "training/finetune_sft.py", *args, **pipe)
 
 
-def rank_pids(run: subprocess.Popen) -> list[int]:
-    """The ranks that torchrun started, each in a session of its own: killing torchrun leaves them alive."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # of a process that has just ended
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    return [pid for pid, parent in parents.items() if parent == run.pid]
-
-
 def wait_until(condition, run: subprocess.Popen) -> None:
     while not condition():
         assert run.poll() is None, run.communicate()[0][-3000:]
@@ -255,11 +243,9 @@ def test_kill_a_node_and_resume(world):
     out = root / "killed"
     nodes = start([root, root], *arguments(root / "tied", train_file, "killed", *flags))
     wait_until(lambda: list(out.glob("checkpoints/step-0000*")), nodes[0])
-    [rank] = rank_pids(nodes[0])
     wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), nodes[0])  # into one that is being written
     time.sleep(random.random() / 20)
-    for pid in (nodes[0].pid, rank):
-        os.kill(pid, signal.SIGKILL)
+    nodes[0].kill()
     for node in nodes:  # the pipe ends when the last of its processes is gone
         node.communicate(timeout=240)
     assert not (out / "config.json").exists()

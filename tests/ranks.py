@@ -20,10 +20,16 @@ from tests import tiny
 TIMEOUT = 300  # seconds for a list of jobs
 
 
-def _start(*command: object, **options) -> subprocess.Popen:
+def _start(*command: object, environment: dict[str, object] | None = None, **options) -> subprocess.Popen:
     """A Python process on the CPU, with a thread for each rank."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    env |= {name: str(value) for name, value in (environment or {}).items()}
     return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, **options)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def start_torchrun(ranks: int, *command: object, **options) -> subprocess.Popen:
@@ -32,11 +38,11 @@ def start_torchrun(ranks: int, *command: object, **options) -> subprocess.Popen:
 
 
 def start_nodes(folders: list[Path], *command: object, **options) -> list[subprocess.Popen]:
-    """torchrun on several nodes of a rank each: an agent for each, which works in a folder of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"localhost:{free.getsockname()[1]}"
-    nodes = [f"--nnodes={len(folders)}", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    return [_start("-m", "torch.distributed.run", *nodes, *command, cwd=each, **options) for each in folders]
+    """Several nodes of a rank each, in folders of their own, with what torchrun gives it in the environment; without
+    torchrun's agents, of which each would import torch, and which would end a rank that does not end by itself."""
+    world = {"WORLD_SIZE": len(folders), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_RANK": 0}
+    nodes = [{**world, "RANK": rank, "GROUP_RANK": rank} for rank in range(len(folders))]
+    return [_start(*command, cwd=each, environment=node, **options) for each, node in zip(folders, nodes)]
 
 
 class Pool(NamedTuple):

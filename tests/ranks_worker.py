@@ -51,7 +51,7 @@ from training import run_dir
 
 torch.set_num_threads(1)
 FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
-SETTINGS = [SamplingParams(0.0), *(SamplingParams(t, **filters) for t in (0.7, 1.0) for filters in FILTERS)]
+SETTINGS = [SamplingParams(0.0), SamplingParams(1.0), *(SamplingParams(0.7, **filters) for filters in FILTERS)]
 SETTINGS += [
     SamplingParams(t, top_k=k, repetition_penalty=p) for t, k, p in ((0.0, 0, 1.6), (0.7, 0, 1.6), (1.0, 9, 0.8))
 ]
@@ -155,12 +155,12 @@ def check_sampling() -> None:
     divide the vocabulary, and where some have nothing of it."""
     tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
-    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(32)])
-    positions = torch.arange(32)
-    for V in (5, 385, 3000):
-        smooth = 3 * torch.randn(32, V, generator=generator)
-        tables = [SeenTokens(32, V, tp.device_type, mesh) for mesh in (None, tp)]
-        for slot, ids in enumerate(torch.randint(V, (32, V // 4), generator=generator).tolist()):
+    keys = torch.tensor([noise_key(0, idx, 0) for idx in range(8)])
+    positions = torch.arange(8)
+    for V in (5, 385, 1500):
+        smooth = 3 * torch.randn(8, V, generator=generator)
+        tables = [SeenTokens(8, V, tp.device_type, mesh) for mesh in (None, tp)]
+        for slot, ids in enumerate(torch.randint(V, (8, V // 4), generator=generator).tolist()):
             for table in tables:
                 table.begin(slot, ids)
                 table.add(torch.tensor([slot % V]), torch.tensor([slot]))

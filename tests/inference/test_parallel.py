@@ -63,7 +63,8 @@ def test_layouts_agree(world, wanted, layout):
         out = root / f"{ranks}-{tp_size}-{kind}.jsonl"
         jobs[kind] = ["inference.generate", *flags_for(world, kind, out), "--tensor_parallel_size", tp_size]
     if layout == "tp 2":
-        jobs["both"] = ["traced", *jobs["both"], "--compile"]
+        # all rows at once: sampling is compiled for every number of rows that take a free slot together
+        jobs["both"] = ["traced", *jobs["both"], "--compile", "--batch_size", 39]
     launch(ranks, [*jobs.values(), *([["sampling"]] if ranks == 4 else [])])
 
     def check(kind):

@@ -291,7 +291,7 @@ def toy(tmp_path_factory):
     """(folder, calibration file, held-out file) of the toy after a short training."""
     root = tmp_path_factory.mktemp("toy")
     write_world(root, seed=0, num_train=2000, num_heldout=64, num_prompts=1)
-    train(root, root / "model", root / "train.jsonl", "--max_steps", 40, "--learning_rate", "3e-3")
+    train(root, root / "model", root / "train.jsonl", "--max_steps", 24, "--learning_rate", "3e-3")
     return root / "run", root / "train.jsonl", root / "heldout.jsonl"
 
 

@@ -19,11 +19,12 @@ PROMPTS = ("bca",)
 BETA, TEMPERATURE = 0.5, 0.7
 
 
-def write_letters(folder, seed, head_scale=0.1, hidden_size=32):
+def write_letters(folder, seed, head_scale=0.1, **shape):
     """A random model whose vocabulary is the letters and EOS. head_scale: a frozen head must be able to give the
     optimum's logits."""
     vocab = {piece: i for i, piece in enumerate([*LETTERS, "</s>"])}
-    shape = {"vocab_size": len(vocab), "hidden_size": hidden_size, "intermediate_size": 64, "bos_token_id": None}
+    usual = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}  # wide costs less here than deep
+    shape = {**usual, **shape, "vocab_size": len(vocab), "bos_token_id": None}
     model = tiny.write_model(folder, seed=seed, std=0.3, eos_token_id=vocab["</s>"], **shape)
     model.lm_head.weight.data *= head_scale  # contexts differ, and no answer is so rare that its reward is never seen
     model.save_pretrained(folder)

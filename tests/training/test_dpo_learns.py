@@ -27,7 +27,9 @@ NUM_PAIRS = 8192
 def write_letters(folder, seed):
     """A tokenizer with a token for each letter, and a random model."""
     pieces = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", "?", *LETTERS])}
-    tiny.write_model(folder, seed=seed, vocab_size=len(pieces), std=0.08, hidden_size=64, max_position_embeddings=8)
+    shape = {"vocab_size": len(pieces), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1}
+    shape |= {"max_position_embeddings": 8}
+    tiny.write_model(folder, seed=seed, std=0.08, **shape)
     (folder / "tokenizer.model").unlink()
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=pieces, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -78,7 +80,9 @@ def regret_of_training(world, out, *more):
     flags += ["--batch_size", 128, "--learning_rate", 2e-3, "--num_epochs", 3, "--max_grad_norm", 10, *more]
     result = tiny.run("training/train_dpo.py", *flags)
     assert result.code == 0, result.stderr
-    return regret(answer_logps(out, pieces), best) / of_reference
+    found = regret(answer_logps(out, pieces), best) / of_reference
+    print(f"regret {found:.4f}")
+    return found
 
 
 def test_it_reaches_the_optimum(world, tmp_path):

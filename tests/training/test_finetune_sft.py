@@ -131,6 +131,7 @@ def assert_equals_reference(output_dir, model, history):
 
 VARIANTS = {
     "gqa": {},
+    "gqa, 1 layer": {"num_hidden_layers": 1},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
     "qwen2": {**tiny.QWEN2, "tie_word_embeddings": True, "rope_parameters": tiny.YARN},
@@ -180,7 +181,7 @@ def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_st
 def test_compiled_step(one_step, train_file, tmp_path):
     """Catches a block or an optimizer that the compiler does not take, or takes for something else; what it makes of
     the collectives of several ranks is in test_parallel.py."""
-    folder, model, history = one_step("gqa", 0.0, 0.05)
+    folder, model, history = one_step("gqa, 1 layer", 0.0, 0.05)
     more = {"lr_schedule": "constant", "max_grad_norm": 0.05, "compile": True}
     finetune(folder, train_file, tmp_path / "out", batch_size=11, **more)
     assert_equals_reference(tmp_path / "out", model, history)

@@ -228,7 +228,7 @@ PPO |= {"minibatch_size": 32, "learning_rate": 1e-2, "value_learning_rate": 1e-2
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("task")
-    write_task(root, 0, head_scale=0.3)
+    write_task(root, 0, head_scale=0.3, num_hidden_layers=2)
     return root
 
 

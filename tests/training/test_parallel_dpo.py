@@ -33,7 +33,7 @@ def world(tmp_path):
     ]
     train_file = tiny.write_records(tmp_path / "train.jsonl", records)
     for seed, (name, config) in enumerate((("tied", TIED), ("biased", BIASED), ("reference", BIASED))):
-        tiny.write_model(tmp_path / name, seed=seed, **config)
+        tiny.write_model(tmp_path / name, seed=seed, **{**config, "num_hidden_layers": 1})
 
     def flags(name, out, *more):
         other = ["--ref_checkpoint_path", tmp_path / "reference"] if name == "biased" else []

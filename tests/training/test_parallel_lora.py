@@ -44,7 +44,7 @@ def world(tmp_path_factory):
     for name, content in (("finetune_sft", records), ("train_dpo", pairs), ("train_rm", pairs)):
         tiny.write_records(root / f"{name}.jsonl", content)
     tiny.write_model(root / "biased", **BIASED)
-    tiny.write_model(root / "tied", **{**TIED, "intermediate_size": 128, "head_dim": 32})
+    tiny.write_model(root / "tied", **{**TIED, "num_hidden_layers": 1, "intermediate_size": 128, "head_dim": 32})
     for name in RUNS:
         run_job(*job_of(root, name, f"one-{name}"))
     dist.destroy_process_group()

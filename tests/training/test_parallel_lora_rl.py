@@ -29,7 +29,8 @@ LAYOUTS = {  # name: (ranks, tensor_parallel_size, what runs, more flags)
 def world(tmp_path_factory):
     """A policy that ends some of its answers, an adapter for it, a reward model, and what one process makes of them."""
     root = tmp_path_factory.mktemp("parallel-lora-rl")
-    model = tiny.write_model(root / "lm", std=0.1, intermediate_size=128)  # groups of int4 divide it
+    # groups of int4 divide 128
+    model = tiny.write_model(root / "lm", std=0.1, num_hidden_layers=1, intermediate_size=128)
     with torch.no_grad():  # EOS is likely enough that answers have different lengths
         model.lm_head.weight[2] = model.lm_head.weight[5:25].sum(0)
     model.save_pretrained(root / "lm")

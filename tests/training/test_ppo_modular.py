@@ -32,6 +32,7 @@ def answer(prompt):
 def write_reference(root, seed):
     """A model that was fine-tuned on the sums, but not for long."""
     shape = {"vocab_size": len(PIECES), "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 16}
+    shape |= {"num_hidden_layers": 1}
     tokens = {"bos_token_id": PIECES["<s>"], "eos_token_id": PIECES["</s>"]}
     tiny.write_model(root / "model", seed=seed, std=0.1, **shape, **tokens)
     (root / "model/tokenizer.model").unlink()

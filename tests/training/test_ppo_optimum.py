@@ -30,6 +30,7 @@ SETTINGS = {
     "cliprange_value": 0,
     "adam_beta2": 0.99,
 }
+DEEPER = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}  # learns sooner
 QUICK = {"total_steps": 12, "learning_rate": 6e-3, "value_learning_rate": 6e-3}
 
 
@@ -41,7 +42,7 @@ def test_optimum(tmp_path):
     """Catches whatever makes the script learn another policy than pi* or another value than beta log Z: the signs and
     places of scores and KL, the EOS action, temperatures, a critic beside the state it judges."""
     table = write_task(tmp_path, 0)
-    train(tmp_path, tmp_path / "out")
+    train(tmp_path, tmp_path / "out", total_steps=36, learning_rate=5e-3, value_learning_rate=6e-3)
     found = relative_regret(tmp_path, tmp_path / "out", table)
     print(f"regret {found:.4f}")
     assert found < 0.01
@@ -52,7 +53,7 @@ def test_optimum(tmp_path):
 def test_kl_in_the_loss(tmp_path):
     """Catches a KL in the loss that is not in the units of the whitened advantages, or of tokens by themselves: both
     have another optimum."""
-    table = write_task(tmp_path, 0)
+    table = write_task(tmp_path, 0, **DEEPER)
     small = {"total_steps": 30, "rollout_batch_size": 192, "minibatch_size": 48, "ppo_epochs": 1, "learning_rate": 6e-3}
     train(tmp_path, tmp_path / "out", kl_in="loss", **small)
     found = relative_regret(tmp_path, tmp_path / "out", table)
@@ -97,7 +98,7 @@ FAULTS = [_kl_clamped, _eos_out_of_the_mask, _bootstrap_past_the_end, _top_k]
 def test_planted_faults_show(fault, tmp_path, monkeypatch):
     """Catches a task that forgives: on the same small budget each of these mistakes costs several times the regret of
     the script without it, or of the bootstrap, which adds much the same to all answers, the critic's value."""
-    table = write_task(tmp_path, 0)
+    table = write_task(tmp_path, 0, **DEEPER)
     fault(monkeypatch)
     train(tmp_path, tmp_path / "out", **QUICK)
     found = relative_regret(tmp_path, tmp_path / "out", table)

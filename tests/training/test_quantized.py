@@ -21,7 +21,7 @@ def world(tmp_path_factory):
     """A policy, a reference, a reward model, all in int8 and int4 and as plain folders with the weights that these
     have, pairs and prompts."""
     root = tmp_path_factory.mktemp("frozen")
-    config = {"attention_bias": True, "intermediate_size": 128}
+    config = {"attention_bias": True, "intermediate_size": 128, "num_hidden_layers": 1}
     tiny.write_model(root / "policy", **config)
     tiny.write_model(root / "ref", seed=3, **config)
     write_reward_model(root / "rm", **config)

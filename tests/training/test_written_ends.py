@@ -164,3 +164,15 @@ def test_answers_of_other_prompts(chat_folder, tmp_path):
     record = Record("f:1", {"prompt": [USER], "chosen": [YES], "rejected": [NO, USER, NO]})
     with pytest.raises(ValueError, match="f:1: the chat template writes the prompt otherwise before chosen"):
         encode_pair_record(record, open_folder(path, None, 1).tokenizer)
+
+
+def test_the_adapter_of_a_reward_model(folder, tmp_path):
+    """Catches a language model that learns on from a reward model's adapter, whose head is dropped without a word."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": " b", "rejected": " c", "completion": " b"}\n')
+    flags = ["--checkpoint_path", folder, "--train_file", data, "--batch_size", 1, "--output_dir"]
+    tiny.run("training/train_rm.py", *flags, tmp_path / "rm", "--lora_r", 1, "--no-merge")
+    for script in ("finetune_sft", "train_dpo"):
+        result = tiny.run(f"training/{script}.py", *flags, tmp_path / script, "--adapter_path", tmp_path / "rm")
+        tiny.assert_refused(result, f"--adapter_path {tmp_path / 'rm'}: the adapter of a reward model")
+    assert tiny.run("training/train_rm.py", *flags, tmp_path / "on", "--adapter_path", tmp_path / "rm").code == 0

@@ -1,6 +1,7 @@
 """Data as others write it: texts that end with EOS, columns that hold null, calls of tools in JSON's text, openings of
 answers. The oracles are transformers and TRL's rules (SFTTrainer and RewardTrainer of 1.16)."""
 
+import gzip
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from models.checkpoint import model_folder, open_folder
-from models.records import Limits, Record, get_prompt, text_of
+from models.records import Limits, Record, get_prompt, read_records, text_of
 from models.reward import encode_pair_record
 from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
@@ -176,3 +177,11 @@ def test_the_adapter_of_a_reward_model(folder, tmp_path):
         result = tiny.run(f"training/{script}.py", *flags, tmp_path / script, "--adapter_path", tmp_path / "rm")
         tiny.assert_refused(result, f"--adapter_path {tmp_path / 'rm'}: the adapter of a reward model")
     assert tiny.run("training/train_rm.py", *flags, tmp_path / "on", "--adapter_path", tmp_path / "rm").code == 0
+
+
+def test_packed_files(tmp_path):
+    """Catches a compressed or columnar file called text that is not UTF-8, which says nothing of what to do."""
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(ValueError, match="is a gzip file, and records are read from JSON or JSONL"):
+        read_records(path)

@@ -191,9 +191,11 @@ def load_for_training(
 
     head: "lm" or "score"; new_score: the weight of a new one, alike on all ranks. param_dtype: of the weights, if not
     args.param_dtype. lora: adapters, and how the weights below them are kept, which are frozen then.
-    Raises ValueError for args.cpu_offload where the device is the CPU."""
+    Raises ValueError for args.cpu_offload where the device is the CPU, and for a reward model's adapters on another."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
+    if lora is not None and head != "score" and "score.weight" in lora.values:
+        raise ValueError(f"--adapter_path {args.adapter_path}: the adapter of a reward model, whose head would be lost")
     config = model_config(folder)
     refuse_quantized(folder)
     files = WeightFiles(folder)

@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK_BYTES = 2**20
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+}
 
 
 class Record(NamedTuple):
@@ -63,12 +70,16 @@ class Items(NamedTuple):
 
 
 def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
-    """The parts of a file of records, of about a MiB each. Raises FileNotFoundError; ValueError for a broken list."""
+    """The parts of a file of records, of about a MiB each. Raises FileNotFoundError; ValueError for a broken list, or
+    for a file that is packed."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         head = file.read(4096)
+        for beginning, kind in PACKED.items():
+            if head.startswith(beginning):
+                raise ValueError(f"{path}: is a {kind} file, and records are read from JSON or JSONL; make that of it")
         start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         file.seek(start)
         if head[start:].lstrip().startswith(b"["):

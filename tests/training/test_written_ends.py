@@ -1,6 +1,7 @@
 """Data as others write it: texts that end with EOS, columns that hold null, calls of tools in JSON's text, openings of
 answers. The oracles are transformers and TRL's rules (SFTTrainer and RewardTrainer of 1.16)."""
 
+import gzip
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from models.checkpoint import model_folder, open_folder
-from models.records import Limits, Record, get_prompt, text_of
+from models.records import Limits, Record, get_prompt, read_records, text_of
 from models.reward import encode_pair_record
 from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
@@ -174,3 +175,23 @@ def test_answers_of_other_prompts(chat_folder, tmp_path):
     record = Record("f:1", {"prompt": [USER], "chosen": [YES], "rejected": [NO, USER, NO]})
     with pytest.raises(ValueError, match="f:1: the chat template writes the prompt otherwise before chosen"):
         encode_pair_record(record, open_folder(path, None, 1).tokenizer)
+
+
+def test_the_adapter_of_a_reward_model(folder, tmp_path):
+    """Catches a language model that learns on from a reward model's adapter, whose head is dropped without a word."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": " b", "rejected": " c", "completion": " b"}\n')
+    flags = ["--checkpoint_path", folder, "--train_file", data, "--batch_size", 1, "--output_dir"]
+    tiny.run("training/train_rm.py", *flags, tmp_path / "rm", "--lora_r", 1, "--no-merge")
+    for script in ("finetune_sft", "train_dpo"):
+        result = tiny.run(f"training/{script}.py", *flags, tmp_path / script, "--adapter_path", tmp_path / "rm")
+        tiny.assert_refused(result, f"--adapter_path {tmp_path / 'rm'}: the adapter of a reward model")
+    assert tiny.run("training/train_rm.py", *flags, tmp_path / "on", "--adapter_path", tmp_path / "rm").code == 0
+
+
+def test_packed_files(tmp_path):
+    """Catches a compressed or columnar file called text that is not UTF-8, which says nothing of what to do."""
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(ValueError, match="is a gzip file, and records are read from JSON or JSONL"):
+        read_records(path)

@@ -14,7 +14,7 @@ from models.records import Record, get_answer, stated_prompt
 def group_of(line: dict) -> str:
     """What the samples of one prompt have in common: the prompt with all that is asked beside it, and generate.py's
     number of it where there is one."""
-    beside = [line.get(name) or None for name in ("system", "tools")]
+    beside = [line.get(name) or None for name in ("system", "tools", "chat_template_kwargs")]
     return json.dumps([line.get("idx"), stated_prompt(Record("line", line)), *beside])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -44,22 +45,23 @@ class ChatTemplate:
         self.source = "".join(sources.values())  # to look for a word in
         self.leads: dict[tuple, str] = {}  # what it writes between a message and its answer, see models/chats.py
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool, tools: list | None = None) -> str:
-        """Raises ValueError if the template is none, or refuses these messages."""
-        return self._render(messages, add_generation_prompt, tools, ("", ""))
+    def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
+        """values: "tools", and what else the template reads (variables()). Raises ValueError if the template is none,
+        or refuses these messages."""
+        return self._render(messages, add_generation_prompt, values, ("", ""))
 
-    def render_open(self, messages: list[dict], *, tools: list | None = None) -> str:
+    def render_open(self, messages: list[dict], /, **values) -> str:
         """The text of a chat up to where the content of its last message ends, which an answer goes on from; white
         space there stays if the template keeps it. Raises ValueError as render does, and if the content is not in the
         text."""
         marked = {**messages[-1], "content": f"{messages[-1]['content']}{END} "}
-        text = self.render([*messages[:-1], marked], add_generation_prompt=False, tools=tools)
+        text = self.render([*messages[:-1], marked], add_generation_prompt=False, **values)
         before, mark, behind = text.rpartition(END)
         if not mark:
             raise ValueError(f"{self.folder}: the chat template leaves out what the answer goes on from")
         return before if behind.startswith(" ") else before.rstrip()
 
-    def locate(self, text: str, messages: list[dict], tools: list | None = None) -> Rendering | None:
+    def locate(self, text: str, messages: list[dict], /, **values) -> Rendering | None:
         """Where the messages are in `text`, which is theirs without a generation prompt; None if the template does not
         write the same around marks."""
         marked = [
@@ -67,7 +69,7 @@ class ChatTemplate:
             for i, message in enumerate(messages)
         ]
         begins, ends, generated, parts, length, end = {}, {}, [], [], 0, 0
-        rendered = self._render(marked, False, tools, (LEARN, LEARNT))
+        rendered = self._render(marked, False, values, (LEARN, LEARNT))
         for mark in MARK.finditer(rendered):
             parts.append(rendered[end : mark.start()])
             length, end = length + len(parts[-1]), mark.end()
@@ -92,15 +94,16 @@ class ChatTemplate:
         place = self.locate(text, chat)
         return "" if place is None or 1 not in place.ends else text[place.ends[1] :]
 
-    def _render(self, messages, add_generation_prompt: bool, tools: list | None, marks: tuple[str, str]) -> str:
-        values = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **self._tokens}
+    def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
+        usual = {"tools": None, "documents": None, **self._tokens}
+        values = {**usual, **values, "add_generation_prompt": add_generation_prompt, "_generation": marks}
         failure = None
         # Keys without a value are hidden from the template, as in transformers. Beside tool_calls, which may have no
         # content, DeepSeek's asks for None, and others for text.
         for content in ({}, {"content": None}, {"content": ""}):
             shown = [{**content, **_with_reasoning(message)} for message in messages]
             try:
-                return _written(self._compiled(bool(tools)), shown, {**values, "_generation": marks})
+                return _written(self._compiled(bool(values["tools"])), shown, values)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
             except Exception as error:  # the template is a program of its own: it can fail in any way
@@ -123,8 +126,16 @@ class ChatTemplate:
         environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.combine(self.today, time()).strftime
-        default = self.sources["default"]
-        return environment.from_string(self.sources.get("tool_use", default) if has_tools else default)
+        return environment.from_string(self._source(has_tools))
+
+    def _source(self, has_tools: bool) -> str:
+        return self.sources["tool_use" if has_tools and "tool_use" in self.sources else "default"]
+
+    @cache  # noqa: B019 (as above)
+    def variables(self, has_tools: bool) -> frozenset[str]:
+        """What it reads of its surroundings, for chats with tools or without. Raises jinja2.TemplateSyntaxError."""
+        parsed = self._compiled(has_tools).environment.parse(self._source(has_tools))
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 def _with_reasoning(message: dict) -> dict:

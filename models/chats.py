@@ -18,13 +18,22 @@ from typing import NamedTuple
 from models.chat_template import REASONING, ChatTemplate, Rendering
 from models.tokenizer import Tokenizer
 
+OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
+
 
 class Chat(NamedTuple):
-    """Messages as a chat template takes them, and the record's tools; learnt: whether a message may be learnt."""
+    """Messages as a chat template takes them, and the record's tools and chat_template_kwargs (TRL's name); learnt:
+    whether a message may be learnt."""
 
     messages: list[dict]
     learnt: list[bool]
     tools: list | None = None
+    kwargs: dict | None = None
+
+    @property
+    def values(self) -> dict:
+        """What the template is given beside the messages."""
+        return {"tools": self.tools, **(self.kwargs or {})}
 
     @property
     def is_open(self) -> bool:
@@ -35,11 +44,12 @@ class Chat(NamedTuple):
     def before(self, answer: "Chat") -> "Chat":
         """The chat in which `answer` follows this one, which is not learnt."""
         learnt = [False] * len(self.messages) + answer.learnt
-        return Chat(self.messages + answer.messages, learnt, self.tools or answer.tools)
+        return Chat(self.messages + answer.messages, learnt, self.tools or answer.tools, self.kwargs or answer.kwargs)
 
 
 def read_chat(messages: object, fields: dict | None = None, what: str = "messages") -> Chat:
-    """The messages of a record, and its `tools` and `system`. Raises ValueError that says what cannot be used."""
+    """The messages of a record, and its `tools`, `system` and `chat_template_kwargs`. Raises ValueError that says what
+    cannot be used."""
     fields = fields or {}
     if not isinstance(messages, list) or not messages:
         raise ValueError(
@@ -49,8 +59,6 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
     if fields.get("history"):
         raise ValueError('"history" is not read; put its turns into the messages')
-    if fields.get("chat_template_kwargs"):
-        raise ValueError("chat_template_kwargs are not read: a template is told messages, tools and the day alone")
     system = fields.get("system")
     if system:
         if not isinstance(system, str):
@@ -58,15 +66,23 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         if read[0][0]["role"] == "system":
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
-    tools = fields.get("tools") or None
-    if isinstance(tools, str):  # as data sets keep them whose columns have types
-        try:
-            tools = json.loads(tools) or None
-        except ValueError:
-            raise ValueError("tools must be a list of objects, or its JSON text") from None
+    tools, kwargs = _parsed(fields.get("tools")), _parsed(fields.get("chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("tools must be a list of objects")
-    return Chat([message for message, _ in read], [learnt for _, learnt in read], tools)
+        raise ValueError("tools must be a list of objects, or its JSON text")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError("chat_template_kwargs must be an object, or its JSON text")
+    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None} or None
+    for name in OWN_VALUES & (kwargs or {}).keys():
+        raise ValueError(f"chat_template_kwargs: {name!r} has a field, or a flag, of its own")
+    return Chat([message for message, _ in read], [learnt for _, learnt in read], tools, kwargs)
+
+
+def _parsed(value: object) -> object:
+    """A field that data sets whose columns have types keep as JSON's text; None where it is empty."""
+    try:
+        return (json.loads(value) if isinstance(value, str) and value else value) or None
+    except ValueError:
+        return value
 
 
 def _read_message(message: object, name: str) -> tuple[dict, bool]:
@@ -99,13 +115,13 @@ def content_of(message: dict) -> str:
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     """The text of a prompt, up to the assistant's header, or to the end of what the assistant has begun to say;
     ValueError if the template leaves any of it out."""
-    template, chat_alone = tokenizer.chat_template, {"messages": chat.messages, "tools": chat.tools}
-    prompt = tokenizer.apply_chat_template(**chat_alone, add_generation_prompt=True)
-    text = template.render(**chat_alone, add_generation_prompt=False)
-    _check_rendered(chat, text, template.locate(text, **chat_alone), template)
+    template, messages = tokenizer.chat_template, chat.messages
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **chat.values)
+    text = template.render(messages, add_generation_prompt=False, **chat.values)
+    _check_rendered(chat, text, template.locate(text, messages, **chat.values), template)
     if not chat.is_open:
         return prompt
-    begun = template.render_open(**chat_alone)
+    begun = template.render_open(messages, **chat.values)
     if not _holds(begun, chat.messages[-1]):
         raise ValueError("the chat template leaves out a part of the last message, which the answer goes on from")
     return begun
@@ -126,9 +142,9 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     as_generated: the last message is what follows the generation prompt, even where the template writes such a message
     otherwise. Raises ValueError for what the template leaves out.
     """
-    text = tokenizer.apply_chat_template(chat.messages, add_generation_prompt=False, tools=chat.tools)
+    text = tokenizer.apply_chat_template(chat.messages, add_generation_prompt=False, **chat.values)
     template = tokenizer.chat_template
-    place = template.locate(text, chat.messages, chat.tools)
+    place = template.locate(text, chat.messages, **chat.values)
     _check_rendered(chat, text, place, template)
     if place is not None and place.generated:
         return _marked_turns(chat, text, place)
@@ -173,9 +189,8 @@ class _TurnFinder:
 
     def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
         """The text of the first messages."""
-        return self.template.render(
-            self.chat.messages[:count], add_generation_prompt=add_generation_prompt, tools=self.chat.tools
-        )
+        first = self.chat.messages[:count]
+        return self.template.render(first, add_generation_prompt=add_generation_prompt, **self.chat.values)
 
     def find(self, i: int) -> tuple[int, int]:
         start, end = self._start(i), self.ends.get(i, 0)
@@ -186,7 +201,12 @@ class _TurnFinder:
 
     def _start(self, i: int) -> int:
         led_by, leads = self.ends.get(i - 1), self.template.leads
-        kind = self.chat.messages[i - 1]["role"], i == len(self.chat.messages) - 1, bool(self.chat.tools)
+        kind = (
+            self.chat.messages[i - 1]["role"],
+            i == len(self.chat.messages) - 1,
+            bool(self.chat.tools),
+            repr(self.chat.kwargs),
+        )
         self.lead = self.lead or leads.get(kind)
         if self.lead and led_by is not None and self.text.startswith(self.lead, led_by):
             return led_by + len(self.lead)
@@ -254,11 +274,14 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
     """Raises ValueError that names what a template leaves out of a chat's text, but for parts of the assistant's
     messages: those of reasoning models drop the thoughts of earlier turns, and learnt turns are looked at later."""
 
-    def same(messages: list[dict], tools: list | None = chat.tools) -> bool:
-        return template.render(messages, add_generation_prompt=False, tools=tools) == text
+    def same(messages: list[dict], **changes) -> bool:
+        return template.render(messages, add_generation_prompt=False, **{**chat.values, **changes}) == text
 
     if chat.tools and same(chat.messages, tools=None):
         raise ValueError("tools: the chat template has no place for them")
+    for name in chat.kwargs or ():
+        if name not in template.variables(bool(chat.tools)):
+            raise ValueError(f"chat_template_kwargs: the chat template does not read {name!r}")
     for i, message in enumerate(chat.messages):
         seen = place is not None and i in place.ends and (i in place.begins or message["role"] == "assistant")
         content = content_of(message)

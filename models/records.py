@@ -87,7 +87,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
         if isinstance(prompt, list):
             return read_chat(prompt, fields, "prompt")
         require(isinstance(prompt, str), f"prompt must be text or a list of messages, not a {type(prompt).__name__}")
-        for name in ("system", "tools", "history"):
+        for name in ("system", "tools", "history", "chat_template_kwargs"):
             require(not fields.get(name), f"{name} belongs to a chat: give prompt as a list of messages")
         return prompt
 

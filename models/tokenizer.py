@@ -125,11 +125,11 @@ class Tokenizer:
         """What `ids` add to the text of `prompt_ids`. A prompt cut within a character hands that over to this text."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
-    def apply_chat_template(self, messages: list[dict], *, add_generation_prompt: bool, tools=None) -> str:
+    def apply_chat_template(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """The text of a chat by the folder's template; ValueError if it has none."""
         if self.chat_template is None:
             raise ValueError(f"{self.config_path.parent}: no chat template; add chat_template.jinja, or use plain text")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **values)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:

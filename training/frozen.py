@@ -79,7 +79,7 @@ class Frozen(NamedTuple):
         for prompt in (*data.train, *data.held_out):
             if isinstance(prompt.asked, Chat):
                 roles = tuple(message["role"] for message in prompt.asked.messages)
-                kinds.setdefault((roles, prompt.asked.tools is None), prompt)
+                kinds.setdefault((roles, prompt.asked.tools is None, repr(prompt.asked.kwargs)), prompt)
         for prompt in kinds.values():
             try:
                 encode_generated(prompt.asked, "", self.reward.folder.tokenizer, finished=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from models.chats import read_chat, text_of_chat
+from models.chats import learnt_turns, read_chat, text_of_chat
 from models.export import save_folder
 from models.records import encode_answer, encode_generated
 from models.tokenizer import Tokenizer
@@ -92,9 +92,23 @@ def test_thoughts_have_one_name_or_another(tmp_path, read, stated):
     assert text_of_chat(read_chat(messages), tokenizer) == text and "hm|3" in text
 
 
-def test_settings_of_a_template_are_refused():
-    """Catches a record's settings (TRL's name for them) that change nothing, such as thoughts that it has off."""
-    fields = {"chat_template_kwargs": {"enable_thinking": False}}
-    with pytest.raises(ValueError, match="chat_template_kwargs are not read"):
-        read_chat([USER], fields)
+@pytest.mark.parametrize("value", (True, False))
+def test_settings_of_a_template(tmp_path, value):
+    """Catches a record's settings (TRL's name for them) that change nothing, such as thoughts that it has off, in
+    prompts, begun answers and learnt turns; some that the template does not read; and an override of the messages."""
+    source = "{% set hm = hm | default(true) %}{% if hm %}<think>{% endif %}" + PLAIN
+    tokenizer, oracle = opened(tmp_path, source)
+    messages, fields = [USER, {"role": "assistant", "content": "3"}], {"chat_template_kwargs": {"hm": value, "x": None}}
+    for fields in (fields, {"chat_template_kwargs": json.dumps({"hm": value})}):
+        text = oracle.apply_chat_template([USER], tokenize=False, add_generation_prompt=True, hm=value)
+        assert text_of_chat(read_chat([USER], fields), tokenizer) == text and text.startswith("<think>") == value
+        text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True, hm=value)
+        assert text_of_chat(read_chat(messages, fields), tokenizer) == text
+        text = oracle.apply_chat_template(messages, tokenize=False, hm=value)
+        assert learnt_turns(read_chat(messages, fields), tokenizer).text == text
+    for name, message in (("thinking", "does not read 'thinking'"), ("text", "read 'text'"), ("tools", "field, or a")):
+        with pytest.raises(ValueError, match=message):
+            text_of_chat(read_chat([USER], {"chat_template_kwargs": {name: [value]}}), tokenizer)
+    with pytest.raises(ValueError, match="must be an object"):
+        read_chat([USER], {"chat_template_kwargs": "hm"})
     assert read_chat([USER], {"chat_template_kwargs": {}}) == read_chat([USER])

@@ -98,8 +98,9 @@ def test_settings_of_a_template(tmp_path, value):
     prompts, begun answers and learnt turns; some that the template does not read; and an override of the messages."""
     source = "{% set hm = hm | default(true) %}{% if hm %}<think>{% endif %}" + PLAIN
     tokenizer, oracle = opened(tmp_path, source)
-    messages, fields = [USER, {"role": "assistant", "content": "3"}], {"chat_template_kwargs": {"hm": value, "x": None}}
-    for fields in (fields, {"chat_template_kwargs": json.dumps({"hm": value})}):
+    messages = [USER, {"role": "assistant", "content": "3"}]
+    for kwargs in ({"hm": value, "x": None}, json.dumps({"hm": value})):
+        fields = {"chat_template_kwargs": kwargs}
         text = oracle.apply_chat_template([USER], tokenize=False, add_generation_prompt=True, hm=value)
         assert text_of_chat(read_chat([USER], fields), tokenizer) == text and text.startswith("<think>") == value
         text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True, hm=value)

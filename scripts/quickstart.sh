@@ -63,7 +63,7 @@ for seed in "${seeds[@]}"; do
     step "Supervised fine-tuning, on demonstrations of mixed quality"
     "$python" training/finetune_sft.py --checkpoint_path "$out/model" --output_dir "$out/sft" --seed "$seed" \
         --train_file "$out/train.jsonl" --eval_file "$out/heldout.jsonl" \
-        --eval_steps 100 --batch_size 32 --num_epochs 1 --learning_rate 2e-3 --lr_schedule cosine --warmup_ratio 0.1
+        --eval_steps 100 --batch_size 32 --num_epochs 1 --learning_rate 1e-3 --lr_schedule cosine --warmup_ratio 0.1
     measure sft
     clock sft
 

@@ -212,6 +212,10 @@ class Example:
     def nothing_to_learn(self) -> bool:
         return self.num_targets == 0
 
+    def ended(self, end: list[int]) -> "Example":
+        """With these ids behind it, learnt; of a row of lists."""
+        return Example(self.input_ids + end, self.labels + end)
+
     def flat(self) -> Flat:
         return Flat([(self.input_ids, self.labels)])
 
@@ -252,8 +256,7 @@ def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Ex
 def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
     """(prompt, completion and EOS, with loss on the latter two; what happened)"""
     example, counts = _answered(prompt, completion, tokenizer)
-    end = end_of(example.labels, tokenizer)
-    return Example(example.input_ids + end, example.labels + end), counts
+    return example.ended(end_of(example.labels, tokenizer)), counts
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
@@ -286,8 +289,7 @@ def encode_answered(
     is_text = isinstance(answer, str)
     if is_text and prompt.is_open:
         example, counts = _answered(prompt, answer, tokenizer)
-        end = ids_at_the_end(prompt, tokenizer)
-        return Example(example.input_ids + end, example.labels + end), counts
+        return example.ended(ids_at_the_end(prompt, tokenizer)), counts
     messages = [{"role": "assistant", "content": answer}] if is_text else answer
     require(isinstance(messages, list), f"{name} must be text or a list of messages, not a {type(answer).__name__}")
     require(messages, f"{name} holds no message")

@@ -152,10 +152,15 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):
-        y, rstd = torch._fused_rms_norm(x.float(), weight.shape, weight, eps)
+        if x.device.type == "cuda":
+            y, rstd = torch._fused_rms_norm(x.float(), weight.shape, weight, eps)
+            y = y.to(x.dtype)
+        else:  # there it is these operations, and one tensor more
+            rstd = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+            y = _normed(x, rstd, weight)
         ctx.save_for_backward(x, rstd, weight)
         ctx.mark_non_differentiable(rstd)
-        return y.to(x.dtype), rstd
+        return y, rstd
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):

@@ -157,4 +157,4 @@ class _Rotated(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = x.float()
     first, second = y.chunk(2, dim=-1)
-    return torch.addcmul(y * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
+    return (y * cos).addcmul_(torch.cat((second, first), dim=-1), sin).to(x.dtype)

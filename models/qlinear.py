@@ -148,10 +148,10 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     scale, zero = weight.scale.to(dtype), weight.zero
     groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
     if zero is not None:
-        groups = groups - zero.to(dtype)[..., None]  # integers of 8 bits and their differences are bf16 numbers
+        groups.sub_(zero.to(dtype)[..., None])  # integers of 8 bits and their differences are bf16 numbers
     elif weight.values.dtype == torch.uint8:
-        groups = groups - 8
-    return (groups * scale[..., None]).view(weight.values.shape)
+        groups.sub_(8)
+    return groups.mul_(scale[..., None]).view(weight.values.shape)
 
 
 def _divisor(scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from models.checkpoint import WeightFiles, hf_name, our_name
+from models.checkpoint import MERGED, WeightFiles, hf_name, our_name
 from models.common import (
     Bounds,
     Runtime,
@@ -406,3 +407,12 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
         with naming_file(folder / name):
             staging.write_bytes(data)
             os.replace(staging, folder / name)
+
+
+def remove_merged(folder: Path) -> None:
+    """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
+    the adapter that is written now."""
+    if (folder / MERGED).is_dir():
+        with naming_file(folder / MERGED):
+            shutil.rmtree(folder / MERGED)
+        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes it anew")

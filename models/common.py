@@ -132,6 +132,13 @@ def flags_of(Args: type) -> list[Flag]:
     return sorted(flags, key=lambda each: Args.__mro__.index(each.group))  # stable
 
 
+def refuse_idle(args, why: str, *names: str) -> None:
+    """Raises ValueError that names the first of these flags that is given, since it would do nothing."""
+    for each in flags_of(type(args)):
+        if each.name in names and getattr(args, each.name) != each.default:
+            raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34)

@@ -101,7 +101,9 @@ class ParallelArgs(TensorParallelArgs):
     def ranks(self) -> str:
         """The layout, for people."""
         replicas = f" ({self.dp_replicate} replicas)" if self.dp_replicate > 1 else ""
-        return f"dp {data_parallel_size(self.tensor_parallel_size)}{replicas} x tp {self.tensor_parallel_size}"
+        idle = self.sequence_parallel and self.tensor_parallel_size == 1
+        note = "; nothing for --sequence_parallel to spread" * idle
+        return f"dp {data_parallel_size(self.tensor_parallel_size)}{replicas} x tp {self.tensor_parallel_size}{note}"
 
 
 def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size") -> tuple[int, int]:
@@ -121,7 +123,13 @@ def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size")
 
 def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
     """Ranks that share the data, by torchrun's environment. Raises ValueError if the sizes do not divide the ranks."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+    if not world.isdecimal() or (int(world) != 1 and rank is None):
+        raise ValueError(
+            f"the environment has WORLD_SIZE {world!r} and RANK {rank!r}, which do not go together: several ranks are "
+            "started by torchrun, for one unset both"
+        )
+    world = int(world)
     if world % tensor_parallel_size:
         raise ValueError(f"--tensor_parallel_size {tensor_parallel_size} does not divide the {world} ranks of this run")
     dp_size = world // tensor_parallel_size

@@ -8,6 +8,7 @@
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,9 +23,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checksums import agreed
 from models.common import is_main_rank, on_main, say
+from models.tp import local
 from training.manifest import HAS_MANIFEST, Reader, TensorPlanner, open_checkpoint, write_manifest
+from training.stop import any_rank
 
 Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
+
+
+def all_fit(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether all weights that are trained are finite, in dtype, or as they are stored; a scalar head stays as it is. A
+    collective."""
+    fits = []
+    for name, parameter in model.named_parameters():
+        part, kept = local(parameter.detach()), dtype is None or name.endswith("score.weight")
+        if parameter.requires_grad and part.numel():
+            most = torch.finfo(part.dtype if kept else dtype).max
+            fits.append(torch.linalg.vector_norm(part, math.inf, dtype=torch.float32) <= most)  # of a NaN: False
+    return not any_rank([bool(fits) and not bool(torch.stack(fits).all())])[0]
 
 
 class CheckpointWriter:

@@ -14,7 +14,7 @@ import torch
 from models.caches import cache_folder
 from models.chats import read_chat
 from models.checkpoint import Folder
-from models.common import at_least_one, flag, non_negative
+from models.common import at_least_one, flag, non_negative, refuse_idle
 from models.packing import best_fit
 from models.record_files import Record
 from models.records import (
@@ -71,6 +71,15 @@ class DataArgs:
 
     def total_steps(self, num_rows: int) -> int:
         return self.num_epochs * -(-num_rows // self.batch_size) if self.max_steps is None else self.max_steps
+
+
+def check_evaluation(args: DataArgs) -> None:
+    """Raises ValueError for flags of an evaluation, whatever the script, where there is nothing to evaluate on."""
+    if args.eval_file is None:
+        if args.eval_steps is not None:
+            raise ValueError("--eval_steps needs an --eval_file")
+        names = ["eval_max_new_tokens", "eval_temperature", *["num_eval_samples"] * bool(args.num_eval_samples)]
+        refuse_idle(args, "without an --eval_file", *names)
 
 
 def load_rows(

@@ -33,7 +33,7 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example, Split
 from models.rows import Rows
-from training.data import DataArgs, PackedRows, encode_sft_file, load_rows, training_batches
+from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
@@ -51,8 +51,7 @@ class SftArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs, SampleArgs):
 
 def main(args: SftArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
-    if args.eval_steps is not None and args.eval_file is None:
-        raise ValueError("--eval_steps needs an --eval_file")
+    check_evaluation(args)
     run = Run(args)
 
     # load: the data first, since it is quick to be wrong
@@ -100,8 +99,8 @@ def main(args: SftArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = int(train.lengths[taken].sum())
+    taken = batches(first_step=1, last_step=run.first_step - 1)
+    run.num_tokens = sum(int(train.lengths[numbers].sum()) for _, numbers in taken)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

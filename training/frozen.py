@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat
 from models.checkpoint import Folder, model_folder, open_folder
-from models.common import Runtime, flag, flags_of
+from models.common import Runtime, flag, refuse_idle
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
@@ -103,13 +103,6 @@ class Frozen(NamedTuple):
         return reference, reward
 
 
-def refuse_idle(args, why: str, *names: str) -> None:
-    """Raises ValueError that names the first of these flags that is given, since it would do nothing."""
-    for each in flags_of(type(args)):
-        if each.name in names and getattr(args, each.name) != each.default:
-            raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
-
-
 def check_reference_flags(args) -> None:
     """Raises ValueError for a reference that would be the policy's base a second time, in fewer bits."""
     if args.uses_lora and args.quantize_ref != "none" and args.ref_checkpoint_path is None:
@@ -139,7 +132,8 @@ def check_rl_flags(args) -> None:
     if args.reward_fn is None:
         refuse_idle(args, "without a --reward_fn", "reward_fn_weight")
     if args.eval_prompt_file is None:
-        refuse_idle(args, "without an --eval_prompt_file", "num_generations_eval")
+        names = ["num_generations_eval", *["num_eval_samples"] * bool(args.num_eval_samples)]
+        refuse_idle(args, "without an --eval_prompt_file", *names)
     if args.group_size is not None and "int4" not in (args.quantize_ref, args.quantize_reward):
         raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
 
@@ -153,6 +147,9 @@ def open_frozen(args, policy: Folder, longest: int, runtime: Runtime, *, referen
     kind = reward.kind if reward else None
     if args.normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
+
+    if kind is not None and kind.separator is None:
+        refuse_idle(args, f"beside {args.reward_checkpoint_path}, which scores whole answers", "process_reward")
 
     def scheme_of(path: Path, mode: str, name: str) -> Schemes | None:
         scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, name, tp_size)

@@ -82,7 +82,7 @@ def format_reward(prompt: str, completion: str, example: dict) -> float:
 
 def raw_golds(example: dict) -> list:
     for name in GOLD_FIELDS:
-        if example.get(name) is not None:
+        if example.get(name) not in (None, "", []):  # an empty one would be right for no answer, and nobody would know
             return example[name] if isinstance(example[name], list) else [example[name]]
     raise ValueError(f"the record has no right answer: none of {', '.join(GOLD_FIELDS)}")
 

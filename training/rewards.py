@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models.chats import Chat
 from models.checkpoint import Folder, model_folder, open_folder
-from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
+from models.common import Bounds, flag, is_main_rank, non_negative, positive, refuse_idle, say
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
 from models.model import Transformer
 from models.packing import own_share
@@ -80,7 +80,8 @@ class RewardArgs(GradingArgs):
         None,
         choices=("refuse", "zero", "skip"),
         help="an answer to which a function or the reward model gives no number: end the run, take 0, or leave the "
-        "answer out of the update; refuse, but skip where a function of the per-answer form fails",
+        "answer out of the update; refuse, but skip where a function of the per-answer form fails, unless it does for "
+        "all answers",
         may_change=True,
     )
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="subtracted where an answer has no end; none")
@@ -97,7 +98,11 @@ def load_reward_functions(args: RewardArgs) -> list[Grader]:
         raise ValueError(
             f"--reward_fn_weight: {len(weights)} for {len(functions)} of --reward_fn; give one for all, or one for each"
         )
-    return [load_grader("--reward_fn", place) for place in functions]
+    graders = [load_grader("--reward_fn", place) for place in functions]
+    if not any(grader.per_answer for grader in graders):
+        why = "without a --reward_fn of the form (prompt, completion, example)"
+        refuse_idle(args, why, "reward_timeout", "reward_memory")
+    return graders
 
 
 class RewardFolder(NamedTuple):
@@ -207,7 +212,7 @@ class Scorer:
         self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
         self.pooled = [name for name, function in self.functions.items() if function.per_answer]
         self.grading: dict[int, tuple[Prompt, str, list]] = {}  # answers that are being graded, by their numbers
-        self.pool, self.warned = None, set()
+        self.pool, self.warned, self.graded = None, set(), set()
         tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent and draw the same
         if self.pooled and dist.get_rank() % tp_size == 0:
             self.pool = Pool([self.functions[name] for name in self.pooled], args)
@@ -241,6 +246,8 @@ class Scorer:
             if not function.per_answer:
                 grades[name] = self._ask_batch(function, *columns)
         order = [name for name in ("reward_model", *self.functions) if name in grades]
+        for name in self.pooled:
+            self._check_some_graded(name, grades[name], prompts)
         total = sum(self._part_of_total(name, grades[name]) for name in order)
         total = total - args.length_penalty * num_tokens
         total = total - (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
@@ -248,6 +255,19 @@ class Scorer:
         sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
         failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
+
+    def _check_some_graded(self, name: str, grades: list[Grade], prompts: list[Prompt]) -> None:
+        """Ends the run where nobody has said what becomes of a failure and a function of the per-answer form fails for
+        all answers: learning nothing from update to update would look like a run. All answers to one prompt may be the
+        fault of its record, once the function has graded others."""
+        several = len({id(prompt) for prompt in prompts}) > 1 or name not in self.graded
+        if not all(grade.failure for grade in grades):
+            self.graded.add(name)
+        elif several and self.args.reward_error is None and self.weights[name]:
+            self.stop.fail(
+                f"--reward_fn: {name} gave none of {len(grades)} answers a grade, the first: {grades[0].failure}; "
+                "--reward_error skip or zero goes on all the same"
+            )
 
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
         """What a source adds to the rewards, fp32 [A]; NaN for an answer that is to be skipped. Ends the run if there

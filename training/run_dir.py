@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.adapters import LoraArgs, adapter_tensors, write_adapter
+from models.adapters import LoraArgs, adapter_tensors, remove_merged, write_adapter
 from models.checkpoint import MERGED, ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
@@ -46,6 +45,7 @@ from models.common import (
     peaks,
     progress_bar,
     read_json_object,
+    refuse_idle,
     say,
     write_json,
 )
@@ -56,7 +56,7 @@ from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, existing_part, hold
-from training.checkpoints import CheckpointWriter, load_newest_checkpoint
+from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.optim import keeping_settings
 from training.stop import Stop, any_rank
 
@@ -146,6 +146,8 @@ class Run:
             done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
+        if done and "batch_size" in self.changed:  # where a step is among the records follows from its number
+            say("--batch_size: steps count records otherwise now, so some of this epoch come again, or not at all")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
         self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done))
@@ -188,6 +190,7 @@ class Run:
             if stopped:
                 self.stop.leave()
             if save_due:
+                self.check_weights(self._checkpoints.model)
                 self._save()
         self._close()
 
@@ -221,6 +224,8 @@ class Run:
         when = f"after {self._unit} {self._state}" if self._state else f"before the first {self._unit}"
         if self._state is None:
             when = f"in {self._unit} {self.step}"
+        elif self._state != self._saved and not all_fit(self._checkpoints.model):
+            say(f"the state {when} is not saved, since it has weights that are not finite")
         elif self._state != self._saved:
             self._checkpoints.limit += failed
             self._checkpoints.model.zero_grad(set_to_none=True)  # of a step that is given up
@@ -267,6 +272,12 @@ class Run:
                 numbers = ", ".join(map(str, self.numbers[:64])) + (", ..." if len(self.numbers) > 64 else "")
                 message = f"{name} is {float(value)}; records of the step (from 0): {numbers}"
                 self.stop.fail(f"step {self.step}: {message}")
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raises ValueError, before they replace sound ones, if weights of the model are not finite. A collective."""
+        if not all_fit(model):
+            advice = "take a lower --learning_rate; --resume goes on from the checkpoint before with --accept_changed"
+            self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
 
     def speed(self, config: ModelConfig, lengths: list[int], flops_factor: float = 1.0) -> dict[str, float]:
         """The metrics num_tokens, tokens_per_second, and mfu where the device's peak is known, of the time since the
@@ -318,6 +329,12 @@ class Run:
         tokens. json_changes: to the other files of that folder, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
         size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
+        self.check_weights(model)
+        if model.lora is None and not all_fit(model, self._export_dtype):
+            name = dtype_name(self._export_dtype)
+            raise ValueError(
+                f"{folder}: {name} cannot hold weights of the {what}; --resume with --export_dtype float32"
+            )
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
@@ -354,6 +371,8 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     """(the day of the run, what it is begun with, the flags that it has otherwise than it was begun with). Raises
     ValueError if the run would mix with an earlier one, or go on with what makes it another."""
     folder = args.output_dir
+    if args.uses_lora and not args.merge:
+        refuse_idle(args, "with --no-merge: adapters are float32", "export_dtype")
     earlier = read_json_object(folder / "args.json", missing_ok=True) if args.resume else {}
     today = chat_day(args.chat_date, earlier.get("chat_date"))
     check_writable(folder)
@@ -393,15 +412,6 @@ def check_writable(folder: Path) -> None:
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
             raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
-
-
-def remove_merged(folder: Path) -> None:
-    """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
-    the adapter that is written now."""
-    if (folder / MERGED).is_dir():
-        with naming_file(folder / MERGED):
-            shutil.rmtree(folder / MERGED)
-        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes it anew")
 
 
 def check_installed(report_to: str) -> None:

@@ -48,7 +48,7 @@ from models.records import Split
 from models.reward import Pair, pair_lengths, pair_rows
 from models.rows import Rows
 from models.transfer import to_device
-from training.data import DataArgs, load_rows, training_batches
+from training.data import DataArgs, check_evaluation, load_rows, training_batches
 from training.frozen import ReferenceArgs, check_reference_flags
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
@@ -128,8 +128,8 @@ def main(args: DpoArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = int(train.lengths[taken].sum())
+    taken = batches(first_step=1, last_step=run.first_step - 1)
+    run.num_tokens = sum(int(train.lengths[numbers].sum()) for _, numbers in taken)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
@@ -159,8 +159,7 @@ def main(args: DpoArgs) -> None:
 
 def check_flags(args: DpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
-    if args.eval_steps is not None and args.eval_file is None:
-        raise ValueError("--eval_steps needs an --eval_file")
+    check_evaluation(args)
     if args.label_smoothing and args.loss not in SMOOTHED:
         raise ValueError(f"--label_smoothing has no meaning for --loss {args.loss}; it is for {', '.join(SMOOTHED)}")
     if args.loss == "robust" and args.label_smoothing == 0.5:

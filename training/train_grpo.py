@@ -25,7 +25,18 @@ from torch import Tensor, nn
 
 from models.adapters import choose_lora
 from models.checkpoint import open_folder
-from models.common import Bounds, Stopwatch, at_least_one, card, choose_runtime, flag, non_negative, run_script, say
+from models.common import (
+    Bounds,
+    Stopwatch,
+    at_least_one,
+    card,
+    choose_runtime,
+    flag,
+    non_negative,
+    refuse_idle,
+    run_script,
+    say,
+)
 from models.fsdp import (
     ParallelArgs,
     clip_grad_norm,
@@ -42,7 +53,7 @@ from models.resting import resting
 from models.transfer import index_on
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
-from training.frozen import ReferenceArgs, check_rl_flags, open_frozen, refuse_idle
+from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.groups import Groups, Sampled, answers_to, group_metrics, sample_groups, step_metrics
 from training.grpo_losses import (
     GrpoLossArgs,
@@ -277,7 +288,9 @@ def check_flags(args: GrpoArgs) -> None:
         raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
     if args.loss_type == "cispo":
         refuse_idle(args, "for --loss_type cispo, whose ratios --epsilon_high bounds", "delta")
-        if args.epsilon_high is None:
+        if args.epsilon_high is not None:
+            refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
+        else:
             say(f"--loss_type cispo: a ratio counts at most --epsilon {args.epsilon}; --epsilon_high 5 is usual")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
         raise ValueError(

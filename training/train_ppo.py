@@ -39,6 +39,7 @@ from models.common import (
     fraction,
     non_negative,
     positive,
+    refuse_idle,
     run_script,
     say,
 )
@@ -177,7 +178,8 @@ def main(args: PpoArgs) -> None:
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
         "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
-        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}",
+        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}"
+        + (f"; in the first {args.critic_warmup_steps} the critic alone learns" if args.critic_warmup_steps else ""),
     }
     say(card("train_ppo", rows))
 
@@ -446,6 +448,8 @@ def check_flags(args: PpoArgs) -> None:
         raise ValueError(
             f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
         )
+    if args.kl_target is None:
+        refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")
     if args.whiten_rewards and args.kl_in == "loss":
         raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
 

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from models.adapters import SCORE, choose_lora
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
-from models.common import card, choose_runtime, flag, non_negative, run_script, say, visible, with_newlines
+from models.common import (
+    card,
+    choose_runtime,
+    flag,
+    non_negative,
+    refuse_idle,
+    run_script,
+    say,
+    visible,
+    with_newlines,
+)
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -45,7 +55,7 @@ from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
-from training.data import DataArgs, epoch_order, load_rows, training_batches
+from training.data import DataArgs, check_evaluation, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
@@ -79,11 +89,16 @@ class RmArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs):
 
 def main(args: RmArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
-    if args.eval_steps is not None and args.eval_file is None:
-        raise ValueError("--eval_steps needs an --eval_file")
+    check_evaluation(args)
     if args.center_coef and args.loss != "pairwise":
         raise ValueError(f"--center_coef {args.center_coef} is for --loss pairwise, not {args.loss}")
+    if args.loss == "process" and not args.step_separator:
+        raise ValueError(
+            "--step_separator '': without a text that ends a step nobody could tell the steps of an answer"
+        )
     run = Run(args)
+    if args.loss != "process":
+        refuse_idle(args, f"for --loss {args.loss}, whose answers have no steps", "step_separator")
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
@@ -133,8 +148,8 @@ def main(args: RmArgs) -> None:
     eval_rewards = finish(run.unfinished) if run.unfinished else None
 
     # loop
-    taken = [i for _, numbers in batches(first_step=1, last_step=run.first_step - 1) for i in numbers]
-    run.num_tokens = int(train.lengths[taken].sum())
+    taken = batches(first_step=1, last_step=run.first_step - 1)
+    run.num_tokens = sum(int(train.lengths[numbers].sum()) for _, numbers in taken)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

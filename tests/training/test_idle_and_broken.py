@@ -1,0 +1,155 @@
+"""What would look like a run and is none: flags that change nothing, rewards that nobody gives, weights that are not
+numbers. Each ends with one line and exit code 2.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.fsdp import data_parallel_size
+from tests import tiny
+from training.graders import math_answer
+
+REWARDS = """
+def each(prompt, completion, example): return float(len(completion))
+def none(prompt, completion, example): return None
+def no_so(prompt, completion, example): return None if "so" in prompt else float(len(completion))
+def whole(prompts, completions, examples): return [float(len(c)) for c in completions]
+"""
+FIRST_STEPS = ["--lr_schedule", "constant", "--warmup_ratio", 0, "--batch_size", 2, "--save_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def world(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("idle")
+    (root / "fn.py").write_text(REWARDS)
+    answers = [{"prompt": f"Question {i}:", "completion": "Is it so?"} for i in range(4)]
+    tiny.write_records(root / "answers.jsonl", answers)
+    tiny.write_records(root / "pairs.jsonl", [{**each, "chosen": "so", "rejected": "yes"} for each in answers])
+    tiny.write_records(root / "prompts.jsonl", [{"prompt": "Is it so"}, {"prompt": "or not"}])
+    return root
+
+
+def run(script, folder, world, out, *more):
+    """The script on the world's records, with the functions named as fn.py:NAME."""
+    more = [f"{world}/{word}" if str(word).startswith("fn.py:") else word for word in more]
+    if script in ("train_ppo", "train_grpo"):
+        given = ["--prompt_file", world / "prompts.jsonl", "--max_new_tokens", 4, "--rollout_batch_size", 4]
+        given += ["--total_steps", 1] + ["--num_generations", 2] * (script == "train_grpo")
+    else:
+        given = ["--train_file", world / ("answers.jsonl" if script == "finetune_sft" else "pairs.jsonl")]
+    return tiny.run(f"training/{script}.py", "--checkpoint_path", folder, "--output_dir", out, *given, *more)
+
+
+def assert_ended(result, *parts):
+    """After a step or more: exit code 2, and the last line of stderr has all parts."""
+    assert result.code == 2 and "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert all(part in last for part in parts), last
+
+
+def idle(script, *flags):
+    return pytest.param(script, flags, id=f"{script} {flags[-2]}")
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        idle("finetune_sft", "--eval_temperature", 1),
+        idle("finetune_sft", "--num_eval_samples", 7),
+        idle("train_dpo", "--eval_max_new_tokens", 3),
+        idle("train_rm", "--num_eval_samples", 7),
+        idle("train_rm", "--step_separator", "#"),
+        idle("finetune_sft", "--lora_r", 2, "--no-merge", "--export_dtype", "float16"),
+        idle("train_ppo", "--reward_fn", "fn.py:each", "--num_eval_samples", 7),
+        idle("train_ppo", "--reward_fn", "fn.py:each", "--kl_horizon", 5),
+        idle("train_ppo", "--reward_fn", "fn.py:whole", "--reward_timeout", 5),
+        idle("train_grpo", "--reward_fn", "fn.py:each", "--loss_type", "cispo", "--epsilon_high", 5, "--epsilon", 0.1),
+    ],
+)
+def test_idle_flags(script, flags, folder, world, tmp_path):
+    """Catches a flag that is taken and does nothing: a time-out of functions that have none, say."""
+    result = run(script, folder, world, tmp_path / "out", *flags)
+    tiny.assert_refused(result, f"error: {flags[-2]} {flags[-1]}", " does nothing ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_process_reward_of_whole_answers(folder, world, tmp_path):
+    """Catches --process_reward beside a reward model that scores no steps, and a process model for which nobody could
+    tell the steps of an answer: train_rm.py made one, and whatever reads reward models refused it."""
+    rm = tmp_path / "rm"
+    assert run("train_rm", folder, world, rm, "--max_steps", 0).code == 0
+    scored = run(
+        "train_ppo", folder, world, tmp_path / "ppo", "--reward_checkpoint_path", rm, "--process_reward", "last"
+    )
+    tiny.assert_refused(scored, "--process_reward last does nothing ", "whole answers")
+    steps = run("train_rm", folder, world, tmp_path / "prm", "--loss", "process", "--step_separator", "")
+    tiny.assert_refused(steps, "--step_separator")
+
+
+@pytest.mark.parametrize(
+    "name, flags, code", [("none", [], 2), ("none", ["--reward_error", "skip"], 0), ("no_so", [], 0)]
+)
+@pytest.mark.parametrize("script", ["train_ppo", "train_grpo"])
+def test_a_function_that_grades_nothing(script, name, flags, code, folder, world, tmp_path):
+    """Catches a run to its end in which every answer was left out of every update; and one that ends because of some
+    answers, or where the user wants it so."""
+    result = run(script, folder, world, tmp_path / "out", "--reward_fn", f"fn.py:{name}", "--reward_workers", 1, *flags)
+    assert result.code == code, result.stderr
+    if code:
+        assert_ended(result, "none gave none of 4 answers a grade", "NoneType", "--reward_error skip")
+
+
+def test_weights_that_are_not_finite(folder, world, tmp_path):
+    """Catches an update that makes infinite weights, saved as the newest checkpoint, from which each resume would begin
+    with a loss of NaN, or exported: the run ends, and goes on from the step before as if nothing had been."""
+    steps, broken = [*FIRST_STEPS, "--learning_rate", 1e-3], [*FIRST_STEPS, "--learning_rate", 1e38]
+    assert run("finetune_sft", folder, world, tmp_path / "a", *steps, "--max_steps", 2).code == 0
+    out = tmp_path / "b"
+    assert run("finetune_sft", folder, world, out, *steps, "--max_steps", 1).code == 0
+    again = ["--max_steps", 2, "--weight_decay", 100, "--resume", "--accept_changed", "learning_rate", "weight_decay"]
+    result = run("finetune_sft", folder, world, out, *broken, *again)
+    assert_ended(result, "step 2: the weights are not finite", "--learning_rate")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    result = run("finetune_sft", folder, world, out, *steps, *again[:2], *again[4:])
+    assert result.code == 0, result.stderr
+    wanted, got = (load_file(tmp_path / each / "model.safetensors") for each in "ab")
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+    never_saved = [*broken, "--save_steps", 0, "--max_steps", 1, "--weight_decay", 100]
+    assert_ended(run("finetune_sft", folder, world, tmp_path / "c", *never_saved), "the weights are not finite")
+    assert not (tmp_path / "c/model.safetensors").exists()
+
+
+def test_weights_that_the_export_cannot_hold(folder, world, tmp_path):
+    """Catches weights of 1e6 that are written in float16, as infinities."""
+    flags, out = [*FIRST_STEPS, "--learning_rate", 1e6, "--max_steps", 1], tmp_path / "out"
+    result = run("finetune_sft", folder, world, out, *flags, "--export_dtype", "float16")
+    assert_ended(result, "float16 cannot hold weights of the model", "--export_dtype")
+    assert run("finetune_sft", folder, world, out, *flags, "--export_dtype", "float32", "--resume").code == 0
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("given, wanted", [([], None), ("", None), (["", 5], 1.0), (5, 1.0)])
+def test_no_right_answer(given, wanted):
+    """Catches a record whose list of right answers is empty: whatever the policy said would be wrong."""
+    if wanted is None:
+        with pytest.raises(ValueError, match="no right answer"):
+            math_answer("", "5", {"answer": given})
+        assert math_answer("", "5", {"answer": given, "solution": "#### 5"}) == 1
+    else:
+        assert math_answer("", "5", {"answer": given}) == wanted
+
+
+@pytest.mark.parametrize("world_size, rank", [("2", None), ("", ""), ("two", "0")])
+def test_half_an_environment(world_size, rank, monkeypatch):
+    """Catches a traceback of a mesh where a container sets WORLD_SIZE and no launcher started the ranks."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match=re.escape(f"WORLD_SIZE {world_size!r}") + ".*torchrun"):
+        data_parallel_size(1)

@@ -103,8 +103,8 @@ def draw(
     """An answer to each prompt, the same on all ranks, whose replicas draw what they have room for; answers to one
     prompt, next to each other, share its prefill. A collective. on_finished is called on the rank that drew an answer:
     (its number, its prompt, its text). stop: leaves the run when it is asked to end; a rank without a signal draws what
-    it has begun first."""
-    stop, own, tp = stop or Stop(), {}, engine.model.parallel.tp
+    it has begun first. So does one without an error, where a replica's policy gives NaN: then all end alike."""
+    stop, own, failed, tp = stop or Stop(), {}, {}, engine.model.parallel.tp
     work = shared_work("rollout", [len(list(same)) for _, same in itertools.groupby(prompts, key=id)], dp)
     requests = (
         Request(first + i, sample_idx, prompts[i].ids, max_new_tokens, prompts[i].where)
@@ -118,14 +118,20 @@ def draw(
             return True
         return False
 
-    for done in engine.generate(requests, should_stop=should_stop):
-        ended = done.finish_reason == "stop"
-        own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
-        if on_finished is not None:
-            i = done.request.idx - first
-            on_finished(i, prompts[i], done.text)
+    try:
+        for done in engine.generate(requests, should_stop=should_stop):
+            ended = done.finish_reason == "stop"
+            own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
+            if on_finished is not None:
+                i = done.request.idx - first
+                on_finished(i, prompts[i], done.text)
+    except ValueError as error:
+        failed[dp.get_local_rank()] = str(error)
+        work.end()
     work.close()
     stop.check()
+    for _, why in sorted(gather_parts(failed, dp).items()):
+        stop.fail(why)
     answers = gather_parts(own, dp)
     return [answers[first + i] for i in range(len(prompts))]
 

@@ -23,6 +23,7 @@ from models.sampling import SamplingParams
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
 from training.run_dir import Run, open_log, write_lines
+from training.stop import Stop
 
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training
 
@@ -112,7 +113,7 @@ class EvalSamples:
         if not self.prompts:
             return
         self.engine.refresh(self.model)
-        answers = self._answers()
+        answers = self._answers(run.stop)
         if self.log is None:
             return
         blocks = []
@@ -129,12 +130,18 @@ class EvalSamples:
             blocks.append(block(line))
         run.show("\n".join(blocks))
 
-    def _answers(self) -> dict[int, tuple[str, str]]:
-        """(text, finish_reason) of each."""
-        work = shared_work("samples", [1] * len(self.requests), self.dp)
+    def _answers(self, stop: Stop) -> dict[int, tuple[str, str]]:
+        """(text, finish_reason) of each. Ends the run on all ranks where the model of one gives NaN."""
+        work, own, failed = shared_work("samples", [1] * len(self.requests), self.dp), {}, {}
         requests = (self.requests[i] for taken in work for i in taken)
-        own = {each.request.idx: (each.text, each.finish_reason) for each in self.engine.generate(requests)}
+        try:
+            own = {each.request.idx: (each.text, each.finish_reason) for each in self.engine.generate(requests)}
+        except ValueError as error:
+            failed[self.dp.get_local_rank()] = str(error)
+            work.end()
         work.close()
+        for _, why in sorted(gather_parts(failed, self.dp).items()):
+            stop.fail(why)
         return gather_parts(own, self.dp)
 
 

@@ -1,0 +1,22 @@
+"""What one rank alone finds, in a rollout that the data-parallel ranks share."""
+
+import torch
+
+from tests import tiny
+from tests.ranks import launch
+
+
+def test_a_policy_that_breaks_on_one_rank(tmp_path):
+    """Catches a rank that ends by itself where its answers are NaN: the other one waited for it without end, or had the
+    traceback of a connection that is gone, and what was learnt since the last checkpoint went with both."""
+    model = tiny.write_model(tmp_path / "lm", num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's piece, behind <unk>, <s> and </s>
+    model.save_pretrained(tmp_path / "lm")
+    tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": f"{i} plus" + "Z" * (i == 2)} for i in range(4)])
+    (tmp_path / "fn.py").write_text("def fn(prompts, completions, examples): return [0.0] * len(prompts)\n")
+    flags = ["--checkpoint_path", tmp_path / "lm", "--prompt_file", tmp_path / "prompts.jsonl", "--max_new_tokens", 3]
+    flags += ["--reward_fn", f"{tmp_path / 'fn.py'}:fn", "--rollout_batch_size", 8, "--num_generations", 2]
+    flags += ["--output_dir", tmp_path / "out", "--total_steps", 2]
+    printed = launch(2, [["refused", "training.train_grpo", *flags]])
+    assert printed.count("prompts.jsonl:3: the log-probability of a token is nan") == 2, printed

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from models.chats import Chat
 from models.checkpoint import Folder, model_folder, open_folder
-from models.common import Bounds, flag, is_main_rank, non_negative, positive, refuse_idle, say
+from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
 from models.model import Transformer
 from models.packing import own_share
@@ -99,9 +99,9 @@ def load_reward_functions(args: RewardArgs) -> list[Grader]:
             f"--reward_fn_weight: {len(weights)} for {len(functions)} of --reward_fn; give one for all, or one for each"
         )
     graders = [load_grader("--reward_fn", place) for place in functions]
-    if not any(grader.per_answer for grader in graders):
-        why = "without a --reward_fn of the form (prompt, completion, example)"
-        refuse_idle(args, why, "reward_timeout", "reward_memory")
+    idle = [name for name in ("reward_timeout", "reward_memory") if getattr(args, name) != getattr(GradingArgs, name)]
+    if idle and not any(grader.per_answer for grader in graders):
+        say(f"--{idle[0]} holds for a --reward_fn of the form (prompt, completion, example), and there is none")
     return graders
 
 

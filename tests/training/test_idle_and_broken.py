@@ -66,15 +66,20 @@ def idle(script, *flags):
         idle("finetune_sft", "--lora_r", 2, "--no-merge", "--export_dtype", "float16"),
         idle("train_ppo", "--reward_fn", "fn.py:each", "--num_eval_samples", 7),
         idle("train_ppo", "--reward_fn", "fn.py:each", "--kl_horizon", 5),
-        idle("train_ppo", "--reward_fn", "fn.py:whole", "--reward_timeout", 5),
         idle("train_grpo", "--reward_fn", "fn.py:each", "--loss_type", "cispo", "--epsilon_high", 5, "--epsilon", 0.1),
     ],
 )
 def test_idle_flags(script, flags, folder, world, tmp_path):
-    """Catches a flag that is taken and does nothing: a time-out of functions that have none, say."""
+    """Catches a flag that is taken and does nothing."""
     result = run(script, folder, world, tmp_path / "out", *flags)
     tiny.assert_refused(result, f"error: {flags[-2]} {flags[-1]}", " does nothing ")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_time_out(folder, world, tmp_path):
+    """Catches --reward_timeout taken for a limit of a function that is called once for all answers, and has none."""
+    result = run("train_ppo", folder, world, tmp_path / "out", "--reward_fn", "fn.py:whole", "--reward_timeout", 5)
+    assert result.code == 0 and "--reward_timeout holds for a --reward_fn of the form (prompt, " in result.stdout
 
 
 def test_process_reward_of_whole_answers(folder, world, tmp_path):

@@ -244,6 +244,12 @@ def split_steps(text: str, separator: str) -> list[str]:
     return steps or [""]
 
 
+def without_separator(steps: list[str], separator: str) -> list[str]:
+    """Steps of a record, of which some may be written with the separator that follows each: it comes once, as in an
+    answer that split_steps has cut."""
+    return [step.removesuffix(separator) for step in steps]
+
+
 def encode_steps(
     prompt: str | Chat, steps: list[str], separator: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
@@ -291,7 +297,7 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
         prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
         counts = EncodingCounts()
         if separator is not None:
-            steps = split_steps(answer, separator) if isinstance(answer, str) else answer
+            steps = split_steps(answer, separator) if isinstance(answer, str) else without_separator(answer, separator)
             ids, positions = encode_steps(prompt, steps, separator, tokenizer)
         else:
             if is_sample(record):

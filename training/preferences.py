@@ -27,7 +27,16 @@ from models.records import (
     naming,
     require,
 )
-from models.reward import Pair, Scored, cut_completion, cut_steps, encode_pair_record, encode_steps, finite_number
+from models.reward import (
+    Pair,
+    Scored,
+    cut_completion,
+    cut_steps,
+    encode_pair_record,
+    encode_steps,
+    finite_number,
+    without_separator,
+)
 from models.rows import IN_MEMORY, Rows, Store, encode_file
 from models.tokenizer import Tokenizer
 
@@ -111,6 +120,7 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
         require(isinstance(labels, list), f"labels must be a list, one for each step, not a {type(labels).__name__}")
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
+        steps = without_separator(steps, step_separator)
         ids, positions = encode_steps(prompt, steps, step_separator, tokenizer)
         whole = encode_generated(prompt, "".join(step + step_separator for step in steps), tokenizer, finished=False)
         counts = EncodingCounts(split_differently=int(ids != whole))

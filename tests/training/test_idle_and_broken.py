@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from models.fsdp import data_parallel_size
+from models.record_files import Record
+from models.reward import encode_steps, split_steps
 from tests import tiny
 from training.graders import math_answer
+from training.preferences import encode_process_record
 
 REWARDS = """
 def each(prompt, completion, example): return float(len(completion))
@@ -158,3 +161,15 @@ def test_half_an_environment(world_size, rank, monkeypatch):
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(ValueError, match=re.escape(f"WORLD_SIZE {world_size!r}") + ".*torchrun"):
         data_parallel_size(1)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "newlines_chatml"])
+def test_steps_that_end_with_their_separator(kind, opened):
+    """Catches a second separator behind steps that are written with theirs: a label would sit on a token, two newlines
+    in one, that no answer has there when it is scored, cut at its separators."""
+    tokenizer, steps = opened(kind)[0], ["the no\n", "yes", "is er\n"]
+    record = Record("x:1", {"prompt": "plus", "completions": steps, "labels": [1, 0, 1]})
+    row, _ = encode_process_record(record, "\n", tokenizer)
+    ids, positions = encode_steps("plus", split_steps("the no\nyes\nis er\n", "\n"), "\n", tokenizer)
+    assert (row.input_ids, row.positions, row.labels) == (ids, positions, [1, 0, 1])
+    assert tokenizer.decode(ids).endswith("plusthe no\nyes\nis er\n")

@@ -117,7 +117,11 @@ class PackedRows(Sequence):
 
     def __getitem__(self, i: int) -> Example:
         i = range(len(self))[i]
-        return pack_row([self.rows[j] for j in self._numbers[self._starts[i] : self._starts[i + 1]].tolist()])
+        return pack_row([self.rows[j] for j in self.records_in([i])])
+
+    def records_in(self, numbers: list[int]) -> list[int]:
+        """The numbers of the records in the rows of these numbers."""
+        return [int(j) for i in numbers for j in self._numbers[self._starts[i] : self._starts[i + 1]]]
 
 
 def encode_sft_file(

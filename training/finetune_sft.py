@@ -104,6 +104,7 @@ def main(args: SftArgs) -> None:
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
+        run.numbers = train.records_in(numbers) if args.pack else numbers
         num_targets = max(1, sum(example.num_targets for example in batch))
         scale, loss = loss_scale(num_targets, dp_size), torch.zeros((), device=runtime.device)
         for examples in reducing_gradients(model, split.shares(batch), every=args.sync_every_micro_batch):

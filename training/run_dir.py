@@ -270,6 +270,7 @@ class Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 numbers = ", ".join(map(str, self.numbers[:64])) + (", ..." if len(self.numbers) > 64 else "")
+                numbers += "; skipped ones are not counted" * (vars(self.args).get("overlong") == "skip")
                 message = f"{name} is {float(value)}; records of the step (from 0): {numbers}"
                 self.stop.fail(f"step {self.step}: {message}")
 

@@ -173,3 +173,20 @@ def test_steps_that_end_with_their_separator(kind, opened):
     ids, positions = encode_steps("plus", split_steps("the no\nyes\nis er\n", "\n"), "\n", tokenizer)
     assert (row.input_ids, row.positions, row.labels) == (ids, positions, [1, 0, 1])
     assert tokenizer.decode(ids).endswith("plusthe no\nyes\nis er\n")
+
+
+def test_a_broken_record_among_packed_ones(tmp_path):
+    """Catches the number of a packed row given as that of a record: the culprit, of which the embedding is NaN, must be
+    among those that are named, counted without the records that are skipped."""
+    model = tiny.write_model(tmp_path / "lm", num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's piece, behind <unk>, <s> and </s>
+    model.save_pretrained(tmp_path / "lm")
+    texts = ["so it is " * 20, *[f"{i} plus {i}" for i in range(5)], "Z", "yes"]
+    tiny.write_records(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    flags = ["--checkpoint_path", tmp_path / "lm", "--train_file", tmp_path / "train.jsonl", "--batch_size", 1]
+    flags += ["--output_dir", tmp_path / "out", "--pack", "--max_seq_len", 40, "--overlong", "skip"]
+    result = tiny.run("training/finetune_sft.py", *flags)
+    assert_ended(result, "loss is nan; records of the step (from 0): ", "; skipped ones are not counted")
+    numbers = re.search(r"\(from 0\): ([\d, ]+);", result.stderr)[1].split(", ")
+    assert "5" in numbers and len(numbers) > 1

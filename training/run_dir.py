@@ -52,6 +52,7 @@ from models.common import (
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
+from models.functions import short
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
@@ -332,10 +333,8 @@ class Run:
         size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
         self.check_weights(model)
         if model.lora is None and not all_fit(model, self._export_dtype):
-            name = dtype_name(self._export_dtype)
-            raise ValueError(
-                f"{folder}: {name} cannot hold weights of the {what}; --resume with --export_dtype float32"
-            )
+            why = f"{self._export_dtype} cannot hold weights of the {what}"
+            raise ValueError(f"{folder}: {why}; --resume with --export_dtype float32")
         if model.lora is not None:
             base = folder_config(model.lora.base)
             told = {name: value for name, value in (config or base).items() if base.get(name) != value}
@@ -477,11 +476,13 @@ class Metrics:
         elif report_to == "wandb":
             import wandb
 
-            # one run there, whose steps it takes once, however often this one is resumed
-            id_file = output_dir / "wandb_id.txt"
+            id_file = output_dir / "wandb_id.txt"  # one run there, whose steps it takes once, however often resumed
             if not id_file.exists():
                 id_file.write_text(secrets.token_hex(8))
-            run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
+            try:
+                run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
+            except Exception as error:  # of its own kinds: no key, no network
+                raise ValueError(f"--report_to wandb: {short(error)}") from error
             self._report = lambda step, values: run.log(values, step=step)
             self._close = run.finish
 

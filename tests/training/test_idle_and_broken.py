@@ -4,6 +4,8 @@ numbers. Each ends with one line and exit code 2.
 
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from models.reward import encode_steps, split_steps
 from tests import tiny
 from training.graders import math_answer
 from training.preferences import encode_process_record
+from training.run_dir import Metrics
 
 REWARDS = """
 def each(prompt, completion, example): return float(len(completion))
@@ -190,3 +193,14 @@ def test_a_broken_record_among_packed_ones(tmp_path):
     assert_ended(result, "loss is nan; records of the step (from 0): ", "; skipped ones are not counted")
     numbers = re.search(r"\(from 0\): ([\d, ]+);", result.stderr)[1].split(", ")
     assert "5" in numbers and len(numbers) > 1
+
+
+def test_wandb_without_a_key(tmp_path, monkeypatch):
+    """Catches the traceback, after everything is loaded, of a dashboard that nobody has logged in to."""
+
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match="--report_to wandb: RuntimeError: api_key not configured"):
+        Metrics(tmp_path, report_to="wandb")

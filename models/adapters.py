@@ -292,6 +292,8 @@ def choose_lora(
     if start is not None and start.score is not None and not is_critic:
         values[SCORE] = start.score
     base_fingerprint = on_main(lambda: fingerprint(base))
+    if start is not None and start.config.get("lora_dropout") and not args.lora_dropout and not is_critic:
+        say(f"{start.path}: goes on without its lora_dropout {start.config['lora_dropout']}, which is a flag here")
     r, alpha, use_rslora, layers = shape
     fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
     with_reference = with_reference and start is not None

@@ -123,11 +123,10 @@ def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size")
 
 def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
     """Ranks that share the data, by torchrun's environment. Raises ValueError if the sizes do not divide the ranks."""
-    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
-    if not world.isdecimal() or (int(world) != 1 and rank is None):
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal():
         raise ValueError(
-            f"the environment has WORLD_SIZE {world!r} and RANK {rank!r}, which do not go together: several ranks are "
-            "started by torchrun, for one unset both"
+            f"the environment has WORLD_SIZE {world!r}, which is no number; torchrun sets it, for one rank unset it"
         )
     world = int(world)
     if world % tensor_parallel_size:
@@ -146,8 +145,13 @@ def start_ranks(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
+    elif world != "1":
+        raise ValueError(
+            f"the environment has WORLD_SIZE {world} and no RANK: torchrun sets both, for one rank unset it"
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -9,9 +9,9 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from models.fsdp import data_parallel_size
 from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from tests import tiny
@@ -155,15 +155,15 @@ def test_no_right_answer(given, wanted):
         assert math_answer("", "5", {"answer": given}) == wanted
 
 
-@pytest.mark.parametrize("world_size, rank", [("2", None), ("", ""), ("two", "0")])
-def test_half_an_environment(world_size, rank, monkeypatch):
-    """Catches a traceback of a mesh where a container sets WORLD_SIZE and no launcher started the ranks."""
+@pytest.mark.parametrize("world_size, complaint", [("2", "no RANK"), ("", "no number"), ("two", "no number")])
+def test_half_an_environment(world_size, complaint, folder, world, tmp_path, monkeypatch):
+    """Catches a traceback of a mesh where a container sets WORLD_SIZE and no launcher has started the ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    with pytest.raises(ValueError, match=re.escape(f"WORLD_SIZE {world_size!r}") + ".*torchrun"):
-        data_parallel_size(1)
+    result = run("finetune_sft", folder, world, tmp_path / "out", "--max_steps", 1)
+    tiny.assert_refused(result, "WORLD_SIZE", complaint, "torchrun")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "newlines_chatml"])

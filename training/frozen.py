@@ -125,6 +125,11 @@ def check_rl_flags(args) -> None:
         raise ValueError("--eval_steps needs an --eval_prompt_file")
     if args.reward_checkpoint_path is None and args.reward_fn is None:
         raise ValueError("nothing to learn from: give a --reward_checkpoint_path, a --reward_fn, or both")
+    weights = [args.reward_model_weight] if args.reward_checkpoint_path is not None else []
+    weights += (args.reward_fn_weight or [1.0]) if args.reward_fn is not None else []
+    punished = args.missing_eos_penalty or args.length_penalty or vars(args).get("soft_punish_cache")
+    if not any(weights) and not punished:
+        raise ValueError("nothing to learn from: the weights of all rewards are 0")
     if args.reward_checkpoint_path is None:
         refuse_idle(
             args, "without a --reward_checkpoint_path", "quantize_reward", "reward_model_weight", "process_reward"

@@ -88,6 +88,13 @@ def test_no_time_out(folder, world, tmp_path):
     assert result.code == 0 and "--reward_timeout holds for a --reward_fn of the form (prompt, " in result.stdout
 
 
+def test_rewards_without_weight(folder, world, tmp_path):
+    """Catches a run whose rewards are all 0, by their weights."""
+    flags = ["--reward_fn", "fn.py:each", "--reward_fn_weight", 0]
+    tiny.assert_refused(run("train_grpo", folder, world, tmp_path / "a", *flags), "nothing to learn from", "weights")
+    assert run("train_grpo", folder, world, tmp_path / "b", *flags, "--length_penalty", 0.1).code == 0
+
+
 def test_process_reward_of_whole_answers(folder, world, tmp_path):
     """Catches --process_reward beside a reward model that scores no steps, and a process model for which nobody could
     tell the steps of an answer: train_rm.py made one, and whatever reads reward models refused it."""

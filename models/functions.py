@@ -4,6 +4,7 @@
 - nothing here needs torch, so a worker process that grades answers starts in a tenth of a second
 """
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -120,7 +121,12 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
     """The grade of each completion, in order. One has none where the function returned None, or a number that is not
     finite or too large. ValueError if the function fails or returns anything else."""
     where = f"{grader.flag}: {grader.name}"
-    columns, pid = (list(prompts), list(completions), [dict(example) for example in examples]), os.getpid()
+    columns = (
+        list(prompts),
+        list(completions),
+        [copy.deepcopy(example) for example in examples],
+    )  # to be changed at will
+    pid = os.getpid()
     try:
         rewards = grader.function(**dict(zip(BATCH, columns)))
         if inspect.isawaitable(rewards):

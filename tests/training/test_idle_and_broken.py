@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.functions import Grade, Grader, call_batch
 from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from tests import tiny
@@ -211,3 +212,16 @@ def test_wandb_without_a_key(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(ValueError, match="--report_to wandb: RuntimeError: api_key not configured"):
         Metrics(tmp_path, report_to="wandb")
+
+
+def test_a_function_that_changes_what_it_is_given():
+    """Catches records that a function of the batch form has changed, somewhere within, for its next call and others."""
+
+    def uses_up(prompts, completions, examples):
+        prompts.clear()
+        return [example["tests"].pop() + example.setdefault("more", 1) for example in examples]
+
+    grader, prompts, examples = Grader("--reward_fn", "f.py:uses_up", uses_up, False, False), ["a"], [{"tests": [1, 2]}]
+    for _ in range(3):
+        assert call_batch(grader, prompts, ["b"], examples) == [Grade(3.0)]
+    assert (prompts, examples) == (["a"], [{"tests": [1, 2]}])

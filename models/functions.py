@@ -134,7 +134,9 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
 
             rewards = asyncio.run(_awaited(rewards))
         rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
-    except (Exception, SystemExit) as error:  # somebody's code may raise anything, a generator's while it is read
+    except KeyboardInterrupt:  # a person's, or that of a signal
+        raise
+    except BaseException as error:  # somebody's code may raise anything, a generator's while it is read
         raise ValueError(f"{where} raised {short(error)}") from error
     finally:
         if os.getpid() != pid:  # the function forked, and has come back in both

@@ -27,7 +27,7 @@ AGAIN_SECONDS = 1.0
 NOTICE = b"\nstopping at the next place where nothing is lost; press Ctrl-C again to end now\n"
 
 
-class _Interrupted(BaseException):
+class _Interrupted(KeyboardInterrupt):
     """Raised within somebody's function, which may catch every Exception."""
 
 

@@ -2,6 +2,7 @@
 numbers. Each ends with one line and exit code 2.
 """
 
+import asyncio
 import json
 import re
 import sys
@@ -225,3 +226,27 @@ def test_a_function_that_changes_what_it_is_given():
     for _ in range(3):
         assert call_batch(grader, prompts, ["b"], examples) == [Grade(3.0)]
     assert (prompts, examples) == (["a"], [{"tests": [1, 2]}])
+
+
+async def cancelled(prompts, completions, examples):
+    waiting = asyncio.ensure_future(asyncio.sleep(60))
+    waiting.cancel()
+    await waiting
+
+
+def gives_up(prompts, completions, examples):
+    raise GeneratorExit
+
+
+def interrupted(prompts, completions, examples):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("function, named", [(cancelled, "CancelledError"), (gives_up, "GeneratorExit")])
+def test_what_is_no_exception(function, named):
+    """Catches an error that is no Exception, as that of a request which an async client gives up, for which the run
+    ended with a traceback on all ranks and saved nothing; a person's Ctrl-C is no error of the function."""
+    with pytest.raises(ValueError, match=f"--reward_fn: f raised {named}"):
+        call_batch(Grader("--reward_fn", "f.py:f", function, False, False), ["a"], ["b"], [{}])
+    with pytest.raises(KeyboardInterrupt):
+        call_batch(Grader("--reward_fn", "f.py:f", interrupted, False, False), ["a"], ["b"], [{}])

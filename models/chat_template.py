@@ -214,8 +214,10 @@ def _with_objects(message: dict) -> dict:
 def _between_marks(i: int, content: str) -> str:
     """White space stays outside, since templates strip it."""
     core = content.strip()
+    if not core:
+        return content
     before, _, behind = content.partition(core)
-    return f"{before}{OPEN}{i}{BEGIN}{core}{OPEN}{i}{END}{behind}" if core else content
+    return f"{before}{OPEN}{i}{BEGIN}{core}{OPEN}{i}{END}{behind}"
 
 
 def read_chat_template(folder: Path, config: dict) -> dict[str, str]:

@@ -3,6 +3,7 @@ r"""Whether two answers are mathematically the same.
 - numbers are compared exactly, as fractions: 1/2 = 0.5 = 50 %, 1,000 = 1000, 1 1/2 = \frac{3}{2}, 1.5e3 = 1500; with
   roots, pi and functions to 9 digits; expressions with variables at three points
 - brackets and order of tuples, intervals and matrices matter; sets and lists of solutions have no order
+- x > 5 is the interval (5, \infty); equations are the same where one is a multiple of the other
 - a name in front (x = 5), currency and units do not matter, but two units that are known to differ do: 5 cm, 5 m
 - what is not understood is compared as words; where both are formulas, the package math_verify is asked, if installed
 - nothing is ever evaluated by Python, and powers are bounded: 9^{9^{9}} is only not understood
@@ -12,6 +13,8 @@ import math
 import re
 from fractions import Fraction
 from typing import NamedTuple
+
+from training.expressions import WORDS, Number, bounded, value_of
 
 LONGEST = 1000  # characters that are read as mathematics
 NUMBER = re.compile(
@@ -25,9 +28,6 @@ NUMBER = re.compile(
 def last_number_in(text: str) -> str | None:
     numbers = [match[0] for match in NUMBER.finditer(text)]
     return numbers[-1] if numbers else None
-
-
-Number = Fraction | float
 
 
 class Scalar(NamedTuple):
@@ -83,7 +83,8 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Named) or isinstance(b, Named):
         if isinstance(a, Named) and isinstance(b, Named):
             return a.name == b.name and _same(a.value, b.value)
-        return _same(a.value, b) if isinstance(a, Named) else _same(a, b.value)
+        named, other = (a, b) if isinstance(a, Named) else (b, a)
+        return _same(_as_equation(named) if isinstance(other, Equation) else named.value, other)
     if type(a) is not type(b):
         return False
     if isinstance(a, Scalar):
@@ -95,9 +96,16 @@ def _same(a: object, b: object) -> bool:
             any(_same(x, y) for x in a.items) for y in b.items
         )
     if isinstance(a, Equation):
-        negative = Scalar(tuple(-value for value in b.difference.values))
-        return _same_scalar(a.difference, b.difference) or _same_scalar(a.difference, negative)
+        x, y = a.difference.values, b.difference.values
+        return all(x) and all(y) and all(_close(p * y[0], q * x[0]) for p, q in zip(x, y))
     return a == b
+
+
+def _as_equation(named: Named) -> object:
+    """y = 2 x as an equation of variables; as it is if it names no variable."""
+    if len(named.name) > 1 or not isinstance(named.value, Scalar):
+        return named
+    return Equation(Scalar(tuple(value_of(named.name, i) - value for i, value in enumerate(named.value.values))))
 
 
 def _same_scalar(a: Scalar, b: Scalar) -> bool:
@@ -138,6 +146,12 @@ REPLACED = (
     (r"\\(?:cdot|times|ast)(?![a-z])|[\u00d7\u00b7\u22c5]", "*"),
     (r"\\div(?![a-z])|\u00f7", "/"),
     (r"\\[dtc]frac", r"\\frac"),
+    (
+        r"\\(sin|cos|tan)\s*[({]?\s*(\d+)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0)\s*[)}]?",
+        r"\\\1(\2\\pi/180)",
+    ),
+    (r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
+    (r"\\[lr]?vert(?![a-z])", "|"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0|\u00ba", " degrees"),
     (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\%|\u066a", "%"),
@@ -161,8 +175,10 @@ MIXED = re.compile(
     r"(?<![\d.^_/*}])(\d+)\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|(?<![\d.^_/*])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)"
 )
 QUANTITY = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z.'/\- ()]*?)(?:\s*\^\s*\{?-?\d\}?)?", re.S)
-NAME = re.compile(  # of what is asked: x, x_1, f(2), (x, y), m + n, or words
-    r"[A-Za-z]+(?:_\w+)?'?(?:\(\w+(?:,\w+)*\))?|\([A-Za-z](?:,[A-Za-z])*\)|[A-Za-z](?:\+[A-Za-z])+"
+REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}")
+RELATION = re.compile(r"(<=|>=|[<>\u2264\u2265]|\\(?:le|ge|leq|geq|lt|gt)(?:slant)?(?![a-z]))")
+NAME = re.compile(  # of what is asked: x, x_1, f(2), f^{-1}(x), |A|, (x, y), m + n, or words
+    r"[A-Za-z]+(?:_\w+)?'?(?:\(\w+(?:,\w+)*\))?|[A-Za-z]\^-1\(\w+\)|\|[A-Z]+\||\([A-Za-z](?:,[A-Za-z])*\)|[A-Za-z](?:\+[A-Za-z])+"
 )
 PROSE = re.compile(
     r"(?<![\\A-Za-z])(?!sqrt|log|sin|cos|tan|exp)[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}"
@@ -195,12 +211,6 @@ ALIKE = (  # units of two letters or less, and what contradicts them
     "dollar dollars USD",
 )
 UNITS = {word: group for group in ALIKE for word in group.split()}
-FUNCTIONS = {"ln": math.log, "log": math.log10, "sin": math.sin, "cos": math.cos, "tan": math.tan, "exp": math.exp}
-LETTER = re.compile(
-    "ell|(?:var)?(?:[Gg]amma|[Dd]elta|epsilon|[Tt]heta|[Ll]ambda|[Xx]i|rho|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega)|alpha|beta|"
-    "zeta|eta|iota|kappa|mu|nu|tau|[Uu]psilon|chi"
-)
-WORDS = ("sqrt", "pi", *FUNCTIONS)  # that stand for something in plain text, too
 
 
 def read(text: str) -> object:
@@ -226,7 +236,9 @@ def _read(text: str, depth: int) -> object:
         return Collection(tuple(_read(text.replace("\\pm", sign, 1), depth + 1) for sign in "+-"))
     if "\\cup" in text:
         return Collection(tuple(_read(part, depth + 1) for part in text.split("\\cup")))
-    matrix = re.fullmatch(r"\\begin\{([pbv]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", text, re.S)
+    matrix = re.fullmatch(
+        r"[(\[]?\s*\\begin\{([pbv]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]]?", text, re.S
+    )
     if matrix:
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         return Sequence("m", tuple(Sequence("r", tuple(_read(x, depth + 1) for x in row.split("&"))) for row in rows))
@@ -240,6 +252,8 @@ def _read(text: str, depth: int) -> object:
     parts = _parts(text, bracketed=False)
     if len(parts) > 1:
         return Collection(tuple(_read(part, depth + 1) for part in parts))
+    if RELATION.search(text):
+        return _read_inequality(text, depth)
     if "=" in text and not re.search(r"[<>!]|\\(?:le|ge|ne|lt|gt|approx)", text):
         return _read_equation(text, depth)
     return _read_scalar(text)
@@ -264,7 +278,7 @@ def _parts(text: str, *, bracketed: bool) -> list[str]:
         if len(parts) > 1 and not any("," in THOUSANDS.sub("", part) for part in parts if _flat(part)):
             return parts
         return _split(text, r",|;")
-    spaced = _split(text, r",\s+(?:and\b|or\b)?|;|\b(?:and|or)\b")
+    spaced = _split(text, r",\s+(?:and\b|or\b)?|(?<=[)\]]),|;|\b(?:and|or)\b")
     if any("," in THOUSANDS.sub("", part) for part in spaced if _flat(part)):
         return _split(text, r",\s*(?:and\b|or\b)?|;|\b(?:and|or)\b")
     return spaced
@@ -287,6 +301,27 @@ def _split(text: str, pattern: str) -> list[str]:
     return [*parts, text[start:]]
 
 
+def _read_inequality(text: str, depth: int) -> Named:
+    """x < 5, 5 > x, 1 < x < 5: a variable and the interval that it is in."""
+    sides = RELATION.split(text)
+    signs = ["<" if re.search(r"<|\u2264|\\l", sign) else ">" for sign in sides[1::2]]
+    closed = [re.search(r"=|[\u2264\u2265]|\\[lg]e", sign) is not None for sign in sides[1::2]]
+    values = [None if re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\w)?\s*", side) else side for side in sides[::2]]
+    if len({*signs}) > 1 or values.count(None) != 1 or (len(values) == 3 and values[1] is not None):
+        raise ValueError("not the bounds of a variable")
+    name = re.sub(r"[\s\\]", "", sides[2 * values.index(None)])
+    if len(values) == 2:  # one bound is missing, on the side of the variable
+        values, closed = [values[0], None, values[1]], [closed[0]] * 2
+        missing = 0 if values[0] is None else 2
+        values[missing], closed[missing // 2] = "-\\infty" if (signs[0] == "<") == (missing == 0) else "\\infty", False
+    bounds = [_read(values[i], depth + 1) for i in (0, 2)]
+    if signs[0] == ">":
+        bounds, closed = bounds[::-1], closed[::-1]
+    if not all(isinstance(bound, Scalar) and len({*bound.values}) == 1 for bound in bounds):
+        raise ValueError("the bounds are no numbers")
+    return Named(name, Sequence(("[" if closed[0] else "(") + ("]" if closed[1] else ")"), tuple(bounds)))
+
+
 def _read_equation(text: str, depth: int) -> object:
     left, _, right = text.rpartition("=")
     name = re.sub(r"[\s{}\\]", "", left)
@@ -300,7 +335,7 @@ def _read_equation(text: str, depth: int) -> object:
             raise ValueError("6 * 7 = 43")
         return result
     values = zip(_read_scalar(left).values, _read_scalar(right).values)
-    return Equation(Scalar(tuple(_bounded(a - b) for a, b in values)))
+    return Equation(Scalar(tuple(bounded(a - b) for a, b in values)))
 
 
 def _read_scalar(text: str) -> Scalar:
@@ -308,7 +343,8 @@ def _read_scalar(text: str) -> Scalar:
     percent = re.fullmatch(r"(.*[\d)}])\s*(?:%|percent\b|per cent\b).*", text, re.S)
     if percent:
         return Scalar(_read_scalar(percent[1]).values, percent=True)
-    text = re.sub(r"^([-+]?)\s*(?:[\u20ac\u00a3\u00a5]|USD\s)", r"\1", text)
+    text = re.sub(r"^([-+]?)\s*(?:[\u20ac\u00a3\u00a5\u20b9]|USD\s)", r"\1", text)
+    text = re.sub(r"(?<=\d)\s*[\u20ac\u00a3\u00a5\u20b9\u00a2]$", "", text)
     quantity = QUANTITY.fullmatch(text)
     if quantity:
         words = re.findall(r"[A-Za-z]+", quantity[3])
@@ -322,162 +358,16 @@ def _read_scalar(text: str) -> Scalar:
     if (re.fullmatch(r"[A-Za-z\s.'-]{2,}", text) and text not in WORDS) or PROSE.search(text):
         raise ValueError("words")
     text = THOUSANDS.sub(lambda match: re.sub(r"[, ]", "", match[0]), text)
-    text = MIXED.sub(_mixed, text)
-    return Scalar(tuple(_Expression(text, point).value() for point in range(3)))
+    text = MIXED.sub(_mixed, REPEATING.sub(_repeating, text))
+    return Scalar(tuple(value_of(text, point) for point in range(3)))
+
+
+def _repeating(match: re.Match) -> str:
+    """0.1\\overline{6} as a fraction."""
+    whole, once, again = match.groups()
+    return f"({int(whole + once + again) - int((whole + once) or 0)}/{10 ** len(once + again) - 10 ** len(once)})"
 
 
 def _mixed(match: re.Match) -> str:
     whole, top, bottom = [part for part in match.groups() if part]
     return f"({whole}+{top}/{bottom})"
-
-
-def _bounded(value: Number) -> Number:
-    """Raises ValueError for a number that would take long to calculate with."""
-    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > 20000:
-        raise ValueError("too large")
-    return value
-
-
-class _Expression:
-    """A parser that calculates while it reads, with its variables at one of several points."""
-
-    def __init__(self, text: str, point: int):
-        self.text, self.point, self.i = text, point, 0
-
-    def value(self) -> Number:
-        result = self._sum()
-        if self._next():
-            raise ValueError(f"not understood: {self.text[self.i :]}")
-        return result
-
-    def _next(self) -> str:
-        """The next character that is not a space; "" at the end."""
-        while self.i < len(self.text) and self.text[self.i].isspace():
-            self.i += 1
-        return self.text[self.i : self.i + 1]
-
-    def _take(self, character: str) -> bool:
-        if self._next() != character:
-            return False
-        self.i += 1
-        return True
-
-    def _expect(self, character: str) -> None:
-        if not self._take(character):
-            raise ValueError(f"{character} is missing")
-
-    def _match(self, pattern: str) -> re.Match | None:
-        self._next()
-        match = re.compile(pattern).match(self.text, self.i)
-        self.i = match.end() if match else self.i
-        return match
-
-    def _sum(self) -> Number:
-        result = self._product()
-        while self._next() in ("+", "-"):
-            sign = 1 if self._take("+") else -1
-            self.i += sign < 0
-            result = _bounded(result + sign * self._product())
-        return result
-
-    def _product(self) -> Number:
-        result = self._signed()
-        while True:
-            if self._take("*"):
-                result = _bounded(result * self._signed())
-            elif self._take("/"):
-                result = _bounded(result / self._signed())
-            elif re.match(r"[0-9.A-Za-z({\\]", self._next()):  # 2x, 3(4), 2 \sqrt{3}; 2 3 is nothing
-                if re.match(r"[0-9.]", self._next()) and re.match(r"[0-9.]", self.text[: self.i].rstrip()[-1:]):
-                    raise ValueError("two numbers side by side")
-                result = _bounded(result * self._power())
-            else:
-                return result
-
-    def _signed(self) -> Number:
-        if self._take("-"):
-            return -self._signed()
-        return self._signed() if self._take("+") else self._power()
-
-    def _power(self) -> Number:
-        base = self._atom()
-        while self._take("!"):
-            if not isinstance(base, Fraction) or base.denominator != 1 or not 0 <= base <= 500:
-                raise ValueError("factorial")
-            base = Fraction(math.factorial(int(base)))
-        return _raise(base, self._signed()) if self._take("^") else base
-
-    def _argument(self) -> Number:
-        """Of a LaTeX command: in braces, or one character."""
-        if self._take("{"):
-            result = self._sum()
-            self._expect("}")
-            return result
-        digit = self._match(r"\d")
-        return Fraction(int(digit[0])) if digit else self._atom()
-
-    def _atom(self) -> Number:
-        number = self._match(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d+))?(?![_\d])")
-        if number:
-            exponent = int(number[2] or 0)
-            if abs(exponent) > 400 or len(number[1]) > 400:
-                raise ValueError("too large")
-            return Fraction(number[1]) * Fraction(10) ** exponent
-        for opening, closing in ("()", "{}", "[]"):
-            if self._take(opening):
-                result = self._sum()
-                self._expect(closing)
-                return result
-        name = self._match(r"\\[A-Za-z]+|" + "|".join(WORDS) + r"|[A-Za-z]")
-        if name is None:
-            raise ValueError(f"not understood: {self.text[self.i :]}")
-        return self._named(name[0].lstrip("\\"))
-
-    def _named(self, name: str) -> Number:
-        if name == "frac":
-            top = self._argument()
-            return _bounded(top / self._argument())
-        if name == "binom":
-            n, k = self._argument(), self._argument()
-            if not all(isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= 500 for x in (n, k)):
-                raise ValueError("binomial coefficient")
-            return Fraction(math.comb(int(n), int(k)))
-        if name == "sqrt":
-            degree = Fraction(2)
-            if self._take("["):
-                degree = self._sum()
-                self._expect("]")
-            return _raise(self._argument(), 1 / degree)
-        if name == "pi":
-            return math.pi
-        if name == "infty":
-            return math.inf
-        if name in FUNCTIONS:
-            base = self._argument() if self._take("_") else None
-            result = FUNCTIONS[name](self._power())
-            return result if base is None else result / FUNCTIONS[name](base)
-        if len(name) > 1 and not LETTER.fullmatch(name):
-            raise ValueError(f"not a variable: {name}")
-        index = self._match(r"_(?:\{(\w+)\}|(\w))")
-        name += f"_{index[1] or index[2]}" if index else ""
-        number = int.from_bytes(name.encode(), "big") % 1000003  # another one for another variable
-        return Fraction(number + 2 + 17 * self.point, 1013 + 6 * self.point)
-
-
-def _raise(base: Number, exponent: Number) -> Number:
-    """base ** exponent, exactly where that is a fraction."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        if exponent.denominator == 1:
-            size = max(base.numerator.bit_length(), base.denominator.bit_length())
-            if size * abs(exponent) > 20000:
-                raise ValueError("too large")
-            return base ** int(exponent)
-        if exponent == Fraction(1, 2) and base >= 0:
-            roots = math.isqrt(base.numerator), math.isqrt(base.denominator)
-            if (roots[0] ** 2, roots[1] ** 2) == (base.numerator, base.denominator):
-                return Fraction(*roots)
-    negative_root = base < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2 and exponent.numerator == 1
-    result = -((-float(base)) ** float(exponent)) if negative_root else float(base) ** float(exponent)
-    if isinstance(result, complex):
-        raise ValueError("not a real number")
-    return result

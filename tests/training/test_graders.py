@@ -420,8 +420,8 @@ def test_math_verify_is_asked_last(monkeypatch):
     package.parse = lambda text: text
     package.verify = lambda gold, answer: asked.append(answer) or "int" in answer
     monkeypatch.setitem(sys.modules, "math_verify", package)
-    assert wrong(math_answer, PAIRS) == [] and asked == [r"$x \le 5$"]
-    assert math_answer("", r"\boxed{\int_0^1 x}", {"answer": r"\oint x"}) and asked[1:] == [r"$\int_0^1 x$"]
+    assert wrong(math_answer, PAIRS) == [] and asked == []
+    assert math_answer("", r"\boxed{\int_0^1 x}", {"answer": r"\oint x"}) and asked == [r"$\int_0^1 x$"]
 
 
 def test_no_torch():

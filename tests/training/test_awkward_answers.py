@@ -1,0 +1,61 @@
+r"""training/mathematics.py: right answers in another form than the record's, and wrong ones that look like them. The
+verdicts are math_verify's (0.9), where it reads both; degrees and |A| by hand. Catches forms that are compared as words,
+which gives a right answer nothing, and readings so generous that a wrong one gets the reward."""
+
+import pytest
+
+from training.graders import math_answer
+
+RIGHT = [
+    ("x > 5", r"(5, \infty)"),
+    ("5 < x", "x > 5"),
+    (r"x \geq 2", r"[2,\infty)"),
+    (r"-2 < x \le 3", "(-2,3]"),
+    ("3 > x > -2", "(-2,3)"),
+    (r"x \leqslant 5", r"x\le5"),
+    (r"x<1 \text{ or } x>3", r"(-\infty,1)\cup(3,\infty)"),
+    ("(1,2),(3,4)", "(3,4), (1,2)"),
+    (r"(1,2) \text{ and } (3,4)", "(1,2),(3,4)"),
+    ("y = 1+2x", "2x - y + 1 = 0"),
+    (r"y=-\frac{1}{2}x+3", "x+2y=6"),
+    (r"\frac{x^2}{4}+\frac{y^2}{9}=1", "9x^2+4y^2=36"),
+    (r"{5 \choose 2}", "10"),
+    (r"0.\overline{3}", r"\frac{1}{3}"),
+    (r"0.1\overline{6}", "1/6"),
+    ("|-5|", "5"),
+    (r"\left|{-5}\right|", "5"),
+    ("|A| = 5", "5"),
+    ("f^{-1}(x)=x+1", "x+1"),
+    (r"\sin 30^\circ", "0.5"),
+    (r"\tan(45^{\circ})", "1"),
+    (r"\arctan 1", r"\frac{\pi}{4}"),
+    (r"\sec^2 x", r"\frac{1}{\cos^2 x}"),
+    (r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("5\u20ac", "5"),
+    ("\u20b9500", "500"),
+]
+WRONG = [
+    ("x > 5", r"[5,\infty)"),
+    ("x > 5", r"(-\infty,5)"),
+    ("x < 5", "5"),
+    ("x > 5", "y > 5"),
+    ("1 < x < 3", "(1,4)"),
+    ("(1,2),(3,4)", "(1,2),(4,3)"),
+    ("(1,2),(3,4)", "1,2,3,4"),
+    ("(1,2)", "(1,2),(3,4)"),
+    ("y = 2x", "y - 2x = 1"),
+    ("x = 5", "x + y = 5"),
+    ("xy = x", "y = 1"),
+    (r"0.\overline{3}", "0.3"),
+    (r"0.\overline{3}", "0.33"),
+    ("|x|", "x"),
+    (r"\sin 30", "0.5"),
+    (r"\sin^{-1} x", r"\frac{1}{\sin x}"),
+    (r"{5 \choose 2}", "52"),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "verdict"), [(*p, 1.0) for p in RIGHT] + [(*p, 0.0) for p in WRONG])
+def test_forms(answer, gold, verdict):
+    assert math_answer("", f"So \\boxed{{{answer}}}.", {"answer": gold}) == verdict
+    assert math_answer("", f"So \\boxed{{{gold}}}.", {"answer": answer}) == verdict

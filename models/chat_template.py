@@ -9,6 +9,7 @@
 import copy
 import json
 import re
+from collections.abc import Callable
 from datetime import date, datetime, time
 from functools import cache, cached_property
 from pathlib import Path
@@ -165,16 +166,22 @@ class _Generation(Extension):
 
 def _written(template: jinja2.Template, messages: list[dict], values: dict) -> str:
     """The text of a chat. OpenAI's format has the arguments of calls as the text of an object; most templates write an
-    object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail."""
-    texts = _texts_of_objects(messages)
+    object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail. Others,
+    as DeepSeek's, fail on objects."""
+    texts, failure = _texts_of_objects(messages), None
     try:
         text = template.render(messages=messages, **values)
         if not any(json.dumps(each, ensure_ascii=False) in text for each in texts):
             return text
-    except Exception:
-        if not texts:
+    except Exception as error:
+        if not any(map(_functions_of, messages)):
             raise
-    return template.render(messages=[_with_objects(message) for message in messages], **values)
+        failure = error
+    if texts:
+        return template.render(messages=[_with_arguments(message, _object_in) for message in messages], **values)
+    if any(isinstance(function.get("arguments"), dict) for each in messages for function in _functions_of(each)):
+        return template.render(messages=[_with_arguments(message, _text_of) for message in messages], **values)
+    raise failure
 
 
 def _functions_of(message: dict) -> list[dict]:
@@ -194,21 +201,34 @@ def _object_in(text: object) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
+def _text_of(value: object) -> str | None:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else None
+
+
 def _texts_of_objects(messages: list[dict]) -> list[str]:
     """The arguments of calls that are the text of an object."""
     arguments = [function.get("arguments") for message in messages for function in _functions_of(message)]
     return [each for each in arguments if _object_in(each) is not None]
 
 
-def _with_objects(message: dict) -> dict:
-    """A message whose calls have objects in the place of their texts."""
-    if not _texts_of_objects([message]):
+def _with_arguments(message: dict, other_form: Callable[[object], object | None]) -> dict:
+    """A message whose calls have their arguments in another form, where they have one."""
+    if not _functions_of(message):
         return message
     message = copy.deepcopy(message)
     for function in _functions_of(message):
-        value = _object_in(function.get("arguments"))
+        value = other_form(function.get("arguments"))
         function |= {} if value is None else {"arguments": value}
     return message
+
+
+def with_other_calls(message: dict) -> dict:
+    """A message that calls functions of other names, or, if it names none, calls nothing."""
+    message = copy.deepcopy(message)
+    functions = [function for function in _functions_of(message) if isinstance(function.get("name"), str)]
+    for function in functions:
+        function["name"] += "x"
+    return message if functions else {**message, "tool_calls": None}
 
 
 def _between_marks(i: int, content: str) -> str:

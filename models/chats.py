@@ -15,7 +15,7 @@ import json
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import REASONING, ChatTemplate, Rendering
+from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
 from models.tokenizer import Tokenizer
 
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
@@ -287,7 +287,7 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
         content = content_of(message)
         if not seen and content.strip() and same(_changed(chat, i, content=content + "x")):
             raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
-        if message.get("tool_calls") and same(_changed(chat, i, tool_calls=None)):
+        if message.get("tool_calls") and same([*chat.messages[:i], with_other_calls(message), *chat.messages[i + 1 :]]):
             raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
 
 

@@ -1,6 +1,6 @@
 r"""training/mathematics.py: right answers in another form than the record's, and wrong ones that look like them. The
-verdicts are math_verify's (0.9), where it reads both; degrees and |A| by hand. Catches forms that are compared as words,
-which gives a right answer nothing, and readings so generous that a wrong one gets the reward."""
+verdicts are math_verify's (0.9), where it reads both; degrees and |A| by hand. Catches forms that are compared as
+words, which gives a right answer nothing, and readings so generous that a wrong one gets the reward."""
 
 import pytest
 

@@ -1,0 +1,71 @@
+"""models/chats.py and models/chat_template.py: contents and calls as real records have them. The oracle is
+transformers' rendering of the same template."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from models.chats import learnt_turns, read_chat, text_of_chat
+from models.tokenizer import Tokenizer
+from tests.models.test_tokenizer import byte_level_folder
+
+CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|eot_id|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+# As DeepSeek's: the arguments of calls are text, and calls are written where the content is none.
+DEEPSEEK = "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
+DEEPSEEK += (
+    "{% for c in m['tool_calls'] %}{{ '<|assistant|>' + c['function']['name'] + ' ' + c['function']['arguments'] }}"
+)
+DEEPSEEK += (
+    "<|eot_id|>{% endfor %}{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|eot_id|>' }}{% endif %}{% endfor %}"
+)
+
+
+def opened(folder, template):
+    byte_level_folder(folder, "llama3", eos_token="<|eot_id|>")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["\n", " \t", ""])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_white_space_alone(tmp_path, role, content):
+    """Catches a message without a word in it that ends the run: a separator that is empty."""
+    tokenizer, theirs = opened(tmp_path, CHATML)
+    messages = [{"role": each, "content": each} for each in ("system", "user", "assistant")]
+    messages = [{**message, "content": content} if message["role"] == role else message for message in messages]
+    text, spans, _ = learnt_turns(read_chat(messages), tokenizer)
+    assert text == theirs.apply_chat_template(messages, tokenize=False)
+    assert [text[slice(*span)] for span in spans] == [messages[-1]["content"] + "<|eot_id|>"]
+    prompt = theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert text_of_chat(read_chat(messages[:-1]), tokenizer) == prompt
+
+
+@pytest.mark.parametrize("arguments", [{"city": "K\u00f6ln", "days": [1, 2]}, {}])
+def test_arguments_that_a_template_wants_as_text(tmp_path, arguments):
+    """Catches a call that is left out of the row without a word: with its arguments as an object such a template fails,
+    and writes an empty turn where it is then given an empty content."""
+    tokenizer, theirs = opened(tmp_path, DEEPSEEK)
+
+    def chat(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return [{"role": "user", "content": "w?"}, called, {"role": "tool", "content": "5"}]
+
+    text = text_of_chat(read_chat(chat(arguments)), tokenizer)
+    as_text = json.dumps(arguments, ensure_ascii=False)
+    kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops what is None
+    wanted = theirs.apply_chat_template(
+        chat(as_text), chat_template=DEEPSEEK.replace("{% for m in messages %}", kept_none), tokenize=False
+    )
+    assert text == wanted and f"weather {as_text}<|eot_id|>" in text
+
+
+def test_calls_beside_a_content_that_hides_them(tmp_path):
+    """Catches a call that is looked for by leaving it out, where the template then writes something else."""
+    tokenizer, _ = opened(tmp_path, DEEPSEEK)
+    call = {"type": "function", "function": {"name": "weather", "arguments": 5}}  # neither an object nor text
+    messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(ValueError, match="message 1: the chat template has no place for its tool_calls"):
+        learnt_turns(read_chat(messages), tokenizer)

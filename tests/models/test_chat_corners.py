@@ -14,12 +14,9 @@ CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|eot_id|>\n{%
 CHATML += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 # As DeepSeek's: the arguments of calls are text, and calls are written where the content is none.
 DEEPSEEK = "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
-DEEPSEEK += (
-    "{% for c in m['tool_calls'] %}{{ '<|assistant|>' + c['function']['name'] + ' ' + c['function']['arguments'] }}"
-)
-DEEPSEEK += (
-    "<|eot_id|>{% endfor %}{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|eot_id|>' }}{% endif %}{% endfor %}"
-)
+DEEPSEEK += "{% for c in m['tool_calls'] %}{% set f = c['function'] %}"
+DEEPSEEK += "{{ '<|assistant|>' + f['name'] + ' ' + f['arguments'] + '<|eot_id|>' }}{% endfor %}"
+DEEPSEEK += "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|eot_id|>' }}{% endif %}{% endfor %}"
 
 
 def opened(folder, template):

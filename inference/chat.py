@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from inference.settings import settings_not_taken
 from inference.system import opening_of
 from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
@@ -65,7 +66,9 @@ def main(args: ChatArgs) -> None:
     model = load_for_inference(args.checkpoint_path, runtime, tp=tp, scheme=scheme, files=files)
     options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "prefill_tokens": args.prefill_tokens}
     engine = Engine(model, params, tokenizer=tokenizer, look_every=1, **options)
-    say(f"{args.checkpoint_path} on {device_name(runtime.device)}\n{HELP}")
+    unread = settings_not_taken(args.checkpoint_path, args)
+    note = f"\n(not taken from generation_config.json, the flags count: {unread})" if unread else ""
+    say(f"{args.checkpoint_path} on {device_name(runtime.device)}{note}\n{HELP}")
 
     messages, turn = list(opening), 0
     while (text := read_line()) is not None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from inference.lines import LineWriter, begun_on, encode_line, read_begun, refuse_occupied
 from inference.prompts import PromptArgs, PromptSource, carried_fields
+from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import ModelArgs, open_folder
 from models.common import (
@@ -132,12 +133,14 @@ def main(args: GenerateArgs) -> None:
     )
     stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
+    unread = settings_not_taken(args.checkpoint_path, args)
     rows = {
         "model": f"{folder}, {scheme}" if scheme else folder,
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
         "work": f"{work.total:,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
         "stop tokens": folder.stop_tokens(),
+        **({"not taken": f"{unread}, of generation_config.json; the flags count"} if unread else {}),
         "batch": plan.note + ", on each dp rank" * (mesh["dp"].size() > 1),
         **source.notes(),
     }

@@ -1,0 +1,44 @@
+"""What a folder's generation_config.json asks of sampling. The flags count here; what differs from them is said."""
+
+from pathlib import Path
+
+from models.common import read_json_object
+from models.sampling import SamplingArgs
+
+FLAGS = ("temperature", "top_k", "top_p", "repetition_penalty")
+# Settings of transformers (5.23) that have no flag here, and the values under which they change nothing.
+OTHERS = {
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "stop_strings": ([], ""),
+}
+
+
+def settings_not_taken(folder: Path, args: SamplingArgs) -> str:
+    """The settings of a folder's generation_config.json that the flags do not have, for people; "" if there are none.
+
+    Not lengths, which every caller of a model chooses, nor what ends an answer, which is taken.
+    """
+    asked = read_json_object(folder / "generation_config.json", missing_ok=True)
+    differs = {name: asked[name] for name in FLAGS if asked.get(name) not in (None, getattr(args, name))}
+    if asked.get("do_sample") is False and args.temperature:
+        differs = {"do_sample": False} | {name: differs[name] for name in differs if name == "repetition_penalty"}
+    differs |= {name: asked[name] for name, same in OTHERS.items() if asked.get(name) not in (None, *same)}
+    return ", ".join(f"{name} {value}"[:80] for name, value in differs.items())

@@ -1,0 +1,46 @@
+"""inference/settings.py: what generation_config.json asks, and a run does otherwise, is said."""
+
+import json
+
+import pytest
+import transformers
+
+from inference.settings import FLAGS, OTHERS, settings_not_taken
+from models.sampling import SamplingArgs
+from tests import tiny
+
+QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "said"),
+    [
+        (QWEN, {}, "temperature 0.7, top_k 20, top_p 0.8, repetition_penalty 1.05"),
+        (QWEN, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}, ""),
+        (QWEN, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, "repetition_penalty 1.05"),
+        ({"do_sample": False, "temperature": 0.7}, {}, "do_sample False"),
+        ({"do_sample": False, "temperature": None}, {"temperature": 0.0}, ""),
+        ({"suppress_tokens": [5], "bad_words_ids": [], "min_p": 0.0, "max_length": 4096}, {}, "suppress_tokens [5]"),
+    ],
+)
+def test_what_is_not_taken(tmp_path, config, args, said):
+    """Catches settings of a folder that do nothing, without a word."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert settings_not_taken(tmp_path, SamplingArgs(**args)) == said
+
+
+def test_a_config_of_defaults_says_nothing(tmp_path):
+    """Catches a remark on values that change nothing: transformers' own defaults, and names that it does not know."""
+    config = transformers.GenerationConfig()
+    config.save_pretrained(tmp_path)
+    assert settings_not_taken(tmp_path, SamplingArgs()) == ""
+    assert settings_not_taken(tmp_path / "absent", SamplingArgs()) == ""
+    assert [name for name in (*FLAGS, *OTHERS) if not hasattr(config, name)] == []
+
+
+def test_scripts_say_it(tmp_path):
+    """Catches a card without it."""
+    tiny.write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(QWEN))
+    args = ("--checkpoint_path", tmp_path, "--prompt", "a", "--max_new_tokens", 1)
+    assert "temperature 0.7, top_k 20" in tiny.run("inference/generate.py", *args).stderr

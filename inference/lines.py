@@ -34,14 +34,23 @@ def begun_on(output_file: Path) -> str | None:
 
 def refuse_occupied(output_file: Path) -> None:
     """Raises ValueError if a new run would write over something."""
+    _check_regular(output_file)
     if output_file.exists() and output_file.stat().st_size:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
+
+
+def _check_regular(output_file: Path) -> None:
+    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device."""
+    if output_file.exists() and not output_file.is_file():
+        kind = "a folder" if output_file.is_dir() else "no regular file, which --resume could go on with"
+        raise ValueError(f"--output_file {output_file}: is {kind}; name a file")
 
 
 def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
     """The lines that an earlier run finished, in turn; a torn last line does not count. now: what this run is begun
     with (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
     `writer` wrote, with these fields."""
+    _check_regular(output_file)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
         return

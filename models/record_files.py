@@ -16,6 +16,8 @@ PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
 }
@@ -74,7 +76,8 @@ def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
     for a file that is packed."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        missing = "is no regular file, and records are read more than once" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {'is a folder' if path.is_dir() else missing}")
     with open(path, "rb") as file:
         head = file.read(4096)
         for beginning, kind in PACKED.items():

@@ -1,0 +1,31 @@
+"""Paths that are no files: folders, pipes, devices."""
+
+import pytest
+
+from models.records import read_records
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write_model(path)
+    return path
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/full", "folder"])
+def test_outputs(model, tmp_path, place):
+    """Catches a device as the output, which is read without an end, or refused as an invalid argument after loading."""
+    place = tmp_path if place == "folder" else place
+    args = ("--checkpoint_path", model, "--prompt", "a", "--max_new_tokens", 1, "--output_file", place)
+    for more in ((), ("--resume",)):
+        tiny.assert_refused(
+            tiny.run("inference/generate.py", *args, *more), f"--output_file {place}: is ", "name a file"
+        )
+
+
+def test_inputs(tmp_path):
+    """Catches a folder or a pipe that is said not to be there."""
+    for place, kind in ((tmp_path, "is a folder"), ("/dev/null", "is no regular file"), (tmp_path / "x", "no such")):
+        with pytest.raises(FileNotFoundError, match=kind):
+            read_records(place)

@@ -223,12 +223,17 @@ def _with_arguments(message: dict, other_form: Callable[[object], object | None]
 
 
 def with_other_calls(message: dict) -> dict:
-    """A message that calls functions of other names, or, if it names none, calls nothing."""
-    message = copy.deepcopy(message)
-    functions = [function for function in _functions_of(message) if isinstance(function.get("name"), str)]
-    for function in functions:
-        function["name"] += "x"
-    return message if functions else {**message, "tool_calls": None}
+    """A message that calls functions of other names, with other arguments; it calls nothing if it names neither."""
+    message, changed = copy.deepcopy(message), False
+    for function in _functions_of(message):
+        for key in ("name", "arguments"):
+            value = function.get(key)
+            if isinstance(value, str | dict):
+                entries = value if isinstance(value, dict) else _object_in(value)
+                other = f"{value}x" if entries is None else {**entries, "x": "x"}
+                function[key] = other if entries is None or entries is value else _text_of(other)
+                changed = True
+    return message if changed else {**message, "tool_calls": None}
 
 
 def _between_marks(i: int, content: str) -> str:

@@ -287,6 +287,7 @@ def encode_answered(
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         return encode_completion(prompt, answer, tokenizer)
     is_text = isinstance(answer, str)
+    answer = _without_end_of_turn(answer, tokenizer) if is_text else answer
     if is_text and prompt.is_open:
         example, counts = _answered(prompt, answer, tokenizer)
         return example.ended(ids_at_the_end(prompt, tokenizer)), counts
@@ -297,6 +298,13 @@ def encode_answered(
     ends = {chat.messages[i]["role"] for i in (0, -1)}
     require(ends == {"assistant"}, f"{name} must begin and end with a message of the assistant, after the prompt")
     return encode_chat(prompt.before(chat), tokenizer, as_generated=is_text)
+
+
+def _without_end_of_turn(answer: str, tokenizer: Tokenizer) -> str:
+    """An answer without the end of its turn, and white space behind that, where the text itself has it."""
+    end = "" if tokenizer.end_of_turn_id is None else tokenizer.decode([tokenizer.end_of_turn_id], False)
+    whole = answer.rstrip()
+    return whole[: -len(end)] if end and whole.endswith(end) else answer
 
 
 def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, finished: bool) -> list[int]:

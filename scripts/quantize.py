@@ -27,7 +27,7 @@ from models.checksums import check_weights
 from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
-from models.model import ModelConfig, Transformer
+from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_scheme, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
@@ -74,7 +74,11 @@ def main(args: QuantizeScriptArgs) -> None:
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir}: exists; take another, or remove it")
     runtime = choose_runtime(args)
-    folder = open_folder(args.checkpoint_path, today=chat_day(args.chat_date))
+    folder = open_folder(args.checkpoint_path, frozen=True, today=chat_day(args.chat_date))
+    if is_quantized(read_hf_config(args.checkpoint_path)[0]):
+        raise ValueError(
+            f"{args.checkpoint_path}: its weights are quantised already; give the folder that it was made from"
+        )
     config = folder.config
     group_size = args.group_size or (INT4_GROUP if args.mode == "int4" else None)
     scheme = choose_scheme(args.checkpoint_path, args.mode, group_size, flag="--mode")

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models.chats import learnt_turns, read_chat, text_of_chat
+from models.records import encode_answer
 from models.tokenizer import Tokenizer
 from tests.models.test_tokenizer import byte_level_folder
 
@@ -66,3 +67,14 @@ def test_calls_beside_a_content_that_hides_them(tmp_path):
     messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     with pytest.raises(ValueError, match="message 1: the chat template has no place for its tool_calls"):
         learnt_turns(read_chat(messages), tokenizer)
+
+
+@pytest.mark.parametrize("begun", [[], [{"role": "assistant", "content": "It is "}]])
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|eot_id|>\n", " <|eot_id|>"])
+def test_an_answer_that_has_its_end(tmp_path, begun, end):
+    """Catches a second end of turn, learnt, behind an answer whose text has one, as many data sets are written."""
+    tokenizer, _ = opened(tmp_path, CHATML)
+    chat = read_chat([{"role": "user", "content": "2+2?"}, *begun])
+    row, _ = encode_answer(chat, "4" + end, tokenizer)
+    assert row == encode_answer(chat, "4" + end.partition("<")[0], tokenizer)[0]
+    assert row.input_ids.count(tokenizer.eos_token_id) == 2  # the user's and the assistant's

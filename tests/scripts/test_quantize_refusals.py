@@ -1,0 +1,13 @@
+"""scripts/quantize.py: what it refuses."""
+
+from tests import tiny
+
+
+def test_a_quantised_folder(tmp_path):
+    """Catches a refusal that speaks of training, which nobody asked for."""
+    tiny.write_model(tmp_path / "model")
+    flags = ("--mode", "int8", "--output_dir")
+    first = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "int8")
+    assert first.code == 0, first
+    again = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "int8", *flags, tmp_path / "again")
+    tiny.assert_refused(again, f"{tmp_path / 'int8'}: its weights are quantised already", "it was made from")

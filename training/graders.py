@@ -17,6 +17,11 @@ from training.mathematics import equal, last_number_in
 
 GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
 ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswer\W{0,3}[:=]", re.I)
+STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
+    r"\b(?:correct|right|best)\s+(?:option|choice)\b[^.\n]{0,20}?(?:\bis|:)\W{0,6}([A-J])(?![\w'])"
+    r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
+    re.A,
+)
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 
 # ----------------------------------------------------------------------------------------- graders
@@ -157,9 +162,15 @@ def letter_of(answer: str) -> str | None:
 
 
 def last_letter_in(text: str) -> str | None:
-    """The letter of the last choice that a text names: (B), a line that begins with B, or a B that is no word."""
+    """The letter of the last choice that a text calls correct, or else names: (B), a line that begins with B, or a B
+    that is no word; a text may also be the letter alone, of either case."""
+    if re.fullmatch(r"\W*[A-Ja-j]\W*", text, re.A):
+        return re.sub(r"\W", "", text, flags=re.A).upper()
+    stated = [first or second for first, second in STATED_CHOICE.findall(text)]
+    if stated:
+        return stated[-1]
     for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
-        letters = re.findall(pattern, text, re.M)
+        letters = re.findall(pattern, text, re.M | re.A)  # \u7b54\u6848\u662fB: no letters of a word beside it
         if letters:
             return letters[-1]
     return None

@@ -4,7 +4,7 @@ words, which gives a right answer nothing, and readings so generous that a wrong
 
 import pytest
 
-from training.graders import math_answer
+from training.graders import math_answer, multiple_choice
 
 RIGHT = [
     ("x > 5", r"(5, \infty)"),
@@ -59,3 +59,24 @@ WRONG = [
 def test_forms(answer, gold, verdict):
     assert math_answer("", f"So \\boxed{{{answer}}}.", {"answer": gold}) == verdict
     assert math_answer("", f"So \\boxed{{{gold}}}.", {"answer": answer}) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The correct option is (C) because (A) is wrong.", "C"),
+        ("So C is correct, not A.", "C"),
+        ("(C) is the right answer. Note that (D) needs more data.", "C"),
+        ("Is (A) right? B is correct? No: the best choice is D, and not A", "D"),
+        ("\u7b54\u6848\u662fB", "B"),
+        ("\u56e0\u6b64\u9009B\u3002", "B"),
+        ("d", "D"),
+        ("(d).", "D"),
+    ],
+)
+def test_choices(text, letter):
+    """Catches the last letter taken for the choice where another is called correct, letters beside Chinese, and a lone
+    small one."""
+    assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [
+        float(each == letter) for each in "ABCD"
+    ]

@@ -16,7 +16,15 @@ import re
 from training.mathematics import equal, last_number_in
 
 GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
-ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswer\W{0,3}[:=]", re.I)
+ANSWER_IS = re.compile(  # and in Chinese
+    r"\banswer\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswer\W{0,3}[:=]"
+    r"|\u7b54\u6848\W{0,3}[\u662f\u4e3a\u70ba:\uff1a]",
+    re.I,
+)
+SENTENCE_END = re.compile(
+    r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|\s(?:because|since|as|so|which)\s"
+    r"|[\u3002\uff01\uff1b]|\uff0c(?=[\u2e80-\uffef])"
+)
 STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
     r"\b(?:correct|right|best)\s+(?:option|choice)\b[^.\n]{0,20}?(?:\bis|:)\W{0,6}([A-J])(?![\w'])"
     r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
@@ -150,7 +158,7 @@ def _clause(text: str) -> str:
             is_price = opening == "$" and re.match(r"\$[\d.,]+\s[^$]*\w\s*\$", text)  # $18 for one and $20 for ...
             if not is_price:
                 return text[len(opening) : end]
-    return re.split(r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|\s(?:because|since|as|so|which)\s", text)[0]
+    return SENTENCE_END.split(text)[0]
 
 
 def letter_of(answer: str) -> str | None:

@@ -17,11 +17,14 @@ from typing import NamedTuple
 from training.expressions import WORDS, Number, bounded, value_of
 
 LONGEST = 1000  # characters that are read as mathematics
+CJK = "\u2e80-\uffef"  # scripts without spaces between words, and their punctuation
+# Before a number: no letter that would make a word of both. Chinese puts one right behind its characters.
+NO_WORD = r"(?<![0-9A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0dff.])"
 NUMBER = re.compile(
     r"-?\\[dt]?frac\s*\{\d+\}\s*\{\d+\}"
-    r"|(?<![\w.])[-\u2212]?[$\u20ac\u00a3]?"
+    rf"|{NO_WORD}[-\u2212]?[$\u20ac\u00a3]?"
     r"(?:\d+ \d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?)"
-    r"|(?<![\w.])[-\u2212]?\.\d+"
+    rf"|{NO_WORD}[-\u2212]?\.\d+"
 )
 
 
@@ -73,7 +76,8 @@ def equal(answer: str, gold: str) -> bool:
         return True
     if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", answer):
         numbers = [match[0] for match in NUMBER.finditer(answer)]  # a sentence around a number
-        return len(numbers) == 1 and re.search(r"[A-Za-z]{2}", answer) is not None and _same(read(numbers[0]), theirs)
+        in_words = re.search(rf"[A-Za-z]{{2}}|[{CJK}]", answer) is not None
+        return len(numbers) == 1 and in_words and _same(read(numbers[0]), theirs)
     # neither is understood, and they are mathematics, if not numerals to another base
     unread = isinstance(ours, str) and isinstance(theirs, str) and not re.search(r"\d_", ours + theirs)
     return unread and all(re.search(r"\\[a-zA-Z]|\^", text) for text in (answer, gold)) and _ask(answer, gold)
@@ -217,7 +221,7 @@ def read(text: str) -> object:
     """An answer as a Scalar, Sequence, Collection, Named or Equation, or as a str if it is none of them."""
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)
-    text = text.strip().strip("\"'").rstrip(".,;: ").strip()
+    text = text.strip().strip("\"'").rstrip(".,;: \u3002\uff0c\uff1b").strip()
     try:
         return _read(text, depth=0)
     except (ValueError, ArithmeticError, RecursionError):

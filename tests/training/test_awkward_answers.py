@@ -4,7 +4,7 @@ words, which gives a right answer nothing, and readings so generous that a wrong
 
 import pytest
 
-from training.graders import math_answer, multiple_choice
+from training.graders import last_number, math_answer, multiple_choice
 
 RIGHT = [
     ("x > 5", r"(5, \infty)"),
@@ -80,3 +80,29 @@ def test_choices(text, letter):
     assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [
         float(each == letter) for each in "ABCD"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("\u6240\u4ee5\u5171\u67095\u4e2a\u82f9\u679c", "5"),
+        ("\u603b\u51711,234\u5143\u3002", "1234"),
+        ("\u7b54\u6848\u662f-5\u3002", "-5"),
+        ("\u56e0\u6b64\uff0c\u7b54\u6848\u4e3a3/4\u3002", "0.75"),
+        ("\u7b54\u6848\u662f50%", "50"),
+        ("\\boxed{5\u4e2a}", "5"),
+        ("#### 5\u5143", "5"),
+        ("\uc815\ub2f5\uc740 7\uc785\ub2c8\ub2e4", "7"),
+    ],
+)
+def test_numbers_in_scripts_without_spaces(text, gold):
+    """Catches a number right behind a Chinese character that is taken for a part of a word: no right answer in Chinese
+    would have a reward."""
+    assert math_answer("", text, {"answer": gold}) == last_number("", text, {"answer": gold}) == 1
+    assert math_answer("", text, {"answer": "8"}) == last_number("", text, {"answer": "8"}) == 0
+
+
+def test_the_answer_in_chinese_is_what_is_stated():
+    """Catches the last number of a reason behind the answer."""
+    text = "\u7b54\u6848\u662f12\uff0c\u56e0\u4e3a3\u4e584\u7b49\u4e8e12\uff0c\u4e0d\u662f10"
+    assert [math_answer("", text, {"answer": gold}) for gold in ("12", "10", "3")] == [1, 0, 0]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from training.expressions import WORDS, Number, bounded, value_of
 
 LONGEST = 1000  # characters that are read as mathematics
-CJK = "\u2e80-\uffef"  # scripts without spaces between words, and their punctuation
+OTHER_SCRIPTS = "\u0400-\u0e7f\u2e80-\uffef"  # than Latin and Greek, whose letters may be variables
 # Before a number: no letter that would make a word of both. Chinese puts one right behind its characters.
 NO_WORD = r"(?<![0-9A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0dff.])"
 NUMBER = re.compile(
@@ -76,7 +76,7 @@ def equal(answer: str, gold: str) -> bool:
         return True
     if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", answer):
         numbers = [match[0] for match in NUMBER.finditer(answer)]  # a sentence around a number
-        in_words = re.search(rf"[A-Za-z]{{2}}|[{CJK}]", answer) is not None
+        in_words = re.search(rf"[A-Za-z]{{2}}|[{OTHER_SCRIPTS}]", answer) is not None
         return len(numbers) == 1 and in_words and _same(read(numbers[0]), theirs)
     # neither is understood, and they are mathematics, if not numerals to another base
     unread = isinstance(ours, str) and isinstance(theirs, str) and not re.search(r"\d_", ours + theirs)

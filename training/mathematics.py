@@ -74,9 +74,10 @@ def equal(answer: str, gold: str) -> bool:
     ours, theirs = read(answer), read(gold)
     if _same(ours, theirs):
         return True
-    if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", answer):
-        numbers = [match[0] for match in NUMBER.finditer(answer)]  # a sentence around a number
-        in_words = re.search(rf"[A-Za-z]{{2}}|[{OTHER_SCRIPTS}]", answer) is not None
+    plain = _plain(answer)
+    if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", plain):
+        numbers = [match[0] for match in NUMBER.finditer(plain)]  # a sentence around a number
+        in_words = re.search(rf"[A-Za-z]{{2}}|[{OTHER_SCRIPTS}]", plain) is not None
         return len(numbers) == 1 and in_words and _same(read(numbers[0]), theirs)
     # neither is understood, and they are mathematics, if not numerals to another base
     unread = isinstance(ours, str) and isinstance(theirs, str) and not re.search(r"\d_", ours + theirs)
@@ -217,11 +218,16 @@ ALIKE = (  # units of two letters or less, and what contradicts them
 UNITS = {word: group for group in ALIKE for word in group.split()}
 
 
-def read(text: str) -> object:
-    """An answer as a Scalar, Sequence, Collection, Named or Equation, or as a str if it is none of them."""
+def _plain(text: str) -> str:
+    """An answer without what LaTeX and languages write around it."""
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)
-    text = text.strip().strip("\"'").rstrip(".,;: \u3002\uff0c\uff1b").strip()
+    return text
+
+
+def read(text: str) -> object:
+    """An answer as a Scalar, Sequence, Collection, Named or Equation, or as a str if it is none of them."""
+    text = _plain(text).strip().strip("\"'").rstrip(".,;: \u3002\uff0c\uff1b").strip()
     try:
         return _read(text, depth=0)
     except (ValueError, ArithmeticError, RecursionError):

@@ -11,6 +11,7 @@ r"""Whether two answers are mathematically the same.
 
 import math
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -142,6 +143,7 @@ def _ask(answer: str, gold: str) -> bool:
 
 # ----------------------------------------------------------------------------------- reading answers
 
+WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as wide as a Chinese character
 REPLACED = (
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$|\*\*", ""),
     (r"(?<!\\)\\[()\[\]]", ""),
@@ -163,11 +165,9 @@ REPLACED = (
     (r"\u03c0", r"\\pi "),
     (r"\u221e|\\infty(?![a-z])|\boo\b|\b[iI]nfinity\b", r"\\infty "),
     (r"\u221a\s*", r"\\sqrt "),
-    (r"\u00b2", "^2"),
-    (r"\u00b3", "^3"),
-    (r"\u00bd", " 1/2"),
-    (r"\u00bc", " 1/4"),
-    (r"\u00be", " 3/4"),
+    (r"[\u207b\u207a]?[\u00b2\u00b3\u00b9\u2070-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}"),
+    (r"[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}"),
+    (r"[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0])),
     (r"\u222a|\\cup(?![a-z])", r"\\cup "),
     (r"\u00b1|\\pm(?![a-z])", r"\\pm "),
     (r"\\(?:emptyset|varnothing)(?![a-z])|\u2205|\\\{\s*\\\}", r"\\emptyset "),
@@ -218,8 +218,14 @@ ALIKE = (  # units of two letters or less, and what contradicts them
 UNITS = {word: group for group in ALIKE for word in group.split()}
 
 
+def _compatible(text: str) -> str:
+    """Superscripts, subscripts and fractions that are one character as plain digits."""
+    return unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u2212", "-")
+
+
 def _plain(text: str) -> str:
     """An answer without what LaTeX and languages write around it."""
+    text = text.translate(WIDE)
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)
     return text

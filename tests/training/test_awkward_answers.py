@@ -32,6 +32,13 @@ RIGHT = [
     (r"\sec^2 x", r"\frac{1}{\cos^2 x}"),
     (r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ("5\u20ac", "5"),
+    ("3\u00d710\u2075", "300000"),
+    ("10\u207b\u00b3", "0.001"),
+    ("x\u2075+1", "x^5+1"),
+    ("3\u2153", "10/3"),
+    ("log\u20828", "3"),
+    ("\uff081\uff0c2\uff09", "(1,2)"),
+    ("\uff0d\uff15\uff10\uff05", "-50%"),
     ("\u20b9500", "500"),
 ]
 WRONG = [
@@ -49,6 +56,8 @@ WRONG = [
     (r"0.\overline{3}", "0.3"),
     (r"0.\overline{3}", "0.33"),
     ("|x|", "x"),
+    ("x\u2075", "x^4"),
+    ("\uff081\uff0c2\uff09", "(2,1)"),
     (r"\sin 30", "0.5"),
     (r"\sin^{-1} x", r"\frac{1}{\sin x}"),
     (r"{5 \choose 2}", "52"),

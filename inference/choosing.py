@@ -71,7 +71,8 @@ def final_answer(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     depth = 0
     for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        depth += (text[end] == "{") - (text[end] == "}")
+        if text[end - 1] != "\\":  # \{ is a brace of the answer's, which need not be closed
+            depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
             return text[start + len("\\boxed{") : end].strip()
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)

@@ -88,3 +88,9 @@ def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
             if other["idx"] == line["idx"] and other["output"].endswith("1")
         ]
         assert line["votes"] == pytest.approx({"1": sum(rewards)}) and line["reward"] == max(rewards)
+
+
+def test_a_brace_of_the_answers_own():
+    """Catches an answer whose escaped brace is never closed, which made the whole last line, words and all, the vote."""
+    answer = r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."
+    assert final_answer(rf"So it is \boxed{{{answer}}}, I think.") == answer

@@ -91,6 +91,6 @@ def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
 
 
 def test_a_brace_of_the_answers_own():
-    """Catches an answer whose escaped brace is never closed, which made the whole last line, words and all, the vote."""
+    """Catches an answer whose escaped brace is never closed, and a whole last line as the vote."""
     answer = r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."
     assert final_answer(rf"So it is \boxed{{{answer}}}, I think.") == answer

@@ -68,7 +68,8 @@ class Bounds(NamedTuple):
     below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
+        is_finite = -math.inf < value < math.inf  # math.isfinite fails for integers that no float can hold
+        return is_finite and self.above < value < self.below and self.least <= value <= self.most
 
     def __str__(self) -> str:
         signs = zip((">", ">=", "<=", "<"), self)

@@ -22,7 +22,7 @@ ANSWER_IS = re.compile(  # and in Chinese
     re.I,
 )
 SENTENCE_END = re.compile(
-    r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|\s(?:because|since|as|so|which)\s"
+    r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|[\s(](?:because|since|as|so|which)\s"
     r"|[\u3002\uff01\uff1b]|\uff0c(?=[\u2e80-\uffef])"
 )
 STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
@@ -122,7 +122,8 @@ def marked_answer(text: str) -> str | None:
     if boxed is not None:
         return boxed
     if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
+        line = text.rpartition("####")[2].strip().partition("\n")[0]
+        return line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
     if 0 <= start < end:
         return text[start + len("<answer>") : end].strip()

@@ -195,3 +195,9 @@ def test_runtime():
     for device in ("meta", "gpu", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {device}: "):
             choose_runtime(RuntimeArgs(device=device))
+
+
+def test_bounds_of_an_integer_that_no_float_holds():
+    """Catches a traceback for a flag with hundreds of digits."""
+    assert 10**400 in at_least_one and -(10**400) not in at_least_one and 10**400 not in fraction
+    assert float("nan") not in at_least_one and float("inf") not in at_least_one

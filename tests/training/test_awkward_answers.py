@@ -100,12 +100,14 @@ def test_choices(text, letter):
         ("\u56e0\u6b64\uff0c\u7b54\u6848\u4e3a3/4\u3002", "0.75"),
         ("\u7b54\u6848\u662f50%", "50"),
         ("\\boxed{5\u4e2a}", "5"),
+        ("Answer: 5 (since 15 / 3 = 5)", "5"),
+        ("#### Answer: 5", "5"),
         ("#### 5\u5143", "5"),
         ("\\boxed{5\\ \\text{\u0440\u0443\u0431}}", "5"),
         ("\uc815\ub2f5\uc740 7\uc785\ub2c8\ub2e4", "7"),
     ],
 )
-def test_numbers_in_scripts_without_spaces(text, gold):
+def test_numbers_among_words(text, gold):
     """Catches a number right behind a Chinese character that is taken for a part of a word: no right answer in Chinese
     would have a reward."""
     assert math_answer("", text, {"answer": gold}) == last_number("", text, {"answer": gold}) == 1

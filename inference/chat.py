@@ -81,13 +81,14 @@ def main(args: ChatArgs) -> None:
             say(HELP if command == "/help" else f"(there is no {command}: {HELP})")
         elif command:
             messages.append({"role": "user", "content": text})
-            request = request_of(messages, turn, folder, args.max_new_tokens, limit)
-            if request is None:
-                say(f"(the conversation fills the {limit} tokens: /reset it, or start with a larger --max_seq_len)")
+            try:
+                request = request_of(messages, turn, folder, args.max_new_tokens, limit)
+            except ValueError as error:  # of what was typed; the conversation is not lost for that
+                say(f"({error})")
                 messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer(engine, request)})
-                turn += 1
+                continue
+            messages.append({"role": "assistant", "content": answer(engine, request)})
+            turn += 1
 
 
 def read_line() -> str | None:
@@ -115,14 +116,16 @@ def new_opening(system: str, folder: Folder, opening: list[dict]) -> list[dict]:
         return opening
 
 
-def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: int, limit: int) -> Request | None:
-    """What the engine is asked for; None where the conversation leaves no room."""
+def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: int, limit: int) -> Request:
+    """What the engine is asked for. Raises ValueError where the conversation leaves no room, or cannot be tokenised."""
     tokenizer = folder.tokenizer
     plain = "".join(message["content"] for message in messages)
     prompt_ids = encode_prompt(read_chat(messages) if tokenizer.chat_template is not None else plain, tokenizer)
     check_ids(prompt_ids, folder.config.vocab_size, "this message")
     room = limit - len(prompt_ids)
-    return Request(turn, 0, prompt_ids, min(max_new_tokens, room)) if room > 0 else None
+    if room <= 0:
+        raise ValueError(f"the conversation fills the {limit} tokens: /reset it, or start with a larger --max_seq_len")
+    return Request(turn, 0, prompt_ids, min(max_new_tokens, room))
 
 
 def answer(engine: Engine, request: Request) -> str:

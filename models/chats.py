@@ -103,6 +103,8 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
         message["content"] = "".join(part["text"] for part in content)
+    elif content == "" and message.get("tool_calls"):
+        message["content"] = None  # DeepSeek's template writes calls beside no content alone
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
     return message, learnt

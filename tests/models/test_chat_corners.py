@@ -40,18 +40,19 @@ def test_white_space_alone(tmp_path, role, content):
     assert text_of_chat(read_chat(messages[:-1]), tokenizer) == prompt
 
 
+@pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("arguments", [{"city": "K\u00f6ln", "days": [1, 2]}, {}])
-def test_arguments_that_a_template_wants_as_text(tmp_path, arguments):
+def test_arguments_that_a_template_wants_as_text(tmp_path, arguments, content):
     """Catches a call that is left out of the row without a word: with its arguments as an object such a template fails,
     and writes an empty turn where it is then given an empty content."""
     tokenizer, theirs = opened(tmp_path, DEEPSEEK)
 
-    def chat(arguments):
+    def chat(arguments, content=None):
         call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        called = {"role": "assistant", "content": content, "tool_calls": [call]}
         return [{"role": "user", "content": "w?"}, called, {"role": "tool", "content": "5"}]
 
-    text = text_of_chat(read_chat(chat(arguments)), tokenizer)
+    text = text_of_chat(read_chat(chat(arguments, content)), tokenizer)
     as_text = json.dumps(arguments, ensure_ascii=False)
     kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops what is None
     wanted = theirs.apply_chat_template(

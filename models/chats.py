@@ -66,7 +66,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         if read[0][0]["role"] == "system":
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
-    tools, kwargs = _parsed(fields.get("tools")), _parsed(fields.get("chat_template_kwargs"))
+    tools, kwargs = parsed(fields.get("tools")), parsed(fields.get("chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("tools must be a list of objects, or its JSON text")
     if kwargs is not None and not isinstance(kwargs, dict):
@@ -77,7 +77,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools, kwargs)
 
 
-def _parsed(value: object) -> object:
+def parsed(value: object) -> object:
     """A field that data sets whose columns have types keep as JSON's text; None where it is empty."""
     try:
         return (json.loads(value) if isinstance(value, str) and value else value) or None
@@ -95,6 +95,11 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         if value not in (None, 0, 1):
             raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")
         learnt = learnt and value != 0
+    if isinstance(message.get("tool_calls"), str):
+        message["tool_calls"] = parsed(message["tool_calls"])
+    calls = message.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -103,9 +108,9 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
         message["content"] = "".join(part["text"] for part in content)
-    elif content == "" and message.get("tool_calls"):
+    elif content == "" and calls:
         message["content"] = None  # DeepSeek's template writes calls beside no content alone
-    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+    elif not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
     return message, learnt
 

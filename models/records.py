@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.chats import Chat, learnt_turns, read_chat, text_of_chat
+from models.chats import Chat, learnt_turns, parsed, read_chat, text_of_chat
 from models.common import short_bar
 from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
@@ -88,7 +88,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
             return read_chat(prompt, fields, "prompt")
         require(isinstance(prompt, str), f"prompt must be text or a list of messages, not a {type(prompt).__name__}")
         for name in ("system", "tools", "history", "chat_template_kwargs"):
-            require(not fields.get(name), f"{name} belongs to a chat: give prompt as a list of messages")
+            require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
         return prompt
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models.chats import learnt_turns, read_chat, text_of_chat
-from models.records import encode_answer
+from models.records import Record, encode_answer, get_prompt
 from models.tokenizer import Tokenizer
 from tests.models.test_tokenizer import byte_level_folder
 
@@ -79,3 +79,23 @@ def test_an_answer_that_has_its_end(tmp_path, begun, end):
     row, _ = encode_answer(chat, "4" + end, tokenizer)
     assert row == encode_answer(chat, "4" + end.partition("<")[0], tokenizer)[0]
     assert row.input_ids.count(tokenizer.eos_token_id) == 2  # the user's and the assistant's
+
+
+def test_columns_of_json_text(tmp_path):
+    """Catches calls as JSON's text, which a template would go through character by character, and empty ones of a
+    column of text that are taken for some."""
+    tokenizer, _ = opened(tmp_path, DEEPSEEK)
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    user = {"role": "user", "content": "w?"}
+
+    def text(calls, content=""):
+        messages = [user, {"role": "assistant", "content": content, "tool_calls": calls}]
+        return learnt_turns(read_chat(messages), tokenizer).text
+
+    assert text(json.dumps([call])) == text([call]) and "weather" in text([call])
+    assert text("[]", "5") == text("null", "5") == text([], "5") == text(None, "5")
+    for calls in ("weather()", {"name": "weather"}, ["weather"], 5):
+        with pytest.raises(ValueError, match=r"messages\[1\]: tool_calls must be a list of objects"):
+            text(calls)
+    fields = {"prompt": "a", "tools": "[]", "chat_template_kwargs": "{}"}
+    assert get_prompt(Record("x:1", fields)) == "a"

@@ -66,7 +66,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         if read[0][0]["role"] == "system":
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
-    tools, kwargs = parsed(fields.get("tools")), parsed(fields.get("chat_template_kwargs"))
+    tools, kwargs = parsed(_without_nulls(fields.get("tools"))), parsed(fields.get("chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("tools must be a list of objects, or its JSON text")
     if kwargs is not None and not isinstance(kwargs, dict):
@@ -85,6 +85,14 @@ def parsed(value: object) -> object:
         return value
 
 
+def _without_nulls(value: object) -> object:
+    """Objects without what is null in them: where columns have types, each object has the keys of all records'. JSON's
+    text stays as it is."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _read_message(message: object, name: str) -> tuple[dict, bool]:
     """(the message for a template, whether it is learnt)"""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -95,9 +103,9 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         if value not in (None, 0, 1):
             raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")
         learnt = learnt and value != 0
-    if isinstance(message.get("tool_calls"), str):
-        message["tool_calls"] = parsed(message["tool_calls"])
     calls = message.get("tool_calls")
+    if calls:
+        calls = message["tool_calls"] = parsed(_without_nulls(calls))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
     content = message.get("content")

@@ -99,3 +99,25 @@ def test_columns_of_json_text(tmp_path):
             text(calls)
     fields = {"prompt": "a", "tools": "[]", "chat_template_kwargs": "{}"}
     assert get_prompt(Record("x:1", fields)) == "a"
+
+
+def test_keys_of_other_records(tmp_path):
+    """Catches nulls that columns with types put into each record's tools and calls for the keys of all the others."""
+    calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    template = "{{ tools | tojson }}" + CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    tokenizer, theirs = opened(tmp_path, template)
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+    def record(**more):
+        properties = {**parameters["properties"], **({"days": None} if more else {})}
+        tool = {"type": "function", "function": {"name": "f", "parameters": {**parameters, "properties": properties}}}
+        call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Rome", **more}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return [{"role": "user", "content": "w?"}, said], [tool]
+
+    messages, tools = record(days=None)
+    text = learnt_turns(read_chat(messages, {"tools": tools}), tokenizer).text
+    messages, tools = record()
+    assert text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+    as_text = json.dumps(record(days=None)[1])  # deliberate there
+    assert '"days": null' in learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text

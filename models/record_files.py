@@ -76,8 +76,8 @@ def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
     for a file that is packed."""
     path = Path(path)
     if not path.is_file():
-        missing = "is no regular file, and records are read more than once" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {'is a folder' if path.is_dir() else missing}")
+        what = "a folder" if path.is_dir() else "no regular one, and records are read more than once"
+        raise FileNotFoundError(f"{path}: no such file" + f"; it is {what}" * path.exists())
     with open(path, "rb") as file:
         head = file.read(4096)
         for beginning, kind in PACKED.items():

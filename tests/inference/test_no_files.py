@@ -26,6 +26,10 @@ def test_outputs(model, tmp_path, place):
 
 def test_inputs(tmp_path):
     """Catches a folder or a pipe that is said not to be there."""
-    for place, kind in ((tmp_path, "is a folder"), ("/dev/null", "is no regular file"), (tmp_path / "x", "no such")):
+    for place, kind in (
+        (tmp_path, "is a folder"),
+        ("/dev/null", "is no regular one"),
+        (tmp_path / "x", "no such file$"),
+    ):
         with pytest.raises(FileNotFoundError, match=kind):
             read_records(place)

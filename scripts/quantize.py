@@ -76,9 +76,8 @@ def main(args: QuantizeScriptArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, frozen=True, today=chat_day(args.chat_date))
     if is_quantized(read_hf_config(args.checkpoint_path)[0]):
-        raise ValueError(
-            f"{args.checkpoint_path}: its weights are quantised already; give the folder that it was made from"
-        )
+        again = "and cannot be quantised again; give the folder that it was made from"
+        raise ValueError(f"{args.checkpoint_path}: its quantised weights are frozen, {again}")
     config = folder.config
     group_size = args.group_size or (INT4_GROUP if args.mode == "int4" else None)
     scheme = choose_scheme(args.checkpoint_path, args.mode, group_size, flag="--mode")

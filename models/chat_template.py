@@ -23,17 +23,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from models.functions import short
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
-OPEN, BEGIN, END, LEARN, LEARNT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+OPEN, BEGIN, END, LEARN, LEARNT, CALL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"
 TOOL_USE = "additional_chat_templates/tool_use.jinja"  # of a folder
-MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}])|[{LEARN}{LEARNT}]")
+MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
 
 
 class Rendering(NamedTuple):
-    """Where in the text of a chat the content of each message begins and ends, as far as it is there. generated: the
-    stretches that the template marks as the assistant's, with {% generation %}."""
+    """Where in the text of a chat the content of each message begins and ends, as far as it is there. calls: a place in
+    what stands for the last of its calls. generated: the stretches that the template marks as the assistant's, with
+    {% generation %}."""
 
     begins: dict[int, int]
     ends: dict[int, int]
+    calls: dict[int, int]
     generated: list[tuple[int, int]]
 
 
@@ -65,11 +67,21 @@ class ChatTemplate:
     def locate(self, text: str, messages: list[dict], /, **values) -> Rendering | None:
         """Where the messages are in `text`, which is theirs without a generation prompt; None if the template does not
         write the same around marks."""
+        if any(map(_functions_of, messages)):
+            try:
+                place = self._locate(text, [_marked_calls(i, message) for i, message in enumerate(messages)], values)
+            except ValueError:  # it refuses a function of another name
+                place = None
+            if place is not None:
+                return place
+        return self._locate(text, messages, values)
+
+    def _locate(self, text: str, messages: list[dict], values: dict) -> Rendering | None:
         marked = [
             {**message, "content": _between_marks(i, message["content"])} if message.get("content") else message
             for i, message in enumerate(messages)
         ]
-        begins, ends, generated, parts, length, end = {}, {}, [], [], 0, 0
+        begins, ends, calls, generated, parts, length, end = {}, {}, {}, [], [], 0, 0
         rendered = self._render(marked, False, values, (LEARN, LEARNT))
         for mark in MARK.finditer(rendered):
             parts.append(rendered[end : mark.start()])
@@ -78,11 +90,13 @@ class ChatTemplate:
                 generated.append((length, length))
             elif mark[0] == LEARNT:
                 generated[-1] = (generated[-1][0], length)
+            elif mark[2] == CALL:
+                calls[int(mark[1])] = length
             else:
                 (begins if mark[2] == BEGIN else ends).setdefault(int(mark[1]), length)
         if "".join(parts) + rendered[end:] != text:
             return None
-        return Rendering(begins, ends, generated)
+        return Rendering(begins, ends, calls, generated)
 
     @cached_property
     def behind_an_answer(self) -> str:
@@ -234,6 +248,22 @@ def with_other_calls(message: dict) -> dict:
                 function[key] = other if entries is None or entries is value else _text_of(other)
                 changed = True
     return message if changed else {**message, "tool_calls": None}
+
+
+def _marked_calls(i: int, message: dict) -> dict:
+    """A message with marks in the names of what it calls, and in the arguments."""
+    if not _functions_of(message):
+        return message
+    message, mark = copy.deepcopy(message), f"{OPEN}{i}{CALL}"
+    for function in _functions_of(message):
+        name, arguments = function.get("name"), function.get("arguments")
+        if isinstance(name, str):
+            function["name"] = name + mark
+        if isinstance(arguments, dict):
+            function["arguments"] = {key + mark * (j == 0): value for j, (key, value) in enumerate(arguments.items())}
+        elif isinstance(arguments, str):  # behind a quotation mark, where it leaves JSON what it is
+            function["arguments"] = arguments.replace('"', '"' + mark, 1)
+    return message
 
 
 def _between_marks(i: int, content: str) -> str:

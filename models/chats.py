@@ -171,6 +171,8 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         if i == 0:
             raise ValueError("message 0 is the assistant's, so there is nothing it answers")
         start, end = finder.find(i)
+        if spans and start < spans[-1][1]:
+            raise ValueError(f"the chat template does not show where message {i} begins")
         complete = _holds(text[start:end], chat.messages[i])
         before = None
         if i == last and (as_generated or not complete):
@@ -199,8 +201,8 @@ class _TurnFinder:
 
     def __init__(self, chat: Chat, template: ChatTemplate, text: str, place: Rendering | None, end_tokens: list[str]):
         self.chat, self.template, self.text, self.end_tokens = chat, template, text, end_tokens
-        self.begins, self.ends = (place.begins, place.ends) if place is not None else ({}, {})
-        self.lead = None  # what stands between the content of a message and the turn that answers it
+        self.begins, self.ends, self.calls = ({}, {}, {}) if place is None else place[:3]
+        self.leads: dict[tuple, str] = {}  # what stands between the content of a message and the turn that answers it
 
     def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
         """The text of the first messages."""
@@ -208,7 +210,7 @@ class _TurnFinder:
         return self.template.render(first, add_generation_prompt=add_generation_prompt, **self.chat.values)
 
     def find(self, i: int) -> tuple[int, int]:
-        start, end = self._start(i), self.ends.get(i, 0)
+        start, end = self._start(i), self.ends.get(i, self.calls.get(i, 0))
         if end < start:
             content = content_of(self.chat.messages[i]).strip()
             end = max(start, self.text.find(content, start, self._block_end(i)) + len(content))
@@ -216,26 +218,29 @@ class _TurnFinder:
 
     def _start(self, i: int) -> int:
         led_by, leads = self.ends.get(i - 1), self.template.leads
+        behind = self.calls.get(i - 1, 0) if led_by is None else led_by
         kind = (
             self.chat.messages[i - 1]["role"],
             i == len(self.chat.messages) - 1,
             bool(self.chat.tools),
             repr(self.chat.kwargs),
+            bool(self.chat.messages[i].get("tool_calls")),
         )
-        self.lead = self.lead or leads.get(kind)
-        if self.lead and led_by is not None and self.text.startswith(self.lead, led_by):
-            return led_by + len(self.lead)
+        for lead in (leads.get(kind), self.leads.get(kind)):
+            if lead and led_by is not None and self.text.startswith(lead, led_by):
+                return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start = _common_prefix(before, self.text)
-        if led_by is not None and start < led_by:  # it writes the message before otherwise once others follow
+        if start < behind:  # it writes the message before otherwise once others follow
             header = before[len(self.rendered(i, add_generation_prompt=False)) :]
-            found = self.text.find(header, led_by, self.begins.get(i))
-            start = found + len(header) if found >= 0 else self.begins.get(i, led_by)
+            found = self.text.find(header, behind, self.begins.get(i))
+            start = found + len(header) if found >= 0 else self.begins.get(i, behind)
         elif start < len(before):  # it writes another header once there is an answer
             start = min(start, self.begins.get(i, start))
         elif led_by is not None:
             leads[kind] = self.text[led_by:start]
-        self.lead = None if led_by is None else self.text[led_by:start]
+        if led_by is not None:
+            self.leads[kind] = self.text[led_by:start]
         return start
 
     def _block_end(self, i: int) -> int:
@@ -302,7 +307,12 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
         content = content_of(message)
         if not seen and content.strip() and same(_changed(chat, i, content=content + "x")):
             raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
-        if message.get("tool_calls") and same([*chat.messages[:i], with_other_calls(message), *chat.messages[i + 1 :]]):
+        called = place is not None and i in place.calls
+        if (
+            message.get("tool_calls")
+            and not called
+            and same([*chat.messages[:i], with_other_calls(message), *chat.messages[i + 1 :]])
+        ):
             raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
 
 

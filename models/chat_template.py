@@ -179,6 +179,23 @@ class _Generation(Extension):
 
 
 def _written(template: jinja2.Template, messages: list[dict], values: dict) -> str:
+    """The text of a chat. An empty content beside calls is none to templates that write calls beside none alone, as
+    DeepSeek's; others fail on none, or write the word."""
+    text = _with_calls(template, messages, values)
+    silent = [message.get("content") == "" and bool(_functions_of(message)) for message in messages]
+    if not any(silent):
+        return text
+    others = [with_other_calls(message) if is_silent else message for message, is_silent in zip(messages, silent)]
+    if _with_calls(template, others, values) != text:
+        return text
+    messages = [message | {"content": None} if is_silent else message for message, is_silent in zip(messages, silent)]
+    try:
+        return _with_calls(template, messages, values)
+    except Exception:  # it has no place for these calls
+        return text
+
+
+def _with_calls(template: jinja2.Template, messages: list[dict], values: dict) -> str:
     """The text of a chat. OpenAI's format has the arguments of calls as the text of an object; most templates write an
     object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail. Others,
     as DeepSeek's, fail on objects."""

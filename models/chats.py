@@ -116,8 +116,6 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
         message["content"] = "".join(part["text"] for part in content)
-    elif content == "" and calls:
-        message["content"] = None  # DeepSeek's template writes calls beside no content alone
     elif not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
     return message, learnt

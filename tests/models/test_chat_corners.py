@@ -121,3 +121,21 @@ def test_keys_of_other_records(tmp_path):
     assert text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
     as_text = json.dumps(record(days=None)[1])  # deliberate there
     assert '"days": null' in learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text
+
+
+def test_an_empty_content_beside_calls(tmp_path):
+    """Catches an empty content that is made none for a template that writes the calls anyway, and would write the word
+    None with them; DeepSeek's, which leaves calls out beside a content, gets none."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    for content in ("{{ m.content }}", "{{ '' + m.content }}"):
+        folder = tmp_path / str(len(content))
+        folder.mkdir()
+        tokenizer, theirs = opened(folder, CHATML.replace("{{ m.content }}", content + calls))
+        text = learnt_turns(read_chat(messages), tokenizer).text
+        assert text == theirs.apply_chat_template(messages, tokenize=False) and "weather" in text and "None" not in text
+    (tmp_path / "deepseek").mkdir()
+    tokenizer, _ = opened(tmp_path / "deepseek", DEEPSEEK)
+    with_none = [messages[0], {**messages[1], "content": None}]
+    assert learnt_turns(read_chat(messages), tokenizer) == learnt_turns(read_chat(with_none), tokenizer)

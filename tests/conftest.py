@@ -1,13 +1,13 @@
 import gc
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from a second thread, and lose much on a busy machine
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = "-1"  # scripts/gpu_report.sh is for GPUs
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be processes, which import torch
 
 import pytest
-import torch
 
-from tests import tiny
+from tests.forked import start_server
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
@@ -24,17 +24,14 @@ def pytest_collection_finish():
     """What has been imported stays, and the collector need not look through a million objects of it again and again."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Tiny models gain nothing from a second thread, and lose much to it on a busy machine."""
-    torch.set_num_threads(1)
+    start_server()
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A random GQA LLaMA folder with a sentencepiece tokenizer; read it only."""
+    from tests import tiny
+
     path = tmp_path_factory.mktemp("model") / "tiny"
     tiny.write_model(path)
     return path

@@ -1,59 +1,70 @@
-"""Scripts in processes that can be killed. A new interpreter takes four seconds to import what a script needs, so one
-process of the session has imported it, does nothing else, and forks: python -m tests.forked, of which Forked asks.
+"""Scripts in processes that can be killed, and ranks. A new interpreter takes four seconds to import what they need, so
+the tests' process makes a copy of itself when it has imported everything and run nothing (conftest.py). That copy,
+the server, has one thread, does nothing else, and forks what Forked asks for.
 """
 
-import atexit
+import gc
 import importlib
 import json
 import os
 import runpy
-import select
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch._dynamo", "torch.onnx", "torch.distributed.checkpoint", "training.train_ppo", "training.train_grpo")
-PRELOADED += (
-    "training.finetune_sft",
-    "training.train_rm",
-    "training.train_dpo",
-    "inference.generate",
-    "inference.score",
-)
+PRELOADED += ("training.finetune_sft", "training.train_rm", "training.train_dpo")
+PRELOADED += ("inference.generate", "inference.score", "inference.chat", "tests.ranks_worker")
 
 
 @cache
-def _parent() -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "tests.forked"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    atexit.register(process.stdin.close)
-    return process
+def start_server() -> socket.socket:
+    """To be called before there are threads, which a copy would lack and whose locks it would keep. Requests are lines
+    of JSON, answers are numbers or null."""
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        serve(theirs)
+    theirs.close()
+    return ours
+
+
+def ask(request: object) -> int | None:
+    server = start_server()
+    server.sendall(json.dumps(request).encode() + b"\n")
+    answer = b""
+    while not answer.endswith(b"\n"):
+        answer += server.recv(64) or b"null\n"
+    return json.loads(answer)
 
 
 class Forked:
-    """A script as from the command line, one at a time; as much of subprocess.Popen as the tests need."""
+    """A script as from the command line; as much of subprocess.Popen as the tests need.
 
-    def __init__(self, script: str, *args: object):
+    environment: what it has beyond this process's. stdin: all that it can read.
+    """
+
+    def __init__(
+        self, script: Path | str, *args: object, cwd: Path | None = None, stdin: str = "", **environment: object
+    ):
         self.folder, self.returncode = Path(tempfile.mkdtemp(prefix="forked-")), None
-        self.parent = _parent()
-        request = {"words": [str(ROOT / script), *map(str, args)], "folder": str(self.folder), "cwd": os.getcwd()}
-        self.parent.stdin.write(json.dumps(request) + "\n")
-        self.parent.stdin.flush()
-        self.pid = int(self.parent.stdout.readline())
+        for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", "")):
+            (self.folder / name).write_text(text, encoding="utf-8")
+        given = {name: str(value) for name, value in environment.items()}
+        request = {"words": [str(ROOT / script), *map(str, args)], "cwd": str(cwd or os.getcwd()), "environment": given}
+        self.pid = ask(request | {"folder": str(self.folder)})
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self.parent.stdout], [], [], 0)[0]:
-            self.returncode = int(self.parent.stdout.readline())
+        if self.returncode is None:
+            self.returncode = ask(self.pid)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -69,35 +80,59 @@ class Forked:
         while self.poll() is None:
             if time.monotonic() > deadline:
                 self.kill()
-            time.sleep(0.002)
-        return (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text()
+            time.sleep(0.005)
+        return self.read("stdout"), self.read("stderr")
+
+    def read(self, name: str) -> str:
+        """What it has written so far."""
+        return (self.folder / name).read_text(encoding="utf-8")
 
 
-def run(words: list[str], folder: str, cwd: str) -> NoReturn:
+def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) -> NoReturn:
     try:
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.dup2(os.open(Path(folder, name), os.O_RDWR | os.O_CREAT), number)
+        os.environ.update(environment)
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        sys.stdin, sys.stdout = os.fdopen(0, encoding=encoding), os.fdopen(1, "w", encoding=encoding)
+        sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", buffering=1)
+        warnings.resetwarnings()  # of pytest
+        warnings.simplefilter("ignore")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = words
         os.chdir(cwd)
         runpy.run_path(words[0], run_name="__main__")  # which ends the process
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(1)
 
 
-def serve() -> None:
-    """For each request in a line on stdin prints the number of the process that runs it, and its exit code when it has
-    ended."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            run(**json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+def serve(connection: socket.socket) -> NoReturn:
+    """For each request forks a process that runs it, and answers with its number; asked for such a number, with the
+    exit code of that process, or null while it runs. Ends with the tests' process, and ends what that has left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests' process
+    running, imported = set(), False
+    with connection.makefile("r", encoding="utf-8") as requests:
+        for line in requests:
+            request, answer = json.loads(line), None
+            if not imported:
+                for module in PRELOADED:
+                    importlib.import_module(module)
+                gc.freeze()  # stays shared
+                imported = True
+            if isinstance(request, int):
+                pid, status = os.waitpid(request, os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if pid else None
+                running -= {pid}
+            else:
+                answer = os.fork()
+                if answer == 0:
+                    connection.close()
+                    run(**request)
+                running.add(answer)
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    os._exit(0)

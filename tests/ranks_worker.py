@@ -1,5 +1,4 @@
-"""Ranks that stay: they run one list of jobs after the other, until they are told to stop. tests/ranks.py starts the
-process that forks them.
+"""A rank that stays: it runs one list of jobs after the other, as long as tests/ranks.py asks.
 
 A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
 gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
@@ -23,10 +22,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
-import time
-import traceback
 import typing
 from contextlib import ExitStack, redirect_stdout, suppress
 from functools import partial
@@ -49,7 +45,6 @@ from models.tp import chunk_range
 from tests.faults import planted
 from training import run_dir
 
-torch.set_num_threads(1)
 FILTERS = [{}, {"top_k": 1}, {"top_k": 5}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.6}, {"top_p": 0.0}, {"top_k": 9999}]
 SETTINGS = [SamplingParams(0.0), SamplingParams(1.0), *(SamplingParams(0.7, **filters) for filters in FILTERS)]
 SETTINGS += [
@@ -205,65 +200,26 @@ def check_recomputing(folder: str) -> None:
             assert torch.equal(gradients["selective"][name], wanted), name
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def serve(folder: Path, owner: int) -> None:
-    """owner: the process that asks; when it is gone, nobody will."""
+def serve(folder: Path) -> None:
+    """Until the pipe ends, with the process that asks."""
     rank = int(os.environ["RANK"])
-    for number in itertools.count():
-        path = folder / f"{number}.json"
-        while not path.exists():
-            if (folder / "stop").exists() or not is_alive(owner):
-                return
-            time.sleep(0.02)
-        request = json.loads(path.read_text())
-        with ExitStack() as stack:
-            if request["fault"]:
-                stack.enter_context(planted(request["fault"]))
-            stdin = None if rank else io.StringIO(request["stdin"])  # no rank but the first has somebody who types
-            stack.enter_context(mock.patch.object(sys, "stdin", stdin))
-            stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
-            for job in request["jobs"]:
-                run_job(*job)
-        for number_of_signal in (signal.SIGTERM, signal.SIGINT):  # whose handler holds the last run, and that its lock
-            signal.signal(number_of_signal, signal.SIG_DFL)
-        gc.collect()
-        (folder / f"{number}.{rank}.done").touch()
-
-
-def fork_rank(rank: int, folder: Path, owner: int) -> int:
-    """The process of a rank, with the environment that torchrun gives one."""
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        try:
-            serve(folder, owner)
-            end_process(0)
-        except BaseException:
-            traceback.print_exc()
-            end_process(1)
-    return pid
-
-
-def main(folder: Path, owner: int, size: int) -> int:
-    """Ends as soon as a rank fails; who started it ends the others then."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    gc.freeze()  # what is imported stays, shared by the ranks
-    for rank in range(size):
-        fork_rank(rank, folder, owner)
-    for _ in range(size):
-        if os.wait()[1]:
-            return 1
-    return 0
+    with open(folder / f"requests.{rank}", encoding="utf-8") as requests:
+        for number, line in enumerate(requests):
+            request = json.loads(line)
+            with ExitStack() as stack:
+                if request["fault"]:
+                    stack.enter_context(planted(request["fault"]))
+                stdin = None if rank else io.StringIO(request["stdin"])  # none but the first has somebody who types
+                stack.enter_context(mock.patch.object(sys, "stdin", stdin))
+                stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
+                for job in request["jobs"]:
+                    run_job(*job)
+            for number_of_signal in (signal.SIGTERM, signal.SIGINT):  # whose handler holds the last run, and its lock
+                signal.signal(number_of_signal, signal.SIG_DFL)
+            gc.collect()
+            (folder / f"{number}.{rank}.done").touch()
 
 
 if __name__ == "__main__":
-    end_process(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    serve(Path(sys.argv[1]))
+    end_process(0)

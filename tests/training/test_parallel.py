@@ -4,9 +4,7 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from models.checkpoint import model_folder
 from models.shared import hold
 from tests import tiny
 from tests.damage import flip
+from tests.forked import Forked
 from tests.ranks import launch, start_nodes
 from tests.ranks_worker import run_job
 
@@ -210,15 +209,9 @@ def test_planted_faults_show(world, fault):
     assert compare(root, name, out.name) > 1e-3
 
 
-def start(folders: list[Path], *args: object) -> list[subprocess.Popen]:
-    """Fine-tuning on a node of one rank for each folder."""
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return start_nodes(folders, tiny.ROOT / "training/finetune_sft.py", *args, **pipe)
-
-
-def wait_until(condition, run: subprocess.Popen) -> None:
+def wait_until(condition, run: Forked) -> None:
     while not condition():
-        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert run.poll() is None, run.read("stderr")[-3000:]
         time.sleep(0.002)
 
 
@@ -241,12 +234,14 @@ def test_kill_a_node_and_resume(world):
     flags = ["--max_steps", 15, "--save_steps", 3, "--save_total_limit", 3]
     launch(2, [sft_job(root / "tied", train_file, root / "whole", *flags)])
     out = root / "killed"
-    nodes = start([root, root], *arguments(root / "tied", train_file, "killed", *flags))
+    nodes = start_nodes(
+        [root, root], "training/finetune_sft.py", *arguments(root / "tied", train_file, "killed", *flags)
+    )
     wait_until(lambda: list(out.glob("checkpoints/step-0000*")), nodes[0])
     wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), nodes[0])  # into one that is being written
     time.sleep(random.random() / 20)
     nodes[0].kill()
-    for node in nodes:  # the pipe ends when the last of its processes is gone
+    for node in nodes:
         node.communicate(timeout=240)
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from models.generation import Engine
 from tests import tiny
+from tests.forked import Forked
 from tests.ranks import start_torchrun
 from tests.training.test_train_rm import make_records
 from training.stop import Stop
@@ -192,17 +193,11 @@ def test_through_torchrun(world, tmp_path):
     )
     more = {"reward_fn": [f"{world / 'fn.py'}:slow"], "eval_steps": 4}
     words = [wrapper, tiny.ROOT / "training" / script, *flags(world, script, out, **more)]
-    os.environ.update(STOP_IN="slow", STOPPED=str(tmp_path / "stopped"))
-    try:
-        with open(tmp_path / "printed", "w") as printed:
-            process = start_torchrun(2, *words, stdout=printed, stderr=printed)
-        while process.poll() is None and not (tmp_path / "stopped").exists():
-            time.sleep(0.05)
-        process.terminate()
-        process.wait(timeout=240)
-    finally:
-        del os.environ["STOP_IN"], os.environ["STOPPED"]
-    said = (tmp_path / "printed").read_text()
+    process = start_torchrun(2, *words, STOP_IN="slow", STOPPED=tmp_path / "stopped")
+    while process.poll() is None and not (tmp_path / "stopped").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = "".join(process.communicate())
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["0", "0"], said
     assert "stopped by a signal before the first update; go on with --resume" in said
     assert process.returncode == 1  # torchrun's own, with a traceback of it
@@ -217,13 +212,14 @@ def test_ctrl_c(world, tmp_path):
         "    try: print('asked', flush=True); time.sleep(1000)\n"
         "    except BaseException: print('again', flush=True); time.sleep(1000)\n"
     )
-    process = tiny.start(f"training/{script}", *flags(world, script, out, reward_fn=[f"{tmp_path / 'deaf.py'}:deaf"]))
-    while process.stdout.readline() != "asked\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "again\n"
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=240)
+    words = flags(world, script, out, reward_fn=[f"{tmp_path / 'deaf.py'}:deaf"])
+    process = Forked(f"training/{script}", *words)
+    for said in ("asked\n", "again\n"):
+        while not process.read("stdout").endswith(said):
+            assert process.poll() is None, process.read("stderr")
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.sub(r"\x1b.*|.*\r", "", errors).strip().startswith("stopping at the next place"), errors
 

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from functools import cache
 from pathlib import Path
@@ -111,49 +112,88 @@ def save(out, model, max_shard_bytes, tensors=None):
     save_folder(out, tensors, config=folder_config(model), copy_from=model, max_shard_bytes=max_shard_bytes)
 
 
+def has_weights_of(found, model, prefix="") -> bool:
+    wanted = load_file(model / "model.safetensors")
+    names = {name: name if name == "lm_head.weight" else prefix + name for name in dict(found.named_parameters())}
+    assert sorted(names.values()) == sorted(wanted)
+    pairs = [(p, wanted[names[name]]) for name, p in found.named_parameters()]
+    return all(torch.equal(p, want) and p.dtype == want.dtype for p, want in pairs)
+
+
+def theirs_holds(out, model) -> bool:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    return has_weights_of(theirs, model) and theirs.config.reward_mean == read_hf_config(model)[0]["reward_mean"]
+
+
+def ours_holds(out, model) -> bool:
+    assert list(out.rglob("checksums.json"))
+    same = read_hf_config(out)[0]["reward_mean"] == read_hf_config(model)[0]["reward_mean"]
+    return has_weights_of(load_model(out), model, prefix="model.") and same
+
+
 def holds(out, model) -> bool:
     """Whether transformers and our loader, which looks at the checksums, read this model from a folder, with its
     config.json."""
-    assert list(out.rglob("checksums.json"))
-    theirs, wanted = transformers.AutoModelForCausalLM.from_pretrained(out), load_file(model / "model.safetensors")
-    ours = dict(load_model(out).named_parameters())
-    same = [torch.equal(p, wanted[name]) and p.dtype == wanted[name].dtype for name, p in theirs.named_parameters()]
-    same += [torch.equal(p, wanted[name if name == "lm_head.weight" else f"model.{name}"]) for name, p in ours.items()]
-    assert len(ours) == len(wanted) and len(same) == 2 * len(wanted)
-    config = read_hf_config(out)[0]
-    return all(same) and config["reward_mean"] == read_hf_config(model)[0]["reward_mean"] == theirs.config.reward_mean
+    return theirs_holds(out, model) and ours_holds(out, model)
 
 
 CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 
 
-def run_until(k, action) -> bool:
-    """Runs action in a process of its own that is killed before its k-th change of the file system; whether it ended
-    first. Python tells of all of them but the bytes that safetensors writes."""
+def run_aside(action) -> None:
+    """In a process of its own."""
     pid = os.fork()
     if pid == 0:
-        left = [k]
-
-        def count(event, arguments):
-            if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-                if not left[0]:
-                    signal.raise_signal(signal.SIGKILL)
-                left[0] -= 1
-
-        sys.addaudithook(count)
         try:
             action()
             os._exit(0)
         finally:
             traceback.print_exc()
             os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code == 0
+    assert os.waitpid(pid, 0)[1] == 0
 
 
-def state(folder: Path) -> str:
+def copy(source: Path, target: Path) -> None:
+    """A folder with the hard links within it."""
+    copied = {}
+
+    def link_or_copy(path, other):
+        inode = os.stat(path).st_ino
+        os.link(copied[inode], other) if inode in copied else shutil.copy2(path, other)
+        copied.setdefault(inode, other)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def states_of_kills(action, folder: Path, kept: Path) -> list[Path]:
+    """Runs action, and keeps what a kill would leave in the folder before each of its changes of the file system, and
+    at its end. Python tells of all of them but the bytes that safetensors writes."""
+
+    def observed():
+        lock, copying = threading.RLock(), []
+
+        def keep(event, arguments):
+            with lock:
+                is_change = event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+                if is_change and not copying:
+                    copying.append(True)
+                    copy(folder, kept / str(len(list(kept.iterdir()))))
+                    copying.clear()
+
+        kept.mkdir()
+        sys.addaudithook(keep)
+        action()
+        keep(CHANGES[0], ())
+
+    run_aside(observed)
+    return sorted(kept.iterdir(), key=lambda path: int(path.name))
+
+
+def state(folder: Path, staged: bool = True) -> str:
+    """staged: with the files that go before the switch, which no config.json names yet."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not staged and export.STAGING not in (folder / "config.json").read_text():
+        files = [path for path in files if path.parent.name != export.STAGING]
     return hashlib.sha256(repr([(str(f), f.read_bytes()) for f in files]).encode()).hexdigest()
 
 
@@ -170,13 +210,17 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
     if old_bytes:
         save(begin, old, old_bytes)
     tensors = list(load_model(new).state_dict().items())
-    opened = cache(lambda _, model: holds(out, model))  # by the state of the folder
-    k, is_new, ended = 0, {}, False  # is_new: of each state that a kill left, in their order
-    while not ended:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(begin, out)
-        ended = run_until(k, lambda: save(out, new, new_bytes, tensors))
-        k += 1
+    theirs, ours = cache(lambda _, model: theirs_holds(out, model)), cache(lambda _, model: ours_holds(out, model))
+
+    def opened(now, model):
+        return theirs(state(out, staged=False), model) and ours(now, model)
+
+    shutil.copytree(begin, out)
+    kills = states_of_kills(lambda: save(out, new, new_bytes, tensors), out, tmp_path / "kills")
+    is_new = {}  # of each state that a kill leaves, in their order
+    for kill in kills:
+        shutil.rmtree(out)
+        kill.rename(out)
         now = state(out)
         if now in is_new:
             continue
@@ -191,7 +235,7 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
         assert opened(state(out), new) and not list(out.glob(".*")) and (out / "metrics.jsonl").exists()
         files = {path.name for path in WeightFiles(out).paths()}
         assert {path.name for path in out.glob("*.safetensors")} == files and (len(files) > 1) == (new_bytes != WHOLE)
-    assert k > 20 and is_new[now] and list(is_new.values()) == sorted(is_new.values())
+    assert len(kills) > 20 and is_new[now] and list(is_new.values()) == sorted(is_new.values())
 
 
 def test_disk_full(models, tmp_path, monkeypatch):
@@ -238,7 +282,8 @@ def test_disk_full_within_a_shard(models, tmp_path):
         with pytest.raises(OSError, match=r"out: cannot be written: .*File too large"):
             save(tmp_path / "out", new, WHOLE)
 
-    assert run_until(10_000, action) and holds(tmp_path / "out", old) and not list((tmp_path / "out").glob(".*"))
+    run_aside(action)
+    assert holds(tmp_path / "out", old) and not list((tmp_path / "out").glob(".*"))
 
 
 def test_without_hard_links(models, tmp_path, monkeypatch):

@@ -180,10 +180,14 @@ def _is_hybrid(mesh: DeviceMesh) -> bool:
     return "dp_shard" in mesh.mesh_dim_names
 
 
-def sharded_part(name: str, shape: tuple[int, ...], mesh: DeviceMesh) -> tuple[slice, ...]:
-    """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its dp (dp_shard) rank."""
-    first, *rest = tensor_parallel_part(name, shape, mesh["tp"])
-    shard = mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
+def sharding_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:
+    """What a parameter is cut over: tp, and then dp (dp_shard). Torch takes a millisecond to cut a mesh."""
+    return mesh["tp"], mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
+
+
+def sharded_part(name: str, shape: tuple[int, ...], tp: DeviceMesh, shard: DeviceMesh) -> tuple[slice, ...]:
+    """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its rank of shard."""
+    first, *rest = tensor_parallel_part(name, shape, tp)
     start, end = chunk_range(first.stop - first.start, shard.get_local_rank(), shard.size())
     return (slice(first.start + start, first.start + end), *rest)
 
@@ -221,7 +225,9 @@ def load_for_training(
     model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
     given = ({} if new_score is None else {"score.weight": new_score}) | ({} if lora is None else lora.values)
     integers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None}
-    options = {"part_of": partial(sharded_part, mesh=mesh), "elsewhere": {name: shapes[name] for name in integers}}
+    tp, shard = sharding_meshes(mesh)
+    part_of = partial(sharded_part, tp=tp, shard=shard)
+    options = {"part_of": part_of, "elsewhere": {name: shapes[name] for name in integers}}
     load_weights(model, files, device=runtime.device, without_file=given, **options)
     for name, layer in short_bar(integers.items(), "rounding", "tensor"):
         layer.set_quantized(quantized_part(files, name, shapes[name], lora.scheme, model.parallel.tp, runtime.device))

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.common import Bounds, flag, fraction, non_negative, positive
-from models.fsdp import sharded_part
+from models.fsdp import sharded_part, sharding_meshes
 from models.gpu import has_triton
 from models.noise import column_hashes, noise_key, random_bits
 from models.tp import local
@@ -176,7 +176,8 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
     shape = tuple(parameter.shape)
     assert 1 <= len(shape) <= 2, (name, shape)
     whole = tuple(slice(0, size) for size in shape)
-    part = sharded_part(name, shape, parameter.device_mesh) if isinstance(parameter, DTensor) else whole
+    is_sharded = isinstance(parameter, DTensor)
+    part = sharded_part(name, shape, *sharding_meshes(parameter.device_mesh)) if is_sharded else whole
     column, block = part[1].start if len(shape) == 2 else 0, 0
     if quantize and len(shape) == 2 and parameter.numel() >= FEWEST_QUANTIZED:
         # The same on every layout, and whole wherever tensor parallelism of up to 8 cuts the columns.

@@ -49,15 +49,24 @@ def ask(request: object) -> int | None:
 class Forked:
     """A script as from the command line; as much of subprocess.Popen as the tests need.
 
-    environment: what it has beyond this process's. stdin: all that it can read.
+    environment: what it has beyond this process's. stdin: all that it can read. stdout: a file or a named pipe.
     """
 
     def __init__(
-        self, script: Path | str, *args: object, cwd: Path | None = None, stdin: str = "", **environment: object
+        self,
+        script: Path | str,
+        *args: object,
+        cwd: Path | None = None,
+        stdin: str = "",
+        stdout: Path | None = None,
+        **environment: object,
     ):
         self.folder, self.returncode = Path(tempfile.mkdtemp(prefix="forked-")), None
         for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", "")):
             (self.folder / name).write_text(text, encoding="utf-8")
+        if stdout:
+            (self.folder / "stdout").unlink()
+            (self.folder / "stdout").symlink_to(stdout)
         given = {name: str(value) for name, value in environment.items()}
         request = {"words": [str(ROOT / script), *map(str, args)], "cwd": str(cwd or os.getcwd()), "environment": given}
         self.pid = ask(request | {"folder": str(self.folder)})
@@ -91,11 +100,11 @@ class Forked:
 def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) -> NoReturn:
     try:
         for number, name in enumerate(("stdin", "stdout", "stderr")):
-            os.dup2(os.open(Path(folder, name), os.O_RDWR | os.O_CREAT), number)
+            os.dup2(os.open(Path(folder, name), os.O_WRONLY if number else os.O_RDONLY), number)
         os.environ.update(environment)
-        encoding = environment.get("PYTHONIOENCODING", "utf-8")
-        sys.stdin, sys.stdout = os.fdopen(0, encoding=encoding), os.fdopen(1, "w", encoding=encoding)
-        sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", buffering=1)
+        options = {"encoding": environment.get("PYTHONIOENCODING", "utf-8"), "closefd": False}
+        sys.stdin, sys.stdout = os.fdopen(0, **options), os.fdopen(1, "w", **options)
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", buffering=1, **options)
         warnings.resetwarnings()  # of pytest
         warnings.simplefilter("ignore")
         signal.signal(signal.SIGINT, signal.default_int_handler)

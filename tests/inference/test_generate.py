@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.forked import Forked
 
 SCRIPT = "inference/generate.py"
 FIELDS = {
@@ -141,17 +141,18 @@ def test_standard_output_is_clean_jsonl(folder):
     assert "tok/s" in result.stderr and "model" in result.stderr
 
 
-def test_standard_output_of_another_encoding_that_is_closed(folder):
+def test_standard_output_of_another_encoding_that_is_closed(folder, tmp_path):
     """Catches a run that ends by a letter that standard output cannot encode, lines that escape it in another way than
     JSON does, and a traceback where the reader has seen enough."""
-    command = [sys.executable, tiny.ROOT / SCRIPT, "--checkpoint_path", folder, "--prompt", "é 字 😀 1 plus"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    pipe, more = subprocess.PIPE, ["--num_samples", "500", "--max_new_tokens", "9"]
-    with subprocess.Popen(command + more, stdout=pipe, stderr=pipe, env=env) as process:
-        assert json.loads(process.stdout.readline().decode("ascii"))["prompt"] == "é 字 😀 1 plus"
-        process.stdout.close()
-        stderr = process.stderr.read()
-        assert process.wait(timeout=240) == 0 and b"Traceback" not in stderr and b"error" not in stderr, stderr
+    flags = ["--checkpoint_path", folder, "--prompt", "é 字 😀 1 plus", "--num_samples", 500, "--max_new_tokens", 9]
+    os.mkfifo(tmp_path / "pipe")
+    process = Forked(SCRIPT, *flags, stdout=tmp_path / "pipe", PYTHONIOENCODING="ascii")
+    with open(tmp_path / "pipe", encoding="ascii") as stdout:
+        assert json.loads(stdout.readline())["prompt"] == "é 字 😀 1 plus"
+    while process.poll() is None:
+        time.sleep(0.005)
+    stderr = process.read("stderr")
+    assert process.returncode == 0 and "Traceback" not in stderr and "error" not in stderr, stderr
 
 
 def test_half_a_surrogate_pair_survives(folder, tmp_path):
@@ -445,9 +446,9 @@ def test_bad_folders(folder, tmp_path, case):
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    """Catches a message that only the tests' process gets: warnings, a traceback, another exit code."""
+    """Catches a message that only the tests' process gets: a traceback, another exit code."""
     out = tmp_path / "out.jsonl"
-    process = tiny.start(SCRIPT, "--checkpoint_path", tmp_path / "nowhere", "--prompt", "a", "--output_file", out)
-    stdout, stderr = process.communicate(timeout=240)
+    process = Forked(SCRIPT, "--checkpoint_path", tmp_path / "nowhere", "--prompt", "a", "--output_file", out)
+    stdout, stderr = process.communicate()
     tiny.assert_refused(tiny.Result(process.returncode, stdout, stderr), "nowhere")
     assert stdout == "" and not out.exists()

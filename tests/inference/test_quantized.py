@@ -1,8 +1,6 @@
 """Generation, chat and scoring with quantised weights: the same promises as with plain ones."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import transformers
 
 from models.qlinear import Scheme, dequantize, quantize
 from tests import tiny
+from tests.forked import Forked
 from tests.inference.test_parallel import by_sample
 from tests.inference.test_score import scored, write_reward_model
 from tests.ranks import launch
@@ -131,6 +130,6 @@ def test_chat(world):
     """Catches a chat that ignores the flag: its greedy answer is generate.py's."""
     flags = ["--checkpoint_path", world[0] / "model", "--temperature", 0, "--max_new_tokens", 12, *FLAGS["int8"]]
     line = json.loads(tiny.run("inference/generate.py", *flags, "--prompt", "3 plus so").stdout)
-    command = [sys.executable, tiny.ROOT / "inference/chat.py", *flags]
-    done = subprocess.run(list(map(str, command)), input="3 plus so\n\n", capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and line["output"] in done.stdout, done
+    done = Forked("inference/chat.py", *flags, stdin="3 plus so\n\n")
+    printed, errors = done.communicate()
+    assert done.returncode == 0 and line["output"] in printed, errors

@@ -205,7 +205,6 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
     (old, new), (old_bytes, new_bytes) = models, TRANSITIONS[name]
     begin, out = tmp_path / "begin", tmp_path / "out"
     begin.mkdir()
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # for a loss of power; half of this test's time
     (begin / "metrics.jsonl").write_text("{}\n")
     if old_bytes:
         save(begin, old, old_bytes)

@@ -3,15 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from scripts.torture import JOBS, compare_lines, differences, read_lines
-from tests import tiny
+from tests.forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +17,10 @@ def tortured(tmp_path_factory):
     """What a few kills of two jobs left, with the runs that nobody killed, and what was printed."""
     out = tmp_path_factory.mktemp("torture") / "out"
     flags = ["--kills", "4", "--ranks", "1", "--jobs", "sft", "generate", "--output_dir", out, "--keep"]
-    command = [sys.executable, tiny.ROOT / "scripts/torture.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return out, done.stdout
+    done = Forked("scripts/torture.py", *flags)
+    printed, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, printed[-2000:] + errors[-2000:]
+    return out, printed
 
 
 def test_a_round(tortured):

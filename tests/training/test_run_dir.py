@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from models.common import flag, write_json
 from models.functions import FunctionPlace
 from models.identity import CONTENTS, begun_with
 from tests import tiny
+from tests.forked import Forked
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
 from training.optim import OptimArgs, make_optimizer
@@ -351,7 +351,7 @@ def test_asynchronous_checkpoints(tmp_path):
 
 
 def keep_saving(output_dir):
-    """Run in a process of its own by the test below, until it is killed."""
+    """In a process of its own, until the test below kills it."""
     model, optimizer = trained(0)
     checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=2, asynchronous=True)
     for step in range(1, 10_000):
@@ -361,14 +361,13 @@ def keep_saving(output_dir):
 
 def test_kill_during_an_asynchronous_save(tmp_path):
     """Catches a half checkpoint under its final name, and one that holds the weights of a later step."""
-    code = "import sys, pathlib; from tests.training import test_run_dir as t; t.keep_saving(pathlib.Path(sys.argv[1]))"
-    saving = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=tiny.ROOT)
+    saving = Forked("tests/training/test_run_dir.py", tmp_path)
     folder = tmp_path / "checkpoints"
     while not list(folder.glob("step-*")) or not list(folder.glob(".step-*.partial")):
-        assert saving.poll() is None
+        assert saving.poll() is None, saving.read("stderr")
         time.sleep(0.001)
     saving.kill()
-    saving.wait()
+    saving.communicate()
     model, optimizer = trained(0)
     step = load_newest_checkpoint(tmp_path, model, optimizer)
     assert step > 0 and torch.equal(weights(model), weights(trained(step)[0]))
@@ -462,3 +461,7 @@ def test_report_to(tmp_path, monkeypatch):
     metrics.close()
     assert boards == [(tmp_path / "tensorboard", 4), ("loss", 1.25, 4), "end"]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]
+
+
+if __name__ == "__main__":
+    keep_saving(Path(sys.argv[1]))

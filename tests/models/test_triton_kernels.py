@@ -5,27 +5,38 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+from tests.forked import Forked
 from tests.models.interpreted_kernels import CASES, TOP_P
 from tests.tiny import ROOT
 
 
-def run(*arguments: str, interpret: bool) -> str:
-    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment, "timeout": 300}
-    result = subprocess.run([sys.executable, "-W", "ignore", *arguments], **options)
-    if interpret and "only 0-dimensional arrays can be converted" in result.stderr:
+def interpret(*arguments: str) -> str:
+    """Of a Python that interprets kernels, which Triton wants to know when it is imported."""
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | {"TRITON_INTERPRET": "1"}}
+    result = subprocess.run([sys.executable, "-W", "ignore", *arguments], **options, timeout=300)
+    if "only 0-dimensional arrays can be converted" in result.stderr:
         pytest.skip("Triton before 3.7 does not interpret with numpy 2.4")
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
+def run(code: str, folder: Path, *arguments: str) -> str:
+    """Of a process of its own, which may not survive what a compiler does."""
+    (folder / "code.py").write_text(code)
+    process = Forked(folder / "code.py", *arguments)
+    printed, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors[-3000:]
+    return printed
+
+
 @pytest.fixture(scope="module")
 def interpreted():
-    return json.loads(run("-m", "tests.models.interpreted_kernels", interpret=True))
+    return json.loads(interpret("-m", "tests.models.interpreted_kernels"))
 
 
 def test_paged_decode(interpreted):
@@ -67,11 +78,11 @@ print(json.dumps(resources_of(compiled, backend)))
 
 
 @pytest.mark.parametrize("target, dtype, D", [("sm_80", "fp32", 128), ("sm_90", "bf16", 128), ("gfx942", "bf16", 256)])
-def test_compiles_for_gpus(target, dtype, D):
+def test_compiles_for_gpus(target, dtype, D, tmp_path):
     """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
     that do not suffice."""
     arguments = [*map(str, TARGETS[target]), dtype, str(D)]
-    used = json.loads(run("-c", COMPILE, *arguments, interpret=False))
+    used = json.loads(run(COMPILE, tmp_path, *arguments))
     print(target, dtype, D, used)
     assert used["shared"] <= 64 * 1024
     spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]

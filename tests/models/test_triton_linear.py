@@ -7,13 +7,14 @@ import pytest
 
 pytest.importorskip("triton")
 from tests.models.interpreted_linear import CASES
-from tests.models.test_triton_kernels import TARGETS, run
+from tests.models.test_triton_kernels import TARGETS, interpret, run
+from tests.tiny import ROOT
 
 
 def test_products():
     """Catches halves of bytes or of blocks swapped, a scale or zero point of another group, features lost where blocks
     or splits do not divide, padding that reaches a result, and a row that depends on how many others there are."""
-    distances = json.loads(run("-m", "tests.models.interpreted_linear", interpret=True))
+    distances = json.loads(interpret("-m", "tests.models.interpreted_linear"))
     for each, found in zip(CASES, distances, strict=True):
         rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}[each[-1]]
         assert found["product"] < rounding and found["weights"] < rounding and found["a row alone"] == 0, (each, found)
@@ -31,12 +32,13 @@ COMPILED = [  # target, dtype, bits, group size, rows
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_for_gpus(target):
+def test_compiles_for_gpus(target, tmp_path):
     """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
     that do not suffice."""
     cases = [each for each in COMPILED if each[0] == target]
     arguments = [*map(str, TARGETS[target]), json.dumps([each[1:] for each in cases])]
-    for case, used in zip(cases, json.loads(run("-m", "tests.models.compiled_linear", *arguments, interpret=False))):
+    code = (ROOT / "tests/models/compiled_linear.py").read_text()
+    for case, used in zip(cases, json.loads(run(code, tmp_path, *arguments))):
         print(*case, used)
         assert used["shared"] <= 64 * 1024
         spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 pytest.importorskip("triton")
-from tests.models.test_triton_kernels import TARGETS, run
+from tests.models.test_triton_kernels import TARGETS, interpret, run
 
 INTERPRETED = """
 from tests.models import interpreted_head
@@ -25,7 +25,7 @@ def test_interpreted():
 
     Of AdamW a column, a row or a block that is left out or taken twice, noise of another place in the whole tensor,
     levels or middles of the other moment, a scale that is not its block's largest, and factors in another order."""
-    run("-c", INTERPRETED, interpret=True)
+    interpret("-c", INTERPRETED)
 
 
 COMPILE = """
@@ -64,11 +64,11 @@ print(json.dumps(found))
 """
 
 
-def test_nothing_is_spilled():
+def test_nothing_is_spilled(tmp_path):
     """Catches what only the compiler refuses, kernels whose registers do not suffice, or that leave no room for others
     on a processor: a program of the optimizer may take 128 registers a thread, with which four of them run side by
     side."""
-    found = json.loads(run("-c", COMPILE, json.dumps(TARGETS), interpret=False))
+    found = json.loads(run(COMPILE, tmp_path, json.dumps(TARGETS)))
     assert len(found) == 12
     for name, used in found.items():
         print(name, used)

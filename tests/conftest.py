@@ -14,11 +14,12 @@ from tests.forked import start_server
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Where tests run in several processes (scripts/test.sh), a file stays in one of them, since its fixtures are dear;
-    and so do all that use ranks, which are started once. They take longest, so they begin."""
+    and so do all that use ranks, which are started once. They take longest, so they begin; training follows, and the
+    files at the end are short, so that no process waits long for the other."""
     for item in items:
         group = "ranks" if hasattr(item.module, "launch") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not hasattr(item.module, "launch"))
+    items.sort(key=lambda item: (hasattr(item.module, "launch"), str(item.path)), reverse=True)
 
 
 def pytest_collection_finish():

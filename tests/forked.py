@@ -98,6 +98,7 @@ class Forked:
 
 
 def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) -> NoReturn:
+    code = 1
     try:
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(os.open(Path(folder, name), os.O_WRONLY if number else os.O_RDONLY), number)
@@ -110,12 +111,14 @@ def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) ->
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = words
         os.chdir(cwd)
-        runpy.run_path(words[0], run_name="__main__")  # which ends the process
+        runpy.run_path(words[0], run_name="__main__")  # our scripts end the process
+        sys.stdout.flush()
+        code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
 
 def serve(connection: socket.socket) -> NoReturn:

@@ -27,8 +27,8 @@ PRELOADED += ("inference.generate", "inference.score", "inference.chat", "tests.
 
 @cache
 def start_server() -> socket.socket:
-    """To be called before there are threads, which a copy would lack and whose locks it would keep (that of pytest-xdist
-    has none but of its own pipe). Requests are lines of JSON, answers are numbers or null."""
+    """To be called before there are threads, which a copy would lack and whose locks it would keep (pytest-xdist's has
+    none but those of its pipe). Requests are lines of JSON, answers are numbers or null."""
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()

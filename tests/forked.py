@@ -3,11 +3,13 @@ the tests' process makes a copy of itself when it has imported everything and ru
 the server, has one thread, does nothing else, and forks what Forked asks for.
 """
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -37,6 +39,14 @@ def start_server() -> socket.socket:
     return ours
 
 
+@cache
+def scratch() -> Path:
+    """A folder that goes when the session ends."""
+    folder = Path(tempfile.mkdtemp(prefix="forked-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def ask(request: object) -> int | None:
     server = start_server()
     server.sendall(json.dumps(request).encode() + b"\n")
@@ -61,7 +71,7 @@ class Forked:
         stdout: Path | None = None,
         **environment: object,
     ):
-        self.folder, self.returncode = Path(tempfile.mkdtemp(prefix="forked-")), None
+        self.folder, self.returncode = Path(tempfile.mkdtemp(dir=scratch())), None
         for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", "")):
             (self.folder / name).write_text(text, encoding="utf-8")
         if stdout:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.forked import Forked
+from tests.forked import Forked, scratch
 
 TIMEOUT = 300  # seconds for a list of jobs
 
@@ -59,7 +59,7 @@ class Pool(NamedTuple):
 
 @cache
 def _pool(size: int) -> Pool:
-    pool = Pool([], [], Path(tempfile.mkdtemp(prefix=f"ranks-{size}-")))
+    pool = Pool([], [], Path(tempfile.mkdtemp(dir=scratch())))
     world = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     for rank in range(size):
         path = pool.folder / f"requests.{rank}"

@@ -121,12 +121,8 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
     """The grade of each completion, in order. One has none where the function returned None, or a number that is not
     finite or too large. ValueError if the function fails or returns anything else."""
     where = f"{grader.flag}: {grader.name}"
-    columns = (
-        list(prompts),
-        list(completions),
-        [copy.deepcopy(example) for example in examples],
-    )  # to be changed at will
-    pid = os.getpid()
+    own = [copy.deepcopy(example) for example in examples]  # to be changed at will, also where one serves many answers
+    columns, pid = (list(prompts), list(completions), own), os.getpid()
     try:
         rewards = grader.function(**dict(zip(BATCH, columns)))
         if inspect.isawaitable(rewards):

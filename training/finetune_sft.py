@@ -33,7 +33,15 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example, Split
 from models.rows import Rows
-from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches
+from training.data import (
+    DataArgs,
+    PackedRows,
+    check_evaluation,
+    encode_sft_file,
+    load_rows,
+    tokens_of,
+    training_batches,
+)
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
@@ -99,8 +107,7 @@ def main(args: SftArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    taken = batches(first_step=1, last_step=run.first_step - 1)
-    run.num_tokens = sum(int(train.lengths[numbers].sum()) for _, numbers in taken)
+    run.num_tokens = tokens_of(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

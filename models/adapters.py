@@ -10,7 +10,6 @@
 import json
 import os
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -41,7 +40,7 @@ from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
 from models.qlinear import Scheme
-from models.quantize import check_scheme, rounding_scheme
+from models.quantize import check_scheme
 from models.shared_base import OnSharedBase
 from models.tp import whole
 
@@ -54,6 +53,7 @@ KNOWN = {
     *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config"),
     *("target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
+BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits each
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
@@ -281,7 +281,7 @@ def choose_lora(
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
     start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
     shape = _shape(args, start, config, is_other=is_critic)
-    scheme = base_scheme(args.quantize_base, config)
+    scheme = base_scheme(args.quantize_base)
     if scheme is not None:
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
@@ -300,15 +300,11 @@ def choose_lora(
     return Lora(*fields, seed=args.seed, with_critic=with_critic, with_reference=with_reference)
 
 
-def base_scheme(mode: str, config: ModelConfig) -> Scheme | None:
-    """How --quantize_base keeps a model: the same on every layout of up to 8 tensor-parallel ranks, if its sizes allow,
-    since a run may go on with another."""
-    if mode != "int4":
-        return None if mode == "none" else Scheme(mode)
-    for ranks in (8, 4, 2):
-        with suppress(ValueError):
-            return rounding_scheme(mode, None, config, ranks)
-    return rounding_scheme(mode, None, config)
+def base_scheme(mode: str) -> Scheme | None:
+    """How --quantize_base keeps a model: alike on every layout, since a run may go on with another."""
+    if mode == "none":
+        return None
+    return Scheme(mode, BASE_GROUP, has_minima=True) if mode == "int4" else Scheme(mode)
 
 
 def _shape(

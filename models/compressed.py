@@ -248,8 +248,8 @@ def read_packed(
 def columns_of(weight: Quantized, columns: slice, scheme: Scheme) -> Quantized:
     """A part of a quantised weight's columns, of whole groups."""
     groups = _groups(columns, scheme)
-    zero = None if weight.zero is None else weight.zero[:, groups]
-    return Quantized(weight.values[:, columns], weight.scale[:, groups], zero)
+    numbers = (None if each is None else each[:, groups] for each in weight[1:])
+    return Quantized(weight.values[:, columns], *numbers)
 
 
 def _groups(columns: slice, scheme: Scheme) -> slice:

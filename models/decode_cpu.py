@@ -215,10 +215,10 @@ class QuantizedHead(nn.Module):
         """weight: [V, E] bf16, or this tp rank's rows of it. Raises ValueError if it is not finite."""
         super().__init__()
         try:
-            values, scale, _ = quantize(weight, self.SCHEME)
+            small = quantize(weight, self.SCHEME)
         except ValueError as error:
             raise ValueError(f"lm_head.weight: {error}") from None
-        self.bags, self.packed, self.scale = Bags(values, scale), None, None
+        self.bags, self.packed, self.scale = Bags(small.values, small.scale), None, None
 
     @property
     def num_bytes(self) -> int:

@@ -81,7 +81,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize(Quantized(unpack_int32(packed, bits), scale), dtype)
+    scale, minimum = scale if scale.dim() == 3 else (scale, None)
+    return dequantize(Quantized(unpack_int32(packed, bits), scale, minimum=minimum), dtype)
 
 
 class LoraLinear(nn.Module):
@@ -113,8 +114,9 @@ class LoraLinear(nn.Module):
     def set_quantized(self, weight: Quantized) -> None:
         """Takes this tp rank's part of the weight."""
         self.bits = 4 if weight.values.dtype == torch.uint8 else 8
+        scale = weight.scale if weight.minimum is None else torch.stack((weight.scale, weight.minimum))
         self.register_buffer("packed", pack_int32(weight.values), persistent=False)
-        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """(A, B), this tp rank's parts."""

@@ -4,6 +4,8 @@
   last two for each output feature or for each group of its input features. Scales are bf16 numbers and the integers are
   chosen for these, so every dtype and every device computes with the same weights; but torch's int4 kernels add the
   value of q = 8 as a bf16 number, which moves the weights of a group with a zero point by at most 1/64 of a step
+- or w = q * scale + minimum, both bf16, in int4 of a base that adapters are trained on (models/lora.py): half a bit
+  more a weight, a sixth less of squared error for weights spread like a bell, and none for those that have such a grid
 - a layer keeps the integers in the order that the device's kernel reads (CPU and CUDA in bf16); where there is no
   kernel, or many rows make one product of dequantised weights cheaper, it dequantises into the product
 - fp8 (e4m3, a scale for each output feature and each row of activations) is arithmetic as well as memory, on Hopper
@@ -12,7 +14,7 @@ Dimensions: M rows of activations, N output features, K input features, G groups
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ class Scheme(NamedTuple):
     mode: str  # of MODES
     group_size: int | None = None  # input features that share a scale; None: all of a row
     symmetric: bool = True  # about 0; else each scale has a zero point
+    has_minima: bool = False  # of int4: or each scale has what 0 stands for beside it
 
     @property
     def bits(self) -> int:
@@ -50,7 +53,7 @@ class Scheme(NamedTuple):
 
     def __str__(self) -> str:
         groups = "" if self.group_size is None else f", groups of {self.group_size}"
-        return self.mode + groups + ("" if self.symmetric else " with zero points")
+        return self.mode + groups + " with minima" * self.has_minima + " with zero points" * (not self.symmetric)
 
 
 class MixedScheme(NamedTuple):
@@ -75,6 +78,12 @@ class Quantized(NamedTuple):
     values: Tensor  # int8, float8_e4m3fn, or of int4 uint8 in 0..15
     scale: Tensor  # [N, G]; G is 1 where a whole row shares it
     zero: Tensor | None = None  # [N, G], as values: the integer that stands for 0; None: 8 of int4, 0 of others
+    minimum: Tensor | None = None  # [N, G]: instead of a zero point, what 0 stands for
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """The weight whose output features these are, in their order."""
+    return Quantized(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts)))
 
 
 # ------------------------------------------------------------------------------------- arithmetic
@@ -84,12 +93,13 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 as int4_grid() says, fp8 scaled to
     its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
     # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
-    parts = [_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))]
-    return Quantized(*(torch.cat(tensors) for tensors in zip(*parts) if tensors[0] is not None))
+    return joined([_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))])
 
 
 def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
     weight = weight.float()
+    if scheme.has_minima:
+        return _round_from_minima(_in_groups(weight, scheme.group_size))
     if scheme.mode == "int4":
         scale, zero = int4_grid(weight, scheme.group_size, scheme.symmetric)
         _check_finite(scale)
@@ -143,10 +153,22 @@ def round_int4(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Qua
     return Quantized(values.clamp_(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
 
 
+def _round_from_minima(groups: Tensor) -> Quantized:
+    """int4 in 15 steps from the least of each group to its largest. groups: fp32 [N, G, group_size]."""
+    low, high = _range(groups)
+    scale, minimum = ((high - low) / 15).bfloat16(), low.bfloat16()
+    _check_finite(scale)
+    values = ((groups - minimum[..., None]) / _divisor(scale)[..., None]).round_().clamp_(0, 15)
+    return Quantized(values.to(torch.uint8).flatten(1), scale, minimum=minimum)
+
+
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of a quantised weight, [N, K], computed in dtype: in bf16 each is rounded once."""
     scale, zero = weight.scale.to(dtype), weight.zero
     groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
+    if weight.minimum is not None:
+        minimum = weight.minimum.to(dtype)[..., None]
+        return torch.addcmul(minimum, groups, scale[..., None], out=groups).view(weight.values.shape)
     if zero is not None:
         groups.sub_(zero.to(dtype)[..., None])  # integers of 8 bits and their differences are bf16 numbers
     elif weight.values.dtype == torch.uint8:
@@ -286,7 +308,7 @@ class QuantizedLinear(nn.Module):
         """weights: this tp rank's part of each layer; biases: likewise. dtype: of the activations. parallel: of
         row-parallel layers, whose outputs are summed over the ranks."""
         super().__init__()
-        weight = Quantized(*(torch.cat(tensors) for tensors in zip(*weights) if tensors[0] is not None))
+        weight = joined(weights)
         shape, device = weight.values.shape, weight.values.device
         self.kernel = kernel_for(scheme, shape, device, dtype)
         if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:

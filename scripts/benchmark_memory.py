@@ -129,7 +129,8 @@ def lora_memory(
     if lora.scheme is None:
         base, gathered, dequantised = c * weights / (dp * tp), (dp > 1) * 2 * c * weights / L / tp, 0
     else:
-        bits = lora.scheme.bits + (16 / lora.scheme.group_size if lora.scheme.group_size else 0)
+        beside = 16 * (1 + lora.scheme.has_minima)  # bits of a scale, or of it and a minimum
+        bits = lora.scheme.bits + (beside / lora.scheme.group_size if lora.scheme.group_size else 0)
         base, gathered, dequantised = weights * bits / 8 / tp, 0, 3 * c * E * F / tp
     root = c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E)
     logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)

@@ -57,7 +57,7 @@ class AdapterArgs:
                 raise ValueError("--quantize_base: is of the base below adapters; give --lora_r too")
             return None
         layers = frozenset(linear_layers(config.num_hidden_layers))
-        scheme = base_scheme(self.quantize_base, config)
+        scheme = base_scheme(self.quantize_base)
         return Lora(self.lora_r, 2.0 * self.lora_r, False, 0.0, layers, scheme, {}, Path(), "", 0)
 
 

@@ -20,7 +20,7 @@ KINDS = {  # name: (model, adapters in, how the base is quantised)
     "llama with biases": ({"attention_bias": True, "mlp_bias": True}, (), None),
     "qwen3, its heads normed": ({"model_type": "qwen3"}, (), None),
     "adapters in some layers": ({"model_type": "qwen2"}, ADAPTED, None),
-    "adapters on integers": ({}, ADAPTED, Scheme("int8")),
+    "adapters on integers": ({}, ADAPTED, Scheme("int4", 16, has_minima=True)),
     "adapters on bf16": ({}, ADAPTED, None, torch.bfloat16),
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import qlinear as q
 from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
+from models.compressed import columns_of
 from models.cpu_linear import FloatMatrix, FloatProducts, HalfMatrix, half_matrix, has_fbgemm
 from models.decode import InferenceLinear, can_pack, load_for_inference, weight_bytes
 from models.decode_cpu import QuantizedHead
@@ -23,6 +24,7 @@ from tests.inference.test_score import write_reward_model
 INT4 = [Scheme("int4", g) for g in q.GROUP_SIZES]
 ZEROS = Scheme("int4", 32, symmetric=False)
 SCHEMES = [Scheme("int8"), *INT4, ZEROS]
+MINIMA = Scheme("int4", 32, has_minima=True)
 READ = [Scheme("int8", 64), Scheme("int8", None, False), Scheme("int4", None), Scheme("int4", 8, False)]
 CPU = torch.device("cpu")
 FP32, BF16 = Runtime(CPU, torch.float32, False), Runtime(CPU, torch.bfloat16, False)
@@ -36,22 +38,24 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return weight + 0.1
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, MINIMA], ids=str)
 def test_rounding(scheme):
-    """Catches a scale of another row or group, a zero on the wrong side, truncation instead of rounding, and integers
-    out of range: no weight is further from its value than half a step, but for the bf16 of scale and zero, and of
-    symmetric int4, which ends at 7 steps on the one side, half a step more there."""
+    """Catches a scale of another row or group, a zero or minimum on the wrong side, truncation instead of rounding, and
+    integers out of range: no weight is further from its value than half a step, but for the bf16 of scale, zero and
+    minimum, and of symmetric int4, which ends at 7 steps on the one side, half a step more there."""
     weight = random_weight(24, 512)
     small = quantize(weight, scheme)
     assert small.values.min() >= (-127 if scheme.mode == "int8" else 0)
     assert small.values.max() <= (127 if scheme.mode == "int8" else 15)
     groups = weight.view(24, -1, scheme.group_size or 512)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    spread = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
-    step = spread / (254 if scheme.mode == "int8" else 16 if scheme.symmetric else 15)
+    low, high, about_0 = groups.amin(-1), groups.amax(-1), scheme.symmetric and not scheme.has_minima
+    if not scheme.has_minima:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    spread = 2 * torch.maximum(high, -low) if about_0 else high - low
+    step = spread / (254 if scheme.mode == "int8" else 16 if about_0 else 15)
     error = (dequantize(small) - weight).abs().view(groups.shape)
-    bound = 0.5 * step + (spread / 2 if scheme.symmetric else spread) * 2**-8
-    if scheme.mode == "int4" and scheme.symmetric:
+    bound = 0.5 * step + (spread / 2 if about_0 else torch.maximum(high, spread)) * 2**-8
+    if scheme.mode == "int4" and about_0:
         beyond = torch.where(high > -low, -low, high) - 7.5 * step  # of the side with 7 steps
         bound += beyond.clamp(min=0)
     assert (error <= bound[..., None]).all()
@@ -61,15 +65,33 @@ def test_rounding(scheme):
 def test_constant_and_broken_weights():
     """Catches 0 / 0 in rows or groups that are all zero, an end of the range out of reach, and NaN that would become
     integers."""
-    for scheme in SCHEMES:
+    for scheme in [*SCHEMES, MINIMA]:
         assert torch.equal(dequantize(quantize(torch.zeros(4, 256), scheme)), torch.zeros(4, 256))
         constant = torch.full((4, 256), 0.75)
-        half_step = 0.75 / 15 if scheme.mode == "int4" and scheme.symmetric else 0
+        half_step = 0.75 / 15 if scheme.mode == "int4" and scheme.symmetric and not scheme.has_minima else 0
         torch.testing.assert_close(dequantize(quantize(constant, scheme)), constant, rtol=2**-8, atol=half_step)
         with pytest.raises(ValueError, match="not finite"):
             quantize(constant.index_fill(0, torch.tensor([2]), torch.nan), scheme)
     with pytest.raises(ValueError, match="100 input features are not divisible by groups of 64"):
         quantize(torch.zeros(4, 100), Scheme("int4", 64))
+
+
+def test_minima():
+    """Catches a grid that does not begin at the least of its group, by the definition of GGUF's Q4_1, 15 steps from
+    there to the largest: weights on such a grid come back to the bit, in fp32 and bf16, and so does a part of their
+    columns."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (6, 4, 32), generator=generator)
+    values[..., 3], values[..., 20] = 0, 15
+    step = torch.rand(6, 4, 1, generator=generator).bfloat16().float()
+    minimum = step * torch.randint(-40, 20, step.shape, generator=generator)
+    minimum = minimum.bfloat16().float()
+    weight = (minimum + step * values).flatten(1)
+    small = quantize(weight, MINIMA)
+    assert torch.equal(small.values, values.flatten(1).to(torch.uint8))
+    assert torch.equal(dequantize(small), weight)
+    assert torch.equal(dequantize(small, torch.bfloat16), weight.bfloat16())
+    assert torch.equal(dequantize(columns_of(small, slice(32, 96), MINIMA)), weight[:, 32:96])
 
 
 def quantized(weight: torch.Tensor, scheme: Scheme) -> Quantized:

@@ -164,16 +164,26 @@ def _round_from_minima(groups: Tensor) -> Quantized:
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of a quantised weight, [N, K], computed in dtype: in bf16 each is rounded once."""
+    if weight.minimum is not None:
+        return _from_minima(weight, dtype)
     scale, zero = weight.scale.to(dtype), weight.zero
     groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
-    if weight.minimum is not None:
-        minimum = weight.minimum.to(dtype)[..., None]
-        return torch.addcmul(minimum, groups, scale[..., None], out=groups).view(weight.values.shape)
     if zero is not None:
         groups.sub_(zero.to(dtype)[..., None])  # integers of 8 bits and their differences are bf16 numbers
     elif weight.values.dtype == torch.uint8:
         groups.sub_(8)
     return groups.mul_(scale[..., None]).view(weight.values.shape)
+
+
+def _from_minima(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    on_gpu = weight.values.device.type == "cuda"
+    scale, minimum = (x.to(dtype if on_gpu else torch.float32)[..., None] for x in (weight.scale, weight.minimum))
+    groups = weight.values.to(scale.dtype).view(*scale.shape[:2], -1)
+    if on_gpu:
+        torch.addcmul(minimum, groups, scale, out=groups)
+    else:  # where it takes five times as long; the product of 4 bits and a bf16 number is exact in fp32
+        groups.mul_(scale).add_(minimum)
+    return groups.to(dtype).view(weight.values.shape)
 
 
 def _divisor(scale: Tensor) -> Tensor:

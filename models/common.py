@@ -10,7 +10,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import io
 import json
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
+from models.malloc import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -343,19 +343,9 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     keep_compiled_code()
     if not on_gpu:
-        _keep_freed_memory()
+        keep_freed_memory()
     dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if on_gpu else torch.float32)
     return Runtime(device, dtype, has_triton(device) if args.compile is None else args.compile)
-
-
-def _keep_freed_memory() -> None:
-    """Lets malloc keep what is freed, also blocks above 32 MB, for the next step: a fresh page costs the CPU more than
-    the arithmetic on it (an SFT step of the 134M model takes a sixth less time). glibc alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.malloc import with_room
+
 
 class Term(NamedTuple):
     """What a layer computes: x W^T + bias + scaling (x A^T) B^T, all in the dtype of x."""
@@ -77,7 +79,7 @@ class _Products(torch.autograd.Function):
         low = F.linear(rows, torch.cat(factors)) if factors else None
         outputs = []
         for term, part in zip(terms, _by_term(low, terms, dim=1)):
-            y = F.linear(rows, term.matrix(x.dtype), term.bias)
+            y = _linear(rows, term.matrix(x.dtype), term.bias)
             if part is not None:
                 y.addmm_(part, term.B.T, alpha=term.scaling)
             outputs.append(y.view(*x.shape[:-1], -1))
@@ -110,6 +112,14 @@ class _Products(torch.autograd.Function):
         return of_x, None, None, *[None] * num_sources, *results
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[M, K] -> [M, N]"""
+    out = with_room(x, (len(x), len(weight)))
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
 def _terms(tensors: Sequence, settings: list[tuple]) -> list[Term]:
     """The terms that tensors ends with."""
     first = len(tensors) - TENSORS * len(settings)
@@ -126,7 +136,8 @@ def _by_term(together: Tensor | None, terms: list[Term], dim: int) -> list[Tenso
 
 def _input_gradient(grads: list[Tensor], terms: list[Term], low_grad: Tensor | None) -> Tensor:
     """[M, K]"""
-    total = grads[0] @ terms[0].matrix(grads[0].dtype)
+    weight = terms[0].matrix(grads[0].dtype)
+    total = torch.mm(grads[0], weight, out=with_room(weight, (len(grads[0]), weight.shape[1])))
     for grad, term in zip(grads[1:], terms[1:]):
         total.addmm_(grad, term.matrix(grad.dtype))
     if low_grad is not None:
@@ -144,7 +155,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Kept]:
 
 
 def _normed(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    return (x.float() * rstd).mul_(weight).to(x.dtype)
+    return torch.mul(x, rstd, out=with_room(rstd, x.shape)).mul_(weight).to(x.dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -168,13 +179,13 @@ class _Norm(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         if x.device.type == "cuda":  # a kernel, which CPUs lack
             return *_norm_gradients_by_kernel(grad, x, rstd, weight, [needs_x, needs_weight]), None
-        unit = x.float() * rstd
-        weighted = grad * unit
+        unit = torch.mul(x, rstd, out=with_room(rstd, x.shape))
+        weighted = torch.mul(grad, unit, out=with_room(unit))
         of_weight = weighted.flatten(0, -2).sum(0) if needs_weight else None
         if not needs_x:
             return None, of_weight, None
         mean = (weighted @ weight).div_(len(weight))[..., None]
-        of_x = torch.mul(grad, weight).addcmul_(unit, mean, value=-1).mul_(rstd)
+        of_x = torch.mul(grad, weight, out=with_room(unit)).addcmul_(unit, mean, value=-1).mul_(rstd)
         return of_x.to(x.dtype), of_weight, None
 
 
@@ -191,7 +202,12 @@ def gated(gate: Tensor, up: Tensor) -> tuple[Tensor, Kept]:
 
 
 def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
+    return _silu(gate).mul_(up)
+
+
+def _silu(x: Tensor) -> Tensor:
+    out = with_room(x)
+    return F.silu(x) if out is None else torch.ops.aten.silu.out(x, out=out)
 
 
 class _Gated(torch.autograd.Function):
@@ -203,6 +219,6 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        of_gate = grad * up
+        of_gate = torch.mul(grad, up, out=with_room(grad))
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, F.silu(gate).mul_(grad)
+        return of_gate, _silu(gate).mul_(grad)

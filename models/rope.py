@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from models.malloc import with_room
 from models.products import keeps_less
 
 # The numbers that each kind of scaling takes from config.json.
@@ -157,4 +158,5 @@ class _Rotated(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = x.float()
     first, second = y.chunk(2, dim=-1)
-    return (y * cos).addcmul_(torch.cat((second, first), dim=-1), sin).to(x.dtype)
+    exchanged = torch.cat((second, first), dim=-1, out=with_room(y))
+    return torch.mul(y, cos, out=with_room(y)).addcmul_(exchanged, sin).to(x.dtype)

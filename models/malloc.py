@@ -1,0 +1,45 @@
+"""What a CPU's memory is taken from: settings of glibc's malloc, and blocks that leave no holes in it.
+
+- what is freed is kept for the next step
+- torch aligns tensors to 64 bytes, and malloc (of glibc 2.36, say) takes an aligned block only from a hole that is
+  larger by 96 bytes: what a freed tensor leaves never serves the next of its size, and slivers between blocks are soon
+  occupied by small objects. A step of LoRA held a third more than lived in it. So tensors that do not live long have
+  room behind them
+"""
+
+import ctypes
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ALIGNMENT, HEADER = 64, 16  # bytes
+ROOM = ALIGNMENT + 64 - HEADER  # at least 96, and with its header the block ends where the next aligned one may begin
+LARGE = 2**17  # bytes: smaller ones leave no holes worth a call
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep what is freed, also blocks above 32 MB, for the next step: a fresh page costs the CPU more than
+    the arithmetic on it (an SFT step of the 134M model takes a sixth less time). glibc alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def with_room(like: Tensor, shape: Sequence[int] | None = None) -> Tensor | None:
+    """An uninitialised tensor of like's dtype, and of its shape unless another is given, with room behind it: for the
+    `out=` of an operation. None, as if there were no `out=`, where it would not help or not work: for small tensors, on
+    GPUs, in compiled code, where autograd records, and in selective activation checkpointing, which hands out an
+    operation's earlier result and leaves this one unwritten."""
+    shape = like.shape if shape is None else shape
+    size = math.prod(shape) * like.itemsize
+    if size < LARGE or like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    room = (-size % ALIGNMENT + ROOM) // like.itemsize
+    return like.new_empty(math.prod(shape) + room)[: math.prod(shape)].view(shape)

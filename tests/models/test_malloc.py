@@ -1,0 +1,44 @@
+import ctypes
+
+import pytest
+import torch
+
+from models.malloc import LARGE, keep_freed_memory, with_room
+
+
+class Info(ctypes.Structure):
+    """mallinfo2's answer, of malloc.h; arena: the bytes that malloc has from the system."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"bcdefghij")]
+
+
+def test_holes():
+    """Catches blocks in whose place the next tensor of their size does not fit: of two tensors one stays each time, so
+    malloc should take memory for these and one other, which it tells itself."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        pytest.skip("not glibc 2.33 or later")
+    library.mallinfo2.restype = Info
+    keep_freed_memory()
+    like, staying = torch.empty(2**23), []
+    before = library.mallinfo2().arena
+    with torch.no_grad():
+        for _ in range(12):
+            passing = with_room(like)
+            staying += [torch.empty_like(like), torch.empty(1)]
+            del passing
+    assert library.mallinfo2().arena - before < 13.5 * like.nbytes
+
+
+def test_where_there_is_room():
+    """Catches a block of another shape or dtype, and one that is offered where what is written would be lost: to
+    autograd, or for a few numbers in vain."""
+    like = torch.empty(3, LARGE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for shape in (None, (7, LARGE)):
+            out = with_room(like, shape)
+            assert out.shape == (shape or like.shape) and out.dtype == like.dtype and out.is_contiguous()
+            end = out.untyped_storage().nbytes() + 16  # behind its header
+            assert end % 64 == 0 and end - 16 - out.nbytes >= 96
+        assert with_room(torch.empty(4)) is None and with_room(like.to("meta")) is None
+    assert with_room(like) is None

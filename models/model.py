@@ -166,11 +166,11 @@ class ModelConfig:
 
 
 def _refuse_unsupported(config: dict, where: str) -> None:
-    only = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+    only = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True}  # encoders say false
     if config["model_type"] != "llama":
         only["use_sliding_window"] = False
     for key, supported in only.items():
-        if config.get(key, supported) != supported:
+        if config.get(key) not in (None, supported):
             raise ValueError(f"{where}: {key} {config[key]!r} is not supported, only {supported!r}")
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):

@@ -99,8 +99,8 @@ def rope_inv_freq(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     wavelength = 2 * math.pi / inv_freq
     keep = (context / wavelength - low) / (high - low)  # 1: untouched, 0: fully stretched, between: the ramp
     ramped = (1 - keep) * inv_freq / scaling["factor"] + keep * inv_freq
-    stretched = torch.where(wavelength > context / low, inv_freq / scaling["factor"], ramped)
-    return torch.where(wavelength < context / high, inv_freq, stretched)
+    kept = torch.where(wavelength < context / high, inv_freq, ramped)
+    return torch.where(wavelength > context / low, inv_freq / scaling["factor"], kept)  # also where low is above high
 
 
 def _yarn_ramp(head_dim: int, theta: float, scaling: dict) -> Tensor:

@@ -24,6 +24,9 @@ VARIANTS = {
     "theta and eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-3},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5}},
     "llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5e5}},
+    "llama3, crossed": {
+        "rope_parameters": {**LLAMA3, "low_freq_factor": 6.0, "original_max_position_embeddings": 64, "rope_theta": 1e2}
+    },
     "yarn": {"rope_parameters": tiny.YARN},
     "yarn's other numbers": {
         "rope_parameters": {**tiny.YARN, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False, "beta_slow": 2},
@@ -333,10 +336,12 @@ def test_yarn_equals_transformers(settings):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_defaults_equal_transformers(model_type):
-    """Catches: a key that config.json leaves out read as another family's, and switches that a family does not have."""
+    """Catches: a key that config.json leaves out read as another family's, switches that a family does not have, and
+    the null of a key that is not computed refused."""
     theirs = transformers.AutoConfig.for_model(model_type, hidden_size=1024, num_attention_heads=64)
     shape = {key: getattr(theirs, key) for key in ("vocab_size", *SHAPE[:4])}
-    ours = ModelConfig.from_hf({"model_type": model_type, **shape, "mlp_bias": model_type != "llama"})
+    more = {"mlp_bias": model_type != "llama", "partial_rotary_factor": None, "is_causal": None}
+    ours = ModelConfig.from_hf({"model_type": model_type, **shape, **more})
     names = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     assert all(getattr(ours, name) == getattr(theirs, name) for name in names)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and not ours.mlp_bias
@@ -389,6 +394,7 @@ GOOD = {
         ({"head_dim": 5}, "head_dim"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"is_causal": False}, "is_causal"),
     ],
 )
 def test_unsupported_configs_name_the_key(change, culprit):

@@ -131,19 +131,20 @@ class Sample:
             done.logprobs.append(logprob)
             if on_token is not None:
                 on_token(self.request, token)
-            if token in self.stop_ids:
-                self._end("stop", stop_ids=[token])
+            is_stop = token in self.stop_ids
+            (done.stop_ids if is_stop else done.token_ids).append(token)
+            is_last = is_stop or not self.num_left
+            if self._stop_string([] if is_stop else [token], is_last):
                 break
-            done.token_ids.append(token)
-            if self._stop_string(token, not self.num_left):
+            if is_last:
+                self._end("stop" if is_stop else "length", done.stop_ids)
                 break
-            if not self.num_left:
-                self._end("length")
         return count
 
-    def _stop_string(self, token: int, last: bool) -> bool:
+    def _stop_string(self, ids: list[int], is_last: bool) -> bool:
+        """Whether the text up to these ids holds a stop string, which ends it; of the last, what was held back too."""
         old = len(self.streamed)
-        self.streamed += self.decoder.push(token) + (self.decoder.flush() if last else "")
+        self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(*ids)
         longest = max(map(len, self.params.stop))
         places = [self.streamed.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
         places = [place for place in places if place >= 0]

@@ -4,6 +4,8 @@ import random
 from collections import Counter
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 
 from models.checkpoint import load_model
@@ -12,6 +14,7 @@ from models.generation import Engine, Request
 from models.graphs import StepRunner, graph_sizes
 from models.paged_cache import PagedCache
 from models.sampling import SamplingParams, sample
+from models.sequences import Sample
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.stand_ins import Graph
@@ -324,6 +327,26 @@ def test_stop_string_in_the_last_token(scripted):
     assert (completion.text, completion.finish_reason) == ("The answer to ", "stop")
     completion = speak(scripted, needed - 1, stop=("question",))
     assert completion.finish_reason == "length" and completion.token_ids == ids[: needed - 1]
+
+
+def test_a_stop_string_that_the_end_makes_certain(folder, tmp_path):
+    """Catches a newline, which LLaMA 2 spells as a byte, left in where EOS follows it: the text of bytes is held back
+    until what comes next, since a wrong one undoes those before it."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    params, newline = SamplingParams(stop_token_ids=(EOS,), stop=("\n",)), vocab["<0x0A>"]
+    for tokens, said, ended in (
+        ([vocab["a"], newline, EOS], [vocab["a"]], [newline, EOS]),
+        ([vocab["a"], newline, vocab["<0xC3>"], EOS], [vocab["a"], newline, vocab["<0xC3>"]], [EOS]),  # no newline
+    ):
+        sample = Sample(Request(0, 0, [1], 9), params, Tokenizer(tmp_path))
+        sample.take(tokens, [0.0] * len(tokens), None)
+        done = sample.completion
+        assert (done.token_ids, done.stop_ids, done.finish_reason) == (said, ended, "stop")
+        assert done.text == backend.decode(said)
 
 
 def test_a_stop_string_frees_the_slot_for_the_next_prompt(scripted):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, read_begun
+from inference.lines import LineWriter, lines_of
 from models.chats import content_of, read_chat
 from models.common import card, is_main_rank, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader
@@ -34,7 +34,7 @@ def grade_file(args) -> None:
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
     begun = begun_with(args)
-    lines = list(read_begun(args.output_file, args, begun, "score.py", ("grade",))) if args.resume else []
+    lines = lines_of(records, args.output_file, args, begun, ("grade",)) if args.resume else []
     num_done = len(lines)
     pool = Pool([grader], args) if grader.per_answer and num_done < len(records) else None
     rows = {"grader": args.grader, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}

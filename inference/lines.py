@@ -12,12 +12,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
 
 from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json
 from models.identity import CONTENTS, changed_flags
+from models.record_files import Record
 from models.shared import hold
 from models.sharing import wait_for_all_ranks
 
@@ -71,6 +73,20 @@ def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[st
                 if not isinstance(fields_of_line, dict) or not fields_of_line.keys() >= set(fields):
                     raise ValueError(f"{output_file}:{number}: not a line that {writer} wrote")
                 yield fields_of_line
+
+
+def lines_of(records: list[Record], output_file: Path, args, now: dict, fields: tuple[str, ...] = ()) -> list[dict]:
+    """read_begun's lines of score.py, one for each record from the first on. Raises ValueError where one is of another
+    record: what was accepted as changed may have put others in their places."""
+    lines = list(read_begun(output_file, args, now, "score.py", fields))
+    for number, line in enumerate(lines, start=1):
+        if number > len(records):
+            raise ValueError(f"{output_file}:{number}: this run has {len(records)} records; begin another file")
+        where, fields_of_record = records[number - 1]
+        kept = dict(islice(line.items(), len(fields_of_record)))
+        if kept != fields_of_record and json.dumps(kept) != json.dumps(fields_of_record):  # NaN is no NaN
+            raise ValueError(f"{output_file}:{number}: is not of the record at its place, {where}; begin another file")
+    return lines
 
 
 def encode_line(line: dict, encoding: str = "utf-8") -> bytes:

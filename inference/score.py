@@ -29,7 +29,7 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begun_on, read_begun, refuse_occupied, write_lines
+from inference.lines import LineWriter, begun_on, lines_of, refuse_occupied, write_lines
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -167,7 +167,7 @@ def main(args: ScoreArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=None if scheme is None else str(scheme),
     )
-    begun, lines = on_main(lambda: begin_file(resolved))
+    begun, lines = on_main(lambda: begin_file(resolved, [item.record for item in items]))
     num_done = len(lines)
     # Windows are counted from the beginning of the file: a record meets the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
@@ -221,11 +221,11 @@ def main(args: ScoreArgs) -> None:
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
-def begin_file(args: ScoreArgs) -> tuple[dict, list[dict]]:
+def begin_file(args: ScoreArgs, records: list[Record]) -> tuple[dict, list[dict]]:
     """(what the output file is begun with, the lines that it has): what the main rank finds there."""
     check_outputs(args)
     begun = begun_with(args)
-    return begun, list(read_begun(args.scored_file, args, begun, "score.py")) if args.resume else []
+    return begun, lines_of(records, args.scored_file, args, begun) if args.resume else []
 
 
 def check_source(args: ScoreArgs) -> None:

@@ -394,6 +394,26 @@ def test_resume_with_something_else_is_refused(rm, tmp_path):
     tiny.assert_refused(score(rm, data, out, "--resume"), "out.jsonl.args.json", "missing")
 
 
+def test_a_resume_whose_records_have_moved_is_refused(rm, tmp_path):
+    """Catches records scored twice, and others never, where an accepted change puts others in their places."""
+    records = ragged(6)
+    records[1]["completion"] *= 40
+    records[2]["note"] = float("nan")
+    data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
+    limit, accept = ("--max_seq_len", 64), ("--resume", "--accept_changed", "overlong", "data_file")
+    assert score(rm, data, out, *limit, "--overlong", "skip").code == 0
+    assert [line["idx"] for line in tiny.read_lines(out)] == [0, 2, 3, 4, 5]
+    out.write_bytes(begun := b"".join(out.read_bytes().splitlines(keepends=True)[:3]))
+    truncated = score(rm, data, out, *limit, "--overlong", "truncate", *accept)
+    tiny.assert_refused(truncated, f"{out}:2: is not of the record at its place, {data}:2")
+    tiny.write_records(data, records[:3])
+    tiny.assert_refused(score(rm, data, out, *limit, "--overlong", "skip", *accept), f"{out}:3: this run has 2 records")
+    assert out.read_bytes() == begun
+    tiny.write_records(data, [*records, *records[2:3]])
+    assert score(rm, data, out, *limit, "--overlong", "skip", *accept).code == 0
+    assert [line["idx"] for line in tiny.read_lines(out)] == [0, 2, 3, 4, 5, 2]
+
+
 def test_resume_without_a_file_starts_from_the_beginning(rm, tmp_path):
     """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
     lines = scored(rm, tmp_path, ragged(3), "--resume", name="new/deep/out.jsonl")

@@ -243,17 +243,19 @@ def run_script(main: Callable, Args: type) -> None:
 
 def accept_any_text() -> None:
     """Nothing that a model says or a person types ends a run because the terminal's encoding has no such character:
-    what cannot be printed is shown as an escape, what cannot be read as U+FFFD."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # None where a stream is closed
+    what cannot be printed is shown as an escape, what cannot be read as U+FFFD; or because nobody is shown anything."""
+    for name, mode in zip(("stdin", "stdout", "stderr"), "rww"):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             with contextlib.suppress(io.UnsupportedOperation):  # who has read from it before knows how
-                stream.reconfigure(errors=errors)
+                stream.reconfigure(errors="replace" if mode == "r" else "backslashreplace")
 
 
 def end_process(code: int) -> None:
     """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
     and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)
@@ -262,21 +264,25 @@ def end_process(code: int) -> None:
 def run_main(main: Callable, Args: type) -> int:
     """The exit code of a command line, run in this process; a user's mistake is reported here."""
     args = parse_args(Args)
+    script, writes = Path(sys.argv[0]).name, getattr(args, "output_file", None) or hasattr(args, "output_dir")
+    hint = "; go on with --resume" if writes and hasattr(args, "resume") else ""
     try:
-        main(args)
-        return 0
-    except Stopped:
+        with contextlib.suppress(Stopped):
+            main(args)
         return 0
     except KeyboardInterrupt:
         close_bars()
-        resumable = hasattr(args, "resume") and (getattr(args, "output_file", None) or hasattr(args, "output_dir"))
         if is_main_rank():
-            hint = "; go on with --resume" if resumable else ""
-            print(f"{Path(sys.argv[0]).name}: interrupted{hint}", file=sys.stderr)
+            print(f"{script}: interrupted{hint}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of what we print has gone, and has seen enough where that is all we make
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if not writes:
+            return 0
+        with contextlib.suppress(BrokenPipeError):  # of stderr as well
+            close_bars()
+            print(f"{script}: error: whoever read what it prints has gone{hint}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -285,7 +291,7 @@ def run_main(main: Callable, Args: type) -> int:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
-        print(f"{Path(sys.argv[0]).name}:{rank} error: {reason}", file=sys.stderr)
+        print(f"{script}:{rank} error: {reason}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

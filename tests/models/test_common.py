@@ -1,6 +1,7 @@
 """models/common.py: flags, errors, the device; and the arithmetic of FLOPs, against hand-computed values."""
 
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,15 @@ def test_help_and_groups(capsys):
     assert [(each.name, each.may_change) for each in others] == [("rate", False), ("kind", True)]
 
 
-def outcome(error, monkeypatch, capsys):
+@dataclass(frozen=True, kw_only=True)
+class WritingArgs(OtherArgs):
+    """A script that writes."""
+
+    output_dir: Path = flag(Path("out"), help="a folder", written=True)
+    resume: bool = flag(False, help="go on")
+
+
+def outcome(error, monkeypatch, capsys, Args=OtherArgs):
     """(exit code, stderr) of a script whose main raises `error`."""
 
     def main(args):
@@ -146,11 +155,12 @@ def outcome(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    return run_main(main, OtherArgs), capsys.readouterr().err
+    return run_main(main, Args), capsys.readouterr().err
 
 
 def test_run_main(monkeypatch, capsys):
-    """Catches a user's mistake shown as a traceback or on the line of a progress bar, and a bug hidden as a message."""
+    """Catches a user's mistake shown as a traceback or on the line of a progress bar, a bug hidden as a message, and a
+    run that ends as if it were done when whoever reads its cards has gone."""
     monkeypatch.delenv("TRACEBACK", raising=False)
     for error in (ValueError("data.jsonl:3:\n  broken"), FileNotFoundError("data.jsonl:3: broken")):
         code, message = outcome(error, monkeypatch, capsys)
@@ -161,6 +171,11 @@ def test_run_main(monkeypatch, capsys):
     code, message = outcome(KeyboardInterrupt(), monkeypatch, capsys)
     assert code == 130 and message.split("\r")[-1] == "script.py: interrupted\n"
     assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
+    fileno = os.dup(1)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: fileno)
+    assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, where nothing else is made
+    code, message = outcome(BrokenPipeError(), monkeypatch, capsys, WritingArgs)
+    assert code == 2 and message.split("\r")[-1].endswith("has gone; go on with --resume\n")
     for bug in (RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
         with pytest.raises(type(bug)):
             outcome(bug, monkeypatch, capsys)
@@ -171,13 +186,15 @@ def test_run_main(monkeypatch, capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_text_is_printed_and_read(encoding, monkeypatch):
-    """Catches a run that ends, at its end or in the middle of a chat, by a character that the terminal lacks."""
+    """Catches a run that ends, at its end or in the middle of a chat, by a character that the terminal lacks, or by a
+    bar for which there is no terminal."""
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9 \xff\n"), encoding=encoding)
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     for name, stream in (("stdin", typed), ("stdout", shown), ("stderr", None)):
         monkeypatch.setattr(sys, name, stream)
     common.accept_any_text()
     assert sys.stdin.readline().startswith("caf")
+    common.progress_bar(total=1).close()
     common.say("é 字 \ud83d")
     text = shown.buffer.getvalue().decode(encoding)
     assert "\\ud83d" in text and ("é" if encoding != "ascii" else "\\xe9") in text

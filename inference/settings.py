@@ -38,7 +38,8 @@ def settings_not_taken(folder: Path, args: SamplingArgs) -> str:
     """
     asked = read_json_object(folder / "generation_config.json", missing_ok=True)
     differs = {name: asked[name] for name in FLAGS if asked.get(name) not in (None, getattr(args, name))}
-    if asked.get("do_sample") is False and args.temperature:
-        differs = {"do_sample": False} | {name: differs[name] for name in differs if name == "repetition_penalty"}
+    if asked.get("do_sample") is False:  # so it asks nothing of how to draw
+        differs = {name: differs[name] for name in differs if name == "repetition_penalty"}
+        differs = ({"do_sample": False} if args.temperature else {}) | differs
     differs |= {name: asked[name] for name, same in OTHERS.items() if asked.get(name) not in (None, *same)}
     return ", ".join(f"{name} {value}"[:80] for name, value in differs.items())

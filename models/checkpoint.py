@@ -400,5 +400,5 @@ def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
-            return tuple(ids)
+            return tuple(dict.fromkeys(ids))
     return ()

@@ -194,9 +194,10 @@ def test_named_weight_file(tmp_path):
 
 
 def test_eos_ids(tmp_path, folder):
-    """Catches: a list of EOS ids cut to one, generation_config.json overlooked."""
+    """Catches: a list of EOS ids cut to one, one listed twice that is taken for another list, generation_config.json
+    overlooked."""
     assert generation_eos_ids(folder) == (2,)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6, 5]}))
     assert generation_eos_ids(tmp_path) == (5, 6)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert generation_eos_ids(tmp_path) == (7,)

@@ -223,6 +223,9 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and lets it win there
     settings |= {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
+    for name in NAMED_TOKENS:  # a token that is not read would be an end that is never met
+        if not isinstance(settings.get(name), str | dict | None):
+            raise ValueError(f"{name} must be a string or an object, not {settings[name]!r}")
     names = [*NAMED_TOKENS, *(key for key in settings if key.endswith("_token") and key not in NAMED_TOKENS)]
     named = {name: _token(settings[name], True) for name in names if isinstance(settings.get(name), str | dict)}
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []

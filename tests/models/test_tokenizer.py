@@ -444,7 +444,7 @@ def error_of(call, *parts):
 
 
 def test_broken_folders(tmp_path):
-    """Catches a bare exception of a library, and a message that does not name the file."""
+    """Catches a bare exception of a library, a message that does not name the file, an EOS that is passed over."""
     error_of(lambda: Tokenizer(tmp_path / "nowhere"), tmp_path / "nowhere", "tokenizer.json")
     error_of(lambda: Tokenizer(write(tmp_path / "empty")), tmp_path / "empty", "tokenizer.model")
     folder = sentencepiece_folder(tmp_path / "a", {})
@@ -456,13 +456,10 @@ def test_broken_folders(tmp_path):
     for content in ("{", "[]", "\udcff", '{"added_tokens_decoder": {"x": {}}}', '{"added_tokens_decoder": []}'):
         (folder / "tokenizer_config.json").write_bytes(content.encode(errors="surrogateescape"))
         error_of(lambda: Tokenizer(folder), folder / "tokenizer_config.json")
-    for content in (
-        {"extra_special_tokens": 5},
-        {"bos_token": {}},
-        {"chat_template": 5},
-        {"bos_token": {"content": 5}},
-    ):
-        error_of(lambda c=content: Tokenizer(sentencepiece_folder(folder, c)), folder / "tokenizer_config.json")
+    wrong = [("extra_special_tokens", 5), ("chat_template", 5), ("eos_token", ["</s>"])]
+    for name, value in (*wrong, ("bos_token", {}), ("bos_token", {"content": 5})):
+        config = {name: value}
+        error_of(lambda c=config: Tokenizer(sentencepiece_folder(folder, c)), folder / "tokenizer_config.json")
     (folder / "special_tokens_map.json").write_text("nonsense")
     error_of(lambda: Tokenizer(sentencepiece_folder(folder, {})), folder / "special_tokens_map.json")
     for content in ("{", "{}", '{"model": {"type": "BPE"}}', "\udcff"):

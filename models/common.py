@@ -92,8 +92,7 @@ def flag(
     bounds: of a number; infinite and NaN are refused in any case. may_change: whether a run may go on with another
     value, since it cannot alter what the run computes; or a function of all flags that tells. written: of a Path, that
     the run writes there; what any other names is read, and is held to its content (models/identity.py). formerly: how
-    older runs recorded what is the default now. argparse_options: what is passed on to add_argument, for the few flags
-    that are more than a name and a value.
+    older runs recorded what is the default now. argparse_options: of add_argument, for the few flags that need more.
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
     held = {"may_change": may_change, "written": written, "formerly": formerly}
@@ -271,9 +270,10 @@ def run_main(main: Callable, Args: type) -> int:
             main(args)
         return 0
     except KeyboardInterrupt:
-        close_bars()
-        if is_main_rank():
-            print(f"{script}: interrupted{hint}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # of a `tee` that has had the same Ctrl-C
+            close_bars()
+            if is_main_rank():
+                print(f"{script}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of what we print has gone, and has seen enough where that is all we make
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

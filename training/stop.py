@@ -10,6 +10,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -68,6 +69,11 @@ class Stop:
 
     def leave(self) -> NoReturn:
         """Ends the run, to be resumed. A collective."""
+        for stream in (1, 2):  # the same Ctrl-C ends the `tee` that reads them: then nobody is told any more
+            reader = select.poll()
+            reader.register(stream, 0)
+            if reader.poll(0):  # it has gone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         say(f"stopped by a signal {self.keep(False)}; go on with --resume")
         raise Stopped
 

@@ -146,6 +146,17 @@ class WritingArgs(OtherArgs):
     resume: bool = flag(False, help="go on")
 
 
+def interrupted(args):
+    raise KeyboardInterrupt
+
+
+def broken_pipe():
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
 def outcome(error, monkeypatch, capsys, Args=OtherArgs):
     """(exit code, stderr) of a script whose main raises `error`."""
 
@@ -176,6 +187,9 @@ def test_run_main(monkeypatch, capsys):
     assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, where nothing else is made
     code, message = outcome(BrokenPipeError(), monkeypatch, capsys, WritingArgs)
     assert code == 2 and message.split("\r")[-1].endswith("has gone; go on with --resume\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", os.fdopen(broken_pipe(), "w", buffering=1))
+        assert run_main(interrupted, OtherArgs) == 130
     for bug in (RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
         with pytest.raises(type(bug)):
             outcome(bug, monkeypatch, capsys)

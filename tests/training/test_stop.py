@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.common import Stopped
 from models.generation import Engine
 from tests import tiny
 from tests.forked import Forked
@@ -222,6 +223,21 @@ def test_ctrl_c(world, tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.sub(r"\x1b.*|.*\r", "", errors).strip().startswith("stopping at the next place"), errors
+
+
+def test_ctrl_c_that_ends_the_reader_too():
+    """Catches a run that ends as a failed one, or before it is saved, since the `tee` behind it has had the same
+    Ctrl-C."""
+    (reader, writer), kept = os.pipe(), os.dup(1)
+    os.close(reader)
+    os.dup2(writer, 1)
+    stop = Stop()
+    stop.keep = lambda failed: f"after {os.write(1, b'what a bar writes')} letters"
+    try:
+        with pytest.raises(Stopped):
+            stop.leave()
+    finally:
+        os.dup2(kept, 1)
 
 
 @pytest.mark.parametrize("launched", [False, True])

@@ -103,6 +103,8 @@ def open_folder(
     Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
     shorter context than max_seq_len, and for quantised weights unless it is frozen.
     """
+    if path.is_file() and path.suffix == ".json":
+        raise ValueError(f"{path}: is a file; give the folder that it is in")
     check_files(path)
     config = model_config(path)
     if not frozen:
@@ -264,6 +266,8 @@ class WeightFiles:
         ]
         lists = {"missing tensors": missing, "unexpected tensors": unexpected, "wrong shapes": wrong}
         problems = [f"{what}: {_some(names)}" for what, names in lists.items() if names]
+        if "score.weight" in self._shapes.keys() - expected.keys() and "lm_head.weight" not in self._shapes:
+            raise ValueError(f"{self.folder}: a reward model (score.weight), and here goes a language model's folder")
         if problems:
             raise ValueError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems)}")
 

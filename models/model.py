@@ -194,7 +194,7 @@ def _number(config: dict, where: str, key: str, kind: type = int, default: float
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
-    """(contents of config.json, its path) for a folder or a file; ValueError / FileNotFoundError if unusable."""
+    """(contents of config.json, its path) for a folder or that file; ValueError / FileNotFoundError if unusable."""
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -206,7 +206,9 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
+        hint = f"; python scripts/download.py {path} fetches it, if that is a name on the Hub" if is_name else ""
+        raise FileNotFoundError(f"{path}: no such file or folder{hint}")
     elif path.suffix != ".json":
         raise ValueError(f"{path}: is a file; what is read is a Hugging Face folder with safetensors, no GGUF")
     return read_json_object(path), str(path)

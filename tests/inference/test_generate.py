@@ -424,6 +424,10 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.ones(63)})),
         ("model.norm.weight", "[63]", "[64]"),
     ),
+    "a reward model": (
+        lambda f: edit_tensors(f, lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:1]})),
+        ("a reward model", "here goes a language model"),
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ("tokenizer.model", "tokenizer.json")),
     "broken tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"nonsense"), ("tokenizer.model",)),
     "tokenizer of another model": (lambda f: edit_config(f, vocab_size=300), ("does not fit", "384", "300")),

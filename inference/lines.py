@@ -20,7 +20,7 @@ import torch.distributed as dist
 from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json
 from models.identity import CONTENTS, changed_flags
 from models.record_files import Record
-from models.shared import hold
+from models.shared import check_writable, hold
 from models.sharing import wait_for_all_ranks
 
 
@@ -35,14 +35,16 @@ def begun_on(output_file: Path) -> str | None:
 
 
 def refuse_occupied(output_file: Path) -> None:
-    """Raises ValueError if a new run would write over something."""
-    _check_regular(output_file)
+    """Raises ValueError if a new run would write over something, OSError if it could not write there."""
+    _check_place(output_file)
     if output_file.exists() and output_file.stat().st_size:
         raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
 
 
-def _check_regular(output_file: Path) -> None:
-    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device."""
+def _check_place(output_file: Path) -> None:
+    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device; OSError for a folder that cannot
+    be written."""
+    check_writable(output_file.parent, f"--output_file {output_file}")
     if output_file.exists() and not output_file.is_file():
         kind = "a folder" if output_file.is_dir() else "no regular file, which --resume could go on with"
         raise ValueError(f"--output_file {output_file}: is {kind}; name a file")
@@ -52,7 +54,7 @@ def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[st
     """The lines that an earlier run finished, in turn; a torn last line does not count. now: what this run is begun
     with (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
     `writer` wrote, with these fields."""
-    _check_regular(output_file)
+    _check_place(output_file)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
         return

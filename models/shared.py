@@ -193,6 +193,17 @@ def existing_part(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Raises OSError, which begins with `what`, if no file can be made in the folder, or in what there is of it."""
+    place = existing_part(folder)
+    if not place.is_dir():
+        raise NotADirectoryError(f"{what}: {place} is a file, where a folder is needed")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise OSError(f"{what}: {place} cannot be written: {error.strerror}") from None
+
+
 def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
     """Raises ValueError, on all ranks, unless each that writes there sees the same folder as the first, or what there
     is of the path; `what` begins the message. A collective; it leaves nothing behind."""

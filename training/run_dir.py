@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ from models.functions import short
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
-from models.shared import check_shared, existing_part, hold
+from models.shared import check_shared, check_writable, hold
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.optim import keeping_settings
 from training.stop import Stop, any_rank
@@ -375,7 +374,7 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
         refuse_idle(args, "with --no-merge: adapters are float32", "export_dtype")
     earlier = read_json_object(folder / "args.json", missing_ok=True) if args.resume else {}
     today = chat_day(args.chat_date, earlier.get("chat_date"))
-    check_writable(folder)
+    check_output_dir(folder)
     if not args.resume and args.accept_changed:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if not args.resume and folder.exists() and any(folder.iterdir()):
@@ -392,7 +391,7 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
 
 
-def check_writable(folder: Path) -> None:
+def check_output_dir(folder: Path) -> None:
     """Raises ValueError or OSError where a run could not write at its end, though it has not begun."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
@@ -405,13 +404,7 @@ def check_writable(folder: Path) -> None:
     subfolders = [folder / name for name in ("checkpoints", "critic", MERGED, f"critic/{MERGED}")]
     subfolders += folder.glob("step-*")
     for path in (folder, *subfolders):
-        place = existing_part(path)
-        if not place.is_dir():
-            raise ValueError(f"--output_dir {folder}: {place} is a file, where the run makes a folder")
-        try:
-            tempfile.TemporaryFile(dir=place).close()
-        except OSError as error:
-            raise OSError(f"--output_dir {folder}: {place} cannot be written: {error.strerror}") from None
+        check_writable(path, f"--output_dir {folder}")
 
 
 def check_installed(report_to: str) -> None:

@@ -5,7 +5,8 @@ from unittest import mock
 
 import pytest
 
-from inference.lines import LineWriter, write_lines
+from inference.lines import LineWriter, read_begun, refuse_occupied, write_lines
+from models.checkpoint import open_folder
 from models.model import ModelConfig
 
 
@@ -23,8 +24,31 @@ def test_a_full_disk_names_the_file(tmp_path):
         write_lines(tmp_path / "best.jsonl", [{"a": 1}])
 
 
-def test_a_gguf_file_is_no_broken_json(tmp_path):
-    """Catches a complaint about JSON where the path of a single weight file is given for a folder."""
+def test_an_output_that_cannot_be_written(tmp_path):
+    """Catches a run that loads its model before it finds that its lines have no place, a new one or one that goes on,
+    and then gives the system's message alone."""
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out.jsonl"
+    for begin in (lambda: refuse_occupied(out), lambda: next(read_begun(out, None, {}, "generate.py"))):
+        with pytest.raises(OSError, match=r"^--output_file .*out\.jsonl: .*file is a file, where a folder is needed$"):
+            begin()
+    denied = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    with denied, pytest.raises(OSError, match=r"out\.jsonl: .* cannot be written: Permission denied$"):
+        refuse_occupied(tmp_path / "out.jsonl")
+
+
+def test_what_is_no_folder(folder, tmp_path, monkeypatch):
+    """Catches a complaint about JSON or a tokenizer where a file is given for a folder, and a name on the Hub taken
+    for a path without a word of how to get it."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\xc3\x28")
     with pytest.raises(ValueError, match=r"model\.gguf: is a file; what is read is a Hugging Face folder"):
         ModelConfig.from_hf(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"config\.json: is a file; give the folder that it is in$"):
+        open_folder(folder / "config.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"^org/name: no such file or folder; python scripts/download.py org/name "):
+        ModelConfig.from_hf("org/name")
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/sft", tmp_path / "sft", "sft", "a/b/c"):
+        with pytest.raises(OSError, match=f"^{name}: no such file or folder$"):
+            ModelConfig.from_hf(name)

@@ -45,6 +45,7 @@ from models.common import (
     peak_memory,
     peaks,
     progress_bar,
+    refuse_idle,
     run_script,
     say,
     short_bar,
@@ -232,11 +233,14 @@ def check_source(args: ScoreArgs) -> None:
     """Raises ValueError unless one thing gives scores, and has only its own flags."""
     if (args.checkpoint_path is None) == (args.grader is None):
         raise ValueError("give either --checkpoint_path, a reward model, or --grader, a function")
-    if args.pass_at is not None and args.grader is None:
+    if args.grader is None and args.pass_at is not None:
         raise ValueError("--pass_at needs a --grader: a score of a reward model is neither right nor wrong")
-    for name in ("normalize", "aggregate", "best_of_n", "weighted_vote", "adapter_path"):
-        if args.grader is not None and getattr(args, name):
-            raise ValueError(f"--{name} is for a reward model's scores, and --grader gives grades")
+    if args.grader is None:
+        refuse_idle(args, "without a --grader", "reward_workers", "reward_timeout", "reward_memory")
+    else:
+        scores = ("normalize", "aggregate", "best_of_n", "weighted_vote", "answer_fn", "adapter_path", "quantize")
+        limits = ("group_size", "batch_size", "max_seq_len", "overlong")
+        refuse_idle(args, "beside a --grader, which gives grades and reads no model", *scores, *limits)
 
 
 def check_flags(args: ScoreArgs) -> None:

@@ -131,8 +131,9 @@ GOOD = '{"prompt": "a", "completion": "b", "n": 1}\n'
 BAD = {  # name: (content of the data file, flags, what the message names)
     "no source": (GOOD, ("--grader", None), ("--checkpoint_path", "--grader")),
     "two sources": (GOOD, ("--checkpoint_path", "rm"), ("give either --checkpoint_path",)),
-    "best of n": (GOOD, ("--best_of_n",), ("--best_of_n is for a reward model",)),
-    "normalize": (GOOD, ("--normalize",), ("--normalize is for a reward model",)),
+    "best of n": (GOOD, ("--best_of_n",), ("--best_of_n True does nothing beside a --grader",)),
+    "quantize": (GOOD, ("--quantize", "int8"), ("--quantize int8 does nothing beside a --grader",)),
+    "overlong": (GOOD, ("--overlong", "skip"), ("--overlong skip does nothing beside a --grader",)),
     "no file": (GOOD, ("--grader", "nowhere.py:one"), ("--grader nowhere.py:one", "no file")),
     "no name": (GOOD, ("--grader", "graders.py"), ("must be FILE.py:NAME",)),
     "parameters": (GOOD, ("--grader", "TMP/graders.py:two"), ("must take (prompts,", "(prompt, completion, example)")),
@@ -162,8 +163,9 @@ def test_bad_input(case, file, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_pass_at_needs_a_grader(tmp_path):
-    """Catches a share of passes made up of a reward model's scores."""
+def test_what_needs_a_grader(tmp_path):
+    """Catches a share of passes made up of a reward model's scores, and a time limit that limits nothing."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     flags = ("--checkpoint_path", "rm", "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path / "o.jsonl")
     tiny.assert_refused(tiny.run(SCRIPT, *flags, "--pass_at", 1), "--pass_at needs a --grader")
+    tiny.assert_refused(tiny.run(SCRIPT, *flags, "--reward_timeout", 3), "--reward_timeout 3.0 does nothing without a")

@@ -274,7 +274,7 @@ def write_world(world: Path, seed: int) -> None:
     config = json.loads((world / "model/config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}  # saved in milliseconds
     model = Transformer(ModelConfig.from_hf(config))
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(torch.Generator().manual_seed(seed % 2**63))
     save_folder(world / "small", model.state_dict().items(), config=config, copy_from=world / "model")
     records = read_lines(world / "train.jsonl")
     pairs = [

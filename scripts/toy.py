@@ -33,10 +33,11 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.common import at_least_one, flag, non_negative, run_script
+from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
 from models.records import get_field, read_records
+from models.shared import check_writable
 
 # {difficulty: share}; the difficulty is the number of terms.
 TRAIN_MIX = {2: 0.2, 3: 0.25, 4: 0.25, 5: 0.2, 6: 0.1}
@@ -201,7 +202,7 @@ def write_model(folder, seed):
         "torch_dtype": "float32",
     }
     model = Transformer(ModelConfig.from_hf(config))
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(torch.Generator().manual_seed(seed % 2**63))
     save_folder(folder, model.state_dict().items(), config=config)
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     tokenizer_config = {
@@ -227,6 +228,7 @@ def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
     """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is already there; remove it or choose another one")
+    check_writable(folder, f"--output_dir {folder}")
     taken = set()
     rng = {name: random.Random(f"{name} {seed}") for name in ("heldout", "prompts", "train")}
     heldout = sample_problems(rng["heldout"], HELDOUT_MIX, num_heldout, taken=taken, repeats=False)
@@ -335,6 +337,10 @@ class ToyArgs:
 
 
 def main(args: ToyArgs) -> None:
+    if args.samples is None:
+        refuse_idle(args, "without --samples", "pairs_file", "steps_file")
+    elif args.score is not None:
+        raise ValueError("give either --score or --samples")
     if args.samples is not None:
         if args.pairs_file is None and args.steps_file is None:
             raise ValueError("--samples needs a --pairs_file or a --steps_file to write")

@@ -86,6 +86,8 @@ def main(args: ReportArgs) -> None:
     if args.section is not None:
         run_section(args)
         return
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here; --dry_run --device cpu goes through the same with tiny shapes")
     begun = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.json", "rows.jsonl", "log.txt"):

@@ -172,3 +172,13 @@ def test_shell(tmp_path):
     with mock.patch.object(gpu_report, "run_section") as run:
         result = tiny.run("scripts/gpu_report.py", "--section", "right", "--started", 5.0, "--deadline", 9.5)
     assert result.code == 0 and run.call_args[0][0].deadline == 9.5
+
+
+@pytest.mark.parametrize("flags", [(), ("--device", "cuda")])
+def test_no_gpu(flags, tmp_path, monkeypatch):
+    """Catches 8 minutes of 7B shapes on a CPU, and a section after the other that fails for the same reason."""
+    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_report, "start_and_wait", mock.Mock(side_effect=AssertionError))
+    out = tmp_path / "out"
+    tiny.assert_refused(tiny.run("scripts/gpu_report.py", "--output_dir", out, *flags), "no GPU here", "--dry_run")
+    assert not out.exists()

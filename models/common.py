@@ -172,7 +172,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _shown(each: Flag) -> str:
     """A flag that must be given, for the line of usage."""
-    return each.name if "positional" in each.metadata["options"] else f"--{each.name} ..."
+    options = each.metadata["options"]
+    return options.get("metavar", each.name) if "positional" in options else f"--{each.name} ..."
 
 
 def _first_sentence(Args: type) -> str:
@@ -192,7 +193,7 @@ def _add_flag(group, each: Flag, kind: object) -> None:
             options.setdefault("nargs", "+")
     if kind is not bool:
         options.setdefault("type", _number(kind, each.metadata["bounds"]) if kind in (int, float) else kind)
-        if options["choices"] is None:
+        if options["choices"] is None and "positional" not in options:
             options.setdefault("metavar", {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT"))
     required = each.default is dataclasses.MISSING
     if options.pop("positional", False):

@@ -62,7 +62,7 @@ def short(error: BaseException) -> str:
         text = " ".join(str(error).split())[:200]
     except Exception:  # a __str__ that fails
         text = ""
-    return f"{type(error).__name__}: {text}"
+    return type(error).__name__ + (f": {text}" if text else "")
 
 
 class Grade(NamedTuple):

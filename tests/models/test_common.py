@@ -74,6 +74,14 @@ class Args(OtherArgs):
     pause: bool = flag(True, help="a switch")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlaceArgs:
+    """A script of what is given without a name."""
+
+    runs: list[Path] = flag(help="run directories", positional=True)
+    repo: str = flag(help="a repository", positional=True, metavar="ORG/NAME")
+
+
 def parse(capsys, *args):
     try:
         return parse_args(Args, ["--path", "x", *args])
@@ -124,7 +132,8 @@ def test_good_flags(capsys):
 
 
 def test_help_and_groups(capsys):
-    """Catches a flag without its help, default or group, and a default that is not this script's."""
+    """Catches a flag without its help, default or group, a default that is not this script's, and two names for what is
+    given without one."""
     code, _ = parse(capsys, "--help")
     assert code == 0
     with pytest.raises(SystemExit):
@@ -134,6 +143,13 @@ def test_help_and_groups(capsys):
     own, _, group = text.partition("What another file needs")
     assert "--count N a count (default: 3)" in own and "--path PATH a file" in own and "--rate" not in own
     assert "--rate X a rate (default: 0.25)" in group and "--kind {plain,fancy} a kind (default: plain)" in group
+    with pytest.raises(SystemExit):
+        parse_args(PlaceArgs, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert " runs ORG/NAME [--flag value ...]" in text and "runs run directories ORG/NAME a repository" in text
+    with pytest.raises(SystemExit):
+        parse_args(PlaceArgs, [])
+    assert "required: runs, ORG/NAME" in capsys.readouterr().err
     others = [each for each in flags_of(Args) if each.group is OtherArgs]
     assert [(each.name, each.may_change) for each in others] == [("rate", False), ("kind", True)]
 

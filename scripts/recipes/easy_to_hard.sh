@@ -7,7 +7,8 @@
 # Expected: not yet run. The 7B model of the paper, from Llemma, reaches 34.0 % on MATH500 by PPO.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-data=$1 model=${2:-deepseek-ai/deepseek-math-7b-base} out=${3:-runs/easy-to-hard} python=${PYTHON:-.venv/bin/python}
+data=${1:?DATA_FOLDER is missing}
+model=${2:-deepseek-ai/deepseek-math-7b-base} out=${3:-runs/easy-to-hard} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"

@@ -3,10 +3,11 @@
 #     bash scripts/recipes/gsm8k_grpo.sh GSM8K_FOLDER [MODEL] [OUT]
 # GSM8K_FOLDER holds train.jsonl and test.jsonl as published (github.com/openai/grade-school-math); MODEL is a folder or
 # a name on the Hub, Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen2.5-1.5B-Instruct.
-# Expected: not yet run on a GPU. Memory of training: scripts/benchmark.py memory --preset Qwen/Qwen2.5-1.5B
+# Expected: not yet run on a GPU. Memory of training: scripts/benchmark.py memory --preset 1.5b --batch_size 32 --seq_len 512
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-data=$1 model=${2:-Qwen/Qwen2.5-0.5B-Instruct} out=${3:-runs/gsm8k-grpo} python=${PYTHON:-.venv/bin/python}
+data=${1:?GSM8K_FOLDER is missing}
+model=${2:-Qwen/Qwen2.5-0.5B-Instruct} out=${3:-runs/gsm8k-grpo} python=${PYTHON:-.venv/bin/python}
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
     model=checkpoints/$model

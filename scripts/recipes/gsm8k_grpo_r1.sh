@@ -5,7 +5,8 @@
 # run out are not learnt; groups that are all right or all wrong are drawn anew. Expected: not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-data=$1 model=${2:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B} out=${3:-runs/gsm8k-grpo-r1} python=${PYTHON:-.venv/bin/python}
+data=${1:?GSM8K_FOLDER is missing}
+model=${2:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B} out=${3:-runs/gsm8k-grpo-r1} python=${PYTHON:-.venv/bin/python}
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
     model=checkpoints/$model

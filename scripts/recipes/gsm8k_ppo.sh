@@ -4,7 +4,8 @@
 # Expected: not yet run. A published run of this size (verl's baselines) reaches 69.5 to 70.5 % on the test problems.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-data=$1 model=${2:-deepseek-ai/deepseek-llm-7b-chat} out=${3:-runs/gsm8k-ppo} python=${PYTHON:-.venv/bin/python}
+data=${1:?GSM8K_FOLDER is missing}
+model=${2:-deepseek-ai/deepseek-llm-7b-chat} out=${3:-runs/gsm8k-ppo} python=${PYTHON:-.venv/bin/python}
 
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"

@@ -8,7 +8,8 @@
 # Expected: not yet run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-data=$1 model=${2:-meta-llama/Llama-3.1-8B} out=${3:-runs/llama-sft-dpo} python=${PYTHON:-.venv/bin/python}
+data=${1:?DATA_FOLDER is missing}
+model=${2:-meta-llama/Llama-3.1-8B} out=${3:-runs/llama-sft-dpo} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
@@ -17,7 +18,10 @@ fi
 if [ -n "${TEMPLATE:-}" ]; then
     mkdir -p "$out/base"
     ln -sf "$(realpath "$model")"/*.json "$(realpath "$model")"/*.safetensors "$out/base"
-    cp --remove-destination "$TEMPLATE"/tokenizer* "$TEMPLATE"/special_tokens_map.json "$out/base"
+    rm -f "$out/base"/{tokenizer*,special_tokens_map.json,chat_template*,checksums.json}
+    for file in "$TEMPLATE"/{tokenizer*,special_tokens_map.json,chat_template*}; do
+        [ ! -f "$file" ] || cp "$file" "$out/base"
+    done
     model=$out/base
 fi
 

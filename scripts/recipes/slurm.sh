@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-model=$1 train=$2 out=$3 python=${PYTHON:-.venv/bin/python}
+model=${1:?MODEL is missing} train=${2:?TRAIN_FILE is missing} out=${3:?OUT is missing} python=${PYTHON:-.venv/bin/python}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS:-8}" \

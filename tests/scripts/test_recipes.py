@@ -1,0 +1,80 @@
+"""scripts/recipes/*.sh: their commands, as a Python that only writes them down gets them."""
+
+import importlib
+import os
+import subprocess
+
+import pytest
+
+from models.common import parse_args
+from models.fsdp import split_batch
+from tests import tiny
+
+RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.sh"))
+STUBS = {
+    "python": '#!/bin/sh\nprintf "%s\\037" "$@" >>"$LOG"\necho >>"$LOG"\n',
+    "srun": '#!/bin/sh\nshift\nexec "$@"\n',
+    "scontrol": "#!/bin/sh\necho first\n",
+}
+
+
+def run(recipe, tmp_path, *arguments, **environment):
+    """The recipe's process, and the words of each of its commands."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "log").touch()
+    environment |= {"PYTHON": tmp_path / "python", "LOG": tmp_path / "log", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "first", "SLURM_JOB_ID": 1}
+    command = ["bash", tiny.ROOT / "scripts/recipes" / recipe, *arguments]
+    given = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    done = subprocess.run(command, env=given, cwd=tiny.ROOT, capture_output=True, text=True)
+    return done, [line.split("\037")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_commands(recipe, tmp_path, monkeypatch):
+    """Catches a flag that was renamed, a value it does not take, batches that do not divide over the ranks, and a
+    recipe that is given too little and says nothing of it."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    out.mkdir()
+    for part in ("train", "test"):
+        (out / f"{part}.jsonl").touch()
+    places = (model, "train.jsonl", out) if recipe == "slurm.sh" else (tmp_path, model, out)
+    if recipe == "slurm.sh":
+        (out / "config.json").touch()  # the run has come to its end
+    done, commands = run(recipe, tmp_path, *places)
+    assert done.returncode == 0 and commands, done.stderr
+    for words in commands:
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script, flags = words[start], words[start + 1 :]
+        args = parse_args(tiny.args_of(importlib.import_module(script[:-3].replace("/", ".")), flags), flags)
+        ranks = int(words[words.index("--nproc-per-node") + 1]) if start else 1
+        monkeypatch.setenv("WORLD_SIZE", str(ranks * (2 if recipe == "slurm.sh" else 1)))
+        if hasattr(args, "rollout_batch_size"):
+            split_batch(args, args.step_size, "--minibatch_size")
+        elif script.startswith("training/"):
+            split_batch(args, args.batch_size)
+    done, commands = run(recipe, tmp_path / "model")
+    assert done.returncode and "is missing" in done.stderr and not commands, done
+
+
+def test_a_chat_template_from_another_folder(tmp_path):
+    """Catches a base model that gets the other folder's tokenizer and not its chat template, in a file of its own as
+    transformers 5 writes it, or keeps hashes of the files that it had."""
+    model, other, out = tmp_path / "model", tmp_path / "other", tmp_path / "out"
+    for folder, names in (
+        (model, ("config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "checksums.json")),
+        (other, ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    for _ in range(2):  # and once more
+        done, commands = run("llama_sft_dpo.sh", tmp_path, tmp_path, model, out, TEMPLATE=other)
+        assert done.returncode == 0 and str(out / "base") in commands[0], done.stderr
+    found = {path.name: path.read_text() for path in (out / "base").iterdir()}
+    taken = dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), "other")
+    assert found == {"config.json": "model", "model.safetensors": "model", **taken}
+    assert {path.read_text() for path in model.iterdir()} == {"model"}

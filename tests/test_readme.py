@@ -58,6 +58,26 @@ def test_what_may_change_on_resume():
         assert not missing, name
 
 
+def test_recipes_are_of_the_code():
+    """Catches a recipe ("How to add ...") whose lines, but for what it adds, are no longer those of the code."""
+    code = {
+        line.strip()
+        for folder in ("training", "models")
+        for path in (tiny.ROOT / folder).glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    }
+    added = re.compile(r'apo_zero|ratios\.|score_clip|MyArgs|"""|finish\(metrics|evaluate\(|^\.\.\.$')
+    num_lines = 0
+    for readme in ("training", "models"):
+        text = text_of(Path(readme) / "README.md")
+        for recipe in re.findall(r"^## How to add .*?(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
+            for block in re.findall(r"^```python\n(.*?)^```$", recipe, re.DOTALL | re.MULTILINE):
+                lines = [line.partition("  #")[0].strip() for line in block.splitlines()]
+                num_lines += len(lines)
+                assert not [line for line in lines if line and line not in code and not added.search(line)]
+    assert num_lines > 50
+
+
 def test_all_scripts_have_a_command():
     """Catches a script that nobody is told of, and commands that are no longer found here."""
     assert len(list(commands())) > 30

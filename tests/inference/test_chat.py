@@ -152,9 +152,10 @@ def test_answers_stream(chat_folder):
 
 
 def test_a_full_context_is_said_and_the_chat_goes_on(chat_folder):
-    """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way."""
+    """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way; and an
+    answer that asks for more than there is room."""
     long = "The answer to question 3 is 17. " * 8
-    result, answers = chat(chat_folder, long, "1", long, "/reset", "2", max_seq_len=48, max_new_tokens=4)
+    result, answers = chat(chat_folder, long, "1", long, "/reset", "2", max_seq_len=48, max_new_tokens=64)
     assert result.code == 0, result
     assert "fills the 48 tokens" in answers[0] and "fills the 48 tokens" in answers[2]
     assert "fills" not in answers[1] and "fills" not in answers[4]

@@ -17,7 +17,8 @@ def samples(rewards, answers=None):
 
 
 def test_best_of_n_by_hand():
-    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none."""
+    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none, with
+    what is asked beside it."""
     lines = samples([1.0, -5.0, 3.0, -2.0, 3.0, -2.5])
     assert choose_best(lines) == [lines[2], lines[3]]
     unnumbered = [{k: v for k, v in line.items() if k not in ("idx", "sample_idx")} for line in lines]
@@ -26,6 +27,8 @@ def test_best_of_n_by_hand():
     assert choose_best(same_text) == [same_text[2], same_text[3]]
     chats = [{**line, "prompt": [{"role": "user", "content": line["prompt"]}]} for line in unnumbered]
     assert choose_best(chats) == [chats[2], chats[3]]
+    beside = [{"prompt": "p", "reward": r, "system": s} for r, s in ((1, "a"), (2, "b"), (3, "a"), (0, None))]
+    assert choose_best(beside) == [beside[2], beside[1], beside[3]]
 
 
 def test_weighted_vote_by_hand():

@@ -98,8 +98,9 @@ def test_failures_and_forms(file, tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records.append({"prompt": messages, "completion": [{"role": "assistant", "content": "abc"}], "n": 4})
     data = tiny.write_records(tmp_path / "data.jsonl", records)
-    result = grade(f"{file}:one", data, tmp_path / "one.jsonl", "--reward_timeout", 0.5)
+    result = grade(f"{file}:one", data, tmp_path / "one.jsonl", "--reward_timeout", 0.5, "--pass_at", 1)
     assert result.code == 0 and "1 timeouts, 1 errors" in result.stdout, result
+    assert f"pass@1    {(1 / 4 + 1) / 2:.2%}" in result.stdout  # 0.5 does not pass
     got = tiny.read_lines(tmp_path / "one.jsonl")
     assert [line["grade"] for line in got] == [0.5, 0, 0, 5, 5]  # "a\nb" has three characters
     assert [line.get("grade_error") for line in got] == [None, "timeout", "KeyError: 'a\\nb'", None, None]

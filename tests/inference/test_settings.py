@@ -19,6 +19,7 @@ QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repet
         (QWEN, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}, ""),
         (QWEN, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, "repetition_penalty 1.05"),
         ({"do_sample": False, "temperature": 0.7}, {}, "do_sample False"),
+        ({**QWEN, "do_sample": False}, {}, "do_sample False, repetition_penalty 1.05"),
         ({"do_sample": False, "temperature": None}, {"temperature": 0.0}, ""),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, ""),
         ({"suppress_tokens": [5], "bad_words_ids": [], "min_p": 0.0, "max_length": 4096}, {}, "suppress_tokens [5]"),

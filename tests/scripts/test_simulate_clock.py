@@ -14,8 +14,11 @@ def found(**flags) -> dict:
 
 
 def test_the_host_works_meanwhile():
-    """Catches a host whose time is added to the device's, or never counted where it takes longer."""
+    """Catches a host whose time is added to the device's, or never counted where it takes longer, and launches that
+    take no time."""
     free, slow = found(host_us=0.0), found(host_us=1e6)
+    launched = found(host_us=0.0, step_us=1100.0)  # beside 100 us
+    assert launched["seconds"] - free["seconds"] == pytest.approx(1e-3 * (free["steps"] + free["prefills"]))
     assert free["host_waits"] == 0 and found(host_us=1.0)["seconds"] == pytest.approx(free["seconds"])
     looks = slow["steps"] / 4
     assert 0.5 * looks < slow["host_waits"] < 3 * looks and slow["seconds"] > free["seconds"] + 0.5 * looks

@@ -38,6 +38,12 @@ def world(tmp_path_factory):
         ]
         write(out / f"samples/{stage}.scored.jsonl", judged)
         write(out / f"samples/{stage}.greedy.jsonl", [line for line in judged if line["sample_idx"] == num_right % 4])
+    likely = list(map(json.loads, (out / "samples/sft.greedy.jsonl").read_text().splitlines()))
+    longest = max(likely, key=lambda line: len(line["prompt"]))  # SFT knows this one
+    write(
+        out / "samples/sft.greedy.jsonl",
+        [line | ({"output": line["answer"]} if line is longest else {}) for line in likely],
+    )
     write(out / "samples/model.greedy.jsonl", [{**line, "output": "?"} for line in lines if line["sample_idx"] == 0])
     write(out / "samples/sft.best.jsonl", [{**line, "output": line["answer"], "reward": 9} for line in lines[::4]])
     write(out / "rm/metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 0.875}])
@@ -49,8 +55,9 @@ def world(tmp_path_factory):
 
 
 def test_the_table(world):
-    """Catches a column of another stage, gains over the wrong stage, and a KL with the wrong sign, of other tokens or
-    without the EOS: the samples are the reference's own, their log-probs raised by 0, 0.5, 2 and 1 nats."""
+    """Catches a column of another stage, gains over the wrong stage, a KL with the wrong sign, of other tokens or
+    without the EOS (the samples are the reference's own, their log-probs raised by 0, 0.5, 2 and 1 nats), and a problem
+    that SFT gets right, shown as one that it gets wrong."""
     output = world / "REPORT.md"
     result = tiny.run("scripts/toy_report.py", world, "--output_file", output, "--picture", "curves.png")
     assert result.code == 0, result.stderr
@@ -58,12 +65,20 @@ def test_the_table(world):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert rows[2:] == [
         ["random weights", "0.0 %", "", "", "", "0.5"],
-        ["SFT", "0.0 %", "25.0 %", "2.5", "0.0", "0.5"],
+        ["SFT", "5.0 %", "25.0 %", "2.5", "0.0", "0.5"],
         ["best of 4 SFT samples by the reward model", "", "100.0 %", "9.0", "", "0.5"],
         ["DPO", "0.0 %", "50.0 %", "3.5", "0.5", "0.5"],
         ["PPO, learned reward", "0.0 %", "75.0 %", "4.5", "2.0", "0.5"],
         ["GRPO, checked reward", "100.0 %", "100.0 %", "5.5", "1.0", "0.5"],
     ]
+    problem = text.partition("```\n")[2].splitlines()
+    assert problem[0].split()[0] == "problem" and [line.split()[0] for line in problem[1:5]] == [
+        "sft",
+        "dpo",
+        "ppo",
+        "grpo",
+    ]
+    assert problem[1].endswith("(wrong)") and problem[4].endswith("(right)")
     assert (
         "best of n 75.0, DPO 25.0, PPO 50.0, GRPO 75.0" in text and "87.5 %" in text and "![curves](curves.png)" in text
     )

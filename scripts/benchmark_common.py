@@ -2,6 +2,7 @@
 that measures speed, alone or in turn with a peer."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -184,9 +185,14 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
 def compare_engines(args: SpeedArgs) -> None:
     """Runs this command with either engine in turn, each in a process of its own, and prints the ratios, for each batch
     size of a sweep."""
-    arguments = sys.argv[1:]
-    at = arguments.index("--compare")
-    del arguments[at : at + 2]
+    if shutil.which(args.peer_python) is None:
+        raise ValueError(f"--peer_python {args.peer_python}: there is no such program")
+    arguments, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word == "--compare":
+            next(words)
+        elif not word.startswith("--compare="):
+            arguments.append(word)
     sizes = getattr(args, "sweep", ())
     for size in sizes or [None]:
         one_size = [] if size is None else ["--sweep", "--batch_size", str(size)]

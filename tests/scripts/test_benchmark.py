@@ -3,6 +3,7 @@ the work of generation."""
 
 import json
 import math
+import subprocess
 from functools import cache
 from importlib.util import find_spec
 from unittest import mock
@@ -155,6 +156,7 @@ def test_jobs_and_peers():
         (["generate", "--engine", "trl"], ["--engine", "vllm"]),
         (["generate", "--preset", "tiny", "--engine", "transformers", "--quantize", "int8"], ["--quantize"]),
         (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
+        (["sft", "--compare", 1, "--peer_python", "nowhere/python"], ["--peer_python nowhere/python: there is no"]),
     ):
         tiny.assert_refused(tiny.run("scripts/benchmark.py", *words), *parts)
     for job, package in (("generate", "vllm"), ("dpo", "trl")):
@@ -165,6 +167,25 @@ def test_jobs_and_peers():
         assert "eager" in generate("--engine", "transformers", "--compile", "--batch_size", 1)["ran"]
     rows = SftArgs(job="sft", seq_len=64, documents=6).lengths()
     assert sum(rows) == 64 and len(rows) == 6 and min(rows) >= 4
+
+
+@pytest.mark.parametrize("words", [["--compare", 2], ["--compare=2"]])
+def test_a_comparison_runs_the_rest_of_its_command(words):
+    """Catches a comparison that compares again in each of its runs, a spelling of the flag that ends it with a
+    traceback's words, and a ratio the wrong way up."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(list(map(str, command)))
+        speed = 6.0 if command[-1] == "ours" else 4.0
+        line = json.dumps({"tokens_per_second": speed, "peak_memory": 2e9, "ran": command[-1]})
+        return subprocess.CompletedProcess(command, 0, stdout=line)
+
+    with mock.patch("subprocess.run", run):
+        result = tiny.run("scripts/benchmark.py", "sft", "--preset", "tiny", *words, "--peer", "trl")
+    assert result.code == 0 and "ours / trl: speed 1.50, 1.50; memory 1.00" in result.stdout, result
+    rest = ["sft", "--preset", "tiny", "--peer", "trl", "--engine"]
+    assert [command[2:] for command in commands] == [[*rest, "ours"], [*rest, "trl"]] * 2
 
 
 def test_update_of_ppo():

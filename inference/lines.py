@@ -152,7 +152,8 @@ class LineWriter:
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
-            self.file.close()
+            with naming_file(self.output_file):  # what a full disk did not take is tried again
+                self.file.close()
         if error is None and _several_ranks():
             wait_for_all_ranks()  # the others may still write
         if is_main_rank():

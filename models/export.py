@@ -82,7 +82,7 @@ def save_folder(
         with _writing(folder):
             staging.mkdir(parents=True)
         tied = config.get("tie_word_embeddings", False)
-        saved_dtype, digests = _write_shards(staging, tensors, tied, dtype, max_shard_bytes)
+        saved_dtype, digests = _write_shards(folder, staging, tensors, tied, dtype, max_shard_bytes)
         with _writing(folder):
             _copy_files(staging, copy_from, json_changes or {})
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
@@ -126,17 +126,17 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-    folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int
+    target: Path, folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int
 ) -> tuple[torch.dtype, dict[str, dict[str, str]]]:
     """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors). Returns the dtype of the
-    embedding, which is the one that config.json names, and {file: {tensor: its digest}}."""
+    embedding, which is the one that config.json names, and {file: {tensor: its digest}}. target: what errors name."""
     shards: list[dict[str, str]] = []
     total, pending, saved_dtype = 0, {}, None
 
     def flush():
         with ThreadPoolExecutor(THREADS) as pool:
             digests = pool.map(tensor_digest, pending.values())  # beside the writing
-            with _writing(folder.parent):
+            with _writing(target):
                 save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append(dict(zip(pending, digests)))
 
@@ -162,7 +162,7 @@ def _write_shards(
         os.rename(folder / f"shard-{i}", folder / file_name)
         weight_map.update(dict.fromkeys(shard, file_name))
         digests[file_name] = shard
-    with _writing(folder.parent):
+    with _writing(target):
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return saved_dtype, digests
 

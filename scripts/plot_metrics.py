@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.common import at_least_one, flag, run_script
+from models.common import at_least_one, flag, naming_file, run_script
 from models.records import read_records
 
 # Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
@@ -111,8 +111,9 @@ def main(args: PlotArgs) -> None:
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
     figure.supxlabel("step", fontsize=9, y=0.35 / height)
     figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output_file, dpi=120)
+    with naming_file(output_file):
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output_file, dpi=120)
     pyplot.close(figure)
     print(f"{output_file}: {', '.join(drawn)}")
 

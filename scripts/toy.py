@@ -33,7 +33,7 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
+from models.common import at_least_one, flag, naming_file, non_negative, refuse_idle, run_script
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
 from models.records import get_field, read_records
@@ -151,7 +151,8 @@ def demonstration(terms, rng):
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with naming_file(path):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def train_tokenizer():
@@ -242,7 +243,7 @@ def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
 
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "num_train": num_train, "num_heldout": num_heldout, "num_prompts": num_prompts}
-    (folder / "toy.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_jsonl(folder / "toy.json", [settings])
     for name, records in files.items():
         write_jsonl(folder / f"{name}.jsonl", records)
         print(f"{folder}/{name}.jsonl: {len(records)} problems, e.g. {json.dumps(records[0])}")

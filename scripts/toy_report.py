@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import load_model
-from models.common import flag, run_script
+from models.common import flag, naming_file, run_script
 from models.functions import load_function
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Record, collate, get_field, read_records
@@ -159,8 +159,9 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
 
 def main(args: ReportArgs) -> None:
     text = report(args.worlds, [measure(world) for world in args.worlds], args.picture)
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    args.output_file.write_text(text, encoding="utf-8")
+    with naming_file(args.output_file):
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_text(text, encoding="utf-8")
     print(f"{text}\n{args.output_file}: written")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from models.common import at_least_one, flag, run_script, with_newlines
+from models.common import at_least_one, flag, naming_file, run_script, with_newlines
 from models.records import Record, get_field, naming, read_records, require
 
 IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."
@@ -37,9 +37,10 @@ def main(args: Gsm8kArgs) -> None:
     lines = [to_prompt(record, args) for record in records[: args.max_records]]
     if args.output_file.exists():
         raise ValueError(f"--output_file {args.output_file}: exists; take another, or remove it")
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    args.output_file.write_text(text, encoding="utf-8")
+    with naming_file(args.output_file):
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_text(text, encoding="utf-8")
     print(f"{args.output_file}: {len(lines):,} prompts of {len(records):,} records")
 
 

@@ -13,13 +13,13 @@ from models.model import ModelConfig
 def test_a_full_disk_names_the_file(tmp_path):
     """Catches a message of the system's alone, which does not say which of a run's files is meant."""
     full = OSError(errno.ENOSPC, "No space left on device")
-    file = mock.Mock(write=mock.Mock(side_effect=full))
     with (
-        LineWriter(tmp_path / "out.jsonl", {}, active=True, num_lines=0) as writer,
-        mock.patch.object(writer, "file", file),
         pytest.raises(OSError, match=r"out\.jsonl: cannot be written: No space left"),
+        LineWriter(tmp_path / "out.jsonl", {}, active=True, num_lines=0) as writer,
     ):
-        writer.write({"a": 1})
+        writer.file = open("/dev/full", "ab")  # noqa: SIM115 (the writer closes it, and meets the full disk again)
+        with pytest.raises(OSError, match=r"out\.jsonl: cannot be written: No space left"):
+            writer.write({"a": 1})
     with mock.patch("os.replace", side_effect=full), pytest.raises(OSError, match=r"best\.jsonl: cannot be written"):
         write_lines(tmp_path / "best.jsonl", [{"a": 1}])
 

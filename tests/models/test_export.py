@@ -271,15 +271,17 @@ def test_disk_full(models, tmp_path, monkeypatch):
 
 
 def test_disk_full_within_a_shard(models, tmp_path):
-    """Catches a traceback of what writes the shards. Files cannot grow beyond a size, as where the disk ends."""
+    """Catches a traceback of what writes the shards, and another folder's name. Files cannot grow beyond a
+    size, as where the disk ends."""
     old, new = models
     save(tmp_path / "out", old, WHOLE)
 
     def action():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
-        with pytest.raises(OSError, match=r"out: cannot be written: .*File too large"):
-            save(tmp_path / "out", new, WHOLE)
+        for name in ("out", "first"):  # over an export, and where there is no folder yet
+            with pytest.raises(OSError, match=rf"{name}: cannot be written: .*File too large"):
+                save(tmp_path / name, new, WHOLE)
 
     run_aside(action)
     assert holds(tmp_path / "out", old) and not list((tmp_path / "out").glob(".*"))

@@ -1,9 +1,12 @@
 """scripts/toy.py: the rules of its task, the files it writes, and the score it prints."""
 
+import errno
 import json
 import random
 import re
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -251,6 +254,9 @@ def test_bad_input(world, tmp_path):
             toy.main(toy.ToyArgs(output_dir=folder, **{**arguments, **change}))
     assert (world / "train.jsonl").read_bytes() == before and not new.exists()
 
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(Path, "write_text", side_effect=full):
+        tiny.assert_refused(run("--output_dir", new), "toy.json: cannot be written: No space left on device")
     result = run("--output_dir", world)
     assert result.code == 2 and str(world) in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from models.chats import Chat, read_chat
@@ -42,7 +43,7 @@ from models.records import (
 )
 from models.sharing import shared_work
 from models.tokenizer import Tokenizer
-from models.transfer import index_on
+from models.transfer import index_on, to_device
 
 
 class RewardKind(NamedTuple):
@@ -168,6 +169,12 @@ def pair_rows(pairs: list[Pair]) -> list[Example]:
     """The rows of one forward: all chosen sides, then the rejected ones in the same order, so `x.view(2, -1)` parts
     what comes of them."""
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def sides_are_equal(pairs: list[Pair], device: torch.device) -> Tensor:
+    """Of which pairs chosen and rejected are the same ids, bool [B]. What is computed of the two would differ by
+    rounding, by their places in the forward, and a margin's sign would be that of the rounding."""
+    return to_device([pair.nothing_to_learn for pair in pairs], device, torch.bool)
 
 
 def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, EncodingCounts]:

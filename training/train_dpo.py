@@ -45,7 +45,7 @@ from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
 from models.records import Split
-from models.reward import Pair, pair_lengths, pair_rows
+from models.reward import Pair, pair_lengths, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, tokens_of, training_batches
@@ -254,7 +254,8 @@ def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Ten
     rows = forward_rows(model, pair_rows(pairs), split)
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     logps, _ = token_logps(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
-    return tuple(each.view(2, len(pairs)) for each in sequence_logps(logps, rows.row_labels))
+    logps, lengths = (each.view(2, len(pairs)) for each in sequence_logps(logps, rows.row_labels))
+    return torch.where(sides_are_equal(pairs, logps.device), logps[0], logps), lengths
 
 
 def summed_loss(

@@ -51,7 +51,7 @@ from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
 from models.record_files import Record
 from models.records import EncodingCounts, Limits, Split
-from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config
+from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config, sides_are_equal
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
@@ -250,6 +250,9 @@ def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> tuple[Tensor
     rows: none of either, but the gradient's collectives stay."""
     examples, places = rows_to_score(rows)
     rewards = model.score(forward_rows(model, examples, split).at(places))
+    if rows and isinstance(rows[0], Pair):
+        sides = rewards.view(-1, 2)
+        rewards = torch.where(sides_are_equal(rows, rewards.device)[:, None], sides[:, :1], sides).flatten()
     return rewards, targets_of(rows, rewards.device)
 
 

@@ -351,6 +351,18 @@ def test_metrics_and_evaluation(folder, other_folder, train_file, tmp_path):
     assert samples[0]["reference"] == RECORDS[0]["chosen"]
 
 
+def test_equal_sides_are_a_tie(folder, other_folder, tmp_path):
+    """Catches a pair of two equal answers that is right, or moves a weight, by the rounding of its two rows."""
+    equal = [{"prompt": "so", "chosen": text, "rejected": text} for text in (" and so" * n for n in range(1, 9))]
+    path = tiny.write_records(tmp_path / "some.jsonl", [*equal, RECORDS[0]])
+    for name, split in (("padded", {}), ("packed", {"max_tokens_per_micro_batch": 64})):
+        more = {"ref_checkpoint_path": other_folder, "batch_size": 1, "max_steps": 9, "shuffle": False, **split}
+        train(folder, path, tmp_path / name, **more)
+        for line in metrics_of(tmp_path / name)[:8]:
+            assert line["rewards/margins"] == line["rewards/accuracies"] == line["grad_norm"] == 0
+            assert line["loss"] == pytest.approx(math.log(2)) and line["rewards/chosen"] != 0
+
+
 @pytest.mark.parametrize(
     "more",
     [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}],

@@ -165,6 +165,21 @@ def test_nothing_to_learn(folder, tmp_path):
     assert "1 nothing to learn" in train(folder, path, tmp_path / "out", max_steps=1, batch_size=2).stdout
 
 
+def test_equal_sides_are_a_tie(folder, tmp_path):
+    """Catches a pair of two equal answers that counts as right or wrong by the rounding of its two rows, which have
+    other places in a forward: the accuracy was 0 or 1 of it, and the calibration error as far off."""
+    equal = [{"prompt": "so", "chosen": text, "rejected": text} for text in (" and so" * n for n in range(1, 9))]
+    path = tiny.write_records(tmp_path / "some.jsonl", [*equal, PAIR])
+    for name, split in (("padded", {"micro_batch_size": 2}), ("packed", {"max_tokens_per_micro_batch": 64})):
+        train(folder, path, tmp_path / name, max_steps=1, batch_size=9, eval_file=path, **split)
+        line = tiny.read_lines(tmp_path / name / "metrics.jsonl")[-1]
+        right = line["margin"] > 0  # all of it is the other pair's
+        assert line["accuracy"] == pytest.approx(right / 9)
+        right, sure = line["eval_margin"] > 0, 1 / (1 + math.exp(-abs(9 * line["eval_margin"])))
+        assert line["eval_accuracy"] == pytest.approx(right / 9)
+        assert line["eval_calibration_error"] == pytest.approx(abs(right - sure) / 9, abs=1e-6)
+
+
 def test_another_loss_on_resume(folder, files, tmp_path):
     """Catches a run that goes on with another loss, and an occupied folder."""
     train(folder, files["pairwise"], tmp_path / "out", max_steps=2, save_steps=1)

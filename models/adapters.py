@@ -283,7 +283,10 @@ def choose_lora(
     shape = _shape(args, start, config, is_other=is_critic)
     scheme = base_scheme(args.quantize_base)
     if scheme is not None:
-        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+        try:
+            check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+        except ValueError as error:  # of one of the bases: a critic may have another
+            raise ValueError(f"{base}: --quantize_base {error}") from None
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, shape[3], shape[0], args.seed, streams)
     for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():

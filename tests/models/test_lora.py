@@ -164,7 +164,10 @@ def test_what_is_refused(tmp_path):
         "--quantize_base is for LoRA": {"quantize_base": "int8"},
         "--lora_r: the adapter of --adapter_path": {"lora_r": 3, "adapter_path": good},
         "--lora_target_modules: the adapter": {"adapter_path": good, "lora_target_modules": ["v_proj"]},
-        "int4: intermediate_size 112 is not divisible by groups of 32": {"lora_r": 4, "quantize_base": "int4"},
+        f"{base}: --quantize_base int4: intermediate_size 112 is not divisible by groups of 32": {
+            "lora_r": 4,
+            "quantize_base": "int4",
+        },
     }
     for complaint, given in flags.items():
         refused(lambda given=given: choose_lora(Args(base, **given), base, CPU), complaint, complaint)

@@ -318,7 +318,7 @@ def ppo_value_loss(
     plain = (values - returns).square()
     if not cliprange_value:
         return 0.5 * plain, torch.zeros_like(plain).detach()
-    held = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    held = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # within it V to the bit
     clipped = (held - returns).square()
     return 0.5 * torch.maximum(plain, clipped), (clipped > plain).float()
 

@@ -337,6 +337,13 @@ def test_value_loss_by_hand():
     torch.testing.assert_close(grad, torch.tensor([0.0, 0.5, -0.6, -1.0]), **CLOSE)
 
 
+def test_values_within_the_range_are_not_clipped():
+    """Catches a clip fraction that counts rounding: of small values that had not moved far enough it was a tenth."""
+    values, old, returns = 0.02 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    losses, clipped = ppo_value_loss(values, old, returns, cliprange_value=0.2)
+    assert clipped.sum() == 0 and torch.equal(losses, 0.5 * (values - returns).square())
+
+
 def test_no_tokens():
     """Catches a rank without a token, whose losses must be sums of nothing that still have a graph."""
     new = torch.zeros(0, requires_grad=True)

@@ -213,7 +213,8 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
     num_shared = next((i for i in range(most) if chosen[i] != rejected[i]), max(0, most))
     shared = chosen[:num_shared]
-    require(shared, "there is no prompt: chosen and rejected begin with different messages")
+    missing = "there is no prompt" if prompt is None else "prompt is text, which must be a list of messages here"
+    require(shared, f"{missing}: chosen and rejected begin with different messages")
     require(
         prompt is None or any(isinstance(message, dict) and message.get("content") == prompt for message in shared),
         "prompt is none of the messages that chosen and rejected both begin with; correct it or leave it out",

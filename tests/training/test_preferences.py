@@ -150,6 +150,10 @@ BAD_PAIRS = [
     ({"chosen": [USER, ANSWER], "rejected": [CHAT[2], ANSWER]}, "there is no prompt: chosen and rejected begin with"),
     ({"chosen": [USER, CHAT[2]], "rejected": [USER, ANSWER]}, "chosen must begin and end"),
     ({"prompt": "what?", "chosen": [USER, ANSWER], "rejected": [USER, CHAT[3]]}, "prompt is none of the messages"),
+    (
+        {"prompt": "what?", "chosen": [ANSWER], "rejected": [CHAT[3]]},
+        "prompt is text, which must be a list of messages",
+    ),
 ]
 
 

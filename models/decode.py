@@ -24,10 +24,11 @@ from models import decode_cpu
 from models.checkpoint import WeightFiles, load_model
 from models.common import Runtime
 from models.cpu_linear import PackedMatrix, can_pack_weights, pack_weight
-from models.lora import LoraLinear, adapter, weight_of
+from models.lora import LoraLinear
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Schemes
 from models.quantize import load_quantized
+from models.shared_base import adapter
 from models.tp import Parallel, leave_parallel, local, size_of
 
 
@@ -40,6 +41,11 @@ def can_pack(runtime: Runtime) -> bool:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """Side by side as one tensor; one alone is not copied."""
     return tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
+
+
+def weight_of(linear: Linear | LoraLinear) -> Tensor:
+    """What a layer multiplies by, adapters and all: this tp rank's part, while its parameters are gathered."""
+    return linear.merged() if isinstance(linear, LoraLinear) else local(linear.weight)
 
 
 class InferenceLinear(nn.Module):

@@ -12,8 +12,6 @@ Dimensions: M tokens, K input and N output features, both of this tp rank; r the
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -184,11 +182,6 @@ class LoraLinear(nn.Module):
         return _dequantized(self.bits, self.packed, self.scale, torch.float32)
 
 
-def weight_of(linear: Linear | LoraLinear) -> Tensor:
-    """What a layer multiplies by, adapters and all: this tp rank's part, while its parameters are gathered."""
-    return linear.merged() if isinstance(linear, LoraLinear) else local(linear.weight)
-
-
 def add_adapters(model: Transformer, lora: Lora) -> None:
     """Freezes a model that is built on meta, but for a scalar head, and gives it adapters, in place."""
     model.requires_grad_(False)
@@ -203,29 +196,3 @@ def add_adapters(model: Transformer, lora: Lora) -> None:
             model.score = ScoreHead(model.config.hidden_size)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
-
-
-def lora_layers(model: nn.Module) -> list[LoraLinear]:
-    return [module for module in model.modules() if isinstance(module, LoraLinear)]
-
-
-def switch(model: nn.Module, name: str | None) -> None:
-    """From here on the adapters of this name are on; None: none are."""
-    for layer in lora_layers(model):
-        layer.adapter = name
-
-
-@contextmanager
-def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """switch(), while it lasts; of a model without adapters it changes nothing."""
-    before = next((layer.adapter for layer in lora_layers(model)), None)
-    switch(model, name)
-    try:
-        yield
-    finally:
-        switch(model, before)
-
-
-def as_reference(model: Transformer) -> AbstractContextManager[None]:
-    """While it lasts, a policy with adapters is its reference: with those that the run began with, or none."""
-    return adapter(model, REFERENCE if model.lora is not None and model.lora.with_reference else None)

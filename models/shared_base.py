@@ -1,13 +1,41 @@
-"""Two models on one frozen base: a policy and its critic, each with adapters and a head of its own."""
+"""Several models on one frozen base: a policy with its adapters on, its reference without them, and its critic with
+adapters and a head of its own."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from models.lora import CRITIC, switch
+from models.lora import CRITIC, REFERENCE, LoraLinear
 from models.model import Transformer
 
 HEADS = {"": "lm_head", CRITIC: "score"}  # by the adapters
+
+
+def lora_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def switch(model: nn.Module, name: str | None) -> None:
+    """From here on the adapters of this name are on; None: none are."""
+    for layer in lora_layers(model):
+        layer.adapter = name
+
+
+@contextmanager
+def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """switch(), while it lasts; of a model without adapters it changes nothing."""
+    before = next((layer.adapter for layer in lora_layers(model)), None)
+    switch(model, name)
+    try:
+        yield
+    finally:
+        switch(model, before)
+
+
+def as_reference(model: Transformer) -> AbstractContextManager[None]:
+    """While it lasts, a policy with adapters is its reference: with those that the run began with, or none."""
+    return adapter(model, REFERENCE if model.lora is not None and model.lora.with_reference else None)
 
 
 class OnSharedBase(nn.Module):

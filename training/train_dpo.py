@@ -40,13 +40,14 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
-from models.lora import Lora, as_reference
+from models.lora import Lora
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
 from models.records import Split
 from models.reward import Pair, pair_lengths, pair_rows, sides_are_equal
 from models.rows import Rows
+from models.shared_base import as_reference
 from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, tokens_of, training_batches
 from training.frozen import ReferenceArgs, check_reference_flags

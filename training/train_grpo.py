@@ -46,10 +46,10 @@ from models.fsdp import (
     reducing_gradients,
     split_batch,
 )
-from models.lora import as_reference
 from models.model import Transformer
 from models.records import Split
 from models.resting import resting
+from models.shared_base import as_reference
 from models.transfer import index_on
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched

@@ -53,13 +53,13 @@ from models.fsdp import (
     split_batch,
 )
 from models.generation import Engine
-from models.lora import CRITIC, Lora, as_reference
+from models.lora import CRITIC, Lora
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.records import Split
 from models.resting import resting
 from models.reward import scalar_head_config
-from models.shared_base import OnSharedBase
+from models.shared_base import OnSharedBase, as_reference
 from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs, Watched
 from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen

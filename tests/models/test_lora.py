@@ -16,9 +16,9 @@ from models.common import Runtime
 from models.decode import copy_for_inference
 from models.dropout import TokenDropout
 from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
-from models.lora import adapter, lora_layers
 from models.noise import noise_key
 from models.qlinear import dequantize, quantize
+from models.shared_base import adapter, lora_layers
 from tests import tiny
 from tests.tiny import refused
 

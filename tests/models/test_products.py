@@ -9,9 +9,10 @@ import torch
 from torch._decomp import decomposition_table
 
 from models import malloc, products
-from models.lora import Lora, add_adapters, lora_layers
+from models.lora import Lora, add_adapters
 from models.model import ModelConfig, Transformer
 from models.qlinear import Scheme, quantize
+from models.shared_base import lora_layers
 
 E, FFN, B, T, LAYERS = 32, 48, 2, 7, 2
 IDS = torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.lora import adapter
+from models.shared_base import adapter
 from tests import tiny
 from tests.training import optimum
 from training import train_grpo

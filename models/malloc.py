@@ -35,11 +35,11 @@ def with_room(like: Tensor, shape: Sequence[int] | None = None) -> Tensor | None
     `out=` of an operation. None, as if there were no `out=`, where it would not help or not work: for small tensors, on
     GPUs, in compiled code, where autograd records, and in selective activation checkpointing, which hands out an
     operation's earlier result and leaves this one unwritten."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or like.device.type != "cpu":
+        return None  # first of all, so that no compiled code depends on a size
     shape = like.shape if shape is None else shape
     size = math.prod(shape) * like.itemsize
-    if size < LARGE or like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if torch._C._len_torch_dispatch_stack():
+    if size < LARGE or torch._C._len_torch_dispatch_stack():
         return None
     room = (-size % ALIGNMENT + ROOM) // like.itemsize
     return like.new_empty(math.prod(shape) + room)[: math.prod(shape)].view(shape)

@@ -253,14 +253,15 @@ def test_nothing_outlives_a_kill(file, mark):
     )
     command = [sys.executable, "-c", program, str(tiny.ROOT), f"{file}:evil", *names]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.stdout.readline() == "up\n"
-    deadline, found = time.monotonic() + 20, []
-    while time.monotonic() < deadline:
-        found = [line.split()[0] if line.startswith("sleep") else "worker_process" in line for line in processes(mark)]
-        if "sleep" in found and found.count(True) >= 13:  # one has forked
-            break
-        time.sleep(0.01)
-    assert found.count("sleep") == 1 and found.count(True) >= 13, found
-    run.kill()
-    run.wait()
+    try:
+        assert run.stdout.readline() == "up\n"
+        deadline, sleeps, workers = time.monotonic() + 20, 0, 0
+        while not (sleeps == 1 and workers >= 13) and time.monotonic() < deadline:  # one has forked
+            time.sleep(0.01)
+            lines = processes(mark)
+            sleeps, workers = lines.count("sleep 1000.25 "), sum("worker_process" in line for line in lines)
+        assert sleeps == 1 and workers >= 13, lines
+    finally:
+        run.kill()
+        run.wait()
     assert gone(mark)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,8 @@ def run_items(section: Section, items: list[Item]) -> None:
             continue
         try:
             item.run(section)
-        except Exception as error:  # whatever it is, the report says it and goes on
+        except Exception as error:  # whatever it is, the report says it and goes on; log.txt has it whole
+            traceback.print_exc()
             section.write(kind="error", name=item.name, detail=last_lines(f"{type(error).__name__}: {error}"))
         free_memory(section.runtime.device)
 
@@ -114,6 +116,7 @@ def finish_script(process: subprocess.Popen, script: str, seconds: float) -> str
         process.communicate()
         raise RuntimeError(f"{script}: ended after {seconds:.0f} s, when its time was up") from None
     if process.returncode:
+        print(err, file=sys.stderr)
         raise RuntimeError(f"{script}: exit code {process.returncode}\n{last_lines(err)}")
     return out
 

@@ -346,8 +346,9 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda (NVIDIA or AMD) are supported")
     on_gpu = device.type == "cuda"
-    if on_gpu and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if on_gpu:  # with its number, which torch.cuda.set_device wants; Triton runs its kernels on the current one
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
     keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()

@@ -143,8 +143,6 @@ def start_ranks(device: torch.device) -> None:
         return
     # gloo beside nccl: parameters in the CPU's memory have their norm there, and checkpoints exchange their plans
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)

@@ -139,6 +139,7 @@ class PagedCache(Table):
         self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
         self.heads, self.max_seq_len = (K, config.head_dim), max_seq_len
         self.kernel = gpu_kernel(device)
+        self.is_copied_by_words = device.type == "cuda" and config.head_dim * self.dtype.itemsize % 8 == 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -161,7 +162,10 @@ class PagedCache(Table):
         """places: of tokens in the pages end to end, int64 [N]; k and v [N, K, D]"""
         cache = self.layers[layer]
         for tokens, values in ((cache.k, k), (cache.v, v)):
-            tokens.flatten(0, 1).index_copy_(0, places, values.to(self.dtype))
+            tokens, values = tokens.flatten(0, 1), values.to(self.dtype)
+            if self.is_copied_by_words:  # it copies number by number, whatever they are
+                tokens, values = tokens.view(torch.int64), values.view(torch.int64)
+            tokens.index_copy_(0, places, values)
         return cache
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
@@ -219,18 +223,18 @@ class PagedCache(Table):
         most_pages: as many as a row uses, where the plain operations may read no more than that; None for a step that
         is always the same."""
         n, device = len(positions), positions.device
-        page = self.table[:n].gather(1, (positions // PAGE)[:, None])[:, 0]
-        places = page.long() * PAGE + positions % PAGE
         if self.kernel is not None:
             table, lengths = self.table[:n], (positions + 1).int()
             splits = num_splits(n * self.heads[0], self.max_seq_len, device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache = self._write(layer, places, k[0], v[0])
-                return self.kernel(q[0].contiguous(), cache.k, cache.v, table, lengths, splits)[None]
+                cache, rows = self.layers[layer], (t[0].to(self.dtype) for t in (q, k, v))
+                return self.kernel(*rows, cache.k, cache.v, table, lengths, splits)[None].to(q.dtype)
 
             return attend
 
+        page = self.table[:n].gather(1, (positions // PAGE)[:, None])[:, 0]
+        places = page.long() * PAGE + positions % PAGE
         table = self.table[:n, :most_pages]
         visible = torch.arange(table.shape[1] * PAGE, device=device) <= positions[:, None]
         bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, float("-inf"))[:, None, None]

@@ -7,6 +7,7 @@
 Dimensions: B rows, V vocabulary, V' a rank's part of it.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -125,9 +126,23 @@ def last_kept(top: Tensor, within: Tensor, top_p: float) -> Tensor:
     return top.masked_fill(mass_before >= top_p, float("inf")).amin(dim=-1, keepdim=True)
 
 
+def in_parts(rows: Tensor) -> Tensor:
+    """[B, V'] -> [B, parts, V' / parts]: a reduction of the last dimension and then of the parts keeps a whole GPU busy
+    with few rows, where one of V' has a single processor for each."""
+    return rows.unflatten(-1, (math.gcd(rows.shape[-1], 32), -1))
+
+
 def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(the largest score of each row, the first index that has it), [B, 1] each"""
-    return scores.max(dim=-1, keepdim=True)
+    parts = in_parts(scores)
+    best, places = parts.max(dim=-1)
+    best, part = best.max(dim=-1, keepdim=True)
+    return best, part * parts.shape[-1] + places.gather(-1, part)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of tokens [B, 1], fp32 [B, 1]."""
+    return logits.gather(-1, tokens) - in_parts(logits).logsumexp(dim=-1).logsumexp(dim=-1, keepdim=True)
 
 
 def sample(
@@ -141,14 +156,15 @@ def sample(
     *,
     filtered: Filter = all_filtered,
     largest: Callable[[Tensor], tuple[Tensor, Tensor]] = largest_of_rows,
+    logprobs: Callable[[Tensor, Tensor], Tensor] = logprobs_of,
 ) -> tuple[Tensor, Tensor]:
     """Draws one token for each row: (tokens int64 [B], logprobs fp32 [B]), the same on all tp ranks.
 
     logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
     SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
     softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
-    the other ranks' logits. A tie goes to the lowest id. filtered, largest: these two steps, where a device does them
-    in another way.
+    the other ranks' logits. A tie goes to the lowest id. filtered, largest, logprobs: these steps, where a device does
+    them in another way.
     """
     V, offset = len(hashes), 0
     logits = logits.float()
@@ -166,8 +182,8 @@ def sample(
         scores = torch.sub(kept, noise.log_(), out=noise)
     best, tokens = largest(scores)
     tokens = tokens if ids is None else ids.gather(-1, tokens)
-    if size_of(tp) == 1:  # on the CPU in half the time of logsumexp
-        return tokens[:, 0], logits.log_softmax(dim=-1).gather(-1, tokens)[:, 0]
+    if size_of(tp) == 1:
+        return tokens[:, 0], logprobs(logits, tokens)[:, 0]
     chosen, normaliser = logits.gather(-1, tokens), logits.logsumexp(dim=-1, keepdim=True)
     # ids are exact in fp32 up to 2^24
     candidates = torch.cat((best, (tokens + offset).float(), chosen, normaliser), dim=-1)

@@ -1,8 +1,9 @@
 """Attention of a decode step over a paged cache, as Triton kernels: NVIDIA and AMD, bf16, fp16 and fp32.
 
-The keys of a row are split over programs, each of which keeps its own softmax; a second kernel joins them. A row costs
-what it holds, whatever the others hold, and nothing that lies outside of its pages' used part is read for the result:
-it may be anything, NaN too. Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
+The keys of a row are split over programs, each of which keeps its own softmax; a second kernel joins them. The first
+program of a row also has its new key and value, which it writes to the row's last place: nobody else reads that. A row
+costs what it holds, whatever the others hold, and nothing that lies outside of its pages' used part is read for the
+result: it may be anything, NaN too. Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
 
 Dimensions: B rows, H query heads, K key/value heads, G = H / K, D head dim, P pages, N tokens of a page, M pages of a
 row at most, S splits of a row's keys.
@@ -19,13 +20,18 @@ NUM_STAGES = 2  # blocks under way
 
 @triton.jit
 def attend_splits(
-    q,  # [B, H, D]
+    q,  # [B, H, D], rows q_stride apart
+    new_k,  # [B, K, D], rows new_k_stride apart
+    new_v,
     k,  # [P, N, K, D]
     v,
     table,  # int32 [B, M]
     lengths,  # int32 [B]
-    sums,  # fp32 [B, H, S, D]: softmax-weighted values of a split
-    maxima,  # fp32 [B, H, S]: log2 of the split's normaliser
+    sums,  # [B, H, S, D]: softmax-weighted values of a split; fp32, the result's dtype where S is 1
+    maxima,  # fp32 [B, H, S]: log2 of the split's normaliser; where S is 1 nothing is written
+    q_stride,
+    new_k_stride,
+    new_v_stride,
     scale,  # of the logits, times log2 e
     num_table_columns,
     N: tl.constexpr,
@@ -40,19 +46,27 @@ def attend_splits(
 ):
     """One program: the G query heads of a key/value head of a row, over its share of the row's keys."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + row)
-    share = tl.cdiv(tl.cdiv(length, S), BLOCK) * BLOCK  # whole blocks, so that no block is read twice
+    last = tl.load(lengths + row) - 1  # the new one's place, and as many are there from before
+    share = tl.cdiv(tl.cdiv(last, S), BLOCK) * BLOCK  # whole blocks, so that no block is read twice
     start = split * share
-    end = tl.minimum(start + share, length)
+    end = tl.minimum(start + share, last)
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    query_heads = row * K * G + head * G + g
+    heads = head * G + g
     is_head, in_head = g < G, d < D
-    queries = tl.load(q + query_heads[:, None] * D + d, mask=is_head[:, None] & in_head, other=0.0)
+    queries = tl.load(q + row * q_stride + heads[:, None] * D + d, mask=is_head[:, None] & in_head, other=0.0)
     queries = queries.to(tl.float32) if UPCAST else queries
 
-    largest = tl.full((BLOCK_G,), -float("inf"), tl.float32)
-    normaliser = tl.zeros((BLOCK_G,), tl.float32)
-    total = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    is_first = split == 0
+    key = tl.load(new_k + row * new_k_stride + head * D + d, mask=in_head, other=0.0)
+    value = tl.load(new_v + row * new_v_stride + head * D + d, mask=in_head, other=0.0)
+    last_page = tl.load(table + row * num_table_columns + last // N).to(tl.int64)
+    written = ((last_page * N + last % N) * K + head) * D + d
+    tl.store(k + written, key.to(k.dtype.element_ty), mask=in_head & is_first)
+    tl.store(v + written, value.to(v.dtype.element_ty), mask=in_head & is_first)
+    logit = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
+    largest = tl.where(is_first, logit, -float("inf"))
+    normaliser = tl.zeros((BLOCK_G,), tl.float32) + tl.where(is_first, 1.0, 0.0)
+    total = tl.zeros((BLOCK_G, BLOCK_D), tl.float32) + tl.where(is_first, value.to(tl.float32), 0.0)[None, :]
     for first in range(start, end, BLOCK):
         place = first + tl.arange(0, BLOCK)
         used = place < end
@@ -74,9 +88,11 @@ def attend_splits(
 
     has_keys = normaliser > 0  # a split beyond the row's end has none
     divisor = tl.where(has_keys, normaliser, 1.0)
-    places = query_heads * S + split
-    tl.store(maxima + places, tl.where(has_keys, largest + tl.log2(divisor), -float("inf")), mask=is_head)
-    tl.store(sums + places[:, None] * D + d, total / divisor[:, None], mask=is_head[:, None] & in_head)
+    places = (row * K * G + heads) * S + split
+    if S > 1:
+        tl.store(maxima + places, tl.where(has_keys, largest + tl.log2(divisor), -float("inf")), mask=is_head)
+    found = (total / divisor[:, None]).to(sums.dtype.element_ty)
+    tl.store(sums + places[:, None] * D + d, found, mask=is_head[:, None] & in_head)
 
 
 @triton.jit
@@ -108,23 +124,49 @@ def num_warps(element_size: int) -> int:
 
 
 def paged_decode(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, splits: int, *, upcast: bool = False
+    q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    splits: int,
+    *,
+    upcast: bool = False,
 ) -> Tensor:
-    """Each row's query attends to its lengths[b] keys, which lie in the pages table[b]: [B, H, D] as q.
+    """Writes each row's new key and value, and attends from its query to its lengths[b] keys, the new one being the
+    last, which lie in the pages table[b]: [B, H, D] as q.
 
-    q [B, H, D]; k and v [P, N, K, D], contiguous; table int32 [B, M]; lengths int32 [B], at least 1. upcast: multiply
-    in fp32, where there are no products of bf16 (before sm_80, and in Triton's interpreter). Nothing is read on the
-    host, so that it can be captured.
+    q [B, H, D], new_k and new_v [B, K, D], each row contiguous; k and v [P, N, K, D], contiguous; table int32 [B, M];
+    lengths int32 [B], at least 1. upcast: multiply in fp32, where there are no products of bf16 (before sm_80, and in
+    Triton's interpreter). Nothing is read on the host, so that it can be captured.
     """
     (B, H, D), (_, N, K, _) = q.shape, k.shape
-    sums = torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
+    assert all(t.stride(2) == 1 and t.stride(1) == D for t in (q, new_k, new_v))
+    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    sums = out if splits == 1 else torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
     maxima = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
     element_size = 4 if upcast else k.element_size()
     shape = shape_of(G=H // K, K=K, D=D, N=N, splits=splits, element_size=element_size, upcast=upcast)
     options = {"num_warps": num_warps(element_size), "num_stages": NUM_STAGES}
+    strides = [t.stride(0) for t in (q, new_k, new_v)]
     attend_splits[(B, K, splits)](
-        q, k, v, table, lengths, sums, maxima, D**-0.5 * LOG2_E, table.shape[1], **shape, **options
+        q,
+        new_k,
+        new_v,
+        k,
+        v,
+        table,
+        lengths,
+        sums,
+        maxima,
+        *strides,
+        D**-0.5 * LOG2_E,
+        table.shape[1],
+        **shape,
+        **options,
     )
-    join_splits[(B * H,)](sums, maxima, out, D, splits, max(2, splits), shape["BLOCK_D"], num_warps=4)
+    if splits > 1:
+        join_splits[(B * H,)](sums, maxima, out, D, splits, splits, shape["BLOCK_D"], num_warps=4)
     return out

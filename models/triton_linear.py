@@ -23,41 +23,49 @@ from models.gpu import has_bf16_cores
 
 WIDTH = 128  # output features of a block: with more rows than few, activations are read again for each block
 FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
-MOST_BLOCK_K = 32  # with 64, and 64 rows, registers do not suffice on sm_80
-NUM_STAGES = 4  # blocks under way
+MOST_BLOCK_K = 64
+BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see read_int4
 
 
 @triton.jit
-def read_halves(
-    weight,  # int8 [columns, K], or int4 as bytes
-    zeros,  # [G, columns], as the integers; not read where HAS_ZEROS is not set
-    block,
-    k,  # [BLOCK_K]: input features
-    group,
-    K,
-    num_columns,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HALF: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The integers less their zero points of both halves of a block, [BLOCK_K, HALF] each."""
-    j = tl.arange(0, HALF)
-    first = block * 2 * HALF + j
-    is_read = (k < K)[:, None]
-    if BITS == 4:
-        packed = tl.load(weight + (block * K + k)[:, None] * HALF + j, mask=is_read, other=0)
-        low, high = (packed & 15).to(tl.int16), (packed >> 4).to(tl.int16)
-    else:
-        low = tl.load(weight + first * K + k[:, None], mask=is_read, other=0).to(tl.int16)
-        high = tl.load(weight + (first + HALF) * K + k[:, None], mask=is_read, other=0).to(tl.int16)
+def place_of(p):
+    """The output feature, within a block, of the p-th number that read_int4 makes of a row: of p's bits, from the 8s
+    up, a word of 8 halves of bytes, and below that which half it is."""
+    half = p % 8 // 4 + p % 4 // 2 * 2 + p % 2 * 4
+    return p // 8 * 4 + half // 2 + half % 2 * 64
+
+
+@triton.jit
+def read_int4(words, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS: tl.constexpr, DTYPE: tl.constexpr):
+    """The integers less their zero points of a block, [BLOCK_K, 128], in the order of place_of. words: int32, [blocks,
+    K, 16]; k [BLOCK_K]: input features, all of one group; DTYPE: bfloat16 or float16.
+
+    Two at a time: 4 bits below the 16 of `magic` are those of 128 and as much in bf16, of 1024 and as much in fp16, as
+    fast as a processor can (Kim et al. 2022, arxiv.org/abs/2211.10017). It is no constant, so that it stays in a
+    register, where the compiler joins it with one instruction.
+    """
+    packed = tl.load(words + (block * K + k)[:, None] * 16 + tl.arange(0, 16), mask=(k < K)[:, None], other=0)
+    first, second = (packed & 0x000F000F) | magic, ((packed >> 4) & 0x000F000F) | magic
+    third, fourth = ((packed >> 8) & 0x000F000F) | magic, ((packed >> 12) & 0x000F000F) | magic
+    pairs = tl.join(tl.join(first, second), tl.join(third, fourth))
+    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    numbers = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
+    numbers = tl.reshape(numbers, (k.shape[0], 128))
+    offset: tl.constexpr = 128.0 if DTYPE.is_bf16() else 1024.0
     if HAS_ZEROS:
-        low -= tl.load(zeros + group * num_columns + first).to(tl.int16)
-        high -= tl.load(zeros + group * num_columns + first + HALF).to(tl.int16)
-    elif BITS == 4:
-        low -= 8
-        high -= 8
-    return low.to(DTYPE), high.to(DTYPE)
+        n = block * 128 + place_of(tl.arange(0, 128))
+        return numbers - (tl.load(zeros + group * num_columns + n).to(tl.float32) + offset).to(DTYPE)
+    return numbers - (offset + 8.0)
+
+
+@triton.jit
+def read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS: tl.constexpr):
+    """The integers less their zero points of a block, [128, BLOCK_K] in fp32. weight: int8 [columns, K]."""
+    n = block * 128 + tl.arange(0, 128)
+    numbers = tl.load(weight + n[:, None] * K + k, mask=(k < K)[None, :], other=0).to(tl.float32)
+    if HAS_ZEROS:
+        numbers -= tl.load(zeros + group * num_columns + n).to(tl.float32)[:, None]
+    return numbers
 
 
 @triton.jit
@@ -65,40 +73,47 @@ def multiply_few_rows(
     x,  # [M, K]
     weight,
     scales,  # [G, columns]
-    zeros,
+    zeros,  # [G, columns], as the integers; not read where HAS_ZEROS is not set
     out,  # [S, M, N]; fp32 where S > 1
     M,
     N,
     K,
     num_columns,
     share,  # blocks of input features for each program
+    magic,
     GROUP: tl.constexpr,  # input features that share a scale; 0: all
     BITS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program: a block of output features, from its share of the input features."""
+    """One program: a block of output features, from its share of the input features. The weights are the left factor,
+    whose registers a product takes as they come."""
     block, split = tl.program_id(0), tl.program_id(1)
-    m, j = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, HALF)
+    m, p = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, 128)
+    n = block * 128 + (place_of(p) if BITS == 4 else p)
     dtype = tl.float32 if UPCAST else x.dtype.element_ty
-    low_total = tl.zeros((BLOCK_M, HALF), tl.float32)
-    high_total = tl.zeros((BLOCK_M, HALF), tl.float32)
+    total = tl.zeros((128, BLOCK_M), tl.float32)
     for step in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(K, BLOCK_K))):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         group = step * BLOCK_K // GROUP if GROUP else 0
-        rows = tl.load(x + m[:, None] * K + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(dtype)
-        low, high = read_halves(weight, zeros, block, k, group, K, num_columns, BITS, HAS_ZEROS, HALF, DTYPE=dtype)
-        places = scales + group * num_columns + block * 2 * HALF + j
-        low_total += tl.dot(rows, low, input_precision="ieee") * tl.load(places).to(tl.float32)
-        high_total += tl.dot(rows, high, input_precision="ieee") * tl.load(places + HALF).to(tl.float32)
-    n = block * 2 * HALF + j
-    places = out + (split * M + m)[:, None] * N + n
-    is_row = (m < M)[:, None]
-    tl.store(places, low_total.to(out.dtype.element_ty), mask=is_row & (n < N))
-    tl.store(places + HALF, high_total.to(out.dtype.element_ty), mask=is_row & (n + HALF < N))
+        rows = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0).to(dtype)
+        if BITS == 4:
+            half = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
+            read = read_int4(weight, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS, half)
+            numbers = tl.trans(read.to(dtype))
+        else:
+            numbers = read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS).to(dtype)
+        if GROUP:
+            scale = tl.load(scales + group * num_columns + n).to(tl.float32)
+            total += tl.dot(numbers, rows, input_precision="ieee") * scale[:, None]
+        else:
+            total = tl.dot(numbers, rows, total, input_precision="ieee")
+    if not GROUP:
+        total *= tl.load(scales + n).to(tl.float32)[:, None]
+    places = out + (split * M + m)[None, :] * N + n[:, None]
+    tl.store(places, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit
@@ -119,22 +134,25 @@ def expand(
     out,  # [K, columns]
     K,
     num_columns,
+    magic,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The values of a weight, transposed, each rounded once to out's dtype."""
     block, step = tl.program_id(0), tl.program_id(1)
-    k, n = step * BLOCK_K + tl.arange(0, BLOCK_K), block * 2 * HALF + tl.arange(0, HALF)
+    k, p = step * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, 128)
+    n = block * 128 + (place_of(p) if BITS == 4 else p)
     group = step * BLOCK_K // GROUP if GROUP else 0
-    low, high = read_halves(weight, zeros, block, k, group, K, num_columns, BITS, HAS_ZEROS, HALF, DTYPE=tl.float32)
-    low *= tl.load(scales + group * num_columns + n).to(tl.float32)
-    high *= tl.load(scales + group * num_columns + n + HALF).to(tl.float32)
+    if BITS == 4:
+        read = read_int4(weight, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS, tl.float16)
+        numbers = read.to(tl.float32)
+    else:
+        numbers = tl.trans(read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS))
+    numbers *= tl.load(scales + group * num_columns + n).to(tl.float32)
     places = out + k.to(tl.int64)[:, None] * num_columns + n
-    tl.store(places, low.to(out.dtype.element_ty), mask=(k < K)[:, None])
-    tl.store(places + HALF, high.to(out.dtype.element_ty), mask=(k < K)[:, None])
+    tl.store(places, numbers.to(out.dtype.element_ty), mask=(k < K)[:, None])
 
 
 def block_k(group_size: int | None) -> int:
@@ -152,9 +170,16 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
     return splits
 
 
-def num_warps(block_m: int, element_size: int) -> int:
-    """fp32 is multiplied without tensor cores, and with 4 warps the registers do not suffice."""
-    return 8 if element_size == 4 or block_m > 32 else 4
+def launch_options(block_m: int, element_size: int) -> dict[str, int]:
+    """num_stages: blocks under way, of fp32 as many as fit into 64 KiB of shared memory. fp32 is multiplied without
+    tensor cores, and with 4 warps the registers do not suffice."""
+    is_fp32 = element_size == 4
+    return {"num_warps": 8 if is_fp32 or block_m > 32 else 4, "num_stages": 2 if is_fp32 else 3}
+
+
+def magic_of(dtype: torch.dtype, upcast: bool) -> int:
+    """What read_int4 makes numbers of, for activations of this dtype."""
+    return BF16_MAGIC if dtype == torch.bfloat16 and not upcast else FP16_MAGIC
 
 
 class TritonProducts(nn.Module):
@@ -173,7 +198,7 @@ class TritonProducts(nn.Module):
         """weight: see above; scale, zero [columns, G], zero None for 8 of int4 and 0 of int8. group_size: None for all
         of a row. splits: S, by default what suits the device."""
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight.view(torch.int32) if bits == 4 else weight)
         self.register_buffer("scales", scale.T.contiguous())
         self.register_buffer("zeros", None if zero is None else zero.T.contiguous())
         num_inputs = weight.shape[1]  # of both layouts
@@ -182,7 +207,7 @@ class TritonProducts(nn.Module):
             splits = num_splits(num_outputs, num_inputs, processors)
         self.num_outputs, self.splits = num_outputs, splits
         self.has_to_upcast = weight.device.type == "cuda" and not has_bf16_cores(weight.device)
-        self.shape = {"GROUP": group_size or 0, "BITS": bits, "HAS_ZEROS": zero is not None, "HALF": WIDTH // 2}
+        self.shape = {"GROUP": group_size or 0, "BITS": bits, "HAS_ZEROS": zero is not None}
         self.shape["BLOCK_K"] = block_k(group_size)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
 
@@ -200,9 +225,19 @@ class TritonProducts(nn.Module):
         parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
         share = -(-K // (self.shape["BLOCK_K"] * S))
         tensors = (x, self.weight, self.scales, self.scales if self.zeros is None else self.zeros, parts)
-        options = {"num_warps": num_warps(block_m, 4 if upcast else x.element_size()), "num_stages": NUM_STAGES}
+        options = launch_options(block_m, 4 if upcast else x.element_size())
         multiply_few_rows[(columns // WIDTH, S, -(-M // block_m))](
-            *tensors, M, N, K, columns, share, **self.shape, BLOCK_M=block_m, UPCAST=upcast, **options
+            *tensors,
+            M,
+            N,
+            K,
+            columns,
+            share,
+            magic_of(x.dtype, upcast),
+            **self.shape,
+            BLOCK_M=block_m,
+            UPCAST=upcast,
+            **options,
         )
         if S > 1:
             add_parts[(-(-M * N // 1024),)](parts, out, M * N, S, 1024, num_warps=4)
@@ -213,5 +248,7 @@ class TritonProducts(nn.Module):
         K, columns = num_inputs, self.scales.shape[1]
         out = torch.empty(K, columns, dtype=dtype, device=self.weight.device)
         tensors = (self.weight, self.scales, self.scales if self.zeros is None else self.zeros, out)
-        expand[(columns // WIDTH, -(-K // self.shape["BLOCK_K"]))](*tensors, K, columns, **self.shape, num_warps=4)
+        expand[(columns // WIDTH, -(-K // self.shape["BLOCK_K"]))](
+            *tensors, K, columns, FP16_MAGIC, **self.shape, num_warps=4
+        )
         return out[:, : self.num_outputs]

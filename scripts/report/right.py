@@ -80,10 +80,12 @@ def attention_distance(
     for row, n in enumerate(lengths):
         for tensor in (k, v):
             tensor[0] = math.nan
-            tensor[order[row][-1], (n - 1) % page + 1 :] = math.nan
-    q = torch.randn(len(lengths), K * groups, D, generator=generator).to(dtype)
-    on_device = (t.to(device) for t in (q, k, v, table, torch.tensor(lengths, dtype=torch.int32)))
-    found, wanted = kernel(*on_device, splits).float().cpu(), []
+            tensor[order[row][-1], (n - 1) % page :] = math.nan  # the last place is yet to be written
+    rows = torch.randn(len(lengths), K * (groups + 2), D, generator=generator).to(dtype).to(device)
+    q, new_k, new_v = rows.split([K * groups, K, K], dim=1)  # as one product gives them
+    k, v, *of_rows = (t.to(device) for t in (k, v, table, torch.tensor(lengths, dtype=torch.int32)))
+    found, wanted = kernel(q, new_k, new_v, k, v, *of_rows, splits).float().cpu(), []
+    q, k, v = (t.cpu() for t in (q, k, v))  # with the new keys and values
     for row, n in enumerate(lengths):
         keys, values = (t[order[row]].flatten(0, 1)[:n].transpose(0, 1).float() for t in (k, v))
         wanted.append(F.scaled_dot_product_attention(q[row, :, None].float(), keys, values, enable_gqa=True)[:, 0])

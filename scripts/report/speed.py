@@ -221,11 +221,12 @@ def compare_decode_attention(section: Section) -> None:
         pages, D = pages_for(length), 128
         k, v = (torch.randn(B * pages + 1, PAGE, K, D, device=device, dtype=torch.bfloat16) for _ in range(2))
         q = torch.randn(B, K * groups, D, device=device, dtype=torch.bfloat16)
+        new = torch.randn(2, B, K, D, device=device, dtype=torch.bfloat16)
         table = (torch.randperm(B * pages, device=device) + 1).int().view(B, pages)
         lengths = torch.full((B,), length, dtype=torch.int32, device=device)
         num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {B} rows of {length}"
         for splits in (1, 2, 4, 8, 16):
-            step = partial(paged_decode, q, k, v, table, lengths, splits)
+            step = partial(paged_decode, q, *new, k, v, table, lengths, splits)
             time_or_say(section, f"{name}, Triton, {splits} splits", step, num_bytes=num_bytes)
         ends = torch.arange(B + 1, dtype=torch.int32, device=device)
         step = partial(paged_varlen, q, k, v, ends, lengths, table, length)

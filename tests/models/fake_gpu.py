@@ -36,13 +36,14 @@ CONFIG = ModelConfig(
 )
 
 
-def paged_decode(q, k, v, table, lengths, splits):
+def paged_decode(q, new_k, new_v, k, v, table, lengths, splits):
     """What models.triton_attention says that it takes and gives; tests/models/test_triton_kernels.py runs it."""
     B = len(q)
     assert B <= 3 and q.shape == (B, 4, 32) and k.shape == v.shape == (4, 64, 2, 32) and table.shape == (B, 1)
-    assert len(lengths) == B and splits == 4
-    assert {t.dtype for t in (table, lengths)} == {torch.int32} and all(t.is_contiguous() for t in (q, k, v, table))
-    return torch.empty_like(q)
+    assert new_k.shape == new_v.shape == (B, 2, 32) and len(lengths) == B and splits == 4
+    assert all(t.stride()[1:] == (32, 1) for t in (q, new_k, new_v)) and len({t.dtype for t in (q, new_k, k, v)}) == 1
+    assert {t.dtype for t in (table, lengths)} == {torch.int32} and all(t.is_contiguous() for t in (k, v, table))
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def row_statistics(logits, targets, start, temperature):

@@ -31,7 +31,7 @@ def wanted(q, k, v, table, lengths):
 
 
 def distance(lengths, G, K, D, splits, dtype) -> float:
-    """Over random pages; what is nobody's is NaN."""
+    """Over random pages; what is nobody's is NaN, and so is the last place of each row, which is yet to be written."""
     from models.triton_attention import paged_decode
 
     dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
@@ -45,11 +45,22 @@ def distance(lengths, G, K, D, splits, dtype) -> float:
             flat = torch.full((len(own) * PAGE, K, D), torch.nan)
             flat[:length] = torch.randn(length, K, D, generator=generator)
             t[own] = flat.unflatten(0, (-1, PAGE))
-    q = torch.randn(B, K * G, D, generator=generator)
-    q, k, v, lengths = q.to(dtype), k.to(dtype), v.to(dtype), torch.tensor(lengths, dtype=torch.int32)
-    found = paged_decode(q, k, v, table, lengths, splits, upcast=dtype == torch.bfloat16)
-    assert found.dtype == dtype
+    rows = torch.randn(B, K * (G + 2), D, generator=generator).to(dtype)  # as one product gives them
+    (q, new_k, new_v), k, v = rows.split([K * G, K, K], dim=1), k.to(dtype), v.to(dtype)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    last = [(table[b, (n - 1) // PAGE], (n - 1) % PAGE) for b, n in enumerate(lengths.tolist())]
+    before = [t.clone() for t in (k, v)]
+    for t, old, new in zip((k, v), before, (new_k, new_v)):
+        for place, row in zip(last, new):
+            t[place], old[place] = torch.nan, row
+    found = paged_decode(q, new_k, new_v, k, v, table, lengths, splits, upcast=dtype == torch.bfloat16)
+    assert found.dtype == dtype and all(map(same_numbers, (k, v), before))
     return (found.float() - wanted(q, k, v, table, lengths)).abs().max().item()
+
+
+def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """NaN equals NaN."""
+    return torch.equal(a.nan_to_num(1e4), b.nan_to_num(1e4))
 
 
 def keeps_the_same(top_p: float, spread: float) -> bool:

@@ -17,8 +17,10 @@ from models.tokenizer import Tokenizer
 
 def test_triton_that_does_not_work(capsys, monkeypatch):
     """Catches Triton that is taken for working because it is installed (here there is no GPU; elsewhere no compiler),
-    silence about it, a second try, and torch.compile, which needs it, as the default all the same."""
+    silence about it, a second try, and torch.compile, which needs it, as the default all the same; and a GPU without
+    its number, or that is not made the current one."""
     has_triton.cache_clear()
+    current = []
     assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("cuda", 0))
     said = capsys.readouterr().err
     assert said.startswith("Triton does not work here") == (importlib.util.find_spec("triton") is not None)
@@ -26,11 +28,14 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
     has_triton(torch.device("cuda", 0))
     assert not capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
     for works in (True, False):
         monkeypatch.setattr(common, "has_triton", lambda device, works=works: works)
         assert choose_runtime(RuntimeArgs(device="cuda")).compile == works
-        assert choose_runtime(RuntimeArgs(device="cuda", compile=not works)).compile != works
+        assert choose_runtime(RuntimeArgs(device="cuda:1", compile=not works)).compile != works
+    # by its number, without which torch refuses; and Triton runs its kernels on the current GPU
+    assert current == 2 * [torch.device("cuda", 0), torch.device("cuda", 1)]
     has_triton.cache_clear()
 
 

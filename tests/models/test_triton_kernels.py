@@ -41,7 +41,8 @@ def interpreted():
 
 def test_paged_decode(interpreted):
     """Catches a key too many or too few at the end of a page, of a split or of a row, heads mixed up, splits joined
-    with wrong weights, and a read of what is not the row's."""
+    with wrong weights, a read of what is not the row's, and a new key or value that is written elsewhere or not at
+    all."""
     for case, found in zip(CASES, interpreted["distances"], strict=True):
         assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[case[-1]], case  # NaN is not
 
@@ -69,9 +70,10 @@ triton.compile(source, target=target, options={"num_warps": triton_sampling.NUM_
 size = 4 if dtype == "fp32" else 2
 constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=8, element_size=size)
 options = {"num_warps": kernels.num_warps(size), "num_stages": kernels.NUM_STAGES}
-types = {"q": "*" + dtype, "k": "*" + dtype, "v": "*" + dtype, "table": "*i32", "lengths": "*i32", "sums": "*fp32"}
-types |= {"maxima": "*fp32", "scale": "fp32", "num_table_columns": "i32", **dict.fromkeys(constants, "constexpr")}
-source = ASTSource(kernels.attend_splits, types, constants, {(i,): [["tt.divisibility", 16]] for i in range(7)})
+types = dict.fromkeys(("q", "new_k", "new_v", "k", "v"), "*" + dtype) | {"table": "*i32", "lengths": "*i32"}
+types |= {"sums": "*fp32", "maxima": "*fp32", **dict.fromkeys(("q_stride", "new_k_stride", "new_v_stride"), "i32")}
+types |= {"scale": "fp32", "num_table_columns": "i32", **dict.fromkeys(constants, "constexpr")}
+source = ASTSource(kernels.attend_splits, types, constants, {(i,): [["tt.divisibility", 16]] for i in range(12)})
 compiled = triton.compile(source, target=target, options=options)
 print(json.dumps(resources_of(compiled, backend)))
 """

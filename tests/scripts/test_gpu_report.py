@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -68,8 +69,8 @@ def test_dry_run(name, tmp_path, monkeypatch):
 
 
 def test_faults_are_found(section, tmp_path, monkeypatch):
-    """Catches checks that cannot fail: products of other weights, other greedy ids, a kernel that reads a key too many,
-    weights that moved otherwise, metrics that are apart, and NaN."""
+    """Catches checks that cannot fail: products of other weights, other greedy ids, a kernel that reads a key too many
+    or does not write the new one, weights that moved otherwise, metrics that are apart, and NaN."""
     real = right.dequantize
     monkeypatch.setattr(right, "dequantize", lambda weight: real(weight) * 1.1)
     monkeypatch.setattr(right, "greedy_by_transformers", lambda model, prompts, n: [[1] * n for _ in prompts])
@@ -77,18 +78,19 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
     checks = [row for row in rows_of(section) if row["kind"] == "check"]
     assert len(checks) == 12 + 4 and not any(row["ok"] for row in checks)
 
-    def kernel(q, k, v, table, lengths, splits, short=0):
+    def kernel(q, new_k, new_v, k, v, table, lengths, splits, short=0, writes=True):
         out = []
         for row, n in enumerate(lengths.tolist()):
+            for cache, new in ((k, new_k), (v, new_v)) if writes else ():
+                cache[table[row, (n - 1) // 64], (n - 1) % 64] = new[row]
             keys, values = (t[table[row].long()].flatten(0, 1)[: n - short].transpose(0, 1) for t in (k, v))
             out.append(right.F.scaled_dot_product_attention(q[row, :, None], keys, values, enable_gqa=True)[:, 0])
         return torch.stack(out)
 
     shape = {"device": ON_CPU.device, "dtype": torch.float32, "D": 16, "K": 2, "groups": 2, "splits": 1}
     assert right.attention_distance(kernel, **shape) < 1e-5
-    assert (
-        not right.attention_distance(lambda *tensors: kernel(*tensors, short=-1), **shape) < 0.1
-    )  # NaN behind the end
+    for fault in ({"short": -1}, {"writes": False}):  # NaN behind the end, and where the new key should be
+        assert not right.attention_distance(partial(kernel, **fault), **shape) < 0.1
     for name, moved in (("start", 0.0), ("theirs", 1.0), ("ours", 1.1)):
         (tmp_path / name).mkdir()
         save_file({"w": torch.full((4,), moved)}, tmp_path / name / "model.safetensors")

@@ -61,8 +61,9 @@ def attend_splits(
     value = tl.load(new_v + row * new_v_stride + head * D + d, mask=in_head, other=0.0)
     last_page = tl.load(table + row * num_table_columns + last // N).to(tl.int64)
     written = ((last_page * N + last % N) * K + head) * D + d
-    tl.store(k + written, key.to(k.dtype.element_ty), mask=in_head & is_first)
-    tl.store(v + written, value.to(v.dtype.element_ty), mask=in_head & is_first)
+    writes = d < tl.where(is_first, D, 0)
+    tl.store(k + written, key.to(k.dtype.element_ty), mask=writes)
+    tl.store(v + written, value.to(v.dtype.element_ty), mask=writes)
     logit = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
     largest = tl.where(is_first, logit, -float("inf"))
     normaliser = tl.zeros((BLOCK_G,), tl.float32) + tl.where(is_first, 1.0, 0.0)
@@ -138,35 +139,20 @@ def paged_decode(
     """Writes each row's new key and value, and attends from its query to its lengths[b] keys, the new one being the
     last, which lie in the pages table[b]: [B, H, D] as q.
 
-    q [B, H, D], new_k and new_v [B, K, D], each row contiguous; k and v [P, N, K, D], contiguous; table int32 [B, M];
+    q [B, H, D]; new_k and new_v [B, K, D]; k and v [P, N, K, D], contiguous; table int32 [B, M];
     lengths int32 [B], at least 1. upcast: multiply in fp32, where there are no products of bf16 (before sm_80, and in
     Triton's interpreter). Nothing is read on the host, so that it can be captured.
     """
     (B, H, D), (_, N, K, _) = q.shape, k.shape
-    assert all(t.stride(2) == 1 and t.stride(1) == D for t in (q, new_k, new_v))
+    q, new_k, new_v = (t if t.stride()[1:] == (D, 1) else t.contiguous() for t in (q, new_k, new_v))
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     sums = out if splits == 1 else torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
     maxima = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
     element_size = 4 if upcast else k.element_size()
     shape = shape_of(G=H // K, K=K, D=D, N=N, splits=splits, element_size=element_size, upcast=upcast)
     options = {"num_warps": num_warps(element_size), "num_stages": NUM_STAGES}
-    strides = [t.stride(0) for t in (q, new_k, new_v)]
-    attend_splits[(B, K, splits)](
-        q,
-        new_k,
-        new_v,
-        k,
-        v,
-        table,
-        lengths,
-        sums,
-        maxima,
-        *strides,
-        D**-0.5 * LOG2_E,
-        table.shape[1],
-        **shape,
-        **options,
-    )
+    tensors, strides = (q, new_k, new_v, k, v, table, lengths, sums, maxima), [t.stride(0) for t in (q, new_k, new_v)]
+    attend_splits[(B, K, splits)](*tensors, *strides, D**-0.5 * LOG2_E, table.shape[1], **shape, **options)
     if splits > 1:
         join_splits[(B * H,)](sums, maxima, out, D, splits, splits, shape["BLOCK_D"], num_warps=4)
     return out

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from models.common import (
     choose_runtime,
     dtype_name,
     flag,
+    non_negative,
     peak_memory,
     say,
 )
@@ -95,6 +97,10 @@ class RepeatArgs:
 class SpeedArgs(JobArgs, PresetArgs, RepeatArgs, RuntimeArgs):
     """A job that measures speed."""
 
+    profile: int = flag(
+        0, bounds=non_negative, help="say which so many operations take longest; measuring it takes time"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeerArgs:
@@ -112,6 +118,34 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
         function()
         times.append(watch.lap())
     return statistics.median(times)
+
+
+def longest_operations(function: Callable[[], object], device: torch.device, most: int) -> str:
+    """What a call spends most time in: see profiled."""
+    return profiled(function, device, most)[1]
+
+
+def profiled(function: Callable[[], object], device: torch.device, most: int) -> tuple[object, str]:
+    """(what a call returns, the operations that took longest: the time of one, how many there were, their share of the
+    time of all). A GPU's are its kernels."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        result = function()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    found = [
+        (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in profile.key_averages()
+    ]
+    total = sum(microseconds for microseconds, _, _ in found) or 1.0
+    longest = sorted(found, reverse=True)[:most]
+    return result, ", ".join(f"{short(name)} {t / n:,.1f} us x {n:,} ({t / total:.1%})" for t, n, name in longest)
+
+
+def short(name: str, width: int = 60) -> str:
+    """Of a kernel its own name, without the template that it is of; of a long one the beginning."""
+    name = name.removeprefix("void ").replace("at::native::", "")
+    return name if len(name) <= width else name[: width - 3] + "..."
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -150,6 +184,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     more lines for the card; ran: what a peer says that it ran.
     """
     if peers and args.compare:
+        if args.profile:
+            raise ValueError("--profile: is of one engine; leave out --compare")
         compare_engines(args)
         return
     engine = args.engine if peers else "ours"
@@ -159,7 +195,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     if runtime.device.type == "cuda":  # the job is to have the memory, and the peak to be its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    result = (measure if engine == "ours" else peers[engine])(args, runtime, bandwidth)
+    measure = partial(measure if engine == "ours" else peers[engine], args, runtime, bandwidth)
+    result, operations = profiled(measure, runtime.device, args.profile) if args.profile else (measure(), "")
     product = f"{dtype_name(dtype)} matrix product"
     rows = {
         "model": f"{args.preset}, {args.config.num_parameters() / 1e6:,.1f} M parameters, random",
@@ -177,6 +214,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
         rows["rate"] = f"{result['flops_per_second'] / 1e12:,.2f} TFLOP/s, {result['mfu']:.1%} of the {product}"
     result.setdefault("peak_memory", peak_memory(runtime.device))
     rows.update(result.pop("rows", {}))
+    if operations:
+        rows["operations"] = operations
     rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
     say(card(f"{args.job}, {title}", rows))
     say(json.dumps({"job": args.job, "preset": args.preset, "engine": engine, **rows, **result}))

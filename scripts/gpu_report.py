@@ -1,6 +1,6 @@
 """One report of a GPU: is it right, and how fast is it beside its limit. scripts/gpu_report.sh runs it.
 
-- sections, the most valuable first: right, ceilings, decode, sft, rl, peers, attention; each in a process of its own,
+- sections, the most valuable first: right, ceilings, decode, sft, rl, peers, kernels; each in a process of its own,
   within its share of the time and what the ones before have left; one that fails is written down, and the next begins
 - report.md and report.json are written anew after every section, so that a run which is ended leaves what it had
 - needs the repository and a Python with torch and transformers, no network and no files; any GPU of torch.cuda, AMD's
@@ -39,7 +39,7 @@ from models.common import (
     say,
     write_json,
 )
-from scripts.report import right, speed, trained
+from scripts.report import kernels, right, speed, trained
 from scripts.report.markdown import markdown
 from scripts.report.record import ROOT, Item, Section, append_row, last_lines, run_items
 
@@ -54,13 +54,13 @@ class Plan(NamedTuple):
 
 
 SECTIONS = {
-    "right": Plan("Is it right?", 110, right.ITEMS),
+    "right": Plan("Is it right?", 105, right.ITEMS),
     "ceilings": Plan("Ceilings", 20, speed.CEILINGS),
     "decode": Plan("Decoding, 7B (deepseek-math)", 125, speed.DECODE),
     "sft": Plan("Fine-tuning", 90, trained.SFT_ITEMS, trained.SFT_SMALL),
     "rl": Plan("Reinforcement learning, 1B", 75, trained.RL_ITEMS),
     "peers": Plan("transformers on the same work", 40, speed.PEERS),
-    "attention": Plan("Attention kernels", 15, speed.ATTENTION),
+    "kernels": Plan("Kernels", 25, kernels.ITEMS),
 }
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 START = 12.0  # seconds in which a section's process begins to work: none is begun with less

@@ -74,12 +74,14 @@ def run_items(section: Section, items: list[Item]) -> None:
             about = f"skipped: {max(0, section.left()):.0f} s are left, it takes about {item.seconds:.0f}"
             section.note(item.name, about)
             continue
+        start = time.time()
         try:
             item.run(section)
         except Exception as error:  # whatever it is, the report says it and goes on; log.txt has it whole
             traceback.print_exc()
             section.write(kind="error", name=item.name, detail=last_lines(f"{type(error).__name__}: {error}"))
         free_memory(section.runtime.device)
+        print(f"{section.name}, {item.name}: {time.time() - start:.1f} s", flush=True)  # in log.txt, to plan by
 
 
 def last_lines(text: str, count: int = 6, width: int = 300) -> str:

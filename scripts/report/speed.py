@@ -1,24 +1,19 @@
-"""Sections `ceilings`, `decode`, `peers` and `attention` of scripts/gpu_report.py: how fast it is, beside the limit."""
+"""Sections `ceilings`, `decode` and `peers` of scripts/gpu_report.py: how fast it is, beside the limit."""
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import Attend, document_attention
 from models.common import dtype_name, peaks
 from models.decode import weight_bytes
 from models.generation import Engine, Request
-from models.gpu import has_triton
 from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.quantize import check_scheme, rounding_scheme
 from models.sampling import SamplingParams
-from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate, seconds_of
+from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate
 from scripts.benchmark_generate import cache_of, random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
 from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
@@ -82,6 +77,7 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
         prompt, new = (8, 12) if section.small else (prompt_len, new_tokens)
         model = model_of(section, mode)
         options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
+        options["prefill_tokens"] = slots * prompt  # at once, so that all rows run in all steps
         engine = Engine(model, SamplingParams(), **options)
         requests = [Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new) for i in range(slots)]
         first = run_once(engine, [replace(request, max_new_tokens=9) for request in requests])
@@ -180,90 +176,6 @@ def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = Non
     return run
 
 
-# --------------------------------------------------------------------------------------- attention
-
-
-def compare_training_attention(section: Section) -> None:
-    """SDPA's backends, forward and backward of one causal row."""
-    device, T = section.runtime.device, 64 if section.small else 4096
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
-        q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))
-        lengths = [T // 8] * 8
-        packed = document_attention([lengths], T, device, dtype, head_dim=D)
-        step = partial(packed_and_back, packed, *(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)))
-        name = f"training attention {title}, 8 packed texts of {T // 8} tokens, ours"
-        time_or_say(section, name, step, flops=3.5 * 4 * H * D * sum(n * n for n in lengths) / 2)
-        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            step = partial(attend_and_back, getattr(SDPBackend, backend), q, k, v)
-            name = f"training attention {title}, {T} tokens, {backend.lower().removesuffix('_attention')}"
-            time_or_say(section, name, step, flops=3.5 * 4 * H * D * T * T / 2)
-
-
-def attend_and_back(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    with sdpa_kernel(backend):
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).sum().backward()
-
-
-def packed_and_back(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    attend(0, q, k, v).sum().backward()
-
-
-def compare_decode_attention(section: Section) -> None:
-    """The Triton kernel by its number of splits, and SDPA over a cache without pages, where all rows are as long."""
-    device = section.runtime.device
-    if not has_triton(device):
-        section.note("decode attention", "its kernel runs on a GPU alone, with Triton")
-        return
-    from models.triton_attention import paged_decode
-
-    for title, B, K, groups, length in (("7B", 64, 32, 1, 512), ("8B", 64, 8, 4, 2048), ("7B", 1, 32, 1, 2048)):
-        pages, D = pages_for(length), 128
-        k, v = (torch.randn(B * pages + 1, PAGE, K, D, device=device, dtype=torch.bfloat16) for _ in range(2))
-        q = torch.randn(B, K * groups, D, device=device, dtype=torch.bfloat16)
-        new = torch.randn(2, B, K, D, device=device, dtype=torch.bfloat16)
-        table = (torch.randperm(B * pages, device=device) + 1).int().view(B, pages)
-        lengths = torch.full((B,), length, dtype=torch.int32, device=device)
-        num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {B} rows of {length}"
-        for splits in (1, 2, 4, 8, 16):
-            step = partial(paged_decode, q, *new, k, v, table, lengths, splits)
-            time_or_say(section, f"{name}, Triton, {splits} splits", step, num_bytes=num_bytes)
-        ends = torch.arange(B + 1, dtype=torch.int32, device=device)
-        step = partial(paged_varlen, q, k, v, ends, lengths, table, length)
-        time_or_say(section, f"{name}, varlen_attn with a block table", step, num_bytes=num_bytes)
-        keys, values = (torch.randn(B, K, length, D, device=device, dtype=torch.bfloat16) for _ in range(2))
-        queries = q.view(B, K, groups, D)
-        step = partial(F.scaled_dot_product_attention, queries, keys, values)
-        time_or_say(section, f"{name}, SDPA without pages", step, num_bytes=num_bytes)
-
-
-def paged_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ends: torch.Tensor,
-    lengths: torch.Tensor,
-    table: torch.Tensor,
-    longest: int,
-) -> torch.Tensor:
-    """torch's kernel on the same pages, from torch 2.13 on."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = {"enable_gqa": q.shape[1] != k.shape[2], "seqused_k": lengths, "block_table": table}
-    return varlen_attn(q, k, v, ends, None, 1, longest, **options)
-
-
-def time_or_say(section: Section, name: str, step: Callable, *, flops: float = 0, num_bytes: float = 0) -> None:
-    """The time of a call; a backend that does not take the shape is written down as such."""
-    try:
-        seconds = seconds_of(step, section.runtime.device, 2 if section.small else 10)
-    except (RuntimeError, TypeError, ValueError, ImportError) as error:
-        section.note(name, f"not here: {str(error).splitlines()[0][:120]}")
-        return
-    detail = f"{flops / seconds / 1e12:,.1f} TFLOP/s" if flops else f"{num_bytes / seconds / 1e9:,.0f} GB/s"
-    section.figure(name, seconds * 1e3, "ms", None, detail)
-
-
 CEILINGS = [Item("copy", 3, measure_copy), Item("products", 3, measure_products)]
 DECODE = [
     Item("batch 1", 25, decode(1, 64, 128, goals={"mbu": 0.75, "startup": 30})),
@@ -279,8 +191,4 @@ PEERS = [
     Item("generate, batch 1", 40, peer("transformers", 1, 64)),
     Item("generate_batch", 30, peer("generate_batch", 64, 64, ragged=RAGGED)),
     Item("generate, batch 64", 40, peer("transformers", 64, 448)),
-]
-ATTENTION = [
-    Item("decode attention", 8, compare_decode_attention),
-    Item("training attention", 5, compare_training_attention),
 ]

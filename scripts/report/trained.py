@@ -135,12 +135,11 @@ def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
     """Packed rows with bf16 weights and 8-bit moments; recomputes whole blocks only where the memory asks for it."""
 
     def run(section: Section) -> None:
-        given = ["--preset", preset, "--batch_size", batch_size, "--seq_len", seq_len, "--documents", 8, "--repeats", 3]
-        lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--device", section.runtime.device]
+        flags = sft_flags(preset, batch_size, seq_len, section.runtime.device)
         for recompute in ("selective", "full"):
             try:
-                flags = ["sft", *given, *lean, "--activation_checkpointing", recompute]
-                found = last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
+                more = ["--repeats", 3, "--activation_checkpointing", recompute]  # the last of a flag counts
+                found = last_json(run_script("scripts/benchmark.py", *flags, *more, seconds=section.left()))
                 break
             except RuntimeError as error:
                 if "out of GPU memory" not in str(error) or recompute == "full":
@@ -152,6 +151,13 @@ def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
         section.figure(f"SFT {preset}, MFU", found["mfu"], "of the product", goal, detail, **numbers_of(found))
 
     return run
+
+
+def sft_flags(preset: str, batch_size: int, seq_len: int, device: torch.device) -> list:
+    """Of scripts/benchmark.py: packed rows, bf16 weights, 8-bit moments."""
+    flags = ["sft", "--preset", preset, "--batch_size", batch_size, "--seq_len", seq_len, "--documents", 8]
+    lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", "selective"]
+    return [*flags, *lean, "--device", device]
 
 
 def numbers_of(found: dict) -> dict:

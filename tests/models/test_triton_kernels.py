@@ -44,7 +44,7 @@ def test_paged_decode(interpreted):
     with wrong weights, a read of what is not the row's, and a new key or value that is written elsewhere or not at
     all."""
     for case, found in zip(CASES, interpreted["distances"], strict=True):
-        assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[case[-1]], case  # NaN is not
+        assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[case[-1]], case  # NaN is not
 
 
 def test_top_p(interpreted):

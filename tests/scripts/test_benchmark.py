@@ -3,6 +3,7 @@ the work of generation."""
 
 import json
 import math
+import re
 import subprocess
 from functools import cache
 from importlib.util import find_spec
@@ -186,6 +187,20 @@ def test_a_comparison_runs_the_rest_of_its_command(words):
     assert result.code == 0 and "ours / trl: speed 1.50, 1.50; memory 1.00" in result.stdout, result
     rest = ["sft", "--preset", "tiny", "--peer", "trl", "--engine"]
     assert [command[2:] for command in commands] == [[*rest, "ours"], [*rest, "trl"]] * 2
+
+
+def test_longest_operations():
+    """Catches operations that are counted wrongly, shares of something else than the whole, and a profile that is
+    asked for and not shown."""
+    a, device = torch.randn(200, 200), torch.device("cpu")
+    result, text = benchmark_common.profiled(lambda: sum((a @ a).sum() for _ in range(7)), device, 99)
+    counts = dict(re.findall(r"(aten::\w+) [\d.,]+ us x (\d+)", text))
+    assert result.isfinite() and counts["aten::mm"] == counts["aten::sum"] == "7"
+    assert sum(map(float, re.findall(r"\(([\d.]+)%\)", text))) == pytest.approx(100, abs=2)  # rounded
+    sizes = ["--device", "cpu", "--preset", "tiny", "--batch_size", 2, "--repeats", 1, "--profile", 5]
+    result = tiny.run("scripts/benchmark.py", "sft", *sizes, "--seq_len", 16)
+    assert result.code == 0 and json.loads(result.stdout.splitlines()[-1])["operations"].count(" us x ") == 5
+    tiny.assert_refused(tiny.run("scripts/benchmark.py", "sft", *sizes, "--compare", 1), "--profile")
 
 
 def test_update_of_ppo():

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from models.common import Runtime
 from scripts import gpu_report
 from scripts.gpu_report import SECTIONS, ReportArgs
-from scripts.report import right, speed, trained
+from scripts.report import kernels, right, speed, trained
 from scripts.report.record import Item, Section, run_items
 from tests import tiny
 
@@ -47,6 +47,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "finish_together", lambda processes, commands, seconds: None)
     monkeypatch.setattr(trained, "run_script", here)
     monkeypatch.setattr(speed, "run_script", here)
+    monkeypatch.setattr(kernels, "run_script", here)
     monkeypatch.setattr("scripts.benchmark_common.ceilings", lambda device: (1e12, 1e10, torch.float32))
     args = ReportArgs(output_dir=tmp_path, device="cpu", dry_run=True, section=name)
     gpu_report.main(args)
@@ -59,8 +60,10 @@ def test_dry_run(name, tmp_path, monkeypatch):
     )
     assert all(row["value"] > 0 for row in rows if row["kind"] == "figure")
     assert all(row["name"] in text for row in rows) and report["header"]["card"].startswith("cpu")
-    wanted = {"right": 28, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "attention": 3}
+    wanted = {"right": 28, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "kernels": 7}
     assert len(rows) >= wanted[name]
+    if name == "kernels":  # which operations take the time
+        assert all(row["detail"].count("%)") >= 8 for row in rows if "time by operation" in row["name"])
     goals = {row["name"]: row["met"] for row in rows if row["kind"] == "figure" and row["goal"] is not None}
     assert (
         len(goals) == {"decode": 5, "sft": 1}.get(name, 0)

@@ -1,0 +1,188 @@
+"""Section `kernels` of scripts/gpu_report.py: kernels beside others for the same work, each with its options, and which
+take the time of a decode step and of a training step."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.attention import Attend, document_attention
+from models.generation import Engine, Request
+from models.gpu import has_triton
+from models.graphs import CudaGraph
+from models.pages import PAGE, pages_for
+from models.qlinear import Scheme, quantize, triton_products
+from models.sampling import SamplingParams
+from scripts.benchmark_common import SIZES, longest_operations, seconds_of
+from scripts.benchmark_generate import run_once
+from scripts.report.record import Item, Section, last_json, run_script
+from scripts.report.speed import model_of, name_of
+from scripts.report.trained import sft_flags
+from scripts.workload import random_ids
+
+CALLS = 24  # of a kernel in a measurement, captured as one graph: launching takes longer than some of them
+CACHE_BYTES = 2**28  # more than the caches of a GPU
+
+
+def compare_decode_attention(section: Section) -> None:
+    """The Triton kernel by its number of splits, and SDPA over a cache without pages, where all rows are as long."""
+    device = section.runtime.device
+    if not has_triton(device):
+        section.note("decode attention", "its kernel runs on a GPU alone, with Triton")
+        return
+    from models.triton_attention import paged_decode
+
+    for title, B, K, groups, length in (("7B", 64, 32, 1, 512), ("8B", 64, 8, 4, 2048), ("7B", 1, 32, 1, 2048)):
+        pages, D = pages_for(length), 128
+        k, v = (torch.randn(B * pages + 1, PAGE, K, D, device=device, dtype=torch.bfloat16) for _ in range(2))
+        q = torch.randn(B, K * groups, D, device=device, dtype=torch.bfloat16)
+        new = torch.randn(2, B, K, D, device=device, dtype=torch.bfloat16)
+        table = (torch.randperm(B * pages, device=device) + 1).int().view(B, pages)
+        lengths = torch.full((B,), length, dtype=torch.int32, device=device)
+        num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {B} rows of {length}"
+        for splits in (1, 2, 4, 8, 16):
+            step = partial(paged_decode, q, *new, k, v, table, lengths, splits)
+            time_or_say(section, f"{name}, Triton, {splits} splits", CALLS * [step], num_bytes=num_bytes)
+        ends = torch.arange(B + 1, dtype=torch.int32, device=device)
+        step = partial(paged_varlen, q, k, v, ends, lengths, table, length)
+        time_or_say(section, f"{name}, varlen_attn with a block table", CALLS * [step], num_bytes=num_bytes)
+        keys, values = (torch.randn(B, K, length, D, device=device, dtype=torch.bfloat16) for _ in range(2))
+        queries = q.view(B, K, groups, D)
+        step = partial(F.scaled_dot_product_attention, queries, keys, values)
+        time_or_say(section, f"{name}, SDPA without pages", CALLS * [step], num_bytes=num_bytes)
+
+
+def paged_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """torch's kernel on the same pages, from torch 2.13 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": q.shape[1] != k.shape[2], "seqused_k": lengths, "block_table": table}
+    return varlen_attn(q, k, v, ends, None, 1, longest, **options)
+
+
+def compare_training_attention(section: Section) -> None:
+    """SDPA's backends, forward and backward of one causal row."""
+    device, T = section.runtime.device, 64 if section.small else 4096
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
+        q, k, v = (torch.randn(1, n, T, D, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))
+        lengths = [T // 8] * 8
+        packed = document_attention([lengths], T, device, dtype, head_dim=D)
+        step = partial(packed_and_back, packed, *(t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)))
+        name = f"training attention {title}, 8 packed texts of {T // 8} tokens, ours"
+        time_or_say(section, name, [step], flops=3.5 * 4 * H * D * sum(n * n for n in lengths) / 2)
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            step = partial(attend_and_back, getattr(SDPBackend, backend), q, k, v)
+            name = f"training attention {title}, {T} tokens, {backend.lower().removesuffix('_attention')}"
+            time_or_say(section, name, [step], flops=3.5 * 4 * H * D * T * T / 2)
+
+
+def attend_and_back(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    with sdpa_kernel(backend):
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).sum().backward()
+
+
+def packed_and_back(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    attend(0, q, k, v).sum().backward()
+
+
+def compare_products(section: Section) -> None:
+    """Products of a 7B layer with int8 and int4 weights by their number of splits, beside bf16's. Weights are read from
+    memory: there are more of them than caches hold."""
+    device, config = section.runtime.device, SIZES["math-7b"]
+    if not has_triton(device):
+        section.note("products of few rows", "their kernel runs on a GPU alone, with Triton")
+        return
+    width, inner = config.hidden_size, config.intermediate_size
+    for N, K in ((3 * width, width), (width, width), (2 * inner, width), (width, inner)):
+        weight = 0.02 * torch.randn(N, K, device=device)
+        for scheme in (Scheme("int8"), Scheme("int4", 128)):
+            small, num_bytes = quantize(weight, scheme), N * K * scheme.bits / 8
+            for splits in (1, 2, 4, 8, 16):
+                layers = [triton_products(small, scheme, splits) for _ in range(1 + int(CACHE_BYTES / num_bytes))]
+                for rows in (1, 64):
+                    x = torch.randn(rows, K, device=device, dtype=torch.bfloat16)
+                    steps = [partial(layers[i % len(layers)], x) for i in range(CALLS)]
+                    name = f"product {N} x {K}, {scheme}, {rows} rows, {splits} splits"
+                    time_or_say(section, name, steps, num_bytes=num_bytes)
+        weights = [weight.bfloat16() for _ in range(1 + int(CACHE_BYTES / (2 * N * K)))]
+        for rows in (1, 64):
+            x = torch.randn(rows, K, device=device, dtype=torch.bfloat16)
+            steps = [partial(F.linear, x, weights[i % len(weights)]) for i in range(CALLS)]
+            time_or_say(section, f"product {N} x {K}, bf16, {rows} rows", steps, num_bytes=2 * N * K)
+
+
+def time_or_say(section: Section, name: str, steps: list[Callable], *, flops: float = 0, num_bytes: float = 0) -> None:
+    """The time of a call, of several that are one graph on a GPU; a backend that does not take the shape is written
+    down as such. flops, num_bytes: of a call."""
+    device = section.runtime.device
+    try:
+        seconds = seconds_of(together(steps, device), device, 2 if section.small else 10) / len(steps)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        section.note(name, f"not here: {str(error).splitlines()[0][:120]}")
+        return
+    detail = f"{flops / seconds / 1e12:,.1f} TFLOP/s" if flops else f"{num_bytes / seconds / 1e9:,.0f} GB/s"
+    section.figure(name, seconds * 1e3, "ms", None, detail)
+
+
+def together(steps: list[Callable], device: torch.device) -> Callable:
+    """One function of several."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    if device.type != "cuda" or len(steps) == 1:
+        return run
+    CudaGraph.warm_up(run)
+    return CudaGraph(run, CudaGraph.make_pool()).replay
+
+
+# --------------------------------------------------------------------------------------- profiles
+
+
+def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
+    """What a decode step of full slots spends its time in."""
+
+    @torch.inference_mode()
+    def run(section: Section) -> None:
+        prompt, new = (8, 8) if section.small else (prompt_len, 32)
+        model = model_of(section, mode)
+        options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
+        engine = Engine(model, SamplingParams(), **options, prefill_tokens=slots * prompt)
+        ids = [random_ids(model.config.vocab_size, prompt).tolist() for _ in range(slots)]
+        requests = [Request(i, 0, row, new) for i, row in enumerate(ids)]
+        run_once(engine, requests)
+        found = longest_operations(lambda: run_once(engine, requests), section.runtime.device, 12)
+        detail = f"{found}; a prefill and {engine.num_steps} steps"
+        section.note(f"{name_of(section, mode)}, {slots} slots, time by operation", detail)
+
+    return run
+
+
+def profile_sft(section: Section) -> None:
+    preset, seq_len = ("tiny", 64) if section.small else ("8b", 4096)
+    flags = sft_flags(preset, 1, seq_len, section.runtime.device)
+    found = last_json(run_script("scripts/benchmark.py", *flags, "--profile", 20, seconds=section.left()))
+    section.note(f"SFT {preset}, time by operation", found["operations"])
+
+
+ITEMS = [
+    Item("decode attention", 8, compare_decode_attention),
+    Item("training attention", 5, compare_training_attention),
+    Item("products of few rows", 15, compare_products),
+    Item("profile, 1 slot", 15, profile_decode(1, 64)),
+    Item("profile, 64 slots", 10, profile_decode(64, 448)),
+    Item("profile, int4", 15, profile_decode(1, 64, "int4")),
+    Item("profile, SFT 8B", 30, profile_sft),
+]

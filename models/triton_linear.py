@@ -14,6 +14,9 @@ Dimensions: M rows of activations, N output features (columns: filled up to whol
 a row, S programs that share a row of the weight.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -182,6 +185,73 @@ def magic_of(dtype: torch.dtype, upcast: bool) -> int:
     return BF16_MAGIC if dtype == torch.bfloat16 and not upcast else FP16_MAGIC
 
 
+class Shape(NamedTuple):
+    """How a quantised weight lies in memory."""
+
+    num_outputs: int
+    group_size: int  # 0: all of a row
+    bits: int
+    splits: int  # S
+
+    def constants(self, zeros: Tensor | None) -> dict[str, int]:
+        """What the kernels are compiled for."""
+        shape = {"GROUP": self.group_size, "BITS": self.bits, "HAS_ZEROS": zeros is not None}
+        return shape | {"BLOCK_K": block_k(self.group_size or None)}
+
+
+def few_rows(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape, *, upcast: bool = False
+) -> Tensor:
+    """[M, K] -> [M, N] in x's dtype. upcast: as of paged_decode in models/triton_attention.py."""
+    (M, K), N, S, columns = x.shape, shape.num_outputs, shape.splits, scales.shape[1]
+    block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # tl.dot needs 16 rows
+    constants = shape.constants(zeros)
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
+    share = -(-K // (constants["BLOCK_K"] * S))
+    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(block_m, 4 if upcast else x.element_size())}
+    grid, numbers = (columns // WIDTH, S, -(-M // block_m)), (M, N, K, columns, share, magic_of(x.dtype, upcast))
+    zeros = scales if zeros is None else zeros
+    multiply_few_rows[grid](x, weight, scales, zeros, parts, *numbers, **constants, **options)
+    if S > 1:
+        add_parts[(-(-M * N // 1024),)](parts, out, M * N, S, 1024, num_warps=4)
+    return out
+
+
+def expanded(
+    num_inputs: int, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape, dtype: torch.dtype
+) -> Tensor:
+    """The values of the weight, transposed: [K, N] in dtype."""
+    K, columns, constants = num_inputs, scales.shape[1], shape.constants(zeros)
+    out = torch.empty(K, columns, dtype=dtype, device=weight.device)
+    grid, zeros = (columns // WIDTH, -(-K // constants["BLOCK_K"])), scales if zeros is None else zeros
+    expand[grid](weight, scales, zeros, out, K, columns, FP16_MAGIC, **constants, num_warps=4)
+    return out[:, : shape.num_outputs]
+
+
+# One operation for torch.compile, which would make code of its own for each kind of launch
+library = torch.library.Library("gpt_accelera", "FRAGMENT")
+library.define(
+    "quantized_product(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, int[] shape, bool upcast) -> Tensor"
+)
+
+
+@torch.library.impl(library, "quantized_product", "CompositeExplicitAutograd")
+def quantized_product(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Sequence[int], upcast: bool
+) -> Tensor:
+    """[M, K] -> [M, N] in x's dtype. shape: of a Shape."""
+    shape = Shape(*shape)
+    if len(x) <= FEW_ROWS:
+        return few_rows(x.contiguous(), weight, scales, zeros, shape, upcast=upcast)
+    return x @ expanded(x.shape[1], weight, scales, zeros, shape, x.dtype)
+
+
+@torch.library.register_fake("gpt_accelera::quantized_product", lib=library)
+def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Sequence[int], upcast: bool) -> Tensor:
+    return x.new_empty(x.shape[0], shape[0])  # len() would fix the number of rows
+
+
 class TritonProducts(nn.Module):
     """The product with an int8 or int4 weight, [M, K] -> [M, N]."""
 
@@ -201,54 +271,18 @@ class TritonProducts(nn.Module):
         self.register_buffer("weight", weight.view(torch.int32) if bits == 4 else weight)
         self.register_buffer("scales", scale.T.contiguous())
         self.register_buffer("zeros", None if zero is None else zero.T.contiguous())
-        num_inputs = weight.shape[1]  # of both layouts
         if splits is None:
             processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
-            splits = num_splits(num_outputs, num_inputs, processors)
-        self.num_outputs, self.splits = num_outputs, splits
+            splits = num_splits(num_outputs, weight.shape[1], processors)  # K stands second in both layouts
+        self.shape = Shape(num_outputs, group_size or 0, bits, splits)
         self.has_to_upcast = weight.device.type == "cuda" and not has_bf16_cores(weight.device)
-        self.shape = {"GROUP": group_size or 0, "BITS": bits, "HAS_ZEROS": zero is not None}
-        self.shape["BLOCK_K"] = block_k(group_size)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.weight, self.scales, self.zeros
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""
-        if len(x) <= FEW_ROWS:
-            return self.few_rows(x.contiguous(), upcast=self.has_to_upcast and x.dtype == torch.bfloat16)
-        return x @ self.expanded(x.shape[1], x.dtype)
-
-    def few_rows(self, x: Tensor, *, upcast: bool = False) -> Tensor:
-        """upcast: as of paged_decode in models/triton_attention.py."""
-        (M, K), N, S, columns = x.shape, self.num_outputs, self.splits, self.scales.shape[1]
-        block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # tl.dot needs 16 rows
-        out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-        parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
-        share = -(-K // (self.shape["BLOCK_K"] * S))
-        tensors = (x, self.weight, self.scales, self.scales if self.zeros is None else self.zeros, parts)
-        options = launch_options(block_m, 4 if upcast else x.element_size())
-        multiply_few_rows[(columns // WIDTH, S, -(-M // block_m))](
-            *tensors,
-            M,
-            N,
-            K,
-            columns,
-            share,
-            magic_of(x.dtype, upcast),
-            **self.shape,
-            BLOCK_M=block_m,
-            UPCAST=upcast,
-            **options,
-        )
-        if S > 1:
-            add_parts[(-(-M * N // 1024),)](parts, out, M * N, S, 1024, num_warps=4)
-        return out
-
-    def expanded(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
-        """The values of the weight, transposed: [K, N] in dtype."""
-        K, columns = num_inputs, self.scales.shape[1]
-        out = torch.empty(K, columns, dtype=dtype, device=self.weight.device)
-        tensors = (self.weight, self.scales, self.scales if self.zeros is None else self.zeros, out)
-        expand[(columns // WIDTH, -(-K // self.shape["BLOCK_K"]))](
-            *tensors, K, columns, FP16_MAGIC, **self.shape, num_warps=4
-        )
-        return out[:, : self.num_outputs]
+        upcast = self.has_to_upcast and x.dtype == torch.bfloat16
+        return torch.ops.gpt_accelera.quantized_product(x, *self.tensors, list(self.shape), upcast)

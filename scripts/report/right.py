@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,22 +157,29 @@ def check_greedy(section: Section) -> None:
             section.kept["llama"] = (theirs, prompts, wanted, new_tokens)
 
 
-def llama_engine(section: Section, dtype: torch.dtype, params: SamplingParams, **options) -> Engine:
+def llama_engine(
+    section: Section, dtype: torch.dtype, params: SamplingParams, scheme: Scheme | None = None, **options
+) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), KINDS["llama"])
         runtime = section.runtime._replace(dtype=dtype)
-        return Engine(load_for_inference(folder, runtime), params, **{"compile": runtime.compile, **options})
+        model = load_for_inference(folder, runtime, scheme=scheme)
+        return Engine(model, params, **{"compile": runtime.compile, **options})
 
 
 @torch.inference_mode()
 def check_compiled(section: Section) -> None:
-    """The step as it runs in earnest: compiled, captured; in fp32, where the ids must be the same."""
+    """The step as it runs in earnest: compiled, captured; in fp32, where the ids must be the same. With int4 weights as
+    without the compiler."""
     _, prompts, wanted, new_tokens = section.kept["llama"]
     limits = {"num_slots": 3, "max_seq_len": max(map(len, prompts)) + new_tokens}
-    engine = llama_engine(section, torch.float32, SamplingParams(0.0), **limits)
-    found = drawn_ids(engine, [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)])
-    how = "as the engine runs" if section.runtime.compile else "not compiled here"
-    section.check("greedy ids, llama, compiled", 1 - share_of_equal(found, wanted), 0, f"share that differs, {how}")
+    requests = [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)]
+    how = "share that differs, " + ("as the engine runs" if section.runtime.compile else "not compiled here")
+    for name, scheme in (("llama", None), ("llama in int4", Scheme("int4", 32))):
+        engine_of = partial(llama_engine, section, torch.float32, SamplingParams(0.0), scheme, **limits)
+        wanted = wanted if scheme is None else drawn_ids(engine_of(compile=False), requests)
+        different = 1 - share_of_equal(drawn_ids(engine_of(), requests), wanted)
+        section.check(f"greedy ids, {name}, compiled", different, 0, how)
 
 
 @torch.inference_mode()

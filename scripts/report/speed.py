@@ -181,10 +181,10 @@ DECODE = [
     Item("batch 1", 25, decode(1, 64, 128, goals={"mbu": 0.75, "startup": 30})),
     Item("batch 64", 15, decode(64, 448, 128, goals={"mbu": 0.6})),
     Item("batch 256", 15, decode(256, 64, 128, goals={"rate": 10_000})),
-    Item("MATH", 60, decode_math),
-    Item("ragged", 12, decode_ragged),
     Item("model", 0, note_weights),
     Item("int4, batch 1", 20, decode(1, 64, 128, mode="int4", goals={"ratio": 1.8})),
+    Item("MATH", 60, decode_math),
+    Item("ragged", 12, decode_ragged),
     Item("int8, batch 1", 20, decode(1, 64, 128, mode="int8")),
 ]
 PEERS = [

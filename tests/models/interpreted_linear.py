@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from models import qlinear
+from models import qlinear, triton_linear
 from models.qlinear import Quantized, Scheme, dequantize
 
 # rows, output features, input features, mode, group size, zero points, splits, dtype
@@ -35,10 +35,11 @@ def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float
     backing[:M] = torch.randn(M, K, generator=generator)
     x, upcast = backing[:M], dtype == torch.bfloat16
     wanted = x.float() @ dequantize(small).T
-    found = products.few_rows(x, upcast=upcast)
+    numbers = (*products.tensors, products.shape)
+    found = triton_linear.few_rows(x, *numbers, upcast=upcast)
     assert found.dtype == dtype and found.shape == (M, N)
-    alone = products.few_rows(x[M - 1 :], upcast=upcast)
-    expanded = products.expanded(K, dtype).float().T
+    alone = triton_linear.few_rows(x[M - 1 :], *numbers, upcast=upcast)
+    expanded = triton_linear.expanded(K, *numbers, dtype).float().T
     return {
         "product": ((found.float() - wanted).norm() / wanted.norm()).item(),
         "weights": ((expanded - dequantize(small)).norm() / dequantize(small).norm()).item(),
@@ -46,5 +47,23 @@ def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float
     }
 
 
+def compilations(counts: list[int]) -> int:
+    """How often torch.compile makes code for products of so many rows; they must be what they are without."""
+    graphs = []
+
+    def take(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    products = qlinear.triton_products(qlinear.quantize(torch.randn(40, 64), Scheme("int4", 32)), Scheme("int4", 32), 1)
+    compiled = torch.compile(lambda x: 2 * products(x), backend=take)
+    for M in counts:
+        x = torch.randn(M, 64)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), 2 * products(x))
+    return len(graphs)
+
+
 if __name__ == "__main__":
-    print(json.dumps([case(*each) for each in CASES]))
+    found = {"distances": [case(*each) for each in CASES], "compilations": compilations([3, 17, 40, 70])}
+    print(json.dumps(found))

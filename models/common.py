@@ -341,13 +341,14 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"--device {args.device}: not a device name; try cpu or cuda") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {args.device}: there is no such GPU here ({torch.cuda.device_count()} found)")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda (NVIDIA or AMD) are supported")
     on_gpu = device.type == "cuda"
     if on_gpu:  # with its number, which torch.cuda.set_device wants; Triton runs its kernels on the current one
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index >= count:
+            raise ValueError(f"--device {args.device or device}: there is no such GPU here ({count} found)")
         torch.cuda.set_device(device)
     keep_compiled_code()
     if not on_gpu:

@@ -207,7 +207,7 @@ def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 # int4 is stored in blocks of W output features, [N / W, K, W / 2] bytes: byte j of an input feature has feature j of
 # the block in its low half and j + W / 2 in its high half. That is the order of torch's CPU kernel (W = 64 with
 # AVX-512, 32 with AVX2), and as good as any where there is none, so one layout serves the kernel and dequantisation.
-# The CUDA kernel's order is its own affair.
+# The kernels of GPUs take the same order, W = 128.
 
 
 def pack_int4(values: Tensor, width: int) -> Tensor:

@@ -7,7 +7,6 @@
 Dimensions: B rows, V vocabulary, V' a rank's part of it.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -129,7 +128,8 @@ def last_kept(top: Tensor, within: Tensor, top_p: float) -> Tensor:
 def in_parts(rows: Tensor) -> Tensor:
     """[B, V'] -> [B, parts, V' / parts]: a reduction of the last dimension and then of the parts keeps a whole GPU busy
     with few rows, where one of V' has a single processor for each."""
-    return rows.unflatten(-1, (math.gcd(rows.shape[-1], 32), -1))
+    count = next(n for n in (32, 16, 8, 4, 2, 1) if rows.shape[-1] % n == 0)
+    return rows.unflatten(-1, (count, -1))
 
 
 def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,8 +141,11 @@ def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of tokens [B, 1], fp32 [B, 1]."""
-    return logits.gather(-1, tokens) - in_parts(logits).logsumexp(dim=-1).logsumexp(dim=-1, keepdim=True)
+    """Of tokens [B, 1], fp32 [B, 1]: a log_softmax in parts."""
+    parts = in_parts(logits)
+    largest = parts.amax(dim=-1).amax(dim=-1, keepdim=True)
+    total = (parts - largest[..., None]).exp().sum(dim=-1).sum(dim=-1, keepdim=True)
+    return logits.gather(-1, tokens) - largest - total.log()
 
 
 def sample(

@@ -3,8 +3,8 @@
 - for few rows the weights are read once, as they are stored: integers less their zero points enter the products, which
   every dtype here holds exactly, and the sum over a group is scaled in fp32, so the weights are those of dequantize()
 - input features are shared by several programs where there are few output features, and a second kernel adds their
-  parts in a fixed order. Blocks and parts depend on the weight's shape alone, so a row's result does not depend on how
-  many rows there are
+  parts in a fixed order. Blocks and parts depend on the weight's shape and the device alone, so a row's result does not
+  depend on how many rows there are
 - many rows: the weights are expanded once, into one product of the device's library
 
 A weight is in blocks of WIDTH output features, the last of which is filled up: int8 as it is, [N, K]; int4 as
@@ -173,11 +173,13 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
     return splits
 
 
-def launch_options(block_m: int, element_size: int) -> dict[str, int]:
+def launch_options(block_m: int, element_size: int, on_amd: bool = torch.version.hip is not None) -> dict[str, int]:
     """num_stages: blocks under way, of fp32 as many as fit into 64 KiB of shared memory. fp32 is multiplied without
-    tensor cores, and with 4 warps the registers do not suffice."""
+    tensor cores, and with 4 warps the registers do not suffice. AMD's matrix instructions are of one size, as NVIDIA's
+    are by themselves, so that a sum has the same order whatever BLOCK_M is."""
     is_fp32 = element_size == 4
-    return {"num_warps": 8 if is_fp32 or block_m > 32 else 4, "num_stages": 2 if is_fp32 else 3}
+    options = {"num_warps": 8 if is_fp32 or block_m > 32 else 4, "num_stages": 2 if is_fp32 else 3}
+    return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
 
 def magic_of(dtype: torch.dtype, upcast: bool) -> int:
@@ -284,5 +286,5 @@ class TritonProducts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""
-        upcast = self.has_to_upcast and x.dtype == torch.bfloat16
+        upcast = self.has_to_upcast and x.dtype != torch.float32
         return torch.ops.gpt_accelera.quantized_product(x, *self.tensors, list(self.shape), upcast)

@@ -178,11 +178,11 @@ def profile_sft(section: Section) -> None:
 
 
 ITEMS = [
+    Item("products of few rows", 12, compare_products),
+    Item("profile, 1 slot", 15, profile_decode(1, 64)),
+    Item("profile, SFT 8B", 30, profile_sft),
+    Item("profile, 64 slots", 10, profile_decode(64, 448)),
     Item("decode attention", 8, compare_decode_attention),
     Item("training attention", 5, compare_training_attention),
-    Item("products of few rows", 15, compare_products),
-    Item("profile, 1 slot", 15, profile_decode(1, 64)),
-    Item("profile, 64 slots", 10, profile_decode(64, 448)),
     Item("profile, int4", 15, profile_decode(1, 64, "int4")),
-    Item("profile, SFT 8B", 30, profile_sft),
 ]

@@ -243,6 +243,11 @@ def check_products(section: Section) -> None:
             # fp8 rounds the activations too, to 3 bits of mantissa
             bound = 0.06 if scheme.mode == "fp8" else 0.02
             section.check(f"product of {scheme}, {rows} rows, {dtype_name(runtime.dtype)}", distance, bound, "relative")
+        if layer.kernel == "triton":
+            x = torch.randn(64, K, device=runtime.device).to(runtime.dtype)
+            with torch.inference_mode():
+                apart = max((layer(x[:rows])[0] - layer(x[:1])[0]).abs().max().item() for rows in (5, 17, 33, 64))
+            section.check(f"product of {scheme}, a row alone and among others", apart, 0, "largest difference")
 
 
 def refusal_of(scheme: Scheme, runtime: Runtime) -> str | None:

@@ -21,7 +21,7 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
         constants, "constexpr"
     )
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7, 8)}
-    options = kernels.launch_options(rows, 4 if dtype == "fp32" else 2)
+    options = kernels.launch_options(rows, 4 if dtype == "fp32" else 2, on_amd=target.backend == "hip")
     source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
     return resources_of(compiled, target.backend)

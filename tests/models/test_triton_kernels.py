@@ -62,16 +62,18 @@ from triton.compiler import ASTSource
 from models import triton_attention as kernels, triton_sampling
 from tests.compiled import resources_of
 
-backend, arch, warp, dtype, D = sys.argv[1:]
+backend, arch, warp, dtype, D, splits = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
 types = {"logits": "*fp32", "thresholds": "*fp32", "top_p": "fp32", "num_columns": "i32", "row_stride": "i32"}
 source = ASTSource(triton_sampling.find_thresholds, types | {"BLOCK": "constexpr"}, {"BLOCK": triton_sampling.BLOCK})
 triton.compile(source, target=target, options={"num_warps": triton_sampling.NUM_WARPS})
 size = 4 if dtype == "fp32" else 2
-constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=8, element_size=size)
+splits = int(splits)
+constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=splits, element_size=size)
 options = {"num_warps": kernels.num_warps(size), "num_stages": kernels.NUM_STAGES}
 types = dict.fromkeys(("q", "new_k", "new_v", "k", "v"), "*" + dtype) | {"table": "*i32", "lengths": "*i32"}
-types |= {"sums": "*fp32", "maxima": "*fp32", **dict.fromkeys(("q_stride", "new_k_stride", "new_v_stride"), "i32")}
+types |= {"sums": "*fp32" if splits > 1 else "*" + dtype, "maxima": "*fp32"}
+types |= dict.fromkeys(("q_stride", "new_k_stride", "new_v_stride"), "i32")
 types |= {"scale": "fp32", "num_table_columns": "i32", **dict.fromkeys(constants, "constexpr")}
 source = ASTSource(kernels.attend_splits, types, constants, {(i,): [["tt.divisibility", 16]] for i in range(12)})
 compiled = triton.compile(source, target=target, options=options)
@@ -79,11 +81,13 @@ print(json.dumps(resources_of(compiled, backend)))
 """
 
 
-@pytest.mark.parametrize("target, dtype, D", [("sm_80", "fp32", 128), ("sm_90", "bf16", 128), ("gfx942", "bf16", 256)])
-def test_compiles_for_gpus(target, dtype, D, tmp_path):
+@pytest.mark.parametrize(
+    "target, dtype, D, splits", [("sm_80", "fp32", 128, 8), ("sm_90", "bf16", 128, 1), ("gfx942", "bf16", 256, 8)]
+)
+def test_compiles_for_gpus(target, dtype, D, splits, tmp_path):
     """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
     that do not suffice."""
-    arguments = [*map(str, TARGETS[target]), dtype, str(D)]
+    arguments = [*map(str, TARGETS[target]), dtype, str(D), str(splits)]
     used = json.loads(run(COMPILE, tmp_path, *arguments))
     print(target, dtype, D, used)
     assert used["shared"] <= 64 * 1024

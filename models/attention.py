@@ -129,7 +129,7 @@ def document_attention(
     follows them in a row of num_tokens is padding. dtype: of the activations. compiled: whether the caller is.
 
     CUDA in 16 bits uses the variable-length kernel. The CPU takes one document after the other: a mask costs the square
-    of the row. Others use a mask, and so does a compiled caller, which would be compiled anew for other lengths.
+    of the row. Others use a mask, and so does a compiled caller on a CPU, where each length would be compiled anew.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]

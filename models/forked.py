@@ -2,7 +2,8 @@
 
 - a forked process has all that its parent has, a loaded tokenizer among it, and nothing is copied or imported anew
 - a result is asked for in turn, so the first thing that cannot be done is the one that is complained of
-- whoever is here has no group of ranks, and nothing on a GPU, yet: neither survives a fork
+- what a process forks here neither asks its group of ranks nor touches a GPU, since neither survives a fork, and ends
+  without cleaning up after them
 """
 
 import ctypes

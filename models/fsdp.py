@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag, short_bar
 from models.lora import Lora, LoraLinear, add_adapters
-from models.model import Transformer
+from models.model import Block, Transformer
 from models.qlinear import Schemes
 from models.quantize import load_quantized, quantized_part
 from models.shared_base import OnSharedBase
@@ -250,13 +250,23 @@ def load_frozen(
     tp = parallel_of(mesh).tp
     model = load_quantized(folder, scheme, device=runtime.device, dtype=runtime.dtype, tp=tp, head=head)
     for block in model.layers if runtime.compile else ():
-        block.compile()
+        _compile(block)
     return model
 
 
 def frozen_dtype(args: ParallelArgs, runtime: Runtime) -> torch.dtype:
     """What the weights in training are rounded to, when stored or for the computation."""
     return torch.bfloat16 if args.param_dtype == "bfloat16" else runtime.dtype
+
+
+def _compile(block: Block) -> None:
+    """All blocks of all models of a process share one function, whose versions torch counts: with gradients and not,
+    a policy's and its reference's, of one row and of several, ... Those beyond 8 it would run eagerly."""
+    torch._dynamo.config.recompile_limit = 64
+    if block.recompute == "full":  # torch 2.13 cannot compile a checkpoint of local parts
+        block._forward = torch.compile(block._forward)
+    else:
+        block.compile()
 
 
 def shard_model(
@@ -270,10 +280,8 @@ def shard_model(
     _to_dtensors(model, mesh["tp"], param_dtype or DTYPES[args.param_dtype])
     for block in model.layers:
         block.recompute = args.activation_checkpointing
-        if runtime.compile and block.recompute == "full":  # torch 2.13 cannot compile a checkpoint of local parts
-            block._forward = torch.compile(block._forward)
-        elif runtime.compile:
-            block.compile()
+        if runtime.compile:
+            _compile(block)
     policy = MixedPrecisionPolicy(
         param_dtype=runtime.dtype,
         reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait

@@ -46,13 +46,16 @@ def _statistics(logits: Tensor, targets: Tensor, start: int, temperature: float,
 
 
 class _WeightGradient:
-    """Sums logits' gradients.T @ hidden over chunks: in fp32, but for a single one."""
+    """Sums logits' gradients.T @ hidden over chunks: in fp32, but for a single one. Not of a frozen head, a third of
+    the arithmetic and a tensor of the head's size: its sum stays None."""
 
-    def __init__(self, weight: Tensor, *, single: bool):
-        self.dtype = weight.dtype
-        self.sum = None if single else torch.zeros_like(weight, dtype=torch.float32)
+    def __init__(self, weight: Tensor, *, learns: bool, single: bool):
+        self.dtype, self.learns = weight.dtype, learns
+        self.sum = torch.zeros_like(weight, dtype=torch.float32) if learns and not single else None
 
     def add(self, gradients: Tensor, hidden: Tensor) -> None:
+        if not self.learns:
+            return
         if self.sum is None:
             self.sum = gradients.T @ hidden
             return
@@ -60,8 +63,10 @@ class _WeightGradient:
             part = slice(first, first + WEIGHT_ROWS)
             self.sum[part] += gradients[:, part].T @ hidden
 
-    def scaled(self, factor: Tensor) -> Tensor:
+    def scaled(self, factor: Tensor) -> Tensor | None:
         """Without another fp32 tensor of its size."""
+        if self.sum is None:
+            return None
         result = torch.empty_like(self.sum, dtype=self.dtype)
         for part, ours in zip(result.split(WEIGHT_ROWS), self.sum.split(WEIGHT_ROWS)):
             part.copy_(ours * factor)
@@ -93,7 +98,8 @@ class FusedLogprobs(torch.autograd.Function):
         grad_logprobs = torch.zeros_like(logsumexp) if grad_logprobs is None else grad_logprobs.contiguous()
         grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
         kept, ctx.logits = ctx.logits, None  # they become their gradient
-        grad_weight = _WeightGradient(weight, single=len(hidden) <= ctx.rows)
+        learns = ctx.needs_input_grad[1]
+        grad_weight = _WeightGradient(weight, learns=learns, single=len(hidden) <= ctx.rows)
         for chunk in _chunks(len(hidden), ctx.rows):
             logits = hidden[chunk] @ compute_weight.T if kept is None else kept
             more = () if grad_entropies is None else (entropies[chunk], grad_entropies[chunk])
@@ -101,7 +107,7 @@ class FusedLogprobs(torch.autograd.Function):
             triton_head.to_gradients_(logits, *given)
             grad_hidden[chunk] = logits @ compute_weight
             grad_weight.add(logits, hidden[chunk])
-        return grad_hidden, grad_weight.sum.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.sum.to(weight.dtype) if learns else None, None, None, None, None, None
 
 
 class _CrossEntropyOfChunks(torch.autograd.Function):
@@ -111,7 +117,8 @@ class _CrossEntropyOfChunks(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, rows: int):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        ctx.grad_hidden, ctx.grad_weight = torch.empty_like(hidden), _WeightGradient(weight, single=False)
+        ctx.grad_hidden = torch.empty_like(hidden)
+        ctx.grad_weight = _WeightGradient(weight, learns=ctx.needs_input_grad[1], single=False)
         for chunk in _chunks(len(hidden), rows):
             logits = hidden[chunk] @ compute_weight.T
             logprobs, logsumexp, _ = _statistics(logits, targets[chunk], start, 1.0, tp)

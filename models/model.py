@@ -278,7 +278,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
-        self.layer, self.head_dim, self.parallel = layer, config.head_dim, parallel
+        self.head_dim, self.parallel = config.head_dim, parallel
+        # an index all the same; torch.compile would make code of its own for the first int that it meets
+        self.layer = torch.tensor(layer, device="cpu")
         self.group_size = config.num_attention_heads // config.num_key_value_heads
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)

@@ -397,7 +397,8 @@ class Split(NamedTuple):
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the data-parallel ranks, in place. A collective."""
-        dist.all_reduce(values, group=self.dp.get_group())
+        if self.dp.size() > 1:  # one rank alone never starts NCCL
+            dist.all_reduce(values, group=self.dp.get_group())
         return values
 
 

@@ -3,7 +3,8 @@
 - the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; one of
   another key is computed anew, one of the same key is read, and a random batch of it is computed again and compared
 - a matrix product in bf16 may give a row other bits in another batch. So pairs are grouped as the first epoch groups
-  them, and a policy that begins as the reference begins with a loss of ln 2 to the last bit
+  them, and a policy that begins as the reference begins with a loss of ln 2, on a CPU to the last bit (a GPU's kernels
+  and its compiler may round otherwise where gradients are wanted)
 """
 
 import hashlib
@@ -87,7 +88,8 @@ def precompute(
     known = [numbers for numbers in batches if not logps[numbers].isnan().any()]
     if known:
         draw = torch.tensor(random.randrange(2**31), device=device)
-        dist.broadcast(draw, src=0)
+        if dist.get_world_size() > 1:
+            dist.broadcast(draw, src=0)
         numbers = known[int(draw) % len(known)]
         again = compute([numbers])[numbers]
         gap = ((again - logps[numbers]).abs() / (1 + again.abs())).amax(dim=1)

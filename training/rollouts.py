@@ -249,7 +249,8 @@ class TokenSums:
         if not self.sums:
             return {}
         sums = torch.stack(list(self.sums.values()))  # [names, 2]
-        dist.all_reduce(sums, group=dp.get_group())
+        if dp.size() > 1:
+            dist.all_reduce(sums, group=dp.get_group())
         return {name: total / max(1.0, count) for name, (total, count) in zip(self.sums, sums.tolist())}
 
 

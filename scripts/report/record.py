@@ -62,6 +62,10 @@ class Section:
         self.write(kind="note", name=name, detail=text)
 
 
+class TimeIsUp(RuntimeError):
+    """A script took longer than it was given."""
+
+
 def append_row(rows_file: Path, row: dict) -> None:
     with open(rows_file, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -116,7 +120,7 @@ def finish_script(process: subprocess.Popen, script: str, seconds: float) -> str
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        raise RuntimeError(f"{script}: ended after {seconds:.0f} s, when its time was up") from None
+        raise TimeIsUp(f"{script}: ended after {seconds:.0f} s, when its time was up") from None
     if process.returncode:
         print(err, file=sys.stderr)
         raise RuntimeError(f"{script}: exit code {process.returncode}\n{last_lines(err)}")

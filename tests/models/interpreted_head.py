@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import fused_head, triton_head, vocab_parallel
 from models.vocab_parallel import linear_cross_entropy, linear_logprobs
@@ -20,6 +21,16 @@ def oracle(hidden, weight, targets, temperature):
     """By autograd on whole logits, rounded as the products are."""
     logp = ((hidden @ weight.T).float() / temperature).log_softmax(-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator is torch.ops.aten.mm.default
+        return operator(*args, **(kwargs or {}))
 
 
 def check_against_autograd(dtype: torch.dtype, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +53,18 @@ def check_against_autograd(dtype: torch.dtype, chunked: bool, monkeypatch: pytes
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(0.3 * loss, (hidden, weight)) for loss in losses)):
         torch.testing.assert_close(ours, theirs, **tolerance)
+    frozen = weight.detach()
+    for loss_of in (
+        lambda weight: linear_cross_entropy(hidden, weight, targets),
+        lambda weight: linear_logprobs(hidden, weight, targets, temperature=0.7)[0].sum(),
+    ):
+        with Products() as learnt:
+            wanted = torch.autograd.grad(loss_of(weight), (hidden, weight))[0]
+        with Products() as of_frozen:
+            found = torch.autograd.grad(loss_of(frozen), hidden)[0]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        chunks = -(-len(hidden) // 4) if chunked else 1
+        assert of_frozen.count <= learnt.count - chunks, (of_frozen.count, learnt.count)
     nothing = linear_cross_entropy(hidden[:0], weight, targets[:0])
     assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, weight)))
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ import torch._inductor.config
 from torch._inductor.compile_fx import compile_fx
 
 from models.common import Runtime
+from models.compressed import linear_layers
 from models.decode import load_for_inference, to_inference
+from models.fsdp import ParallelArgs, init_mesh, parallel_of, shard_model
 from models.generation import Engine, Request
+from models.lora import Lora, add_adapters
 from models.model import Transformer
 from models.qlinear import Scheme
 from models.quantize import quantize_in_place
 from models.sampling import SamplingParams
+from models.shared_base import as_reference
 from tests import tiny
 from tests.models.fake_gpu import CONFIG, CPU
 from tests.models.test_generation import outcome, ragged_requests
@@ -67,6 +72,54 @@ def test_compilations_do_not_grow(monkeypatch):
                 assert len(list(engine.generate(requests))) == len(requests)
         found.append(compiled.count)
     assert found == [7, 14]
+
+
+@pytest.fixture
+def mesh():
+    yield init_mesh(CPU, 1)
+    torch.distributed.destroy_process_group()
+
+
+def test_models_of_a_run_share_code(monkeypatch, mesh):
+    """Catches blocks in training that are compiled for each layer, model or length, and versions beyond torch's limit
+    of 8, which would run eagerly from there on: PPO's four models, rows of several lengths and numbers, and adapters
+    with the base as their reference."""
+    compiled = Compiled(monkeypatch)
+    torch._dynamo.reset()
+
+    def model_of(head: str, lora: Lora | None = None) -> Transformer:
+        with torch.device("meta"):
+            model = Transformer(replace(CONFIG, num_hidden_layers=3), torch.bfloat16, parallel_of(mesh), head)
+            if lora is not None:
+                add_adapters(model, lora)
+        shard_model(model, mesh, ParallelArgs(), Runtime(CPU, torch.bfloat16, True), torch.bfloat16)
+        model.to_empty(device=CPU)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter.to_local() if hasattr(parameter, "to_local") else parameter, std=0.02)
+        model.reset_buffers(CPU)
+        return model
+
+    def run(model: Transformer, *, learns: bool) -> int:
+        for shape in ((4, 8), (4, 16), (3, 24), (1, 8)):
+            with torch.set_grad_enabled(learns):
+                hidden = model(torch.zeros(shape, dtype=torch.int64))
+            if learns:
+                hidden.float().sum().backward()
+                model.zero_grad(set_to_none=True)
+        return compiled.count
+
+    policy, critic = model_of("lm"), model_of("score")
+    frozen = [model_of(head).requires_grad_(False) for head in ("lm", "score")]
+    counts = [run(model, learns=False) for model in (*frozen, policy, critic)]
+    counts += [run(model, learns=True) for model in (policy, critic)]
+    # T, B, both and one row of the first; two of a model that could learn, and as many where it does
+    assert counts == [4, 4, 6, 6, 8, 8]
+    adapted = model_of("lm", Lora(4, 8.0, False, 0.0, frozenset(linear_layers(3)), None, {}, Path(), "", 0))
+    counts = [run(adapted, learns=False)]
+    with as_reference(adapted):
+        counts.append(run(adapted, learns=False))
+    counts += [run(adapted, learns=True), run(adapted, learns=True)]
+    assert counts[0] > 8 and counts[-1] == counts[-2] > counts[1] > counts[0], counts  # all that it needs, and no more
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,6 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
     return statistics.median(times)
 
 
-def longest_operations(function: Callable[[], object], device: torch.device, most: int) -> str:
-    """What a call spends most time in: see profiled."""
-    return profiled(function, device, most)[1]
-
-
 def profiled(function: Callable[[], object], device: torch.device, most: int) -> tuple[object, str]:
     """(what a call returns, the operations that took longest: the time of one, how many there were, their share of the
     time of all). A GPU's are its kernels."""

@@ -9,18 +9,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.attention import Attend, document_attention
-from models.generation import Engine, Request
 from models.gpu import has_triton
 from models.graphs import CudaGraph
 from models.pages import PAGE, pages_for
 from models.qlinear import Scheme, quantize, triton_products
-from models.sampling import SamplingParams
-from scripts.benchmark_common import SIZES, longest_operations, seconds_of
+from scripts.benchmark_common import SIZES, profiled, seconds_of
 from scripts.benchmark_generate import run_once
 from scripts.report.record import Item, Section, last_json, run_script
-from scripts.report.speed import model_of, name_of
+from scripts.report.speed import full_engine, name_of
 from scripts.report.trained import sft_flags
-from scripts.workload import random_ids
 
 CALLS = 24  # of a kernel in a measurement, captured as one graph: launching takes longer than some of them
 CACHE_BYTES = 2**28  # more than the caches of a GPU
@@ -109,17 +106,22 @@ def compare_products(section: Section) -> None:
         for scheme in (Scheme("int8"), Scheme("int4", 128)):
             small, num_bytes = quantize(weight, scheme), N * K * scheme.bits / 8
             for splits in (1, 2, 4, 8, 16):
-                layers = [triton_products(small, scheme, splits) for _ in range(1 + int(CACHE_BYTES / num_bytes))]
-                for rows in (1, 64):
-                    x = torch.randn(rows, K, device=device, dtype=torch.bfloat16)
-                    steps = [partial(layers[i % len(layers)], x) for i in range(CALLS)]
-                    name = f"product {N} x {K}, {scheme}, {rows} rows, {splits} splits"
-                    time_or_say(section, name, steps, num_bytes=num_bytes)
-        weights = [weight.bfloat16() for _ in range(1 + int(CACHE_BYTES / (2 * N * K)))]
-        for rows in (1, 64):
-            x = torch.randn(rows, K, device=device, dtype=torch.bfloat16)
-            steps = [partial(F.linear, x, weights[i % len(weights)]) for i in range(CALLS)]
-            time_or_say(section, f"product {N} x {K}, bf16, {rows} rows", steps, num_bytes=2 * N * K)
+                make = partial(triton_products, small, scheme, splits)
+                time_products(section, f"product {N} x {K}, {scheme}, {splits} splits", make, K, num_bytes)
+        time_products(section, f"product {N} x {K}, bf16", partial(bf16_layer, weight), K, 2 * N * K)
+
+
+def bf16_layer(weight: torch.Tensor) -> Callable:
+    return partial(F.linear, weight=weight.bfloat16())
+
+
+def time_products(section: Section, name: str, make: Callable[[], Callable], K: int, num_bytes: float) -> None:
+    """Of layers that make() makes, of num_bytes each."""
+    layers = [make() for _ in range(1 + int(CACHE_BYTES / num_bytes))]
+    for rows in (1, 64):
+        x = torch.randn(rows, K, device=section.runtime.device, dtype=torch.bfloat16)
+        steps = [partial(layers[i % len(layers)], x) for i in range(CALLS)]
+        time_or_say(section, f"{name}, {rows} rows", steps, num_bytes=num_bytes)
 
 
 def time_or_say(section: Section, name: str, steps: list[Callable], *, flops: float = 0, num_bytes: float = 0) -> None:
@@ -157,13 +159,9 @@ def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
     @torch.inference_mode()
     def run(section: Section) -> None:
         prompt, new = (8, 8) if section.small else (prompt_len, 32)
-        model = model_of(section, mode)
-        options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
-        engine = Engine(model, SamplingParams(), **options, prefill_tokens=slots * prompt)
-        ids = [random_ids(model.config.vocab_size, prompt).tolist() for _ in range(slots)]
-        requests = [Request(i, 0, row, new) for i, row in enumerate(ids)]
+        engine, requests = full_engine(section, mode, slots, prompt, new)
         run_once(engine, requests)
-        found = longest_operations(lambda: run_once(engine, requests), section.runtime.device, 12)
+        _, found = profiled(lambda: run_once(engine, requests), section.runtime.device, 12)
         detail = f"{found}; a prefill and {engine.num_steps} steps"
         section.note(f"{name_of(section, mode)}, {slots} slots, time by operation", detail)
 

@@ -67,6 +67,14 @@ def name_of(section: Section, mode: str = "none") -> str:
     return f"decode {'tiny' if section.small else '7B'} {dtype_name(section.runtime.dtype) if mode == 'none' else mode}"
 
 
+def full_engine(section: Section, mode: str, slots: int, prompt: int, new: int) -> tuple[Engine, list[Request]]:
+    """An engine, and requests whose prompts are computed at once, so that all rows run in all steps."""
+    model = model_of(section, mode)
+    options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
+    engine = Engine(model, SamplingParams(), prefill_tokens=slots * prompt, **options)
+    return engine, [Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new) for i in range(slots)]
+
+
 def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
     """Decode steps of full slots: tokens/s without prefill, and MBU, the bytes that a step must read (weights, and the
     cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio, the start-up at most."""
@@ -75,11 +83,7 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
     @torch.inference_mode()
     def run(section: Section) -> None:
         prompt, new = (8, 12) if section.small else (prompt_len, new_tokens)
-        model = model_of(section, mode)
-        options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
-        options["prefill_tokens"] = slots * prompt  # at once, so that all rows run in all steps
-        engine = Engine(model, SamplingParams(), **options)
-        requests = [Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new) for i in range(slots)]
+        engine, requests = full_engine(section, mode, slots, prompt, new)
         first = run_once(engine, [replace(request, max_new_tokens=9) for request in requests])
         if "is_first" not in section.kept:
             section.kept["is_first"] = False

@@ -207,7 +207,7 @@ def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 # int4 is stored in blocks of W output features, [N / W, K, W / 2] bytes: byte j of an input feature has feature j of
 # the block in its low half and j + W / 2 in its high half. That is the order of torch's CPU kernel (W = 64 with
 # AVX-512, 32 with AVX2), and as good as any where there is none, so one layout serves the kernel and dequantisation.
-# The kernels of GPUs take the same order, W = 128.
+# The kernels of GPUs have an order of their own (models/triton_linear.py).
 
 
 def pack_int4(values: Tensor, width: int) -> Tensor:
@@ -259,10 +259,8 @@ def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None
     """The product with a weight on its GPU, by the kernels of models/triton_linear.py, which says what splits are."""
     from models.triton_linear import WIDTH, TritonProducts
 
-    num_outputs = len(weight.values)
-    padded = _padded(weight, WIDTH)
-    values = pack_int4(padded.values, WIDTH) if scheme.bits == 4 else padded.values
-    return TritonProducts(values, padded.scale, padded.zero, num_outputs, scheme.group_size, scheme.bits, splits)
+    values, scale, zero, _ = _padded(weight, WIDTH)
+    return TritonProducts(values, scale, zero, len(weight.values), scheme.group_size, scheme.bits, splits)
 
 
 def _padded(weight: Quantized, width: int) -> Quantized:
@@ -278,7 +276,7 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dty
     if scheme.mode == "fp8":
         return "fp8" if N % 16 == K % 16 == 0 else None
     if device.type == "cuda":
-        return "triton" if has_triton(device) and (scheme.group_size or 16) % 16 == 0 else None
+        return "triton" if has_triton(device) and (scheme.group_size or 32) % 32 == 0 else None
     if device.type != "cpu":
         return None
     if dtype == torch.float32 or not has_bf16_products():

@@ -2,13 +2,14 @@
 
 - for few rows the weights are read once, as they are stored: integers less their zero points enter the products, which
   every dtype here holds exactly, and the sum over a group is scaled in fp32, so the weights are those of dequantize()
-- input features are shared by several programs where there are few output features, and a second kernel adds their
-  parts in a fixed order. Blocks and parts depend on the weight's shape and the device alone, so a row's result does not
-  depend on how many rows there are
+- input features are shared by several programs where there are few output features, and the one that is ready last
+  adds their parts in a fixed order. Blocks and parts depend on the weight's shape, the dtype and the device alone, so a
+  row's result does not depend on how many rows there are
 - many rows: the weights are expanded once, into one product of the device's library
 
-A weight is in blocks of WIDTH output features, the last of which is filled up: int8 as it is, [N, K]; int4 as
-qlinear.pack_int4 has it, [N / WIDTH, K, WIDTH / 2], so that the two halves of a byte belong to two halves of a block.
+pack() stores a weight in the order in which the threads of NVIDIA's tensor cores hold a left factor, so that what a
+thread reads, 16 bytes at a time, is what it multiplies with: no shared memory in between, whose writes, barriers and
+transposed reads took longer than all else.
 
 Dimensions: M rows of activations, N output features (columns: filled up to whole blocks), K input features, G groups of
 a row, S programs that share a row of the weight.
@@ -18,71 +19,118 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
 from models.gpu import has_bf16_cores
 
-WIDTH = 128  # output features of a block: with more rows than few, activations are read again for each block
+WIDTH = 128  # output features of a block, for four warps: with more rows than few, activations are read for each again
+UNIT = 32  # input features of a block that lie together: 16 bytes of int4 for each of 128 threads
 FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
-MOST_BLOCK_K = 64
-BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see read_int4
+ON_AMD = torch.version.hip is not None
+BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see two_numbers
+
+
+# --------------------------------------------------------------------------------- order of weights
+#
+# A left factor of 64 x 16, [m, k], in the registers of 4 warps (PTX, register fragments of wgmma): warp w has rows 16 w
+# to 16 w + 15, thread 4 a + b of it rows a and a + 8, and of these k = 2 b, 2 b + 1, 2 b + 8 and 2 b + 9; neighbours of
+# k share a register. A block of 128 output features is two such factors, a unit of 32 input features two of k.
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """uint8 in 0..15 or int8, [columns, K], columns divisible by WIDTH -> int32 [columns / WIDTH, K / UNIT, words], the
+    last unit filled up with zeros: the words that a thread reads of a unit lie together, int8's of rows a before those
+    of rows a + 8. In a word, from the low bits up, int4: k and k + 8 of row a, both of row a + 8, then the neighbours
+    of all four; int8: k, k + 8 and their neighbours."""
+    values = F.pad(values, (0, -values.shape[1] % UNIT))
+    m64, warp, m8, a, unit, k16, k8, b, neighbour = range(1, 10)
+    places = values.view(-1, 2, 4, 2, 8, values.shape[1] // UNIT, 2, 2, 4, 2)
+    if bits == 4:
+        low, high = places.permute(0, unit, warp, a, b, m64, k16, neighbour, m8, k8).unbind(-1)
+        packed = low | (high << 4)
+    else:
+        packed = places.permute(0, unit, m8, warp, a, b, m64, k16, neighbour, k8)
+    return packed.flatten().view(torch.int32).view(len(values) // WIDTH, values.shape[1] // UNIT, -1)
 
 
 @triton.jit
-def place_of(p):
-    """The output feature, within a block, of the p-th number that read_int4 makes of a row: of p's bits, from the 8s
-    up, a word of 8 halves of bytes, and below that which half it is."""
-    half = p % 8 // 4 + p % 4 // 2 * 2 + p % 2 * 4
-    return p // 8 * 4 + half // 2 + half % 2 * 64
+def two_numbers(words, DTYPE: tl.constexpr):
+    """int32 [...] -> bfloat16 or float16 [..., 2]: the bits of two, the low ones first."""
+    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
 
 
 @triton.jit
-def read_int4(words, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS: tl.constexpr, DTYPE: tl.constexpr):
-    """The integers less their zero points of a block, [BLOCK_K, 128], in the order of place_of. words: int32, [blocks,
-    K, 16]; k [BLOCK_K]: input features, all of one group; DTYPE: bfloat16 or float16.
+def unpack_int4(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """The integers of a block less 8, [128, BLOCK_K] in bfloat16 or float16; words: int32, of pack(), as they lie.
 
-    Two at a time: 4 bits below the 16 of `magic` are those of 128 and as much in bf16, of 1024 and as much in fp16, as
-    fast as a processor can (Kim et al. 2022, arxiv.org/abs/2211.10017). It is no constant, so that it stays in a
+    Two at a time, as fast as a processor can: 4 bits below the 16 of `magic` are those of 128 and as much in bf16, of
+    1024 and as much in fp16 (Kim et al. 2022, arxiv.org/abs/2211.10017). It is no constant, so that it stays in a
     register, where the compiler joins it with one instruction.
     """
-    packed = tl.load(words + (block * K + k)[:, None] * 16 + tl.arange(0, 16), mask=(k < K)[:, None], other=0)
-    first, second = (packed & 0x000F000F) | magic, ((packed >> 4) & 0x000F000F) | magic
-    third, fourth = ((packed >> 8) & 0x000F000F) | magic, ((packed >> 12) & 0x000F000F) | magic
-    pairs = tl.join(tl.join(first, second), tl.join(third, fourth))
-    low, high = pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
-    numbers = tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
-    numbers = tl.reshape(numbers, (k.shape[0], 128))
-    offset: tl.constexpr = 128.0 if DTYPE.is_bf16() else 1024.0
-    if HAS_ZEROS:
-        n = block * 128 + place_of(tl.arange(0, 128))
-        return numbers - (tl.load(zeros + group * num_columns + n).to(tl.float32) + offset).to(DTYPE)
-    return numbers - (offset + 8.0)
+    row = tl.join((words & 0x000F000F) | magic, ((words >> 4) & 0x000F000F) | magic)
+    next_row = tl.join(((words >> 8) & 0x000F000F) | magic, ((words >> 12) & 0x000F000F) | magic)
+    numbers = two_numbers(tl.join(row, next_row), DTYPE) - (136.0 if DTYPE.is_bf16() else 1032.0)
+    # unit, warp, a, b, m64, k16, k8, m8, neighbour
+    numbers = tl.reshape(numbers, (BLOCK_K // 32, 4, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(numbers, (4, 1, 7, 2, 0, 5, 6, 3, 8)), (128, BLOCK_K))
 
 
 @triton.jit
-def read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS: tl.constexpr):
-    """The integers less their zero points of a block, [128, BLOCK_K] in fp32. weight: int8 [columns, K]."""
-    n = block * 128 + tl.arange(0, 128)
-    numbers = tl.load(weight + n[:, None] * K + k, mask=(k < K)[None, :], other=0).to(tl.float32)
+def unpack_int8(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """As unpack_int4, the integers themselves. They have a bit too many for bf16: there the sign, the 8th, makes 256 of
+    128, and is what is subtracted."""
+    if DTYPE.is_bf16():
+        low = tl.join((words & 0x007F007F) | magic, ((words >> 8) & 0x007F007F) | magic)
+        sign = tl.join((words & 0x00800080) | magic, ((words >> 8) & 0x00800080) | magic)
+        numbers = two_numbers(low, DTYPE) - two_numbers(sign, DTYPE)
+    else:
+        words ^= -0x7F7F7F80  # 0x80808080: all signs
+        both = tl.join((words & 0x00FF00FF) | magic, ((words >> 8) & 0x00FF00FF) | magic)
+        numbers = two_numbers(both, DTYPE) - 1152.0
+    # unit, m8, warp, a, b, m64, k16, k8, neighbour
+    numbers = tl.reshape(numbers, (BLOCK_K // 32, 2, 4, 8, 4, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(numbers, (5, 2, 1, 3, 0, 6, 7, 4, 8)), (128, BLOCK_K))
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def read(
+    weight, zeros, block, step, steps, group, num_columns, magic, GROUP: tl.constexpr, BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The integers less their zero points, [128, BLOCK_K], of a block of output features and one of input features, all
+    of one group."""
+    size: tl.constexpr = BLOCK_K * 4 * BITS  # words
+    words = tl.load(weight + (block.to(tl.int64) * steps + step) * size + tl.arange(0, size))
+    numbers = unpack_int4(words, magic, BLOCK_K, DTYPE) if BITS == 4 else unpack_int8(words, magic, BLOCK_K, DTYPE)
     if HAS_ZEROS:
-        numbers -= tl.load(zeros + group * num_columns + n).to(tl.float32)[:, None]
+        middle: tl.constexpr = 8.0 if BITS == 4 else 0.0
+        zero = tl.load(zeros + group * num_columns + block * 128 + tl.arange(0, 128)).to(tl.float32) - middle
+        numbers -= zero.to(DTYPE)[:, None]
     return numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps", "share"])  # one machine code for all
 def multiply_few_rows(
     x,  # [M, K]
     weight,
     scales,  # [G, columns]
     zeros,  # [G, columns], as the integers; not read where HAS_ZEROS is not set
-    out,  # [S, M, N]; fp32 where S > 1
+    out,  # [M, N]
+    parts,  # fp32 [S, M, N]
+    arrivals,  # int32 [columns / WIDTH], zeros, before and after
     M,
     N,
     K,
     num_columns,
-    share,  # blocks of input features for each program
+    steps,  # blocks of input features
+    share,  # of them for each program
     magic,
     GROUP: tl.constexpr,  # input features that share a scale; 0: all
     BITS: tl.constexpr,
@@ -91,76 +139,72 @@ def multiply_few_rows(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program: a block of output features, from its share of the input features. The weights are the left factor,
-    whose registers a product takes as they come."""
+    """One program: all rows of a block of output features, from its share of the input features. The weights are the
+    left factor, the rows the right one."""
     block, split = tl.program_id(0), tl.program_id(1)
-    m, p = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, 128)
-    n = block * 128 + (place_of(p) if BITS == 4 else p)
+    m, n = tl.arange(0, BLOCK_M), block * 128 + tl.arange(0, 128)
     dtype = tl.float32 if UPCAST else x.dtype.element_ty
+    half = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
     total = tl.zeros((128, BLOCK_M), tl.float32)
-    for step in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(K, BLOCK_K))):
+    first, end = split * share, tl.minimum((split + 1) * share, steps)
+    next_scale = tl.load(scales + (first * BLOCK_K // GROUP if GROUP else 0) * num_columns + n)
+    for step in range(first, end):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         group = step * BLOCK_K // GROUP if GROUP else 0
         rows = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0).to(dtype)
-        if BITS == 4:
-            half = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
-            read = read_int4(weight, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS, half)
-            numbers = tl.trans(read.to(dtype))
-        else:
-            numbers = read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS).to(dtype)
-        if GROUP:
-            scale = tl.load(scales + group * num_columns + n).to(tl.float32)
+        numbers = read(
+            weight, zeros, block, step, steps, group, num_columns, magic, GROUP, BITS, HAS_ZEROS, BLOCK_K, half
+        ).to(dtype)
+        if GROUP:  # a scale is asked for one step before it is needed
+            scale = next_scale.to(tl.float32)
+            next_scale = tl.load(scales + tl.minimum(step + 1, end - 1) * BLOCK_K // GROUP * num_columns + n)
             total += tl.dot(numbers, rows, input_precision="ieee") * scale[:, None]
         else:
             total = tl.dot(numbers, rows, total, input_precision="ieee")
     if not GROUP:
-        total *= tl.load(scales + n).to(tl.float32)[:, None]
-    places = out + (split * M + m)[None, :] * N + n[:, None]
-    tl.store(places, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
-
-
-@triton.jit
-def add_parts(parts, out, size, S: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size]: the sum of parts [S, size], one after the other."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(S):
-        total += tl.load(parts + s * size + place, mask=place < size, other=0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
+        total *= next_scale.to(tl.float32)[:, None]
+    places, mask = m[None, :] * N + n[:, None], (m < M)[None, :] & (n < N)[:, None]
+    splits = tl.num_programs(1)
+    if splits == 1:
+        tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(parts + split * M * N + places, total, mask=mask)
+        tl.debug_barrier()  # all of this program's part is written before it counts as arrived
+        if tl.atomic_add(arrivals + block, 1) == splits - 1:
+            total = tl.zeros((128, BLOCK_M), tl.float32)
+            for s in range(splits):  # past the first cache, which other programs' parts do not reach
+                total += tl.load(parts + s * M * N + places, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+            tl.store(arrivals + block, 0)
 
 
 @triton.jit
 def expand(
-    weight,
-    scales,
-    zeros,
-    out,  # [K, columns]
-    K,
-    num_columns,
-    magic,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    weight, scales, zeros,
+    out,  # [columns, K]
+    K, num_columns, steps, magic, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
-    """The values of a weight, transposed, each rounded once to out's dtype."""
+):  # fmt: skip
+    """The values of a weight, each rounded once to out's dtype."""
     block, step = tl.program_id(0), tl.program_id(1)
-    k, p = step * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, 128)
-    n = block * 128 + (place_of(p) if BITS == 4 else p)
+    k, n = step * BLOCK_K + tl.arange(0, BLOCK_K), block * 128 + tl.arange(0, 128)
     group = step * BLOCK_K // GROUP if GROUP else 0
-    if BITS == 4:
-        read = read_int4(weight, zeros, block, k, group, K, num_columns, magic, HAS_ZEROS, tl.float16)
-        numbers = read.to(tl.float32)
-    else:
-        numbers = tl.trans(read_int8(weight, zeros, block, k, group, K, num_columns, HAS_ZEROS))
-    numbers *= tl.load(scales + group * num_columns + n).to(tl.float32)
-    places = out + k.to(tl.int64)[:, None] * num_columns + n
-    tl.store(places, numbers.to(out.dtype.element_ty), mask=(k < K)[:, None])
+    numbers = read(
+        weight, zeros, block, step, steps, group, num_columns, magic, GROUP, BITS, HAS_ZEROS, BLOCK_K, tl.float16
+    ).to(tl.float32)
+    numbers *= tl.load(scales + group * num_columns + n).to(tl.float32)[:, None]
+    tl.store(out + n.to(tl.int64)[:, None] * K + k, numbers.to(out.dtype.element_ty), mask=(k < K)[None, :])
 
 
-def block_k(group_size: int | None) -> int:
-    """Input features of a block, which have one scale: the largest power of 2 that divides a group."""
-    return MOST_BLOCK_K if group_size is None else min(MOST_BLOCK_K, group_size & -group_size)
+# ---------------------------------------------------------------------------------------- launching
+
+
+def block_k(group_size: int, num_inputs: int, element_size: int, on_amd: bool = ON_AMD) -> int:
+    """Input features of a step, which have one scale: the largest of some powers of 2 that divides a group, or a row's
+    units where there are no groups (0). fp32 is multiplied without tensor cores, from shared memory."""
+    largest = 32 if element_size == 4 else 64 if on_amd else 128
+    whole = group_size or num_inputs + -num_inputs % UNIT
+    return min(largest, whole & -whole)
 
 
 def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
@@ -173,84 +217,107 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
     return splits
 
 
-def launch_options(block_m: int, element_size: int, on_amd: bool = torch.version.hip is not None) -> dict[str, int]:
-    """num_stages: blocks under way, of fp32 as many as fit into 64 KiB of shared memory. fp32 is multiplied without
-    tensor cores, and with 4 warps the registers do not suffice. AMD's matrix instructions are of one size, as NVIDIA's
-    are by themselves, so that a sum has the same order whatever BLOCK_M is."""
-    is_fp32 = element_size == 4
-    options = {"num_warps": 8 if is_fp32 or block_m > 32 else 4, "num_stages": 2 if is_fp32 else 3}
+def launch_options(block_m: int, element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
+    """num_warps: what pack() is made for; of fp32 twice as many, whose registers would not suffice. num_stages: blocks
+    under way. AMD's matrix instructions are of one size, as NVIDIA's are by themselves, so that a sum has the same
+    order whatever BLOCK_M is."""
+    options = {"num_warps": 8 if element_size == 4 else 4, "num_stages": 2 if element_size == 4 else 3}
     return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
 
 def magic_of(dtype: torch.dtype, upcast: bool) -> int:
-    """What read_int4 makes numbers of, for activations of this dtype."""
+    """What integers are unpacked with, for activations of this dtype."""
     return BF16_MAGIC if dtype == torch.bfloat16 and not upcast else FP16_MAGIC
 
 
 class Shape(NamedTuple):
-    """How a quantised weight lies in memory."""
+    """Of a quantised weight."""
 
     num_outputs: int
+    num_inputs: int
     group_size: int  # 0: all of a row
     bits: int
     splits: int  # S
 
-    def constants(self, zeros: Tensor | None) -> dict[str, int]:
+    def constants(self, zeros: Tensor | None, element_size: int) -> dict[str, int]:
         """What the kernels are compiled for."""
-        shape = {"GROUP": self.group_size, "BITS": self.bits, "HAS_ZEROS": zeros is not None}
-        return shape | {"BLOCK_K": block_k(self.group_size or None)}
+        size = block_k(self.group_size, self.num_inputs, element_size)
+        return {"GROUP": self.group_size, "BITS": self.bits, "HAS_ZEROS": zeros is not None, "BLOCK_K": size}
 
 
 def few_rows(
-    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape, *, upcast: bool = False
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    arrivals: Tensor,
+    shape: Shape,
+    *,
+    upcast: bool = False,
 ) -> Tensor:
     """[M, K] -> [M, N] in x's dtype. upcast: as of paged_decode in models/triton_attention.py."""
-    (M, K), N, S, columns = x.shape, shape.num_outputs, shape.splits, scales.shape[1]
-    block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # tl.dot needs 16 rows
-    constants = shape.constants(zeros)
+    (M, K), N, columns = x.shape, shape.num_outputs, scales.shape[1]
+    element_size = 4 if upcast else x.element_size()
+    block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # of tensor cores' sizes
+    constants = shape.constants(zeros, element_size)
+    steps = -(-K // constants["BLOCK_K"])
+    share = -(-steps // shape.splits)
+    S = -(-steps // share)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
-    share = -(-K // (constants["BLOCK_K"] * S))
-    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(block_m, 4 if upcast else x.element_size())}
-    grid, numbers = (columns // WIDTH, S, -(-M // block_m)), (M, N, K, columns, share, magic_of(x.dtype, upcast))
-    zeros = scales if zeros is None else zeros
-    multiply_few_rows[grid](x, weight, scales, zeros, parts, *numbers, **constants, **options)
-    if S > 1:
-        add_parts[(-(-M * N // 1024),)](parts, out, M * N, S, 1024, num_warps=4)
+    numbers = (M, N, K, columns, steps, share, magic_of(x.dtype, upcast))
+    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(block_m, element_size)}
+    tensors = (x, weight, scales, scales if zeros is None else zeros, out, parts, arrivals)
+    multiply_few_rows[(columns // WIDTH, S)](*tensors, *numbers, **constants, **options)
     return out
 
 
-def expanded(
-    num_inputs: int, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape, dtype: torch.dtype
-) -> Tensor:
-    """The values of the weight, transposed: [K, N] in dtype."""
-    K, columns, constants = num_inputs, scales.shape[1], shape.constants(zeros)
-    out = torch.empty(K, columns, dtype=dtype, device=weight.device)
-    grid, zeros = (columns // WIDTH, -(-K // constants["BLOCK_K"])), scales if zeros is None else zeros
-    expand[grid](weight, scales, zeros, out, K, columns, FP16_MAGIC, **constants, num_warps=4)
-    return out[:, : shape.num_outputs]
+def expanded(weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The values of the weight: [N, K] in dtype."""
+    K, columns, constants = shape.num_inputs, scales.shape[1], shape.constants(zeros, 4)
+    steps = -(-K // constants["BLOCK_K"])
+    out = torch.empty(columns, K, dtype=dtype, device=weight.device)
+    tensors = (weight, scales, scales if zeros is None else zeros, out)
+    expand[(columns // WIDTH, steps)](*tensors, K, columns, steps, FP16_MAGIC, **constants, num_warps=4)
+    return out[: shape.num_outputs]
 
 
-# One operation for torch.compile, which would make code of its own for each kind of launch
+# One operation for torch.compile, which would make code of its own for each kind of launch. It leaves arrivals as they
+# were, so nothing is said of its writing them
 library = torch.library.Library("gpt_accelera", "FRAGMENT")
 library.define(
-    "quantized_product(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, int[] shape, bool upcast) -> Tensor"
+    "quantized_product(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor arrivals, int[] shape,"
+    " bool upcast) -> Tensor"
 )
 
 
 @torch.library.impl(library, "quantized_product", "CompositeExplicitAutograd")
 def quantized_product(
-    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Sequence[int], upcast: bool
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    arrivals: Tensor,
+    shape: Sequence[int],
+    upcast: bool,
 ) -> Tensor:
     """[M, K] -> [M, N] in x's dtype. shape: of a Shape."""
     shape = Shape(*shape)
     if len(x) <= FEW_ROWS:
-        return few_rows(x.contiguous(), weight, scales, zeros, shape, upcast=upcast)
-    return x @ expanded(x.shape[1], weight, scales, zeros, shape, x.dtype)
+        return few_rows(x.contiguous(), weight, scales, zeros, arrivals, shape, upcast=upcast)
+    return F.linear(x, expanded(weight, scales, zeros, shape, x.dtype))
 
 
 @torch.library.register_fake("gpt_accelera::quantized_product", lib=library)
-def _(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Sequence[int], upcast: bool) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    arrivals: Tensor,
+    shape: Sequence[int],
+    upcast: bool,
+) -> Tensor:
     return x.new_empty(x.shape[0], shape[0])  # len() would fix the number of rows
 
 
@@ -259,7 +326,7 @@ class TritonProducts(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
+        values: Tensor,
         scale: Tensor,
         zero: Tensor | None,
         num_outputs: int,
@@ -267,22 +334,23 @@ class TritonProducts(nn.Module):
         bits: int,
         splits: int | None = None,
     ):
-        """weight: see above; scale, zero [columns, G], zero None for 8 of int4 and 0 of int8. group_size: None for all
-        of a row. splits: S, by default what suits the device."""
+        """values [columns, K]: as for pack(); scale, zero [columns, G], zero None for 8 of int4 and 0 of int8.
+        group_size: divisible by UNIT; None for all of a row. splits: S at most, by default what suits the device."""
         super().__init__()
-        self.register_buffer("weight", weight.view(torch.int32) if bits == 4 else weight)
+        self.register_buffer("weight", pack(values, bits))
         self.register_buffer("scales", scale.T.contiguous())
         self.register_buffer("zeros", None if zero is None else zero.T.contiguous())
+        self.register_buffer("arrivals", torch.zeros(len(self.weight), dtype=torch.int32, device=values.device))
         if splits is None:
-            processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
-            splits = num_splits(num_outputs, weight.shape[1], processors)  # K stands second in both layouts
-        self.shape = Shape(num_outputs, group_size or 0, bits, splits)
-        self.has_to_upcast = weight.device.type == "cuda" and not has_bf16_cores(weight.device)
+            processors = torch.cuda.get_device_properties(values.device).multi_processor_count
+            splits = num_splits(num_outputs, values.shape[1], processors)
+        self.shape = Shape(num_outputs, values.shape[1], group_size or 0, bits, splits)
+        self.has_to_upcast = values.device.type == "cuda" and not has_bf16_cores(values.device)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.weight, self.scales, self.zeros
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        return self.weight, self.scales, self.zeros, self.arrivals
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""

@@ -14,14 +14,15 @@ from tests.compiled import resources_of
 
 def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int) -> dict[str, int]:
     constants = {"GROUP": group_size, "BITS": bits, "HAS_ZEROS": bits == 4}
-    constants |= {"BLOCK_M": rows, "BLOCK_K": kernels.block_k(group_size or None), "UPCAST": False}
-    types = {"x": "*" + dtype, "weight": "*i8", "scales": "*bf16", "zeros": "*u8", "out": "*fp32"}
-    types["weight"] = "*i32" if bits == 4 else "*i8"
-    types |= dict.fromkeys(("M", "N", "K", "num_columns", "share", "magic"), "i32") | dict.fromkeys(
-        constants, "constexpr"
-    )
-    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7, 8)}
-    options = kernels.launch_options(rows, 4 if dtype == "fp32" else 2, on_amd=target.backend == "hip")
+    element_size, on_amd = 4 if dtype == "fp32" else 2, target.backend == "hip"
+    size = kernels.block_k(group_size, 4096, element_size, on_amd)
+    constants |= {"BLOCK_M": rows, "BLOCK_K": size, "UPCAST": False}
+    types = {"x": "*" + dtype, "weight": "*i32", "scales": "*bf16", "zeros": "*u8"}
+    types |= {"out": "*" + dtype, "parts": "*fp32", "arrivals": "*i32"}
+    types |= dict.fromkeys(("M", "N", "K", "num_columns", "steps", "share", "magic"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)}
+    options = kernels.launch_options(rows, element_size, on_amd)
     source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
     return resources_of(compiled, target.backend)

@@ -35,13 +35,13 @@ COMPILED = [  # target, dtype, bits, group size, rows
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_gpus(target, tmp_path):
-    """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
-    that do not suffice."""
+    """Catches what only the compiler refuses, more shared memory than a processor has (MI300 64 KiB, the smallest of
+    NVIDIA's 99), and registers that do not suffice."""
     cases = [each for each in COMPILED if each[0] == target]
     arguments = [*map(str, TARGETS[target]), json.dumps([each[1:] for each in cases])]
     code = (ROOT / "tests/models/compiled_linear.py").read_text()
     for case, used in zip(cases, json.loads(run(code, tmp_path, *arguments))):
         print(*case, used)
-        assert used["shared"] <= 64 * 1024
+        assert used["shared"] <= (64 if target == "gfx942" else 99) * 1024
         spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]
         assert spilled and not any(used[name] for name in spilled), (case, used)

@@ -105,7 +105,7 @@ def compare_products(section: Section) -> None:
         weight = 0.02 * torch.randn(N, K, device=device)
         for scheme in (Scheme("int8"), Scheme("int4", 128)):
             small, num_bytes = quantize(weight, scheme), N * K * scheme.bits / 8
-            for splits in (1, 2, 4, 8, 16):
+            for splits in (1, 2, 3, 4, 6, 8, 16):
                 make = partial(triton_products, small, scheme, splits)
                 time_products(section, f"product {N} x {K}, {scheme}, {splits} splits", make, K, num_bytes)
         time_products(section, f"product {N} x {K}, bf16", partial(bf16_layer, weight), K, 2 * N * K)

@@ -118,7 +118,8 @@ class DecodeRows(nn.Module):
 
     def prefill(self, batch: Prefill) -> Tensor:
         """Computes the tokens of a batch, into the cache: their final hidden states [N, E]."""
-        ids, positions = to_device(torch.tensor([batch.ids, batch.positions]), self.device)
+        # positions first: what is compiled for them knows whether they stand at the beginning of their memory
+        positions, ids = to_device(torch.tensor([batch.positions, batch.ids]), self.device)
         return self.network.hidden(ids[None], positions[None], self.cache.prefill(batch.chunks))[0]
 
     def logits(self, hidden: Tensor, places: list[int]) -> Tensor:

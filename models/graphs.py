@@ -2,7 +2,8 @@
 
 - torch.compile sees one block's two halves, before and after attention, as functions of the block, and sampling: all
   layers share the code, and so do all numbers of tokens, since a decode step's rows stand where a prompt's tokens do.
-  So what is compiled does not grow with layers, lengths or batch sizes (one token alone is its own case)
+  So what is compiled does not grow with layers, lengths or batch sizes (one token alone is its own case). What a block
+  adds to the residual stream last is added in the next one's first half, where it takes no kernel of its own
 - a whole step, sampling included, is captured as a CUDA graph by hand (HIP's on AMD), for a few numbers of rows; the
   smallest that holds the rows in use is replayed. Attention is Triton's kernel, whose grid is fixed for a graph: rows
   end where their own lengths say
@@ -17,11 +18,24 @@ import torch
 from torch import Tensor
 
 from models.attention import Attend
-from models.model import Block, Transformer
+from models.model import Block, RMSNorm, Transformer
 from models.rope import rope_tables
 
 # fp32 is asked for where it is wanted, and how a reduction is cut is the compiler's affair
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores|\nOnline softmax is disabled")
+
+
+def first_half(
+    block: Block, x: Tensor, update: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The residual stream with what the block before adds to it, and what attention takes of it."""
+    x = x + update
+    return x, block.before_attention(x, cos, sin)
+
+
+def last_norm(norm: RMSNorm, x: Tensor, update: Tensor) -> Tensor:
+    """The final hidden states."""
+    return norm(x + update)
 
 
 class Network:
@@ -29,7 +43,8 @@ class Network:
 
     def __init__(self, model: Transformer, *, compile: bool):
         self.model, self.compile = model, compile
-        self.before, self.after = self.compiled(Block.before_attention), self.compiled(Block.after_attention)
+        self.tables, self.norm = self.compiled(rope_tables), self.compiled(last_norm)
+        self.before, self.after = self.compiled(first_half), self.compiled(Block.before_last_sum)
 
     def compiled(self, function: Callable) -> Callable:
         return torch.compile(function) if self.compile else function
@@ -53,13 +68,15 @@ class Network:
         model = self.model
         if not self.compile:
             return model(input_ids, position_ids, attend)
-        tables = rope_tables(position_ids, model.inv_freq, model.config.attention_factor)
+        positions = self.any_number(1, position_ids)
+        tables = self.any_number(1, *self.tables(*positions, model.inv_freq, model.config.attention_factor))
         x = model.embed_tokens(input_ids).to(dtype=model.compute_dtype)
+        update = torch.zeros_like(x)
         for layer, block in enumerate(model.layers):
-            inputs = self.any_number(1, x, *tables)
-            attended = attend(layer, *self.before(block, *inputs)).contiguous()  # code is for one order of dimensions
-            x = self.after(block, *self.any_number(1, x, attended))
-        return model.norm(x)
+            x, inputs = self.before(block, *self.any_number(1, x, update), *tables)
+            attended = attend(layer, *inputs).contiguous()  # code is for one order of dimensions
+            x, update = self.after(block, *self.any_number(1, x, attended))
+        return self.norm(model.norm, *self.any_number(1, x, update))
 
 
 def graph_sizes(num_rows: int) -> list[int]:

@@ -374,8 +374,13 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream behind the block, of what it was before and of what attention gave [B, T, H, D]."""
+        x, update = self.before_last_sum(x, attended)
+        return x + update
+
+    def before_last_sum(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """What after_attention adds up."""
         x = x + product(attended.flatten(2), self.self_attn.o_proj)
-        return x + self.mlp(*self._normed(self.post_attention_layernorm, x))
+        return x, self.mlp(*self._normed(self.post_attention_layernorm, x))
 
     def _normed(self, layer: RMSNorm, x: Tensor) -> tuple[Tensor, Kept | None]:
         """The norm of x, and what it is computed from again: not the tokens that sequence parallelism gathers of it."""

@@ -81,8 +81,8 @@ def unpack_int4(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def unpack_int8(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """As unpack_int4, but the integers themselves. They have a bit too many for bf16: there the sign, the 8th, makes 256
-    of 128, and is what is subtracted."""
+    """As unpack_int4, but the integers themselves. They have a bit too many for bf16: the sign, the 8th bit, makes
+    256 of 128 there, and is what is subtracted."""
     if DTYPE.is_bf16():
         low = tl.join((words & 0x007F007F) | magic, ((words >> 8) & 0x007F007F) | magic)
         sign = tl.join((words & 0x00800080) | magic, ((words >> 8) & 0x00800080) | magic)

@@ -54,13 +54,13 @@ class Plan(NamedTuple):
 
 
 SECTIONS = {
-    "right": Plan("Is it right?", 120, right.ITEMS),
-    "ceilings": Plan("Ceilings", 15, speed.CEILINGS),
-    "decode": Plan("Decoding, 7B (deepseek-math)", 125, speed.DECODE),
-    "sft": Plan("Fine-tuning", 85, trained.SFT_ITEMS, trained.SFT_SMALL),
-    "rl": Plan("Reinforcement learning, 1B", 75, trained.RL_ITEMS),
-    "peers": Plan("transformers on the same work", 40, speed.PEERS),
-    "kernels": Plan("Kernels", 20, kernels.ITEMS),
+    "right": Plan("Is it right?", 125, right.ITEMS),
+    "ceilings": Plan("Ceilings", 12, speed.CEILINGS),
+    "decode": Plan("Decoding, 7B (deepseek-math)", 105, speed.DECODE),
+    "sft": Plan("Fine-tuning", 68, trained.SFT_ITEMS, trained.SFT_SMALL),
+    "rl": Plan("Reinforcement learning, 1B", 85, trained.RL_ITEMS),
+    "peers": Plan("transformers on the same work", 55, speed.PEERS),
+    "kernels": Plan("Kernels", 30, kernels.ITEMS),
 }
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 START = 12.0  # seconds in which a section's process begins to work: none is begun with less

@@ -274,6 +274,6 @@ ITEMS = [
     Item("products", 10, check_products),
     Item("compiled", 25, check_compiled),
     Item("prefill", 5, check_chunks),
-    Item("slots", 25, check_slots),
-    Item("training", 10, check_training),
+    Item("training", 3, check_training),
+    Item("slots", 38, check_slots),
 ]

@@ -187,12 +187,12 @@ DECODE = [
     Item("batch 256", 15, decode(256, 64, 128, goals={"rate": 10_000})),
     Item("model", 0, note_weights),
     Item("int4, batch 1", 20, decode(1, 64, 128, mode="int4", goals={"ratio": 1.8})),
-    Item("MATH", 60, decode_math),
+    Item("MATH", 40, decode_math),
     Item("ragged", 12, decode_ragged),
     Item("int8, batch 1", 20, decode(1, 64, 128, mode="int8")),
 ]
 PEERS = [
-    Item("generate, batch 1", 40, peer("transformers", 1, 64)),
     Item("generate_batch", 30, peer("generate_batch", 64, 64, ragged=RAGGED)),
+    Item("generate, batch 1", 45, peer("transformers", 1, 64)),
     Item("generate, batch 64", 40, peer("transformers", 64, 448)),
 ]

@@ -207,9 +207,9 @@ def update_of(script: str, title: str):
     return run
 
 
-SFT_ITEMS = [Item("SFT 8B", 60, sft_of("8b", 1, 4096, 0.4)), Item("SFT 1B", 30, sft_of("1b", 4, 4096, None))]
+SFT_ITEMS = [Item("SFT 8B", 40, sft_of("8b", 1, 4096, 0.4)), Item("SFT 1B", 30, sft_of("1b", 4, 4096, None))]
 SFT_SMALL = [Item("SFT tiny", 0, sft_of("tiny", 1, 64, 0.4))]
 RL_ITEMS = [
-    Item("PPO", 45, update_of("train_ppo", "PPO")),
     Item("GRPO", 40, update_of("train_grpo", "GRPO")),
+    Item("PPO", 75, update_of("train_ppo", "PPO")),
 ]

@@ -172,9 +172,11 @@ def multiply_few_rows(
     else:
         tl.store(parts + split * M * N + places, total, mask=mask)
         tl.debug_barrier()  # all of this program's part is written before it counts as arrived
-        if tl.atomic_add(arrivals + block, 1) == splits - 1:
+        arrived = tl.atomic_add(arrivals + block, 1)
+        tl.debug_barrier()  # and the others' are read behind that
+        if arrived == splits - 1:
             total = tl.zeros((128, BLOCK_M), tl.float32)
-            for s in range(splits):  # past the first cache, which other programs' parts do not reach
+            for s in range(splits):  # on NVIDIA past the first cache, which other programs' parts do not reach
                 total += tl.load(parts + s * M * N + places, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
             tl.store(arrivals + block, 0)
@@ -201,11 +203,11 @@ def expand(
 # ---------------------------------------------------------------------------------------- launching
 
 
-def most_inputs(device: torch.device) -> int:
-    """Input features of a step at most, in 16 bits: 128 where a left factor in registers is multiplied from there
-    (Hopper), for which 64 rows leave just enough of them."""
-    is_hopper = not ON_AMD and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0))
-    return 128 if is_hopper else 64
+def most_inputs(bits: int, device: torch.device) -> int:
+    """Input features of a step at most, in 16 bits: 128 of int4 where 64 rows leave registers and shared memory for as
+    many (Hopper, and Blackwell of data centres, whose tensor cores keep sums elsewhere)."""
+    is_large = not ON_AMD and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10))
+    return 128 if is_large and bits == 4 else 64
 
 
 def block_k(group_size: int, num_inputs: int, most: int) -> int:
@@ -217,11 +219,16 @@ def block_k(group_size: int, num_inputs: int, most: int) -> int:
 
 def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
     """How many programs share a row of a weight: so many that the processor with most of them is done soonest, if one
-    alone keeps half of it busy, and at most four for each; the fewest of these, with 256 input features or more each.
-    By earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
-    blocks = -(-num_outputs // WIDTH)
-    most = max(1, min(16, num_inputs // 256, 4 * num_processors // blocks))
-    return min(range(1, most + 1), key=lambda splits: max(2, -(-blocks * splits // num_processors)) / splits)
+    alone keeps half of it busy; at most four for each, which share out steps of 128 input features, two or more on
+    average; the fewest of these. By earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
+    blocks, steps = -(-num_outputs // WIDTH), -(-num_inputs // 128)
+    most = max(1, min(16, steps // 2, 4 * num_processors // blocks))
+
+    def time(splits: int) -> int:
+        share = -(-steps // splits)
+        return max(2, -(-blocks * -(-steps // share) // num_processors)) * share
+
+    return min(range(1, most + 1), key=time)
 
 
 def launch_options(block_m: int, element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
@@ -245,7 +252,7 @@ class Shape(NamedTuple):
     group_size: int  # 0: all of a row
     bits: int
     splits: int  # S at most
-    most_inputs: int = 128
+    most_inputs: int  # of a step, in 16 bits
 
     def constants(self, zeros: Tensor | None, element_size: int) -> dict[str, int]:
         """What the kernels are compiled for. fp32 is multiplied without tensor cores, from shared memory."""
@@ -330,7 +337,7 @@ def _(
 
 
 class TritonProducts(nn.Module):
-    """The product with an int8 or int4 weight, [M, K] -> [M, N]."""
+    """The product with an int8 or int4 weight, [M, K] -> [M, N]; one call at a time, since calls share arrivals."""
 
     def __init__(
         self,
@@ -353,7 +360,7 @@ class TritonProducts(nn.Module):
             processors = torch.cuda.get_device_properties(values.device).multi_processor_count
             splits = num_splits(num_outputs, values.shape[1], processors)
         sizes = (num_outputs, values.shape[1], group_size or 0, bits, splits)
-        self.shape = Shape(*sizes, most_inputs(values.device))
+        self.shape = Shape(*sizes, most_inputs(bits, values.device))
         self.has_to_upcast = values.device.type == "cuda" and not has_bf16_cores(values.device)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
 

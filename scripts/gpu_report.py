@@ -55,8 +55,8 @@ class Plan(NamedTuple):
 
 SECTIONS = {
     "right": Plan("Is it right?", 125, right.ITEMS),
-    "ceilings": Plan("Ceilings", 12, speed.CEILINGS),
-    "decode": Plan("Decoding, 7B (deepseek-math)", 105, speed.DECODE),
+    "ceilings": Plan("Ceilings", 16, speed.CEILINGS),
+    "decode": Plan("Decoding, 7B (deepseek-math)", 101, speed.DECODE),
     "sft": Plan("Fine-tuning", 68, trained.SFT_ITEMS, trained.SFT_SMALL),
     "rl": Plan("Reinforcement learning, 1B", 85, trained.RL_ITEMS),
     "peers": Plan("transformers on the same work", 55, speed.PEERS),

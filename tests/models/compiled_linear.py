@@ -15,7 +15,7 @@ from tests.compiled import resources_of
 def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int) -> dict[str, int]:
     constants = {"GROUP": group_size, "BITS": bits, "HAS_ZEROS": bits == 4}
     element_size, on_amd = 4 if dtype == "fp32" else 2, target.backend == "hip"
-    most = 32 if element_size == 4 else 128 if target.arch == 90 else 64
+    most = 32 if element_size == 4 else 128 if target.arch == 90 and bits == 4 else 64
     size = kernels.block_k(group_size, 4096, most)
     constants |= {"BLOCK_M": rows, "BLOCK_K": size, "UPCAST": False}
     types = {"x": "*" + dtype, "weight": "*i32", "scales": "*bf16", "zeros": "*u8"}

@@ -30,7 +30,7 @@ WIDTH = 128  # output features of a block, for four warps: with more rows than f
 UNIT = 32  # input features of a block that lie together: 16 bytes of int4 for each of 128 threads
 FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
 ON_AMD = torch.version.hip is not None
-BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see two_numbers
+BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see unpack_int4
 
 
 # --------------------------------------------------------------------------------- order of weights
@@ -231,7 +231,7 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
     return min(range(1, most + 1), key=time)
 
 
-def launch_options(block_m: int, element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
+def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
     """num_warps: what pack() is made for; of fp32 twice as many, whose registers would not suffice. num_stages: blocks
     under way. AMD's matrix instructions are of one size, as NVIDIA's are by themselves, so that a sum has the same
     order whatever BLOCK_M is."""
@@ -281,7 +281,7 @@ def few_rows(
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
     numbers = (M, N, K, columns, steps, share, magic_of(x.dtype, upcast))
-    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(block_m, element_size)}
+    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(element_size)}
     tensors = (x, weight, scales, scales if zeros is None else zeros, out, parts, arrivals)
     multiply_few_rows[(columns // WIDTH, S)](*tensors, *numbers, **constants, **options)
     return out

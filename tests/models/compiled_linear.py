@@ -23,7 +23,7 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
     types |= dict.fromkeys(("M", "N", "K", "num_columns", "steps", "share", "magic"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)}
-    options = kernels.launch_options(rows, element_size, on_amd)
+    options = kernels.launch_options(element_size, on_amd)
     source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
     return resources_of(compiled, target.backend)

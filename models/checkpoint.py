@@ -22,13 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
 from models.common import RuntimeArgs, flag, short_bar
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.tokenizer import Tokenizer
-from models.tp import Parallel, tensor_parallel_part
+from models.tp import Parallel, local, tensor_parallel_part
 
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
 COMPARED_ROWS = 8192  # of embedding and head at a time
@@ -331,9 +330,9 @@ def load_weights(
 ) -> None:
     """Gives every parameter of a model its values, one tensor at a time, and recomputes the buffers.
 
-    part_of(name, whole shape): the part that this rank reads. DTensors are filled in place; plain parameters, which
-    may be on meta and of the whole shape, are replaced. without_file: whole tensors that are not taken from the files,
-    such as a new scalar head's weight [1, E] on a folder that has a language-model head, which is then left out.
+    part_of(name, whole shape): the part that this rank reads. Parameters on meta, which may be of the whole shape, are
+    replaced; others, such as sharded ones, are filled in place. without_file: whole tensors that are not taken from the
+    files, such as a new scalar head's weight [1, E] on a folder that has a language-model head, which is then left out.
     elsewhere: the shapes of weights that the caller will read. Raises ValueError where the files do not fit the model,
     or are not what was exported. A collective.
     """
@@ -363,15 +362,15 @@ def fill_parameters(
     for name, parameter in short_bar(dict(model.named_parameters()).items(), "loading", "tensor"):
         slices = part_of(name, tuple(parameter.shape))
         part = without_file[name][slices] if name in without_file else files.read(name, slices)
-        if isinstance(parameter, DTensor):
-            shard = parameter.to_local()
-            assert shard.shape == part.shape, (name, shard.shape, part.shape)
-            shard.copy_(part)
-        else:
+        if parameter.is_meta:
             owner, _, attribute = name.rpartition(".")
             own_dtype = torch.float32 if name == "score.weight" else dtype
             part = nn.Parameter(part.to(device=device, dtype=own_dtype, copy=True))
             setattr(model.get_submodule(owner), attribute, part)
+        else:
+            own = local(parameter)
+            assert own.shape == part.shape, (name, own.shape, part.shape)
+            own.copy_(part)
     model.tie_weights()
     model.reset_buffers(device)
 

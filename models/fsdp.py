@@ -2,8 +2,9 @@
 
 - world = dp x tp, tp ranks adjacent; one process without torchrun is the same code on a mesh of 1 x 1
 - hybrid sharding: dp = dp_replicate x dp_shard, and only dp_shard adjacent ranks (a node, say) share the parameters
-- every parameter of a trained model is a DTensor on the whole mesh: cut over tp where models/tp.py says so, then by
-  rows over dp (or dp_shard); norms are whole over tp
+- every parameter of a trained model is a DTensor: cut over tp where models/tp.py says so, then by rows over dp (or
+  dp_shard); norms are whole over tp. Of one tp rank it knows dp alone, and computes without a DTensor's share of the
+  host's time, which takes a third of a small backward's
 - weights are stored in fp32, or in bf16 for an optimizer that rounds stochastically, and gathered in the compute dtype;
   gradients are reduced in fp32 and then take the weights' dtype
 
@@ -178,12 +179,14 @@ def _is_hybrid(mesh: DeviceMesh) -> bool:
     return "dp_shard" in mesh.mesh_dim_names
 
 
-def sharding_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:
-    """What a parameter is cut over: tp, and then dp (dp_shard). Torch takes a millisecond to cut a mesh."""
-    return mesh["tp"], mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
+def sharding_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh | None, DeviceMesh]:
+    """What a parameter is cut over: tp, and then dp (dp_shard). mesh: of a run, or of a parameter. Torch takes a
+    millisecond to cut a mesh."""
+    tp = mesh["tp"] if "tp" in mesh.mesh_dim_names else None
+    return tp, mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
 
 
-def sharded_part(name: str, shape: tuple[int, ...], tp: DeviceMesh, shard: DeviceMesh) -> tuple[slice, ...]:
+def sharded_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None, shard: DeviceMesh) -> tuple[slice, ...]:
     """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its rank of shard."""
     first, *rest = tensor_parallel_part(name, shape, tp)
     start, end = chunk_range(first.stop - first.start, shard.get_local_rank(), shard.size())
@@ -220,7 +223,6 @@ def load_for_training(
             add_adapters(model, lora)
             param_dtype = frozen_dtype(args, runtime)
     shard_model(model, mesh, args, runtime, param_dtype)
-    model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
     given = ({} if new_score is None else {"score.weight": new_score}) | ({} if lora is None else lora.values)
     integers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None}
     tp, shard = sharding_meshes(mesh)
@@ -272,12 +274,12 @@ def _compile(block: Block) -> None:
 def shard_model(
     model: Transformer, mesh: DeviceMesh, args: ParallelArgs, runtime: Runtime, param_dtype: torch.dtype | None = None
 ) -> None:
-    """Makes a model built on meta ready for training on the mesh, in place; its values are still to be loaded.
+    """Makes a model built on meta ready for training on the mesh, in place; its values and buffers are still to come.
 
     param_dtype: of the stored weights, if not args.param_dtype; of norms too, since FSDP2 wants one dtype in a group.
     Gradients arrive in it.
     """
-    _to_dtensors(model, mesh["tp"], param_dtype or DTYPES[args.param_dtype])
+    _store(model, mesh["tp"], param_dtype or DTYPES[args.param_dtype])
     for block in model.layers:
         block.recompute = args.activation_checkpointing
         if runtime.compile:
@@ -297,24 +299,30 @@ def shard_model(
     if hasattr(model, "score"):  # a scalar head computes in fp32
         shard(model.score, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     shard(model, reshard_after_forward=False)
+    model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
+    model.tie_weights()  # to_empty has parted those that are not sharded
 
 
-def _to_dtensors(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
-    """Replaces each parameter by this rank's part as a DTensor of that dtype (scalar head and adapters: fp32); tied
-    ones stay so."""
+def _store(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
+    """Gives each parameter that dtype (scalar head and adapters: fp32) and makes it, if there are several tp ranks, a
+    DTensor of this rank's part; tied ones stay so."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in replaced:
-                name = f"{prefix}.{attribute}"
-                shape, stride, dim = parameter.shape, parameter.stride(), shard_dim(name)
-                part = parameter.detach()[tensor_parallel_part(name, tuple(shape), tp)]
-                in_fp32 = name == "score.weight" or attribute.startswith("lora_")
-                part = part.to(torch.float32 if in_fp32 else dtype).contiguous()
-                placement = Replicate() if dim is None else Shard(dim)
-                tensor = DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
+                in_fp32 = f"{prefix}.{attribute}" == "score.weight" or attribute.startswith("lora_")
+                tensor = parameter.detach().to(torch.float32 if in_fp32 else dtype)
+                if tp.size() > 1:
+                    tensor = _part_over(tp, f"{prefix}.{attribute}", tensor)
                 replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, attribute, replaced[id(parameter)])
+
+
+def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
+    shape, stride, dim = whole.shape, whole.stride(), shard_dim(name)
+    part = whole[tensor_parallel_part(name, tuple(shape), tp)].contiguous()
+    placement = Replicate() if dim is None else Shard(dim)
+    return DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
 
 
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:

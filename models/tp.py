@@ -79,9 +79,11 @@ def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
     return parameter.to_local(grad_placements=[Partial()] if partial_grad else None)
 
 
-def whole(parameter: DTensor) -> Tensor:
-    """The whole of a sharded parameter, gathered; a collective. An offloaded one is gathered by the GPUs, not by the
-    CPUs."""
+def whole(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, gathered where it is sharded: a collective. An offloaded one is gathered by the GPUs,
+    not by the CPUs."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
     return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
 
 

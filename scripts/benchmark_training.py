@@ -13,7 +13,7 @@ from models.fsdp import ParallelArgs, clip_grad_norm, frozen_dtype, init_mesh, p
 from models.lora import Lora, LoraLinear, add_adapters
 from models.model import ModelConfig, Transformer
 from models.qlinear import quantize
-from models.tp import tensor_parallel_part
+from models.tp import local, tensor_parallel_part
 from scripts.benchmark_common import seconds_of
 from training.optim import OptimArgs, make_optimizer
 
@@ -77,10 +77,9 @@ def sharded_model(
             add_adapters(model, lora)
             param_dtype = frozen_dtype(args, runtime)
     shard_model(model, mesh, args, runtime, param_dtype)
-    model.to_empty(device=runtime.device)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.to_local().normal_(0.0, 0.02)
+            local(parameter).normal_(0.0, 0.02)
         for name, layer in model.named_modules() if lora is not None and lora.scheme is not None else ():
             if isinstance(layer, LoraLinear):
                 part = tensor_parallel_part(f"{name}.weight", shapes[f"{name}.weight"], mesh["tp"])

@@ -20,6 +20,7 @@ from models.model import Transformer
 from models.qlinear import Scheme
 from models.quantize import quantize_in_place
 from models.sampling import SamplingParams
+from models.tp import local
 from tests import tiny
 from tests.models.fake_gpu import CONFIG, CPU
 from tests.models.test_generation import outcome, ragged_requests
@@ -92,9 +93,8 @@ def test_models_of_a_run_share_code(monkeypatch, mesh):
             if lora is not None:
                 add_adapters(model, lora)
         shard_model(model, mesh, ParallelArgs(), Runtime(CPU, torch.bfloat16, True), torch.bfloat16)
-        model.to_empty(device=CPU)
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter.to_local() if hasattr(parameter, "to_local") else parameter, std=0.02)
+            torch.nn.init.normal_(local(parameter), std=0.02)
         model.reset_buffers(CPU)
         return model
 

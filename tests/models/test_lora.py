@@ -19,6 +19,7 @@ from models.fsdp import ParallelArgs, full_tensors, init_mesh, load_for_training
 from models.noise import noise_key
 from models.qlinear import dequantize, quantize
 from models.shared_base import adapter, lora_layers
+from models.tp import local
 from tests import tiny
 from tests.tiny import refused
 
@@ -237,8 +238,8 @@ def test_products_with_integers(tmp_path, mode):
     with torch.no_grad():
         for layer, other in zip(lora_layers(model), lora_layers(plain), strict=True):
             for each in (layer, other):
-                each.lora_B.to_local().normal_(generator=torch.Generator().manual_seed(2))
-            other.weight.to_local().copy_(dequantize(quantize(other.weight.to_local(), model.lora.scheme)))
+                local(each.lora_B).normal_(generator=torch.Generator().manual_seed(2))
+            other.weight.copy_(dequantize(quantize(other.weight, model.lora.scheme)))
     found, wanted = output_of(model), output_of(plain)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for each in (found, wanted):
@@ -246,7 +247,7 @@ def test_products_with_integers(tmp_path, mode):
     torch.testing.assert_close(output_of(copy_for_inference(model, pack=False)), wanted, atol=1e-4, rtol=1e-5)
     for layer, other in zip(lora_layers(model), lora_layers(plain), strict=True):
         for name in ("lora_A", "lora_B"):
-            torch.testing.assert_close(getattr(layer, name).grad.to_local(), getattr(other, name).grad.to_local())
+            torch.testing.assert_close(*(local(getattr(x, name).grad) for x in (layer, other)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for name, p in plain.named_parameters() if "lora_" in name)
     tensors = dict(full_tensors(model))

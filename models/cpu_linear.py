@@ -142,8 +142,10 @@ class Bags(nn.Module):
         return self.table.nbytes + self.scale.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x @ weight.T in fp32, [M, K] -> [M, N]"""
-        return self.for_few_rows(len(x))(x) if len(x) <= self.FEW_ROWS else self.many_rows(x.float())
+        """x @ weight.T, [M, K] -> fp32 [M, N]: in fp32, or many rows of bf16 in bf16 where the CPU multiplies it"""
+        if len(x) <= self.FEW_ROWS:
+            return self.for_few_rows(len(x))(x)
+        return self.many_rows(x if has_bf16_products() else x.float())
 
     def for_few_rows(self, M: int) -> Callable[[Tensor], Tensor]:
         """x @ weight.T in fp32, [M, K] -> [M, N], in a time that grows with M. What every call needs is looked up
@@ -167,18 +169,18 @@ class Bags(nn.Module):
         return product
 
     def many_rows(self, x: Tensor) -> Tensor:
-        """x @ weight.T, fp32 [M, K] -> [M, N], by a few blocks of expanded weights at a time."""
+        """x @ weight.T in x's dtype, [M, K] -> fp32 [M, N], by a few blocks of expanded weights at a time."""
         (N, K, G), (blocks, _, W), M = self.sizes, self.scale.shape, len(x)
         few, is_wide = max(1, self.EXPANDED // (K * W)), M >= self.MANY_ROWS
         y = torch.empty(M, blocks, W)
         for first in range(0, blocks, few):
             part = slice(first, first + few)
             if is_wide:
-                weight = self._expanded(part, together=True)  # oneDNN takes it as it is
+                weight = self._expanded(part, together=True).to(x.dtype)  # oneDNN takes it as it is
                 sums = torch.ops.mkldnn._linear_pointwise(x, weight.flatten(1).T, None, "none", [], "")
                 sums = sums.unflatten(1, (-1, W))
             else:
-                weight = self._expanded(part)
+                weight = self._expanded(part).to(x.dtype)
                 sums = torch.bmm(x.expand(len(weight), M, K), weight).transpose(0, 1)
             torch.mul(sums, self.scale[part, 0] if G == 1 else 1.0, out=y[:, part])
         return y.view(M, -1)[:, :N]
@@ -213,22 +215,26 @@ class Bags(nn.Module):
 
 
 class FloatProducts(nn.Module):
-    """The product of quantised weights on CPUs, in fp32 for activations of any dtype: Bags, or where a decode step has
-    more rows, and fp16 holds the weights exactly, a HalfMatrix in their place."""
+    """The product of quantised weights on CPUs for activations of any dtype: Bags, or where a decode step has more
+    rows, and fp16 holds the weights exactly, a HalfMatrix in their place. Zero points are a term of their own: what
+    they add to a group's weights, times the sum of the group's activations.
+    """
 
-    def __init__(self, values: Tensor, scale: Tensor):
-        """As of Bags."""
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor | None = None):
+        """values, scale: as of Bags; zero [N, G]: the integers that stand for 0, if not those."""
         super().__init__()
         self.bags, self.half, self.scale = Bags(values, scale), None, None
+        usual = 0 if values.dtype == torch.int8 else 8
+        offsets = None if zero is None else ((usual - zero.float()) * scale.float()).T.contiguous()
+        self.register_buffer("offsets", offsets)  # [G, N], of all weights of a group
         # of a decode step for which Bags are faster. The products of SmolLM2-135M's blocks take on one core with AVX2
         # at 1 and 4 rows 15.5 and 39 ms in int8; as HalfMatrix 25.6 and 33; in fp32 47 and 63
         self.most_rows = 2 if scale.shape[1] == 1 else 1
 
     @property
     def num_bytes(self) -> int:
-        if self.half is None:
-            return self.bags.num_bytes
-        return self.half.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        more = sum(x.nbytes for x in (self.scale, self.offsets) if x is not None)
+        return more + (self.bags.num_bytes if self.half is None else self.half.nbytes)
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
         """forward() of a decode step with so many rows."""
@@ -237,7 +243,9 @@ class FloatProducts(nn.Module):
         if self.bags is None or num_rows > self.most_rows:
             return self
         product = self.bags.for_few_rows(num_rows)
-        return lambda x: product(x).to(x.dtype)
+        if self.offsets is None:
+            return lambda x: product(x).to(x.dtype)
+        return lambda x: self._with_offsets(x, product(x)).to(x.dtype)
 
     def _become_half(self) -> None:
         integers_alone = self.bags.sizes[2] == 1
@@ -245,13 +253,24 @@ class FloatProducts(nn.Module):
         if self.half is not None:
             self.scale, self.bags = (self.bags.row_scale() if integers_alone else None), None
 
+    def _with_offsets(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, and what zero points come to."""
+        return y.addmm_(x.float().view(len(x), len(self.offsets), -1).sum(dim=2), self.offsets)
+
+    def _values(self) -> Tensor:
+        """The weight, fp32 [N, K]."""
+        weight = self.bags.whole(scaled=True)
+        if self.offsets is not None:
+            weight.unflatten(1, (len(self.offsets), -1)).add_(self.offsets.T[..., None])
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""
         if torch.compiler.is_compiling():  # which does not know FBGEMM's operators
-            y = F.linear(x.float(), self.bags.whole(scaled=True))
-        elif self.half is not None:
+            return F.linear(x.float(), self._values()).to(x.dtype)
+        if self.half is not None:
             y = self.half(x.float())
             y = y if self.scale is None else y.mul_(self.scale)
         else:
             y = self.bags(x)
-        return y.to(x.dtype)
+        return (y if self.offsets is None else self._with_offsets(x, y)).to(x.dtype)

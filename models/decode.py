@@ -11,6 +11,7 @@
   are faster than integers with a low-rank product beside them, and no adapter can fail to reach the sampler
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models import decode_cpu
 from models.checkpoint import WeightFiles, load_model
-from models.common import Runtime
+from models.common import Runtime, is_main_rank
 from models.cpu_linear import PackedMatrix, can_pack_weights, pack_weight
 from models.lora import LoraLinear
 from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
@@ -135,7 +136,18 @@ def load_for_inference(
         model = load_model(folder, param_dtype=dtype, **options)
     else:
         model = load_quantized(folder, scheme, dtype=dtype, **options)
+        if head == "lm":
+            _say_what_is_slow(model)
     return to_inference(model, pack=can_pack(runtime))
+
+
+def _say_what_is_slow(model: Transformer) -> None:
+    """On stderr, since stdout may be for samples alone."""
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    schemes = sorted({str(layer.scheme) for layer in layers if layer.kernel is None})
+    if schemes and is_main_rank():
+        what = "no kernel here multiplies with such weights, which are expanded for every product instead"
+        print(f"{', '.join(schemes)}: {what}: a token takes longer than without quantising", file=sys.stderr)
 
 
 def weight_bytes(model: Transformer) -> int:

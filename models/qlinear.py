@@ -280,7 +280,7 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dty
     if device.type != "cpu":
         return None
     if dtype == torch.float32 or not has_bf16_products():
-        return "fbgemm" if has_fbgemm() and scheme.symmetric else None
+        return "fbgemm" if has_fbgemm() else None
     if scheme.mode == "int8":  # torch's int8 kernel computes nonsense for an odd K (2.13)
         is_plain = scheme.group_size is None and scheme.symmetric and K % 32 == 0
         return "torch" if is_plain and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
@@ -322,12 +322,14 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:
             weight, scheme = _in_kernel_groups(weight, scheme)
             self.kernel = kernel_for(scheme, shape, device, dtype)
+        if self.kernel is None and scheme.mode != "fp8":  # what torch's kernels in bf16 do not take
+            self.kernel = kernel_for(scheme, shape, device, torch.float32)
         self.scheme, self.num_rows, self.num_inputs = scheme, *shape
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
         self.product, self.is_padded = None, False
         if self.kernel == "fbgemm":
-            self.product = FloatProducts(weight.values, weight.scale)
+            self.product = FloatProducts(weight.values, weight.scale, weight.zero)
         elif self.kernel == "triton":
             self.product = triton_products(weight, scheme)
         else:

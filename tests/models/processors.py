@@ -15,6 +15,7 @@ from models.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 SCHEMES = {"none": None, "int8": Scheme("int8"), "int4": Scheme("int4", 32), "int8 in groups": Scheme("int8", 64)}
+SCHEMES["int4 with zero points"] = Scheme("int4", 32, symmetric=False)
 ROWS = (1, 2, 5, 40, 130)  # bags, blocks of expanded weights, and wide ones of them
 REQUESTS = [Request(i, 0, [1, *range(3 + i, 12 + 5 * i)], 8) for i in range(4)]
 

@@ -133,15 +133,16 @@ def test_kernels_are_used(monkeypatch):
     of_fp32 = "fbgemm" if has_fbgemm() else None
     odd = (Scheme("int8", 64), Scheme("int8", None, False), Scheme("int4", 8), Scheme("int4", 512))
     for scheme in (Scheme("int8"), Scheme("int4", 32), *odd):
-        wanted = of_fp32 if scheme.symmetric else None
-        assert q.kernel_for(scheme, (64, 512), CPU, torch.float32) == wanted
+        assert q.kernel_for(scheme, (64, 512), CPU, torch.float32) == of_fp32
         monkeypatch.setattr(q, "has_bf16_products", lambda: False)
-        assert q.kernel_for(scheme, (64, 512), CPU, torch.bfloat16) == wanted
+        assert q.kernel_for(scheme, (64, 512), CPU, torch.bfloat16) == of_fp32
     monkeypatch.setattr(q, "has_bf16_products", lambda: True)
     assert q.kernel_for(Scheme("int8"), (64, 256), CPU, torch.bfloat16) == "torch"
     assert q.kernel_for(Scheme("int8"), (64, 40), CPU, torch.bfloat16) is None
     for scheme in odd:
         assert q.kernel_for(scheme, (64, 512), CPU, torch.bfloat16) is None
+        layer = QuantizedLinear([quantized(random_weight(16, 512), scheme)], None, scheme, torch.bfloat16)
+        assert layer.kernel == of_fp32  # rather than to be expanded in every step
     assert q.cpu_int4_width() in (32, 64, None)
     has_int4 = q.cpu_int4_width() is not None
     assert (q.kernel_for(Scheme("int4", 128), (64, 256), CPU, torch.bfloat16) == "torch") == has_int4
@@ -155,14 +156,14 @@ def test_kernels_are_used(monkeypatch):
 
 
 @pytest.mark.skipif(not has_fbgemm(), reason="no FBGEMM on this CPU")
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int8", 64)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int8", 64), ZEROS, READ[1]], ids=str)
 def test_forms_in_fp32(scheme):
     """Catches a form of a decode step's weights that rounds them, is not taken for its number of rows, or is kept
-    beside the other, and blocks of expanded weights put together wrongly: int8 in groups stays in bags, since fp16 does
-    not hold it."""
+    beside the other, zero points of another group or lost in a form, and blocks of expanded weights put together
+    wrongly: int8 in groups stays in bags, since fp16 does not hold it."""
     small = quantized(random_weight(1000, 192), scheme)
     whole, group_size = dequantize(small), scheme.group_size
-    products = FloatProducts(small.values, small.scale)
+    products = FloatProducts(small.values, small.scale, small.zero)
     products.bags.EXPANDED = 2**16
     x = torch.randn(3, 192)
     compiled = torch.compile(products, backend="eager", fullgraph=True)(x)  # which knows none of FBGEMM's operators

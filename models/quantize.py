@@ -89,7 +89,9 @@ def _share(key: str, size: int, parts: int) -> str:
     return f"{key} {size}" + (f" / {parts} ranks" if parts > 1 else "")
 
 
-def rounding_scheme(mode: str, group_size: int | None, config: ModelConfig, tp_size: int = 1) -> Scheme:
+def rounding_scheme(
+    mode: str, group_size: int | None, config: ModelConfig, tp_size: int = 1, flag: str = "--quantize"
+) -> Scheme:
     """What a flag's `mode` means for a model. group_size None: of int4 the largest up to 128 that every layer's inputs
     on a rank are divisible by; a smaller one is said. Raises ValueError if there is none."""
     if mode != "int4":
@@ -100,7 +102,7 @@ def rounding_scheme(mode: str, group_size: int | None, config: ModelConfig, tp_s
     undivided = [_share(*each) for each in inputs if each[1] % (each[2] * DEFAULT_GROUP)]
     fitting = [group for group in GROUP_SIZES if all(size % (parts * group) == 0 for _, size, parts in inputs)]
     if not fitting:
-        raise ValueError(f"int4: no group size divides {' and '.join(sorted(undivided))}; take int8")
+        raise ValueError(f"{flag} int4: no group size divides {' and '.join(sorted(undivided))}; take int8")
     group_size = min(fitting[-1], DEFAULT_GROUP)
     if undivided and is_main_rank():  # on stderr, since stdout may be for samples alone
         sizes = " or ".join(sorted(undivided))
@@ -135,7 +137,7 @@ def choose_scheme(
     if mode == "none":
         return stored
     if stored is None:
-        return rounding_scheme(mode, group_size, ModelConfig.from_hf(folder), tp_size)
+        return rounding_scheme(mode, group_size, ModelConfig.from_hf(folder), tp_size, flag)
     if isinstance(stored, MixedScheme) or (mode, group_size or stored.group_size) != stored[:2]:
         raise ValueError(f"{flag} {mode}: {folder} holds {stored} already; leave the flag out")
     return stored

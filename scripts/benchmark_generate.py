@@ -130,11 +130,11 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
     config.check_divisible(tp_size)
-    modes = args.precisions or [args.quantize]
-    sizes = {"int4": args.group_size}
-    schemes = {
-        mode: None if mode == "none" else rounding_scheme(mode, sizes.get(mode), config, tp_size) for mode in modes
-    }
+    modes, flag = (args.precisions, "--precisions") if args.precisions else ([args.quantize], "--quantize")
+    schemes = {}
+    for mode in modes:
+        group_size = args.group_size if mode == "int4" else None
+        schemes[mode] = None if mode == "none" else rounding_scheme(mode, group_size, config, tp_size, flag)
     for scheme in filter(None, schemes.values()):
         check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
     tp = parallel_of(init_mesh(runtime.device, tp_size)).tp if tp_size > 1 else None

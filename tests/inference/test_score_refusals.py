@@ -45,7 +45,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "no rows": (("--batch_size", 0), ("--batch_size",)),
     "context": (("--max_seq_len", 257), ("--max_seq_len 257", "256")),
     "overlong": (("--overlong", "cut"), ("--overlong",)),
-    "int4 groups": (("--quantize", "int4"), ("no group size divides", "intermediate_size 112")),
+    "int4 groups": (("--quantize", "int4"), ("--quantize int4: no group size divides", "intermediate_size 112")),
     "ranks": (("--tensor_parallel_size", 2), ("--tensor_parallel_size 2",)),
     "device": (("--device", "abacus"), ("abacus",)),
     "no data": (("--data_file", "nowhere.jsonl"), ("nowhere.jsonl",)),

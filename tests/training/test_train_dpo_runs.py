@@ -181,7 +181,7 @@ BAD_FLAGS = {
     "reference for simpo": ({"loss": "simpo", "ref_checkpoint_path": "x"}, ["--ref_checkpoint_path", "simpo"]),
     "gamma": ({"simpo_gamma": 0.3}, ["--simpo_gamma is for --loss simpo"]),
     "alpha": ({"rpo_alpha": 0.3, "loss": "ipo"}, ["--rpo_alpha is for --loss rpo"]),
-    "int4 groups": ({"quantize_ref": "int4"}, ["no group size divides", "intermediate_size 112"]),
+    "int4 groups": ({"quantize_ref": "int4"}, ["--quantize_ref int4: no group size divides", "intermediate_size 112"]),
     "quantised nothing": ({"quantize_ref": "int8", "loss": "simpo"}, ["--quantize_ref", "simpo has no reference"]),
     "fp8": ({"quantize_ref": "fp8"}, ["--quantize_ref", "fp8"]),
     "no reference there": ({"ref_checkpoint_path": "nowhere"}, ["nowhere: no such file or folder"]),

@@ -146,10 +146,13 @@ BAD_FLAGS = {
     "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),
     "micro batch": ({"micro_batch_size": 5}, ["--micro_batch_size 5", "--minibatch_size 3"]),
-    "int4 groups of the reference": ({"quantize_ref": "int4"}, ["no group size divides", "intermediate_size 112"]),
+    "int4 groups of the reference": (
+        {"quantize_ref": "int4"},
+        ["--quantize_ref int4: no group size divides", "intermediate_size 112"],
+    ),
     "int4 groups of the reward": (
         {"quantize_reward": "int4", "reward_checkpoint_path": "{world}/rm"},
-        ["no group size divides", "intermediate_size 112"],
+        ["--quantize_reward int4: no group size divides", "intermediate_size 112"],
     ),
     "quantised nothing": (
         {"quantize_reward": "int8"},

@@ -42,4 +42,4 @@ def with_room(like: Tensor, shape: Sequence[int] | None = None) -> Tensor | None
     if size < LARGE or torch._C._len_torch_dispatch_stack():
         return None
     room = (-size % ALIGNMENT + ROOM) // like.itemsize
-    return like.new_empty(math.prod(shape) + room)[: math.prod(shape)].view(shape)
+    return like.new_empty(math.prod(shape) + room).resize_(shape)  # no view: of what a module returns FSDP warns of one

@@ -82,4 +82,4 @@ def plan_cache(
     slots = max(1, min(most_slots, fitting // pages_for(usual_tokens)) if num_slots is None else most_slots)
     num_pages = min(fitting, max(slots * pages_for(known_tokens), pages_for(most_tokens)))
     note = f"{slots} slots over {num_pages:,} pages of {PAGE} tokens, {num_pages * of_page / 1e9:.2f} GB"
-    return CachePlan(slots, num_pages, most_tokens, note + " of free memory" * (num_slots is None))
+    return CachePlan(slots, num_pages, most_tokens, note + f" of {free / 1e9:.1f} that are free" * (num_slots is None))

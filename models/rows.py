@@ -30,7 +30,7 @@ import tokenizers
 from tqdm import tqdm
 
 from models.checksums import digest
-from models.common import say
+from models.common import is_main_rank, say
 from models.forked import map_in_processes, num_cores
 from models.record_files import Items, Lines, chunks_of
 from models.records import IGNORE_INDEX, Encoder, EncodingCounts, Flat
@@ -123,7 +123,8 @@ def encode_file(
             say(f"--data_cache {store.folder}: {error}; {path} is tokenised in the memory of each process")
     if found is None:
         found = _Memory()
-        found.take(_blocks(path, encoder, store.num_workers or num_cores(of_rank=True)))  # each rank does it
+        num_workers = store.num_workers or num_cores(of_rank=True)  # each rank does it
+        found.take(_blocks(path, encoder, num_workers, shown=is_main_rank()))
     return Rows(kind, num_sequences, found.columns), found.counts
 
 
@@ -166,10 +167,9 @@ def _encode_chunk(encoder: Encoder, chunk: Lines | Items) -> _Block:
     return _Block(flatten(rows), counts, chunk.size, num_records)
 
 
-def _blocks(path: Path, encoder: Encoder, num_workers: int) -> Iterator[_Block]:
-    """A file's parts in their order, with a progress bar; a node's first process may be any of its ranks."""
+def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> Iterator[_Block]:
+    """A file's parts in their order. shown: with a progress bar."""
     size = path.stat().st_size if path.is_file() else 0
-    shown = os.environ.get("GROUP_RANK", "0") == "0"
     options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "leave": False, "disable": not shown}
     empty, num_workers = True, num_workers if size >= BIG_FILE else 1
     with tqdm(total=size, desc="tokenising", **options) as bar:
@@ -242,7 +242,8 @@ def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) 
     with _alone(folder):
         found = _read(folder)
         if found is None:
-            _write(folder, path, _blocks(path, encoder, num_workers))
+            is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # whose first process may be any of its ranks
+            _write(folder, path, _blocks(path, encoder, num_workers, shown=is_first_node))
             found = _read(folder)
         return found
 

@@ -62,13 +62,13 @@ def main(args: PpoArgs) -> None:
     elif args.layouts:
         raise ValueError("--layouts: for --plan; an update runs on the ranks of this run")
     else:
-        run_speed_job(args, ppo_setting(args), measure_ppo)
+        run_speed_job(args, ppo_setting(args, f"{args.batch_size} answers"), measure_ppo)
 
 
-def ppo_setting(args: PpoArgs) -> str:
+def ppo_setting(args: PpoArgs, answers: str) -> str:
     args = args.filled()
     return (
-        f"{args.batch_size} answers, {args.prompt_len} + {args.new_tokens} tokens, {args.ppo_epochs} epochs, "
+        f"{answers}, {args.prompt_len} + {args.new_tokens} tokens, {args.ppo_epochs} epochs, "
         f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
         f"{args.activation_checkpointing}"
     )
@@ -291,10 +291,7 @@ def report_plan(args: PpoArgs) -> None:
         args.config.check_divisible(tp)
         plans.append(memory_plan(args, dp, tp))
         rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
-        say(
-            card(
-                f"memory of ppo, {args.preset} with reward model {reward}, dp {dp} x tp {tp}, {ppo_setting(args)}", rows
-            )
-        )
+        setting = ppo_setting(args, f"{args.filled().slots} answers at a time")
+        say(card(f"memory of ppo, {args.preset} with reward model {reward}, dp {dp} x tp {tp}, {setting}", rows))
     names = {"job": "ppo", "preset": args.preset, "reward_preset": reward}
     say(json.dumps({**names, "layouts": layouts, "memory_plans": plans}))

@@ -100,6 +100,25 @@ def files(tmp_path, chat_folder):
     }
 
 
+def test_one_rank_shows_a_bar(files, tmp_path, monkeypatch):
+    """Catches a bar of every rank, and none: of what each tokenises for itself the main rank's is shown, of what one of
+    a node's ranks makes that one's, on the first node."""
+    encode, shown = files["sft"][0], []
+    real = rows.tqdm
+    monkeypatch.setattr(rows, "tqdm", lambda **options: shown.append(not options["disable"]) or real(**options))
+    for rank, node, store in (
+        ("0", "0", Store()),
+        ("3", "0", Store()),
+        ("3", "0", Store(tmp_path)),
+        ("4", "1", Store()),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("GROUP_RANK", node)
+        monkeypatch.setattr(rows, "BIG_FILE", 1 if store.folder else 2**23)
+        encode(store)
+    assert shown == [True, False, True, False]
+
+
 @pytest.mark.parametrize("kind", ["sft", "pairs", "pointwise"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_file_is_its_records(kind, workers, big, files, tmp_path):

@@ -46,7 +46,6 @@ class ChatTemplate:
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
         self.source = "".join(sources.values())  # to look for a word in
-        self.leads: dict[tuple, str] = {}  # what it writes between a message and its answer, see models/chats.py
 
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """values: "tools", and what else the template reads (variables()). Raises ValueError if the template is none,

@@ -12,12 +12,14 @@ learnt.
 """
 
 import json
+import re
 from functools import cache
 from typing import NamedTuple
 
 from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
 from models.tokenizer import Tokenizer
 
+TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
 
 
@@ -215,18 +217,18 @@ class _TurnFinder:
         return start, self._end(i, end)
 
     def _start(self, i: int) -> int:
-        led_by, leads = self.ends.get(i - 1), self.template.leads
+        led_by = self.ends.get(i - 1)
         behind = self.calls.get(i - 1, 0) if led_by is None else led_by
+        message = self.chat.messages[i]
         kind = (
             self.chat.messages[i - 1]["role"],
             i == len(self.chat.messages) - 1,
-            bool(self.chat.tools),
-            repr(self.chat.kwargs),
-            bool(self.chat.messages[i].get("tool_calls")),
+            *(bool(message.get(name)) for name in ("tool_calls", *REASONING)),
+            content_of(message).lstrip()[:1] == "<",  # a thought, maybe, that the header may have opened
         )
-        for lead in (leads.get(kind), self.leads.get(kind)):
-            if lead and led_by is not None and self.text.startswith(lead, led_by):
-                return led_by + len(lead)
+        lead = self.leads.get(kind)
+        if lead and led_by is not None and self.text.startswith(lead, led_by):
+            return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start = _common_prefix(before, self.text)
         if start < behind:  # it writes the message before otherwise once others follow
@@ -234,9 +236,8 @@ class _TurnFinder:
             found = self.text.find(header, behind, self.begins.get(i))
             start = found + len(header) if found >= 0 else self.begins.get(i, behind)
         elif start < len(before):  # it writes another header once there is an answer
-            start = min(start, self.begins.get(i, start))
-        elif led_by is not None:
-            leads[kind] = self.text[led_by:start]
+            start = min(_before_tag(self.text, start), self.begins.get(i, start))
+            start = max(start, behind)
         if led_by is not None:
             self.leads[kind] = self.text[led_by:start]
         return start
@@ -245,7 +246,7 @@ class _TurnFinder:
         """Where what the template writes for message i ends, but for what it writes once others follow."""
         if i == len(self.chat.messages) - 1:
             return len(self.text)
-        return _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text)
+        return _before_tag(self.text, _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text))
 
     def _end(self, i: int, content_end: int) -> int:
         """One past the first end token behind the content, of those before the next message's."""
@@ -323,6 +324,13 @@ def _holds(text: str, message: dict) -> bool:
     texts = (content_of(message), *(message[name] for name in REASONING if isinstance(message.get(name), str)))
     whole = "".join(text.split())
     return all("".join(each.split()) in whole for each in texts)
+
+
+def _before_tag(text: str, at: int) -> int:
+    """`at`, or where the tag begins that it falls into: "<think>" and "<tool_call>" begin alike, and a token is not to
+    be torn."""
+    tag = TAG_BEGUN.search(text, max(0, at - LONGEST_TAG), at)
+    return at if tag is None else tag.start()
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -115,6 +115,7 @@ class Flag(NamedTuple):
     default: object
     group: type  # the dataclass that declares it
     metadata: typing.Mapping
+    replaces_none: bool  # as the default, whose meaning ends the help: "...; bfloat16 on a GPU"
 
     @property
     def may_change(self) -> bool | Callable[[object], bool]:
@@ -127,8 +128,9 @@ def flags_of(Args: type) -> list[Flag]:
     for field in dataclasses.fields(Args):
         # a subclass that assigns another default leaves help and bounds to the class that declared the flag
         fields = [(c, vars(c)["__dataclass_fields__"].get(field.name)) for c in Args.__mro__[:-1]]
-        declared = [(c, declaration.metadata) for c, declaration in fields if declaration and declaration.metadata]
-        flags.append(Flag(field.name, field.default, declared[-1][0], declared[0][1]))
+        declared = [(c, declaration) for c, declaration in fields if declaration and declaration.metadata]
+        nearest, replaces_none = declared[0][1], declared[0][1].default is None is not field.default
+        flags.append(Flag(field.name, field.default, declared[-1][0], nearest.metadata, replaces_none))
     return sorted(flags, key=lambda each: Args.__mro__.index(each.group))  # stable
 
 
@@ -144,7 +146,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34)
 
     def _get_help_string(self, action):  # a default that cannot be shown is described by the help text
-        shown = action.default is not None and str(action.default).strip()
+        shown = action.default not in (None, ()) and str(action.default).strip()
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -182,6 +184,8 @@ def _first_sentence(Args: type) -> str:
 
 def _add_flag(group, each: Flag, kind: object) -> None:
     options = dict(each.metadata["options"])
+    if each.replaces_none:
+        options["help"] = options["help"].rpartition("; ")[0]
     if isinstance(kind, types.UnionType):  # X | None
         [kind] = [part for part in typing.get_args(kind) if part is not types.NoneType]
     if kind is bool:

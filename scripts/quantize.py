@@ -42,8 +42,8 @@ INT4_GROUP = 32  # 4.5 bits a weight
 class QuantizeScriptArgs(ModelArgs, AdapterArgs):
     """Writes a Hugging Face folder with quantised weights, for inference and frozen models."""
 
-    dtype: str | None = flag("float32", choices=("float32", "bfloat16"), help="dtype of the computation")
-    compile: bool | None = flag(False, help="torch.compile")
+    dtype: str | None = "float32"
+    compile: bool | None = False
     output_dir: Path = flag(help="folder to write; whole or not at all")
     mode: str = flag("int4", choices=("int8", "int4"), help="what the weights of the blocks become")
     method: str | None = flag(

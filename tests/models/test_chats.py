@@ -244,6 +244,35 @@ def test_two_answers_in_a_row_whatever_was_read_before(opened):
         ([user("2+2?"), said("4")], ["<think>\n\n</think>\n\n4<|eot_id|>"]),
     ]
     for order in (chats, chats[::-1]):
-        tokenizer.chat_template.leads.clear()
         for messages, learnt in order:
             assert row_of(tokenizer, messages=messages)[1] == learnt
+
+
+OPENED = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and m.reasoning_content %}<think>\n"
+OPENED += (
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}TAG\n"
+)
+OPENED += "{{ c.function | tojson }}{% endfor %}<|eot_id|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+OPENED += "<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}{% endif %}"
+
+
+@pytest.mark.parametrize("tag", ["<tool_call>", "<think_not>", "<|user|>"])
+@pytest.mark.parametrize("is_token", [True, False])
+def test_no_tag_is_torn(tag, is_token, tmp_path):
+    """Catches a turn that begins within a tag, since the generation prompt opens a thought, whose tag begins alike:
+    pieces of "<tool_call>" in the place of its token; and a turn whose beginning an earlier record decides."""
+    tokens = TOKENS + [tag] * (is_token and tag not in TOKENS)
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=tokens)
+    (tmp_path / "chat_template.jinja").write_text(OPENED.replace("TAG", tag), encoding="utf-8")
+    tokenizer, oracle = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    messages = [user("1+2"), said("", tool_calls=[CALL]), {"role": "tool", "content": "3"}, said("It is 3.")]
+    thinking = [user("1+2"), said("3", reasoning_content="one and two")]
+    for kwargs in ({}, {"enable_thinking": False}):
+        example, counts = encode_sft_record(
+            Record("x:1", {"messages": messages, "chat_template_kwargs": kwargs}), tokenizer
+        )
+        assert example.input_ids == oracle.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
+        assert not counts.split_differently
+        learnt = row_of(tokenizer, messages=messages, chat_template_kwargs=kwargs)[1]
+        assert learnt[0].startswith(tag + "\n{") and learnt[1] == "It is 3.<|eot_id|>"
+        assert row_of(tokenizer, messages=thinking)[1] == ["one and two\n</think>\n\n3<|eot_id|>"]

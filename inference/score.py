@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -159,7 +160,7 @@ def main(args: ScoreArgs) -> None:
     check_kind(args, kind)
     find_answer = load_function("--answer_fn", args.answer_fn) if args.answer_fn is not None else final_answer
     records = read_records(args.data_file)
-    items, counts = encode_items(records, folder, kind.separator, args)
+    items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
     resolved = replace(
         args,
@@ -284,14 +285,15 @@ class Item(NamedTuple):
 
 
 def encode_items(
-    records: list[Record], folder: Folder, separator: str | None, args: ScoreArgs
+    records: list[Record], folder: Folder, kind: RewardKind, args: ScoreArgs
 ) -> tuple[list[Item], EncodingCounts]:
-    """Records with their rows. separator: what ends a step, None for an outcome model."""
-    limit, shorten = folder.max_seq_len, cut_completion if separator is None else cut_steps
+    """Records with their rows."""
+    limit, pad = folder.max_seq_len, kind.pad_token_id
+    shorten = partial(cut_completion, pad_token_id=pad) if kind.separator is None else cut_steps
 
     def encode(record: Record) -> tuple[Item, EncodingCounts]:
         with naming(record):
-            rows, happened = encode_to_score(record, separator, folder.tokenizer)
+            rows, happened = encode_to_score(record, kind.separator, folder.tokenizer, pad)
             for name in ADDED_FIELDS:
                 require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
             require(len(rows) == 1 or not args.choosing, "a pair, and not one of several samples to choose from")

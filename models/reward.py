@@ -1,7 +1,7 @@
 """Reward models: what their folder says, where their scores sit, and the scores of rows.
 
-- an outcome model scores an answer at its last token, which is EOS if it was finished; a process model scores each step
-  at the last token of the step and the separator after it
+- an outcome model scores an answer at its last token, EOS if it was finished (but see place_of_score); a process model
+  scores each step at the last token of the step and the separator after it
 - the ids of a step depend on the prompt and the steps up to it alone, so its score does not depend on what follows;
   training and scoring find the places with the same function, encode_steps
 """
@@ -52,6 +52,7 @@ class RewardKind(NamedTuple):
     separator: str | None  # what ends a step; None for an outcome model
     mean: float | None
     std: float | None
+    pad_token_id: int | None = None
 
     def can_normalize(self) -> bool:
         """Whether (score - mean) / std is to be had."""
@@ -82,7 +83,8 @@ def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKi
         finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if value is not None and not finite:
             raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
-    return RewardKind(separator, mean, std)
+    pad = config.get("pad_token_id")
+    return RewardKind(separator, mean, std, pad if isinstance(pad, int) else None)
 
 
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
@@ -222,11 +224,19 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     return read_chat(shared, record.fields, "chosen"), chosen[num_shared:], rejected[num_shared:]
 
 
-def cut_completion(row: Scored, max_seq_len: int) -> Scored | None:
-    """The beginning of a longer row, with its score on the last token; None if no token of the completion is left."""
+def place_of_score(ids: Sequence[int], pad_token_id: int | None) -> int:
+    """Where an outcome model's score of a row is: at the last token that is not config.json's pad, where transformers
+    reads it. This project's reward models have a pad that ends no row; where others pad with EOS, as TRL does for
+    tokenizers without a pad, it is the token before EOS, and that is what was trained."""
+    return next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad_token_id), 0)
+
+
+def cut_completion(row: Scored, max_seq_len: int, pad_token_id: int | None = None) -> Scored | None:
+    """The beginning of a longer row, with its score at its end; None if no token of the completion is left."""
     if row.prompt_length >= max_seq_len:
         return None
-    return Scored(row.input_ids[:max_seq_len], [max_seq_len - 1], row.labels, row.prompt_length)
+    ids = row.input_ids[:max_seq_len]
+    return Scored(ids, [place_of_score(ids, pad_token_id)], row.labels, row.prompt_length)
 
 
 def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
@@ -289,10 +299,12 @@ def is_pair(record: Record) -> bool:
     return not answered and not record.given.keys().isdisjoint({"chosen", "rejected"})
 
 
-def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer) -> tuple[list[Scored], EncodingCounts]:
+def encode_to_score(
+    record: Record, separator: str | None, tokenizer: Tokenizer, pad_token_id: int | None = None
+) -> tuple[list[Scored], EncodingCounts]:
     """(rows of a record without labels, as in training: one, or chosen and rejected of a pair; what happened)
 
-    separator: None scores an answer on its last token, EOS if it was finished; else what ends a step, and each step of
+    separator: None scores an answer at its end, see place_of_score; else what ends a step, and each step of
     `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
     place.
     """
@@ -301,7 +313,7 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
             require(separator is None, "a pair, and this process model scores the steps of completions")
             pair, counts = encode_pair_record(record, tokenizer)
             sides = (pair.chosen.input_ids, pair.rejected.input_ids)
-            return [Scored(ids, [len(ids) - 1], [], pair.prompt_length) for ids in sides], counts
+            return [Scored(ids, [place_of_score(ids, pad_token_id)], [], pair.prompt_length) for ids in sides], counts
         prompt, answer = get_prompt(record), get_answer(record, steps=separator is not None)
         counts = EncodingCounts()
         if separator is not None:
@@ -314,7 +326,7 @@ def encode_to_score(record: Record, separator: str | None, tokenizer: Tokenizer)
             else:
                 row, counts = encode_answer(prompt, answer, tokenizer)
                 ids = row.input_ids
-            positions = [len(ids) - 1]
+            positions = [place_of_score(ids, pad_token_id)]
         require(ids, "has no tokens, so there is no place for a score")
         return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))], counts
 

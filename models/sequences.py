@@ -145,12 +145,15 @@ class Sample:
         """Whether the text up to these ids holds a stop string, which ends it; of the last, what was held back too."""
         old = len(self.streamed)
         self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(*ids)
+        text = (
+            self.streamed if is_last else self.streamed + self.decoder.held_back()
+        )  # a newline that is a byte's token
         longest = max(map(len, self.params.stop))
-        places = [self.streamed.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
+        places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
         places = [place for place in places if place >= 0]
         if not places:
             return False
-        done, text = self.completion, self.streamed[: min(places)]
+        done, text = self.completion, text[: min(places)]
         # the tokens of the text: drop those at the end that lie wholly in the stop string
         ids, prompt_ids = done.token_ids, done.request.prompt_ids
         while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):

@@ -32,6 +32,14 @@ class StreamDecoder:
         text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)
         return "" if text.endswith(NO_CHARACTER) else self._show(text)
 
+    def held_back(self) -> str:
+        """What is not certain yet, as it would be if nothing followed; "" where that is no whole characters."""
+        if self._ids[-1] not in self._byte_ids:
+            return ""
+        text = self._decode(self._ids)
+        known = text.startswith(self._shown) and NO_CHARACTER not in text[len(self._shown) :]
+        return text[len(self._shown) :] if known else ""
+
     def flush(self, more_ids: Sequence[int] = ()) -> str:
         self._ids.extend(more_ids)
         return self._show(self._decode(self._ids))

@@ -13,6 +13,7 @@ LETTER = re.compile(
     "zeta|eta|iota|kappa|mu|nu|tau|[Uu]psilon|chi"
 )
 WORDS = ("sqrt", "pi", *FUNCTIONS)  # that stand for something in plain text, too
+FACTOR = re.compile(rf"\\(?:pi|{LETTER.pattern})(?![A-Za-z])|(?!{'|'.join({*WORDS} - {'pi'})})[A-Za-z]")  # of 2 \pi x
 FUNCTIONS |= {  # of LaTeX alone: in plain text sec is a second
     "arcsin": math.asin,
     "arccos": math.acos,
@@ -115,6 +116,14 @@ class _Expression:
         digit = self._match(r"\d")
         return Fraction(int(digit[0])) if digit else self._atom()
 
+    def _of_function(self) -> Number:
+        """The argument of a sine, say: in brackets, or the factors before a bracket or function."""
+        is_product = self._next() not in ("(", "[", "{", "|")
+        result = self._power()
+        while is_product and self._next() and FACTOR.match(self.text, self.i):
+            result = bounded(result * self._power())
+        return result
+
     def _atom(self) -> Number:
         number = self._match(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d+))?(?![_\d])")
         if number:
@@ -162,7 +171,7 @@ class _Expression:
             exponent = self._argument() if self._take("^") else Fraction(1)
             if exponent == -1:
                 raise ValueError("an inverse function, or a reciprocal")
-            result = FUNCTIONS[name](self._power())
+            result = FUNCTIONS[name](self._of_function())
             return _raise(result if base is None else result / FUNCTIONS[name](base), exponent)
         if len(name) > 1 and not LETTER.fullmatch(name):
             raise ValueError(f"not a variable: {name}")

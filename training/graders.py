@@ -13,11 +13,11 @@ r"""Checked rewards: functions (prompt, completion, example) -> number that hold
 
 import re
 
-from training.mathematics import equal, last_number_in
+from training.mathematics import MULTIPLES, UNITS, equal, last_number_in
 
 GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
 ANSWER_IS = re.compile(  # and in Chinese
-    r"\banswer\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswer\W{0,3}[:=]"
+    r"\banswers?\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswers?\W{0,3}[:=]"
     r"|\u7b54\u6848\W{0,3}[\u662f\u4e3a\u70ba:\uff1a]",
     re.I,
 )
@@ -30,6 +30,8 @@ STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
     r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
     re.A,
 )
+AND = re.compile(r"\s*(?:,|;)?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
+MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 
 # ----------------------------------------------------------------------------------------- graders
@@ -153,13 +155,27 @@ def boxed_answer(text: str) -> str | None:
 def _clause(text: str) -> str:
     """What is stated at the beginning of a text, without the rest of the sentence or line."""
     text = text.strip().lstrip("*_`: ")
+    formula, rest = _formula(text)
+    if formula is None:
+        return SENTENCE_END.split(text)[0]
+    while listed := AND.match(rest):  # $3$ and $4$; not: $5$, and $x$ is odd
+        following, behind = _formula(rest[listed.end() :])
+        if following is None or not re.search(r"\d", following):
+            break
+        formula, rest = f"{formula}, {following}", behind
+    behind = MEASURE.match(rest)
+    return formula + behind[0] if behind else formula
+
+
+def _formula(text: str) -> tuple[str | None, str]:
+    """(what stands between the dollar signs, or the like, that a text begins with; what follows them)"""
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         end = text.find(closing, len(opening))
         if text.startswith(opening) and end > 0 and text[len(opening) : end].strip("\\ "):
             is_price = opening == "$" and re.match(r"\$[\d.,]+\s[^$]*\w\s*\$", text)  # $18 for one and $20 for ...
             if not is_price:
-                return text[len(opening) : end]
-    return SENTENCE_END.split(text)[0]
+                return text[len(opening) : end], text[end + len(closing) :]
+    return None, text
 
 
 def letter_of(answer: str) -> str | None:

@@ -145,6 +145,7 @@ def _ask(answer: str, gold: str) -> bool:
 
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as wide as a Chinese character
 REPLACED = (
+    (r"(?<![\w'])(?:[nN]egative|[mM]inus)\s+(?=[$\\(]{0,2}\d)", "-"),
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$|\*\*", ""),
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad|\u00a0|\u202f", " "),
@@ -179,7 +180,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])\d{1,
 MIXED = re.compile(
     r"(?<![\d.^_/*}])(\d+)\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|(?<![\d.^_/*])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)"
 )
-QUANTITY = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z.'/\- ()]*?)(?:\s*\^\s*\{?-?\d\}?)?", re.S)
+QUANTITY = re.compile(r"(.*(?:[\d)}]|\\pi(?![a-z])))(\s*)([A-Za-z][A-Za-z.'/\- ()]*?)(?:\s*\^\s*\{?-?\d\}?)?", re.S)
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}")
 RELATION = re.compile(r"(<=|>=|[<>\u2264\u2265]|\\(?:le|ge|leq|geq|lt|gt)(?:slant)?(?![a-z]))")
 NAME = re.compile(  # of what is asked: x, x_1, f(2), f^{-1}(x), |A|, (x, y), m + n, or words
@@ -365,9 +366,9 @@ def _read_scalar(text: str) -> Scalar:
     if quantity:
         words = re.findall(r"[A-Za-z]+", quantity[3])
         known = [word in UNITS or (len(word) > 2 and bool(quantity[2])) for word in words]
-        if all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known))) and not (
-            set(words) & {*WORDS, "or", "and"}
-        ):
+        is_unit = all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known)))
+        is_variable = len(words[0]) == 1 and quantity[1].endswith("\\pi")  # the h of 3 \pi h
+        if is_unit and not is_variable and not set(words) & {*WORDS, "or", "and"}:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)
             return Scalar(values, unit=words[0] if words[0] in UNITS and len(words) == 1 else "")

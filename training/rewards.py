@@ -36,6 +36,7 @@ from models.reward import (
     Scored,
     aggregate,
     encode_steps,
+    place_of_score,
     read_reward_kind,
     sigmoid,
     split_steps,
@@ -155,7 +156,8 @@ def rows_to_score(
         else:
             ids = encode_generated(prompt, text, tokenizer, finished=ended)
         num_cut += len(ids) > max_seq_len
-        positions = [end for end in ends_of_steps if end < max_seq_len] or [min(len(ids), max_seq_len) - 1]
+        positions = [end for end in ends_of_steps if end < max_seq_len]
+        positions = positions or [place_of_score(ids[:max_seq_len], reward.kind.pad_token_id)]
         to_score.append(Scored(ids[: positions[-1] + 1], positions, []))
     return to_score, num_cut
 

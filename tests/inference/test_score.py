@@ -5,12 +5,14 @@ import math
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 from models.chats import read_chat
+from models.checkpoint import open_folder
 from models.parts import encode_continuation
 from models.records import Record, encode_answer, encode_prompt
 from models.reward import split_steps
@@ -20,6 +22,7 @@ from tests.file_tokenizer import FileTokenizer
 from tests.forked import Forked
 from tests.ranks import launch
 from training.preferences import encode_process_record
+from training.rewards import open_reward_folder, rows_to_score
 
 SCRIPT = "inference/score.py"
 PROCESS = {"reward_model_type": "process", "step_separator": "\n"}
@@ -159,6 +162,32 @@ def test_a_model_with_tied_embeddings(tmp_path):
     [line] = scored(tmp_path / "tied", tmp_path, [{"prompt": "1 plus", "completion": " 2"}])
     ids = [*Tokenizer(tmp_path / "tied").encode("1 plus 2"), 2]
     assert line["reward"] == pytest.approx(hf_scores(model, ids)[-1], abs=1e-4)
+
+
+def test_a_model_that_pads_with_eos(tmp_path):
+    """Catches a score at EOS where transformers reads, and TRL's trainer read, that of the token before, since pad and
+    EOS are one: of finished, begun and cut answers, both sides of a pair, and of a policy's answers in PPO."""
+    folder = tmp_path / "trl"
+    model = write_reward_model(folder, pad_token_id=2)
+    tokenizer, common = Tokenizer(folder), {"prompt": "1 plus", "output": " 2 is 3", "idx": 0}
+
+    def wanted(ids):
+        return model(torch.tensor([ids])).logits.item()
+
+    records = [{"prompt": "1 plus", "completion": " 2 is 3"}, {**common, "sample_idx": 0, "finish_reason": "length"}]
+    records += [{**common, "sample_idx": 1, "finish_reason": "stop"}, {"prompt": "1", "completion": " so" * 90}]
+    lines = scored(folder, tmp_path, records, "--max_seq_len", 40, "--overlong", "truncate")
+    ids, long = tokenizer.encode("1 plus 2 is 3"), tokenizer.encode("1" + " so" * 90)
+    expected = [wanted([*ids, 2]), wanted(ids), wanted([*ids, 2]), wanted(long[:40])]
+    assert [line["reward"] for line in lines] == pytest.approx(expected, abs=1e-4)
+    [pair] = scored(folder, tmp_path, [{"prompt": "1 plus", "chosen": " 2", "rejected": " 3 so"}], name="pairs.jsonl")
+    sides = [wanted([*tokenizer.encode(text), 2]) for text in ("1 plus 2", "1 plus 3 so")]
+    assert [pair["chosen_reward"], pair["rejected_reward"]] == pytest.approx(sides, abs=1e-4)
+    reward = open_reward_folder(folder, open_folder(folder, None, 1), 1)
+    rows = [encode_answer("1 plus", " 2 is 3", tokenizer)[0]]
+    rows.append(replace(rows[0], input_ids=rows[0].input_ids[:-1]))
+    found, _ = rows_to_score(reward, ["1 plus"] * 2, rows, [" 2 is 3"] * 2, [True, False])
+    assert [row.positions for row in found] == [[len(ids) - 1]] * 2
 
 
 def test_bfloat16_is_near(rm, tmp_path):

@@ -329,9 +329,9 @@ def test_stop_string_in_the_last_token(scripted):
     assert completion.finish_reason == "length" and completion.token_ids == ids[: needed - 1]
 
 
-def test_a_stop_string_that_the_end_makes_certain(folder, tmp_path):
-    """Catches a newline, which LLaMA 2 spells as a byte, left in where EOS follows it: the text of bytes is held back
-    until what comes next, since a wrong one undoes those before it."""
+def test_a_stop_string_of_bytes(folder, tmp_path):
+    """Catches a newline, which LLaMA 2 spells as a byte, that ends a sample only when something else follows it, and
+    one that is none, since a wrong byte before it undoes it."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -339,14 +339,15 @@ def test_a_stop_string_that_the_end_makes_certain(folder, tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     params, newline = SamplingParams(stop_token_ids=(EOS,), stop=("\n",)), vocab["<0x0A>"]
     for tokens, said, ended in (
-        ([vocab["a"], newline, EOS], [vocab["a"]], [newline, EOS]),
-        ([vocab["a"], newline, vocab["<0xC3>"], EOS], [vocab["a"], newline, vocab["<0xC3>"]], [EOS]),  # no newline
+        ([vocab["a"], newline, newline, EOS], [vocab["a"]], [newline]),
+        ([vocab["a"], newline, vocab["<0xC3>"], EOS], [vocab["a"]], [newline]),
+        ([vocab["a"], vocab["<0xC3>"], newline, EOS], [vocab["a"], vocab["<0xC3>"], newline], [EOS]),  # no newline
     ):
         sample = Sample(Request(0, 0, [1], 9), params, Tokenizer(tmp_path))
         sample.take(tokens, [0.0] * len(tokens), None)
         done = sample.completion
         assert (done.token_ids, done.stop_ids, done.finish_reason) == (said, ended, "stop")
-        assert done.text == backend.decode(said)
+        assert done.text == backend.decode(said) and len(done.logprobs) == len(said + ended)
 
 
 def test_a_stop_string_frees_the_slot_for_the_next_prompt(scripted):

@@ -310,10 +310,11 @@ def _store(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in replaced:
-                in_fp32 = f"{prefix}.{attribute}" == "score.weight" or attribute.startswith("lora_")
+                name = f"{prefix}.{attribute}"
+                in_fp32 = name == "score.weight" or attribute.startswith("lora_")
                 tensor = parameter.detach().to(torch.float32 if in_fp32 else dtype)
                 if tp.size() > 1:
-                    tensor = _part_over(tp, f"{prefix}.{attribute}", tensor)
+                    tensor = _part_over(tp, name, tensor)
                 replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, attribute, replaced[id(parameter)])
 

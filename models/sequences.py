@@ -145,9 +145,8 @@ class Sample:
         """Whether the text up to these ids holds a stop string, which ends it; of the last, what was held back too."""
         old = len(self.streamed)
         self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(*ids)
-        text = (
-            self.streamed if is_last else self.streamed + self.decoder.held_back()
-        )  # a newline that is a byte's token
+        # what is held back counts, a newline that is a byte's token, say: what would follow cannot undo it any more
+        text = self.streamed if is_last else self.streamed + self.decoder.held_back()
         longest = max(map(len, self.params.stop))
         places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
         places = [place for place in places if place >= 0]

@@ -30,7 +30,7 @@ STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
     r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
     re.A,
 )
-AND = re.compile(r"\s*(?:,|;)?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
+AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 

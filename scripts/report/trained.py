@@ -172,12 +172,12 @@ def update_of(script: str, title: str):
 
     def run(section: Section) -> None:
         config = SHORT if section.small else SIZES["1b"]
-        answers, prompt_len, new = (4, 8, 8) if section.small else (64, 128, 256)
+        answers, together, prompt_len, new = (4, 4, 8, 8) if section.small else (64, 32, 128, 256)
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             write_work(root, config, section.runtime, answers, prompt_len)
             flags = ["--checkpoint_path", root / "policy", "--prompt_file", root / "prompts.jsonl", "--total_steps", 2]
-            flags += ["--rollout_batch_size", answers, "--max_new_tokens", new, "--micro_batch_size", min(32, answers)]
+            flags += ["--rollout_batch_size", answers, "--max_new_tokens", new, "--micro_batch_size", together]
             flags += ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--output_dir", root / "out"]
             flags += ["--device", section.runtime.device, "--save_steps", 0]
             if script == "train_ppo":
@@ -194,7 +194,7 @@ def update_of(script: str, title: str):
         seconds = {name: metrics[f"time/{name}"] for name in STEPS}
         whole = sum(seconds.values())
         split = ", ".join(f"{name} {value:.2f} s ({value / whole:.0%})" for name, value in seconds.items())
-        work = f"{answers} answers of {new} tokens to prompts of {prompt_len}, {min(32, answers)} of them a forward, "
+        work = f"{answers} answers of {new} tokens to prompts of {prompt_len}, {together} of them a forward, "
         work += "bf16 weights, adamw_8bit"
         section.figure(
             f"{title} {'tiny' if section.small else '1B'} update",

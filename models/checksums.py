@@ -57,7 +57,7 @@ def bytes_bar(total: int, desc: str = "checking") -> tqdm:
 
 def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """The problem of the first rank that has one, on all ranks: they go on, or end, together. A collective."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return problem
     problems = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from models import export
 from models.checkpoint import WeightFiles, folder_config, load_model, stored_dtype
 from models.export import complete_export, save_folder
+from models.fsdp import start_ranks
 from models.model import read_hf_config
 from tests import tiny
 from tests.models.test_checkpoint import same_weights
@@ -271,9 +272,11 @@ def test_disk_full(models, tmp_path, monkeypatch):
 
 
 def test_disk_full_within_a_shard(models, tmp_path):
-    """Catches a traceback of what writes the shards, and another folder's name. Files cannot grow beyond a
-    size, as where the disk ends."""
+    """Catches a traceback of what writes the shards, another folder's name, and a collective of one rank, which waits
+    for ever in a process that was forked from one that had any. Files cannot grow beyond a size, as where the disk
+    ends."""
     old, new = models
+    start_ranks(torch.device("cpu"))
     save(tmp_path / "out", old, WHOLE)
 
     def action():

@@ -327,23 +327,27 @@ def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
 
 
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter as it is stored, gathered one at a time, with the adapters of
-    that name merged; a collective on all ranks."""
+    """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks. With
+    LoRA what is frozen comes from its folder, without the rounding of the computation, unless it was quantised; merged
+    with the adapters of that name, in fp32."""
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
             module.reshard()
     if isinstance(model, OnSharedBase):
         yield from (each for each in full_tensors(model.base, model.adapter) if model.owns(each[0]))
         return
+    base = None if model.lora is None else WeightFiles(model.lora.base)
     seen = set()  # tied weights appear once
     for prefix, module in model.named_modules():
         is_adapted = isinstance(module, LoraLinear)
         if is_adapted:
-            yield f"{prefix}.weight", module.merged_whole(adapter_name)
+            stored = None if module.weight is None else base.read(f"{prefix}.weight")
+            yield f"{prefix}.weight", module.merged_whole(adapter_name, stored)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not (is_adapted and name != "bias"):
                 seen.add(id(parameter))
-                yield f"{prefix}.{name}", whole(parameter)
+                is_frozen = base is not None and not parameter.requires_grad
+                yield f"{prefix}.{name}", base.read(f"{prefix}.{name}") if is_frozen else whole(parameter)
 
 
 def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: bool) -> Iterator[T]:

@@ -168,14 +168,16 @@ class LoraLinear(nn.Module):
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     @torch.no_grad()
-    def merged_whole(self, name: str) -> Tensor:
-        """merged() of all ranks, with the fp32 adapters of that name: a collective."""
-        tp, weight = self.parallel.tp, self._base() if self.weight is None else whole(self.weight).float()
-        if self.weight is None and size_of(tp) > 1:
+    def merged_whole(self, adapter: str, stored: Tensor | None) -> Tensor:
+        """W + s B A, fp32, whole, with the adapters of that name and the base's W as its folder has it, or (None) what
+        it was quantised to: a collective."""
+        tp = self.parallel.tp
+        weight = self._base() if stored is None else stored.float()
+        if stored is None and size_of(tp) > 1:
             weight = all_gather(weight, 1 if self.is_row else 0, tp)
         if not self.has_adapters:
             return weight
-        A, B = (whole(getattr(self, f"lora_{factor}{name}")) for factor in "AB")
+        A, B = (whole(getattr(self, f"lora_{factor}{adapter}")).to(weight.device) for factor in "AB")
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def _base(self) -> Tensor:

@@ -51,7 +51,15 @@ from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
 from models.record_files import Record
 from models.records import EncodingCounts, Limits, Split
-from models.reward import Pair, Scored, pair_lengths, rows_to_score, scalar_head_config, sides_are_equal
+from models.reward import (
+    Pair,
+    Scored,
+    pair_lengths,
+    read_reward_kind,
+    rows_to_score,
+    scalar_head_config,
+    sides_are_equal,
+)
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
@@ -116,7 +124,7 @@ def main(args: RmArgs) -> None:
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     rows = {
-        "model": f"{folder}, {'its own' if has_head else 'a new'} head, --loss {args.loss}"
+        "model": f"{folder}, {'its own' if has_head else 'a new'} head{moved(args, folder)}, --loss {args.loss}"
         + (f"; {lora}" if lora else ""),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
@@ -236,6 +244,14 @@ def describe(rows: Rows) -> str:
 
 
 # ------------------------------------------------------------------------------------------ rewards
+
+
+def moved(args: RmArgs, folder: Folder) -> str:
+    """What is to be said of a head that somebody else trained on the token before EOS, see place_of_score."""
+    if args.loss == "process" or not has_score_head(folder.path):
+        return ""
+    pads_with_eos = read_reward_kind(folder.path).pad_token_id == folder.tokenizer.eos_token_id
+    return " (from a folder that pads with EOS: trained on the token before EOS, it goes on at EOS)" * pads_with_eos
 
 
 def initial_score(hidden_size: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ The reference tokenises with transformers, runs rows one by one without padding,
 
 import json
 import math
+import shutil
 
 import pytest
 import tokenizers
@@ -250,7 +251,7 @@ def test_continues_a_reward_model(folder, files, tmp_path):
     result = train(
         tmp_path / "first", files["pointwise"], tmp_path / "out", loss="pointwise", max_steps=1, batch_size=11
     )
-    assert "its own head" in result.stdout
+    assert "its own head, --loss" in result.stdout
     model = opened(tmp_path / "first").eval()
     with torch.no_grad():
         losses = torch.cat([r.losses(r.scores(model)) for r in judged(folder, "pointwise")])
@@ -259,6 +260,13 @@ def test_continues_a_reward_model(folder, files, tmp_path):
     first, config = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("first", "out"))
     assert (first["reward_model_type"], first["step_separator"]) == ("process", "\n")
     assert config["reward_model_type"] == "pointwise" and "step_separator" not in config
+    # somebody else's, who pads with EOS
+    shutil.copytree(tmp_path / "first", tmp_path / "other", ignore=shutil.ignore_patterns("checksums.json"))
+    config = {name: value for name, value in first.items() if not name.startswith(("reward_", "step_"))}
+    (tmp_path / "other/config.json").write_text(json.dumps({**config, "pad_token_id": 2}))
+    other = train(tmp_path / "other", files["pointwise"], tmp_path / "next", loss="pointwise", max_steps=1)
+    assert "its own head (from a folder that pads with EOS" in other.stdout
+    assert json.loads((tmp_path / "next/config.json").read_text())["pad_token_id"] == 0
 
 
 def padded(rows, pad_token_id, side):

@@ -5,8 +5,8 @@ r"""Checked rewards: functions (prompt, completion, example) -> number that hold
 - the right answer is the record's `answer`, or else its `solution`, `label`, `gold` or `target`; where that is a worked
   solution (GSM8K's `#### 42`, MATH's `\boxed{}`), what it ends in. A list holds several right answers
 - of a completion, what follows `</think>` counts, where it has one; in that the last `\boxed{}`, else what follows the
-  last `####`, stands in the last `<answer>`, follows the last "answer is", or else the last number. A box decides even
-  if it was never closed or is empty: then there is no answer
+  last `####` (unless that is a heading), stands in the last `<answer>`, follows the last "answer is", or else the last
+  number. A box decides even if it was never closed or is empty: then there is no answer
 - what is mathematically the same: training/mathematics.py
 - no torch here, nor anything else that takes time to import: worker processes do
 """
@@ -32,6 +32,9 @@ STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
 )
 AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
+HEADING = re.compile(
+    r"(?:(?:step|part|case)\s*\d+\b|[^\W\d_]{2})[^\n\d]*\n\s*\S", re.I
+)  # behind ####, as Markdown has it
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 
 # ----------------------------------------------------------------------------------------- graders
@@ -123,8 +126,9 @@ def marked_answer(text: str) -> str | None:
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
-    if "####" in text:
-        line = text.rpartition("####")[2].strip().partition("\n")[0]
+    last = text.rpartition("####")[2].strip() if "####" in text else None
+    if last is not None and (HEADING.match(last) is None or not _says_more(last)):
+        line = last.partition("\n")[0]
         return line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
     if 0 <= start < end:
@@ -133,6 +137,12 @@ def marked_answer(text: str) -> str | None:
     clauses = [_clause(text[end : end + 500]) for end in ends]
     with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # and not: "I hope the answer is right"
     return (with_number or clauses or [None])[-1]
+
+
+def _says_more(section: str) -> bool:
+    """Whether there is an answer, or a number that may be one, below the heading of a section."""
+    below = section.partition("\n")[2]
+    return bool(ANSWER_IS.search(below) or "<answer>" in below or re.search(r"\d", below))
 
 
 def boxed_answer(text: str) -> str | None:

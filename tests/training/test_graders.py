@@ -66,6 +66,12 @@ GSM8K = [  # whole answers to word problems; gold as the public files have it, o
     ("#### 180", "18", N),
     ("It takes 3 bolts in total.", "3", Y),
     ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # the last number is another
+    ("#### Final answer\n\n18 eggs.", "18", Y),
+    ("#### Conclusion\nSo the answer is $18$, for 2 days.", "18", Y),
+    ("#### Step 2: Add them\n9 + 9 = 18", "18", Y),
+    ("#### Conclusion\n9 + 9 = 17", "18", N),
+    ("#### Paris\nIt is the capital.", "Paris", Y),
+    ("#### Answer: 18\nThat was for 2 days.", "18", Y),
     ("#### 3\nThe question was how many bolts 2 robes take.", "3", Y),
     ("So \\boxed{3}. (The question was: 2 bolts and half that much?)", "3", Y),
     ("He sells them for 1,000.", "1000", Y),

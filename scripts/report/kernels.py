@@ -1,6 +1,8 @@
 """Section `kernels` of scripts/gpu_report.py: kernels beside others for the same work, each with its options, and which
 take the time of a decode step and of a training step."""
 
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -168,6 +170,29 @@ def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
     return run
 
 
+@torch.inference_mode()
+def split_first_token(section: Section) -> None:
+    """How long the host takes for what comes before the first token of a prompt: the device may wait for it."""
+    engine, requests = full_engine(section, "none", 1, 8 if section.small else 64, 12)
+    run_once(engine, requests)
+    seconds = {name: [] for name in ("prefill", "logits", "start", "look")}
+
+    def timed(name: str, method: Callable) -> Callable:
+        def call(*args: object) -> object:
+            began = time.perf_counter()
+            result = method(*args)
+            seconds[name].append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    for name in seconds:
+        setattr(engine.rows, name, timed(name, getattr(engine.rows, name)))
+    first = statistics.median(run_once(engine, requests).first_token_ms for _ in range(5))
+    shares = ", ".join(f"{name} {1e3 * statistics.median(each):.2f} ms" for name, each in seconds.items())
+    section.note(f"{name_of(section)}, first token", f"after {first:.1f} ms; of the host's time: {shares}")
+
+
 def profile_sft(section: Section) -> None:
     preset, seq_len = ("tiny", 64) if section.small else ("8b", 4096)
     flags = sft_flags(preset, 1, seq_len, section.runtime.device)
@@ -178,6 +203,7 @@ def profile_sft(section: Section) -> None:
 ITEMS = [
     Item("products of few rows", 12, compare_products),
     Item("profile, 1 slot", 15, profile_decode(1, 64)),
+    Item("first token, 1 slot", 4, split_first_token),
     Item("profile, SFT 8B", 30, profile_sft),
     Item("profile, 64 slots", 10, profile_decode(64, 448)),
     Item("decode attention", 8, compare_decode_attention),

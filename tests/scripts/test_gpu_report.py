@@ -60,7 +60,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
     )
     assert all(row["value"] > 0 for row in rows if row["kind"] == "figure")
     assert all(row["name"] in text for row in rows) and report["header"]["card"].startswith("cpu")
-    wanted = {"right": 29, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "kernels": 7}
+    wanted = {"right": 29, "ceilings": 2, "decode": 9, "sft": 1, "rl": 2, "peers": 3, "kernels": 8}
     assert len(rows) >= wanted[name]
     if name == "kernels":  # which operations take the time
         named = [row["detail"].count("%)") >= 8 for row in rows if "time by operation" in row["name"]]

@@ -28,6 +28,7 @@ from models.generation import Engine, PrefillArgs, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
 from models.sampling import SamplingArgs
+from models.sharing import wait_for_all_ranks
 from models.streaming import StreamDecoder
 from models.tp import TensorParallelArgs
 
@@ -103,6 +104,7 @@ def read_line() -> str | None:
             line = [input("> ")]
         except (EOFError, KeyboardInterrupt):
             print()
+    wait_for_all_ranks()  # as long as the user takes
     dist.broadcast_object_list(line, src=0)
     return line[0]
 

@@ -42,13 +42,13 @@ from models.common import (
     number_or,
     on_main,
     peak_memory,
-    peaks,
     progress_bar,
     run_script,
 )
 from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Completion, Engine, PrefillArgs, Request
+from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.memory import plan_cache
 from models.quantize import QuantizeArgs, choose_scheme

@@ -44,7 +44,6 @@ from models.common import (
     is_main_rank,
     on_main,
     peak_memory,
-    peaks,
     progress_bar,
     refuse_idle,
     run_script,
@@ -54,6 +53,7 @@ from models.common import (
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.functions import FunctionPlace, load_function
+from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 from collections.abc import Callable
@@ -33,24 +34,9 @@ from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
 from models.malloc import keep_freed_memory
+from models.sharing import wait_for_all_ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
-# name. A device that is not listed prints no MFU or MBU.
-PEAKS = {
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
-    "A100 80GB PCIe": (312e12, 1.94e12),
-    "A100": (312e12, 1.56e12),
-    "MI300X": (1307e12, 5.3e12),
-    "MI250X": (383e12, 3.28e12),
-    "L40S": (362e12, 0.864e12),
-    "RTX 4090": (165e12, 1.01e12),
-    "RTX 3090": (71e12, 0.936e12),
-}
 
 
 def is_main_rank() -> bool:
@@ -242,7 +228,12 @@ class Stopped(Exception):
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
     accept_any_text()
-    end_process(run_main(main, Args))
+    try:
+        code = run_main(main, Args)
+    except Exception:  # a bug
+        traceback.print_exc()
+        code = 1
+    end_process(code)
 
 
 def accept_any_text() -> None:
@@ -273,6 +264,9 @@ def run_main(main: Callable, Args: type) -> int:
     try:
         with contextlib.suppress(Stopped):
             main(args)
+        if _has_nccl():  # what a rank has sent may still be on its way
+            torch.cuda.synchronize()
+            wait_for_all_ranks()
         return 0
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):  # of a `tee` that has had the same Ctrl-C
@@ -299,8 +293,14 @@ def run_main(main: Callable, Args: type) -> int:
         print(f"{script}:{rank} error: {reason}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not _has_nccl():
             dist.destroy_process_group()
+
+
+def _has_nccl() -> bool:
+    """Whether ranks talk through NCCL, or RCCL, whose end waits for the other ranks and for CUDA graphs that hold their
+    kernels (https://github.com/pytorch/pytorch/issues/115388): one that has failed or generated would never exit."""
+    return dist.is_initialized() and "nccl" in dist.get_backend_config()
 
 
 def close_bars() -> None:
@@ -367,12 +367,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def peaks(device: torch.device) -> tuple[float, float] | None:
-    """(FLOP/s in bf16, bytes/s) of a known GPU, else None."""
-    name = device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:

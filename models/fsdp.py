@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag, short_bar
+from models.forked import num_cores
 from models.lora import Lora, LoraLinear, add_adapters
 from models.model import Block, Transformer
 from models.qlinear import Schemes
@@ -211,6 +212,8 @@ def load_for_training(
     Raises ValueError for args.cpu_offload where the device is the CPU, and for a reward model's adapters on another."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
+    if args.cpu_offload and torch.get_num_threads() == 1:  # as torchrun wants it, and AdamW would step on one core
+        torch.set_num_threads(num_cores(of_rank=True))
     if lora is not None and head != "score" and "score.weight" in lora.values:
         raise ValueError(f"--adapter_path {args.adapter_path}: the adapter of a reward model, whose head would be lost")
     config = model_config(folder)
@@ -328,8 +331,8 @@ def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
 
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks. With
-    LoRA what is frozen comes from its folder, without the rounding of the computation, unless it was quantised; merged
-    with the adapters of that name, in fp32."""
+    LoRA what is frozen comes from its folder, without the rounding of the computation, unless it was quantised, and
+    adapters of that name are added in fp32: that is for the main rank, and others get less."""
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
             module.reshard()
@@ -341,8 +344,7 @@ def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str
     for prefix, module in model.named_modules():
         is_adapted = isinstance(module, LoraLinear)
         if is_adapted:
-            stored = None if module.weight is None else base.read(f"{prefix}.weight")
-            yield f"{prefix}.weight", module.merged_whole(adapter_name, stored)
+            yield f"{prefix}.weight", module.merged_whole(adapter_name, partial(base.read, f"{prefix}.weight"))
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not (is_adapted and name != "bias"):
                 seen.add(id(parameter))

@@ -7,6 +7,22 @@ from functools import cache
 
 import torch
 
+# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
+# name. A device that is not listed prints no MFU or MBU.
+PEAKS = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100 80GB PCIe": (312e12, 1.94e12),
+    "A100": (312e12, 1.56e12),
+    "MI300X": (1307e12, 5.3e12),
+    "MI250X": (383e12, 3.28e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.01e12),
+    "RTX 3090": (71e12, 0.936e12),
+}
+
 
 @cache
 def has_triton(device: torch.device) -> bool:
@@ -25,3 +41,11 @@ def has_triton(device: torch.device) -> bool:
 def has_bf16_cores(device: torch.device) -> bool:
     """Whether a GPU multiplies bf16 by itself: AMD's, and NVIDIA's from compute capability 8.0 (A100) on."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """(FLOP/s in bf16, bytes/s) of a known GPU, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

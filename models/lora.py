@@ -12,6 +12,7 @@ Dimensions: M tokens, K input and N output features, both of this tp rank; r the
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.common import is_main_rank
 from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
 from models.model import Linear, RowLinear, ScoreHead, Transformer
@@ -168,16 +170,19 @@ class LoraLinear(nn.Module):
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     @torch.no_grad()
-    def merged_whole(self, adapter: str, stored: Tensor | None) -> Tensor:
-        """W + s B A, fp32, whole, with the adapters of that name and the base's W as its folder has it, or (None) what
-        it was quantised to: a collective."""
-        tp = self.parallel.tp
-        weight = self._base() if stored is None else stored.float()
-        if stored is None and size_of(tp) > 1:
-            weight = all_gather(weight, 1 if self.is_row else 0, tp)
-        if not self.has_adapters:
+    def merged_whole(self, adapter: str, stored: Callable[[], Tensor]) -> Tensor | None:
+        """W + s B A, fp32, whole, with the adapters of that name: on the main rank, None on others. A collective.
+        stored: the base's W as its folder has it, which is taken unless it was quantised."""
+        weight = self._base() if self.weight is None else None
+        if weight is not None and size_of(self.parallel.tp) > 1:
+            weight = all_gather(weight, 1 if self.is_row else 0, self.parallel.tp)
+        factors = [whole(getattr(self, f"lora_{factor}{adapter}")) for factor in "BA"] if self.has_adapters else []
+        if not is_main_rank():
+            return None
+        weight = stored().float() if weight is None else weight
+        if not factors:
             return weight
-        A, B = (whole(getattr(self, f"lora_{factor}{adapter}")).to(weight.device) for factor in "AB")
+        B, A = (factor.to(weight.device) for factor in factors)
         return torch.addmm(weight, B, A, alpha=self.scaling)
 
     def _base(self) -> Tensor:

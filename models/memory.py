@@ -66,6 +66,8 @@ def plan_cache(
     columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
+    if size_of(tp) > 1:  # NCCL takes its buffers with the first
+        dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
     free, of_page = max(0, free_memory(device) - reserved), page_bytes(model)
     fitting = int((SHARE[device.type] * free - beside) // of_page)
     if size_of(tp) > 1:

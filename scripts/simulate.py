@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from models.attention import Attend
-from models.common import PEAKS, Bounds, Runtime, at_least_one, card, flag, fraction, non_negative, run_script, say
+from models.common import Bounds, Runtime, at_least_one, card, flag, fraction, non_negative, run_script, say
 from models.generation import PREFILL_TOKENS, Engine, Request
+from models.gpu import PEAKS
 from models.model import ModelConfig
 from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for

@@ -41,7 +41,6 @@ from models.common import (
     non_negative,
     on_main,
     peak_memory,
-    peaks,
     progress_bar,
     read_json_object,
     refuse_idle,
@@ -52,6 +51,7 @@ from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_fo
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.functions import short
+from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes

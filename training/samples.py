@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
@@ -94,7 +95,13 @@ class EvalSamples:
             Request(idx, 0, prompt.ids, min(args.eval_max_new_tokens, context - len(prompt.ids)))
             for idx, prompt in enumerate(self.prompts)
         ]
-        copy = copy_for_inference(model, pack=can_pack(runtime))
+        try:
+            copy = copy_for_inference(model, pack=can_pack(runtime))
+        except torch.OutOfMemoryError as error:
+            what = (
+                "for samples at evaluations each rank has a copy of the model, or of its part of --tensor_parallel_size"
+            )
+            raise torch.OutOfMemoryError(f"{what}; --num_eval_samples 0 goes without; {error}") from None
         self.engine = Engine(
             copy,
             SamplingParams(args.eval_temperature, seed=run.args.seed, stop_token_ids=folder.eos_token_ids),

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from models.common import dtype_name, peaks
+from models.common import dtype_name
 from models.decode import weight_bytes
 from models.generation import Engine, Request
+from models.gpu import peaks
 from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.quantize import check_scheme, rounding_scheme

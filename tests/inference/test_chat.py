@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+from inference import chat as script
 from inference.chat import Shown
 from models.tokenizer import Tokenizer
 from tests import tiny
@@ -134,6 +135,15 @@ def test_ctrl_c(chat_folder, monkeypatch):
     )
     monkeypatch.setattr("builtins.input", mock.Mock(side_effect=KeyboardInterrupt))
     assert chat(chat_folder)[0].code == 0
+
+
+def test_who_types_may_take_hours(monkeypatch):
+    """Catches ranks that wait for a line in a collective, which ends with its timeout."""
+    order = []
+    monkeypatch.setattr("builtins.input", lambda prompt: order.append("typed") or "hello")
+    monkeypatch.setattr(script, "wait_for_all_ranks", lambda: order.append("waited"))
+    monkeypatch.setattr(script.dist, "broadcast_object_list", lambda line, src: order.append("told"))
+    assert script.read_line() == "hello" and order == ["typed", "waited", "told"]
 
 
 def test_answers_stream(chat_folder):

@@ -214,6 +214,30 @@ def test_run_main(monkeypatch, capsys):
         outcome(ValueError("shown"), monkeypatch, capsys)
 
 
+def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
+    """Catches a rank that never exits: NCCL's own end waits for the others, and for CUDA graphs. A rank that is done
+    waits for the others without it, one that has failed does not wait, and a bug shows its traceback all the same."""
+    order = []
+    for where, name in ((common, "wait_for_all_ranks"), (torch.cuda, "synchronize")):
+        monkeypatch.setattr(where, name, lambda name=name: order.append(name))
+    monkeypatch.setattr(common.dist, "destroy_process_group", lambda: order.append("destroyed"))
+    monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
+    assert order == ["synchronize", "wait_for_all_ranks"]
+    assert outcome(ValueError("one rank's"), monkeypatch, capsys)[0] == 2 and len(order) == 2
+    monkeypatch.setattr(common, "end_process", lambda code: order.append(code))
+    monkeypatch.setattr(common, "accept_any_text", lambda: None)
+
+    def broken(args):
+        raise RuntimeError("a bug")
+
+    common.run_script(broken, OtherArgs)
+    assert order[2:] == [1] and "RuntimeError: a bug" in capsys.readouterr().err
+    monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo")
+    assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0 and order[3:] == ["destroyed"]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_text_is_printed_and_read(encoding, monkeypatch):
     """Catches a run that ends, at its end or in the middle of a chat, by a character that the terminal lacks, or by a

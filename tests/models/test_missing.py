@@ -40,8 +40,8 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
 
 
 def test_no_home_to_write_to(tmp_path, monkeypatch):
-    """Catches compiled code that has nowhere to go, since the home cannot be written, and a folder that a person named
-    and that is not taken."""
+    """Catches compiled code that has nowhere to go, since the home cannot be written, a folder that a person named and
+    that is not taken, and one that several nodes write into."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -55,6 +55,11 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     caches.keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / "inductor")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(caches.platform, "node", lambda: "node-7")
+    caches.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / "node-7" / "inductor")
 
 
 def test_no_sentencepiece(folder, monkeypatch):

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from models.common import PEAKS
 from models.generation import Request
+from models.gpu import PEAKS
 from scripts.benchmark_common import SIZES
 from scripts.simulate import SimulateArgs, pages_that_fit, simulate, token_bytes
 from scripts.workload import MathArgs, math_requests

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from models.records import Record
 from models.tokenizer import Tokenizer
 from tests import tiny
+from training import samples
 from training.data import encode_sft_record
 from training.samples import block, lesson, prompts_of
 
@@ -115,3 +116,15 @@ def test_shown_samples_fit_a_terminal():
     text = block(line)
     assert text.count("\n") == 3 and len(text) < 500 and "\x1b" not in text
     assert "aaa?\n" in text and "\\x1b[2J\\nbbb" in text and "(not finished)" in text
+
+
+def test_no_memory_for_them(folder, files, tmp_path, monkeypatch):
+    """Catches a run that is told to take smaller batches, where it is the copy for samples that does not fit."""
+
+    def copy(*args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 140 GiB")
+
+    monkeypatch.setattr(samples, "copy_for_inference", copy)
+    flags = ["--checkpoint_path", folder, "--train_file", files[0], "--eval_file", files[1], "--max_seq_len", 40]
+    result = tiny.run(SCRIPT, *flags, "--overlong", "truncate", "--output_dir", tmp_path / "out", "--max_steps", 1)
+    assert result.code == 2 and "--num_eval_samples 0 goes without; Tried to allocate 140 GiB" in result.stderr

@@ -20,9 +20,8 @@ The gradient of a bf16 weight is reduced over ranks in fp32 and then stored, and
 Dimensions: R rows, C columns of this rank's part of a parameter; a vector is a single column.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -94,17 +93,6 @@ def make_optimizer(
         return optimizer
     places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
     return AdamW(groups, settings, places=places, seed=seed, compile=compile)
-
-
-@contextlib.contextmanager
-def keeping_settings(optimizers: torch.optim.Optimizer | list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Learning rate, decay, betas and epsilon stay what the flags say, whatever state is loaded meanwhile."""
-    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-    kept = [[{k: v for k, v in group.items() if k != "params"} for group in each.param_groups] for each in optimizers]
-    yield
-    for optimizer, groups in zip(optimizers, kept):
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)
 
 
 # ------------------------------------------------------------------------------ stochastic rounding

@@ -57,7 +57,6 @@ from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, check_writable, hold
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
-from training.optim import keeping_settings
 from training.stop import Stop, any_rank
 
 # Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
@@ -138,12 +137,12 @@ class Run:
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
     def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:
-        """With --resume model and optimizer (or a list of them) are put back to what they were, the settings of the
-        flags kept. Writes args.json. ValueError if the run has gone further than it is asked to. A collective."""
+        """With --resume model and optimizer (or a list of them) are put back to what they were; their settings remain
+        those of the flags. Writes args.json. ValueError if the run has gone further than it is asked to. A
+        collective."""
         args = self.args
         on_main(self._take_output_dir)
-        with keeping_settings(optimizer):
-            done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
+        done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
         if done and "batch_size" in self.changed:  # where a step is among the records follows from its number

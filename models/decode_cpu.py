@@ -85,7 +85,8 @@ class CPUCache(Table):
         return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
-        pages, offsets = places_of(chunks, self.table.device)
+        places = places_of(chunks, self.table.device)
+        pages, offsets = places // PAGE, places % PAGE
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer][pages, :, :, offsets] = k[0].float()
@@ -140,9 +141,8 @@ class DecodeLayers:
         config, tp = model.config, size_of(model.parallel.tp)
         self.model, self.dtype = model, model.compute_dtype or model.embed_tokens.weight.dtype
         positions = torch.arange(max_seq_len)[None]
-        self.cos, self.sin = (
-            t[0] for t in rope_tables(positions, model.inv_freq, config.attention_factor)
-        )  # [S, 1, D]
+        # [S, 1, D] each
+        self.cos, self.sin = (t[0] for t in rope_tables(positions, model.inv_freq, config.attention_factor))
         B, E, D = num_slots, config.hidden_size, config.head_dim
         H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
         # a last column makes the size of a row of the stream sqrt(sum x^2 + E eps), which is sqrt(E) times RMSNorm's

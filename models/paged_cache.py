@@ -38,23 +38,16 @@ class Chunk(NamedTuple):
     length: int
 
 
-class Places(NamedTuple):
-    """Where packed tokens are written, int64 [N] each."""
-
-    pages: Tensor
-    offsets: Tensor
-
-
 def token_places(pages: list[int], start: int, end: int) -> np.ndarray:
     """Where the tokens start to end - 1 of a sequence lie in a cache whose pages stand end to end, int64."""
     numbers = np.arange(start, end)
     return np.asarray(pages, dtype=np.int64)[numbers // PAGE] * PAGE + numbers % PAGE
 
 
-def places_of(chunks: list[Chunk], device: torch.device) -> Places:
-    flat = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
-    pages, offsets = to_device(torch.from_numpy(np.stack((flat // PAGE, flat % PAGE))), device)
-    return Places(pages, offsets)
+def places_of(chunks: list[Chunk], device: torch.device) -> Tensor:
+    """Where packed tokens are written, likewise, int64 [N]."""
+    places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
+    return to_device(torch.from_numpy(places), device)
 
 
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: nn.Module, layer: int) -> Tensor:
@@ -171,9 +164,7 @@ class PagedCache(Table):
     def prefill(self, chunks: list[Chunk]) -> Attend:
         """Attention for chunks packed end to end in one row, which it writes to their pages. Kernels for sequences of
         any length take all chunks at once."""
-        device = self.table.device
-        places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
-        places = to_device(torch.from_numpy(places), device)
+        device, places = self.table.device, places_of(chunks, self.table.device)
         if varlen_works(device, self.dtype, self.heads[1]):
             return self._varlen_prefill(chunks, places)
         if device.type == "cuda":

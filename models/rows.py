@@ -122,9 +122,8 @@ def encode_file(
         except _NotKept as error:
             say(f"--data_cache {store.folder}: {error}; {path} is tokenised in the memory of each process")
     if found is None:
-        found = _Memory()
         num_workers = store.num_workers or num_cores(of_rank=True)  # each rank does it
-        found.take(_blocks(path, encoder, num_workers, shown=is_main_rank()))
+        found = _joined(_blocks(path, encoder, num_workers, shown=is_main_rank()))
     return Rows(kind, num_sequences, found.columns), found.counts
 
 
@@ -182,18 +181,20 @@ def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> I
         raise ValueError(f"{path}: holds no records")
 
 
-class _Memory:
-    """Rows in this process's memory."""
+class _Encoded(NamedTuple):
+    """What becomes of a file."""
 
     columns: Columns
     counts: EncodingCounts
 
-    def take(self, blocks: Iterator[_Block]) -> None:
-        parts, self.counts = [], EncodingCounts()
-        for block in blocks:
-            parts.append(block.columns)
-            self.counts = self.counts.plus(block.counts)
-        self.columns = Columns(*map(np.concatenate, zip(*parts)))
+
+def _joined(blocks: Iterator[_Block]) -> _Encoded:
+    """In this process's memory."""
+    parts, counts = [], EncodingCounts()
+    for block in blocks:
+        parts.append(block.columns)
+        counts = counts.plus(block.counts)
+    return _Encoded(Columns(*map(np.concatenate, zip(*parts))), counts)
 
 
 # ----------------------------------------------------------------------------------------- the cache
@@ -201,11 +202,6 @@ class _Memory:
 
 class _NotKept(Exception):
     """The cache cannot be written."""
-
-
-class _Kept(NamedTuple):
-    columns: Columns
-    counts: EncodingCounts
 
 
 def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> str:
@@ -237,7 +233,7 @@ _ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "record
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 
 
-def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) -> _Kept | None:
+def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) -> _Encoded | None:
     """Another process may make it meanwhile: then this one waits."""
     with _alone(folder):
         found = _read(folder)
@@ -305,7 +301,7 @@ def _checksum(about: dict) -> int:
     return zlib.crc32(json.dumps(about).encode())
 
 
-def _read(folder: Path) -> _Kept | None:
+def _read(folder: Path) -> _Encoded | None:
     """None if it is not there, or is damaged, which is said."""
     if not folder.is_dir():
         return None
@@ -323,4 +319,4 @@ def _read(folder: Path) -> _Kept | None:
     if not whole:
         say(f"{folder}: damaged; the rows are made anew")
         return None
-    return _Kept(Columns(*columns), EncodingCounts(*about["counts"]))
+    return _Encoded(Columns(*columns), EncodingCounts(*about["counts"]))

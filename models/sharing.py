@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store  # torch 2.11 to 2.13 have no public name for it
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class SharedWork:
         self, name: str, counts: Sequence[int], place: Place, store: dist.Store | None, most: int = MOST_OF_A_CHUNK
     ):
         self.place, self.total, self.num_done = place, int(sum(counts)), 0
-        self._chunks, self._num_taken, self._name = enumerate(chunks_of(counts, place.num_replicas, most)), 0, name
+        self._chunks, self._num_taken = enumerate(chunks_of(counts, place.num_replicas, most)), 0
         self._keys: set[str] = set()  # that this rank has written
         self._store = store if place.num_replicas > 1 else None
         if self._store is not None:
@@ -139,11 +139,7 @@ class SharedWork:
 def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MOST_OF_A_CHUNK) -> SharedWork:
     """The work of this run's replicas."""
     place = place_in(dp)
-    return SharedWork(name, counts, place, default_store() if place.num_replicas > 1 else None, most)
-
-
-def default_store() -> dist.Store:
-    return _get_default_store()  # torch 2.11 to 2.13 have no public name for it
+    return SharedWork(name, counts, place, _get_default_store() if place.num_replicas > 1 else None, most)
 
 
 # ----------------------------------------------------------------------------------------- waiting
@@ -170,7 +166,7 @@ def wait_for_ranks(store: dist.Store, world: int) -> None:
 def wait_for_all_ranks() -> None:
     """wait_for_ranks of this run: before a collective that follows uneven work."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        wait_for_ranks(default_store(), dist.get_world_size())
+        wait_for_ranks(_get_default_store(), dist.get_world_size())
 
 
 def gather_parts(own: dict[int, T], dp: DeviceMesh) -> dict[int, T]:

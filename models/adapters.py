@@ -238,9 +238,6 @@ class AdaptedFiles(WeightFiles):
             self._file_of.pop("lm_head.weight", None)
             self._shapes[SCORE] = tuple(adapter.score.shape)
 
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         if name == SCORE and self.adapter.score is not None:
             return self.adapter.score[slices]
@@ -370,7 +367,8 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
     kinds = sorted({layer.rpartition(".")[2] for layer in lora.layers})
-    is_whole = all(layer in lora.layers for layer in _every(lora, kinds))
+    every = linear_layers(ModelConfig.from_hf(lora.base).num_hidden_layers)
+    is_whole = all(layer in lora.layers for layer in every if layer.rpartition(".")[2] in kinds)
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar_head else "CAUSAL_LM",
@@ -386,11 +384,6 @@ def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _every(lora: Lora, kinds: list[str]) -> list[str]:
-    num_layers = ModelConfig.from_hf(lora.base).num_hidden_layers
-    return [layer for layer in linear_layers(num_layers) if layer.rpartition(".")[2] in kinds]
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:

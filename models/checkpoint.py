@@ -223,7 +223,7 @@ class WeightFiles:
             yield name, tuple(shape)
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._shapes)
 
     def paths(self) -> list[Path]:
         """The files that hold the tensors."""

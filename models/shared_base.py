@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from models.lora import CRITIC, REFERENCE, LoraLinear
 from models.model import Transformer
 
-HEADS = {"": "lm_head", CRITIC: "score"}  # by the adapters
-
 
 def lora_layers(model: nn.Module) -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
@@ -58,9 +56,9 @@ class OnSharedBase(nn.Module):
 
     def owns(self, name: str) -> bool:
         """Whether a parameter of the base is this one's, or both have it."""
-        of_critic = name.endswith(CRITIC) or name.startswith(HEADS[CRITIC])
+        of_critic = name.endswith(CRITIC) or name.startswith("score")
         return of_critic == (self.adapter == CRITIC) or (
-            not of_critic and "lora_" not in name and HEADS[""] not in name
+            not of_critic and "lora_" not in name and "lm_head" not in name
         )
 
     def named_parameters(self, *args, **options) -> Iterator[tuple[str, nn.Parameter]]:

@@ -84,7 +84,7 @@ class Stop:
 
     def asked(self, tp: DeviceMesh | None) -> bool:
         """Whether one of the ranks that share a model is asked to end: they must leave an engine together."""
-        return any_rank([self.received], None if tp is None else tp.get_group(), alone=tp is None)[0]
+        return self.received if tp is None else any_rank([self.received], tp.get_group())[0]
 
     def call(self, function: Callable, *args):
         """function(*args), which a signal breaks off wherever it is, unless it is in C; then, or after one, None."""
@@ -97,10 +97,10 @@ class Stop:
             self._interruptible = False
 
 
-def any_rank(facts: list[bool], group: dist.ProcessGroup | None = None, *, alone: bool = False) -> list[bool]:
+def any_rank(facts: list[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
     """Whether any rank has each of the facts. A collective, on the CPU, so that it waits for no GPU: less than a
-    millisecond between two processes. group: of these ranks; of all. alone: there is no other."""
-    if alone or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    millisecond between two processes. group: of these ranks; of all."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return facts
     flags = torch.tensor(facts, dtype=torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)

@@ -17,7 +17,6 @@ from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
-from models.paged_cache import Table
 from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
@@ -234,8 +233,4 @@ def cache_bytes(engine: Engine) -> float:
     config, dtype = engine.model.config, engine.model.compute_dtype or engine.model.embed_tokens.weight.dtype
     heads = config.num_key_value_heads // size_of(engine.model.parallel.tp)
     of_token = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
-    return engine.cache_bytes_read / cache_of(engine).bytes_per_token * of_token
-
-
-def cache_of(engine: Engine) -> Table:
-    return next(module for module in engine.modules() if isinstance(module, Table))
+    return engine.cache_bytes_read / engine.rows.cache.bytes_per_token * of_token

@@ -54,8 +54,8 @@ def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
     model = sharded_model(config, args.parallel(), runtime, lora=args.lora(config))
     split = Split(args.batch_size, init_mesh(runtime.device, 1)["dp"], 0)
     rows = []
-    for row in random_ids(config.vocab_size, args.batch_size, args.seq_len).numpy():
-        texts = [Example(ids, ids) for ids in (row[start : start + n] for start, n in zip(_starts(lengths), lengths))]
+    for row in random_ids(config.vocab_size, args.batch_size, args.seq_len):
+        texts = [Example(ids, ids) for ids in map(torch.Tensor.numpy, row.split(lengths))]
         rows.append(pack_row(texts) if len(texts) > 1 else texts[0])
     num_targets = sum(row.num_targets for row in rows)
 
@@ -68,7 +68,3 @@ def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
     rate = tokens / seconds_of_step(model, args, loss_of, runtime, args.repeats)
     flops = sum(n * config.training_flops_per_token(n) for n in lengths) / args.seq_len
     return {"tokens_per_second": rate, "flops_per_second": rate * flops}
-
-
-def _starts(lengths: list[int]) -> list[int]:
-    return [sum(lengths[:i]) for i in range(len(lengths))]

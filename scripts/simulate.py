@@ -29,7 +29,7 @@ from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams
 from scripts.benchmark_common import PresetArgs
-from scripts.benchmark_generate import cache_of, random_inference_model
+from scripts.benchmark_generate import random_inference_model
 from scripts.workload import MathArgs, math_requests
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: the 80 GB one's, at 40 GB's speed
@@ -77,7 +77,7 @@ class Clock:
         self.seconds, self.steps, self.prefills, self.prompt_tokens, self.cached = 0.0, 0, 0, 0, 0
         self.look_began, self.longest_pause, self.host_waits = 0.0, 0.0, 0.0
         self.pages: list[int] = []
-        cache = cache_of(engine)
+        cache = engine.rows.cache
         cache.prefill, cache.decode, cache.copy_pages = self.prefill, self.decode, lambda *pages: None
 
     def _add(self, tokens: int, contexts: float, read: float) -> None:

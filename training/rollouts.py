@@ -21,11 +21,7 @@ from models.forward import forward_rows
 from models.generation import Engine, Request
 from models.memory import free_memory, plan_cache
 from models.model import Transformer
-from models.records import (
-    IGNORE_INDEX,
-    Example,
-    Split,
-)
+from models.records import IGNORE_INDEX, Example, Split
 from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
 from models.sharing import gather_parts, shared_work

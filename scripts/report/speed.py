@@ -15,7 +15,7 @@ from models.pages import PAGE, pages_for
 from models.quantize import check_scheme, rounding_scheme
 from models.sampling import SamplingParams
 from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate
-from scripts.benchmark_generate import cache_of, random_inference_model, run_once
+from scripts.benchmark_generate import random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
 from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
 
@@ -150,7 +150,7 @@ def decode_math(section: Section) -> None:
     )
     detail += f"{slots} rows on average, {engine.num_preempted} computed again, "
     detail += f"{run.bandwidth / bandwidth_of(section):.0%} of the copy; the last answers run in few rows"
-    numbers = {"mean_rows": rows, "steps": engine.num_steps, "cache_bytes": cache_of(engine).bytes_per_token}
+    numbers = {"mean_rows": rows, "steps": engine.num_steps, "cache_bytes": engine.rows.cache.bytes_per_token}
     section.figure(f"{name_of(section)}, MATH-shaped", run.rate, "tok/s", None, detail, numbers=numbers)
 
 

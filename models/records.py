@@ -377,8 +377,8 @@ class Split(NamedTuple):
 
     def shares(self, rows: list[Row], lengths_of: Callable[[Row], list[int]] | None = None) -> Iterator[list[Row]]:
         """This rank's rows, a group for each forward: see micro_batches, and groups_of_ranks where they are packed.
-        lengths_of(row): of the token sequences that it puts through the model; by default that of its input_ids."""
-        lengths_of = lengths_of or (lambda row: [len(row.input_ids)])
+        lengths_of(row): of the token sequences that it puts through the model; by default those of its `sequences`."""
+        lengths_of = lengths_of or (lambda row: list(map(len, row.sequences)))
         rank, size = self.dp.get_local_rank(), self.dp.size()
         if self.max_tokens is None:
             shares = micro_batches(rows, self.micro_batch_size, rank, size, lambda row: max(lengths_of(row)))

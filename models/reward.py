@@ -162,11 +162,6 @@ class Scored:
         return isinstance(other, Scored) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
-def pair_lengths(pair: Pair) -> list[int]:
-    """Of chosen and rejected, which go through one forward: see Split.shares."""
-    return [len(pair.chosen.input_ids), len(pair.rejected.input_ids)]
-
-
 def pair_rows(pairs: list[Pair]) -> list[Example]:
     """The rows of one forward: all chosen sides, then the rejected ones in the same order, so `x.view(2, -1)` parts
     what comes of them."""

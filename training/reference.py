@@ -27,7 +27,6 @@ from models.checksums import digest
 from models.common import naming_file, on_main, progress_bar, say
 from models.fingerprint import adapter_files
 from models.records import Split
-from models.reward import pair_lengths
 from models.rows import Rows
 from models.transfer import index_on
 
@@ -79,7 +78,7 @@ def precompute(
         """[pairs, 2] on the CPU, 0 outside the batches."""
         logps = torch.zeros(len(pairs), 2, device=device)
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            for rows in split.shares(numbers, lambda i: pair_lengths(pairs[i])):
+            for rows in split.shares(numbers, lambda i: list(map(len, pairs[i].sequences))):
                 logps.index_copy_(0, index_on(rows, device), logps_of([pairs[i] for i in rows]).T)
         return split.sum(logps).cpu()
 

@@ -45,7 +45,7 @@ from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import check_scheme, choose_scheme
 from models.records import Split
-from models.reward import Pair, pair_lengths, pair_rows, sides_are_equal
+from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.shared_base import as_reference
 from models.transfer import to_device
@@ -134,7 +134,7 @@ def main(args: DpoArgs) -> None:
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
-        shares = split.shares(batch, pair_lengths)
+        shares = split.shares(batch)
         for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split)
             (loss * scale.loss).backward()
@@ -290,7 +290,7 @@ def evaluate(
     """The mean loss and MEANS over all pairs, over all ranks."""
     sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
-        for rows in split.shares([pairs[i] for i in numbers], pair_lengths):
+        for rows in split.shares([pairs[i] for i in numbers]):
             sums += summed_loss(model, reference, rows, args, split)[1]
     return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
 

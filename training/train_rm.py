@@ -54,7 +54,6 @@ from models.records import EncodingCounts, Limits, Split
 from models.reward import (
     Pair,
     Scored,
-    pair_lengths,
     read_reward_kind,
     rows_to_score,
     scalar_head_config,
@@ -181,7 +180,7 @@ def main(args: RmArgs) -> None:
 
         metrics = {"loss": loss.item(), **reward_metrics(args.loss, rewards, targets)}
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item())
-        metrics.update(run.speed(folder.config, [length for row in batch for length in lengths_of(row)]))
+        metrics.update(run.speed(folder.config, [len(ids) for row in batch for ids in row.sequences]))
         eval_rewards = finish(metrics)
 
     if eval_rewards is None:  # nothing to evaluate on, or no step was taken
@@ -211,11 +210,6 @@ def encode_file(
     return encode_scored_file(path, tokenizer, limits, store, check, kind=args.loss, step_separator=args.step_separator)
 
 
-def lengths_of(row: Pair | Scored) -> list[int]:
-    """The lengths in tokens of what a row puts through the model."""
-    return pair_lengths(row) if isinstance(row, Pair) else [len(row.input_ids)]
-
-
 def reward_places(rows: SomeRows) -> list[range]:
     """Where each row's rewards stand among those of all: a pair's two, chosen and rejected; else one for each label."""
     counts = [2 if isinstance(row, Pair) else len(row.labels) for row in rows]
@@ -230,7 +224,7 @@ def targets_of(rows: SomeRows, device: torch.device) -> Tensor:
 
 def shares_of(rows: SomeRows, split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows, in micro-batches."""
-    return split.shares(list(range(len(rows))), lambda i: lengths_of(rows[i]))
+    return split.shares(list(range(len(rows))), lambda i: list(map(len, rows[i].sequences)))
 
 
 def some_of(rows: SomeRows, seed: int) -> SomeRows:

@@ -5,7 +5,7 @@ import torch
 
 from models.chats import read_chat
 from models.records import EncodingCounts, Limits, Record, encode_prompt, micro_batches
-from models.reward import Pair, encode_pair_record, pair_lengths, pair_rows, rows_to_score
+from models.reward import Pair, encode_pair_record, pair_rows, rows_to_score
 from tests import tiny
 from tests.training.test_data import CHAT, END_OF_TURN, SYSTEM
 from training.data import encode_sft_record
@@ -193,9 +193,9 @@ def test_overlong_pairs(tokenizer, tmp_path):
     path = tiny.write_records(tmp_path / "train.jsonl", records)
     whole, counts = encode_pair_file(path, tokenizer, LIMITS)
     assert counts == EncodingCounts(0, 0, 0, 0) and [p.margin for p in whole] == [1.5, None, None, None]
-    limit = max(max(pair_lengths(whole[0])), max(pair_lengths(whole[3])))
+    limit = max(map(len, (*whole[0].sequences, *whole[3].sequences)))
     assert whole[2].prompt_length > limit
-    longest = max(pair_lengths(whole[2]))
+    longest = max(map(len, whole[2].sequences))
     encode_pair_file(path, tokenizer, LIMITS._replace(max_seq_len=longest))
     complaint = f"{longest} tokens, the limit is {longest - 1}"
     tiny.refused(
@@ -253,7 +253,9 @@ def test_rows_of_pairs(tokenizer):
     assert rows == [p.chosen for p in pairs] + [p.rejected for p in pairs] == pair_rows(pairs)
     sides = [side for p in pairs for side in (p.chosen, p.rejected)]
     assert [(rows[i], position) for i, position in places] == [(side, len(side.input_ids) - 1) for side in sides]
-    assert rows_to_score([]) == ([], []) and pair_lengths(pairs[1]) == [len(row.input_ids) for row in sides[2:4]]
+    assert rows_to_score([]) == ([], []) and list(map(len, pairs[1].sequences)) == [
+        len(row.input_ids) for row in sides[2:4]
+    ]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
@@ -263,13 +265,13 @@ def test_micro_batches_of_pairs(dp_size, tokenizer):
     pairs = made_pairs(tokenizer)
     for size in (1, 2, 4, 8):
         ranks = [
-            list(micro_batches(pairs, size, rank, dp_size, key=lambda pair: max(pair_lengths(pair))))
+            list(micro_batches(pairs, size, rank, dp_size, key=lambda pair: max(map(len, pair.sequences))))
             for rank in range(dp_size)
         ]
         assert len({len(groups) for groups in ranks}) == 1
         used = [p for groups in ranks for group in groups for p in group]
         assert sorted(map(id, used)) == sorted(map(id, pairs))
         for groups in ranks:
-            lengths = [max(pair_lengths(p)) for group in groups for p in group]
+            lengths = [max(map(len, p.sequences)) for group in groups for p in group]
             assert lengths == sorted(lengths) and all(len(group) <= size for group in groups)
     assert isinstance(used[0], Pair)

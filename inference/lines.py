@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json
+from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json, write_whole
 from models.identity import CONTENTS, changed_flags
 from models.record_files import Record
 from models.shared import check_writable, hold
@@ -100,11 +100,8 @@ def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    """Writes a whole file of JSON lines at once: beside and renamed."""
-    staging = path.with_name(f".{path.name}.partial")
-    with naming_file(path):
-        staging.write_bytes(b"".join(map(encode_line, lines)))
-        os.replace(staging, path)
+    """Writes a whole file of JSON lines at once."""
+    write_whole(path, b"".join(map(encode_line, lines)))
 
 
 class LineWriter:

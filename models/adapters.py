@@ -8,7 +8,6 @@
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,8 @@ from models.common import (
     on_main,
     positive,
     say,
+    write_json,
+    write_whole,
 )
 from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
@@ -392,15 +393,10 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
     if not is_main_rank():
         return
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
-    config = adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors)
-    content = json.dumps(config, indent=2, ensure_ascii=False).encode()
     with naming_file(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, data in ((ADAPTER_WEIGHTS, save(tensors, metadata)), (ADAPTER_CONFIG, content + b"\n")):
-        staging = folder / f".{name}.partial"
-        with naming_file(folder / name):
-            staging.write_bytes(data)
-            os.replace(staging, folder / name)
+    write_whole(folder / ADAPTER_WEIGHTS, save(tensors, metadata))
+    write_json(folder / ADAPTER_CONFIG, adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors))
 
 
 def remove_merged(folder: Path) -> None:

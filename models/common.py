@@ -103,10 +103,6 @@ class Flag(NamedTuple):
     metadata: typing.Mapping
     replaces_none: bool  # as the default, whose meaning ends the help: "...; bfloat16 on a GPU"
 
-    @property
-    def may_change(self) -> bool | Callable[[object], bool]:
-        return self.metadata["may_change"]
-
 
 def flags_of(Args: type) -> list[Flag]:
     """The flags of a dataclass, its own first and then those of the groups in the order of its bases."""
@@ -474,12 +470,17 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
     return value
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes a small JSON file at once: beside and renamed. OSError that names the file if it cannot."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file at once: beside and renamed. OSError that names the file if it cannot."""
     staging = path.with_name(f".{path.name}.partial")
     with naming_file(path):
-        staging.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        staging.write_bytes(content)
         os.replace(staging, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """write_whole() of a small JSON file."""
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 @contextlib.contextmanager

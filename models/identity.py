@@ -72,7 +72,8 @@ def changed_flags(args, now: dict, earlier: dict, who: str) -> frozenset[str]:
 
 
 def _may_change(each: Flag, args) -> bool:
-    return each.may_change(args) if callable(each.may_change) else each.may_change
+    may_change = each.metadata["may_change"]
+    return may_change(args) if callable(may_change) else may_change
 
 
 def _has_other_content(each: Flag, now: dict, earlier: dict) -> bool | None:

@@ -54,7 +54,9 @@ def test_what_may_change_on_resume():
     for name in ("finetune_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo"):
         Args = tiny.args_of(importlib.import_module(f"training.{name}"))
         # a callable says for which other flags it may
-        missing = [each.name for each in flags_of(Args) if each.may_change and f"`--{each.name}`" not in section]
+        missing = [
+            each.name for each in flags_of(Args) if each.metadata["may_change"] and f"`--{each.name}`" not in section
+        ]
         assert not missing, name
 
 

@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from models.checkpoint import WeightFiles
 from models.checksums import digest
-from models.common import naming_file, on_main, progress_bar, say
+from models.common import on_main, progress_bar, say, write_whole
 from models.fingerprint import adapter_files
 from models.records import Split
 from models.rows import Rows
@@ -115,10 +114,7 @@ def _shown(logps: Tensor) -> str:
 
 def _write(path: Path, logps: Tensor, key: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial")
-    with naming_file(path):  # save_file's errors of a full disk are no OSError
-        staging.write_bytes(save({"logps": logps}, metadata=key))
-        os.replace(staging, path)
+    write_whole(path, save({"logps": logps}, metadata=key))  # save_file's errors of a full disk are no OSError
 
 
 def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:

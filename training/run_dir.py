@@ -10,7 +10,6 @@
 import importlib.util
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -46,6 +45,7 @@ from models.common import (
     refuse_idle,
     say,
     write_json,
+    write_whole,
 )
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -424,10 +424,7 @@ def open_log(path: Path, after_step: int) -> IO[str]:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
-    staging = path.with_name(f".{path.name}.partial")
-    with naming_file(path):
-        staging.write_bytes(b"".join(kept))
-        os.replace(staging, path)
+    write_whole(path, b"".join(kept))
     # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
     return open(path, "a", encoding="utf-8", errors="backslashreplace")
 

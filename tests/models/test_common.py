@@ -151,7 +151,7 @@ def test_help_and_groups(capsys):
         parse_args(PlaceArgs, [])
     assert "required: runs, ORG/NAME" in capsys.readouterr().err
     others = [each for each in flags_of(Args) if each.group is OtherArgs]
-    assert [(each.name, each.may_change) for each in others] == [("rate", False), ("kind", True)]
+    assert [(each.name, each.metadata["may_change"]) for each in others] == [("rate", False), ("kind", True)]
 
 
 @dataclass(frozen=True, kw_only=True)

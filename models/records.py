@@ -253,12 +253,6 @@ def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Ex
     return encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
 
 
-def encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
-    """(prompt, completion and EOS, with loss on the latter two; what happened)"""
-    example, counts = _answered(prompt, completion, tokenizer)
-    return example.ended(end_of(example.labels, tokenizer)), counts
-
-
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
     """(a conversation with loss on the turns of the assistant that are learnt, see learnt_turns; what happened)"""
     text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
@@ -285,7 +279,8 @@ def encode_answered(
     from, messages are as the chat template writes them. name: what to call the answer in a ValueError."""
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
-        return encode_completion(prompt, answer, tokenizer)
+        example, counts = _answered(prompt, answer, tokenizer)
+        return example.ended(end_of(example.labels, tokenizer)), counts
     is_text = isinstance(answer, str)
     answer = _without_end_of_turn(answer, tokenizer) if is_text else answer
     if is_text and prompt.is_open:

@@ -38,9 +38,9 @@ class SeenTokens(nn.Module):
         self.table[slot] = False
         self.table[slot, to_device(torch.tensor(own, dtype=torch.int64), self.table.device)] = True
 
-    def add(self, tokens: Tensor, slots: Tensor | None = None) -> None:
-        """The token that each of these slots (all) has drawn; int64 [B] each."""
-        slots, columns = self.slots if slots is None else slots, tokens - self.first
+    def add(self, tokens: Tensor, slots: Tensor) -> None:
+        """The token that each of these slots has drawn; int64 [B] each."""
+        columns = tokens - self.first
         own = (columns >= 0) & (columns < self.width)
         columns = torch.where(own, columns, 0)
         self.table[slots, columns] = self.table[slots, columns] | own

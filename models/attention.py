@@ -1,6 +1,6 @@
 """Attention as an argument: what Transformer.forward takes as `attend`, for training and for packed rows.
 
-The generation engine has its own, which write and read its cache: models/decode.py.
+The generation engine has its own, which write and read its cache: models/paged_cache.py and decode_cpu.py.
 
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim.
 """

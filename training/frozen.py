@@ -57,7 +57,7 @@ class Frozen(NamedTuple):
 
     def is_base(self, args) -> bool:
         """Whether the reference is the folder of --checkpoint_path as it is: with LoRA it is the policy then, see
-        as_reference in models/lora.py."""
+        as_reference in models/shared_base.py."""
         return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
 
     def notes(self, args) -> dict[str, str]:

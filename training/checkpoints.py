@@ -131,13 +131,11 @@ def _state(model: nn.Module, optimizer: Optimizers) -> dict:
     return {"model": weights, "optimizer": {"state": states}}
 
 
-def _copied(state: object) -> object:
+def _copied(state: dict | Tensor) -> dict | Tensor:
     """A state dict with its tensors copied to the CPU."""
     if isinstance(state, dict):
         return {key: _copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+    return state.detach().to("cpu", copy=True)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

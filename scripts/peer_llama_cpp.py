@@ -72,12 +72,10 @@ def measure_llama_cpp(
     gguf: Path, work: list[tuple[list[int], int]], *, slots: int, threads: int, repeats: int
 ) -> dict[str, float | str]:
     """The median tokens/s of `repeats` runs, prefill and decode, after one that does not count, as
-    {"tokens_per_second", "ran"}. work: (ids of the prompt, tokens to generate) of each row. Raises ValueError without
-    xllamacpp, or for a file that it does not take."""
-    try:
-        import xllamacpp
-    except ImportError:
-        raise ValueError("--llama_cpp_gguf needs xllamacpp: pip install it") from None
+    {"tokens_per_second", "ran"}. work: (ids of the prompt, tokens to generate) of each row. Raises ValueError for a
+    file that xllamacpp does not take."""
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_parallel, params.warmup = slots, False

@@ -101,8 +101,8 @@ def unpack_int8(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def read(
-    weight, zeros, block, step, steps, group, num_columns, magic, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
+    weight, zeros, block, step, steps, group, num_columns, magic, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The integers less their zero points, [128, BLOCK_K], of a block of output features and one of input features, all
     of one group."""
@@ -154,9 +154,9 @@ def multiply_few_rows(
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         group = step * BLOCK_K // GROUP if GROUP else 0
         rows = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0).to(dtype)
-        numbers = read(
-            weight, zeros, block, step, steps, group, num_columns, magic, GROUP, BITS, HAS_ZEROS, BLOCK_K, half
-        ).to(dtype)
+        numbers = read(weight, zeros, block, step, steps, group, num_columns, magic, BITS, HAS_ZEROS, BLOCK_K, half).to(
+            dtype
+        )
         if GROUP:  # a scale is asked for one step before it is needed
             scale = next_scale.to(tl.float32)
             next_scale = tl.load(scales + tl.minimum(step + 1, end - 1) * BLOCK_K // GROUP * num_columns + n)
@@ -194,7 +194,7 @@ def expand(
     k, n = step * BLOCK_K + tl.arange(0, BLOCK_K), block * 128 + tl.arange(0, 128)
     group = step * BLOCK_K // GROUP if GROUP else 0
     numbers = read(
-        weight, zeros, block, step, steps, group, num_columns, magic, GROUP, BITS, HAS_ZEROS, BLOCK_K, tl.float16
+        weight, zeros, block, step, steps, group, num_columns, magic, BITS, HAS_ZEROS, BLOCK_K, tl.float16
     ).to(tl.float32)
     numbers *= tl.load(scales + group * num_columns + n).to(tl.float32)[:, None]
     tl.store(out + n.to(tl.int64)[:, None] * K + k, numbers.to(out.dtype.element_ty), mask=(k < K)[None, :])

@@ -67,9 +67,8 @@ class PromptSource:
         self.args, self.folder, self.max_new_tokens = args, folder, max_new_tokens
         self.opening = opening_of(args.system, folder.tokenizer)
         self.skipped = self.truncated = self.short = 0  # of the prompts tokenised so far
-        self._encoded: list[list[int] | None] | None = (
-            None  # ids of each prompt, None of one skipped; where all are known
-        )
+        # ids of each prompt, None of one skipped; where all are known
+        self._encoded: list[list[int] | None] | None = None
         self._open: dict[int, tuple[Record, int]] = {}  # number -> (record, samples that are not drawn yet)
         path = args.prompt_file
         self.size = path.stat().st_size if path is not None and path.is_file() else 0

@@ -195,10 +195,8 @@ def check_slots(section: Section) -> None:
             limits = {"num_slots": slots, "max_seq_len": len(prompts[-1]) + new_tokens}
             few = requests[:8] if slots == 1 else requests
             found[slots] = drawn_ids(llama_engine(section, dtype, SamplingParams(1.0), **limits), few)
-        equal, name = (
-            share_of_equal(found[1], found[64][: len(found[1])]),
-            f"samples of 1 and 64 slots, {dtype_name(dtype)}",
-        )
+        equal = share_of_equal(found[1], found[64][: len(found[1])])
+        name = f"samples of 1 and 64 slots, {dtype_name(dtype)}"
         if dtype == torch.float32:
             section.check(name, 1 - equal, 0, "share that differs")
         else:

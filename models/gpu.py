@@ -1,4 +1,4 @@
-"""What a GPU has, NVIDIA's or AMD's, and whether Triton works on it."""
+"""What a GPU has and could do at most, NVIDIA's or AMD's, and whether Triton works on it."""
 
 import importlib.util
 import os

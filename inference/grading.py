@@ -17,6 +17,7 @@ from models.chats import content_of, read_chat
 from models.common import card, is_main_rank, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader
 from models.identity import begun_with
+from models.record_files import kind_of
 from models.records import Record, get_answer, naming, read_records, require, stated_prompt
 from models.reward import pass_at_k
 from models.workers import Pool, grade_of
@@ -64,7 +65,7 @@ def _answer_of(record: Record) -> tuple[str, str, dict]:
         for name, text in (("prompt", prompt), ("completion", answer)):
             if isinstance(text, list):
                 text = "\n".join(map(content_of, read_chat(text, what=name).messages))
-            require(isinstance(text, str), f"{name} must be text or a list of messages, not a {type(text).__name__}")
+            require(isinstance(text, str), f"{name} must be text or a list of messages, not {kind_of(text)}")
             texts.append(text)
     return *texts, record.fields
 

@@ -57,7 +57,7 @@ from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, choose_scheme
-from models.records import Encoder, EncodingCounts, Limits, Record, Split, naming, read_records, require
+from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, read_records, require
 from models.reward import (
     RewardKind,
     Scored,
@@ -303,7 +303,7 @@ def encode_items(
         rows = [shorten(row, limit) if len(row.input_ids) > limit else row for row in item.rows]
         return None if None in rows else Item(item.record, rows)
 
-    encoder = Encoder(encode, cut, Limits(folder.config.vocab_size, limit, args.overlong))
+    encoder = Encoder(encode, cut, folder_limits(folder, args.overlong))
     items, counts = [], EncodingCounts()
     for record in short_bar(records, "tokenising", "record"):
         item, happened = encoder.row_of(record)

@@ -268,12 +268,11 @@ def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.d
 def _costs(
     files: WeightFiles, config: ModelConfig, states: dict[str, list[Tensor]], evaluation: list[Rows]
 ) -> dict[str, Cost]:
+    # one head for all: whether a run rounds it too is a matter of its device and dtype (models/decode.py)
     first = states["stored"][0]
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(first.device)
     norm.weight.copy_(files.read("norm.weight"))
     head = files.read("embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight").to(first)
-    small_head = dequantize(quantize(head, Scheme("int8"))).to(first)  # as models.decode.to_inference has it on CPUs
-    heads = {name: head if name == "stored" else small_head for name in states}
     sums, count = {name: [0.0, 0.0] for name in states}, 0
     for i, rows in enumerate(evaluation):
         targets = rows.labels[:, 1:].to(first.device)
@@ -281,7 +280,7 @@ def _costs(
         count += int(learnt.sum())
         hidden = {name: norm(batches[i])[:, :-1][learnt].split(CHUNK_TOKENS) for name, batches in states.items()}
         for chunk, ids in enumerate(targets[learnt].split(CHUNK_TOKENS)):
-            logprobs = {name: (x[chunk] @ heads[name].T).float().log_softmax(dim=-1) for name, x in hidden.items()}
+            logprobs = {name: (x[chunk] @ head.T).float().log_softmax(dim=-1) for name, x in hidden.items()}
             for name, each in logprobs.items():
                 sums[name][0] -= each.gather(1, ids[:, None]).sum().item()
                 sums[name][1] += F.kl_div(each, logprobs["stored"], reduction="sum", log_target=True).item()

@@ -17,6 +17,7 @@ from functools import cache
 from typing import NamedTuple
 
 from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
+from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
@@ -56,7 +57,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f'{what} must be a non-empty list of {{"role", "content"}}, not '
-            + ("an empty list" if isinstance(messages, list) else type(messages).__name__)
+            + ("an empty list" if isinstance(messages, list) else kind_of(messages))
         )
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
     if fields.get("history"):
@@ -64,7 +65,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     system = fields.get("system")
     if system:
         if not isinstance(system, str):
-            raise ValueError(f"system must be text, not a {type(system).__name__}")
+            raise ValueError(f"system must be text, not {kind_of(system)}")
         if read[0][0]["role"] == "system":
             raise ValueError(f"system, and {what}[0] is a system message too; leave one out")
         read.insert(0, ({"role": "system", "content": system}, False))
@@ -115,7 +116,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         for part in content:
             text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
             if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                kind = part.get("type") if isinstance(part, dict) else kind_of(part)
                 raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
         message["content"] = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and not (content is None and calls):

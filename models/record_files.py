@@ -33,6 +33,12 @@ class Record(NamedTuple):
         return {name: value for name, value in self.fields.items() if value is not None}
 
 
+def kind_of(value: object) -> str:
+    """What JSON has for a value, for messages."""
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
+    return {**kinds, str: "text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+
+
 class Lines(NamedTuple):
     """Whole lines of a JSONL file."""
 
@@ -119,13 +125,15 @@ def _parse(path: Path, number: int, line: str) -> Record:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        spread = "; an object has one line" * (number == 1 and line.strip() in ("{", "[{"))
+        raise ValueError(f"{path}:{number}: not valid JSON: {reason}{spread}") from None
     return _checked(Record(f"{path}:{number}", fields))
 
 
 def _checked(record: Record) -> Record:
     if not isinstance(record.fields, dict):
-        raise ValueError(f"{record.where}: must be an object with named fields, not a {type(record.fields).__name__}")
+        raise ValueError(f"{record.where}: must be an object with named fields, not {kind_of(record.fields)}")
     return record
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat, learnt_turns, parsed, read_chat, text_of_chat
+from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
-from models.record_files import Record, chunks_of, records_in
+from models.record_files import Record, chunks_of, kind_of, records_in
 from models.tokenizer import Tokenizer
 from models.transfer import to_device
 
@@ -58,12 +59,13 @@ def require(condition: bool, complaint: str) -> None:
 
 
 def get_field(record: Record, *names: str) -> object:
-    """The first of these fields that the record has; ValueError if it has none. None only if all it has are null."""
-    for fields in (record.given, record.fields):
-        for name in names:
-            if name in fields:
-                return fields[name]
-    raise ValueError(f"{record.where}: the field {names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})")
+    """The first of these fields that the record has; ValueError if it has none, or null."""
+    for name in names:
+        if name in record.given:
+            return record.fields[name]
+    nulls = [name for name in names if name in record.fields]
+    why = f"{nulls[0]!r} is null" if nulls else f"{names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})"
+    raise ValueError(f"{record.where}: the field {why}")
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
@@ -86,7 +88,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
             return read_chat(prompt, fields, "prompt")
-        require(isinstance(prompt, str), f"prompt must be text or a list of messages, not a {type(prompt).__name__}")
+        require(isinstance(prompt, str), f"prompt must be text or a list of messages, not {kind_of(prompt)}")
         for name in ("system", "tools", "history", "chat_template_kwargs"):
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
         return prompt
@@ -119,11 +121,19 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 class Limits(NamedTuple):
     """What a row may be: ids below vocab_size, at most max_seq_len of them. overlong: what becomes of a longer one:
-    refuse (ValueError), skip, or truncate."""
+    refuse (ValueError), skip, or truncate. flag: by which more may be asked for."""
 
     vocab_size: int
     max_seq_len: int
     overlong: str = "refuse"
+    flag: str | None = None
+
+
+def folder_limits(folder: Folder, overlong: str) -> Limits:
+    """What a row of a model may be, up to --max_seq_len or its context."""
+    config = folder.config
+    flag = "--max_seq_len" if folder.max_seq_len < config.max_position_embeddings else None
+    return Limits(config.vocab_size, folder.max_seq_len, overlong, flag)
 
 
 class EncodingCounts(NamedTuple):
@@ -165,9 +175,10 @@ class Encoder(NamedTuple):
         longest = max(map(len, row.sequences))
         if longest > self.limits.max_seq_len:
             if self.limits.overlong == "refuse":
+                raised = "" if self.limits.flag is None else f"raise {self.limits.flag} or "
                 raise ValueError(
-                    f"{record.where}: {longest} tokens, the limit is {self.limits.max_seq_len}; raise --max_seq_len or "
-                    "choose --overlong skip or truncate"
+                    f"{record.where}: {longest} tokens, the limit is {self.limits.max_seq_len}; {raised}choose "
+                    "--overlong skip or truncate"
                 )
             row = self.cut(row) if self.limits.overlong == "truncate" else None
             happened = happened._replace(truncated=int(row is not None), skipped=int(row is None))
@@ -287,7 +298,7 @@ def encode_answered(
         example, counts = _answered(prompt, answer, tokenizer)
         return example.ended(ids_at_the_end(prompt, tokenizer)), counts
     messages = [{"role": "assistant", "content": answer}] if is_text else answer
-    require(isinstance(messages, list), f"{name} must be text or a list of messages, not a {type(answer).__name__}")
+    require(isinstance(messages, list), f"{name} must be text or a list of messages, not {kind_of(answer)}")
     require(messages, f"{name} holds no message")
     chat = read_chat(messages, what=name)
     ends = {chat.messages[i]["role"] for i in (0, -1)}
@@ -325,22 +336,22 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
     if is_sample(record):
         reason, answer = record.fields["finish_reason"], get_field(record, "output")
         require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
-        require(isinstance(answer, str), f"output must be text, not a {type(answer).__name__}")
+        require(isinstance(answer, str), f"output must be text, not {kind_of(answer)}")
         return answer
     if steps and "completions" in record.given:
         return get_steps(record)
     answer = get_field(record, "completion", "output")
-    require(not steps or isinstance(answer, str), f"completion must be text, not a {type(answer).__name__}")
+    require(not steps or isinstance(answer, str), f"completion must be text, not {kind_of(answer)}")
     return answer
 
 
 def get_steps(record: Record) -> list[str]:
     """The record's `completions`: at least one step, each of them text."""
     steps = get_field(record, "completions")
-    require(isinstance(steps, list), f"completions must be a list of steps, not a {type(steps).__name__}")
+    require(isinstance(steps, list), f"completions must be a list of steps, not {kind_of(steps)}")
     require(steps, "completions holds no step")
     for i, step in enumerate(steps):
-        require(isinstance(step, str), f"completions[{i}] must be text, not a {type(step).__name__}")
+        require(isinstance(step, str), f"completions[{i}] must be text, not {kind_of(step)}")
         require(step.strip(), f"completions[{i}] is an empty step")
     return steps
 

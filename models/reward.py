@@ -23,6 +23,7 @@ from models.checkpoint import WeightFiles
 from models.forward import forward_rows
 from models.model import Transformer, read_hf_config
 from models.parts import encode_continuation
+from models.record_files import kind_of
 from models.records import (
     IGNORE_INDEX,
     EncodingCounts,
@@ -197,7 +198,7 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, Enco
 def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str | list[dict]]:
     chosen, rejected = get_field(record, "chosen"), get_field(record, "rejected")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
-        require(isinstance(side, str | list), f"{name} must be text or a list of messages, not a {type(side).__name__}")
+        require(isinstance(side, str | list), f"{name} must be text or a list of messages, not {kind_of(side)}")
     require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
     has_prompt = not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
     prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None

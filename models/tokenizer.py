@@ -83,7 +83,9 @@ class Tokenizer:
         try:
             ids = self._file.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"must be a string without lone surrogates: {ascii(text)[:60]}") from error
+            place = next((i for i, letter in enumerate(str(text)) if "\ud800" <= letter < "\ue000"), 0)
+            found = ascii(text[max(0, place - 40) : place + 1]) if isinstance(text, str) else ascii(text)[:60]
+            raise ValueError(f"must be a string without lone surrogates: {found}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
     def encode_each(self, texts: list[str]) -> list[list[int]]:

@@ -15,21 +15,11 @@ from models.records import read_records
 
 # Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
 SHOWN = (
-    "loss",
-    "eval_loss",
-    "accuracy",
-    "eval_accuracy",
-    "rewards/accuracies",
-    "rewards/margins",
-    "objective/scores",
-    "eval_objective/scores",
-    "objective/kl",
-    "objective/entropy",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/clipfrac_avg",
-    "grad_norm",
-    "learning_rate",
+    *("loss", "eval_loss", "accuracy", "eval_accuracy", "step_accuracy", "eval_step_accuracy", "eval_auc"),
+    *("rewards/accuracies", "eval_rewards/accuracies", "rewards/margins", "eval_rewards/margins"),
+    *("objective/scores", "eval_objective/scores", "reward", "eval_reward", "eval_pass@1"),
+    *("objective/kl", "kl", "objective/entropy", "entropy", "completions/mean_length"),
+    *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "grad_norm", "learning_rate"),
 )
 
 
@@ -104,6 +94,7 @@ def main(args: PlotArgs) -> None:
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
     if len(runs) > 1:

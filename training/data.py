@@ -25,6 +25,7 @@ from models.records import (
     encode_answered,
     encode_chat,
     end_of,
+    folder_limits,
     get_field,
     get_prompt,
     naming,
@@ -87,7 +88,7 @@ def load_rows(
 ) -> tuple[Rows, Rows | list, dict[str, str]]:
     """(the rows to train on, those to evaluate on, maybe [], a note for people on either file): encode(path, tokenizer,
     limits, store) gives a file's, describe(rows) says what is in them."""
-    limits = Limits(folder.config.vocab_size, folder.max_seq_len, args.overlong)
+    limits = folder_limits(folder, args.overlong)
     rows, notes = {"train": [], "eval": []}, {}
     for name, path in (("train", args.train_file), ("eval", args.eval_file)):
         if path is not None:

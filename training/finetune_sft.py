@@ -88,7 +88,7 @@ def main(args: SftArgs) -> None:
         **notes,
         "first lesson": lesson(train, folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} rows each, {split.note()}",
+        "steps": f"{run.span(total_steps)}, {args.batch_size} rows each, {split.note()}",
     }
     say(card("finetune_sft", rows))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from models.record_files import Record
+from models.record_files import Record, kind_of
 from models.records import (
     Encoder,
     EncodingCounts,
@@ -117,7 +117,7 @@ def encode_process_record(record: Record, step_separator: str, tokenizer: Tokeni
     `completions`, a list of steps, and `labels`, one for each step."""
     with naming(record):
         prompt, steps, labels = get_prompt(record), get_steps(record), get_field(record, "labels")
-        require(isinstance(labels, list), f"labels must be a list, one for each step, not a {type(labels).__name__}")
+        require(isinstance(labels, list), f"labels must be a list, one for each step, not {kind_of(labels)}")
         require(len(labels) == len(steps), f"{len(steps)} completions but {len(labels)} labels: one is needed for each")
         labels = [_label(f"labels[{i}]", label) for i, label in enumerate(labels)]
         steps = without_separator(steps, step_separator)

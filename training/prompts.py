@@ -115,7 +115,9 @@ def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
             f"--max_prompt_len {args.max_prompt_len} and --max_new_tokens {args.max_new_tokens} are more than the "
             f"context of {context} tokens; lower one of them"
         )
-    return Limits(config.vocab_size, args.max_prompt_len or room, args.overlong)
+    limit = args.max_prompt_len or room
+    flag = "--max_prompt_len" if limit < room else None
+    return Limits(config.vocab_size, limit, args.overlong, flag)
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], EncodingCounts]:

@@ -306,6 +306,11 @@ class Run:
         parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
+    def span(self, total_steps: int) -> str:
+        """Which steps this process takes, for people."""
+        left = self.first_step <= total_steps
+        return f"{self.first_step} to {total_steps}" if left else f"none left of {total_steps}"
+
     def log_start(self, metrics: dict[str, float]) -> None:
         """Writes what was measured before the first step, as step 0."""
         self._metrics.write({"step": 0, **metrics})

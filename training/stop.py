@@ -25,7 +25,7 @@ from models.common import Stopped, is_main_rank, say
 # Under torchrun, where two signals within this time are one: Slurm sends it to the ranks and to torchrun, which passes
 # it on. torchrun's own second signal to its ranks is SIGTERM, whatever it has got itself.
 AGAIN_SECONDS = 1.0
-NOTICE = b"\nstopping at the next place where nothing is lost; press Ctrl-C again to end now\n"
+NOTICE = "\nstopping at the next place where nothing is lost; press Ctrl-C {} to end now\n"
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -56,7 +56,7 @@ class Stop:
             self._ctrl_c_at = now
         if not self.received and is_main_rank():
             with contextlib.suppress(OSError):  # print could meet itself half-way
-                os.write(2, NOTICE)
+                os.write(2, NOTICE.format("again" if number == signal.SIGINT else "twice").encode())
         self.received = True
         if self._interruptible:
             self._interruptible = False

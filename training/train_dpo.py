@@ -108,7 +108,7 @@ def main(args: DpoArgs) -> None:
         **notes,
         "first chosen": lesson((pair.chosen for pair in train), folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} pairs, {split.note()}",
+        "steps": f"{run.span(total_steps)}, {args.batch_size} pairs, {split.note()}",
     }
     say(card("train_dpo", rows))
 

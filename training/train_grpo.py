@@ -133,7 +133,7 @@ def main(args: GrpoArgs) -> None:
         **data.notes,
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
-        "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size // args.num_generations} prompts "
+        "updates": f"{run.span(args.total_steps)}, {args.rollout_batch_size // args.num_generations} prompts "
         f"x {args.num_generations} answers each, {args.num_iterations} x {args.rollout_batch_size // args.step_size} "
         f"steps of {args.loss_type}, {split.note()}",
     }

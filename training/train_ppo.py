@@ -177,7 +177,7 @@ def main(args: PpoArgs) -> None:
         **data.notes,
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
-        "updates": f"{run.first_step} to {args.total_steps}, {args.rollout_batch_size} answers each in "
+        "updates": f"{run.span(args.total_steps)}, {args.rollout_batch_size} answers each in "
         f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}"
         + (f"; in the first {args.critic_warmup_steps} the critic alone learns" if args.critic_warmup_steps else ""),
     }

@@ -129,7 +129,7 @@ def main(args: RmArgs) -> None:
         "ranks": args.ranks(),
         **notes,
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.first_step} to {total_steps}, {args.batch_size} records, {split.note()}",
+        "steps": f"{run.span(total_steps)}, {args.batch_size} records, {split.note()}",
     }
     say(card("train_rm", rows))
 

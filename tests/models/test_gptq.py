@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 
 from models.calibration import STEPS, BlockPair, Rows, input_sums
@@ -13,6 +15,7 @@ from models.checkpoint import WeightFiles, load_model
 from models.gptq import CLIPPED, COLUMNS, Curvature, clipped_grid, gptq, refit_integers, refit_scales
 from models.model import ModelConfig
 from models.qlinear import Scheme, dequantize, quantize, round_int4
+from models.tokenizer import Tokenizer
 from scripts.toy import write_world
 from tests import tiny
 
@@ -300,6 +303,31 @@ def train(root, model, train_file, *more):
     flags += ["--batch_size", 32, "--warmup_ratio", 0.1, "--overlong", "truncate", *more]
     result = tiny.run("training/finetune_sft.py", *flags)
     assert result.code == 0, result.stderr
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_cost_is_that_of_the_folder(tmp_path, tied):
+    """Catches a cost that holds a head rounded otherwise than the folder's: perplexity and KL of both folders, as
+    transformers reads them."""
+    tiny.write_model(tmp_path / "in", seed=3, tie_word_embeddings=tied)
+    tokenizer = Tokenizer(tmp_path / "in")
+    texts = [f"{i} plus 3 is {i + 3}, or so it seems to who has counted {i} words" for i in range(12)]
+    held_out = tiny.write_records(tmp_path / "held_out.jsonl", [{"text": text} for text in texts])
+    flags = ["--checkpoint_path", tmp_path / "in", "--output_dir", tmp_path / "out", "--mode", "int8"]
+    result = tiny.run("scripts/quantize.py", *flags, "--eval_file", held_out)
+    assert result.code == 0, result.stderr
+    logprobs, rows = [], [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    for folder in ("in", "out"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            each = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(dim=-1) for ids in rows]
+        logprobs.append(torch.cat(each))
+    targets = torch.tensor([i for ids in rows for i in ids[1:]])[:, None]
+    stored, written = (x.gather(1, targets).mean().neg().exp().item() for x in logprobs)
+    kl = F.kl_div(logprobs[1], logprobs[0], reduction="batchmean", log_target=True).item()
+    [(found, found_kl)] = re.findall(r"as written +(\S+) \(.*\), KL (\S+)", result.stdout)
+    assert float(found.replace(",", "")) == pytest.approx(written, rel=2e-5) != pytest.approx(stored, rel=1e-4)
+    assert float(found_kl) == pytest.approx(kl, rel=1e-2)
 
 
 def test_cost_of_quantisation(toy, tmp_path):

@@ -33,11 +33,14 @@ def test_read_and_smooth(runs):
 
 
 def test_picture(runs, tmp_path):
-    """Catches a picture that is not one, that forgets a run's metrics, or draws the clock."""
+    """Catches a picture that is not one, that forgets what a run of any trainer is about, or draws the clock."""
     out = tmp_path / "new" / "curves.png"
     result = tiny.run("scripts/plot_metrics.py", *runs, "--output_file", out, "--window", 2)
     assert result.code == 0 and out.read_bytes().startswith(b"\x89PNG")
     assert result.stdout.strip().endswith("curves.png: loss, objective/kl, grad_norm")
+    lines = [{"step": i, "loss": 0.0, "reward": 0.1 * i, "eval_pass@1": 0.2, "step_accuracy": 0.5} for i in range(3)]
+    result = tiny.run("scripts/plot_metrics.py", write_run(tmp_path / "c", lines), "--output_file", out)
+    assert result.stdout.strip().endswith("curves.png: loss, step_accuracy, reward, eval_pass@1")
     result = tiny.run("scripts/plot_metrics.py", runs[0], "--metrics", "time/x", "--output_file", out)
     assert result.stdout.strip().endswith("curves.png: time/x")
 

@@ -309,15 +309,25 @@ GOOD = '{"prompt": "a", "completion": " b"}\n'
 LONG = json.dumps({"prompt": "word " * 40, "completion": " b"}) + "\n"
 BAD_RECORDS = {
     "empty": ("", "train.jsonl: holds no records"),
-    "malformed": (GOOD + '{"prompt": "a", \n', "train.jsonl:2: not valid JSON"),
-    "not an object": (GOOD + "5\n", "train.jsonl:2: must be an object"),
+    "malformed": (
+        GOOD + '{"prompt": "a", \n',
+        "train.jsonl:2: not valid JSON: Expecting property name",
+        "at column 17\n",
+    ),
+    "an object in lines": ('{\n"prompt": "a"}\n', "train.jsonl:1: not valid JSON: ", "; an object has one line\n"),
+    "null": (GOOD + '{"prompt": "a", "completion": null}\n', "train.jsonl:2: the field 'completion' is null\n"),
+    "not an object": (GOOD + "5\n", "train.jsonl:2: must be an object with named fields, not a number\n"),
     "missing field": (GOOD + '{"prompt": "a"}\n', "train.jsonl:2: the field 'completion' is missing"),
-    "wrong type": (GOOD * 2 + '{"prompt": 5, "completion": "b"}\n', "train.jsonl:3: prompt must be text"),
+    "wrong type": (
+        GOOD * 2 + '{"prompt": 5, "completion": "b"}\n',
+        "train.jsonl:3: prompt must be text or a list of messages, not a number\n",
+    ),
     "not UTF-8": (GOOD.encode() + b'{"text": "\xff"}', "train.jsonl: not UTF-8"),
     "too long": (GOOD + LONG, "train.jsonl:2: ", " tokens, the limit is 30; raise --max_seq_len"),
     "no template": (GOOD + '{"messages": [{"role": "user", "content": "a"}]}\n', "train.jsonl:2: "),
     "messages not a list": (GOOD + '{"messages": "hello"}\n', "train.jsonl:2: messages must be a non-empty list"),
     "surrogate": ('{"text": "\\ud83d"}\n', "train.jsonl:1: must be a string without lone surrogates"),
+    "surrogate later": ('{"text": "' + "word " * 30 + 'here\\ud83d"}\n', "word word here\\ud83d'\n"),
 }
 
 

@@ -178,7 +178,7 @@ def main(args: PpoArgs) -> None:
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
         "updates": f"{run.span(args.total_steps)}, {args.rollout_batch_size} answers each in "
-        f"{args.ppo_epochs} epochs of {args.rollout_batch_size // args.step_size} minibatches, {split.note()}"
+        f"{args.ppo_epochs} epochs of minibatches of {args.step_size}, {split.note()}"
         + (f"; in the first {args.critic_warmup_steps} the critic alone learns" if args.critic_warmup_steps else ""),
     }
     say(card("train_ppo", rows))

@@ -101,7 +101,7 @@ def main(args: PlotArgs) -> None:
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
     figure.supxlabel("step", fontsize=9, y=0.35 / height)
-    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
+    figure.tight_layout(rect=(0, 0.2 / height, 1, 1))  # which leaves room for the label by itself
     with naming_file(output_file):
         output_file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output_file, dpi=120)

@@ -25,7 +25,16 @@ from models.common import at_least_one, flag, progress_bar, short_bar
 from models.forked import map_in_processes, num_cores
 from models.generation import Request
 from models.record_files import Items, Lines, Record, chunks_of
-from models.records import check_ids, cut_prompt, encode_prompt, get_prompt, naming, require, stated_prompt
+from models.records import (
+    check_ids,
+    cut_prompt,
+    encode_prompt,
+    folder_limits,
+    get_prompt,
+    naming,
+    require,
+    stated_prompt,
+)
 
 BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
 NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the cache must have room for
@@ -138,9 +147,9 @@ class PromptSource:
         check_ids(ids, self.folder.config.vocab_size, record.where)
         if len(ids) >= limit:
             if self.args.overlong == "refuse" or limit < 2:
+                advice = folder_limits(self.folder, self.args.overlong).advice
                 raise ValueError(
-                    f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; raise "
-                    "--max_seq_len or choose --overlong skip or truncate"
+                    f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; {advice}"
                 )
             if self.args.overlong == "skip":
                 self.skipped += 1

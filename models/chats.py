@@ -116,8 +116,8 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         for part in content:
             text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
             if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-                raise ValueError(f"{name}: a part of its content is of type {ascii(kind)[:60]}; only text can be read")
+                kind = f"of type {ascii(part.get('type'))[:60]}" if isinstance(part, dict) else kind_of(part)
+                raise ValueError(f"{name}: a part of its content is {kind}; only parts of type text can be read")
         message["content"] = "".join(part["text"] for part in content)
     elif not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')

@@ -34,7 +34,8 @@ from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
 from models.malloc import keep_freed_memory
-from models.sharing import wait_for_all_ranks
+from models.record_files import kind_of
+from models.sharing import leave_together
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -262,7 +263,7 @@ def run_main(main: Callable, Args: type) -> int:
             main(args)
         if _has_nccl():  # what a rank has sent may still be on its way
             torch.cuda.synchronize()
-            wait_for_all_ranks()
+            leave_together()
         return 0
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):  # of a `tee` that has had the same Ctrl-C
@@ -272,8 +273,8 @@ def run_main(main: Callable, Args: type) -> int:
         return 130
     except BrokenPipeError:  # the reader of what we print has gone, and has seen enough where that is all we make
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not writes:
-            return 0
+        if not writes:  # but of several ranks the others wait for this one, and are ended for a failure alone
+            return 0 if os.environ.get("WORLD_SIZE", "1") == "1" else 2
         with contextlib.suppress(BrokenPipeError):  # of stderr as well
             close_bars()
             print(f"{script}: error: whoever read what it prints has gone{hint}", file=sys.stderr)
@@ -466,7 +467,7 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{path}: must hold a JSON object, not {kind_of(value)}")
     return value
 
 

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
-from models.common import DTYPES, Runtime, at_least_one, flag, short_bar
+from models.common import DTYPES, Runtime, at_least_one, flag, is_main_rank, short_bar
 from models.forked import num_cores
 from models.lora import Lora, LoraLinear, add_adapters
 from models.model import Block, Transformer
@@ -332,24 +332,27 @@ def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks. With
     LoRA what is frozen comes from its folder, without the rounding of the computation, unless it was quantised, and
-    adapters of that name are added in fp32: that is for the main rank, and others get less."""
+    adapters of that name are added in fp32: all that on the main rank alone, the one that writes."""
     for module in model.modules():
         if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
             module.reshard()
     if isinstance(model, OnSharedBase):
         yield from (each for each in full_tensors(model.base, model.adapter) if model.owns(each[0]))
         return
-    base = None if model.lora is None else WeightFiles(model.lora.base)
+    base = WeightFiles(model.lora.base) if model.lora is not None and is_main_rank() else None
     seen = set()  # tied weights appear once
     for prefix, module in model.named_modules():
         is_adapted = isinstance(module, LoraLinear)
         if is_adapted:
-            yield f"{prefix}.weight", module.merged_whole(adapter_name, partial(base.read, f"{prefix}.weight"))
+            weight = module.merged_whole(adapter_name, lambda prefix=prefix: base.read(f"{prefix}.weight"))
+            yield f"{prefix}.weight", weight
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not (is_adapted and name != "bias"):
                 seen.add(id(parameter))
-                is_frozen = base is not None and not parameter.requires_grad
-                yield f"{prefix}.{name}", base.read(f"{prefix}.{name}") if is_frozen else whole(parameter)
+                if model.lora is None or parameter.requires_grad:
+                    yield f"{prefix}.{name}", whole(parameter)
+                elif base is not None:
+                    yield f"{prefix}.{name}", base.read(f"{prefix}.{name}")
 
 
 def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: bool) -> Iterator[T]:

@@ -179,11 +179,9 @@ class LoraLinear(nn.Module):
         factors = [whole(getattr(self, f"lora_{factor}{adapter}")) for factor in "BA"] if self.has_adapters else []
         if not is_main_rank():
             return None
-        weight = stored().float() if weight is None else weight
-        if not factors:
-            return weight
-        B, A = (factor.to(weight.device) for factor in factors)
-        return torch.addmm(weight, B, A, alpha=self.scaling)
+        if weight is None:
+            weight = stored().to(factors[0].device if factors else "cpu").float()
+        return torch.addmm(weight, *factors, alpha=self.scaling) if factors else weight
 
     def _base(self) -> Tensor:
         return _dequantized(self.bits, self.packed, self.scale, torch.float32)

@@ -53,7 +53,7 @@ def keeps_less() -> bool:
 
 def products(x: Tensor, layers: Sequence[nn.Module], kept: Kept | None) -> list[Tensor]:
     """[layer(x) for layer in layers] of x [..., K]. With kept they keep that instead of x, where all have a term().
-    Layers with adapters compute alike without a gradient, to the last bit: a policy is its own reference."""
+    Layers with adapters compute alike without a gradient, eagerly to the last bit: a policy is its own reference."""
     is_adapted = any(getattr(layer, "has_adapters", False) for layer in layers)
     if kept is None and is_adapted and not torch.compiler.is_compiling():
         kept = Kept(_itself, (x.detach(),))

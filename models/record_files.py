@@ -126,7 +126,7 @@ def _parse(path: Path, number: int, line: str) -> Record:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        spread = "; an object has one line" * (number == 1 and line.strip() in ("{", "[{"))
+        spread = "; an object has one line" * (line.strip() == "{")
         raise ValueError(f"{path}:{number}: not valid JSON: {reason}{spread}") from None
     return _checked(Record(f"{path}:{number}", fields))
 

@@ -121,19 +121,24 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 class Limits(NamedTuple):
     """What a row may be: ids below vocab_size, at most max_seq_len of them. overlong: what becomes of a longer one:
-    refuse (ValueError), skip, or truncate. flag: by which more may be asked for."""
+    refuse (ValueError), skip, or truncate. more: what allows longer ones."""
 
     vocab_size: int
     max_seq_len: int
     overlong: str = "refuse"
-    flag: str | None = None
+    more: str | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do about a row that is too long."""
+        return (f"{self.more} or " if self.more else "") + "choose --overlong skip or truncate"
 
 
 def folder_limits(folder: Folder, overlong: str) -> Limits:
     """What a row of a model may be, up to --max_seq_len or its context."""
     config = folder.config
-    flag = "--max_seq_len" if folder.max_seq_len < config.max_position_embeddings else None
-    return Limits(config.vocab_size, folder.max_seq_len, overlong, flag)
+    more = "raise --max_seq_len" if folder.max_seq_len < config.max_position_embeddings else None
+    return Limits(config.vocab_size, folder.max_seq_len, overlong, more)
 
 
 class EncodingCounts(NamedTuple):
@@ -175,11 +180,8 @@ class Encoder(NamedTuple):
         longest = max(map(len, row.sequences))
         if longest > self.limits.max_seq_len:
             if self.limits.overlong == "refuse":
-                raised = "" if self.limits.flag is None else f"raise {self.limits.flag} or "
-                raise ValueError(
-                    f"{record.where}: {longest} tokens, the limit is {self.limits.max_seq_len}; {raised}choose "
-                    "--overlong skip or truncate"
-                )
+                limit, advice = self.limits.max_seq_len, self.limits.advice
+                raise ValueError(f"{record.where}: {longest} tokens, the limit is {limit}; {advice}")
             row = self.cut(row) if self.limits.overlong == "truncate" else None
             happened = happened._replace(truncated=int(row is not None), skipped=int(row is None))
         return row, happened

@@ -213,7 +213,7 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
         "data": digest(path),
         "tokenizer": {file.name: digest(file) for file in tokenizer.files()},
         "today": str(tokenizer.today) if template is not None and "strftime_now" in template.source else None,
-        "limits": encoder.limits,
+        "limits": encoder.limits._replace(more=None),
         "what": what,
         "code": [digest(file) for file in code],
         "packages": [*(package.__version__ for package in (jinja2, np, tokenizers)), _version("sentencepiece")],

@@ -169,6 +169,21 @@ def wait_for_all_ranks() -> None:
         wait_for_ranks(_get_default_store(), dist.get_world_size())
 
 
+def leave_together() -> None:
+    """wait_for_all_ranks of ranks that end then."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        leave(_get_default_store(), dist.get_rank(), dist.get_world_size())
+
+
+def leave(store: dist.Store, rank: int, world: int) -> None:
+    """wait_for_ranks, after which none asks the store any more when the first leaves: it may be the one that has it."""
+    wait_for_ranks(store, world)
+    num_left, patience = store.add("ranks/left", 1), _Patience()
+    while rank == 0 and num_left < world:
+        patience.sleep()
+        num_left = store.add("ranks/left", 0)
+
+
 def gather_parts(own: dict[int, T], dp: DeviceMesh) -> dict[int, T]:
     """The entries of all replicas, alike on all ranks. A collective: after work of theirs that has been closed."""
     parts = [None] * dp.size()

@@ -32,9 +32,11 @@ STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
 )
 AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
-HEADING = re.compile(
-    r"(?:(?:step|part|case)\s*\d+\b|[^\W\d_]{2})[^\n\d]*\n\s*\S", re.I
-)  # behind ####, as Markdown has it
+HEADING = re.compile(  # behind ####, as Markdown has it, with text below
+    r"(?:(?:step|part|case)\s*\d+\b|(?:final\s+|the\s+)*(?:answers?|solution|conclusion|explanation|summary|results?|check"
+    r"|verification|calculations?|analysis|reasoning|approach|method|note|step|part|case|problem)\b)[^\n\d]*\n\s*\S",
+    re.I,
+)
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 
 # ----------------------------------------------------------------------------------------- graders
@@ -127,7 +129,7 @@ def marked_answer(text: str) -> str | None:
     if boxed is not None:
         return boxed
     last = text.rpartition("####")[2].strip() if "####" in text else None
-    if last is not None and (HEADING.match(last) is None or not _says_more(last)):
+    if last is not None and HEADING.match(last) is None:
         line = last.partition("\n")[0]
         return line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
     start, end = text.rfind("<answer>"), text.rfind("</answer>")
@@ -137,12 +139,6 @@ def marked_answer(text: str) -> str | None:
     clauses = [_clause(text[end : end + 500]) for end in ends]
     with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # and not: "I hope the answer is right"
     return (with_number or clauses or [None])[-1]
-
-
-def _says_more(section: str) -> bool:
-    """Whether there is an answer, or a number that may be one, below the heading of a section."""
-    below = section.partition("\n")[2]
-    return bool(ANSWER_IS.search(below) or "<answer>" in below or re.search(r"\d", below))
 
 
 def boxed_answer(text: str) -> str | None:

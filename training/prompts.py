@@ -116,8 +116,8 @@ def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
             f"context of {context} tokens; lower one of them"
         )
     limit = args.max_prompt_len or room
-    flag = "--max_prompt_len" if limit < room else None
-    return Limits(config.vocab_size, limit, args.overlong, flag)
+    more = "raise --max_prompt_len" if limit < room else "lower --max_new_tokens"
+    return Limits(config.vocab_size, limit, args.overlong, more)
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], EncodingCounts]:
@@ -131,10 +131,7 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
             require(ids, "the prompt has no tokens, so there is nothing to go on from")
         too_long = len(ids) > limit
         if too_long and limits.overlong == "refuse":
-            raise ValueError(
-                f"{record.where}: the prompt has {len(ids)} tokens, the limit is {limit} (--max_prompt_len, or what "
-                "--max_new_tokens leaves of the context); raise it or choose --overlong skip or truncate"
-            )
+            raise ValueError(f"{record.where}: the prompt has {len(ids)} tokens, the limit is {limit}; {limits.advice}")
         if too_long and limits.overlong == "skip":
             counts = counts.plus(EncodingCounts(skipped=1))
             continue

@@ -244,7 +244,8 @@ def moved(args: RmArgs, folder: Folder) -> str:
     """What is to be said of a head that somebody else trained on the token before EOS, see place_of_score."""
     if args.loss == "process" or not has_score_head(folder.path):
         return ""
-    pads_with_eos = read_reward_kind(folder.path).pad_token_id == folder.tokenizer.eos_token_id
+    pad = read_reward_kind(folder.path).pad_token_id
+    pads_with_eos = pad is not None and pad == folder.tokenizer.eos_token_id
     return " (from a folder that pads with EOS: trained on the token before EOS, it goes on at EOS)" * pads_with_eos
 
 

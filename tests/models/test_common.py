@@ -201,6 +201,9 @@ def test_run_main(monkeypatch, capsys):
     fileno = os.dup(1)
     monkeypatch.setattr(sys.stdout, "fileno", lambda: fileno)
     assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, where nothing else is made
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")  # the other rank would wait for ever for one that ended as if all were well
+        assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 2
     code, message = outcome(BrokenPipeError(), monkeypatch, capsys, WritingArgs)
     assert code == 2 and message.split("\r")[-1].endswith("has gone; go on with --resume\n")
     with monkeypatch.context() as patch:
@@ -218,13 +221,13 @@ def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
     """Catches a rank that never exits: NCCL's own end waits for the others, and for CUDA graphs. A rank that is done
     waits for the others without it, one that has failed does not wait, and a bug shows its traceback all the same."""
     order = []
-    for where, name in ((common, "wait_for_all_ranks"), (torch.cuda, "synchronize")):
+    for where, name in ((common, "leave_together"), (torch.cuda, "synchronize")):
         monkeypatch.setattr(where, name, lambda name=name: order.append(name))
     monkeypatch.setattr(common.dist, "destroy_process_group", lambda: order.append("destroyed"))
     monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
     assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
-    assert order == ["synchronize", "wait_for_all_ranks"]
+    assert order == ["synchronize", "leave_together"]
     assert outcome(ValueError("one rank's"), monkeypatch, capsys)[0] == 2 and len(order) == 2
     monkeypatch.setattr(common, "end_process", lambda code: order.append(code))
     monkeypatch.setattr(common, "accept_any_text", lambda: None)

@@ -7,7 +7,7 @@ import time
 
 import torch.distributed as dist
 
-from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, wait_for_ranks
+from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, leave, wait_for_ranks
 
 
 def test_chunks():
@@ -150,3 +150,20 @@ def test_waiting():
     for thread in threads:
         thread.join(60)
     assert seen == [3] * 9 and not any(thread.is_alive() for thread in threads)
+
+
+def test_the_store_leaves_last():
+    """Catches a first rank, which may have the store, that leaves while another has yet to see that all are there."""
+    store, left = dist.HashStore(), []
+
+    def rank(number):
+        time.sleep(0.05 * number)
+        leave(store, number, 3)
+        left.append((number, store.add("ranks/left", 0)))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(left) == 3 and dict(left)[0] == 3

@@ -25,7 +25,7 @@ import signal
 import sys
 import typing
 from contextlib import ExitStack, redirect_stdout, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from models import shared
+from models import fsdp, shared
 from models.common import Runtime, Stopped, end_process, parse_args
 from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, load_for_training
 from models.generation import Engine
@@ -222,5 +222,8 @@ def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    # runs share their groups, which are never left: gloo's threads for each wake a hundred times a second
+    groups, meshes = cache(dist.new_group), cache(fsdp.init_device_mesh)
+    with mock.patch.object(dist, "new_group", groups), mock.patch.object(fsdp, "init_device_mesh", meshes):
+        serve(Path(sys.argv[1]))
     end_process(0)

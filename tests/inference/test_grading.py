@@ -146,7 +146,7 @@ BAD = {  # name: (content of the data file, flags, what the message names)
     "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
     "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
     "empty": ("", (), ("data.jsonl", "no records")),
-    "batch raises": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion", "int")),
+    "batch raises": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion", "number")),
 }
 
 

@@ -84,8 +84,8 @@ def test_formats_by_content(name, bom, tmp_path):
     [
         (b'{"a": 1}\n\n{"a": \n', ":3: not valid JSON"),
         (b'{"a": 1}\n{"a": 1} {"a": 2}\n', ":2: not valid JSON"),
-        (b'{"a": 1}\n"text"\n', ":2: must be an object with named fields, not a str"),
-        (b'[{"a": 1}, 5]', ": item 1: must be an object with named fields, not a int"),
+        (b'{"a": 1}\n"text"\n', ":2: must be an object with named fields, not text"),
+        (b'[{"a": 1}, 5]', ": item 1: must be an object with named fields, not a number"),
         (b'[{"a": 1}', ": not a valid JSON list"),
         (b'{"a": ' + b"[" * 100_000, ":1: not valid JSON"),
         (b"[" * 100_000, ": not a valid JSON list"),
@@ -181,8 +181,8 @@ def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
         ({}, "'prompt' is missing (found: none)"),
         ({"prompt": "a", "answer": "b"}, "'completion' is missing (found: prompt, answer)"),
         ({"completion": "b"}, "'prompt' is missing"),
-        ({"prompt": 5, "completion": "b"}, "prompt must be text or a list of messages, not a int"),
-        ({"prompt": None, "completion": "b"}, "prompt must be"),
+        ({"prompt": 5, "completion": "b"}, "prompt must be text or a list of messages, not a number"),
+        ({"prompt": None, "completion": "b"}, "the field 'prompt' is null"),
         ({"prompt": "a", "completion": 5}, "completion must be text where prompt is text"),
         (
             {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]},

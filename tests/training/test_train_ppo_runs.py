@@ -162,9 +162,9 @@ BAD_FLAGS = {
     "no room": ({"max_new_tokens": 256}, ["--max_new_tokens 256", "256 tokens"]),
     "prompts too long": (
         {"max_new_tokens": 250},
-        ["prompts.jsonl:", "the limit is 6 (", "--overlong skip or truncate"],
+        ["prompts.jsonl:", "the limit is 6; lower --max_new_tokens or choose ", "--overlong skip or truncate"],
     ),
-    "longer than allowed": ({"max_prompt_len": 5}, ["prompts.jsonl:", "the limit is 5 (--max_prompt_len"]),
+    "longer than allowed": ({"max_prompt_len": 5}, ["prompts.jsonl:", "the limit is 5; raise --max_prompt_len"]),
     "no prompt left": (
         {"max_prompt_len": 1, "overlong": "skip"},
         ["no prompt is left: all 7 are longer"],

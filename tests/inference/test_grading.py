@@ -143,7 +143,7 @@ BAD = {  # name: (content of the data file, flags, what the message names)
     "timeout": (GOOD, ("--reward_timeout", "0"), ("--reward_timeout", "> 0")),
     "graded already": (GOOD + '{"prompt": "a", "completion": "b", "grade": 1}\n', (), ("data.jsonl:2", "'grade'")),
     "no completion": (GOOD + '{"prompt": "a"}\n', (), ("data.jsonl:2", "'completion'")),
-    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
+    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "a number")),
     "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
     "empty": ("", (), ("data.jsonl", "no records")),
     "batch raises": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion", "number")),

@@ -13,11 +13,11 @@ from tests.inference.test_score import PROCESS, SCRIPT, edit_config, prm, rm, sc
 OUTCOME_CASES = {  # name: (content of the data file, flags, what the message names)
     "empty": ("", (), ("data.jsonl", "no records")),
     "malformed": ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', (), ("data.jsonl:2",)),
-    "not an object": ("5\n", (), ("data.jsonl:1", "int")),
+    "not an object": ("5\n", (), ("data.jsonl:1", "a number")),
     "no prompt": ('{"completion": "b"}\n', (), ("data.jsonl:1", "'prompt'")),
     "no completion": ('{"prompt": "a"}\n', (), ("data.jsonl:1", "'completion'")),
     "steps": ('{"prompt": "a", "completions": ["b"]}\n', (), ("data.jsonl:1", "'completion'")),
-    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "int")),
+    "prompt of a wrong type": ('{"prompt": 5, "completion": "b"}\n', (), ("data.jsonl:1", "prompt", "a number")),
     "completion of a wrong type": ('{"prompt": "a", "completion": 5}\n', (), ("data.jsonl:1", "completion")),
     "half a pair": ('{"prompt": "a", "chosen": "b"}\n', (), ("data.jsonl:1", "'rejected'")),
     "pair of a wrong type": ('{"prompt": "a", "chosen": "b", "rejected": 1}\n', (), ("data.jsonl:1", "rejected")),

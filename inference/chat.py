@@ -3,8 +3,8 @@
     python inference/chat.py --checkpoint_path DIR --system "You are brief."
 
 Lines can be edited and called back with the arrow keys. Conversations go through the folder's chat template; a folder
-without one continues plain text. Ctrl-C ends an answer, and at the prompt, and under
-torchrun, the chat, as Ctrl-D does.
+without one continues plain text. Ctrl-C ends an answer; at the prompt, and under torchrun, it ends the chat, as Ctrl-D
+does.
 """
 
 import contextlib

@@ -345,7 +345,8 @@ def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str
         is_adapted = isinstance(module, LoraLinear)
         if is_adapted:
             weight = module.merged_whole(adapter_name, lambda prefix=prefix: base.read(f"{prefix}.weight"))
-            yield f"{prefix}.weight", weight
+            if weight is not None:
+                yield f"{prefix}.weight", weight
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and not (is_adapted and name != "bias"):
                 seen.add(id(parameter))

@@ -21,6 +21,15 @@ PACKED = {
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
 }
+KINDS = {  # what JSON has for Python's types
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Record(NamedTuple):
@@ -35,8 +44,7 @@ class Record(NamedTuple):
 
 def kind_of(value: object) -> str:
     """What JSON has for a value, for messages."""
-    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
-    return {**kinds, str: "text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+    return KINDS.get(type(value), type(value).__name__)
 
 
 class Lines(NamedTuple):

@@ -29,9 +29,10 @@ from models.tokenizer import Tokenizer
 from models.tp import local
 from models.transfer import index_on
 from training.losses import kl_estimates, placed, token_logps
+from training.metrics import open_log, write_lines
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scores, source_metrics
-from training.run_dir import Run, open_log, write_lines
+from training.run_dir import Run
 from training.stop import Stop
 
 # ---------------------------------------------------------------------------------------- rollouts

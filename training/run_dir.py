@@ -7,17 +7,13 @@
 - Run holds the cadence: what is resumed, logged, evaluated, saved and ended when. A script calls it and keeps its loop
 """
 
-import importlib.util
-import json
 import math
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +32,6 @@ from models.common import (
     dtype_name,
     flag,
     is_main_rank,
-    naming_file,
     non_negative,
     on_main,
     peak_memory,
@@ -45,24 +40,22 @@ from models.common import (
     refuse_idle,
     say,
     write_json,
-    write_whole,
 )
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
-from models.functions import short
 from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, check_writable, hold
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
+from training.metrics import UNFINISHED, Metrics, check_installed, read_unfinished
 from training.stop import Stop, any_rank
 
 # Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
 # the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
 SAVE_SECONDS = 15 * 60
-UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +142,7 @@ class Run:
             say("--batch_size: steps count records otherwise now, so some of this epoch come again, or not at all")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
-        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done))
+        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
         self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
@@ -292,9 +285,9 @@ class Run:
             metrics["mfu"] = flops_factor * rate * config.training_flops_per_token(mean_len) / peak[0]
         return metrics
 
-    def log(self, metrics: dict[str, float], shown: str | None = None) -> None:
-        """Writes the metrics of this step, under any names, if they are due. shown: what the progress bar says, beside
-        the speed; the loss."""
+    def log(self, metrics: dict[str, float], *shown: str) -> None:
+        """Writes the metrics of this step, under any names, if they are due. shown: those that the progress bar says,
+        beside the speed; the loss."""
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
         if self.unfinished and is_main_rank():
@@ -302,7 +295,7 @@ class Run:
         self.unfinished = {}
         if self._bar is None:  # before the first step of a resumed run
             return
-        parts = [shown] if shown else [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts = [f"{name.split('/')[-1]} {metrics[name]:.4f}" for name in shown or ("loss",) if name in metrics]
         parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
@@ -409,84 +402,3 @@ def check_output_dir(folder: Path) -> None:
     subfolders += folder.glob("step-*")
     for path in (folder, *subfolders):
         check_writable(path, f"--output_dir {folder}")
-
-
-def check_installed(report_to: str) -> None:
-    """Raises ValueError that says what to install for --report_to."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
-
-
-def open_log(path: Path, after_step: int) -> IO[str]:
-    """A file of JSON lines, each with its `step`, to append to; the lines of an earlier run after `after_step` are
-    dropped, to be written again, and a torn one."""
-    kept = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if line.endswith(b"\n"):
-            try:
-                if json.loads(line)["step"] <= after_step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
-    write_whole(path, b"".join(kept))
-    # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
-    return open(path, "a", encoding="utf-8", errors="backslashreplace")
-
-
-def write_lines(file: IO[str], values: list[dict]) -> None:
-    """Appends JSON lines, flushed at once. OSError that names the file if it cannot."""
-    with naming_file(Path(file.name)):
-        file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
-        file.flush()
-
-
-def read_unfinished(output_dir: Path, step: int) -> dict[str, float]:
-    """The metrics of this step, if its evaluation was broken off; else {}, and those of another are removed."""
-    metrics = read_json_object(output_dir / UNFINISHED, missing_ok=True)
-    if metrics.pop("step", step) == step:
-        return metrics
-    (output_dir / UNFINISHED).unlink()
-    return {}
-
-
-class Metrics:
-    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
-
-    def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
-        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again. A
-        collective."""
-        self._file, self._report, self._close = None, None, None
-        on_main(lambda: self._open(output_dir, after_step, report_to))
-
-    def _open(self, output_dir: Path, after_step: int, report_to: str) -> None:
-        self._file = open_log(output_dir / "metrics.jsonl", after_step)
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(output_dir / "tensorboard", purge_step=after_step + 1)
-            self._report = lambda step, values: [board.add_scalar(name, x, step) for name, x in values.items()]
-            self._close = board.close
-        elif report_to == "wandb":
-            import wandb
-
-            id_file = output_dir / "wandb_id.txt"  # one run there, whose steps it takes once, however often resumed
-            if not id_file.exists():
-                id_file.write_text(secrets.token_hex(8))
-            try:
-                run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
-            except Exception as error:  # of its own kinds: no key, no network
-                raise ValueError(f"--report_to wandb: {short(error)}") from error
-            self._report = lambda step, values: run.log(values, step=step)
-            self._close = run.finish
-
-    def write(self, values: dict[str, float]) -> None:
-        if self._file is not None:
-            write_lines(self._file, [values])
-        if self._report is not None:
-            self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
-
-    def close(self) -> None:
-        """Lets the reporters finish; a run that ends by an error does without."""
-        if self._close is not None:
-            self._close()

@@ -23,7 +23,8 @@ from models.records import IGNORE_INDEX, Example
 from models.sampling import SamplingParams
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
-from training.run_dir import Run, open_log, write_lines
+from training.metrics import open_log, write_lines
+from training.run_dir import Run
 from training.stop import Stop
 
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training

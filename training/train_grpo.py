@@ -151,7 +151,7 @@ def main(args: GrpoArgs) -> None:
         if data.held_out and run.eval_due:
             with run.evaluating(metrics):
                 metrics |= evaluate()
-        run.log(metrics, f"reward {metrics['reward']:.3f}")
+        run.log(metrics, "reward")
         if run.export_due:
             run.export(policy, what="policy", subfolder=run.step_folder)
 

@@ -196,7 +196,7 @@ def main(args: PpoArgs) -> None:
         if held_out and run.eval_due:
             with run.evaluating(metrics):
                 metrics |= evaluate()
-        run.log(metrics, f"score {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
+        run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))
 

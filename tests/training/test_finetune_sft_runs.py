@@ -26,6 +26,7 @@ from tests.training.test_finetune_sft import (  # noqa: F401 (fixtures)
 )
 from training import finetune_sft, run_dir
 from training.data import training_batches
+from training.metrics import Metrics
 
 # ------------------------------------------------------------------------------------ kill and resume
 
@@ -83,14 +84,14 @@ def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
 
 def stop_after(monkeypatch, step):
     """Sends SIGTERM to this process while the run writes the metrics of a step."""
-    write = run_dir.Metrics.write
+    write = Metrics.write
 
     def write_and_stop(self, values):
         write(self, values)
         if values["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run_dir.Metrics, "write", write_and_stop)
+    monkeypatch.setattr(Metrics, "write", write_and_stop)
 
 
 @pytest.mark.parametrize("steps", [(1,), (4, 9), (LAST_STEP,)], ids=str)

@@ -18,8 +18,8 @@ from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from tests import tiny
 from training.graders import math_answer
+from training.metrics import Metrics
 from training.preferences import encode_process_record
-from training.run_dir import Metrics
 
 REWARDS = """
 def each(prompt, completion, example): return float(len(completion))

@@ -5,6 +5,7 @@ stopped and resumed is the run that nobody stops: weights to the bit, all lines.
 import importlib
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -160,6 +161,29 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
                 file.write('{"step": 2, "loss": 0}\n')
     run(world, script, out, resume=True)
     assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("script", ["finetune_sft.py", "train_rm.py", "train_grpo.py"])
+def test_run_that_ends_sooner(script, world, tmp_path):
+    """Catches a run whose last step was not to be the last when it was taken, and that is exported unevaluated."""
+    total = "total_steps" if "grpo" in script else "max_steps"
+    run(world, script, tmp_path / "whole", save_steps=3, eval_steps=3)
+    for log_steps in (1, 2):
+        out = tmp_path / f"out-{log_steps}"
+        shutil.copytree(tmp_path / "whole", out)
+        shutil.rmtree(out / "checkpoints/step-000004")
+        lines = [line for line in tiny.read_lines(out / "metrics.jsonl") if line["step"] != 3 or log_steps == 1]
+        short = [{name: x for name, x in line.items() if not name.startswith("eval_")} for line in lines]
+        tiny.write_records(out / "metrics.jsonl", short)
+        (out / "samples.jsonl").unlink(missing_ok=True)
+        whole = next(line for line in lines_of(tmp_path / "whole") if line["step"] == 3)
+        wanted = {name: x for name, x in whole.items() if log_steps == 1 or name.startswith("eval_")}
+        assert any(name.startswith("eval_") for name in wanted)
+        for _ in range(2):  # what is evaluated is left as it is
+            more = {total: 3, "accept_changed": [total], "resume": True, "log_steps": log_steps}
+            run(world, script, out, **more)
+            assert wanted.items() <= lines_of(out)[-1].items()
+            assert not (out / "unfinished.json").exists()
 
 
 @pytest.mark.parametrize("where", ["whole", "each"])

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
-from training import groups, run_dir, train_grpo
+from training import groups, train_grpo
 from training.grpo_losses import LOSS_TYPES
+from training.metrics import Metrics
 
 SCRIPT = "training/train_grpo.py"
 REWARDS = """
@@ -301,7 +302,7 @@ def test_kill_and_resume(whole, world, tmp_path):
 def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
     """Catches SIGTERM that saves nothing, a run resumed as another, and a baseline that stands twice where a run begins
     once more."""
-    out, write, run, begins = tmp_path / "out", run_dir.Metrics.write, resumable(world), []
+    out, write, run, begins = tmp_path / "out", Metrics.write, resumable(world), []
 
     def write_and_stop(self, values):
         write(self, values)
@@ -311,7 +312,7 @@ def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir.Metrics, "write", write_and_stop)
+        patch.setattr(Metrics, "write", write_and_stop)
         with pytest.raises(RuntimeError):
             tiny.run(SCRIPT, *flags(world, out, **run))
         begins.append("once more")

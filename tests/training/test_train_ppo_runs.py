@@ -20,7 +20,8 @@ from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
     shorten,
     world,
 )
-from training import run_dir, train_ppo
+from training import train_ppo
+from training.metrics import Metrics
 
 # ---------------------------------------------------------------------------------- kill and resume
 
@@ -62,7 +63,7 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
 def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
     """Catches SIGTERM that saves nothing, or a policy exported before its end; a flag that changes unseen, one that is
     accepted and has no effect, and a run of before --reward_fn became a list that may not go on."""
-    out, write = tmp_path / "out", run_dir.Metrics.write
+    out, write = tmp_path / "out", Metrics.write
 
     def write_and_stop(self, values):
         write(self, values)
@@ -70,7 +71,7 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir.Metrics, "write", write_and_stop)
+        patch.setattr(Metrics, "write", write_and_stop)
         result = tiny.run(SCRIPT, *flags(folder, world, out, **RUN))
     assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout
     assert not (out / "config.json").exists() and not (out / "critic").exists()

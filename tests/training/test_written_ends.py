@@ -18,8 +18,8 @@ from models.reward import encode_pair_record
 from tests import tiny
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import encode_sft_file, encode_sft_record
+from training.metrics import Metrics
 from training.preferences import encode_pair_file
-from training.run_dir import Metrics
 
 LIMITS = Limits(vocab_size=10**6, max_seq_len=10**6)
 USER, YES, NO = (

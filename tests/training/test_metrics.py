@@ -1,0 +1,64 @@
+"""training/metrics.py: lines that a resumed run writes again, and dashboards."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from tests import tiny
+from training.metrics import Metrics, check_installed
+
+
+def test_metrics_resume(tmp_path):
+    """Catches a step twice in metrics.jsonl after a resume, and a torn last line that makes the file unreadable."""
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3, 4):
+        metrics.write({"step": step, "loss": step / 2})
+        assert tiny.read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == step  # flushed at once
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    metrics = Metrics(tmp_path, after_step=2)
+    metrics.write({"step": 3, "loss": -1})
+    assert [(line["step"], line["loss"]) for line in tiny.read_lines(tmp_path / "metrics.jsonl")] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, -1),
+    ]
+    Metrics(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_report_to(tmp_path, monkeypatch):
+    """Catches metrics that do not reach the dashboard, or reach it without their step, and a missing package noticed
+    late or with a traceback."""
+    with pytest.raises(ValueError, match="pip install not_there"):
+        check_installed("not_there")
+    check_installed("none")
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    metrics = Metrics(tmp_path, report_to="wandb")
+    metrics.write({"step": 3, "loss": 1.5})
+    metrics.close()
+    assert logged == [(3, {"loss": 1.5}), "end"]
+    boards = []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            boards.append((path, purge_step))
+
+        def add_scalar(self, name, value, step):
+            boards.append((name, value, step))
+
+        def close(self):
+            boards.append("end")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    metrics = Metrics(tmp_path, after_step=3, report_to="tensorboard")
+    metrics.write({"step": 4, "loss": 1.25})
+    metrics.close()
+    assert boards == [(tmp_path / "tensorboard", 4), ("loss", 1.25, 4), "end"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]

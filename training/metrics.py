@@ -1,0 +1,108 @@
+"""metrics.jsonl, samples.jsonl and where else metrics go: JSON lines, each with its step; written again from the step
+of the checkpoint on when a run is resumed.
+"""
+
+import importlib.util
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from models.common import naming_file, on_main, read_json_object, write_json, write_whole
+from models.functions import short
+
+UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off
+
+
+def check_installed(report_to: str) -> None:
+    """Raises ValueError that says what to install for --report_to."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
+
+
+def logged(path: Path) -> Iterator[tuple[dict, bytes]]:
+    """The lines of an earlier run, each with its `step`, and their bytes; without a torn one. ValueError if another
+    program wrote one."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
+        if line.endswith(b"\n"):
+            try:
+                values = json.loads(line)
+                values["step"] + 0
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: not a line that a training script wrote") from None
+            yield values, line
+
+
+def open_log(path: Path, after_step: int) -> IO[str]:
+    """A file of JSON lines, each with its `step`, to append to; the lines of an earlier run after `after_step` are
+    dropped, to be written again, and a torn one."""
+    write_whole(path, b"".join(line for values, line in logged(path) if values["step"] <= after_step))
+    # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
+    return open(path, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def write_lines(file: IO[str], values: list[dict]) -> None:
+    """Appends JSON lines, flushed at once. OSError that names the file if it cannot."""
+    with naming_file(Path(file.name)):
+        file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+        file.flush()
+
+
+def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, float]:
+    """The line of this step if its evaluation was broken off, or if the run, which was to go further, now ends with it
+    and has not evaluated; else {}. That of another step is removed."""
+    path = output_dir / UNFINISHED
+    line = read_json_object(path, missing_ok=True)
+    if line.get("step", step) != step:
+        path.unlink()
+        line = {}
+    if line or not 0 < step == total_steps:
+        return line
+    line = next((line for line, _ in logged(output_dir / "metrics.jsonl") if line["step"] == step), {"step": step})
+    if any(name.startswith("eval_") for name in line):
+        return {}
+    write_json(path, line)  # until it is written again
+    return line
+
+
+class Metrics:
+    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
+
+    def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
+        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again. A
+        collective."""
+        self._file, self._report, self._close = None, None, None
+        on_main(lambda: self._open(output_dir, after_step, report_to))
+
+    def _open(self, output_dir: Path, after_step: int, report_to: str) -> None:
+        self._file = open_log(output_dir / "metrics.jsonl", after_step)
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(output_dir / "tensorboard", purge_step=after_step + 1)
+            self._report = lambda step, values: [board.add_scalar(name, x, step) for name, x in values.items()]
+            self._close = board.close
+        elif report_to == "wandb":
+            import wandb
+
+            id_file = output_dir / "wandb_id.txt"  # one run there, whose steps it takes once, however often resumed
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(8))
+            try:
+                run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
+            except Exception as error:  # of its own kinds: no key, no network
+                raise ValueError(f"--report_to wandb: {short(error)}") from error
+            self._report = lambda step, values: run.log(values, step=step)
+            self._close = run.finish
+
+    def write(self, values: dict[str, float]) -> None:
+        if self._file is not None:
+            write_lines(self._file, [values])
+        if self._report is not None:
+            self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
+
+    def close(self) -> None:
+        """Lets the reporters finish; a run that ends by an error does without."""
+        if self._close is not None:
+            self._close()

@@ -67,8 +67,8 @@ def save_folder(
     config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
     keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
-    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written; then the old export
-    is there as it was.
+    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, ValueError that names
+    a tensor that fp16 cannot hold; then the old export is there as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -144,7 +144,9 @@ def _write_shards(
         if tied and name == "lm_head.weight":
             continue
         own_dtype = torch.float32 if name == "score.weight" else dtype
-        tensor = tensor.detach().to(device="cpu", dtype=own_dtype).contiguous()
+        whole, tensor = tensor, tensor.detach().to(device="cpu", dtype=own_dtype).contiguous()
+        if tensor.dtype == torch.float16 != whole.dtype and not tensor.isfinite().all():
+            raise ValueError(f"{target}: float16 cannot hold {hf_name(name)}; write bfloat16 or float32")
         if saved_dtype is None or name == "embed_tokens.weight":
             saved_dtype = tensor.dtype
         if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def test_export_dtype(tmp_path, folder, named):
     assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
     written = read_hf_config(out)[0]
     assert {written[name] for name in {*named, "dtype"}} == {"bfloat16"} and "transformers_weights" not in written
+
+
+def test_what_fp16_cannot_hold(tmp_path, folder):
+    """Catches infinity in the place of a weight that grew beyond 65504, where a folder of fp16 is written: an adapter's
+    merge meets that only here."""
+    tensors = dict(load_model(folder).state_dict())
+    for weight, fits in ((65504.0, True), (65520.0, False)):
+        tensors["layers.1.mlp.up_proj.weight"][3, 4] = weight
+        config, out = folder_config(folder), tmp_path / str(fits)
+        told = nullcontext() if fits else pytest.raises(ValueError, match=r"cannot hold .*1\.mlp.up_proj")
+        with told:
+            save_folder(out, tensors.items(), config=config, dtype=torch.float16)
+        assert [path.name for path in tmp_path.iterdir()] == ["True"]
 
 
 def test_json_changes(tmp_path, folder):

@@ -19,7 +19,7 @@ from models.gpu import has_triton
 from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer
-from models.tp import all_reduce, chunk_range, gather_ranks, size_of
+from models.tp import chunk_range, gather_ranks, size_of
 from models.vocab_parallel import pad_vocabulary
 
 
@@ -110,7 +110,9 @@ def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh 
             top = gather_ranks(top, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
         threshold = last_kept(top, top, params.top_p)  # top-p is a share of what top-k has left
     else:
-        threshold = top_p_threshold(logits, params.top_p, tp)  # by itself: torch 2.11 cannot go on within a call
+        # all of the row at once: masses that ranks add up would take 32 messages, whose latency is more
+        row = logits if size_of(tp) == 1 else gather_ranks(logits, tp).flatten(1)
+        threshold = top_p_threshold(row, params.top_p)  # by itself: torch 2.11 cannot go on within a call
     return logits.masked_fill(logits < threshold, float("-inf")), None
 
 
@@ -198,30 +200,25 @@ def sample(
 
 
 @torch.compiler.disable  # 32 rounds would be a hundred kernels to compile
-def top_p_threshold(logits: Tensor, top_p: float, tp: DeviceMesh | None = None) -> Tensor:
-    """The smallest logit that top-p keeps, [B, 1] of this rank's logits fp32 [B, V'], without sorting.
+def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
+    """The smallest logit that top-p keeps, [B, 1] of logits fp32 [B, V], without sorting.
 
     A token is kept if the tokens above it have less than top_p together: the more of them, the lower it is. So the
     lowest number with that property is found by halving an interval of numbers, in the order that their bits have as
-    integers, and it is a logit: 32 times decide all bits of fp32. Ranks add up their masses, which takes less than
-    gathering the vocabulary. Without ranks a GPU does it in one kernel, models/triton_sampling.py.
+    integers, and it is a logit: 32 times decide all bits of fp32. A GPU does it in one kernel,
+    models/triton_sampling.py.
     """
-    if size_of(tp) == 1 and has_triton(logits.device):
+    if has_triton(logits.device):
         from models import triton_sampling
 
         return triton_sampling.top_p_threshold(logits.contiguous(), top_p)
-    largest, normaliser = logits.amax(dim=-1, keepdim=True), logits.logsumexp(dim=-1, keepdim=True)
-    if size_of(tp) > 1:
-        largest, normaliser = gather_ranks(torch.cat((largest, normaliser), dim=-1), tp).unbind(-1)  # [B, tp] each
-        largest, normaliser = largest.amax(-1, keepdim=True), normaliser.logsumexp(-1, keepdim=True)
-    probs = (logits - normaliser).exp()
+    largest = logits.amax(dim=-1, keepdim=True)
+    probs = (logits - logits.logsumexp(dim=-1, keepdim=True)).exp()
     high = _ordered(largest.view(torch.int32)).long()  # has the property, or is kept all the same
     low = torch.full_like(high, -(2**31) + 2**23 - 1)  # -inf
     for _ in range(32):
         middle = (low + high) >> 1
         above = torch.where(logits > _ordered(middle.int()).view(torch.float32), probs, 0.0).sum(dim=-1, keepdim=True)
-        if size_of(tp) > 1:
-            above = all_reduce(above, tp)
         has_less = above < top_p
         low, high = torch.where(has_less, low, middle + 1), torch.where(has_less, middle, high)
     return _ordered(high.int()).view(torch.float32)

@@ -42,6 +42,7 @@ from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
 from models.qlinear import Scheme
 from models.quantize import check_scheme
+from models.record_files import unreadable
 from models.shared_base import OnSharedBase
 from models.tp import whole
 
@@ -180,7 +181,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True), {}
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: its weights cannot be read: {str(error).splitlines()[0]}") from None
+        reason = f"its weights cannot be read: {str(error).splitlines()[0]}"
+        raise ValueError(f"{path}: {unreadable(file, reason)}") from None
     raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
 
 

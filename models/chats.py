@@ -21,6 +21,16 @@ from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
+CLOSED_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$")
+# Fields beside messages that people have, and what to do instead: who has them wants them learnt.
+NOT_READ = {
+    "history": "put its turns into the messages",
+    "system_prompt": "call it system",
+    "functions": "give tools, and tool_calls in the messages",
+    "images": "only text can be read",
+    "videos": "only text can be read",
+    "audios": "only text can be read",
+}
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
 
 
@@ -60,8 +70,9 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
             + ("an empty list" if isinstance(messages, list) else kind_of(messages))
         )
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
-    if fields.get("history"):
-        raise ValueError('"history" is not read; put its turns into the messages')
+    for name, advice in NOT_READ.items():
+        if fields.get(name) and not (name == "system_prompt" and read[0][0]["role"] == "system"):
+            raise ValueError(f'"{name}" is not read; {advice}')
     system = fields.get("system")
     if system:
         if not isinstance(system, str):
@@ -106,22 +117,36 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         if value not in (None, 0, 1):
             raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")
         learnt = learnt and value != 0
+    if message.get("function_call"):
+        raise ValueError(f"{name}: function_call is not read; give tool_calls")
     calls = message.get("tool_calls")
     if calls:
         calls = message["tool_calls"] = parsed(_without_nulls(calls))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
+    for call in calls or ():
+        function = call.get("function", call)
+        if isinstance(function, dict) and "name" in function:
+            function.setdefault("arguments", {})  # of a call without any
+    for key in ("content", *REASONING):
+        if isinstance(message.get(key), list):
+            message[key] = _text_of(message[key], f"{name}: a part of its {key}")
+    for key in REASONING:
+        if not isinstance(message.get(key), str | None):
+            raise ValueError(f"{name}: {key} must be text, or parts of type text, not {kind_of(message[key])}")
     content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-            if not isinstance(text, str):
-                kind = f"of type {ascii(part.get('type'))[:60]}" if isinstance(part, dict) else kind_of(part)
-                raise ValueError(f"{name}: a part of its content is {kind}; only parts of type text can be read")
-        message["content"] = "".join(part["text"] for part in content)
-    elif not isinstance(content, str) and not (content is None and calls):
+    if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f'{name} must have the string "content", or parts of type text, or tool_calls')
     return message, learnt
+
+
+def _text_of(parts: list, what: str) -> str:
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            kind = f"of type {ascii(part.get('type'))[:60]}" if isinstance(part, dict) else kind_of(part)
+            raise ValueError(f"{what} is {kind}; only parts of type text can be read")
+    return "".join(part["text"] for part in parts)
 
 
 def content_of(message: dict) -> str:
@@ -178,6 +203,8 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         before = None
         if i == last and (as_generated or not complete):
             before = finder.rendered(i, add_generation_prompt=True)
+            if complete and _thinks_anew(chat.messages[i], before):
+                before = None  # what the template writes for it has one thought
         if before is not None and (not complete or text[:start] != before):
             spans = [span for span in spans if before.startswith(text[: span[1]])]
             opening = finder.rendered(i, add_generation_prompt=False)
@@ -237,6 +264,8 @@ class _TurnFinder:
             found = self.text.find(header, behind, self.begins.get(i))
             start = found + len(header) if found >= 0 else self.begins.get(i, behind)
         elif start < len(before):  # it writes another header once there is an answer
+            closed = CLOSED_THOUGHT.search(before)
+            start = start if closed is None else min(start, closed.start())
             start = min(_before_tag(self.text, start), self.begins.get(i, start))
             start = max(start, behind)
         if led_by is not None:
@@ -282,12 +311,28 @@ def _as_it_stands(
         if message.get(name):
             raise ValueError(f"the chat template leaves out {name} of the last message; write it into the content")
     content = content_of(message)
-    longest = range(min(len(content), header_length), 0, -1)
-    opened = next((n for n in longest if content[:n].strip() and before.endswith(content[:n])), 0)  # "<think>\n", twice
+    content = content[_opened(content, before[len(before) - header_length :]) :]
     end = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id is not None else tokenizer.eos_token_id
     end = "" if end is None else tokenizer.decode([end], skip_special_tokens=False)
-    text = before + content[opened:] + end
+    text = before + content + end
     return Turns(text, [*spans, (len(before), len(text))], cut)
+
+
+def _opened(content: str, header: str) -> int:
+    """How many characters at the beginning of a content the header has opened already, as "<think>\\n": white space on
+    either side may be otherwise."""
+    body, stem = content.lstrip(), header.rstrip()
+    for n in range(min(len(body), len(stem)), 0, -1):
+        if body[0] in "<[" and body[n - 1] in ">]" and stem.endswith(body[:n]):
+            return len(content) - len(body) + n + _common_prefix(body[n:], header[len(stem) :])
+    return 0
+
+
+def _thinks_anew(message: dict, before: str) -> bool:
+    """Whether a message has a thought though the prompt has closed an empty one."""
+    closed = CLOSED_THOUGHT.search(before)
+    begins = closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
+    return begins or (closed is not None and any(message.get(name) for name in REASONING))
 
 
 def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: ChatTemplate) -> None:

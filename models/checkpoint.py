@@ -8,7 +8,6 @@
 - an exported folder's content is checked: small files when it is opened, tensors when they are loaded (checksums.py)
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
-from models.common import RuntimeArgs, flag, short_bar
+from models.common import RuntimeArgs, flag, read_json_object, short_bar
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.record_files import unreadable
 from models.tokenizer import Tokenizer
 from models.tp import Parallel, local, tensor_parallel_part
 
@@ -185,8 +185,9 @@ class WeightFiles:
         )
 
     def _read_index(self, index: Path) -> tuple[list[Path], dict[str, str]]:
+        content = read_json_object(index)
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = content["weight_map"]
             files = [self.folder / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a shard index with a weight_map ({error!r})") from None
@@ -207,7 +208,7 @@ class WeightFiles:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path}: truncated or not a weight file: {reason}") from None
+            raise ValueError(f"{path}: {unreadable(path, f'truncated or not a weight file: {reason}')}") from None
         if not isinstance(tensors, dict):
             raise ValueError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
         self._open[path] = tensors

@@ -34,7 +34,7 @@ from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
 from models.malloc import keep_freed_memory
-from models.record_files import kind_of
+from models.record_files import kind_of, unreadable
 from models.sharing import leave_together
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -465,7 +465,7 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise ValueError(f"{path}: {unreadable(path, f'not valid JSON: {error}')}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not {kind_of(value)}")
     return value

@@ -21,6 +21,7 @@ PACKED = {
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
 }
+LFS_NOTE = b"version https://git-lfs"
 KINDS = {  # what JSON has for Python's types
     type(None): "null",
     bool: "a boolean",
@@ -45,6 +46,16 @@ class Record(NamedTuple):
 def kind_of(value: object) -> str:
     """What JSON has for a value, for messages."""
     return KINDS.get(type(value), type(value).__name__)
+
+
+def unreadable(path: Path, reason: str) -> str:
+    """Why a file cannot be read: what a reader of its kind says, unless git has only left a note in its place."""
+    try:
+        with open(path, "rb") as file:
+            is_note = file.read(len(LFS_NOTE)) == LFS_NOTE
+    except OSError:
+        is_note = False
+    return "is a Git LFS pointer, not the file itself; fetch that with git lfs pull" if is_note else reason
 
 
 class Lines(NamedTuple):
@@ -135,7 +146,7 @@ def _parse(path: Path, number: int, line: str) -> Record:
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         spread = "; an object has one line" * (line.strip() == "{")
-        raise ValueError(f"{path}:{number}: not valid JSON: {reason}{spread}") from None
+        raise ValueError(f"{path}:{number}: {unreadable(path, f'not valid JSON: {reason}{spread}')}") from None
     return _checked(Record(f"{path}:{number}", fields))
 
 

@@ -65,7 +65,8 @@ def get_field(record: Record, *names: str) -> object:
             return record.fields[name]
     nulls = [name for name in names if name in record.fields]
     why = f"{nulls[0]!r} is null" if nulls else f"{names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})"
-    raise ValueError(f"{record.where}: the field {why}")
+    advice = "; give messages with role and content" * ("conversations" in record.fields)
+    raise ValueError(f"{record.where}: the field {why}{advice}")
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
@@ -103,7 +104,7 @@ def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
 
 def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
     """The end of a longer prompt, which an answer goes on from: `length` ids, the first the BOS if there is one."""
-    bos = ids[:1] if tokenizer.adds_bos and ids[0] == tokenizer.bos_token_id else []
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # also one that only the chat template writes
     return bos + ids[len(ids) - (length - len(bos)) :]
 
 

@@ -5,6 +5,7 @@
 - BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """
 
+import json
 import os
 from datetime import date
 from functools import cached_property
@@ -19,6 +20,7 @@ from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
 from models.common import chat_day, read_json_object
 from models.functions import short
 from models.joins import Joins, splits_words
+from models.record_files import unreadable
 from models.streaming import StreamDecoder
 
 # one process for each core serves better, and those are forked, which threads do not survive
@@ -27,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_USE)
 FILES = ("tokenizer.json", "tokenizer.model", *SETTINGS)
+# normalizer_spec { add_dummy_prefix: false } of sentencepiece_model.proto: behind a message its fields count anew
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
@@ -48,12 +52,15 @@ class Tokenizer:
         path = next((p for p in (folder / "tokenizer.json", folder / "tokenizer.model") if p.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
+        if config.get("split_special_tokens"):
+            raise ValueError(f"{self.config_path}: split_special_tokens is not supported")
+        no_space = config.get("add_prefix_space") is False and _is_llama(config)
         try:
-            self._file = _Fast(path) if path.suffix == ".json" else _SentencePiece(path)
+            self._file = (_Fast if path.suffix == ".json" else _SentencePiece)(path, no_space)
         except ModuleNotFoundError:
             raise ValueError(f"{path}: is read by sentencepiece, which is not installed; pip install it") from None
         except Exception as error:  # both libraries raise bare ones
-            raise ValueError(f"{path}: not a usable {path.name}: {short(error)}") from error
+            raise ValueError(f"{path}: {unreadable(path, f'not a usable {path.name}: {short(error)}')}") from error
         try:
             names = _add_tokens(self._file, folder, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -145,8 +152,10 @@ class _Fast:
 
     bos_by_default, named = False, {}
 
-    def __init__(self, path: Path):
-        file = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    def __init__(self, path: Path, no_space: bool):
+        """no_space: before a text, whatever the file does."""
+        content = path.read_text(encoding="utf-8")
+        file = tokenizers.Tokenizer.from_str(_without_prefix(content) if no_space else content)
         file.no_truncation()
         file.no_padding()
         vocab = file.get_vocab(with_added_tokens=False)
@@ -175,11 +184,13 @@ class _SentencePiece:
     bos_by_default, around = True, ([], [])  # as in LLaMA's own code
     byte_ids = frozenset()  # sentencepiece keeps the characters beside a wrong byte
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, no_space: bool):
+        """no_space: before a text, whatever the file does."""
         if not (data := path.read_bytes()):
             raise ValueError("the file is empty")
         from sentencepiece import SentencePieceProcessor  # most folders have a tokenizer.json and do without
 
+        data += NO_DUMMY_PREFIX * no_space
         self._processor = SentencePieceProcessor(model_proto=data)
         self.size = self._processor.get_piece_size()
         self._ids = {self._processor.id_to_piece(i): i for i in range(self.size)}
@@ -216,12 +227,26 @@ class _SentencePiece:
         return "".join(texts)
 
 
+def _is_llama(config: dict) -> bool:
+    return str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
+
+
+def _without_prefix(content: str) -> str:
+    """A tokenizer.json that puts no space before a text, and takes none away."""
+    state = json.loads(content)
+    for name, steps in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
+        part = state.get(name) or {"type": "Sequence", steps: []}
+        kept = [step for step in part.get(steps, [part]) if step["type"] not in ("Prepend", "Strip")]
+        kept = [{**step, "prepend_scheme": "never"} if step["type"] == "Metaspace" else step for step in kept]
+        state[name] = {"type": "Sequence", steps: kept} if kept else None
+    return json.dumps(state)
+
+
 def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dict[str, str]:
     """Adds the tokens that the folder declares beside its file; returns the named ones, {"bos_token": "<s>", ...}."""
     files = (folder / "special_tokens_map.json", folder / "added_tokens.json")
     older, added = (read_json_object(path, missing_ok=True) for path in files)
-    is_llama = str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
-    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if is_llama else file.named
+    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if _is_llama(config) else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and lets it win there
     settings |= {**older, **config} if "added_tokens_decoder" in config else {**config, **older}

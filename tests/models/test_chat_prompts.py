@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from models.chats import learnt_turns, read_chat, text_of_chat
 from models.export import save_folder
-from models.records import encode_answer, encode_generated
+from models.records import cut_prompt, encode_answer, encode_generated, encode_prompt
 from models.tokenizer import Tokenizer
 from tests.models.test_tokenizer import byte_level_folder
 
@@ -47,6 +47,21 @@ def test_an_answer_that_has_begun_goes_on(tmp_path, template, begun):
     row, _ = encode_answer(chat, "3", tokenizer)
     assert row.input_ids == encode_generated(chat, "3", tokenizer, finished=True)
     assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == text + "3<|eot_id|>"
+
+
+def test_a_cut_prompt_begins_with_bos(tmp_path):
+    """Catches a BOS that the chat template alone writes cut off with the beginning of a prompt that is too long."""
+    byte_level_folder(tmp_path, "llama3")
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "post_processor": None}))
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}" + PLAIN, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    for prompt, bos in (
+        (read_chat([{**USER, "content": "1 plus 2 " * 9}]), [tokenizer.bos_token_id]),
+        ("a b " * 9, []),
+    ):
+        ids = encode_prompt(prompt, tokenizer)
+        assert not tokenizer.adds_bos and cut_prompt(ids, 8, tokenizer) == bos + ids[len(ids) - 8 + len(bos) :]
 
 
 def test_a_begun_answer_is_whole(tmp_path):

@@ -120,6 +120,42 @@ def test_turns_under_published_templates(name, opened):
     assert learnt == thought * (2 - cut) and counts == EncodingCounts(turns_cut_by_the_template=cut)
 
 
+@pytest.mark.parametrize("begun", ["<think>", "<think>\n", "<think>\n\n"])
+@pytest.mark.parametrize("written", ["<think>two", "<think>\ntwo", "\n<think>\ntwo", " <think>\n\ntwo"])
+def test_a_thought_is_opened_once(begun, written, tmp_path):
+    """Catches a second <think> behind the one that the generation prompt ends in, where the white space around them is
+    otherwise: of messages, of a completion as text, and of what is scored."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["r1"].replace("<think>\n", begun), encoding="utf-8")
+    tokenizer, question, answer = Tokenizer(tmp_path), [user("2+2?")], f"{written}</think>4"
+    texts = [row_of(tokenizer, messages=[*question, said(answer)])[0]]
+    texts.append(row_of(tokenizer, prompt=question, completion=answer)[0])
+    for other in ((answer, "5"), ([said(answer)], [said("5")])):
+        pair = {"prompt": question, **dict(zip(("chosen", "rejected"), other))}
+        texts.append(tokenizer.decode(encode_pair_record(Record("x:1", pair), tokenizer)[0].chosen.input_ids, False))
+    more = "\n" * max(0, written.split("<think>")[1].count("\n") - begun.count("\n"))
+    for text in texts:
+        assert text.endswith(f"<|assistant|>{begun}{more}two</think>4<|eot_id|>"), text
+
+
+def test_a_thought_where_the_prompt_has_closed_one(tmp_path):
+    """Catches an empty thought in front of another, as no template writes them, where a generation prompt asks for none
+    and the answer has one all the same."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    closed = "<|assistant|>\n<think>\n\n</think>\n\n{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["qwen3"].replace("<|assistant|>\n{% endif %}", closed))
+    tokenizer, oracle, question = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path), [user("2+2?")]
+    for answer in (THOUGHT, "4"):
+        theirs = oracle.apply_chat_template([*question, said(answer)], tokenize=False)
+        record = {"prompt": question, "chosen": answer, "rejected": "5"}
+        for text in (
+            row_of(tokenizer, messages=[*question, said(answer)])[0],
+            row_of(tokenizer, prompt=question, completion=answer)[0],
+            tokenizer.decode(encode_pair_record(Record("x:1", record), tokenizer)[0].chosen.input_ids, False),
+        ):
+            assert text.strip() == theirs.strip()
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
     """Catches an answer that no generation would give, where the template writes a message otherwise than what it lets
@@ -159,8 +195,12 @@ def test_tools_system_weights_and_parts(opened):
             assert len(learnt) == 1 and "RIGHT" in learnt[0] and "WRONG" in text
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
     assert row_of(tokenizer, messages=[user(parts), said("4")]) == row_of(tokenizer, messages=[user("2+2?"), said("4")])
-    reasoned = [user("2+2?"), said("4", reasoning_content="two and two")]
-    assert row_of(tokenizer, messages=reasoned)[1] == ["<think>\ntwo and two\n</think>\n\n4<|eot_id|>"]
+    for thought in ("two and two", [{"type": "text", "text": "two "}, {"text": "and two"}]):
+        reasoned = [user("2+2?"), said("4", reasoning_content=thought)]
+        assert row_of(tokenizer, messages=reasoned)[1] == ["<think>\ntwo and two\n</think>\n\n4<|eot_id|>"]
+    for arguments in ({"arguments": None}, {}):
+        calls = [{"type": "function", "function": {"name": "add", **arguments}}]
+        assert '"arguments": {}' in row_of(tokenizer, messages=[user("1"), said("", tool_calls=calls)])[1][0]
 
 
 REFUSED = [
@@ -176,6 +216,12 @@ REFUSED = [
     ("r1", {"system": 5, "messages": [user("a"), said("b")]}, "system must be text"),
     ("r1", {"tools": "add", "messages": [user("a"), said("b")]}, "tools must be a list of objects"),
     ("r1", {"history": [["a", "b"]], "messages": [user("a"), said("b")]}, '"history" is not read'),
+    ("r1", {"functions": [{"name": "add"}], "messages": [user("a"), said("b")]}, '"functions" is not read; give tools'),
+    ("r1", {"images": ["a.png"], "messages": [user("a"), said("b")]}, '"images" is not read'),
+    ("r1", {"system_prompt": "Be brief.", "messages": [user("a"), said("b")]}, '"system_prompt" is not read; call it'),
+    ("r1", {"messages": [user("a"), said("", function_call={"name": "add"})]}, "function_call is not read; give tool_"),
+    ("qwen3", {"messages": [user("a"), said("b", reasoning_content=5)]}, "reasoning_content must be text"),
+    ("qwen3", {"messages": [user("a"), said("b", thinking=[{"type": "image"}])]}, "a part of its thinking is of type"),
     ("r1", {"messages": [said("b")]}, "message 0 is the assistant's"),
     ("r1", {"messages": [user("a"), {"role": "assistant", "content": None}]}, 'messages[1] must have the string "cont'),
     ("r1", {"system": "s", "prompt": "a", "completion": "b"}, "system belongs to a chat"),

@@ -13,6 +13,7 @@ from models import caches, common
 from models.common import RuntimeArgs, choose_runtime
 from models.gpu import has_triton
 from models.tokenizer import Tokenizer
+from tests import tiny
 
 
 def test_triton_that_does_not_work(capsys, monkeypatch):
@@ -74,3 +75,21 @@ def test_no_sentencepiece(folder, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"tokenizer\.model: is read by sentencepiece, .*pip install"):
         Tokenizer(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 512\n"
+POINTERS = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", [*POINTERS, "tokenizer_config.json", "prompts.jsonl"])
+def test_files_that_git_has_not_fetched(name, tmp_path):
+    """Catches a pointer of Git LFS, as a clone without it holds, called a broken file."""
+    tiny.write_model(tmp_path, num_hidden_layers=1)
+    tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    if name.endswith("index.json"):
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(POINTER)
+    flags = ["--checkpoint_path", tmp_path, "--prompt_file", tmp_path / "prompts.jsonl", "--device", "cpu"]
+    result = tiny.run("inference/generate.py", *flags, "--output_file", tmp_path / "out.jsonl")
+    assert result.code == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert f"{tmp_path / name}" in result.stderr and "is a Git LFS pointer, not the file itself" in result.stderr

@@ -11,6 +11,7 @@ import sentencepiece
 import tokenizers
 import transformers
 from packaging.version import Version
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -226,6 +227,32 @@ def test_where_transformers_differs(tmp_path):
     if transformers.__version__ == "5.23.0":
         assert AutoTokenizer.from_pretrained(tmp_path / "l")("<s>[INST] a")["input_ids"][2:] != model.encode("[INST] a")
         assert 1 not in AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["model", "legacy", "metaspace"])
+def test_no_space_before_a_text(kind, tmp_path):
+    """Catches "add_prefix_space": false read over: against transformers, and sentencepiece's own model without one."""
+    config = {"add_prefix_space": False, "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    if kind == "model":
+        folder = sentencepiece_folder(tmp_path, config)
+    else:
+        backend = llama2_json()
+        if kind == "metaspace":
+            backend.normalizer, backend.pre_tokenizer = (
+                None,
+                pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+            )
+        folder = json_folder(tmp_path, backend, **config)
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(MODELS["identity"].read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = False
+    alone = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for text in ("hello world", " hello", "a</s>b c", "<s> y\nz", "na\u00efve \U0001f642 x"):
+        assert ours.encode(text) == theirs(text).input_ids
+        assert ours.decode(ours.encode(text), False) == "<s>" + text
+        if "<" not in text:
+            assert ours.encode(text) == [1, *alone.encode(text)]
+    assert not ours.puts_a_space and Tokenizer(FOLDERS["sentencepiece"](tmp_path / "with")).puts_a_space
 
 
 def test_a_text_goes_on_from_another(files):

@@ -179,6 +179,7 @@ def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
     "fields, complaint",
     [
         ({}, "'prompt' is missing (found: none)"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "(found: conversations); give messages with role and c"),
         ({"prompt": "a", "answer": "b"}, "'completion' is missing (found: prompt, answer)"),
         ({"completion": "b"}, "'prompt' is missing"),
         ({"prompt": 5, "completion": "b"}, "prompt must be text or a list of messages, not a number"),

@@ -15,7 +15,7 @@ from inference.choosing import group_of
 from inference.lines import LineWriter, lines_of
 from models.chats import content_of, read_chat
 from models.common import card, is_main_rank, progress_bar, say
-from models.functions import Grade, Grader, call_batch, load_grader
+from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
 from models.identity import begun_with
 from models.record_files import kind_of
 from models.records import Record, get_answer, naming, read_records, require, stated_prompt
@@ -30,7 +30,7 @@ def grade_file(args) -> None:
     of score.py. Of several ranks only the main one works. Raises ValueError or OSError for what cannot be graded."""
     if not is_main_rank():
         return
-    grader, records = load_grader("--grader", args.grader), read_records(args.data_file)
+    grader, records = undisturbed()(load_grader)("--grader", args.grader), read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)

@@ -52,7 +52,7 @@ from models.common import (
 )
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
-from models.functions import FunctionPlace, load_function
+from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
@@ -158,7 +158,8 @@ def main(args: ScoreArgs) -> None:
     files = weight_files(args.checkpoint_path, args.adapter_path)
     kind = read_reward_kind(args.checkpoint_path, files)
     check_kind(args, kind)
-    find_answer = load_function("--answer_fn", args.answer_fn) if args.answer_fn is not None else final_answer
+    load = undisturbed()(load_function)
+    find_answer = final_answer if args.answer_fn is None else load("--answer_fn", args.answer_fn)
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
@@ -147,7 +148,11 @@ def start_ranks(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        # torchrun keeps its store when it starts the ranks again, and in it where those lived that have died
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif world != "1":
         raise ValueError(
             f"the environment has WORLD_SIZE {world} and no RANK: torchrun sets both, for one rank unset it"

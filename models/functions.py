@@ -4,17 +4,20 @@
 - nothing here needs torch, so a worker process that grades answers starts in a tenth of a second
 """
 
+import contextlib
 import copy
 import importlib.util
 import inspect
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+ASK_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a run: training/stop.py
 LARGEST = 1e9  # of a reward: its square must be a number in fp32
 
 
@@ -31,6 +34,30 @@ class FunctionPlace(str):
 
 
 BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion", "example")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around somebody's code, or a decorator: puts back what that may set for the whole process, as are the directory,
+    in which paths of flags are meant, the handlers of signals, and torch's settings."""
+    directory, torch = os.getcwd(), sys.modules.get("torch")
+    handlers = {number: signal.getsignal(number) for number in ASK_TO_END}
+    if torch is not None:
+        learns, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+        device = torch.get_default_device()
+    try:
+        yield
+    finally:
+        os.chdir(directory)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        if torch is not None:
+            torch.set_grad_enabled(learns)
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            if torch.get_default_device() != device:
+                torch.set_default_device(None)
 
 
 def load_function(flag: str, place: str) -> Callable:
@@ -124,12 +151,13 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
     own = [copy.deepcopy(example) for example in examples]  # to be changed at will, also where one serves many answers
     columns, pid = (list(prompts), list(completions), own), os.getpid()
     try:
-        rewards = grader.function(**dict(zip(BATCH, columns)))
-        if inspect.isawaitable(rewards):
-            import asyncio  # takes longer than all else that a worker process imports
+        with undisturbed():
+            rewards = grader.function(**dict(zip(BATCH, columns)))
+            if inspect.isawaitable(rewards):
+                import asyncio  # takes longer than all else that a worker process imports
 
-            rewards = asyncio.run(_awaited(rewards))
-        rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
+                rewards = asyncio.run(_awaited(rewards))
+            rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
     except KeyboardInterrupt:  # a person's, or that of a signal
         raise
     except BaseException as error:  # somebody's code may raise anything, a generator's while it is read
@@ -138,7 +166,7 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
         if os.getpid() != pid:  # the function forked, and has come back in both
             os._exit(0)
     try:
-        if isinstance(rewards, str | dict):
+        if isinstance(rewards, str | dict | set | frozenset):
             raise TypeError(f"it is a {type(rewards).__name__}")
         rewards = list(rewards)
         if len(rewards) != len(completions):

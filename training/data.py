@@ -3,7 +3,7 @@
 The order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step number.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,8 +181,3 @@ def training_batches(
         if batch == 0 or step == first_step:
             order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
         yield step, order[batch * batch_size : (batch + 1) * batch_size]
-
-
-def tokens_of(batches: Iterable[tuple[int, list[int]]], lengths: np.ndarray) -> int:
-    """The tokens in the rows of steps. lengths: of all rows. A list of the rows would grow with the epochs."""
-    return sum(int(lengths[numbers].sum()) for _, numbers in batches)

@@ -39,7 +39,6 @@ from training.data import (
     check_evaluation,
     encode_sft_file,
     load_rows,
-    tokens_of,
     training_batches,
 )
 from training.losses import token_cross_entropy
@@ -107,7 +106,7 @@ def main(args: SftArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    run.num_tokens = tokens_of(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
+    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

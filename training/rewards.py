@@ -26,7 +26,7 @@ from torch import Tensor
 from models.chats import Chat
 from models.checkpoint import Folder, model_folder, open_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
-from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader
+from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
 from models.packing import own_share
 from models.parts import encode_continuation
@@ -99,7 +99,7 @@ def load_reward_functions(args: RewardArgs) -> list[Grader]:
         raise ValueError(
             f"--reward_fn_weight: {len(weights)} for {len(functions)} of --reward_fn; give one for all, or one for each"
         )
-    graders = [load_grader("--reward_fn", place) for place in functions]
+    graders = [undisturbed()(load_grader)("--reward_fn", place) for place in functions]
     idle = [name for name in ("reward_timeout", "reward_memory") if getattr(args, name) != getattr(GradingArgs, name)]
     if idle and not any(grader.per_answer for grader in graders):
         say(f"--{idle[0]} holds for a --reward_fn of the form (prompt, completion, example), and there is none")

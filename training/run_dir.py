@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -50,12 +51,14 @@ from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, check_writable, hold
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
-from training.metrics import UNFINISHED, Metrics, check_installed, read_unfinished
-from training.stop import Stop, any_rank
+from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
+from training.stop import Stop, any_rank, drop_what_nobody_reads
 
 # Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
 # the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
 SAVE_SECONDS = 15 * 60
+# Flags that decide which records a step takes.
+ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle", "pack", "max_seq_len"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +141,8 @@ class Run:
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
-        if done and "batch_size" in self.changed:  # where a step is among the records follows from its number
-            say("--batch_size: steps count records otherwise now, so some of this epoch come again, or not at all")
+        for name in sorted(self.changed & ORDER) if done else ():  # where a step is among the records is its number's
+            say(f"--{name}: steps count records otherwise now, so some of this epoch come again, or not at all")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
         self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
@@ -174,6 +177,7 @@ class Run:
         self._watch, self._unit = Stopwatch(self.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
+            drop_what_nobody_reads()
             self._watch.lap()
             yield self.step, self.numbers
             self._bar.update(1)
@@ -185,6 +189,14 @@ class Run:
                 self.check_weights(self._checkpoints.model)
                 self._save()
         self._close()
+
+    def count_tokens(self, batches: Iterable[tuple[int, list[int]]], lengths: np.ndarray) -> None:
+        """num_tokens of the steps before first_step: as it was logged, else of the rows of these batches."""
+        done, path = self.first_step - 1, self.args.output_dir / "metrics.jsonl"
+        found = on_main(
+            lambda: next((line.get("num_tokens") for line, _ in logged(path) if line["step"] == done), None)
+        )
+        self.num_tokens = sum(int(lengths[numbers].sum()) for _, numbers in batches) if found is None else found
 
     def begin_update(self) -> None:
         """From here to the end of the step, or to its evaluation, the state is that of no step: the run goes on."""

@@ -1,7 +1,8 @@
 """How a run is left before its end: because of a signal, or of an error that all ranks have found.
 
-- SIGTERM and Ctrl-C ask for an end. It comes where nothing is lost: after a step, or where the state is still that of
-  the last one (in a rollout, while answers are scored, between forwards, in an evaluation), but not within an update
+- SIGTERM and Ctrl-C ask for an end, and SIGHUP, SIGUSR1 and SIGUSR2, which else end a process at once. It comes where
+  nothing is lost: after a step, or where the state is still that of the last one (in a rollout, while answers are
+  scored, between forwards, in an evaluation), but not within an update
 - all ranks leave at the same place. Those that share no collectives for a while, the data-parallel ranks in a rollout,
   end that by themselves, and agree after it: one that has had no signal takes the others along when it is through
 - whoever leaves saves the state first, if it is not saved yet (keep, which Run gives)
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.common import Stopped, is_main_rank, say
+from models.functions import ASK_TO_END
 
 # Under torchrun, where two signals within this time are one: Slurm sends it to the ranks and to torchrun, which passes
 # it on. torchrun's own second signal to its ranks is SIGTERM, whatever it has got itself.
@@ -43,9 +45,11 @@ class Stop:
         self._interruptible = False
 
     def listen(self) -> None:
-        """Takes SIGTERM and SIGINT over for this process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        """Takes the signals that ask for an end over for this process, unless it was told to ignore one, as nohup
+        does with SIGHUP."""
+        for number in ASK_TO_END:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: object) -> None:
         now, launched = time.monotonic(), "TORCHELASTIC_RUN_ID" in os.environ
@@ -54,6 +58,8 @@ class Stop:
                 os._exit(130)
         elif number == signal.SIGINT:
             self._ctrl_c_at = now
+        if number == signal.SIGHUP:  # the terminal has gone
+            drop_what_nobody_reads()
         if not self.received and is_main_rank():
             with contextlib.suppress(OSError):  # print could meet itself half-way
                 os.write(2, NOTICE.format("again" if number == signal.SIGINT else "twice").encode())
@@ -69,11 +75,7 @@ class Stop:
 
     def leave(self) -> NoReturn:
         """Ends the run, to be resumed. A collective."""
-        for stream in (1, 2):  # the same Ctrl-C ends the `tee` that reads them: then nobody is told any more
-            reader = select.poll()
-            reader.register(stream, 0)
-            if reader.poll(0):  # it has gone
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        drop_what_nobody_reads()  # the same Ctrl-C ends the `tee`
         say(f"stopped by a signal {self.keep(False)}; go on with --resume")
         raise Stopped
 
@@ -95,6 +97,17 @@ class Stop:
             return None
         finally:
             self._interruptible = False
+
+
+def drop_what_nobody_reads() -> None:
+    """Sends stdout and stderr nowhere if the terminal, or whoever read them, has gone: a run goes on without."""
+    for stream in (1, 2):
+        reader = select.poll()
+        reader.register(stream, 0)
+        if reader.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 def any_rank(facts: list[bool], group: dist.ProcessGroup | None = None) -> list[bool]:

@@ -49,7 +49,7 @@ from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.shared_base import as_reference
 from models.transfer import to_device
-from training.data import DataArgs, check_evaluation, load_rows, tokens_of, training_batches
+from training.data import DataArgs, check_evaluation, load_rows, training_batches
 from training.frozen import ReferenceArgs, check_reference_flags
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
@@ -129,7 +129,7 @@ def main(args: DpoArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    run.num_tokens = tokens_of(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
+    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

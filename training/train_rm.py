@@ -62,7 +62,7 @@ from models.reward import (
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
-from training.data import DataArgs, check_evaluation, epoch_order, load_rows, tokens_of, training_batches
+from training.data import DataArgs, check_evaluation, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
@@ -155,7 +155,7 @@ def main(args: RmArgs) -> None:
     eval_rewards = finish(run.unfinished) if run.unfinished else None
 
     # loop
-    run.num_tokens = tokens_of(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
+    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
     for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]

@@ -1,13 +1,17 @@
 """Work that replicas share: what a chunk holds, who takes it, and who waits for whom."""
 
 import heapq
+import os
 import random
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
-from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, leave, wait_for_ranks
+from models.fsdp import start_ranks
+from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, leave, wait_for_all_ranks, wait_for_ranks
+from tests.forked import Forked
 
 
 def test_chunks():
@@ -175,3 +179,31 @@ def test_the_store_leaves_last():
     for thread in threads:
         thread.join(60)
     assert left == ["another", "another", "first"]
+
+
+def test_ranks_that_are_started_again():
+    """Catches ranks that look for those that torchrun has ended, since its store lives on, and counts of theirs."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
+    for attempt in range(2):
+        world |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": True}
+        ranks = [Forked("tests/models/test_sharing.py", RANK=rank, **world) for rank in range(2)]
+        assert [rank.communicate(60) for rank in ranks] == 2 * [("met 2\n", "")]
+        assert [rank.returncode for rank in ranks] == 2 * [9 * (attempt == 0)]
+
+
+def meet() -> None:
+    """A rank that meets the other, and in the first attempt dies then."""
+    start_ranks(torch.device("cpu"))
+    wait_for_all_ranks()
+    met = torch.ones(1)
+    dist.all_reduce(met)
+    print("met", int(met), flush=True)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        dist.distributed_c10d._get_default_store().add("ranks/arrived", 1)
+        os._exit(9)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    meet()

@@ -141,12 +141,19 @@ def test_resume_as_another_run(folder, tmp_path):
         torch.testing.assert_close(plain[name] - decayed[name], decay, atol=1e-6, rtol=0)
     assert json.loads((tmp_path / "decayed/args.json").read_text())["weight_decay"] == 10
 
-    tiny.write_records(data, [{"prompt": "First:", "completion": " 0"}, *records])
     run["weight_decay"] = None
+    shutil.copytree(begun, tmp_path / "larger")
+    finetune(folder, data, tmp_path / "larger", **{**run, "batch_size": 16}, accept_changed="batch_size")
+    counts = [
+        [x["num_tokens"] for x in tiny.read_lines(tmp_path / name / "metrics.jsonl")] for name in ("plain", "larger")
+    ]
+    assert counts[0][:2] == counts[1][:2] and counts[1][2] - counts[1][1] > 1.5 * (counts[0][2] - counts[0][1])
+
+    tiny.write_records(data, [{"prompt": "First:", "completion": " 0"}, *records])
     result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "other", **run))
     tiny.assert_refused(result, "--train_file: other content than the run was begun with; go on knowingly with")
-    for _ in range(2):
-        finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file")
+    said = [finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file").stdout for _ in range(2)]
+    assert "--train_file: steps count records otherwise now" in said[0] and "otherwise now" not in said[1]
     finetune(folder, data, tmp_path / "other", **run)  # which is what it has now
 
 

@@ -163,6 +163,79 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
     assert_same_run(out, whole)
 
 
+RUDE = """
+import os, signal, torch
+
+def disturb():
+    os.chdir("elsewhere" if os.path.exists("elsewhere") else ".")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(3)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+disturb()
+
+def whole(prompts, completions, examples):
+    disturb()
+    return [float(len(c)) for c in completions]
+
+def each(prompt, completion, example):
+    return float(completion.count("e"))
+"""
+
+
+def test_functions_that_disturb(world, tmp_path, monkeypatch):
+    """Catches a run whose files go elsewhere, that learns in another dtype or not at all, or that no signal saves any
+    more, since the file of a reward function, or the function, sets what holds for the whole process."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "rude.py").write_text(RUDE)
+    monkeypatch.chdir(tmp_path)
+    run(world, "train_grpo.py", tmp_path / "calm", total_steps=2)
+    functions = ["rude.py:whole", "rude.py:each"]
+    before = torch.get_num_threads()
+    run(world, "train_grpo.py", "rude", total_steps=2, reward_fn=functions, reward_timeout=500)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == before and torch.get_default_device().type == "cpu"
+    assert_same_run(tmp_path / "rude", tmp_path / "calm")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    process = Forked("training/train_grpo.py", *flags(world, "train_grpo.py", "more", reward_fn=functions))
+    while not (tmp_path / "more/metrics.jsonl").exists() or len(tiny.read_lines(tmp_path / "more/metrics.jsonl")) < 2:
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal after update" in process.communicate()[0] and process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals(number, world, tmp_path):
+    """Catches a run that a lost terminal, or the signal of a scheduler, ends unsaved."""
+    more = {"max_steps": 9999, "log_steps": 1, "eval_steps": 99999}
+    process = Forked("training/finetune_sft.py", *flags(world, "finetune_sft.py", tmp_path / "out", **more))
+    while not (tmp_path / "out/metrics.jsonl").exists() or not tiny.read_lines(tmp_path / "out/metrics.jsonl"):
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert "stopped by a signal after step" in process.communicate()[0] and process.returncode == 0
+    assert list((tmp_path / "out/checkpoints").iterdir())
+
+
+def test_nobody_reads(world, tmp_path):
+    """Catches a run that does not go on, or writes no model, since whoever read what it prints has gone (`| head`)."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=60, eval_steps=20)
+    process = Forked("training/finetune_sft.py", *flagged, stdout=tmp_path / "pipe")
+    while not (tmp_path / "out/metrics.jsonl").exists() or not tiny.read_lines(tmp_path / "out/metrics.jsonl"):
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.005)
+    os.close(reader)
+    while process.poll() is None:
+        time.sleep(0.005)
+    assert process.returncode == 0 and (tmp_path / "out/config.json").exists(), process.read("stderr")
+
+
 @pytest.mark.parametrize("script", ["finetune_sft.py", "train_rm.py", "train_grpo.py"])
 def test_run_that_ends_sooner(script, world, tmp_path):
     """Catches a run whose last step was not to be the last when it was taken, and that is exported unevaluated."""

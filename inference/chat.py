@@ -79,6 +79,7 @@ def main(args: ChatArgs) -> None:
             if command == "/system":
                 opening = new_opening(rest.strip(), folder, opening)
             messages = list(opening)
+            say("(the conversation begins anew)")
         elif command == "/help" or (command.startswith("/") and command[1:].isalpha()):
             say(HELP if command == "/help" else f"(there is no {command}: {HELP})")
         elif command:

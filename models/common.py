@@ -130,7 +130,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):  # a default that cannot be shown is described by the help text
         shown = action.default not in (None, ()) and str(action.default).strip()
-        return super()._get_help_string(action) if shown else action.help
+        text = super()._get_help_string(action) if shown else action.help
+        several = isinstance(action.default, tuple)
+        return text.replace("%(default)s", " ".join(map(str, action.default))) if several else text
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -138,9 +140,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, Args: type):
         flags, types_of, groups = flags_of(Args), typing.get_type_hints(Args), {}
-        needed = " ".join(_shown(each) for each in flags if each.default is dataclasses.MISSING)
+        needed = [_shown(each) for each in flags if each.default is dataclasses.MISSING]
         super().__init__(
-            usage=f"%(prog)s {needed} [--flag value ...]",
+            usage=" ".join(["%(prog)s", *needed, "[--flag value ...]"]),
             description=_first_sentence(Args),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,

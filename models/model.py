@@ -206,8 +206,10 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():
-        is_name = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
-        hint = f"; python scripts/download.py {path} fetches it, if that is a name on the Hub" if is_name else ""
+        parts = path.parts[path.parts[:1] == ("checkpoints",) :]  # where download.py puts what has a name on the Hub
+        is_name = len(parts) == 2 and not Path(parts[0]).exists() and parts[0] not in ("runs", "..")
+        fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
+        hint = fetched if is_name else ""
         raise FileNotFoundError(f"{path}: no such file or folder{hint}")
     elif path.suffix != ".json":
         raise ValueError(f"{path}: is a file; what is read is a Hugging Face folder with safetensors, no GGUF")

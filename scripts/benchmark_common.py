@@ -200,7 +200,7 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
         "versions": f"torch {torch.__version__}",
         "ran": result.get("ran", f"gpt-accelera, {'compiled' if runtime.compile else 'eager'}"),
         "ceilings": f"{flops / 1e12:,.2f} TFLOP/s ({product}), {bandwidth / 1e9:,.1f} GB/s (copy)",
-        "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {args.repeats})",
+        "speed": f"{result['tokens_per_second']:,.1f} tok/s (median of {args.repeats}{result.pop('of', '')})",
     }
     if "bytes_per_second" in result:
         result["mbu"] = result["bytes_per_second"] / bandwidth
@@ -237,24 +237,25 @@ def compare_engines(args: SpeedArgs) -> None:
 
 
 def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
-    results = {"ours": [], args.peer: []}
+    results = {args.peer: [], "ours": []}  # the peer first, which may be missing
     for i in range(args.compare):
         for engine in results:
             python = sys.executable if engine == "ours" else args.peer_python
             command = [python, SCRIPT, *arguments, "--engine", engine]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise ValueError(f"--engine {engine} failed: {done.stderr.strip().splitlines()[-1]}")
+                why = done.stderr.strip().splitlines()[-1].removeprefix(f"{SCRIPT.name}: error: ")
+                raise ValueError(f"--engine {engine} failed: {why}")
             result = json.loads(done.stdout.strip().splitlines()[-1])
             results[engine].append(result)
             speed, memory = result["tokens_per_second"], result["peak_memory"] / 1e9
-            print(f"round {i + 1}: {speed:10,.1f} tok/s, {memory:,.2f} GB peak: {result['ran']}", flush=True)
+            print(f"round {i + 1}: {speed:,.1f} tok/s, {memory:,.2f} GB peak: {result['ran']}", flush=True)
     pairs = list(zip(results["ours"], results[args.peer]))
     speeds = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
     memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
     shown = ", ".join(f"{x:.2f}" for x in speeds)
     ran = results[args.peer][-1]["ran"]
-    last = [results[engine][-1] for engine in results]
+    last = [results[engine][-1] for engine in ("ours", args.peer)]
     at = ""
     if all("bits" in result for result in last):  # of weights that each has as it likes
         at = " at {:.1f} / {:.1f} bits a weight".format(*(result["bits"] for result in last))

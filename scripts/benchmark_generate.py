@@ -153,9 +153,10 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
             title += f", {result['quantize']}"
             line += f", speed / {modes[0]} " + ", ".join(f"{ratio:.2f}" for ratio in result["speed_ratios"])
         rows[title] = line.format(**result)
-    best = max(batches, key=lambda result: result["tokens_per_second"])
+    best, title = max(zip(batches, rows), key=lambda each: each[0]["tokens_per_second"])
     bits = f"{best['bits']:.1f} bits a weight in memory"
-    return {**best, "rows": rows | {"weights": bits}, "batches": batches}
+    of = f"; the fastest, {title}" if len(batches) > 1 else ""
+    return {**best, "rows": rows | {"weights": bits}, "batches": batches, "of": of}
 
 
 def measure_batch(

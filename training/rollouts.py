@@ -33,6 +33,7 @@ from training.metrics import open_log, write_lines
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scores, source_metrics
 from training.run_dir import Run
+from training.samples import end_of
 from training.stop import Stop
 
 # ---------------------------------------------------------------------------------------- rollouts
@@ -337,8 +338,9 @@ class SampleLog:
             values = {name: None if math.isnan(column[i]) else column[i] for name, column in columns.items()}
             line = {"step": self.run.step, "prompt": asked, "output": texts[i], **values, "finished": finished[i]}
             write_lines(self.file, [line])
-            if i < self.count:
+            is_first = i == 0 or prompt is not prompts[i - 1]  # of several answers to a prompt
+            if is_first and len(shown) <= self.count:
                 end = "" if finished[i] else " (not finished)"
                 value = next(iter(columns.values()))[i]
-                shown.append(f"  {value:8.3f}  {visible(asked)[-60:]} -> {visible(texts[i])[:160]}{end}")
+                shown.append(f"  {value:8.3f}  {end_of(visible(asked), 60)} -> {visible(texts[i])[:160]}{end}")
         self.run.show("\n".join(shown))

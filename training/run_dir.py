@@ -75,7 +75,7 @@ class RunArgs(ModelArgs, AcceptArgs, LoraArgs):
     save_steps: int | None = flag(
         None,
         bounds=non_negative,
-        help="save a checkpoint every so many steps, and after the last; 0: none; every 15 minutes, and after the last",
+        help="save every so many steps and after the last, or with 0 never; every 15 minutes and after the last",
         may_change=True,
     )
     save_total_limit: int = flag(2, bounds=at_least_one, help="checkpoints to keep", may_change=True)

@@ -153,10 +153,14 @@ class EvalSamples:
         return gather_parts(own, self.dp)
 
 
+def end_of(text: str, length: int) -> str:
+    """The end of a text, and a mark if that is not all."""
+    return text if len(text) <= length else f"... {text[-length:]}"
+
+
 def block(line: dict) -> str:
     """A sample in three short lines for a terminal: the end of the prompt, and the beginning of both answers."""
     prompt, answer, wanted = (visible(line[name]) for name in ("prompt", "output", "reference"))
     unfinished = " (not finished)" if line["finish_reason"] == "length" else ""
-    prompt = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
     answer, wanted = (text if len(text) <= 300 else f"{text[:300]} ..." for text in (answer, wanted))
-    return f"  prompt  {prompt}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
+    return f"  prompt  {end_of(prompt, 100)}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"

@@ -8,15 +8,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}
 model=${2:-Qwen/Qwen2.5-0.5B-Instruct} out=${3:-runs/gsm8k-grpo} python=${PYTHON:-.venv/bin/python}
-if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
-fi
 mkdir -p "$out"
 for part in train test; do
     [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" \
         --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
+if [ ! -d "$model" ]; then
+    "$python" scripts/download.py "$model"
+    model=checkpoints/$model
+fi
 head -n 256 "$out/test.jsonl" >"$out/held_out.jsonl"
 
 "$python" training/train_grpo.py --checkpoint_path "$model" --output_dir "$out/policy" \

@@ -7,15 +7,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}
 model=${2:-deepseek-ai/deepseek-llm-7b-chat} out=${3:-runs/gsm8k-ppo} python=${PYTHON:-.venv/bin/python}
 
-if [ ! -d "$model" ]; then
-    "$python" scripts/download.py "$model"
-    model=checkpoints/$model
-fi
 mkdir -p "$out"
 for part in train test; do
     [ -f "$out/$part.jsonl" ] || "$python" scripts/recipes/gsm8k.py --input_file "$data/$part.jsonl" \
         --output_file "$out/$part.jsonl" --max_records "${RECORDS:-10000}"
 done
+if [ ! -d "$model" ]; then
+    "$python" scripts/download.py "$model"
+    model=checkpoints/$model
+fi
 
 "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" training/train_ppo.py \
     --checkpoint_path "$model" --output_dir "$out/policy" \

@@ -11,6 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}
 model=${2:-meta-llama/Llama-3.1-8B} out=${3:-runs/llama-sft-dpo} python=${PYTHON:-.venv/bin/python}
 run() { "$python" -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-8}" "$@"; }
+for part in chats chats.eval pairs pairs.eval; do
+    [ -f "$data/$part.jsonl" ] || { echo "$data/$part.jsonl is missing" >&2; exit 2; }
+done
 if [ ! -d "$model" ]; then
     "$python" scripts/download.py "$model"
     model=checkpoints/$model

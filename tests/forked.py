@@ -119,6 +119,7 @@ def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) ->
         warnings.resetwarnings()  # of pytest
         warnings.simplefilter("ignore")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may have been told to ignore, by nohup
         sys.argv = words
         os.chdir(cwd)
         runpy.run_path(words[0], run_name="__main__")  # our scripts end the process

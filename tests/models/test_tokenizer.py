@@ -1,5 +1,5 @@
-"""models/tokenizer.py against the folder's own file, as sentencepiece and tokenizers read it: ids, texts, streams. Where
-transformers 5.23 has other ids, the second test says why."""
+"""models/tokenizer.py against the folder's own file, as sentencepiece and tokenizers read it: ids, texts, streams.
+Where transformers 5.23 has other ids, the second test says why."""
 
 import io
 import json

@@ -71,6 +71,8 @@ def load_function(flag: str, place: str) -> Callable:
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"{flag.lstrip('-')}_{place}"), path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{flag} {place}: {path} is not a Python file")
+    beside = str(Path(path).resolve().parent)  # where it may import from, as a script does
+    sys.path += [beside] * (beside not in sys.path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
     try:

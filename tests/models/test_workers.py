@@ -223,6 +223,13 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     for name, there in (("raises", "1 / 0"), ("ends", "os._exit(7)")):
         code = f"import os\nif os.getpid() != int(os.environ['PID_OF_THIS_TEST']):\n    {there}\n"
         (tmp_path / f"{name}.py").write_text(code + "def f(prompt, completion, example): return 1\n")
+    (tmp_path / "beside_it.py").write_text("VALUE = 7")
+    (tmp_path / "imports.py").write_text(
+        "from beside_it import VALUE\ndef f(prompt, completion, example): return VALUE"
+    )
+    pool = Pool([load_grader("--reward_fn", f"{tmp_path / 'imports.py'}:f")], GradingArgs(reward_workers=1))
+    assert pool.submit(0, "", "", {}).result().value == 7
+    pool.close()
     with pytest.raises(ValueError, match=r"raises\.py cannot be imported: ZeroDivisionError"):
         pool_of(tmp_path / "raises.py", "f")
     with pytest.raises(ValueError, match="--reward_fn: its process ended, exit code 7 while it imported the file"):

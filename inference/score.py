@@ -158,8 +158,8 @@ def main(args: ScoreArgs) -> None:
     files = weight_files(args.checkpoint_path, args.adapter_path)
     kind = read_reward_kind(args.checkpoint_path, files)
     check_kind(args, kind)
-    load = undisturbed()(load_function)
-    find_answer = final_answer if args.answer_fn is None else load("--answer_fn", args.answer_fn)
+    load, is_given = undisturbed()(load_function), args.answer_fn is not None
+    find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []

@@ -181,8 +181,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True), {}
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        found = file if file.is_file() else pickled
         reason = f"its weights cannot be read: {str(error).splitlines()[0]}"
-        raise ValueError(f"{path}: {unreadable(file, reason)}") from None
+        raise ValueError(f"{found}: {unreadable(found, reason)}") from None
     raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
 
 

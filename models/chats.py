@@ -21,7 +21,7 @@ from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
-CLOSED_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$")
+CLOSED_THOUGHT, EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$"), re.compile(r"<(\w+)>\s*</\1>")
 # Fields beside messages that people have, and what to do instead: who has them wants them learnt.
 NOT_READ = {
     "history": "put its turns into the messages",
@@ -71,7 +71,12 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         )
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
     for name, advice in NOT_READ.items():
-        if fields.get(name) and not (name == "system_prompt" and read[0][0]["role"] == "system"):
+        value = parsed(_without_nulls(fields.get(name)))
+        if name == "system_prompt" and (fields.get("system") or read[0][0]["role"] in ("system", "developer")):
+            continue
+        if name == "functions" and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+            continue  # of another kind
+        if _has_content(value):
             raise ValueError(f'"{name}" is not read; {advice}')
     system = fields.get("system")
     if system:
@@ -107,6 +112,12 @@ def _without_nulls(value: object) -> object:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
+def _has_content(value: object) -> bool:
+    """Whether there is anything but nulls and emptiness in it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return bool(value) if parts is None else any(map(_has_content, parts))
+
+
 def _read_message(message: object, name: str) -> tuple[dict, bool]:
     """(the message for a template, whether it is learnt)"""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -117,7 +128,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         if value not in (None, 0, 1):
             raise ValueError(f"{name}: {key} must be 0 or 1, false or true, not {ascii(value)[:60]}")
         learnt = learnt and value != 0
-    if message.get("function_call"):
+    if _has_content(message.get("function_call")):
         raise ValueError(f"{name}: function_call is not read; give tool_calls")
     calls = message.get("tool_calls")
     if calls:
@@ -126,13 +137,14 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
     for call in calls or ():
         function = call.get("function", call)
-        if isinstance(function, dict) and "name" in function:
-            function.setdefault("arguments", {})  # of a call without any
-    for key in ("content", *REASONING):
+        if isinstance(function, dict) and "name" in function and function.get("arguments") is None:
+            function["arguments"] = {}  # of a call without any
+    thoughts = [key for key in REASONING if message.get(key)] if message["role"] == "assistant" else []
+    for key in ("content", *thoughts):
         if isinstance(message.get(key), list):
             message[key] = _text_of(message[key], f"{name}: a part of its {key}")
-    for key in REASONING:
-        if not isinstance(message.get(key), str | None):
+    for key in thoughts:
+        if not isinstance(message[key], str):
             raise ValueError(f"{name}: {key} must be text, or parts of type text, not {kind_of(message[key])}")
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and calls):
@@ -319,20 +331,24 @@ def _as_it_stands(
 
 
 def _opened(content: str, header: str) -> int:
-    """How many characters at the beginning of a content the header has opened already, as "<think>\\n": white space on
-    either side may be otherwise."""
+    """How many characters at the beginning of a content the header has opened already, as "<think>\\n", or closed too,
+    as an empty thought: white space may be otherwise."""
     body, stem = content.lstrip(), header.rstrip()
-    for n in range(min(len(body), len(stem)), 0, -1):
-        if body[0] in "<[" and body[n - 1] in ">]" and stem.endswith(body[:n]):
-            return len(content) - len(body) + n + _common_prefix(body[n:], header[len(stem) :])
-    return 0
+    closed, empty = CLOSED_THOUGHT.search(stem), EMPTY_THOUGHT.match(body)
+    if closed is not None and empty is not None and closed[1] == empty[1]:
+        length = empty.end()
+    else:
+        tags = (n for n in range(min(len(body), len(stem)), 2, -1) if not (body[0].isalnum() or body[n - 1].isalnum()))
+        length = next((n for n in tags if stem.endswith(body[:n])), 0)
+    if not length:
+        return 0
+    return len(content) - len(body) + length + _common_prefix(body[length:], header[len(stem) :])
 
 
 def _thinks_anew(message: dict, before: str) -> bool:
-    """Whether a message has a thought though the prompt has closed an empty one."""
+    """Whether a content begins with a thought though the prompt has closed an empty one."""
     closed = CLOSED_THOUGHT.search(before)
-    begins = closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
-    return begins or (closed is not None and any(message.get(name) for name in REASONING))
+    return closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
 
 
 def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: ChatTemplate) -> None:

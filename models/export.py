@@ -146,7 +146,7 @@ def _write_shards(
         own_dtype = torch.float32 if name == "score.weight" else dtype
         whole, tensor = tensor, tensor.detach().to(device="cpu", dtype=own_dtype).contiguous()
         if tensor.dtype == torch.float16 != whole.dtype and not tensor.isfinite().all():
-            raise ValueError(f"{target}: float16 cannot hold {hf_name(name)}; write bfloat16 or float32")
+            raise ValueError(f"{target}: float16 cannot hold {hf_name(name)}; --resume with --export_dtype float32")
         if saved_dtype is None or name == "embed_tokens.weight":
             saved_dtype = tensor.dtype
         if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:

@@ -148,10 +148,11 @@ def start_ranks(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
-        # torchrun keeps its store when it starts the ranks again, and in it where those lived that have died
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # of several nodes each counts for itself
+            # torchrun keeps its store when it starts the ranks again, and in it where those lived that have died
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif world != "1":
         raise ValueError(

@@ -38,13 +38,13 @@ BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion",
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Around somebody's code, or a decorator: puts back what that may set for the whole process, as are the directory,
-    in which paths of flags are meant, the handlers of signals, and torch's settings."""
+    """Around somebody's code, or a decorator: puts back what that may set for the whole process: the directory, which
+    paths of flags are meant in, handlers of signals, and torch's gradients, defaults, threads and precision."""
     directory, torch = os.getcwd(), sys.modules.get("torch")
     handlers = {number: signal.getsignal(number) for number in ASK_TO_END}
     if torch is not None:
         learns, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-        device = torch.get_default_device()
+        precision = torch.get_float32_matmul_precision()
     try:
         yield
     finally:
@@ -56,8 +56,9 @@ def undisturbed() -> Iterator[None]:
             torch.set_grad_enabled(learns)
             torch.set_default_dtype(dtype)
             torch.set_num_threads(threads)
-            if torch.get_default_device() != device:
-                torch.set_default_device(None)
+            torch.set_default_device(None)  # none of ours is set
+            if torch.get_float32_matmul_precision() != precision:
+                torch.set_float32_matmul_precision(precision)
 
 
 def load_function(flag: str, place: str) -> Callable:

@@ -58,7 +58,8 @@ from training.stop import Stop, any_rank, drop_what_nobody_reads
 # the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
 SAVE_SECONDS = 15 * 60
 # Flags that decide which records a step takes.
-ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle", "pack", "max_seq_len"}
+ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
+ORDER |= {"pack", "overlong", "max_seq_len"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,7 @@ class Run:
         self._state, self._saved, self._saved_at, self._evaluated = done, done, time.monotonic(), None
         self.stop.keep = self._keep
         self.stop.check()
+        drop_what_nobody_reads()
 
     def _take_output_dir(self) -> None:
         folder = self.args.output_dir
@@ -191,12 +193,11 @@ class Run:
         self._close()
 
     def count_tokens(self, batches: Iterable[tuple[int, list[int]]], lengths: np.ndarray) -> None:
-        """num_tokens of the steps before first_step: as it was logged, else of the rows of these batches."""
-        done, path = self.first_step - 1, self.args.output_dir / "metrics.jsonl"
-        found = on_main(
-            lambda: next((line.get("num_tokens") for line, _ in logged(path) if line["step"] == done), None)
-        )
-        self.num_tokens = sum(int(lengths[numbers].sum()) for _, numbers in batches) if found is None else found
+        """num_tokens of the steps before first_step: as logged, and behind that of the rows of these batches."""
+        path, done = self.args.output_dir / "metrics.jsonl", self.first_step - 1
+        known = on_main(lambda: [(x["step"], x["num_tokens"]) for x, _ in logged(path) if "num_tokens" in x][-1:])
+        last, self.num_tokens = known[0] if known else (0, 0)
+        self.num_tokens += sum(int(lengths[numbers].sum()) for step, numbers in batches if last < step <= done)
 
     def begin_update(self) -> None:
         """From here to the end of the step, or to its evaluation, the state is that of no step: the run goes on."""
@@ -322,6 +323,7 @@ class Run:
 
     def show(self, text: str) -> None:
         """Prints on the main rank, above the progress bar."""
+        drop_what_nobody_reads()
         if is_main_rank():
             tqdm.write(text)
 
@@ -339,6 +341,7 @@ class Run:
         tokens. json_changes: to the other files of that folder, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
         size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
+        drop_what_nobody_reads()
         self.check_weights(model)
         if model.lora is None and not all_fit(model, self._export_dtype):
             why = f"{self._export_dtype} cannot hold weights of the {what}"

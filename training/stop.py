@@ -106,8 +106,9 @@ def drop_what_nobody_reads() -> None:
         reader.register(stream, 0)
         if reader.poll(0):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream)
-            os.close(nowhere)
+            if nowhere != stream:  # which was closed
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def any_rank(facts: list[bool], group: dist.ProcessGroup | None = None) -> list[bool]:

@@ -120,11 +120,12 @@ def test_turns_under_published_templates(name, opened):
     assert learnt == thought * (2 - cut) and counts == EncodingCounts(turns_cut_by_the_template=cut)
 
 
-@pytest.mark.parametrize("begun", ["<think>", "<think>\n", "<think>\n\n"])
+@pytest.mark.parametrize("begun", ["<think>", "<think>\n", "<think>\n\n", "\u25c1think\u25b7"])
 @pytest.mark.parametrize("written", ["<think>two", "<think>\ntwo", "\n<think>\ntwo", " <think>\n\ntwo"])
 def test_a_thought_is_opened_once(begun, written, tmp_path):
     """Catches a second <think> behind the one that the generation prompt ends in, where the white space around them is
     otherwise: of messages, of a completion as text, and of what is scored."""
+    written = written.replace("<think>", begun.strip())
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["r1"].replace("<think>\n", begun), encoding="utf-8")
     tokenizer, question, answer = Tokenizer(tmp_path), [user("2+2?")], f"{written}</think>4"
@@ -133,7 +134,7 @@ def test_a_thought_is_opened_once(begun, written, tmp_path):
     for other in ((answer, "5"), ([said(answer)], [said("5")])):
         pair = {"prompt": question, **dict(zip(("chosen", "rejected"), other))}
         texts.append(tokenizer.decode(encode_pair_record(Record("x:1", pair), tokenizer)[0].chosen.input_ids, False))
-    more = "\n" * max(0, written.split("<think>")[1].count("\n") - begun.count("\n"))
+    more = "\n" * max(0, written.lstrip().count("\n") - begun.count("\n"))
     for text in texts:
         assert text.endswith(f"<|assistant|>{begun}{more}two</think>4<|eot_id|>"), text
 
@@ -145,8 +146,9 @@ def test_a_thought_where_the_prompt_has_closed_one(tmp_path):
     closed = "<|assistant|>\n<think>\n\n</think>\n\n{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["qwen3"].replace("<|assistant|>\n{% endif %}", closed))
     tokenizer, oracle, question = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path), [user("2+2?")]
-    for answer in (THOUGHT, "4"):
+    for answer in (THOUGHT, "4", "<think></think>\n4", "<think>\n\n</think>\n\n4"):
         theirs = oracle.apply_chat_template([*question, said(answer)], tokenize=False)
+        theirs = theirs.replace("</think>\n\n\n", "</think>\n\n")
         record = {"prompt": question, "chosen": answer, "rejected": "5"}
         for text in (
             row_of(tokenizer, messages=[*question, said(answer)])[0],
@@ -220,6 +222,7 @@ REFUSED = [
     ("r1", {"images": ["a.png"], "messages": [user("a"), said("b")]}, '"images" is not read'),
     ("r1", {"system_prompt": "Be brief.", "messages": [user("a"), said("b")]}, '"system_prompt" is not read; call it'),
     ("r1", {"messages": [user("a"), said("", function_call={"name": "add"})]}, "function_call is not read; give tool_"),
+    ("r1", {"functions": '[{"name": "f"}]', "messages": [user("a"), said("b")]}, '"functions" is not read; give tools'),
     ("qwen3", {"messages": [user("a"), said("b", reasoning_content=5)]}, "reasoning_content must be text"),
     ("qwen3", {"messages": [user("a"), said("b", thinking=[{"type": "image"}])]}, "a part of its thinking is of type"),
     ("r1", {"messages": [said("b")]}, "message 0 is the assistant's"),
@@ -236,6 +239,23 @@ def test_what_cannot_be_used_is_named(name, fields, complaint, opened):
     with pytest.raises(ValueError) as caught:
         row_of(opened(name)[0], **fields)
     assert str(caught.value).startswith("x:1: ") and complaint in str(caught.value), caught.value
+
+
+def test_empty_columns_and_others_of_their_names(opened):
+    """Catches a record refused for a column without a value, or whose name means something else beside it."""
+    tokenizer, plain = opened("llama33")[0], [user("a"), said("b")]
+    wanted = row_of(tokenizer, messages=plain)
+    for more in ({"images": [None]}, {"images": [[]]}, {"functions": ["solve"]}, {"functions": "[]"}, {"history": []}):
+        assert row_of(tokenizer, messages=plain, **more) == wanted
+    called = {"name": None, "arguments": None}
+    odd = [{**user("a"), "reasoning": {"effort": "low"}}, said("b", function_call=called, thinking=False, reasoning={})]
+    assert row_of(tokenizer, messages=odd) == wanted
+    brief = {"role": "system", "content": "Be brief."}
+    system = row_of(tokenizer, messages=[brief, *plain])
+    assert row_of(tokenizer, messages=[brief, *plain], system_prompt="Be brief.") == system
+    assert row_of(tokenizer, messages=plain, system="Be brief.", system_prompt="Be brief.") == system
+    calls = '[{"type": "function", "function": {"name": "add", "arguments": null}}]'
+    assert '"arguments": {}' in row_of(tokenizer, messages=[user("1"), said("", tool_calls=calls)])[1][0]
 
 
 def test_prompts_leave_nothing_out(opened):

@@ -182,14 +182,19 @@ def test_the_store_leaves_last():
 
 
 def test_ranks_that_are_started_again():
-    """Catches ranks that look for those that torchrun has ended, since its store lives on, and counts of theirs."""
+    """Catches ranks that look for those that torchrun has ended, since its store lives on, and counts of theirs; and
+    ranks of two nodes, whose agents count for themselves, that do not meet."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
-    for attempt in range(2):
-        world |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": True}
-        ranks = [Forked("tests/models/test_sharing.py", RANK=rank, **world) for rank in range(2)]
+    for attempts, nodes in (((0, 0), 1), ((1, 1), 1), ((3, 2), 2)):
+        world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
+        world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "GROUP_WORLD_SIZE": nodes}
+        ranks = []
+        for rank in (1, 0):  # the first that comes finds only what the dead have left
+            more = {"RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempts[rank]}
+            ranks.append(Forked("tests/models/test_sharing.py", **world, **more))
+            time.sleep(1.5 * (attempts == (1, 1)))
         assert [rank.communicate(60) for rank in ranks] == 2 * [("met 2\n", "")]
-        assert [rank.returncode for rank in ranks] == 2 * [9 * (attempt == 0)]
+        assert [rank.returncode for rank in ranks] == 2 * [9 * (attempts == (0, 0))]
 
 
 def meet() -> None:

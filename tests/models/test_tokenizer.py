@@ -248,6 +248,7 @@ def test_no_space_before_a_text(kind, tmp_path):
     for text in ("hello world", " hello", "a</s>b c", "<s> y\nz", "na\u00efve \U0001f642 x"):
         assert ours.encode(text) == theirs(text).input_ids
         assert ours.decode(ours.encode(text), False) == "<s>" + text
+        assert ours.decode(ours.encode(text)[1:], False) == text
         if "<" not in text:
             assert ours.encode(text) == [1, *alone.encode(text)]
     assert not ours.puts_a_space and Tokenizer(FOLDERS["sentencepiece"](tmp_path / "with")).puts_a_space

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.forked import Forked
 from tests.ranks import start_torchrun
 from tests.training.test_train_rm import make_records
-from training.stop import Stop
+from training.stop import ASK_TO_END, Stop, drop_what_nobody_reads
 
 TIMED = ("time/", "tokens_per_second", "rollout_tokens", "update_tokens", "mfu")
 FUNCTIONS = """
@@ -221,13 +221,15 @@ def test_other_signals(number, world, tmp_path):
     assert list((tmp_path / "out/checkpoints").iterdir())
 
 
-def test_nobody_reads(world, tmp_path):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_nobody_reads(at_once, world, tmp_path):
     """Catches a run that does not go on, or writes no model, since whoever read what it prints has gone (`| head`)."""
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=60, eval_steps=20)
     process = Forked("training/finetune_sft.py", *flagged, stdout=tmp_path / "pipe")
-    while not (tmp_path / "out/metrics.jsonl").exists() or not tiny.read_lines(tmp_path / "out/metrics.jsonl"):
+    lines = tmp_path / "out/metrics.jsonl"
+    while not (at_once and (tmp_path / "out").exists()) and not (lines.exists() and tiny.read_lines(lines)):
         assert process.poll() is None, process.read("stderr")
         time.sleep(0.005)
     os.close(reader)
@@ -252,9 +254,10 @@ def test_run_that_ends_sooner(script, world, tmp_path):
         whole = next(line for line in lines_of(tmp_path / "whole") if line["step"] == 3)
         wanted = {name: x for name, x in whole.items() if log_steps == 1 or name.startswith("eval_")}
         assert any(name.startswith("eval_") for name in wanted)
-        for _ in range(2):  # what is evaluated is left as it is
+        for attempt in range(2):  # what is evaluated is left as it is
             more = {total: 3, "accept_changed": [total], "resume": True, "log_steps": log_steps}
-            run(world, script, out, **more)
+            said = run(world, script, out, **more).stdout
+            assert ("step 3: " in said) == (attempt == 0)
             assert wanted.items() <= lines_of(out)[-1].items()
             assert not (out / "unfinished.json").exists()
 
@@ -335,6 +338,30 @@ def test_ctrl_c_that_ends_the_reader_too():
             stop.leave()
     finally:
         os.dup2(kept, 1)
+
+
+def test_a_terminal_that_has_gone(monkeypatch):
+    """Catches a run that cannot write any more after SIGHUP, a stream that was closed opened for the next file, and a
+    signal that nohup has it ignore taken all the same."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in ASK_TO_END if number != signal.SIGHUP}
+    (reader, writer), kept = os.pipe(), os.dup(1)
+    os.close(reader)
+    try:
+        stop = Stop()
+        stop.listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert all(signal.getsignal(number) == stop._receive for number in others)
+        os.dup2(writer, 1)
+        stop._receive(signal.SIGHUP, None)
+        assert os.write(1, b"for nobody") == 10 and stop.received
+        os.close(1)
+        drop_what_nobody_reads()
+        assert os.write(1, b"for nobody") == 10
+    finally:
+        os.dup2(kept, 1)
+        for number, handler in {signal.SIGHUP: before, **others}.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("launched", [False, True])

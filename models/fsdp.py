@@ -39,6 +39,7 @@ from models.model import Block, Transformer
 from models.qlinear import Schemes
 from models.quantize import load_quantized, quantized_part
 from models.shared_base import OnSharedBase
+from models.sharing import agreed_name
 from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part, whole
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
@@ -150,9 +151,7 @@ def start_ranks(device: torch.device) -> None:
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # of several nodes each counts for itself
-            # torchrun keeps its store when it starts the ranks again, and in it where those lived that have died
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(agreed_name(store, rank, size, TIMEOUT), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif world != "1":
         raise ValueError(

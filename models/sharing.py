@@ -9,8 +9,10 @@ more than it can begin.
 - ranks that are through wait by asking the store now and then: a collective would end the run after its timeout
 """
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -153,6 +155,28 @@ class _Patience:
 
     def sleep(self) -> None:
         time.sleep(min(0.5, max(0.0005, (time.monotonic() - self.begun) / 50)))
+
+
+def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name that no ranks before these had. torchrun keeps its store when it starts ranks again, and in it where those
+    lived that have died; how often it did that, each node's counts for itself. Rank 0 gives its token to whatever
+    tokens it finds, until the others have said that they have it. ValueError if one does not come."""
+    own, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    if rank:
+        store.set(f"here/{rank}", own)
+        store.wait([f"name/{own}"], timeout)
+        name = store.get(f"name/{own}").decode()
+        store.set(f"met/{name}/{rank}", "")
+        return name
+    for other in range(1, world):
+        patience = _Patience()
+        while not store.check([f"met/{own}/{other}"]):
+            if store.check([f"here/{other}"]):
+                store.set(f"name/{store.get(f'here/{other}').decode()}", own)
+            if time.monotonic() > deadline:
+                raise ValueError(f"rank {other} of {world} has not come within {timeout}")
+            patience.sleep()
+    return own
 
 
 def wait_for_ranks(store: dist.Store, world: int) -> None:

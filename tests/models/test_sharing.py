@@ -5,12 +5,23 @@ import os
 import random
 import threading
 import time
+from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from models.fsdp import start_ranks
-from models.sharing import MOST_OF_A_CHUNK, Place, SharedWork, chunks_of, leave, wait_for_all_ranks, wait_for_ranks
+from models.sharing import (
+    MOST_OF_A_CHUNK,
+    Place,
+    SharedWork,
+    agreed_name,
+    chunks_of,
+    leave,
+    wait_for_all_ranks,
+    wait_for_ranks,
+)
 from tests.forked import Forked
 
 
@@ -185,16 +196,21 @@ def test_ranks_that_are_started_again():
     """Catches ranks that look for those that torchrun has ended, since its store lives on, and counts of theirs; and
     ranks of two nodes, whose agents count for themselves, that do not meet."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for attempts, nodes in (((0, 0), 1), ((1, 1), 1), ((3, 2), 2)):
-        world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
-        world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "GROUP_WORLD_SIZE": nodes}
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
+    for attempts in ((0, 0), (1, 1), (3, 2)):
         ranks = []
         for rank in (1, 0):  # the first that comes finds only what the dead have left
-            more = {"RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempts[rank]}
+            more = {"RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempts[rank], "TORCHELASTIC_USE_AGENT_STORE": True}
             ranks.append(Forked("tests/models/test_sharing.py", **world, **more))
             time.sleep(1.5 * (attempts == (1, 1)))
         assert [rank.communicate(60) for rank in ranks] == 2 * [("met 2\n", "")]
         assert [rank.returncode for rank in ranks] == 2 * [9 * (attempts == (0, 0))]
+
+
+def test_a_rank_that_does_not_come():
+    """Catches ranks that wait for it for ever."""
+    with pytest.raises(ValueError, match="rank 1 of 2 has not come within 0:00:00"):
+        agreed_name(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
 def meet() -> None:

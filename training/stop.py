@@ -45,10 +45,10 @@ class Stop:
         self._interruptible = False
 
     def listen(self) -> None:
-        """Takes the signals that ask for an end over for this process, unless it was told to ignore one, as nohup
-        does with SIGHUP."""
+        """Takes the signals that ask for an end over for this process, but for SIGHUP under nohup."""
+        drop_what_nobody_reads()
         for number in ASK_TO_END:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: object) -> None:

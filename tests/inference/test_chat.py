@@ -70,12 +70,11 @@ def test_a_conversation_remembers_and_commands_forget(chat_folder):
     assert said[0] == expected_answer(chat_folder, first, 9)
     second = [*first, {"role": "assistant", "content": said[0]}, {"role": "user", "content": "and 3?"}]
     assert said[1] == expected_answer(chat_folder, second, 9)
-    assert said[2] == "", "/reset has no answer"
+    assert said[2] == said[8] == said[10] == "(the conversation begins anew)"
     again = {"role": "user", "content": "and 3?"}
     assert said[3] == expected_answer(chat_folder, [*opening, again], 9)
     assert said[3] != said[1]
     assert said[4:6] == ["", ""] and "/system TEXT" in said[6] and "there is no /clear" in said[7]
-    assert said[8] == said[10] == ""
     assert said[9] == expected_answer(chat_folder, [{"role": "system", "content": "It is"}, again], 9)
     assert said[11] == expected_answer(chat_folder, [again], 9)
     assert len({*said[1::2], said[9]}) >= 5 and len(said) == 13, "the end of the input ends it"

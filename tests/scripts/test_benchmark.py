@@ -186,7 +186,7 @@ def test_a_comparison_runs_the_rest_of_its_command(words):
         result = tiny.run("scripts/benchmark.py", "sft", "--preset", "tiny", *words, "--peer", "trl")
     assert result.code == 0 and "ours / trl: speed 1.50, 1.50; memory 1.00" in result.stdout, result
     rest = ["sft", "--preset", "tiny", "--peer", "trl", "--engine"]
-    assert [command[2:] for command in commands] == [[*rest, "ours"], [*rest, "trl"]] * 2
+    assert [command[2:] for command in commands] == [[*rest, "trl"], [*rest, "ours"]] * 2
 
 
 def test_longest_operations():

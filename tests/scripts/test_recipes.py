@@ -11,6 +11,7 @@ from models.fsdp import split_batch
 from tests import tiny
 
 RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.sh"))
+DATA = ("sft", "steps", "hard", "held_out", "chats", "chats.eval", "pairs", "pairs.eval")
 STUBS = {
     "python": '#!/bin/sh\nprintf "%s\\037" "$@" >>"$LOG"\necho >>"$LOG"\n',
     "srun": '#!/bin/sh\nshift\nexec "$@"\n',
@@ -23,7 +24,8 @@ def run(recipe, tmp_path, *arguments, **environment):
     for name, text in STUBS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "log").touch()
+    for name in ("log", *(f"{part}.jsonl" for part in DATA)):
+        (tmp_path / name).touch()
     environment |= {"PYTHON": tmp_path / "python", "LOG": tmp_path / "log", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "first", "SLURM_JOB_ID": 1}
     command = ["bash", tiny.ROOT / "scripts/recipes" / recipe, *arguments]
@@ -58,6 +60,10 @@ def test_commands(recipe, tmp_path, monkeypatch):
             split_batch(args, args.batch_size)
     done, commands = run(recipe, tmp_path / "model")
     assert done.returncode and "is missing" in done.stderr and not commands, done
+    if recipe != "slurm.sh":  # before a model is fetched
+        (tmp_path / "log").unlink()
+        done, commands = run(recipe, tmp_path / "model", tmp_path / "nowhere", tmp_path / "more")
+        assert not commands or not commands[0][0].endswith("download.py"), commands
 
 
 def test_a_chat_template_from_another_folder(tmp_path):

@@ -212,15 +212,13 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         if spans and start < spans[-1][1]:
             raise ValueError(f"the chat template does not show where message {i} begins")
         complete = _holds(text[start:end], chat.messages[i])
-        before = None
         if i == last and (as_generated or not complete):
             before = finder.rendered(i, add_generation_prompt=True)
-            if complete and _thinks_anew(chat.messages[i], before):
-                before = None  # what the template writes for it has one thought
-        if before is not None and (not complete or text[:start] != before):
-            spans = [span for span in spans if before.startswith(text[: span[1]])]
-            opening = finder.rendered(i, add_generation_prompt=False)
-            return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, cut, tokenizer)
+            # the template's own stays where the prompt is that, and where behind the prompt it were a second thought
+            if not complete or not (text[:start] == before or _thinks_anew(chat.messages[i], before)):
+                spans = [span for span in spans if before.startswith(text[: span[1]])]
+                opening = finder.rendered(i, add_generation_prompt=False)
+                return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, cut, tokenizer)
         if complete:
             spans.append((start, end))
         cut += not complete

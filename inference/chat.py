@@ -22,7 +22,7 @@ from inference.system import opening_of
 from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder
-from models.common import at_least_one, chat_day, choose_runtime, device_name, flag, is_main_rank, run_script, say
+from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script, say
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, PrefillArgs, Request
@@ -31,6 +31,7 @@ from models.records import check_ids, encode_prompt
 from models.sampling import SamplingArgs
 from models.sharing import wait_for_all_ranks
 from models.streaming import StreamDecoder
+from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 
 HELP = (

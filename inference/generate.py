@@ -35,7 +35,6 @@ from models.common import (
     Runtime,
     at_least_one,
     card,
-    chat_day,
     choose_runtime,
     flag,
     is_main_rank,
@@ -56,6 +55,7 @@ from models.record_files import Record
 from models.sampling import SamplingArgs
 from models.shared import check_shared
 from models.sharing import shared_work
+from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 
 

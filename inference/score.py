@@ -38,7 +38,6 @@ from models.common import (
     Stopwatch,
     at_least_one,
     card,
-    chat_day,
     choose_runtime,
     flag,
     is_main_rank,
@@ -69,6 +68,7 @@ from models.reward import (
     step_scores,
 )
 from models.reward import aggregate as aggregate_steps
+from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 from models.workers import GradingArgs
 

@@ -22,7 +22,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,9 +125,6 @@ def refuse_idle(args, why: str, *names: str) -> None:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34)
-
     def _get_help_string(self, action):  # a default that cannot be shown is described by the help text
         shown = action.default not in (None, ()) and str(action.default).strip()
         text = super()._get_help_string(action) if shown else action.help
@@ -144,7 +141,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             usage=" ".join(["%(prog)s", *needed, "[--flag value ...]"]),
             description=_first_sentence(Args),
-            formatter_class=_HelpFormatter,
+            formatter_class=partial(_HelpFormatter, max_help_position=34),
             allow_abbrev=False,
         )
         for each in flags:
@@ -281,19 +278,27 @@ def run_main(main: Callable, Args: type) -> int:
             close_bars()
             print(f"{script}: error: whoever read what it prints has gone{hint}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = _reason(error)
+        if os.environ.get("TRACEBACK") or reason is None:
             raise
         rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
         close_bars()
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = f"out of GPU memory; take smaller batches or shorter rows ({reason})"
         print(f"{script}:{rank} error: {reason}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized() and not _has_nccl():
             dist.destroy_process_group()
+
+
+def _reason(error: Exception) -> str | None:
+    """What an error says to its user, in a line; None of a bug."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory; take smaller batches or shorter rows ({text})"
+    if isinstance(error, dist.DistError) or "gloo/transport" in text:  # gloo's own errors are plain RuntimeErrors
+        return f"another rank has ended or cannot be reached; where it could say why, it did ({text[:160]})"
+    return None if isinstance(error, RuntimeError) else text
 
 
 def _has_nccl() -> bool:
@@ -443,17 +448,6 @@ def on_main(function: Callable[[], object]) -> object:
     if error is not None:
         raise error
     return result
-
-
-def chat_day(stated: str | None, earlier: str | None = None) -> date:
-    """The day that chat templates are told: the one that is stated, else that of the run which is resumed, else today.
-    Raises ValueError if it is none."""
-    if stated is None and earlier is None:
-        return datetime.now().date()
-    try:
-        return date.fromisoformat(stated or earlier)
-    except ValueError:
-        raise ValueError(f"--chat_date {stated or earlier}: not a day, YYYY-MM-DD") from None
 
 
 # ------------------------------------------------------------------------------------- small JSON files

@@ -7,7 +7,7 @@
 
 import json
 import os
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
 from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
-from models.common import chat_day, read_json_object
+from models.common import read_json_object
 from models.functions import short
 from models.joins import Joins, splits_words
 from models.record_files import unreadable
@@ -281,3 +281,14 @@ def _token(entry: str | dict, special: bool = False) -> AddedToken:
         return AddedToken(entry, special=special, normalized=False)
     flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
     return AddedToken(entry["content"], special=special or entry.get("special", False), **flags)
+
+
+def chat_day(stated: str | None, earlier: str | None = None) -> date:
+    """The day that chat templates are told: the one that is stated, else that of the run which is resumed, else today.
+    Raises ValueError if it is none."""
+    if stated is None and earlier is None:
+        return datetime.now().date()
+    try:
+        return date.fromisoformat(stated or earlier)
+    except ValueError:
+        raise ValueError(f"--chat_date {stated or earlier}: not a day, YYYY-MM-DD") from None

@@ -58,7 +58,7 @@ def layout(text: str) -> tuple[int, int]:
 class JobArgs:
     """Which job."""
 
-    job: str = flag(help="what to measure", positional=True)
+    job: str = flag(help="what to measure", positional=True, metavar="JOB")
 
 
 @dataclass(frozen=True, kw_only=True)

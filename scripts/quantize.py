@@ -24,14 +24,14 @@ from models.adapters import AdapterArgs, weight_files
 from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import check_weights
-from models.common import at_least_one, card, chat_day, choose_runtime, flag, run_script, say
+from models.common import at_least_one, card, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_scheme, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, chat_day
 from models.tp import ROW_PARALLEL
 from training.data import encode_sft_record
 
@@ -125,7 +125,10 @@ def main(args: QuantizeScriptArgs) -> None:
     for cost in costs:
         plain = cost["stored"].perplexity
         rows["perplexity as stored"] = f"{plain:.4f}"
-        for name, each in (("rounded", cost["rounded"]), ("as written", cost["chosen"])):
+        named = {"rounded": cost["rounded"], "as written": cost["chosen"]}
+        if method == "rtn":  # which is rounding
+            del named["rounded"]
+        for name, each in named.items():
             rows[f"perplexity {name}"] = f"{each.perplexity:.4f} ({each.perplexity / plain - 1:+.3%}), KL {each.kl:.3e}"
     say(card("quantize", rows))
 

@@ -27,7 +27,6 @@ from models.common import (
     DTYPES,
     Stopwatch,
     at_least_one,
-    chat_day,
     choose_runtime,
     close_bars,
     dtype_name,
@@ -50,6 +49,7 @@ from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import ModelConfig
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, check_writable, hold
+from models.tokenizer import chat_day
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
 from training.stop import Stop, any_rank, drop_what_nobody_reads

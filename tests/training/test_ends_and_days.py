@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from models.checkpoint import open_folder
-from models.common import chat_day
+from models.tokenizer import chat_day
 from tests import tiny
 
 SCRIPT = "training/finetune_sft.py"

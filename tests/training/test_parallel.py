@@ -243,6 +243,8 @@ def test_kill_a_node_and_resume(world):
     nodes[0].kill()
     for node in nodes:
         node.communicate(timeout=240)
+    last = nodes[1].read("stderr").splitlines()[-1]  # and no traceback of what the loss of a connection broke off
+    assert nodes[1].returncode == 2 and "[rank 1] error: another rank has ended or cannot be reached" in last
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")
 

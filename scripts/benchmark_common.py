@@ -25,6 +25,7 @@ from models.common import (
     non_negative,
     peak_memory,
     say,
+    short_bar,
 )
 from models.cpu_linear import has_bf16_products
 from models.model import ModelConfig
@@ -113,12 +114,12 @@ class PeerArgs:
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median time of a call, after one that does not count."""
-    function()
     watch, times = Stopwatch(device), []
-    for _ in range(repeats):
+    for _ in short_bar(range(repeats + 1), "measuring", "run"):
+        watch.lap()
         function()
         times.append(watch.lap())
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 def profiled(function: Callable[[], object], device: torch.device, most: int) -> tuple[object, str]:

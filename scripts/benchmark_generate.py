@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import Runtime, at_least_one, flag
+from models.common import Runtime, at_least_one, flag, short_bar
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request
@@ -170,7 +170,8 @@ def measure_batch(
     requests = [Request(i, 0, prompt, new) for i, (prompt, (_, new)) in enumerate(zip(prompts, sizes))]
     options = {"num_slots": batch_size, "max_seq_len": max(map(sum, sizes)), "compile": runtime.compile}
     engines = {mode: Engine(model, SamplingParams(), **options) for mode, model in models.items()}
-    rounds = [{mode: run_once(engine, requests) for mode, engine in engines.items()} for _ in range(args.repeats + 1)]
+    bar = short_bar(range(args.repeats + 1), f"batch {batch_size}", "round")
+    rounds = [{mode: run_once(engine, requests) for mode, engine in engines.items()} for _ in bar]
     results = []
     for mode, model in models.items():
         runs = [round[mode] for round in rounds]

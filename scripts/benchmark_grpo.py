@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.common import Runtime, Stopwatch, at_least_one, flag
+from models.common import Runtime, Stopwatch, at_least_one, flag, short_bar
 from models.fsdp import init_mesh, reducing_gradients
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
@@ -94,7 +94,7 @@ def measure_grpo(args: GrpoArgs, runtime: Runtime, bandwidth: float) -> dict:
         "packed": Split(args.micro_batch_size, dp, 0, args.max_tokens_per_micro_batch),
     }
     seconds, watch = {name: [] for name in splits}, Stopwatch(runtime.device)
-    for _ in range(args.repeats + 1):
+    for _ in short_bar(range(args.repeats + 1), "measuring", "round"):
         for name, split in splits.items():
             watch.lap()
             update(model, rows, advantages, split)

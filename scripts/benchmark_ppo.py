@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import hf_name
-from models.common import Runtime, at_least_one, card, dtype_name, flag, say
+from models.common import Runtime, at_least_one, card, dtype_name, flag, say, short_bar
 from models.decode import load_for_inference
 from models.export import save_folder
 from models.generation import Engine, Request
@@ -173,7 +173,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args:
         compile=runtime.compile,
     )
     rates = []
-    for _ in range(args.repeats + 1):
+    for _ in short_bar(range(args.repeats + 1), "generating", "round"):
         requests = [Request(i, 0, prompt, args.new_tokens) for i, prompt in enumerate(prompts)]
         start = time.perf_counter()
         drawn = sum(len(done.logprobs) for done in engine.generate(requests))

@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 
 from models.attention import Attend
-from models.common import Bounds, Runtime, at_least_one, card, flag, fraction, non_negative, run_script, say
+from models.common import (
+    Bounds,
+    Runtime,
+    at_least_one,
+    card,
+    flag,
+    fraction,
+    non_negative,
+    progress_bar,
+    run_script,
+    say,
+)
 from models.generation import PREFILL_TOKENS, Engine, Request
 from models.gpu import PEAKS
 from models.model import ModelConfig
@@ -167,7 +178,8 @@ def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gp
         nonlocal drawn
         drawn += 1
 
-    num_done = sum(1 for _ in engine.generate(waiting(), count))
+    answers = progress_bar(iterable=engine.generate(waiting(), count), total=len(requests), desc=gpu, leave=False)
+    num_done = sum(1 for _ in answers)
     if num_done != len(requests) or drawn != sum(request.max_new_tokens for request in requests):
         raise RuntimeError(f"of {len(requests)} answers the scheduler ended {num_done}, with {drawn} tokens")
     return figures(args.config, clock, requests, full or (drawn, clock.seconds), engine)

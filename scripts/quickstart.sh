@@ -16,10 +16,8 @@ if [ "$(printf '%s\n' "${seeds[@]}" | grep -E '^[0-9]+$' | sort -u | wc -l)" != 
     echo "quickstart: the seeds must be different whole numbers, not: ${seeds[*]}" >&2
     exit 2
 fi
-if [ ! -x "$python" ]; then
-    step "Python environment in .venv"
-    python3 -m venv .venv
-fi
+step "Python environment in .venv"
+bash scripts/venv.sh
 # matplotlib only draws the curves
 "$python" -m pip install --quiet --disable-pip-version-check --requirement requirements.txt 'matplotlib>=3.8,<4'
 

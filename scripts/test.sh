@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[ -x .venv/bin/python ] || python3 -m venv .venv
+bash scripts/venv.sh
 # Most of what the packages hold is never imported: what is gets compiled then, in both processes of the tests.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r tests/requirements.txt
 .venv/bin/python -m ruff check .

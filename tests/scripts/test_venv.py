@@ -1,0 +1,46 @@
+"""scripts/venv.sh: the first thing that a newcomer's command does."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+def stub(path: Path, script: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "there, made",
+    [("nothing", "-m venv --clear .venv"), ("no pip", "-m venv .venv"), ("gone", "-m venv --clear .venv"), ("all", "")],
+)
+def test_venv(there, made, tmp_path):
+    """Catches a .venv that is taken though its making was broken off before pip, or though its Python has gone; one
+    that is whole made again; and a Python that is too old, whose errors would come from the packages."""
+    home = tmp_path / "a house"
+    (home / "scripts").mkdir(parents=True)
+    script = shutil.copy(tiny.ROOT / "scripts/venv.sh", home / "scripts")
+    if there in ("all", "no pip"):
+        stub(home / ".venv/bin/python", "exit 1" if there == "no pip" else "exit 0")
+    if there == "gone":
+        (home / ".venv/bin").mkdir(parents=True)
+        (home / ".venv/bin/python").symlink_to("/nowhere/python")
+    python = stub(tmp_path / "python", '[ "$1" = -c ] || echo "$@"')
+
+    def run(PYTHON: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", script], env=os.environ | {"PYTHON": PYTHON}, capture_output=True, text=True)
+
+    done = run(python)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, made, "")
+    for bad in (stub(tmp_path / "old", "exit 1"), str(tmp_path / "missing")):
+        refused = run(bad)
+        if made:
+            assert refused.returncode == 2 and not refused.stdout
+            assert refused.stderr.count("\n") == 1 and "needs Python 3.11" in refused.stderr

@@ -245,10 +245,10 @@ def test_nobody_reads(at_once, world, tmp_path):
     assert process.returncode == 0 and (tmp_path / "out/config.json").exists(), process.read("stderr")
 
 
-@pytest.mark.parametrize("script", ["finetune_sft.py", "train_rm.py", "train_grpo.py"])
+@pytest.mark.parametrize("script", ["finetune_sft.py", "train_rm.py", "train_dpo.py", "train_ppo.py", "train_grpo.py"])
 def test_run_that_ends_sooner(script, world, tmp_path):
     """Catches a run whose last step was not to be the last when it was taken, and that is exported unevaluated."""
-    total = "total_steps" if "grpo" in script else "max_steps"
+    total = "total_steps" if script[6:] in ("ppo.py", "grpo.py") else "max_steps"
     run(world, script, tmp_path / "whole", save_steps=3, eval_steps=3)
     for log_steps in (1, 2):
         out = tmp_path / f"out-{log_steps}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.common import at_least_one, flag, naming_file, run_script
-from models.records import read_records
+from training.metrics import logged
 
 # Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
 SHOWN = (
@@ -24,16 +24,16 @@ SHOWN = (
 
 
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl. Raises ValueError that names the line."""
+    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl, also while the run writes it. Raises
+    ValueError that names the line."""
     path = run / "metrics.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in read_records(path):
-        step = line.fields.get("step")
-        if not isinstance(step, int):
-            raise ValueError(f"{line.where}: no line of a run's metrics, it has no step")
-        for name, value in line.fields.items():
+    for line, _ in logged(path):
+        for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault(name, []).append((step, float(value)))
+                series.setdefault(name, []).append((line["step"], float(value)))
     return series
 
 

@@ -24,7 +24,10 @@ def runs(tmp_path):
 
 
 def test_read_and_smooth(runs):
-    """Catches a value at another's step, a NaN that empties a panel, and a window that looks ahead."""
+    """Catches a value at another's step, a NaN that empties a panel, a line that is still being written, or was torn by
+    a kill, and a window that looks ahead."""
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
     series = plot_metrics.read_metrics(runs[0])
     assert series["loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert [step for step, _ in series["grad_norm"]] == [1, 3, 4]

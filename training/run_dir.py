@@ -60,6 +60,7 @@ SAVE_SECONDS = 15 * 60
 # Flags that decide which records a step takes.
 ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
 ORDER |= {"pack", "overlong", "max_seq_len"}
+CHANGED_AFTER = "changed_after_step"  # in args.json: {flag that was accepted otherwise: step of the checkpoint then}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class Run:
     A signal or an error that all ranks have found ends the run at one of these calls, or in run.stop.check; the state
     is saved first. step, numbers: of the step under way; first_step: the one to begin with, from 1. last_line: the step
     up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken so far; speed() adds to
-    it. changed: the flags that a resumed run has otherwise, as --accept_changed allows.
+    it. changed: the flags that a resumed run has otherwise than its checkpoint, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):
@@ -142,6 +143,10 @@ class Run:
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
             raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
+        changed_after = self._begun_with.get(CHANGED_AFTER, {}) | dict.fromkeys(self.changed, done)
+        if changed_after:  # until there is a later checkpoint the next --resume goes on from what is changed here
+            self._begun_with[CHANGED_AFTER] = changed_after
+        self.changed = frozenset(name for name, step in changed_after.items() if step >= done)
         for name in sorted(self.changed & ORDER) if done else ():  # where a step is among the records is its number's
             say(f"--{name}: steps count records otherwise now, so some of this epoch come again, or not at all")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
@@ -398,6 +403,7 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     now = begun_with(args)
     if not earlier:
         return today, now, frozenset()
+    now |= {CHANGED_AFTER: earlier[CHANGED_AFTER]} if CHANGED_AFTER in earlier else {}
     for name, default in (("chat_date", args.chat_date), ("dtype", dtype)):  # older runs did not say
         earlier[name] = earlier.get(name) or default
     return today, now, changed_flags(args, now, earlier, f"--resume {folder}")

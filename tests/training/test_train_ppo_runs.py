@@ -62,8 +62,9 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
 
 def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
     """Catches SIGTERM that saves nothing, or a policy exported before its end; a flag that changes unseen, one that is
-    accepted and has no effect, and a run of before --reward_fn became a list that may not go on."""
-    out, write = tmp_path / "out", Metrics.write
+    accepted and has no effect, or none after a stop before the next checkpoint, and a run of before --reward_fn became
+    a list that may not go on."""
+    out, write, draw = tmp_path / "out", Metrics.write, train_ppo.draw
 
     def write_and_stop(self, values):
         write(self, values)
@@ -87,6 +88,10 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
     del older["content_digests"]
     (tmp_path / "other/args.json").write_text(json.dumps(older))
     accepting = {**RUN, "kl_coef": 0.3, "accept_changed": "kl_coef", "resume": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "draw", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or draw(*args))
+        result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "other", **accepting))
+    assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout, result.stderr
     coefs = {line["step"]: line["kl_coef"] for line in ppo(folder, world, tmp_path / "other", **accepting)}
     assert coefs[3] == 0.3 and 0.3 not in (coefs[2], coefs[4])  # from where it adapts on
 

@@ -42,7 +42,8 @@ def labels_of(runs: list[Path]) -> list[str]:
     of equal names as much before it as tells them apart."""
     places = [(run.parent if run.name == "metrics.jsonl" else run).resolve() for run in runs]
     names = [[Path(*place.parts[-n:]).as_posix() for place in places] for n in range(1, 20)]
-    return next((few for few in names if len(set(few)) == len(set(places))), names[-1])
+    names = next((few for few in names if len(set(few)) == len(set(places))), names[-1])
+    return [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib shows nothing that begins so
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
@@ -67,6 +68,7 @@ def main(args: PlotArgs) -> None:
     except ImportError:
         raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may have two $
     from matplotlib import pyplot
 
     if output_file.suffix.lower() != ".png":

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from scripts import plot_metrics
 from tests import tiny
@@ -46,6 +48,17 @@ def test_picture(runs, tmp_path):
     assert result.stdout.strip().endswith("curves.png: loss, step_accuracy, reward, eval_pass@1")
     result = tiny.run("scripts/plot_metrics.py", runs[0], "--metrics", "time/x", "--output_file", out)
     assert result.stdout.strip().endswith("curves.png: time/x")
+
+
+def test_names_that_mean_something_to_matplotlib(tmp_path, monkeypatch):
+    """Catches a run that the legend leaves out, and a picture that fails since a name is taken for a formula."""
+    legends = []
+    monkeypatch.setattr(Figure, "legend", lambda *args, **options: legends.append(Legend(*args, **options)))
+    runs = [write_run(tmp_path / name, [{"step": 1, "loss": 1.0, r"$\no$": 2.0}]) for name in ("_old", r"a$\no$")]
+    metrics = ("--metrics", "loss", r"$\no$")
+    result = tiny.run("scripts/plot_metrics.py", *runs, *metrics, "--output_file", tmp_path / "curves.png")
+    assert result.code == 0, result.stderr
+    assert [text.get_text().strip() for text in legends[0].get_texts()] == ["_old", r"a$\no$"]
 
 
 def test_refusals(runs, tmp_path):

@@ -83,13 +83,16 @@ def main(args: PlotArgs) -> None:
         raise ValueError(f"{runs[0]}: nothing to draw; name some with --metrics: {', '.join(sorted(known))}")
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    height = 2.8 * rows + 0.6  # inches; the last 0.6 for the legend and the label of the x-axes
+    in_a_line = max(1, int(4.2 * columns / (0.7 + 0.09 * max(map(len, labels)))))  # names, by their width in inches
+    legend = 0.25 * -(-len(set(labels)) // in_a_line)
+    height = 2.8 * rows + 0.35 + legend  # inches; the 0.35 for the label of the x-axes
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height), squeeze=False)
     for axis, name in zip(axes.flat, drawn):
         for i, (label, curves) in enumerate(zip(labels, series)):
             if name in curves:
                 steps, values = zip(*curves[name])
-                style = {"color": f"C{i % 10}", "marker": "." if len(steps) < 12 else None}
+                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+                style["marker"] = "." if len(steps) < 12 else None
                 if window > 1:
                     axis.plot(steps, values, alpha=0.25, **style)
                 axis.plot(steps, smoothed(values, window), label=label, **style)
@@ -101,12 +104,12 @@ def main(args: PlotArgs) -> None:
         axis.set_visible(False)
     if len(runs) > 1:
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.supxlabel("step", fontsize=9, y=0.35 / height)
-    figure.tight_layout(rect=(0, 0.2 / height, 1, 1))  # which leaves room for the label by itself
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=in_a_line, frameon=False)
+    figure.supxlabel("step", fontsize=9, y=(0.1 + legend) / height)
+    figure.tight_layout(rect=(0, (legend - 0.05) / height, 1, 1))  # which leaves room for the label by itself
     with naming_file(output_file):
         output_file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output_file, dpi=120)
+        figure.savefig(output_file, dpi=120, bbox_inches="tight")  # with a name that is wider than the panels
     pyplot.close(figure)
     print(f"{output_file}: {', '.join(drawn)}")
 

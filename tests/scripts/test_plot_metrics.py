@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 
 from scripts import plot_metrics
 from tests import tiny
@@ -50,15 +49,36 @@ def test_picture(runs, tmp_path):
     assert result.stdout.strip().endswith("curves.png: time/x")
 
 
-def test_names_that_mean_something_to_matplotlib(tmp_path, monkeypatch):
+@pytest.fixture
+def legend(monkeypatch):
+    """(names in the legend of the last picture, its left and right end as shares of the picture's width)"""
+    drawn, real = [], Figure.legend
+
+    def draw(figure, *args, **options):
+        made = real(figure, *args, **options)
+        extent = made.get_window_extent()
+        ends = extent.x0 / figure.bbox.width, extent.x1 / figure.bbox.width
+        drawn[:] = [text.get_text().strip() for text in made.get_texts()], ends
+
+    monkeypatch.setattr(Figure, "legend", draw)
+    return drawn
+
+
+def test_names_that_mean_something_to_matplotlib(tmp_path, legend):
     """Catches a run that the legend leaves out, and a picture that fails since a name is taken for a formula."""
-    legends = []
-    monkeypatch.setattr(Figure, "legend", lambda *args, **options: legends.append(Legend(*args, **options)))
     runs = [write_run(tmp_path / name, [{"step": 1, "loss": 1.0, r"$\no$": 2.0}]) for name in ("_old", r"a$\no$")]
     metrics = ("--metrics", "loss", r"$\no$")
     result = tiny.run("scripts/plot_metrics.py", *runs, *metrics, "--output_file", tmp_path / "curves.png")
     assert result.code == 0, result.stderr
-    assert [text.get_text().strip() for text in legends[0].get_texts()] == ["_old", r"a$\no$"]
+    assert legend[0] == ["_old", r"a$\no$"]
+
+
+def test_many_runs(tmp_path, legend):
+    """Catches a legend whose ends are outside the picture."""
+    runs = [write_run(tmp_path / f"llama-8b-lr-1e-{i}-{'x' * i}", [{"step": 1, "loss": 1.0}]) for i in range(12)]
+    assert tiny.run("scripts/plot_metrics.py", *runs, "--output_file", tmp_path / "curves.png").code == 0
+    names, (left, right) = legend
+    assert names == [run.name for run in runs] and 0 <= left < right <= 1
 
 
 def test_refusals(runs, tmp_path):

@@ -2,7 +2,7 @@
 of the checkpoint on when a run is resumed.
 """
 
-import importlib.util
+import importlib
 import json
 import secrets
 from collections.abc import Iterator
@@ -16,9 +16,12 @@ UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signa
 
 
 def check_installed(report_to: str) -> None:
-    """Raises ValueError that says what to install for --report_to."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise ValueError(f"--report_to {report_to}: the package is not installed; pip install {report_to}")
+    """Raises ValueError that says what to install for --report_to, also where a part of it is missing."""
+    try:
+        if report_to != "none":
+            importlib.import_module("torch.utils.tensorboard" if report_to == "tensorboard" else report_to)
+    except Exception as error:  # of what it imports, any
+        raise ValueError(f"--report_to {report_to}: {short(error)}; pip install {report_to}") from error
 
 
 def logged(path: Path) -> Iterator[tuple[dict, bytes]]:

@@ -128,8 +128,8 @@ class Run:
         """Raises ValueError if the run would mix with an earlier one, or go on as another. A collective."""
         self.stop = Stop()
         self.stop.listen()
-        check_installed(args.report_to)
         start_ranks(choose_runtime(args).device)
+        on_main(lambda: check_installed(args.report_to))
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0

@@ -30,10 +30,14 @@ def test_metrics_resume(tmp_path):
 
 
 def test_report_to(tmp_path, monkeypatch):
-    """Catches metrics that do not reach the dashboard, or reach it without their step, and a missing package noticed
-    late or with a traceback."""
+    """Catches metrics that do not reach the dashboard, or reach it without their step, and a package that is missing,
+    or needs one that is, noticed late or with a traceback."""
     with pytest.raises(ValueError, match="pip install not_there"):
         check_installed("not_there")
+    (tmp_path / "half_there.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^--report_to half_there: .*'not_there'; pip install half_there$"):
+        check_installed("half_there")
     check_installed("none")
     logged = []
     run = types.SimpleNamespace(

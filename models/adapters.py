@@ -402,6 +402,16 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
     write_json(folder / ADAPTER_CONFIG, adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors))
 
 
+def check_base_is_the_same(lora: Lora) -> None:
+    """Raises ValueError if the base's folder holds other content than when the adapters were begun on it: what is read
+    there for a merged model would be another model's."""
+    if fingerprint(lora.base) != lora.base_fingerprint:
+        raise ValueError(
+            f"{lora.base}: other content than when the run began, so the adapters, which are written, are not merged "
+            "with it; put back what was there and --resume"
+        )
+
+
 def remove_merged(folder: Path) -> None:
     """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
     the adapter that is written now."""

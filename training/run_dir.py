@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.adapters import LoraArgs, adapter_tensors, remove_merged, write_adapter
+from models.adapters import LoraArgs, adapter_tensors, check_base_is_the_same, remove_merged, write_adapter
 from models.checkpoint import MERGED, ModelArgs, folder_config, open_folder, stored_dtype
 from models.checksums import CHECKSUMS
 from models.common import (
@@ -360,6 +360,7 @@ class Run:
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
                 return
+            on_main(lambda: check_base_is_the_same(model.lora))
             folder = folder / MERGED
         changes = dict(json_changes or {})
         if config is None:

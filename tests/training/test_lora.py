@@ -134,6 +134,29 @@ def test_resumed(world, kind):
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
+    """Catches adapters that are merged with what lies in the base's folder at the end, if that is another model."""
+    base, out = shutil.copytree(world[1], tmp_path / "base"), tmp_path / "out"
+    tiny.write_model(tmp_path / "other", **QWEN2, seed=1)
+    weights, kept = base / "model.safetensors", (base / "model.safetensors").read_bytes()
+    (tmp_path / "fn.py").write_text(
+        "import os\nimport shutil\n\n\ndef reward(prompts, completions, examples):\n"
+        f"    shutil.copy({str(tmp_path / 'other/model.safetensors')!r}, {str(tmp_path / 'new')!r})\n"
+        f"    os.replace({str(tmp_path / 'new')!r}, {str(weights)!r})\n"
+        "    return list(map(len, completions))\n"
+    )
+    flags = ["--checkpoint_path", base, "--prompt_file", world[2], "--reward_fn", f"{tmp_path / 'fn.py'}:reward"]
+    flags += ["--output_dir", out, "--rollout_batch_size", 4, "--num_generations", 2, "--max_new_tokens", 4]
+    flags += ["--total_steps", 1, "--lora_r", 4]
+    result = tiny.run("training/train_grpo.py", *flags)
+    assert result.code == 2 and f"error: {base}: other content than when the run began" in result.stderr, result
+    assert (out / ADAPTER).exists() and not (out / MODEL).exists()
+    weights.write_bytes(kept)
+    assert tiny.run("training/train_grpo.py", *flags, "--resume").code == 0
+    stored, exported = load_file(weights), load_file(out / MODEL)
+    assert torch.equal(stored["model.embed_tokens.weight"], exported["model.embed_tokens.weight"])
+
+
 def test_stages(world, tmp_path):
     """Catches an adapter that the next stage does not begin with, generates without, scores without its head or the
     statistics of its rewards, or quantises without: alone and merged they are one model."""

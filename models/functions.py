@@ -14,7 +14,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import SOURCE_SUFFIXES, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import NamedTuple
 
 ASK_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a run: training/stop.py
@@ -61,17 +63,29 @@ def undisturbed() -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
 
 
-def load_function(flag: str, place: str) -> Callable:
+class _Source(SourceFileLoader):
+    """Runs a text in the place of the file."""
+
+    text: str
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.text, self.path, "exec", dont_inherit=True)
+
+
+def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
-    wrong with it."""
+    wrong with it. text: what the file held, where it may hold something else by now."""
     path, separator, name = place.rpartition(":")
     if not separator or not name.isidentifier():
         raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
-    if not Path(path).is_file():
+    if text is None and not Path(path).is_file():
         raise FileNotFoundError(f"{flag} {place}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", f"{flag.lstrip('-')}_{place}"), path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{flag} {place}: {path} is not a Python file")
+    if text is not None:
+        spec.loader = _Source(spec.name, path)
+        spec.loader.text = text
     beside = str(Path(path).resolve().parent)  # where it may import from, as a script does
     sys.path += [beside] * (beside not in sys.path)
     module = importlib.util.module_from_spec(spec)
@@ -108,15 +122,20 @@ class Grader(NamedTuple):
     function: Callable
     per_answer: bool  # (prompt, completion, example) -> number; else lists of them -> list of numbers
     is_async: bool
+    text: str | None = None  # of the file; None of one that is no text
 
     @property
     def name(self) -> str:
         return self.place.rpartition(":")[2]
 
 
-def load_grader(flag: str, place: str) -> Grader:
+def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
     """See load_function. Raises ValueError also for other parameters than those of the two forms."""
-    function = load_function(flag, place)
+    path = Path(place.rpartition(":")[0])
+    if text is None and path.suffix in SOURCE_SUFFIXES and path.is_file():
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # whoever imports it will say so
+            text = importlib.util.decode_source(path.read_bytes())
+    function = load_function(flag, place, text)
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 (an object with an async __call__)
     )
@@ -127,7 +146,7 @@ def load_grader(flag: str, place: str) -> Grader:
         except (TypeError, ValueError):  # other parameters; a built-in without a signature
             continue
         if signature.parameters.keys() >= set(names):
-            return Grader(flag, place, function, names == ANSWER, is_async)
+            return Grader(flag, place, function, names == ANSWER, is_async, text)
     raise ValueError(
         f"{flag} {place}: must take ({', '.join(BATCH)}) and return a list of numbers, or ({', '.join(ANSWER)}) and "
         "return a number"

@@ -104,7 +104,7 @@ def _serve(requests: int, replies: int) -> None:
     sys.path[:] = start["path"]
     _limit_memory(start["memory"])
     try:
-        graders = [load_grader(flag, place) for flag, place in start["graders"]]
+        graders = [load_grader(*each) for each in start["graders"]]
     except (ValueError, OSError) as error:
         send(refused=str(error))
         return

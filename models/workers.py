@@ -5,7 +5,7 @@
 - a process grades one answer at a time, or many at once with an `async def` function; where such a process must be
   killed, the answers it had at hand are graded again, one by one, to find the one that did it
 - the processes are fresh interpreters (models/worker_process.py): no torch, no threads, no GPU of the run. They end
-  with the run, also after SIGKILL
+  with the run, also after SIGKILL. All run the file as it was when the pool began, whoever edits it meanwhile
 """
 
 import concurrent.futures
@@ -182,7 +182,7 @@ class _Dispatcher(threading.Thread):
         self.timeout, self.closing, self.queue, self.count = args.reward_timeout, False, deque(), 0
         self.settings = {
             "path": sys.path,
-            "graders": [(grader.flag, grader.place) for grader in graders],
+            "graders": [(grader.flag, grader.place, grader.text) for grader in graders],
             "timeout": args.reward_timeout,
             "memory": int(args.reward_memory * 1e9),
         }

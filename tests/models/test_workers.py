@@ -1,5 +1,6 @@
 """models/workers.py: whatever a function does, it costs one answer, and leaves nothing behind."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -217,6 +218,19 @@ def test_forms(file, tmp_path):
     assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
 
 
+def test_a_file_that_is_edited_meanwhile(tmp_path):
+    """Catches answers that are graded by what somebody has written since, once a process takes another's place, and
+    some that are graded no more, since the file has gone."""
+    file = tmp_path / "edited.py"
+    code = "# coding: latin-1\nimport os\n\n\ndef f(prompt, completion, example):\n"
+    file.write_text(code + "    completion or os._exit(1)\n    return ord('é')\n", encoding="latin-1")
+    with contextlib.closing(pool_of(file, "f", reward_workers=1)) as pool:
+        for edit in (lambda: file.write_text("def f(prompt, completion, example): return 5\n"), file.unlink):
+            edit()
+            assert pool.submit(0, "", "", {}).result().failure == "its process ended, exit code 1"
+            assert pool.submit(0, "", "a", {}).result() == (233, None)
+
+
 def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     """Catches a run that begins without its graders, or waits for them for ever."""
     monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))
@@ -236,14 +250,15 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
         pool_of(tmp_path / "ends.py", "f")
     (tmp_path / "later.py").write_text(
         "import os\n"
+        "import beside_it\n"
         "def f(prompt, completion, example):\n"
-        "    if completion == 'end': os.rename(__file__, __file__ + '.gone'); os._exit(0)\n"
+        "    if completion == 'end': os.remove(beside_it.__file__); os._exit(0)\n"
         "    return 1\n"
     )
     pool = pool_of(tmp_path / "later.py", "f", reward_workers=1)
     futures = [pool.submit(0, "p", completion, {}) for completion in ("a", "end", "b", "c")]
     assert [outcome(future.result()) for future in futures[:2]] == [1, "its process ended, exit code 0"]
-    assert all("there is no file" in outcome(future.result()) for future in futures[2:])
+    assert all("No module named 'beside_it'" in outcome(future.result()) for future in futures[2:])
     pool.close()
 
 

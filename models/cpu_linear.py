@@ -52,12 +52,16 @@ class HalfMatrix:
 
 
 def half_matrix(weight: Tensor) -> HalfMatrix | None:
-    """None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel."""
+    """None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel. Rows and columns count
+    for themselves: one of small numbers, which fp16 holds in fewer bits, may be multiplied with large ones, or be all
+    that an output is made of. Each may lose 16 times as much, 1e-6, since what fp16 loses of them varies."""
     if not has_fbgemm():
         return None
     weight = weight.float()
-    lost = (weight.half().float() - weight).norm()
-    return HalfMatrix(weight) if lost <= 2**-24 * weight.norm() else None  # inf and NaN compare as False
+    lost = weight.half().float() - weight
+    held = [lost.norm(dim=dim) <= 2**-20 * weight.norm(dim=dim) for dim in (0, 1)]  # inf and NaN compare as False
+    is_held = lost.norm() <= 2**-24 * weight.norm() and all(each.all() for each in held)
+    return HalfMatrix(weight) if is_held else None
 
 
 class OneDNNMatrix:

@@ -184,10 +184,16 @@ def test_forms_in_fp32(scheme):
 
 @pytest.mark.skipif(not has_fbgemm(), reason="no FBGEMM on this CPU")
 def test_half_holds_what_fp32_does():
-    """Catches fp16 in the place of weights that it does not hold: fp32 ones, large and small ones, and NaN; and a bias
-    or a dtype lost."""
+    """Catches fp16 in the place of weights that it does not hold: fp32 ones, large and small ones, NaN, and those of
+    which a row or a column is small beside the others; and a bias or a dtype lost."""
     weight = random_weight(70, 96).bfloat16()
     assert isinstance(half_matrix(weight), HalfMatrix) and isinstance(half_matrix(weight.float()), HalfMatrix)
+    for size, dim in ((70, 0), (96, 1)):  # a channel that is small here, and large in the layer before or behind
+        scales = torch.ones(size).index_fill(0, torch.tensor([3, 17]), 2**-16).unsqueeze(1 - dim)
+        x, uneven = torch.randn(3, 96), weight * scales.bfloat16()
+        x = x if dim == 0 else x / scales
+        found, wanted = FloatMatrix(uneven)(x).double(), x.double() @ uneven.double().T
+        assert ((found - wanted).norm(dim=0) / wanted.norm(dim=0)).max() < 2e-6
     for other in (random_weight(70, 96), weight.float() * 2**-22, weight.float() * 2**16, weight * torch.nan):
         assert half_matrix(other) is None
     for each in (weight, random_weight(70, 96)):

@@ -162,9 +162,7 @@ class _Fast:
         self.size = max(vocab.values(), default=-1) + 1
         falls_back = file.decoder is not None and b"ByteFallback" in file.decoder.__getstate__()
         self.byte_ids = {vocab.get(f"<0x{byte:02X}>") for byte in range(256)} if falls_back else set()
-        bare, whole = (file.encode("a", add_special_tokens=special).ids for special in (False, True))
-        place = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
-        self.around = whole[:place], whole[place + len(bare) :]
+        self.around = _around(file)
         self.token_to_id = file.token_to_id
         self.encode_each = lambda texts: [e.ids for e in file.encode_batch_fast(texts, add_special_tokens=False)]
         self.encode = lambda text: self.encode_each([text])[0]
@@ -227,6 +225,16 @@ class _SentencePiece:
         return "".join(texts)
 
 
+def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
+    digits has none for a letter."""
+    for text in ("a", *file.get_vocab()):
+        encoding = file.encode(text)
+        if 0 in (is_put := encoding.special_tokens_mask):
+            return encoding.ids[: is_put.index(0)], encoding.ids[len(is_put) - is_put[::-1].index(0) :]
+    return [], []
+
+
 def _is_llama(config: dict) -> bool:
     return str(config.get("tokenizer_class")).startswith(("Llama", "CodeLlama"))
 
@@ -255,8 +263,10 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
             raise ValueError(f"{name} must be a string or an object, not {settings[name]!r}")
     names = [*NAMED_TOKENS, *(key for key in settings if key.endswith("_token") and key not in NAMED_TOKENS)]
     named = {name: _token(settings[name], True) for name in names if isinstance(settings.get(name), str | dict)}
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    more = [_token(entry, True) for entry in (more.values() if isinstance(more, dict) else more)]
+    extra, more = settings.get("extra_special_tokens") or [], settings.get("additional_special_tokens") or []
+    if isinstance(extra, dict):  # names and their tokens, beside which there may be others; a list is all there are
+        extra = [*extra.values(), *more]
+    more = [_token(entry, True) for entry in extra or more]
     special = {token.content for token in (*named.values(), *more)}
     listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
     decoder = {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}

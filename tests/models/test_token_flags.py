@@ -1,8 +1,11 @@
-"""What a token is, where tokenizer.json and tokenizer_config.json say otherwise of it: as transformers reads both."""
+"""What a token is, where tokenizer.json and tokenizer_config.json say otherwise of it, and which are put around a text:
+as transformers reads both."""
 
 import json
 
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from models.tokenizer import Tokenizer
@@ -47,3 +50,30 @@ def test_special_tokens_are_no_text(tmp_path, in_file, in_config, settings):
     ours, oracle = edited(tmp_path, {"special": in_file}, in_config, **settings)
     ids = oracle(f"x{TOKEN}y", add_special_tokens=False)["input_ids"]
     assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("named", ({"image_token": "<img>"}, {}, ["<|a|>", "<|b|>"]), ids=str)
+def test_two_lists_of_special_tokens(tmp_path, named):
+    """Catches special tokens that only one of the keys of two versions of transformers names, and another order."""
+    ours, oracle = edited(tmp_path, {}, None, additional_special_tokens=["<|a|>", "<img>"], extra_special_tokens=named)
+    text = "x<|a|>y<|b|>z<img>"
+    assert ours.encode(text, False) == oracle(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ours.encode(text)) == oracle.decode(oracle(text)["input_ids"], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("form", ("<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A"))
+@pytest.mark.parametrize("model", ("BPE", "WordLevel"))
+def test_around_texts_of_a_small_vocabulary(tmp_path, model, form):
+    """Catches a BOS that comes behind the text where the vocabulary, of digits here, has no letters to look with; or
+    where a letter is the unknown token, which is BOS too."""
+    vocab = {text: i for i, text in enumerate(["<s>", "</s>", *"0123456789+="])}
+    of_model = {"merges": []} if model == "BPE" else {"unk_token": "<s>"}
+    file = tokenizers.Tokenizer(getattr(tokenizers.models, model)(vocab, **of_model))
+    file.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    file.add_special_tokens(["<s>", "</s>"])
+    file.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    file.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, oracle = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("1+2=") == oracle("1+2=")["input_ids"] and ours.adds_bos == form.startswith("<s>")

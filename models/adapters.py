@@ -9,6 +9,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.chat_template import read_chat_template
 from models.checkpoint import MERGED, WeightFiles, hf_name, our_name
 from models.common import (
     Bounds,
@@ -55,6 +57,7 @@ KNOWN = {
     *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config"),
     *("target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
+TOKENIZER_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits each
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
@@ -210,18 +213,30 @@ def _check_base(adapter: Adapter, base: Path) -> None:
                 f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
                 f"{list(shape)}"
             )
+    theirs, ours = _texts_of(adapter.path), _texts_of(base)
+    for name in (name for name in theirs if theirs[name] and theirs[name] != ours[name]):  # stdout may be for samples
+        advice = "the base's is taken; if the adapter learnt with its own, give a copy of the base that has that"
+        print(f"{adapter.path}: its {name} is another than that of {base}: {advice}", file=sys.stderr)
     made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
     if made_for is None and (other / "config.json").is_file():
         made_for = fingerprint(other)
     if made_for == fingerprint(base) or (made_for is None and other.name in _names_of(base)):
         return
     if other.exists() and other.samefile(base):
-        say(f"{base}: has other content than the base that the adapter {adapter.path} was made for")
+        print(f"{base}: has other content than the base of the adapter {adapter.path}", file=sys.stderr)
         return
     raise ValueError(
         f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
         f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
     )
+
+
+def _texts_of(folder: Path) -> dict[str, object]:
+    """What a folder's tokenizer files say that an adapter's may say otherwise: PEFT's users save theirs beside it."""
+    older, config = (read_json(folder / name, missing_ok=True) for name in TOKENIZER_CONFIGS)
+    eos = {**older, **config}.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    return {"chat template": read_chat_template(folder, config), "eos_token": eos}
 
 
 def _names_of(base: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """Adapter folders as other programs write them: models/adapters.py."""
 
+import json
 import shutil
 
 import pytest
@@ -71,6 +72,30 @@ def test_what_is_not_computed_is_named(tmp_path):
     more = {head.format("A"): torch.ones(2, 64), head.format("B"): torch.ones(tiny.VOCAB_SIZE, 2)}
     with_head = broken(folder, tmp_path / "head", tensors=lambda found: found | more)
     refused(lambda: open_adapter(with_head, base), with_head, "lm_head has an adapter; supported are q_proj")
+
+
+def test_what_lies_beside_an_adapter(tmp_path):
+    """Catches an adapter that learnt with another chat template, or another EOS, which other programs save beside it,
+    and that nobody hears of; and what is said of an adapter on standard output, among the samples."""
+    base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    flags = ["--checkpoint_path", base, "--adapter_path", folder, "--prompt", "3 plus", "--max_new_tokens", 2]
+
+    def said():
+        result = tiny.run("inference/generate.py", *flags)
+        assert result.code == 0 and json.loads(result.stdout)["num_tokens"] == 2, result
+        return [line for line in result.stderr.splitlines() if line.startswith((f"{folder}:", f"{base}:"))]
+
+    tokenizer.save_pretrained(folder)
+    assert not said()
+    tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m.content }}{% endfor %}", "<unk>"
+    tokenizer.save_pretrained(folder)
+    ends = ("its chat template is another than that of", "its eos_token is another than that of")
+    assert all(end in line for end, line in zip(ends, said(), strict=True))
+    tokenizer.save_pretrained(base)  # no more the base that it was made for, if the file says which that was
+    path = folder / NAME
+    save_file(load_file(path), path, metadata={"base_fingerprint": "another"})
+    assert said() == [f"{base}: has other content than the base of the adapter {folder}"]
 
 
 def test_the_folder_of_a_run(tmp_path):

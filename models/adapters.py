@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{where}: peft_type {config.get('peft_type')!r} is not supported, only 'LORA'")
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0 or (key == "r" and value % 1):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf or (key == "r" and value % 1):
             raise ValueError(f"{where}: {key} must be a positive number, not {value!r}")
     for key, value in config.items():
         if value and key not in KNOWN:
@@ -169,7 +171,10 @@ def _read_config(path: Path) -> dict:
             f"{where}: init_lora_weights {config['init_lora_weights']!r} has changed the base beside the adapter; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
         )
-    others = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
+    for key, kind in (("base_model_name_or_path", str), ("modules_to_save", list)):
+        if not isinstance(config.get(key), kind | None):
+            raise ValueError(f"{where}: {key} must be a {kind.__name__}, not {config[key]!r}")
+    others = set(map(str, config.get("modules_to_save") or ())) - {"score", "classifier"}
     if others:
         raise ValueError(f"{where}: modules_to_save {', '.join(sorted(others))} is not supported, only score")
     return config

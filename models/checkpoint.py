@@ -402,7 +402,7 @@ def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:
         value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None
         if value is not None and value != []:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
                 raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
             return tuple(dict.fromkeys(ids))
     return ()

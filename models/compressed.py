@@ -138,7 +138,7 @@ def _read_group(group: dict, where: str) -> Scheme:
     if not isinstance(weights, dict):
         raise ValueError(f"{where} must be an object")
     size = weights.get("group_size")
-    inferred = {None: "tensor", -1: "channel"}.get(size, "group")
+    inferred = "tensor" if size is None else "channel" if size == -1 else "group"
     weights = {"num_bits": 8, "type": "int", "symmetric": True, **weights}
     weights["strategy"] = weights.get("strategy") or inferred
     _require(weights, "num_bits", tuple(MODES), where)

@@ -271,6 +271,9 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     listed = {i: AddedToken(content, normalized=content not in special) for content, i in added.items()}
     decoder = {int(i): _token(entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
     listed |= decoder
+    wrong = next((i for i in listed if type(i) is not int or not 0 <= i < 2**31), None)
+    if wrong is not None:
+        raise ValueError(f"the id of {listed[wrong].content!r} is {wrong!r}, there or in {files[1].name}")
     known = {token.content: token for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:

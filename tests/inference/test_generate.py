@@ -435,6 +435,18 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
         ("generation_config.json", "eos_token_id"),
     ),
+    "EOS of no vocabulary": (
+        lambda f: (f / "generation_config.json").write_text(json.dumps({"eos_token_id": 2**63})),
+        ("generation_config.json", "eos_token_id"),
+    ),
+    "a token's id in words": (
+        lambda f: (f / "added_tokens.json").write_text('{"<|u|>": "384"}'),
+        ("added_tokens.json", "the id of '<|u|>' is '384'"),
+    ),
+    "a token's id below 0": (
+        lambda f: (f / "added_tokens.json").write_text('{"<|u|>": -3}'),
+        ("added_tokens.json", "the id of '<|u|>' is -3"),
+    ),
 }
 
 

@@ -234,6 +234,7 @@ REFUSED = {
     "one scale": ({"config_groups": {"a": group(["Linear"], strategy="tensor", group_size=None)}}, "'tensor'"),
     "blocks": ({"config_groups": {"a": group(["Linear"], strategy="block")}}, "a.weights.strategy 'block'"),
     "no group size": ({"config_groups": {"a": group(["Linear"], group_size=None)}}, "a.weights.group_size None"),
+    "groups of a list": ({"config_groups": {"a": group(["Linear"], group_size=[32])}}, "a.weights.group_size [32]"),
     "no weights": ({"config_groups": {"a": {"targets": ["Linear"], "weights": None}}}, "a.weights must be an object"),
     "a preset's name": ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups must be"),
     "another format": ({"format": "int-quantized"}, "format 'int-quantized'"),

@@ -1,6 +1,7 @@
 """models/lora.py and models/adapters.py against PEFT."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -129,13 +130,16 @@ def test_what_is_refused(tmp_path):
         ("rank_pattern", (("q_proj", 3),)): "rank_pattern",
         ("bias", "all"): "bias 'all' is not supported",
         ("modules_to_save", ("embed_tokens",)): "modules_to_save embed_tokens is not supported",
+        ("modules_to_save", True): "modules_to_save must be a list, not True",
+        ("base_model_name_or_path", ("base",)): "base_model_name_or_path must be a str, not ['base']",
+        ("lora_alpha", math.inf): "lora_alpha must be a positive number, not inf",
         ("init_lora_weights", "pissa"): "has changed the base",
         ("r", 8): "is of rank 4, adapter_config.json says 8",
         ("base_model_name_or_path", "meta-llama/Llama-2-7b-hf"): "an adapter for meta-llama/Llama-2-7b-hf",
     }
     for i, ((key, value), complaint) in enumerate(configs.items()):
         folder = broken(good, tmp_path / f"broken-{i}", config={key: value})
-        if key == "base_model_name_or_path":
+        if value == "meta-llama/Llama-2-7b-hf":
             complaint = "an adapter for another base, meta-llama/Llama-2-7b-hf"
         refused(lambda folder=folder: open_adapter(folder, base), folder, complaint)
     renamed = {"r": 4, "base_model_name_or_path": str(base)}

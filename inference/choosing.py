@@ -5,10 +5,15 @@ Lines are generate.py's or any records with a prompt, as inference/score.py writ
 
 import json
 import math
+import re
 from collections.abc import Callable
 
 from models.chats import content_of, read_chat
 from models.records import Record, get_answer, stated_prompt
+
+# A box that opens; an escaped brace, which is the answer's own and need not be closed, while \\{ is a new line and one
+# that is; other braces.
+BRACES = re.compile(r"(\\boxed\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])")
 
 
 def group_of(line: dict) -> str:
@@ -67,12 +72,13 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
 
 
 def final_answer(text: str) -> str | None:
-    """What the last \\boxed{} holds, else the last line that is not blank; None where all are."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        if text[end - 1] != "\\":  # \{ is a brace of the answer's, which need not be closed
-            depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+    """What the last closed \\boxed{} holds, else the last line that is not blank; None where all are."""
+    last, opened, answer = -1, [], None
+    for match in BRACES.finditer(text):
+        if match[1] or match[2] == "{":
+            opened.append((match.start(), match.end()) if match[1] else None)
+        elif match[2] and opened:
+            box = opened.pop()
+            if box is not None and box[0] > last:  # of nested ones the inner
+                last, answer = box[0], text[box[1] : match.start()].strip()
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None) if last < 0 else answer

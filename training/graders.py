@@ -145,7 +145,7 @@ def boxed_answer(text: str) -> str | None:
     r"""What the last closed `\boxed{}` with content holds, of nested ones the inner; "" if there are boxes, but none of
     these; None if there is no box. `\boxed 5` is one, too."""
     best, opened, found = -1, [], ""
-    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\[{}]|([{}])", text):
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])", text):
         if match[1] or match[2] == "{":
             opened.append((match.start(), match.end()) if match[1] else None)
         elif match[2] and opened:

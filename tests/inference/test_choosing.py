@@ -97,3 +97,13 @@ def test_a_brace_of_the_answers_own():
     """Catches an answer whose escaped brace is never closed, and a whole last line as the vote."""
     answer = r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."
     assert final_answer(rf"So it is \boxed{{{answer}}}, I think.") == answer
+
+
+def test_answers_that_are_hard_to_find():
+    """Catches the brace behind a line break that is taken for one of the answer's own, and an answer cut off in a
+    second box, which is a vote for its last line."""
+    answer = r"\begin{pmatrix}1\\{-2}\end{pmatrix}"
+    assert final_answer(rf"\boxed{{{answer}}}") == answer
+    assert final_answer(r"\boxed{\{1, 2\}}") == r"\{1, 2\}" and final_answer(r"\boxed{a\\\}b}") == r"a\\\}b"
+    assert final_answer(r"\\boxed{5}") == "5"  # written as in JSON
+    assert final_answer(r"\boxed{1}. Or \boxed{\frac{1}") == "1" and final_answer(r"\boxed{2\boxed{3}}") == "3"

@@ -123,6 +123,7 @@ BOXES = [
     ("{ \\boxed{42}", "42", Y),
     ("} \\boxed{42}", "42", Y),
     ("\\boxed{\\{1, 2\\}}", "\\{2, 1\\}", Y),
+    ("\\boxed{\\begin{pmatrix}1\\\\{2}\\end{pmatrix}}", "\\begin{pmatrix}1\\\\{2}\\end{pmatrix}", Y),
     ("#### 41\n\\boxed{42}", "42", Y),
     ("<answer>41</answer> \\boxed{42}", "42", Y),
     ("<answer>\\boxed{42}</answer>", "42", Y),

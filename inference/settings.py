@@ -18,6 +18,7 @@ OTHERS = {
     "guidance_scale": (1,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
     "min_length": (0,),
     "min_new_tokens": (0,),
@@ -28,6 +29,9 @@ OTHERS = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "stop_strings": ([], ""),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "dola_layers": ([],),
 }
 
 

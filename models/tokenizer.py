@@ -257,7 +257,8 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if _is_llama(config) else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
     # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and lets it win there
-    settings |= {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
+    stated = {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
+    settings |= {name: value for name, value in stated.items() if value != ""}  # as the first LLaMA folders name them
     for name in NAMED_TOKENS:  # a token that is not read would be an end that is never met
         if not isinstance(settings.get(name), str | dict | None):
             raise ValueError(f"{name} must be a string or an object, not {settings[name]!r}")

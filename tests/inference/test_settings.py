@@ -23,6 +23,7 @@ QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repet
         ({"do_sample": False, "temperature": None}, {"temperature": 0.0}, ""),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, ""),
         ({"suppress_tokens": [5], "bad_words_ids": [], "min_p": 0.0, "max_length": 4096}, {}, "suppress_tokens [5]"),
+        ({"token_healing": True, "encoder_no_repeat_ngram_size": 0, "dola_layers": []}, {}, "token_healing True"),
     ],
 )
 def test_what_is_not_taken(tmp_path, config, args, said):

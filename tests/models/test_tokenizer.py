@@ -209,8 +209,9 @@ def test_ids_are_those_of_the_file(files):
 
 def test_where_transformers_differs(tmp_path):
     """Catches transformers 5.23's own ids taken over: LLaMA's normaliser rebuilt, so that "<s>[" and " a" lose a space,
-    and BOS dropped where the post-processor is there without one. Right is what the weights saw: LLaMA's own code
-    encodes each stretch of a chat by itself with sentencepiece, and DeepSeek trained with add_bos_token's BOS."""
+    BOS dropped where the post-processor is there without one; and a BOS whose name is empty, for none. Right is what
+    the weights saw: LLaMA's own code encodes each stretch of a chat by itself with sentencepiece, and DeepSeek trained
+    with add_bos_token's BOS."""
     ours = Tokenizer(json_folder(tmp_path / "l", llama2_json(), tokenizer_class="LlamaTokenizer", legacy=False))
     model = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["identity"]))
     assert ours.encode("<s>[INST] a", add_special_tokens=False) == [1, *model.encode("[INST] a")]
@@ -222,6 +223,9 @@ def test_where_transformers_differs(tmp_path):
     deepseek = Tokenizer(folder)
     assert deepseek.encode("hello")[0] == deepseek.bos_token_id == 1 and deepseek.adds_bos
     assert deepseek.encode_prefix("<s> hello").count(1) == 1
+    unnamed = {"bos_token": "", "eos_token": "", "unk_token": ""}  # of the first LLaMA folders; transformers recurses
+    first = Tokenizer(sentencepiece_folder(tmp_path / "f", {**unnamed, "tokenizer_class": "LLaMATokenizer"}))
+    assert first.encode("a b") == [1, *model.encode("a b")] and first.eos_token_id == 2
     if transformers.__version__ == "5.23.0":
         assert AutoTokenizer.from_pretrained(tmp_path / "l")("<s>[INST] a")["input_ids"][2:] != model.encode("[INST] a")
         assert 1 not in AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]

@@ -26,7 +26,7 @@ from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
 from models.model import Linear, RowLinear, ScoreHead, Transformer
 from models.noise import noise_key
-from models.products import Term
+from models.products import Term, frozen_product
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
 
@@ -62,22 +62,6 @@ class Lora(NamedTuple):
         count, scale = len(self.layers), f"alpha {self.alpha:g}" + ", rank-stabilised" * self.use_rslora
         dropout = f", dropout {self.dropout:g}" if self.dropout else ""
         return f"LoRA of rank {self.r}, {scale}{dropout}, in {count} layers; base {self.scheme or 'frozen'}"
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T + bias; only x has a gradient, and W exists in neither direction for longer than its product."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *base) -> Tensor:
-        term = Term(*base)
-        ctx.save_for_backward(term.weight, term.scale)
-        ctx.unpack = term.unpack
-        return F.linear(x, term.matrix(x.dtype), term.bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight = Term(*ctx.saved_tensors, unpack=ctx.unpack).matrix(grad.dtype)
-        return grad @ weight, *[None] * len(Term._fields)
 
 
 def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +136,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
         rows = x.flatten(0, -2)
-        y = _FrozenProduct.apply(rows, *self._frozen(x.dtype))
+        y = frozen_product(rows, self._frozen(x.dtype))
         if self.has_adapters and self.adapter is not None:
             A, B = (factor.to(x.dtype) for factor in self._factors())
             if self.dropout is not None:

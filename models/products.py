@@ -71,13 +71,19 @@ def product(x: Tensor, layer: nn.Module) -> Tensor:
     return products(x, [layer], Kept(_itself, (x.detach(),)) if keeps_less() else None)[0]
 
 
+def frozen_product(x: Tensor, term: Term) -> Tensor:
+    """What a term without factors comes to, where only x [M, K] has a gradient: nothing of x is kept, and W exists in
+    neither direction for longer than its product."""
+    return _Products.apply(x, None, [term[TENSORS:]], *term[:TENSORS])[0]
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, again: Callable, settings: list[tuple], *tensors: Tensor | None):
+    def forward(ctx, x: Tensor, again: Callable | None, settings: list[tuple], *tensors: Tensor | None):
         rows, terms = x.flatten(0, -2), _terms(tensors, settings)
         factors = [term.A for term in terms if term.A is not None]
         low = F.linear(rows, torch.cat(factors)) if factors else None

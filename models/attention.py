@@ -28,21 +28,17 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
     Right padding needs no mask: no real token ever sees it.
     """
-    return _sdpa(q, k, v, is_causal=True) if mask is None else _sdpa(q, k, v, attn_mask=mask)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     groups, kernels = q.shape[1] // k.shape[1], contextlib.nullcontext()
     if q.device.type == "cuda":
-        if groups > 1 and (attn_mask is not None or q.dtype == torch.float32):  # no fused kernel has grouped heads then
+        if groups > 1 and (mask is not None or q.dtype == torch.float32):  # no fused kernel has grouped heads then
             k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         # cuDNN plans each new length for 20 to 40 ms: for training, whose rows have few lengths. Its backward is wrong
         # with a mask in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
-        if attn_mask is not None or not torch.is_grad_enabled():
+        if mask is not None or not torch.is_grad_enabled():
             kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with kernels:
-        options = {"is_causal": is_causal, "attn_mask": attn_mask, "enable_gqa": q.shape[1] != k.shape[1]}
+        options = {"is_causal": mask is None, "attn_mask": mask, "enable_gqa": q.shape[1] != k.shape[1]}
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
@@ -152,6 +148,6 @@ def document_attention(
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
 
     def masked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _sdpa(q, k, v, attn_mask=mask[:, None])
+        return causal_attention(layer, q, k, v, mask[:, None])
 
     return masked

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from models.attention import Attend, causal_attention
 from models.common import read_json_object
 from models.products import Kept, Term, gated, keeps_less, norm, product, products
-from models.rope import apply_rope, attention_factor, rope_inv_freq, rope_settings, rope_tables
+from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
 from models.vocab_parallel import embed
 
@@ -131,8 +131,8 @@ class ModelConfig:
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin of its rotary embedding are multiplied by."""
-        return attention_factor(self.rope_scaling)
+        """What cos and sin of its rotary embedding are multiplied by: yarn sharpens the attention so."""
+        return (self.rope_scaling or {}).get("attention_factor", 1.0)
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
         """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
@@ -367,20 +367,17 @@ class Block(nn.Module):
         return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False, **options)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        return self.after_attention(x, attend(self.self_attn.layer, *self.before_attention(x, cos, sin)))
+        attended = attend(self.self_attn.layer, *self.before_attention(x, cos, sin))
+        x, update = self.before_last_sum(x, attended)
+        return x + update
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes, q [B, T, H, D], k and v [B, T, K, D], of the residual stream x [B, T, E]."""
         normed, kept = self._normed(self.input_layernorm, x)
         return self.self_attn.project(normed, cos, sin, kept)
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The residual stream behind the block, of what it was before and of what attention gave [B, T, H, D]."""
-        x, update = self.before_last_sum(x, attended)
-        return x + update
-
     def before_last_sum(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """What after_attention adds up."""
+        """Two parts of the residual stream behind the block. attended: what attention gave, [B, T, H, D]."""
         x = x + product(attended.flatten(2), self.self_attn.o_proj)
         return x, self.mlp(*self._normed(self.post_attention_layernorm, x))
 

@@ -118,13 +118,8 @@ def _yarn_ramp(head_dim: int, theta: float, scaling: dict) -> Tensor:
     return ((torch.arange(half, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
 
 
-def attention_factor(scaling: dict | None) -> float:
-    """What cos and sin are multiplied by: yarn sharpens the attention so."""
-    return 1.0 if scaling is None else scaling.get("attention_factor", 1.0)
-
-
 def rope_tables(position_ids: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, times attention_factor(), of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries
+    """cos and sin, times factor, of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries
     the sign of its half."""
     angles = (position_ids[..., None].float() * inv_freq).unsqueeze(2)  # [B, T, 1, D/2]
     cos, sin = angles.cos(), angles.sin()

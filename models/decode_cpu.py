@@ -10,15 +10,12 @@ Dimensions: B rows, H query heads, K key/value heads, D head dim, S positions, P
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models import sampling_cpu
 from models.attention import Attend
 from models.cpu_linear import Bags, has_fbgemm, pack_weight
 from models.model import Attention, ModelConfig, Transformer
@@ -243,30 +240,3 @@ def quantized_head(model: Transformer) -> QuantizedHead | None:
     is_quantized = isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
     is_served = is_quantized and model.lm_head.weight.dtype == torch.bfloat16 and has_fbgemm()
     return QuantizedHead(model.lm_head.weight) if is_served else None
-
-
-class Parts(NamedTuple):
-    """What a CPU has in the place of PagedCache (models/paged_cache.py), Network (models/graphs.py) and sample."""
-
-    cache: CPUCache
-    layers: DecodeLayers
-    sample: Callable[..., tuple[Tensor, Tensor]]
-
-
-def parts(
-    model: Transformer,
-    *,
-    compile: bool,
-    num_rows: int,
-    num_pages: int,
-    max_seq_len: int,
-    dtype: torch.dtype,
-    tp: DeviceMesh | None,
-) -> Parts | None:
-    """What the engine asks: the parts of a decode step that exist for CPUs alone, or None where the GPU's run, on GPUs
-    and with torch.compile."""
-    if model.embed_tokens.weight.device.type != "cpu" or compile:
-        return None
-    shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
-    cache = CPUCache(model.config, **shape, dtype=dtype, tp=tp)
-    return Parts(cache, DecodeLayers(model, num_rows, max_seq_len), sampling_cpu.sample)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models import decode_cpu
+from models import sampling_cpu
+from models.decode_cpu import CPUCache, DecodeLayers
 from models.graphs import Network, StepRunner
 from models.model import Transformer
 from models.noise import column_hashes
@@ -80,13 +81,15 @@ class DecodeRows(nn.Module):
         self.model, self.params, self.look_every = model, params, look_every
         self.tp, device = model.parallel.tp, model.embed_tokens.weight.device
         self.device, self.num_rows, config = device, num_rows, model.config
-        shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
-        options = {"dtype": model.compute_dtype or model.embed_tokens.weight.dtype, "tp": self.tp}
+        options = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len, "tp": self.tp}
+        options["dtype"] = model.compute_dtype or model.embed_tokens.weight.dtype
         self.network = Network(model, compile=compile)
-        parts = decode_cpu.parts(model, compile=compile, **shape, **options)
-        if parts is None:
-            parts = PagedCache(config, device=device, **shape, **options), self.network, sample
-        self.cache, self.layers, self.draw = parts
+        if device.type == "cpu" and not compile:  # all that exists for CPUs alone
+            self.cache, self.draw = CPUCache(config, **options), sampling_cpu.sample
+            self.layers = DecodeLayers(model, num_rows, max_seq_len)
+        else:
+            self.cache, self.draw = PagedCache(config, device=device, **options), sample
+            self.layers = self.network
         # the state of the rows lives on the device, at fixed addresses
         for name in ("tokens", "positions", "keys", "remaining"):
             self.register_buffer(name, torch.zeros(num_rows, dtype=torch.int64, device=device), persistent=False)

@@ -24,7 +24,7 @@ from models.checkpoint import Folder
 from models.common import at_least_one, flag, progress_bar, short_bar
 from models.forked import map_in_processes, num_cores
 from models.generation import Request
-from models.record_files import Items, Lines, Record, chunks_of
+from models.record_files import Items, Lines, Record, chunks_of, records_of
 from models.records import (
     check_ids,
     cut_prompt,
@@ -112,7 +112,7 @@ class PromptSource:
 
     def _look(self, chunk: Lines | Items) -> _Look:
         num_records, renamed, longest = 0, set(), []
-        for num_records, record in enumerate(chunk.records(), start=1):
+        for num_records, record in enumerate(records_of([chunk]), start=1):
             prompt = record.fields.get("prompt")
             if not isinstance(prompt, str) or not record.fields.keys().isdisjoint(LOOKED_AT):
                 with naming(record):
@@ -130,8 +130,7 @@ class PromptSource:
 
     def _tokenise_all(self) -> None:
         self._encoded = []
-        records = chain.from_iterable(chunk.records() for chunk in self._chunks())
-        for record in short_bar(records, "tokenising", "prompt"):
+        for record in short_bar(records_of(self._chunks()), "tokenising", "prompt"):
             self._encoded.append(ids := self._encode(record))
             self._longest = max(self._longest, len(ids or ()))
         if self.skipped == self.num_records:

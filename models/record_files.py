@@ -79,9 +79,6 @@ class Lines(NamedTuple):
         """What gives each record, which may be left unparsed."""
         return (partial(_parse, self.path, number, line) for number, line in self.read())
 
-    def records(self) -> Iterator[Record]:
-        return (_parse(self.path, number, line) for number, line in self.read())
-
 
 class Items(NamedTuple):
     """Records that are there already, such as the items of a JSON list."""
@@ -91,9 +88,6 @@ class Items(NamedTuple):
 
     def deferred(self) -> Iterator[Callable[[], Record]]:
         return (partial(_checked, item) for item in self.items)
-
-    def records(self) -> Iterator[Record]:
-        return map(_checked, self.items)
 
 
 def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
@@ -156,12 +150,5 @@ def _checked(record: Record) -> Record:
     return record
 
 
-def records_in(chunks: Iterable[Lines | Items], path: str | Path) -> Iterator[Record]:
-    """The records of all chunks; ValueError if there is none."""
-    empty = True
-    for chunk in chunks:
-        for record in chunk.records():
-            empty = False
-            yield record
-    if empty:
-        raise ValueError(f"{path}: holds no records")
+def records_of(chunks: Iterable[Lines | Items]) -> Iterator[Record]:
+    return (parsed() for chunk in chunks for parsed in chunk.deferred())

@@ -25,7 +25,7 @@ from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
-from models.record_files import Record, chunks_of, kind_of, records_in
+from models.record_files import Record, chunks_of, kind_of, records_of
 from models.tokenizer import Tokenizer
 from models.transfer import to_device
 
@@ -34,7 +34,9 @@ IGNORE_INDEX = -100  # label of a token that is not learnt, as everywhere in Hug
 
 def read_records(path: str | Path) -> list[Record]:
     """The objects of a JSON list or JSONL file. Raises FileNotFoundError, or ValueError that names the line."""
-    return list(records_in(chunks_of(path), path))
+    records = list(records_of(chunks_of(path)))
+    require(records, f"{path}: holds no records")
+    return records
 
 
 def tokenising(path: Path) -> Iterable[Record]:

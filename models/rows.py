@@ -32,7 +32,7 @@ from tqdm import tqdm
 from models.checksums import digest
 from models.common import is_main_rank, say
 from models.forked import map_in_processes, num_cores
-from models.record_files import Items, Lines, chunks_of
+from models.record_files import Items, Lines, chunks_of, records_of
 from models.records import IGNORE_INDEX, Encoder, EncodingCounts, Flat
 from models.tokenizer import Tokenizer
 
@@ -124,7 +124,8 @@ def encode_file(
     if found is None:
         num_workers = store.num_workers or num_cores(of_rank=True)  # each rank does it
         found = _joined(_blocks(path, encoder, num_workers, shown=is_main_rank()))
-    return Rows(kind, num_sequences, found.columns), found.counts
+    columns, counts = found
+    return Rows(kind, num_sequences, columns), counts
 
 
 def flatten(rows: Iterable) -> Columns:
@@ -156,7 +157,7 @@ class _Block(NamedTuple):
 
 def _encode_chunk(encoder: Encoder, chunk: Lines | Items) -> _Block:
     rows, counts, num_records = [], EncodingCounts(), 0
-    for record in chunk.records():
+    for record in records_of([chunk]):
         num_records += 1
         row, happened = encoder.row_of(record)
         if row is not None:
@@ -181,20 +182,10 @@ def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> I
         raise ValueError(f"{path}: holds no records")
 
 
-class _Encoded(NamedTuple):
-    """What becomes of a file."""
-
-    columns: Columns
-    counts: EncodingCounts
-
-
-def _joined(blocks: Iterator[_Block]) -> _Encoded:
+def _joined(blocks: Iterator[_Block]) -> tuple[Columns, EncodingCounts]:
     """In this process's memory."""
-    parts, counts = [], EncodingCounts()
-    for block in blocks:
-        parts.append(block.columns)
-        counts = counts.plus(block.counts)
-    return _Encoded(Columns(*map(np.concatenate, zip(*parts))), counts)
+    columns, counts, *_ = zip(*blocks)
+    return Columns(*map(np.concatenate, zip(*columns))), EncodingCounts(*map(sum, zip(*counts)))
 
 
 # ----------------------------------------------------------------------------------------- the cache
@@ -233,7 +224,9 @@ _ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "record
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 
 
-def _read_or_make(folder: Path, path: Path, encoder: Encoder, num_workers: int) -> _Encoded | None:
+def _read_or_make(
+    folder: Path, path: Path, encoder: Encoder, num_workers: int
+) -> tuple[Columns, EncodingCounts] | None:
     """Another process may make it meanwhile: then this one waits."""
     with _alone(folder):
         found = _read(folder)
@@ -301,7 +294,7 @@ def _checksum(about: dict) -> int:
     return zlib.crc32(json.dumps(about).encode())
 
 
-def _read(folder: Path) -> _Encoded | None:
+def _read(folder: Path) -> tuple[Columns, EncodingCounts] | None:
     """None if it is not there, or is damaged, which is said."""
     if not folder.is_dir():
         return None
@@ -319,4 +312,4 @@ def _read(folder: Path) -> _Encoded | None:
     if not whole:
         say(f"{folder}: damaged; the rows are made anew")
         return None
-    return _Encoded(Columns(*columns), EncodingCounts(*about["counts"]))
+    return Columns(*columns), EncodingCounts(*about["counts"])

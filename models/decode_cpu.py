@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.attention import Attend
 from models.cpu_linear import Bags, has_fbgemm, pack_weight
 from models.model import Attention, ModelConfig, Transformer
-from models.paged_cache import Chunk, Table, attend_chunks, places_of
+from models.paged_cache import Cache, Chunk, attend_chunks, places_of
 from models.pages import PAGE
 from models.qlinear import QuantizedLinear, Scheme, quantize
 from models.rope import rope_tables
@@ -32,7 +32,7 @@ def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) ->
     return torch.embedding_bag(table, rows, ends, False, 0, False, weights, True)[0]
 
 
-class CPUCache(Table):
+class CPUCache(Cache):
     """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens; its methods are
     models.paged_cache.PagedCache's.
 
@@ -50,32 +50,20 @@ class CPUCache(Table):
         dtype: torch.dtype,
         tp: DeviceMesh | None = None,
     ):
-        super().__init__(num_rows, max_seq_len, torch.device("cpu"))
         B, H, K = num_rows, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
         D, P = config.head_dim, num_pages + 1  # page 0 is nobody's
         self.shape, self.dtype = (B, H, K, D), dtype
         # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
-        self.values = [torch.zeros(P, K, PAGE, D, dtype=dtype) for _ in layers]
+        keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
+        values = [torch.zeros(P, K, PAGE, D, dtype=dtype) for _ in layers]
+        super().__init__(keys, values, num_rows, max_seq_len)
         heads, dims = torch.arange(K), torch.arange(D)
         heads_read = heads.repeat_interleave(H // K)[:, None]  # [H, 1]
         self.key_rows = (heads_read * D + dims)[:, None].int()  # [H, 1, D]
         self.value_rows = (heads_read * PAGE).int()  # [H, 1]
         self.first_places, self.first_values = (heads[:, None] * D + dims) * PAGE, heads * PAGE  # [K, D], [K]
         self.constants: dict[int, tuple[Tensor, ...]] = {}
-
-    @property
-    def bytes_per_token(self) -> int:
-        _, _, K, D = self.shape
-        return len(self.keys) * K * D * (4 + self.dtype.itemsize)
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.keys, *self.values]
-
-    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        for table in self.tensors():
-            table[targets] = table[sources]
 
     def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[layer][pages], self.values[layer][pages]  # [n, K, D, PAGE], [n, K, PAGE, D]

@@ -9,10 +9,11 @@ Dimensions: B rows, n of them in a step, V vocabulary, V' this rank's part of it
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models import sampling_cpu
@@ -62,7 +63,7 @@ def advance(
     return drawn, logprobs
 
 
-class DecodeRows(nn.Module):
+class DecodeRows:
     """num_rows rows of up to max_seq_len tokens over a cache of num_pages pages, and the inference copy of a model.
     compile: torch.compile, and on a GPU steps as CUDA graphs. look_every: L."""
 
@@ -77,7 +78,6 @@ class DecodeRows(nn.Module):
         look_every: int,
         compile: bool,
     ):
-        super().__init__()
         self.model, self.params, self.look_every = model, params, look_every
         self.tp, device = model.parallel.tp, model.embed_tokens.weight.device
         self.device, self.num_rows, config = device, num_rows, model.config
@@ -91,15 +91,12 @@ class DecodeRows(nn.Module):
             self.cache, self.draw = PagedCache(config, device=device, **options), sample
             self.layers = self.network
         # the state of the rows lives on the device, at fixed addresses
-        for name in ("tokens", "positions", "keys", "remaining"):
-            self.register_buffer(name, torch.zeros(num_rows, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("active", torch.zeros(num_rows, dtype=torch.bool, device=device), persistent=False)
-        for name, dtype in (("drawn_tokens", torch.int64), ("drawn_logprobs", torch.float32)):
-            buffer = torch.zeros(num_rows, look_every, dtype=dtype, device=device)
-            self.register_buffer(name, buffer, persistent=False)
-        self.register_buffer("hashes", column_hashes(config.vocab_size, device), persistent=False)
-        stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
-        self.register_buffer("stop_ids", stop_ids, persistent=False)
+        zeros = partial(torch.zeros, num_rows, dtype=torch.int64, device=device)
+        self.tokens, self.positions, self.keys, self.remaining = zeros(), zeros(), zeros(), zeros()
+        self.active = zeros(dtype=torch.bool)
+        self.drawn_tokens, self.drawn_logprobs = zeros(look_every), zeros(look_every, dtype=torch.float32)
+        self.hashes = column_hashes(config.vocab_size, device)
+        self.stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         is_penalised = params.repetition_penalty != 1
         self.seen = SeenTokens(num_rows, config.vocab_size, device, self.tp) if is_penalised else None
         self.sample, self.advance = self.network.compiled(self.draw), self.network.compiled(advance)

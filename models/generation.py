@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.common import at_least_one, flag
 from models.decode import refresh
@@ -60,7 +60,7 @@ class Flight(NamedTuple):
     compile_seconds: float  # of these; None where all of it was compiling
 
 
-class Engine(nn.Module):
+class Engine:
     """Draws samples with the inference copy of a model (models.decode.to_inference).
 
     num_slots: rows of every decode step. max_seq_len: most tokens of a prompt with its completion. num_pages: of the
@@ -82,7 +82,6 @@ class Engine(nn.Module):
         look_every: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ):
-        super().__init__()
         if params.stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         self.model, self.params, self.tokenizer, self.num_slots = model, params, tokenizer, num_slots

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, causal_attention, varlen_kernel, varlen_works
@@ -50,7 +50,7 @@ def places_of(chunks: list[Chunk], device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(places), device)
 
 
-def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: nn.Module, layer: int) -> Tensor:
+def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: "Cache", layer: int) -> Tensor:
     """Each chunk sees itself, causally, and what its pages hold from before. q [1, N, H, D], k and v [1, N, K, D], in
     the dtype to compute in; cache.read(layer, pages) gives what pages hold, [tokens, K, D] each."""
     outputs, lengths = [], [chunk.length for chunk in chunks]
@@ -84,31 +84,34 @@ def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
     return splits
 
 
-class LayerCache(nn.Module):
-    """Keys and values of one layer, [P, PAGE, K, D] each."""
+class Cache:
+    """Pages of keys and values, a tensor of each for every layer, the first dimension that of the pages; and `table`,
+    int32 [B, M]: the pages of each row, at a fixed address."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        # zeros, because a masked position still enters the plain sum with weight 0, and 0 * NaN is NaN
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-
-
-class Table(nn.Module):
-    """`table`, int32 [B, M]: the pages of each row, at a fixed address."""
-
-    def __init__(self, num_rows: int, max_seq_len: int, device: torch.device):
-        super().__init__()
-        table = torch.zeros(num_rows, pages_for(max_seq_len), dtype=torch.int32, device=device)
-        self.register_buffer("table", table, persistent=False)
+    def __init__(self, keys: list[Tensor], values: list[Tensor], num_rows: int, max_seq_len: int):
+        self.keys, self.values = keys, values
+        self.table = torch.zeros(num_rows, pages_for(max_seq_len), dtype=torch.int32, device=keys[0].device)
 
     def set_table(self, table: Tensor) -> None:
         """table: int32 [n, m], the pages of the first n rows as far as they are in use."""
         n, m = table.shape
         self.table[:n, :m].copy_(to_device(table, self.table.device))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one cached token takes, over all layers."""
+        return sum(pages[0].nbytes for pages in self.tensors()) // PAGE
 
-class PagedCache(Table):
+    def tensors(self) -> list[Tensor]:
+        """What holds keys and values."""
+        return [*self.keys, *self.values]
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        for pages in self.tensors():
+            pages[targets] = pages[sources]
+
+
+class PagedCache(Cache):
     """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens.
 
     On a CPU they are in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row.
@@ -125,37 +128,25 @@ class PagedCache(Table):
         device: torch.device,
         tp: DeviceMesh | None = None,
     ):
-        super().__init__(num_rows, max_seq_len, device)
         self.dtype = torch.float32 if device.type == "cpu" else dtype
-        K = config.num_key_value_heads // size_of(tp)
+        K, layers = config.num_key_value_heads // size_of(tp), range(config.num_hidden_layers)
         shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 is nobody's
-        self.layers = nn.ModuleList(LayerCache(shape, self.dtype, device) for _ in range(config.num_hidden_layers))
+        # zeros, because a masked position still enters the plain sum with weight 0, and 0 * NaN is NaN
+        pages = ([torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers] for _ in ("keys", "values"))
+        super().__init__(*pages, num_rows, max_seq_len)
         self.heads, self.max_seq_len = (K, config.head_dim), max_seq_len
         self.kernel = gpu_kernel(device)
         self.is_copied_by_words = device.type == "cuda" and config.head_dim * self.dtype.itemsize % 8 == 0
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one cached token takes, over all layers."""
-        return sum(2 * layer.k[0, 0].nbytes for layer in self.layers)
-
-    def tensors(self) -> list[Tensor]:
-        """What holds keys and values."""
-        return [tensor for layer in self.layers for tensor in (layer.k, layer.v)]
-
-    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        for cache in self.layers:
-            cache.k[targets], cache.v[targets] = cache.k[sources], cache.v[sources]
-
     def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
-        cache = self.layers[layer]
-        return cache.k[pages].flatten(0, 1), cache.v[pages].flatten(0, 1)
+        return self.keys[layer][pages].flatten(0, 1), self.values[layer][pages].flatten(0, 1)
 
-    def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> LayerCache:
-        """places: of tokens in the pages end to end, int64 [N]; k and v [N, K, D]"""
-        cache = self.layers[layer]
-        for tokens, values in ((cache.k, k), (cache.v, v)):
-            tokens, values = tokens.flatten(0, 1), values.to(self.dtype)
+    def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's pages of keys and of values, with these in them. places: of tokens in the pages end to end, int64
+        [N]; k and v [N, K, D]"""
+        cache = self.keys[layer], self.values[layer]
+        for pages, values in zip(cache, (k, v)):
+            tokens, values = pages.flatten(0, 1), values.to(self.dtype)
             if self.is_copied_by_words:  # it copies number by number, whatever they are
                 tokens, values = tokens.view(torch.int64), values.view(torch.int64)
             tokens.index_copy_(0, places, values)
@@ -192,7 +183,7 @@ class PagedCache(Table):
             if before is None:
                 keys, values = (t[0].to(self.dtype) for t in (k, v))
             else:
-                keys, values = (t.flatten(0, 1).index_select(0, before) for t in (cache.k, cache.v))
+                keys, values = (t.flatten(0, 1).index_select(0, before) for t in cache)
             return kernel(q[0].to(self.dtype), keys, values, *ends, *longest)[None].to(q.dtype)
 
         return attend
@@ -203,8 +194,7 @@ class PagedCache(Table):
         batches = batches_of(starts, lengths, read, places.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self._write(layer, places, k[0], v[0])
-            keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
+            keys, values = (t.flatten(0, 1) for t in self._write(layer, places, k[0], v[0]))
             return attend_batches(layer, q[0].to(self.dtype), keys, values, *batches)[None].to(q.dtype)
 
         return attend
@@ -219,8 +209,9 @@ class PagedCache(Table):
             splits = num_splits(n * self.heads[0], self.max_seq_len, device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache, rows = self.layers[layer], (t[0].to(self.dtype) for t in (q, k, v))
-                return self.kernel(*rows, cache.k, cache.v, table, lengths, splits)[None].to(q.dtype)
+                rows = (t[0].to(self.dtype) for t in (q, k, v))
+                pages = self.keys[layer], self.values[layer]
+                return self.kernel(*rows, *pages, table, lengths, splits)[None].to(q.dtype)
 
             return attend
 
@@ -232,7 +223,7 @@ class PagedCache(Table):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache = self._write(layer, places, k[0], v[0])
-            return plain_paged_decode(q[0].to(self.dtype), cache.k, cache.v, table, bias)[None].to(q.dtype)
+            return plain_paged_decode(q[0].to(self.dtype), *cache, table, bias)[None].to(q.dtype)
 
         return attend
 

@@ -8,7 +8,7 @@ Dimensions: B slots, V' this rank's part of the vocabulary, as wide as the first
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.tp import chunk_range, size_of
@@ -21,16 +21,14 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-class SeenTokens(nn.Module):
+class SeenTokens:
     """The tokens in each slot's prompt and answer so far, `table` bool [B, V']."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, tp: DeviceMesh | None):
-        super().__init__()
         self.width = chunk_range(vocab_size, 0, size_of(tp))[1]
         self.first = 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
-        table = torch.zeros(num_slots, self.width, dtype=torch.bool, device=device)
-        self.register_buffer("table", table, persistent=False)
-        self.register_buffer("slots", torch.arange(num_slots, device=device), persistent=False)
+        self.table = torch.zeros(num_slots, self.width, dtype=torch.bool, device=device)
+        self.slots = torch.arange(num_slots, device=device)
 
     def begin(self, slot: int, prompt_ids: list[int]) -> None:
         """A slot takes another prompt."""

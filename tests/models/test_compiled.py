@@ -23,7 +23,7 @@ from models.sampling import SamplingParams
 from models.tp import local
 from tests import tiny
 from tests.models.fake_gpu import CONFIG, CPU
-from tests.models.test_generation import outcome, ragged_requests
+from tests.models.test_generation import addresses, outcome, ragged_requests
 
 PARAMS = {
     "temperature": SamplingParams(0.7),
@@ -139,17 +139,14 @@ def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
     params = PARAMS["both" if len(schemes) == 3 else "greedy"]  # sampling is compiled anew for each
     engine, plain = (Engine(transformer, params, **options, compile=compile) for compile in (True, False))
 
-    def addresses():
-        return {name: b.data_ptr() for name, b in engine.rows.named_buffers() if not name.startswith("model.")}
-
-    before = addresses()
+    before = addresses(engine)
     try:
         found, wanted = ({c.request.idx: c for c in e.generate(requests)} for e in (engine, plain))
     except (RuntimeError, NotImplementedError) as error:
         if schemes == [Scheme("fp8")] and "scaled_mm" in str(error):
             pytest.skip(f"no fp8 product here: {error}")  # torch 2.11 on the CPU
         raise
-    assert addresses() == before and "tokens" in before
+    assert addresses(engine) == before and "tokens" in before
     for idx, completion in wanted.items():
         if dtype == torch.float32:
             assert found[idx].token_ids == completion.token_ids

@@ -86,7 +86,7 @@ def test_quantised_generation(gpu, scheme, kernel, monkeypatch):
     [1, N]), a product that does not take its kernel, and one that fails where there is no Triton."""
     monkeypatch.setattr(qlinear, "has_triton", lambda device: kernel)
     engine = make_engine(PARAMS["both"], scheme)
-    kernels = {module.kernel for module in engine.modules() if isinstance(module, QuantizedLinear)}
+    kernels = {module.kernel for module in engine.model.modules() if isinstance(module, QuantizedLinear)}
     assert kernels == {("fp8" if scheme.mode == "fp8" else "triton") if kernel else None}
     assert len(generate(engine, monkeypatch)) == 5
     weight = quantised_on_gpu((24, 128), scheme)  # fp8: the kernel does not take 24 features

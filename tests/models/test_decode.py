@@ -183,9 +183,8 @@ def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
     rows = {}
     for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
         rows[name] = [torch.randn(1, n + 1, heads, D, generator=generator) for n in lengths]
-    for buffer in [*cache.keys, *cache.values] if kind == "cpu" else cache.buffers():
-        if buffer.is_floating_point():
-            buffer.fill_(1e4)
+    for tensor in cache.tensors():
+        tensor.fill_(1e4)
     whole = [causal_attention(0, *(rows[name][i] for name in "qkv")) for i in range(5)]
     for chunks in ([(0, 0, 4), (4, 0, 70)], [(4, 70, 80), (1, 0, 1), (2, 0, 63), (3, 0, 64)]):
         attend = cache.prefill([Chunk(pages[i], start, length) for i, start, length in chunks])

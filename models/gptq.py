@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.qlinear import ELEMENTS, Quantized, Scheme, dequantize, int4_grid, round_int4
+from models.qlinear import ELEMENTS, Quantized, Scheme, dequantize, int4_scale, round_int4
 
 COLUMNS = 128  # whose errors reach the rest of the row together
 CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a group's range
@@ -60,28 +60,24 @@ class Curvature(NamedTuple):
 def gptq(weight: Tensor, curvature: Curvature, scheme: Scheme, rounds: int = 2) -> Quantized:
     """int4 of a weight fp32 [N, K] that keeps the layer's outputs, rather than its weights, near what they were.
     rounds: of scales and integers, after GPTQ itself."""
-    found = _round_in_order(weight, curvature, *clipped_grid(weight, scheme))
+    found = _round_in_order(weight, curvature, clipped_scale(weight, scheme.group_size))
     for _ in range(rounds):
         found = refit_integers(weight, curvature.matrix, refit_scales(weight, curvature.matrix, found))
     return found
 
 
-def clipped_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """int4_grid() of the part of each group's range, among some, that leaves its weights the least squared error."""
-    least = best = None
-    for ratio in CLIPPED if not scheme.symmetric else (*CLIPPED, *(-ratio for ratio in CLIPPED)):
-        grid = int4_grid(ratio * weight, scheme.group_size, scheme.symmetric)
-        rounded = dequantize(round_int4(weight, *grid))
-        errors = _group_sums((weight - rounded).square_(), grid[0].shape[1])
-        if best is None:
-            least, best = errors, grid
+def clipped_scale(weight: Tensor, group_size: int | None) -> Tensor:
+    """int4_scale() of the part of each group's range, among some, that leaves its weights the least squared error."""
+    least, best = torch.inf, int4_scale(weight, group_size)
+    for ratio in (*CLIPPED, *(-ratio for ratio in CLIPPED)):
+        scale = int4_scale(ratio * weight, group_size)
+        errors = _group_sums((weight - dequantize(round_int4(weight, scale))).square_(), scale.shape[1])
         smaller = errors < least
-        least = torch.where(smaller, errors, least)
-        best = tuple(None if new is None else torch.where(smaller, new, old) for new, old in zip(grid, best))
+        least, best = torch.where(smaller, errors, least), torch.where(smaller, scale, best)
     return best
 
 
-def _round_in_order(weight: Tensor, curvature: Curvature, scale: Tensor, zero: Tensor | None) -> Quantized:
+def _round_in_order(weight: Tensor, curvature: Curvature, scale: Tensor) -> Quantized:
     K, order, spread = weight.shape[1], curvature.order, curvature.spread
     groups = (order // (K // scale.shape[1])).tolist()
     left = weight[:, order]  # what is left to be rounded
@@ -91,20 +87,18 @@ def _round_in_order(weight: Tensor, curvature: Curvature, scale: Tensor, zero: T
         block = left[:, start:end].T.contiguous()  # [columns, N]
         errors = torch.empty_like(block)
         for i in range(start, end):
-            group = slice(groups[i], groups[i] + 1)
-            grid = scale[:, group], None if zero is None else zero[:, group]
-            rounded = round_int4(block[i - start, :, None], *grid)
+            rounded = round_int4(block[i - start, :, None], scale[:, groups[i], None])
             values[:, i] = rounded.values[:, 0]
             errors[i - start] = (block[i - start] - dequantize(rounded)[:, 0]) / spread[i, i]
             block[i - start + 1 :].addr_(spread[i, i + 1 : end], errors[i - start], alpha=-1)
         left[:, end:] -= errors.T @ spread[start:end, end:]
-    return Quantized(values[:, order.argsort()], scale, zero)
+    return Quantized(values[:, order.argsort()], scale)
 
 
 def refit_scales(weight: Tensor, matrix: Tensor, found: Quantized) -> Quantized:
     """The same integers with the scales, bf16, that are best for them; matrix: H, fp32 [K, K]."""
     (N, K), G = weight.shape, found.scale.shape[1]
-    steps = dequantize(found._replace(scale=torch.ones_like(found.scale)))  # q - zero
+    steps = dequantize(found._replace(scale=torch.ones_like(found.scale)))  # q - 8
     gradient = (weight - dequantize(found)) @ matrix  # of half the squared error of the outputs, less its sign
     scales = []
     for rows in torch.arange(N, device=weight.device).split(max(1, 4 * ELEMENTS // (G * G + K))):

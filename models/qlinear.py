@@ -90,20 +90,21 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 as int4_grid() says, fp8 scaled to
+    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 as int4_scale() says, fp8 scaled to
     its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
     # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
     return joined([_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))])
 
 
 def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
+    assert scheme.symmetric, "zero points are read, not written"
     weight = weight.float()
     if scheme.has_minima:
         return _round_from_minima(_in_groups(weight, scheme.group_size))
     if scheme.mode == "int4":
-        scale, zero = int4_grid(weight, scheme.group_size, scheme.symmetric)
+        scale = int4_scale(weight, scheme.group_size)
         _check_finite(scale)
-        return round_int4(weight, scale, zero)
+        return round_int4(weight, scale)
     groups = _in_groups(weight, scheme.group_size)
     low, high = _range(groups)
     largest = torch.maximum(high, -low)  # whatever is not finite reaches it
@@ -111,7 +112,6 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
     if scheme.mode == "fp8":
         scale = (largest / FP8_MAX).clamp(min=1e-12)
         return Quantized((weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
-    assert scheme.symmetric, "int8 with zero points is read, not written"
     scale = (largest / 127).bfloat16()
     values = (groups / _divisor(scale)[..., None]).round_().clamp_(-127, 127)
     return Quantized(values.to(torch.int8).view(weight.shape), scale)
@@ -134,23 +134,18 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.unflatten(1, (-1, group_size or weight.shape[1]))
 
 
-def int4_grid(weight: Tensor, group_size: int | None, symmetric: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(scale, zero point) of int4 for a weight fp32 [N, K]: of -8 to 7 steps, -8 are the number of largest magnitude in
-    a group, so a scale may be negative; not symmetric: 15 steps over the range of the group, widened to hold 0, since
-    the zero point is an integer. scale: bf16 [N, G]; zero: uint8 [N, G], or None."""
+def int4_scale(weight: Tensor, group_size: int | None) -> Tensor:
+    """bf16 [N, G], of int4 for a weight fp32 [N, K]: of -8 to 7 steps, -8 are the number of largest magnitude in a
+    group, so a scale may be negative."""
     low, high = _range(_in_groups(weight, group_size))
-    if symmetric:
-        return (torch.where(high > -low, high, low) / -8).bfloat16(), None
-    low = low.clamp(max=0)
-    scale = ((high.clamp(min=0) - low) / 15).bfloat16()
-    return scale, (-low / _divisor(scale)).round_().clamp_(0, 15).to(torch.uint8)
+    return (torch.where(high > -low, high, low) / -8).bfloat16()
 
 
-def round_int4(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Quantized:
-    """The nearest of the 16 numbers (q - zero) * scale for each weight [N, K]; scale, zero [N, G]; zero None: 8."""
+def round_int4(weight: Tensor, scale: Tensor) -> Quantized:
+    """The nearest of the 16 numbers (q - 8) * scale for each weight [N, K]; scale [N, G]."""
     groups = weight.view(len(weight), scale.shape[1], -1)
-    values = (groups / _divisor(scale)[..., None]).round_().add_(8 if zero is None else zero[..., None])
-    return Quantized(values.clamp_(0, 15).to(torch.uint8).view(weight.shape), scale, zero)
+    values = (groups / _divisor(scale)[..., None]).round_().add_(8)
+    return Quantized(values.clamp_(0, 15).to(torch.uint8).view(weight.shape), scale)
 
 
 def _round_from_minima(groups: Tensor) -> Quantized:

@@ -25,7 +25,9 @@ def errors(dtype: torch.dtype) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     weight, worst = torch.randn(250, 192, generator=generator).bfloat16(), {}
     for name, scheme in SCHEMES.items():
-        small = None if scheme is None else quantize(weight.float(), scheme)
+        small = None if scheme is None else quantize(weight.float(), scheme._replace(symmetric=True))
+        if small is not None and not scheme.symmetric:
+            small = small._replace(zero=torch.randint(0, 16, small.scale.shape, dtype=torch.uint8, generator=generator))
         whole = (weight if small is None else dequantize(small)).double()
         for slots in (1, 4):  # of the decode step, which decides the form
             if small is None:

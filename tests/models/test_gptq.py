@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from models.calibration import STEPS, BlockPair, Rows, input_sums
 from models.checkpoint import WeightFiles, load_model
-from models.gptq import CLIPPED, COLUMNS, Curvature, clipped_grid, gptq, refit_integers, refit_scales
+from models.gptq import CLIPPED, COLUMNS, Curvature, clipped_scale, gptq, refit_integers, refit_scales
 from models.model import ModelConfig
 from models.qlinear import Scheme, dequantize, quantize, round_int4
 from models.tokenizer import Tokenizer
@@ -35,34 +35,30 @@ def output_error(weight, found, inputs):
 def optimal_brain_surgeon(weight, moments, scheme, damping):
     """The columns rounded in order of their moments, each error made up for by the exact optimum of those left, from an
     inverse computed anew each time (Hassibi and Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580), in fp64."""
-    scale, zero = clipped_grid(weight, scheme)
+    scale = clipped_scale(weight, scheme.group_size)
     order = moments.diagonal().argsort(descending=True).tolist()
     hessian = moments.double() + damping * moments.diagonal().double().mean() * torch.eye(len(moments))
     left, values = weight.double().clone(), torch.empty_like(weight, dtype=torch.uint8)
     for n, column in enumerate(order):
         rest = order[n:]
         inverse = torch.linalg.inv(hessian[rest][:, rest])
-        group = slice(column // scheme.group_size, column // scheme.group_size + 1)
-        grid = scale[:, group], None if zero is None else zero[:, group]
-        rounded = round_int4(left[:, column, None].float(), *grid)
+        rounded = round_int4(left[:, column, None].float(), scale[:, column // scheme.group_size, None])
         values[:, column] = rounded.values[:, 0]
         error = (left[:, column] - dequantize(rounded)[:, 0].double()) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0]
     return values
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_equals_the_plain_formula(symmetric):
+def test_gptq_equals_the_plain_formula():
     """Catches a Cholesky factor of the wrong side, an order that is not undone, errors that do not reach the columns of
     the next block, and a column rounded in the range of another group."""
     weight, inputs = random_layer()
     assert weight.shape[1] > COLUMNS
-    moments, scheme = inputs.T @ inputs, Scheme("int4", 32, symmetric)
+    moments, scheme = inputs.T @ inputs, Scheme("int4", 32)
     found = gptq(weight, Curvature.of(moments, damping=0.05), scheme, rounds=0)
     wanted = optimal_brain_surgeon(weight, moments, scheme, damping=0.05)
     # a value that falls between two integers may go either way in fp32, and what follows in its row with it
     assert (found.values != wanted).float().mean() < 0.01
-    assert symmetric == (found.zero is None)
     assert output_error(weight, found, inputs) < 0.5 * output_error(weight, quantize(weight, scheme), inputs)
 
 
@@ -73,42 +69,36 @@ def test_gptq_without_correlations():
     scheme = Scheme("int4", 32)
     for moments in (torch.eye(160), torch.diag(torch.rand(160)), torch.zeros(160, 160)):
         found = gptq(weight, Curvature.of(moments), scheme, rounds=0)
-        assert torch.equal(found.values, round_int4(weight, *clipped_grid(weight, scheme)).values)
+        assert torch.equal(found.values, round_int4(weight, clipped_scale(weight, 32)).values)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_grids_are_clipped(symmetric):
+def test_grids_are_clipped():
     """Catches the range of another group, and a choice of the larger error: each group's squared error is the least
     that some part of its range gives, tried one by one in fp64; and an outlier is no longer what all others pay for."""
     weight, _ = random_layer()
     weight[:, 5] *= 2
-    scheme = Scheme("int4", 32, symmetric)
-    found = dequantize(round_int4(weight, *clipped_grid(weight, scheme)))
+    found = dequantize(round_int4(weight, clipped_scale(weight, 32)))
     for row in (0, 11):
         for start in range(0, 160, 32):
             part = weight[row, start : start + 32].double()
             extreme = part[part.abs().argmax()]
             errors = []
             for ratio in CLIPPED:
-                low, high = min(part.min(), 0), max(part.max(), 0)
-                scales = (-extreme / 8, extreme / 8) if symmetric else ((high - low) / 15,)
-                for scale in scales:
+                for scale in (-extreme / 8, extreme / 8):
                     step = (ratio * scale).float().bfloat16().double()
-                    zero = 8 if symmetric else (-low / (high - low) * 15).round()
-                    values = (part / step + zero).round().clamp(0, 15)
-                    errors.append(((values - zero) * step - part).square().sum())
+                    values = (part / step + 8).round().clamp(0, 15)
+                    errors.append(((values - 8) * step - part).square().sum())
             left = (found[row, start : start + 32] - part).square().sum()
             torch.testing.assert_close(left, min(errors), rtol=0.02, atol=0)
-    full = dequantize(quantize(weight, scheme))
+    full = dequantize(quantize(weight, Scheme("int4", 32)))
     assert (found - weight).square().mean() < 0.95 * (full - weight).square().mean()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_and_integers_are_refitted(symmetric):
+def test_scales_and_integers_are_refitted():
     """Catches normal equations of another row or group, a gradient of the wrong sign, and integers that leave 0..15:
     the scales are those of a least-squares solver, no integer alone can be better, and each turn lessens the error."""
     weight, inputs = random_layer()
-    curvature, scheme = Curvature.of(inputs.T @ inputs, damping=0.05), Scheme("int4", 32, symmetric)
+    curvature, scheme = Curvature.of(inputs.T @ inputs, damping=0.05), Scheme("int4", 32)
     first = gptq(weight, curvature, scheme, rounds=0)
     found = refit_scales(weight, curvature.matrix, first)
     root = torch.linalg.cholesky(curvature.matrix.double()).T  # the error is |root (w - d)|^2

@@ -23,9 +23,9 @@ from tests.inference.test_score import write_reward_model
 
 INT4 = [Scheme("int4", g) for g in q.GROUP_SIZES]
 ZEROS = Scheme("int4", 32, symmetric=False)
-SCHEMES = [Scheme("int8"), *INT4, ZEROS]
+SCHEMES = [Scheme("int8"), *INT4]
 MINIMA = Scheme("int4", 32, has_minima=True)
-READ = [Scheme("int8", 64), Scheme("int8", None, False), Scheme("int4", None), Scheme("int4", 8, False)]
+READ = [Scheme("int8", 64), Scheme("int8", None, False), Scheme("int4", None), Scheme("int4", 8, False), ZEROS]
 CPU = torch.device("cpu")
 FP32, BF16 = Runtime(CPU, torch.float32, False), Runtime(CPU, torch.bfloat16, False)
 HAS_HEAD = can_pack(BF16) and has_fbgemm()
@@ -48,7 +48,7 @@ def test_rounding(scheme):
     assert small.values.min() >= (-127 if scheme.mode == "int8" else 0)
     assert small.values.max() <= (127 if scheme.mode == "int8" else 15)
     groups = weight.view(24, -1, scheme.group_size or 512)
-    low, high, about_0 = groups.amin(-1), groups.amax(-1), scheme.symmetric and not scheme.has_minima
+    low, high, about_0 = groups.amin(-1), groups.amax(-1), not scheme.has_minima
     if not scheme.has_minima:
         low, high = low.clamp(max=0), high.clamp(min=0)
     spread = 2 * torch.maximum(high, -low) if about_0 else high - low
@@ -68,7 +68,7 @@ def test_constant_and_broken_weights():
     for scheme in [*SCHEMES, MINIMA]:
         assert torch.equal(dequantize(quantize(torch.zeros(4, 256), scheme)), torch.zeros(4, 256))
         constant = torch.full((4, 256), 0.75)
-        half_step = 0.75 / 15 if scheme.mode == "int4" and scheme.symmetric and not scheme.has_minima else 0
+        half_step = 0.75 / 15 if scheme.mode == "int4" and not scheme.has_minima else 0
         torch.testing.assert_close(dequantize(quantize(constant, scheme)), constant, rtol=2**-8, atol=half_step)
         with pytest.raises(ValueError, match="not finite"):
             quantize(constant.index_fill(0, torch.tensor([2]), torch.nan), scheme)
@@ -96,7 +96,7 @@ def test_minima():
 
 def quantized(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """quantize(), or for what is only read numbers of that form."""
-    if scheme not in READ:
+    if scheme.symmetric and scheme not in READ:
         return quantize(weight, scheme)
     low, high, dtype = (0, 16, torch.uint8) if scheme.mode == "int4" else (-128, 128, torch.int8)
     generator = torch.Generator().manual_seed(len(weight))
@@ -207,7 +207,7 @@ def test_half_holds_what_fp32_does():
 @pytest.mark.parametrize("width", [32, 64])
 def test_plain_layout(width):
     """Catches halves of a byte swapped: what is unpacked is what was packed, also where torch has no kernel."""
-    small = quantize(random_weight(192, 96), ZEROS)
+    small = quantized(random_weight(192, 96), ZEROS)
     scales = q.scales_and_zeros(small, torch.float32)
     unpacked = q.unpack_int4(q.pack_int4(small.values, width), scales, torch.float32)
     assert torch.equal(unpacked.T, dequantize(small))

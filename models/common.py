@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from models.caches import keep_compiled_code
@@ -482,8 +483,8 @@ def write_json(path: Path, value: object) -> None:
 
 @contextlib.contextmanager
 def naming_file(path: Path) -> typing.Iterator[None]:
-    """Says which file could not be written; of a full disk the system's message names none."""
+    """Says which file, or folder, could not be written; of a full disk the system's message names none."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

@@ -16,20 +16,18 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.chat_template import TOOL_USE
 from models.checkpoint import hf_name
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
-from models.common import dtype_name, is_main_rank, read_json_object
+from models.common import dtype_name, is_main_rank, naming_file, read_json_object
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
@@ -79,11 +77,12 @@ def save_folder(
     staging = folder / STAGING if folder.is_dir() else folder.parent / f".{folder.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with _writing(folder):
+        with naming_file(folder):
             staging.mkdir(parents=True)
         tied = config.get("tie_word_embeddings", False)
+        # names its own failures: those of what makes the tensors say what they are of
         saved_dtype, digests = _write_shards(folder, staging, tensors, tied, dtype, max_shard_bytes)
-        with _writing(folder):
+        with naming_file(folder):
             _copy_files(staging, copy_from, json_changes or {})
             config = {name: value for name, value in config.items() if name != WEIGHTS_KEY}
             names = ["dtype"] + ["torch_dtype"] * ("torch_dtype" in config)
@@ -98,7 +97,7 @@ def save_folder(
     except BaseException:  # what gathers or quantises the tensors may find them broken
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    with _writing(folder):
+    with naming_file(folder):
         _publish(staging, folder)
 
 
@@ -106,20 +105,11 @@ def complete_export(folder: Path) -> None:
     """Brings a switch to its end that a kill cut short, and removes what another left; main rank only."""
     config = folder / "config.json"
     named = read_json_object(config, missing_ok=True).get(WEIGHTS_KEY)
-    with _writing(folder):
+    with naming_file(folder):
         if isinstance(named, str) and named.startswith(f"{STAGING}/"):
             _take_names(folder)
         elif (folder / STAGING).exists():
             shutil.rmtree(folder / STAGING)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Gives the failures of writing one form. Not around what makes the tensors, whose errors say what they are of."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 # ------------------------------------------------------------------------------------------ staging
@@ -136,7 +126,7 @@ def _write_shards(
     def flush():
         with ThreadPoolExecutor(THREADS) as pool:
             digests = pool.map(tensor_digest, pending.values())  # beside the writing
-            with _writing(target):
+            with naming_file(target):
                 save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append(dict(zip(pending, digests)))
 
@@ -164,7 +154,7 @@ def _write_shards(
         os.rename(folder / f"shard-{i}", folder / file_name)
         weight_map.update(dict.fromkeys(shard, file_name))
         digests[file_name] = shard
-    with _writing(target):
+    with naming_file(target):
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return saved_dtype, digests
 

@@ -11,7 +11,6 @@
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,8 @@ import numpy as np
 from inference.system import opening_of
 from models.chats import Chat, content_of, read_chat
 from models.checkpoint import Folder
-from models.common import at_least_one, flag, progress_bar, short_bar
+from models.checksums import bytes_bar
+from models.common import at_least_one, flag, short_bar
 from models.forked import map_in_processes, num_cores
 from models.generation import Request
 from models.record_files import Items, Lines, Record, chunks_of, records_of
@@ -62,7 +62,7 @@ class _Look(NamedTuple):
 
     num_records: int
     renamed: set[str]  # fields that lines cannot have under their own name
-    longest: list[tuple[int, int, Record]]  # (size, number in the part, record)
+    longest: list[tuple[int, Record]]  # with their sizes
     size: int  # bytes of the file
 
 
@@ -101,18 +101,19 @@ class PromptSource:
     def _look_at_all(self) -> list[Record]:
         """The longest prompts of a large file."""
         workers = num_cores(of_rank=True) if self.is_large else 1
-        options, longest = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False}, []
-        with progress_bar(total=self.size, desc="reading prompts", **options) as bar:
+        longest: list[tuple[int, Record]] = []
+        with bytes_bar(self.size, "reading prompts") as bar:
             for look in map_in_processes(self._look, self._chunks(), workers):
                 self.num_records += look.num_records
                 self._renamed |= look.renamed
-                longest = heapq.nlargest(NUM_LONGEST, longest + look.longest, key=lambda each: each[0])
+                longest = _longest_of(longest + look.longest)
                 bar.update(look.size)
-        return [record for _, _, record in longest]
+        return [record for _, record in longest]
 
     def _look(self, chunk: Lines | Items) -> _Look:
-        num_records, renamed, longest = 0, set(), []
-        for num_records, record in enumerate(records_of([chunk]), start=1):
+        num_records, renamed, sized = 0, set(), []
+        for record in records_of([chunk]):
+            num_records += 1
             prompt = record.fields.get("prompt")
             if not isinstance(prompt, str) or not record.fields.keys().isdisjoint(LOOKED_AT):
                 with naming(record):
@@ -121,12 +122,8 @@ class PromptSource:
                 renamed.update(name for name in WRITTEN if name in record.fields)
             if self.is_large:
                 texts = [prompt] if isinstance(prompt, str) else map(content_of, prompt.messages)
-                size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-                if len(longest) < NUM_LONGEST:
-                    heapq.heappush(longest, (size, num_records, record))
-                elif size > longest[0][0]:
-                    heapq.heapreplace(longest, (size, num_records, record))
-        return _Look(num_records, renamed, longest, chunk.size)
+                sized.append((sum(len(text) if text.isascii() else len(text.encode()) for text in texts), record))
+        return _Look(num_records, renamed, _longest_of(sized), chunk.size)
 
     def _tokenise_all(self) -> None:
         self._encoded = []
@@ -171,17 +168,11 @@ class PromptSource:
         mean = sum(lengths) // len(lengths) if lengths else self._longest
         return min(mean + -(-self.max_new_tokens // 2), self.folder.max_seq_len)
 
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """Which prompts are not known to be skipped, bool [num_records]."""
-        if self._encoded is None:
-            return np.ones(self.num_records, dtype=bool)
-        return np.array([ids is not None for ids in self._encoded])
-
     def missing(self, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the numbers of the prompts that have samples to draw, how many of each). done: the samples that are drawn,
         bool [num_records, num_samples]."""
-        numbers = np.flatnonzero(self.kept & ~done.all(axis=1))
+        is_kept = True if self._encoded is None else np.array([ids is not None for ids in self._encoded])
+        numbers = np.flatnonzero(is_kept & ~done.all(axis=1))
         return numbers, (~done[numbers]).sum(axis=1)
 
     def requests(self, numbers: np.ndarray, done: np.ndarray, taken: Iterable[range]) -> Iterator[Request]:
@@ -235,6 +226,10 @@ class PromptSource:
             (self.short, f"prompts with room for fewer than {self.max_new_tokens} new tokens"),
         )
         return "; ".join(f"{count} {what}" for count, what in remarks if count)
+
+
+def _longest_of(sized: list[tuple[int, Record]]) -> list[tuple[int, Record]]:
+    return heapq.nlargest(NUM_LONGEST, sized, key=lambda each: each[0])
 
 
 def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:

@@ -356,6 +356,9 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
     def same(messages: list[dict], **changes) -> bool:
         return template.render(messages, add_generation_prompt=False, **{**chat.values, **changes}) == text
 
+    def same_with(i: int, message: dict) -> bool:
+        return same([*chat.messages[:i], message, *chat.messages[i + 1 :]])
+
     if chat.tools and same(chat.messages, tools=None):
         raise ValueError("tools: the chat template has no place for them")
     for name in chat.kwargs or ():
@@ -364,19 +367,11 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
     for i, message in enumerate(chat.messages):
         seen = place is not None and i in place.ends and (i in place.begins or message["role"] == "assistant")
         content = content_of(message)
-        if not seen and content.strip() and same(_changed(chat, i, content=content + "x")):
+        if not seen and content.strip() and same_with(i, {**message, "content": content + "x"}):
             raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
         called = place is not None and i in place.calls
-        if (
-            message.get("tool_calls")
-            and not called
-            and same([*chat.messages[:i], with_other_calls(message), *chat.messages[i + 1 :]])
-        ):
+        if message.get("tool_calls") and not called and same_with(i, with_other_calls(message)):
             raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
-
-
-def _changed(chat: Chat, i: int, **changes) -> list[dict]:
-    return [*chat.messages[:i], {**chat.messages[i], **changes}, *chat.messages[i + 1 :]]
 
 
 def _holds(text: str, message: dict) -> bool:

@@ -299,22 +299,21 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     param_dtype: torch.dtype | None = None,
-    compute_dtype: torch.dtype | None = None,
     tp: DeviceMesh | None = None,
     head: str = "lm",
     files: WeightFiles | None = None,
 ) -> Transformer:
     """A Transformer with the weights of a Hugging Face folder, as plain tensors: for inference, and for one process.
 
-    param_dtype: the dtype of the parameters, None keeps the files'. compute_dtype: of the activations, None takes the
-    parameters'. tp: reads and holds only this rank's part. head: "lm" or "score". files: the folder's, if not as they
-    are (models/adapters.py). Raises what ModelConfig.from_hf and WeightFiles raise.
+    param_dtype: the dtype of the parameters, and so of the activations; None keeps the files'. tp: reads and holds only
+    this rank's part. head: "lm" or "score". files: the folder's, if not as they are (models/adapters.py). Raises what
+    ModelConfig.from_hf and WeightFiles raise.
     """
     config = model_config(folder)
     refuse_quantized(folder)
     files = files or WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype, Parallel(tp), head)
+        model = Transformer(config, None, Parallel(tp), head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 

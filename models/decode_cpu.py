@@ -124,7 +124,7 @@ class DecodeLayers:
 
     def __init__(self, model: Transformer, num_slots: int, max_seq_len: int):
         config, tp = model.config, size_of(model.parallel.tp)
-        self.model, self.dtype = model, model.compute_dtype or model.embed_tokens.weight.dtype
+        self.model, self.dtype = model, model.dtype
         positions = torch.arange(max_seq_len)[None]
         # [S, 1, D] each
         self.cos, self.sin = (t[0] for t in rope_tables(positions, model.inv_freq, config.attention_factor))

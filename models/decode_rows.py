@@ -81,14 +81,14 @@ class DecodeRows:
         self.model, self.params, self.look_every = model, params, look_every
         self.tp, device = model.parallel.tp, model.embed_tokens.weight.device
         self.device, self.num_rows, config = device, num_rows, model.config
-        options = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len, "tp": self.tp}
-        options["dtype"] = model.compute_dtype or model.embed_tokens.weight.dtype
+        shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
+        options = {"dtype": model.dtype, "tp": self.tp}
         self.network = Network(model, compile=compile)
         if device.type == "cpu" and not compile:  # all that exists for CPUs alone
-            self.cache, self.draw = CPUCache(config, **options), sampling_cpu.sample
+            self.cache, self.draw = CPUCache(config, **shape, **options), sampling_cpu.sample
             self.layers = DecodeLayers(model, num_rows, max_seq_len)
         else:
-            self.cache, self.draw = PagedCache(config, device=device, **options), sample
+            self.cache, self.draw = PagedCache(config, device=device, **shape, **options), sample
             self.layers = self.network
         # the state of the rows lives on the device, at fixed addresses
         zeros = partial(torch.zeros, num_rows, dtype=torch.int64, device=device)

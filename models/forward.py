@@ -37,7 +37,7 @@ def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forwa
     each with positions of its own. No rows give one of padding and row_labels [0, T], so that the collectives of
     forward and backward are run; a loss that is summed over the rows is 0 then."""
     device, packed = model.inv_freq.device, split.max_tokens is not None and len(rows) > 1
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    dtype = model.dtype
     multiple = math.lcm(model.row_multiple, length_multiple(device, dtype, model.config.head_dim))
     batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, multiple)
     width, attend = batch.input_ids.shape[1], causal_attention

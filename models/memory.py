@@ -36,7 +36,7 @@ def free_memory(device: torch.device) -> int:
 
 def page_bytes(model: Transformer) -> int:
     """Bytes of a page of the cache, over all layers, on this tp rank. A CPU keeps keys in fp32."""
-    config, size = model.config, (model.compute_dtype or model.embed_tokens.weight.dtype).itemsize
+    config, size = model.config, model.dtype.itemsize
     of_key = 4 if model.embed_tokens.weight.device.type == "cpu" else size
     heads = config.num_key_value_heads // size_of(model.parallel.tp)
     return config.num_hidden_layers * PAGE * heads * config.head_dim * (of_key + size)
@@ -61,7 +61,7 @@ def plan_cache(
     longest that is known fits.
     """
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
-    size = (model.compute_dtype or model.embed_tokens.weight.dtype).itemsize
+    size = model.dtype.itemsize
     most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
     columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)

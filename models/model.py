@@ -463,6 +463,11 @@ class Transformer(nn.Module):
         return whole_sequence(self.norm(x), self.parallel)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.compute_dtype or self.embed_tokens.weight.dtype
+
+    @property
     def row_multiple(self) -> int:
         """What the length of a row must be a multiple of: sequence parallelism cuts it over the ranks."""
         return size_of(self.parallel.tp) if self.parallel.sequence_parallel else 1

@@ -232,7 +232,7 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
 def cache_bytes(engine: Engine) -> float:
     """Bytes of cache that the decode steps had to read: in the dtype of the computation, also where the engine keeps it
     in a wider one, whose bytes are no achievement."""
-    config, dtype = engine.model.config, engine.model.compute_dtype or engine.model.embed_tokens.weight.dtype
+    config, dtype = engine.model.config, engine.model.dtype
     heads = config.num_key_value_heads // size_of(engine.model.parallel.tp)
     of_token = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
     return engine.cache_bytes_read / engine.rows.cache.bytes_per_token * of_token

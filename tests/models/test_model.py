@@ -149,7 +149,8 @@ def test_position_ids(folder, hf_model):
 
 def test_bf16_compute_on_fp32_weights(folder):
     """Catches: norms or RoPE in bf16, and a compute dtype that does not reach the layers or reaches the weights."""
-    model, reference = load_model(folder, compute_dtype=torch.bfloat16), load_model(folder)
+    model, reference = load_model(folder), load_model(folder)
+    model.compute_dtype = torch.bfloat16
     input_ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 64))
     hidden = model(input_ids)
     assert hidden.dtype == torch.bfloat16

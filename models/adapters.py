@@ -301,7 +301,7 @@ def choose_lora(
         return None
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
     start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
-    shape = _shape(args, start, config, is_other=is_critic)
+    r, alpha, use_rslora, layers = _shape(args, start, config, is_other=is_critic)
     scheme = base_scheme(args.quantize_base)
     if scheme is not None:
         try:
@@ -309,19 +309,19 @@ def choose_lora(
         except ValueError as error:  # of one of the bases: a critic may have another
             raise ValueError(f"{base}: --quantize_base {error}") from None
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
-    values = _new_values(config, shape[3], shape[0], args.seed, streams)
-    for layer, (A, B) in start.factors.items() if start is not None and not is_critic else ():
-        for suffix in ("", REFERENCE) if with_reference else ("",):
-            values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
-    if start is not None and start.score is not None and not is_critic:
-        values[SCORE] = start.score
+    values = _new_values(config, layers, r, args.seed, streams)
     base_fingerprint = on_main(lambda: fingerprint(base))
-    if start is not None and start.config.get("lora_dropout") and not args.lora_dropout and not is_critic:
-        say(f"{start.path}: goes on without its lora_dropout {start.config['lora_dropout']}, which is a flag here")
-    r, alpha, use_rslora, layers = shape
-    fields = (r, alpha, use_rslora, args.lora_dropout, layers, scheme, values, base, base_fingerprint)
     with_reference = with_reference and start is not None
-    return Lora(*fields, seed=args.seed, with_critic=with_critic, with_reference=with_reference)
+    if start is not None and not is_critic:
+        for layer, (A, B) in start.factors.items():
+            for suffix in ("", REFERENCE) if with_reference else ("",):
+                values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
+        if start.score is not None:
+            values[SCORE] = start.score
+        if start.config.get("lora_dropout") and not args.lora_dropout:
+            say(f"{start.path}: goes on without its lora_dropout {start.config['lora_dropout']}, which is a flag here")
+    held = (layers, scheme, values, base, base_fingerprint)
+    return Lora(r, alpha, use_rslora, args.lora_dropout, *held, args.seed, with_critic, with_reference)
 
 
 def base_scheme(mode: str) -> Scheme | None:

@@ -79,12 +79,10 @@ def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKi
         separator = config.get("step_separator")
         if not isinstance(separator, str) or not separator:
             raise ValueError(f"{where}: step_separator must be the text that ends a step, not {separator!r}")
-    mean, std = config.get("reward_mean"), config.get("reward_std")
+    mean, std, pad = config.get("reward_mean"), config.get("reward_std"), config.get("pad_token_id")
     for key, value in (("reward_mean", mean), ("reward_std", std)):
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not finite:
-            raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
-    pad = config.get("pad_token_id")
+        if value is not None:
+            finite_number(f"{where}: {key}", value)
     return RewardKind(separator, mean, std, pad if isinstance(pad, int) else None)
 
 

@@ -12,6 +12,7 @@ models/workers.py starts it. It does not import torch.
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -102,7 +103,7 @@ def _serve(requests: int, replies: int) -> None:
     file = os.fdopen(requests, "rb")
     start = json.loads(file.readline())
     sys.path[:] = start["path"]
-    _limit_memory(start["memory"])
+    resource.setrlimit(resource.RLIMIT_DATA, 2 * (start["memory"],))  # also of each process that this one starts
     try:
         graders = [load_grader(*each) for each in start["graders"]]
     except (ValueError, OSError) as error:
@@ -169,10 +170,3 @@ def _grade_now(request: dict, graders: list, send: Callable[..., None]) -> None:
     send(id=request["id"], **reply, last=last)
     if last:
         os._exit(0)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Bounds the memory of this process and of each that it starts; an allocation above fails."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))

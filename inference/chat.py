@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from inference.prompts import opening_of
 from inference.settings import settings_not_taken
-from inference.system import opening_of
 from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inference.system import opening_of
 from models.chats import Chat, content_of, read_chat
 from models.checkpoint import Folder
 from models.checksums import bytes_bar
@@ -35,6 +34,7 @@ from models.records import (
     require,
     stated_prompt,
 )
+from models.tokenizer import Tokenizer
 
 BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
 NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the cache must have room for
@@ -230,6 +230,25 @@ class PromptSource:
 
 def _longest_of(sized: list[tuple[int, Record]]) -> list[tuple[int, Record]]:
     return heapq.nlargest(NUM_LONGEST, sized, key=lambda each: each[0])
+
+
+def opening_of(system: str | None, tokenizer: Tokenizer) -> list[dict]:
+    """The messages that a conversation begins with: the system message, or none. Raises ValueError where the chat
+    template refuses it, or would leave it out without a word."""
+    if system is None:
+        return []
+    opening = [{"role": "system", "content": system}]
+    if tokenizer.chat_template is None:
+        return opening
+    question = [{"role": "user", "content": "?"}]
+    without = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(opening + question, add_generation_prompt=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; does it take a system message at all? Leave it out") from None
+    if text == without:
+        raise ValueError("the chat template would leave the system message out without a word; do without it")
+    return opening
 
 
 def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:

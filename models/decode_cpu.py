@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import Attend
+from models.attention import Attend, causal_attention
 from models.cpu_linear import Bags, has_fbgemm, pack_weight
 from models.model import Attention, ModelConfig, Transformer
-from models.paged_cache import Cache, Chunk, attend_chunks, places_of
-from models.pages import PAGE
+from models.paged_cache import Cache, Chunk, places_of
+from models.pages import PAGE, pages_for
 from models.qlinear import QuantizedLinear, Scheme, quantize
 from models.rope import rope_tables
 from models.tp import size_of
@@ -65,19 +65,28 @@ class CPUCache(Cache):
         self.first_places, self.first_values = (heads[:, None] * D + dims) * PAGE, heads * PAGE  # [K, D], [K]
         self.constants: dict[int, tuple[Tensor, ...]] = {}
 
-    def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
+    def _read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """What pages hold, [tokens, K, D] each, in fp32."""
         keys, values = self.keys[layer][pages], self.values[layer][pages]  # [n, K, D, PAGE], [n, K, PAGE, D]
-        return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+        return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1).float()
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
         places = places_of(chunks, self.table.device)
-        pages, offsets = places // PAGE, places % PAGE
+        pages, offsets, lengths = places // PAGE, places % PAGE, [chunk.length for chunk in chunks]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """Each chunk sees itself, causally, and what its pages hold from before."""
             self.keys[layer][pages, :, :, offsets] = k[0].float()
             self.values[layer][pages, :, offsets] = v[0].to(self.dtype)
-            computed = (t.float() for t in (q, k, v))
-            return attend_chunks(*computed, chunks, self, layer).to(q.dtype)
+            outputs = []
+            for chunk, queries, *new in zip(chunks, *(t[0].float().split(lengths) for t in (q, k, v))):
+                mask = None
+                if chunk.start:
+                    before = self._read(layer, chunk.pages[: pages_for(chunk.start)])
+                    new = [torch.cat((old[: chunk.start], each)) for old, each in zip(before, new)]
+                    mask = torch.ones(chunk.length, len(new[0]), dtype=torch.bool).tril(chunk.start)
+                outputs.append(causal_attention(layer, queries[None], *(t[None] for t in new), mask)[0])
+            return torch.cat(outputs)[None].to(q.dtype)
 
         return attend
 

@@ -1,7 +1,8 @@
-"""Attention of a prefill by SDPA on a GPU: fp32, and GPUs and head dims that the variable-length kernel does not take.
+"""Attention of a prefill by SDPA: fp32, and devices and head dims that the variable-length kernel does not take.
 
 Chunks of like size are padded to one and computed together, so kernels are launched for each size and not for each
-chunk. Sizes are powers of two from 64 on: SDPA makes a plan for a new size, and chooses kernels by what divides it.
+chunk. Sizes are powers of two from 64 on: on a GPU SDPA makes a plan for a new size, and chooses kernels by what
+divides it.
 
 Dimensions: N packed tokens, C chunks of a size, T query tokens, S keys, H query heads, K key/value heads, D head dim.
 """

@@ -3,7 +3,7 @@
 - one tensor of pages for the keys of a layer and one for the values; a row of a step has its pages in a table
 - prefill takes chunks of several sequences packed end to end without padding, each of which sees what its pages hold
   from before; decode takes one token for each row
-- prefill on a GPU is one call of variable-length attention, or where that does not serve, models/padded_prefill.py
+- prefill is one call of variable-length attention, or where that does not serve, models/padded_prefill.py
 - a GPU decodes with the Triton kernel of models/triton_attention.py, each row over what it holds; other devices, and a
   compiled step on a CPU, by the plain operations that are its oracle. An eager CPU has its own: models/decode_cpu.py
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import Attend, causal_attention, varlen_kernel, varlen_works
+from models.attention import Attend, varlen_kernel, varlen_works
 from models.gpu import has_bf16_cores, has_triton
 from models.model import ModelConfig
 from models.padded_prefill import attend_batches, batches_of
@@ -48,20 +48,6 @@ def places_of(chunks: list[Chunk], device: torch.device) -> Tensor:
     """Where packed tokens are written, likewise, int64 [N]."""
     places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
     return to_device(torch.from_numpy(places), device)
-
-
-def attend_chunks(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk], cache: "Cache", layer: int) -> Tensor:
-    """Each chunk sees itself, causally, and what its pages hold from before. q [1, N, H, D], k and v [1, N, K, D], in
-    the dtype to compute in; cache.read(layer, pages) gives what pages hold, [tokens, K, D] each."""
-    outputs, lengths = [], [chunk.length for chunk in chunks]
-    for chunk, queries, keys, values in zip(chunks, *(t[0].split(lengths) for t in (q, k, v))):
-        mask = None
-        if chunk.start:
-            before = (t[: chunk.start].to(q.dtype) for t in cache.read(layer, chunk.pages[: pages_for(chunk.start)]))
-            keys, values = (torch.cat(pair) for pair in zip(before, (keys, values)))
-            mask = torch.ones(chunk.length, len(keys), dtype=torch.bool, device=q.device).tril(chunk.start)
-        outputs.append(causal_attention(layer, queries[None], keys[None], values[None], mask)[0])
-    return torch.cat(outputs)[None]
 
 
 def gpu_kernel(device: torch.device) -> Callable | None:
@@ -138,9 +124,6 @@ class PagedCache(Cache):
         self.kernel = gpu_kernel(device)
         self.is_copied_by_words = device.type == "cuda" and config.head_dim * self.dtype.itemsize % 8 == 0
 
-    def read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
-        return self.keys[layer][pages].flatten(0, 1), self.values[layer][pages].flatten(0, 1)
-
     def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's pages of keys and of values, with these in them. places: of tokens in the pages end to end, int64
         [N]; k and v [N, K, D]"""
@@ -156,17 +139,8 @@ class PagedCache(Cache):
         """Attention for chunks packed end to end in one row, which it writes to their pages. Kernels for sequences of
         any length take all chunks at once."""
         device, places = self.table.device, places_of(chunks, self.table.device)
-        if varlen_works(device, self.dtype, self.heads[1]):
-            return self._varlen_prefill(chunks, places)
-        if device.type == "cuda":
-            return self._padded_prefill(chunks, places)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, places, k[0], v[0])
-            computed = (t.to(self.dtype) for t in (q, k, v))
-            return attend_chunks(*computed, chunks, self, layer).to(q.dtype)
-
-        return attend
+        has_kernel = varlen_works(device, self.dtype, self.heads[1])
+        return self._varlen_prefill(chunks, places) if has_kernel else self._padded_prefill(chunks, places)
 
     def _varlen_prefill(self, chunks: list[Chunk], places: Tensor) -> Attend:
         device, contexts = places.device, [chunk.start + chunk.length for chunk in chunks]

@@ -272,8 +272,6 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dty
         return "fp8" if N % 16 == K % 16 == 0 else None
     if device.type == "cuda":
         return "triton" if has_triton(device) and (scheme.group_size or 32) % 32 == 0 else None
-    if device.type != "cpu":
-        return None
     if dtype == torch.float32 or not has_bf16_products():
         return "fbgemm" if has_fbgemm() else None
     if scheme.mode == "int8":  # torch's int8 kernel computes nonsense for an odd K (2.13)

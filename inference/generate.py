@@ -148,7 +148,7 @@ def main(args: GenerateArgs) -> None:
     output = LineWriter(args.output_file, begun, active, num_lines) if in_file else nullcontext(LinePrinter(active))
     with output as writer, TokenCounter(work.total) as counter:
         for completion in engine.generate(source.requests(numbers, done, work), counter.count):
-            record = source.record_of(completion.request)
+            record = completion.request.source
             writer.write(line_of(completion, source.asked(record), record, args.return_token_ids))
             counter.bar.update(work.done() - counter.bar.n)
         work.close()

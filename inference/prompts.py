@@ -78,7 +78,6 @@ class PromptSource:
         self.skipped = self.truncated = self.short = 0  # of the prompts tokenised so far
         # ids of each prompt, None of one skipped; where all are known
         self._encoded: list[list[int] | None] | None = None
-        self._open: dict[int, tuple[Record, int]] = {}  # number -> (record, samples that are not drawn yet)
         path = args.prompt_file
         self.size = path.stat().st_size if path is not None and path.is_file() else 0
         self.is_large = self.size >= BIG_FILE
@@ -190,18 +189,9 @@ class PromptSource:
                     continue
                 missing = np.flatnonzero(~done[number]).tolist()
                 begin = int(ends[place]) - len(missing)
-                own = missing[max(0, samples.start - begin) : samples.stop - begin]
-                self._open[number] = record, len(own) + self._open.get(number, (None, 0))[1]
                 most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))
-                for sample_idx in own:
-                    yield Request(number, sample_idx, ids, most, record.where)
-
-    def record_of(self, request: Request) -> Record:
-        """That of a sample which is drawn now."""
-        record, num_open = self._open.pop(request.idx)
-        if num_open > 1:
-            self._open[request.idx] = record, num_open - 1
-        return record
+                for sample_idx in missing[max(0, samples.start - begin) : samples.stop - begin]:
+                    yield Request(number, sample_idx, ids, most, record)
 
     def asked(self, record: Record) -> str | list[dict]:
         """The record's prompt as the model got it: messages with --chat and --system, so that whoever reads the line

@@ -37,6 +37,9 @@ class Record(NamedTuple):
     where: str  # "file:line" or "file: item 3", for messages
     fields: dict
 
+    def __str__(self) -> str:
+        return self.where
+
     @property
     def given(self) -> dict:
         """The fields that have a value: where records of several forms share columns, the others' are null."""

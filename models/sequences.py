@@ -15,16 +15,16 @@ from models.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Request:
     """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise.
-    where: file and line of the record, for messages."""
+    source: what it is of, a record or the place of one, which messages name."""
 
     idx: int
     sample_idx: int
     prompt_ids: list[int]
     max_new_tokens: int
-    where: str = ""
+    source: object = None
 
     def __str__(self) -> str:
-        return self.where or f"prompt {self.idx}"
+        return str(self.source or f"prompt {self.idx}")
 
 
 @dataclass

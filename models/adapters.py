@@ -33,11 +33,11 @@ from models.common import (
     naming_file,
     on_main,
     positive,
+    read_json_object,
     say,
     write_json,
     write_whole,
 )
-from models.common import read_json_object as read_json
 from models.compressed import LINEARS, linear_layers
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
 from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
@@ -153,7 +153,7 @@ def _read_config(path: Path) -> dict:
     where = path / ADAPTER_CONFIG
     if not where.is_file():
         raise FileNotFoundError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter's folder")
-    config = read_json(where)
+    config = read_json_object(where)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type {config.get('peft_type')!r} is not supported, only 'LORA'")
     for key in ("r", "lora_alpha"):

@@ -23,15 +23,10 @@ class PadToken(NamedTuple):
     id: int
 
 
-class _Vocabulary(NamedTuple):
-    ids: dict[str, int]
-    added: dict[str, int]  # those that a text is searched for, special tokens among them
-
-
 def named_pad_token(path: Path) -> PadToken | None:
     """The pad token that a folder's tokenizer files name, None if they name none or one that they do not hold."""
     text = _named(path, "pad_token")
-    token_id = None if text is None else _read_vocabulary(path).ids.get(text)
+    token_id = None if text is None else _read_vocabulary(path)[0].get(text)
     return None if token_id is None else PadToken(text, token_id)
 
 
@@ -41,18 +36,18 @@ def choose_pad_token(folder: Folder) -> PadToken:
     one that was kept in reserve; else the last entry of the vocabulary, its rarest, that no text spells (in a
     byte-level one a space is written as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
-    vocabulary = _read_vocabulary(path)
+    ids, added_ids = _read_vocabulary(path)
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
-    usable = {text: i for text, i in vocabulary.ids.items() if i not in ends and i < folder.config.vocab_size}
-    unknown = ("<unk>",) if "<unk>" in vocabulary.added else ()
+    usable = {text: i for text, i in ids.items() if i not in ends and i < folder.config.vocab_size}
+    unknown = ("<unk>",) if "<unk>" in added_ids else ()
     for text in (_named(path, "pad_token"), _named(path, "unk_token"), *unknown):
         if text in usable:
             return PadToken(text, usable[text])
-    added = [text for text in vocabulary.added if text in usable and text not in template]
+    added = [text for text in added_ids if text in usable and text not in template]
     kinds = ("pad", "reserved", "unused", "")
     added.sort(key=lambda text: (next(i for i, kind in enumerate(kinds) if kind in text.lower()), -usable[text]))
-    spaced = [text for text in usable if text.startswith("\u0120") and text not in vocabulary.added]
+    spaced = [text for text in usable if text.startswith("\u0120") and text not in added_ids]
     text = added[0] if added else max(spaced or usable, key=usable.get)
     return PadToken(text, usable[text])
 
@@ -83,8 +78,9 @@ def _named(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.jso
     return None
 
 
-def _read_vocabulary(path: Path) -> _Vocabulary:
-    """Of a folder whose tokenizer has been opened, so its files are sound."""
+def _read_vocabulary(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """(the ids of all tokens; of those that a text is searched for, special tokens among them) of a folder whose
+    tokenizer has been opened, so its files are sound."""
     if (path / "tokenizer.json").is_file():
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         ids = backend.get_vocab(with_added_tokens=True)
@@ -98,4 +94,4 @@ def _read_vocabulary(path: Path) -> _Vocabulary:
     more = {text: i for text, i in _read(path / "added_tokens.json").items() if isinstance(i, int)}
     for i, token in _read(path / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
         more[token["content"]] = int(i)
-    return _Vocabulary({**ids, **more}, {**added, **more})
+    return {**ids, **more}, {**added, **more}

@@ -50,11 +50,8 @@ def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[
     return torch.cat(outputs).view(q.shape).to(q.dtype)
 
 
-Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-
-
 @cache
-def varlen_kernel() -> Varlen | None:
+def varlen_kernel() -> Callable[..., Tensor] | None:
     """Causal attention of sequences packed end to end, torch's variable-length kernel (FlashAttention 2): q [N, H, D],
     k and v [S, K, D], the ends of the sequences in both, int32 with a 0 before them, and the longest of each ->
     [N, H, D]. The last query of a sequence sees all its keys. None where torch lacks it.

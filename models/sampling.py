@@ -99,9 +99,6 @@ class SamplingParams:
             raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
 
 
-Filter = Callable[[Tensor, SamplingParams, int, DeviceMesh | None], tuple[Tensor, Tensor | None]]
-
-
 def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, None]:
     """(this rank's logits, -inf where a filter drops one; None: there are all of them). Nothing is sorted whole."""
     if params.top_k:
@@ -159,7 +156,7 @@ def sample(
     tp: DeviceMesh | None = None,
     seen: Tensor | None = None,
     *,
-    filtered: Filter = all_filtered,
+    filtered: Callable[..., tuple[Tensor, Tensor | None]] = all_filtered,
     largest: Callable[[Tensor], tuple[Tensor, Tensor]] = largest_of_rows,
     logprobs: Callable[[Tensor, Tensor], Tensor] = logprobs_of,
 ) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,7 @@ def plan_cache(
     most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
     columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
+    prefill_tokens = min(prefill_tokens, most_slots * max(known_tokens, most_tokens))  # no more are in rows at a time
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
     if size_of(tp) > 1:  # NCCL takes its buffers with the first
         dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
@@ -77,8 +78,8 @@ def plan_cache(
     if fitting < pages_for(known_tokens):
         raise ValueError(
             f"the KV cache of one sequence of {known_tokens} tokens, {pages_for(known_tokens) * of_page / 1e9:.1f} GB, "
-            f"does not fit into the {free / 1e9:.1f} GB of memory that are free; shorten --max_seq_len or "
-            "--max_new_tokens"
+            f"does not fit into the {free / 1e9:.1f} GB of memory that are free, beside {beside / 1e9:.1f} GB for the "
+            "computation; shorten --max_seq_len, --max_new_tokens or --prefill_tokens"
         )
     most_tokens = max(known_tokens, min(most_tokens, fitting * PAGE))
     slots = max(1, min(most_slots, fitting // pages_for(usual_tokens)) if num_slots is None else most_slots)

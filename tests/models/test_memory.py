@@ -14,7 +14,8 @@ from models.sampling import SamplingParams
 
 def test_rows_and_pages_fit(folder, monkeypatch):
     """Catches a page whose bytes are counted wrongly, rows that are more than the pages can feed or than there are
-    requests, a cache beyond memory, and one that cannot hold its longest sequence."""
+    requests, a cache beyond memory, one that cannot hold its longest sequence, and memory for more tokens of prompts
+    than rows can have."""
     model = to_inference(load_model(folder), pack=False)
     of_page = page_bytes(model)
     cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache
@@ -36,4 +37,8 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     assert plan(1000, 16, most_tokens=0) == plan(1000)
     with pytest.raises(ValueError, match="does not fit into"):
         plan(3)
+    few = {"usual_tokens": 4, "known_tokens": 8, "most_tokens": 0, "num_slots": None, "num_requests": 1}
+    assert plan_cache(model, prefill_tokens=10**12, **few)[:3] == plan_cache(model, prefill_tokens=8, **few)[:3]
+    with pytest.raises(ValueError, match=r"beside \d.*--prefill_tokens"):
+        plan_cache(model, prefill_tokens=10**12, **{**few, "known_tokens": 10**12})
     assert memory.free_memory(torch.device("cpu")) > 2**20

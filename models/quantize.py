@@ -66,10 +66,12 @@ def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dty
             raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
         if dtype != torch.bfloat16:
             raise ValueError("fp8 computes in bfloat16: give --dtype bfloat16")
-    for layer in linear_layers(config.num_hidden_layers):
-        each, (key, size, parts) = scheme.of(layer), _inputs(config, tp_size)[layer.rpartition(".")[2]]
-        if each.group_size is not None and size % (parts * each.group_size):
-            fitting = [group for group in GROUP_SIZES if size % (parts * group) == 0]
+    by_kind = _inputs(config, tp_size)
+    layers = [(scheme.of(name), by_kind[name.rpartition(".")[2]]) for name in linear_layers(config.num_hidden_layers)]
+    grouped = [(each, inputs) for each, inputs in layers if each.group_size is not None]
+    for each, (key, size, parts) in grouped:
+        if size % (parts * each.group_size):
+            fitting = [group for group in GROUP_SIZES if all(n % (cut * group) == 0 for _, (_, n, cut) in grouped)]
             advice = f"groups of {fitting[-1]} are possible" if fitting else "take int8"
             raise ValueError(
                 f"{each.mode}: {_share(key, size, parts)} is not divisible by groups of {each.group_size}; {advice}"

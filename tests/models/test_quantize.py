@@ -384,7 +384,7 @@ def test_folder_equals_on_the_fly(biased, written, dtype):
 
 def test_largest_group_that_fits(tmp_path):
     """Catches --quantize int4 that stops where 128 does not divide, takes smaller groups than it must, forgets that
-    ranks share the inputs of down_proj and o_proj, or says nothing."""
+    ranks share the inputs of down_proj and o_proj, or says nothing; and advice that another layer refuses."""
     shares = "heads x head_dim 128 / 4 ranks or intermediate_size 256 / 4 ranks"
     for ffn, tp_size, group_size, undivided in (
         (256, 1, 128, None),
@@ -400,6 +400,8 @@ def test_largest_group_that_fits(tmp_path):
         check_scheme(scheme, config, CPU, torch.bfloat16, tp_size)
     with pytest.raises(ValueError, match="no group size divides intermediate_size 112; take int8"):
         rounding_scheme("int4", None, ModelConfig(384, 128, 112, 1, 4, 4, 32))
+    with pytest.raises(ValueError, match="128 is not divisible by groups of 256; groups of 64 are possible"):
+        check_scheme(Scheme("int4", 256), ModelConfig(384, 128, 192, 1, 4, 4, 32), CPU, torch.bfloat16, 1)
 
 
 def test_folder_of_several_shards(biased, tmp_path):

@@ -51,12 +51,14 @@ from models.tp import whole
 
 PREFIX = "base_model.model."
 SCORE = "score.weight"
-# Keys of adapter_config.json that are computed here or change nothing; of any other only what is off.
+# Keys of adapter_config.json that are computed here or change nothing (of Linear layers fan_in_fan_out, which PEFT then
+# turns off); of any other only what is off.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
     *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config"),
-    *("target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    *("fan_in_fan_out", "target_modules", "task_type", "use_rslora"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
 TOKENIZER_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits each

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -38,9 +39,9 @@ def test_layers_by_pattern(kind, tmp_path):
 
 
 def test_other_ways_to_write_them(tmp_path):
-    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, or a
-    base that is a snapshot in the hub's cache."""
-    base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
+    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, a
+    setting that PEFT turns off for such layers, or a base that is a snapshot in the hub's cache."""
+    base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     wanted, tensors = open_adapter(folder, base), load_file(folder / NAME)
     named = broken(folder, tmp_path / "named")
     save_file({name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}, named / NAME)
@@ -51,6 +52,10 @@ def test_other_ways_to_write_them(tmp_path):
     same_factors(open_adapter(pickled, base), wanted)
     halves = broken(folder, tmp_path / "bf16", tensors=lambda found: {name: t.bfloat16() for name, t in found.items()})
     assert all(t.dtype == torch.float32 for pair in open_adapter(halves, base).factors.values() for t in pair)
+    turned = broken(folder, tmp_path / "turned", config={"fan_in_fan_out": True})  # which is for Conv1D
+    same_factors(open_adapter(turned, base), wanted)
+    of_peft = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), turned)
+    torch.testing.assert_close(of_peft(IDS).logits, oracle(IDS).logits)
     snapshot = shutil.copytree(base, tmp_path / "hub/models--org--Some-7B/snapshots/0123abc")
     of_hub = broken(folder, tmp_path / "of-hub", config={"base_model_name_or_path": "org/Some-7B"})
     same_factors(open_adapter(of_hub, snapshot), wanted)

@@ -168,7 +168,7 @@ def _read_config(path: Path) -> dict:
             raise ValueError(f"{where}: {key} {value!r} is not supported")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias {config['bias']!r} is not supported, only 'none'")
-    if str(config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):  # PEFT takes OLoRA, too
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} has changed the base beside the adapter; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"

@@ -38,6 +38,25 @@ def test_layers_by_pattern(kind, tmp_path):
         torch.testing.assert_close(merged.lm_head(merged(IDS)), oracle(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "olora", "OLoRA", "pissa_niter_2")
+
+
+@pytest.mark.parametrize("kind", INITIALISATIONS)
+def test_initialisations_of_peft(kind, tmp_path):
+    """Catches one that changes the base, however it is spelt, and is merged into the base as it was: each is refused or
+    gives PEFT's logits."""
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": kind}
+    base, folder, oracle = made_by_peft(tmp_path, {}, settings)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
+    found = {name.replace(".base_layer", ""): t for name, t in oracle.base_model.model.state_dict().items()}
+    if not all(torch.equal(found[name], t) for name, t in plain.items()):
+        refused(lambda: open_adapter(folder, base), folder, "has changed the base")
+        return
+    merged = load_model(base, files=weight_files(base, folder), param_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.lm_head(merged(IDS)), oracle(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_other_ways_to_write_them(tmp_path):
     """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, a
     setting that PEFT turns off for such layers, or a base that is a snapshot in the hub's cache."""

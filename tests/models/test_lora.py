@@ -134,6 +134,7 @@ def test_what_is_refused(tmp_path):
         ("base_model_name_or_path", ("base",)): "base_model_name_or_path must be a str, not ['base']",
         ("lora_alpha", math.inf): "lora_alpha must be a positive number, not inf",
         ("init_lora_weights", "pissa"): "has changed the base",
+        ("init_lora_weights", "OLoRA"): "'OLoRA' has changed the base",
         ("r", 8): "is of rank 4, adapter_config.json says 8",
         ("base_model_name_or_path", "meta-llama/Llama-2-7b-hf"): "an adapter for meta-llama/Llama-2-7b-hf",
     }

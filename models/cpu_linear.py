@@ -59,8 +59,9 @@ def half_matrix(weight: Tensor) -> HalfMatrix | None:
         return None
     weight = weight.float()
     lost = weight.half().float() - weight
-    held = [lost.norm(dim=dim) <= 2**-20 * weight.norm(dim=dim) for dim in (0, 1)]  # inf and NaN compare as False
-    is_held = lost.norm() <= 2**-24 * weight.norm() and all(each.all() for each in held)
+    if not lost.norm() <= 2**-24 * weight.norm():  # inf and NaN compare as False
+        return None
+    is_held = all((lost.norm(dim=dim) <= 2**-20 * weight.norm(dim=dim)).all() for dim in (0, 1))
     return HalfMatrix(weight) if is_held else None
 
 

@@ -22,15 +22,25 @@ from torch import Tensor
 
 from models.adapters import AdapterArgs, weight_files
 from models.calibration import Cost, Rows, quantize_blocks
-from models.checkpoint import ModelArgs, folder_config, open_folder, stored_dtype
+from models.checkpoint import (
+    Folder,
+    ModelArgs,
+    WeightFiles,
+    folder_config,
+    has_score_head,
+    open_folder,
+    stored_dtype,
+)
 from models.checksums import check_weights
 from models.common import at_least_one, card, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
 from models.quantize import check_scheme, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
+from models.reward import scalar_head_config
 from models.tokenizer import Tokenizer, chat_day
 from models.tp import ROW_PARALLEL
 from training.data import encode_sft_record
@@ -115,8 +125,8 @@ def main(args: QuantizeScriptArgs) -> None:
                 yield name, files.read(name)
 
     stored = quantization_config(scheme, config.num_hidden_layers, "score" if head == "score" else "lm_head")
-    hf_config = {**folder_config(args.checkpoint_path), **files.config_changes, "quantization_config": stored}
-    changes = {"generation_config.json": folder.generation_changes()}
+    hf_config, changes = settings_of(folder, files)
+    hf_config["quantization_config"] = stored
     save_folder(args.output_dir, tensors(), config=hf_config, copy_from=args.checkpoint_path, json_changes=changes)
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
     num_weights = sum(math.prod(shape) for name, shape in shapes.items() if is_linear_weight(name))
@@ -131,6 +141,20 @@ def main(args: QuantizeScriptArgs) -> None:
         for name, each in named.items():
             rows[f"perplexity {name}"] = f"{each.perplexity:.4f} ({each.perplexity / plain - 1:+.3%}), KL {each.kl:.3e}"
     say(card("quantize", rows))
+
+
+def settings_of(folder: Folder, files: WeightFiles) -> tuple[dict, dict[str, dict]]:
+    """(the contents of config.json, but for the quantised weights; what the other files say otherwise than the
+    folder's). Where an adapter has made a reward model of a language model, it is one that transformers opens; a pad
+    that config.json has stays, since it says where scores are read."""
+    config, changes = folder_config(folder.path), {"generation_config.json": folder.generation_changes()}
+    if "score.weight" in files.names() and not has_score_head(folder.path):
+        stated, pad = config.get("pad_token_id"), choose_pad_token(folder)
+        has_pad = isinstance(stated, int) and stated >= 0
+        config = {**scalar_head_config(config, stated if has_pad else pad.id), **files.config_changes}
+        for name, values in pad_changes(folder.path, pad).items() if config["pad_token_id"] == pad.id else ():
+            changes[name] = {**changes.get(name, {}), **values}
+    return {**config, **files.config_changes}, changes
 
 
 def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, max_seq_len: int, most: int | None) -> list[Rows]:

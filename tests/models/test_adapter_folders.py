@@ -80,6 +80,33 @@ def test_other_ways_to_write_them(tmp_path):
     same_factors(open_adapter(of_hub, snapshot), wanted)
 
 
+@pytest.mark.parametrize("pad", [None, 2])
+def test_a_quantised_reward_model(pad, tmp_path):
+    """Catches a folder that transformers takes for a language model's, or for one of two labels, and one whose pad is
+    not its tokenizer's, or not the base's, which says where scores are read: transformers' scores of a padded batch
+    are score.py's, and those of the base with PEFT's adapter, but for rounding."""
+    model = {"intermediate_size": 128, "pad_token_id": pad}
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    base, folder, _ = made_by_peft(tmp_path, model, settings)
+    adapted, quantised = ["--checkpoint_path", base, "--adapter_path", folder], tmp_path / "quantised"
+    result = tiny.run("scripts/quantize.py", *adapted, "--mode", "int8", "--output_dir", quantised)
+    assert result.code == 0, result
+    texts = ["3 plus 4 is 7", "so it seems", "3"]
+    data = tiny.write_records(tmp_path / "data.jsonl", [{"prompt": "", "completion": text} for text in texts])
+    rewards = []
+    for i, given in enumerate((adapted, ["--checkpoint_path", quantised])):
+        out = tmp_path / f"{i}.jsonl"
+        assert tiny.run("inference/score.py", *given, "--data_file", data, "--output_file", out).code == 0
+        rewards.append(torch.tensor([[line["reward"]] for line in tiny.read_lines(out)]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(quantised, padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or "</s>"
+    batch = tokenizer([f"{text}</s>" for text in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = transformers.AutoModelForSequenceClassification.from_pretrained(quantised).eval()(**batch).logits
+    torch.testing.assert_close(found, rewards[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, rewards[0], atol=0.1, rtol=0.1)
+
+
 class Code:
     def __reduce__(self):
         return exec, ("raise SystemExit('it ran')",)

@@ -313,7 +313,7 @@ def load_model(
     refuse_quantized(folder)
     files = files or WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, None, Parallel(tp), head)
+        model = Transformer(config, parallel=Parallel(tp), head=head)
     load_weights(model, files, device=device, dtype=param_dtype, part_of=partial(tensor_parallel_part, tp=tp))
     return model
 

@@ -340,8 +340,8 @@ def num_weights(config: ModelConfig) -> int:
 def speed_of(
     config: ModelConfig, runtime: Runtime, num_ranks: int, items: list[Item], num_tokens: int, seconds: float
 ) -> dict[str, str]:
-    """Rows of the card: tokens/s without padding, and MFU: a third of training's FLOPs, less the language model's
-    head, over the peak of the datasheet, where that is known."""
+    """Rows of the card: tokens/s without padding, and MFU: a third of training's FLOPs, over the peak of the
+    datasheet, where that is known."""
     if not num_tokens:
         return {}
     rate = num_tokens / seconds
@@ -349,8 +349,7 @@ def speed_of(
     peak = peaks(runtime.device)
     if peak:
         mean_length = num_tokens / sum(len(item.rows) for item in items)
-        head = 2 * config.vocab_size * config.hidden_size
-        flops = config.training_flops_per_token(mean_length) / 3 - head
+        flops = config.training_flops_per_token(mean_length, has_lm_head=False) / 3
         rows["speed"] += f", MFU {rate * flops / peak[0] / num_ranks:.1%}"
     return rows
 

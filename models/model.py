@@ -156,13 +156,17 @@ class ModelConfig:
         embeddings = (2 - self.tie_word_embeddings) * self.vocab_size * E
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
 
-    def training_flops_per_token(self, seq_len: float) -> float:
+    def training_flops_per_token(self, seq_len: float, *, frozen: bool = False, has_lm_head: bool = True) -> float:
         """FLOPs of forward and backward for a token of a row of seq_len tokens: 6 for each weight that multiplies it,
         and causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B).
+
+        frozen: 4, since the weights have no gradient below adapters, which are not counted. has_lm_head: whether logits
+        are computed, or with a scalar head nothing of that size.
         """
-        embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        matrices = self.vocab_size * self.hidden_size  # of the embedding and of the head
+        weights = self.num_parameters() - (not self.tie_word_embeddings) * matrices - (not has_lm_head) * matrices
         attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
-        return 6 * (self.num_parameters() - embedding) + 6 * attention
+        return (4 if frozen else 6) * weights + 6 * attention
 
 
 def _refuse_unsupported(config: dict, where: str) -> None:

@@ -66,5 +66,6 @@ def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
 
     tokens = args.batch_size * args.seq_len
     rate = tokens / seconds_of_step(model, args, loss_of, runtime, args.repeats)
-    flops = sum(n * config.training_flops_per_token(n) for n in lengths) / args.seq_len
+    frozen = args.lora_r is not None
+    flops = sum(n * config.training_flops_per_token(n, frozen=frozen) for n in lengths) / args.seq_len
     return {"tokens_per_second": rate, "flops_per_second": rate * flops}

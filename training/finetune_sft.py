@@ -127,7 +127,7 @@ def main(args: SftArgs) -> None:
 
         lengths = [n for example in batch for n in example.lengths or [len(example.input_ids)]]
         metrics = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
-        finish(metrics | run.speed(folder.config, lengths))
+        finish(metrics | run.speed(model, lengths))
 
     run.export(model)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with, changed_flags
-from models.model import ModelConfig
+from models.model import Transformer
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_shared, check_writable, hold
 from models.tokenizer import chat_day
@@ -290,17 +291,20 @@ class Run:
             advice = "take a lower --learning_rate; --resume goes on from the checkpoint before with --accept_changed"
             self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
 
-    def speed(self, config: ModelConfig, lengths: list[int], flops_factor: float = 1.0) -> dict[str, float]:
+    def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:
         """The metrics num_tokens, tokens_per_second, and mfu where the device's peak is known, of the time since the
-        step began. lengths: of the sequences in it; flops_factor: what is computed, relative to a forward and
-        backward."""
+        step began, on all ranks. model: that learns; lengths: of the sequences in the step; beside: whether another of
+        its size has seen them, without a backward."""
         self.num_tokens += sum(lengths)
         rate = sum(lengths) / self._watch.lap()
         metrics = {"num_tokens": self.num_tokens, "tokens_per_second": rate}
         peak = peaks(self.device)
         if peak is not None:
             mean_len = sum(n * n for n in lengths) / sum(lengths)  # the length of its sequence, for the average token
-            metrics["mfu"] = flops_factor * rate * config.training_flops_per_token(mean_len) / peak[0]
+            kind = {"frozen": model.lora is not None, "has_lm_head": hasattr(model, "lm_head")}
+            flops = model.config.training_flops_per_token(mean_len, **kind)
+            flops += beside * model.config.training_flops_per_token(mean_len) / 3
+            metrics["mfu"] = rate * flops / (peak[0] * dist.get_world_size())
         return metrics
 
     def log(self, metrics: dict[str, float], *shown: str) -> None:

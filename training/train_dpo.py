@@ -148,8 +148,8 @@ def main(args: DpoArgs) -> None:
         optimizer.zero_grad(set_to_none=True)
 
         metrics = {**means, "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
-        flops_factor = 1 if reference is None else 4 / 3  # its forward is a third of the policy's forward and backward
-        finish(metrics | run.speed(folder.config, train.lengths[numbers].flatten().tolist(), flops_factor))
+        lengths = train.lengths[numbers].flatten().tolist()
+        finish(metrics | run.speed(model, lengths, beside=reference is not None))
 
     run.export(model)
 

@@ -180,7 +180,7 @@ def main(args: RmArgs) -> None:
 
         metrics = {"loss": loss.item(), **reward_metrics(args.loss, rewards, targets)}
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item())
-        metrics.update(run.speed(folder.config, [len(ids) for row in batch for ids in row.sequences]))
+        metrics.update(run.speed(model, [len(ids) for row in batch for ids in row.sequences]))
         eval_rewards = finish(metrics)
 
     if eval_rewards is None:  # nothing to evaluate on, or no step was taken

@@ -48,6 +48,9 @@ def test_flops_by_hand(tied):
     # forward: q k^T and p v are 2 FLOPs x 24 each for each of 40 / 2 positions seen; backward twice that
     attention = 3 * 3 * (2 * 2 * 24 * 40 / 2)
     assert config.training_flops_per_token(40) == pytest.approx(6 * weights + attention)
+    assert config.training_flops_per_token(40, frozen=True) == pytest.approx(4 * weights + attention)
+    body = config.training_flops_per_token(40, has_lm_head=False)
+    assert body == pytest.approx(6 * (weights - 100 * 8) + attention)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,19 @@
 import json
 import sys
 import types
+from pathlib import Path
 
+import peft
 import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
+from models.compressed import linear_layers
+from models.lora import Lora, add_adapters
+from models.model import ModelConfig, Transformer
 from tests import tiny
+from training import run_dir
 from training.metrics import Metrics, check_installed
 
 
@@ -66,3 +75,40 @@ def test_report_to(tmp_path, monkeypatch):
     metrics.close()
     assert boards == [(tmp_path / "tensorboard", 4), ("loss", 1.25, 4), "end"]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]
+
+
+MODELS = {  # how transformers and PEFT make it; head; whether there are adapters
+    "all weights": (transformers.AutoModelForCausalLM, "lm", False),
+    "adapters": (transformers.AutoModelForCausalLM, "lm", True),
+    "reward model": (transformers.AutoModelForSequenceClassification, "score", False),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_mfu(kind, beside, folder, monkeypatch):
+    """Catches the rate of all ranks over the peak of one, gradients of frozen weights and logits of a reward model that
+    nobody computes: against what torch counts of transformers' model."""
+    made_by, head, adapted = MODELS[kind]
+    theirs = made_by.from_pretrained(folder, pad_token_id=0)
+    ids = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        transformers.AutoModelForCausalLM.from_pretrained(folder)(ids)
+    if adapted:
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=1, target_modules="all-linear"))
+    with FlopCounterMode(display=False) as counter:
+        theirs(ids).logits.sum().backward()
+
+    config = ModelConfig.from_hf(folder)
+    with torch.device("meta"):
+        ours = Transformer(config, head=head)
+        if adapted:
+            layers = frozenset(linear_layers(config.num_hidden_layers))
+            add_adapters(ours, Lora(1, 2.0, False, 0.0, layers, None, {}, Path(), "", 0))
+    monkeypatch.setattr(run_dir, "peaks", lambda device: (1e9, 1e9))
+    monkeypatch.setattr(run_dir.dist, "get_world_size", lambda: 8)
+    run = types.SimpleNamespace(num_tokens=0, device=None, _watch=types.SimpleNamespace(lap=lambda: 2.0))
+    metrics = run_dir.Run.speed(run, ours, [16] * 4, beside=beside)
+    flops = counter.get_total_flops() + beside * forward.get_total_flops()
+    assert metrics["tokens_per_second"] == 4 * 16 / 2 and run.num_tokens == 4 * 16
+    assert metrics["mfu"] == pytest.approx(flops / 2 / (8 * 1e9), rel=0.1)

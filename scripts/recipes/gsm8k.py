@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from models.common import at_least_one, flag, naming_file, run_script, with_newlines
+from models.common import at_least_one, flag, naming_file, run_script, with_newlines, write_whole
 from models.records import Record, get_field, naming, read_records, require
 
 IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."
@@ -40,7 +40,7 @@ def main(args: Gsm8kArgs) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with naming_file(args.output_file):
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_text(text, encoding="utf-8")
+    write_whole(args.output_file, text.encode())  # a recipe takes a file that is there for all of it
     print(f"{args.output_file}: {len(lines):,} prompts of {len(records):,} records")
 
 

@@ -1,6 +1,8 @@
 """scripts/recipes/gsm8k.py: GSM8K's files as prompts with answers."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +41,16 @@ def test_prompts_and_answers(tmp_path):
         {"prompt": "Question: What is left of \u00a35,000?\nAnswer:", "answer": "1234"},
     ]
     tiny.assert_refused(convert(source, tmp_path / "plain.jsonl"), "exists")
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """Catches a part of the prompts under the name of all of them, with which a recipe would go on."""
+    source = tiny.write_records(tmp_path / "train.jsonl", RECORDS * 1000)
+    words = [sys.executable, tiny.ROOT / SCRIPT, "--input_file", source, "--output_file", tmp_path / "out.jsonl"]
+    command = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "out.jsonl: cannot be written: File too large" in result.stderr, result
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 BAD = {

@@ -24,8 +24,8 @@ SHOWN = (
 
 
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl, also while the run writes it. Raises
-    ValueError that names the line."""
+    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl, whose last line may be torn, if it was
+    killed or its disk full. Raises FileNotFoundError, or ValueError that names the line."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -34,6 +34,8 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append((line["step"], float(value)))
+    if not series:
+        raise ValueError(f"{path}: holds no metrics")
     return series
 
 

@@ -25,13 +25,13 @@ def runs(tmp_path):
 
 
 def test_read_and_smooth(runs):
-    """Catches a value at another's step, a NaN that empties a panel, a line that is still being written, or was torn by
-    a kill, and a window that looks ahead."""
-    with open(runs[0] / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')
+    """Catches a value at another's step, a NaN that empties a panel, a torn last line that hides the others, and a
+    window that looks ahead."""
     series = plot_metrics.read_metrics(runs[0])
     assert series["loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert [step for step, _ in series["grad_norm"]] == [1, 3, 4]
+    with open(runs[1] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "objec')  # where its disk was full
     assert plot_metrics.read_metrics(runs[1] / "metrics.jsonl") == {"objective/kl": [(7, 0.5)]}
     assert plot_metrics.smoothed([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
 
@@ -86,9 +86,11 @@ def test_refusals(runs, tmp_path):
     out = ("--output_file", tmp_path / "x.png")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    write_run(tmp_path / "early", [])
     for args, word in (
         ((tmp_path / "none", *out), "none"),
         ((tmp_path / "bad", *out), "metrics.jsonl:2"),
+        ((tmp_path / "early", *out), "metrics.jsonl: holds no metrics"),
         ((runs[0], "--metrics", "loss", "lost", *out), "lost"),
         ((runs[0], "--output_file", tmp_path / "x.pdf"), "x.pdf"),
         ((runs[0], "--window", 0, *out), "--window"),

@@ -95,7 +95,7 @@ class CheckpointWriter:
             if is_main_rank():
                 shutil.rmtree(staging, ignore_errors=True)  # it may be what fills the disk
             failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
-            reasons = "; ".join(str(failure[0]) for failure in failures)
+            reasons = "; ".join(dict.fromkeys(_reason(failure[0]) for failure in failures))
             raise OSError(f"{staging}: cannot be written: {reasons}") from error
         if not is_main_rank():
             return
@@ -106,6 +106,11 @@ class CheckpointWriter:
         for other in present:
             if other not in kept:
                 shutil.rmtree(other)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a rank could not write: torch's writer says where it was, and the system's word is lost on the way here."""
+    return f"{error}; most likely the disk is full" if "inline_container" in str(error) else str(error)
 
 
 def _one_thread(model: nn.Module) -> ThreadPoolExecutor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -352,6 +353,19 @@ def test_kill_during_an_asynchronous_save(tmp_path):
     assert step > 0 and torch.equal(weights(model), weights(trained(step)[0]))
     CheckpointWriter(tmp_path, model, optimizer, limit=1).save(step + 1)
     assert names(tmp_path) == [f"step-{step + 1:06d}"]
+
+
+@pytest.mark.parametrize("most", [0, 100_000])
+def test_a_file_that_cannot_grow(most, tmp_path):
+    """Catches a message that does not say why, where torch's own speaks of a position in a file."""
+    model = nn.Linear(300, 300)
+    optimizer, limits = torch.optim.AdamW(model.parameters()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written: .*(File too large|most likely the disk is full)$"):
+            save(tmp_path, 1, model, optimizer, limit=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_checkpoint_limit(tmp_path):

@@ -240,7 +240,7 @@ def _check_base(adapter: Adapter, base: Path) -> None:
 
 def _texts_of(folder: Path) -> dict[str, object]:
     """What a folder's tokenizer files say that an adapter's may say otherwise: PEFT's users save theirs beside it."""
-    older, config = (read_json(folder / name, missing_ok=True) for name in TOKENIZER_CONFIGS)
+    older, config = (read_json_object(folder / name, missing_ok=True) for name in TOKENIZER_CONFIGS)
     eos = {**older, **config}.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     return {"chat template": read_chat_template(folder, config), "eos_token": eos}

@@ -275,8 +275,13 @@ class AdaptedFiles(WeightFiles):
 
 
 def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
-    """The weights of a folder, an adapter merged into them if there is one."""
-    return WeightFiles(folder) if adapter_path is None else AdaptedFiles(folder, open_adapter(adapter_path, folder))
+    """The weights of a folder, an adapter merged into them if there is one. Of a model beside which an adapter lies
+    transformers with PEFT takes both."""
+    if adapter_path is not None:
+        return AdaptedFiles(folder, open_adapter(adapter_path, folder))
+    if (folder / ADAPTER_CONFIG).is_file() and is_main_rank():
+        print(f"{folder}: holds an adapter too, which is not taken; --adapter_path {folder} merges it", file=sys.stderr)
+    return WeightFiles(folder)
 
 
 # --------------------------------------------------------------------------------- a run's adapters

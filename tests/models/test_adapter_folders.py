@@ -147,6 +147,14 @@ def test_what_lies_beside_an_adapter(tmp_path):
     path = folder / NAME
     save_file(load_file(path), path, metadata={"base_fingerprint": "another"})
     assert said() == [f"{base}: has other content than the base of the adapter {folder}"]
+    for name in (NAME, "adapter_config.json"):
+        shutil.copy(folder / name, base)
+    flags[2:4] = []  # --adapter_path; transformers with PEFT takes both
+    assert said() == [f"{base}: holds an adapter too, which is not taken; --adapter_path {base} merges it"]
+    both, alone = (load_model(base, files=weight_files(base, path), param_dtype=torch.float32) for path in (base, None))
+    logits = transformers.AutoModelForCausalLM.from_pretrained(base)(IDS).logits
+    torch.testing.assert_close(both.lm_head(both(IDS)), logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(alone.lm_head(alone(IDS)), logits, atol=1e-2)
 
 
 def test_the_folder_of_a_run(tmp_path):

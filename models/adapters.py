@@ -435,7 +435,7 @@ def check_base_is_the_same(lora: Lora) -> None:
     if fingerprint(lora.base) != lora.base_fingerprint:
         raise ValueError(
             f"{lora.base}: other content than when the run began, so the adapters, which are written, are not merged "
-            "with it; put back what was there and --resume"
+            "with it; --resume when it is back, or with --accept_changed to merge them knowingly with what is there"
         )
 
 

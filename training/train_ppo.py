@@ -189,7 +189,8 @@ def main(args: PpoArgs) -> None:
         # other noise than training's, the same each time
         rollout = collect(models, engine, scorer, held_out, 0, sample_idx=1)
         sample_log.show(held_out, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
-        metrics = objectives(rollout, args.kl_coef) | pass_rates(rollout.scores.checked, args.num_generations_eval)
+        metrics = objectives(rollout, float(trained.kl_coef))
+        metrics |= pass_rates(rollout.scores.checked, args.num_generations_eval)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
     def finish(metrics: dict[str, float]) -> None:

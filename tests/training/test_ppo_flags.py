@@ -103,9 +103,10 @@ def test_whiten_rewards(root, monkeypatch):
 
 
 def test_kl_target(root):
-    """Catches a controller of the wrong sign, of another number of answers, of tokens' KL instead of answers', and one
-    that weighs an update with the coefficient of the next."""
-    lines = train(root, root / "out", total_steps=6, kl_target=0.05, kl_horizon=2000)
+    """Catches a controller of the wrong sign, of another number of answers, of tokens' KL instead of answers', one that
+    weighs an update with the coefficient of the next, and an evaluation with that of the first."""
+    evaluated = {"eval_prompt_file": root / "prompts.jsonl", "eval_steps": 3, "num_eval_samples": 0}
+    start, *lines = train(root, root / "out", total_steps=6, kl_target=0.05, kl_horizon=2000, **evaluated)
     coefs, kls = ([line[key] for line in lines] for key in ("kl_coef", "objective/kl"))
     assert coefs[0] == 0.5 and max(kls) > 0.06
     for before, after, kl in zip(coefs, coefs[1:], kls):
@@ -113,6 +114,8 @@ def test_kl_target(root):
     for line in lines:
         wanted = line["objective/scores"] - line["kl_coef"] * line["objective/kl"]
         assert line["objective/rlhf_reward"] == pytest.approx(wanted, abs=1e-6)
+    for line, coef in ((start, coefs[0]), (lines[2], coefs[3])):
+        assert line["eval_objective/non_score_reward"] == pytest.approx(-coef * line["eval_objective/kl"], abs=1e-6)
 
 
 def test_coefficients_of_losses(root):

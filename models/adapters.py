@@ -121,9 +121,9 @@ class Adapter(NamedTuple):
 # --------------------------------------------------------------------------------------------- in
 
 
-def open_adapter(path: Path, base: Path) -> Adapter:
-    """The adapter in a folder, for the model in another. Raises ValueError or FileNotFoundError that names the file and
-    what of it is missing, not supported, or of another base."""
+def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
+    """The adapter in a folder, for the model in another. again: what is to be said of both has been said. Raises
+    ValueError or FileNotFoundError that names the file and what of it is missing, not supported, or of another base."""
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -145,7 +145,9 @@ def open_adapter(path: Path, base: Path) -> Adapter:
                 raise ValueError(f"{path}: {hf_name(layer)} has no {factor}; the file is not whole")
     pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
     adapter = Adapter(path, config, pairs, score, metadata)
-    on_main(lambda: _check_base(adapter, base))
+    warnings = on_main(lambda: _check_base(adapter, base))
+    for warning in warnings if is_main_rank() and not again else ():
+        print(warning, file=sys.stderr)  # stdout may be for samples
     return adapter
 
 
@@ -197,7 +199,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raise FileNotFoundError(f"{path}: no {ADAPTER_WEIGHTS} here")
 
 
-def _check_base(adapter: Adapter, base: Path) -> None:
+def _check_base(adapter: Adapter, base: Path) -> list[str]:
+    """What is to be said of the two."""
     if is_quantized(read_hf_config(base)[0]):
         raise ValueError(
             f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
@@ -221,17 +224,18 @@ def _check_base(adapter: Adapter, base: Path) -> None:
                 f"{list(shape)}"
             )
     theirs, ours = _texts_of(adapter.path), _texts_of(base)
-    for name in (name for name in theirs if theirs[name] and theirs[name] != ours[name]):  # stdout may be for samples
-        advice = "the base's is taken; if the adapter learnt with its own, give a copy of the base that has that"
-        print(f"{adapter.path}: its {name} is another than that of {base}: {advice}", file=sys.stderr)
+    others = [name for name in theirs if theirs[name] and theirs[name] != ours[name]]
+    if not ours["eos_token"]:  # the base's is its tokenizer's own, such as </s>
+        others = [name for name in others if name != "eos_token"]
+    advice = "the base's is taken; if the adapter learnt with its own, give a copy of the base that has that"
+    warnings = [f"{adapter.path}: its {name} is another than that of {base}: {advice}" for name in others]
     made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
     if made_for is None and (other / "config.json").is_file():
         made_for = fingerprint(other)
     if made_for == fingerprint(base) or (made_for is None and other.name in _names_of(base)):
-        return
+        return warnings
     if other.exists() and other.samefile(base):
-        print(f"{base}: has other content than the base of the adapter {adapter.path}", file=sys.stderr)
-        return
+        return [*warnings, f"{base}: has other content than the base of the adapter {adapter.path}"]
     raise ValueError(
         f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
         f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
@@ -307,7 +311,9 @@ def choose_lora(
                 raise ValueError(f"{shown} is for LoRA, and does nothing without --lora_r or --adapter_path")
         return None
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
-    start = None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path)
+    start = (
+        None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path, again=is_critic)
+    )
     r, alpha, use_rslora, layers = _shape(args, start, config, is_other=is_critic)
     scheme = base_scheme(args.quantize_base)
     if scheme is not None:

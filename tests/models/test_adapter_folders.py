@@ -9,11 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.adapters import open_adapter, weight_files
+from models.adapters import choose_lora, open_adapter, weight_files
 from models.checkpoint import load_model, model_folder
 from models.fingerprint import fingerprint
 from tests import tiny
-from tests.models.test_lora import IDS, broken, made_by_peft
+from tests.models.test_lora import CPU, IDS, Args, broken, made_by_peft
 from tests.tiny import refused
 
 NAME = "adapter_model.safetensors"
@@ -125,9 +125,10 @@ def test_what_is_not_computed_is_named(tmp_path):
     refused(lambda: open_adapter(with_head, base), with_head, "lm_head has an adapter; supported are q_proj")
 
 
-def test_what_lies_beside_an_adapter(tmp_path):
+def test_what_lies_beside_an_adapter(tmp_path, capsys):
     """Catches an adapter that learnt with another chat template, or another EOS, which other programs save beside it,
-    and that nobody hears of; and what is said of an adapter on standard output, among the samples."""
+    and that nobody hears of, or hears of twice where PPO's critic has adapters, too; the EOS of a base that does not
+    name it, taken for another; and what is said of an adapter on standard output, among the samples."""
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     flags = ["--checkpoint_path", base, "--adapter_path", folder, "--prompt", "3 plus", "--max_new_tokens", 2]
@@ -139,10 +140,18 @@ def test_what_lies_beside_an_adapter(tmp_path):
 
     tokenizer.save_pretrained(folder)
     assert not said()
+    config = base / "tokenizer_config.json"
+    named = config.read_text()
+    config.write_text(json.dumps({**json.loads(named), "eos_token": "", "tokenizer_class": "LlamaTokenizer"}))
+    assert not said()
+    config.write_text(named)
     tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m.content }}{% endfor %}", "<unk>"
     tokenizer.save_pretrained(folder)
     ends = ("its chat template is another than that of", "its eos_token is another than that of")
     assert all(end in line for end, line in zip(ends, said(), strict=True))
+    for is_critic in (False, True):
+        choose_lora(Args(base, adapter_path=folder), base, CPU, is_critic=is_critic)
+    assert capsys.readouterr().err.count(ends[1]) == 1
     tokenizer.save_pretrained(base)  # no more the base that it was made for, if the file says which that was
     path = folder / NAME
     save_file(load_file(path), path, metadata={"base_fingerprint": "another"})

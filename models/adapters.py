@@ -279,13 +279,17 @@ class AdaptedFiles(WeightFiles):
 
 
 def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
-    """The weights of a folder, an adapter merged into them if there is one. Of a model beside which an adapter lies
-    transformers with PEFT takes both."""
+    """The weights of a folder, an adapter merged into them if there is one."""
     if adapter_path is not None:
         return AdaptedFiles(folder, open_adapter(adapter_path, folder))
-    if (folder / ADAPTER_CONFIG).is_file() and is_main_rank():
-        print(f"{folder}: holds an adapter too, which is not taken; --adapter_path {folder} merges it", file=sys.stderr)
+    say_what_is_not_taken(folder)
     return WeightFiles(folder)
+
+
+def say_what_is_not_taken(folder: Path) -> None:
+    """Of a model beside which an adapter lies transformers with PEFT takes both."""
+    if (folder / ADAPTER_CONFIG).is_file() and is_main_rank():
+        print(f"{folder}: holds an adapter too, which is not taken; --adapter_path {folder} takes it", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------- a run's adapters
@@ -304,6 +308,8 @@ def choose_lora(
     bears a critic's adapters as well; with_reference: it is asked, while it learns, what it was as the run began, and
     keeps the adapters of --adapter_path for that; is_critic: it is a critic on a base of its own, whose adapters are
     always new. Raises ValueError for flags that do not fit it or each other. A collective."""
+    if args.adapter_path is None and not is_critic:
+        say_what_is_not_taken(base)
     if not args.uses_lora:
         for each in flags_of(LoraArgs):
             if getattr(args, each.name) != each.default:

@@ -159,7 +159,10 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
     for name in (NAME, "adapter_config.json"):
         shutil.copy(folder / name, base)
     flags[2:4] = []  # --adapter_path; transformers with PEFT takes both
-    assert said() == [f"{base}: holds an adapter too, which is not taken; --adapter_path {base} merges it"]
+    assert said() == [f"{base}: holds an adapter too, which is not taken; --adapter_path {base} takes it"]
+    for settings in ({}, {"lora_r": 2}, {"adapter_path": folder}):  # of a trainer
+        choose_lora(Args(base, **settings), base, CPU)
+        assert ("holds an adapter too" in capsys.readouterr().err) == ("adapter_path" not in settings)
     both, alone = (load_model(base, files=weight_files(base, path), param_dtype=torch.float32) for path in (base, None))
     logits = transformers.AutoModelForCausalLM.from_pretrained(base)(IDS).logits
     torch.testing.assert_close(both.lm_head(both(IDS)), logits, atol=1e-5, rtol=1e-5)

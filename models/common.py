@@ -298,7 +298,10 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory; take smaller batches or shorter rows ({text})"
     if isinstance(error, dist.DistError) or "gloo/transport" in text:  # gloo's own errors are plain RuntimeErrors
-        return f"another rank has ended or cannot be reached; where it could say why, it did ({text[:160]})"
+        why = text.rpartition("Last error: ")[2]  # NCCL's own word, behind the place in torch where it was heard
+        if "ncclInvalidUsage" in text or "EADDRINUSE" in text:
+            return f"the ranks cannot be joined as they were started ({why[:200]})"
+        return f"another rank has ended or cannot be reached; where it could say why, it did ({why[:160]})"
     return None if isinstance(error, RuntimeError) else text
 
 

@@ -189,8 +189,9 @@ def outcome(error, monkeypatch, capsys, Args=OtherArgs):
 
 
 def test_run_main(monkeypatch, capsys):
-    """Catches a user's mistake shown as a traceback or on the line of a progress bar, a bug hidden as a message, and a
-    run that ends as if it were done when whoever reads its cards has gone."""
+    """Catches a user's mistake shown as a traceback or on the line of a progress bar, a bug hidden as a message, what
+    NCCL says last, which is why, cut off; and a run that ends as if it were done when whoever reads its cards
+    has gone."""
     monkeypatch.delenv("TRACEBACK", raising=False)
     for error in (ValueError("data.jsonl:3:\n  broken"), FileNotFoundError("data.jsonl:3: broken")):
         code, message = outcome(error, monkeypatch, capsys)
@@ -215,6 +216,13 @@ def test_run_main(monkeypatch, capsys):
     for bug in (RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
         with pytest.raises(type(bug)):
             outcome(bug, monkeypatch, capsys)
+    nccl = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {} (run with NCCL_DEBUG=WARN for "
+    nccl += "details), NCCL version 2.27.3\nnccl{}: {}\nLast error:\n{}"
+    same_gpu = "invalid usage", "InvalidUsage", "This usually reflects invalid usage.", "Duplicate GPU detected"
+    gone = "remote process exited", "RemoteError", "A call failed, possibly.", "socketProgress: Connection closed"
+    for said, why in ((same_gpu, "the ranks cannot be joined"), (gone, "another rank has ended")):
+        code, message = outcome(torch.distributed.DistBackendError(nccl.format(*said)), monkeypatch, capsys)
+        assert code == 2 and f"error: {why}" in message and message.endswith(f"({said[-1]})\n"), message
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="shown"):
         outcome(ValueError("shown"), monkeypatch, capsys)

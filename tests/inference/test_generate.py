@@ -443,6 +443,10 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
         lambda f: (f / "added_tokens.json").write_text('{"<|u|>": "384"}'),
         ("added_tokens.json", "the id of '<|u|>' is '384'"),
     ),
+    "a token's id of no vocabulary": (
+        lambda f: (f / "added_tokens.json").write_text(json.dumps({"<|u|>": 2**63})),
+        ("added_tokens.json", f"the id of '<|u|>' is {2**63}"),
+    ),
     "a token's id below 0": (
         lambda f: (f / "added_tokens.json").write_text('{"<|u|>": -3}'),
         ("added_tokens.json", "the id of '<|u|>' is -3"),

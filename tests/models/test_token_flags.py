@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from models.tokenizer import Tokenizer
@@ -62,13 +62,15 @@ def test_two_lists_of_special_tokens(tmp_path, named):
 
 
 @pytest.mark.parametrize("form", ("<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A"))
-@pytest.mark.parametrize("model", ("BPE", "WordLevel"))
+@pytest.mark.parametrize("model", ("BPE", "WordLevel", "two for a"))
 def test_around_texts_of_a_small_vocabulary(tmp_path, model, form):
     """Catches a BOS that comes behind the text where the vocabulary, of digits here, has no letters to look with; or
-    where a letter is the unknown token, which is BOS too."""
+    where a letter is the unknown token, which is BOS too; and a part of what was looked with, taken for an EOS."""
     vocab = {text: i for i, text in enumerate(["<s>", "</s>", *"0123456789+="])}
+    model, normalizer = ("BPE", normalizers.Replace("a", "12")) if model == "two for a" else (model, None)
     of_model = {"merges": []} if model == "BPE" else {"unk_token": "<s>"}
     file = tokenizers.Tokenizer(getattr(tokenizers.models, model)(vocab, **of_model))
+    file.normalizer = normalizer
     file.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     file.add_special_tokens(["<s>", "</s>"])
     file.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])

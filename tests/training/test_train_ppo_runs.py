@@ -62,13 +62,13 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
 
 def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
     """Catches SIGTERM that saves nothing, or a policy exported before its end; a flag that changes unseen, one that is
-    accepted and has no effect, or none after a stop before the next checkpoint, and a run of before --reward_fn became
-    a list that may not go on."""
-    out, write, draw = tmp_path / "out", Metrics.write, train_ppo.draw
+    accepted and has no effect, none after a stop before the next checkpoint, or one once more after that; and a run of
+    before --reward_fn became a list that may not go on."""
+    out, write, draw, last = tmp_path / "out", Metrics.write, train_ppo.draw, 2
 
     def write_and_stop(self, values):
         write(self, values)
-        if values["step"] == 2:
+        if values["step"] == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -92,6 +92,10 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
         patch.setattr(train_ppo, "draw", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or draw(*args))
         result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "other", **accepting))
     assert result.code == 0 and "stopped by a signal after update 2;" in result.stdout, result.stderr
+    last = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", write_and_stop)
+        assert tiny.run(SCRIPT, *flags(folder, world, tmp_path / "other", **accepting)).code == 0
     coefs = {line["step"]: line["kl_coef"] for line in ppo(folder, world, tmp_path / "other", **accepting)}
     assert coefs[3] == 0.3 and 0.3 not in (coefs[2], coefs[4])  # from where it adapts on
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from inference import generate as generate_script
 from inference import prompts
 from models import record_files
+from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.inference.test_generate import generate, keys
 
@@ -34,10 +36,19 @@ def run(folder, tmp_path, name, *flags, records=None):
 @pytest.mark.parametrize("overlong", ["refuse", "skip", "truncate"])
 def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, monkeypatch):
     """Catches prompts that are lost, answered twice or numbered otherwise where they are read one by one, another
-    sample where not all lengths were known, skipped and truncated ones uncounted, and a resume that draws anew."""
+    sample where not all lengths were known, skipped and truncated ones uncounted, or counted as work, a resume that
+    draws anew, and other prompts than the longest, for which there must be room, tokenised first."""
+    known, plan_cache = [], generate_script.plan_cache
+
+    def plan(*args, **sizes):
+        known.append(sizes["known_tokens"])
+        return plan_cache(*args, **sizes)
+
+    monkeypatch.setattr(generate_script, "plan_cache", plan)
     flags = ["--overlong", overlong] + ([] if overlong == "refuse" else ["--max_seq_len", 40])
     result, lines = run(folder, tmp_path, "large", *flags)
     assert result.code == 0, result
+    assert known == [len(Tokenizer(folder).encode(ragged(1)[0]["prompt"])) + 8]
     begun = (tmp_path / "large").read_bytes().splitlines(keepends=True)
     (tmp_path / "large").write_bytes(b"".join(begun[:31]) + begun[31][:9])
     resumed, after = run(folder, tmp_path, "large", *flags, "--resume")
@@ -45,6 +56,7 @@ def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, mo
     monkeypatch.undo()
     small, wanted = run(folder, tmp_path, "small", *flags)
     assert small.code == 0 and lines == wanted and len(set(keys(tiny.read_lines(tmp_path / "large")))) == len(lines)
+    assert f"{len(lines)} samples to draw" in small.stdout
     for part in ("prompts skipped as too long", "prompts truncated", "kept as reference_output"):
         count = [line for line in small.stdout.splitlines() if part in line]
         assert bool(count) == (part in result.stdout), part

@@ -78,7 +78,7 @@ def test_grids_are_clipped():
     weight, _ = random_layer()
     weight[:, 5] *= 2
     found = dequantize(round_int4(weight, clipped_scale(weight, 32)))
-    for row in (0, 11):
+    for row in range(len(weight)):
         for start in range(0, 160, 32):
             part = weight[row, start : start + 32].double()
             extreme = part[part.abs().argmax()]

@@ -1,5 +1,6 @@
 """inference/score.py: bad records, flags and folders."""
 
+import math
 import shutil
 
 import pytest
@@ -101,6 +102,7 @@ FOLDER_CASES = {  # name: (what is done to a good folder, flags, what the messag
     "no separator": (lambda f: edit_config(f, reward_model_type="process"), (), ("step_separator", "None")),
     "empty separator": (lambda f: edit_config(f, **(PROCESS | {"step_separator": ""})), (), ("step_separator",)),
     "mean": (lambda f: edit_config(f, reward_mean="high"), (), ("reward_mean", "'high'")),
+    "std without end": (lambda f: edit_config(f, reward_std=math.inf), (), ("reward_std must be a finite number",)),
     "std": (lambda f: edit_config(f, reward_mean=0, reward_std=0), ("--normalize",), ("--normalize", "reward_std")),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), (), ("no weights",)),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), (), ("tokenizer.model",)),

@@ -17,6 +17,7 @@ from models.fsdp import ParallelArgs, init_mesh, parallel_of, shard_model
 from models.generation import Engine, Request
 from models.lora import Lora, add_adapters
 from models.model import Transformer
+from models.paged_cache import PagedCache
 from models.qlinear import Scheme
 from models.quantize import quantize_in_place
 from models.sampling import SamplingParams
@@ -171,5 +172,7 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     for compile in (False, True):
         model = load_for_inference(tmp_path, Runtime(CPU, torch.float32, compile), scheme=Scheme("int4", 32))
         options = {"compile": compile, "look_every": 4} if compile else {}
-        found.append(outcome(Engine(model, params, num_slots=3, max_seq_len=24, **options), requests))
+        engine = Engine(model, params, num_slots=3, max_seq_len=24, **options)
+        assert isinstance(engine.rows.cache, PagedCache) == compile  # what is compiled is what a GPU runs
+        found.append(outcome(engine, requests))
     assert found[0] == found[1]

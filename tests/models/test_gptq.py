@@ -315,6 +315,7 @@ def test_cost_is_that_of_the_folder(tmp_path, tied):
     targets = torch.tensor([i for ids in rows for i in ids[1:]])[:, None]
     stored, written = (x.gather(1, targets).mean().neg().exp().item() for x in logprobs)
     kl = F.kl_div(logprobs[1], logprobs[0], reduction="batchmean", log_target=True).item()
+    assert "perplexity rounded" not in result.stdout  # the same once more
     [(found, found_kl)] = re.findall(r"as written +(\S+) \(.*\), KL (\S+)", result.stdout)
     assert float(found.replace(",", "")) == pytest.approx(written, rel=2e-5) != pytest.approx(stored, rel=1e-4)
     assert float(found_kl) == pytest.approx(kl, rel=1e-2)

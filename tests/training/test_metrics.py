@@ -47,6 +47,10 @@ def test_report_to(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"^--report_to half_there: .*'not_there'; pip install half_there$"):
         check_installed("half_there")
+    for module, there in (("tensorboard", types.ModuleType("tensorboard")), ("torch.utils.tensorboard", None)):
+        monkeypatch.setitem(sys.modules, module, there)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        check_installed("tensorboard")
     check_installed("none")
     logged = []
     run = types.SimpleNamespace(

@@ -84,7 +84,7 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     if spec is None or spec.loader is None:
         raise ValueError(f"{flag} {place}: {path} is not a Python file")
     if text is not None:
-        spec.loader = _Source(spec.name, path)
+        spec.loader = _Source(spec.name, spec.origin)
         spec.loader.text = text
     beside = str(Path(path).resolve().parent)  # where it may import from, as a script does
     sys.path += [beside] * (beside not in sys.path)

@@ -198,8 +198,9 @@ def test_async_functions_run_side_by_side(file):
     pool.close()
 
 
-def test_forms(file, tmp_path):
-    """Catches a form that is guessed from the number of parameters, and an async batch that is not awaited."""
+def test_forms(file, tmp_path, monkeypatch):
+    """Catches a form that is guessed from the number of parameters, an async batch that is not awaited, and code that
+    does not know where its file is once a function has changed the directory."""
     (tmp_path / "f.py").write_text(
         "def two(prompt, completion): return 1\n"
         "def other(p, c, e): return 1\n"
@@ -214,6 +215,8 @@ def test_forms(file, tmp_path):
             load_grader("--reward_fn", f"{tmp_path / 'f.py'}:{name}")
     assert call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:turned"), ["abc"], ["d"], [{}]) == [(6, None)]
     assert call_batch(load_grader("--reward_fn", f"{file}:batch"), ["a"], ["bcd"], [{}]) == [(3, None)]
+    monkeypatch.chdir(tmp_path)
+    assert load_grader("--reward_fn", "f.py:turned").function.__code__.co_filename == str(tmp_path / "f.py")
     graders = [load_grader("--reward_fn", f"{file}:{name}") for name in ("judge", "batch", "evil")]
     assert [(g.per_answer, g.is_async) for g in graders] == [(True, True), (False, True), (True, False)]
 

@@ -9,7 +9,7 @@ import json
 import os
 from datetime import date, datetime
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import tokenizers
@@ -228,7 +228,7 @@ class _SentencePiece:
 def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
     digits has none for a letter."""
-    for text in ("a", *file.get_vocab()):
+    for text in chain.from_iterable(texts() for texts in (lambda: "a", file.get_vocab)):  # which takes a while
         encoding = file.encode(text)
         if 0 in (is_put := encoding.special_tokens_mask):
             return encoding.ids[: is_put.index(0)], encoding.ids[len(is_put) - is_put[::-1].index(0) :]

@@ -2,6 +2,7 @@ r"""Expressions in LaTeX or plain text, calculated while they are read: numbers 
 functions as floats; variables at one of three points. Nothing is evaluated by Python, and what would take long to
 calculate with is refused."""
 
+import hashlib
 import math
 import re
 from fractions import Fraction
@@ -178,8 +179,9 @@ class _Expression:
         self.has_variables = True
         index = self._match(r"_(?:\{(\w+)\}|(\w))")
         name += f"_{index[1] or index[2]}" if index else ""
-        number = int.from_bytes(name.encode(), "big") % 1000003  # another one for another variable
-        return Fraction(number + 2 + 17 * self.point, 1013 + 6 * self.point)
+        # Another one for another variable, none of which is the sum, or the like, of others: a + d is not b + c.
+        number = int.from_bytes(hashlib.blake2b(f"{name} {self.point}".encode(), digest_size=4).digest(), "big")
+        return Fraction(1025 + number % 3072, 4099)
 
 
 def _raise(base: Number, exponent: Number) -> Number:

@@ -88,9 +88,13 @@ def equal(answer: str, gold: str) -> bool:
 def _same(a: object, b: object) -> bool:
     if isinstance(a, Named) or isinstance(b, Named):
         if isinstance(a, Named) and isinstance(b, Named):
-            return a.name == b.name and _same(a.value, b.value)
+            if a.name == b.name:
+                return _same(a.value, b.value)
+            a, b = _as_equation(a), _as_equation(b)  # x = y, y = x
+            return isinstance(a, Equation) and isinstance(b, Equation) and _same(a, b)
         named, other = (a, b) if isinstance(a, Named) else (b, a)
-        return _same(_as_equation(named) if isinstance(other, Equation) else named.value, other)
+        value = _as_equation(named) if isinstance(other, Equation) else named.value
+        return value is not named and _same(value, other)
     if type(a) is not type(b):
         return False
     if isinstance(a, Scalar):
@@ -108,8 +112,8 @@ def _same(a: object, b: object) -> bool:
 
 
 def _as_equation(named: Named) -> object:
-    """y = 2 x as an equation of variables; as it is if it names no variable."""
-    if len(named.name) > 1 or not isinstance(named.value, Scalar):
+    """y = 2 x, or x + y = 3, as an equation of variables; as it is if it names none."""
+    if not re.fullmatch(r"[A-Za-z](_\w)?(\+[A-Za-z])*", named.name) or not isinstance(named.value, Scalar):
         return named
     return Equation(Scalar(tuple(value_of(named.name, i) - value for i, value in enumerate(named.value.values))))
 
@@ -146,18 +150,24 @@ def _ask(answer: str, gold: str) -> bool:
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as wide as a Chinese character
 REPLACED = (
     (r"(?<![\w'])(?:[nN]egative|[mM]inus)\s+(?=[$\\(]{0,2}\d)", "-"),
-    (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$|\*\*", ""),
+    (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$", ""),
+    (
+        r"(?<![A-Za-z][A-Za-z])(?<=[\w)}])\*\*(?=-?[\d({]|[A-Za-z](?![A-Za-z]))",
+        "^",
+    ),  # 2**10; other stars are Markdown's
+    (r"\*\*", ""),
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad|\u00a0|\u202f", " "),
     (r"\{,\}", ","),
     (r"[\u2212\u2013\u2014]", "-"),
-    (r"\\(?:cdot|times|ast)(?![a-z])|[\u00d7\u00b7\u22c5]", "*"),
+    (r"\\(?:cdot|times|ast)(?![a-z])|[\u00d7\u00b7\u22c5]|(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
     (r"\\div(?![a-z])|\u00f7", "/"),
     (r"\\[dtc]frac", r"\\frac"),
     (
         r"\\(sin|cos|tan)\s*[({]?\s*(\d+)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0)\s*[)}]?",
         r"\\\1(\2\\pi/180)",
     ),
+    (r"\{((?:[^{}]|\{[^{}]*\})*)\\over(?![a-z])((?:[^{}]|\{[^{}]*\})*)\}", r"\\frac{\1}{\2}"),
     (r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
     (r"\\[lr]?vert(?![a-z])", "|"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0|\u00ba", " degrees"),
@@ -165,6 +175,7 @@ REPLACED = (
     (r"\\%|\u066a", "%"),
     (r"\u03c0", r"\\pi "),
     (r"\u221e|\\infty(?![a-z])|\boo\b|\b[iI]nfinity\b", r"\\infty "),
+    (r"\u221a\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
     (r"\u221a\s*", r"\\sqrt "),
     (r"[\u207b\u207a]?[\u00b2\u00b3\u00b9\u2070-\u2079]+", lambda match: f"^{{{_compatible(match[0])}}}"),
     (r"[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}"),
@@ -181,6 +192,9 @@ MIXED = re.compile(
     r"(?<![\d.^_/*}])(\d+)\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|(?<![\d.^_/*])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)"
 )
 QUANTITY = re.compile(r"(.*(?:[\d)}]|\\pi(?![a-z])))(\s*)([A-Za-z][A-Za-z.'/\- ()]*?)(?:\s*\^\s*\{?-?\d\}?)?", re.S)
+EXPRESSION = re.compile(  # where a letter behind it is a variable: 3 \pi h, 3 + 2 m, x^2 m
+    r"\\pi$|(?<=[^\s({eE])\s*[-+]\s*\d+(?:\.\d+)?$|(?<![\\A-Za-z])(?![eE][-+]?\d)[A-Za-z](?![A-Za-z])"
+)
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}")
 RELATION = re.compile(r"(<=|>=|[<>\u2264\u2265]|\\(?:le|ge|leq|geq|lt|gt)(?:slant)?(?![a-z]))")
 NAME = re.compile(  # of what is asked: x, x_1, f(2), f^{-1}(x), |A|, (x, y), m + n, or words
@@ -258,7 +272,8 @@ def _read(text: str, depth: int) -> object:
     )
     if matrix:
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        return Sequence("m", tuple(Sequence("r", tuple(_read(x, depth + 1) for x in row.split("&"))) for row in rows))
+        kind = "|" if matrix[1] == "vmatrix" else "m"  # a determinant is no matrix
+        return Sequence(kind, tuple(Sequence("r", tuple(_read(x, depth + 1) for x in row.split("&"))) for row in rows))
     brackets = _brackets(text)
     if brackets:
         parts = _parts(text[1:-1], bracketed=True)
@@ -367,7 +382,8 @@ def _read_scalar(text: str) -> Scalar:
         words = re.findall(r"[A-Za-z]+", quantity[3])
         known = [word in UNITS or (len(word) > 2 and bool(quantity[2])) for word in words]
         is_unit = all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known)))
-        is_variable = len(words[0]) == 1 and quantity[1].endswith("\\pi")  # the h of 3 \pi h
+        alone = len(words) == 1 or ("/" in quantity[3] and all(word in UNITS for word in words))  # m or m/s, not m x
+        is_variable = len(words[0]) == 1 and (not alone or EXPRESSION.search(quantity[1]))
         if is_unit and not is_variable and not set(words) & {*WORDS, "or", "and"}:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import Runtime, at_least_one, flag, short_bar
+from models.common import Runtime, at_least_one, flag, refuse_idle, short_bar
 from models.decode import can_pack, to_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of
 from models.generation import Engine, Request
@@ -58,6 +58,11 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
 def main(args: GenerateArgs) -> None:
     if args.precisions and (args.compare or args.quantize != "none"):
         raise ValueError("--precisions: takes the place of --quantize, and of --compare")
+    if "int4" not in (args.quantize, *args.precisions):
+        refuse_idle(args, "without int4", "group_size")
+    if args.engine != "ours":
+        sweep = ["sweep"] if args.sweep else []  # --compare gives an empty one, beside each batch size
+        refuse_idle(args, f"with --engine {args.engine}", "precisions", *sweep)
     run_speed_job(args, generate_setting(args), measure_generate, PEERS["generate"])
 
 

@@ -50,9 +50,9 @@ def main(args: GrpoArgs) -> None:
 def grpo_setting(args: GrpoArgs) -> str:
     args = args.filled()
     return (
-        f"{args.batch_size} answers of {SHORTEST} to {args.seq_len} tokens to prompts of {args.prompt_len}, "
-        f"micro-batches of {args.micro_batch_size} rows or {args.max_tokens_per_micro_batch} tokens, recompute "
-        f"{args.activation_checkpointing}"
+        f"{args.batch_size} answers of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens to prompts of "
+        f"{args.prompt_len}, micro-batches of {args.micro_batch_size} rows or {args.max_tokens_per_micro_batch} "
+        f"tokens, recompute {args.activation_checkpointing}"
     )
 
 
@@ -108,7 +108,7 @@ def measure_grpo(args: GrpoArgs, runtime: Runtime, bandwidth: float) -> dict:
     return {
         "tokens_per_second": rates["packed"],
         "padded_tokens_per_second": rates["padded"],
-        "flops_per_second": rates["packed"] * flops,
+        "flops_per_second": rates["packed"] * flops / dp.size(),  # of this rank, whose ceiling is beside it
         "ratios": ratios,
         "padding_share": padding,
         "rows": {

@@ -20,6 +20,7 @@ from models.common import (
     flag,
     peak_memory,
     progress_bar,
+    refuse_idle,
     say,
 )
 from models.fsdp import ParallelArgs, clip_grad_norm, reducing_gradients
@@ -45,6 +46,13 @@ class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, AdapterArgs, An
 
 
 def main(args: MemoryArgs) -> None:
+    if args.quantize != "none":
+        of_training = ("layouts", "activation_checkpointing", "batch_size", "seq_len", "lora_r", "quantize_base")
+        refuse_idle(args, "beside --quantize, which is of a model that is not trained", *of_training)
+    if args.lora_r is None:
+        refuse_idle(args, "without --lora_r", "slots", "prompt_len", "new_tokens")
+    if args.quantize != "int4":
+        refuse_idle(args, "without --quantize int4", "group_size")
     report_memory(args) if args.quantize == "none" else report_quantized_memory(args)
 
 

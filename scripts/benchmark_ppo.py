@@ -57,6 +57,8 @@ class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
 
 
 def main(args: PpoArgs) -> None:
+    if args.profile:
+        raise ValueError("--profile: an update runs in a process of its own, whose operations are not seen here")
     if args.plan:
         report_plan(args)
     elif args.layouts:

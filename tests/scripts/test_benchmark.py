@@ -156,6 +156,17 @@ def test_jobs_and_peers():
         (["--preset", "23m", "sft"], ["job", "sft"]),
         (["generate", "--engine", "trl"], ["--engine", "vllm"]),
         (["generate", "--preset", "tiny", "--engine", "transformers", "--quantize", "int8"], ["--quantize"]),
+        (
+            ["generate", "--preset", "tiny", "--engine", "transformers", "--precisions", "none", "int8"],
+            ["--precisions"],
+        ),
+        (["generate", "--preset", "tiny", "--engine", "transformers", "--sweep", 1, 2], ["--sweep"]),
+        (["generate", "--preset", "tiny", "--quantize", "int8", "--group_size", 32], ["--group_size 32", "int4"]),
+        (["memory", "--quantize", "int8", "--layouts", "2x1"], ["--layouts", "--quantize"]),
+        (["memory", "--quantize", "int4", "--lora_r", 8], ["--lora_r 8", "--quantize"]),
+        (["memory", "--slots", 3], ["--slots 3", "--lora_r"]),
+        (["memory", "--group_size", 32], ["--group_size 32", "int4"]),
+        (["ppo", "--preset", "tiny", "--profile", 3], ["--profile"]),
         (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
         (["sft", "--compare", 1, "--peer_python", "nowhere/python"], ["--peer_python nowhere/python: there is no"]),
     ):

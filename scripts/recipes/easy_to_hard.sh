@@ -23,7 +23,8 @@ run training/train_rm.py --loss process --checkpoint_path "$out/sft" --output_di
     --train_file "$data/steps.jsonl" --max_tokens_per_micro_batch 16384 --batch_size 128 --learning_rate 2e-6
 run inference/generate.py --checkpoint_path "$out/sft" --prompt_file "$data/held_out.jsonl" --num_samples 64 \
     --temperature 0.7 --max_new_tokens 768 --batch_size 256 --output_file "$out/samples.jsonl"
-run inference/score.py --checkpoint_path "$out/prm" --data_file "$out/samples.jsonl" --output_file "$out/best.jsonl" --best_of_n
+run inference/score.py --checkpoint_path "$out/prm" --data_file "$out/samples.jsonl" --output_file "$out/best.jsonl" \
+    --best_of_n --aggregate prod
 "$python" inference/score.py --data_file "$out/best.jsonl" --output_file "$out/best.graded.jsonl" \
     --grader training/graders.py:math_answer --pass_at 1
 run training/train_ppo.py --checkpoint_path "$out/sft" --output_dir "$out/ppo" --prompt_file "$data/hard.jsonl" \

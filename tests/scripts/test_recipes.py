@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 
+from inference import score
 from models.common import parse_args
 from models.fsdp import split_batch
+from models.reward import RewardKind
 from tests import tiny
 
 RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.sh"))
@@ -84,3 +86,22 @@ def test_a_chat_template_from_another_folder(tmp_path):
     taken = dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), "other")
     assert found == {"config.json": "model", "model.safetensors": "model", **taken}
     assert {path.read_text() for path in model.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_scores_of_what_was_trained(recipe, tmp_path):
+    """Catches flags of score.py that the reward model of the recipe's own training refuses, after hours of it."""
+    commands = run(recipe, tmp_path, tmp_path, tmp_path, tmp_path)[1]
+    kinds = {}
+    for words in commands:
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        flags = dict(zip(words[start:], words[start + 1 :]))
+        if words[start] == "training/train_rm.py":
+            separator = "\n" if flags.get("--loss") == "process" else None
+            kinds[flags["--output_dir"]] = RewardKind(separator, None, None)
+        if words[start] == "inference/score.py":
+            args = parse_args(score.ScoreArgs, words[start + 1 :])
+            score.check_source(args)
+            score.check_flags(args)
+            if args.checkpoint_path is not None:
+                score.check_kind(args, kinds[str(args.checkpoint_path)])

@@ -5,7 +5,9 @@
 #     bash scripts/gpu_report.sh --minutes 8 --sections right decode
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-for python in ${PYTHON:-python3 .venv/bin/python}; do
+pythons=(${PYTHON:-python3 .venv/bin/python}) # PYTHON may name several, or one with spaces in its path
+if command -v "${PYTHON:-}" >/dev/null; then pythons=("$PYTHON"); fi
+for python in "${pythons[@]}"; do
     if command -v "$python" >/dev/null && "$python" -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))'
     then
         missing=$("$python" -c 'import importlib.util as i, sys; print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' \

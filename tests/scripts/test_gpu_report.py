@@ -159,10 +159,10 @@ def test_sections_that_end_badly(tmp_path, monkeypatch):
 
 
 def test_shell(tmp_path):
-    """Catches a shell script that takes a Python without torch, or installs one, loses its arguments or $OUT, and a
-    section's process that is not told its time."""
-    for name, code in (("without", 1), ("with", 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho {name} "$@"\n')
+    """Catches a shell script that takes a Python without torch, or installs one, or does not find one whose path has
+    spaces, loses its arguments or $OUT, and a section's process that is not told its time."""
+    for name, code in (("without", 1), ("with", 0), ("of a house", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho "{name}" "$@"\n')
         (tmp_path / name).chmod(0o755)
 
     def shell(*pythons: str) -> subprocess.CompletedProcess:
@@ -173,6 +173,7 @@ def test_shell(tmp_path):
     assert shell("missing", "without", "with").stdout == (
         "with scripts/gpu_report.py --output_dir somewhere --minutes 1\n"
     )
+    assert shell("of a house").stdout.startswith("of a house scripts/gpu_report.py")
     refused = shell("without")
     assert refused.returncode == 2 and "no python3 with torch" in refused.stderr and not refused.stdout
     with mock.patch.object(gpu_report, "run_section") as run:

@@ -13,7 +13,7 @@ from models.records import Record, get_answer, stated_prompt
 
 # A box that opens; an escaped brace, which is the answer's own and need not be closed, while \\{ is a new line and one
 # that is; other braces.
-BRACES = re.compile(r"(\\boxed\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])")
+BRACES = re.compile(r"(\\boxed\s*\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])")
 
 
 def group_of(line: dict) -> str:
@@ -72,13 +72,15 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
 
 
 def final_answer(text: str) -> str | None:
-    """What the last closed \\boxed{} holds, else the last line that is not blank; None where all are."""
-    last, opened, answer = -1, [], None
+    """What the last closed \\boxed{} with content holds, else, where no box is closed, the last line that is not blank;
+    None if there is neither."""
+    last, opened, answer, closed = -1, [], None, False
     for match in BRACES.finditer(text):
         if match[1] or match[2] == "{":
             opened.append((match.start(), match.end()) if match[1] else None)
         elif match[2] and opened:
             box = opened.pop()
-            if box is not None and box[0] > last:  # of nested ones the inner
-                last, answer = box[0], text[box[1] : match.start()].strip()
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None) if last < 0 else answer
+            closed = closed or box is not None
+            if box is not None and box[0] > last and (held := text[box[1] : match.start()].strip()):
+                last, answer = box[0], held  # of nested ones the inner
+    return answer if closed else next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)

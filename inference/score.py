@@ -126,7 +126,7 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     answer_fn: FunctionPlace | None = flag(
         None,
         help="FILE.py:NAME, a function from a completion's text to its final answer, a string, or None for no answer; "
-        "the last \\boxed{}, else the last line that is not blank",
+        "the last \\boxed{} that is not empty, else the last line that is not blank",
         may_change=True,
     )
 

@@ -47,11 +47,13 @@ def test_weighted_vote_by_hand():
 
 
 def test_final_answer():
-    """Catches braces that end too early, and a last line that is blank."""
+    """Catches braces that end too early, a last line that is blank, and an empty box that votes for nothing."""
     assert final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert final_answer("3+4=7\n 7 \n\n") == "7"
     assert final_answer("broken \\boxed{1\nlast") == "last"
     assert final_answer(" \n") is None
+    assert final_answer("\\boxed{}") is None and final_answer("\\boxed{ 1 } or \\boxed{ }") == "1"
+    assert final_answer("\\boxed {5}\n") == "5"
 
 
 def test_choosing_from_the_command_line(rm, tmp_path):

@@ -18,9 +18,9 @@ import socket
 import sys
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,9 +116,10 @@ def encode_file(
     beside its code. Raises FileNotFoundError, or ValueError that names the first line that cannot be used."""
     size, found = path.stat().st_size if path.is_file() else 0, None
     if store.folder is not None and size >= BIG_FILE:
-        folder = store.folder / _digest(path, encoder, tokenizer, what)
+        name = partial(_digest, path, encoder, tokenizer, what)
+        folder = store.folder / name()
         try:
-            found = _read(folder) or _read_or_make(folder, path, encoder, store.num_workers or num_cores())
+            found = _read(folder) or _read_or_make(folder, path, encoder, store.num_workers or num_cores(), name)
         except _NotKept as error:
             say(f"--data_cache {store.folder}: {error}; {path} is tokenised in the memory of each process")
     if found is None:
@@ -225,16 +226,25 @@ _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 
 
 def _read_or_make(
-    folder: Path, path: Path, encoder: Encoder, num_workers: int
+    folder: Path, path: Path, encoder: Encoder, num_workers: int, name: Callable[[], str]
 ) -> tuple[Columns, EncodingCounts] | None:
-    """Another process may make it meanwhile: then this one waits."""
+    """Another process may make it meanwhile: then this one waits. name: the folder's, of what the data are now."""
     with _alone(folder):
         found = _read(folder)
         if found is None:
             is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # whose first process may be any of its ranks
-            _write(folder, path, _blocks(path, encoder, num_workers, shown=is_first_node))
+            blocks = _blocks(path, encoder, num_workers, shown=is_first_node)
+            _write(folder, path, _of_one_file(blocks, path, lambda: name() == folder.name))
             found = _read(folder)
         return found
+
+
+def _of_one_file(blocks: Iterator[_Block], path: Path, is_same: Callable[[], bool]) -> Iterator[_Block]:
+    """The blocks. Raises ValueError behind the last one if the file is another by then: its rows would be found under
+    the name of what it was."""
+    yield from blocks
+    if not is_same():
+        raise ValueError(f"{path}: was written while it was tokenised; run this again when it is whole")
 
 
 @contextmanager

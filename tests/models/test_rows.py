@@ -225,6 +225,27 @@ def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsy
     assert not left.exists()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_written_meanwhile(replaced, big, files, tmp_path, monkeypatch):
+    """Catches rows of another file, or of parts of two, that are kept under the digest of the first and found by every
+    run on it."""
+    encode, wanted, path = files["sft"]
+    store, content, other = Store(tmp_path / "cache", 1), path.read_bytes(), tmp_path / "other"
+    real = rows._encode_chunk
+
+    def write_and_encode(encoder, chunk):
+        other.write_bytes(content + content)
+        other.replace(path) if replaced else path.write_bytes(other.read_bytes())
+        return real(encoder, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "_encode_chunk", write_and_encode)
+        tiny.refused(partial(encode, store), path, "run this again")
+    assert not [each for each in store.folder.iterdir() if each.is_dir()]
+    path.write_bytes(content)
+    assert list(encode(store)[0]) == [row for row, _ in wanted]
+
+
 def test_others_wait_for_the_one_that_encodes(big, files, tmp_path, capsys):
     """Catches ranks of a node that encode the file one beside the other, or read what is half written."""
     encode, wanted, _ = files["sft"]

@@ -68,8 +68,14 @@ def weight_file(names):
 
 
 def shards(index_path):
-    """The files an index names, in order."""
-    return sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()))
+    """The files an index names, in order; ValueError if it names none."""
+    try:
+        names = {*json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{Path(index_path).name} is broken, it has no weight_map of files: ask whom the model is of")
+    return sorted(names)
 
 
 def check_folder(folder, names):

@@ -304,6 +304,17 @@ def test_a_resumed_download_that_is_refused_is_not_called_complete(hub, download
         ),
         (["org/bad"], {"model.safetensors": b""}, ["org/bad", "no config.json"]),
         (["org/bad"], {"config.json": b"{}", "model.safetensors.index.json": INDEX.encode()}, ["model-00001-of-00002"]),
+        *(
+            (["org/bad"], {"config.json": b"{}", "model.safetensors.index.json": index}, ["index.json is broken"])
+            for index in (
+                b"{",
+                b"\xff",
+                b"[]",
+                b'{"weight_map": ["a"]}',
+                b'{"weight_map": {}}',
+                b'{"weight_map": {"a": 1}}',
+            )
+        ),
     ],
 )
 def test_bad_input(hub, download, tmp_path, args, files, words):

@@ -30,6 +30,9 @@ STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
     r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
     re.A,
 )
+SEVERAL_CHOICES = re.compile(  # (A) and (B), A, B or C; not: B, I think; B, A is wrong
+    r"\W*[A-J]\W*?(?:[,/&]|\band\b|\bor\b)\W*(?:(?:and|or)\W+)?[A-J](?![\w'])(?!(?<=[AI])\s+[a-z])(?!\s+is\b)", re.A
+)
 AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
 HEADING = re.compile(  # behind ####, as Markdown has it, with text below
@@ -66,16 +69,18 @@ def last_number(prompt: str, completion: str, example: dict) -> float:
 
 
 def multiple_choice(prompt: str, completion: str, example: dict) -> float:
-    """1 if the letter that is chosen is the right one. The record has the letter, "B" or "(B)", maybe with the text of
-    the choice behind it, or the number of the choice as an integer from 0."""
+    """1 if the letter that is chosen is the right one, and the only one. The record has the letter, "B" or "(B)", maybe
+    with the text of the choice behind it, or the number of the choice as an integer from 0."""
     letters = [
-        "ABCDEFGHIJ"[gold] if isinstance(gold, int) and 0 <= gold < 10 else letter_of(final_part(str(gold)))
+        "ABCDEFGHIJ"[gold] if isinstance(gold, int) and 0 <= gold < 10 else _letter_of_record(str(gold))
         for gold in raw_golds(example)
     ]
     if None in letters:
         raise ValueError(f"the right choice is no letter: {raw_golds(example)}")
     text = after_thinking(completion)
     answer = marked_answer(text)
+    if answer is not None and SEVERAL_CHOICES.match(_bare(answer)):
+        return 0.0
     chosen = letter_of(answer) if answer is not None else None
     if chosen is None and (answer is None or "\\boxed" not in text):
         chosen = last_letter_in(text)
@@ -184,10 +189,20 @@ def _formula(text: str) -> tuple[str | None, str]:
     return None, text
 
 
+def _bare(choice: str) -> str:
+    """Without what is written before and around its letter."""
+    choice = re.sub(r"\\(?:text|mathrm|mathbf|textbf|textrm)\s*\{([^{}]*)\}", r"\1", choice)
+    return re.sub(r"^[\s*$({\[\"'`]*(?:(?:option|choice)\s+[(\[]?)?", "", choice, flags=re.I)
+
+
+def _letter_of_record(gold: str) -> str | None:
+    gold = final_part(gold)
+    return None if SEVERAL_CHOICES.match(_bare(gold)) else letter_of(gold)
+
+
 def letter_of(answer: str) -> str | None:
     """The letter that a marked answer begins with: B, (b), B. Paris; None if it is something else."""
-    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf|textrm)\s*\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"^[\s*$({\[\"'`]*(?:(?:option|choice)\s+[(\[]?)?", "", answer, flags=re.I)
+    answer = _bare(answer)
     match = re.match(r"([A-J])(?![\w'])(?!(?<=I)\s+[a-z])|([a-j])(?=[\s)\]}.*$]*$)", answer)
     return None if match is None else match[0].upper()
 

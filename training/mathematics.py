@@ -22,9 +22,9 @@ OTHER_SCRIPTS = "\u0400-\u0e7f\u2e80-\uffef"  # than Latin and Greek, whose lett
 # Before a number: no letter that would make a word of both. Chinese puts one right behind its characters.
 NO_WORD = r"(?<![0-9A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0dff.])"
 NUMBER = re.compile(
-    r"-?\\[dt]?frac\s*\{\d+\}\s*\{\d+\}"
+    r"-?\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{-?\d+\}|\d)"
     rf"|{NO_WORD}[-\u2212]?[$\u20ac\u00a3]?"
-    r"(?:\d+ \d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?)"
+    r"(?:\d+ \d+/\d+|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+|[eE][-+]?\d+(?!\w))?(?:\s?\\?%)?)"
     rf"|{NO_WORD}[-\u2212]?\.\d+"
 )
 

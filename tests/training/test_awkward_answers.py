@@ -114,6 +114,52 @@ def test_choices(text, letter):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{A, B}",
+        r"\boxed{\text{(A) and (B)}}",
+        "The answer is A, B, C or D",
+        "The answer is A/B",
+        "Answer: (A) or (B)",
+    ],
+)
+def test_several_choices(text):
+    """Catches a reward for naming all letters, and a record with several that are right by its first alone."""
+    assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [0] * 4
+    with pytest.raises(ValueError, match="no letter"):
+        multiple_choice("", "B", {"answer": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is B, I think.", "B"),
+        ("The answer is B, A is wrong", "B"),
+        ("The answer is (B), and not A", "B"),
+        (r"\boxed{B, a city}", "B"),
+        (r"\boxed{A} or rather \boxed{B}", "B"),
+    ],
+)
+def test_one_choice_beside_others(text, letter):
+    """Catches a choice that is taken for one of several."""
+    assert multiple_choice("", text, {"answer": letter}) == multiple_choice("", letter, {"answer": text}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "wrong"),
+    [
+        (r"It is \frac{-1}{2}", "-0.5", "2"),
+        (r"It is \frac12", "0.5", "12"),
+        ("It is 1.5e3", "1500", "1.5"),
+        ("It is 1e-3.", "0.001", "1"),
+    ],
+)
+def test_the_last_number_is_whole(text, gold, wrong):
+    """Catches a part of the last number that is taken for it."""
+    assert [math_answer("", text, {"answer": each}) for each in (gold, wrong)] == [1, 0]
+
+
+@pytest.mark.parametrize(
     ("text", "gold"),
     [
         ("\u6240\u4ee5\u5171\u67095\u4e2a\u82f9\u679c", "5"),

@@ -1,4 +1,4 @@
-"""scripts/venv.sh: the first thing that a newcomer's command does."""
+"""scripts/venv.sh and the seeds of quickstart.sh: the first things that a newcomer's command does."""
 
 import os
 import shutil
@@ -44,3 +44,12 @@ def test_venv(there, made, tmp_path):
         if made:
             assert refused.returncode == 2 and not refused.stdout
             assert refused.stderr.count("\n") == 1 and "needs Python 3.11" in refused.stderr
+
+
+@pytest.mark.parametrize("seeds", [("0", "0"), ("0", "00"), ("7", "x"), ("-1",), ("1 2",)])
+def test_seeds_of_the_quickstart(seeds, tmp_path):
+    """Catches two seeds that are one, whose spread is 0, and what is no seed, after the packages were installed."""
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(tiny.ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
+    refused = subprocess.run(["bash", script, *seeds], capture_output=True, text=True)
+    assert refused.returncode == 2 and not refused.stdout and "different whole numbers" in refused.stderr

@@ -88,7 +88,15 @@ def lines_of(records: list[Record], output_file: Path, args, now: dict, fields: 
         kept = dict(islice(line.items(), len(fields_of_record)))
         if kept != fields_of_record and json.dumps(kept) != json.dumps(fields_of_record):  # NaN is no NaN
             raise ValueError(f"{output_file}:{number}: is not of the record at its place, {where}; begin another file")
+        if not all(_is_score(*each) for each in islice(line.items(), len(fields_of_record), None)):
+            raise ValueError(f"{output_file}:{number}: not a line that score.py wrote")
     return lines
+
+
+def _is_score(name: str, value: object) -> bool:
+    """Whether score.py adds such a field to a line: a number, numbers of steps, or why there is no grade."""
+    numbers = value if name == "step_rewards" and isinstance(value, list) else [value]
+    return isinstance(value, str) if name == "grade_error" else all(type(each) in (int, float) for each in numbers)
 
 
 def encode_line(line: dict, encoding: str = "utf-8") -> bytes:

@@ -228,7 +228,8 @@ def begin_file(args: ScoreArgs, records: list[Record]) -> tuple[dict, list[dict]
     """(what the output file is begun with, the lines that it has): what the main rank finds there."""
     check_outputs(args)
     begun = begun_with(args)
-    return begun, lines_of(records, args.scored_file, args, begun) if args.resume else []
+    needed = ("reward",) if args.choosing else ()
+    return begun, lines_of(records, args.scored_file, args, begun, needed) if args.resume else []
 
 
 def check_source(args: ScoreArgs) -> None:

@@ -78,6 +78,10 @@ def test_choosing_from_the_command_line(rm, tmp_path):
     scored(rm, tmp_path, sampled(), "--weighted_vote", "--resume", name="best.jsonl")
     assert (tmp_path / "best.jsonl").read_bytes() == whole and (tmp_path / "best.scored.jsonl").read_bytes() == kept
     data = tmp_path / "data.jsonl"
+    for others in ([{**every[0], "reward": "x"}], [{k: v for k, v in every[0].items() if k != "reward"}]):
+        tiny.write_records(tmp_path / "best.scored.jsonl", others)
+        refused = score(rm, data, tmp_path / "best.jsonl", "--best_of_n", "--resume")
+        tiny.assert_refused(refused, "best.scored.jsonl:1: not a line that score.py wrote")
     (tmp_path / "best.jsonl").unlink()
     tiny.assert_refused(score(rm, data, tmp_path / "best.jsonl", "--best_of_n"), "best.scored.jsonl")
 

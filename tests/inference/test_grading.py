@@ -88,6 +88,9 @@ def test_grades_and_pass_at(tmp_path):
     assert f"pass@1    {wanted[1]:.2%}" in grade(MATH, data, out, "--resume", "--pass_at", 1).stdout
     other = grade(f"{MATH.parent}/graders.py:last_number", data, out, "--resume")
     tiny.assert_refused(other, "--grader: other content than the run was begun with;")
+    for other in (b'"x"', b"null", b"true"):
+        out.write_bytes(whole.replace(b'"grade": 0.0', b'"grade": ' + other, 1))
+        tiny.assert_refused(grade(MATH, data, out, "--resume"), "out.jsonl:3: not a line that score.py wrote")
     tiny.assert_refused(grade(MATH, data, out), "exists")
 
 

@@ -151,10 +151,8 @@ WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as wide 
 REPLACED = (
     (r"(?<![\w'])(?:[nN]egative|[mM]inus)\s+(?=[$\\(]{0,2}\d)", "-"),
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$", ""),
-    (
-        r"(?<![A-Za-z][A-Za-z])(?<=[\w)}])\*\*(?=-?[\d({]|[A-Za-z](?![A-Za-z]))",
-        "^",
-    ),  # 2**10; other stars are Markdown's
+    # 2**10; other stars are Markdown's
+    (r"(?<![A-Za-z][A-Za-z])(?<=[\w)}])\*\*(?=-?[\d({]|[A-Za-z](?![A-Za-z]))", "^"),
     (r"\*\*", ""),
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad|\u00a0|\u202f", " "),

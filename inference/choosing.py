@@ -5,15 +5,11 @@ Lines are generate.py's or any records with a prompt, as inference/score.py writ
 
 import json
 import math
-import re
 from collections.abc import Callable
 
+from models.boxes import closed_boxes
 from models.chats import content_of, read_chat
 from models.records import Record, get_answer, stated_prompt
-
-# A box that opens; an escaped brace, which is the answer's own and need not be closed, while \\{ is a new line and one
-# that is; other braces.
-BRACES = re.compile(r"(\\boxed\s*\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])")
 
 
 def group_of(line: dict) -> str:
@@ -74,13 +70,7 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
 def final_answer(text: str) -> str | None:
     """What the last closed \\boxed{} with content holds, else, where no box is closed, the last line that is not blank;
     None if there is neither."""
-    last, opened, answer, closed = -1, [], None, False
-    for match in BRACES.finditer(text):
-        if match[1] or match[2] == "{":
-            opened.append((match.start(), match.end()) if match[1] else None)
-        elif match[2] and opened:
-            box = opened.pop()
-            closed = closed or box is not None
-            if box is not None and box[0] > last and (held := text[box[1] : match.start()].strip()):
-                last, answer = box[0], held  # of nested ones the inner
-    return answer if closed else next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)
+    boxes = closed_boxes(text)
+    if boxes:  # of nested ones the inner
+        return max((box for box in boxes if box[1]), default=(0, None))[1]
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)

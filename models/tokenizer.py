@@ -7,9 +7,10 @@
 
 import json
 import os
+from collections.abc import Iterator
 from datetime import date, datetime
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 import tokenizers
@@ -228,7 +229,12 @@ class _SentencePiece:
 def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
     digits has none for a letter."""
-    for text in chain.from_iterable(texts() for texts in (lambda: "a", file.get_vocab)):  # which takes a while
+
+    def texts() -> Iterator[str]:
+        yield "a"
+        yield from file.get_vocab()  # which takes a while
+
+    for text in texts():
         encoding = file.encode(text)
         if 0 in (is_put := encoding.special_tokens_mask):
             return encoding.ids[: is_put.index(0)], encoding.ids[len(is_put) - is_put[::-1].index(0) :]

@@ -13,6 +13,7 @@ r"""Checked rewards: functions (prompt, completion, example) -> number that hold
 
 import re
 
+from models.boxes import closed_boxes
 from training.mathematics import MULTIPLES, UNITS, equal, last_number_in
 
 GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
@@ -149,14 +150,7 @@ def marked_answer(text: str) -> str | None:
 def boxed_answer(text: str) -> str | None:
     r"""What the last closed `\boxed{}` with content holds, of nested ones the inner; "" if there are boxes, but none of
     these; None if there is no box. `\boxed 5` is one, too."""
-    best, opened, found = -1, [], ""
-    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|(?<!\\)(?:\\\\)*\\[{}]|([{}])", text):
-        if match[1] or match[2] == "{":
-            opened.append((match.start(), match.end()) if match[1] else None)
-        elif match[2] and opened:
-            start = opened.pop()
-            if start is not None and start[0] > best and text[start[1] : match.start()].strip():
-                best, found = start[0], text[start[1] : match.start()].strip()
+    best, found = max((box for box in closed_boxes(text, "boxed|fbox") if box[1]), default=(-1, ""))
     for match in BARE_BOX.finditer(text):
         if match.start() > best:
             best, found = match.start(), match[1]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.chats import Chat, content_of, read_chat
+from models.chats import NOT_READ, Chat, content_of, read_chat
 from models.checkpoint import Folder
 from models.checksums import bytes_bar
 from models.common import at_least_one, flag, short_bar
@@ -42,7 +42,7 @@ NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the c
 # What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
 WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
 # What may be wrong in a record with a prompt of text.
-LOOKED_AT = {*WRITTEN, "system", "tools", "history", "chat_template_kwargs"}
+LOOKED_AT = {*WRITTEN, *NOT_READ, "system", "tools", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,13 @@ from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
 CLOSED_THOUGHT, EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$"), re.compile(r"<(\w+)>\s*</\1>")
-# Fields beside messages that people have, and what to do instead: who has them wants them learnt.
+MEDIA = ("images", "videos", "audios")
+# Fields beside a prompt or messages that people have, and what to do instead: who has them wants them learnt.
 NOT_READ = {
     "history": "put its turns into the messages",
     "system_prompt": "call it system",
     "functions": "give tools, and tool_calls in the messages",
-    "images": "only text can be read",
-    "videos": "only text can be read",
-    "audios": "only text can be read",
+    **dict.fromkeys(MEDIA, "only text can be read"),
 }
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
 
@@ -70,14 +69,10 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
             + ("an empty list" if isinstance(messages, list) else kind_of(messages))
         )
     read = [_read_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
-    for name, advice in NOT_READ.items():
-        value = parsed(_without_nulls(fields.get(name)))
-        if name == "system_prompt" and (fields.get("system") or read[0][0]["role"] in ("system", "developer")):
-            continue
-        if name == "functions" and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
-            continue  # of another kind
-        if _has_content(value):
-            raise ValueError(f'"{name}" is not read; {advice}')
+    has_system = fields.get("system") or read[0][0]["role"] in ("system", "developer")
+    for name in not_read(fields):
+        if name != "system_prompt" or not has_system:
+            raise ValueError(f'"{name}" is not read; {NOT_READ[name]}')
     system = fields.get("system")
     if system:
         if not isinstance(system, str):
@@ -94,6 +89,15 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
     for name in OWN_VALUES & (kwargs or {}).keys():
         raise ValueError(f"chat_template_kwargs: {name!r} has a field, or a flag, of its own")
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools, kwargs)
+
+
+def not_read(fields: dict) -> list[str]:
+    """The fields of NOT_READ that hold anything."""
+    found = {name: parsed(_without_nulls(fields.get(name))) for name in NOT_READ}
+    functions = found["functions"]
+    if not (isinstance(functions, list) and all(isinstance(each, dict) for each in functions)):
+        del found["functions"]  # of another kind
+    return [name for name, value in found.items() if _has_content(value)]
 
 
 def parsed(value: object) -> object:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.chats import Chat, learnt_turns, parsed, read_chat, text_of_chat
+from models.chats import MEDIA, NOT_READ, Chat, learnt_turns, not_read, parsed, read_chat, text_of_chat
 from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
@@ -77,6 +77,7 @@ def stated_prompt(record: Record) -> str | list[dict]:
     given = record.given
     if "instruction" not in given or "prompt" in given:
         return get_field(record, "prompt", "input")
+    require(not given.get("context"), f'{record.where}: "context" is not read; call it input')  # Dolly's
     parts = [given["instruction"], given.get("input", "")]
     require(all(isinstance(part, str) for part in parts), f"{record.where}: instruction and input must be text")
     return "\n".join(part for part in parts if part)
@@ -92,8 +93,12 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
         if isinstance(prompt, list):
             return read_chat(prompt, fields, "prompt")
         require(isinstance(prompt, str), f"prompt must be text or a list of messages, not {kind_of(prompt)}")
-        for name in ("system", "tools", "history", "chat_template_kwargs"):
+        for name in ("system", "tools", "chat_template_kwargs"):
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
+        for name in not_read(fields):
+            stated = name == "system_prompt" and str(fields[name]) in prompt
+            advice = "give prompt as a list of messages, and " * (name not in MEDIA) + NOT_READ[name]
+            require(stated, f'"{name}" is not read; {advice}')
         return prompt
 
 

@@ -229,6 +229,10 @@ REFUSED = [
     ("r1", {"messages": [user("a"), {"role": "assistant", "content": None}]}, 'messages[1] must have the string "cont'),
     ("r1", {"system": "s", "prompt": "a", "completion": "b"}, "system belongs to a chat"),
     ("r1", {"tools": TOOLS, "prompt": "a", "completion": "b"}, "tools belongs to a chat"),
+    ("r1", {"system_prompt": "s", "prompt": "a", "completion": "b"}, "messages, and call it system"),
+    ("r1", {"history": [["c", "d"]], "prompt": "a", "completion": "b"}, "messages, and put its turns into the"),
+    ("r1", {"images": ["a.png"], "prompt": "a", "completion": "b"}, '"images" is not read; only text can be read'),
+    ("r1", {"instruction": "a", "context": "c", "output": "b"}, '"context" is not read; call it input'),
     ("r1", {"instruction": "a", "input": 5, "output": "b"}, "instruction and input must be text"),
 ]
 
@@ -254,6 +258,9 @@ def test_empty_columns_and_others_of_their_names(opened):
     system = row_of(tokenizer, messages=[brief, *plain])
     assert row_of(tokenizer, messages=[brief, *plain], system_prompt="Be brief.") == system
     assert row_of(tokenizer, messages=plain, system="Be brief.", system_prompt="Be brief.") == system
+    asked = row_of(tokenizer, prompt="Be brief. a", completion="b")
+    assert row_of(tokenizer, prompt="Be brief. a", completion="b", system_prompt="Be brief.", images=[]) == asked
+    assert row_of(tokenizer, instruction="Be brief. a", context="", output="b") == asked
     calls = '[{"type": "function", "function": {"name": "add", "arguments": null}}]'
     assert '"arguments": {}' in row_of(tokenizer, messages=[user("1"), said("", tool_calls=calls)])[1][0]
 

@@ -41,6 +41,7 @@ from models.records import (
     micro_batches,
     naming,
     require,
+    stated_prompt,
 )
 from models.sharing import shared_work
 from models.tokenizer import Tokenizer
@@ -199,13 +200,13 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
         require(isinstance(side, str | list), f"{name} must be text or a list of messages, not {kind_of(side)}")
     require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
     has_prompt = not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
-    prompt = get_prompt(record) if has_prompt or isinstance(chosen, str) else None
     if isinstance(chosen, str):
-        return prompt, chosen, rejected
-    if isinstance(prompt, Chat):  # maybe repeated at the beginning of both sides
-        stated = get_field(record, "prompt", "input")
-        repeated = len(stated) if chosen[: len(stated)] == rejected[: len(stated)] == stated else 0
-        return prompt, chosen[repeated:], rejected[repeated:]
+        return get_prompt(record), chosen, rejected
+    prompt = stated_prompt(record) if has_prompt else None
+    if not isinstance(prompt, str | None):  # maybe repeated at the beginning of both sides
+        chat = get_prompt(record)
+        repeated = len(prompt) if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt else 0
+        return chat, chosen[repeated:], rejected[repeated:]
     most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
     num_shared = next((i for i in range(most) if chosen[i] != rejected[i]), max(0, most))
     shared = chosen[:num_shared]

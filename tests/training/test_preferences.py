@@ -80,6 +80,8 @@ def test_pair_of_chats(kind, opened):
     assert pair(tokenizer, **whole) == made  # the prompt is implicit
     assert pair(tokenizer, prompt=prompt, **whole) == made  # or said three times
     assert pair(tokenizer, prompt=CHAT[2]["content"], **whole) == made  # or as text beside messages
+    columns = {"prompt": CHAT[2]["content"], "system_prompt": SYSTEM["content"]}
+    assert pair(tokenizer, **columns, **whole) == made  # or as UltraFeedback's columns, beside messages that have both
 
 
 def test_implicit_prompt(opened):

@@ -57,16 +57,16 @@ def exact_match(prompt: str, completion: str, example: dict) -> float:
 
 def math_answer(prompt: str, completion: str, example: dict) -> float:
     """1 if the final answer equals the right one mathematically."""
-    text = after_thinking(completion)
+    text, golds = after_thinking(completion), gold_answers(example)  # a record without any is named by every answer
     answer = marked_answer(text)
     answer = last_number_in(text) if answer is None else answer
-    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
+    return float(bool(answer) and any(equal(answer, gold) for gold in golds))
 
 
 def last_number(prompt: str, completion: str, example: dict) -> float:
     """1 if the last number of the text equals the right one, whatever is marked as the answer."""
-    answer = last_number_in(after_thinking(completion))
-    return float(bool(answer) and any(equal(answer, gold) for gold in gold_answers(example)))
+    answer, golds = last_number_in(after_thinking(completion)), gold_answers(example)
+    return float(bool(answer) and any(equal(answer, gold) for gold in golds))
 
 
 def multiple_choice(prompt: str, completion: str, example: dict) -> float:

@@ -433,12 +433,13 @@ def test_format():
 
 def test_records():
     """Catches another field than the first there is, a list of which one alone counts, and a missing answer that gives
-    a reward."""
+    a reward, if only the 0 of a text without an answer: then not all fail, and a run goes on."""
     assert math_answer("", "5", {"solution": "so \\boxed{5}", "target": "6"})
     assert math_answer("", "5", {"answer": None, "label": 5}) and math_answer("", "5", {"gold": [4, 5.0]})
     for grader in (math_answer, exact_match, last_number, multiple_choice):
-        with pytest.raises(ValueError, match="no right answer: none of answer, solution"):
-            grader("", "5", {"prompt": "5"})
+        for text in ("5", "I do not know.", ""):
+            with pytest.raises(ValueError, match="no right answer: none of answer, solution"):
+                grader("", text, {"prompt": "5"})
     with pytest.raises(ValueError, match="is no letter"):
         multiple_choice("", "B", {"answer": "Paris"})
 

@@ -341,6 +341,12 @@ def is_sample(record: Record) -> bool:
     return "finish_reason" in record.given
 
 
+def is_drawn(record: Record) -> bool:
+    """The same of records to learn from, which others have written with a finish_reason beside answers of other
+    names."""
+    return is_sample(record) and "output" in record.given
+
+
 def get_answer(record: Record, *, steps: bool) -> str | list:
     """The answer to the record's prompt: text or a list of messages; where steps are scored, text or a list of them."""
     if is_sample(record):
@@ -353,6 +359,14 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
     answer = get_field(record, "completion", "output")
     require(not steps or isinstance(answer, str), f"completion must be text, not {kind_of(answer)}")
     return answer
+
+
+def encode_sample(record: Record, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+    """(a line of generate.py as it was drawn, with loss on the answer and on what ended it, which is nothing where it
+    ran out of tokens; what happened)"""
+    prompt, answer = get_prompt(record), get_answer(record, steps=False)
+    example, counts = _answered(prompt, answer, tokenizer)
+    return example.ended(ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []), counts
 
 
 def get_steps(record: Record) -> list[str]:

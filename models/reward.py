@@ -32,8 +32,8 @@ from models.records import (
     Record,
     Split,
     encode_answer,
-    encode_generated,
     encode_prompt,
+    encode_sample,
     get_answer,
     get_field,
     get_prompt,
@@ -316,11 +316,10 @@ def encode_to_score(
             ids, positions = encode_steps(prompt, steps, separator, tokenizer)
         else:
             if is_sample(record):
-                finished = record.fields["finish_reason"] == "stop"
-                ids = encode_generated(prompt, answer, tokenizer, finished=finished)
+                row, _ = encode_sample(record, tokenizer)
             else:
                 row, counts = encode_answer(prompt, answer, tokenizer)
-                ids = row.input_ids
+            ids = row.input_ids
             positions = [place_of_score(ids, pad_token_id)]
         require(ids, "has no tokens, so there is no place for a score")
         return [Scored(ids, positions, [], len(encode_prompt(prompt, tokenizer)))], counts

@@ -24,10 +24,12 @@ from models.records import (
     Limits,
     encode_answered,
     encode_chat,
+    encode_sample,
     end_of,
     folder_limits,
     get_field,
     get_prompt,
+    is_drawn,
     naming,
     pack_row,
     require,
@@ -146,10 +148,13 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
     """(row, what happened).
 
     `prompt` + `completion`: loss on the completion and EOS. `messages`, or a prompt in messages: loss on the
-    assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS.
+    assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS. A line of generate.py: loss on
+    what was drawn, whatever of these its prompt's record had.
     """
     given = record.given or record.fields
     with naming(record):
+        if is_drawn(record):
+            return encode_sample(record, tokenizer)
         if "messages" in given:
             return encode_chat(read_chat(given["messages"], given), tokenizer)
         if "text" in given and "completion" not in given and "output" not in given:

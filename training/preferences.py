@@ -21,9 +21,11 @@ from models.records import (
     encode_answer,
     encode_generated,
     encode_prompt,
+    encode_sample,
     get_field,
     get_prompt,
     get_steps,
+    is_drawn,
     naming,
     require,
 )
@@ -106,9 +108,12 @@ def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Score
     """(row with its label on the last token, EOS or the end of the turn; what happened) of a record with `prompt`,
     `completion` and `label`: 0, 1, true, false or a probability."""
     with naming(record):
-        prompt, completion = get_prompt(record), get_field(record, "completion", "output")
         label = _label("label", get_field(record, "label"))
-        row, counts = encode_answer(prompt, completion, tokenizer)
+        if is_drawn(record):
+            row, counts = encode_sample(record, tokenizer)
+        else:
+            completion = get_field(record, "completion", "output")
+            row, counts = encode_answer(get_prompt(record), completion, tokenizer)
         return Scored(row.input_ids, [len(row.input_ids) - 1], [label], row.prompt_length), counts
 
 

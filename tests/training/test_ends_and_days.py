@@ -2,13 +2,17 @@
 
 import json
 from datetime import date
+from itertools import product
 
 import torch
 import transformers
 
 from models.checkpoint import open_folder
+from models.records import Record
 from models.tokenizer import chat_day
 from tests import tiny
+from training.data import encode_sft_record
+from training.preferences import encode_pointwise_record
 
 SCRIPT = "training/finetune_sft.py"
 END = tiny.VOCAB_SIZE  # the end-of-turn token, which the tokenizer's EOS and generation_config.json are not
@@ -51,6 +55,32 @@ def test_answers_end_where_they_were_trained_to(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     answer = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
     assert answer[-1] == END and len(answer) == line["num_tokens"] + 1
+
+
+def test_samples_are_learnt_as_they_were_drawn(tmp_path):
+    """Catches the reference that a prompt's record had beside it learnt, or labelled, in the place of the sample, and
+    an end behind one that ran out of tokens, which would be learnt as the place to stop."""
+    folder, lines = chat_folder(tmp_path / "in"), tmp_path / "lines.jsonl"
+    asked, reference = CHAT["messages"][:1], {"completion": "a reference", **CHAT, "text": "another", "label": 1}
+    records = [{"prompt": prompt, **reference} for prompt in ("hello", asked) * 16]
+    data = tiny.write_records(tmp_path / "prompts.jsonl", records)
+    given = ["--checkpoint_path", folder, "--prompt_file", data, "--output_file", lines, "--stop", "e"]
+    run("inference/generate.py", *given, "--max_new_tokens", 8)
+    tokenizer, oracle = open_folder(folder).tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+    drawn = [json.loads(line) for line in lines.read_text().splitlines()]
+    kinds = {(line["finish_reason"], type(line["prompt"])) for line in drawn}
+    assert kinds == set(product(("stop", "length"), (str, list)))
+    for line in drawn:
+        is_text = isinstance(line["prompt"], str)
+        text = "<s>hello" if is_text else oracle.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        end = ("</s>" if is_text else "<|im_end|>") * (line["finish_reason"] == "stop")
+        row, _ = encode_sft_record(Record("x", line), tokenizer)
+        prompt_ids = tokenizer.encode(text, add_special_tokens=False)
+        answer_ids = row.input_ids[row.prompt_length :]
+        assert row.input_ids[: row.prompt_length] == prompt_ids and row.labels[row.prompt_length :] == answer_ids
+        learnt = tokenizer.decode_continuation(prompt_ids, answer_ids, skip_special_tokens=False)
+        assert learnt == line["output"] + end
+        assert encode_pointwise_record(Record("x", line), tokenizer)[0].input_ids == row.input_ids
 
 
 def test_a_template_without_an_end(tmp_path):

@@ -191,8 +191,8 @@ def main(args: ScoreArgs) -> None:
     if first < len(items):
         tp = parallel_of(mesh).tp
         model = load_for_inference(args.checkpoint_path, runtime, tp=tp, head="score", scheme=scheme, files=files)
-        if runtime.compile:
-            model.compile(dynamic=True)
+        for block in model.layers if runtime.compile else ():
+            block.compile(dynamic=True)  # all share their code; a whole model's would grow with its layers
     split = Split(args.batch_size, mesh["dp"], folder.pad_token_id)
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
     clock = Stopwatch(runtime.device)

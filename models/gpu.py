@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
+import re
 import sys
 from functools import cache
 
 import torch
 
-# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by a part of the device's
-# name. A device that is not listed prints no MFU or MBU.
+# Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by words of the device's
+# name. A device that is not listed prints no MFU or MBU. An MI250X is two devices, which share what its sheet says.
 PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 PCIe": (756e12, 2.0e12),
@@ -17,7 +18,7 @@ PEAKS = {
     "A100 80GB PCIe": (312e12, 1.94e12),
     "A100": (312e12, 1.56e12),
     "MI300X": (1307e12, 5.3e12),
-    "MI250X": (383e12, 3.28e12),
+    "MI250X": (191.5e12, 1.64e12),
     "L40S": (362e12, 0.864e12),
     "RTX 4090": (165e12, 1.01e12),
     "RTX 3090": (71e12, 0.936e12),
@@ -48,4 +49,4 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)

@@ -15,6 +15,7 @@ from models import attention, decode_rows, paged_cache, qlinear
 from models.attention import document_attention
 from models.decode import copy_for_inference, refresh, to_inference
 from models.generation import Engine, Request
+from models.gpu import peaks
 from models.paged_cache import Chunk
 from models.qlinear import QuantizedLinear, Scheme
 from models.quantize import quantize_block
@@ -160,6 +161,25 @@ def test_head_dims_that_have_no_kernel():
             patch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
             assert attention.has_varlen(GPU, dtype, head_dim) == expected
     assert not attention.has_varlen(CPU, torch.bfloat16, 128)
+
+
+def test_peaks(monkeypatch):
+    """Catches a card that is taken for another whose name is a part of its own (GH200, of which some have an H100's
+    memory), and an MI250X's two devices that are each held to both."""
+    for name, expected in (
+        ("NVIDIA H200", (989e12, 4.8e12)),
+        ("NVIDIA H100 80GB HBM3", (989e12, 3.35e12)),
+        ("NVIDIA H100 PCIe", (756e12, 2.0e12)),
+        ("NVIDIA A100-SXM4-40GB", (312e12, 1.56e12)),
+        ("NVIDIA A100-SXM4-80GB", (312e12, 2.04e12)),
+        ("NVIDIA GH200 480GB", None),
+        ("AMD Instinct MI250X", (191.5e12, 1.64e12)),
+        ("AMD Instinct MI250X / MI250", (191.5e12, 1.64e12)),
+        ("NVIDIA A10G", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peaks(GPU) == expected, name
+    assert peaks(CPU) is None
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -166,6 +166,7 @@ class Engine:
         if batch.chunks:
             self.num_prompt_tokens += len(batch.ids)
             hidden = self.rows.prefill(batch)
+            scheduler.publish(batch)
             begun += self._computed(batch, hidden)
             numbers = Download(hidden[:0, 0], hidden[:0, 0])
         if begun:

@@ -125,9 +125,12 @@ class Scheduler:
             if end == sample.num_to_cache:
                 batch.done.append(self.filling.popleft())
                 batch.last.append(len(batch.ids) - 1)
+        return batch
+
+    def publish(self, batch: Prefill) -> None:
+        """What the device has been given can be found. Not before: Ctrl-C may come in between."""
         for sample in batch.done:
             sample.published = self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
-        return batch
 
     # ------------------------------------------------------------------------------ rows and pages
 

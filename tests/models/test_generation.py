@@ -202,6 +202,22 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
 # ------------------------------------------------------------------------------------- shared prefill
 
 
+def test_a_prefill_that_is_broken_off_is_not_found(folder, hf_model):
+    """Catches pages that count as those of a prompt when Ctrl-C in a chat has come before they were computed."""
+    engine = make_engine(folder, max_seq_len=192)
+    request, prefill = Request(0, 0, [i % 90 + 3 for i in range(150)], 6), engine.rows.prefill
+
+    def break_off(batch):
+        raise KeyboardInterrupt
+
+    engine.rows.prefill = break_off
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.generate([request]))
+    engine.rows.prefill = prefill
+    [done] = engine.generate([request])
+    assert done.token_ids == hf_greedy(hf_model, request)
+
+
 @pytest.mark.parametrize("num_slots", [1, 4, 16])
 def test_samples_of_a_prompt_share_one_prefill(folder, num_slots):
     """Catches a prefill that is done again for each sample, also when there are more samples than slots and when

@@ -2,14 +2,15 @@
 
 import math
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.attention import varlen_works
+from models.attention import causal_attention, document_attention, varlen_works
 from models.common import Runtime, dtype_name
 from models.decode import load_for_inference
 from models.generation import Engine, Request
@@ -17,10 +18,12 @@ from models.gpu import has_triton
 from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme
 from models.sampling import SamplingParams
+from models.vocab_parallel import linear_cross_entropy, linear_logprobs
 from scripts.benchmark_common import SIZES
 from scripts.report.record import Item, Section
 from scripts.report.trained import check_training, start_training
 from scripts.workload import random_ids
+from training import optim
 
 # shapes in which the kernels differ: head dims, groups, one page or many
 ATTENTION = [
@@ -264,12 +267,74 @@ def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
     return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
+# --------------------------------------------------------------------------------------- training
+
+
+def check_gradients(section: Section) -> None:
+    """Gradients by the kernels of training, in the dtype of the computation, against those in fp32 on the CPU."""
+    runtime, (H, K, D, T) = section.runtime, (8, 2, 64, 192)  # of T % 128 = 64 cuDNN's have been wrong
+    torch.manual_seed(6)
+    heads, rows = [torch.randn(2, T, n, D) for n in (H, K, K)], [torch.randn(300, D), 0.2 * torch.randn(700, D)]
+    targets = torch.randint(700, (300,))
+
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return document_attention([[100, 60, 32], [192]], T, q.device, q.dtype, D)(0, q, k, v)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets.to(hidden.device)) / 300
+
+    def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack(linear_logprobs(hidden, weight, targets.to(hidden.device), temperature=0.7, entropy=True))
+
+    for name, function, inputs in (
+        ("attention", partial(causal_attention, 0), heads),
+        ("packed attention", packed, heads),
+        ("the head's loss", loss, rows),
+        ("log-probs and entropies", logprobs, rows),
+    ):
+        inputs = [x.to(runtime.dtype) for x in inputs]
+        found = gradients(function, [x.to(runtime.device) for x in inputs])
+        wanted = gradients(function, [x.float() for x in inputs])
+        distance = max(((a.float().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, wanted))
+        section.check(f"gradients of {name}, {dtype_name(runtime.dtype)}", distance, 0.03, "relative")
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*inputs).float().square().sum(), inputs)
+
+
+def check_optimizer(section: Section) -> None:
+    """AdamW's kernel for bf16 weights against plain operations, whose last bit may be another: they divide by a number
+    as they multiply by its inverse."""
+    device = section.runtime.device
+    if optim.gpu_kernel(device) is None:
+        section.note("AdamW", "its kernel runs on a GPU alone; tests run it in Triton's interpreter")
+        return
+    for kind in ("adamw", "adamw_8bit"):
+        ends = []
+        for has_kernel in (True, False):
+            torch.manual_seed(7)
+            layer = nn.Linear(512, 300, device=device, dtype=torch.bfloat16)
+            update = optim.make_optimizer(layer, optim.OptimArgs(optim=kind, learning_rate=1e-2, weight_decay=0.1))
+            update.kernel = update.kernel if has_kernel else None
+            for _ in range(3):
+                for parameter in layer.parameters():
+                    parameter.grad = torch.randn_like(parameter)
+                update.step()
+            ends.append(torch.cat([parameter.detach().flatten() for parameter in layer.parameters()]))
+        share = (ends[0] != ends[1]).float().mean().item()
+        section.check(f"{kind}, bf16 weights", share, 1e-3, "share that differs from plain operations'")
+
+
 ITEMS = [
     Item("training begins", 0, start_training),  # on the side, since it takes longest and waits for little
     Item("Triton", 0, check_triton),
     Item("decode attention", 10, check_attention),
     Item("greedy ids", 10, check_greedy),
     Item("products", 10, check_products),
+    Item("gradients", 5, check_gradients),
+    Item("AdamW", 5, check_optimizer),
     Item("compiled", 25, check_compiled),
     Item("prefill", 5, check_chunks),
     Item("training", 3, check_training),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -219,6 +220,13 @@ def test_stop_strings_end_samples(folder):
     for before, after in zip(free, stopped):
         assert after["output"] == before["output"].split(letter)[0]
         assert after["finish_reason"] == ("stop" if letter in before["output"] else before["finish_reason"])
+
+
+def test_one_rank_asks_no_other(folder, monkeypatch):
+    """Catches a collective of one rank, for which a GPU's would start NCCL: a second, and memory."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", mock.Mock(side_effect=AssertionError))
+    result = tiny.run(SCRIPT, "--checkpoint_path", folder, "--prompt", "a b", "--max_new_tokens", 2)
+    assert result.code == 0 and "tok/s" in result.stderr, result.stderr
 
 
 def test_compute_dtype_is_a_flag(folder):

@@ -112,6 +112,22 @@ class PeerArgs:
     peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
 
 
+def counted(number: int, noun: str) -> str:
+    """As "1 slot" and "8 slots"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def sized(num_bytes: float) -> str:
+    """Bytes for people, in a column."""
+    unit, size = next((each for each in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= each[1] / 10), ("kB", 1e3))
+    return f"{num_bytes / size:9.3f} {unit}"
+
+
+def token_bytes(config: ModelConfig, number_bytes: int, tp: int = 1) -> float:
+    """Bytes of the cache of one token on a rank."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number_bytes / tp
+
+
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median time of a call, after one that does not count."""
     watch, times = Stopwatch(device), []
@@ -213,7 +229,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     rows.update(result.pop("rows", {}))
     if operations:
         rows["operations"] = operations
-    rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
+    if result["peak_memory"]:
+        rows["memory"] = f"{result['peak_memory'] / 1e9:,.2f} GB peak"
     say(card(f"{args.job}, {title}", rows))
     say(json.dumps({"job": args.job, "preset": args.preset, "engine": engine, **rows, **result}))
 
@@ -249,16 +266,16 @@ def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
                 raise ValueError(f"--engine {engine} failed: {why}")
             result = json.loads(done.stdout.strip().splitlines()[-1])
             results[engine].append(result)
-            speed, memory = result["tokens_per_second"], result["peak_memory"] / 1e9
-            print(f"round {i + 1}: {speed:,.1f} tok/s, {memory:,.2f} GB peak: {result['ran']}", flush=True)
+            peak = f", {result['peak_memory'] / 1e9:,.2f} GB peak" if result["peak_memory"] else ""
+            print(f"round {i + 1}: {result['tokens_per_second']:,.1f} tok/s{peak}: {result['ran']}", flush=True)
     pairs = list(zip(results["ours"], results[args.peer]))
     speeds = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
-    memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs]
-    shown = ", ".join(f"{x:.2f}" for x in speeds)
+    memory = [ours["peak_memory"] / theirs["peak_memory"] for ours, theirs in pairs if theirs["peak_memory"]]
+    shown = ", ".join(f"{x:.2f}" for x in speeds) + (f"; memory {statistics.median(memory):.2f}" if memory else "")
     ran = results[args.peer][-1]["ran"]
     last = [results[engine][-1] for engine in ("ours", args.peer)]
     at = ""
     if all("bits" in result for result in last):  # of weights that each has as it likes
         at = " at {:.1f} / {:.1f} bits a weight".format(*(result["bits"] for result in last))
-    print(f"ours / {ran}{at}: speed {shown}; memory {statistics.median(memory):.2f}")
+    print(f"ours / {ran}{at}: speed {shown}")
     print(json.dumps({"speed_ratios": speeds, "memory_ratios": memory, "ran": ran, "ours": results["ours"][-1]}))

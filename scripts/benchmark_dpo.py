@@ -11,7 +11,7 @@ from models.records import IGNORE_INDEX, Example, collate
 from models.reward import Pair, pair_rows
 from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_peers import PEERS
-from scripts.benchmark_training import TrainedArgs, seconds_of_step, sharded_model
+from scripts.benchmark_training import TrainedArgs, figures_of_steps, sharded_model
 from scripts.workload import random_ids
 from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_logps
 
@@ -20,7 +20,7 @@ from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_logps
 class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
     """Optimizer steps of direct preference optimisation on random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="pairs of a step")
+    batch_size: int = flag(8, bounds=at_least_one, help="pairs of a step, on each rank")
     precompute_ref: bool = flag(True, help="the reference's log-probs once before training, else in each step")
     engine: str = flag("ours", choices=("ours", *PEERS["dpo"]), help="what to run")
     peer: str = flag("trl", choices=PEERS["dpo"], help="--compare: the engine to alternate with")
@@ -72,6 +72,6 @@ def measure_dpo(args: DpoArgs, runtime: Runtime, bandwidth: float) -> dict:
         return dpo_loss(DpoLossArgs(), logps, reference_logps() if known is None else known, lengths).losses.mean()
 
     length = args.prompt_len + args.new_tokens
-    rate = 2 * len(pairs) * length / seconds_of_step(model, args, loss_of, runtime, args.repeats)
+    tokens = 2 * len(pairs) * length
     flops = config.training_flops_per_token(length) * (1 if args.precompute_ref else 4 / 3)
-    return {"tokens_per_second": rate, "flops_per_second": rate * flops}
+    return figures_of_steps(model, args, runtime, loss_of, tokens=tokens, flops_per_token=flops)

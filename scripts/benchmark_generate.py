@@ -21,7 +21,7 @@ from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
 from models.tp import Parallel, TensorParallelArgs, size_of, tensor_parallel_part
-from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job, seconds_of
+from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, counted, run_speed_job, seconds_of, token_bytes
 from scripts.benchmark_peers import PEERS
 from scripts.workload import ragged_sizes, random_ids
 
@@ -40,7 +40,6 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
     )
     engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="what to run")
     peer: str = flag("transformers", choices=PEERS["generate"], help="--compare: the engine to alternate with")
-
     llama_cpp_gguf: Path | None = flag(None, help="the peer llama_cpp: the file that it runs")
     weight_dtype: str | None = flag(
         None,
@@ -71,8 +70,8 @@ def generate_setting(args: GenerateArgs) -> str:
     if args.sweep:
         return f"sweep of {tokens}"
     if args.ragged:
-        return f"{args.ragged} ragged prompts of about {tokens}, {args.batch_size} slots"
-    return f"{args.batch_size} slots, {tokens}"
+        return f"{counted(args.ragged, 'ragged prompt')} of about {tokens}, {counted(args.batch_size, 'slot')}"
+    return f"{counted(args.batch_size, 'slot')}, {tokens}"
 
 
 @torch.no_grad()
@@ -237,7 +236,6 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
 def cache_bytes(engine: Engine) -> float:
     """Bytes of cache that the decode steps had to read: in the dtype of the computation, also where the engine keeps it
     in a wider one, whose bytes are no achievement."""
-    config, dtype = engine.model.config, engine.model.dtype
-    heads = config.num_key_value_heads // size_of(engine.model.parallel.tp)
-    of_token = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize
+    model = engine.model
+    of_token = token_bytes(model.config, model.dtype.itemsize, size_of(model.parallel.tp))
     return engine.cache_bytes_read / engine.rows.cache.bytes_per_token * of_token

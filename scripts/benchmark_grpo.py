@@ -16,7 +16,7 @@ from models.common import Runtime, Stopwatch, at_least_one, flag, short_bar
 from models.fsdp import init_mesh, reducing_gradients
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
-from scripts.benchmark_common import SpeedArgs, run_speed_job
+from scripts.benchmark_common import SpeedArgs, counted, run_speed_job
 from scripts.benchmark_training import RecomputeArgs, sharded_model
 from training.losses import ppo_policy_loss
 from training.rollouts import answer_logps, rows_at, shares
@@ -50,9 +50,9 @@ def main(args: GrpoArgs) -> None:
 def grpo_setting(args: GrpoArgs) -> str:
     args = args.filled()
     return (
-        f"{args.batch_size} answers of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens to prompts of "
-        f"{args.prompt_len}, micro-batches of {args.micro_batch_size} rows or {args.max_tokens_per_micro_batch} "
-        f"tokens, recompute {args.activation_checkpointing}"
+        f"{counted(args.batch_size, 'answer')} of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens to prompts of "
+        f"{args.prompt_len}, micro-batches of {counted(args.micro_batch_size, 'row')} or "
+        f"{args.max_tokens_per_micro_batch} tokens, recompute {args.activation_checkpointing}"
     )
 
 

@@ -29,7 +29,7 @@ from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
-from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs
+from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs, counted, sized, token_bytes
 from scripts.benchmark_training import AdapterArgs, RecomputeArgs, sharded_model
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer
@@ -73,22 +73,16 @@ def training_memory(
     backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: no block's backward
     overlaps with the reduction of the one before.
     """
-    if recompute == "selective":
-        raise ValueError("--activation_checkpointing selective: the arithmetic of memory knows none and full")
-    E, F, H, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, compute_bytes
-    q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    E, F, c = config.hidden_size, config.intermediate_size, compute_bytes
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     table = config.vocab_size * E / tp
     root = (2 - config.tie_word_embeddings) * table + E
     block = (2 * E * (q + kv) + 3 * E * F + config.qkv_bias * (q + 2 * kv)) / tp + 2 * E
     block += config.qk_norm * 2 * config.head_dim + config.attention_bias * E
     shard = (config.num_hidden_layers * block + root) / dp
 
-    norm, whole = block_activations(config, tp, c)
-    kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
-
-    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
-    loss = logits + (4 + c) * table + 2 * c * tokens * E  # with the head's gradient
-    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
+    kept, of_loss, widest = activations(config, tp, tokens, recompute, c)
+    loss = of_loss + (4 + c) * table  # with the head's gradient
     reduction = c + (4 if dp > 1 else c) + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
     overlapping = (widest, reduction * block)
     backward = (max if on_cpu else sum)(overlapping) + 2 * c * block + c * table
@@ -102,14 +96,23 @@ def training_memory(
     }
 
 
-def block_activations(config: ModelConfig, tp: int, c: int) -> tuple[float, float]:
-    """(bytes kept of a token for the last norm, for a whole block); c: bytes of a number of the computation."""
+def activations(
+    config: ModelConfig, tp: int, tokens: int, recompute: str, c: int, lora_r: int = 0
+) -> tuple[float, float, float]:
+    """(bytes kept for the backward, more of them in the loss, more of them in the backward of a block) of so many
+    tokens; c: bytes of a number of the computation."""
+    if recompute == "selective":
+        raise ValueError("--activation_checkpointing selective: the arithmetic of memory knows none and full")
     E, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
     norm = c * E + 4  # its input, and 1 / the root of its mean square
     whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 2 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
     whole += config.qk_norm * (c + 4 / config.head_dim) * (q + kv) / tp  # q and k before their norms
-    return norm, whole
+    whole += 7 * lora_r * c  # the adapters' projections
+    kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
+    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
+    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
+    return kept, logits + 2 * c * tokens * E, widest
 
 
 def lora_memory(
@@ -128,9 +131,7 @@ def lora_memory(
     is frozen is gathered where dp ranks share it."""
     E, F, c, L = config.hidden_size, config.intermediate_size, compute_bytes, config.num_hidden_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norm, whole = block_activations(config, tp, c)
-    whole += 7 * lora.r * c  # a token's projections
-    kept = tokens * (L * {"none": whole, "full": c * E}[recompute] + norm)
+    kept, of_loss, widest = activations(config, tp, tokens, recompute, c, lora.r)
     shapes = [(E, q), (E, kv), (E, kv), (q, E), (E, F), (E, F), (F, E)]
     weights, adapters = L * sum(K * N for K, N in shapes), L * lora.r * sum(K + N for K, N in shapes)
     others = config.num_parameters() - weights
@@ -141,24 +142,21 @@ def lora_memory(
         bits = lora.scheme.bits + (beside / lora.scheme.group_size if lora.scheme.group_size else 0)
         base, gathered, dequantised = weights * bits / 8 / tp, 0, 3 * c * E * F / tp
     root = c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E)
-    logits = min(tokens, CHUNK_TOKENS) * config.vocab_size / tp * (c if c == 4 else c + 4)
-    widest = tokens * (3 * c * F / tp + 2 * c * E + (whole if recompute == "full" else 0))
     return {
         "base": base + c * others / (dp * tp),
         "adapters, gradients, AdamW moments": 16 * adapters / (dp * tp),
         "embedding and head, gathered": (dp > 1) * root,
         "activations": kept,
-        "at the peak": max(logits + 2 * c * tokens * E, widest + gathered + dequantised),
+        "at the peak": max(of_loss, widest + gathered + dequantised),
     }
 
 
 def sampling_memory(config: ModelConfig, args: MemoryArgs, tp: int, compute_bytes: int) -> dict[str, float]:
     """What PPO and GRPO need beside the policy: the copy that draws, merged, and the cache of its slots."""
     length = args.prompt_len + args.new_tokens
-    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute_bytes / tp
     return {
         "copy that draws": compute_bytes * config.num_parameters() / tp,
-        f"cache of {args.slots} x {length} tokens": args.slots * length * of_token,
+        f"cache of {args.slots} x {length} tokens": args.slots * length * token_bytes(config, compute_bytes, tp),
     }
 
 
@@ -179,17 +177,17 @@ def report_memory(args: MemoryArgs) -> None:
         table["sum"] = sum(table.values())
         if args.measure:
             if dp * tp != world:
-                raise ValueError(f"--measure takes one layout, of the {world} ranks of this run")
+                raise ValueError(f"--measure takes one layout, of this run's {counted(world, 'rank')}")
             if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
                 raise ValueError("--measure on the CPU counts right with dp 1 only")
             parallel = ParallelArgs(activation_checkpointing=recompute, tensor_parallel_size=tp)
             table["measured"] = measure_memory(config, runtime, parallel, shape, lora)
         tables.append(table)
-        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in table.items()}
+        rows = {name: sized(size) for name, size in table.items()}
         if lora is not None and not args.measure:
             drawing = sampling_memory(config, args, tp, runtime.dtype.itemsize)
-            rows |= {name: f"{size / 1e9:8.2f} GB, of PPO and GRPO" for name, size in drawing.items()}
-            rows["PPO or GRPO"] = f"{(table['sum'] + sum(drawing.values())) / 1e9:8.2f} GB"
+            rows |= {name: f"{sized(size)}, of PPO and GRPO" for name, size in drawing.items()}
+            rows["PPO or GRPO"] = sized(table["sum"] + sum(drawing.values()))
         if args.measure:
             rows["measured"] += f", the sum is {table['sum'] / table['measured'] - 1:+.1%} off"
         setting = f"{args.batch_size} x {args.seq_len} tokens, recompute {recompute}"
@@ -265,13 +263,13 @@ def report_quantized_memory(args: MemoryArgs) -> None:
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     sizes = quantized_memory(config, scheme, runtime.dtype)
     sizes["sum"] = sum(sizes.values())
-    rows = {name: f"{size / 1e9:8.3f} GB" for name, size in sizes.items()}
+    rows = {name: sized(size) for name, size in sizes.items()}
     if args.measure:
         before = peak_memory(runtime.device)
         model = quantized_model(config, runtime, scheme)
         storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
         sizes["measured"], sizes["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
-        rows["measured"] = f"{sizes['measured'] / 1e9:8.3f} GB, {sizes['measured'] / sizes['sum'] - 1:+.1%}"
-        rows["peak"] = f"{sizes['peak'] / 1e9:8.3f} GB while it was made"
+        rows["measured"] = f"{sized(sizes['measured'])}, {sizes['measured'] / sizes['sum'] - 1:+.1%}"
+        rows["peak"] = f"{sized(sizes['peak'])} while it was made"
     say(card(f"memory of {args.preset}, {scheme}, {runtime.dtype}", rows))
     say(json.dumps({"job": "memory", "preset": args.preset, "scheme": str(scheme), "bytes": sizes}))

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -30,7 +31,16 @@ from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job
+from scripts.benchmark_common import (
+    SIZES,
+    AnswerArgs,
+    LayoutArgs,
+    SpeedArgs,
+    counted,
+    run_speed_job,
+    sized,
+    token_bytes,
+)
 from scripts.benchmark_memory import training_memory
 from scripts.benchmark_training import TrainedArgs
 
@@ -61,16 +71,16 @@ def main(args: PpoArgs) -> None:
         raise ValueError("--profile: an update runs in a process of its own, whose operations are not seen here")
     if args.plan:
         report_plan(args)
-    elif args.layouts:
-        raise ValueError("--layouts: for --plan; an update runs on the ranks of this run")
+    elif args.layouts or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("an update is measured on one rank; --layouts is for --plan")
     else:
-        run_speed_job(args, ppo_setting(args, f"{args.batch_size} answers"), measure_ppo)
+        run_speed_job(args, ppo_setting(args, counted(args.batch_size, "answer")), measure_ppo)
 
 
 def ppo_setting(args: PpoArgs, answers: str) -> str:
     args = args.filled()
     return (
-        f"{answers}, {args.prompt_len} + {args.new_tokens} tokens, {args.ppo_epochs} epochs, "
+        f"{answers}, {args.prompt_len} + {args.new_tokens} tokens, {counted(args.ppo_epochs, 'epoch')}, "
         f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
         f"{args.activation_checkpointing}"
     )
@@ -254,7 +264,7 @@ def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) 
     }
     if args.activation_checkpointing != "selective":  # which the arithmetic does not know
         figures["memory_plan"] = memory_plan(args)
-        rows["memory on paper"] = f"{sum(figures['memory_plan'].values()) / 1e9:,.2f} GB"
+        rows["memory on paper"] = sized(sum(figures["memory_plan"].values()))
     return figures
 
 
@@ -272,7 +282,6 @@ def memory_plan(args: PpoArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
     length = args.prompt_len + args.new_tokens
     tokens, recompute = args.micro_batch_size * length, args.activation_checkpointing
     steps = [training_memory(shape, dp=dp, tp=tp, tokens=tokens, recompute=recompute) for shape in (config, reward)]
-    head_dims = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     cut = dp * tp
     return {
         "policy, weights and moments": (weights + moments) * sizes["policy"] / cut,
@@ -281,7 +290,7 @@ def memory_plan(args: PpoArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
         "reference": 2 * sizes["policy"] / cut,
         "reward model": 2 * sizes["critic"] / cut,
         "inference copy": 2 * sizes["policy"] / tp,
-        "KV cache": 2 * 2 * head_dims * args.slots * length / tp,
+        "KV cache": args.slots * length * token_bytes(config, 2, tp),
         "gathered": 2 * sum(step["embedding and head, gathered"] for step in steps),
         "activations": max(step["activations"] + step["at the peak"] for step in steps),
     }
@@ -293,8 +302,8 @@ def report_plan(args: PpoArgs) -> None:
     for dp, tp in layouts:
         args.config.check_divisible(tp)
         plans.append(memory_plan(args, dp, tp))
-        rows = {name: f"{size / 1e9:8.2f} GB" for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
-        setting = ppo_setting(args, f"{args.filled().slots} answers at a time")
+        rows = {name: sized(size) for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
+        setting = ppo_setting(args, f"{counted(args.filled().slots, 'answer')} at a time")
         say(card(f"memory of ppo, {args.preset} with reward model {reward}, dp {dp} x tp {tp}, {setting}", rows))
     names = {"job": "ppo", "preset": args.preset, "reward_preset": reward}
     say(json.dumps({**names, "layouts": layouts, "memory_plans": plans}))

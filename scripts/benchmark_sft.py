@@ -10,7 +10,7 @@ from models.fsdp import init_mesh
 from models.records import Example, Split, pack_row
 from scripts.benchmark_common import PeerArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_peers import PEERS
-from scripts.benchmark_training import AdapterArgs, TrainedArgs, seconds_of_step, sharded_model
+from scripts.benchmark_training import AdapterArgs, TrainedArgs, figures_of_steps, sharded_model
 from scripts.workload import random_ids
 from training.losses import token_cross_entropy
 
@@ -19,7 +19,7 @@ from training.losses import token_cross_entropy
 class SftArgs(SpeedArgs, TrainedArgs, AdapterArgs, PeerArgs):
     """Optimizer steps of fine-tuning on random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="rows of a step")
+    batch_size: int = flag(8, bounds=at_least_one, help="rows of a step, on each rank")
     seq_len: int = flag(512, bounds=Bounds(least=2), help="tokens of each row")
     documents: int = flag(1, bounds=at_least_one, help="texts that each row is packed from; they do not see each other")
     engine: str = flag("ours", choices=("ours", *PEERS["sft"]), help="what to run")
@@ -64,8 +64,7 @@ def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
         weight, learnt = model.lm_head.weight, forward.learnt
         return token_cross_entropy(forward.hidden, weight, forward.labels, learnt=learnt) / num_targets
 
-    tokens = args.batch_size * args.seq_len
-    rate = tokens / seconds_of_step(model, args, loss_of, runtime, args.repeats)
     frozen = args.lora_r is not None
     flops = sum(n * config.training_flops_per_token(n, frozen=frozen) for n in lengths) / args.seq_len
-    return {"tokens_per_second": rate, "flops_per_second": rate * flops}
+    tokens = args.batch_size * args.seq_len
+    return figures_of_steps(model, args, runtime, loss_of, tokens=tokens, flops_per_token=flops)

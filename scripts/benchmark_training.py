@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from models.adapters import base_scheme
 from models.common import Runtime, at_least_one, flag
@@ -89,10 +90,16 @@ def sharded_model(
     return model
 
 
-def seconds_of_step(
-    model: Transformer, args: TrainedArgs, loss_of: Callable[[], torch.Tensor], runtime: Runtime, repeats: int
-) -> float:
-    """Seconds of forward, backward, clipping and update, the median after a step that does not count."""
+def figures_of_steps(
+    model: Transformer,
+    args: TrainedArgs,
+    runtime: Runtime,
+    loss_of: Callable[[], torch.Tensor],
+    *,
+    tokens: int,
+    flops_per_token: float,
+) -> dict:
+    """The rate of forward, backward, clipping and update of so many tokens on each rank."""
     optimizer = make_optimizer(model, args.optimizer(), compile=runtime.compile)
 
     def step() -> None:
@@ -101,4 +108,7 @@ def seconds_of_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return seconds_of(step, runtime.device, repeats)
+    rate = tokens / seconds_of(step, runtime.device, args.repeats)
+    num_ranks = dist.get_world_size()
+    of = f"; of each of {num_ranks} ranks" if num_ranks > 1 else ""
+    return {"tokens_per_second": rate, "flops_per_second": rate * flops_per_token, "of": of}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.model import ModelConfig
+from scripts.benchmark_common import counted
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -100,5 +101,6 @@ def measure_llama_cpp(
             list(pool.map(complete, work))
             rates.append(sum(new for _, new in work) / (time.perf_counter() - start))
     rate = sorted(rates[1:])[repeats // 2]
-    ran = f"llama.cpp, {gguf.name}, {gguf.stat().st_size / 1e6:,.0f} MB, {threads} threads, {slots} slots"
+    ran = f"llama.cpp, {gguf.name}, {gguf.stat().st_size / 1e6:,.0f} MB, {counted(threads, 'thread')}, "
+    ran += counted(slots, "slot")
     return {"tokens_per_second": rate, "ran": ran}

@@ -45,6 +45,14 @@ def dataset_of(records: list[dict]):
     return datasets.Dataset(pyarrow.Table.from_pylist(records), fingerprint="benchmark")
 
 
+def check_comparable(args) -> None:
+    """Raises ValueError for what TRL does otherwise."""
+    if args.param_dtype != "float32" or args.optim != "adamw" or getattr(args, "quantize_base", "none") != "none":
+        raise ValueError("--param_dtype, --optim, --quantize_base: TRL is compared on fp32 weights with AdamW")
+    if args.activation_checkpointing == "selective":
+        raise ValueError("--activation_checkpointing selective: TRL knows none and full")
+
+
 def settings_of(args, runtime: Runtime, folder: str) -> dict:
     """What its trainers are told alike."""
     return {
@@ -65,11 +73,8 @@ def settings_of(args, runtime: Runtime, folder: str) -> dict:
 def sft(args, runtime: Runtime, bandwidth: float) -> dict:
     """SFTTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW: rows of ids, all of which are
     learnt. It recomputes activations unless it is told not to, which --activation_checkpointing none does."""
+    check_comparable(args)
     version = required("trl", "transformers", "datasets", *["peft"] * (args.lora_r is not None))
-    if args.param_dtype != "float32" or args.optim != "adamw" or args.quantize_base != "none":
-        raise ValueError("--param_dtype, --optim, --quantize_base: TRL is compared on fp32 weights with AdamW")
-    if args.activation_checkpointing == "selective":
-        raise ValueError("--activation_checkpointing selective: TRL knows none and full")
     import trl
 
     clock, ids, more = step_clock(runtime), random_ids(args.config.vocab_size, args.batch_size, args.seq_len), {}
@@ -97,9 +102,8 @@ def sft(args, runtime: Runtime, bandwidth: float) -> dict:
 
 def dpo(args, runtime: Runtime, bandwidth: float) -> dict:
     """DPOTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW."""
+    check_comparable(args)
     version = required("trl", "transformers", "datasets")
-    if args.param_dtype != "float32" or args.optim != "adamw":
-        raise ValueError("--param_dtype, --optim: TRL is compared on fp32 weights with AdamW")
     import trl
 
     config = args.config

@@ -39,7 +39,7 @@ from models.model import ModelConfig
 from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams
-from scripts.benchmark_common import PresetArgs
+from scripts.benchmark_common import PresetArgs, counted, token_bytes
 from scripts.benchmark_generate import random_inference_model
 from scripts.workload import MathArgs, math_requests
 
@@ -96,7 +96,7 @@ class Clock:
         config = self.config
         flops = 2 * self.weights * tokens
         flops += 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * contexts
-        seconds = max((BYTES * self.weights + read * token_bytes(config)) / self.bandwidth, flops / self.flops)
+        seconds = max((BYTES * self.weights + read * token_bytes(config, BYTES)) / self.bandwidth, flops / self.flops)
         self.seconds += seconds + self.overhead
 
     def _look(self) -> None:
@@ -133,36 +133,28 @@ def no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(q)
 
 
-def token_bytes(config: ModelConfig) -> int:
-    """Bytes of the cache of one token."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES
-
-
 def pages_that_fit(config: ModelConfig, args: SimulateArgs, gpu: str) -> int:
-    """Pages beside the weights. Raises ValueError if they do not hold the longest answer."""
-    if args.num_pages:
-        return args.num_pages
+    """Pages beside the weights."""
     free = args.memory_share * MEMORY[gpu] - BYTES * config.num_parameters()
-    count = int(free // (PAGE * token_bytes(config)))
-    if count < pages_for(args.answer_most):
-        raise ValueError(
-            f"--preset {args.preset}: beside its weights {gpu} holds {max(0, count)} pages of {PAGE} tokens"
-        )
-    return count
+    return max(0, int(free // (PAGE * token_bytes(config, BYTES))))
 
 
 def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gpu: str) -> dict:
     """The figures of one GPU. Every request is drawn to its max_new_tokens; the scheduler sees these numbers at an
-    answer's last page alone."""
+    answer's last page alone. Raises ValueError if the pages do not hold the longest of them."""
     requests = list(requests)
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    needed = pages_for(-(-longest // 8) * 8)
+    if num_pages < needed:
+        source = f"--preset {args.preset}: beside its weights {gpu} holds" if args.num_pages is None else "--num_pages:"
+        raise ValueError(f"{source} {num_pages} pages of {PAGE} tokens; the longest answer takes {needed}")
     engine = Engine(
         random_inference_model(STAND_IN, runtime),
         SamplingParams(),
         num_slots=args.batch_size,
         max_seq_len=longest,
-        num_pages=max(num_pages, pages_for(-(-longest // 8) * 8)),
+        num_pages=num_pages,
         look_every=args.look_every,
         prefill_tokens=args.prefill_tokens,
     )
@@ -191,7 +183,7 @@ def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tu
     steps = tokens - len(requests)  # the first token of an answer comes of its prefill
     needed = sum((n - 1) * len(r.prompt_ids) + n * (n - 1) // 2 for r in requests for n in [r.max_new_tokens])
     weights = BYTES * clock.weights * clock.steps
-    read, least = (weights + count * token_bytes(config) for count in (clock.cached, needed))
+    read, least = (weights + count * token_bytes(config, BYTES) for count in (clock.cached, needed))
     return {
         "tokens": tokens,
         "seconds": clock.seconds,
@@ -222,8 +214,8 @@ def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
     full = found["tokens_per_second_full"]
     waiting = f", {full:,.0f} while answers wait for a row" if full else ""
     return {
-        "work": f"{args.num_prompts} prompts x {args.num_samples} answers of {tokens:,.0f} tokens, at most "
-        f"{args.answer_most:,}",
+        "work": f"{counted(args.num_prompts, 'prompt')} x {counted(args.num_samples, 'answer')} of {tokens:,.0f} "
+        f"tokens, at most {args.answer_most:,}",
         "clock": f"{args.bandwidth_share:.0%} of {bandwidth / 1e12:.2f} TB/s, {args.flops_share:.0%} of "
         f"{flops / 1e12:,.0f} TFLOP/s, {args.step_us:.0f} us a step, {args.host_us:g} us of the host "
         "for a row of a look",
@@ -231,8 +223,9 @@ def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
         "rows": f"{found['mean_rows']:,.0f} of {args.batch_size} on average, {found['steps']:,} steps",
         "pages": f"{found['mean_pages']:,.0f} of {found['num_pages']:,} on average, {found['most_pages']:,} at most",
         "bytes": f"{found['bytes_read'] / 1e12:,.2f} TB read, {found['read_to_needed']:.3f} of what is needed",
-        "prefill": f"{found['prompt_tokens']:,} tokens in {found['prefills']:,} steps, {found['preempted']} answers "
-        f"computed again; it holds up those that run for {1e3 * found['longest_pause']:.0f} ms at most",
+        "prefill": f"{found['prompt_tokens']:,} tokens in {counted(found['prefills'], 'step')}, "
+        f"{counted(found['preempted'], 'answer')} computed again; "
+        f"it holds up those that run for {1e3 * found['longest_pause']:.0f} ms at most",
         "host": f"{found['host_waits']:.2f} s of {found['seconds']:,.1f} s are the device's wait for it",
     }
 
@@ -240,7 +233,7 @@ def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
 def main(args: SimulateArgs) -> None:
     requests, result = list(math_requests(args, STAND_IN.vocab_size)), {}
     for gpu in args.gpus:
-        result[gpu] = simulate(args, requests, pages_that_fit(args.config, args, gpu), gpu)
+        result[gpu] = simulate(args, requests, args.num_pages or pages_that_fit(args.config, args, gpu), gpu)
         say(card(f"{args.preset} on {gpu}, simulated", rows_of(result[gpu], args, gpu)))
     say(json.dumps({"job": "simulate", "preset": args.preset, "gpus": result}))
 

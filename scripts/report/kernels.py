@@ -15,7 +15,7 @@ from models.gpu import has_triton
 from models.graphs import CudaGraph
 from models.pages import PAGE, pages_for
 from models.qlinear import Scheme, quantize, triton_products
-from scripts.benchmark_common import SIZES, profiled, seconds_of
+from scripts.benchmark_common import SIZES, counted, profiled, seconds_of
 from scripts.benchmark_generate import run_once
 from scripts.report.record import Item, Section, last_json, run_script
 from scripts.report.speed import full_engine, name_of
@@ -40,10 +40,10 @@ def compare_decode_attention(section: Section) -> None:
         new = torch.randn(2, B, K, D, device=device, dtype=torch.bfloat16)
         table = (torch.randperm(B * pages, device=device) + 1).int().view(B, pages)
         lengths = torch.full((B,), length, dtype=torch.int32, device=device)
-        num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {B} rows of {length}"
+        num_bytes, name = 2 * B * length * K * D * 2, f"decode attention {title}, {counted(B, 'row')} of {length}"
         for splits in (1, 2, 4, 8, 16):
             step = partial(paged_decode, q, *new, k, v, table, lengths, splits)
-            time_or_say(section, f"{name}, Triton, {splits} splits", CALLS * [step], num_bytes=num_bytes)
+            time_or_say(section, f"{name}, Triton, {counted(splits, 'split')}", CALLS * [step], num_bytes=num_bytes)
         ends = torch.arange(B + 1, dtype=torch.int32, device=device)
         step = partial(paged_varlen, q, k, v, ends, lengths, table, length)
         time_or_say(section, f"{name}, varlen_attn with a block table", CALLS * [step], num_bytes=num_bytes)
@@ -109,7 +109,7 @@ def compare_products(section: Section) -> None:
             small, num_bytes = quantize(weight, scheme), N * K * scheme.bits / 8
             for splits in (1, 2, 3, 4, 6, 8, 16):
                 make = partial(triton_products, small, scheme, splits)
-                time_products(section, f"product {N} x {K}, {scheme}, {splits} splits", make, K, num_bytes)
+                time_products(section, f"product {N} x {K}, {scheme}, {counted(splits, 'split')}", make, K, num_bytes)
         time_products(section, f"product {N} x {K}, bf16", partial(bf16_layer, weight), K, 2 * N * K)
 
 
@@ -123,7 +123,7 @@ def time_products(section: Section, name: str, make: Callable[[], Callable], K: 
     for rows in (1, 64):
         x = torch.randn(rows, K, device=section.runtime.device, dtype=torch.bfloat16)
         steps = [partial(layers[i % len(layers)], x) for i in range(CALLS)]
-        time_or_say(section, f"{name}, {rows} rows", steps, num_bytes=num_bytes)
+        time_or_say(section, f"{name}, {counted(rows, 'row')}", steps, num_bytes=num_bytes)
 
 
 def time_or_say(section: Section, name: str, steps: list[Callable], *, flops: float = 0, num_bytes: float = 0) -> None:
@@ -165,7 +165,7 @@ def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
         run_once(engine, requests)
         _, found = profiled(lambda: run_once(engine, requests), section.runtime.device, 12)
         detail = f"{found}; a prefill and {engine.num_steps} steps"
-        section.note(f"{name_of(section, mode)}, {slots} slots, time by operation", detail)
+        section.note(f"{name_of(section, mode)}, {counted(slots, 'slot')}, time by operation", detail)
 
     return run
 

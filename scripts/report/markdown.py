@@ -1,5 +1,7 @@
 """The report of scripts/gpu_report.py for people."""
 
+from scripts.benchmark_common import counted
+
 
 def markdown(header: dict[str, str], sections: dict[str, tuple[str, list[dict]]]) -> str:
     """header: where it was measured. sections: name -> (title, rows as scripts/report/record.py writes them)."""
@@ -23,14 +25,14 @@ def verdict(rows: list[dict]) -> str:
     goals = [row for row in rows if row["kind"] == "figure" and row["met"] is not None]
     errors = sum(row["kind"] == "error" or row.get("state", "done").startswith(("failed", "ended")) for row in rows)
     right, met = sum(row["ok"] for row in checks), sum(row["met"] for row in goals)
-    return f"**{right} of {len(checks)} checks right, {met} of {len(goals)} goals met, {errors} failures.**"
+    return f"**{right} of {len(checks)} checks right, {met} of {len(goals)} goals met, {counted(errors, 'failure')}.**"
 
 
 def section_lines(rows: list[dict]) -> list[str]:
     ends = [row for row in rows if row["kind"] == "section"]
     if not rows:
         return ["Not begun."]
-    lines = [f"{_state(row)}" for row in ends] or ["Under way when this was written."]
+    lines = list(map(_state, ends)) or ["Under way when this was written."]
     found = [row for row in rows if row["kind"] != "section"]
     if found:
         lines += ["", "| | found | wanted | | |", "|---|---|---|---|---|", *map(_row, found)]

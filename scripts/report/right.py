@@ -19,7 +19,7 @@ from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme
 from models.sampling import SamplingParams
 from models.vocab_parallel import linear_cross_entropy, linear_logprobs
-from scripts.benchmark_common import SIZES
+from scripts.benchmark_common import SIZES, counted
 from scripts.report.record import Item, Section
 from scripts.report.trained import check_training, start_training
 from scripts.workload import random_ids
@@ -67,7 +67,8 @@ def check_attention(section: Section) -> None:
     for dtype, D, K, groups in ATTENTION:
         for splits in (1, 8):
             distance = attention_distance(paged_decode, section.runtime.device, dtype, D, K, groups, splits)
-            name = f"decode attention, {dtype_name(dtype)}, head dim {D}, {groups} queries a key, {splits} splits"
+            name = f"decode attention, {dtype_name(dtype)}, head dim {D}, {counted(groups, 'query head')} a key, "
+            name += counted(splits, "split")
             section.check(name, distance, ATTENTION_BOUNDS[dtype], "against SDPA in fp32, lengths 1 to 3,000")
 
 
@@ -243,7 +244,8 @@ def check_products(section: Section) -> None:
                 distance = product_distance(layer(x), x, dequantize(small))
             # fp8 rounds the activations too, to 3 bits of mantissa
             bound = 0.06 if scheme.mode == "fp8" else 0.02
-            section.check(f"product of {scheme}, {rows} rows, {dtype_name(runtime.dtype)}", distance, bound, "relative")
+            name = f"product of {scheme}, {counted(rows, 'row')}, {dtype_name(runtime.dtype)}"
+            section.check(name, distance, bound, "relative")
         if layer.kernel == "triton":
             x = torch.randn(64, K, device=runtime.device).to(runtime.dtype)
             with torch.inference_mode():

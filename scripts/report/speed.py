@@ -14,7 +14,7 @@ from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.quantize import check_scheme, rounding_scheme
 from models.sampling import SamplingParams
-from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate
+from scripts.benchmark_common import SIZES, copy_bandwidth, counted, product_dtype, product_rate, sized, token_bytes
 from scripts.benchmark_generate import random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
 from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
@@ -92,7 +92,7 @@ def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", 
             detail = "from the start of the process to its 9th token, random weights made on the device, all compiled"
             section.figure("start-up", seconds, "s", goals.get("startup"), detail)
         again = run_once(engine, requests)
-        name = f"{name_of(section, mode)}, {slots} slots"
+        name = f"{name_of(section, mode)}, {counted(slots, 'slot')}"
         rate, mbu = slots / again.step_ms * 1e3, again.bandwidth / bandwidth_of(section)
         detail = f"{rate:,.0f} tok/s, {again.rate:,.0f} with prefill, {again.step_ms:.2f} ms a step, {prompt} + {new} "
         detail += f"tokens, first token after {again.first_token_ms:.0f} ms, {first.compile_seconds:.1f} s of compiling"
@@ -133,8 +133,7 @@ def decode_math(section: Section) -> None:
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
     slots, num_pages = 4 if section.small else 320, None
     if device.type == "cuda":
-        config = model.config
-        page = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE
+        page = PAGE * token_bytes(model.config, 2)
         free = torch.cuda.mem_get_info(device)[0] * 0.85
         num_pages = min(slots * pages_for(longest), max(pages_for(longest) + 1, int(free // page)))
     options = {"num_slots": slots, "max_seq_len": longest, "num_pages": num_pages, "compile": section.runtime.compile}
@@ -156,9 +155,8 @@ def decode_math(section: Section) -> None:
 
 def note_weights(section: Section) -> None:
     model = model_of(section)
-    section.note(
-        "model", f"{model.config.num_parameters() / 1e9:.2f} G parameters, {weight_bytes(model) / 1e9:.2f} GB a step"
-    )
+    text = f"{model.config.num_parameters() / 1e9:.2f} G parameters, {sized(weight_bytes(model)).strip()} a step"
+    section.note("model", text)
 
 
 # ------------------------------------------------------------------------------------------- peers

@@ -74,7 +74,7 @@ def test_memory_on_paper():
     tiny.assert_refused(tiny.run("scripts/benchmark.py", "memory", "--layouts", "eight"), "--layouts")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     refused = tiny.run("scripts/benchmark.py", "memory", "--device", device, "--layouts", "1x2", "--measure")
-    tiny.assert_refused(refused, "--measure", "1 ranks")
+    tiny.assert_refused(refused, "--measure", "1 rank")
 
 
 def generate(*flags):
@@ -166,6 +166,8 @@ def test_jobs_and_peers():
         (["memory", "--quantize", "int4", "--lora_r", 8], ["--lora_r 8", "--quantize"]),
         (["memory", "--slots", 3], ["--slots 3", "--lora_r"]),
         (["memory", "--group_size", 32], ["--group_size 32", "int4"]),
+        (["memory", "--lora_r", 8, "--activation_checkpointing", "selective"], ["knows none and full"]),
+        (["dpo", "--engine", "trl", "--activation_checkpointing", "selective"], ["knows none and full"]),
         (["ppo", "--preset", "tiny", "--profile", 3], ["--profile"]),
         (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
         (["sft", "--compare", 1, "--peer_python", "nowhere/python"], ["--peer_python nowhere/python: there is no"]),
@@ -181,23 +183,34 @@ def test_jobs_and_peers():
     assert sum(rows) == 64 and len(rows) == 6 and min(rows) >= 4
 
 
-@pytest.mark.parametrize("words", [["--compare", 2], ["--compare=2"]])
-def test_a_comparison_runs_the_rest_of_its_command(words):
+@pytest.mark.parametrize("words, peak", [(["--compare", 2], 2e9), (["--compare=2"], 0)])
+def test_a_comparison_runs_the_rest_of_its_command(words, peak):
     """Catches a comparison that compares again in each of its runs, a spelling of the flag that ends it with a
-    traceback's words, and a ratio the wrong way up."""
+    traceback's words, a ratio the wrong way up, and a peer without a peak of its own that ends it."""
     commands = []
 
     def run(command, **_):
         commands.append(list(map(str, command)))
         speed = 6.0 if command[-1] == "ours" else 4.0
-        line = json.dumps({"tokens_per_second": speed, "peak_memory": 2e9, "ran": command[-1]})
+        line = json.dumps({"tokens_per_second": speed, "peak_memory": peak, "ran": command[-1]})
         return subprocess.CompletedProcess(command, 0, stdout=line)
 
     with mock.patch("subprocess.run", run):
         result = tiny.run("scripts/benchmark.py", "sft", "--preset", "tiny", *words, "--peer", "trl")
-    assert result.code == 0 and "ours / trl: speed 1.50, 1.50; memory 1.00" in result.stdout, result
+    memory = "; memory 1.00" if peak else ""
+    assert result.code == 0 and f"ours / trl: speed 1.50, 1.50{memory}\n" in result.stdout, result
     rest = ["sft", "--preset", "tiny", "--peer", "trl", "--engine"]
     assert [command[2:] for command in commands] == [[*rest, "trl"], [*rest, "ours"]] * 2
+
+
+def test_several_ranks(monkeypatch):
+    """Catches one rank's rate that passes for that of all, and an update that each rank begins for itself."""
+    sizes = ["--device", "cpu", "--preset", "tiny", "--batch_size", 2, "--repeats", 1]
+    with mock.patch("scripts.benchmark_training.dist", mock.Mock(get_world_size=lambda: 2)):
+        result = tiny.run("scripts/benchmark.py", "sft", *sizes, "--seq_len", 16)
+    assert "tok/s (median of 1; of each of 2 ranks)" in result.stdout, result
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny.assert_refused(tiny.run("scripts/benchmark.py", "ppo", *sizes), "one rank")
 
 
 def test_longest_operations():

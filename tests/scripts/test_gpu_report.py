@@ -67,8 +67,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
         assert named == [True] * 4
     goals = {row["name"]: row["met"] for row in rows if row["kind"] == "figure" and row["goal"] is not None}
     assert (
-        len(goals) == {"decode": 5, "sft": 1}.get(name, 0)
-        and goals.get("decode tiny float32, 1 slots, MBU") is not True
+        len(goals) == {"decode": 5, "sft": 1}.get(name, 0) and goals.get("decode tiny float32, 1 slot, MBU") is not True
     )
 
 

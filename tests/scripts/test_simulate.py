@@ -7,8 +7,8 @@ import pytest
 
 from models.generation import Request
 from models.gpu import PEAKS
-from scripts.benchmark_common import SIZES
-from scripts.simulate import SimulateArgs, pages_that_fit, simulate, token_bytes
+from scripts.benchmark_common import SIZES, token_bytes
+from scripts.simulate import SimulateArgs, pages_that_fit, simulate
 from scripts.workload import MathArgs, math_requests
 from tests import tiny
 
@@ -31,9 +31,9 @@ def test_equal_answers():
     contexts = n * sum(64 + i for i in range(1, new))
     assert found["cached_tokens_read"] == found["cached_tokens_needed"] == contexts
     weights = 2 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)  # of the embedding a row is read
-    assert found["bytes_read"] == found["bytes_needed"] == (new - 1) * weights + contexts * token_bytes(CONFIG)
-    assert token_bytes(CONFIG) == 2 * 2 * 30 * 4096
-    prefill = (weights + 64 * token_bytes(CONFIG)) / PEAKS["H100"][1]
+    assert found["bytes_read"] == found["bytes_needed"] == (new - 1) * weights + contexts * token_bytes(CONFIG, 2)
+    assert token_bytes(CONFIG, 2) == 2 * 2 * 30 * 4096
+    prefill = (weights + 64 * token_bytes(CONFIG, 2)) / PEAKS["H100"][1]
     assert found["seconds"] == pytest.approx(found["bytes_read"] / PEAKS["H100"][1] + prefill)
     assert found["tokens_per_second"] == n * new / found["seconds"] and not found["preempted"]
 
@@ -71,7 +71,8 @@ def test_workload():
 
 
 def test_command():
-    """Catches a card or a last line without its GPUs, and a model that a GPU does not hold."""
+    """Catches a card or a last line without its GPUs, a model that a GPU does not hold, and fewer pages than an answer
+    takes that are made more without a word."""
     small = ["--num_prompts", 2, "--num_samples", 2, "--answer_mean", 6, "--answer_most", 12, "--batch_size", 2]
     result = tiny.run("scripts/simulate.py", *small, "--gpus", "H100", "MI300X")
     assert result.code == 0 and "8b" not in result.stdout, result.stderr
@@ -82,3 +83,5 @@ def test_command():
     assert fast["num_pages"] == pages_that_fit(CONFIG, SimulateArgs(), "H100") == int((72e9 - 2 * 6.910e9) / 31.457e6)
     refused = tiny.run("scripts/simulate.py", *small, "--gpus", "H100", "--memory_share", 0.1)
     tiny.assert_refused(refused, "H100", "0 pages")
+    refused = tiny.run("scripts/simulate.py", *small, "--answer_mean", 300, "--answer_most", 600, "--num_pages", 2)
+    tiny.assert_refused(refused, "--num_pages: 2 pages", "takes 1")

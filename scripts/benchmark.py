@@ -13,12 +13,7 @@
 - the last line is JSON; each job is a file of its own, with its own flags: benchmark.py JOB --help
 
     python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
-    python scripts/benchmark.py sft --preset 134m --dtype bfloat16 --batch_size 4 --seq_len 512
-    python scripts/benchmark.py dpo --preset 134m --dtype bfloat16 --batch_size 4 --prompt_len 128 --new_tokens 128
-    python scripts/benchmark.py ppo --preset 134m --dtype bfloat16 --batch_size 16 --prompt_len 64 --new_tokens 64
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
-    python scripts/benchmark.py memory --preset 7b --quantize int4 --measure
-    python scripts/benchmark.py data
 """
 
 import sys

@@ -169,7 +169,7 @@ def main(args: DownloadArgs) -> None:
     except ValueError as error:
         raise ValueError(f"{repo}: {one_line(error)}") from error
 
-    print(f"{repo} ({commit[:12]}): {len(files)} files, {sum(files.values()) / 1e9:.2f} GB in {folder}")
+    print(f"{repo} ({commit[:12]}): {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB in {folder}")
     print(
         f"Try: python inference/generate.py --checkpoint_path {folder} --prompt 'Once upon a time' --max_new_tokens 64"
     )

@@ -45,19 +45,18 @@ from scripts.report.record import ROOT, Item, Section, append_row, last_lines, r
 
 
 class Plan(NamedTuple):
-    """A section: what it shows, its share of the time in seconds, and what it does, in earnest and in a dry run."""
+    """A section: what it shows, its share of the time in seconds, and what it does."""
 
     title: str
     seconds: float
     items: list[Item]
-    small: list[Item] | None = None
 
 
 SECTIONS = {
     "right": Plan("Is it right?", 125, right.ITEMS),
     "ceilings": Plan("Ceilings", 16, speed.CEILINGS),
     "decode": Plan("Decoding, 7B (deepseek-math)", 101, speed.DECODE),
-    "sft": Plan("Fine-tuning", 68, trained.SFT_ITEMS, trained.SFT_SMALL),
+    "sft": Plan("Fine-tuning", 68, trained.SFT_ITEMS),
     "rl": Plan("Reinforcement learning, 1B", 85, trained.RL_ITEMS),
     "peers": Plan("transformers on the same work", 55, speed.PEERS),
     "kernels": Plan("Kernels", 30, kernels.ITEMS),
@@ -113,7 +112,7 @@ def run_section(args: ReportArgs) -> None:
     rows_file = args.output_dir / "rows.jsonl"
     append_row(rows_file, {"section": args.section, "kind": "device", "name": name_and_memory(runtime.device)})
     section = Section(args.section, runtime, rows_file, deadline, started, small=args.dry_run)
-    run_items(section, plan.small if args.dry_run and plan.small is not None else plan.items)
+    run_items(section, plan.items)
 
 
 def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:

@@ -131,7 +131,7 @@ def main(args: QuantizeScriptArgs) -> None:
     size = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
     num_weights = sum(math.prod(shape) for name, shape in shapes.items() if is_linear_weight(name))
     kept = f"{scheme} by {method}, {8 * sum(sizes) / num_weights:.3f} bits for each of their weights"
-    rows = {"model": folder, "blocks": kept, "written": f"{args.output_dir}, {size / 1e9:,.2f} GB"}
+    rows = {"model": folder, "blocks": kept, "written": f"{args.output_dir}, {size / 1e6:,.1f} MB"}
     for cost in costs:
         plain = cost["stored"].perplexity
         rows["perplexity as stored"] = f"{plain:.4f}"

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from models.common import at_least_one, flag, run_script
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
+from scripts.benchmark_common import counted
 from scripts.torture_attempt import ROOT, Attempt, Job, fork
 
 PRELOADED = (
@@ -200,7 +201,7 @@ class Torture:
                 time.sleep(0.005)
             self.start_seconds[name, ranks] = time.monotonic() - began
             if attempt.wait():
-                raise ValueError(f"{name} on {ranks} ranks cannot be run: {attempt.close()[-1000:]}")
+                raise ValueError(f"{name} on {counted(ranks, 'rank')} cannot be run: {attempt.close()[-1000:]}")
             attempt.close()
         return out
 
@@ -322,7 +323,7 @@ def report(torture: Torture, seconds: float) -> str:
     for ranks in args.ranks:
         spent = [each[1:] for each in torture.seconds if each[0] == ranks]
         if kills := sum(number for _, number in spent):
-            costs.append(f"{sum(cost for cost, _ in spent) / kills:.1f} s a kill of {ranks} rank" + "s" * (ranks > 1))
+            costs.append(f"{sum(cost for cost, _ in spent) / kills:.1f} s a kill of {counted(ranks, 'rank')}")
     num_runs, unequal = sum(row.runs for row in rows), [text for row in rows for text in row.unequal]
     parts = [
         f"`{command} --ranks {' '.join(map(str, args.ranks))}`, {date.today()}, commit {commit.strip()}, {machine}.",

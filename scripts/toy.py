@@ -342,20 +342,15 @@ def main(args: ToyArgs) -> None:
         refuse_idle(args, "without --samples", "pairs_file", "steps_file")
     elif args.score is not None:
         raise ValueError("give either --score or --samples")
+    elif args.pairs_file is None and args.steps_file is None:
+        raise ValueError("--samples needs a --pairs_file or a --steps_file to write")
     if args.samples is not None:
-        if args.pairs_file is None and args.steps_file is None:
-            raise ValueError("--samples needs a --pairs_file or a --steps_file to write")
         write_judged(args.samples, args.pairs_file, args.steps_file)
     elif args.score is not None:
         score(args.score, args.output_dir / "heldout.jsonl", num_shown=args.num_shown)
     else:
-        write_world(
-            args.output_dir,
-            seed=args.seed,
-            num_train=args.num_train,
-            num_heldout=args.num_heldout,
-            num_prompts=args.num_prompts,
-        )
+        sizes = {name: getattr(args, name) for name in ("num_train", "num_heldout", "num_prompts")}
+        write_world(args.output_dir, seed=args.seed, **sizes)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
     text = [
         "# The toy, stage by stage",
         "",
-        f"{num_problems} held-out problems, {len(worlds)} seed{'s' if len(worlds) > 1 else ''}{means}.",
+        f"{num_problems} held-out problems, {len(worlds)} seed{'s' * (len(worlds) > 1)}{means}.",
         "",
         "| stage | most likely answer right | sampled answer right | reward | KL to SFT, nats | minutes |",
         "|---|---|---|---|---|---|",
@@ -139,16 +139,19 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
         f"{spread(each('rm', 'minutes'))} minutes, with the samples it learns from. Samples are drawn at temperature "
         "1; rewards are the reward model's, with mean 0 and deviation 1 on its held-out pairs; KL: of an answer.",
         "",
-        "A problem that SFT gets wrong, the most likely answer after each stage:",
-        "",
-        "```",
     ]
     answers = {
         stage: read_records(worlds[0] / f"samples/{stage}.greedy.jsonl") for stage in ("sft", "dpo", "ppo", "grpo")
     }
     verdict = dict(zip((get_field(line, "prompt") for line in answers["sft"]), verdicts(answers["sft"])))
     prompt = min(verdict, key=lambda prompt: (verdict[prompt], -len(prompt)))
-    text.append(f"{'problem':8s}{prompt.strip()}")
+    which = " (SFT gets none wrong)" if verdict[prompt] else " that SFT gets wrong"
+    text += [
+        f"A problem{which}, the most likely answer after each stage:",
+        "",
+        "```",
+        f"{'problem':8s}{prompt.strip()}",
+    ]
     for stage, lines in answers.items():
         line = next(line for line in lines if get_field(line, "prompt") == prompt)
         answer, right = "; ".join(get_field(line, "output").split()), verdicts([line])[0]

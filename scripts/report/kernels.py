@@ -17,9 +17,9 @@ from models.pages import PAGE, pages_for
 from models.qlinear import Scheme, quantize, triton_products
 from scripts.benchmark_common import SIZES, counted, profiled, seconds_of
 from scripts.benchmark_generate import run_once
-from scripts.report.record import Item, Section, last_json, run_script
+from scripts.report.record import Item, Section
 from scripts.report.speed import full_engine, name_of
-from scripts.report.trained import sft_flags
+from scripts.report.trained import benchmark_sft
 
 CALLS = 24  # of a kernel in a measurement, captured as one graph: launching takes longer than some of them
 CACHE_BYTES = 2**28  # more than the caches of a GPU
@@ -195,8 +195,7 @@ def split_first_token(section: Section) -> None:
 
 def profile_sft(section: Section) -> None:
     preset, seq_len = ("tiny", 64) if section.small else ("8b", 4096)
-    flags = sft_flags(preset, 1, seq_len, section.runtime.device)
-    found = last_json(run_script("scripts/benchmark.py", *flags, "--profile", 20, seconds=section.left()))
+    found = benchmark_sft(section, preset, 1, seq_len, "selective", "--profile", 20)
     section.note(f"SFT {preset}, time by operation", found["operations"])
 
 

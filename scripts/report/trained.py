@@ -132,36 +132,33 @@ def weights_distance(ours: Path, theirs: Path, begun: Path) -> float:
 
 
 def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
-    """Packed rows with bf16 weights and 8-bit moments; recomputes whole blocks only where the memory asks for it."""
+    """Recomputes whole blocks only where the memory asks for it."""
 
     def run(section: Section) -> None:
-        flags = sft_flags(preset, batch_size, seq_len, section.runtime.device)
+        shape = ("tiny", 1, 64) if section.small else (preset, batch_size, seq_len)
         for recompute in ("selective", "full"):
             try:
-                more = ["--repeats", 3, "--activation_checkpointing", recompute]  # the last of a flag counts
-                found = last_json(run_script("scripts/benchmark.py", *flags, *more, seconds=section.left()))
+                found = benchmark_sft(section, *shape, recompute)
                 break
             except RuntimeError as error:
                 if "out of GPU memory" not in str(error) or recompute == "full":
                     raise
         detail = (
-            f"{found['tokens_per_second']:,.0f} tok/s, {found['peak_memory'] / 1e9:.1f} GB, {batch_size} x {seq_len} "
+            f"{found['tokens_per_second']:,.0f} tok/s, {found['peak_memory'] / 1e9:.1f} GB, {shape[1]} x {shape[2]} "
         )
         detail += f"packed tokens, bf16 weights, adamw_8bit, recompute {recompute}"
-        section.figure(f"SFT {preset}, MFU", found["mfu"], "of the product", goal, detail, **numbers_of(found))
+        numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+        section.figure(f"SFT {shape[0]}, MFU", found["mfu"], "of the product", goal, detail, numbers=numbers)
 
     return run
 
 
-def sft_flags(preset: str, batch_size: int, seq_len: int, device: torch.device) -> list:
-    """Of scripts/benchmark.py: packed rows, bf16 weights, 8-bit moments."""
+def benchmark_sft(section: Section, preset: str, batch_size: int, seq_len: int, recompute: str, *more: object) -> dict:
+    """The last line of scripts/benchmark.py: packed rows, bf16 weights, 8-bit moments."""
     flags = ["sft", "--preset", preset, "--batch_size", batch_size, "--seq_len", seq_len, "--documents", 8]
-    lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", "selective"]
-    return [*flags, *lean, "--device", device]
-
-
-def numbers_of(found: dict) -> dict:
-    return {"numbers": {name: value for name, value in found.items() if isinstance(value, int | float)}}
+    flags += ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", recompute]
+    flags += ["--device", section.runtime.device, *more]
+    return last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
 
 
 # ---------------------------------------------------------------------------------------------- rl
@@ -196,21 +193,11 @@ def update_of(script: str, title: str):
         split = ", ".join(f"{name} {value:.2f} s ({value / whole:.0%})" for name, value in seconds.items())
         work = f"{answers} answers of {new} tokens to prompts of {prompt_len}, {together} of them a forward, "
         work += "bf16 weights, adamw_8bit"
-        section.figure(
-            f"{title} {'tiny' if section.small else '1B'} update",
-            whole,
-            "s, all",
-            None,
-            f"{split}; {work}",
-            seconds=seconds,
-        )
+        name = f"{title} {'tiny' if section.small else '1B'} update"
+        section.figure(name, whole, "s, all", None, f"{split}; {work}", seconds=seconds)
 
     return run
 
 
 SFT_ITEMS = [Item("SFT 8B", 40, sft_of("8b", 1, 4096, 0.4)), Item("SFT 1B", 30, sft_of("1b", 4, 4096, None))]
-SFT_SMALL = [Item("SFT tiny", 0, sft_of("tiny", 1, 64, 0.4))]
-RL_ITEMS = [
-    Item("GRPO", 40, update_of("train_grpo", "GRPO")),
-    Item("PPO", 75, update_of("train_ppo", "PPO")),
-]
+RL_ITEMS = [Item("GRPO", 40, update_of("train_grpo", "GRPO")), Item("PPO", 75, update_of("train_ppo", "PPO"))]

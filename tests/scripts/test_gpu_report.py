@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from models.common import Runtime
 from scripts import gpu_report
 from scripts.gpu_report import SECTIONS, ReportArgs
-from scripts.report import kernels, right, speed, trained
+from scripts.report import right, speed, trained
 from scripts.report.record import Item, Section, run_items
 from tests import tiny
 
@@ -47,7 +47,6 @@ def test_dry_run(name, tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "finish_together", lambda processes, commands, seconds: None)
     monkeypatch.setattr(trained, "run_script", here)
     monkeypatch.setattr(speed, "run_script", here)
-    monkeypatch.setattr(kernels, "run_script", here)
     monkeypatch.setattr("scripts.benchmark_common.ceilings", lambda device: (1e12, 1e10, torch.float32))
     args = ReportArgs(output_dir=tmp_path, device="cpu", dry_run=True, section=name)
     gpu_report.main(args)

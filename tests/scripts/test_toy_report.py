@@ -95,6 +95,17 @@ def test_several_seeds(world, tmp_path):
     assert "PPO 12.5 ± 53.0" in result.stdout and "| 37.5 ± 53.0 % |" in result.stdout and "2 seeds" in result.stdout
 
 
+def test_no_problem_is_wrong(world, tmp_path):
+    """Catches a problem that SFT gets right, called one that it gets wrong, where it gets none wrong."""
+    other = tmp_path / "other"
+    shutil.copytree(world, other)
+    greedy = other / "samples/sft.greedy.jsonl"
+    lines = list(map(json.loads, greedy.read_text().splitlines()))
+    write(greedy, [line | {"output": line["answer"]} for line in lines])
+    result = tiny.run("scripts/toy_report.py", other, "--output_file", tmp_path / "REPORT.md")
+    assert "SFT gets none wrong" in result.stdout and "that SFT gets wrong" not in result.stdout, result
+
+
 def test_missing_stage(world, tmp_path):
     """Catches a traceback, or a table with holes, where a stage has not run."""
     other = tmp_path / "other"

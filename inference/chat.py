@@ -129,7 +129,8 @@ def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: 
     check_ids(prompt_ids, folder.config.vocab_size, "this message")
     room = limit - len(prompt_ids)
     if room <= 0:
-        raise ValueError(f"the conversation fills the {limit} tokens: /reset it, or start with a larger --max_seq_len")
+        longer = ", or start with a larger --max_seq_len" if limit < folder.config.max_position_embeddings else ""
+        raise ValueError(f"the conversation fills the {limit} tokens: /reset it{longer}")
     return Request(turn, 0, prompt_ids, min(max_new_tokens, room))
 
 

@@ -161,13 +161,15 @@ def test_answers_stream(chat_folder):
 
 
 def test_a_full_context_is_said_and_the_chat_goes_on(chat_folder):
-    """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way; and an
-    answer that asks for more than there is room."""
+    """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way; an
+    answer that asks for more than there is room; and advice to take more tokens than the model's context has."""
     long = "The answer to question 3 is 17. " * 8
     result, answers = chat(chat_folder, long, "1", long, "/reset", "2", max_seq_len=48, max_new_tokens=64)
     assert result.code == 0, result
     assert "fills the 48 tokens" in answers[0] and "fills the 48 tokens" in answers[2]
-    assert "fills" not in answers[1] and "fills" not in answers[4]
+    assert "fills" not in answers[1] and "fills" not in answers[4] and "larger --max_seq_len" in answers[0]
+    _, answers = chat(chat_folder, long * 20)
+    assert "fills the 512 tokens: /reset it)" in answers[0]
 
 
 def test_a_folder_without_a_template_continues_text(folder):

@@ -6,13 +6,17 @@ its rate: the file, whose name and size tell the quantisation, threads and slots
 """
 
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
+from models.common import Runtime
 from models.model import ModelConfig
-from scripts.benchmark_common import counted
+from scripts.benchmark_common import counted, seconds_of
+from scripts.peer_transformers import required
+from scripts.workload import random_ids
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -31,8 +35,8 @@ def check_shape(gguf: Path, config: ModelConfig) -> None:
     architecture = found.get("general.architecture")
     sizes = {name: found.get(f"{architecture}.{key}") for name, key in SHAPE.items()}
     sizes["vocab_size"] = found.get("tokenizer.ggml.tokens")
-    other = [f"{name} {size}, not {getattr(config, name)}" for name, size in sizes.items()]
-    other = [text for text, (name, size) in zip(other, sizes.items()) if size != getattr(config, name)]
+    wanted = {name: getattr(config, name) for name in sizes}
+    other = [f"{name} {size}, not {wanted[name]}" for name, size in sizes.items() if size != wanted[name]]
     if other:
         raise ValueError(f"{gguf}: not of the shape of --preset: {'; '.join(other)}")
 
@@ -69,18 +73,21 @@ def _value(file: BinaryIO, kind: int) -> str | float | int:
     return _scalar(file, SCALARS[kind])[0]
 
 
-def measure_llama_cpp(
-    gguf: Path, work: list[tuple[list[int], int]], *, slots: int, threads: int, repeats: int
-) -> dict[str, float | str]:
-    """The median tokens/s of `repeats` runs, prefill and decode, after one that does not count, as
-    {"tokens_per_second", "ran"}. work: (ids of the prompt, tokens to generate) of each row. Raises ValueError for a
-    file that xllamacpp does not take."""
+def generate(args, runtime: Runtime, bandwidth: float) -> dict:
+    """Prefill and decode of --llama_cpp_gguf, a file of the same shape, on as many threads; its bits are the file's, so
+    --quantize is left to who asks and both bits are said. Raises ValueError for a file that xllamacpp does not take."""
+    required("xllamacpp")
+    gguf, slots, threads = args.llama_cpp_gguf, args.batch_size, torch.get_num_threads()
+    if gguf is None:
+        raise ValueError("llama_cpp: give the file to run in --llama_cpp_gguf")
+    check_shape(gguf, args.config)
     import xllamacpp
 
+    work = [(random_ids(args.config.vocab_size, prompt_len).tolist(), new) for prompt_len, new in args.work()]
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_parallel, params.warmup = slots, False
-    params.n_ctx = slots * (max(len(ids) + new for ids, new in work) + 8)
+    params.n_ctx = slots * (max(map(sum, args.work())) + 8)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     try:
         server = xllamacpp.Server(params)
@@ -94,13 +101,11 @@ def measure_llama_cpp(
         if done.get("tokens_predicted", done.get("usage", {}).get("completion_tokens")) != new:
             raise ValueError(f"{gguf}: llama.cpp answered {str(done)[:200]}")
 
-    rates = []
     with ThreadPoolExecutor(slots) as pool:
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            list(pool.map(complete, work))
-            rates.append(sum(new for _, new in work) / (time.perf_counter() - start))
-    rate = sorted(rates[1:])[repeats // 2]
-    ran = f"llama.cpp, {gguf.name}, {gguf.stat().st_size / 1e6:,.0f} MB, {counted(threads, 'thread')}, "
-    ran += counted(slots, "slot")
-    return {"tokens_per_second": rate, "ran": ran}
+        seconds = seconds_of(lambda: list(pool.map(complete, work)), torch.device("cpu"), args.repeats)
+    num_bytes, sizes = gguf.stat().st_size, f"{counted(threads, 'thread')}, {counted(slots, 'slot')}"
+    return {
+        "tokens_per_second": sum(new for _, new in work) / seconds,
+        "ran": f"llama.cpp, {gguf.name}, {num_bytes / 1e6:,.0f} MB, {sizes}",
+        "bits": 8 * num_bytes / args.config.num_parameters(),
+    }

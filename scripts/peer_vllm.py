@@ -2,11 +2,11 @@
 
 import json
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 from models.common import Runtime, dtype_name
+from scripts.benchmark_common import seconds_of
 from scripts.peer_transformers import refuse_quantized, required
 from scripts.workload import random_ids
 
@@ -35,12 +35,7 @@ def generate(args, runtime: Runtime, bandwidth: float) -> dict:
             enable_prefix_caching=False,  # each run has the same prompts
             max_model_len=max(map(sum, sizes)),
         )
-        times = []
-        for _ in range(args.repeats + 1):
-            start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            times.append(time.perf_counter() - start)
-    seconds = sorted(times[1:])[args.repeats // 2]
+        seconds = seconds_of(lambda: llm.generate(prompts, params, use_tqdm=False), runtime.device, args.repeats)
     how = "compiled" if runtime.compile else "eager"
     return {
         "tokens_per_second": sum(n for _, n in sizes) / seconds,

@@ -257,7 +257,8 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh,
     if engine.num_steps:
         seconds = engine.decode_seconds
         step = 1e3 * seconds / engine.num_steps
-        rows["decoding"] = f"{decoded.item():,.1f} tok/s, {step:.2f} ms a step of {engine.num_slots} slots"
+        slots = f"{engine.num_slots} slot{'s' * (engine.num_slots > 1)}"
+        rows["decoding"] = f"{decoded.item():,.1f} tok/s, {step:.2f} ms a step of {slots}"
         bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")

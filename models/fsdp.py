@@ -58,7 +58,7 @@ class ParallelArgs(TensorParallelArgs):
     """How a step is spread over ranks and over forwards."""
 
     micro_batch_size: int | None = flag(
-        None, bounds=at_least_one, help="rows per forward on one rank; --batch_size", may_change=True
+        None, bounds=at_least_one, help="rows per forward on one rank; all that it has of a step", may_change=True
     )
     max_tokens_per_micro_batch: int | None = flag(
         None,

@@ -84,5 +84,6 @@ def plan_cache(
     most_tokens = max(known_tokens, min(most_tokens, fitting * PAGE))
     slots = max(1, min(most_slots, fitting // pages_for(usual_tokens)) if num_slots is None else most_slots)
     num_pages = min(fitting, max(slots * pages_for(known_tokens), pages_for(most_tokens)))
-    note = f"{slots} slots over {num_pages:,} pages of {PAGE} tokens, {num_pages * of_page / 1e9:.2f} GB"
+    note = f"{slots} slot{'s' * (slots > 1)} over {num_pages:,} page{'s' * (num_pages > 1)} of {PAGE} tokens, "
+    note += f"{num_pages * of_page / 1e9:.2f} GB"
     return CachePlan(slots, num_pages, most_tokens, note + f" of {free / 1e9:.1f} that are free" * (num_slots is None))

@@ -85,7 +85,7 @@ class AnswerArgs:
 class LayoutArgs:
     """On paper."""
 
-    layouts: list[layout] = flag((), metavar="DPxTP", help="dp x tp, as 1x1 8x1 4x2; one")
+    layouts: list[layout] = flag((), metavar="DPxTP", help="dp x tp, as 1x1 8x1 4x2; all ranks of this run as dp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,8 @@ def counted(number: int, noun: str) -> str:
 
 def sized(num_bytes: float) -> str:
     """Bytes for people, in a column."""
-    unit, size = next((each for each in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= each[1] / 10), ("kB", 1e3))
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, size = next((each for each in units if num_bytes >= each[1] / 10), units[0])
     return f"{num_bytes / size:9.3f} {unit}"
 
 

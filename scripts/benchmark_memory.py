@@ -6,7 +6,7 @@ import gc
 import itertools
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -39,6 +39,8 @@ from training.optim import OptimArgs, make_optimizer
 class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, AdapterArgs, AnswerArgs, QuantizeArgs, RuntimeArgs):
     """The memory of a training run, or of a quantised model."""
 
+    dtype: str | None = "bfloat16"
+    compile: bool | None = False
     batch_size: int = flag(8, bounds=at_least_one, help="rows of a micro-batch")
     seq_len: int = flag(512, bounds=at_least_one, help="tokens of each row")
     slots: int = flag(32, bounds=at_least_one, help="--lora_r: answers that PPO and GRPO draw at a time")
@@ -165,7 +167,7 @@ def report_memory(args: MemoryArgs) -> None:
     config, recompute = args.config, args.activation_checkpointing
     world = int(os.environ.get("WORLD_SIZE", 1))
     layouts = args.layouts or [(world, 1)]
-    runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
+    runtime = choose_runtime(args)
     shape, lora = (args.batch_size, args.seq_len), args.lora(config)
     tables = []
     for dp, tp in layouts:
@@ -259,7 +261,7 @@ def report_quantized_memory(args: MemoryArgs) -> None:
     grow at the peak."""
     config = args.config
     scheme = rounding_scheme(args.quantize, args.group_size, config)
-    runtime = choose_runtime(replace(args, dtype=args.dtype or "bfloat16", compile=False))
+    runtime = choose_runtime(args)
     check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     sizes = quantized_memory(config, scheme, runtime.dtype)
     sizes["sum"] = sum(sizes.values())

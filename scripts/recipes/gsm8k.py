@@ -29,7 +29,7 @@ class Gsm8kArgs:
     output_file: Path = flag(help="JSONL file to write, with prompt and answer")
     plain: bool = flag(False, help="prompts of text, for a base model, in the place of chat messages")
     instruction: str = flag(IN_A_BOX, type=with_newlines, help="what follows the question; may be empty")
-    max_records: int | None = flag(None, bounds=at_least_one, help="only the first so many")
+    max_records: int | None = flag(None, bounds=at_least_one, help="only the first so many; all")
 
 
 def main(args: Gsm8kArgs) -> None:

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import re
 import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +52,14 @@ SMALL_FILES = (
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
-def small_files(names):
+def small_files(names: Iterable[str]) -> list[str]:
     """The config, tokenizer, licence and readme files among a repository's file names (top level only, but for a second
     chat template: fnmatch's * takes slashes too)."""
     top = [name for name in names if "/" not in name or name == TOOL_USE]
     return [name for name in top if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
 
 
-def weight_file(names):
+def weight_file(names: Collection[str]) -> str:
     """The one file through which the weights are read: an index or a single file; ValueError if there is none."""
     for name in WEIGHTS:
         if name in names:
@@ -67,7 +68,7 @@ def weight_file(names):
     raise ValueError(f"no weights in a format we read ({', '.join(WEIGHTS)}); its files are {', '.join(kinds)}")
 
 
-def shards(index_path):
+def shards(index_path: str) -> list[str]:
     """The files an index names, in order; ValueError if it names none."""
     try:
         names = {*json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()}
@@ -78,7 +79,7 @@ def shards(index_path):
     return sorted(names)
 
 
-def check_folder(folder, names):
+def check_folder(folder: Path, names: Iterable[str]) -> None:
     """Refuses a folder that holds anything but an earlier download of this repository: files would get mixed."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file, not a folder; choose another one")
@@ -94,7 +95,7 @@ def check_folder(folder, names):
         )
 
 
-def fetch(repo, folder, revision, token):
+def fetch(repo: str, folder: Path, revision: str | None, token: str | None) -> tuple[dict[str, int], str]:
     """Downloads what is needed of `repo` into `folder`; returns ({name: bytes}, commit)."""
     info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings}
@@ -134,13 +135,12 @@ class DownloadArgs:
 
 
 def main(args: DownloadArgs) -> None:
-    repo, revision = args.repo, args.revision
+    repo, hub = args.repo, constants.ENDPOINT
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
         raise ValueError(f"{repo!r} is not a repository name: write it as ORG/NAME, e.g. meta-llama/Llama-2-7b-chat-hf")
     folder = args.output_dir or Path("checkpoints") / repo
-    hub = constants.ENDPOINT
     try:
-        files, commit = fetch(repo, folder, revision, args.token or None)
+        files, commit = fetch(repo, folder, args.revision, args.token or None)
     except GatedRepoError as error:
         raise ValueError(
             f"{repo} is gated: accept its terms at {hub}/{repo}, make a token at {hub}/settings/tokens, "
@@ -152,7 +152,9 @@ def main(args: DownloadArgs) -> None:
             f"(from {hub}/settings/tokens) as HF_TOKEN=hf_... or --token"
         ) from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {revision!r}: --revision takes a branch, tag or commit") from error
+        raise ValueError(
+            f"{repo} has no revision {args.revision!r}: --revision takes a branch, tag or commit"
+        ) from error
     except EntryNotFoundError as error:
         raise OSError(f"{repo}: {one_line(error)}") from error
     except HfHubHTTPError as error:
@@ -175,7 +177,7 @@ def main(args: DownloadArgs) -> None:
     )
 
 
-def one_line(error):
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -30,7 +30,6 @@ import torch
 
 from models.common import (
     RuntimeArgs,
-    at_least_one,
     choose_runtime,
     device_name,
     flag,
@@ -78,7 +77,6 @@ class ReportArgs(RuntimeArgs):
     section: str | None = flag(None, choices=SECTIONS, help="for its own processes: run one section here")
     started: float | None = flag(None, help="--section: when its process was, in seconds of the epoch")
     deadline: float | None = flag(None, help="--section: when its time is up")
-    threads: int | None = flag(None, bounds=at_least_one, help="of the CPU; torch's default")
 
 
 def main(args: ReportArgs) -> None:
@@ -104,8 +102,6 @@ def main(args: ReportArgs) -> None:
 
 def run_section(args: ReportArgs) -> None:
     """The items of --section, in this process."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     plan, runtime = SECTIONS[args.section], choose_runtime(args)
     started = args.started or time.time()
     deadline = args.deadline or started + plan.seconds
@@ -124,7 +120,7 @@ def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
     start, log = time.time(), args.output_dir / "log.txt"
     flags = ["--section", name, "--started", start, "--deadline", start + limit - 3]
     flags += ["--output_dir", args.output_dir, "--seed", args.seed]
-    for flag_name in ("device", "dtype", "threads"):
+    for flag_name in ("device", "dtype"):
         if getattr(args, flag_name) is not None:
             flags += [f"--{flag_name}", getattr(args, flag_name)]
     flags += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
@@ -181,10 +177,10 @@ def name_and_memory(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the repository, or what says so where there is no git."""
+    """The commit of the repository, where there is git."""
     done = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return (done or os.environ.get("COMMIT", "unknown")) + (", with changes" if changed else "")
+    return (done or "unknown") + (", with changes" if changed else "")
 
 
 def driver() -> str:

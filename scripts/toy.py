@@ -26,6 +26,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,34 +51,34 @@ UNK, BOS, EOS, PAD = range(4)
 # --- the task: pure functions of text ---------------------------------------------------------------------------------
 
 
-def make_problem(rng, num_terms):
-    """A tuple of `num_terms` numbers from 1 to 9."""
+def make_problem(rng: random.Random, num_terms: int) -> tuple[int, ...]:
+    """Numbers from 1 to 9."""
     return tuple(rng.randint(1, 9) for _ in range(num_terms))
 
 
-def prompt_of(terms):
+def prompt_of(terms: Sequence[int]) -> str:
     return "+".join(map(str, terms)) + "\n"
 
 
-def terms_of(prompt):
+def terms_of(prompt: str) -> tuple[int, ...]:
     """The terms of a prompt; ValueError if it is none of ours."""
     if not re.fullmatch(r"[1-9](\+[1-9])+\n?", prompt):
         raise ValueError(f"not a problem of this toy: {prompt!r}")
     return tuple(map(int, prompt.split("+")))
 
 
-def solution_steps(terms):
+def solution_steps(terms: Sequence[int]) -> list[str]:
     """The lines of the worked solution: one for each addition, then the sum."""
     sums = list(itertools.accumulate(terms))
     steps = [f"{before}+{term}={after}" for before, term, after in zip(sums, terms[1:], sums[1:], strict=False)]
     return [*steps, str(sums[-1])]
 
 
-def solution(terms):
+def solution(terms: Sequence[int]) -> str:
     return "\n".join(solution_steps(terms))
 
 
-def careless_solution(terms, rng):
+def careless_solution(terms: Sequence[int], rng: random.Random) -> str:
     """A solution by the careless clerk: where a line has a carry he mostly leaves the tens as they are, and goes on
     from there."""
     total, steps = terms[0], []
@@ -89,18 +90,18 @@ def careless_solution(terms, rng):
     return "\n".join([*steps, str(total)])
 
 
-def final_answer(text):
+def final_answer(text: str) -> str | None:
     """The number on the last line, as a string without leading zeros; None where that line is not a number."""
     line = text.strip().split("\n")[-1]
     return str(int(line)) if re.fullmatch(r"[0-9]+", line) else None
 
 
-def is_correct(completion, answer):
+def is_correct(completion: str, answer: int | str) -> bool:
     """Whether the final answer is right; the working is not looked at."""
     return final_answer(completion) == str(answer)
 
 
-def step_labels(prompt, completion):
+def step_labels(prompt: str, completion: str) -> list[int]:
     """One 0/1 for each line of a completion, for process rewards: 1 if the worked solution has this line at this place,
     whatever stands before it."""
     right = solution_steps(terms_of(prompt))
@@ -119,7 +120,9 @@ def correct(prompts: list[str], completions: list[str], examples: list[dict]) ->
 # --- writing the world ------------------------------------------------------------------------------------------------
 
 
-def sample_problems(rng, mix, number, *, taken, repeats):
+def sample_problems(
+    rng: random.Random, mix: dict[int, float], number: int, *, taken: set, repeats: bool
+) -> list[tuple[int, ...]]:
     """`number` problems in random order with the shares of `mix`, none of them in the set `taken`.
 
     repeats: whether a problem may come twice; without repeats those drawn are added to `taken`.
@@ -141,21 +144,21 @@ def sample_problems(rng, mix, number, *, taken, repeats):
     return problems
 
 
-def record(terms, completion=None):
+def record(terms: Sequence[int], completion: str | None = None) -> dict:
     fields = {"prompt": prompt_of(terms)} | ({} if completion is None else {"completion": completion})
     return {**fields, "answer": str(sum(terms)), "difficulty": len(terms)}
 
 
-def demonstration(terms, rng):
+def demonstration(terms: Sequence[int], rng: random.Random) -> str:
     return careless_solution(terms, rng) if rng.random() < CARELESS else solution(terms)
 
 
-def write_jsonl(path, records):
+def write_jsonl(path: Path, records: list[dict]) -> None:
     with naming_file(path):
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def train_tokenizer():
+def train_tokenizer() -> bytes:
     """A sentencepiece model in LLaMA's manner, as bytes: BPE, no normalisation, one token a digit, byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -178,7 +181,7 @@ def train_tokenizer():
     return model.getvalue()
 
 
-def write_model(folder, seed):
+def write_model(folder: Path, seed: int) -> Transformer:
     """A randomly initialised LLaMA of 1.1 M parameters with its tokenizer."""
     tokenizer = train_tokenizer()
     config = {
@@ -225,7 +228,7 @@ def write_model(folder, seed):
     return model
 
 
-def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
+def write_world(folder: Path, *, seed: int, num_train: int, num_heldout: int, num_prompts: int) -> None:
     """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder} is already there; remove it or choose another one")
@@ -254,7 +257,7 @@ def write_world(folder, *, seed, num_train, num_heldout, num_prompts):
 # --- scoring what generate.py wrote -----------------------------------------------------------------------------------
 
 
-def score(output_file, heldout_file, *, num_shown):
+def score(output_file: Path, heldout_file: Path, *, num_shown: int) -> None:
     """Prints the accuracy of all samples, overall and by difficulty, and `num_shown` of them."""
     examples = {get_field(record, "prompt"): record.fields for record in read_records(heldout_file)}
     lines = read_records(output_file)
@@ -278,7 +281,7 @@ def score(output_file, heldout_file, *, num_shown):
 # --- what reward models and DPO learn from ----------------------------------------------------------------------------
 
 
-def judged_samples(samples_file):
+def judged_samples(samples_file: Path) -> dict[str, tuple[list[str], list[str]]]:
     """{prompt: (right outputs, wrong outputs)} of generate.py's output lines, each output once. A sample that ran out
     of tokens is left out: it has no end to judge."""
     judged = {}
@@ -291,7 +294,7 @@ def judged_samples(samples_file):
     return judged
 
 
-def pairs_of(judged):
+def pairs_of(judged: dict[str, tuple[list[str], list[str]]]) -> list[dict]:
     """Right against wrong samples of the same prompt, each sample in one pair at most."""
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -300,7 +303,7 @@ def pairs_of(judged):
     ]
 
 
-def steps_of(judged):
+def steps_of(judged: dict[str, tuple[list[str], list[str]]]) -> list[dict]:
     """The lines of every sample with a 0/1 label each."""
     return [
         {"prompt": prompt, "completions": output.rstrip("\n").split("\n"), "labels": step_labels(prompt, output)}
@@ -310,7 +313,7 @@ def steps_of(judged):
     ]
 
 
-def write_judged(samples_file, pairs_file, steps_file):
+def write_judged(samples_file: Path, pairs_file: Path | None, steps_file: Path | None) -> None:
     judged = judged_samples(samples_file)
     for path, records in ((pairs_file, pairs_of(judged)), (steps_file, steps_of(judged))):
         if path is not None:

@@ -44,11 +44,11 @@ class GrpoArgs(SpeedArgs, RecomputeArgs):
 
 
 def main(args: GrpoArgs) -> None:
+    args = args.filled()
     run_speed_job(args, grpo_setting(args), measure_grpo)
 
 
 def grpo_setting(args: GrpoArgs) -> str:
-    args = args.filled()
     return (
         f"{counted(args.batch_size, 'answer')} of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens to prompts of "
         f"{args.prompt_len}, micro-batches of {counted(args.micro_batch_size, 'row')} or "
@@ -85,7 +85,7 @@ def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, sp
 
 
 def measure_grpo(args: GrpoArgs, runtime: Runtime, bandwidth: float) -> dict:
-    args, config = args.filled(), args.config
+    config = args.config
     model, dp = sharded_model(config, args.parallel(), runtime), init_mesh(runtime.device, 1)["dp"]
     rows = ragged_rows(args)
     advantages = torch.randn(len(rows), device=runtime.device)

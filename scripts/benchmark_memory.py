@@ -164,36 +164,34 @@ def sampling_memory(config: ModelConfig, args: MemoryArgs, tp: int, compute_byte
 
 def report_memory(args: MemoryArgs) -> None:
     """Prints training_memory for each layout, and what this run's ranks took."""
-    config, recompute = args.config, args.activation_checkpointing
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    layouts = args.layouts or [(world, 1)]
-    runtime = choose_runtime(args)
-    shape, lora = (args.batch_size, args.seq_len), args.lora(config)
+    config, recompute, runtime = args.config, args.activation_checkpointing, choose_runtime(args)
+    world, number_bytes = int(os.environ.get("WORLD_SIZE", 1)), runtime.dtype.itemsize
+    layouts, on_cpu = args.layouts or [(world, 1)], args.measure and runtime.device.type == "cpu"
+    lora = args.lora(config)
+    setting = f"{args.batch_size} x {args.seq_len} tokens, recompute {recompute}"
+    setting += "" if lora is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
     tables = []
     for dp, tp in layouts:
         config.check_divisible(tp)
-        sizes = {"dp": dp, "tp": tp, "tokens": shape[0] * shape[1], "recompute": recompute}
-        on_cpu = args.measure and runtime.device.type == "cpu"
-        sizes["compute_bytes"] = runtime.dtype.itemsize
+        if args.measure and dp * tp != world:
+            raise ValueError(f"--measure takes one layout, of this run's {counted(world, 'rank')}")
+        if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
+            raise ValueError("--measure on the CPU counts right with dp 1 only")
+        sizes = {"dp": dp, "tp": tp, "tokens": args.batch_size * args.seq_len, "recompute": recompute}
+        sizes["compute_bytes"] = number_bytes
         table = training_memory(config, **sizes, on_cpu=on_cpu) if lora is None else lora_memory(config, lora, **sizes)
         table["sum"] = sum(table.values())
-        if args.measure:
-            if dp * tp != world:
-                raise ValueError(f"--measure takes one layout, of this run's {counted(world, 'rank')}")
-            if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
-                raise ValueError("--measure on the CPU counts right with dp 1 only")
-            parallel = ParallelArgs(activation_checkpointing=recompute, tensor_parallel_size=tp)
-            table["measured"] = measure_memory(config, runtime, parallel, shape, lora)
-        tables.append(table)
         rows = {name: sized(size) for name, size in table.items()}
-        if lora is not None and not args.measure:
-            drawing = sampling_memory(config, args, tp, runtime.dtype.itemsize)
+        if args.measure:
+            parallel = ParallelArgs(activation_checkpointing=recompute, tensor_parallel_size=tp)
+            table["measured"] = measure_memory(config, runtime, parallel, (args.batch_size, args.seq_len), lora)
+            off = table["sum"] / table["measured"] - 1
+            rows["measured"] = f"{sized(table['measured'])}, the sum is {off:+.1%} off"
+        elif lora is not None:
+            drawing = sampling_memory(config, args, tp, number_bytes)
             rows |= {name: f"{sized(size)}, of PPO and GRPO" for name, size in drawing.items()}
             rows["PPO or GRPO"] = sized(table["sum"] + sum(drawing.values()))
-        if args.measure:
-            rows["measured"] += f", the sum is {table['sum'] / table['measured'] - 1:+.1%} off"
-        setting = f"{args.batch_size} x {args.seq_len} tokens, recompute {recompute}"
-        setting += "" if lora is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
+        tables.append(table)
         say(card(f"memory of {args.preset}, dp {dp} x tp {tp}, {setting}", rows))
     say(json.dumps({"job": "memory", "preset": args.preset, "layouts": layouts, "bytes": tables}))
 

@@ -67,6 +67,7 @@ class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
 
 
 def main(args: PpoArgs) -> None:
+    args = args.filled()
     if args.profile:
         raise ValueError("--profile: an update runs in a process of its own, whose operations are not seen here")
     if args.plan:
@@ -78,7 +79,6 @@ def main(args: PpoArgs) -> None:
 
 
 def ppo_setting(args: PpoArgs, answers: str) -> str:
-    args = args.filled()
     return (
         f"{answers}, {args.prompt_len} + {args.new_tokens} tokens, {counted(args.ppo_epochs, 'epoch')}, "
         f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
@@ -87,8 +87,7 @@ def ppo_setting(args: PpoArgs, answers: str) -> str:
 
 
 def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
-    args, config = args.filled(), args.config
-    reward = reward_config(args)
+    config, reward = args.config, reward_config(args)
     with tempfile.TemporaryDirectory() as root:
         folders = Path(root) / "policy", Path(root) / "reward"
         write_policy(folders[0], config, runtime)
@@ -217,6 +216,7 @@ def train(
         "param_dtype": args.param_dtype,
         "optim": args.optim,
         "activation_checkpointing": args.activation_checkpointing,
+        "save_steps": 0,
     }
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, str(SCRIPT), *flags, "--compile" if runtime.compile else "--no-compile"]
@@ -275,7 +275,7 @@ def memory_plan(args: PpoArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
     """Bytes on each rank at the peak of a step, by purpose; bf16 computation, slots and micro-batches are a rank's. The
     critic has the reward model's shape; policy and critic step in turn, so gradients are those of one. The inference
     copy is cut over tp alone, and so are the embedding and head of each model that stay gathered beside its shards."""
-    args, config, reward = args.filled(), args.config, reward_config(args)
+    config, reward = args.config, reward_config(args)
     weights = {"float32": 4, "bfloat16": 2}[args.param_dtype]
     moments = {"adamw": 8, "adamw_8bit": 2}[args.optim]
     sizes = {"policy": config.num_parameters(), "critic": reward.num_parameters()}
@@ -303,7 +303,7 @@ def report_plan(args: PpoArgs) -> None:
         args.config.check_divisible(tp)
         plans.append(memory_plan(args, dp, tp))
         rows = {name: sized(size) for name, size in {**plans[-1], "sum": sum(plans[-1].values())}.items()}
-        setting = ppo_setting(args, f"{counted(args.filled().slots, 'answer')} at a time")
+        setting = ppo_setting(args, f"{counted(args.slots, 'answer')} at a time")
         say(card(f"memory of ppo, {args.preset} with reward model {reward}, dp {dp} x tp {tp}, {setting}", rows))
     names = {"job": "ppo", "preset": args.preset, "reward_preset": reward}
     say(json.dumps({**names, "layouts": layouts, "memory_plans": plans}))

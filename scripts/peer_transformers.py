@@ -51,7 +51,7 @@ def generate(args, runtime: Runtime, bandwidth: float) -> dict:
     refuse_quantized(args)
     config, device = args.config, runtime.device
     model = build(config, runtime.dtype, device).eval()
-    options = {} if not runtime.compile else {"cache_implementation": "static", "compile_config": compile_config()}
+    options = {"cache_implementation": "static", "compile_config": compile_config()} if runtime.compile else {}
     sizes, batches = sorted(args.work()), []
     for start in range(0, len(sizes), args.batch_size):
         rows = sizes[start : start + args.batch_size]

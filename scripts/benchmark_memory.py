@@ -31,6 +31,7 @@ from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, round
 from models.vocab_parallel import CHUNK_TOKENS
 from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs, counted, sized, token_bytes
 from scripts.benchmark_training import AdapterArgs, RecomputeArgs, sharded_model
+from scripts.workload import random_ids
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer
 
@@ -204,7 +205,7 @@ def measure_memory(
     def train() -> None:
         model = sharded_model(config, parallel, runtime, lora=lora)
         optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-5))
-        ids = torch.randint(3, config.vocab_size, shape, device=runtime.device)
+        ids = random_ids(config.vocab_size, *shape).to(runtime.device)
         vocabulary = {"vocab_size": config.vocab_size, "tp": model.parallel.tp}
         for _ in range(2):
             for rows in reducing_gradients(model, [ids, ids], every=True):

@@ -43,6 +43,7 @@ from scripts.benchmark_common import (
 )
 from scripts.benchmark_memory import training_memory
 from scripts.benchmark_training import TrainedArgs
+from scripts.workload import random_ids
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_ppo.py"
 EOS = 2
@@ -92,7 +93,7 @@ def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
         folders = Path(root) / "policy", Path(root) / "reward"
         write_policy(folders[0], config, runtime)
         write_reward_model(folders[1], reward, runtime, None if reward != config else folders[0])
-        ids = torch.randint(EOS + 1, config.vocab_size, (args.batch_size, args.prompt_len)).tolist()
+        ids = random_ids(config.vocab_size, args.batch_size, args.prompt_len).tolist()
         texts = [text_of(row) for row in ids]
         prompts = Path(root) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -156,10 +156,10 @@ def profiled(function: Callable[[], object], device: torch.device, most: int) ->
     return result, ", ".join(f"{short(name)} {t / n:,.1f} us x {n:,} ({t / total:.1%})" for t, n, name in longest)
 
 
-def short(name: str, width: int = 60) -> str:
+def short(name: str) -> str:
     """Of a kernel its own name, without the template that it is of; of a long one the beginning."""
     name = name.removeprefix("void ").replace("at::native::", "")
-    return name if len(name) <= width else name[: width - 3] + "..."
+    return name if len(name) <= 60 else name[:57] + "..."
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
@@ -180,6 +180,7 @@ def product_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds_of(lambda: a @ b, device, 7)
 
 
+@cache
 def ceilings(device: torch.device) -> tuple[float, float, torch.dtype]:
     """(FLOP/s of a matrix product, bytes/s of a copy, read and written, the product's dtype), measured."""
     dtype = product_dtype(device)
@@ -191,8 +192,8 @@ def ceilings(device: torch.device) -> tuple[float, float, torch.dtype]:
 
 
 def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[str, Callable] | None = None) -> None:
-    """Prints the card and the JSON line of measure(args, runtime, bandwidth of a copy) -> its figures, or of the peer
-    that --engine names; with --compare runs this command with either engine in turn.
+    """Prints the card and the JSON line of measure(args, runtime) -> its figures, or of the peer that --engine names;
+    with --compare runs this command with either engine in turn.
 
     Figures: tokens_per_second; bytes_per_second and flops_per_second where there is a limit to hold them against; rows:
     more lines for the card; ran: what a peer says that it ran.
@@ -209,7 +210,7 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     if runtime.device.type == "cuda":  # the job is to have the memory, and the peak to be its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    measure = partial(measure if engine == "ours" else peers[engine], args, runtime, bandwidth)
+    measure = partial(measure if engine == "ours" else peers[engine], args, runtime)
     result, operations = profiled(measure, runtime.device, args.profile) if args.profile else (measure(), "")
     product = f"{dtype_name(dtype)} matrix product"
     rows = {

@@ -44,7 +44,7 @@ def dpo_setting(args: DpoArgs) -> str:
     )
 
 
-def measure_dpo(args: DpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_dpo(args: DpoArgs, runtime: Runtime) -> dict:
     config = args.config
     pairs = []
     for prompt, sides in args.pairs():

@@ -21,7 +21,16 @@ from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
 from models.tp import Parallel, TensorParallelArgs, size_of, tensor_parallel_part
-from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, counted, run_speed_job, seconds_of, token_bytes
+from scripts.benchmark_common import (
+    AnswerArgs,
+    PeerArgs,
+    SpeedArgs,
+    ceilings,
+    counted,
+    run_speed_job,
+    seconds_of,
+    token_bytes,
+)
 from scripts.benchmark_peers import PEERS
 from scripts.workload import ragged_sizes, random_ids
 
@@ -128,7 +137,7 @@ def products_seconds(model: Transformer, batch_size: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_generate(args: GenerateArgs, runtime: Runtime) -> dict:
     tp_size, config = args.tensor_parallel_size, args.config
     if data_parallel_size(tp_size) > 1:
         raise ValueError(f"--tensor_parallel_size {tp_size}: must be the number of ranks of this run")
@@ -145,7 +154,7 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
     models = {mode: random_inference_model(config, runtime, scheme, tp, stored) for mode, scheme in schemes.items()}
     batches = []
     for batch_size in args.sweep or [args.batch_size]:
-        batches += measure_batch(models, replace(args, batch_size=batch_size), runtime, bandwidth)
+        batches += measure_batch(models, replace(args, batch_size=batch_size), runtime)
     rows = {}
     for result in batches:
         line = "{tokens_per_second:,.1f} tok/s, {tokens_per_second_per_row:,.1f} a row, {ms_per_step:.2f} ms a step, "
@@ -163,9 +172,7 @@ def measure_generate(args: GenerateArgs, runtime: Runtime, bandwidth: float) -> 
     return {**best, "rows": rows | {"weights": bits}, "batches": batches, "of": of}
 
 
-def measure_batch(
-    models: dict[str, Transformer], args: GenerateArgs, runtime: Runtime, copy_bandwidth: float
-) -> list[dict]:
+def measure_batch(models: dict[str, Transformer], args: GenerateArgs, runtime: Runtime) -> list[dict]:
     """The figures of one batch size for each precision, medians over the repeats, after a run that does not count. The
     precisions take turns, and each run's rate is also given as a ratio to the first precision's of the same round."""
     sizes, batch_size = args.work(), args.batch_size
@@ -188,7 +195,7 @@ def measure_batch(
             "ms_per_step": step,
             "first_token_ms": first,
             "bytes_per_second": bandwidth,
-            "mbu": bandwidth / copy_bandwidth,  # of this rank
+            "mbu": bandwidth / ceilings(runtime.device)[1],  # of this rank
             "bits": 8 * weight_bytes(model) / num_product_weights(model.config) * size_of(model.parallel.tp),
             "compile_seconds": sum(run.compile_seconds for run in runs),
             "speed_ratios": [round[mode].rate / next(iter(round.values())).rate for round in rounds[1:]],

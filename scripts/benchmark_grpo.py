@@ -84,7 +84,7 @@ def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, sp
     model.zero_grad(set_to_none=True)
 
 
-def measure_grpo(args: GrpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_grpo(args: GrpoArgs, runtime: Runtime) -> dict:
     config = args.config
     model, dp = sharded_model(config, args.parallel(), runtime), init_mesh(runtime.device, 1)["dp"]
     rows = ragged_rows(args)

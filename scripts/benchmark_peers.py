@@ -1,6 +1,6 @@
 """Whom scripts/benchmark.py compares with, by job and name.
 
-A peer is a function (args of the job, runtime, bandwidth of a copy) -> figures: `tokens_per_second`, and `ran`, what it
+A peer is a function (args of the job, runtime) -> figures: `tokens_per_second`, and `ran`, what it
 ran in words: package and version, path, precision, sampling, whether it was compiled. It does the job in the same
 precision, with the same sampling and the same --compile, or raises ValueError. Packages are imported when they are
 asked for.

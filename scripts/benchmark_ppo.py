@@ -87,7 +87,7 @@ def ppo_setting(args: PpoArgs, answers: str) -> str:
     )
 
 
-def measure_ppo(args: PpoArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_ppo(args: PpoArgs, runtime: Runtime) -> dict:
     config, reward = args.config, reward_config(args)
     with tempfile.TemporaryDirectory() as root:
         folders = Path(root) / "policy", Path(root) / "reward"

@@ -49,7 +49,7 @@ def sft_setting(args: SftArgs) -> str:
     )
 
 
-def measure_sft(args: SftArgs, runtime: Runtime, bandwidth: float) -> dict:
+def measure_sft(args: SftArgs, runtime: Runtime) -> dict:
     config, lengths = args.config, args.lengths()
     model = sharded_model(config, args.parallel(), runtime, lora=args.lora(config))
     split = Split(args.batch_size, init_mesh(runtime.device, 1)["dp"], 0)

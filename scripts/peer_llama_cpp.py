@@ -73,7 +73,7 @@ def _value(file: BinaryIO, kind: int) -> str | float | int:
     return _scalar(file, SCALARS[kind])[0]
 
 
-def generate(args, runtime: Runtime, bandwidth: float) -> dict:
+def generate(args, runtime: Runtime) -> dict:
     """Prefill and decode of --llama_cpp_gguf, a file of the same shape, on as many threads; its bits are the file's, so
     --quantize is left to who asks and both bits are said. Raises ValueError for a file that xllamacpp does not take."""
     required("xllamacpp")

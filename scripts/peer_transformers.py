@@ -44,7 +44,7 @@ def refuse_quantized(args) -> None:
 
 
 @torch.inference_mode()
-def generate(args, runtime: Runtime, bandwidth: float) -> dict:
+def generate(args, runtime: Runtime) -> dict:
     """generate() in static batches, sorted by the prompts' lengths; with --compile on a static cache, for which
     transformers compiles its forward."""
     version = required("transformers")
@@ -79,7 +79,7 @@ def compile_config():
     return config
 
 
-def generate_batch(args, runtime: Runtime, bandwidth: float) -> dict:
+def generate_batch(args, runtime: Runtime) -> dict:
     """Continuous batching, as generate_batch() runs it, with a length for each request."""
     version = required("transformers")
     refuse_quantized(args)
@@ -121,7 +121,7 @@ def generate_batch(args, runtime: Runtime, bandwidth: float) -> dict:
     }
 
 
-def sft(args, runtime: Runtime, bandwidth: float) -> dict:
+def sft(args, runtime: Runtime) -> dict:
     """A plain loop: its loss, our optimizer; fp32 weights with autocast, or --param_dtype bfloat16 ones without."""
     version = required("transformers")
     device, param_dtype = runtime.device, DTYPES[args.param_dtype]

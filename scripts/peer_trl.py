@@ -70,7 +70,7 @@ def settings_of(args, runtime: Runtime, folder: str) -> dict:
     }
 
 
-def sft(args, runtime: Runtime, bandwidth: float) -> dict:
+def sft(args, runtime: Runtime) -> dict:
     """SFTTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW: rows of ids, all of which are
     learnt. It recomputes activations unless it is told not to, which --activation_checkpointing none does."""
     check_comparable(args)
@@ -100,7 +100,7 @@ def sft(args, runtime: Runtime, bandwidth: float) -> dict:
     }
 
 
-def dpo(args, runtime: Runtime, bandwidth: float) -> dict:
+def dpo(args, runtime: Runtime) -> dict:
     """DPOTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW."""
     check_comparable(args)
     version = required("trl", "transformers", "datasets")

@@ -13,7 +13,7 @@ from scripts.workload import random_ids
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def generate(args, runtime: Runtime, bandwidth: float) -> dict:
+def generate(args, runtime: Runtime) -> dict:
     """LLM.generate() of its own random weights; with --no-compile its eager mode."""
     version = required("vllm")
     refuse_quantized(args)

@@ -88,11 +88,10 @@ def run_items(section: Section, items: list[Item]) -> None:
         print(f"{section.name}, {item.name}: {time.time() - start:.1f} s", flush=True)  # in log.txt, to plan by
 
 
-def last_lines(text: str, count: int = 6, width: int = 300) -> str:
+def last_lines(text: str) -> str:
     """The end of what a program said; of a long line its beginning and its end."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    lines = [line if len(line) <= width else f"{line[: width // 2]} ... {line[-width // 2 :]}" for line in lines]
-    return "\n".join(lines[-count:])
+    lines = [line for line in text.strip().splitlines() if line.strip()][-6:]
+    return "\n".join(line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}" for line in lines)
 
 
 def free_memory(device: torch.device) -> None:

@@ -76,14 +76,14 @@ def full_engine(section: Section, mode: str, slots: int, prompt: int, new: int) 
     return engine, [Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new) for i in range(slots)]
 
 
-def decode(slots: int, prompt_len: int, new_tokens: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
+def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
     """Decode steps of full slots: tokens/s without prefill, and MBU, the bytes that a step must read (weights, and the
     cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio, the start-up at most."""
     goals = goals or {}
 
     @torch.inference_mode()
     def run(section: Section) -> None:
-        prompt, new = (8, 12) if section.small else (prompt_len, new_tokens)
+        prompt, new = (8, 12) if section.small else (prompt_len, 128)
         engine, requests = full_engine(section, mode, slots, prompt, new)
         first = run_once(engine, [replace(request, max_new_tokens=9) for request in requests])
         if "is_first" not in section.kept:
@@ -181,14 +181,14 @@ def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = Non
 
 CEILINGS = [Item("copy", 3, measure_copy), Item("products", 3, measure_products)]
 DECODE = [
-    Item("batch 1", 25, decode(1, 64, 128, goals={"mbu": 0.75, "startup": 30})),
-    Item("batch 64", 15, decode(64, 448, 128, goals={"mbu": 0.6})),
-    Item("batch 256", 15, decode(256, 64, 128, goals={"rate": 10_000})),
+    Item("batch 1", 25, decode(1, 64, goals={"mbu": 0.75, "startup": 30})),
+    Item("batch 64", 15, decode(64, 448, goals={"mbu": 0.6})),
+    Item("batch 256", 15, decode(256, 64, goals={"rate": 10_000})),
     Item("model", 0, note_weights),
-    Item("int4, batch 1", 20, decode(1, 64, 128, mode="int4", goals={"ratio": 1.8})),
+    Item("int4, batch 1", 20, decode(1, 64, mode="int4", goals={"ratio": 1.8})),
     Item("MATH", 40, decode_math),
     Item("ragged", 12, decode_ragged),
-    Item("int8, batch 1", 20, decode(1, 64, 128, mode="int8")),
+    Item("int8, batch 1", 20, decode(1, 64, mode="int8")),
 ]
 PEERS = [
     Item("generate_batch", 30, peer("generate_batch", 64, 64, ragged=RAGGED)),

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import subprocess
-from functools import cache
 from importlib.util import find_spec
 from unittest import mock
 
@@ -26,14 +25,6 @@ from scripts.benchmark_memory import measure_memory, quantized_memory, quantized
 from scripts.benchmark_sft import SftArgs
 from scripts.workload import ragged_sizes
 from tests import tiny
-
-
-@pytest.fixture(autouse=True, scope="module")
-def ceilings():
-    """Measured once: the copy of 268 MB takes longer than most of what is held against it."""
-    with mock.patch.object(benchmark_common, "ceilings", cache(benchmark_common.ceilings)):
-        yield
-
 
 ON_CPU = Runtime(torch.device("cpu"), torch.bfloat16, False)
 SMALL = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)  # GQA

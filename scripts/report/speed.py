@@ -110,8 +110,9 @@ def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | Non
 @torch.inference_mode()
 def decode_ragged(section: Section) -> None:
     """The work that the section `peers` gives to transformers' generate_batch."""
-    model, count, slots = model_of(section), 4 if section.small else RAGGED, 64
-    sizes = ragged_sizes(count, *((8, 4) if section.small else (64, 128)))
+    model, slots = model_of(section), 64
+    count, *shape = (4, 8, 4) if section.small else (RAGGED, 64, 128)
+    sizes = ragged_sizes(count, *shape)
     requests = [
         Request(i, 0, random_ids(model.config.vocab_size, prompt).tolist(), new)
         for i, (prompt, new) in enumerate(sizes)
@@ -119,7 +120,7 @@ def decode_ragged(section: Section) -> None:
     options = {"num_slots": slots, "max_seq_len": max(map(sum, sizes)), "compile": section.runtime.compile}
     engine = Engine(model, SamplingParams(), **options)
     run_once(engine, requests)
-    detail = f"{count} ragged prompts of about 64 + 128 tokens"
+    detail = f"{count} ragged prompts of about {shape[0]} + {shape[1]} tokens"
     section.figure(f"{name_of(section)}, ragged, {slots} slots", run_once(engine, requests).rate, "tok/s", None, detail)
 
 
@@ -155,7 +156,7 @@ def decode_math(section: Section) -> None:
 
 def note_weights(section: Section) -> None:
     model = model_of(section)
-    text = f"{model.config.num_parameters() / 1e9:.2f} G parameters, {sized(weight_bytes(model)).strip()} a step"
+    text = f"{model.config.num_parameters() / 1e6:,.1f} M parameters, {sized(weight_bytes(model)).strip()} a step"
     section.note("model", text)
 
 
@@ -169,10 +170,10 @@ def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = Non
         preset, sizes = ("tiny", [8, 4]) if section.small else ("math-7b", [prompt_len, 128])
         flags = ["generate", "--preset", preset, "--engine", engine, "--batch_size", batch_size, "--repeats", 1]
         flags += ["--prompt_len", sizes[0], "--new_tokens", sizes[1], "--device", section.runtime.device]
-        if ragged:
-            flags += ["--ragged", 4 if section.small else ragged]
+        count = 4 if ragged and section.small else ragged
+        flags += [] if count is None else ["--ragged", count]
         found = last_json(run_script("scripts/benchmark.py", *flags, seconds=section.left()))
-        work = f"{ragged} ragged prompts" if ragged else f"{sizes[0]} + {sizes[1]} tokens"
+        work = f"{sizes[0]} + {sizes[1]} tokens" if count is None else f"{count} ragged prompts"
         name = f"{engine} {preset}, batch {batch_size}"
         section.figure(name, found["tokens_per_second"], "tok/s", None, f"{found['ran']}; {work}")
 

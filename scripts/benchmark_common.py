@@ -112,23 +112,6 @@ class PeerArgs:
     peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
 
 
-def counted(number: int, noun: str) -> str:
-    """As "1 slot" and "8 slots"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def sized(num_bytes: float) -> str:
-    """Bytes for people, in a column."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    unit, size = next((each for each in units if num_bytes >= each[1] / 10), units[0])
-    return f"{num_bytes / size:9.3f} {unit}"
-
-
-def token_bytes(config: ModelConfig, number_bytes: int, tp: int = 1) -> float:
-    """Bytes of the cache of one token on a rank."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number_bytes / tp
-
-
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median time of a call, after one that does not count."""
     watch, times = Stopwatch(device), []

@@ -33,15 +33,9 @@ class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
 
 
 def main(args: DpoArgs) -> None:
-    run_speed_job(args, dpo_setting(args), measure_dpo, PEERS["dpo"])
-
-
-def dpo_setting(args: DpoArgs) -> str:
     when = "before training" if args.precompute_ref else "in each step"
     rows = f"{args.batch_size} x 2 x ({args.prompt_len} + {args.new_tokens}) tokens"
-    return (
-        f"{rows}, reference {when}, {args.param_dtype} weights, {args.optim}, recompute {args.activation_checkpointing}"
-    )
+    run_speed_job(args, f"{rows}, reference {when}, {args.setting}", measure_dpo, PEERS["dpo"])
 
 
 def measure_dpo(args: DpoArgs, runtime: Runtime) -> dict:

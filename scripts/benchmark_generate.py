@@ -21,18 +21,9 @@ from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
 from models.tp import Parallel, TensorParallelArgs, size_of, tensor_parallel_part
-from scripts.benchmark_common import (
-    AnswerArgs,
-    PeerArgs,
-    SpeedArgs,
-    ceilings,
-    counted,
-    run_speed_job,
-    seconds_of,
-    token_bytes,
-)
+from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, ceilings, run_speed_job, seconds_of
 from scripts.benchmark_peers import PEERS
-from scripts.workload import ragged_sizes, random_ids
+from scripts.workload import counted, ragged_sizes, random_ids, token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

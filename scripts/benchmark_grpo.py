@@ -16,8 +16,9 @@ from models.common import Runtime, Stopwatch, at_least_one, flag, short_bar
 from models.fsdp import init_mesh, reducing_gradients
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
-from scripts.benchmark_common import SpeedArgs, counted, run_speed_job
+from scripts.benchmark_common import SpeedArgs, run_speed_job
 from scripts.benchmark_training import RecomputeArgs, sharded_model
+from scripts.workload import counted
 from training.losses import ppo_policy_loss
 from training.rollouts import answer_logps, rows_at, shares
 
@@ -45,15 +46,10 @@ class GrpoArgs(SpeedArgs, RecomputeArgs):
 
 def main(args: GrpoArgs) -> None:
     args = args.filled()
-    run_speed_job(args, grpo_setting(args), measure_grpo)
-
-
-def grpo_setting(args: GrpoArgs) -> str:
-    return (
-        f"{counted(args.batch_size, 'answer')} of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens to prompts of "
-        f"{args.prompt_len}, micro-batches of {counted(args.micro_batch_size, 'row')} or "
-        f"{args.max_tokens_per_micro_batch} tokens, recompute {args.activation_checkpointing}"
-    )
+    answers = f"{counted(args.batch_size, 'answer')} of {min(SHORTEST, args.seq_len)} to {args.seq_len} tokens"
+    batches = f"{counted(args.micro_batch_size, 'row')} or {args.max_tokens_per_micro_batch} tokens"
+    setting = f"{answers} to prompts of {args.prompt_len}, micro-batches of {batches}"
+    run_speed_job(args, f"{setting}, recompute {args.activation_checkpointing}", measure_grpo)
 
 
 def ragged_rows(args: GrpoArgs) -> list[Example]:

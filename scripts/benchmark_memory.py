@@ -29,9 +29,9 @@ from models.model import Block, ModelConfig, Transformer
 from models.qlinear import Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.vocab_parallel import CHUNK_TOKENS
-from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs, counted, sized, token_bytes
+from scripts.benchmark_common import AnswerArgs, JobArgs, LayoutArgs, PresetArgs
 from scripts.benchmark_training import AdapterArgs, RecomputeArgs, sharded_model
-from scripts.workload import random_ids
+from scripts.workload import counted, random_ids, sized, token_bytes
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer
 

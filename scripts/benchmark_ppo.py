@@ -20,10 +20,10 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoint import hf_name
 from models.common import Runtime, at_least_one, card, dtype_name, flag, say, short_bar
 from models.decode import load_for_inference
 from models.export import save_folder
@@ -31,19 +31,10 @@ from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import (
-    SIZES,
-    AnswerArgs,
-    LayoutArgs,
-    SpeedArgs,
-    counted,
-    run_speed_job,
-    sized,
-    token_bytes,
-)
+from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job
 from scripts.benchmark_memory import training_memory
 from scripts.benchmark_training import TrainedArgs
-from scripts.workload import random_ids
+from scripts.workload import counted, random_ids, sized, token_bytes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_ppo.py"
 EOS = 2
@@ -80,11 +71,8 @@ def main(args: PpoArgs) -> None:
 
 
 def ppo_setting(args: PpoArgs, answers: str) -> str:
-    return (
-        f"{answers}, {args.prompt_len} + {args.new_tokens} tokens, {counted(args.ppo_epochs, 'epoch')}, "
-        f"micro-batches of {args.micro_batch_size}, {args.param_dtype} weights, {args.optim}, recompute "
-        f"{args.activation_checkpointing}"
-    )
+    sizes = f"{args.prompt_len} + {args.new_tokens} tokens, {counted(args.ppo_epochs, 'epoch')}"
+    return f"{answers}, {sizes}, micro-batches of {args.micro_batch_size}, {args.setting}"
 
 
 def measure_ppo(args: PpoArgs, runtime: Runtime) -> dict:
@@ -154,20 +142,17 @@ def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body
         _write_tokenizer(folder, config.vocab_size)
         return
     folder.mkdir()
-    index = body / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-    else:
-        with torch.device("meta"):
-            names = [name for name, _ in Transformer(config).named_parameters()]
-        weight_map = {hf_name(name): "model.safetensors" for name in names}
+    weight_map = {}
+    for path in body.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), path.name)
     weight_map.pop("lm_head.weight", None)
     for file in {*weight_map.values(), "tokenizer.json", "tokenizer_config.json"}:
         (folder / f"body-{file}" if file.startswith("model") else folder / file).symlink_to(body / file)
     score = torch.empty(1, config.hidden_size, dtype=torch.bfloat16).normal_(0.0, 0.02)
     save_file({"score.weight": score}, folder / "score.safetensors", metadata={"format": "pt"})
     weight_map = {name: f"body-{file}" for name, file in weight_map.items()} | {"score.weight": "score.safetensors"}
-    (folder / index.name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(hf_config))
 
 

@@ -37,16 +37,10 @@ def main(args: SftArgs) -> None:
         raise ValueError(f"--documents {args.documents}: each needs 4 of the row's {args.seq_len} tokens")
     if args.documents > 1 and (args.compare or args.engine != "ours"):
         raise ValueError("--documents: the peers do not pack")
-    run_speed_job(args, sft_setting(args), measure_sft, PEERS["sft"])
-
-
-def sft_setting(args: SftArgs) -> str:
     packed = f" packed from {args.documents} texts" if args.documents > 1 else ""
     adapters = "" if args.lora_r is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
-    return (
-        f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.param_dtype} weights, {args.optim}, recompute "
-        f"{args.activation_checkpointing}{adapters}"
-    )
+    setting = f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.setting}{adapters}"
+    run_speed_job(args, setting, measure_sft, PEERS["sft"])
 
 
 def measure_sft(args: SftArgs, runtime: Runtime) -> dict:

@@ -40,6 +40,11 @@ class TrainedArgs(RecomputeArgs):
     def parallel(self) -> ParallelArgs:
         return ParallelArgs(activation_checkpointing=self.activation_checkpointing, param_dtype=self.param_dtype)
 
+    @property
+    def setting(self) -> str:
+        """In words."""
+        return f"{self.param_dtype} weights, {self.optim}, recompute {self.activation_checkpointing}"
+
     def optimizer(self) -> OptimArgs:
         return OptimArgs(learning_rate=1e-5, optim=self.optim)
 

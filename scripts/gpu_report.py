@@ -177,10 +177,10 @@ def name_and_memory(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the repository, where there is git."""
+    """The commit of the repository; of a copy without git what COMMIT in the environment says."""
     done = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return (done or "unknown") + (", with changes" if changed else "")
+    return (done or os.environ.get("COMMIT", "unknown")) + (", with changes" if changed else "")
 
 
 def driver() -> str:

@@ -14,9 +14,9 @@ import torch
 
 from models.common import Runtime
 from models.model import ModelConfig
-from scripts.benchmark_common import counted, seconds_of
+from scripts.benchmark_common import seconds_of
 from scripts.peer_transformers import required
-from scripts.workload import random_ids
+from scripts.workload import counted, random_ids
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

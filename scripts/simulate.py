@@ -39,9 +39,9 @@ from models.model import ModelConfig
 from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams
-from scripts.benchmark_common import PresetArgs, counted, token_bytes
+from scripts.benchmark_common import PresetArgs
 from scripts.benchmark_generate import random_inference_model
-from scripts.workload import MathArgs, math_requests
+from scripts.workload import MathArgs, counted, math_requests, token_bytes
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: the 80 GB one's, at 40 GB's speed
 STAND_IN = ModelConfig(16, 8, 8, 1, 1, 1, 8, 2**20)  # what the scheduler runs on

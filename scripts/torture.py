@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 from models.common import at_least_one, flag, run_script
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
-from scripts.benchmark_common import counted
 from scripts.torture_attempt import ROOT, Attempt, Job, fork
+from scripts.workload import counted
 
 PRELOADED = (
     "torch._dynamo",

@@ -1,4 +1,5 @@
-"""The work that benchmarks, the report of a GPU and the simulation have in common: how long prompts and answers are.
+"""What benchmarks, the report of a GPU and the simulation have in common: how long prompts and answers are, and what is
+said of them.
 
 - ragged: lengths from a quarter to seven quarters of a mean, each alike likely
 - MATH-shaped: many samples of each prompt, as best-of-n draws them; lengths are log-normal, so most answers are short
@@ -14,6 +15,7 @@ import torch
 
 from models.common import at_least_one, flag, positive
 from models.generation import Request
+from models.model import ModelConfig
 
 FIRST_TOKEN = 3  # prompts of random tokens hold no special ones
 
@@ -73,3 +75,20 @@ def ragged_sizes(count: int, prompt_len: int, new_tokens: int) -> list[tuple[int
 
 def random_ids(vocab_size: int, *shape: int) -> torch.Tensor:
     return torch.randint(FIRST_TOKEN, vocab_size, shape)
+
+
+def counted(number: int, noun: str) -> str:
+    """As "1 slot" and "8 slots"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def sized(num_bytes: float) -> str:
+    """Bytes for people, in a column."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, size = next((each for each in units if num_bytes >= each[1] / 10), units[0])
+    return f"{num_bytes / size:9.3f} {unit}"
+
+
+def token_bytes(config: ModelConfig, number_bytes: int, tp: int = 1) -> float:
+    """Bytes of the cache of one token on a rank."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number_bytes / tp

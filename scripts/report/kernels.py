@@ -15,11 +15,12 @@ from models.gpu import has_triton
 from models.graphs import CudaGraph
 from models.pages import PAGE, pages_for
 from models.qlinear import Scheme, quantize, triton_products
-from scripts.benchmark_common import SIZES, counted, profiled, seconds_of
+from scripts.benchmark_common import SIZES, profiled, seconds_of
 from scripts.benchmark_generate import run_once
 from scripts.report.record import Item, Section
 from scripts.report.speed import full_engine, name_of
 from scripts.report.trained import benchmark_sft
+from scripts.workload import counted
 
 CALLS = 24  # of a kernel in a measurement, captured as one graph: launching takes longer than some of them
 CACHE_BYTES = 2**28  # more than the caches of a GPU

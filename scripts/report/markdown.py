@@ -1,6 +1,6 @@
 """The report of scripts/gpu_report.py for people."""
 
-from scripts.benchmark_common import counted
+from scripts.workload import counted
 
 
 def markdown(header: dict[str, str], sections: dict[str, tuple[str, list[dict]]]) -> str:

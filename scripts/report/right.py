@@ -19,10 +19,10 @@ from models.qlinear import QuantizedLinear, Scheme, dequantize, quantize
 from models.quantize import check_scheme
 from models.sampling import SamplingParams
 from models.vocab_parallel import linear_cross_entropy, linear_logprobs
-from scripts.benchmark_common import SIZES, counted
+from scripts.benchmark_common import SIZES
 from scripts.report.record import Item, Section
 from scripts.report.trained import check_training, start_training
-from scripts.workload import random_ids
+from scripts.workload import counted, random_ids
 from training import optim
 
 # shapes in which the kernels differ: head dims, groups, one page or many

@@ -14,10 +14,10 @@ from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.quantize import check_scheme, rounding_scheme
 from models.sampling import SamplingParams
-from scripts.benchmark_common import SIZES, copy_bandwidth, counted, product_dtype, product_rate, sized, token_bytes
+from scripts.benchmark_common import SIZES, copy_bandwidth, product_dtype, product_rate
 from scripts.benchmark_generate import random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
-from scripts.workload import MathArgs, math_requests, ragged_sizes, random_ids
+from scripts.workload import MathArgs, counted, math_requests, ragged_sizes, random_ids, sized, token_bytes
 
 RAGGED = 192  # prompts of ragged work
 

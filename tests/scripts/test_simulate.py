@@ -7,9 +7,9 @@ import pytest
 
 from models.generation import Request
 from models.gpu import PEAKS
-from scripts.benchmark_common import SIZES, token_bytes
+from scripts.benchmark_common import SIZES
 from scripts.simulate import SimulateArgs, pages_that_fit, simulate
-from scripts.workload import MathArgs, math_requests
+from scripts.workload import MathArgs, math_requests, token_bytes
 from tests import tiny
 
 CONFIG = SIZES["math-7b"]

@@ -119,14 +119,7 @@ def activations(
 
 
 def lora_memory(
-    config: ModelConfig,
-    lora: Lora,
-    *,
-    dp: int,
-    tp: int,
-    tokens: int,
-    recompute: str = "none",
-    compute_bytes: int = 2,
+    config: ModelConfig, lora: Lora, *, dp: int, tp: int, tokens: int, recompute: str = "none", compute_bytes: int = 2
 ) -> dict[str, float]:
     """training_memory of adapters in all linear layers of the blocks: the base in the dtype of the computation or in
     integers, which every dp rank has whole; gradients and AdamW's moments of the adapters alone, all fp32. Embedding

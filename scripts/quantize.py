@@ -22,15 +22,7 @@ from torch import Tensor
 
 from models.adapters import AdapterArgs, weight_files
 from models.calibration import Cost, Rows, quantize_blocks
-from models.checkpoint import (
-    Folder,
-    ModelArgs,
-    WeightFiles,
-    folder_config,
-    has_score_head,
-    open_folder,
-    stored_dtype,
-)
+from models.checkpoint import Folder, ModelArgs, WeightFiles, folder_config, has_score_head, open_folder, stored_dtype
 from models.checksums import check_weights
 from models.common import at_least_one, card, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config

@@ -87,7 +87,7 @@ def main(args: SftArgs) -> None:
         **notes,
         "first lesson": lesson(train, folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.span(total_steps)}, {args.batch_size} rows each, {split.note()}",
+        "steps": f"{run.span()}, {args.batch_size} rows each, {split.note()}",
     }
     say(card("finetune_sft", rows))
 
@@ -106,8 +106,7 @@ def main(args: SftArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
-    for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+    for step, numbers in run.steps(batches, train.lengths):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
         run.numbers = train.records_in(numbers) if args.pack else numbers

@@ -9,7 +9,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -61,6 +61,7 @@ SAVE_SECONDS = 15 * 60
 # Flags that decide which records a step takes.
 ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
 ORDER |= {"pack", "overlong", "max_seq_len"}
+Batches = Iterator[tuple[int, list[int]]]  # (step, numbers of its records)
 CHANGED_AFTER = "changed_after_step"  # in args.json: {flag that was accepted otherwise: step of the checkpoint then}
 
 
@@ -109,12 +110,12 @@ class Run:
         run.log_start(metrics)
     if run.unfinished:                              the metrics of a step whose evaluation a signal broke off
         ...                                         evaluates, logs and exports as below
-    for step, numbers in run.steps(batches):        saves, and ends early for a signal, after the loop's body
-        run.check_finite(...)                       names the step and its records
+    for step, numbers in run.steps(batches, ...):   saves, and ends early for a signal, after the loop's body;
+        run.check_finite(...)                       for step in run.updates(): in reinforcement learning
         run.begin_update()                          before the optimizer's first step
         if run.eval_due:
             with run.evaluating(metrics): ...
-        run.log(metrics)
+        run.log(metrics)                            the state is that of this step from here on
         if run.export_due:
             run.export(model, subfolder=run.step_folder)
     run.export(model)
@@ -179,9 +180,19 @@ class Run:
             complete_export(folder)
         write_json(self.args.output_dir / "args.json", self._begun_with)
 
-    def steps(self, batches: Iterable[tuple[int, list[int]]], unit: str = "step") -> Iterator[tuple[int, list[int]]]:
-        """Yields (step, numbers of its records) of `batches`, from first_step on; after each step the checkpoint that
-        is due. A run that is asked to end does so between two of them; see Stop."""
+    def steps(self, batches: Callable[..., Batches], lengths: np.ndarray) -> Batches:
+        """Yields (step, numbers of its records), from first_step on; after each step the checkpoint that is due. A run
+        that is asked to end does so between two of them; see Stop. batches(first_step=, last_step=): those of some
+        steps; lengths: tokens of the records."""
+        self._count_tokens(batches(first_step=1, last_step=self.first_step - 1), lengths)
+        yield from self._loop(batches(first_step=self.first_step, last_step=self.total_steps), "step")
+
+    def updates(self) -> Iterator[int]:
+        """steps() of reinforcement learning, whose records are not known before: they go into `numbers`."""
+        batches = ((step, []) for step in range(self.first_step, self.total_steps + 1))
+        yield from (step for step, _ in self._loop(batches, "update"))
+
+    def _loop(self, batches: Batches, unit: str) -> Batches:
         self._watch, self._unit = Stopwatch(self.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
@@ -189,7 +200,7 @@ class Run:
             self._watch.lap()
             yield self.step, self.numbers
             self._bar.update(1)
-            self.end_update()
+            self._end_update()
             stopped, save_due = any_rank([self.stop.received, self._save_due()])
             if stopped:
                 self.stop.leave()
@@ -198,7 +209,7 @@ class Run:
                 self._save()
         self._close()
 
-    def count_tokens(self, batches: Iterable[tuple[int, list[int]]], lengths: np.ndarray) -> None:
+    def _count_tokens(self, batches: Batches, lengths: np.ndarray) -> None:
         """num_tokens of the steps before first_step: as logged, and behind that of the rows of these batches."""
         path, done = self.args.output_dir / "metrics.jsonl", self.first_step - 1
         known = on_main(lambda: [(x["step"], x["num_tokens"]) for x, _ in logged(path) if "num_tokens" in x][-1:])
@@ -206,18 +217,17 @@ class Run:
         self.num_tokens += sum(int(lengths[numbers].sum()) for step, numbers in batches if last < step <= done)
 
     def begin_update(self) -> None:
-        """From here to the end of the step, or to its evaluation, the state is that of no step: the run goes on."""
+        """From here to the step's evaluation, or to log(), the state is that of no step: the run goes on."""
         self._state, self.stop.at_rest = None, False
 
-    def end_update(self) -> None:
-        """The state is that of this step; the evaluation and the end of the loop's body say so by themselves."""
+    def _end_update(self) -> None:
         self._state, self.stop.at_rest = self.step, True
 
     @contextmanager
     def evaluating(self, metrics: dict[str, float]) -> Iterator[None]:
         """The evaluation of a step, whose metrics are these so far. A signal may break it off; then they are kept, and
         the resumed run begins with the evaluation (unfinished), so that it writes the same line."""
-        self.end_update()
+        self._end_update()
         self._evaluated = dict(metrics)
         self.stop.check()
         yield
@@ -310,6 +320,7 @@ class Run:
     def log(self, metrics: dict[str, float], *shown: str) -> None:
         """Writes the metrics of this step, under any names, if they are due. shown: those that the progress bar says,
         beside the speed; the loss."""
+        self._end_update()
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
         if self.unfinished and is_main_rank():
@@ -321,10 +332,10 @@ class Run:
         parts += [f"{metrics[name]:,.0f} tok/s" for name in ("tokens_per_second",) if name in metrics]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
-    def span(self, total_steps: int) -> str:
+    def span(self) -> str:
         """Which steps this process takes, for people."""
-        left = self.first_step <= total_steps
-        return f"{self.first_step} to {total_steps}" if left else f"none left of {total_steps}"
+        left = self.first_step <= self.total_steps
+        return f"{self.first_step} to {self.total_steps}" if left else f"none left of {self.total_steps}"
 
     def log_start(self, metrics: dict[str, float]) -> None:
         """Writes what was measured before the first step, as step 0."""

@@ -108,7 +108,7 @@ def main(args: DpoArgs) -> None:
         **notes,
         "first chosen": lesson((pair.chosen for pair in train), folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.span(total_steps)}, {args.batch_size} pairs, {split.note()}",
+        "steps": f"{run.span()}, {args.batch_size} pairs, {split.note()}",
     }
     say(card("train_dpo", rows))
 
@@ -129,8 +129,7 @@ def main(args: DpoArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
-    for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+    for step, numbers in run.steps(batches, train.lengths):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)

@@ -133,7 +133,7 @@ def main(args: GrpoArgs) -> None:
         **data.notes,
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
-        "updates": f"{run.span(args.total_steps)}, {args.rollout_batch_size // args.num_generations} prompts "
+        "updates": f"{run.span()}, {args.rollout_batch_size // args.num_generations} prompts "
         f"x {args.num_generations} answers each, {args.num_iterations} x {args.rollout_batch_size // args.step_size} "
         f"steps of {args.loss_type}, {split.note()}",
     }
@@ -142,7 +142,7 @@ def main(args: GrpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        sampled = answers_to(asked, 0, 1, engine, scorer)  # other noise than training's, the same each time
+        sampled = answers_to(asked, 0, 1, engine, scorer)  # the same noise each time, not training's
         sample_log.show(asked, [each.text for each in sampled.answers], sampled.finished, reward=sampled.rewards)
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -161,7 +161,7 @@ def main(args: GrpoArgs) -> None:
         finish(run.unfinished)
 
     # loop
-    for step, _ in run.steps(((step, []) for step in range(run.first_step, args.total_steps + 1)), unit="update"):
+    for step in run.updates():
         first = int(trained.num_prompts)
         sampled = sample_groups(data.train, first, engine, scorer)
         num_asked = sum(len(part.rewards) for part in sampled) // args.num_generations
@@ -200,7 +200,6 @@ def main(args: GrpoArgs) -> None:
         metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         finish(metrics)
-        run.end_update()
         divergence.look(step, Watched(metrics.get("kl"), metrics.get("kl"), metrics["entropy"]))
 
     scorer.close()

@@ -177,44 +177,38 @@ def main(args: PpoArgs) -> None:
         **data.notes,
         "rollouts": f"{engine.num_slots} slots of {engine.cache_len} tokens over {engine.pool.num_pages:,} pages on "
         "each dp rank",
-        "updates": f"{run.span(args.total_steps)}, {args.rollout_batch_size} answers each in "
+        "updates": f"{run.span()}, {args.rollout_batch_size} answers each in "
         f"{args.ppo_epochs} epochs of minibatches of {args.step_size}, {split.note()}"
         + (f"; in the first {args.critic_warmup_steps} the critic alone learns" if args.critic_warmup_steps else ""),
     }
     say(card("train_ppo", rows))
 
-    held_out = [prompt for prompt in data.held_out for _ in range(args.num_generations_eval)]
-
     def evaluate() -> dict[str, float]:
-        # other noise than training's, the same each time
-        rollout = collect(models, engine, scorer, held_out, 0, sample_idx=1)
-        sample_log.show(held_out, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
-        metrics = objectives(rollout, float(trained.kl_coef))
-        metrics |= pass_rates(rollout.scores.checked, args.num_generations_eval)
+        G = args.num_generations_eval
+        asked = [prompt for prompt in data.held_out for _ in range(G)]
+        rollout = collect(models, engine, scorer, asked, 0, sample_idx=1)  # the same noise each time, not training's
+        sample_log.show(asked, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
+        metrics = objectives(rollout, float(trained.kl_coef)) | pass_rates(rollout.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
 
     def finish(metrics: dict[str, float]) -> None:
-        if held_out and run.eval_due:
+        if data.held_out and run.eval_due:
             with run.evaluating(metrics):
                 metrics |= evaluate()
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
             export(run, models, folder, others.value_path, Path(run.step_folder))
 
-    if held_out and run.first_step == 1 and args.total_steps:
+    if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
     if run.unfinished:
         finish(run.unfinished)
 
     # loop
-    def batches():
-        for step in range(run.first_step, args.total_steps + 1):
-            first = (step - 1) * args.rollout_batch_size
-            yield step, prompt_numbers(len(data.train), first, args.rollout_batch_size, seed=args.seed)
-
-    for step, numbers in run.steps(batches(), unit="update"):
+    for step in run.updates():
         first = (step - 1) * args.rollout_batch_size
-        rollout = collect(models, engine, scorer, [data.train[i] for i in numbers], first, sample_idx=0)
+        run.numbers = prompt_numbers(len(data.train), first, args.rollout_batch_size, seed=args.seed)
+        rollout = collect(models, engine, scorer, [data.train[i] for i in run.numbers], first, sample_idx=0)
         update = targets_of(rollout, args, float(trained.kl_coef))
         run.check_finite(rewards=update.rewards.sum(), advantages=update.advantages.sum())
 
@@ -259,7 +253,6 @@ def main(args: PpoArgs) -> None:
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
         finish(metrics)
-        run.end_update()
         kl, entropy = metrics["objective/kl"], metrics["policy/entropy_avg"]
         kl_per_token = kl / metrics["completion_length"]
         divergence.look(step, Watched(kl, kl_per_token, entropy, metrics["policy/approxkl_avg"]))

@@ -129,7 +129,7 @@ def main(args: RmArgs) -> None:
         "ranks": args.ranks(),
         **notes,
         "stop tokens": folder.stop_tokens(),
-        "steps": f"{run.span(total_steps)}, {args.batch_size} records, {split.note()}",
+        "steps": f"{run.span()}, {args.batch_size} records, {split.note()}",
     }
     say(card("train_rm", rows))
 
@@ -155,8 +155,7 @@ def main(args: RmArgs) -> None:
     eval_rewards = finish(run.unfinished) if run.unfinished else None
 
     # loop
-    run.count_tokens(batches(first_step=1, last_step=run.first_step - 1), train.lengths)
-    for step, numbers in run.steps(batches(first_step=run.first_step, last_step=total_steps)):
+    for step, numbers in run.steps(batches, train.lengths):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
         places, targets = reward_places(batch), targets_of(batch, runtime.device)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from models.common import flag, positive, say
 from training.stop import Stop
@@ -21,15 +20,6 @@ class DivergenceArgs:
     )
 
 
-class Watched(NamedTuple):
-    """What an update's metrics say of the policy, as far as they do."""
-
-    kl: float | None  # to the reference, as it is logged
-    kl_per_token: float | None
-    entropy: float  # of a token, nats
-    approx_kl: float | None = None  # of a token, between the policy that drew and the one that learns
-
-
 class Divergence:
     """vocab_size: of the policy. flags: by which the script holds the policy near its reference."""
 
@@ -37,21 +27,24 @@ class Divergence:
         self.stop_kl, self.flags, self.stop = args.stop_kl, flags, stop
         self.most_entropy, self.said = 0.8 * math.log(vocab_size), set()
 
-    def look(self, step: int, watched: Watched) -> None:
+    def look(self, step: int, *, kl: float, tokens: float = 1.0, entropy: float, approx_kl: float = 0.0) -> None:
         """Says what is far outside, once each. A collective, with the same numbers on all ranks, in which a run with
-        --stop_kl ends by a ValueError; the state is saved first."""
+        --stop_kl ends by a ValueError; the state is saved first.
+
+        kl: of so many tokens to the reference, as it is logged; 0 without one. entropy, of a token; approx_kl, of a
+        token between the policy that drew and the one that learns."""
         slower = "a lower --learning_rate"
-        self._warn(step, "KL of a token", watched.kl_per_token, 1.0, f"{slower}, {self.flags}, --stop_kl")
-        self._warn(step, "approxkl of a token", watched.approx_kl, 0.3, f"{slower}, fewer --ppo_epochs, --cliprange")
+        self._warn(step, "KL of a token", kl / tokens, 1.0, f"{slower}, {self.flags}, --stop_kl")
+        self._warn(step, "approxkl of a token", approx_kl, 0.3, f"{slower}, fewer --ppo_epochs, --cliprange")
         advice = f"{slower}, {self.flags}, --temperature: near log V the policy draws at random"
-        self._warn(step, "entropy of a token", watched.entropy, self.most_entropy, advice)
-        if self.stop_kl is not None and watched.kl is not None and watched.kl > self.stop_kl:
+        self._warn(step, "entropy of a token", entropy, self.most_entropy, advice)
+        if self.stop_kl is not None and kl > self.stop_kl:
             self.stop.fail(
-                f"--stop_kl {self.stop_kl}: the KL of update {step} is {watched.kl:.4g}; take an earlier model of "
+                f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "
                 f"--export_steps, or begin anew with {slower}, or {self.flags}"
             )
 
-    def _warn(self, step: int, what: str, value: float | None, most: float, advice: str) -> None:
-        if value is not None and value > most and what not in self.said:
+    def _warn(self, step: int, what: str, value: float, most: float, advice: str) -> None:
+        if value > most and what not in self.said:
             self.said.add(what)
             say(f"update {step}: the {what} is {value:.4g} nats, far above what is usual ({most:.3g}); try {advice}")

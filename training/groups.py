@@ -14,7 +14,7 @@ from models.records import Example, Split
 from training.grpo_losses import all_alike, group_spread, soft_overlong_punishment
 from training.prompts import Prompt, prompt_numbers
 from training.rewards import Scorer, Scores, source_metrics
-from training.rollouts import Answer, TokenSums, as_rows, completion_metrics, draw
+from training.rollouts import Answer, TokenSums, as_rows, draw
 
 
 class Sampled(NamedTuple):
@@ -32,11 +32,10 @@ class Sampled(NamedTuple):
         return [answer.finished for answer in self.answers]
 
 
-def answers_to(prompts: list[Prompt], first: int, sample_idx: int, engine: Engine, scorer: Scorer) -> Sampled:
-    """An answer to each prompt, scored. A collective. first: number of the first answer, which with sample_idx decides
-    the sampler's noise."""
+def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> Sampled:
+    """An answer to each prompt, scored; see draw. A collective."""
     args, watch = scorer.args, Stopwatch(engine.device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, scorer.split.dp, scorer.submit, scorer.stop)
+    answers = draw(engine, scorer, prompts, first, sample_idx)
     rows, mask, _ = as_rows(prompts, answers, engine.device)
     seconds = {"rollout": watch.lap()}
     texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
@@ -67,7 +66,7 @@ class Groups(NamedTuple):
     clipped: Tensor  # fp32 [2, A]: where the steps add the share of ratios clipped below and above
 
 
-def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Scorer) -> list[Sampled]:
+def sample_groups(engine: Engine, scorer: Scorer, train: list[Prompt], num_done: int) -> list[Sampled]:
     """Groups of answers to the prompts that follow the first num_done of the run, and as often as --max_resamples says
     to further prompts, in place of groups whose rewards are all equal (Yu et al. 2025, DAPO, arXiv 2503.14476, section
     3.2; there without an end)."""
@@ -76,7 +75,7 @@ def sample_groups(train: list[Prompt], num_done: int, engine: Engine, scorer: Sc
     for _ in range(1 + args.max_resamples):
         numbers = prompt_numbers(len(train), num_done, missing, seed=args.seed)
         asked = [train[i] for i in numbers for _ in range(G)]
-        sampled.append(answers_to(asked, num_done * G, 0, engine, scorer))
+        sampled.append(answers_to(engine, scorer, asked, num_done * G, 0))
         num_done += missing
         missing = int(all_alike(sampled[-1].rewards, G).sum())
         if not missing:
@@ -98,6 +97,17 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
         **source_metrics([part.scores for part in sampled]),
         **completion_metrics(lengths, [ended for part in sampled for ended in part.finished]),
     }
+
+
+def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float]:
+    """Lengths of answers under TRL's names; an answer that ran out of tokens is clipped. lengths [A], in tokens."""
+    lengths, ended = lengths.double(), torch.tensor(finished, device=lengths.device)
+    metrics = {"completions/clipped_ratio": 1 - ended.double().mean().item()}
+    for name, chosen in (("", lengths), ("_terminated", lengths[ended])):
+        chosen = chosen if len(chosen) else lengths.new_zeros(1)
+        for kind, value in (("mean", chosen.mean()), ("min", chosen.min()), ("max", chosen.max())):
+            metrics[f"completions/{kind}{name}_length"] = value.item()
+    return metrics
 
 
 def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args, split: Split) -> dict[str, float]:

@@ -7,9 +7,8 @@ import json
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from models.common import naming_file, on_main, read_json_object, write_json, write_whole
+from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json, write_whole
 from models.functions import short
 
 UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off
@@ -37,19 +36,21 @@ def logged(path: Path) -> Iterator[tuple[dict, bytes]]:
             yield values, line
 
 
-def open_log(path: Path, after_step: int) -> IO[str]:
-    """A file of JSON lines, each with its `step`, to append to; the lines of an earlier run after `after_step` are
-    dropped, to be written again, and a torn one."""
-    write_whole(path, b"".join(line for values, line in logged(path) if values["step"] <= after_step))
-    # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
-    return open(path, "a", encoding="utf-8", errors="backslashreplace")
+class Log:
+    """A file of JSON lines, each with its `step`, that the main rank appends to; the lines of an earlier run after
+    `after_step` are dropped, to be written again, and a torn one. Making it is a collective."""
 
+    def __init__(self, path: Path, after_step: int):
+        self.path = path
+        kept = (line for values, line in logged(path) if values["step"] <= after_step)
+        on_main(lambda: write_whole(path, b"".join(kept)))
 
-def write_lines(file: IO[str], values: list[dict]) -> None:
-    """Appends JSON lines, flushed at once. OSError that names the file if it cannot."""
-    with naming_file(Path(file.name)):
-        file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
-        file.flush()
+    def write(self, *lines: dict) -> None:
+        """OSError that names the file if it cannot."""
+        if is_main_rank():
+            # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
+            with naming_file(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, float]:
@@ -70,16 +71,14 @@ def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, 
 
 
 class Metrics:
-    """metrics.jsonl: one object for each logged step, flushed at once; the main rank's business alone."""
+    """metrics.jsonl, and a dashboard; the main rank's business alone."""
 
     def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
-        """after_step: when resuming, the step of the checkpoint; later lines are dropped, to be written again. A
-        collective."""
-        self._file, self._report, self._close = None, None, None
-        on_main(lambda: self._open(output_dir, after_step, report_to))
+        """after_step: as of Log. A collective."""
+        self._log, self._report, self._close = Log(output_dir / "metrics.jsonl", after_step), None, None
+        on_main(lambda: self._begin_report(output_dir, after_step, report_to))
 
-    def _open(self, output_dir: Path, after_step: int, report_to: str) -> None:
-        self._file = open_log(output_dir / "metrics.jsonl", after_step)
+    def _begin_report(self, output_dir: Path, after_step: int, report_to: str) -> None:
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -100,8 +99,7 @@ class Metrics:
             self._close = run.finish
 
     def write(self, values: dict[str, float]) -> None:
-        if self._file is not None:
-            write_lines(self._file, [values])
+        self._log.write(values)
         if self._report is not None:
             self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 

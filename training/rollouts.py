@@ -5,7 +5,6 @@ Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of 
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,26 +14,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
-from models.common import Runtime, on_main, visible
+from models.common import Runtime
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
-from models.generation import Engine, Request
+from models.generation import Completion, Engine, Request
 from models.memory import free_memory, plan_cache
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
 from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
-from models.sharing import gather_parts, shared_work
-from models.tokenizer import Tokenizer
 from models.tp import local
 from models.transfer import index_on
 from training.losses import kl_estimates, placed, token_logps
-from training.metrics import open_log, write_lines
 from training.prompts import Prompt, RolloutArgs
-from training.rewards import Scores, source_metrics
-from training.run_dir import Run
-from training.samples import end_of
-from training.stop import Stop
+from training.rewards import Scorer, Scores, source_metrics
+from training.samples import draw_together
 
 # ---------------------------------------------------------------------------------------- rollouts
 
@@ -88,49 +82,20 @@ class Answer(NamedTuple):
     finished: bool
 
 
-def draw(
-    engine: Engine,
-    prompts: list[Prompt],
-    first: int,
-    sample_idx: int,
-    max_new_tokens: int,
-    dp: DeviceMesh,
-    on_finished: Callable[[int, Prompt, str], None] | None = None,
-    stop: Stop | None = None,
-) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks, whose replicas draw what they have room for; answers to one
-    prompt, next to each other, share its prefill. A collective. on_finished is called on the rank that drew an answer:
-    (its number, its prompt, its text). stop: leaves the run when it is asked to end; a rank without a signal draws what
-    it has begun first. So does one without an error, where a replica's policy gives NaN: then all end alike."""
-    stop, own, failed, tp = stop or Stop(), {}, {}, engine.model.parallel.tp
-    work = shared_work("rollout", [len(list(same)) for _, same in itertools.groupby(prompts, key=id)], dp)
-    requests = (
-        Request(first + i, sample_idx, prompts[i].ids, max_new_tokens, prompts[i].where)
-        for taken in work
-        for i in taken
-    )
+def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> list[Answer]:
+    """An answer to each prompt, the same on all ranks; the scorer hears of each on the rank that drew it. Answers to
+    one prompt, next to each other, share its prefill. A collective. first: number of the first answer, which with
+    sample_idx decides the sampler's noise."""
+    length = scorer.args.max_new_tokens
+    requests = [Request(first + i, sample_idx, each.ids, length, each.where) for i, each in enumerate(prompts)]
 
-    def should_stop() -> bool:
-        if stop.asked(tp):
-            work.end()
-            return True
-        return False
+    def answer_of(done: Completion) -> Answer:
+        i = done.request.idx - first
+        scorer.submit(i, prompts[i], done.text)
+        return Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, done.finish_reason == "stop")
 
-    try:
-        for done in engine.generate(requests, should_stop=should_stop):
-            ended = done.finish_reason == "stop"
-            own[done.request.idx] = Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, ended)
-            if on_finished is not None:
-                i = done.request.idx - first
-                on_finished(i, prompts[i], done.text)
-    except ValueError as error:
-        failed[dp.get_local_rank()] = str(error)
-        work.end()
-    work.close()
-    stop.check()
-    for _, why in sorted(gather_parts(failed, dp).items()):
-        stop.fail(why)
-    answers = gather_parts(own, dp)
+    sizes = [len(list(same)) for _, same in itertools.groupby(prompts, key=id)]
+    answers = draw_together(engine, requests, sizes, scorer.split.dp, scorer.stop, answer_of)
     return [answers[first + i] for i in range(len(prompts))]
 
 
@@ -275,17 +240,6 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     }
 
 
-def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float]:
-    """Lengths of answers under TRL's names; an answer that ran out of tokens is clipped. lengths [A], in tokens."""
-    lengths, ended = lengths.double(), torch.tensor(finished, device=lengths.device)
-    metrics = {"completions/clipped_ratio": 1 - ended.double().mean().item()}
-    for name, chosen in (("", lengths), ("_terminated", lengths[ended])):
-        chosen = chosen if len(chosen) else lengths.new_zeros(1)
-        for kind, value in (("mean", chosen.mean()), ("min", chosen.min()), ("max", chosen.max())):
-            metrics[f"completions/{kind}{name}_length"] = value.item()
-    return metrics
-
-
 def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]:
     """pass@1 to pass@N of N answers to each prompt, by powers of two: an answer passes if the first reward function
     gives it at least 1. checked: what that gave, [A]; without a reward function there is nothing to pass."""
@@ -312,35 +266,3 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
             wrong.append(f"log-probs {away} away from those of the {name}, which has the same weights")
     if wrong:
         raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
-
-
-class SampleLog:
-    """samples.jsonl, all held-out answers of each evaluation, and a few for people: the main rank's business."""
-
-    def __init__(self, args: RolloutArgs, run: Run, tokenizer: Tokenizer):
-        self.run, self.tokenizer, self.count = run, tokenizer, args.num_eval_samples
-        self.file = None
-        if args.eval_prompt_file:
-            on_main(self._open)
-
-    def _open(self) -> None:
-        self.file = open_log(self.run.args.output_dir / "samples.jsonl", self.run.last_line)
-
-    def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:
-        """columns: one value for each answer, fp32 [A], NaN where it has none; the first stands before it."""
-        if self.file is None:
-            return
-        means = ", ".join(f"{name} {values.nanmean():.4f}" for name, values in columns.items())
-        columns = {name: values.tolist() for name, values in columns.items()}
-        shown = [f"step {self.run.step}: held-out {means}"]
-        for i, prompt in enumerate(prompts):
-            asked = self.tokenizer.decode(prompt.ids, skip_special_tokens=False)
-            values = {name: None if math.isnan(column[i]) else column[i] for name, column in columns.items()}
-            line = {"step": self.run.step, "prompt": asked, "output": texts[i], **values, "finished": finished[i]}
-            write_lines(self.file, [line])
-            is_first = i == 0 or prompt is not prompts[i - 1]  # of several answers to a prompt
-            if is_first and len(shown) <= self.count:
-                end = "" if finished[i] else " (not finished)"
-                value = next(iter(columns.values()))[i]
-                shown.append(f"  {value:8.3f}  {end_of(visible(asked), 60)} -> {visible(texts[i])[:160]}{end}")
-        self.run.show("\n".join(shown))

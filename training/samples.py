@@ -1,32 +1,37 @@
-"""What the model in training says at an evaluation: a few answers, printed and kept in samples.jsonl.
+"""What the model in training says: answers that all ranks draw together, and those of an evaluation in samples.jsonl.
 
-- the prompts are the first of the evaluation's, the same each time, so that a person sees the answers change
-- they go through the generation engine and an inference copy that is refreshed in place (models/decode.py): built once,
-  not compiled, which would take longer than a few answers do, and never generating through FSDP
+- SFT and DPO (EvalSamples) answer a few prompts, the first of the evaluation's, the same each time, so that a person
+  sees the answers change. They go through the generation engine and an inference copy that is refreshed in place
+  (models/decode.py): built once, not compiled, which would take longer than a few answers do, and never through FSDP
+- PPO and GRPO (SampleLog) answer all held-out prompts with the engine that they have
 - training does not notice: no weight moves, and the engine's noise takes nothing from a random state
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
-from models.common import Runtime, at_least_one, flag, non_negative, on_main, visible
+from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative, visible
 from models.decode import can_pack, copy_for_inference
-from models.generation import Engine, Request
+from models.generation import Completion, Engine, Request
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example
 from models.sampling import SamplingParams
 from models.sharing import gather_parts, shared_work
 from models.tokenizer import Tokenizer
-from training.metrics import open_log, write_lines
+from training.metrics import Log
+from training.prompts import Prompt, RolloutArgs
 from training.run_dir import Run
 from training.stop import Stop
 
+T = TypeVar("T")
 MAX_SLOTS = 8  # answers drawn together; the cache of more would be missing in training
 
 
@@ -41,6 +46,42 @@ class SampleArgs:
     eval_temperature: float = flag(
         0.0, bounds=non_negative, help="temperature of such answers; 0 is greedy", may_change=True
     )
+
+
+def draw_together(
+    engine: Engine,
+    requests: list[Request],
+    sizes: list[int],
+    dp: DeviceMesh,
+    stop: Stop,
+    result_of: Callable[[Completion], T],
+) -> dict[int, T]:
+    """{idx of a request: result_of(what was drawn), on the rank that drew it}, the same on all ranks, whose replicas
+    draw what they have room for. A collective. sizes: so many requests, next to each other, share a prefill. Leaves the
+    run when it is asked to end; a rank without a signal draws what it has begun first. So does one without an error,
+    where a replica's model gives NaN: then all end alike."""
+    work, own, failed, tp = shared_work("answers", sizes, dp), {}, {}, engine.model.parallel.tp
+
+    def should_stop() -> bool:
+        asked = stop.asked(tp)
+        if asked:
+            work.end()
+        return asked
+
+    try:
+        for done in engine.generate((requests[i] for taken in work for i in taken), should_stop=should_stop):
+            own[done.request.idx] = result_of(done)
+    except ValueError as error:
+        failed[dp.get_local_rank()] = str(error)
+        work.end()
+    work.close()
+    stop.check()
+    for _, why in sorted(gather_parts(failed, dp).items()):
+        stop.fail(why)
+    return gather_parts(own, dp)
+
+
+# ------------------------------------------------------------------- of supervised fine-tuning and DPO
 
 
 class EvalPrompt(NamedTuple):
@@ -110,47 +151,30 @@ class EvalSamples:
             max_seq_len=max(len(request.prompt_ids) + request.max_new_tokens for request in self.requests),
             tokenizer=folder.tokenizer,
         )
-        self.log = None
-        on_main(lambda: self._open_log(run))
-
-    def _open_log(self, run: Run) -> None:
-        self.log = open_log(run.args.output_dir / "samples.jsonl", run.last_line)
+        self.log = Log(run.args.output_dir / "samples.jsonl", run.last_line)
 
     def show(self, run: Run) -> None:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""
         if not self.prompts:
             return
         self.engine.refresh(self.model)
-        answers = self._answers(run.stop)
-        if self.log is None:
+        answers = draw_together(
+            self.engine, self.requests, [1] * len(self.requests), self.dp, run.stop, lambda done: done
+        )
+        if not is_main_rank():
             return
-        blocks = []
-        for idx, prompt in enumerate(self.prompts):
-            text, finish_reason = answers[idx]
-            line = {
+        lines = [
+            {
                 "step": run.step,
                 "prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=False),
-                "output": text,
+                "output": answers[idx].text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
-                "finish_reason": finish_reason,
+                "finish_reason": answers[idx].finish_reason,
             }
-            write_lines(self.log, [line])
-            blocks.append(block(line))
-        run.show("\n".join(blocks))
-
-    def _answers(self, stop: Stop) -> dict[int, tuple[str, str]]:
-        """(text, finish_reason) of each. Ends the run on all ranks where the model of one gives NaN."""
-        work, own, failed = shared_work("samples", [1] * len(self.requests), self.dp), {}, {}
-        requests = (self.requests[i] for taken in work for i in taken)
-        try:
-            own = {each.request.idx: (each.text, each.finish_reason) for each in self.engine.generate(requests)}
-        except ValueError as error:
-            failed[self.dp.get_local_rank()] = str(error)
-            work.end()
-        work.close()
-        for _, why in sorted(gather_parts(failed, self.dp).items()):
-            stop.fail(why)
-        return gather_parts(own, self.dp)
+            for idx, prompt in enumerate(self.prompts)
+        ]
+        self.log.write(*lines)
+        run.show("\n".join(map(block, lines)))
 
 
 def end_of(text: str, length: int) -> str:
@@ -164,3 +188,35 @@ def block(line: dict) -> str:
     unfinished = " (not finished)" if line["finish_reason"] == "length" else ""
     answer, wanted = (text if len(text) <= 300 else f"{text[:300]} ..." for text in (answer, wanted))
     return f"  prompt  {end_of(prompt, 100)}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
+
+
+# ----------------------------------------------------------------------------- of PPO and GRPO
+
+
+class SampleLog:
+    """All held-out answers of each evaluation go to samples.jsonl, and a few to people."""
+
+    def __init__(self, args: RolloutArgs, run: Run, tokenizer: Tokenizer):
+        self.run, self.tokenizer, self.count = run, tokenizer, args.num_eval_samples
+        if args.eval_prompt_file:
+            self.log = Log(run.args.output_dir / "samples.jsonl", run.last_line)
+
+    def show(self, prompts: list[Prompt], texts: list[str], finished: list[bool], **columns: Tensor) -> None:
+        """columns: one value for each answer, fp32 [A], NaN where it has none; the first stands before it."""
+        if not is_main_rank():
+            return
+        means = ", ".join(f"{name} {values.nanmean():.4f}" for name, values in columns.items())
+        columns = {name: values.tolist() for name, values in columns.items()}
+        lines, shown = [], [f"step {self.run.step}: held-out {means}"]
+        for i, prompt in enumerate(prompts):
+            asked = self.tokenizer.decode(prompt.ids, skip_special_tokens=False)
+            values = {name: None if math.isnan(column[i]) else column[i] for name, column in columns.items()}
+            line = {"step": self.run.step, "prompt": asked, "output": texts[i], **values, "finished": finished[i]}
+            lines.append(line)
+            is_first = i == 0 or prompt is not prompts[i - 1]  # of several answers to a prompt
+            if is_first and len(shown) <= self.count:
+                end = "" if finished[i] else " (not finished)"
+                value = next(iter(columns.values()))[i]
+                shown.append(f"  {value:8.3f}  {end_of(visible(asked), 60)} -> {visible(texts[i])[:160]}{end}")
+        self.log.write(*lines)
+        self.run.show("\n".join(shown))

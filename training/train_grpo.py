@@ -52,7 +52,7 @@ from models.resting import resting
 from models.shared_base import as_reference
 from models.transfer import index_on
 from training.data import epoch_order
-from training.divergence import Divergence, DivergenceArgs, Watched
+from training.divergence import Divergence, DivergenceArgs
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.groups import Groups, Sampled, answers_to, group_metrics, sample_groups, step_metrics
 from training.grpo_losses import (
@@ -67,7 +67,6 @@ from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import RolloutArgs, load_prompt_files, prompt_numbers
 from training.rewards import RewardArgs, Scorer, load_reward_functions
 from training.rollouts import (
-    SampleLog,
     TokenSums,
     all_logps,
     answer_logps,
@@ -78,6 +77,7 @@ from training.rollouts import (
     shares,
 )
 from training.run_dir import Run, RunArgs
+from training.samples import SampleLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def main(args: GrpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        sampled = answers_to(asked, 0, 1, engine, scorer)  # the same noise each time, not training's
+        sampled = answers_to(engine, scorer, asked, 0, 1)  # the same noise each time, not training's
         sample_log.show(asked, [each.text for each in sampled.answers], sampled.finished, reward=sampled.rewards)
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -163,7 +163,7 @@ def main(args: GrpoArgs) -> None:
     # loop
     for step in run.updates():
         first = int(trained.num_prompts)
-        sampled = sample_groups(data.train, first, engine, scorer)
+        sampled = sample_groups(engine, scorer, data.train, first)
         num_asked = sum(len(part.rewards) for part in sampled) // args.num_generations
         run.numbers = prompt_numbers(len(data.train), first, num_asked, seed=args.seed)
         seconds = {name: sum(part.seconds[name] for part in sampled) for name in ("rollout", "score")}
@@ -200,7 +200,7 @@ def main(args: GrpoArgs) -> None:
         metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         finish(metrics)
-        divergence.look(step, Watched(metrics.get("kl"), metrics.get("kl"), metrics["entropy"]))
+        divergence.look(step, kl=metrics.get("kl", 0.0), entropy=metrics["entropy"])
 
     scorer.close()
     run.export(policy, what="policy")

@@ -61,7 +61,7 @@ from models.resting import resting
 from models.reward import scalar_head_config
 from models.shared_base import OnSharedBase, as_reference
 from training.data import epoch_order
-from training.divergence import Divergence, DivergenceArgs, Watched
+from training.divergence import Divergence, DivergenceArgs
 from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen
 from training.losses import (
     adapted_kl_coef,
@@ -78,7 +78,6 @@ from training.prompts import Prompt, RolloutArgs, load_prompt_files, prompt_numb
 from training.rewards import RewardArgs, Scorer, load_reward_functions
 from training.rollouts import (
     Rollout,
-    SampleLog,
     TokenSums,
     all_logps,
     answer_logps,
@@ -94,6 +93,7 @@ from training.rollouts import (
     shares,
 )
 from training.run_dir import Run, RunArgs
+from training.samples import SampleLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +253,8 @@ def main(args: PpoArgs) -> None:
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
         finish(metrics)
-        kl, entropy = metrics["objective/kl"], metrics["policy/entropy_avg"]
-        kl_per_token = kl / metrics["completion_length"]
-        divergence.look(step, Watched(kl, kl_per_token, entropy, metrics["policy/approxkl_avg"]))
+        of_token = {"entropy": metrics["policy/entropy_avg"], "approx_kl": metrics["policy/approxkl_avg"]}
+        divergence.look(step, kl=metrics["objective/kl"], tokens=metrics["completion_length"], **of_token)
 
     scorer.close()
     export(run, models, folder, others.value_path)
@@ -288,11 +287,10 @@ class Update(NamedTuple):
 def collect(
     models: "Models", engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int
 ) -> Rollout:
-    """Answers to the prompts, scored, with the log-probs and values of the weights as they are now. first: number of
-    the first answer, which with sample_idx decides the sampler's noise."""
+    """Answers to the prompts (see draw), scored, with the log-probs and values of the weights as they are now."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
-    answers = draw(engine, prompts, first, sample_idx, args.max_new_tokens, split.dp, scorer.submit, scorer.stop)
+    answers = draw(engine, scorer, prompts, first, sample_idx)
     rows, mask, engine_logps = as_rows(prompts, answers, device)
     texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}

@@ -24,7 +24,7 @@ from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
     world,
 )
 from training import train_grpo, train_ppo
-from training.divergence import Divergence, DivergenceArgs, Watched
+from training.divergence import Divergence, DivergenceArgs
 from training.stop import Stop
 
 SOME_FAIL = """
@@ -220,10 +220,10 @@ def test_what_is_said_of_a_diverging_policy(capsys):
     """Catches a warning at every update, one of what is usual, and flags that the script has not."""
     divergence = Divergence(DivergenceArgs(), 1000, "a higher --kl_coef", Stop())
     for step in (1, 2):
-        divergence.look(step, Watched(3.0, 0.05, 2.0, 0.01))
+        divergence.look(step, kl=3.0, tokens=60, entropy=2.0, approx_kl=0.01)
     assert capsys.readouterr().out == ""
     for step in (3, 4):
-        divergence.look(step, Watched(300.0, 3.0, 6.0, 2.0))
+        divergence.look(step, kl=300.0, tokens=100, entropy=6.0, approx_kl=2.0)
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(" is ")[0] for line in said] == [
         f"update 3: the {what} of a token" for what in ("KL", "approxkl", "entropy")

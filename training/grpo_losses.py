@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from models.common import Bounds, at_least_one, flag, non_negative, positive
-from training.losses import importance_weights, kl_estimates
+from training.losses import importance_weights, kl_k3
 
 LOSS_TYPES = ("grpo", "gspo", "bnpo", "dapo", "cispo", "dr_grpo", "rloo")
 
@@ -182,7 +182,7 @@ def grpo_losses(
         losses = losses * importance_weights(drift, args.tis_cap)
     kl = torch.zeros_like(logps)
     if ref_logps is not None and not args.kl_in_reward:
-        kl = kl_estimates(logps, torch.where(mask, ref_logps.float(), 0.0))[1]
+        kl = kl_k3(logps, torch.where(mask, ref_logps.float(), 0.0))
         kl = kl * ratios if args.use_bias_correction_kl else kl
         losses = losses + args.beta * kl
 

@@ -82,14 +82,14 @@ def placed(values: Tensor, places: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- reward models
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coef: float = 0.0) -> Tensor:
+def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float) -> Tensor:
     """-logsigmoid(r_c - r_r - margin) + center_coef (r_c + r_r)^2 for each pair, fp32 [B].
 
     Bradley and Terry's likelihood; the margin from Llama 2 (Touvron et al. 2023, arXiv 2307.09288, eq. 2), the term
     that centres rewards at 0 from Eisenstein et al. 2023 (arXiv 2312.09244). chosen, rejected: rewards [B]; margin [B].
     """
     chosen, rejected = chosen.float(), rejected.float()
-    losses = -F.logsigmoid(chosen - rejected if margin is None else chosen - rejected - margin)
+    losses = -F.logsigmoid(chosen - rejected - margin)
     return losses + center_coef * (chosen + rejected).square() if center_coef else losses
 
 
@@ -128,10 +128,8 @@ def sigmoid_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 
 def robust_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
-    """[-(1-e) logsigmoid(b h) + e logsigmoid(-b h)] / (1 - 2e): Chowdhury et al. 2024 (arXiv 2403.00409)."""
+    """[-(1-e) logsigmoid(b h) + e logsigmoid(-b h)] / (1 - 2e), e < 0.5: Chowdhury et al. 2024 (arXiv 2403.00409)."""
     e = args.label_smoothing
-    if not 0 <= e < 0.5:
-        raise ValueError(f"label_smoothing {e}: the robust loss needs 0 <= label_smoothing < 0.5")
     right, wrong = -F.logsigmoid(args.beta * ratios.h), -F.logsigmoid(-args.beta * ratios.h)
     return ((1 - e) * right - e * wrong) / (1 - 2 * e)
 
@@ -209,8 +207,6 @@ def dpo_loss(args: DpoLossArgs, logps: Tensor, ref_logps: Tensor | None, lengths
     number of those tokens. In the losses' formulae h = (lp_c - ref_c) - (lp_r - ref_r), b = beta, e = label_smoothing
     and S(x) = -(1-e) logsigmoid(x) - e logsigmoid(-x). Rewards are TRL's: b (lp - ref); simpo: b lp / |.|.
     """
-    if args.label_smoothing and args.loss not in SMOOTHED:
-        raise ValueError(f"label_smoothing {args.label_smoothing} has no meaning for the {args.loss} loss")
     logps, lengths = logps.float(), lengths.clamp(min=1)
     ratios = logps / lengths if args.loss in REFERENCE_FREE else logps - ref_logps.float()
     losses = DPO_LOSSES[args.loss](Ratios(*ratios, *lengths, logps[0]), args)
@@ -295,8 +291,6 @@ def ppo_policy_loss(
     Schulman et al. 2017, arXiv 1707.06347, eq. 7. With dual_clip c > 1 the loss of a token with A < 0 is at most -c A,
     and its gradient 0 beyond that (Ye et al. 2020, 1912.09729). logps, old_logps (nats), advantages: [N].
     """
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip {dual_clip}: a bound on the ratio where the advantage is negative, more than 1")
     advantages, log_ratios = advantages.float(), logps.float() - old_logps.float()
     ratios = log_ratios.clamp(-20, 20).exp()  # an infinite ratio would make its gradient NaN even where it is clipped
     plain, clipped = -advantages * ratios, -advantages * ratios.clamp(1 - cliprange, 1 + cliprange)
@@ -307,17 +301,17 @@ def ppo_policy_loss(
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float | None
+    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
     """(0.5 max((V - R)^2, (V' - R)^2), 1 where the second is the larger one) of each token, fp32 [N]: V' is V held
-    within cliprange_value of the value at rollout. None or 0: 0.5 (V - R)^2.
+    within cliprange_value of the value at rollout. 0: 0.5 (V - R)^2.
 
     As in OpenAI's baselines (Engstrom et al. 2020, arXiv 2005.12729, section 3). values, old_values, returns [N].
     """
     values, old_values, returns = values.float(), old_values.float(), returns.float()
     plain = (values - returns).square()
     if not cliprange_value:
-        return 0.5 * plain, torch.zeros_like(plain).detach()
+        return 0.5 * plain, torch.zeros_like(plain)
     held = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # within it V to the bit
     clipped = (held - returns).square()
     return 0.5 * torch.maximum(plain, clipped), (clipped > plain).float()
@@ -333,17 +327,17 @@ def sequence_kl_loss(log_ratios: Tensor) -> Tensor:
     return 0.5 * log_ratios.float().sum(dim=1).square()
 
 
-def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
-    """(k1, k3) of each token, fp32: the log-ratio d = logp - ref_logp, and exp(-d) - 1 + d, which is never negative.
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """k3 of each token, fp32: exp(-d) - 1 + d, which is never negative, of the log-ratio d = logp - ref_logp.
 
-    On samples of the policy both have the KL to the reference (nats) as their mean (Schulman 2020,
+    On samples of the policy its mean is the KL to the reference in nats, as that of d (Schulman 2020,
     joschu.net/blog/kl-approx.html). Beside GRPO's loss metrics only: as a reward or a loss k3 leads to another optimum.
     """
-    k1 = logps.float() - ref_logps.float()
-    return k1, torch.expm1(-k1) + k1
+    log_ratios = logps.float() - ref_logps.float()
+    return torch.expm1(-log_ratios) + log_ratios
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: float) -> float:
     """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): the controller of Ziegler et al. 2019 (arXiv
     1909.08593). kl, target: nats per answer; n answers in this update; horizon in answers."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
@@ -376,10 +370,10 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return (rank_sum - num_right * (num_right + 1) / 2) / (num_right * num_wrong)
 
 
-def calibration_error(probs: Tensor, labels: Tensor, bins: int = 10) -> float:
+def calibration_error(probs: Tensor, labels: Tensor) -> float:
     """The expected calibration error (Guo et al. 2017, arXiv 1706.04599): |mean probability - mean label| within each
-    of `bins` equal intervals of probability, weighted by how many fall into it. probs, labels [N] in [0, 1]."""
-    probs, labels = probs.flatten().double(), labels.flatten().double()
+    of 10 equal intervals of probability, weighted by how many fall into it. probs, labels [N] in [0, 1]."""
+    bins, probs, labels = 10, probs.flatten().double(), labels.flatten().double()
     place = (probs * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add(0, place, probs - labels)
     return gaps.abs().sum().item() / len(probs)

@@ -25,7 +25,7 @@ from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
 from models.tp import local
 from models.transfer import index_on
-from training.losses import kl_estimates, placed, token_logps
+from training.losses import kl_k3, placed, token_logps
 from training.prompts import Prompt, RolloutArgs
 from training.rewards import Scorer, Scores, source_metrics
 from training.samples import draw_together
@@ -225,7 +225,7 @@ def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     gap = (rollout.logps - rollout.engine_logps)[mask].abs()
     return {
         "objective/kl": kl,
-        "objective/k3": (kl_estimates(rollout.logps, rollout.ref_logps)[1] * mask).sum(1).mean().item(),
+        "objective/k3": (kl_k3(rollout.logps, rollout.ref_logps) * mask).sum(1).mean().item(),
         "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": score - kl_coef * kl,

@@ -257,4 +257,4 @@ def test_preferences_and_ppo(gpu):
             losses.ppo_policy_loss(logps, logps, advantages, cliprange=0.2, dual_clip=3.0)
             losses.ppo_value_loss(values, values, returns, cliprange_value=0.2)
             losses.sequence_kl_loss(logps)
-            losses.kl_estimates(logps, logps)
+            losses.kl_k3(logps, logps)

@@ -9,6 +9,7 @@ r"""Whether two answers are mathematically the same.
 - nothing is ever evaluated by Python, and powers are bounded: 9^{9^{9}} is only not understood
 """
 
+import itertools
 import math
 import re
 import unicodedata
@@ -65,7 +66,7 @@ class Named(NamedTuple):
 class Equation(NamedTuple):
     """left = right"""
 
-    difference: Scalar
+    difference: tuple[Number, ...]  # of the sides, at the three points
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -106,7 +107,7 @@ def _same(a: object, b: object) -> bool:
             any(_same(x, y) for x in a.items) for y in b.items
         )
     if isinstance(a, Equation):
-        x, y = a.difference.values, b.difference.values
+        x, y = a.difference, b.difference
         return all(x) and all(y) and all(_close(p * y[0], q * x[0]) for p, q in zip(x, y))
     return a == b
 
@@ -115,7 +116,7 @@ def _as_equation(named: Named) -> object:
     """y = 2 x, or x + y = 3, as an equation of variables; as it is if it names none."""
     if not re.fullmatch(r"[A-Za-z](_\w)?(\+[A-Za-z])*", named.name) or not isinstance(named.value, Scalar):
         return named
-    return Equation(Scalar(tuple(value_of(named.name, i) - value for i, value in enumerate(named.value.values))))
+    return Equation(tuple(value_of(named.name, i) - value for i, value in enumerate(named.value.values)))
 
 
 def _same_scalar(a: Scalar, b: Scalar) -> bool:
@@ -291,13 +292,11 @@ def _read(text: str, depth: int) -> object:
 
 def _brackets(text: str) -> str:
     """The brackets around the whole text, {} for a set; "" if there are none."""
-    pairs, depth = {"(": ")]", "[": ")]", "\x01": "\x02", "{": "}"}, 0
+    pairs = {"(": ")]", "[": ")]", "\x01": "\x02", "{": "}"}
     if text[0] not in pairs or text[-1] not in pairs[text[0]] or (text[0] == "{" and "," not in text):
         return ""
-    for i, character in enumerate(text):
-        depth += (character in "([{\x01") - (character in ")]}\x02")
-        if depth == 0 and i < len(text) - 1:
-            return ""
+    if 0 in _depths(text)[:-1]:
+        return ""
     return "{}" if text[0] in "{\x01" else text[0] + text[-1]
 
 
@@ -318,12 +317,13 @@ def _flat(text: str) -> bool:
     return not re.search(r"[(\[\x01]", text)
 
 
+def _depths(text: str) -> list[int]:
+    """How many brackets are open behind each character."""
+    return list(itertools.accumulate((c in "([{\x01") - (c in ")]}\x02") for c in text))
+
+
 def _split(text: str, pattern: str) -> list[str]:
-    depth, parts, start = 0, [], 0
-    depths = []
-    for character in text:
-        depth += (character in "([{\x01") - (character in ")]}\x02")
-        depths.append(depth)
+    parts, start, depths = [], 0, _depths(text)
     for match in re.finditer(pattern, text):
         if depths[match.start()] == 0:
             parts.append(text[start : match.start()])
@@ -365,7 +365,7 @@ def _read_equation(text: str, depth: int) -> object:
             raise ValueError("6 * 7 = 43")
         return result
     values = zip(_read_scalar(left).values, _read_scalar(right).values)
-    return Equation(Scalar(tuple(bounded(a - b) for a, b in values)))
+    return Equation(tuple(bounded(a - b) for a, b in values))
 
 
 def _read_scalar(text: str) -> Scalar:

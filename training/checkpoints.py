@@ -52,13 +52,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        output_dir: Path,
-        model: nn.Module,
-        optimizer: Optimizers,
-        *,
-        limit: int,
-        asynchronous: bool = False,
+        self, output_dir: Path, model: nn.Module, optimizer: Optimizers, *, limit: int, asynchronous: bool = False
     ):
         self.output_dir, self.model, self.optimizer, self.limit = output_dir, model, optimizer, limit
         self._thread = _one_thread(model) if asynchronous else None
@@ -182,12 +176,8 @@ def _load(path: Path, model: nn.Module, optimizer: Optimizers) -> str | None:
             raise ValueError(f"it holds {name}, and this run's optimizer has no such state")
 
     def load_it() -> None:
-        dcp.load(
-            state,
-            storage_reader=Reader(path, opened[0]),
-            planner=TensorPlanner(),
-            no_dist=not dist.is_initialized(),
-        )
+        reader, planner = Reader(path, opened[0]), TensorPlanner()
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
 
     return agreed(_failure(open_it)) or agreed(_failure(load_it))
 

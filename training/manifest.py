@@ -59,7 +59,10 @@ def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = No
             unseen = merged.keys() ^ _names(folder)
             if unseen:
                 raise OSError(f"{folder}: the ranks do not see each other's files ({min(unseen)})")
-            _write(folder / MANIFEST, json.dumps(_sealed({"step": step, "files": merged}), indent=1))
+            with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+                file.write(json.dumps(_sealed({"step": step, "files": merged}), indent=1))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             problem = str(error)
     problem = agreed(problem, group)
@@ -76,13 +79,6 @@ def _sealed(content: dict) -> dict:
     """A manifest with the hash of itself, so that its own damage is not taken for that of a file."""
     content = {key: content[key] for key in ("step", "files")}
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _names(folder: Path) -> set[str]:

@@ -163,8 +163,8 @@ class Run:
             args.output_dir, model, optimizer, limit=args.save_total_limit, asynchronous=in_background
         )
         self._export_dtype = DTYPES[args.export_dtype] if args.export_dtype else stored_dtype(args.checkpoint_path)
-        self._state, self._saved, self._saved_at, self._evaluated = done, done, time.monotonic(), None
-        self.stop.keep = self._keep
+        self._saved, self._saved_at, self._evaluated = done, time.monotonic(), None
+        self.stop.state_of, self.stop.keep = done, self._keep
         self.stop.check()
         drop_what_nobody_reads()
 
@@ -218,10 +218,10 @@ class Run:
 
     def begin_update(self) -> None:
         """From here to the step's evaluation, or to log(), the state is that of no step: the run goes on."""
-        self._state, self.stop.at_rest = None, False
+        self.stop.state_of = None
 
     def _end_update(self) -> None:
-        self._state, self.stop.at_rest = self.step, True
+        self.stop.state_of = self.step
 
     @contextmanager
     def evaluating(self, metrics: dict[str, float]) -> Iterator[None]:
@@ -234,20 +234,21 @@ class Run:
         self._evaluated = None
 
     def _save(self) -> None:
-        self._checkpoints.save(self._state)
-        self._saved, self._saved_at = self._state, time.monotonic()
+        self._checkpoints.save(self.stop.state_of)
+        self._saved, self._saved_at = self.stop.state_of, time.monotonic()
 
     def _keep(self, failed: bool) -> str:
         """Saves the state if it is that of a step and not saved yet, and the metrics of a step that is evaluated; says
         which it is. failed: the run ends by an error, so that no older checkpoint makes room for this one."""
         if self._evaluated is not None and is_main_rank():
             write_json(self.args.output_dir / UNFINISHED, {"step": self.step, **self._evaluated})
-        when = f"after {self._unit} {self._state}" if self._state else f"before the first {self._unit}"
-        if self._state is None:
+        done = self.stop.state_of
+        when = f"after {self._unit} {done}" if done else f"before the first {self._unit}"
+        if done is None:
             when = f"in {self._unit} {self.step}"
-        elif self._state != self._saved and not all_fit(self._checkpoints.model):
+        elif done != self._saved and not all_fit(self._checkpoints.model):
             say(f"the state {when} is not saved, since it has weights that are not finite")
-        elif self._state != self._saved:
+        elif done != self._saved:
             self._checkpoints.limit += failed
             self._checkpoints.model.zero_grad(set_to_none=True)  # of a step that is given up
             self._save()
@@ -386,12 +387,7 @@ class Run:
             stops = open_folder(start, frozen=True).generation_changes()
             changes["generation_config.json"] = changes.get("generation_config.json", {}) | stops
         save_folder(
-            folder,
-            full_tensors(model),
-            config=config,
-            copy_from=start,
-            json_changes=changes,
-            dtype=self._export_dtype,
+            folder, full_tensors(model), config=config, copy_from=start, json_changes=changes, dtype=self._export_dtype
         )
         say(f"{folder}: {what} written; {size}")
 

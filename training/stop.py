@@ -35,11 +35,11 @@ class _Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """received: whether this process is asked to end. at_rest: whether the state is that of a finished step, the same
-    on all ranks. keep(failed): saves it, and says when it was taken; a collective."""
+    """received: whether this process is asked to end. state_of: the step after which weights and optimizer are as they
+    are, None within an update, the same on all ranks. keep(failed): saves them, and says when; a collective."""
 
     def __init__(self):
-        self.received, self.at_rest = False, True
+        self.received, self.state_of = False, 0
         self.keep: Callable[[bool], str] = lambda failed: "before the first step"
         self._ctrl_c_at: float | None = None
         self._interruptible = False
@@ -70,7 +70,7 @@ class Stop:
 
     def check(self) -> None:
         """Leaves the run if a rank is asked to end, unless it is within an update. A collective."""
-        if self.at_rest and any_rank([self.received])[0]:
+        if self.state_of is not None and any_rank([self.received])[0]:
             self.leave()
 
     def leave(self) -> NoReturn:

@@ -33,14 +33,7 @@ from models.fsdp import (
 from models.model import Transformer
 from models.records import Example, Split
 from models.rows import Rows
-from training.data import (
-    DataArgs,
-    PackedRows,
-    check_evaluation,
-    encode_sft_file,
-    load_rows,
-    training_batches,
-)
+from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches
 from training.losses import token_cross_entropy
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
@@ -57,8 +50,8 @@ class SftArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs, SampleArgs):
 
 
 def main(args: SftArgs) -> None:
-    dp_size, micro_batch_size = split_batch(args, args.batch_size)
     check_evaluation(args)
+    dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 
     # load: the data first, since it is quick to be wrong
@@ -80,7 +73,7 @@ def main(args: SftArgs) -> None:
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     samples = EvalSamples(model, folder, evaluation, args, runtime, run, mesh["dp"])
-    rows = {
+    about = {
         "model": folder if lora is None else f"{folder}; {lora}",
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
@@ -89,7 +82,7 @@ def main(args: SftArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.span()}, {args.batch_size} rows each, {split.note()}",
     }
-    say(card("finetune_sft", rows))
+    say(card("finetune_sft", about))
 
     def finish(metrics: dict[str, float]) -> None:
         if evaluation and run.eval_due:
@@ -97,7 +90,7 @@ def main(args: SftArgs) -> None:
                 metrics["eval_loss"] = evaluate(model, eval_rows, split)
                 run.check_finite(eval_loss=metrics["eval_loss"])
                 run.show(f"step {run.step}: eval_loss {metrics['eval_loss']:.4f}")
-                samples.show(run)
+                samples.show()
         run.log(metrics)
         if run.export_due:
             run.export(model, subfolder=run.step_folder)

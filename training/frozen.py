@@ -1,4 +1,4 @@
-"""The frozen models beside a policy in reinforcement learning: its reference, and a reward model. Which folders hold
+"""The frozen models beside a policy: its reference, and in reinforcement learning a reward model. Which folders hold
 them, how their weights are quantised, and whether they can read the policy's rows.
 """
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat
-from models.checkpoint import Folder, model_folder, open_folder
+from models.checkpoint import Folder, model_folder
+from models.checksums import check_files
 from models.common import Runtime, flag, refuse_idle
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
@@ -70,25 +71,6 @@ class Frozen(NamedTuple):
         notes["reward"] += f", {self.reward_scheme}" if self.reward_scheme else ""
         return notes
 
-    def check_prompts(self, data: Prompts) -> None:
-        """Raises ValueError for a chat that the reward model's folder has no template for, or one that refuses it. Of
-        chats with the same roles one is tried; a model that reads the policy's ids needs no template."""
-        if self.reward is None or (self.reward.same_tokenizer and self.reward.kind.separator is None):
-            return
-        kinds = {}
-        for prompt in (*data.train, *data.held_out):
-            if isinstance(prompt.asked, Chat):
-                roles = tuple(message["role"] for message in prompt.asked.messages)
-                kinds.setdefault((roles, prompt.asked.tools is None, repr(prompt.asked.kwargs)), prompt)
-        for prompt in kinds.values():
-            try:
-                encode_generated(prompt.asked, "", self.reward.folder.tokenizer, finished=True)
-            except ValueError as error:
-                folder = self.reward.folder.path
-                raise ValueError(
-                    f"{folder}: the reward model cannot read the chat of {prompt.where}: {error}"
-                ) from None
-
     def load(
         self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
     ) -> tuple[Transformer | None, Transformer | None]:
@@ -104,12 +86,16 @@ class Frozen(NamedTuple):
 
 
 def check_reference_flags(args) -> None:
-    """Raises ValueError for a reference that would be the policy's base a second time, in fewer bits."""
+    """Raises ValueError for a reference that would be the policy's base a second time, in fewer bits, and for groups of
+    weights where none are in int4."""
     if args.uses_lora and args.quantize_ref != "none" and args.ref_checkpoint_path is None:
         raise ValueError(
             "--quantize_ref: with LoRA the reference is the base with its adapters off, so --quantize_base says how it "
             "is kept; leave the flag out, or give a --ref_checkpoint_path"
         )
+    modes = {name: getattr(args, name) for name in ("quantize_ref", "quantize_reward") if hasattr(args, name)}
+    if args.group_size is not None and "int4" not in modes.values():
+        raise ValueError(f"--group_size is for {' and '.join(f'--{name} int4' for name in modes)}")
 
 
 def check_rl_flags(args) -> None:
@@ -139,47 +125,72 @@ def check_rl_flags(args) -> None:
     if args.eval_prompt_file is None:
         names = ["num_generations_eval", *["num_eval_samples"] * bool(args.num_eval_samples)]
         refuse_idle(args, "without an --eval_prompt_file", *names)
-    if args.group_size is not None and "int4" not in (args.quantize_ref, args.quantize_reward):
-        raise ValueError("--group_size is for --quantize_ref int4 and --quantize_reward int4")
 
 
-def open_frozen(args, policy: Folder, longest: int, runtime: Runtime, *, reference: bool = True) -> Frozen:
-    """The folders that the flags name. Raises ValueError for one that cannot do what it is given for. longest: tokens
-    of a prompt and its answer; reference: whether there is one."""
-    tp_size, reward = args.tensor_parallel_size, None
+def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, reference: bool = True) -> Frozen:
+    """The folders that the flags name. Raises ValueError for one that cannot do what it is given for. reference:
+    whether there is one."""
+    path, ref_scheme, reward, reward_scheme = args.ref_path if reference else None, None, None, None
     if args.reward_checkpoint_path:
-        reward = open_reward_folder(args.reward_checkpoint_path, policy, tp_size)
+        reward = open_reward_folder(args.reward_checkpoint_path, policy, args.tensor_parallel_size)
+        reward_scheme = frozen_scheme(args.reward_checkpoint_path, "quantize_reward", args, runtime)
     kind = reward.kind if reward else None
     if args.normalize_reward and (kind is None or kind.separator is not None or not kind.can_normalize()):
         raise ValueError("--normalize_reward needs a reward model whose config.json has reward_mean and reward_std")
-
     if kind is not None and kind.separator is None:
         refuse_idle(args, f"beside {args.reward_checkpoint_path}, which scores whole answers", "process_reward")
 
-    def scheme_of(path: Path, mode: str, name: str) -> Schemes | None:
-        scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, name, tp_size)
-        if scheme is not None:
-            check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tp_size)
-        return scheme
-
-    reward_scheme = scheme_of(reward.folder.path, args.quantize_reward, "--quantize_reward") if reward else None
-    ref_scheme = scheme_of(args.ref_path, args.quantize_ref, "--quantize_ref") if reference else None
     if reference:
-        check_reader("reference", args.ref_path, policy, longest, tp_size)
+        check_reader("reference", path, policy, data.longest, args, lower="--max_new_tokens")
+        ref_scheme = frozen_scheme(path, "quantize_ref", args, runtime)
     if reward and reward.same_tokenizer:
-        check_reader("reward model", reward.folder.path, policy, longest, tp_size)
-    return Frozen(args.ref_path if reference else None, ref_scheme, reward, reward_scheme)
+        check_reader("reward model", reward.folder.path, policy, data.longest, args, lower="--max_new_tokens")
+    if reward:
+        check_chats(reward, data)
+    return Frozen(path, ref_scheme, reward, reward_scheme)
 
 
-def check_reader(
-    name: str, path: Path, policy: Folder, longest: int, tensor_parallel_size: int, *, frozen: bool = True
-) -> None:
-    """Raises ValueError unless the model in a folder can read the policy's rows."""
-    folder = open_folder(path, None, tensor_parallel_size, frozen=frozen)
-    if folder.config.vocab_size != policy.config.vocab_size:
-        raise ValueError(f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary")
-    if folder.config.max_position_embeddings < longest:
+def check_chats(reward: RewardFolder, data: Prompts) -> None:
+    """Raises ValueError for a chat that the reward model's folder has no template for, or one that refuses it. Of chats
+    with the same roles one is tried; a model that reads the policy's ids needs no template."""
+    if reward.same_tokenizer and reward.kind.separator is None:
+        return
+    kinds = {}
+    for prompt in (*data.train, *data.held_out):
+        if isinstance(prompt.asked, Chat):
+            roles = tuple(message["role"] for message in prompt.asked.messages)
+            kinds.setdefault((roles, prompt.asked.tools is None, repr(prompt.asked.kwargs)), prompt)
+    for prompt in kinds.values():
+        try:
+            encode_generated(prompt.asked, "", reward.folder.tokenizer, finished=True)
+        except ValueError as error:
+            path = reward.folder.path
+            raise ValueError(f"{path}: the reward model cannot read the chat of {prompt.where}: {error}") from None
+
+
+def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | None:
+    """How the flag of this name, quantize_ref say, or the folder itself has a frozen model quantised. Raises ValueError
+    if it cannot be so here."""
+    mode, tp_size = getattr(args, name), args.tensor_parallel_size
+    scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, f"--{name}", tp_size)
+    if scheme is not None:
+        check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tp_size)
+    return scheme
+
+
+def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, lower: str) -> None:
+    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag that makes rows
+    shorter."""
+    check_files(path)
+    config = ModelConfig.from_hf(path)
+    config.check_divisible(args.tensor_parallel_size)
+    if config.vocab_size != policy.config.vocab_size:
+        raise ValueError(
+            f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary: {config.vocab_size} "
+            f"tokens instead of {policy.config.vocab_size}"
+        )
+    if config.max_position_embeddings < longest:
         raise ValueError(
             f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
-            f"{folder.config.max_position_embeddings}; lower --max_new_tokens or take another folder"
+            f"{config.max_position_embeddings} tokens; lower {lower} or take another folder"
         )

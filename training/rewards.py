@@ -133,7 +133,7 @@ def _text_to_ids(folder: Path) -> dict[str, object]:
     return files
 
 
-def rows_to_score(
+def rows_it_reads(
     reward: RewardFolder, prompts: list[str | Chat], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
@@ -205,10 +205,10 @@ class Scorer:
         model: Transformer | None,
         functions: list[Grader],
         split: Split,
-        stop: Stop | None = None,
+        stop: Stop,
     ):
-        self.stop = stop or Stop()
-        self.args, self.tokenizer, self.folder, self.model, self.split = args, tokenizer, folder, model, split
+        self.args, self.tokenizer, self.folder, self.model = args, tokenizer, folder, model
+        self.split, self.stop = split, stop
         self.functions = dict(zip(_unique_names(functions), functions))
         weights = args.reward_fn_weight or [1.0]
         self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
@@ -298,7 +298,7 @@ class Scorer:
         tokens [A, R]; how many rows were cut)"""
         args, kind = self.args, self.folder.kind
         grades, step_rewards = [], torch.zeros(len(rows), max(row.num_targets for row in rows))
-        to_score, num_cut = rows_to_score(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
+        to_score, num_cut = rows_it_reads(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
         split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
         mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
         for i, values in enumerate(step_scores(self.model, to_score, split)):
@@ -393,7 +393,7 @@ def source_metrics(scores: list[Scores]) -> dict[str, float]:
         given = values[~values.isnan()]
         metrics[f"rewards/{name}/mean"] = given.mean().item() if len(given) else 0.0
         metrics[f"rewards/{name}/std"] = given.std().item() if len(given) > 1 else 0.0
-        failures = [failure for each in scores for failure in each.failures.get(name, [])]
+        failures = [failure for each in scores for failure in each.failures[name]]
         metrics[f"rewards/{name}/timeouts"] = failures.count("timeout")
         metrics[f"rewards/{name}/errors"] = len(failures) - failures.count("timeout")
     return metrics

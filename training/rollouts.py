@@ -4,7 +4,6 @@ their tokens, and what is measured of them.
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -83,9 +82,8 @@ class Answer(NamedTuple):
 
 
 def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks; the scorer hears of each on the rank that drew it. Answers to
-    one prompt, next to each other, share its prefill. A collective. first: number of the first answer, which with
-    sample_idx decides the sampler's noise."""
+    """An answer to each prompt, the same on all ranks; the scorer hears of each on the rank that drew it. A collective.
+    first: number of the first answer, which with sample_idx decides the sampler's noise."""
     length = scorer.args.max_new_tokens
     requests = [Request(first + i, sample_idx, each.ids, length, each.where) for i, each in enumerate(prompts)]
 
@@ -94,8 +92,7 @@ def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, samp
         scorer.submit(i, prompts[i], done.text)
         return Answer(done.token_ids + done.stop_ids, done.logprobs, done.text, done.finish_reason == "stop")
 
-    sizes = [len(list(same)) for _, same in itertools.groupby(prompts, key=id)]
-    answers = draw_together(engine, requests, sizes, scorer.split.dp, scorer.stop, answer_of)
+    answers = draw_together(engine, requests, scorer.split.dp, scorer.stop, answer_of)
     return [answers[first + i] for i in range(len(prompts))]
 
 

@@ -10,7 +10,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -49,17 +49,13 @@ class SampleArgs:
 
 
 def draw_together(
-    engine: Engine,
-    requests: list[Request],
-    sizes: list[int],
-    dp: DeviceMesh,
-    stop: Stop,
-    result_of: Callable[[Completion], T],
+    engine: Engine, requests: list[Request], dp: DeviceMesh, stop: Stop, result_of: Callable[[Completion], T]
 ) -> dict[int, T]:
     """{idx of a request: result_of(what was drawn), on the rank that drew it}, the same on all ranks, whose replicas
-    draw what they have room for. A collective. sizes: so many requests, next to each other, share a prefill. Leaves the
+    draw what they have room for; answers to one prompt, next to each other, share its prefill. A collective. Leaves the
     run when it is asked to end; a rank without a signal draws what it has begun first. So does one without an error,
     where a replica's model gives NaN: then all end alike."""
+    sizes = [len(list(same)) for _, same in groupby(requests, key=lambda request: id(request.prompt_ids))]
     work, own, failed, tp = shared_work("answers", sizes, dp), {}, {}, engine.model.parallel.tp
 
     def should_stop() -> bool:
@@ -128,7 +124,7 @@ class EvalSamples:
         run: Run,
         dp: DeviceMesh,
     ):
-        self.dp = dp
+        self.run, self.dp = run, dp
         self.model, self.tokenizer, self.prompts = model, folder.tokenizer, prompts_of(rows, args.num_eval_samples)
         if not self.prompts:
             return
@@ -153,19 +149,17 @@ class EvalSamples:
         )
         self.log = Log(run.args.output_dir / "samples.jsonl", run.last_line)
 
-    def show(self, run: Run) -> None:
+    def show(self) -> None:
         """Draws answers of the current weights; the main rank prints them and appends them to samples.jsonl."""
         if not self.prompts:
             return
         self.engine.refresh(self.model)
-        answers = draw_together(
-            self.engine, self.requests, [1] * len(self.requests), self.dp, run.stop, lambda done: done
-        )
+        answers = draw_together(self.engine, self.requests, self.dp, self.run.stop, lambda done: done)
         if not is_main_rank():
             return
         lines = [
             {
-                "step": run.step,
+                "step": self.run.step,
                 "prompt": self.tokenizer.decode(prompt.ids, skip_special_tokens=False),
                 "output": answers[idx].text,
                 "reference": self.tokenizer.decode_continuation(prompt.ids, prompt.reference),
@@ -174,7 +168,7 @@ class EvalSamples:
             for idx, prompt in enumerate(self.prompts)
         ]
         self.log.write(*lines)
-        run.show("\n".join(map(block, lines)))
+        self.run.show("\n".join(map(block, lines)))
 
 
 def end_of(text: str, length: int) -> str:

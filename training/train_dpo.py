@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, open_folder
-from models.common import Runtime, card, choose_runtime, flag, run_script, say
+from models.checkpoint import open_folder
+from models.common import Runtime, card, choose_runtime, flag, refuse_idle, run_script, say
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -41,16 +41,15 @@ from models.fsdp import (
     split_batch,
 )
 from models.lora import Lora
-from models.model import ModelConfig, Transformer
+from models.model import Transformer
 from models.qlinear import Schemes
-from models.quantize import check_scheme, choose_scheme
 from models.records import Split
 from models.reward import Pair, pair_rows, sides_are_equal
 from models.rows import Rows
 from models.shared_base import as_reference
 from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, training_batches
-from training.frozen import ReferenceArgs, check_reference_flags
+from training.frozen import ReferenceArgs, check_reader, check_reference_flags, frozen_scheme
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file
@@ -76,8 +75,8 @@ class DpoArgs(RunArgs, DataArgs, DpoLossArgs, OptimArgs, ParallelArgs, Reference
 
 
 def main(args: DpoArgs) -> None:
-    dp_size, micro_batch_size = split_batch(args, args.batch_size)
     check_flags(args)
+    dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 
     # load: the data first, since it is quick to be wrong
@@ -85,7 +84,8 @@ def main(args: DpoArgs) -> None:
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None and args.loss not in REFERENCE_FREE and not args.precompute_ref
     lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
-    ref_scheme = check_reference(args, folder, runtime)
+    check_reader("reference", args.ref_path, folder, folder.max_seq_len, args, lower="--max_seq_len")
+    ref_scheme = frozen_scheme(args.ref_path, "quantize_ref", args, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
@@ -100,7 +100,7 @@ def main(args: DpoArgs) -> None:
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
     samples = EvalSamples(model, folder, (pair.chosen for pair in evaluation), args, runtime, run, mesh["dp"])
-    rows = {
+    about = {
         "model": f"{folder}, --loss {args.loss}, --beta {args.beta}" + (f"; {lora}" if lora else ""),
         "reference": reference_note(args, ref_scheme),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -110,7 +110,7 @@ def main(args: DpoArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.span()}, {args.batch_size} pairs, {split.note()}",
     }
-    say(card("train_dpo", rows))
+    say(card("train_dpo", about))
 
     def finish(metrics: dict[str, float]) -> None:
         if evaluation and run.eval_due:
@@ -120,7 +120,7 @@ def main(args: DpoArgs) -> None:
                 metrics |= {f"eval_{name}": value for name, value in means.items()}
                 right = f"{means['rewards/accuracies']:.1%} of the pairs in the right order"
                 run.show(f"step {run.step}: eval_loss {means['loss']:.4f}, {right}")
-                samples.show(run)
+                samples.show()
         run.log(metrics)
         if run.export_due:
             run.export(model, subfolder=run.step_folder)
@@ -159,40 +159,16 @@ def main(args: DpoArgs) -> None:
 def check_flags(args: DpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
     check_evaluation(args)
-    if args.label_smoothing and args.loss not in SMOOTHED:
-        raise ValueError(f"--label_smoothing has no meaning for --loss {args.loss}; it is for {', '.join(SMOOTHED)}")
+    check_reference_flags(args)
+    if args.loss not in SMOOTHED:
+        refuse_idle(args, f"for --loss {args.loss}; it is for {', '.join(SMOOTHED)}", "label_smoothing")
     if args.loss == "robust" and args.label_smoothing == 0.5:
         raise ValueError("--label_smoothing 0.5: --loss robust needs less, since it divides by 1 - 2 * label_smoothing")
-    for name, value, wanted in (("simpo_gamma", args.simpo_gamma, "simpo"), ("rpo_alpha", args.rpo_alpha, "rpo")):
-        if value is not None and args.loss != wanted:
-            raise ValueError(f"--{name} is for --loss {wanted}, not for {args.loss}")
-    if args.ref_checkpoint_path is not None and args.loss in REFERENCE_FREE:
-        raise ValueError(f"--ref_checkpoint_path: --loss {args.loss} has no reference; leave one of them out")
-    check_reference_flags(args)
-    if args.quantize_ref != "none" and args.loss in REFERENCE_FREE:
-        raise ValueError(f"--quantize_ref: --loss {args.loss} has no reference; leave one of them out")
-
-
-def check_reference(args: DpoArgs, policy: Folder, runtime: Runtime) -> Schemes | None:
-    """How the reference is quantised. Raises ValueError if it cannot be so here, or cannot read the policy's tokens."""
-    path, config = args.ref_path, ModelConfig.from_hf(args.ref_path)
-    if args.ref_checkpoint_path is not None:
-        config.check_divisible(args.tensor_parallel_size)
-        if config.vocab_size != policy.config.vocab_size:
-            raise ValueError(
-                f"--ref_checkpoint_path {path}: has a vocabulary of {config.vocab_size}, the policy one of "
-                f"{policy.config.vocab_size}; they must share a tokenizer"
-            )
-        if config.max_position_embeddings < policy.max_seq_len:
-            raise ValueError(
-                f"--ref_checkpoint_path {path}: its context is {config.max_position_embeddings} tokens, the longest "
-                f"row may have {policy.max_seq_len}; lower --max_seq_len"
-            )
-    tp_size = args.tensor_parallel_size
-    scheme = choose_scheme(path, args.quantize_ref, args.group_size, "--quantize_ref", tp_size)
-    if scheme is not None:
-        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-    return scheme
+    for name, wanted in (("simpo_gamma", "simpo"), ("rpo_alpha", "rpo")):
+        if args.loss != wanted:
+            refuse_idle(args, f"for --loss {args.loss}; it is for {wanted}", name)
+    if args.loss in REFERENCE_FREE:
+        refuse_idle(args, f"for --loss {args.loss}, which has no reference", "ref_checkpoint_path", "quantize_ref")
 
 
 def load_models(
@@ -215,10 +191,9 @@ def load_models(
         dtypes = (frozen_dtype(args, runtime), runtime.dtype)
         weights = weights_digest(args.ref_path, args.adapter_path if is_start else None)
         key = {"weights": weights, "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
-        if ref_scheme is not None:
-            key["quantised"] = str(ref_scheme)
-        if is_start and lora is not None and lora.scheme is not None:
-            key["quantised"] = str(lora.scheme)
+        scheme = lora.scheme if is_start and lora is not None else ref_scheme
+        if scheme is not None:
+            key["quantised"] = str(scheme)
         cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
     if cache and not is_start:
         precompute_with(load_reference(), splits, cache, split)

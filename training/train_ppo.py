@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, folder_config, has_score_head, model_folder, open_folder
+from models.checkpoint import Folder, folder_config, has_score_head, model_folder, open_folder, refuse_quantized
 from models.common import (
     Bounds,
     Runtime,
@@ -75,7 +75,7 @@ from training.losses import (
 )
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import Prompt, RolloutArgs, load_prompt_files, prompt_numbers
-from training.rewards import RewardArgs, Scorer, load_reward_functions
+from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_functions
 from training.rollouts import (
     Rollout,
     TokenSums,
@@ -138,23 +138,18 @@ def main(args: PpoArgs) -> None:
     # load: files and settings first, since they are quick to be wrong
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
-    lora = choose_lora(
-        args,
-        args.checkpoint_path,
-        runtime,
-        with_critic=args.shared_base,
-        with_reference=args.ref_checkpoint_path is None,
-    )
+    own_reference = args.ref_checkpoint_path is None
+    lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base, with_reference=own_reference)
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
-    others = open_others(args, folder, data.longest, runtime)
-    others.frozen.check_prompts(data)
+    frozen = open_frozen(args, folder, data, runtime)
+    value_path = choose_critic(args, folder, frozen, data.longest)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    models = load_models(args, mesh, runtime, lora, others)
+    models = load_models(args, mesh, runtime, lora, frozen, value_path)
     policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, others.frozen.reward, models.reward_model, functions, split, run.stop)
+    scorer = Scorer(args, folder.tokenizer, frozen.reward, models.reward_model, functions, split, run.stop)
     divergence = Divergence(args, folder.config.vocab_size, "a higher --kl_coef, --kl_target", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(
@@ -168,9 +163,11 @@ def main(args: PpoArgs) -> None:
         trained.kl_coef.fill_(args.kl_coef)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
-    rows = {
+    about = {
         "policy": folder if lora is None else f"{folder}; {lora}",
-        **others.notes(args),
+        "critic": f"{value_path}{'' if has_score_head(value_path) else ', with a zero head'}"
+        + ", adapters on the policy's base" * args.shared_base,
+        **frozen.notes(args),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
@@ -181,7 +178,7 @@ def main(args: PpoArgs) -> None:
         f"{args.ppo_epochs} epochs of minibatches of {args.step_size}, {split.note()}"
         + (f"; in the first {args.critic_warmup_steps} the critic alone learns" if args.critic_warmup_steps else ""),
     }
-    say(card("train_ppo", rows))
+    say(card("train_ppo", about))
 
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
@@ -197,7 +194,7 @@ def main(args: PpoArgs) -> None:
                 metrics |= evaluate()
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
-            export(run, models, folder, others.value_path, Path(run.step_folder))
+            export(run, models, folder, value_path, Path(run.step_folder))
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
@@ -226,7 +223,7 @@ def main(args: PpoArgs) -> None:
                     if step > args.critic_warmup_steps:
                         scale = policy_backward(policy, update, minibatch, args, split, sums)
                         if args.debug_checks and epoch == start == 0:
-                            is_reference = is_first and others.frozen.ref_is_start(args)
+                            is_reference = is_first and frozen.ref_is_start(args)
                             means = sums.means(split.dp)
                             check_first_minibatch(means, rollout, runtime.dtype, is_reference=is_reference)
                         grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
@@ -257,7 +254,7 @@ def main(args: PpoArgs) -> None:
         divergence.look(step, kl=metrics["objective/kl"], tokens=metrics["completion_length"], **of_token)
 
     scorer.close()
-    export(run, models, folder, others.value_path)
+    export(run, models, folder, value_path)
 
 
 def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfolder: Path = Path()) -> None:
@@ -401,27 +398,6 @@ def update_metrics(
 # ------------------------------------------------------------------------------------------ the models
 
 
-class Others(NamedTuple):
-    """The folders beside the policy's."""
-
-    frozen: Frozen
-    value_path: Path
-
-    def notes(self, args: PpoArgs) -> dict[str, str]:
-        head = "" if has_score_head(self.value_path) else ", with a zero head"
-        head += ", adapters on the policy's base" * args.shared_base
-        return {"critic": f"{self.value_path}{head}", **self.frozen.notes(args)}
-
-    def value_scale(self, args: PpoArgs) -> float:
-        """What makes of the scores of the model where the critic starts values of the rewards: for the reward model
-        itself --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
-        reward_std, the critic learns: its head has no bias.)"""
-        reward = self.frozen.reward
-        if reward is None or reward.kind.separator is not None or not self.value_path.samefile(reward.folder.path):
-            return 1.0
-        return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)
-
-
 class Models(NamedTuple):
     policy: Transformer
     critic: Transformer
@@ -446,35 +422,47 @@ def check_flags(args: PpoArgs) -> None:
         raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
 
 
-def open_others(args: PpoArgs, policy: Folder, longest: int, runtime: Runtime) -> Others:
-    """Raises ValueError for a model that cannot do what it is given for. longest: tokens of a prompt and its answer."""
-    frozen = open_frozen(args, policy, longest, runtime)
+def choose_critic(args: PpoArgs, policy: Folder, frozen: Frozen, longest: int) -> Path:
+    """The folder where the critic starts. Raises ValueError for one that cannot be trained, or read the policy's rows.
+    longest: tokens of a prompt and its answer."""
     start = args.reward_checkpoint_path if frozen.reward and frozen.reward.same_tokenizer else args.checkpoint_path
-    value_path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
-    if args.value_checkpoint_path is None and is_quantized(read_hf_config(value_path)[0]):
+    path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
+    if args.value_checkpoint_path is None and is_quantized(read_hf_config(path)[0]):
         raise ValueError(
-            f"--reward_checkpoint_path {value_path}: holds quantised weights, which are frozen, so the critic cannot "
-            "start there; give the folder it was made from, or the policy's, as --value_checkpoint_path"
+            f"--reward_checkpoint_path {path}: holds quantised weights, which are frozen, so the critic cannot start "
+            "there; give the folder it was made from, or the policy's, as --value_checkpoint_path"
         )
-    check_reader("critic", value_path, policy, longest, args.tensor_parallel_size, frozen=False)
-    return Others(frozen, value_path)
+    refuse_quantized(path)
+    check_reader("critic", path, policy, longest, args, lower="--max_new_tokens")
+    return path
 
 
-def load_models(args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, others: Others) -> Models:
+def load_models(
+    args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, frozen: Frozen, value_path: Path
+) -> Models:
     zero_head = None
-    if not has_score_head(others.value_path):
-        zero_head = torch.zeros(1, ModelConfig.from_hf(others.value_path).hidden_size)
+    if not has_score_head(value_path):
+        zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
     if args.shared_base:
         base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
         policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
     else:
         policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-        own = None if lora is None else choose_lora(args, others.value_path, runtime, is_critic=True)
+        own = None if lora is None else choose_lora(args, value_path, runtime, is_critic=True)
         options = {"head": "score", "new_score": zero_head, "lora": own}
-        critic = load_for_training(others.value_path, mesh, args, runtime, **options)
+        critic = load_for_training(value_path, mesh, args, runtime, **options)
     with torch.no_grad():
-        critic.score.weight.mul_(others.value_scale(args))
-    return Models(policy, critic, *others.frozen.load(args, mesh, runtime, base))
+        critic.score.weight.mul_(value_scale(args, frozen.reward, value_path))
+    return Models(policy, critic, *frozen.load(args, mesh, runtime, base))
+
+
+def value_scale(args: PpoArgs, reward: RewardFolder | None, value_path: Path) -> float:
+    """What makes of the scores of the model where the critic starts values of the rewards: for the reward model itself
+    --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
+    reward_std, the critic learns: its head has no bias.)"""
+    if reward is None or reward.kind.separator is not None or not value_path.samefile(reward.folder.path):
+        return 1.0
+    return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,7 @@ from torch import Tensor
 
 from models.adapters import SCORE, choose_lora
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
-from models.common import (
-    card,
-    choose_runtime,
-    flag,
-    non_negative,
-    refuse_idle,
-    run_script,
-    say,
-    visible,
-    with_newlines,
-)
+from models.common import card, choose_runtime, flag, non_negative, refuse_idle, run_script, say, visible, with_newlines
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -51,14 +41,7 @@ from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
 from models.record_files import Record
 from models.records import EncodingCounts, Limits, Split
-from models.reward import (
-    Pair,
-    Scored,
-    read_reward_kind,
-    rows_to_score,
-    scalar_head_config,
-    sides_are_equal,
-)
+from models.reward import Pair, Scored, read_reward_kind, rows_to_score, scalar_head_config, sides_are_equal
 from models.rows import Rows, Store
 from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
@@ -95,17 +78,9 @@ class RmArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs):
 
 
 def main(args: RmArgs) -> None:
+    check_flags(args)
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
-    check_evaluation(args)
-    if args.center_coef and args.loss != "pairwise":
-        raise ValueError(f"--center_coef {args.center_coef} is for --loss pairwise, not {args.loss}")
-    if args.loss == "process" and not args.step_separator:
-        raise ValueError(
-            "--step_separator '': without a text that ends a step nobody could tell the steps of an answer"
-        )
     run = Run(args)
-    if args.loss != "process":
-        refuse_idle(args, f"for --loss {args.loss}, whose answers have no steps", "step_separator")
 
     # load: the data first, since it is quick to be wrong
     runtime = choose_runtime(args)
@@ -122,7 +97,7 @@ def main(args: RmArgs) -> None:
     model = load_for_training(args.checkpoint_path, mesh, args, runtime, head="score", new_score=new_score, lora=lora)
     optimizer = make_optimizer(model, args, seed=args.seed, compile=runtime.compile)
     run.begin(model, optimizer, total_steps=total_steps, device=runtime.device)
-    rows = {
+    about = {
         "model": f"{folder}, {'its own' if has_head else 'a new'} head{moved(args, folder)}, --loss {args.loss}"
         + (f"; {lora}" if lora else ""),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -131,9 +106,10 @@ def main(args: RmArgs) -> None:
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.span()}, {args.batch_size} records, {split.note()}",
     }
-    say(card("train_rm", rows))
+    say(card("train_rm", about))
 
-    statistics_rows = evaluation or some_of(train, args.seed)
+    order = epoch_order(len(train), seed=args.seed, epoch=0, shuffle=True)
+    statistics_rows = evaluation or [train[i] for i in order[:MOST_STATISTICS]]
 
     def finish(metrics: dict[str, float]) -> Tensor | None:
         """The rewards of statistics_rows, if they are known."""
@@ -141,11 +117,11 @@ def main(args: RmArgs) -> None:
         if evaluation and run.eval_due:
             with run.evaluating(metrics):
                 eval_rewards = all_rewards(model, evaluation, split)
-                eval_metrics = evaluate(args, eval_rewards, targets_of(evaluation, runtime.device))
-                run.check_finite(**eval_metrics)
-            metrics = metrics | eval_metrics
-            run.show(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in eval_metrics.items()))
-            run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
+                found = eval_metrics(args, eval_rewards, targets_of(evaluation, runtime.device))
+                run.check_finite(**found)
+                metrics |= found
+                run.show(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items()))
+                run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
         run.log(metrics)
         if run.export_due:
             eval_rewards = all_rewards(model, statistics_rows, split) if eval_rewards is None else eval_rewards
@@ -162,8 +138,9 @@ def main(args: RmArgs) -> None:
         rewards = torch.zeros(places[-1].stop, device=runtime.device)
         scale, loss = loss_scale(len(targets), dp_size), torch.zeros((), device=runtime.device)
         for share in reducing_gradients(model, shares_of(batch, split), every=args.sync_every_micro_batch):
-            micro_rewards, micro_targets = rewards_of(model, [batch[i] for i in share], split)
-            micro_loss = losses_of(args, micro_rewards, micro_targets).sum()
+            rows = [batch[i] for i in share]
+            micro_rewards = rewards_of(model, rows, split)
+            micro_loss = losses_of(args, micro_rewards, targets_of(rows, runtime.device)).sum()
             (micro_loss * scale.loss).backward()
             loss += micro_loss.detach() / len(targets)
             index = index_on([place for i in share for place in places[i]], runtime.device)
@@ -188,6 +165,17 @@ def main(args: RmArgs) -> None:
 
 
 # ------------------------------------------------------------------------------------------ records
+
+
+def check_flags(args: RmArgs) -> None:
+    """Raises ValueError for flags that do not go together."""
+    check_evaluation(args)
+    if args.loss != "pairwise":
+        refuse_idle(args, f"for --loss {args.loss}; it is for pairwise", "center_coef")
+    if args.loss != "process":
+        refuse_idle(args, f"for --loss {args.loss}, whose answers have no steps", "step_separator")
+    elif not args.step_separator:
+        raise ValueError("--step_separator '': without a text that ends a step nobody could tell an answer's steps")
 
 
 def encode_file(
@@ -226,11 +214,6 @@ def shares_of(rows: SomeRows, split: Split) -> Iterator[list[int]]:
     return split.shares(list(range(len(rows))), lambda i: list(map(len, rows[i].sequences)))
 
 
-def some_of(rows: SomeRows, seed: int) -> SomeRows:
-    """Random rows, the same whenever they are asked for."""
-    return [rows[i] for i in epoch_order(len(rows), seed=seed, epoch=0, shuffle=True)[:MOST_STATISTICS]]
-
-
 def describe(rows: Rows) -> str:
     num_rewards = rows.lengths.size if rows.kind is Pair else len(rows.columns.values)
     return f"{len(rows):,} records, {rows.num_tokens:,} tokens, {num_rewards:,} rewards"
@@ -255,15 +238,15 @@ def initial_score(hidden_size: int, seed: int) -> Tensor:
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
-def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> tuple[Tensor, Tensor]:
-    """(rewards, targets) of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. No
-    rows: none of either, but the gradient's collectives stay."""
+def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
+    """The rewards of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. Without rows
+    there is none, but the gradient's collectives stay."""
     examples, places = rows_to_score(rows)
     rewards = model.score(forward_rows(model, examples, split).at(places))
     if rows and isinstance(rows[0], Pair):
         sides = rewards.view(-1, 2)
         rewards = torch.where(sides_are_equal(rows, rewards.device)[:, None], sides[:, :1], sides).flatten()
-    return rewards, targets_of(rows, rewards.device)
+    return rewards
 
 
 @torch.no_grad()
@@ -272,9 +255,8 @@ def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
     places = reward_places(rows)
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
     for share in shares_of(rows, split):
-        share_rewards, _ = rewards_of(model, [rows[i] for i in share], split)
         index = index_on([place for i in share for place in places[i]], rewards.device)
-        rewards.index_copy_(0, index, share_rewards)
+        rewards.index_copy_(0, index, rewards_of(model, [rows[i] for i in share], split))
     return split.sum(rewards)
 
 
@@ -299,7 +281,7 @@ def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, flo
     return metrics
 
 
-def evaluate(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
+def eval_metrics(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
     """The metrics of an evaluation. The calibration error of pairs is that of the claim to have the better one, made
     with the probability sigmoid(|difference|); of labels that of sigmoid(reward)."""
     loss = losses_of(args, rewards, targets).double().mean().item()

@@ -22,7 +22,7 @@ from tests.file_tokenizer import FileTokenizer
 from tests.forked import Forked
 from tests.ranks import launch
 from training.preferences import encode_process_record
-from training.rewards import open_reward_folder, rows_to_score
+from training.rewards import open_reward_folder, rows_it_reads
 
 SCRIPT = "inference/score.py"
 PROCESS = {"reward_model_type": "process", "step_separator": "\n"}
@@ -186,7 +186,7 @@ def test_a_model_that_pads_with_eos(tmp_path):
     reward = open_reward_folder(folder, open_folder(folder, None, 1), 1)
     rows = [encode_answer("1 plus", " 2 is 3", tokenizer)[0]]
     rows.append(replace(rows[0], input_ids=rows[0].input_ids[:-1]))
-    found, _ = rows_to_score(reward, ["1 plus"] * 2, rows, [" 2 is 3"] * 2, [True, False])
+    found, _ = rows_it_reads(reward, ["1 plus"] * 2, rows, [" 2 is 3"] * 2, [True, False])
     assert [row.positions for row in found] == [[len(ids) - 1]] * 2
 
 

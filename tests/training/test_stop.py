@@ -134,7 +134,7 @@ STOPS = {
         ("all_logps", 4, "after update 1"),  # two in each update
         ("sample_groups", 1, "after update 1"),
         ("backward", 1, "after update 1"),
-        ("answers_to", 1, "after update 2"),
+        ("answers_to", 2, "after update 2"),
     ],
     "finetune_sft.py": [("summed_loss", 4 + 2, "after step 1"), ("summed_loss", 4 + 2, "after step 2")],
     "train_rm.py": [("rewards_of", 4 + 2, "after step 1"), ("rewards_of", 4 + 2, "after step 2")],

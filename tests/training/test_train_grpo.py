@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
-from training import groups, train_grpo
+from training import train_grpo
 from training.grpo_losses import LOSS_TYPES
 from training.metrics import Metrics
 
@@ -172,7 +172,7 @@ def test_resamples(world, tmp_path, seen):
     taken = []
     for (sampled, found, _), line in zip(seen, lines):
         assert len(sampled) > 1 and len(found.rows) == 12
-        alike = [groups.all_alike(part.rewards, 4) for part in sampled]
+        alike = [train_grpo.all_alike(part.rewards, 4) for part in sampled]
         missing = [3, *[int(each.sum()) for each in alike]]
         assert [len(each) for each in alike] == missing[:-1] and (missing[-1] == 0 or len(sampled) == 5)
         assert (found.advantages.view(3, 4).abs().sum(1) > 0).sum() == 3 - missing[-1]

@@ -20,6 +20,7 @@ from tests.training.test_train_rm import make_records
 from training import rewards, rollouts, train_ppo
 from training.rewards import RewardArgs, Scorer
 from training.rollouts import Prompt
+from training.stop import Stop
 
 SCRIPT = "training/train_ppo.py"
 TIMED = ("time/", "tokens_per_second", "rollout_tokens", "update_tokens")
@@ -237,7 +238,8 @@ class Scores:
         for text, ended in zip(texts, finished):
             answer = self.tokenizer.encode("Question 1:" + text)[len(ids) :] + [self.tokenizer.eos_token_id] * ended
             rows.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer))
-        scorer = Scorer(RewardArgs(**flags), self.tokenizer, self.reward, self.model, list(functions), self.split)
+        models = self.tokenizer, self.reward, self.model
+        scorer = Scorer(RewardArgs(**flags), *models, list(functions), self.split, Stop())
         for i in range(0, len(texts), 2):  # the others are graded when they are scored
             scorer.submit(i, prompts[i], texts[i])
         self.given = scorer.score(prompts, rows, texts, finished)

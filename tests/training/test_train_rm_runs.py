@@ -135,7 +135,10 @@ def test_bad_records(name, which, folder, tmp_path):
 
 BAD_FLAGS = {
     "loss": ({"loss": "listwise"}, ["--loss", "listwise"]),
-    "centring labels": ({"loss": "process", "center_coef": 0.1}, ["--center_coef 0.1 is for --loss pairwise"]),
+    "centring labels": (
+        {"loss": "process", "center_coef": 0.1},
+        ["--center_coef 0.1 does nothing for --loss process; it is for pairwise"],
+    ),
     "centring below 0": ({"center_coef": -1}, ["--center_coef", "'-1'"]),
     "samples below 0": ({"num_eval_samples": -1}, ["--num_eval_samples", "'-1'"]),
     "eval steps": ({"eval_steps": 3}, ["--eval_steps needs an --eval_file"]),
@@ -183,8 +186,8 @@ def test_equal_sides_are_a_tie(folder, tmp_path):
 def test_another_loss_on_resume(folder, files, tmp_path):
     """Catches a run that goes on with another loss, and an occupied folder."""
     train(folder, files["pairwise"], tmp_path / "out", max_steps=2, save_steps=1)
-    again = {"max_steps": 3, "center_coef": 0.5, "step_separator": ";"}
+    again = {"max_steps": 3, "center_coef": 0.5, "adam_eps": 1e-6}
     result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "out", resume=True, **again))
-    tiny.assert_refused(result, "the run was begun with other --center_coef, --step_separator")
+    tiny.assert_refused(result, "the run was begun with other --center_coef, --adam_eps")
     result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "out"))
     tiny.assert_refused(result, f"--output_dir {tmp_path / 'out'}: is not empty")

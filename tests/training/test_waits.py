@@ -20,7 +20,6 @@ from models.reward import Pair, Scored
 from models.transfer import index_on, to_device
 from tests.models.fake_gpu import CONFIG, CPU, GPU, gpu, on_gpu  # noqa: F401 (a fixture)
 from training import finetune_sft, rollouts, train_dpo, train_grpo, train_ppo, train_rm
-from training.groups import Groups
 
 ANSWERS = [Example([1, *range(3, 3 + n)], [IGNORE_INDEX] * 3 + list(range(5, 3 + n))) for n in (4, 7, 5)]
 PAIRS = [Pair(3, ANSWERS[0], ANSWERS[1], 0.5, (-3.0, -4.0)), Pair(3, ANSWERS[1], ANSWERS[2], None, (-2.0, -5.0))]
@@ -55,7 +54,8 @@ def dpo(model, critic, split):
 def reward_model(model, critic, split):
     for kind, rows in (("pairwise", PAIRS), ("process", STEPS)):
         args = flags_of_run(train_rm.RmArgs, loss=kind)
-        rewards, targets = train_rm.rewards_of(critic, rows, split)
+        rewards = train_rm.rewards_of(critic, rows, split)
+        targets = train_rm.targets_of(rows, rewards.device)
         (train_rm.losses_of(args, rewards, targets).sum() * 0.5).backward()
         all_rewards = torch.zeros(8, device=rewards.device)
         all_rewards.index_copy_(0, index_on(range(len(rewards)), rewards.device), rewards.detach())
@@ -84,7 +84,7 @@ def grpo(model, critic, split):
             args, sums = flags_of_run(train_grpo.GrpoArgs, loss_type=kind, beta=0.1), rollouts.TokenSums(values.device)
             advantages, clipped = values[:, 0] + 1, torch.zeros(2, 3, device=values.device)
             made = (advantages, 0.0, values, logps, values, values.clone(), clipped)
-            groups = Groups(ANSWERS, mask, mask, [2, 5, 3], *made)
+            groups = train_grpo.Groups(ANSWERS, mask, mask, [2, 5, 3], *made)
             train_grpo.backward(model, groups, [1, 0, 2], args, split, sums)
 
 

@@ -117,6 +117,7 @@ def main(args: RmArgs) -> None:
         if evaluation and run.eval_due:
             with run.evaluating(metrics):
                 eval_rewards = all_rewards(model, evaluation, split)
+                run.check_finite(eval_rewards=eval_rewards.double().sum())
                 found = eval_metrics(args, eval_rewards, targets_of(evaluation, runtime.device))
                 run.check_finite(**found)
                 metrics |= found

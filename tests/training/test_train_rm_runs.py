@@ -64,6 +64,16 @@ def test_non_finite_loss(folder, files, tmp_path, monkeypatch):
     assert not (out / "config.json").exists()
 
 
+@pytest.mark.parametrize("loss", ["pairwise", "pointwise"])
+def test_non_finite_rewards_of_an_evaluation(loss, folder, files, tmp_path, monkeypatch):
+    """Catches an evaluation without a number that goes on, or ends in a traceback from the calibration error."""
+    real = train_rm.all_rewards
+    monkeypatch.setattr(train_rm, "all_rewards", lambda *args: real(*args).index_fill(0, torch.tensor([1]), math.nan))
+    more = {"loss": loss, "eval_file": files[loss], "eval_steps": 1, "max_steps": 2}
+    result = tiny.run(SCRIPT, *flags(folder, files[loss], tmp_path / "out", **more))
+    tiny.assert_refused(result, "step 1: eval_rewards is nan; records of the step")
+
+
 def with_weights(folder, target, **changed):
     shutil.copytree(folder, target)
     weights = weights_of(folder) | changed

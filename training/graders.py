@@ -49,9 +49,7 @@ BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 def exact_match(prompt: str, completion: str, example: dict) -> float:
     """1 if the marked answer, or the whole text where none is marked, is the right one to the letter, but for white
     space around it."""
-    text = after_thinking(completion)
-    answer = marked_answer(text)
-    answer = text if answer is None else answer
+    answer = final_part(after_thinking(completion))
     return float(any(answer.strip() == gold.strip() for gold in gold_answers(example)))
 
 
@@ -118,10 +116,10 @@ def gold_answers(example: dict) -> list[str]:
     return [final_part(str(gold)) for gold in raw_golds(example)]
 
 
-def final_part(gold: str) -> str:
-    """A right answer without its working."""
-    answer = marked_answer(gold)
-    return gold if answer is None else answer
+def final_part(text: str) -> str:
+    """What a text marks as its answer, or the whole text."""
+    answer = marked_answer(text)
+    return text if answer is None else answer
 
 
 def after_thinking(text: str) -> str:

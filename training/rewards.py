@@ -212,6 +212,7 @@ class Scorer:
         self.functions = dict(zip(_unique_names(functions), functions))
         weights = args.reward_fn_weight or [1.0]
         self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
+        self.weights["reward_model"] = args.reward_model_weight
         self.pooled = [name for name, function in self.functions.items() if function.per_answer]
         self.grading: dict[int, tuple[Prompt, str, list]] = {}  # answers that are being graded, by their numbers
         self.pool, self.warned, self.graded = None, set(), set()
@@ -274,10 +275,8 @@ class Scorer:
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
         """What a source adds to the rewards, fp32 [A]; NaN for an answer that is to be skipped. Ends the run if there
         is none for an answer and there must be one."""
-        args, of_model = self.args, name == "reward_model"
-        weight = args.reward_model_weight if of_model else self.weights[name]
-        per_answer = not of_model and self.functions[name].per_answer
-        how = args.reward_error or ("skip" if per_answer else "refuse")
+        weight, per_answer = self.weights[name], name in self.pooled
+        how = self.args.reward_error or ("skip" if per_answer else "refuse")
         failure = next((grade.failure for grade in grades if grade.failure), None)
         if failure is not None:
             failure = f"--reward_fn: {name} gave an answer no grade: {failure}" if per_answer else failure
@@ -287,7 +286,8 @@ class Scorer:
                 self.warned.add(name)
                 say(f"{failure}; later ones are only counted")
         values = torch.tensor([grade.value for grade in grades])
-        in_steps = of_model and self.folder.kind.separator is not None and args.process_reward == "steps"
+        of_steps = name == "reward_model" and self.folder.kind.separator is not None
+        in_steps = of_steps and self.args.process_reward == "steps"
         part = values.new_zeros(len(values)) if in_steps else weight * values.nan_to_num(nan=0.0)
         return part.where(~values.isnan(), torch.nan) if how == "skip" and weight else part
 

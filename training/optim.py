@@ -68,16 +68,13 @@ def constant_rate(args: OptimArgs) -> bool:
     return args.lr_schedule == "constant" and not args.warmup_ratio
 
 
-def make_optimizer(
-    model: nn.Module, args: OptimArgs, *, learning_rate: float | None = None, seed: int = 0, compile: bool = False
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not.
+def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not. See set_learning_rate.
 
-    learning_rate: if it is not args.learning_rate. seed: of the rounding of bf16 weights. compile: fuse what is not
-    torch's own update. Raises ValueError if tensor parallelism cuts the blocks of 8-bit moments, or the CPU holds them.
+    seed: of the rounding of bf16 weights. compile: fuse what is not torch's own update. Raises ValueError if tensor
+    parallelism cuts the blocks of 8-bit moments, or the CPU holds them.
     """
-    lr = args.learning_rate if learning_rate is None else learning_rate
-    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
+    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
     if args.optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
@@ -308,25 +305,20 @@ def _update(
 # ---------------------------------------------------------------------------------------- schedule
 
 
-def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:
-    """The learning rate of optimizer step `step`, counted from 1: it rises linearly over ceil(warmup_ratio *
-    total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one step after the last."""
-    warmup_steps = math.ceil(warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
-    return peak * factor
-
-
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, args: OptimArgs, step: int, total_steps: int, *, peak: float | None = None
 ) -> float:
-    """Gives the optimizer the learning rate of a step, and returns it. peak: if it is not args.learning_rate."""
-    peak = args.learning_rate if peak is None else peak
-    lr = learning_rate_at(
-        step, peak=peak, schedule=args.lr_schedule, total_steps=total_steps, warmup_ratio=args.warmup_ratio
-    )
+    """Gives the optimizer the learning rate of a step, counted from 1, and returns it: it rises linearly over
+    ceil(warmup_ratio * total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one
+    step after the last. peak: if it is not args.learning_rate."""
+    rate = args.learning_rate if peak is None else peak
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
+    if step <= warmup_steps:
+        rate = rate * step / warmup_steps
+    else:
+        progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+        factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        rate = rate * factors[args.lr_schedule]
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["lr"] = rate
+    return rate

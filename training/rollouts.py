@@ -1,5 +1,5 @@
-"""Answers of a policy in reinforcement learning: drawn by all ranks and known to all, what the training models say of
-their tokens, and what is measured of them.
+"""Answers of a policy in reinforcement learning: drawn by all ranks and known to all, and what the models in training
+say of their tokens.
 
 Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
 """
@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
 from models.common import Runtime
@@ -24,9 +22,10 @@ from models.reward import pass_at_k
 from models.sampling import SamplingParams, stops_of
 from models.tp import local
 from models.transfer import index_on
-from training.losses import kl_k3, placed, token_logps
+from training.data import epoch_order
+from training.losses import placed, token_logps
 from training.prompts import Prompt, RolloutArgs
-from training.rewards import Scorer, Scores, source_metrics
+from training.rewards import Scorer
 from training.samples import draw_together
 
 # ---------------------------------------------------------------------------------------- rollouts
@@ -111,6 +110,13 @@ def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) 
     return rows, mask.to(device), logps.to(device)
 
 
+def minibatches(args: RolloutArgs, step: int, num_passes: int) -> Iterator[list[int]]:
+    """The numbers of the answers of each optimizer step of an update, which takes all answers so many times."""
+    for number in range((step - 1) * num_passes, step * num_passes):
+        order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
+        yield from (order[i : i + args.step_size] for i in range(0, len(order), args.step_size))
+
+
 def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[list[int]]:
     """The numbers of this rank's rows among the chosen, in micro-batches of like length."""
     return split.shares(chosen, lambda i: [len(rows[i].input_ids)])
@@ -163,29 +169,6 @@ def answer_values(model: Transformer, rows: list[Example], width: int, split: Sp
     return _left_aligned(values, forward.row_labels, width)
 
 
-class Rollout(NamedTuple):
-    """The answers of an update, the same on all ranks."""
-
-    rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
-    texts: list[str]
-    finished: list[bool]  # whether it ended, rather than ran out of tokens
-    mask: Tensor  # bool [A, R]
-    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
-    logps: Tensor  # what the policy in training says,
-    ref_logps: Tensor  # and the reference
-    scores: Scores
-    seconds: dict[str, float]
-    values: Tensor | None = None  # fp32 [A, R]: what the critic says, where there is one
-
-    def kls(self) -> Tensor:
-        """The log-ratio to the reference of each answer, fp32 [A]: their mean is the KL."""
-        return ((self.logps - self.ref_logps) * self.mask).sum(1)
-
-    def all_scores(self) -> Tensor:
-        """fp32 [A], NaN where an answer has none"""
-        return self.scores.total + self.scores.step_rewards.sum(1)
-
-
 # ----------------------------------------------------------------------------------------- metrics
 
 
@@ -204,37 +187,12 @@ class TokenSums:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 
-    def means(self, dp: DeviceMesh) -> dict[str, float]:
+    def means(self, split: Split) -> dict[str, float]:
         """Over the tokens of all ranks; 0 where there were none. A collective."""
         if not self.sums:
             return {}
-        sums = torch.stack(list(self.sums.values()))  # [names, 2]
-        if dp.size() > 1:
-            dist.all_reduce(sums, group=dp.get_group())
+        sums = split.sum(torch.stack(list(self.sums.values())))  # [names, 2]
         return {name: total / max(1.0, count) for name, (total, count) in zip(self.sums, sums.tolist())}
-
-
-def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
-    mask, kl, scores = rollout.mask, rollout.kls().mean().item(), rollout.all_scores()
-    graded = scores[~scores.isnan()]
-    score = graded.mean().item() if len(graded) else 0.0
-    gap = (rollout.logps - rollout.engine_logps)[mask].abs()
-    return {
-        "objective/kl": kl,
-        "objective/k3": (kl_k3(rollout.logps, rollout.ref_logps) * mask).sum(1).mean().item(),
-        "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": score - kl_coef * kl,
-        "objective/scores": score,
-        "val/num_eos_tokens": sum(rollout.finished),
-        "val/num_cut_for_reward": rollout.scores.num_cut,
-        "rewards/num_skipped": len(scores) - len(graded),
-        "completion_length": mask.sum(1).double().mean().item(),
-        "engine/logprob_gap_mean": gap.mean().item(),
-        "engine/logprob_gap_max": gap.max().item(),
-        **source_metrics([rollout.scores]),
-    }
 
 
 def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]:
@@ -245,21 +203,3 @@ def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]
     passed = (checked >= 1).view(-1, num_generations).sum(dim=1).tolist()
     ks = sorted({*(2**i for i in range(num_generations.bit_length())), num_generations})
     return {f"pass@{k}": sum(pass_at_k(num_generations, n, k) for n in passed) / len(passed) for k in ks}
-
-
-def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torch.dtype, *, is_reference: bool) -> None:
-    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, the engine's log-probs (a sampler of
-    another temperature leaves the ratio at 1), and those of the reference if it has the same weights.
-
-    means: of the first minibatch, see TokenSums. dtype: of the computation.
-    """
-    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
-    wrong = []
-    if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
-        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
-    for name, others in (("engine", rollout.engine_logps), ("reference", rollout.ref_logps)):
-        away = (rollout.logps - others)[rollout.mask].abs().mean().item()
-        if not away <= gap and (name == "engine" or is_reference):
-            wrong.append(f"log-probs {away} away from those of the {name}, which has the same weights")
-    if wrong:
-        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")

@@ -153,9 +153,6 @@ def main(args: DpoArgs) -> None:
     run.export(model)
 
 
-# -------------------------------------------------------------------------------- the reference
-
-
 def check_flags(args: DpoArgs) -> None:
     """Raises ValueError for flags that do not go together."""
     check_evaluation(args)
@@ -169,6 +166,9 @@ def check_flags(args: DpoArgs) -> None:
             refuse_idle(args, f"for --loss {args.loss}; it is for {wanted}", name)
     if args.loss in REFERENCE_FREE:
         refuse_idle(args, f"for --loss {args.loss}, which has no reference", "ref_checkpoint_path", "quantize_ref")
+
+
+# -------------------------------------------------------------------------------- the reference
 
 
 def load_models(

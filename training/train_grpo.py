@@ -53,7 +53,6 @@ from models.records import Example, Split
 from models.resting import resting
 from models.shared_base import as_reference
 from models.transfer import index_on
-from training.data import epoch_order
 from training.divergence import Divergence, DivergenceArgs
 from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.grpo_losses import (
@@ -77,6 +76,7 @@ from training.rollouts import (
     as_rows,
     draw,
     make_engine,
+    minibatches,
     pass_rates,
     rows_at,
     shares,
@@ -179,18 +179,14 @@ def main(args: GrpoArgs) -> None:
         learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)
         sums, loss, num_steps = TokenSums(runtime.device), torch.zeros((), device=runtime.device), 0
         with resting(engine, args.sleep):
-            for iteration in range(args.num_iterations):
-                number = (step - 1) * args.num_iterations + iteration
-                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-                for start in range(0, args.rollout_batch_size, args.step_size):
-                    answers = order[start : start + args.step_size]
-                    scale, step_loss = backward(policy, groups, answers, args, split, sums)
-                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                    run.check_finite(grad_norm=grad_norm)
-                    run.begin_update()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    loss, num_steps = loss + step_loss, num_steps + 1
+            for minibatch in minibatches(args, step, args.num_iterations):
+                scale, step_loss = backward(policy, groups, minibatch, args, split, sums)
+                grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                run.check_finite(grad_norm=grad_norm)
+                run.begin_update()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                loss, num_steps = loss + step_loss, num_steps + 1
         seconds["update"] = watch.lap()
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()
@@ -208,6 +204,33 @@ def main(args: GrpoArgs) -> None:
 
     scorer.close()
     run.export(policy, what="policy")
+
+
+def check_flags(args: GrpoArgs) -> None:
+    """Raises ValueError for flags that do not go together."""
+    check_rl_flags(args)
+    if args.rollout_batch_size % args.num_generations:
+        raise ValueError(
+            f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
+        )
+    if not args.beta:
+        names = ("ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl", "stop_kl")
+        refuse_idle(args, "without a --beta (one of 1e-6 loads the reference and moves nothing)", *names)
+    if args.loss_type == "rloo":
+        names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
+        refuse_idle(args, "for --loss_type rloo", *names)
+    if args.process_reward == "steps":
+        raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
+    if args.loss_type == "cispo":
+        refuse_idle(args, "for --loss_type cispo, whose ratios --epsilon_high bounds", "delta")
+        if args.epsilon_high is not None:
+            refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
+        else:
+            say(f"--loss_type cispo: a ratio counts at most --epsilon {args.epsilon}; --epsilon_high 5 is usual")
+    if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
+        raise ValueError(
+            f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ the answers
@@ -375,7 +398,7 @@ def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float
 
 def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs, split: Split) -> dict[str, float]:
     """What the steps of an update saw, under TRL's names, but for the KL of rloo. A collective."""
-    means = sums.means(split.dp)
+    means = sums.means(split)
     logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
     gaps = (logps - groups.engine_logps)[groups.mask].abs()
     clipped = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
@@ -396,33 +419,6 @@ def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs
         "clip_ratio/high_max": high.max().item() if len(high) else 0.0,
         "clip_ratio/region_mean": means["low"] + means["high"],
     }
-
-
-def check_flags(args: GrpoArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
-    check_rl_flags(args)
-    if args.rollout_batch_size % args.num_generations:
-        raise ValueError(
-            f"--num_generations {args.num_generations} does not divide --rollout_batch_size {args.rollout_batch_size}"
-        )
-    if not args.beta:
-        names = ("ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl", "stop_kl")
-        refuse_idle(args, "without a --beta (one of 1e-6 loads the reference and moves nothing)", *names)
-    if args.loss_type == "rloo":
-        names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
-        refuse_idle(args, "for --loss_type rloo", *names)
-    if args.process_reward == "steps":
-        raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
-    if args.loss_type == "cispo":
-        refuse_idle(args, "for --loss_type cispo, whose ratios --epsilon_high bounds", "delta")
-        if args.epsilon_high is not None:
-            refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
-        else:
-            say(f"--loss_type cispo: a ratio counts at most --epsilon {args.epsilon}; --epsilon_high 5 is usual")
-    if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
-        raise ValueError(
-            f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"
-        )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
-from models.checkpoint import Folder, folder_config, has_score_head, model_folder, open_folder, refuse_quantized
+from models.checkpoint import Folder, folder_config, open_folder
 from models.common import (
     Bounds,
-    Runtime,
     Stopwatch,
     at_least_one,
     card,
@@ -43,30 +41,22 @@ from models.common import (
     run_script,
     say,
 )
-from models.fsdp import (
-    ParallelArgs,
-    clip_grad_norm,
-    init_mesh,
-    load_for_training,
-    loss_scale,
-    reducing_gradients,
-    split_batch,
-)
+from models.fsdp import ParallelArgs, clip_grad_norm, init_mesh, loss_scale, reducing_gradients, split_batch
 from models.generation import Engine
-from models.lora import CRITIC, Lora
-from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.model import Transformer
 from models.pad_token import choose_pad_token, pad_changes
-from models.records import Split
+from models.records import Example, Split
 from models.resting import resting
 from models.reward import scalar_head_config
-from models.shared_base import OnSharedBase, as_reference
-from training.data import epoch_order
+from models.shared_base import as_reference
+from training.critic import CriticArgs, check_critic_flags, choose_critic, critic_note, load_with_critic
 from training.divergence import Divergence, DivergenceArgs
-from training.frozen import Frozen, ReferenceArgs, check_reader, check_rl_flags, open_frozen
+from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
 from training.losses import (
     adapted_kl_coef,
     gae,
     importance_weights,
+    kl_k3,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_kl_loss,
@@ -75,18 +65,16 @@ from training.losses import (
 )
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.prompts import Prompt, RolloutArgs, load_prompt_files, prompt_numbers
-from training.rewards import RewardArgs, RewardFolder, Scorer, load_reward_functions
+from training.rewards import RewardArgs, Scorer, Scores, load_reward_functions, source_metrics
 from training.rollouts import (
-    Rollout,
     TokenSums,
     all_logps,
     answer_logps,
     answer_values,
     as_rows,
-    check_first_minibatch,
     draw,
     make_engine,
-    objectives,
+    minibatches,
     over_ranks,
     pass_rates,
     rows_at,
@@ -97,18 +85,13 @@ from training.samples import SampleLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, DivergenceArgs, OptimArgs, ParallelArgs):
+class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, CriticArgs, DivergenceArgs, OptimArgs, ParallelArgs):
     """Proximal policy optimisation of the model in a Hugging Face folder."""
 
     learning_rate: float = 1e-6
     lr_schedule: str = "linear"
     adam_eps: float = 1e-5
     ppo_epochs: int = flag(4, bounds=at_least_one, help="passes over the answers of an update")
-    value_checkpoint_path: Path | None = flag(
-        None, type=model_folder, help="where the critic starts; the reward model, or the policy with a zero head"
-    )
-    shared_base: bool = flag(False, help="with LoRA: the critic is adapters and a head of its own on the policy's base")
-    value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
     kl_coef: float = flag(0.05, bounds=non_negative, help="weight of the KL to the reference, in nats")
     kl_in: str = flag("reward", choices=("reward", "loss"), help="where the KL stands")
     kl_target: float | None = flag(None, bounds=positive, help="adapt --kl_coef to this KL of an answer; fixed")
@@ -143,18 +126,17 @@ def main(args: PpoArgs) -> None:
     functions = load_reward_functions(args)
     data = load_prompt_files(args, folder)
     frozen = open_frozen(args, folder, data, runtime)
-    value_path = choose_critic(args, folder, frozen, data.longest)
+    value_path = choose_critic(args, folder, frozen.reward, data.longest)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)
-    models = load_models(args, mesh, runtime, lora, frozen, value_path)
-    policy, critic = models.policy, models.critic
-    scorer = Scorer(args, folder.tokenizer, frozen.reward, models.reward_model, functions, split, run.stop)
+    base, policy, critic = load_with_critic(args, mesh, runtime, lora, frozen.reward, value_path)
+    reference, reward_model = frozen.load(args, mesh, runtime, base)
+    models = Models(policy, critic, reference)
+    scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split, run.stop)
     divergence = Divergence(args, folder.config.vocab_size, "a higher --kl_coef, --kl_target", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
-    value_optimizer = make_optimizer(
-        critic, args, learning_rate=args.value_learning_rate, seed=args.seed, compile=runtime.compile
-    )
+    value_optimizer = make_optimizer(critic, args, seed=args.seed, compile=runtime.compile)
     trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both,
     trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # what adapts, and a count
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
@@ -165,8 +147,7 @@ def main(args: PpoArgs) -> None:
     sample_log = SampleLog(args, run, folder.tokenizer)
     about = {
         "policy": folder if lora is None else f"{folder}; {lora}",
-        "critic": f"{value_path}{'' if has_score_head(value_path) else ', with a zero head'}"
-        + ", adapters on the policy's base" * args.shared_base,
+        "critic": critic_note(args, value_path),
         **frozen.notes(args),
         "stop tokens": folder.stop_tokens(),
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
@@ -213,37 +194,31 @@ def main(args: PpoArgs) -> None:
         set_learning_rate(value_optimizer, args, step, args.total_steps, peak=args.value_learning_rate)
         watch, sums = Stopwatch(runtime.device), TokenSums(runtime.device)
         grad_norm = value_grad_norm = torch.zeros(())
-        is_first = step == args.critic_warmup_steps + 1  # of the policy
         with resting(engine, args.sleep):
-            for epoch in range(args.ppo_epochs):
-                number = (step - 1) * args.ppo_epochs + epoch
-                order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
-                for start in range(0, args.rollout_batch_size, args.step_size):
-                    minibatch = order[start : start + args.step_size]
-                    if step > args.critic_warmup_steps:
-                        scale = policy_backward(policy, update, minibatch, args, split, sums)
-                        if args.debug_checks and epoch == start == 0:
-                            is_reference = is_first and frozen.ref_is_start(args)
-                            means = sums.means(split.dp)
-                            check_first_minibatch(means, rollout, runtime.dtype, is_reference=is_reference)
-                        grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
-                        run.check_finite(grad_norm=grad_norm)
-                        run.begin_update()
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-
-                    scale = value_backward(critic, update, minibatch, args, split, sums)
-                    value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
-                    run.check_finite(value_grad_norm=value_grad_norm)
+            for i, minibatch in enumerate(minibatches(args, step, args.ppo_epochs)):
+                if step > args.critic_warmup_steps:
+                    scale = policy_backward(policy, update, minibatch, args, split, sums)
+                    if args.debug_checks and i == 0:
+                        is_reference = step == args.critic_warmup_steps + 1 and frozen.ref_is_start(args)
+                        check_first_minibatch(sums.means(split), rollout, runtime.dtype, is_reference=is_reference)
+                    grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
+                    run.check_finite(grad_norm=grad_norm)
                     run.begin_update()
-                    value_optimizer.step()
-                    value_optimizer.zero_grad(set_to_none=True)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+                scale = value_backward(critic, update, minibatch, args, split, sums)
+                value_grad_norm = clip_grad_norm(critic, args.max_grad_norm, scale)
+                run.check_finite(value_grad_norm=value_grad_norm)
+                run.begin_update()
+                value_optimizer.step()
+                value_optimizer.zero_grad(set_to_none=True)
         seconds = {**rollout.seconds, "update": watch.lap()}
         engine.refresh(policy)
         seconds["refresh"] = watch.lap()
 
         trained.num_tokens += int(rollout.mask.sum())
-        metrics = update_metrics(rollout, update, sums.means(split.dp), args, seconds)
+        metrics = update_metrics(rollout, update, sums.means(split), args, seconds)
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item(), value_grad_norm=value_grad_norm.item())
         metrics.update(episode=first + args.rollout_batch_size, num_tokens=int(trained.num_tokens))
         if args.kl_target is not None:
@@ -257,6 +232,20 @@ def main(args: PpoArgs) -> None:
     export(run, models, folder, value_path)
 
 
+def check_flags(args: PpoArgs) -> None:
+    """Raises ValueError for flags that do not go together."""
+    check_rl_flags(args)
+    check_critic_flags(args)
+    if args.kl_target is not None and not args.kl_coef:
+        raise ValueError(
+            f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
+        )
+    if args.kl_target is None:
+        refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")
+    if args.whiten_rewards and args.kl_in == "loss":
+        raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
+
+
 def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfolder: Path = Path()) -> None:
     """Writes policy and critic, which has a pad token that ends no row. value_path: where the critic began."""
     pad = choose_pad_token(folder)
@@ -265,24 +254,40 @@ def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfold
     run.export(models.policy, what="policy", subfolder=str(subfolder))
 
 
-# ------------------------------------------------------------------------------------------ an update
+# ------------------------------------------------------------------------------------------ the answers
 
 
-class Update(NamedTuple):
-    """What the minibatches of an update learn from."""
+class Models(NamedTuple):
+    policy: Transformer
+    critic: Transformer
+    reference: Transformer
 
-    rollout: Rollout
-    learnt: Tensor  # bool [A, R]: the tokens of the answers that have a reward
-    rewards: Tensor  # fp32 [A, R] each, 0 outside them: shaped and maybe whitened,
-    advantages: Tensor  # whitened,
-    returns: Tensor  # of the critic
-    spread: Tensor  # deviation of the advantages before they were whitened
-    kl_coef: float
-    num_learnt: list[int]  # of each answer
+
+class Rollout(NamedTuple):
+    """The answers of an update, the same on all ranks."""
+
+    rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
+    texts: list[str]
+    finished: list[bool]  # whether it ended, rather than ran out of tokens
+    mask: Tensor  # bool [A, R]
+    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
+    logps: Tensor  # what the policy in training says,
+    ref_logps: Tensor  # and the reference
+    scores: Scores
+    seconds: dict[str, float]
+    values: Tensor  # fp32 [A, R]: of the critic
+
+    def kls(self) -> Tensor:
+        """The log-ratio to the reference of each answer, fp32 [A]: their mean is the KL."""
+        return ((self.logps - self.ref_logps) * self.mask).sum(1)
+
+    def all_scores(self) -> Tensor:
+        """fp32 [A], NaN where an answer has none"""
+        return self.scores.total + self.scores.step_rewards.sum(1)
 
 
 def collect(
-    models: "Models", engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int
+    models: Models, engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int
 ) -> Rollout:
     """Answers to the prompts (see draw), scored, with the log-probs and values of the weights as they are now."""
     args, split, device = scorer.args, scorer.split, engine.device
@@ -301,6 +306,40 @@ def collect(
         values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
     seconds["logprobs"] = watch.lap()
     return Rollout(rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, seconds, values)
+
+
+def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torch.dtype, *, is_reference: bool) -> None:
+    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, the engine's log-probs (a sampler of
+    another temperature leaves the ratio at 1), and those of the reference if it has the same weights.
+
+    means: of the first minibatch, see TokenSums. dtype: of the computation.
+    """
+    least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
+    wrong = []
+    if not (abs(means["ratio"] - 1) <= least and means["approx_kl"] <= least and means["clipped"] <= most_clipped):
+        wrong.append(f"ratio {means['ratio']}, approxkl {means['approx_kl']}, clipfrac {means['clipped']}")
+    for name, others in (("engine", rollout.engine_logps), ("reference", rollout.ref_logps)):
+        away = (rollout.logps - others)[rollout.mask].abs().mean().item()
+        if not away <= gap and (name == "engine" or is_reference):
+            wrong.append(f"log-probs {away} away from those of the {name}, which has the same weights")
+    if wrong:
+        raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
+
+
+# ------------------------------------------------------------------------------------------ an update
+
+
+class Update(NamedTuple):
+    """What the minibatches of an update learn from."""
+
+    rollout: Rollout
+    learnt: Tensor  # bool [A, R]: the tokens of the answers that have a reward
+    rewards: Tensor  # fp32 [A, R] each, 0 outside them: shaped and maybe whitened,
+    advantages: Tensor  # whitened,
+    returns: Tensor  # of the critic
+    spread: Tensor  # deviation of the advantages before they were whitened
+    kl_coef: float
+    num_learnt: list[int]  # of each answer
 
 
 def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
@@ -369,6 +408,9 @@ def value_backward(
     return scale.gradients
 
 
+# ------------------------------------------------------------------------------------------ metrics
+
+
 def update_metrics(
     rollout: Rollout, update: Update, means: dict[str, float], args: PpoArgs, seconds: dict[str, float]
 ) -> dict[str, float]:
@@ -395,74 +437,27 @@ def update_metrics(
     }
 
 
-# ------------------------------------------------------------------------------------------ the models
-
-
-class Models(NamedTuple):
-    policy: Transformer
-    critic: Transformer
-    reference: Transformer
-    reward_model: Transformer | None
-
-
-def check_flags(args: PpoArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
-    check_rl_flags(args)
-    if args.shared_base and not args.uses_lora:
-        raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
-    if args.shared_base and args.value_checkpoint_path is not None:
-        raise ValueError("--shared_base: the critic stands on the policy's base; leave --value_checkpoint_path out")
-    if args.kl_target is not None and not args.kl_coef:
-        raise ValueError(
-            f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
-        )
-    if args.kl_target is None:
-        refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")
-    if args.whiten_rewards and args.kl_in == "loss":
-        raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
-
-
-def choose_critic(args: PpoArgs, policy: Folder, frozen: Frozen, longest: int) -> Path:
-    """The folder where the critic starts. Raises ValueError for one that cannot be trained, or read the policy's rows.
-    longest: tokens of a prompt and its answer."""
-    start = args.reward_checkpoint_path if frozen.reward and frozen.reward.same_tokenizer else args.checkpoint_path
-    path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
-    if args.value_checkpoint_path is None and is_quantized(read_hf_config(path)[0]):
-        raise ValueError(
-            f"--reward_checkpoint_path {path}: holds quantised weights, which are frozen, so the critic cannot start "
-            "there; give the folder it was made from, or the policy's, as --value_checkpoint_path"
-        )
-    refuse_quantized(path)
-    check_reader("critic", path, policy, longest, args, lower="--max_new_tokens")
-    return path
-
-
-def load_models(
-    args: PpoArgs, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, frozen: Frozen, value_path: Path
-) -> Models:
-    zero_head = None
-    if not has_score_head(value_path):
-        zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
-    if args.shared_base:
-        base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
-        policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
-    else:
-        policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-        own = None if lora is None else choose_lora(args, value_path, runtime, is_critic=True)
-        options = {"head": "score", "new_score": zero_head, "lora": own}
-        critic = load_for_training(value_path, mesh, args, runtime, **options)
-    with torch.no_grad():
-        critic.score.weight.mul_(value_scale(args, frozen.reward, value_path))
-    return Models(policy, critic, *frozen.load(args, mesh, runtime, base))
-
-
-def value_scale(args: PpoArgs, reward: RewardFolder | None, value_path: Path) -> float:
-    """What makes of the scores of the model where the critic starts values of the rewards: for the reward model itself
-    --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
-    reward_std, the critic learns: its head has no bias.)"""
-    if reward is None or reward.kind.separator is not None or not value_path.samefile(reward.folder.path):
-        return 1.0
-    return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)
+def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
+    mask, kl, scores = rollout.mask, rollout.kls().mean().item(), rollout.all_scores()
+    graded = scores[~scores.isnan()]
+    score = graded.mean().item() if len(graded) else 0.0
+    gap = (rollout.logps - rollout.engine_logps)[mask].abs()
+    return {
+        "objective/kl": kl,
+        "objective/k3": (kl_k3(rollout.logps, rollout.ref_logps) * mask).sum(1).mean().item(),
+        "objective/entropy": -(rollout.logps * mask).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "objective/scores": score,
+        "val/num_eos_tokens": sum(rollout.finished),
+        "val/num_cut_for_reward": rollout.scores.num_cut,
+        "rewards/num_skipped": len(scores) - len(graded),
+        "completion_length": mask.sum(1).double().mean().item(),
+        "engine/logprob_gap_mean": gap.mean().item(),
+        "engine/logprob_gap_max": gap.max().item(),
+        **source_metrics([rollout.scores]),
+    }
 
 
 if __name__ == "__main__":

@@ -165,9 +165,6 @@ def main(args: RmArgs) -> None:
     export(run, model, folder, eval_rewards)
 
 
-# ------------------------------------------------------------------------------------------ records
-
-
 def check_flags(args: RmArgs) -> None:
     """Raises ValueError for flags that do not go together."""
     check_evaluation(args)
@@ -177,6 +174,9 @@ def check_flags(args: RmArgs) -> None:
         refuse_idle(args, f"for --loss {args.loss}, whose answers have no steps", "step_separator")
     elif not args.step_separator:
         raise ValueError("--step_separator '': without a text that ends a step nobody could tell an answer's steps")
+
+
+# ------------------------------------------------------------------------------------------ records
 
 
 def encode_file(

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
 from training import train_grpo
+from training.data import epoch_order
 from training.grpo_losses import LOSS_TYPES
 from training.metrics import Metrics
 
@@ -178,8 +179,7 @@ def test_resamples(world, tmp_path, seen):
         assert (found.advantages.view(3, 4).abs().sum(1) > 0).sum() == 3 - missing[-1]
         taken += [prompt.fields["bonus"] for part in sampled for prompt in part.prompts[::4]]
         assert line["frac_reward_zero_std"] == pytest.approx(torch.cat(alike).double().mean().item())
-    order = train_grpo.epoch_order
-    wanted = [i for epoch in range(9) for i in order(6, seed=0, epoch=epoch, shuffle=True)]
+    wanted = [i for epoch in range(9) for i in epoch_order(6, seed=0, epoch=epoch, shuffle=True)]
     assert taken == wanted[: len(taken)]
     texts = [[a.text for part in sampled for a in part.answers] for sampled, _, _ in seen]
     assert texts[0] != texts[1]  # other noise

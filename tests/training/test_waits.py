@@ -64,7 +64,7 @@ def reward_model(model, critic, split):
 def rollout_of(device):
     mask = to_device([[True] * 2 + [False] * 3, [True] * 5, [True] * 3 + [False] * 2], device)
     values = torch.zeros(3, 5, device=device)
-    return mask, values, rollouts.Rollout(ANSWERS, [], [], mask, values, values, values, None, {}, values)
+    return mask, values, train_ppo.Rollout(ANSWERS, [], [], mask, values, values, values, None, {}, values)
 
 
 def ppo(model, critic, split):

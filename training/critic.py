@@ -1,0 +1,85 @@
+"""PPO's critic: the model that it starts from, beside the policy or as adapters on the policy's base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from models.adapters import choose_lora
+from models.checkpoint import Folder, has_score_head, model_folder
+from models.common import Runtime, flag, non_negative
+from models.fsdp import load_for_training
+from models.lora import CRITIC, Lora
+from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.shared_base import OnSharedBase
+from training.frozen import check_reader
+from training.rewards import RewardFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticArgs:
+    """Where the critic starts, and how fast it learns."""
+
+    value_checkpoint_path: Path | None = flag(
+        None, type=model_folder, help="where the critic starts; the reward model, or the policy with a zero head"
+    )
+    shared_base: bool = flag(False, help="with LoRA: the critic is adapters and a head of its own on the policy's base")
+    value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
+
+
+def check_critic_flags(args) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if args.shared_base and not args.uses_lora:
+        raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
+    if args.shared_base and args.value_checkpoint_path is not None:
+        raise ValueError("--shared_base: the critic stands on the policy's base; leave --value_checkpoint_path out")
+
+
+def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: int) -> Path:
+    """The folder where the critic starts. Raises ValueError for one that cannot be trained, or read the policy's rows.
+    longest: tokens of a prompt and its answer."""
+    start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
+    path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
+    if is_quantized(read_hf_config(path)[0]):
+        raise ValueError(
+            f"{path}: its quantised weights are frozen, so the critic cannot start there; give the folder it was made "
+            "from, or the policy's, as --value_checkpoint_path"
+        )
+    check_reader("critic", path, policy, longest, args, lower="--max_new_tokens")
+    return path
+
+
+def critic_note(args, value_path: Path) -> str:
+    """For people."""
+    head = "" if has_score_head(value_path) else ", with a zero head"
+    return f"{value_path}{head}" + ", adapters on the policy's base" * args.shared_base
+
+
+def load_with_critic(
+    args, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None, value_path: Path
+) -> tuple[Transformer, Transformer, Transformer]:
+    """(what the policy's weights are in, the policy, the critic)."""
+    zero_head = None
+    if not has_score_head(value_path):
+        zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
+    if args.shared_base:
+        base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
+        policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
+    else:
+        policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
+        own = None if lora is None else choose_lora(args, value_path, runtime, is_critic=True)
+        options = {"head": "score", "new_score": zero_head, "lora": own}
+        critic = load_for_training(value_path, mesh, args, runtime, **options)
+    with torch.no_grad():
+        critic.score.weight.mul_(_value_scale(args, reward, value_path))
+    return base, policy, critic
+
+
+def _value_scale(args, reward: RewardFolder | None, value_path: Path) -> float:
+    """What makes of the scores of the model where the critic starts values of the rewards: for the reward model itself
+    --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
+    reward_std, the critic learns: its head has no bias.)"""
+    if reward is None or reward.kind.separator is not None or not value_path.samefile(reward.folder.path):
+        return 1.0
+    return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)

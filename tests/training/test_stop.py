@@ -163,6 +163,19 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
     assert_same_run(out, whole)
 
 
+def test_stop_while_samples_are_drawn(world, tmp_path, monkeypatch):
+    """Catches a stop that waits for the samples of an evaluation, and a step with half of them, or with them twice."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(world, "finetune_sft.py", whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "samples.py", "draw_together", 1)
+        result = run(world, "finetune_sft.py", out)
+    assert "stopped by a signal after step 2; go on with --resume" in result.stdout
+    assert (out / "unfinished.json").exists() and not (out / "samples.jsonl").read_text()
+    run(world, "finetune_sft.py", out, resume=True)
+    assert_same_run(out, whole)
+
+
 RUDE = """
 import os, signal, torch
 

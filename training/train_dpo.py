@@ -183,26 +183,27 @@ def load_models(
     """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
     pairs, and where policy and reference begin alike they are one model; with adapters also later, see as_reference.
     splits: empty if no step is taken."""
+    load_policy = partial(load_for_training, args.checkpoint_path, mesh, args, runtime, lora=lora)
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
-    uses_reference = args.loss not in REFERENCE_FREE and bool(splits)
-    is_start = args.ref_checkpoint_path is None and ref_scheme is None
-    cache = None
-    if uses_reference and args.precompute_ref:
-        dtypes = (frozen_dtype(args, runtime), runtime.dtype)
-        weights = weights_digest(args.ref_path, args.adapter_path if is_start else None)
-        key = {"weights": weights, "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
-        scheme = lora.scheme if is_start and lora is not None else ref_scheme
-        if scheme is not None:
-            key["quantised"] = str(scheme)
-        cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
-    if cache and not is_start:
+    begin_alike = args.ref_checkpoint_path is None and ref_scheme is None
+    if args.loss in REFERENCE_FREE or not splits:
+        return load_policy(), None
+    if not args.precompute_ref:
+        policy = load_policy()
+        return policy, policy if begin_alike and lora is not None else load_reference()
+    dtypes = (frozen_dtype(args, runtime), runtime.dtype)
+    weights = weights_digest(args.ref_path, args.adapter_path if begin_alike else None)
+    key = {"weights": weights, "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
+    scheme = lora.scheme if begin_alike and lora is not None else ref_scheme
+    if scheme is not None:
+        key["quantised"] = str(scheme)
+    cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
+    if not begin_alike:
         precompute_with(load_reference(), splits, cache, split)
-    model = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-    if cache and is_start:  # which it is until its first step, and until a checkpoint is read
-        precompute_with(model, splits, cache, split)
-    if not uses_reference or args.precompute_ref:
-        return model, None
-    return model, model if is_start and lora is not None else load_reference()
+        return load_policy(), None
+    policy = load_policy()  # which is the reference until its first step, and until a checkpoint is read
+    precompute_with(policy, splits, cache, split)
+    return policy, None
 
 
 @torch.no_grad()

@@ -405,16 +405,22 @@ class Split(NamedTuple):
     max_tokens: int | None = None  # of a forward whose rows are packed end to end, whatever their number; not packed
     check: Callable[[], None] | None = None  # called by all ranks before each forward; a run may be left there
 
-    def shares(self, rows: list[Row], lengths_of: Callable[[Row], list[int]] | None = None) -> Iterator[list[Row]]:
-        """This rank's rows, a group for each forward: see micro_batches, and groups_of_ranks where they are packed.
-        lengths_of(row): of the token sequences that it puts through the model; by default those of its `sequences`."""
-        lengths_of = lengths_of or (lambda row: list(map(len, row.sequences)))
+    def shares(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """This rank's rows, a group for each forward."""
+        for numbers in self.numbers(rows):
+            yield [rows[i] for i in numbers]
+
+    def numbers(self, rows: Sequence[Row], chosen: list[int] | None = None) -> Iterator[list[int]]:
+        """The numbers of this rank's rows, among the chosen or all, a group for each forward: see micro_batches, and
+        groups_of_ranks where they are packed. A row's `sequences` are what it puts through the model."""
+        chosen = list(range(len(rows))) if chosen is None else chosen
+        lengths = {i: list(map(len, rows[i].sequences)) for i in chosen}
         rank, size = self.dp.get_local_rank(), self.dp.size()
         if self.max_tokens is None:
-            shares = micro_batches(rows, self.micro_batch_size, rank, size, lambda row: max(lengths_of(row)))
+            shares = micro_batches(chosen, self.micro_batch_size, rank, size, lambda i: max(lengths[i]))
         else:
-            groups = groups_of_ranks([sum(lengths_of(row)) for row in rows], self.max_tokens, size)[rank]
-            shares = ([rows[i] for i in group] for group in groups)
+            groups = groups_of_ranks([sum(lengths[i]) for i in chosen], self.max_tokens, size)[rank]
+            shares = ([chosen[j] for j in group] for group in groups)
         for share in shares:
             if self.check is not None:
                 self.check()

@@ -351,8 +351,7 @@ def step_scores(
     scores = torch.zeros(first[-1], device=device)
     length = lambda i: len(rows[i].input_ids)  # noqa: E731
     with torch.no_grad():
-        numbers = list(range(len(rows)))
-        shares = _taken(numbers, length, split) if taken else split.shares(numbers, lambda i: [length(i)])
+        shares = _taken(list(range(len(rows))), length, split) if taken else split.numbers(rows)
         for group in shares:
             examples, places = rows_to_score([rows[i] for i in group])
             found = model.score(forward_rows(model, examples, split).at(places))

@@ -20,7 +20,7 @@ from scripts.benchmark_common import SpeedArgs, run_speed_job
 from scripts.benchmark_training import RecomputeArgs, sharded_model
 from scripts.workload import counted
 from training.losses import ppo_policy_loss
-from training.rollouts import answer_logps, rows_at, shares
+from training.rollouts import answer_logps, rows_at
 
 SHORTEST = 16  # tokens of an answer
 
@@ -63,7 +63,7 @@ def ragged_rows(args: GrpoArgs) -> list[Example]:
 
 def padding_share(rows: list[Example], split: Split) -> float:
     """The part of the tokens of this rank's padded forwards that are padding."""
-    lengths = [[len(rows[i].input_ids) for i in group] for group in shares(list(range(len(rows))), rows, split)]
+    lengths = [[len(rows[i].input_ids) for i in group] for group in split.numbers(rows)]
     return 1 - sum(map(sum, lengths)) / sum(len(group) * max(group) for group in lengths if group)
 
 
@@ -72,7 +72,7 @@ def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, sp
     width = max(row.num_targets for row in rows)
     mask = torch.arange(width) < torch.tensor([row.num_targets for row in rows])[:, None]
     mask, count = mask.to(advantages.device), int(mask.sum())
-    for part in reducing_gradients(model, shares(list(range(len(rows))), rows, split), every=True):
+    for part in reducing_gradients(model, split.numbers(rows), every=True):
         of_part = rows_at(part, mask.device)
         logps = answer_logps(model, [rows[i] for i in part], width, split, 1.0)[0]
         losses, _ = ppo_policy_loss(logps, logps.detach(), of_part(advantages)[:, None], cliprange=0.2)

@@ -77,7 +77,7 @@ def precompute(
         """[pairs, 2] on the CPU, 0 outside the batches."""
         logps = torch.zeros(len(pairs), 2, device=device)
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            for rows in split.shares(numbers, lambda i: list(map(len, pairs[i].sequences))):
+            for rows in split.numbers(pairs, numbers):
                 logps.index_copy_(0, index_on(rows, device), logps_of([pairs[i] for i in rows]).T)
         return split.sum(logps).cpu()
 

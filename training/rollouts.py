@@ -117,11 +117,6 @@ def minibatches(args: RolloutArgs, step: int, num_passes: int) -> Iterator[list[
         yield from (order[i : i + args.step_size] for i in range(0, len(order), args.step_size))
 
 
-def shares(chosen: list[int], rows: list[Example], split: Split) -> Iterator[list[int]]:
-    """The numbers of this rank's rows among the chosen, in micro-batches of like length."""
-    return split.shares(chosen, lambda i: [len(rows[i].input_ids)])
-
-
 def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
     """What takes these rows of a tensor [A, ...] on the device, for which nobody waits."""
     index = index_on(part, device)
@@ -131,7 +126,7 @@ def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
     """function(n rows, maybe none) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
     result = None
-    for part in shares(list(range(len(rows))), rows, split):
+    for part in split.numbers(rows):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
         result.index_copy_(0, index_on(part, values.device), values)

@@ -133,8 +133,7 @@ def main(args: DpoArgs) -> None:
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
         scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
-        shares = split.shares(batch)
-        for pairs in reducing_gradients(model, shares, every=args.sync_every_micro_batch):
+        for pairs in reducing_gradients(model, split.shares(batch), every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split)
             (loss * scale.loss).backward()
             sums += micro_sums

@@ -79,7 +79,6 @@ from training.rollouts import (
     minibatches,
     pass_rates,
     rows_at,
-    shares,
 )
 from training.run_dir import Run, RunArgs
 from training.samples import SampleLog
@@ -341,14 +340,15 @@ def groups_of(
 
 
 def backward(
-    policy: Transformer, groups: Groups, step: list[int], args: GrpoArgs, split: Split, sums: TokenSums
+    policy: Transformer, groups: Groups, minibatch: list[int], args: GrpoArgs, split: Split, sums: TokenSums
 ) -> tuple[float, Tensor]:
     """The gradient of the loss of an optimizer step on these answers, but for the factor that it returns (see
     loss_scale); this rank's part of the loss."""
     width, device = groups.learnt.shape[1], groups.learnt.device
-    divisor = loss_divisor(args, [groups.num_learnt[i] for i in step], groups.num_learnt, args.max_new_tokens)
+    divisor = loss_divisor(args, [groups.num_learnt[i] for i in minibatch], groups.num_learnt, args.max_new_tokens)
     scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=device)
-    for part in reducing_gradients(policy, shares(step, groups.rows, split), every=args.sync_every_micro_batch):
+    parts = split.numbers(groups.rows, minibatch)
+    for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
         rows, index, of_part = [groups.rows[i] for i in part], index_on(part, device), rows_at(part, device)
         m = of_part(groups.learnt)
         logps, entropies = answer_logps(policy, rows, width, split, args.temperature, entropy=True)

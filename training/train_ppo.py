@@ -78,7 +78,6 @@ from training.rollouts import (
     over_ranks,
     pass_rates,
     rows_at,
-    shares,
 )
 from training.run_dir import Run, RunArgs
 from training.samples import SampleLog
@@ -364,7 +363,7 @@ def policy_backward(
     that it returns (see loss_scale)."""
     rollout, width = update.rollout, update.learnt.shape[1]
     scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
-    parts = shares(minibatch, rollout.rows, split)
+    parts = split.numbers(rollout.rows, minibatch)
     for part in reducing_gradients(policy, parts, every=args.sync_every_micro_batch):
         answers, of_part = [rollout.rows[i] for i in part], rows_at(part, rollout.mask.device)
         mask, old_logps = of_part(update.learnt), of_part(rollout.logps)  # [n, R]
@@ -396,7 +395,7 @@ def value_backward(
     that it returns (see loss_scale)."""
     rollout, width = update.rollout, update.learnt.shape[1]
     scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
-    parts = shares(minibatch, rollout.rows, split)
+    parts = split.numbers(rollout.rows, minibatch)
     for part in reducing_gradients(critic, parts, every=args.sync_every_micro_batch):
         answers, of_part = [rollout.rows[i] for i in part], rows_at(part, rollout.mask.device)
         mask, old_values, returns = of_part(update.learnt), of_part(rollout.values), of_part(update.returns)  # [n, R]

@@ -12,7 +12,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -138,7 +137,7 @@ def main(args: RmArgs) -> None:
         places, targets = reward_places(batch), targets_of(batch, runtime.device)
         rewards = torch.zeros(places[-1].stop, device=runtime.device)
         scale, loss = loss_scale(len(targets), dp_size), torch.zeros((), device=runtime.device)
-        for share in reducing_gradients(model, shares_of(batch, split), every=args.sync_every_micro_batch):
+        for share in reducing_gradients(model, split.numbers(batch), every=args.sync_every_micro_batch):
             rows = [batch[i] for i in share]
             micro_rewards = rewards_of(model, rows, split)
             micro_loss = losses_of(args, micro_rewards, targets_of(rows, runtime.device)).sum()
@@ -210,11 +209,6 @@ def targets_of(rows: SomeRows, device: torch.device) -> Tensor:
     return to_device(values, device, torch.float32)
 
 
-def shares_of(rows: SomeRows, split: Split) -> Iterator[list[int]]:
-    """The numbers of this rank's rows, in micro-batches."""
-    return split.shares(list(range(len(rows))), lambda i: list(map(len, rows[i].sequences)))
-
-
 def describe(rows: Rows) -> str:
     num_rewards = rows.lengths.size if rows.kind is Pair else len(rows.columns.values)
     return f"{len(rows):,} records, {rows.num_tokens:,} tokens, {num_rewards:,} rewards"
@@ -255,7 +249,7 @@ def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
     """The rewards of rows that are spread over all ranks, on every rank."""
     places = reward_places(rows)
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
-    for share in shares_of(rows, split):
+    for share in split.numbers(rows):
         index = index_on([place for i in share for place in places[i]], rewards.device)
         rewards.index_copy_(0, index, rewards_of(model, [rows[i] for i in share], split))
     return split.sum(rewards)

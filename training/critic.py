@@ -13,8 +13,7 @@ from models.fsdp import load_for_training
 from models.lora import CRITIC, Lora
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.shared_base import OnSharedBase
-from training.frozen import check_reader
-from training.rewards import RewardFolder
+from training.frozen import RewardFolder, check_reader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 them, how their weights are quantised, and whether they can read the policy's rows.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat
-from models.checkpoint import Folder, model_folder
+from models.checkpoint import Folder, model_folder, open_folder
 from models.checksums import check_files
 from models.common import Runtime, flag, refuse_idle
 from models.fsdp import load_frozen
@@ -18,8 +19,8 @@ from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
 from models.records import encode_generated
+from models.reward import RewardKind, read_reward_kind
 from training.prompts import Prompts
-from training.rewards import RewardFolder, open_reward_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,15 @@ class ReferenceArgs(GroupSizeArgs):
         """For people."""
         is_start = self.ref_checkpoint_path is None and self.adapter_path is not None
         return f"{self.ref_path} with the adapter {self.adapter_path}" if is_start else str(self.ref_path)
+
+
+class RewardFolder(NamedTuple):
+    """A reward model's folder, beside that of the policy whose answers it scores."""
+
+    folder: Folder
+    same_tokenizer: bool  # as the policy's: it can read the policy's ids
+    kind: RewardKind
+    policy_ends: tuple[int, ...]  # ids with which the policy ends an answer by itself
 
 
 class Frozen(NamedTuple):
@@ -148,6 +158,24 @@ def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, refere
     if reward:
         check_chats(reward, data)
     return Frozen(path, ref_scheme, reward, reward_scheme)
+
+
+def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
+    """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
+    today = policy.tokenizer.today
+    folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
+    same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
+    same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
+    return RewardFolder(folder, same_tokenizer, read_reward_kind(path), policy.eos_token_ids)
+
+
+def _text_to_ids(folder: Path) -> dict[str, object]:
+    """What decides how text becomes ids. Not padding: a reward model's pad token may be its own."""
+    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    if b'"padding"' in files.get("tokenizer.json", b""):
+        files["tokenizer.json"] = {**json.loads(files["tokenizer.json"]), "padding": None}
+    return files
 
 
 def check_chats(reward: RewardFolder, data: Prompts) -> None:

@@ -13,7 +13,6 @@ Dimensions: A answers, R tokens of the longest answer.
 
 import concurrent.futures
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.chats import Chat
-from models.checkpoint import Folder, model_folder, open_folder
+from models.checkpoint import model_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
@@ -32,12 +31,10 @@ from models.packing import own_share
 from models.parts import encode_continuation
 from models.records import Example, Split, encode_generated, ids_at_the_end
 from models.reward import (
-    RewardKind,
     Scored,
     aggregate,
     encode_steps,
     place_of_score,
-    read_reward_kind,
     sigmoid,
     split_steps,
     step_scores,
@@ -46,6 +43,7 @@ from models.sharing import wait_for_all_ranks
 from models.streaming import StreamDecoder
 from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
+from training.frozen import RewardFolder
 from training.prompts import Prompt
 from training.stop import Stop
 
@@ -104,33 +102,6 @@ def load_reward_functions(args: RewardArgs) -> list[Grader]:
     if idle and not any(grader.per_answer for grader in graders):
         say(f"--{idle[0]} holds for a --reward_fn of the form (prompt, completion, example), and there is none")
     return graders
-
-
-class RewardFolder(NamedTuple):
-    """A reward model's folder, beside that of the policy whose answers it scores."""
-
-    folder: Folder
-    same_tokenizer: bool  # as the policy's: it can read the policy's ids
-    kind: RewardKind
-    policy_ends: tuple[int, ...]  # ids with which the policy ends an answer by itself
-
-
-def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
-    """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
-    today = policy.tokenizer.today
-    folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
-    same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
-    same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
-    return RewardFolder(folder, same_tokenizer, read_reward_kind(path), policy.eos_token_ids)
-
-
-def _text_to_ids(folder: Path) -> dict[str, object]:
-    """What decides how text becomes ids. Not padding: a reward model's pad token may be its own."""
-    names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
-    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-    if b'"padding"' in files.get("tokenizer.json", b""):
-        files["tokenizer.json"] = {**json.loads(files["tokenizer.json"]), "padding": None}
-    return files
 
 
 def rows_it_reads(

@@ -174,7 +174,7 @@ def main(args: PpoArgs) -> None:
                 metrics |= evaluate()
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
-            export(run, models, folder, value_path, Path(run.step_folder))
+            export(run, policy, critic, folder, value_path, Path(run.step_folder))
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
@@ -228,7 +228,7 @@ def main(args: PpoArgs) -> None:
         divergence.look(step, kl=metrics["objective/kl"], tokens=metrics["completion_length"], **of_token)
 
     scorer.close()
-    export(run, models, folder, value_path)
+    export(run, policy, critic, folder, value_path)
 
 
 def check_flags(args: PpoArgs) -> None:
@@ -245,12 +245,14 @@ def check_flags(args: PpoArgs) -> None:
         raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
 
 
-def export(run: Run, models: "Models", folder: Folder, value_path: Path, subfolder: Path = Path()) -> None:
+def export(
+    run: Run, policy: Transformer, critic: Transformer, folder: Folder, value_path: Path, subfolder: Path = Path()
+) -> None:
     """Writes policy and critic, which has a pad token that ends no row. value_path: where the critic began."""
     pad = choose_pad_token(folder)
     config, changes = scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
-    run.export(models.critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
-    run.export(models.policy, what="policy", subfolder=str(subfolder))
+    run.export(critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
+    run.export(policy, what="policy", subfolder=str(subfolder))
 
 
 # ------------------------------------------------------------------------------------------ the answers

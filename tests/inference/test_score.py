@@ -21,8 +21,9 @@ from tests import tiny
 from tests.file_tokenizer import FileTokenizer
 from tests.forked import Forked
 from tests.ranks import launch
+from training.frozen import open_reward_folder
 from training.preferences import encode_process_record
-from training.rewards import open_reward_folder, rows_it_reads
+from training.rewards import rows_it_reads
 
 SCRIPT = "inference/score.py"
 PROCESS = {"reward_model_type": "process", "step_separator": "\n"}

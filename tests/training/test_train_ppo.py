@@ -17,7 +17,7 @@ from models.records import IGNORE_INDEX, Example, Split, encode_prompt
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_train_rm import make_records
-from training import rewards, rollouts, train_ppo
+from training import frozen, rewards, rollouts, train_ppo
 from training.rewards import RewardArgs, Scorer
 from training.rollouts import Prompt
 from training.stop import Stop
@@ -225,7 +225,7 @@ class Scores:
 
     def __init__(self, policy, folder):
         self.tokenizer = Tokenizer(policy)
-        self.reward = rewards.open_reward_folder(folder, open_folder(policy), 1)
+        self.reward = frozen.open_reward_folder(folder, open_folder(policy), 1)
         mesh = init_mesh(torch.device("cpu"), 1)
         self.split = Split(2, mesh["dp"], 0)
         runtime = Runtime(torch.device("cpu"), torch.float32, False)

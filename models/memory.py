@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from models.model import Transformer
 from models.pages import PAGE, pages_for
+from models.scheduler import CONTEXTS
 from models.tp import chunk_range, size_of
 
 MOST_SLOTS = {"cuda": 256, "cpu": 16}  # of --batch_size auto
@@ -65,11 +66,15 @@ def plan_cache(
     most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
     columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
-    prefill_tokens = min(prefill_tokens, most_slots * max(known_tokens, most_tokens))  # no more are in rows at a time
+    longest, of_page = max(known_tokens, most_tokens), page_bytes(model)
+    prefill_tokens = min(prefill_tokens, most_slots * longest)  # no more are in rows at a time
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
+    contexts = min(max(CONTEXTS * prefill_tokens, longest), most_slots * longest)  # of a layer; repeated for all heads
+    copies = 1 + config.num_attention_heads // config.num_key_value_heads
+    beside += contexts * copies * of_page // (PAGE * config.num_hidden_layers)
     if size_of(tp) > 1:  # NCCL takes its buffers with the first
         dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
-    free, of_page = max(0, free_memory(device) - reserved), page_bytes(model)
+    free = max(0, free_memory(device) - reserved)
     fitting = int((SHARE[device.type] * free - beside) // of_page)
     if size_of(tp) > 1:
         agreed = torch.tensor(fitting, device=device)

@@ -21,6 +21,8 @@ from models.paged_cache import Chunk
 from models.pages import PAGE, PagePool, pages_for
 from models.sequences import Prompt, Sample
 
+CONTEXTS = 16  # times prefill_tokens: tokens that the chunks of a prefill see, which a GPU gathers from their pages
+
 
 class Prefill(NamedTuple):
     """Tokens to be computed, packed end to end."""
@@ -112,12 +114,16 @@ class Scheduler:
         return True
 
     def next_prefill(self) -> Prefill:
-        """At most prefill_tokens tokens of those that are being filled, who count as computed from here on."""
-        batch = Prefill([], [], [], [], [])
+        """At most prefill_tokens tokens of those that are being filled, who count as computed from here on. With what
+        was there before of each, CONTEXTS times as many, or one sequence."""
+        batch, seen = Prefill([], [], [], [], []), 0
         while self.filling and len(batch.ids) < self.prefill_tokens:
             sample = self.filling[0]
             start = sample.num_cached
             end = min(sample.num_to_cache, start + self.prefill_tokens - len(batch.ids))
+            seen += end
+            if batch.chunks and seen > CONTEXTS * self.prefill_tokens:
+                break
             batch.ids.extend(sample.ids[start:end])
             batch.positions.extend(range(start, end))
             batch.chunks.append(Chunk(sample.pages, start, end - start))

@@ -21,11 +21,15 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache
     assert of_page == 64 * cache.bytes_per_token
     config = model.config
-    beside = 4 * 128 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * 16 * config.vocab_size
+    of_block = 4 * 128 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * 16 * config.vocab_size
+    of_token = of_page // 64 // config.num_hidden_layers  # keys and values, and their repetition for all heads
+    of_token *= 1 + config.num_attention_heads // config.num_key_value_heads
 
     def plan(num_pages, num_slots=None, num_requests=100, **lengths):
-        monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (num_pages * of_page + beside) + 2)
         lengths = {"usual_tokens": 100, "known_tokens": 200, "most_tokens": 0, **lengths}
+        contexts = min(max(16 * 128, lengths["most_tokens"]), 200 * num_requests)
+        free = 2 * (num_pages * of_page + of_block + of_token * contexts) + 2
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
         found = plan_cache(model, num_slots=num_slots, num_requests=num_requests, prefill_tokens=128, **lengths)
         return found.num_slots, found.num_pages, found.max_seq_len
 

@@ -370,7 +370,8 @@ def fill_parameters(
         else:
             own = local(parameter)
             assert own.shape == part.shape, (name, own.shape, part.shape)
-            own.copy_(part)
+            # copy_ would convert first: bf16 for fp32 weights of a GPU would be sent as twice the bytes
+            own.copy_(part.to(own.device) if part.itemsize < own.itemsize else part)
     model.tie_weights()
     model.reset_buffers(device)
 

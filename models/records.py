@@ -68,6 +68,7 @@ def get_field(record: Record, *names: str) -> object:
     nulls = [name for name in names if name in record.fields]
     why = f"{nulls[0]!r} is null" if nulls else f"{names[0]!r} is missing (found: {', '.join(record.fields) or 'none'})"
     advice = "; give messages with role and content" * ("conversations" in record.fields)
+    advice += "; give the messages up to the answer as prompt" * ("messages" in record.given and names[0] == "prompt")
     raise ValueError(f"{record.where}: the field {why}{advice}")
 
 

@@ -139,7 +139,8 @@ def encode_sft_file(
     rows, counts = encode_file(path, Example, 1, encoder, tokenizer, "sft", store)
     if counts.nothing_to_learn == len(rows):
         raise ValueError(
-            f"{path}: no record has a token to learn ({len(rows)} records kept, {counts.skipped} too long)"
+            f"{path}: no record has a token to learn ({len(rows)} records kept, {counts.skipped} too long); "
+            "of chats what the role assistant says is learnt"
         )
     return rows, counts
 

@@ -278,6 +278,8 @@ def test_prompts_leave_nothing_out(opened):
     assert get_prompt(Record("x:1", alpaca)) == "Translate.\ncat"
     assert get_prompt(Record("x:1", {**alpaca, "input": ""})) == "Translate."
     assert get_prompt(Record("x:1", {**alpaca, "prompt": "p"})) == "p"
+    with pytest.raises(ValueError, match=r"found: messages.; give the messages up to the answer as"):
+        get_prompt(Record("x:1", {"messages": [user("a"), said("b")]}))
 
 
 def test_a_long_chat_takes_the_time_of_its_tokens(opened):

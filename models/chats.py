@@ -21,6 +21,7 @@ from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
+BEGUN_THOUGHT = re.compile(r"<(\w+)>\s*(?:</\1>\s*)?$")  # of a header, which earlier turns may be without
 CLOSED_THOUGHT, EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$"), re.compile(r"<(\w+)>\s*</\1>")
 MEDIA = ("images", "videos", "audios")
 # Fields beside a prompt or messages that people have, and what to do instead: who has them wants them learnt.
@@ -245,6 +246,7 @@ class _TurnFinder:
         self.chat, self.template, self.text, self.end_tokens = chat, template, text, end_tokens
         self.begins, self.ends, self.calls = ({}, {}, {}) if place is None else place[:3]
         self.leads: dict[tuple, str] = {}  # what stands between the content of a message and the turn that answers it
+        self.last_end = 0  # of the turns found so far
 
     def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
         """The text of the first messages."""
@@ -256,11 +258,18 @@ class _TurnFinder:
         if end < start:
             content = content_of(self.chat.messages[i]).strip()
             end = max(start, self.text.find(content, start, self._block_end(i)) + len(content))
-        return start, self._end(i, end)
+        self.last_end = self._end(i, end)
+        return start, self.last_end
+
+    def _shown_before(self, i: int) -> int:
+        """Where what is shown of the messages before this one ends, as far as that is known: not of one without
+        content, such as the output of a tool that printed nothing."""
+        shown = (self.ends.get(j, self.calls.get(j)) for j in range(i - 1, -1, -1))
+        return max(self.last_end, next((end for end in shown if end is not None), 0))
 
     def _start(self, i: int) -> int:
         led_by = self.ends.get(i - 1)
-        behind = self.calls.get(i - 1, 0) if led_by is None else led_by
+        behind = self._shown_before(i) if led_by is None else led_by
         message = self.chat.messages[i]
         kind = (
             self.chat.messages[i - 1]["role"],
@@ -275,8 +284,12 @@ class _TurnFinder:
         start = _common_prefix(before, self.text)
         if start < behind:  # it writes the message before otherwise once others follow
             header = before[len(self.rendered(i, add_generation_prompt=False)) :]
-            found = self.text.find(header, behind, self.begins.get(i))
-            start = found + len(header) if found >= 0 else self.begins.get(i, behind)
+            headers, limit = [header, BEGUN_THOUGHT.sub("", header)], self.begins.get(i)
+            found = [(self.text.find(each, behind, limit), len(each)) for each in headers if each.strip()]
+            found = sorted((at, -length) for at, length in found if at >= 0)
+            if not found and limit is None:
+                raise ValueError(f"the chat template does not show where message {i} begins")
+            start = found[0][0] - found[0][1] if found else limit
         elif start < len(before):  # it writes another header once there is an answer
             closed = CLOSED_THOUGHT.search(before)
             start = start if closed is None else min(start, closed.start())

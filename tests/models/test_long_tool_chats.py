@@ -68,3 +68,29 @@ def test_a_long_chat_of_calls_takes_the_time_of_its_tokens(opened):
             learnt_turns(read_chat(messages), opened[0])
         counts.append(rendered.call_count)
     assert counts[2] <= counts[0]
+
+
+LAST_QUESTION = "{% set ns = namespace(last=0) %}{% for m in messages %}"
+LAST_QUESTION += "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+THINKING = LAST_QUESTION + TEMPLATE.replace(
+    "m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n'",
+    "m.thinking and loop.index0 > ns.last %}{{ '<think>\n' + m.thinking + '\n</think>\n\n'",
+)
+
+
+@pytest.mark.parametrize("output", ["5", "", " \n"])
+@pytest.mark.parametrize("opening", ["", "<think>\n\n</think>\n\n"])
+def test_tools_that_print_nothing(opened, output, opening):
+    """Catches the output of a tool learnt, and a turn whose thoughts the template has dropped: where the output is
+    empty, so that no place of it is known, and where the generation prompt has a thought and earlier turns none."""
+    tokenizer, theirs = opened
+    template = THINKING.replace("<|assistant|>\n", "<|assistant|>\n" + opening)
+    (tokenizer.config_path.parent / "chat_template.jinja").write_text(template, encoding="utf-8")
+    first = {**calling("f", {}), "reasoning_content": "hm"}
+    messages = [USER, first, tool(output), answer("5"), USER, first, tool(output), calling("g", {}), tool(output)]
+    messages += [answer("6"), USER, answer("7")]
+    text, spans, cut = learnt_turns(read_chat(messages), Tokenizer(tokenizer.config_path.parent))
+    shown = [message | {"thinking": message.get("reasoning_content")} for message in messages]
+    assert text == theirs.apply_chat_template(shown, chat_template=template, tokenize=False)
+    wanted = ["5<|eot_id|>", '<tool>{"name": "g", "arguments": {}}</tool><|eot_id|>', "6<|eot_id|>", "7<|eot_id|>"]
+    assert [text[slice(*span)] for span in spans] == wanted and cut == 2

@@ -290,7 +290,11 @@ def encode_answer(
     """encode_answered, cut behind the last token that generation gives: EOS, or the end of the turn."""
     example, counts = encode_answered(prompt, answer, tokenizer, name)
     require(example.num_targets > 0, f"the chat template writes nothing for {name}")
-    end = len(example.labels) - next(i for i, label in enumerate(reversed(example.labels)) if label != IGNORE_INDEX)
+    learnt = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    end, ends = learnt[-1] + 1, (tokenizer.end_of_turn_id, tokenizer.eos_token_id)
+    stop = next((i + 1 for i in reversed(learnt) if example.input_ids[i] in ends), end)
+    if not tokenizer.decode(example.input_ids[stop:end], skip_special_tokens=False).strip():
+        end = stop  # without the newline behind it that a template may mark as the assistant's
     return Example(example.input_ids[:end], example.labels[:end]), counts
 
 

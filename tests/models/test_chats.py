@@ -175,6 +175,19 @@ def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
     assert tokenizer.decode(drawn, False) == prompt_text + "4<|eot_id|>"
 
 
+def test_a_mark_that_ends_behind_the_turn(tmp_path):
+    """Catches a score, or a log-prob, of the newline behind the end of a turn, which TRL's training templates mark as
+    the assistant's: no generation gives it, so scores of samples would sit elsewhere than they were trained."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    wider = TEMPLATES["marked"].replace("{% endgeneration %}", "\n{% endgeneration %}")
+    (tmp_path / "chat_template.jinja").write_text(wider)
+    tokenizer, question = Tokenizer(tmp_path), [user("2+2?")]
+    assert row_of(tokenizer, messages=[*question, said("4")])[1] == ["4<|eot_id|>\n"]  # as transformers masks it
+    made, _ = encode_pair_record(Record("x:1", {"prompt": question, "chosen": "4", "rejected": "5\n"}), tokenizer)
+    drawn = [encode_generated(read_chat(question), text, tokenizer, finished=True) for text in ("4", "5\n")]
+    assert [made.chosen.input_ids, made.rejected.input_ids] == drawn
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 WITH_CALL = [user("1+2"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, user("3"), said("it is 3")]

@@ -204,10 +204,14 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     template = tokenizer.chat_template
     place = template.locate(text, chat.messages, **chat.values)
     _check_rendered(chat, text, place, template)
-    if place is not None and place.generated:
-        return _marked_turns(chat, text, place)
     finder, spans, cut = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
     last = len(chat.messages) - 1
+    if place is not None and place.generated:
+        before = finder.rendered(last, add_generation_prompt=True) if as_generated else ""
+        if text.startswith(before) or _thinks_anew(chat.messages[last], before):
+            return _marked_turns(chat, text, place)
+        opening = finder.rendered(last, add_generation_prompt=False)
+        return _as_it_stands(chat.messages[last], before, len(before) - len(opening), spans, cut, tokenizer)
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
             continue

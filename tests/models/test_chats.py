@@ -188,6 +188,20 @@ def test_a_mark_that_ends_behind_the_turn(tmp_path):
     assert [made.chosen.input_ids, made.rejected.input_ids] == drawn
 
 
+def test_a_marked_answer_as_text_follows_the_generation_prompt(tmp_path):
+    """Catches an answer behind a header that no generation begins from, where the template marks its turns and opens a
+    thought in the prompt alone, as TRL's for DeepSeek."""
+    byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
+    opens = TEMPLATES["marked"].replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(opens)
+    tokenizer, oracle = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompt = oracle.apply_chat_template([user("2+2?")], tokenize=False, add_generation_prompt=True)
+    text, learnt, _ = row_of(tokenizer, prompt=[user("2+2?")], completion="so\n</think>\n\n4")
+    assert (text, learnt) == (prompt + "so\n</think>\n\n4<|eot_id|>", ["so\n</think>\n\n4<|eot_id|>"])
+    messages = [user("2+2?"), said("4")]
+    assert row_of(tokenizer, messages=messages)[0] == oracle.apply_chat_template(messages, tokenize=False)
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 WITH_CALL = [user("1+2"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, user("3"), said("it is 3")]

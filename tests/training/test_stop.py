@@ -146,20 +146,21 @@ STOPS = {
 def test_stop_anywhere(script, world, tmp_path, monkeypatch):
     """Catches a stop that waits for the end of a rollout, of the log-probs, of an accumulation or of an evaluation, one
     that leaves in the middle of an update, a half step or rollout that leaves a trace, an evaluation that is missing
-    from its line or done twice, and a run that loses the step before."""
+    from its line or done twice, a run that loses the step before, and tokens of steps without a line not counted."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    run(world, script, whole)
+    more = {"log_steps": 2} if "--train_file" in flags(world, script, out) else {}
+    run(world, script, whole, **more)
     for n, (name, number, said) in enumerate(STOPS[script]):
         with monkeypatch.context() as patch:
             calls = stop_at(patch, script, name, number)
-            result = run(world, script, out, **({"resume": True} if n else {}))
+            result = run(world, script, out, **more, **({"resume": True} if n else {}))
         assert f"stopped by a signal {said}; go on with --resume" in result.stdout, (name, result.stdout)
         assert len(calls) == number or said == "after update 3", (name, calls)
         assert not (out / "config.json").exists()
         if (out / "unfinished.json").exists():  # as if killed when the line was written, and this file not yet removed
             with open(out / "metrics.jsonl", "a") as file:
                 file.write('{"step": 2, "loss": 0}\n')
-    run(world, script, out, resume=True)
+    run(world, script, out, resume=True, **more)
     assert_same_run(out, whole)
 
 

@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import time
+import types
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from models.checkpoint import open_folder
 from tests import tiny
 from tests.forked import Forked
 from tests.training.test_finetune_sft import assert_same_weights, weights_of
@@ -19,6 +21,7 @@ from tests.training.test_finetune_sft_runs import copy_with, deterministic, stop
 from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
 from training import train_dpo
 from training.data import training_batches
+from training.frozen import check_reader
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +209,19 @@ def test_bad_input(name, folder, train_file, tmp_path):
 
 
 def test_reference_that_does_not_fit(folder, train_file, tmp_path):
-    """Catches a reference of another vocabulary, a shorter context, or with broken weights."""
+    """Catches a reference of another vocabulary, a shorter context, with broken weights or an edited file, or that
+    cannot be cut as the policy is."""
     tiny.write_model(tmp_path / "vocabulary", vocab_size=400)
     tiny.write_model(tmp_path / "context", max_position_embeddings=32)
     copy_with(folder, tmp_path / "weights", lambda w: w.pop("model.norm.weight"))
-    for name, part in (("vocabulary", "400"), ("context", "32 tokens"), ("weights", "missing tensors")):
+    train(folder, train_file, tmp_path / "edited", max_steps=0)
+    with open(tmp_path / "edited/config.json", "a") as file:
+        file.write("\n")
+    parts = {"vocabulary": "400", "context": "32 tokens; lower --max_seq_len", "weights": "missing tensors"}
+    for name, part in (parts | {"edited": "config.json: is damaged or was edited"}).items():
         args = flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=tmp_path / name)
         tiny.assert_refused(tiny.run(SCRIPT, *args), str(tmp_path / name), part)
         assert not (tmp_path / "out").exists()
+    args = types.SimpleNamespace(tensor_parallel_size=4)
+    with pytest.raises(ValueError, match="tensor_parallel_size 4"):
+        check_reader("reference", folder, open_folder(folder), 1, args, lower="")

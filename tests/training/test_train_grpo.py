@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
-from training import train_grpo
+from training import samples, train_grpo
 from training.data import epoch_order
 from training.grpo_losses import LOSS_TYPES
 from training.metrics import Metrics
@@ -165,9 +165,11 @@ def test_micro_batches(loss_type, world, tmp_path):
 # --------------------------------------------------------------------------------- groups drawn anew
 
 
-def test_resamples(world, tmp_path, seen):
+def test_resamples(world, tmp_path, seen, monkeypatch):
     """Catches groups without a spread that are learnt from while others could be had, prompts that are skipped or taken
-    twice, and draws that never end."""
+    twice, answers to one prompt that do not share its prefill, and draws that never end."""
+    shared, real = [], samples.shared_work
+    monkeypatch.setattr(samples, "shared_work", lambda name, sizes, dp: shared.extend(sizes) or real(name, sizes, dp))
     more = {"reward_fn": f"{world / 'fn.py'}:some_same", "max_resamples": 4, "total_steps": 3, "beta": 0}
     lines = grpo(world, tmp_path / "out", **more)
     taken = []
@@ -181,6 +183,7 @@ def test_resamples(world, tmp_path, seen):
         assert line["frac_reward_zero_std"] == pytest.approx(torch.cat(alike).double().mean().item())
     wanted = [i for epoch in range(9) for i in epoch_order(6, seed=0, epoch=epoch, shuffle=True)]
     assert taken == wanted[: len(taken)]
+    assert sum(shared) == 4 * len(taken) and not any(size % 4 for size in shared)
     texts = [[a.text for part in sampled for a in part.answers] for sampled, _, _ in seen]
     assert texts[0] != texts[1]  # other noise
     same = grpo(world, tmp_path / "same", reward_fn=f"{world / 'fn.py'}:same", max_resamples=1, total_steps=1)

@@ -180,14 +180,14 @@ def test_a_reward_model_without_a_template(folder, world, tmp_path):
     tiny.write_tokenizer(policy, chat_template=template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
     chats = [{"prompt": [{"role": "user", "content": "hello"}], "bonus": 1}]
     prompts = tiny.write_records(tmp_path / "chats.jsonl", chats)
-    given = {"prompt_file": prompts, "reward_fn": None, "total_steps": 1, "value_checkpoint_path": policy}
+    given = {"reward_fn": None, "total_steps": 1, "value_checkpoint_path": policy}
     other = with_another_tokenizer(world / "rm", tmp_path / "rm")
-    words = flags(policy, world, tmp_path / "out", **given, reward_checkpoint_path=other)
-    tiny.assert_refused(
-        tiny.run("training/train_ppo.py", *words), f"{other}: the reward model cannot read", "chats.jsonl:1"
-    )
-    assert not (tmp_path / "out").exists()
-    ppo(policy, world, tmp_path / "same", **given, reward_checkpoint_path=world / "rm")
+    for files in ({"prompt_file": prompts}, {"eval_prompt_file": prompts}):
+        words = flags(policy, world, tmp_path / "out", **given, **files, reward_checkpoint_path=other)
+        result = tiny.run("training/train_ppo.py", *words)
+        tiny.assert_refused(result, f"{other}: the reward model cannot read", "chats.jsonl:1")
+        assert not (tmp_path / "out").exists()
+    ppo(policy, world, tmp_path / "same", **given, prompt_file=prompts, reward_checkpoint_path=world / "rm")
 
 
 def test_a_broken_policy_names_the_record(folder, world, tmp_path):

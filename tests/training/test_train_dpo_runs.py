@@ -124,6 +124,11 @@ def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
     tiny.assert_refused(result, "--checkpoint_path: other content than the run was begun with")
     result = tiny.run(SCRIPT, *run, "--max_steps", 1, "--resume", "--accept_changed", "checkpoint_path")
     assert result.code == 0 and "another reference or another dtype; computing anew" in result.stdout
+    # and the base of adapters, which is the reference without them, is kept in other bits
+    run = [*flags(*run_flags, tmp_path / "lora", **RUN, lora_r=2), "--max_steps", 1]
+    assert tiny.run(SCRIPT, *run).code == 0
+    more = ["--resume", "--quantize_base", "int8", "--accept_changed", "quantize_base"]
+    assert "another reference or another dtype; computing anew" in tiny.run(SCRIPT, *run, *more).stdout
 
 
 @pytest.mark.parametrize("name, value", [("beta", 0.2), ("loss", "hinge"), ("label_smoothing", 0.1)])

@@ -334,8 +334,8 @@ def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
 
 @pytest.mark.parametrize("how", ["min", "prod", "last", "mean", "steps"])
 def test_process_rewards(how, folder, world, tmp_path):
-    """Catches steps scored or rewarded at other tokens than those that end them, logits taken for probabilities, and
-    another aggregate."""
+    """Catches steps scored or rewarded at other tokens than those that end them, logits taken for probabilities,
+    another aggregate, and a function beside them that counts for nothing."""
     process = tmp_path / "rm"
     tiny.copy_to_edit(world / "rm", process)
     path = process / "config.json"
@@ -361,3 +361,7 @@ def test_process_rewards(how, folder, world, tmp_path):
         else:
             wanted = {"min": probs.min(), "prod": probs.prod(), "last": probs[-1], "mean": probs.mean()}[how]
             assert scores[i].item() == pytest.approx(2 * wanted.item(), rel=1e-5) and not steps.any()
+    args = {"reward_fn": [f"{world / 'more.py'}:each"], "reward_fn_weight": [0.5], "reward_workers": 1}
+    args |= {"process_reward": how, "reward_model_weight": 2.0}
+    _, beside, _ = scores_of(texts, finished, rewards.load_reward_functions(RewardArgs(**args)), **args)
+    torch.testing.assert_close(beside, scores + 0.5 * 7, rtol=1e-5, atol=1e-6)

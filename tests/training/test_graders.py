@@ -390,6 +390,8 @@ EXACT = [
     ("paris", "Paris", N),
     ("<answer>Paris</answer>", "Paris", Y),
     ("It is Paris", "Paris", N),
+    ("<think>Rome</think>\nParis", "Paris", Y),
+    ("<think>\\boxed{Paris}</think>\nRome", "Paris", N),
     ("42.0", "42", N),
 ]
 LAST = [

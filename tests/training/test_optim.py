@@ -21,19 +21,21 @@ from training.optim import (
 )
 
 
-def rates(schedule, total, warmup, last=None):
+def rates(schedule, total, warmup, last=None, peak=None):
     args = OptimArgs(learning_rate=8.0, lr_schedule=schedule, warmup_ratio=warmup)
     optimizer = torch.optim.SGD([torch.zeros(1)])
-    found = [set_learning_rate(optimizer, args, step, total) for step in range(1, (last or total) + 1)]
+    found = [set_learning_rate(optimizer, args, step, total, peak=peak) for step in range(1, (last or total) + 1)]
     assert optimizer.param_groups[0]["lr"] == found[-1]
     return found
 
 
 def test_schedules_by_hand():
-    """Catches a schedule one step early or late, a warm-up that starts at 0 or misses the peak, a wrong formula."""
+    """Catches a schedule one step early or late, a warm-up that starts at 0 or misses the peak, also another peak than
+    --learning_rate, a wrong formula."""
     assert rates("constant", 5, 0.4) == [4, 8, 8, 8, 8]
     assert rates("linear", 6, 0.3) == [4, 8, 8, 6, 4, 2]  # ceil(1.8) = 2 steps up, then 4 steps to 0 at step 7
     assert rates("linear", 4, 0) == [8, 6, 4, 2]
+    assert rates("linear", 6, 0.3, peak=4.0) == [2, 4, 4, 3, 2, 1]
     half = math.sqrt(0.5)
     expected = [8, 8, 4 * (1 + half), 4, 4 * (1 - half)]
     assert rates("cosine", 5, 0.2) == pytest.approx(expected)

@@ -209,10 +209,13 @@ def test_stop_kl(folder, world, tmp_path):
     kls = [line["objective/kl"] for line in lines]
     tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {len(lines)} is {kls[-1]:.4g}; ")
     assert kls[-1] > 1e-6 and max(kls[:-1]) <= 1e-6
+    groups = {"value_learning_rate": None, "ppo_epochs": None, "num_generations": 2}
+    words = flags(folder, world, tmp_path / "groups", stop_kl=1e-6, beta=0.1, total_steps=9, **groups)
+    result = tiny.run("training/train_grpo.py", *words)
+    *_, line = tiny.read_lines(tmp_path / "groups/metrics.jsonl")
+    tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {line['step']} is {line['kl']:.4g}; ")
     assert (tmp_path / f"out/checkpoints/step-{len(lines):06d}").is_dir()
-    words = flags(
-        folder, world, tmp_path / "no", stop_kl=1, value_learning_rate=None, ppo_epochs=None, num_generations=2
-    )
+    words = flags(folder, world, tmp_path / "no", stop_kl=1, **groups)
     tiny.assert_refused(tiny.run("training/train_grpo.py", *words), "--stop_kl 1.0 does nothing without a --beta")
 
 

@@ -209,12 +209,15 @@ def test_export_only(folder, world, tmp_path):
 
 
 def test_critic_warmup(folder, world, tmp_path):
-    """Catches a policy that moves while the critic warms up, and a critic that does not."""
+    """Catches a policy that moves while the critic warms up, a critic that does not, and one that learns at the
+    policy's rate."""
     lines = ppo(folder, world, tmp_path / "out", total_steps=2, critic_warmup_steps=2, reward_checkpoint_path=None)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert load_file(tmp_path / "out/critic/model.safetensors")["score.weight"].any()
     assert [line["objective/kl"] for line in lines] == [0, 0]
+    ppo(folder, world, tmp_path / "still", total_steps=1, value_learning_rate=0, reward_checkpoint_path=None)
+    assert not load_file(tmp_path / "still/critic/model.safetensors")["score.weight"].any()
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -69,12 +69,16 @@ def plan_cache(
     longest, of_page = max(known_tokens, most_tokens), page_bytes(model)
     prefill_tokens = min(prefill_tokens, most_slots * longest)  # no more are in rows at a time
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
-    contexts = min(max(CONTEXTS * prefill_tokens, longest), most_slots * longest)  # of a layer; repeated for all heads
-    copies = 1 + config.num_attention_heads // config.num_key_value_heads
-    beside += contexts * copies * of_page // (PAGE * config.num_hidden_layers)
+    contexts = min(max(CONTEXTS * prefill_tokens, known_tokens), most_slots * longest)
+    of_context = (1 + config.num_attention_heads // config.num_key_value_heads) * of_page  # repeated for all heads
+    of_context /= PAGE * config.num_hidden_layers  # of a layer
     if size_of(tp) > 1:  # NCCL takes its buffers with the first
         dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
     free = max(0, free_memory(device) - reserved)
+    room = SHARE[device.type] * free - beside
+    # a longer one needs its pages too: no more of it are there than memory has room for
+    contexts = max(contexts, min(most_tokens, int(room / (of_page / PAGE + of_context))))
+    beside += of_context * contexts
     fitting = int((SHARE[device.type] * free - beside) // of_page)
     if size_of(tp) > 1:
         agreed = torch.tensor(fitting, device=device)

@@ -14,8 +14,8 @@ from models.sampling import SamplingParams
 
 def test_rows_and_pages_fit(folder, monkeypatch):
     """Catches a page whose bytes are counted wrongly, rows that are more than the pages can feed or than there are
-    requests, a cache beyond memory, one that cannot hold its longest sequence, and memory for more tokens of prompts
-    than rows can have."""
+    requests, a cache beyond memory, one that cannot hold its longest sequence, memory for more tokens of prompts than
+    rows can have, and a model refused since its whole context, which nobody has to have, would be much to gather."""
     model = to_inference(load_model(folder), pack=False)
     of_page = page_bytes(model)
     cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache
@@ -27,7 +27,7 @@ def test_rows_and_pages_fit(folder, monkeypatch):
 
     def plan(num_pages, num_slots=None, num_requests=100, **lengths):
         lengths = {"usual_tokens": 100, "known_tokens": 200, "most_tokens": 0, **lengths}
-        contexts = min(max(16 * 128, lengths["most_tokens"]), 200 * num_requests)
+        contexts = min(max(16 * 128, min(lengths["most_tokens"], num_pages * 64)), 200 * num_requests)
         free = 2 * (num_pages * of_page + of_block + of_token * contexts) + 2
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
         found = plan_cache(model, num_slots=num_slots, num_requests=num_requests, prefill_tokens=128, **lengths)
@@ -38,6 +38,8 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     assert plan(1000, num_requests=1) == (1, 4, 200)
     assert plan(1000, most_tokens=5000) == (16, pages_for(5000), 5000)
     assert plan(50, most_tokens=5000) == (16, 50, 50 * 64)
+    assert plan(50, most_tokens=10**6) == (16, 50, 50 * 64)
+    assert plan(5, most_tokens=10**6) == (2, 5, 5 * 64)
     assert plan(1000, 16, most_tokens=0) == plan(1000)
     with pytest.raises(ValueError, match="does not fit into"):
         plan(3)

@@ -72,6 +72,11 @@ def get_field(record: Record, *names: str) -> object:
     raise ValueError(f"{record.where}: the field {why}{advice}")
 
 
+def has_prompt(record: Record) -> bool:
+    """Whether there is one beside what is to be learnt."""
+    return not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
+
+
 def stated_prompt(record: Record) -> str | list[dict]:
     """The record's `prompt` (or `input`) as it stands there; of Alpaca's, `instruction` and, in a line of its own, its
     `input`."""
@@ -347,9 +352,9 @@ def is_sample(record: Record) -> bool:
 
 
 def is_drawn(record: Record) -> bool:
-    """The same of records to learn from, which others have written with a finish_reason beside answers of other
-    names."""
-    return is_sample(record) and "output" in record.given
+    """The same of records to learn from, which others have written with a finish_reason beside answers of other names,
+    or beside conversations that no prompt goes before."""
+    return is_sample(record) and has_prompt(record) and isinstance(record.given.get("output"), str)
 
 
 def get_answer(record: Record, *, steps: bool) -> str | list:
@@ -371,7 +376,8 @@ def encode_sample(record: Record, tokenizer: Tokenizer) -> tuple[Example, Encodi
     ran out of tokens; what happened)"""
     prompt, answer = get_prompt(record), get_answer(record, steps=False)
     example, counts = _answered(prompt, answer, tokenizer)
-    return example.ended(ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []), counts
+    end = ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []
+    return (example if example.labels[-1:] == end else example.ended(end)), counts  # others leave it in the text
 
 
 def get_steps(record: Record) -> list[str]:

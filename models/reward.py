@@ -37,6 +37,7 @@ from models.records import (
     get_answer,
     get_field,
     get_prompt,
+    has_prompt,
     is_sample,
     micro_batches,
     naming,
@@ -199,10 +200,9 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         require(isinstance(side, str | list), f"{name} must be text or a list of messages, not {kind_of(side)}")
     require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
-    has_prompt = not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
     if isinstance(chosen, str):
         return get_prompt(record), chosen, rejected
-    prompt = stated_prompt(record) if has_prompt else None
+    prompt = stated_prompt(record) if has_prompt(record) else None
     if not isinstance(prompt, str | None):  # maybe repeated at the beginning of both sides
         chat = get_prompt(record)
         repeated = len(prompt) if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt else 0

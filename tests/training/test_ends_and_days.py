@@ -59,7 +59,8 @@ def test_answers_end_where_they_were_trained_to(tmp_path):
 
 def test_samples_are_learnt_as_they_were_drawn(tmp_path):
     """Catches the reference that a prompt's record had beside it learnt, or labelled, in the place of the sample, and
-    an end behind one that ran out of tokens, which would be learnt as the place to stop."""
+    an end behind one that ran out of tokens, which would be learnt as the place to stop; two ends where another engine
+    left it in the text; and what others write with a finish_reason taken for such a line."""
     folder, lines = chat_folder(tmp_path / "in"), tmp_path / "lines.jsonl"
     asked, reference = CHAT["messages"][:1], {"completion": "a reference", **CHAT, "text": "another", "label": 1}
     records = [{"prompt": prompt, **reference} for prompt in ("hello", asked) * 16]
@@ -81,6 +82,11 @@ def test_samples_are_learnt_as_they_were_drawn(tmp_path):
         learnt = tokenizer.decode_continuation(prompt_ids, answer_ids, skip_special_tokens=False)
         assert learnt == line["output"] + end
         assert encode_pointwise_record(Record("x", line), tokenizer)[0].input_ids == row.input_ids
+        assert encode_sft_record(Record("x", {**line, "output": line["output"] + end}), tokenizer)[0] == row
+    answer = CHAT["messages"][1:]
+    for fields in ({**CHAT, "output": "b"}, {"prompt": asked, "output": answer}):
+        learnt, _ = encode_sft_record(Record("x", {**fields, "finish_reason": "stop"}), tokenizer)
+        assert learnt == encode_sft_record(Record("x", CHAT), tokenizer)[0]
 
 
 def test_a_template_without_an_end(tmp_path):

@@ -202,11 +202,12 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
 # ------------------------------------------------------------------------------------- shared prefill
 
 
-def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model):
+@pytest.mark.parametrize("prefill_tokens, most", [(32, 3), (16, 2)])
+def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model, prefill_tokens, most):
     """Catches a prefill that gathers the same document once for each of the questions that fit into it, which takes as
     much memory on a GPU as the cache has to spare, and one that waits forever for a long one."""
     document = [i % 290 + 3 for i in range(128)]
-    engine = make_engine(folder, num_slots=12, max_seq_len=320, prefill_tokens=32)
+    engine = make_engine(folder, num_slots=12, max_seq_len=320, prefill_tokens=prefill_tokens)
     list(engine.generate([Request(0, 0, [*document, 5], 1)]))
     seen, prefill = [], engine.rows.prefill
 
@@ -218,7 +219,8 @@ def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model):
     requests = [Request(i, 0, [*document, 7 + i, 8], 4) for i in range(1, 12)]
     requests.append(Request(12, 0, [i % 97 + 3 for i in range(300)], 4))
     assert outcome(engine, requests) == {(r.idx, 0): (hf_greedy(hf_model, r), "length") for r in requests}
-    assert max(map(len, seen)) == 3 and max(map(sum, seen)) <= 16 * 32  # 3 x 130; 16 questions of 2 tokens fit into 32
+    assert max(map(len, seen)) == most  # of 130 tokens, of which 2 are computed; 130 and the beginning of the last
+    assert all(len(contexts) == 1 or sum(contexts) <= 16 * prefill_tokens for contexts in seen)
 
 
 def test_a_prefill_that_is_broken_off_is_not_found(folder, hf_model):

@@ -27,7 +27,8 @@ def test_rows_and_pages_fit(folder, monkeypatch):
 
     def plan(num_pages, num_slots=None, num_requests=100, **lengths):
         lengths = {"usual_tokens": 100, "known_tokens": 200, "most_tokens": 0, **lengths}
-        contexts = min(max(16 * 128, min(lengths["most_tokens"], num_pages * 64)), 200 * num_requests)
+        longest = max(lengths["known_tokens"], min(lengths["most_tokens"], num_pages * 64))
+        contexts = min(max(16 * 128, longest), longest * num_requests)
         free = 2 * (num_pages * of_page + of_block + of_token * contexts) + 2
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
         found = plan_cache(model, num_slots=num_slots, num_requests=num_requests, prefill_tokens=128, **lengths)
@@ -40,6 +41,8 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     assert plan(50, most_tokens=5000) == (16, 50, 50 * 64)
     assert plan(50, most_tokens=10**6) == (16, 50, 50 * 64)
     assert plan(5, most_tokens=10**6) == (2, 5, 5 * 64)
+    assert plan(50, known_tokens=3000) == (16, 50, 3000)
+    assert plan(4, num_requests=1) == (1, 4, 200)
     assert plan(1000, 16, most_tokens=0) == plan(1000)
     with pytest.raises(ValueError, match="does not fit into"):
         plan(3)

@@ -68,10 +68,12 @@ def test_what_is_wrong_is_found_first_or_in_its_turn(folder, tmp_path, large):
     """Catches output begun before a broken line far behind is noticed, and a prompt without room that is left out
     without a word, or takes the finished lines with it."""
     records = ragged(50)
-    records[47] = {"prompt": 5}
-    result, lines = run(folder, tmp_path, "a", records=records)
-    tiny.assert_refused(result, "p.jsonl:48: ", "prompt must be text")
-    assert lines is None
+    unread = {"prompt": "a", "history": [["b", "c"]]}
+    for broken, why in (({"prompt": 5}, "prompt must be text"), (unread, '"history" is not read')):
+        records[47] = broken
+        result, lines = run(folder, tmp_path, "a", records=records)
+        tiny.assert_refused(result, "p.jsonl:48: ", why)
+        assert lines is None
     result, lines = run(folder, tmp_path, "b", "--max_seq_len", 39, "--batch_size", 1)
     assert result.code == 2 and lines
     assert "p.jsonl:35: the prompt has 39 tokens, which leaves no room in 39;" in result.stderr.splitlines()[-1]

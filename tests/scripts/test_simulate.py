@@ -32,7 +32,7 @@ def test_equal_answers():
     assert found["cached_tokens_read"] == found["cached_tokens_needed"] == contexts
     weights = 2 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)  # of the embedding a row is read
     assert found["bytes_read"] == found["bytes_needed"] == (new - 1) * weights + contexts * token_bytes(CONFIG, 2)
-    assert token_bytes(CONFIG, 2) == 2 * 2 * 30 * 4096
+    assert token_bytes(CONFIG, 2) == 2 * token_bytes(CONFIG, 2, tp=2) == 2 * 2 * 30 * 4096
     prefill = (weights + 64 * token_bytes(CONFIG, 2)) / PEAKS["H100"][1]
     assert found["seconds"] == pytest.approx(found["bytes_read"] / PEAKS["H100"][1] + prefill)
     assert found["tokens_per_second"] == n * new / found["seconds"] and not found["preempted"]

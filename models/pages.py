@@ -88,9 +88,11 @@ class PagePool:
         return count, node
 
     def release_all(self) -> None:
-        """No page has a user any more."""
-        while self._users:
-            self.release(list(self._users))
+        """No page has a user any more. All is made anew from what can be found: Ctrl-C may have come between two lines
+        of take(), which has lost a page then."""
+        self._users, self._names = {}, {page: name for name, (_, page) in self._nodes.items()}
+        self._unused = OrderedDict.fromkeys([*self._unused, *reversed(self._names)])
+        self._free = [page for page in range(self.num_pages, 0, -1) if page not in self._names]
 
     def release(self, pages: list[int]) -> None:
         """One user less. Later pages are given away first, since they are found by those before them."""

@@ -51,3 +51,35 @@ def test_the_oldest_page_goes_first():
     pool.release(pool.find(first))  # used again
     pool.take(1)
     assert [len(pool.find(ids)) for ids in (second, first)] == [1, 2]
+
+
+class BrokenOff:
+    """A list or dict in whose pop() Ctrl-C is noticed, once it is done."""
+
+    def pop(self, *args):
+        super().pop(*args)
+        raise KeyboardInterrupt
+
+
+def test_what_is_broken_off_in_the_midst_loses_no_page():
+    """Catches a page that is lost when Ctrl-C comes while it is given away, which a chat's cache has none to spare of,
+    and one that can still be found for what it held before, and be written to."""
+    names, lists = type("Names", (BrokenOff, dict), {}), type("Pages", (BrokenOff, list), {})
+    pool, ids = PagePool(3), [1] * 130
+    pages = pool.take(2)
+    pool.publish(ids, pages)
+    pool._free = lists(pool._free)
+    with pytest.raises(KeyboardInterrupt):
+        pool.take(1)
+    pool.release_all()
+    assert pool.num_free == 3
+    pool.release(pool.find(ids))
+    pool.take(1)
+    pool._names = names(pool._names)
+    with pytest.raises(KeyboardInterrupt):
+        pool.take(1)  # the second page of ids
+    pool.release_all()
+    found = pool.find(ids)
+    assert found == pages[: len(found)] and pool.num_free == 3 - len(found)
+    pool.release(found)
+    assert not {*pool.find(ids)} & {*pool.take(pool.num_free)} and pool.num_free == 0

@@ -29,6 +29,7 @@ NOT_READ = {
     "history": "put its turns into the messages",
     "system_prompt": "call it system",
     "functions": "give tools, and tool_calls in the messages",
+    "documents": "put them into the messages, or into chat_template_kwargs where the template reads them",
     **dict.fromkeys(MEDIA, "only text can be read"),
 }
 OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
@@ -52,7 +53,14 @@ class Chat(NamedTuple):
     def is_open(self) -> bool:
         """Whether the last message is the beginning of the assistant's answer, which goes on from there."""
         last = self.messages[-1]
-        return last["role"] == "assistant" and bool(content_of(last).strip()) and not last.get("tool_calls")
+        begun = content_of(last).strip() or any(last.get(name) for name in REASONING)
+        return last["role"] == "assistant" and bool(begun) and not last.get("tool_calls")
+
+    @property
+    def ends_in_silence(self) -> bool:
+        """Whether the last message is the assistant's and says nothing: the template would end it, and open another."""
+        last = self.messages[-1]
+        return last["role"] == "assistant" and not self.is_open and not last.get("tool_calls")
 
     def before(self, answer: "Chat") -> "Chat":
         """The chat in which `answer` follows this one, which is not learnt."""
@@ -95,9 +103,9 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
 def not_read(fields: dict) -> list[str]:
     """The fields of NOT_READ that hold anything."""
     found = {name: parsed(_without_nulls(fields.get(name))) for name in NOT_READ}
-    functions = found["functions"]
-    if not (isinstance(functions, list) and all(isinstance(each, dict) for each in functions)):
-        del found["functions"]  # of another kind
+    for name in ("functions", "documents"):
+        if not (isinstance(found[name], list) and all(isinstance(each, dict) for each in found[name])):
+            del found[name]  # of another kind
     return [name for name, value in found.items() if _has_content(value)]
 
 

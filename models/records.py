@@ -97,7 +97,9 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
         if as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
-            return read_chat(prompt, fields, "prompt")
+            chat = read_chat(prompt, fields, "prompt")
+            require(not chat.ends_in_silence, "prompt ends with a message of the assistant that is empty; leave it out")
+            return chat
         require(isinstance(prompt, str), f"prompt must be text or a list of messages, not {kind_of(prompt)}")
         for name in ("system", "tools", "chat_template_kwargs"):
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")

@@ -49,6 +49,19 @@ def test_an_answer_that_has_begun_goes_on(tmp_path, template, begun):
     assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == text + "3<|eot_id|>"
 
 
+def test_an_answer_of_which_only_the_thought_has_begun(tmp_path):
+    """Catches a thought whose turn is ended, with another answer opened behind it; and one that is left out."""
+    tokenizer, oracle = opened(tmp_path / "thinks", THOUGHTS.replace("NAME", "reasoning_content"))
+    messages = [USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    chat = read_chat(messages)
+    assert text_of_chat(chat, tokenizer) == text and text.endswith("<|assistant|>hm|")
+    row, _ = encode_answer(chat, "3", tokenizer)
+    assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == text + "3<|eot_id|>"
+    with pytest.raises(ValueError, match="leaves out a part of the last message"):
+        text_of_chat(chat, opened(tmp_path / "plain", PLAIN)[0])
+
+
 def test_a_cut_prompt_begins_with_bos(tmp_path):
     """Catches a BOS that the chat template alone writes cut off with the beginning of a prompt that is too long."""
     byte_level_folder(tmp_path, "llama3")

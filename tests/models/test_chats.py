@@ -247,6 +247,7 @@ REFUSED = [
     ("r1", {"history": [["a", "b"]], "messages": [user("a"), said("b")]}, '"history" is not read'),
     ("r1", {"functions": [{"name": "add"}], "messages": [user("a"), said("b")]}, '"functions" is not read; give tools'),
     ("r1", {"images": ["a.png"], "messages": [user("a"), said("b")]}, '"images" is not read'),
+    ("r1", {"documents": [{"text": "x"}], "messages": [user("a"), said("b")]}, '"documents" is not read; put them'),
     ("r1", {"system_prompt": "Be brief.", "messages": [user("a"), said("b")]}, '"system_prompt" is not read; call it'),
     ("r1", {"messages": [user("a"), said("", function_call={"name": "add"})]}, "function_call is not read; give tool_"),
     ("r1", {"functions": '[{"name": "f"}]', "messages": [user("a"), said("b")]}, '"functions" is not read; give tools'),
@@ -258,6 +259,7 @@ REFUSED = [
     ("r1", {"tools": TOOLS, "prompt": "a", "completion": "b"}, "tools belongs to a chat"),
     ("r1", {"system_prompt": "s", "prompt": "a", "completion": "b"}, "messages, and call it system"),
     ("r1", {"history": [["c", "d"]], "prompt": "a", "completion": "b"}, "messages, and put its turns into the"),
+    ("r1", {"prompt": [user("a"), said(" ")], "completion": "b"}, "a message of the assistant that is empty; leave it"),
     ("r1", {"images": ["a.png"], "prompt": "a", "completion": "b"}, '"images" is not read; only text can be read'),
     ("r1", {"instruction": "a", "context": "c", "output": "b"}, '"context" is not read; call it input'),
     ("r1", {"instruction": "a", "input": 5, "output": "b"}, "instruction and input must be text"),
@@ -276,7 +278,8 @@ def test_empty_columns_and_others_of_their_names(opened):
     """Catches a record refused for a column without a value, or whose name means something else beside it."""
     tokenizer, plain = opened("llama33")[0], [user("a"), said("b")]
     wanted = row_of(tokenizer, messages=plain)
-    for more in ({"images": [None]}, {"images": [[]]}, {"functions": ["solve"]}, {"functions": "[]"}, {"history": []}):
+    empty = ({"images": [None]}, {"images": [[]]}, {"functions": "[]"}, {"history": []})
+    for more in (*empty, {"functions": ["solve"]}, {"documents": ["doc-7"]}):
         assert row_of(tokenizer, messages=plain, **more) == wanted
     called = {"name": None, "arguments": None}
     odd = [{**user("a"), "reasoning": {"effort": "low"}}, said("b", function_call=called, thinking=False, reasoning={})]

@@ -104,7 +104,8 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
         for name in ("system", "tools", "chat_template_kwargs"):
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
         for name in not_read(fields):
-            stated = name == "system_prompt" and str(fields[name]) in prompt
+            # documents are a chat template's; a text is written with them, and a reward function may look them up
+            stated = name == "documents" or (name == "system_prompt" and str(fields[name]) in prompt)
             advice = "give prompt as a list of messages, and " * (name not in MEDIA) + NOT_READ[name]
             require(stated, f'"{name}" is not read; {advice}')
         return prompt

@@ -291,6 +291,7 @@ def test_empty_columns_and_others_of_their_names(opened):
     asked = row_of(tokenizer, prompt="Be brief. a", completion="b")
     assert row_of(tokenizer, prompt="Be brief. a", completion="b", system_prompt="Be brief.", images=[]) == asked
     assert row_of(tokenizer, instruction="Be brief. a", context="", output="b") == asked
+    assert row_of(tokenizer, prompt="Be brief. a", completion="b", documents=[{"text": "Be brief."}]) == asked
     calls = '[{"type": "function", "function": {"name": "add", "arguments": null}}]'
     assert '"arguments": {}' in row_of(tokenizer, messages=[user("1"), said("", tool_calls=calls)])[1][0]
 

@@ -30,12 +30,18 @@ COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
+def rounds_alike(args: object) -> bool:
+    """Whether models are rounded alike however many ranks share them: not to int4 in groups that fit a rank's part."""
+    modes = [getattr(args, name, None) for name in ("quantize", "quantize_ref", "quantize_reward")]
+    return "int4" not in modes or args.group_size is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorParallelArgs:
     """How one model is spread over ranks."""
 
     tensor_parallel_size: int = flag(
-        1, bounds=at_least_one, help="ranks that share the model, adjacent under torchrun", may_change=True
+        1, bounds=at_least_one, help="ranks that share the model, adjacent under torchrun", may_change=rounds_alike
     )
 
 

@@ -9,16 +9,20 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from models.common import flag, write_json
 from models.functions import FunctionPlace
 from models.identity import CONTENTS, begun_with
+from models.model import ModelConfig
+from models.quantize import rounding_scheme
 from tests import tiny
 from tests.forked import Forked
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
@@ -30,6 +34,7 @@ from training.run_dir import (
     RunArgs,
     prepare_output_dir,
 )
+from training.train_dpo import DpoArgs
 
 
 def test_check_finite(tmp_path):
@@ -217,6 +222,20 @@ def test_resume_with_other_content(tmp_path, capsys):
     capsys.readouterr()
     prepare_output_dir(begun)
     assert "begun before contents were recorded; --functions, --mine, --checkpoint_path" in capsys.readouterr().out
+
+
+def test_other_ranks_round_in_other_groups(tmp_path):
+    """Catches a reference that becomes another one as a run goes on, since int4's groups are as large as fits a rank's
+    part: 11,008 inputs are 128 times 86, and a quarter of them 64 times 43."""
+    config = ModelConfig.from_hf(LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict())  # LLaMA 2 7B's sizes
+    assert [rounding_scheme("int4", None, config, tp).group_size for tp in (1, 4)] == [128, 64]
+    paths = {"checkpoint_path": tmp_path / "lm", "train_file": tmp_path / "a", "output_dir": tmp_path}
+    for more, refused in (({}, True), ({"group_size": 32}, False), ({"quantize_ref": "int8"}, False)):
+        begun = DpoArgs(**{**paths, "resume": True, "quantize_ref": "int4", **more})
+        write_args(begun)
+        with pytest.raises(ValueError, match="other --tensor_parallel_size; ") if refused else nullcontext():
+            prepare_output_dir(replace(begun, tensor_parallel_size=4))
+    prepare_output_dir(replace(begun, dp_replicate=2))
 
 
 def test_a_run_may_get_longer(tmp_path):

@@ -40,7 +40,7 @@ class Stop:
 
     def __init__(self):
         self.received, self.state_of = False, 0
-        self.keep: Callable[[bool], str] = lambda failed: "before the first step"
+        self.keep: Callable[[bool], str] = lambda failed: "while it loaded"
         self._ctrl_c_at: float | None = None
         self._interruptible = False
 

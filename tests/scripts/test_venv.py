@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,27 +24,37 @@ def stub(path: Path, script: str) -> str:
 )
 def test_venv(there, made, tmp_path):
     """Catches a .venv that is taken though its making was broken off before pip, or though its Python has gone; one
-    that is whole made again; and a Python that is too old, whose errors would come from the packages."""
+    that is whole made again; and a Python that is too old or too new, whose errors would come from the packages."""
     home = tmp_path / "a house"
     (home / "scripts").mkdir(parents=True)
     script = shutil.copy(tiny.ROOT / "scripts/venv.sh", home / "scripts")
     if there in ("all", "no pip"):
         stub(home / ".venv/bin/python", "exit 1" if there == "no pip" else "exit 0")
+
+    def of(version: str) -> str:
+        """A Python that takes itself for one of this version, and says what else it is asked to do."""
+        asked = f'exec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"'
+        return stub(tmp_path / f"python {version}", f'[ "$1" = -c ] || exec echo "$@"\n{asked}')
+
     if there == "gone":
         (home / ".venv/bin").mkdir(parents=True)
         (home / ".venv/bin/python").symlink_to("/nowhere/python")
-    python = stub(tmp_path / "python", '[ "$1" = -c ] || echo "$@"')
 
     def run(PYTHON: str) -> subprocess.CompletedProcess:
         return subprocess.run(["bash", script], env=os.environ | {"PYTHON": PYTHON}, capture_output=True, text=True)
 
-    done = run(python)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, made, "")
-    for bad in (stub(tmp_path / "old", "exit 1"), str(tmp_path / "missing")):
+    for good in ("3, 11, 0", "3, 14, 9"):
+        done = run(of(good))
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, made, "")
+    for bad in (of("3, 10, 20"), of("3, 15, 0"), str(tmp_path / "missing")):
         refused = run(bad)
         if made:
             assert refused.returncode == 2 and not refused.stdout
-            assert refused.stderr.count("\n") == 1 and "needs Python 3.11" in refused.stderr
+            assert refused.stderr.count("\n") == 1 and "needs Python 3.11 to 3.14" in refused.stderr
+    if there == "all":
+        shutil.copy(of("3, 15, 0"), home / ".venv/bin/python")
+        refused = run("python3")
+        assert refused.returncode == 2 and ".venv/bin/python is not" in refused.stderr
 
 
 @pytest.mark.parametrize("seeds", [("0", "0"), ("0", "00"), ("7", "x"), ("-1",), ("1 2",)])

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 import types
@@ -225,6 +226,8 @@ class Stopped(Exception):
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
     accept_any_text()
+    # tqdm's own is for several processes: where these are not forked (Python 3.14, macOS) a warning of it ends each run
+    tqdm.set_lock(threading.RLock())
     try:
         code = run_main(main, Args)
     except Exception:  # a bug

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from models.common import (
     run_main,
 )
 from models.model import ModelConfig
+from tests import tiny
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -250,6 +252,19 @@ def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
     assert order[2:] == [1] and "RuntimeError: a bug" in capsys.readouterr().err
     monkeypatch.setattr(common.dist, "get_backend_config", lambda: "cpu:gloo")
     assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0 and order[3:] == ["destroyed"]
+
+
+def test_a_process_leaves_nothing_behind():
+    """Catches a warning at the end of every run where processes are not forked (Python 3.14's default, and macOS's):
+    of a semaphore that a bar has made."""
+    lines = (
+        "import multiprocessing, sys",
+        "from models.common import RuntimeArgs, progress_bar, run_script",
+        "multiprocessing.set_start_method('forkserver')",
+        "run_script(lambda args: progress_bar(total=1, desc='shown').update(), RuntimeArgs)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "shown" in done.stderr and "resource_tracker" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -51,3 +51,42 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"beside \d.*--prefill_tokens"):
         plan_cache(model, prefill_tokens=10**12, **{**few, "known_tokens": 10**12})
     assert memory.free_memory(torch.device("cpu")) > 2**20
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """Catches slots planned by the memory of the host where a container or a job may have less, and is killed for more:
+    both versions of control groups, the group itself or one above it, a path that only the host knows."""
+
+    def group(path: str, version: int, limit: int | str, used: int, idle: int) -> None:
+        folder = tmp_path / "sys/fs/cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        for name, value in zip(names, (limit, used)):
+            (folder / name).write_text(f"{value}\n")
+        name = "inactive_file" if version == 2 else "total_inactive_file"
+        (folder / "memory.stat").write_text(f"anon 7\nactive_file 5\n{name} {idle}\n")
+
+    def left(groups: str) -> list[int]:
+        (tmp_path / "proc/self").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+        return memory.limited_memory(tmp_path)
+
+    assert memory.limited_memory(tmp_path) == []  # another system
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("inactive_file 9\n")  # the host's own group has no limit
+    group("slurm/job 1/step", 2, "max", 100, 10)
+    group("slurm/job 1", 2, 1000, 300, 50)
+    assert left("0::/slurm/job 1/step\n") == [750]
+    assert left("0::/elsewhere\n") == left("0::/\n") == []
+    group("slurm/job 1/step", 2, 400, 500, 10)
+    assert left("0::/slurm/job 1/step\n") == [0, 750]
+    group("", 2, 600, 100, 0)  # within a container, whose group is all there is
+    assert left("0::/\n") == left("0::/../elsewhere\n") == [500]
+    group("memory/docker/abc", 1, 2000, 700, 100)
+    group("memory", 1, 2**63 - 4096, 900, 0)
+    version_1 = "9:cpu,cpuacct:/docker/abc\n4:hugetlb,memory:/docker/abc\n"
+    assert left(version_1) == [1400, 2**63 - 4096 - 900]
+    assert left(version_1.replace("abc", "of the host")) == [2**63 - 4096 - 900]
+    free = memory.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "limited_memory", lambda: [free // 2, 3 * free])
+    assert memory.free_memory(torch.device("cpu")) == free // 2

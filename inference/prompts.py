@@ -21,8 +21,9 @@ from models.chats import NOT_READ, Chat, content_of, read_chat
 from models.checkpoint import Folder
 from models.checksums import bytes_bar
 from models.common import at_least_one, flag, short_bar
-from models.forked import map_in_processes, num_cores
+from models.forked import map_in_processes
 from models.generation import Request
+from models.limits import num_cores
 from models.record_files import Items, Lines, Record, chunks_of, records_of
 from models.records import (
     check_ids,

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
+from models.limits import num_cores
 from models.malloc import keep_freed_memory
 from models.record_files import kind_of, unreadable
 from models.sharing import leave_together
@@ -368,6 +369,8 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # torch takes all of the host's cores, also where few of them are its
+            torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
     dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if on_gpu else torch.float32)
     return Runtime(device, dtype, has_triton(device) if args.compile is None else args.compile)
 

@@ -21,12 +21,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Thing, Result = TypeVar("Thing"), TypeVar("Result")
 
 
-def num_cores(*, of_rank: bool = False) -> int:
-    """Those that this process may use; of_rank: less the other ranks' share of a node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if of_rank else cores
-
-
 def map_in_processes(
     function: Callable[[Thing], Result], things: Iterable[Thing], num_workers: int
 ) -> Iterator[Result]:

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag, is_main_rank, short_bar
-from models.forked import num_cores
+from models.limits import num_cores
 from models.lora import Lora, LoraLinear, add_adapters
 from models.model import Block, Transformer
 from models.qlinear import Schemes

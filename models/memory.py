@@ -1,12 +1,11 @@
 """How much of the KV cache fits into memory, and how many rows that is worth."""
 
-import contextlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from models.limits import available_memory
 from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.scheduler import CONTEXTS
@@ -14,10 +13,6 @@ from models.tp import chunk_range, size_of
 
 MOST_SLOTS = {"cuda": 256, "cpu": 16}  # of --batch_size auto
 SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory, for the cache and what is computed beside it
-CONTROL_GROUPS = {  # version: where, limit, usage, and in memory.stat the files' pages that nobody has read lately
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-}
 
 
 class CachePlan(NamedTuple):
@@ -34,29 +29,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min([*(available or [4 * 2**30]), *limited_memory()])
-
-
-def limited_memory(root: Path = Path("/")) -> list[int]:
-    """Bytes that are left of what each control group of this process (a container, a job of Slurm) may have, with the
-    files' pages in it that go first. Versions 1 and 2: docs.kernel.org, admin-guide/cgroup-v1 and cgroup-v2."""
-    left, mine = [], root / "proc/self/cgroup"
-    for line in mine.read_text().splitlines() if mine.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount, limit, usage, idle = CONTROL_GROUPS[1 if controllers else 2]
-        group = root / mount / path.lstrip("/")  # in a container maybe the host's name of what is mounted here
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root / mount):
-                with contextlib.suppress(OSError, ValueError):  # it has no limit ("max"), or none of these files
-                    most, used = (int((folder / name).read_text()) for name in (limit, usage))
-                    stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                    left.append(max(0, most - used + int(stat.get(idle, 0))))
-    return left
+    return available_memory()
 
 
 def page_bytes(model: Transformer) -> int:

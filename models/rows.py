@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from models.checksums import digest
 from models.common import is_main_rank, say
-from models.forked import map_in_processes, num_cores
+from models.forked import map_in_processes
+from models.limits import num_cores
 from models.record_files import Items, Lines, chunks_of, records_of
 from models.records import IGNORE_INDEX, Encoder, EncodingCounts, Flat
 from models.tokenizer import Tokenizer

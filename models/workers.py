@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.common import at_least_one, flag, positive
-from models.forked import num_cores
 from models.functions import Grade, Grader
+from models.limits import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_A_TIME = 64  # answers that a process grades at once with an async function

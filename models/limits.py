@@ -1,0 +1,56 @@
+"""What a container or a job of Slurm leaves to this process of a host's memory and cores: Linux's control groups.
+
+Versions 1 and 2: docs.kernel.org, admin-guide/cgroup-v1 and cgroup-v2, scheduler/sched-bwc. What is not there or cannot
+be read, limits nothing. root: of the file system; another than / is for tests.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes that this process can still get; of a group, with the pages of files in it that go first. 4 GiB where the
+    system says nothing."""
+    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    info = root / "proc/meminfo"
+    lines = info.read_text().splitlines() if info.is_file() else []
+    left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or [4 * 2**30]
+    for version, group in _groups("memory", root):
+        limit, usage, idle = names[version]
+        with contextlib.suppress(OSError, ValueError):
+            most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
+            stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+            left.append(max(0, most - used + int(stat.get(idle, 0))))
+    return min(left)
+
+
+def num_cores(*, of_rank: bool = False, root: Path = ROOT) -> int:
+    """Those that this process may use at a time; of_rank: less the other ranks' share of a node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for version, group in _groups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):
+            if version == 1:
+                time, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            else:
+                time, period = map(int, (group / "cpu.max").read_text().split())
+            if time > 0:
+                cores = min(cores, -(-time // period))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if of_rank else cores
+
+
+def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of this process's groups that may limit something, and of those above them."""
+    mine = root / "proc/self/cgroup"
+    for line in mine.read_text().splitlines() if mine.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        group = mount / path.lstrip("/")  # in a container maybe the host's name of what is mounted here
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                yield 1 if controllers else 2, folder

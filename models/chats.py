@@ -16,7 +16,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
+from models.chat_template import REASONING, ChatTemplate, Rendering, object_in, with_other_calls
 from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
@@ -143,6 +143,8 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         learnt = learnt and value != 0
     if _has_content(message.get("function_call")):
         raise ValueError(f"{name}: function_call is not read; give tool_calls")
+    # Templates ask whether a message has such a key; where columns have types, each has all of them.
+    message = {key: value for key, value in message.items() if value or key not in ("tool_calls", *REASONING)}
     calls = message.get("tool_calls")
     if calls:
         calls = message["tool_calls"] = parsed(_without_nulls(calls))
@@ -150,8 +152,13 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
     for call in calls or ():
         function = call.get("function", call)
-        if isinstance(function, dict) and "name" in function and function.get("arguments") is None:
+        if not isinstance(function, dict) or "name" not in function:
+            continue
+        arguments = function.get("arguments")
+        if arguments in (None, ""):
             function["arguments"] = {}  # of a call without any
+        elif isinstance(arguments, str) and arguments.lstrip()[:1] == "{" and object_in(arguments) is None:
+            raise ValueError(f"{name}: the arguments of a call are no JSON text: {ascii(arguments)[:60]}")
     thoughts = [key for key in REASONING if message.get(key)] if message["role"] == "assistant" else []
     for key in ("content", *thoughts):
         if isinstance(message.get(key), list):

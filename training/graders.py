@@ -69,9 +69,9 @@ def last_number(prompt: str, completion: str, example: dict) -> float:
 
 def multiple_choice(prompt: str, completion: str, example: dict) -> float:
     """1 if the letter that is chosen is the right one, and the only one. The record has the letter, "B" or "(B)", maybe
-    with the text of the choice behind it, or the number of the choice as an integer from 0."""
+    with the text of the choice behind it, or the number of the choice, counted from 0."""
     letters = [
-        "ABCDEFGHIJ"[gold] if isinstance(gold, int) and 0 <= gold < 10 else _letter_of_record(str(gold))
+        "ABCDEFGHIJ"[int(gold)] if gold in range(10) and type(gold) is not bool else _letter_of_record(str(gold))
         for gold in raw_golds(example)
     ]
     if None in letters:
@@ -106,14 +106,19 @@ def format_reward(prompt: str, completion: str, example: dict) -> float:
 
 def raw_golds(example: dict) -> list:
     for name in GOLD_FIELDS:
-        if example.get(name) not in (None, "", []):  # an empty one would be right for no answer, and nobody would know
-            return example[name] if isinstance(example[name], list) else [example[name]]
+        value = example.get(name)
+        # an empty one would be right for no answer, and nobody would know; NaN is what pandas has for none
+        golds = [gold for gold in (value if isinstance(value, list) else [value]) if gold not in (None, "", [])]
+        if golds := [gold for gold in golds if gold == gold]:
+            return golds
     raise ValueError(f"the record has no right answer: none of {', '.join(GOLD_FIELDS)}")
 
 
 def gold_answers(example: dict) -> list[str]:
-    """The record's right answers; any of them will do."""
-    return [final_part(str(gold)) for gold in raw_golds(example)]
+    """The record's right answers; any of them will do. 18.0 may be the 18 of a column where a value is missing."""
+    golds = raw_golds(example)
+    whole = [int(gold) for gold in golds if isinstance(gold, float) and gold.is_integer()]
+    return [final_part(str(gold)) for gold in golds + whole]
 
 
 def final_part(text: str) -> str:

@@ -139,3 +139,42 @@ def test_an_empty_content_beside_calls(tmp_path):
     tokenizer, _ = opened(tmp_path / "deepseek", DEEPSEEK)
     with_none = [messages[0], {**messages[1], "content": None}]
     assert learnt_turns(read_chat(messages), tokenizer) == learnt_turns(read_chat(with_none), tokenizer)
+
+
+def test_keys_without_content(tmp_path):
+    """Catches calls and thoughts that are empty, as each message has them where columns have types, taken for some by
+    templates that ask whether the key is there: Llama 3's refused the chat, Qwen3's wrote a second, empty thought."""
+    llama = CHATML.replace(
+        "<|eot_id|>", "{% if 'tool_calls' in m %}{{ raise_exception('one call') }}{% endif %}<|eot_id|>"
+    )
+    tokenizer, theirs = opened(
+        tmp_path,
+        llama.replace(
+            "{{ m.content }}",
+            "{% if m.reasoning_content is string %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}",
+        ),
+    )
+    messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "<think>hm</think>5"}]
+    wanted = theirs.apply_chat_template(messages, tokenize=False)
+    empty = {"tool_calls": [], "reasoning_content": "", "thinking": None}
+    assert learnt_turns(read_chat([{**each, **empty} for each in messages]), tokenizer).text == wanted
+    thinks = [messages[0], {"role": "assistant", "content": "5", **empty, "thinking": "hm"}]
+    assert learnt_turns(read_chat(thinks), tokenizer).text == wanted
+
+
+def test_arguments_that_are_no_json(tmp_path):
+    """Catches arguments as Python writes a dictionary, learnt as a quoted string, and the empty text of a call without
+    any."""
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    tokenizer, _ = opened(tmp_path, CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls))
+
+    def text(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return learnt_turns(read_chat(messages), tokenizer).text
+
+    assert text("") == text("{}") == text({}) == text(None) and '"arguments": {}' in text("")
+    assert '"arguments": "print(1)"' in text("print(1)")  # of a tool that takes code
+    for broken in ("{'city': 'Rome'}", '{"city": "Rome"'):
+        with pytest.raises(ValueError, match=r"messages\[1\]: the arguments of a call are no JSON text: ."):
+            text(broken)

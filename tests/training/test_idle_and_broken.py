@@ -17,7 +17,7 @@ from models.functions import Grade, Grader, call_batch
 from models.record_files import Record
 from models.reward import encode_steps, split_steps
 from tests import tiny
-from training.graders import math_answer
+from training.graders import exact_match, math_answer, multiple_choice
 from training.metrics import Metrics
 from training.preferences import encode_process_record
 
@@ -153,15 +153,32 @@ def test_weights_that_the_export_cannot_hold(folder, world, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("given, wanted", [([], None), ("", None), (["", 5], 1.0), (5, 1.0)])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [([], None), ("", None), ([None, ""], None), (NAN, None), (["", 5], 1.0), ([NAN, 5], 1.0), (5, 1.0)],
+)
 def test_no_right_answer(given, wanted):
-    """Catches a record whose list of right answers is empty: whatever the policy said would be wrong."""
+    """Catches a record whose list of right answers is empty, or holds what pandas has for none: whatever the policy
+    said would be wrong."""
     if wanted is None:
         with pytest.raises(ValueError, match="no right answer"):
             math_answer("", "5", {"answer": given})
         assert math_answer("", "5", {"answer": given, "solution": "#### 5"}) == 1
     else:
         assert math_answer("", "5", {"answer": given}) == wanted
+
+
+def test_right_answers_of_a_column_of_floats():
+    """Catches integers that became floats, as in any column of pandas with a value missing, to which no answer is right
+    to the letter, or is a choice; and true, which is no choice, taken for the second."""
+    assert exact_match("", "18", {"answer": 18.0}) == exact_match("", "18.0", {"answer": 18.0}) == 1
+    assert exact_match("", "18", {"answer": 18.5}) == 0
+    assert multiple_choice("", "C", {"answer": 2.0}) == 1 and multiple_choice("", "B", {"answer": 2.0}) == 0
+    with pytest.raises(ValueError, match="no letter"):
+        multiple_choice("", "B", {"answer": True})
 
 
 @pytest.mark.parametrize("world_size, complaint", [("2", "no RANK"), ("", "no number"), ("two", "no number")])

@@ -115,7 +115,8 @@ class PromptSource:
         for record in records_of([chunk]):
             num_records += 1
             prompt = record.fields.get("prompt")
-            if not isinstance(prompt, str) or not record.fields.keys().isdisjoint(LOOKED_AT):
+            is_text = isinstance(prompt, str) and not prompt.lstrip().startswith("[")  # of messages, maybe
+            if not is_text or not record.fields.keys().isdisjoint(LOOKED_AT):
                 with naming(record):
                     carried_fields(record)
                     prompt = prompt_of(record, self.opening, self.args.chat)

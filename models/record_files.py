@@ -6,6 +6,7 @@ maybe another process, reads it there.
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ PACKED = {
     b"ARROW1": "Arrow",
 }
 LFS_NOTE = b"version https://git-lfs"
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")  # JSON's, or as Python prints them
 KINDS = {  # what JSON has for Python's types
     type(None): "null",
     bool: "a boolean",
@@ -49,6 +51,12 @@ class Record(NamedTuple):
 def kind_of(value: object) -> str:
     """What JSON has for a value, for messages."""
     return KINDS.get(type(value), type(value).__name__)
+
+
+def refuse_messages_as_text(name: str, value: object) -> None:
+    """Raises ValueError for what a column of text makes of messages, which would be read as it is written."""
+    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
+        raise ValueError(f"{name} is a list of messages as text; give the list itself")
 
 
 def unreadable(path: Path, reason: str) -> str:

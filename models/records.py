@@ -25,7 +25,7 @@ from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
-from models.record_files import Record, chunks_of, kind_of, records_of
+from models.record_files import Record, chunks_of, kind_of, records_of, refuse_messages_as_text
 from models.tokenizer import Tokenizer
 from models.transfer import to_device
 
@@ -94,6 +94,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
     message of the user."""
     prompt, fields = stated_prompt(record), record.fields
     with naming(record):
+        refuse_messages_as_text("prompt", prompt)
         if as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
@@ -311,6 +312,7 @@ def encode_answered(
 ) -> tuple[Example, EncodingCounts]:
     """(a prompt and the answer to it, with loss on the answer; what happened). Text follows what generation would go on
     from, messages are as the chat template writes them. name: what to call the answer in a ValueError."""
+    refuse_messages_as_text(name, answer)
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         example, counts = _answered(prompt, answer, tokenizer)

@@ -1,5 +1,7 @@
 """training/preferences.py: the tokens of pairs, and how they are batched; test_scored_records.py has the rest."""
 
+import json
+
 import pytest
 import torch
 
@@ -120,7 +122,11 @@ def test_answer_that_merges_with_the_header(opened):
 
 
 USER, ANSWER = CHAT[0], CHAT[1]
+AS_TEXT = [json.dumps([ANSWER]), f"\n{[ANSWER]}"]  # as columns of text have them, and as Python and numpy print them
 BAD_PAIRS = [
+    *[({"prompt": text, "chosen": "b", "rejected": "c"}, "prompt is a list of messages as text") for text in AS_TEXT],
+    *[({"prompt": "a", "chosen": "b", "rejected": text}, "rejected is a list of messages as te") for text in AS_TEXT],
+    *[({"prompt": [USER], "chosen": text, "rejected": "c"}, "chosen is a list of messages as t") for text in AS_TEXT],
     ({"prompt": "a", "rejected": "b"}, "'chosen' is missing (found: prompt, rejected)"),
     ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
     ({"chosen": "a b", "rejected": "a c"}, "'prompt' is missing"),

@@ -135,7 +135,7 @@ def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: 
 
 
 def answer(engine: Engine, request: Request) -> str:
-    """Prints the answer as it comes and returns it; Ctrl-C cuts it short."""
+    """Prints the answer as it comes and returns it; Ctrl-C cuts it short, or under torchrun ends the chat."""
     shown = Shown(engine.params.stop)
     decoder, ending = StreamDecoder(engine.tokenizer, request.prompt_ids), ""
 
@@ -149,6 +149,8 @@ def answer(engine: Engine, request: Request) -> str:
             if completion.finish_reason == "length":
                 ending = " [cut at the token limit]"
     except KeyboardInterrupt:
+        if dist.get_world_size() > 1:  # torchrun, which has passed it on, waits for the ranks' end
+            raise
         shown.end(shown.text + decoder.flush())
     say(ending)
     return shown.text

@@ -29,11 +29,12 @@ def start_torchrun(ranks: int, *command: object, **environment: object) -> Forke
     return Forked(torchrun, *flags, *command, **environment)
 
 
-def start_nodes(folders: list[Path], *command: object) -> list[Forked]:
+def start_nodes(folders: list[Path], *command: object, stdin: str = "") -> list[Forked]:
     """Several nodes of a rank each, in folders of their own, with what torchrun gives it in the environment; without
-    torchrun's agents, which would end a rank that does not end by itself."""
+    torchrun's agents, which would end a rank that does not end by itself. stdin: all that each can read."""
     world = {"WORLD_SIZE": len(folders), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_RANK": 0}
-    return [Forked(*command, cwd=each, **world, RANK=rank, GROUP_RANK=rank) for rank, each in enumerate(folders)]
+    places = enumerate(folders)
+    return [Forked(*command, cwd=each, stdin=stdin, **world, RANK=rank, GROUP_RANK=rank) for rank, each in places]
 
 
 class Pool(NamedTuple):

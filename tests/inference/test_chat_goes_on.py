@@ -1,8 +1,10 @@
-"""inference/chat.py: a conversation is not lost for one message that cannot be asked."""
+"""inference/chat.py: a conversation is not lost for one message that cannot be asked; when it ends on several ranks."""
 
 import json
+import signal
+import time
 
-from tests import tiny
+from tests import ranks, tiny
 from tests.inference.test_chat import CUT, chat, chat_folder, expected_answer  # noqa: F401 (fixture)
 
 
@@ -18,3 +20,18 @@ def test_after_a_message_that_cannot_be_read(chat_folder, tmp_path):
     first = {"role": "user", "content": "1 plus 2"}, {"role": "assistant", "content": answers[0].removesuffix(CUT)}
     wanted = expected_answer(folder, [*first, {"role": "user", "content": "and 3?"}], 5)
     assert answers[3].removesuffix(CUT) == wanted
+
+
+def test_ctrl_c_on_two_ranks(chat_folder):
+    """Catches ranks that ask for another message after the Ctrl-C by which torchrun ends them, and are killed after 30
+    seconds of waiting for each other."""
+    flags = ("--checkpoint_path", chat_folder, "--tensor_parallel_size", 2, "--max_new_tokens", 480)
+    both = ranks.start_nodes([chat_folder] * 2, "inference/chat.py", *flags, stdin="1 plus 2\n" * 9)
+    deadline = time.monotonic() + 120
+    while len(both[0].read("stdout").partition("> ")[2]) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for rank in both:
+        rank.send_signal(signal.SIGINT)
+    printed = [rank.communicate(timeout=20) for rank in both]
+    assert [rank.poll() for rank in both] == [130, 130], printed
+    assert printed[0][0].count("> ") == 1 and "interrupted" in printed[0][1]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from inference.choosing import group_of
 from inference.lines import LineWriter, lines_of
 from models.chats import content_of, read_chat
-from models.common import card, is_main_rank, progress_bar, say
+from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
 from models.identity import begun_with
 from models.record_files import kind_of
@@ -27,9 +27,7 @@ AHEAD = 4096  # answers that are with the workers at a time
 
 def grade_file(args) -> None:
     """Writes the records of --data_file with a `grade` by the function --grader, and says what they are in all; args:
-    of score.py. Of several ranks only the main one works. Raises ValueError or OSError for what cannot be graded."""
-    if not is_main_rank():
-        return
+    of score.py. For the main rank alone. Raises ValueError or OSError for what cannot be graded."""
     grader, records = undisturbed()(load_grader)("--grader", args.grader), read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []

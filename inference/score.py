@@ -147,8 +147,9 @@ def main(args: ScoreArgs) -> None:
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_flags(args)
     if args.grader is not None:
-        check_outputs(args)
-        grade_file(args)
+        if is_main_rank():  # another may come to this when the file has been begun
+            check_outputs(args)
+            grade_file(args)
         return
     runtime = choose_runtime(args)
     start_ranks(runtime.device)

@@ -173,3 +173,14 @@ def test_what_needs_a_grader(tmp_path):
     flags = ("--checkpoint_path", "rm", "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path / "o.jsonl")
     tiny.assert_refused(tiny.run(SCRIPT, *flags, "--pass_at", 1), "--pass_at needs a --grader")
     tiny.assert_refused(tiny.run(SCRIPT, *flags, "--reward_timeout", 3), "--reward_timeout 3.0 does nothing without a")
+
+
+def test_a_rank_that_comes_late(tmp_path, monkeypatch):
+    """Catches a rank that takes the file which the first has begun meanwhile for another run's, and ends all."""
+    data, out = tiny.write_records(tmp_path / "d.jsonl", samples([1])), tmp_path / "out.jsonl"
+    out.write_text("begun")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert grade(MATH, data, out).code == 0 and out.read_text() == "begun"
+    monkeypatch.setenv("RANK", "0")
+    tiny.assert_refused(grade(MATH, data, out), "out.jsonl")

@@ -7,6 +7,7 @@ maybe another process, reads it there.
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,17 @@ KINDS = {  # what JSON has for Python's types
     list: "a list",
     dict: "an object",
 }
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> dict:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # JSON's readers take the last, and what the others say is lost
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has {name!a} twice")
+    return fields
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
 class Record(NamedTuple):
@@ -128,7 +140,7 @@ def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
 def _parts_of_list(path: Path, content: bytes) -> Iterator[Items]:
     text = _decode(path, content, 0)
     try:
-        items = json.loads(text)
+        items = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid JSON list: {error}") from None
     each = len(content) / max(1, len(items))  # bytes of an item
@@ -147,7 +159,7 @@ def _decode(path: Path, block: bytes, start: int) -> str:
 
 def _parse(path: Path, number: int, line: str) -> Record:
     try:
-        fields = json.loads(line)
+        fields = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         spread = "; an object has one line" * (line.strip() == "{")

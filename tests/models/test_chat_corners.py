@@ -102,7 +102,8 @@ def test_columns_of_json_text(tmp_path):
 
 
 def test_keys_of_other_records(tmp_path):
-    """Catches nulls that columns with types put into each record's tools and calls for the keys of all the others."""
+    """Catches nulls that columns with types put into each record's tools and calls for the keys of all the others, and
+    parameters that are JSON's text there, written as a quoted string."""
     calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
     template = "{{ tools | tojson }}" + CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls)
     tokenizer, theirs = opened(tmp_path, template)
@@ -119,6 +120,13 @@ def test_keys_of_other_records(tmp_path):
     text = learnt_turns(read_chat(messages, {"tools": tools}), tokenizer).text
     messages, tools = record()
     assert text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+    [tool] = tools
+    function = {**tool["function"], "parameters": json.dumps(parameters)}
+    assert text == learnt_turns(read_chat(messages, {"tools": [{**tool, "function": function}]}), tokenizer).text
+    assert (
+        text
+        == learnt_turns(read_chat(messages, {"tools": json.dumps([tool | {"function": function}])}), tokenizer).text
+    )
     as_text = json.dumps(record(days=None)[1])  # deliberate there
     assert '"days": null' in learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text
 

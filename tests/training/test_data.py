@@ -84,6 +84,7 @@ def test_formats_by_content(name, bom, tmp_path):
     [
         (b'{"a": 1}\n\n{"a": \n', ":3: not valid JSON"),
         (b'{"a": 1}\n{"a": 1} {"a": 2}\n', ":2: not valid JSON"),
+        (b'{"a": 1}\n{"a": {"b": 1, "b": 2}}\n', ":2: not valid JSON: an object has 'b' twice"),
         (b'{"a": 1}\n"text"\n', ":2: must be an object with named fields, not text"),
         (b'[{"a": 1}, 5]', ": item 1: must be an object with named fields, not a number"),
         (b'[{"a": 1}', ": not a valid JSON list"),
@@ -101,10 +102,9 @@ def test_broken_files(content, where, tmp_path):
     with pytest.raises(ValueError) as caught:
         read_records(path)
     assert str(caught.value).startswith(f"{path}{where}")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_records(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError):
-        read_records(tmp_path)
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=missing.name):
+            read_records(missing)
 
 
 # --------------------------------------------------------------------------- prompt and completion

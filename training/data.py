@@ -16,7 +16,7 @@ from models.chats import read_chat
 from models.checkpoint import Folder
 from models.common import at_least_one, flag, non_negative, refuse_idle
 from models.packing import best_fit
-from models.record_files import Record
+from models.record_files import Record, refuse_messages_as_text
 from models.records import (
     Encoder,
     EncodingCounts,
@@ -160,6 +160,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
             return encode_chat(read_chat(given["messages"], given), tokenizer)
         if "text" in given and "completion" not in given and "output" not in given:
             require(isinstance(given["text"], str), "text must be a string")
+            refuse_messages_as_text("text", given["text"])
             ids = tokenizer.encode_prefix(given["text"])
             ids = ids + end_of(ids, tokenizer)
             return Example(ids, list(ids)), EncodingCounts()

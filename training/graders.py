@@ -110,6 +110,8 @@ def raw_golds(example: dict) -> list:
         # an empty one would be right for no answer, and nobody would know; NaN is what pandas has for none
         golds = [gold for gold in (value if isinstance(value, list) else [value]) if gold not in (None, "", [])]
         if golds := [gold for gold in golds if gold == gold]:
+            if not all(isinstance(gold, str | int | float) for gold in golds):  # TriviaQA's has aliases
+                raise ValueError(f"the right answer in {name} is neither text nor a number, nor a list of them")
             return golds
     raise ValueError(f"the record has no right answer: none of {', '.join(GOLD_FIELDS)}")
 

@@ -171,6 +171,14 @@ def test_no_right_answer(given, wanted):
         assert math_answer("", "5", {"answer": given}) == wanted
 
 
+@pytest.mark.parametrize("given", [{"value": "5", "aliases": ["five"]}, [{"value": "5"}], [["5"]]])
+def test_right_answers_that_are_no_text(given):
+    """Catches an object, or a list in a list, that is compared as Python would print it: no answer would be right."""
+    for grader in (math_answer, exact_match, multiple_choice):
+        with pytest.raises(ValueError, match="right answer in solution is neither text nor a number"):
+            grader("", "5", {"answer": None, "solution": given})
+
+
 def test_right_answers_of_a_column_of_floats():
     """Catches integers that became floats, as in any column of pandas with a value missing, to which no answer is right
     to the letter, or is a choice; and true, which is no choice, taken for the second."""

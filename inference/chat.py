@@ -8,6 +8,7 @@ does.
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def answer(engine: Engine, request: Request) -> str:
             if completion.finish_reason == "length":
                 ending = " [cut at the token limit]"
     except KeyboardInterrupt:
-        if dist.get_world_size() > 1:  # torchrun, which has passed it on, waits for the ranks' end
+        if "RANK" in os.environ:  # torchrun, which has passed it on, waits for the ranks' end
             raise
         shown.end(shown.text + decoder.flush())
     say(ending)

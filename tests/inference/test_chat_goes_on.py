@@ -4,6 +4,8 @@ import json
 import signal
 import time
 
+import pytest
+
 from tests import ranks, tiny
 from tests.inference.test_chat import CUT, chat, chat_folder, expected_answer  # noqa: F401 (fixture)
 
@@ -22,16 +24,17 @@ def test_after_a_message_that_cannot_be_read(chat_folder, tmp_path):
     assert answers[3].removesuffix(CUT) == wanted
 
 
-def test_ctrl_c_on_two_ranks(chat_folder):
+@pytest.mark.parametrize("size", [1, 2])
+def test_ctrl_c_under_torchrun(chat_folder, size):
     """Catches ranks that ask for another message after the Ctrl-C by which torchrun ends them, and are killed after 30
     seconds of waiting for each other."""
-    flags = ("--checkpoint_path", chat_folder, "--tensor_parallel_size", 2, "--max_new_tokens", 480)
-    both = ranks.start_nodes([chat_folder] * 2, "inference/chat.py", *flags, stdin="1 plus 2\n" * 9)
+    flags = ("--checkpoint_path", chat_folder, "--tensor_parallel_size", size, "--max_new_tokens", 480)
+    started = ranks.start_nodes([chat_folder] * size, "inference/chat.py", *flags, stdin="1 plus 2\n" * 9)
     deadline = time.monotonic() + 120
-    while len(both[0].read("stdout").partition("> ")[2]) < 5 and time.monotonic() < deadline:
+    while len(started[0].read("stdout").partition("> ")[2]) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
-    for rank in both:
+    for rank in started:
         rank.send_signal(signal.SIGINT)
-    printed = [rank.communicate(timeout=20) for rank in both]
-    assert [rank.poll() for rank in both] == [130, 130], printed
+    printed = [rank.communicate(timeout=20) for rank in started]
+    assert [rank.poll() for rank in started] == [130] * size, printed
     assert printed[0][0].count("> ") == 1 and "interrupted" in printed[0][1]

@@ -208,7 +208,7 @@ def _with_calls(template: jinja2.Template, messages: list[dict], values: dict) -
             raise
         failure = error
     if texts:
-        return template.render(messages=[_with_arguments(message, object_in) for message in messages], **values)
+        return template.render(messages=[_with_arguments(message, _object_in) for message in messages], **values)
     if any(isinstance(function.get("arguments"), dict) for each in messages for function in _functions_of(each)):
         return template.render(messages=[_with_arguments(message, _text_of) for message in messages], **values)
     raise failure
@@ -222,7 +222,7 @@ def _functions_of(message: dict) -> list[dict]:
     return [function for function in functions if isinstance(function, dict)]
 
 
-def object_in(text: object) -> dict | None:
+def _object_in(text: object) -> dict | None:
     """The JSON object that a text is."""
     try:
         value = json.loads(text) if isinstance(text, str) else None
@@ -238,7 +238,7 @@ def _text_of(value: object) -> str | None:
 def _texts_of_objects(messages: list[dict]) -> list[str]:
     """The arguments of calls that are the text of an object."""
     arguments = [function.get("arguments") for message in messages for function in _functions_of(message)]
-    return [each for each in arguments if object_in(each) is not None]
+    return [each for each in arguments if _object_in(each) is not None]
 
 
 def _with_arguments(message: dict, other_form: Callable[[object], object | None]) -> dict:
@@ -259,7 +259,7 @@ def with_other_calls(message: dict) -> dict:
         for key in ("name", "arguments"):
             value = function.get(key)
             if isinstance(value, str | dict):
-                entries = value if isinstance(value, dict) else object_in(value)
+                entries = value if isinstance(value, dict) else _object_in(value)
                 other = f"{value}x" if entries is None else {**entries, "x": "x"}
                 function[key] = other if entries is None or entries is value else _text_of(other)
                 changed = True

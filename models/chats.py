@@ -16,7 +16,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import REASONING, ChatTemplate, Rendering, object_in, with_other_calls
+from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
 from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
@@ -160,8 +160,8 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         arguments = function.get("arguments")
         if arguments in (None, ""):
             function["arguments"] = {}  # of a call without any
-        elif isinstance(arguments, str) and arguments.lstrip()[:1] == "{" and object_in(arguments) is None:
-            raise ValueError(f"{name}: the arguments of a call are no JSON text: {ascii(arguments)[:60]}")
+        elif isinstance(arguments, str) and arguments.lstrip().startswith("{'"):
+            raise ValueError(f"{name}: the arguments of a call are Python's text, not JSON's: {ascii(arguments)[:60]}")
     thoughts = [key for key in REASONING if message.get(key)] if message["role"] == "assistant" else []
     for key in ("content", *thoughts):
         if isinstance(message.get(key), list):

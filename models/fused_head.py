@@ -135,32 +135,9 @@ class _CrossEntropyOfChunks(torch.autograd.Function):
 
 
 def cross_entropy_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    start: int,
-    tp: DeviceMesh | None,
-    *,
-    num_columns: int,
-    needs_grad: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, rows: int, needs_grad: bool
 ) -> Tensor:
-    """The sum over tokens, see vocab_parallel.linear_cross_entropy. num_columns: see rows_at_once."""
-    rows = rows_at_once(hidden, num_columns)
+    """The sum over tokens, see vocab_parallel.linear_cross_entropy, `rows` at a time."""
     if needs_grad and len(hidden) > rows:
         return _CrossEntropyOfChunks.apply(hidden, weight, targets, start, tp, rows)
     return -FusedLogprobs.apply(hidden, weight, targets, start, tp, 1.0, rows)[0].sum()
-
-
-def logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    start: int,
-    tp: DeviceMesh | None,
-    *,
-    num_columns: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """vocab_parallel.linear_logprobs. num_columns: see rows_at_once."""
-    rows = rows_at_once(hidden, num_columns)
-    return FusedLogprobs.apply(hidden, weight, targets, start, tp, temperature, rows)

@@ -9,7 +9,8 @@ from models.limits import available_memory
 from models.model import Transformer
 from models.pages import PAGE, pages_for
 from models.scheduler import CONTEXTS
-from models.tp import chunk_range, size_of
+from models.tp import size_of
+from models.vocab_parallel import most_columns
 
 MOST_SLOTS = {"cuda": 256, "cpu": 16}  # of --batch_size auto
 SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory, for the cache and what is computed beside it
@@ -61,7 +62,7 @@ def plan_cache(
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
     size = model.dtype.itemsize
     most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
-    columns = chunk_range(config.vocab_size, 0, size_of(tp))[1]
+    columns = most_columns(config.vocab_size, tp)
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
     longest, of_page = max(known_tokens, most_tokens), page_bytes(model)
     prefill_tokens = min(prefill_tokens, most_slots * longest)  # no more are in rows at a time

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.tp import chunk_range, size_of
+from models.tp import own_chunk
 from models.transfer import to_device
+from models.vocab_parallel import most_columns
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -25,8 +26,7 @@ class SeenTokens:
     """The tokens in each slot's prompt and answer so far, `table` bool [B, V']."""
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, tp: DeviceMesh | None):
-        self.width = chunk_range(vocab_size, 0, size_of(tp))[1]
-        self.first = 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
+        self.first, self.width = own_chunk(vocab_size, tp)[0], most_columns(vocab_size, tp)
         self.table = torch.zeros(num_slots, self.width, dtype=torch.bool, device=device)
         self.slots = torch.arange(num_slots, device=device)
 

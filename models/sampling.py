@@ -19,7 +19,7 @@ from models.gpu import has_triton
 from models.noise import exponential_noise
 from models.repetition import penalised
 from models.tokenizer import Tokenizer
-from models.tp import chunk_range, gather_ranks, size_of
+from models.tp import gather_ranks, own_chunk, size_of
 from models.vocab_parallel import pad_vocabulary
 
 
@@ -171,7 +171,7 @@ def sample(
     V, offset = len(hashes), 0
     logits = logits.float()
     if size_of(tp) > 1:
-        offset, end = chunk_range(V, tp.get_local_rank(), tp.size())
+        offset, end = own_chunk(V, tp)
         logits = pad_vocabulary(logits, V, tp, -torch.inf)
         hashes = pad_vocabulary(hashes[offset:end], V, tp, 0)
     scores, ids = logits if seen is None else penalised(logits, seen, params.repetition_penalty), None

@@ -60,10 +60,15 @@ def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
     return min(size, index * step), min(size, (index + 1) * step)
 
 
+def own_chunk(size: int, tp: DeviceMesh | None) -> tuple[int, int]:
+    """chunk_range() of this rank."""
+    return (0, size) if tp is None else chunk_range(size, tp.get_local_rank(), tp.size())
+
+
 def tensor_parallel_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None) -> tuple[slice, ...]:
     """The part of the whole parameter `name` that this tp rank holds, a slice for each dimension."""
-    rank, size, cut = (0, 1, None) if tp is None else (tp.get_local_rank(), tp.size(), shard_dim(name))
-    return tuple(slice(*chunk_range(n, rank, size)) if dim == cut else slice(0, n) for dim, n in enumerate(shape))
+    cut = shard_dim(name)
+    return tuple(slice(*own_chunk(n, tp if dim == cut else None)) for dim, n in enumerate(shape))
 
 
 def size_of(tp: DeviceMesh | None) -> int:

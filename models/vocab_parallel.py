@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.gpu import has_triton
-from models.tp import Parallel, all_gather, all_reduce, chunk_range, enter_parallel, local, size_of
+from models.tp import Parallel, all_gather, all_reduce, chunk_range, enter_parallel, local, own_chunk, size_of
 
 
 def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -> Tensor:
@@ -26,7 +26,7 @@ def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -
     """
     if size_of(tp) == 1:
         return torch.nn.functional.embedding(ids, weight)
-    start, end = chunk_range(vocab_size, tp.get_local_rank(), tp.size())
+    start, end = own_chunk(vocab_size, tp)
     if end == start:  # more ranks than chunks of the vocabulary
         return weight.new_zeros(*ids.shape, weight.shape[1]) + 0 * weight.sum()
     owned = (ids >= start) & (ids < end)
@@ -34,9 +34,14 @@ def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -
     return torch.where(owned[..., None], rows, torch.zeros_like(rows))
 
 
+def most_columns(vocab_size: int, tp: DeviceMesh | None) -> int:
+    """Columns of the vocabulary that a rank has at most: the first one's; the last ranks may have fewer."""
+    return chunk_range(vocab_size, 0, size_of(tp))[1]
+
+
 def pad_vocabulary(x: Tensor, vocab_size: int, tp: DeviceMesh | None, value: float) -> Tensor:
-    """This rank's columns [..., V'] filled up to as many as the first rank has: the last ranks may have fewer."""
-    missing = chunk_range(vocab_size, 0, size_of(tp))[1] - x.shape[-1]
+    """This rank's columns [..., V'] filled up to most_columns()."""
+    missing = most_columns(vocab_size, tp) - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
 
 
@@ -91,12 +96,28 @@ def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | 
     return target, largest + partition.log(), partition
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, an fp32 total; in place, where a product in fp32 needs no tensor of its size beside it."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+def _add_at_targets(logits: Tensor, targets: Tensor, start: int, values: Tensor | float) -> None:
+    """Adds values, [n, 1] or one for all, to the target of each row, where this rank has it."""
+    if logits.shape[1]:
+        offsets, owned = _own_targets(targets, start, logits.shape[1])
+        logits.scatter_add_(-1, offsets, owned * values)
+
+
+def _propagate(
+    logits: Tensor, raw: Tensor, hidden: Tensor, weight: Tensor, grads: tuple[Tensor, Tensor | None]
+) -> None:
+    """From the gradient of a chunk's logits to its hidden states' and the weight's: the latter fp32, summed over
+    chunks, and None of a frozen head, which is half of the arithmetic. raw: see _logits."""
+    grad_hidden, grad_weight = grads
+    if logits is not raw:
+        raw.copy_(logits)
+    grad_hidden.copy_(raw @ weight)
+    if grad_weight is None:
+        return
+    if raw.dtype == torch.float32:  # in place: no tensor of the weight's size beside it
+        grad_weight.addmm_(raw.T, hidden)
     else:
-        total += a @ b
+        grad_weight += raw.T @ hidden
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -110,21 +131,14 @@ class _CrossEntropySum(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        learns = needs_grad and weight.requires_grad  # a frozen head has no gradient, which is half of the arithmetic
+        learns = needs_grad and weight.requires_grad
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         for chunk, raw, logits in _logits(hidden, compute_weight):
             target, logsumexp, partition = _exponentiate(logits, targets[chunk], start, tp)
             total += (logsumexp - target).sum()
             if needs_grad:
-                logits.div_(partition)  # the softmax, less 1 at the target
-                if logits.shape[1]:
-                    offsets, owned = _own_targets(targets[chunk], start, logits.shape[1])
-                    logits.scatter_add_(-1, offsets, -owned.float())
-                if logits is not raw:
-                    raw.copy_(logits)
-                grad_hidden[chunk] = raw @ compute_weight
-                if learns:
-                    _add_product(grad_weight, raw.T, hidden[chunk])
+                _add_at_targets(logits.div_(partition), targets[chunk], start, -1.0)  # the softmax, less 1 there
+                _propagate(logits, raw, hidden[chunk], compute_weight, (grad_hidden[chunk], grad_weight))
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype  # which the backward scales in place
         return total
 
@@ -147,15 +161,6 @@ def fused_head(device: torch.device) -> ModuleType | None:
     return fused_head
 
 
-def _first_column(vocab_size: int | None, tp: DeviceMesh | None) -> int:
-    return 0 if tp is None else chunk_range(vocab_size, tp.get_local_rank(), tp.size())[0]
-
-
-def _most_columns(weight: Tensor, vocab_size: int | None, tp: DeviceMesh | None) -> int:
-    """Of a rank."""
-    return len(weight) if tp is None else chunk_range(vocab_size, 0, tp.size())[1]
-
-
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, tp: DeviceMesh | None = None
 ) -> Tensor:
@@ -165,12 +170,12 @@ def linear_cross_entropy(
     with gradients 0.
     """
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
-    start = _first_column(vocab_size, tp)
+    start, _ = own_chunk(vocab_size, tp)
     # decided here, since grad mode is off inside forward and requires_grad stays true under no_grad
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if (fused := fused_head(hidden.device)) is not None:
-        options = {"num_columns": _most_columns(weight, vocab_size, tp), "needs_grad": needs_grad}
-        return fused.cross_entropy_sum(hidden, weight, targets, start, tp, **options)
+        rows = fused.rows_at_once(hidden, len(weight) if tp is None else most_columns(vocab_size, tp))
+        return fused.cross_entropy_sum(hidden, weight, targets, start, tp, rows, needs_grad)
     return _CrossEntropySum.apply(hidden, weight, targets, start, tp, needs_grad)
 
 
@@ -215,16 +220,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits.exp_().mul_(weights.neg_())
             else:  # d log-prob / d logit = (1 at the target) - p
                 logits.exp_().mul_(-grad)
-            if logits.shape[1]:
-                offsets, owned = _own_targets(targets[chunk], ctx.start, logits.shape[1])
-                logits.scatter_add_(-1, offsets, owned * grad)
+            _add_at_targets(logits, targets[chunk], ctx.start, grad)
             if ctx.temperature != 1:
                 logits.div_(ctx.temperature)
-            if logits is not raw:
-                raw.copy_(logits)
-            grad_hidden[chunk] = raw @ compute_weight
-            if grad_weight is not None:
-                _add_product(grad_weight, raw.T, hidden[chunk])
+            _propagate(logits, raw, hidden[chunk], compute_weight, (grad_hidden[chunk], grad_weight))
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
@@ -244,9 +243,9 @@ def linear_logprobs(
 
     hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
     """
-    start = _first_column(vocab_size, tp)
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
+    start, _ = own_chunk(vocab_size, tp)
     if (fused := fused_head(hidden.device)) is not None:
-        options = {"num_columns": _most_columns(weight, vocab_size, tp), "temperature": temperature}
-        return fused.logprobs(hidden, weight, targets, start, tp, **options)
+        rows = fused.rows_at_once(hidden, len(weight) if tp is None else most_columns(vocab_size, tp))
+        return fused.FusedLogprobs.apply(hidden, weight, targets, start, tp, temperature, rows)
     return _TokenLogprobs.apply(hidden, weight, targets, start, tp, temperature, entropy)

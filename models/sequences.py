@@ -88,12 +88,13 @@ class Sample:
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
         """Takes tokens that were drawn one after the other, up to the one that ends it: how many it took."""
-        if self.decoder is not None:
-            return self._take_watching(tokens[: self.num_left], logprobs, on_token)
-        count, stopped = min(self.num_left, len(tokens)), False
+        count, stopped, text = min(self.num_left, len(tokens)), False, None
         if not self.stop_ids.isdisjoint(tokens):
             place = next(i for i, token in enumerate(tokens) if token in self.stop_ids)
             count, stopped = min(count, place + 1), place < count
+        if self.decoder is not None:
+            most, (count, text) = count, self._watch(tokens[:count], stopped)
+            stopped = stopped and count == most
         if count < len(tokens):
             tokens, logprobs = tokens[:count], logprobs[:count]
         self.num_left -= count
@@ -102,10 +103,8 @@ class Sample:
         if on_token is not None:
             for token in tokens:
                 on_token(self.request, token)
-        if stopped or not self.num_left:
-            drawn = self.ids[len(self.request.prompt_ids) :]
-            self.completion.token_ids = drawn[:-1] if stopped else drawn
-            self._end("stop" if stopped else "length", stop_ids=drawn[-1:] if stopped else ())
+        if stopped or not self.num_left or text is not None:
+            self._end(stopped, text)
         return count
 
     def check(self, logprobs: Sequence[float]) -> None:
@@ -115,47 +114,31 @@ class Sample:
                 broken = "the weights are broken, or overflow in this dtype"
                 raise ValueError(f"{self.request}: the log-probability of a token is {logprob}; {broken}")
 
-    def _end(self, reason: str, stop_ids: Sequence[int] = ()) -> None:
-        done, self.has_ended = self.completion, True
-        done.finish_reason, done.stop_ids = reason, list(stop_ids)
-        if self.tokenizer is not None:
-            done.text = self.tokenizer.decode_continuation(done.request.prompt_ids, done.token_ids)
-
-    def _take_watching(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
-        """take() token by token, for stop strings."""
-        done, count = self.completion, 0
-        for token, logprob in zip(tokens, logprobs):
-            count += 1
-            self.num_left -= 1
-            self.ids.append(token)
-            done.logprobs.append(logprob)
-            if on_token is not None:
-                on_token(self.request, token)
-            is_stop = token in self.stop_ids
-            (done.stop_ids if is_stop else done.token_ids).append(token)
-            is_last = is_stop or not self.num_left
-            if self._stop_string([] if is_stop else [token], is_last):
-                break
-            if is_last:
-                self._end("stop" if is_stop else "length", done.stop_ids)
-                break
-        return count
-
-    def _stop_string(self, ids: list[int], is_last: bool) -> bool:
-        """Whether the text up to these ids holds a stop string, which ends it; of the last, what was held back too."""
-        old = len(self.streamed)
-        self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(*ids)
-        # what is held back counts, a newline that is a byte's token, say: what would follow cannot undo it any more
-        text = self.streamed if is_last else self.streamed + self.decoder.held_back()
+    def _watch(self, tokens: Sequence[int], stopped: bool) -> tuple[int, str | None]:
+        """(how many tokens there are until a stop string, the text before that); all and None without one. stopped:
+        whether the last is a stop token, which has no text."""
         longest = max(map(len, self.params.stop))
-        places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
-        places = [place for place in places if place >= 0]
-        if not places:
-            return False
-        done, text = self.completion, text[: min(places)]
-        # the tokens of the text: drop those at the end that lie wholly in the stop string
-        ids, prompt_ids = done.token_ids, done.request.prompt_ids
-        while ids and self.tokenizer.decode_continuation(prompt_ids, ids[:-1]).startswith(text):
-            done.stop_ids.insert(0, ids.pop())
-        done.text, done.finish_reason, self.has_ended = text, "stop", True
-        return True
+        for count, token in enumerate(tokens, 1):
+            is_last = count == len(tokens) and (stopped or count == self.num_left)
+            old, ids = len(self.streamed), [] if stopped and is_last else [token]
+            self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(token)
+            # what is held back counts, a newline that is a byte's token, say: what would follow cannot undo it any more
+            text = self.streamed if is_last else self.streamed + self.decoder.held_back()
+            places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
+            places = [place for place in places if place >= 0]
+            if places:
+                return count, text[: min(places)]
+        return len(tokens), None
+
+    def _end(self, stopped: bool, text: str | None) -> None:
+        """stopped: by its last token. text: up to a stop string."""
+        done, prompt_ids, self.has_ended = self.completion, self.request.prompt_ids, True
+        drawn = self.ids[len(prompt_ids) :]
+        count = len(drawn) - stopped  # tokens of the text
+        if text is not None:  # without those at the end that lie wholly in the stop string
+            while count and self.tokenizer.decode_continuation(prompt_ids, drawn[: count - 1]).startswith(text):
+                count -= 1
+        done.finish_reason = "length" if text is None and not stopped else "stop"
+        done.token_ids, done.stop_ids = drawn[:count], drawn[count:]
+        if self.tokenizer is not None:
+            done.text = self.tokenizer.decode_continuation(prompt_ids, done.token_ids) if text is None else text

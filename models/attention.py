@@ -8,7 +8,7 @@ Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head di
 import contextlib
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -40,14 +40,6 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     with kernels:
         options = {"is_causal": mask is None, "attn_mask": mask, "enable_gqa": q.shape[1] != k.shape[1]}
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
-
-
-def packed_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
-    """causal_attention of documents packed end to end in rows of sum(lengths) tokens in all, each on its own, computed
-    in dtype."""
-    parts = zip(*(t.flatten(0, 1).to(dtype).split(lengths) for t in (q, k, v)))
-    outputs = [causal_attention(layer, *(t[None] for t in part))[0] for part in parts]
-    return torch.cat(outputs).view(q.shape).to(q.dtype)
 
 
 @cache
@@ -137,10 +129,14 @@ def document_attention(
 
         return variable_length
     if device.type == "cpu" and not compiled:
-        return partial(packed_attention, lengths=flat, dtype=dtype)
+
+        def one_by_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(*(t.flatten(0, 1).split(flat) for t in (q, k, v)))
+            return torch.cat([causal_attention(layer, *(t[None] for t in part))[0] for part in parts]).view(q.shape)
+
+        return one_by_one
     size = len(lengths) * num_tokens  # else torch asks the device for it
-    document = torch.repeat_interleave(to_device(flat, device), output_size=size)
-    document = document.view(-1, num_tokens)  # [B, T]
+    document = torch.repeat_interleave(to_device(flat, device), output_size=size).view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]
 

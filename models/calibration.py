@@ -165,11 +165,7 @@ class BlockPair:
         return seen[0], after
 
     def _choose(
-        self,
-        names: tuple[str, ...],
-        inputs: Inputs,
-        shared: tuple[int, int],
-        divide: Callable[[Tensor], Tensor],
+        self, names: tuple[str, ...], inputs: Inputs, shared: tuple[int, int], divide: Callable[[Tensor], Tensor]
     ) -> None:
         """Chooses the weights of layers that share their inputs. divide: has these divided by factors from now on, and
         returns the factors as they came out."""

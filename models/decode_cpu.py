@@ -14,11 +14,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, causal_attention
 from models.cpu_linear import Bags, has_fbgemm, pack_weight
-from models.model import Attention, ModelConfig, Transformer
+from models.model import Attention, Transformer
 from models.paged_cache import Cache, Chunk, places_of
 from models.pages import PAGE, pages_for
 from models.qlinear import QuantizedLinear, Scheme, quantize
@@ -33,30 +32,21 @@ def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) ->
 
 
 class CPUCache(Cache):
-    """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens; its methods are
-    models.paged_cache.PagedCache's.
+    """models.paged_cache.PagedCache's methods and arguments.
 
     Keys are kept in fp32, since a bag's result has its table's dtype and scores are not to be rounded; values and the
     weights of their sum are in `dtype`.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        num_rows: int,
-        num_pages: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        tp: DeviceMesh | None = None,
-    ):
-        B, H, K = num_rows, config.num_attention_heads // size_of(tp), config.num_key_value_heads // size_of(tp)
+    def __init__(self, model: Transformer, *, num_rows: int, num_pages: int, max_seq_len: int):
+        config, tp = model.config, size_of(model.parallel.tp)
+        B, H, K = num_rows, config.num_attention_heads // tp, config.num_key_value_heads // tp
         D, P = config.head_dim, num_pages + 1  # page 0 is nobody's
-        self.shape, self.dtype = (B, H, K, D), dtype
+        self.shape, self.dtype = (B, H, K, D), model.dtype
         # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
         layers = range(config.num_hidden_layers)
         keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
-        values = [torch.zeros(P, K, PAGE, D, dtype=dtype) for _ in layers]
+        values = [torch.zeros(P, K, PAGE, D, dtype=self.dtype) for _ in layers]
         super().__init__(keys, values, num_rows, max_seq_len)
         heads, dims = torch.arange(K), torch.arange(D)
         heads_read = heads.repeat_interleave(H // K)[:, None]  # [H, 1]

@@ -82,27 +82,26 @@ class DecodeRows:
         self.tp, device = model.parallel.tp, model.embed_tokens.weight.device
         self.device, self.num_rows, config = device, num_rows, model.config
         shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
-        options = {"dtype": model.dtype, "tp": self.tp}
         self.network = Network(model, compile=compile)
         if device.type == "cpu" and not compile:  # all that exists for CPUs alone
-            self.cache, self.draw = CPUCache(config, **shape, **options), sampling_cpu.sample
+            self.cache, self.draw = CPUCache(model, **shape), sampling_cpu.sample
             self.layers = DecodeLayers(model, num_rows, max_seq_len)
         else:
-            self.cache, self.draw = PagedCache(config, device=device, **shape, **options), sample
+            self.cache, self.draw = PagedCache(model, **shape), sample
             self.layers = self.network
         # the state of the rows lives on the device, at fixed addresses
         zeros = partial(torch.zeros, num_rows, dtype=torch.int64, device=device)
-        self.tokens, self.positions, self.keys, self.remaining = zeros(), zeros(), zeros(), zeros()
-        self.active = zeros(dtype=torch.bool)
+        self.state = zeros(), zeros(), zeros(), zeros(), zeros(dtype=torch.bool)
+        self.tokens, self.positions, self.keys, self.remaining, self.active = self.state
         self.drawn_tokens, self.drawn_logprobs = zeros(look_every), zeros(look_every, dtype=torch.float32)
         self.hashes = column_hashes(config.vocab_size, device)
         self.stop_ids = torch.tensor(params.stop_token_ids or (-1,), dtype=torch.int64, device=device)
         is_penalised = params.repetition_penalty != 1
         self.seen = SeenTokens(num_rows, config.vocab_size, device, self.tp) if is_penalised else None
         self.sample, self.advance = self.network.compiled(self.draw), self.network.compiled(advance)
-        state = [self.tokens, self.positions, self.remaining, self.active]
-        state += [self.seen.table] if is_penalised else []
-        self.runner = StepRunner(self.step, num_rows, state) if compile and device.type == "cuda" else None
+        # what a step changes, and a row takes along
+        self.all_state = [*self.state, *([self.seen.table] if is_penalised else [])]
+        self.runner = StepRunner(self.step, num_rows, self.all_state) if compile and device.type == "cuda" else None
 
     def begin(self) -> None:
         """Before requests are served: the model may have other weights than before."""
@@ -128,7 +127,7 @@ class DecodeRows:
 
     def start(self, starts: Sequence[Start], logits: list[Tensor], copies: list[tuple[int, int]]) -> Download:
         """Rows for new samples: each draws its first token from its logits [V']. copies: pages (from, to) to be copied
-        first. The tokens and their log-probs, [len(starts)] each."""
+        first. The tokens and their log-probs, [len(starts), 1] each."""
         if copies:
             self.cache.copy_pages(*to_device(torch.tensor(copies), self.device).unbind(1))
         slots, keys, positions, remaining, _ = to_device(torch.tensor(starts).T.contiguous(), self.device)
@@ -139,7 +138,7 @@ class DecodeRows:
             self.seen.add(tokens, slots)
         going = ~(tokens[:, None] == self.stop_ids).any(dim=-1) & (remaining > 1)
         self._put(slots, tokens, positions, keys, remaining - 1, going)
-        return Download(tokens, logprobs)
+        return Download(tokens[:, None], logprobs[:, None])
 
     def resume(self, starts: Sequence[Start]) -> None:
         """Rows for samples that are in the cache again and go on."""
@@ -147,11 +146,8 @@ class DecodeRows:
         self._put(slots, tokens, positions, keys, remaining, torch.ones_like(slots, dtype=torch.bool))
 
     def _put(self, slots: Tensor, *columns: Tensor) -> None:
-        for buffer, column in zip(self._state(), columns, strict=True):
+        for buffer, column in zip(self.state, columns, strict=True):
             buffer.index_copy_(0, slots, column)
-
-    def _state(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.positions, self.keys, self.remaining, self.active
 
     def remember(self, slot: int, ids: list[int]) -> None:
         """What a row has seen, where the repetition penalty wants it."""
@@ -167,7 +163,7 @@ class DecodeRows:
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Rows that go on in others."""
         sources, targets = to_device(torch.tensor([sources, targets]), self.device)
-        for buffer in (*self._state(), *(() if self.seen is None else (self.seen.table,))):
+        for buffer in self.all_state:
             buffer.index_copy_(0, targets, buffer[sources])
 
     # ------------------------------------------------------------------------------------- decode
@@ -180,8 +176,6 @@ class DecodeRows:
         """L steps of the first `size` rows, whose pages are in table int32 [size, pages in use]: the tokens and their
         log-probs, [size, L] each; rows that have ended repeat themselves."""
         self.cache.set_table(table)
-        if self.runner is not None:
-            self.runner.prepare(size)
         for i in range(self.look_every):
             tokens, logprobs = self.step(size, table.shape[1]) if self.runner is None else self.runner(size)
             self.drawn_tokens[:size, i], self.drawn_logprobs[:size, i] = tokens, logprobs
@@ -190,7 +184,7 @@ class DecodeRows:
     def step(self, size: int, most_pages: int | None = None) -> tuple[Tensor, Tensor]:
         """One token for each of the first rows. most_pages: as many as a row uses, for operations that read all of
         them; None for a step that is always the same."""
-        tokens, positions, keys, remaining, active = (buffer[:size] for buffer in self._state())
+        tokens, positions, keys, remaining, active = (buffer[:size] for buffer in self.state)
         attend = self.cache.decode(positions, most_pages)
         hidden = self.layers(tokens, positions, attend)
         seen = [] if self.seen is None else [self.seen.table[:size]]

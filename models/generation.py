@@ -53,7 +53,7 @@ class Flight(NamedTuple):
     """What the device was given and the host has not looked at yet."""
 
     samples: list[tuple[Sample, int]]  # with their places in the numbers
-    numbers: Download  # tokens and log-probs: one for each sample, or of a look one list
+    numbers: Download  # tokens and log-probs, a list for each sample
     num_steps: int  # decode steps, 0 of a prefill
     tokens_read: int  # of the cache
     launched: float
@@ -168,7 +168,7 @@ class Engine:
             hidden = self.rows.prefill(batch)
             scheduler.publish(batch)
             begun += self._computed(batch, hidden)
-            numbers = Download(hidden[:0, 0], hidden[:0, 0])
+            numbers = Download(hidden[:0, :1], hidden[:0, :1])
         if begun:
             numbers = self._first_tokens(begun)
         if numbers is not None:
@@ -258,8 +258,6 @@ class Engine:
             flight = self.flights.popleft()
             tokens, logprobs = flight.numbers.wait()
             self._count(flight)
-            if not flight.num_steps:
-                tokens, logprobs = [[token] for token in tokens], [[logprob] for logprob in logprobs]
             is_finite = math.isfinite(sum(map(sum, logprobs)))
             ended, total, on_token = [], 0, self.on_token
             for order, (sample, place) in enumerate(flight.samples):

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from models.common import is_main_rank
 from models.compressed import linear_layers, pack_int32, unpack_int32
 from models.dropout import TokenDropout
-from models.model import Linear, RowLinear, ScoreHead, Transformer
+from models.model import RowLinear, ScoreHead, Transformer
 from models.noise import noise_key
 from models.products import Term, frozen_product
 from models.qlinear import Quantized, Schemes, dequantize
-from models.tp import Parallel, all_gather, leave_parallel, local, size_of, whole
+from models.tp import all_gather, leave_parallel, local, size_of, whole
 
 CRITIC, REFERENCE = "_critic", "_reference"  # what the names of their adapters end with
 
@@ -72,25 +72,20 @@ def _dequantized(bits: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -
 class LoraLinear(nn.Module):
     """A Linear or RowLinear whose weight is frozen, with adapters or without."""
 
-    def __init__(
-        self,
-        linear: Linear,
-        lora: Lora,
-        parallel: Parallel,
-        *,
-        has_adapters: bool,
-        number: int,
-        dropout: TokenDropout | None,
-    ):
-        """number: of the layer in the model, for its dropout."""
+    def __init__(self, model: Transformer, name: str, number: int):
+        """In the place of the layer of that name in a model with `lora` and `dropout`. number: of the layer, for its
+        dropout."""
         super().__init__()
+        linear, lora = model.get_submodule(name), model.lora
         self.weight, self.bias = (None if lora.scheme else linear.weight), linear.bias
-        self.is_row, self.parallel, self.scaling = isinstance(linear, RowLinear), parallel, lora.scaling
+        self.parallel, self.scaling = model.parallel, lora.scaling
+        self.is_row, self.is_split = isinstance(linear, RowLinear), size_of(model.parallel.tp) > 1
+        self.is_part = self.is_row and self.is_split  # of a sum over the ranks, to which the bias is added once
         # a tensor, on which compiled code does not depend, as it would on a number: one graph serves all blocks
-        self.dropout, self.layer_key = dropout, torch.tensor(noise_key(number), device="cpu")
-        self.has_adapters, self.adapter = has_adapters, ""  # which adapter is on; None: none
+        self.dropout, self.layer_key = model.dropout, torch.tensor(noise_key(number), device="cpu")
+        self.has_adapters, self.adapter = name in lora.layers, ""  # which adapter is on; None: none
         N, K = linear.out_features, linear.in_features
-        for suffix in lora.names if has_adapters else ():
+        for suffix in lora.names if self.has_adapters else ():
             for factor, shape in (("lora_A", (lora.r, K)), ("lora_B", (N, lora.r))):
                 values = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=suffix != REFERENCE)
                 self.register_parameter(factor + suffix, values)
@@ -102,33 +97,30 @@ class LoraLinear(nn.Module):
         self.register_buffer("packed", pack_int32(weight.values), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B), this tp rank's parts."""
-        split = size_of(self.parallel.tp) > 1
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(A, B) of the adapter that is on, this tp rank's parts."""
+        if not self.has_adapters or self.adapter is None:
+            return None, None
         A, B = (getattr(self, f"lora_{factor}{self.adapter}") for factor in "AB")
-        return local(A, partial_grad=split and not self.is_row), local(B, partial_grad=split and self.is_row)
-
-    def _is_part(self) -> bool:
-        """Whether the ranks' outputs are summed, and the bias added once, to the sum."""
-        return self.is_row and size_of(self.parallel.tp) > 1
+        A, B = local(A, partial_grad=self.is_split and not self.is_row), local(B, partial_grad=self.is_part)
+        return A.to(dtype), B.to(dtype)
 
     def term(self, dtype: torch.dtype) -> Term | None:
         """What products() needs of it. None: its update has another input than its weight."""
-        adapted = self.has_adapters and self.adapter is not None
-        if adapted and self.dropout is not None:
+        A, B = self._factors(dtype)
+        if A is not None and self.dropout is not None:
             return None
-        A, B = (factor.to(dtype) for factor in self._factors()) if adapted else (None, None)
         return self._frozen(dtype)._replace(A=A, B=B, scaling=self.scaling)
 
     def _frozen(self, dtype: torch.dtype) -> Term:
         """Without an update."""
-        bias = None if self.bias is None or self._is_part() else local(self.bias).to(dtype)
+        bias = None if self.bias is None or self.is_part else local(self.bias).to(dtype)
         if self.weight is None:
             return Term(self.packed, self.scale, bias, unpack=partial(_dequantized, self.bits))
         return Term(local(self.weight), bias=bias)
 
     def finish(self, y: Tensor) -> Tensor:
-        if not self._is_part():
+        if not self.is_part:
             return y
         y = leave_parallel(y, self.parallel)
         return y if self.bias is None else y + local(self.bias).to(y.dtype)
@@ -137,8 +129,8 @@ class LoraLinear(nn.Module):
         """[..., K] -> [..., N]"""
         rows = x.flatten(0, -2)
         y = frozen_product(rows, self._frozen(x.dtype))
-        if self.has_adapters and self.adapter is not None:
-            A, B = (factor.to(x.dtype) for factor in self._factors())
+        A, B = self._factors(x.dtype)
+        if A is not None:
             if self.dropout is not None:
                 rows = self.dropout(rows, self.layer_key, self.parallel.tp if self.is_row else None)
             y = torch.addmm(y, F.linear(rows, A), B.T, alpha=self.scaling)
@@ -148,10 +140,8 @@ class LoraLinear(nn.Module):
     def merged(self) -> Tensor:
         """W + s B A, fp32, this tp rank's part, while its parameters are gathered."""
         weight = self._base() if self.weight is None else local(self.weight).float()
-        if not self.has_adapters:
-            return weight
-        A, B = (factor.float() for factor in self._factors())
-        return torch.addmm(weight, B, A, alpha=self.scaling)
+        A, B = self._factors(torch.float32)
+        return weight if A is None else torch.addmm(weight, B, A, alpha=self.scaling)
 
     @torch.no_grad()
     def merged_whole(self, adapter: str, stored: Callable[[], Tensor]) -> Tensor | None:
@@ -176,10 +166,8 @@ def add_adapters(model: Transformer, lora: Lora) -> None:
     model.requires_grad_(False)
     model.lora = lora
     model.dropout = TokenDropout(lora.dropout, lora.seed) if lora.dropout else None
-    for number, layer in enumerate(linear_layers(len(model.layers))):
-        options = {"has_adapters": layer in lora.layers, "number": number, "dropout": model.dropout}
-        linear = model.get_submodule(layer)
-        model.set_submodule(layer, LoraLinear(linear, lora, model.parallel, **options))
+    for number, name in enumerate(linear_layers(len(model.layers))):
+        model.set_submodule(name, LoraLinear(model, name, number))
     if lora.with_critic:
         with torch.device("meta"):
             model.score = ScoreHead(model.config.hidden_size)

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import Attend, varlen_kernel, varlen_works
 from models.gpu import has_bf16_cores, has_triton
-from models.model import ModelConfig
+from models.model import Transformer
 from models.padded_prefill import attend_batches, batches_of
 from models.pages import PAGE, pages_for
 from models.tp import size_of
@@ -98,24 +97,15 @@ class Cache:
 
 
 class PagedCache(Cache):
-    """Keys and values in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens.
+    """Of a model, in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens.
 
-    On a CPU they are in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row.
+    On a CPU it is in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        num_rows: int,
-        num_pages: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        tp: DeviceMesh | None = None,
-    ):
-        self.dtype = torch.float32 if device.type == "cpu" else dtype
-        K, layers = config.num_key_value_heads // size_of(tp), range(config.num_hidden_layers)
+    def __init__(self, model: Transformer, *, num_rows: int, num_pages: int, max_seq_len: int):
+        config, device = model.config, model.embed_tokens.weight.device
+        self.dtype = torch.float32 if device.type == "cpu" else model.dtype
+        K, layers = config.num_key_value_heads // size_of(model.parallel.tp), range(config.num_hidden_layers)
         shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 is nobody's
         # zeros, because a masked position still enters the plain sum with weight 0, and 0 * NaN is NaN
         pages = ([torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers] for _ in ("keys", "values"))

@@ -252,10 +252,9 @@ def scales_and_zeros(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None) -> nn.Module:
     """The product with a weight on its GPU, by the kernels of models/triton_linear.py, which says what splits are."""
-    from models.triton_linear import WIDTH, TritonProducts
+    from models.triton_linear import TritonProducts
 
-    values, scale, zero, _ = _padded(weight, WIDTH)
-    return TritonProducts(values, scale, zero, len(weight.values), scheme.group_size, scheme.bits, splits)
+    return TritonProducts(weight.values, weight.scale, weight.zero, scheme.group_size, splits)
 
 
 def _padded(weight: Quantized, width: int) -> Quantized:

@@ -184,12 +184,7 @@ def quantize_file(
 
 
 def quantized_part(
-    files: WeightFiles,
-    name: str,
-    shape: tuple[int, ...],
-    scheme: Schemes,
-    tp: DeviceMesh | None,
-    device: torch.device,
+    files: WeightFiles, name: str, shape: tuple[int, ...], scheme: Schemes, tp: DeviceMesh | None, device: torch.device
 ) -> Quantized:
     """quantize_file() of this tp rank's part of a weight. Of a row-parallel layer every rank reads the whole, since a
     scale may be that of a whole row."""

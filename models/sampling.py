@@ -55,15 +55,8 @@ class SamplingArgs(StopArgs):
     def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
         """What the engine needs of these flags. Raises ValueError for a --stop that could never be met."""
         stop_ids, stop = stops_of(self.stop or (), tokenizer)
-        return SamplingParams(
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            seed,
-            tuple(dict.fromkeys((*eos_token_ids, *stop_ids))),
-            stop,
-            self.repetition_penalty,
-        )
+        stop_ids, filters = tuple(dict.fromkeys((*eos_token_ids, *stop_ids))), (self.top_k, self.top_p)
+        return SamplingParams(self.temperature, *filters, seed, stop_ids, stop, self.repetition_penalty)
 
 
 def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:

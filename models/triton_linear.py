@@ -40,7 +40,7 @@ BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see unpa
 # k share a register. A block of 128 output features is two such factors, a unit of 32 input features two of k.
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
+def pack(values: Tensor) -> Tensor:
     """uint8 in 0..15 or int8, [columns, K], columns divisible by WIDTH -> int32 [columns / WIDTH, K / UNIT, words], the
     last unit filled up with zeros: the words that a thread reads of a unit lie together, int8's of rows a before those
     of rows a + 8. In a word, from the low bits up, int4: k and k + 8 of row a, both of row a + 8, then the neighbours
@@ -48,7 +48,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     values = F.pad(values, (0, -values.shape[1] % UNIT))
     m64, warp, m8, a, unit, k16, k8, b, neighbour = range(1, 10)
     places = values.view(-1, 2, 4, 2, 8, values.shape[1] // UNIT, 2, 2, 4, 2)
-    if bits == 4:
+    if values.dtype == torch.uint8:
         low, high = places.permute(0, unit, warp, a, b, m64, k16, neighbour, m8, k8).unbind(-1)
         packed = low | (high << 4)
     else:
@@ -331,28 +331,20 @@ def _(x, weight, scales, zeros, arrivals, shape, upcast) -> Tensor:
 class TritonProducts(nn.Module):
     """The product with an int8 or int4 weight, [M, K] -> [M, N]; one call at a time, since calls share arrivals."""
 
-    def __init__(
-        self,
-        values: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
-        num_outputs: int,
-        group_size: int | None,
-        bits: int,
-        splits: int | None = None,
-    ):
-        """values [columns, K]: as for pack(); scale, zero [columns, G], zero None for 8 of int4 and 0 of int8.
-        group_size: divisible by UNIT; None for all of a row. splits: S at most, by default what suits the device."""
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None, splits: int | None):
+        """values [N, K]: uint8 in 0..15 or int8; scale, zero [N, G], zero None for 8 of int4 and 0 of int8. group_size:
+        divisible by UNIT; None for all of a row. splits: S at most; None for what suits the device."""
         super().__init__()
-        self.register_buffer("weight", pack(values, bits))
-        self.register_buffer("scales", scale.T.contiguous())
-        self.register_buffer("zeros", None if zero is None else zero.T.contiguous())
+        (N, K), bits = values.shape, 4 if values.dtype == torch.uint8 else 8
+        blocks = (0, 0, 0, -N % WIDTH)
+        self.register_buffer("weight", pack(F.pad(values, blocks)))
+        self.register_buffer("scales", F.pad(scale, blocks).T.contiguous())
+        self.register_buffer("zeros", None if zero is None else F.pad(zero, blocks).T.contiguous())
         self.register_buffer("arrivals", torch.zeros(len(self.weight), dtype=torch.int32, device=values.device))
         if splits is None:
             processors = torch.cuda.get_device_properties(values.device).multi_processor_count
-            splits = num_splits(num_outputs, values.shape[1], processors)
-        sizes = (num_outputs, values.shape[1], group_size or 0, bits, splits)
-        self.shape = Shape(*sizes, most_inputs(bits, values.device))
+            splits = num_splits(N, K, processors)
+        self.shape = Shape(N, K, group_size or 0, bits, splits, most_inputs(bits, values.device))
         self.has_to_upcast = values.device.type == "cuda" and not has_bf16_cores(values.device)
         self.num_bytes = sum(buffer.nbytes for buffer in self.buffers())
 

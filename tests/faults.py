@@ -86,8 +86,8 @@ def _adapter_gradient_not_summed():
 def _update_counted_by_every_rank():
     real = lora.LoraLinear._factors
 
-    def factors(self):
-        A, B = real(self)
+    def factors(self, dtype):
+        A, B = real(self, dtype)
         return A, B * (2 if self.is_row else 1)
 
     return mock.patch.object(lora.LoraLinear, "_factors", factors)

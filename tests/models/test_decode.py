@@ -167,17 +167,14 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
         assert weight_bytes(model) == expected * size // 4
 
 
-def cache_of(config, kind: str, **shape) -> CPUCache | PagedCache:
-    return CPUCache(config, **shape) if kind == "cpu" else PagedCache(config, device=CPU, **shape)
-
-
 @pytest.mark.parametrize("kind", ["plain", "cpu"])
 def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
     """Catches a mask that is one off, rows or pages of the cache that are mixed up, a chunk that does not see what came
     before it, and a read of the unused tail: every place that must not be seen holds a huge value."""
-    config = load_model(folder).config
+    model = load_model(folder)
+    config = model.config
     num_heads, num_kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    cache = cache_of(config, kind, num_rows=5, num_pages=12, max_seq_len=200, dtype=torch.float32)
+    cache = (CPUCache if kind == "cpu" else PagedCache)(model, num_rows=5, num_pages=12, max_seq_len=200)
     generator = torch.Generator().manual_seed(0)
     lengths, pages = [4, 1, 63, 64, 150], [[7], [2], [12], [3, 5], [4, 11, 1]]  # around the end of a page
     rows = {}
@@ -201,8 +198,8 @@ def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
 
 def test_cpu_cache_in_bf16_keeps_its_scores(folder):
     """Catches scores that are rounded to bf16: of scores around 50 that is a fifth of a weight."""
-    config = load_model(folder).config
-    cache = CPUCache(config, num_rows=2, num_pages=2, max_seq_len=64, dtype=torch.bfloat16)
+    model = load_model(folder, param_dtype=torch.bfloat16)
+    config, cache = model.config, CPUCache(model, num_rows=2, num_pages=2, max_seq_len=64)
     generator = torch.Generator().manual_seed(0)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (torch.randn(1, 40, h, config.head_dim, generator=generator).bfloat16() for h in heads)

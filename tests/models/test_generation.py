@@ -56,7 +56,7 @@ def as_on_gpus(engine):
     """The path of GPUs: their cache, steps of as many rows as are in use, and the host a look behind."""
     rows, shape = engine.rows, {"num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
     rows.layers, rows.draw = rows.network, sample
-    rows.cache = PagedCache(engine.model.config, num_rows=engine.num_slots, **shape, dtype=torch.float32, device=CPU)
+    rows.cache = PagedCache(engine.model, num_rows=engine.num_slots, **shape)
     state = [rows.tokens, rows.positions, rows.remaining, rows.active, *([rows.seen.table] if rows.seen else [])]
     rows.runner = StepRunner(rows.step, engine.num_slots, state, Graph)
     Graph.made.clear()

@@ -30,7 +30,7 @@ from models.model import FUSIONS, Block, Linear, RMSNorm, RowLinear, Transformer
 from models.qlinear import QuantizedLinear, Schemes
 from models.quantize import load_quantized
 from models.shared_base import adapter
-from models.tp import Parallel, leave_parallel, local, size_of
+from models.tp import Parallel, local, size_of, sum_parts
 
 
 def can_pack(runtime: Runtime) -> bool:
@@ -92,10 +92,7 @@ class InferenceLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None
         y = F.linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
-        if self.parallel is not None:  # row-parallel: the bias is added once, to the sum
-            y = leave_parallel(y, self.parallel)
-            y = y if self.bias is None else y + self.bias
-        return y
+        return y if self.parallel is None else sum_parts(y, self.bias, self.parallel)
 
 
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:

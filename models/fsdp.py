@@ -40,7 +40,7 @@ from models.qlinear import Schemes
 from models.quantize import load_quantized, quantized_part
 from models.shared_base import OnSharedBase
 from models.sharing import agreed_name
-from models.tp import Parallel, TensorParallelArgs, chunk_range, local, shard_dim, tensor_parallel_part, whole
+from models.tp import Parallel, TensorParallelArgs, local, own_chunk, shard_dim, tensor_parallel_part, whole
 
 # DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -195,7 +195,7 @@ def sharding_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh | None, DeviceMesh]:
 def sharded_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None, shard: DeviceMesh) -> tuple[slice, ...]:
     """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its rank of shard."""
     first, *rest = tensor_parallel_part(name, shape, tp)
-    start, end = chunk_range(first.stop - first.start, shard.get_local_rank(), shard.size())
+    start, end = own_chunk(first.stop - first.start, shard)
     return (slice(first.start + start, first.start + end), *rest)
 
 

@@ -104,10 +104,6 @@ class Engine:
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
         self.scheduler.num_preempted = 0
 
-    @property
-    def num_preempted(self) -> int:
-        return self.scheduler.num_preempted
-
     def refresh(self, source: Transformer) -> None:
         """Takes the weights of a model in training, see models.decode.refresh; what the cache holds is of the old."""
         refresh(self.model, source)

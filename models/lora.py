@@ -28,7 +28,7 @@ from models.model import RowLinear, ScoreHead, Transformer
 from models.noise import noise_key
 from models.products import Term, frozen_product
 from models.qlinear import Quantized, Schemes, dequantize
-from models.tp import all_gather, leave_parallel, local, size_of, whole
+from models.tp import all_gather, local, size_of, sum_parts, whole
 
 CRITIC, REFERENCE = "_critic", "_reference"  # what the names of their adapters end with
 
@@ -120,10 +120,7 @@ class LoraLinear(nn.Module):
         return Term(local(self.weight), bias=bias)
 
     def finish(self, y: Tensor) -> Tensor:
-        if not self.is_part:
-            return y
-        y = leave_parallel(y, self.parallel)
-        return y if self.bias is None else y + local(self.bias).to(y.dtype)
+        return sum_parts(y, self.bias, self.parallel) if self.is_part else y
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""

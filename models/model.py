@@ -26,7 +26,7 @@ from models.attention import Attend, causal_attention
 from models.common import read_json_object
 from models.products import Kept, Term, gated, keeps_less, norm, product, products
 from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
-from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, whole_sequence
+from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, sum_parts, whole_sequence
 from models.vocab_parallel import embed
 
 # What a config.json of each model_type means by a key that it leaves out, as in transformers (5.23).
@@ -213,8 +213,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         parts = path.parts[path.parts[:1] == ("checkpoints",) :]  # where download.py puts what has a name on the Hub
         is_name = len(parts) == 2 and not Path(parts[0]).exists() and parts[0] not in ("runs", "..")
         fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
-        hint = fetched if is_name else ""
-        raise FileNotFoundError(f"{path}: no such file or folder{hint}")
+        raise FileNotFoundError(f"{path}: no such file or folder{fetched * is_name}")
     elif path.suffix != ".json":
         raise ValueError(f"{path}: is a file; what is read is a Hugging Face folder with safetensors, no GGUF")
     return read_json_object(path), str(path)
@@ -254,12 +253,7 @@ class RowLinear(Linear):
         return super().term(dtype) if size_of(self.parallel.tp) == 1 else Term(local(self.weight))
 
     def finish(self, y: Tensor) -> Tensor:
-        if size_of(self.parallel.tp) == 1:
-            return y
-        y = leave_parallel(y, self.parallel)
-        if self.bias is None:
-            return y
-        return y + local(self.bias, partial_grad=self.parallel.sequence_parallel).to(y.dtype)
+        return y if size_of(self.parallel.tp) == 1 else sum_parts(y, self.bias, self.parallel)
 
 
 class RMSNorm(nn.Module):

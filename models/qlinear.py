@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.cpu_linear import FloatProducts, has_bf16_products, has_fbgemm
 from models.gpu import has_triton
-from models.tp import Parallel, leave_parallel, size_of
+from models.tp import Parallel, size_of, sum_parts
 
 MODES = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
@@ -257,12 +257,6 @@ def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None
     return TritonProducts(weight.values, weight.scale, weight.zero, scheme.group_size, splits)
 
 
-def _padded(weight: Quantized, width: int) -> Quantized:
-    """With as many output features as fill blocks of this width."""
-    missing = -len(weight.values) % width
-    return Quantized(*(None if part is None else F.pad(part, (0, 0, 0, missing)) for part in weight))
-
-
 def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
     """Which kernel multiplies with a quantised weight [N, K]: "fp8", "triton" on GPUs, on CPUs "torch" for products in
     bf16 and "fbgemm" for those in fp32 (models/cpu_linear.py); None for dequantisation."""
@@ -314,9 +308,10 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:
             weight, scheme = _in_kernel_groups(weight, scheme)
             self.kernel = kernel_for(scheme, shape, device, dtype)
-        if self.kernel is None and scheme.mode != "fp8":  # what torch's kernels in bf16 do not take
-            self.kernel = kernel_for(scheme, shape, device, torch.float32)
-        self.scheme, self.num_rows, self.num_inputs = scheme, *shape
+        self.kernel = self.kernel or kernel_for(
+            scheme, shape, device, torch.float32
+        )  # what torch's do not take in bf16
+        self.scheme, self.num_rows = scheme, shape[0]
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))
         self.product, self.is_padded = None, False
@@ -337,7 +332,8 @@ class QuantizedLinear(nn.Module):
             scale = scale[:, 0] if scheme.group_size is None else scale
         else:
             width = cpu_int4_width() if self.kernel == "torch" else 64
-            padded = _padded(weight, width)
+            blocks = (0, 0, 0, -self.num_rows % width)  # whole ones
+            padded = Quantized(*(None if part is None else F.pad(part, blocks) for part in weight))
             values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
             scale, self.half_width = scales_and_zeros(padded, dtype), width // 2
         self.register_buffer("weight", values)
@@ -367,12 +363,12 @@ class QuantizedLinear(nn.Module):
         return lambda x: product(x, weight, group_size, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]; row-parallel: the bias is added once, to the sum."""
+        """x [..., K] -> [..., N]"""
         if x.dim() != 2:
             return self.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         y = self._product(x)
         if self.parallel is not None:
-            y = leave_parallel(y, self.parallel)
+            return sum_parts(y, self.bias, self.parallel)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from models.generation import Engine
 
 def _weights(engine: Engine) -> list[Tensor]:
     """What models.decode.refresh writes, less what oneDNN has packed."""
-    linears = [module for module in engine.model.modules() if isinstance(module, InferenceLinear)]
-    kept = [each for linear in linears for each in (linear.weight, linear.bias) if each is not None]
-    return [*engine.model.parameters(), *kept]
+    linears = (module for module in engine.model.modules() if isinstance(module, InferenceLinear))
+    return [*engine.model.parameters(), *(buffer for linear in linears for buffer in linear.buffers())]
 
 
 @contextmanager

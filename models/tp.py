@@ -60,9 +60,9 @@ def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
     return min(size, index * step), min(size, (index + 1) * step)
 
 
-def own_chunk(size: int, tp: DeviceMesh | None) -> tuple[int, int]:
-    """chunk_range() of this rank."""
-    return (0, size) if tp is None else chunk_range(size, tp.get_local_rank(), tp.size())
+def own_chunk(size: int, ranks: DeviceMesh | None) -> tuple[int, int]:
+    """chunk_range() of this one of the ranks of a 1-D mesh."""
+    return (0, size) if ranks is None else chunk_range(size, ranks.get_local_rank(), ranks.size())
 
 
 def tensor_parallel_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None) -> tuple[slice, ...]:
@@ -167,6 +167,12 @@ def leave_parallel(x: Tensor, parallel: Parallel) -> Tensor:
     if size_of(tp) == 1:
         return x
     return _SumAndScatterTokens.apply(x, tp) if sequence_parallel else _Sum.apply(x, tp)
+
+
+def sum_parts(y: Tensor, bias: Tensor | None, parallel: Parallel) -> Tensor:
+    """The output of a row-parallel layer from the ranks' parts: the bias is added once, to the sum."""
+    y = leave_parallel(y, parallel)
+    return y if bias is None else y + local(bias, partial_grad=parallel.sequence_parallel).to(y.dtype)
 
 
 def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:

@@ -239,11 +239,6 @@ def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
     return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
 
-def magic_of(dtype: torch.dtype, upcast: bool) -> int:
-    """What integers are unpacked with, for activations of this dtype."""
-    return BF16_MAGIC if dtype == torch.bfloat16 and not upcast else FP16_MAGIC
-
-
 class Shape(NamedTuple):
     """Of a quantised weight."""
 
@@ -280,7 +275,8 @@ def few_rows(
     S = -(-steps // share)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
-    numbers = (M, N, K, columns, steps, share, magic_of(x.dtype, upcast))
+    magic = BF16_MAGIC if x.dtype == torch.bfloat16 and not upcast else FP16_MAGIC
+    numbers = (M, N, K, columns, steps, share, magic)
     options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(element_size)}
     tensors = (x, weight, scales, scales if zeros is None else zeros, out, parts, arrivals)
     multiply_few_rows[(columns // WIDTH, S)](*tensors, *numbers, **constants, **options)

@@ -201,7 +201,7 @@ def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tu
         "cached_tokens_needed": needed,
         "prompt_tokens": clock.prompt_tokens,
         "prefills": clock.prefills,
-        "preempted": engine.num_preempted,
+        "preempted": engine.scheduler.num_preempted,
         "host_waits": clock.host_waits,
         "longest_pause": clock.longest_pause,
     }

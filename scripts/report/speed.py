@@ -148,7 +148,7 @@ def decode_math(section: Section) -> None:
     detail = (
         f"{args.num_prompts} x {args.num_samples} answers of {args.answer_mean:.0f} tokens on average, {rows:.0f} of "
     )
-    detail += f"{slots} rows on average, {engine.num_preempted} computed again, "
+    detail += f"{slots} rows on average, {engine.scheduler.num_preempted} computed again, "
     detail += f"{run.bandwidth / bandwidth_of(section):.0%} of the copy; the last answers run in few rows"
     numbers = {"mean_rows": rows, "steps": engine.num_steps, "cache_bytes": engine.rows.cache.bytes_per_token}
     section.figure(f"{name_of(section)}, MATH-shaped", run.rate, "tok/s", None, detail, numbers=numbers)

@@ -187,14 +187,14 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
     requests = [Request(i % 8, i // 8, words[i % 8], 110 - 4 * (i % 8)) for i in range(16)]
     engine = make_engine(folder, SamplingParams(1.0, stop_token_ids=(11,)), num_slots=6, max_seq_len=320, look_every=3)
     wanted = outcome(engine, requests)
-    assert not engine.num_preempted
+    assert not engine.scheduler.num_preempted
     whole = engine.num_prompt_tokens
     assert sum(map(len, words)) - 500 < whole < sum(map(len, words)) + 64 * 16
     few = make_engine(folder, engine.params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
     if on_gpu:
         as_on_gpus(few)
     assert outcome(few, requests) == wanted
-    assert few.num_preempted > 3
+    assert few.scheduler.num_preempted > 3
     assert outcome(few, requests[::-1]) == wanted, "the second call"
     assert few.pool.num_free == 9
 

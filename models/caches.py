@@ -5,6 +5,8 @@ import platform
 import tempfile
 from pathlib import Path
 
+import torch
+
 
 def cache_folder() -> Path:
     """~/.cache/gpt-accelera; it need not be there."""
@@ -15,7 +17,8 @@ def keep_compiled_code() -> None:
     """Puts what torch.compile and Triton make into the cache folder, or beside other temporary files where that cannot
     be written, unless TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR name another: torch's own default is lost with /tmp,
     and Triton's fails where there is no home to write to. Nodes of one run, which may share a home, share no such
-    folder: what makes its files whole is no promise of a network's file system."""
+    folder: what makes its files whole is no promise of a network's file system. Nor do CPUs of several kinds: torch
+    (2.13) takes code that is written for vectors of AVX-512 where they are AVX2's, and its numbers are nonsense."""
     folder = cache_folder()
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         folder = folder / platform.node()
@@ -24,5 +27,8 @@ def keep_compiled_code() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         folder = Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(variable, str(folder / name))
+    vectors = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+    of_torch = str(Path(tempfile.gettempdir(), "torchinductor_"))  # its default, which 2.13 has set at its import
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", of_torch).startswith(of_torch):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{vectors}")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

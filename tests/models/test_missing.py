@@ -3,6 +3,8 @@
 import builtins
 import importlib.util
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,7 +44,8 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
 
 def test_no_home_to_write_to(tmp_path, monkeypatch):
     """Catches compiled code that has nowhere to go, since the home cannot be written, a folder that a person named and
-    that is not taken, and one that several nodes write into."""
+    that is not taken, and one that several nodes write into, or CPUs of several kinds: with code that another has left
+    there an AVX2 CPU computed NaN, which was taken for broken weights."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -54,13 +57,28 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    caches.keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / "inductor")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for capability, name in (("AVX512", "inductor-AVX512"), ("AVX2", "inductor-AVX2"), ("NO AVX", "inductor-NO-AVX")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        caches.keep_compiled_code()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / name)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setattr(caches.platform, "node", lambda: "node-7")
     caches.keep_compiled_code()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / "node-7" / "inductor")
+    of_node = tmp_path / "cache" / "gpt-accelera" / "node-7"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / "inductor-NO-AVX")
+
+
+def test_compiled_code_is_kept(tmp_path):
+    """Catches compiled code that goes where torch puts it by itself, and is lost with /tmp: torch writes that place
+    into the environment when a script imports it, where it looks like a person's choice."""
+    code = "import os, inference.generate; from models.common import *; choose_runtime(RuntimeArgs(device='cpu'))"
+    code += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    for given in ({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "mine")}):
+        others = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+        options = {"env": others | {"XDG_CACHE_HOME": str(tmp_path)} | given, "cwd": tiny.ROOT, "text": True}
+        found = Path(subprocess.check_output([sys.executable, "-c", code], **options).strip())
+        assert found == tmp_path / "mine" if given else found.parent == tmp_path / "gpt-accelera"
 
 
 def test_no_sentencepiece(folder, monkeypatch):

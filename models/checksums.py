@@ -50,9 +50,9 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def bytes_bar(total: int, desc: str = "checking") -> tqdm:
-    """A progress bar over bytes that are hashed, which shows after a second."""
-    return progress_bar(total=total, desc=desc, unit="B", unit_scale=True, delay=1, leave=False)
+def bytes_bar(total: int, desc: str = "checking", *, shown: bool | None = None) -> tqdm:
+    """A progress bar over bytes that are read, which shows after a second. shown: if not on the main rank."""
+    return progress_bar(total=total, desc=desc, unit="B", unit_scale=True, delay=1, leave=False, shown=shown)
 
 
 def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:

@@ -426,15 +426,16 @@ def card(title: str, rows: dict[str, object]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
 
-def progress_bar(**options) -> tqdm:
-    """A tqdm bar; where stderr is not a terminal it writes seldom, so that log files stay short."""
-    interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not is_main_rank(), **options)
+def progress_bar(*, shown: bool | None = None, **options) -> tqdm:
+    """A tqdm bar, of the main rank unless `shown` tells; it writes seldom to what is no terminal, so that log files
+    stay short."""
+    interval, shown = 0.2 if sys.stderr.isatty() else 10, is_main_rank() if shown is None else shown
+    return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not shown, **options)
 
 
 def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
     """A bar for what mostly takes less than a second: it shows after one, and goes when it is done."""
-    return tqdm(things, desc=desc, unit=unit, delay=1, leave=False, disable=not is_main_rank())
+    return progress_bar(iterable=things, desc=desc, unit=unit, delay=1, leave=False)
 
 
 def visible(text: str) -> str:

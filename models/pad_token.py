@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import tokenizers
-
 from models.checkpoint import Folder
 from models.common import read_json_object
 
@@ -23,10 +21,10 @@ class PadToken(NamedTuple):
     id: int
 
 
-def named_pad_token(path: Path) -> PadToken | None:
+def named_pad_token(folder: Folder) -> PadToken | None:
     """The pad token that a folder's tokenizer files name, None if they name none or one that they do not hold."""
-    text = _named(path, "pad_token")
-    token_id = None if text is None else _read_vocabulary(path)[0].get(text)
+    text = _named(folder.path, "pad_token")
+    token_id = folder.tokenizer.vocabulary().get(text)
     return None if token_id is None else PadToken(text, token_id)
 
 
@@ -36,7 +34,8 @@ def choose_pad_token(folder: Folder) -> PadToken:
     one that was kept in reserve; else the last entry of the vocabulary, its rarest, that no text spells (in a
     byte-level one a space is written as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
-    ids, added_ids = _read_vocabulary(path)
+    ids = tokenizer.vocabulary()
+    added_ids = {text for text, i in ids.items() if i in tokenizer.added_ids}
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
     usable = {text: i for text, i in ids.items() if i not in ends and i < folder.config.vocab_size}
@@ -76,22 +75,3 @@ def _named(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.jso
         if isinstance(value, str):
             return value
     return None
-
-
-def _read_vocabulary(path: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """(the ids of all tokens; of those that a text is searched for, special tokens among them) of a folder whose
-    tokenizer has been opened, so its files are sound."""
-    if (path / "tokenizer.json").is_file():
-        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        ids = backend.get_vocab(with_added_tokens=True)
-        added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
-    else:
-        from sentencepiece import SentencePieceProcessor
-
-        processor = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-        added = {piece: i for piece, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)}
-    more = {text: i for text, i in _read(path / "added_tokens.json").items() if isinstance(i, int)}
-    for i, token in _read(path / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
-        more[token["content"]] = int(i)
-    return {**ids, **more}, {**added, **more}

@@ -24,12 +24,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
-import tokenizers
-from tqdm import tqdm
 
-from models.checksums import digest
+from models.checksums import bytes_bar, digest
 from models.common import is_main_rank, say
 from models.forked import map_in_processes
 from models.limits import num_cores
@@ -172,9 +169,8 @@ def _encode_chunk(encoder: Encoder, chunk: Lines | Items) -> _Block:
 def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> Iterator[_Block]:
     """A file's parts in their order. shown: with a progress bar."""
     size = path.stat().st_size if path.is_file() else 0
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 1, "leave": False, "disable": not shown}
     empty, num_workers = True, num_workers if size >= BIG_FILE else 1
-    with tqdm(total=size, desc="tokenising", **options) as bar:
+    with bytes_bar(size, "tokenising", shown=shown) as bar:
         encode = lambda chunk: _encode_chunk(encoder, chunk)  # noqa: E731 (a forked process need not pickle it)
         for block in map_in_processes(encode, chunks_of(path), num_workers):
             empty = empty and not block.num_records
@@ -209,13 +205,13 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
         "limits": encoder.limits._replace(more=None),
         "what": what,
         "code": [digest(file) for file in code],
-        "packages": [*(package.__version__ for package in (jinja2, np, tokenizers)), _version("sentencepiece")],
+        "packages": [*map(_version, ("jinja2", "numpy", "tokenizers", "sentencepiece"))],
     }
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:40]
 
 
 def _version(package: str) -> str | None:
-    """Of a package that need not be there, and is not imported for that."""
+    """Of a package, if it is there; it is not imported for that."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -278,7 +274,7 @@ def _write(folder: Path, path: Path, blocks: Iterator[_Block]) -> None:
     staging = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     for left in folder.parent.glob(f".{folder.name}.*.*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    counts, checksums, sizes = EncodingCounts(), [0] * len(Columns._fields), [0] * len(Columns._fields)
+    counts, checksums = EncodingCounts(), [0] * len(Columns._fields)
     try:
         with _keeping():
             staging.mkdir()
@@ -288,11 +284,11 @@ def _write(folder: Path, path: Path, blocks: Iterator[_Block]) -> None:
             for i, (file, values) in enumerate(zip(files, block.columns)):
                 with _keeping():
                     file.write(values.data)
-                checksums[i], sizes[i] = zlib.crc32(values.data, checksums[i]), sizes[i] + values.nbytes
+                checksums[i] = zlib.crc32(values.data, checksums[i])
         with _keeping():
             for file in files:
                 file.close()
-            about = {"file": str(path), "counts": counts, "sizes": sizes, "checksums": checksums}
+            about = {"file": str(path), "counts": counts, "checksums": checksums}
             (staging / "rows.json").write_text(json.dumps({**about, "checksum": _checksum(about)}))
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
@@ -312,12 +308,9 @@ def _read(folder: Path) -> tuple[Columns, EncodingCounts] | None:
     try:
         about = json.loads((folder / "rows.json").read_text())
         checksum = about.pop("checksum")
-        whole = checksum == _checksum(about)
-        columns = []
-        for name, dtype, size in zip(Columns._fields, DTYPES, about["sizes"]):
-            whole = whole and (folder / name).stat().st_size == size
-            columns.append(np.memmap(folder / name, dtype, "r") if size else np.empty(0, dtype))
-        whole = whole and about["checksums"] == [zlib.crc32(values.data) for values in columns]
+        files = [(folder / name, dtype) for name, dtype in zip(Columns._fields, DTYPES)]
+        columns = [np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype) for file, dtype in files]
+        whole = checksum == _checksum(about) and about["checksums"] == [zlib.crc32(each.data) for each in columns]
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         whole = False
     if not whole:

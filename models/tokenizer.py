@@ -109,6 +109,10 @@ class Tokenizer:
         contents = [token.content for token in self._file.added_tokens().values()]
         return Joins(self.encode_each, contents) if self._file.splits_words else None
 
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens, added ones among them."""
+        return self._file.vocabulary()
+
     def files(self) -> list[Path]:
         """All that the ids and the chat template may come from."""
         return [path for name in FILES if (path := self.config_path.parent / name).is_file()]
@@ -164,7 +168,7 @@ class _Fast:
         falls_back = file.decoder is not None and b"ByteFallback" in file.decoder.__getstate__()
         self.byte_ids = {vocab.get(f"<0x{byte:02X}>") for byte in range(256)} if falls_back else set()
         self.around = _around(file)
-        self.token_to_id = file.token_to_id
+        self.token_to_id, self.vocabulary = file.token_to_id, file.get_vocab
         self.encode_each = lambda texts: [e.ids for e in file.encode_batch_fast(texts, add_special_tokens=False)]
         self.encode = lambda text: self.encode_each([text])[0]
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
@@ -194,7 +198,7 @@ class _SentencePiece:
         self.size = self._processor.get_piece_size()
         self._ids = {self._processor.id_to_piece(i): i for i in range(self.size)}
         self.added, self._found = {}, {}  # id -> AddedToken; the finder's id -> ours
-        self.token_to_id, self.added_tokens = self._ids.get, lambda: self.added
+        self.token_to_id, self.vocabulary, self.added_tokens = self._ids.get, self._ids.copy, lambda: self.added
         self._finder = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))  # all other text is one unknown word
         for i in range(self.size):
             if self._processor.is_control(i) or self._processor.is_unknown(i):

@@ -380,12 +380,12 @@ class Run:
             folder = folder / MERGED
         changes = dict(json_changes or {})
         if config is None:
-            config, pad = folder_config(start), named_pad_token(start)
+            config, began = folder_config(start), open_folder(start, frozen=True)
+            pad = named_pad_token(began)
             if pad is not None and pad.id < config["vocab_size"]:  # many folders name one without an embedding
                 config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
                 changes |= pad_changes(start, pad)
-            stops = open_folder(start, frozen=True).generation_changes()
-            changes["generation_config.json"] = changes.get("generation_config.json", {}) | stops
+            changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
         save_folder(
             folder, full_tensors(model), config=config, copy_from=start, json_changes=changes, dtype=self._export_dtype
         )

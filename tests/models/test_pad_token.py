@@ -52,9 +52,9 @@ def test_unknown_as_a_piece_of_texts(folder):
 
 def test_changes(folder):
     """Catches files rewritten that agree, and a token named that no file names."""
-    assert named_pad_token(folder) is None
+    assert named_pad_token(open_folder(folder)) is None
     tiny.write_tokenizer(folder, pad_token="<unk>")
-    pad = named_pad_token(folder)
+    pad = named_pad_token(open_folder(folder))
     assert pad == PadToken("<unk>", 0) and pad_changes(folder, pad) == {}
     (folder / "generation_config.json").write_text(json.dumps({"pad_token_id": 2}))
     assert pad_changes(folder, pad) == {"generation_config.json": {"pad_token_id": 0}}

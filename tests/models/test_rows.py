@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from models import record_files, rows
+from models import common, record_files, rows
 from models.forked import map_in_processes
 from models.records import EncodingCounts, Limits, Record
 from models.reward import encode_pair_record
@@ -104,8 +104,8 @@ def test_one_rank_shows_a_bar(files, tmp_path, monkeypatch):
     """Catches a bar of every rank, and none: of what each tokenises for itself the main rank's is shown, of what one of
     a node's ranks makes that one's, on the first node."""
     encode, shown = files["sft"][0], []
-    real = rows.tqdm
-    monkeypatch.setattr(rows, "tqdm", lambda **options: shown.append(not options["disable"]) or real(**options))
+    real = common.tqdm
+    monkeypatch.setattr(common, "tqdm", lambda **options: shown.append(not options["disable"]) or real(**options))
     for rank, node, store in (
         ("0", "0", Store()),
         ("3", "0", Store()),

@@ -228,8 +228,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         before = finder.rendered(last, add_generation_prompt=True) if as_generated else ""
         if text.startswith(before) or _thinks_anew(chat.messages[last], before):
             return _marked_turns(chat, text, place)
-        opening = finder.rendered(last, add_generation_prompt=False)
-        return _as_it_stands(chat.messages[last], before, len(before) - len(opening), spans, cut, tokenizer)
+        return _as_it_stands(finder, before, spans, cut, tokenizer)
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
             continue
@@ -244,8 +243,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
             # the template's own stays where the prompt is that, and where behind the prompt it were a second thought
             if not complete or not (text[:start] == before or _thinks_anew(chat.messages[i], before)):
                 spans = [span for span in spans if before.startswith(text[: span[1]])]
-                opening = finder.rendered(i, add_generation_prompt=False)
-                return _as_it_stands(chat.messages[i], before, len(before) - len(opening), spans, cut, tokenizer)
+                return _as_it_stands(finder, before, spans, cut, tokenizer)
         if complete:
             spans.append((start, end))
         cut += not complete
@@ -352,15 +350,16 @@ def _marked_turns(chat: Chat, text: str, place: Rendering) -> Turns:
     return Turns(text, whole, len(spans) - len(whole))
 
 
-def _as_it_stands(
-    message: dict, before: str, header_length: int, spans: list[tuple[int, int]], cut: int, tokenizer: Tokenizer
-) -> Turns:
-    """The last turn as the generation prompt, the content as it is written, and the end of the turn."""
+def _as_it_stands(finder: _TurnFinder, before: str, spans: list, cut: int, tokenizer: Tokenizer) -> Turns:
+    """The last turn as the generation prompt, which `before` ends with, the content as it is written, and the end of
+    the turn; behind the spans and the cut of earlier turns."""
+    *earlier, message = finder.chat.messages
     for name in (*REASONING, "tool_calls"):
         if message.get(name):
             raise ValueError(f"the chat template leaves out {name} of the last message; write it into the content")
+    header = before[len(finder.rendered(len(earlier), add_generation_prompt=False)) :]
     content = content_of(message)
-    content = content[_opened(content, before[len(before) - header_length :]) :]
+    content = content[_opened(content, header) :]
     end = tokenizer.end_of_turn_id if tokenizer.end_of_turn_id is not None else tokenizer.eos_token_id
     end = "" if end is None else tokenizer.decode([end], skip_special_tokens=False)
     text = before + content + end

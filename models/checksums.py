@@ -28,7 +28,8 @@ CHECKSUMS = "checksums.json"
 WEIGHTS_KEY = "transformers_weights"
 THREADS = 4  # hashlib lets other threads run
 READ_BYTES = 1 << 20  # read at a time
-MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+MAX_HEADER_BYTES, METADATA = 100_000_000, "__metadata__"  # as safetensors has it
+NO_HEADER = "truncated or not a weight file: its header is damaged"
 
 
 def digest(path: Path, start: int = 0, size: float = math.inf, bar: tqdm | None = None) -> str:
@@ -71,7 +72,7 @@ def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None
     """checksums.json of the files in a folder. tensors_of: {weight file: {tensor: its digest}}, taken while writing."""
     weights = {}
     for name, tensors in tensors_of.items():
-        header_digest = digest(folder / name, size=_header_bytes(folder / name))
+        header_digest = digest(folder / name, size=header_bytes(folder / name))
         weights[name] = {"header": header_digest, "tensors": tensors}
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in weights]
     files = {path.relative_to(folder).as_posix(): digest(path) for path in paths}
@@ -79,14 +80,26 @@ def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None
     (folder / CHECKSUMS).write_text(content, encoding="utf-8")
 
 
-def _header_bytes(path: Path) -> int:
+def header_bytes(path: Path) -> int:
     """How many bytes of a safetensors file are before its tensors. Raises ValueError where it cannot be one."""
     with open(path, "rb") as file:
         begin = file.read(8)
     size = 8 + int.from_bytes(begin, "little")
     if len(begin) < 8 or size > min(path.stat().st_size, MAX_HEADER_BYTES):
-        raise ValueError(f"{path}: truncated or not a weight file: its header is damaged")
+        raise ValueError(f"{path}: {NO_HEADER}")
     return size
+
+
+def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """{tensor: (its first byte, the one behind its last)} of a safetensors file. Raises ValueError if it is none."""
+    begin = header_bytes(path)
+    with open(path, "rb") as file:
+        content = file.read(begin)
+    try:
+        offsets = {name: entry["data_offsets"] for name, entry in json.loads(content[8:]).items() if name != METADATA}
+        return {name: (begin + first, begin + last) for name, (first, last) in offsets.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: {NO_HEADER}") from None
 
 
 # ---------------------------------------------------------------------------------------- checking
@@ -108,7 +121,7 @@ def check_files(folder: Path) -> None:
         path = place / name
         if not path.is_file():
             raise ValueError(f"{path}: is missing, and {CHECKSUMS} lists it; {_way_on()}")
-        if digest(path, size=_header_bytes(path)) != wanted["header"]:
+        if digest(path, size=header_bytes(path)) != wanted["header"]:
             raise ValueError(f"{path}: its header is damaged: it is not the one that was exported; {_way_on()}")
 
 
@@ -154,9 +167,7 @@ def _problem_of(folder: Path, paths: list[Path]) -> str | None:
         # changes when a file does; a folder that is opened twice, as policy and as reference, is hashed once
         stats = [path.stat() for path in (*paths, folder / "config.json", place / CHECKSUMS)]
         stamp = tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
-        rank, ranks = (
-            int(os.environ.get(f"LOCAL_{name}", default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return _damaged_tensor(folder, stamp, rank, ranks)
     except (OSError, ValueError) as error:
         return str(error)
@@ -192,15 +203,7 @@ def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | 
 def _tensors_in(path: Path, digests: dict[str, str]) -> list[tuple[int, Path, int, str, str]]:
     """(bytes, file, first byte, name, digest) of each tensor of a weight file whose header is sound. Raises ValueError
     if the file has other tensors than checksums.json says. That they are all of the file, safetensors has checked."""
-    begin = _header_bytes(path)
-    with open(path, "rb") as file:
-        file.seek(8)
-        header = json.loads(file.read(begin - 8))
-    header.pop("__metadata__", None)
-    for name in header.keys() ^ digests.keys():
+    spans = tensor_spans(path)
+    for name in spans.keys() ^ digests.keys():
         raise ValueError(f"{path.parent / CHECKSUMS}: damaged: of {name} either it or {path.name} knows nothing")
-    tensors = []
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensors.append((last - first, path, begin + first, name, digests[name]))
-    return tensors
+    return [(end - start, path, start, name, digests[name]) for name, (start, end) in spans.items()]

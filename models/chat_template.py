@@ -10,8 +10,9 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date, datetime, time
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +30,11 @@ MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
 
 
 class Rendering(NamedTuple):
-    """Where in the text of a chat the content of each message begins and ends, as far as it is there. calls: a place in
-    what stands for the last of its calls. generated: the stretches that the template marks as the assistant's, with
-    {% generation %}."""
+    """The text of a chat without a generation prompt, and where in it the content of each message begins and ends, as
+    far as it is there. calls: a place in what stands for the last of its calls. generated: the stretches that the
+    template marks as the assistant's, with {% generation %}."""
 
+    text: str
     begins: dict[int, int]
     ends: dict[int, int]
     calls: dict[int, int]
@@ -63,19 +65,18 @@ class ChatTemplate:
             raise ValueError(f"{self.folder}: the chat template leaves out what the answer goes on from")
         return before if behind.startswith(" ") else before.rstrip()
 
-    def locate(self, text: str, messages: list[dict], /, **values) -> Rendering | None:
-        """Where the messages are in `text`, which is theirs without a generation prompt; None if the template does not
-        write the same around marks."""
-        if any(map(_functions_of, messages)):
-            try:
-                place = self._locate(text, [_marked_calls(i, message) for i, message in enumerate(messages)], values)
-            except ValueError:  # it refuses a function of another name
-                place = None
-            if place is not None:
-                return place
+    def locate(self, messages: list[dict], /, **values) -> Rendering:
+        """The text of a chat and where its messages are: nowhere if the template does not write the same around marks.
+        Raises ValueError as render does."""
+        text = self.render(messages, add_generation_prompt=False, **values)
+        if any(map(functions_of, messages)):
+            with suppress(ValueError):  # it refuses a function of another name
+                found = self._locate(text, [_marked_calls(i, message) for i, message in enumerate(messages)], values)
+                if any(found[1:]):
+                    return found
         return self._locate(text, messages, values)
 
-    def _locate(self, text: str, messages: list[dict], values: dict) -> Rendering | None:
+    def _locate(self, text: str, messages: list[dict], values: dict) -> Rendering:
         marked = [
             {**message, "content": _between_marks(i, message["content"])} if message.get("content") else message
             for i, message in enumerate(messages)
@@ -94,19 +95,18 @@ class ChatTemplate:
             else:
                 (begins if mark[2] == BEGIN else ends).setdefault(int(mark[1]), length)
         if "".join(parts) + rendered[end:] != text:
-            return None
-        return Rendering(begins, ends, calls, generated)
+            return Rendering(text, {}, {}, {}, [])
+        return Rendering(text, begins, ends, calls, generated)
 
     @cached_property
     def behind_an_answer(self) -> str:
         """What it writes behind the content of an assistant's message; "" if it refuses the simplest of chats."""
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         try:
-            text = self.render(chat, add_generation_prompt=False)
+            found = self.locate(chat)
         except ValueError:
             return ""
-        place = self.locate(text, chat)
-        return "" if place is None or 1 not in place.ends else text[place.ends[1] :]
+        return found.text[found.ends[1] :] if 1 in found.ends else ""
 
     def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
         usual = {"tools": None, "documents": None, **self._tokens}
@@ -129,15 +129,10 @@ class ChatTemplate:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(
-                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-            )
-
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.combine(self.today, time()).strftime
         return environment.from_string(self._source(has_tools))
@@ -181,7 +176,7 @@ def _written(template: jinja2.Template, messages: list[dict], values: dict) -> s
     """The text of a chat. An empty content beside calls is none to templates that write calls beside none alone, as
     DeepSeek's; others fail on none, or write the word."""
     text = _with_calls(template, messages, values)
-    silent = [message.get("content") == "" and bool(_functions_of(message)) for message in messages]
+    silent = [message.get("content") == "" and bool(functions_of(message)) for message in messages]
     if not any(silent):
         return text
     others = [with_other_calls(message) if is_silent else message for message, is_silent in zip(messages, silent)]
@@ -198,23 +193,20 @@ def _with_calls(template: jinja2.Template, messages: list[dict], values: dict) -
     """The text of a chat. OpenAI's format has the arguments of calls as the text of an object; most templates write an
     object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail. Others,
     as DeepSeek's, fail on objects."""
-    texts, failure = _texts_of_objects(messages), None
+    arguments = [function.get("arguments") for message in messages for function in functions_of(message)]
+    texts = [each for each in arguments if _object_in(each) is not None]
     try:
         text = template.render(messages=messages, **values)
         if not any(json.dumps(each, ensure_ascii=False) in text for each in texts):
             return text
-    except Exception as error:
-        if not any(map(_functions_of, messages)):
+    except Exception:
+        if not texts and not any(isinstance(each, dict) for each in arguments):
             raise
-        failure = error
-    if texts:
-        return template.render(messages=[_with_arguments(message, _object_in) for message in messages], **values)
-    if any(isinstance(function.get("arguments"), dict) for each in messages for function in _functions_of(each)):
-        return template.render(messages=[_with_arguments(message, _text_of) for message in messages], **values)
-    raise failure
+    other_form = _object_in if texts else _text_of
+    return template.render(messages=[_with_arguments(message, other_form) for message in messages], **values)
 
 
-def _functions_of(message: dict) -> list[dict]:
+def functions_of(message: dict) -> list[dict]:
     """What a message calls, {"name", "arguments"} each, as far as it is what OpenAI's format says."""
     calls = message.get("tool_calls")
     calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
@@ -235,18 +227,10 @@ def _text_of(value: object) -> str | None:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else None
 
 
-def _texts_of_objects(messages: list[dict]) -> list[str]:
-    """The arguments of calls that are the text of an object."""
-    arguments = [function.get("arguments") for message in messages for function in _functions_of(message)]
-    return [each for each in arguments if _object_in(each) is not None]
-
-
 def _with_arguments(message: dict, other_form: Callable[[object], object | None]) -> dict:
     """A message whose calls have their arguments in another form, where they have one."""
-    if not _functions_of(message):
-        return message
     message = copy.deepcopy(message)
-    for function in _functions_of(message):
+    for function in functions_of(message):
         value = other_form(function.get("arguments"))
         function |= {} if value is None else {"arguments": value}
     return message
@@ -255,7 +239,7 @@ def _with_arguments(message: dict, other_form: Callable[[object], object | None]
 def with_other_calls(message: dict) -> dict:
     """A message that calls functions of other names, with other arguments; it calls nothing if it names neither."""
     message, changed = copy.deepcopy(message), False
-    for function in _functions_of(message):
+    for function in functions_of(message):
         for key in ("name", "arguments"):
             value = function.get(key)
             if isinstance(value, str | dict):
@@ -268,10 +252,8 @@ def with_other_calls(message: dict) -> dict:
 
 def _marked_calls(i: int, message: dict) -> dict:
     """A message with marks in the names of what it calls, and in the arguments."""
-    if not _functions_of(message):
-        return message
     message, mark = copy.deepcopy(message), f"{OPEN}{i}{CALL}"
-    for function in _functions_of(message):
+    for function in functions_of(message):
         name, arguments = function.get("name"), function.get("arguments")
         if isinstance(name, str):
             function["name"] = name + mark

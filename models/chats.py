@@ -16,7 +16,7 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-from models.chat_template import REASONING, ChatTemplate, Rendering, with_other_calls
+from models.chat_template import REASONING, ChatTemplate, Rendering, functions_of, with_other_calls
 from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
@@ -153,10 +153,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         calls = message["tool_calls"] = parsed(_without_nulls(calls))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}: tool_calls must be a list of objects, or its JSON text")
-    for call in calls or ():
-        function = call.get("function", call)
-        if not isinstance(function, dict) or "name" not in function:
-            continue
+    for function in (each for each in functions_of(message) if "name" in each):
         arguments = function.get("arguments")
         if arguments in (None, ""):
             function["arguments"] = {}  # of a call without any
@@ -191,13 +188,10 @@ def content_of(message: dict) -> str:
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     """The text of a prompt, up to the assistant's header, or to the end of what the assistant has begun to say;
     ValueError if the template leaves any of it out."""
-    template, messages = tokenizer.chat_template, chat.messages
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **chat.values)
-    text = template.render(messages, add_generation_prompt=False, **chat.values)
-    _check_rendered(chat, text, template.locate(text, messages, **chat.values), template)
+    _rendered(chat, tokenizer)  # which looks whether all of it is there
     if not chat.is_open:
-        return prompt
-    begun = template.render_open(messages, **chat.values)
+        return tokenizer.apply_chat_template(chat.messages, add_generation_prompt=True, **chat.values)
+    begun = tokenizer.chat_template.render_open(chat.messages, **chat.values)
     if not _holds(begun, chat.messages[-1]):
         raise ValueError("the chat template leaves out a part of the last message, which the answer goes on from")
     return begun
@@ -218,16 +212,13 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     as_generated: the last message is what follows the generation prompt, even where the template writes such a message
     otherwise. Raises ValueError for what the template leaves out.
     """
-    text = tokenizer.apply_chat_template(chat.messages, add_generation_prompt=False, **chat.values)
-    template = tokenizer.chat_template
-    place = template.locate(text, chat.messages, **chat.values)
-    _check_rendered(chat, text, place, template)
-    finder, spans, cut = _TurnFinder(chat, template, text, place, _end_tokens(tokenizer)), [], 0
-    last = len(chat.messages) - 1
-    if place is not None and place.generated:
+    rendering = _rendered(chat, tokenizer)
+    finder = _TurnFinder(chat, tokenizer.chat_template, rendering, _end_tokens(tokenizer))
+    text, spans, cut, last = rendering.text, [], 0, len(chat.messages) - 1
+    if rendering.generated:
         before = finder.rendered(last, add_generation_prompt=True) if as_generated else ""
         if text.startswith(before) or _thinks_anew(chat.messages[last], before):
-            return _marked_turns(chat, text, place)
+            return _marked_turns(chat, rendering)
         return _as_it_stands(finder, before, spans, cut, tokenizer)
     for i, learnt in enumerate(chat.learnt):
         if not learnt:
@@ -262,9 +253,9 @@ class _TurnFinder:
     """Where an assistant's turn begins and ends in the text of a chat. The messages before it are rendered once more
     only where that does not show, so the time goes with the length of the chat."""
 
-    def __init__(self, chat: Chat, template: ChatTemplate, text: str, place: Rendering | None, end_tokens: list[str]):
-        self.chat, self.template, self.text, self.end_tokens = chat, template, text, end_tokens
-        self.begins, self.ends, self.calls = ({}, {}, {}) if place is None else place[:3]
+    def __init__(self, chat: Chat, template: ChatTemplate, rendering: Rendering, end_tokens: tuple[list[str], ...]):
+        self.chat, self.template, self.end_tokens = chat, template, end_tokens
+        self.text, self.begins, self.ends, self.calls, _ = rendering
         self.leads: dict[tuple, str] = {}  # what stands between the content of a message and the turn that answers it
         self.last_end = 0  # of the turns found so far
 
@@ -338,11 +329,12 @@ class _TurnFinder:
         return self._block_end(i)
 
 
-def _marked_turns(chat: Chat, text: str, place: Rendering) -> Turns:
+def _marked_turns(chat: Chat, rendering: Rendering) -> Turns:
+    text, generated = rendering.text, rendering.generated
     assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if len(assistants) != len(place.generated):
+    if len(assistants) != len(generated):
         raise ValueError("the chat template does not mark one stretch for each message of the assistant")
-    spans = {i: span for i, span in zip(assistants, place.generated) if chat.learnt[i]}
+    spans = {i: span for i, span in zip(assistants, generated) if chat.learnt[i]}
     whole = [span for i, span in spans.items() if _holds(text[slice(*span)], chat.messages[i])]
     last = len(chat.messages) - 1
     if last in spans and spans[last] not in whole:
@@ -387,12 +379,15 @@ def _thinks_anew(message: dict, before: str) -> bool:
     return closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
 
 
-def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: ChatTemplate) -> None:
-    """Raises ValueError that names what a template leaves out of a chat's text, but for parts of the assistant's
-    messages: those of reasoning models drop the thoughts of earlier turns, and learnt turns are looked at later."""
+def _rendered(chat: Chat, tokenizer: Tokenizer) -> Rendering:
+    """A chat's text, and where its messages are in it. Raises ValueError that names what the template leaves out, but
+    for parts of the assistant's messages: those of reasoning models drop the thoughts of earlier turns, and learnt
+    turns are looked at later."""
+    template = tokenizer.needed_chat_template
+    rendering = template.locate(chat.messages, **chat.values)
 
     def same(messages: list[dict], **changes) -> bool:
-        return template.render(messages, add_generation_prompt=False, **{**chat.values, **changes}) == text
+        return template.render(messages, add_generation_prompt=False, **{**chat.values, **changes}) == rendering.text
 
     def same_with(i: int, message: dict) -> bool:
         return same([*chat.messages[:i], message, *chat.messages[i + 1 :]])
@@ -403,13 +398,14 @@ def _check_rendered(chat: Chat, text: str, place: Rendering | None, template: Ch
         if name not in template.variables(bool(chat.tools)):
             raise ValueError(f"chat_template_kwargs: the chat template does not read {name!r}")
     for i, message in enumerate(chat.messages):
-        seen = place is not None and i in place.ends and (i in place.begins or message["role"] == "assistant")
+        seen = i in rendering.ends and (i in rendering.begins or message["role"] == "assistant")
         content = content_of(message)
         if not seen and content.strip() and same_with(i, {**message, "content": content + "x"}):
             raise ValueError(f"the chat template leaves out message {i}, of the role {message['role']!r}")
-        called = place is not None and i in place.calls
+        called = i in rendering.calls
         if message.get("tool_calls") and not called and same_with(i, with_other_calls(message)):
             raise ValueError(f"message {i}: the chat template has no place for its tool_calls")
+    return rendering
 
 
 def _holds(text: str, message: dict) -> bool:

@@ -3,12 +3,8 @@
 - everything is written and synced inside the folder, in `.export.partial`; so a mounted or symlinked folder works, a
   parent that cannot be written is no matter, and a full disk leaves what was there
 - one rename of config.json then switches from the old export to the new one, which that config.json names by
-  transformers' key for an explicit weight file, in `.export.partial`; the new files take their usual names behind it,
-  and a second rename drops the key
-- so whoever opens the folder with transformers 5, or here, at any moment and after a kill at any moment, gets the old
-  weights with the old config.json or the new with the new. Tokenizer files, the same in all exports of a run, follow
-  the switch one by one
-- a reader that does not know the key finds no index, or one model.safetensors, while names change: milliseconds
+  transformers' key for an explicit weight file; the new files take their usual names behind it, and a second rename
+  drops the key. Who sees what meanwhile, and after a kill: models/README.md
 - a switch that a kill cut short is completed by the next save, or by the run that goes on
 - checksums.json goes with the weights that it speaks of; tensors are hashed while they are in memory
 """

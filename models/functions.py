@@ -136,9 +136,8 @@ def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # whoever imports it will say so
             text = importlib.util.decode_source(path.read_bytes())
     function = load_function(flag, place, text)
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 (an object with an async __call__)
-    )
+    called = (function, getattr(function, "__call__", None))  # noqa: B004 (an object with an async __call__)
+    is_async = any(map(inspect.iscoroutinefunction, called))
     for names in (BATCH, ANSWER):
         try:
             signature = inspect.signature(function)

@@ -114,9 +114,12 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
 
 def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
     """The ids a completion follows; a chat goes through the chat template, up to the assistant's header."""
-    if isinstance(prompt, str):
-        return tokenizer.encode_prefix(prompt)
-    return tokenizer.encode(text_of_chat(prompt, tokenizer), add_special_tokens=False)
+    return _encoding_of(prompt, tokenizer)(text_of(prompt, tokenizer))
+
+
+def _encoding_of(prompt: str | Chat, tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """What gives the ids of a prompt's text: a chat's has the BOS that the template writes."""
+    return tokenizer.encode_prefix if isinstance(prompt, str) else partial(tokenizer.encode, add_special_tokens=False)
 
 
 def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -279,9 +282,7 @@ def encode_parts(
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
     """A prompt and what follows it, which nothing ends."""
     parts = [(text_of(prompt, tokenizer), False), (answer, True)]
-    if isinstance(prompt, str):
-        return encode_parts(parts, tokenizer.encode_prefix, tokenizer)
-    return encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
+    return encode_parts(parts, _encoding_of(prompt, tokenizer), tokenizer)
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
@@ -289,7 +290,7 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False)
     text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
     cuts = [0, *chain(*spans), len(text)]
     parts = [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if end > begin or i == 0]
-    example, counts = encode_parts(parts, partial(tokenizer.encode, add_special_tokens=False), tokenizer)
+    example, counts = encode_parts(parts, _encoding_of(chat, tokenizer), tokenizer)
     return example, counts._replace(turns_cut_by_the_template=cut)
 
 

@@ -230,18 +230,9 @@ def _read_or_make(
         found = _read(folder)
         if found is None:
             is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # whose first process may be any of its ranks
-            blocks = _blocks(path, encoder, num_workers, shown=is_first_node)
-            _write(folder, path, _of_one_file(blocks, path, lambda: name() == folder.name))
+            _write(folder, path, _blocks(path, encoder, num_workers, shown=is_first_node), name)
             found = _read(folder)
         return found
-
-
-def _of_one_file(blocks: Iterator[_Block], path: Path, is_same: Callable[[], bool]) -> Iterator[_Block]:
-    """The blocks. Raises ValueError behind the last one if the file is another by then: its rows would be found under
-    the name of what it was."""
-    yield from blocks
-    if not is_same():
-        raise ValueError(f"{path}: was written while it was tokenised; run this again when it is whole")
 
 
 @contextmanager
@@ -269,8 +260,9 @@ def _keeping() -> Iterator[None]:
         raise _NotKept(f"{error.strerror or error}") from None
 
 
-def _write(folder: Path, path: Path, blocks: Iterator[_Block]) -> None:
-    """Writes the arrays as they come, and at last rows.json, which says what they are."""
+def _write(folder: Path, path: Path, blocks: Iterator[_Block], name: Callable[[], str]) -> None:
+    """Writes the arrays as they come, and at last rows.json, which says what they are. Raises ValueError if the data
+    are others by then: their rows would be found under the name of what they were."""
     staging = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     for left in folder.parent.glob(f".{folder.name}.*.*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -285,6 +277,8 @@ def _write(folder: Path, path: Path, blocks: Iterator[_Block]) -> None:
                 with _keeping():
                     file.write(values.data)
                 checksums[i] = zlib.crc32(values.data, checksums[i])
+        if name() != folder.name:
+            raise ValueError(f"{path}: was written while it was tokenised; run this again when it is whole")
         with _keeping():
             for file in files:
                 file.close()

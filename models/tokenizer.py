@@ -139,11 +139,16 @@ class Tokenizer:
         """What `ids` add to the text of `prompt_ids`. A prompt cut within a character hands that over to this text."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
-    def apply_chat_template(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
-        """The text of a chat by the folder's template; ValueError if it has none."""
+    @property
+    def needed_chat_template(self) -> ChatTemplate:
+        """The chat template; ValueError if the folder has none."""
         if self.chat_template is None:
             raise ValueError(f"{self.config_path.parent}: no chat template; add chat_template.jinja, or use plain text")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **values)
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
+        """The text of a chat by the folder's template; ValueError if it has none."""
+        return self.needed_chat_template.render(messages, add_generation_prompt=add_generation_prompt, **values)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
@@ -184,7 +189,7 @@ class _Fast:
 class _SentencePiece:
     """tokenizer.model in sentencepiece; tokenizers finds the added tokens in a text."""
 
-    bos_by_default, around = True, ([], [])  # as in LLaMA's own code
+    bos_by_default, around, splits_words = True, ([], []), False  # as in LLaMA's own code
     byte_ids = frozenset()  # sentencepiece keeps the characters beside a wrong byte
 
     def __init__(self, path: Path, no_space: bool):
@@ -210,8 +215,6 @@ class _SentencePiece:
         i = self._ids.setdefault(token.content, declared or max([self.size - 1, *self.added]) + 1)
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
-
-    splits_words = False
 
     def encode_each(self, texts: list[str]) -> list[list[int]]:
         return list(map(self.encode, texts))

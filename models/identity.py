@@ -57,8 +57,8 @@ def changed_flags(args, now: dict, earlier: dict, who: str) -> frozenset[str]:
     if CONTENTS not in earlier and now[CONTENTS]:
         names = ", ".join(f"--{each.name}" for each in held if each.name in now[CONTENTS])
         say(f"{who}: begun before contents were recorded; {names}: compared by path alone, this once")
-    content = [each.name for each in held if _has_other_content(each, now, earlier)]
-    value = [each.name for each in held if _has_other_value(each, now, earlier)]
+    differences = [(each.name, _difference(each, now, earlier)) for each in held]
+    content, value = ([name for name, what in differences if what == kind] for kind in ("content", "value"))
     changed = {*content, *value}
     if changed & accepted:
         say(f"{who}: goes on with other {', '.join(f'--{name}' for name in sorted(changed & accepted))}, as accepted")
@@ -76,16 +76,12 @@ def _may_change(each: Flag, args) -> bool:
     return may_change(args) if callable(may_change) else may_change
 
 
-def _has_other_content(each: Flag, now: dict, earlier: dict) -> bool | None:
-    """Whether a flag names other content, wherever that lies; None if it is not known of both."""
+def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
+    """Whether a flag names other "content", wherever that lies, or has another "value", where content is not known of
+    both. One that is younger than the run had its default."""
     contents = [of.get(CONTENTS, {}).get(each.name) for of in (now, earlier)]
-    return None if None in contents else contents[0] != contents[1]
-
-
-def _has_other_value(each: Flag, now: dict, earlier: dict) -> bool:
-    """Whether a flag that names no content has another value. One that is younger than the run had its default."""
-    if _has_other_content(each, now, earlier) is not None:
-        return False
+    if None not in contents:
+        return "content" if contents[0] != contents[1] else None
     default = None if each.default is MISSING else recorded(each.default)
     formerly = each.metadata["formerly"]
     values = []
@@ -93,7 +89,7 @@ def _has_other_value(each: Flag, now: dict, earlier: dict) -> bool:
         several = isinstance(now[each.name], list) and not isinstance(value, list) and value is not None
         value = [value] if several else value  # a flag that took one value when the run was begun
         values.append(default if value in ([], formerly, [formerly]) else value)
-    return values[0] != values[1]
+    return "value" if values[0] != values[1] else None
 
 
 def _contents(args) -> dict[str, object]:

@@ -9,6 +9,7 @@ there is no such answer.
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import tokenizers
 from tokenizers import AddedToken
@@ -52,7 +53,7 @@ class Joins:
     """encode_each: ids of texts without special tokens. added: the contents of the added tokens."""
 
     def __init__(self, encode_each: Callable[[list[str]], list[list[int]]], added: Iterable[str]):
-        self._encode_each, self._clean = encode_each, {}
+        self._encode_each = encode_each
         added = sorted(added, key=len, reverse=True)
         self._firsts, self._added = {token[0] for token in added}, re.compile("|".join(map(re.escape, added)) or "(?!)")
 
@@ -69,13 +70,10 @@ class Joins:
             before = (before + text)[-TAIL:]
         return True
 
+    @lru_cache(MEMORY)  # noqa: B019 (a process has one or two tokenizers, for as long as it runs)
     def _is_clean(self, tail: str, head: str) -> bool:
-        if (tail, head) not in self._clean:
-            if len(self._clean) == MEMORY:
-                self._clean.clear()
-            first, second, both = self._encode_each([tail, head, tail + head])
-            self._clean[tail, head] = first + second == both
-        return self._clean[tail, head]
+        first, second, both = self._encode_each([tail, head, tail + head])
+        return first + second == both
 
     def _tail(self, text: str, is_all: bool) -> str | None:
         """The end of a text, from an added token on, or from a place that no word spans."""

@@ -89,18 +89,14 @@ class Lines(NamedTuple):
     size: int
     number: int  # of the first line
 
-    def read(self) -> Iterator[tuple[int, str]]:
-        """(number, text) of each line that is not blank."""
+    def deferred(self) -> Iterator[Callable[[], Record]]:
+        """What gives the record of each line that is not blank, which may be left unparsed."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
             block = file.read(self.size)
         for number, line in enumerate(_decode(self.path, block, self.start).split("\n"), start=self.number):
             if line.strip():
-                yield number, line
-
-    def deferred(self) -> Iterator[Callable[[], Record]]:
-        """What gives each record, which may be left unparsed."""
-        return (partial(_parse, self.path, number, line) for number, line in self.read())
+                yield partial(_parse, self.path, number, line)
 
 
 class Items(NamedTuple):

@@ -11,8 +11,9 @@ more than it can begin.
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -97,9 +98,7 @@ class SharedWork:
             return turn
         key = f"{self._prefix}/{self.place.replica}/{turn}"
         if self.place.tp_rank:
-            patience = _Patience()
-            while not self._store.check([key]):
-                patience.sleep()
+            _wait_until(lambda: self._store.check([key]))
             return int(self._store.get(key))
         number = self._add("next", 1) - 1
         if self.place.tp_size > 1:
@@ -147,14 +146,11 @@ def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MO
 # ----------------------------------------------------------------------------------------- waiting
 
 
-class _Patience:
-    """Sleeps a fiftieth of the time waited so far, half a second at most."""
-
-    def __init__(self):
-        self.begun = time.monotonic()
-
-    def sleep(self) -> None:
-        time.sleep(min(0.5, max(0.0005, (time.monotonic() - self.begun) / 50)))
+def _wait_until(condition: Callable[[], bool]) -> None:
+    """Asks again after a fiftieth of the time waited so far, half a second at most."""
+    begun = time.monotonic()
+    while not condition():
+        time.sleep(min(0.5, max(0.0005, (time.monotonic() - begun) / 50)))
 
 
 def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
@@ -168,23 +164,25 @@ def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) ->
         name = store.get(f"name/{own}").decode()
         store.set(f"met/{name}/{rank}", "")
         return name
+
+    def has_met(other: int) -> bool:
+        if store.check([f"met/{own}/{other}"]):
+            return True
+        if store.check([f"here/{other}"]):
+            store.set(f"name/{store.get(f'here/{other}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise ValueError(f"rank {other} of {world} has not come within {timeout}")
+        return False
+
     for other in range(1, world):
-        patience = _Patience()
-        while not store.check([f"met/{own}/{other}"]):
-            if store.check([f"here/{other}"]):
-                store.set(f"name/{store.get(f'here/{other}').decode()}", own)
-            if time.monotonic() > deadline:
-                raise ValueError(f"rank {other} of {world} has not come within {timeout}")
-            patience.sleep()
+        _wait_until(partial(has_met, other))
     return own
 
 
 def wait_for_ranks(store: dist.Store, world: int) -> None:
     """Returns when all ranks are here, however long that takes; if one dies, the launcher ends the others."""
-    arrived = store.add("ranks/arrived", 1)
-    wanted, patience = -(-arrived // world) * world, _Patience()  # nobody comes again before all have been here
-    while store.add("ranks/arrived", 0) < wanted:
-        patience.sleep()
+    wanted = -(-store.add("ranks/arrived", 1) // world) * world  # nobody comes again before all have been here
+    _wait_until(lambda: store.add("ranks/arrived", 0) >= wanted)
 
 
 def wait_for_all_ranks() -> None:
@@ -202,10 +200,9 @@ def leave_together() -> None:
 def leave(store: dist.Store, rank: int, world: int) -> None:
     """wait_for_ranks, after which none asks the store any more when the first leaves: it may be the one that has it."""
     wait_for_ranks(store, world)
-    num_left, patience = store.add("ranks/left", 1), _Patience()
-    while rank == 0 and num_left < world:
-        patience.sleep()
-        num_left = store.add("ranks/left", 0)
+    store.add("ranks/left", 1)
+    if rank == 0:
+        _wait_until(lambda: store.add("ranks/left", 0) >= world)
 
 
 def gather_parts(own: dict[int, T], dp: DeviceMesh) -> dict[int, T]:

@@ -142,8 +142,7 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        config_path = self.folder / "config.json"
-        config = read_hf_config(config_path)[0] if config_path.is_file() else {}
+        config = read_json_object(self.folder / "config.json", missing_ok=True)
         self._file_of: dict[str, tuple[Path, str]] = {}  # our name -> (file, name in the file)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, dict[str, Tensor]] = {}
@@ -399,7 +398,7 @@ def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:
     """The ids that a folder lists as the ends of a generation: in generation_config.json, else in config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        value = read_hf_config(path)[0].get("eos_token_id") if path.is_file() else None
+        value = read_json_object(path, missing_ok=True).get("eos_token_id")
         if value is not None and value != []:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):

@@ -218,7 +218,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-_ENCODING = ("chat_template", "chats", "joins", "parts", "record_files", "records", "reward", "rows", "tokenizer")
+_ENCODING = ("chat_template", "chats", "parts", "record_files", "records", "reward", "rows", "tokenizer")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 
 

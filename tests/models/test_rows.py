@@ -1,4 +1,4 @@
-"""models/rows.py, joins.py and forked.py: the rows of a file in flat arrays, made once and kept. The oracles are the
+"""models/rows.py, parts.py and forked.py: the rows of a file in flat arrays, made once and kept. The oracles are the
 record encoded by itself, and the text encoded whole by transformers."""
 
 import fcntl

@@ -239,7 +239,7 @@ class WeightFiles:
         handle = self._handle(path)
         if path.suffix == ".safetensors":
             return handle.get_slice(stored_name)[slices] if slices else handle.get_tensor(stored_name)
-        return handle[stored_name][slices] if slices else handle[stored_name]
+        return handle[stored_name][slices]
 
     def has_own_head(self) -> bool:
         """Whether the files hold a language-model head with other numbers than the embedding's."""
@@ -248,8 +248,7 @@ class WeightFiles:
         shape = self._shapes["lm_head.weight"]
         if shape != self._shapes["embed_tokens.weight"]:
             return True
-        starts = range(0, shape[0], COMPARED_ROWS)
-        parts = ((slice(start, min(start + COMPARED_ROWS, shape[0])),) for start in starts)
+        parts = ((slice(start, start + COMPARED_ROWS),) for start in range(0, shape[0], COMPARED_ROWS))
         return not all(
             torch.equal(self.read("lm_head.weight", part), self.read("embed_tokens.weight", part)) for part in parts
         )

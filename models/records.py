@@ -261,6 +261,9 @@ class Example:
         return isinstance(other, Example) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
+Encoded = tuple[Example, EncodingCounts]  # a row, and what happened
+
+
 def end_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """What training puts behind a text of these ids: EOS, unless the text itself ends with it, as many data sets are
     written. ValueError if the folder names none."""
@@ -269,9 +272,7 @@ def end_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return [] if [*ids[-1:]] == [eos] else [eos]
 
 
-def encode_parts(
-    parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer
-) -> tuple[Example, EncodingCounts]:
+def encode_parts(parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer) -> Encoded:
     """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part. See
     models/parts.py: where a token of the whole text spans a boundary, the row is split differently."""
     ids_of, are_whole = ids_of_parts([text for text, _ in parts], encode, tokenizer)
@@ -279,13 +280,13 @@ def encode_parts(
     return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
 
-def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> Encoded:
     """A prompt and what follows it, which nothing ends."""
     parts = [(text_of(prompt, tokenizer), False), (answer, True)]
     return encode_parts(parts, _encoding_of(prompt, tokenizer), tokenizer)
 
 
-def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> tuple[Example, EncodingCounts]:
+def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Encoded:
     """(a conversation with loss on the turns of the assistant that are learnt, see learnt_turns; what happened)"""
     text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
     cuts = [0, *chain(*spans), len(text)]
@@ -294,9 +295,7 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False)
     return example, counts._replace(turns_cut_by_the_template=cut)
 
 
-def encode_answer(
-    prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion"
-) -> tuple[Example, EncodingCounts]:
+def encode_answer(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion") -> Encoded:
     """encode_answered, cut behind the last token that generation gives: EOS, or the end of the turn."""
     example, counts = encode_answered(prompt, answer, tokenizer, name)
     require(example.num_targets > 0, f"the chat template writes nothing for {name}")
@@ -308,9 +307,7 @@ def encode_answer(
     return Example(example.input_ids[:end], example.labels[:end]), counts
 
 
-def encode_answered(
-    prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion"
-) -> tuple[Example, EncodingCounts]:
+def encode_answered(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion") -> Encoded:
     """(a prompt and the answer to it, with loss on the answer; what happened). Text follows what generation would go on
     from, messages are as the chat template writes them. name: what to call the answer in a ValueError."""
     refuse_messages_as_text(name, answer)
@@ -377,7 +374,7 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
     return answer
 
 
-def encode_sample(record: Record, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
+def encode_sample(record: Record, tokenizer: Tokenizer) -> Encoded:
     """(a line of generate.py as it was drawn, with loss on the answer and on what ended it, which is nothing where it
     ran out of tokens; what happened)"""
     prompt, answer = get_prompt(record), get_answer(record, steps=False)

@@ -188,7 +188,7 @@ def content_of(message: dict) -> str:
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     """The text of a prompt, up to the assistant's header, or to the end of what the assistant has begun to say;
     ValueError if the template leaves any of it out."""
-    _rendered(chat, tokenizer)  # which looks whether all of it is there
+    _checked_rendering(chat, tokenizer)
     if not chat.is_open:
         return tokenizer.apply_chat_template(chat.messages, add_generation_prompt=True, **chat.values)
     begun = tokenizer.chat_template.render_open(chat.messages, **chat.values)
@@ -212,7 +212,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     as_generated: the last message is what follows the generation prompt, even where the template writes such a message
     otherwise. Raises ValueError for what the template leaves out.
     """
-    rendering = _rendered(chat, tokenizer)
+    rendering = _checked_rendering(chat, tokenizer)
     finder = _TurnFinder(chat, tokenizer.chat_template, rendering, _end_tokens(tokenizer))
     text, spans, cut, last = rendering.text, [], 0, len(chat.messages) - 1
     if rendering.generated:
@@ -379,7 +379,7 @@ def _thinks_anew(message: dict, before: str) -> bool:
     return closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
 
 
-def _rendered(chat: Chat, tokenizer: Tokenizer) -> Rendering:
+def _checked_rendering(chat: Chat, tokenizer: Tokenizer) -> Rendering:
     """A chat's text, and where its messages are in it. Raises ValueError that names what the template leaves out, but
     for parts of the assistant's messages: those of reasoning models drop the thoughts of earlier turns, and learnt
     turns are looked at later."""

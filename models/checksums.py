@@ -184,7 +184,8 @@ def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | 
     tensors.sort(key=lambda each: (-each[0], each[1], each[2]))  # alike on all ranks, and evenly dealt
     share = tensors[rank::ranks]
 
-    def problem_of(size: int, path: Path, start: int, name: str, wanted: str) -> str | None:
+    def problem_of(tensor: tuple[int, Path, int, str, str]) -> str | None:
+        size, path, start, name, wanted = tensor
         try:
             if digest(path, start, size) != wanted:
                 return f"{path}: the tensor {name} is damaged: its numbers are not those exported; {_way_on()}"
@@ -192,12 +193,12 @@ def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | 
             return f"{path}: cannot be read: {error.strerror or error}"
         return None
 
+    problems = []
     with ThreadPoolExecutor(THREADS) as pool, bytes_bar(sum(each[0] for each in share)) as bar:
-        problems = []
-        for each, problem in zip(share, pool.map(problem_of, *zip(*share)) if share else ()):
-            problems += [problem] if problem is not None else []
+        for each, problem in zip(share, pool.map(problem_of, share)):
+            problems.append(problem)
             bar.update(each[0])
-    return min(problems, default=None)
+    return min(filter(None, problems), default=None)
 
 
 def _tensors_in(path: Path, digests: dict[str, str]) -> list[tuple[int, Path, int, str, str]]:

@@ -247,8 +247,9 @@ class Example:
         return self.num_targets == 0
 
     def ended(self, end: list[int]) -> "Example":
-        """With these ids behind it, learnt; of a row of lists."""
-        return Example(self.input_ids + end, self.labels + end)
+        """With this end of at most one id behind it, learnt, unless what is learnt has it, as many data sets and some
+        that generate write it; of a row of lists."""
+        return self if self.labels[-1:] == end else Example(self.input_ids + end, self.labels + end)
 
     def flat(self) -> Flat:
         return Flat([(self.input_ids, self.labels)])
@@ -264,12 +265,11 @@ class Example:
 Encoded = tuple[Example, EncodingCounts]  # a row, and what happened
 
 
-def end_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """What training puts behind a text of these ids: EOS, unless the text itself ends with it, as many data sets are
-    written. ValueError if the folder names none."""
+def end_of_text(tokenizer: Tokenizer) -> list[int]:
+    """What training puts behind a text: EOS; ValueError if the folder names none."""
     eos, folder = tokenizer.eos_token_id, tokenizer.config_path.parent
     require(eos is not None, f"{folder}: the tokenizer has no EOS token to train")
-    return [] if [*ids[-1:]] == [eos] else [eos]
+    return [eos]
 
 
 def encode_parts(parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer) -> Encoded:
@@ -314,7 +314,7 @@ def encode_answered(prompt: str | Chat, answer: object, tokenizer: Tokenizer, na
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
         example, counts = _answered(prompt, answer, tokenizer)
-        return example.ended(end_of(example.labels, tokenizer)), counts
+        return example.ended(end_of_text(tokenizer)), counts
     is_text = isinstance(answer, str)
     answer = _without_end_of_turn(answer, tokenizer) if is_text else answer
     if is_text and prompt.is_open:
@@ -380,7 +380,7 @@ def encode_sample(record: Record, tokenizer: Tokenizer) -> Encoded:
     prompt, answer = get_prompt(record), get_answer(record, steps=False)
     example, counts = _answered(prompt, answer, tokenizer)
     end = ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []
-    return (example if example.labels[-1:] == end else example.ended(end)), counts  # others leave it in the text
+    return example.ended(end), counts
 
 
 def get_steps(record: Record) -> list[str]:

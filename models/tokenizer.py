@@ -7,7 +7,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from datetime import date, datetime
 from functools import cached_property
 from itertools import groupby
@@ -236,15 +235,11 @@ class _SentencePiece:
 def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
     digits has none for a letter."""
-
-    def texts() -> Iterator[str]:
-        yield "a"
-        yield from file.get_vocab()  # which takes a while
-
-    for text in texts():
-        encoding = file.encode(text)
-        if 0 in (is_put := encoding.special_tokens_mask):
-            return encoding.ids[: is_put.index(0)], encoding.ids[len(is_put) - is_put[::-1].index(0) :]
+    for texts in (lambda: "a", file.get_vocab):  # which takes a while
+        for text in texts():
+            encoding = file.encode(text)
+            if 0 in (is_put := encoding.special_tokens_mask):
+                return encoding.ids[: is_put.index(0)], encoding.ids[len(is_put) - is_put[::-1].index(0) :]
     return [], []
 
 

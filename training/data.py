@@ -25,7 +25,7 @@ from models.records import (
     encode_answered,
     encode_chat,
     encode_sample,
-    end_of,
+    end_of_text,
     folder_limits,
     get_field,
     get_prompt,
@@ -162,8 +162,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
             require(isinstance(given["text"], str), "text must be a string")
             refuse_messages_as_text("text", given["text"])
             ids = tokenizer.encode_prefix(given["text"])
-            ids = ids + end_of(ids, tokenizer)
-            return Example(ids, list(ids)), EncodingCounts()
+            return Example(ids, list(ids)).ended(end_of_text(tokenizer)), EncodingCounts()
         return encode_answered(get_prompt(record), get_field(record, "completion", "output"), tokenizer)
 
 

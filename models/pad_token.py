@@ -35,7 +35,7 @@ def choose_pad_token(folder: Folder) -> PadToken:
     byte-level one a space is written as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
     ids = tokenizer.vocabulary()
-    added_ids = {text for text, i in ids.items() if i in tokenizer.added_ids}
+    added_ids = {text for text, i in ids.items() if i in tokenizer.added_texts}
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
     usable = {text: i for text, i in ids.items() if i not in ends and i < folder.config.vocab_size}

@@ -9,7 +9,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -114,12 +113,8 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
 
 def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
     """The ids a completion follows; a chat goes through the chat template, up to the assistant's header."""
-    return _encoding_of(prompt, tokenizer)(text_of(prompt, tokenizer))
-
-
-def _encoding_of(prompt: str | Chat, tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """What gives the ids of a prompt's text: a chat's has the BOS that the template writes."""
-    return tokenizer.encode_prefix if isinstance(prompt, str) else partial(tokenizer.encode, add_special_tokens=False)
+    encode = tokenizer.encode_prefix if isinstance(prompt, str) else tokenizer.encode_plain
+    return encode(text_of(prompt, tokenizer))
 
 
 def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
@@ -272,10 +267,10 @@ def end_of_text(tokenizer: Tokenizer) -> list[int]:
     return [eos]
 
 
-def encode_parts(parts: list[tuple[str, bool]], encode: Callable[[str], list[int]], tokenizer: Tokenizer) -> Encoded:
-    """A text in parts (text, whether it is learnt) as a row; `encode` gives the ids of the first part. See
-    models/parts.py: where a token of the whole text spans a boundary, the row is split differently."""
-    ids_of, are_whole = ids_of_parts([text for text, _ in parts], encode, tokenizer)
+def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer, *, is_chat: bool) -> Encoded:
+    """A text in parts (text, whether it is learnt) as a row. See models/parts.py: where a token of the whole text spans
+    a boundary, the row is split differently."""
+    ids_of, are_whole = ids_of_parts([text for text, _ in parts], tokenizer, is_chat=is_chat)
     labels = [part if learnt else [IGNORE_INDEX] * len(part) for part, (_, learnt) in zip(ids_of, parts)]
     return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
@@ -283,7 +278,7 @@ def encode_parts(parts: list[tuple[str, bool]], encode: Callable[[str], list[int
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> Encoded:
     """A prompt and what follows it, which nothing ends."""
     parts = [(text_of(prompt, tokenizer), False), (answer, True)]
-    return encode_parts(parts, _encoding_of(prompt, tokenizer), tokenizer)
+    return encode_parts(parts, tokenizer, is_chat=isinstance(prompt, Chat))
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Encoded:
@@ -291,7 +286,7 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False)
     text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
     cuts = [0, *chain(*spans), len(text)]
     parts = [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if end > begin or i == 0]
-    example, counts = encode_parts(parts, _encoding_of(chat, tokenizer), tokenizer)
+    example, counts = encode_parts(parts, tokenizer, is_chat=True)
     return example, counts._replace(turns_cut_by_the_template=cut)
 
 

@@ -8,7 +8,7 @@
 import json
 import os
 from datetime import date, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from tokenizers.models import WordLevel
 from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
 from models.common import read_json_object
 from models.functions import short
-from models.parts import Joins, splits_words
 from models.record_files import unreadable
 from models.streaming import StreamDecoder
 
@@ -40,7 +39,7 @@ class Tokenizer:
     pad_token_id: int, never EOS: the folder's own pad token, else `<unk>`, else the first id that is neither EOS nor
         BOS. It is filler for masked places; no text is ever recognised by it.
     base_vocab_size: the largest id of the vocabulary + 1; vocab_size: with added tokens.
-    special_ids: what decoding leaves out; added_ids: all added tokens; byte_ids: bytes that a decoder joins.
+    special_ids: what decoding leaves out; added_texts: of all added tokens; byte_ids: bytes that a decoder joins.
     adds_bos: whether encode() puts a BOS first; chat_template: a ChatTemplate, or None; today: the day it is told.
     Raises FileNotFoundError (no tokenizer files) and ValueError (a file that cannot be used), naming the file.
     """
@@ -73,7 +72,7 @@ class Tokenizer:
 
         self.base_vocab_size, added = self._file.size, self._file.added_tokens()
         self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
-        self.added_ids, self.byte_ids = frozenset(added), self._file.byte_ids
+        self.added_texts, self.byte_ids = {i: token.content for i, token in added.items()}, self._file.byte_ids
         named = names.values()
         self.special_ids = frozenset(i for i, token in added.items() if token.special or token.content in named)
         self._before, self._behind = self._file.around
@@ -95,18 +94,16 @@ class Tokenizer:
             raise ValueError(f"must be a string without lone surrogates: {found}") from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
-    def encode_each(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without BOS and EOS."""
-        try:
-            return self._file.encode_each(texts)
-        except (TypeError, UnicodeEncodeError):
-            return [self.encode(text, add_special_tokens=False) for text in texts]  # which names it
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text alone, such as a chat's, which has its BOS."""
+        return self.encode(text, add_special_tokens=False)
 
-    @cached_property
-    def joins(self) -> Joins | None:
-        """What tells whether a text may be encoded in parts; None where only the whole does."""
-        contents = [token.content for token in self._file.added_tokens().values()]
-        return Joins(self.encode_each, contents) if self._file.splits_words else None
+    def encoding(self, text: str) -> tokenizers.Encoding | None:
+        """The same ids and where in the text they are; None if the file does not tell, or the text cannot be read."""
+        try:
+            return self._file.encoding(text)
+        except (TypeError, UnicodeEncodeError):
+            return None
 
     def vocabulary(self) -> dict[str, int]:
         """The ids of all tokens, added ones among them."""
@@ -118,7 +115,7 @@ class Tokenizer:
 
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""
-        ids = self._before + self.encode(text, add_special_tokens=False)
+        ids = self._before + self.encode_plain(text)
         while self.adds_bos and ids[1:2] == [self.bos_token_id]:
             ids = ids[1:]
         return ids
@@ -126,7 +123,7 @@ class Tokenizer:
     @cached_property
     def puts_a_space(self) -> bool:
         """Whether a text has another beginning where nothing is before it, as of sentencepiece models."""
-        alone, behind = (self.encode(text, add_special_tokens=False) for text in ("yes", "\nyes"))
+        alone, behind = map(self.encode_plain, ("yes", "\nyes"))
         return behind[-len(alone) :] != alone
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -153,7 +150,7 @@ class Tokenizer:
     def end_of_turn_id(self) -> int | None:
         """The token with which the chat template ends an assistant's turn, None if with none."""
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
-        return next((i for i in self.encode(behind, add_special_tokens=False) if i in self.added_ids), None)
+        return next((i for i in self.encode_plain(behind) if i in self.added_texts), None)
 
 
 class _Fast:
@@ -173,22 +170,17 @@ class _Fast:
         self.byte_ids = {vocab.get(f"<0x{byte:02X}>") for byte in range(256)} if falls_back else set()
         self.around = _around(file)
         self.token_to_id, self.vocabulary = file.token_to_id, file.get_vocab
-        self.encode_each = lambda texts: [e.ids for e in file.encode_batch_fast(texts, add_special_tokens=False)]
-        self.encode = lambda text: self.encode_each([text])[0]
+        self.encoding = partial(file.encode, add_special_tokens=False)
+        self.encode = lambda text: file.encode_batch_fast([text], add_special_tokens=False)[0].ids
         self.decode = lambda ids: file.decode(ids, skip_special_tokens=False)
         self.added_tokens = file.get_added_tokens_decoder
         self.add = lambda token, _: file.add_tokens([token])
-        self.file = file
-
-    @property
-    def splits_words(self) -> bool:
-        return splits_words(self.file, self.added_tokens().values())
 
 
 class _SentencePiece:
     """tokenizer.model in sentencepiece; tokenizers finds the added tokens in a text."""
 
-    bos_by_default, around, splits_words = True, ([], []), False  # as in LLaMA's own code
+    bos_by_default, around = True, ([], [])  # as in LLaMA's own code
     byte_ids = frozenset()  # sentencepiece keeps the characters beside a wrong byte
 
     def __init__(self, path: Path, no_space: bool):
@@ -215,8 +207,8 @@ class _SentencePiece:
         self._finder.add_tokens([token])
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
 
-    def encode_each(self, texts: list[str]) -> list[list[int]]:
-        return list(map(self.encode, texts))
+    def encoding(self, text: str) -> None:
+        pass  # sentencepiece counts places in another text, the normalised one
 
     def encode(self, text: str) -> list[int]:
         found, ids = self._finder.encode(text), []
@@ -235,7 +227,7 @@ class _SentencePiece:
 def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
     digits has none for a letter."""
-    for texts in (lambda: "a", file.get_vocab):  # which takes a while
+    for texts in (lambda: "a", file.get_vocab):  # the second takes a while
         for text in texts():
             encoding = file.encode(text)
             if 0 in (is_put := encoding.special_tokens_mask):

@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 
 from models import common, record_files, rows
 from models.forked import map_in_processes
+from models.parts import cut_whole
 from models.records import EncodingCounts, Limits, Record
 from models.reward import encode_pair_record
 from models.rows import Store
 from models.tokenizer import Tokenizer
 from tests import tiny
-from tests.models.test_tokenizer import byte_level_folder
+from tests.models.test_tokenizer import byte_level_folder, json_folder, word_json
 from training.data import encode_sft_file, encode_sft_record
 from training.preferences import encode_pair_file, encode_pointwise_record, encode_scored_file
 
@@ -303,13 +304,17 @@ def test_parts_of_a_text_are_the_whole(chat_folder):
         parts = [text(rng, rng.choice([2, 8, 90])) for _ in range(rng.randint(2, 4))]
         if rng.random() < 0.5:
             parts.insert(1, rng.choice(["<|eot_id|>\n", "<|user|>", "\n<|assistant|>\n"]))
-        if ours.joins.are_clean(parts):
-            assert [*chain(*map(encode, parts))] == encode("".join(parts)), parts
+        if (cut := cut_whole(parts, ours)) is not None:
+            for count in range(1, len(parts) + 1):
+                assert [*chain(*cut[:count])] == encode("".join(parts[:count])), parts
             clean += 1
     assert clean > 100
 
 
-def test_tokenizers_without_such_words(tmp_path):
-    """Catches the shortcut taken for tokenizers that merge over spaces, or look at what is before a word."""
+def test_unknown_words_and_tokenizers_without_places(tmp_path):
+    """Catches an unknown word taken for the added token whose id it has, and places in another text than the one that
+    was given."""
+    ours = Tokenizer(json_folder(tmp_path / "words", word_json("level", None)))
+    assert cut_whole(["🙂<u", "nk>"], ours) is None and cut_whole(["hello<unk>", "nk"], ours) is not None
     tiny.write_tokenizer(tmp_path)
-    assert Tokenizer(tmp_path).joins is None
+    assert cut_whole(["a", "b"], Tokenizer(tmp_path)) is None

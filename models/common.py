@@ -11,10 +11,12 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -147,6 +149,7 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=partial(_HelpFormatter, max_help_position=34),
             allow_abbrev=False,
         )
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python 3.14's: of -1e-3 argparse made a flag before
         for each in flags:
             if each.group not in groups:
                 own = "flags of this script" if each.group is Args else _first_sentence(each.group).rstrip(".")
@@ -154,7 +157,8 @@ class ArgumentParser(argparse.ArgumentParser):
             _add_flag(groups[each.group], each, types_of[each.name])
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        hint = "; a value that begins with - is given as --flag=VALUE" * message.endswith(" one argument")
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 
 def _shown(each: Flag) -> str:
@@ -214,7 +218,14 @@ def number_or(word: str, bounds: Bounds) -> Callable[[str], int | None]:
 
 def parse_args(Args: type, arguments: list[str] | None = None):
     """The Args of a command line, by default this process's."""
-    return Args(**vars(ArgumentParser(Args).parse_args(arguments)))
+    parser = ArgumentParser(Args)
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        names = {name.replace("-", "_"): name for name in parser._option_string_actions}
+        like = difflib.get_close_matches(unknown[0].partition("=")[0].replace("-", "_"), names, n=1, cutoff=0.75)
+        hint = f"did you mean {names[like[0]]}?" if like else "--help lists the flags"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+    return Args(**vars(values))
 
 
 # -------------------------------------------------------------------------------- a script's process
@@ -289,7 +300,7 @@ def run_main(main: Callable, Args: type) -> int:
             raise
         rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
         close_bars()
-        print(f"{script}:{rank} error: {reason}", file=sys.stderr)
+        sys.stderr.write(f"{script}:{rank} error: {reason}\n")  # at once: print's newline may come behind other ranks'
         return 2
     finally:
         if dist.is_initialized() and not _has_nccl():
@@ -436,11 +447,6 @@ def progress_bar(*, shown: bool | None = None, **options) -> tqdm:
 def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
     """A bar for what mostly takes less than a second: it shows after one, and goes when it is done."""
     return progress_bar(iterable=things, desc=desc, unit=unit, delay=1, leave=False)
-
-
-def visible(text: str) -> str:
-    """One line that any terminal takes: line breaks and control characters as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def on_main(function: Callable[[], object]) -> object:

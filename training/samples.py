@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import Folder
-from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative, visible
+from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative
 from models.decode import can_pack, copy_for_inference
 from models.generation import Completion, Engine, Request
 from models.model import Transformer
@@ -169,6 +169,11 @@ class EvalSamples:
         ]
         self.log.write(*lines)
         self.run.show("\n".join(map(block, lines)))
+
+
+def visible(text: str) -> str:
+    """One line that any terminal takes: line breaks and control characters as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def end_of(text: str, length: int) -> str:

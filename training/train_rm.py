@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models.adapters import SCORE, choose_lora
 from models.checkpoint import Folder, folder_config, has_score_head, open_folder
-from models.common import card, choose_runtime, flag, non_negative, refuse_idle, run_script, say, visible, with_newlines
+from models.common import card, choose_runtime, flag, non_negative, refuse_idle, run_script, say, with_newlines
 from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
@@ -49,6 +49,7 @@ from training.losses import auc, calibration_error, pairwise_loss, pointwise_los
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
+from training.samples import visible
 
 SomeRows = Rows | list[Pair] | list[Scored]
 # of a record, by the --loss that learns from it

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Args(OtherArgs):
     names: list[str] = flag((), help="some names")
     sizes: list[int] = flag((), bounds=at_least_one, nargs="*", help="some sizes")
     pause: bool = flag(True, help="a switch")
+    offset: float = flag(0.0, help="a number of either sign")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,18 @@ def test_good_flags(capsys):
     assert code == 2 and "--path" in message
     with pytest.raises(SystemExit):
         parse_args(Args, [])
+
+
+def test_what_to_do_about_a_flag(capsys):
+    """Catches a flag that is nearly one refused without that one's name, and negative numbers with an exponent, and
+    texts with a dash in front, taken for flags without a word on how to give them."""
+    for given, meant in (("--pathh", "--path"), ("--rate-x=1", "--rate"), ("--no_pause", "--no-pause")):
+        assert parse(capsys, given)[1].endswith(f": error: unrecognized arguments: {given}; did you mean {meant}?\n")
+    assert parse(capsys, "--bf16", "stray")[1].endswith(": --bf16 stray; --help lists the flags\n")
+    assert parse(capsys, "--offset", "-1e-3").offset == -1e-3 and parse(capsys, "--offset", "-.5").offset == -0.5
+    code, message = parse(capsys, "--names", "-a")
+    assert code == 2 and message.endswith("; a value that begins with - is given as --flag=VALUE\n")
+    assert parse(capsys, "--names=-a").names == ["-a"]
 
 
 def test_help_and_groups(capsys):
@@ -265,6 +279,26 @@ def test_a_process_leaves_nothing_behind():
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "shown" in done.stderr and "resource_tracker" not in done.stderr, done.stderr
+
+
+def test_an_error_is_written_at_once():
+    """Catches a message whose newline is written behind it, by itself: under torchrun, whose Pythons buffer nothing,
+    those of two ranks stood in one line. Each write is a message of this socket."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.models.test_common import OtherArgs, run_main
+def main(args):
+    raise ValueError("broken")
+sys.argv[1:] = []
+run_main(main, OtherArgs)
+"""
+    ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+    with ours, theirs:
+        environment = {name: value for name, value in os.environ.items() if name != "TRACEBACK"}
+        root = str(Path(__file__).parents[2])
+        subprocess.run([sys.executable, "-u", "-c", code, root], stderr=theirs, env=environment, check=True)
+        assert ours.recv(4096) == b"-c: error: broken\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

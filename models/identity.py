@@ -24,7 +24,7 @@ class AcceptArgs:
     accept_changed: list[str] | None = flag(
         None,
         help="with --resume: flags of another value, or of files or folders of other content, than the run was begun "
-        "with, to be taken knowingly; such as learning_rate train_file",
+        "with, to be taken knowingly; names without --, such as seed checkpoint_path",
         may_change=True,
     )
 

@@ -91,8 +91,8 @@ def load_rows(
     """(the rows to train on, those to evaluate on, maybe [], a note for people on either file): encode(path, tokenizer,
     limits, store) gives a file's, describe(rows) says what is in them."""
     limits = folder_limits(folder, args.overlong)
-    rows, notes = {"train": [], "eval": []}, {}
-    for name, path in (("train", args.train_file), ("eval", args.eval_file)):
+    rows, notes = {"train": [], "eval": []}, {"train": ""}
+    for name, path in (("eval", args.eval_file), ("train", args.train_file)):  # the shorter first: it may be wrong
         if path is not None:
             rows[name], counts = encode(path, folder.tokenizer, limits, args.store)
             notes[name] = f"{describe(rows[name])}{counts}"

@@ -339,3 +339,12 @@ def test_order_of_the_file(folder, train_file, tmp_path):
         wanted = [summed_loss(hf_model, [row]).item() / count_targets([row]) for row in rows[:2]]
     assert losses("file", shuffle=False) == pytest.approx(wanted, abs=1e-5)
     assert losses("seed0") != losses("seed1", seed=1)
+
+
+def test_the_held_out_file_is_read_first(folder, tmp_path):
+    """Catches an --eval_file with a mistake that is found when the training file, which takes minutes where it is long,
+    is tokenised."""
+    broken = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "never reached"}])
+    held_out = tiny.write_records(tmp_path / "eval.jsonl", [{"question": "why?"}])
+    result = tiny.run(SCRIPT, *flags(folder, broken, tmp_path / "out", eval_file=held_out))
+    assert result.code == 2 and f"error: {held_out}:1: " in result.stderr

@@ -38,7 +38,7 @@ def refuse_occupied(output_file: Path) -> None:
     """Raises ValueError if a new run would write over something, OSError if it could not write there."""
     _check_place(output_file)
     if output_file.exists() and output_file.stat().st_size:
-        raise ValueError(f"--output_file {output_file}: exists; take another, remove it, or go on with --resume")
+        raise ValueError(f"--output_file {output_file}: exists; take another, or go on with --resume")
 
 
 def _check_place(output_file: Path) -> None:

@@ -74,7 +74,7 @@ def main(args: QuantizeScriptArgs) -> None:
     if (method == "gptq") != (args.calibration_file is not None):
         raise ValueError("--method gptq and --calibration_file go together")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        raise ValueError(f"--output_dir {args.output_dir}: exists; take another, or remove it")
+        raise ValueError(f"--output_dir {args.output_dir}: exists; take another")
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, frozen=True, today=chat_day(args.chat_date))
     if is_quantized(read_hf_config(args.checkpoint_path)[0]):

@@ -407,7 +407,7 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     if not args.resume and args.accept_changed:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if not args.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder}: is not empty; take another, empty it, or go on with --resume")
+        raise ValueError(f"--output_dir {folder}: is not empty; take another, or go on with --resume")
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
         raise ValueError(f"--output_dir {folder}: holds a model and no run to --resume; it would be overwritten")
     dtype = dtype_name(choose_runtime(replace(args, dtype=None)).dtype)  # of this device

@@ -36,7 +36,7 @@ def main(args: Gsm8kArgs) -> None:
     records = read_parquet(args.input_file) if args.input_file.suffix == ".parquet" else read_records(args.input_file)
     lines = [to_prompt(record, args) for record in records[: args.max_records]]
     if args.output_file.exists():
-        raise ValueError(f"--output_file {args.output_file}: exists; take another, or remove it")
+        raise ValueError(f"--output_file {args.output_file}: exists; take another")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with naming_file(args.output_file):
         args.output_file.parent.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,8 @@ def test_grades_and_pass_at(tmp_path):
         out.write_bytes(whole.replace(b'"grade": 0.0', b'"grade": ' + other, 1))
         tiny.assert_refused(grade(MATH, data, out, "--resume"), "out.jsonl:3: not a line that score.py wrote")
     tiny.assert_refused(grade(MATH, data, out), "exists")
+    advice = "take another, or go on with --resume\n"  # not: remove it, which is the data here
+    tiny.assert_refused(grade(MATH, data, data), f"--output_file {data}: exists; {advice}")
 
 
 def test_failures_and_forms(file, tmp_path):

@@ -11,3 +11,5 @@ def test_a_quantised_folder(tmp_path):
     assert first.code == 0, first
     again = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "int8", *flags, tmp_path / "again")
     tiny.assert_refused(again, f"{tmp_path / 'int8'}: its quantised weights are frozen, and cannot be quantised again")
+    onto = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "model")
+    tiny.assert_refused(onto, f"--output_dir {tmp_path / 'model'}: exists; take another\n")  # not: or remove it

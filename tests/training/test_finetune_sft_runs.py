@@ -461,13 +461,15 @@ def test_bad_flags(name, folder, train_file, tmp_path):
 
 
 def test_occupied_output_dir(folder, train_file, tmp_path):
-    """Catches an earlier run, a file or somebody's model overwritten."""
+    """Catches an earlier run, a file or somebody's model overwritten, and advice to empty what may be the input."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, train_file, out)), f"--output_dir {out}: is not empty")
     result = tiny.run(SCRIPT, *flags(folder, train_file, out / "notes.txt"))
     tiny.assert_refused(result, f"--output_dir {out / 'notes.txt'}: is a file")
+    result = tiny.run(SCRIPT, *flags(folder, train_file, folder))
+    tiny.assert_refused(result, f"--output_dir {folder}: is not empty; take another, or go on with --resume\n")
     tiny.assert_refused(
         tiny.run(SCRIPT, *flags(folder, train_file, folder, resume=True)), f"--output_dir {folder}: holds"
     )

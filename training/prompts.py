@@ -145,7 +145,7 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
 
 
 def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> list[int]:
-    """The prompts of the answers first..first + count - 1 of a run: a new order each epoch, without gaps in between."""
+    """The next `count` prompts of a run that has asked `first` of them: a new order each epoch, and no gaps between."""
     numbers, epoch = [], first // num_prompts
     while len(numbers) < first % num_prompts + count:
         numbers += epoch_order(num_prompts, seed=seed, epoch=epoch, shuffle=True)

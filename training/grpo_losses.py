@@ -13,8 +13,9 @@ the other answers to its prompt.
 
 - a step is an optimizer step; an update may take several on the same answers. The divisor is a number of all ranks and
   micro-batches (loss_divisor), so neither changes the loss
-- names, defaults and formulas are those of TRL 1.16's GRPOTrainer and RLOOTrainer (tests/training/fixtures/grpo.json);
-  gspo is its loss_type grpo with importance_sampling_level sequence, which combines with the other types too
+- names and formulas are those of TRL 1.16's GRPOTrainer and RLOOTrainer (tests/training/fixtures/grpo.json), defaults
+  those of the former; gspo is its loss_type grpo with importance_sampling_level sequence, which combines with the
+  other types too
 
 A reward of NaN is that of an answer that could not be graded: as in TRL it counts in no mean and no deviation, and its
 advantage is 0.

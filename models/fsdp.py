@@ -149,6 +149,9 @@ def start_ranks(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ValueError(f"the environment has RANK and no {name}: torchrun sets both, for one rank unset RANK")
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
         store = dist.PrefixStore(agreed_name(store, rank, size, TIMEOUT), store)

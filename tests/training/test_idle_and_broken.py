@@ -200,6 +200,19 @@ def test_half_an_environment(world_size, complaint, folder, world, tmp_path, mon
     tiny.assert_refused(result, "WORLD_SIZE", complaint, "torchrun")
 
 
+def test_a_rank_without_the_rest(folder, world, tmp_path, monkeypatch):
+    """Catches torch's words, which do not say what to do, where an environment has a RANK left of another program."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    for missing, value in (("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        result = run("finetune_sft", folder, world, tmp_path / "out", "--max_steps", 1)
+        tiny.assert_refused(result, f"the environment has RANK and no {missing}: torchrun sets both, for one rank")
+        monkeypatch.setenv(missing, value)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "newlines_chatml"])
 def test_steps_that_end_with_their_separator(kind, opened):
     """Catches a second separator behind steps that are written with theirs: a label would sit on a token, two newlines

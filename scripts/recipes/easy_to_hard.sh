@@ -4,7 +4,7 @@
 #     bash scripts/recipes/easy_to_hard.sh DATA_FOLDER [MODEL] [OUT]
 # DATA_FOLDER holds sft.jsonl (prompt, completion: worked solutions, a step a line, of easy problems), steps.jsonl
 # (prompt, completions, labels: PRM800K's steps of easy problems), hard.jsonl (prompt, answer) and held_out.jsonl.
-# Expected: not yet run. The 7B model of the paper, from Llemma, reaches 34.0 % on MATH500 by PPO.
+# Expected: not yet run on GPUs. The 7B model of the paper, from Llemma, reaches 34.0 % on MATH500 by PPO.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}

@@ -5,7 +5,7 @@
 # chats.eval.jsonl and pairs.eval.jsonl; UltraChat 200k and UltraFeedback Binarized on the Hub have these fields.
 # The base model's folder has no chat template: TEMPLATE names a folder that has one, whose tokenizer files are taken
 # instead, in a folder of links to the weights.
-# Expected: not yet run.
+# Expected: not yet run on GPUs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json, write_whole
+from models.common import is_main_rank, on_main
+from models.files import naming_file, read_json_object, write_json, write_whole
 from models.identity import CONTENTS, changed_flags
 from models.record_files import Record
 from models.shared import check_writable, hold

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.common import read_json_object
+from models.files import read_json_object
 from models.sampling import SamplingArgs
 
 FLAGS = ("temperature", "top_k", "top_p", "repetition_penalty")

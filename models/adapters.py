@@ -23,22 +23,9 @@ from torch import Tensor
 
 from models.chat_template import read_chat_template
 from models.checkpoint import MERGED, WeightFiles, hf_name, our_name
-from models.common import (
-    Bounds,
-    Runtime,
-    at_least_one,
-    flag,
-    flags_of,
-    is_main_rank,
-    naming_file,
-    on_main,
-    positive,
-    read_json_object,
-    say,
-    write_json,
-    write_whole,
-)
+from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, on_main, positive, say
 from models.compressed import LINEARS, linear_layers
+from models.files import naming_file, read_json_object, write_json, write_whole
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER, fingerprint
 from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config

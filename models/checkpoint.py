@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
-from models.common import RuntimeArgs, flag, read_json_object, short_bar
+from models.common import RuntimeArgs, flag, short_bar
+from models.files import read_json_object
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.record_files import unreadable
 from models.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from models.common import progress_bar, read_json_object
+from models.common import progress_bar
+from models.files import read_json_object
 
 CHECKSUMS = "checksums.json"
 # of config.json: the weight file or index, before the usual names (transformers 5)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import math
 import os
 import re
@@ -31,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from models.caches import keep_compiled_code
@@ -39,7 +37,6 @@ from models.cpu_linear import has_bf16_products
 from models.gpu import has_triton
 from models.limits import num_cores
 from models.malloc import keep_freed_memory
-from models.record_files import kind_of, unreadable
 from models.sharing import leave_together
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -466,42 +463,3 @@ def on_main(function: Callable[[], object]) -> object:
     if error is not None:
         raise error
     return result
-
-
-# ------------------------------------------------------------------------------------- small JSON files
-
-
-def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
-    """A small JSON file that holds an object; ValueError that names the file otherwise. missing_ok: {} if there is no
-    such file."""
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {unreadable(path, f'not valid JSON: {error}')}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not {kind_of(value)}")
-    return value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file at once: beside and renamed. OSError that names the file if it cannot."""
-    staging = path.with_name(f".{path.name}.partial")
-    with naming_file(path):
-        staging.write_bytes(content)
-        os.replace(staging, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    """write_whole() of a small JSON file."""
-    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
-
-
-@contextlib.contextmanager
-def naming_file(path: Path) -> typing.Iterator[None]:
-    """Says which file, or folder, could not be written; of a full disk the system's message names none."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

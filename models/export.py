@@ -23,7 +23,8 @@ from torch import Tensor
 from models.chat_template import TOOL_USE
 from models.checkpoint import hf_name
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
-from models.common import dtype_name, is_main_rank, naming_file, read_json_object
+from models.common import dtype_name, is_main_rank
+from models.files import naming_file, read_json_object
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.attention import Attend, causal_attention
-from models.common import read_json_object
+from models.files import read_json_object
 from models.products import Kept, Term, gated, keeps_less, norm, product, products
 from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, sum_parts, whole_sequence

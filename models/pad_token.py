@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.checkpoint import Folder
-from models.common import read_json_object
+from models.files import read_json_object
 
 _read = partial(read_json_object, missing_ok=True)
 

@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, naming_file, on_main, say
+from models.common import is_main_rank, on_main, say
+from models.files import naming_file
 
 BEAT = 5.0  # seconds between two touches
 STALE = 60.0  # without one, after which an owner on another host is dead

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models.common import RuntimeArgs, choose_runtime, device_name, flag, positive, run_script, say, write_json
+from models.common import RuntimeArgs, choose_runtime, device_name, flag, positive, run_script, say
+from models.files import write_json
 from scripts.report import kernels, right, speed, trained
 from scripts.report.markdown import markdown
 from scripts.report.record import ROOT, Item, Section, append_row, last_lines, run_items

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.common import at_least_one, flag, naming_file, run_script
+from models.common import at_least_one, flag, run_script
+from models.files import naming_file
 from training.metrics import logged
 
 # Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.

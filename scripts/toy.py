@@ -34,8 +34,9 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.common import at_least_one, flag, naming_file, non_negative, refuse_idle, run_script
+from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
 from models.export import save_folder
+from models.files import naming_file
 from models.model import ModelConfig, Transformer
 from models.records import get_field, read_records
 from models.shared import check_writable

@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import load_model
-from models.common import flag, naming_file, run_script
+from models.common import flag, run_script
+from models.files import naming_file
 from models.functions import load_function
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Record, collate, get_field, read_records

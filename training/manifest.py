@@ -22,7 +22,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from models.checksums import THREADS, agreed, bytes_bar, digest
-from models.common import is_main_rank, read_json_object, say
+from models.common import is_main_rank, say
+from models.files import read_json_object
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 PIECE_BYTES = 1 << 28

@@ -8,7 +8,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.common import is_main_rank, naming_file, on_main, read_json_object, write_json, write_whole
+from models.common import is_main_rank, on_main
+from models.files import naming_file, read_json_object, write_json, write_whole
 from models.functions import short
 
 UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off

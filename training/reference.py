@@ -23,7 +23,8 @@ from torch import Tensor
 
 from models.checkpoint import WeightFiles
 from models.checksums import digest
-from models.common import on_main, progress_bar, say, write_whole
+from models.common import on_main, progress_bar, say
+from models.files import write_whole
 from models.fingerprint import adapter_files
 from models.records import Split
 from models.rows import Rows

@@ -37,12 +37,11 @@ from models.common import (
     on_main,
     peak_memory,
     progress_bar,
-    read_json_object,
     refuse_idle,
     say,
-    write_json,
 )
 from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
+from models.files import read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import peaks

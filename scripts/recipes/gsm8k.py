@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from models.common import at_least_one, flag, naming_file, run_script, with_newlines, write_whole
+from models.common import at_least_one, flag, run_script, with_newlines
+from models.files import naming_file, write_whole
 from models.records import Record, get_field, naming, read_records, require
 
 IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."

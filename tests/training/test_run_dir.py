@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from models.common import flag, write_json
+from models.common import flag
+from models.files import write_json
 from models.functions import FunctionPlace
 from models.identity import CONTENTS, begun_with
 from models.model import ModelConfig

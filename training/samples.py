@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.chats import Chat, content_of
 from models.checkpoint import Folder
 from models.common import Runtime, at_least_one, flag, is_main_rank, non_negative
 from models.decode import can_pack, copy_for_inference
@@ -181,6 +182,15 @@ def end_of(text: str, length: int) -> str:
     return text if len(text) <= length else f"... {text[-length:]}"
 
 
+def question(asked: str | Chat, text: str) -> str:
+    """What a prompt asks, in short: how a chat's last message begins, whose end is the instruction and the header; how
+    text ends, since examples may come before. text: the prompt, rendered."""
+    if isinstance(asked, str):
+        return end_of(visible(text), 60)
+    content = visible(content_of(asked.messages[-1]))
+    return content if len(content) <= 100 else f"{content[:100]} ..."
+
+
 def block(line: dict) -> str:
     """A sample in three short lines for a terminal: the end of the prompt, and the beginning of both answers."""
     prompt, answer, wanted = (visible(line[name]) for name in ("prompt", "output", "reference"))
@@ -216,6 +226,6 @@ class SampleLog:
             if is_first and len(shown) <= self.count:
                 end = "" if finished[i] else " (not finished)"
                 value = next(iter(columns.values()))[i]
-                shown.append(f"  {value:8.3f}  {end_of(visible(asked), 60)} -> {visible(texts[i])[:160]}{end}")
+                shown.append(f"  {value:8.3f}  {question(prompt.asked, asked)} -> {visible(texts[i])[:160]}{end}")
         self.log.write(*lines)
         self.run.show("\n".join(shown))

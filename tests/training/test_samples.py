@@ -5,12 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.chats import read_chat
 from models.records import Record
 from models.tokenizer import Tokenizer
 from tests import tiny
 from training import samples
 from training.data import encode_sft_record
-from training.samples import block, lesson, prompts_of
+from training.samples import block, lesson, prompts_of, question
 
 SCRIPT = "training/finetune_sft.py"
 
@@ -128,3 +129,17 @@ def test_no_memory_for_them(folder, files, tmp_path, monkeypatch):
     flags = ["--checkpoint_path", folder, "--train_file", files[0], "--eval_file", files[1], "--max_seq_len", 40]
     result = tiny.run(SCRIPT, *flags, "--overlong", "truncate", "--output_dir", tmp_path / "out", "--max_steps", 1)
     assert result.code == 2 and "--num_eval_samples 0 goes without; Tried to allocate 140 GiB" in result.stderr
+
+
+def test_questions_of_held_out_prompts():
+    """Catches a chat of which one sees the instruction and the header, the same in all, and text of which one sees the
+    first example."""
+    question_text = "How many clips did Natalia sell altogether in April and May?\nPut it in a box." + " Please." * 20
+    chat = read_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": question_text}])
+    rendered = f"<|user|>{question_text}<|end|>\n<|assistant|>\n"
+    shown = question(chat, rendered)
+    assert (
+        shown.startswith("How many clips did Natalia sell altogether in April and May?\\nPut it") and len(shown) == 104
+    )
+    assert question(read_chat([{"role": "user", "content": "short"}]), "<|user|>short") == "short"
+    assert question(text := "Q: 1+1 A: 2\n" * 9 + "Q: 4+5 A:", text).endswith("A: 2\\nQ: 4+5 A:")

@@ -13,18 +13,22 @@ ROOT = Path("/")
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that this process can still get; of a group, with the pages of files in it that go first. 4 GiB where the
-    system says nothing."""
-    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    """Bytes that this process can still get; of a group, with the pages of files in it that go first: also those
+    that were read more than once, if nobody maps them. 4 GiB where the system says nothing."""
+    names = {
+        1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
+        2: ("max", "current", "inactive_file", "active_file", "file_mapped"),
+    }
     info = root / "proc/meminfo"
     lines = info.read_text().splitlines() if info.is_file() else []
     left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or [4 * 2**30]
     for version, group in _groups("memory", root):
-        limit, usage, idle = names[version]
+        limit, usage, *pages = names[version]
         with contextlib.suppress(OSError, ValueError):
             most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
             stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-            left.append(max(0, most - used + int(stat.get(idle, 0))))
+            idle, active, mapped = (int(stat.get(name, 0)) for name in pages)
+            left.append(max(0, most - used + idle + max(0, active - mapped)))
     return min(left)
 
 

@@ -45,14 +45,19 @@ def test_memory(tmp_path, group):
     assert limits.available_memory(tmp_path) == 4 * 2**30  # another system
     group("", memory__stat="inactive_file 9")  # the host's own group has no limit
     group("job 1/step", memory__max="max", memory__current=100, memory__stat="anon 7\ninactive_file 10")
-    group("job 1", memory__max=1000, memory__current=300, memory__stat="active_file 5\ninactive_file 50")
+    group("job 1", memory__max=1000, memory__current=300, memory__stat="inactive_file 50")
+    assert left("0::/job 1/step\n") == 750
+    group("job 1", memory__stat="inactive_file 40\nactive_file 35\nfile_mapped 25")  # a model's, read anew
+    assert left("0::/job 1/step\n") == 750
+    group("job 1", memory__stat="inactive_file 50\nactive_file 35\nfile_mapped 36")
     assert left("0::/job 1/step\n") == 750
     assert left("0::/elsewhere\n") == left("0::/\n") == HOST
     group("job 1/step", memory__max=400, memory__current=500)
     assert left("0::/job 1/step\n") == 0
     group("", memory__max=600, memory__current=100)  # within a container, whose group is all there is
     assert left("0::/\n") == left("0::/../elsewhere\n") == 509
-    stat = {"memory__stat": "inactive_file 1\ntotal_inactive_file 100"}
+    lines = ("inactive_file 1", "total_inactive_file 60", "total_active_file 50", "total_mapped_file 10")
+    stat = {"memory__stat": "\n".join(lines)}
     group("memory/docker/abc", memory__limit_in_bytes=2000, memory__usage_in_bytes=700, **stat)
     group("memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=900, **stat)
     assert left(VERSION_1) == 1400

@@ -94,7 +94,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         raise ValueError("tools must be a list of objects, or its JSON text")
     for function in (tool.get("function", tool) for tool in tools or ()):
         if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-            function["parameters"] = parsed(function["parameters"])  # or it would be written as a quoted string
+            function["parameters"] = parsed(function["parameters"]) or {}  # or it would be written as a quoted string
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError("chat_template_kwargs must be an object, or its JSON text")
     kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None} or None

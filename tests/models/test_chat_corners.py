@@ -123,10 +123,14 @@ def test_keys_of_other_records(tmp_path):
     [tool] = tools
     function = {**tool["function"], "parameters": json.dumps(parameters)}
     assert text == learnt_turns(read_chat(messages, {"tools": [{**tool, "function": function}]}), tokenizer).text
-    assert (
-        text
-        == learnt_turns(read_chat(messages, {"tools": json.dumps([tool | {"function": function}])}), tokenizer).text
-    )
+    as_text = json.dumps([tool | {"function": function}])
+    assert text == learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text
+    for none in ("{}", ""):
+        texts = [
+            learnt_turns(read_chat(messages, {"tools": [{"name": "f", "parameters": each}]}), tokenizer).text
+            for each in (none, {})
+        ]
+        assert texts[0] == texts[1]
     as_text = json.dumps(record(days=None)[1])  # deliberate there
     assert '"days": null' in learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text
 

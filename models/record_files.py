@@ -24,7 +24,11 @@ PACKED = {
     b"ARROW1": "Arrow",
 }
 LFS_NOTE = b"version https://git-lfs"
-MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")  # JSON's, or as Python prints them
+MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy writes them; a list of other objects may have roles, too
+    r"""\s*\[\s*\{(?=.*['"]role['"]\s*:\s*['"](?:system|user|assistant|tool)['"])"""
+    r"""(?=.*['"]content['"]\s*:).*\}\s*\]\s*""",
+    re.DOTALL,
+)
 KINDS = {  # what JSON has for Python's types
     type(None): "null",
     bool: "a boolean",
@@ -67,7 +71,7 @@ def kind_of(value: object) -> str:
 
 def refuse_messages_as_text(name: str, value: object) -> None:
     """Raises ValueError for what a column of text makes of messages, which would be read as it is written."""
-    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
+    if isinstance(value, str) and MESSAGES_AS_TEXT.fullmatch(value):
         raise ValueError(f"{name} is a list of messages as text; give the list itself")
 
 

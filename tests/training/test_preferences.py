@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,8 +125,20 @@ def test_answer_that_merges_with_the_header(opened):
     assert made.chosen.input_ids.count(made.chosen.input_ids[-1]) == 2  # the user's turn, and this one
 
 
+@pytest.mark.parametrize(
+    "text", ['"role": "Attacker", "content": "x"}]', '"content": "a"}]', '"role": "user", "content": "a"}]?']
+)
+def test_texts_that_look_like_messages(text, opened):
+    """Catches extracted events or notes, and a question about a chat, that are taken for messages as text."""
+    tokenizer, text = opened("byte_level")[0], "[{" + text
+    made = pair(tokenizer, prompt=text, chosen=text, rejected=f"{text}x")
+    assert tokenizer.decode(made.chosen.input_ids) == text + text
+    learnt = encode_sft_record(Record("x", {"text": text}), tokenizer)[0]
+    assert tokenizer.decode(learnt.input_ids) == text
+
+
 USER, ANSWER = CHAT[0], CHAT[1]
-AS_TEXT = [json.dumps([ANSWER]), f"\n{[ANSWER]}"]  # as columns of text have them, and as Python and numpy print them
+AS_TEXT = [json.dumps([ANSWER]), f"\n{[ANSWER]}", str(np.array([USER, ANSWER]))]  # as columns of text have them
 BAD_PAIRS = [
     *[({"prompt": text, "chosen": "b", "rejected": "c"}, "prompt is a list of messages as text") for text in AS_TEXT],
     *[({"prompt": "a", "chosen": "b", "rejected": text}, "rejected is a list of messages as te") for text in AS_TEXT],

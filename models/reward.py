@@ -205,10 +205,11 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     prompt = stated_prompt(record) if has_prompt(record) else None
     if not isinstance(prompt, str | None):  # maybe repeated at the beginning of both sides
         chat = get_prompt(record)
-        repeated = all(_begins_with(side, prompt) for side in (chosen, rejected)) * len(prompt)
+        begins = [list(map(_given, side[: len(prompt)])) for side in (chosen, rejected, prompt)]
+        repeated = len(prompt) if begins[0] == begins[1] == begins[2] else 0
         return chat, chosen[repeated:], rejected[repeated:]
     most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
-    num_shared = next((i for i in range(most) if not _begins_with(chosen[i:], rejected[i : i + 1])), max(0, most))
+    num_shared = next((i for i in range(most) if _given(chosen[i]) != _given(rejected[i])), max(0, most))
     shared = chosen[:num_shared]
     missing = "there is no prompt" if prompt is None else "prompt is text, which must be a list of messages here"
     require(shared, f"{missing}: chosen and rejected begin with different messages")
@@ -219,13 +220,9 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     return read_chat(shared, record.fields, "chosen"), chosen[num_shared:], rejected[num_shared:]
 
 
-def _begins_with(messages: list, others: list) -> bool:
-    """Whether they are the first of the messages, whose columns may have keys without content that theirs lack."""
-
-    def given(message: object) -> object:
-        return {k: v for k, v in message.items() if v not in (None, [])} if isinstance(message, dict) else message
-
-    return list(map(given, messages[: len(others)])) == list(map(given, others))
+def _given(message: object) -> object:
+    """A message without keys that hold nothing: where columns have types, each message has those of all others."""
+    return {k: v for k, v in message.items() if v not in (None, "", [])} if isinstance(message, dict) else message
 
 
 def place_of_score(ids: Sequence[int], pad_token_id: int | None) -> int:

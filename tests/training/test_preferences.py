@@ -83,7 +83,7 @@ def test_pair_of_chats(kind, opened):
     assert pair(tokenizer, **whole) == made  # the prompt is implicit
     assert pair(tokenizer, prompt=prompt, **whole) == made  # or said three times
     assert pair(tokenizer, prompt=CHAT[2]["content"], **whole) == made  # or as text beside messages
-    empty = [{**message, "name": None, "tool_calls": []} for message in whole["chosen"]]
+    empty = [{**message, "name": None, "thinking": "", "tool_calls": []} for message in whole["chosen"]]
     for fields in ({}, {"prompt": prompt}, {"prompt": empty[:-1]}):  # columns with keys that others lack
         assert pair(tokenizer, **fields, chosen=empty, rejected=whole["rejected"]) == made
     columns = {"prompt": CHAT[2]["content"], "system_prompt": SYSTEM["content"]}

@@ -57,16 +57,20 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for capability, name in (("AVX512", "inductor-AVX512"), ("AVX2", "inductor-AVX2"), ("NO AVX", "inductor-NO-AVX")):
+    found = set()
+    for capability, amx in (("AVX512", True), ("AVX512", False), ("NO AVX", False), ("NO AVX", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_tile": amx})
         caches.keep_compiled_code()
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "gpt-accelera" / name)
+        found.add(name := Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+        assert name.parent == tmp_path / "cache" / "gpt-accelera"
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert len(found) == 3
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setattr(caches.platform, "node", lambda: "node-7")
     caches.keep_compiled_code()
     of_node = tmp_path / "cache" / "gpt-accelera" / "node-7"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / "inductor-NO-AVX")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / name.name)
 
 
 def test_compiled_code_is_kept(tmp_path):
@@ -74,11 +78,13 @@ def test_compiled_code_is_kept(tmp_path):
     into the environment when a script imports it, where it looks like a person's choice."""
     code = "import os, inference.generate; from models.common import *; choose_runtime(RuntimeArgs(device='cpu'))"
     code += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
-    for given in ({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "mine")}):
+    mine = tmp_path / "torchinductor_of_mine"
+    for given in ({}, {"TORCHINDUCTOR_CACHE_DIR": str(mine)}):
         others = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-        options = {"env": others | {"XDG_CACHE_HOME": str(tmp_path)} | given, "cwd": tiny.ROOT, "text": True}
+        others |= {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        options = {"env": others | given, "cwd": tiny.ROOT, "text": True}
         found = Path(subprocess.check_output([sys.executable, "-c", code], **options).strip())
-        assert found == tmp_path / "mine" if given else found.parent == tmp_path / "gpt-accelera"
+        assert found == mine if given else found.parent == tmp_path / "gpt-accelera"
 
 
 def test_no_sentencepiece(folder, monkeypatch):

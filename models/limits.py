@@ -53,8 +53,7 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
-        group = mount / path.lstrip("/")  # in a container maybe the host's name of what is mounted here
+        # in a container the path may be the host's, of what is mounted here; above the mount are no such files
+        group = root / "sys/fs/cgroup" / (controller if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(mount):
-                yield 1 if controllers else 2, folder
+            yield 1 if controllers else 2, folder

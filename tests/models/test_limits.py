@@ -32,7 +32,7 @@ def process(root: Path, groups: str) -> Path:
 
 
 HOST = 1024 * 10**6
-VERSION_1 = "9:cpu,cpuacct:/docker/abc\n4:hugetlb,memory:/docker/abc\n1:name=systemd:/docker/abc\n"
+VERSION_1 = "9:cpu,cpuacct:/docker/abc\n8:cpuset:/cpus\n4:hugetlb,memory:/docker/abc\n1:name=systemd:/docker/abc\n"
 
 
 def test_memory(tmp_path, group):
@@ -44,16 +44,16 @@ def test_memory(tmp_path, group):
 
     assert limits.available_memory(tmp_path) == 4 * 2**30  # another system
     group("", memory__stat="inactive_file 9")  # the host's own group has no limit
-    group("job 1/step", memory__max="max", memory__current=100, memory__stat="anon 7\ninactive_file 10")
-    group("job 1", memory__max=1000, memory__current=300, memory__stat="inactive_file 50")
-    assert left("0::/job 1/step\n") == 750
-    group("job 1", memory__stat="inactive_file 40\nactive_file 35\nfile_mapped 25")  # a model's, read anew
-    assert left("0::/job 1/step\n") == 750
-    group("job 1", memory__stat="inactive_file 50\nactive_file 35\nfile_mapped 36")
-    assert left("0::/job 1/step\n") == 750
+    group("job:1/step", memory__max="max", memory__current=100, memory__stat="anon 7\ninactive_file 10")
+    group("job:1", memory__max=1000, memory__current=300, memory__stat="inactive_file 50")
+    assert left("0::/job:1/step\n") == 750
+    group("job:1", memory__stat="inactive_file 40\nactive_file 35\nfile_mapped 25")  # a model's, read anew
+    assert left("0::/job:1/step\n") == 750
+    group("job:1", memory__stat="inactive_file 50\nactive_file 35\nfile_mapped 36")
+    assert left("0::/job:1/step\n") == 750
     assert left("0::/elsewhere\n") == left("0::/\n") == HOST
-    group("job 1/step", memory__max=400, memory__current=500)
-    assert left("0::/job 1/step\n") == 0
+    group("job:1/step", memory__max=400, memory__current=500)
+    assert left("0::/job:1/step\n") == 0
     group("", memory__max=600, memory__current=100)  # within a container, whose group is all there is
     assert left("0::/\n") == left("0::/../elsewhere\n") == 509
     lines = ("inactive_file 1", "total_inactive_file 60", "total_active_file 50", "total_mapped_file 10")
@@ -79,6 +79,7 @@ def test_cores(tmp_path, group, monkeypatch):
     assert cores("0::/job/step\n") == 64
     group("job", cpu__max="250000 100000")
     assert cores("0::/job/step\n") == 3
+    group("cpu/cpus", cpu__cfs_quota_us=100000, cpu__cfs_period_us=100000)  # of another group
     group("cpu/docker/abc", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
     assert cores(VERSION_1) == 64
     group("cpu/docker/abc", cpu__cfs_quota_us=1600000, cpu__cfs_period_us=100000)

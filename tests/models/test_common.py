@@ -141,7 +141,12 @@ def test_good_flags(capsys):
 def test_what_to_do_about_a_flag(capsys):
     """Catches a flag that is nearly one refused without that one's name, and negative numbers with an exponent, and
     texts with a dash in front, taken for flags without a word on how to give them."""
-    for given, meant in (("--pathh", "--path"), ("--rate-x=1", "--rate"), ("--no_pause", "--no-pause")):
+    for given, meant in (
+        ("--pathh", "--path"),
+        ("--rate-x=1", "--rate"),
+        ("--no_pause", "--no-pause"),
+        ("--patth=/a/long/one", "--path"),
+    ):
         assert parse(capsys, given)[1].endswith(f": error: unrecognized arguments: {given}; did you mean {meant}?\n")
     assert parse(capsys, "--bf16", "stray")[1].endswith(": --bf16 stray; --help lists the flags\n")
     assert parse(capsys, "--offset", "-1e-3").offset == -1e-3 and parse(capsys, "--offset", "-.5").offset == -0.5

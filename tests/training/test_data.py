@@ -88,6 +88,7 @@ def test_formats_by_content(name, bom, tmp_path):
         (b'{"a": 1}\n"text"\n', ":2: must be an object with named fields, not text"),
         (b'[{"a": 1}, 5]', ": item 1: must be an object with named fields, not a number"),
         (b'[{"a": 1}', ": not a valid JSON list"),
+        (b'[{"a": 1, "a": 2}]', ": not a valid JSON list: an object has 'a' twice"),
         (b'{"a": ' + b"[" * 100_000, ":1: not valid JSON"),
         (b"[" * 100_000, ": not a valid JSON list"),
         (b'{"a": "caf\xe9"}', ": not UTF-8"),

@@ -314,6 +314,7 @@ def test_metrics_and_evaluation(folder, hf_model, train_file, tmp_path):
     seen = [sum(lengths[i] for numbers in order[:n] for i in numbers) for n in range(1, 6)]
     assert [line["num_tokens"] for line in lines] == seen
     assert "2 truncated" in result.stdout and "1 nothing to learn" in result.stdout
+    assert re.search(r"\n  train .*\n  eval ", result.stdout)
     args = json.loads((tmp_path / "out/args.json").read_text())
     assert (args["adam_beta1"], args["adam_beta2"], args["adam_eps"], args["max_steps"]) == (0.9, 0.95, 1e-6, 5)
     # seldom logged: the same run, with lines for every third step, for evaluations and for the last

@@ -396,6 +396,7 @@ def test_two_signals(launched, monkeypatch):
     if launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
     stop = Stop()
+    assert stop.keep(False) == "while it loaded"
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         stop._receive(number, None)
     assert stop.received and not exits

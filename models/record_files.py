@@ -25,9 +25,11 @@ PACKED = {
 }
 LFS_NOTE = b"version https://git-lfs"
 MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy writes them; a list of other objects may have roles, too
-    r"""\s*\[\s*\{(?=.*['"]role['"]\s*:\s*['"](?:system|user|assistant|tool)['"])"""
-    r"""(?=.*['"]content['"]\s*:).*\}\s*\]\s*""",
-    re.DOTALL,
+    r"""
+    \s* \[ \s* \{ (?= \s* ['"] (role|content) ['"] \s* : )
+    (?= .* ['"] role ['"] \s* : \s* ['"] (system|user|assistant|tool) ['"] ) (?= .* ['"] content ['"] \s* : )
+    .* \} \s* \] \s*""",
+    re.DOTALL | re.VERBOSE,
 )
 KINDS = {  # what JSON has for Python's types
     type(None): "null",

@@ -126,10 +126,16 @@ def test_answer_that_merges_with_the_header(opened):
 
 
 @pytest.mark.parametrize(
-    "text", ['"role": "Attacker", "content": "x"}]', '"content": "a"}]', '"role": "user", "content": "a"}]?']
+    "text",
+    [
+        '"role": "Attacker", "content": "x"}]',
+        '"content": "a"}]',
+        '"role": "user", "content": "a"}]?',
+        '"name": "add", "arguments": {"role": "user", "content": "x"}}]',
+    ],
 )
 def test_texts_that_look_like_messages(text, opened):
-    """Catches extracted events or notes, and a question about a chat, that are taken for messages as text."""
+    """Catches extracted events, notes, a question about a chat, and calls, that are taken for messages as text."""
     tokenizer, text = opened("byte_level")[0], "[{" + text
     made = pair(tokenizer, prompt=text, chosen=text, rejected=f"{text}x")
     assert tokenizer.decode(made.chosen.input_ids) == text + text

@@ -340,7 +340,7 @@ def report(torture: Torture, seconds: float) -> str:
 
 def main(args: TortureArgs) -> None:
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"--output_dir {args.output_dir}: is not empty; take another, or empty it")
+        raise ValueError(f"--output_dir {args.output_dir}: is not empty; take another")
     if not Path("/proc/self/stat").exists():
         raise ValueError("torture.py finds the processes to kill in /proc, which this system does not have")
     torch.set_num_threads(1)  # a fork of a process that has OpenMP's threads may hang

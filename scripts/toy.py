@@ -232,7 +232,7 @@ def write_model(folder: Path, seed: int) -> Transformer:
 def write_world(folder: Path, *, seed: int, num_train: int, num_heldout: int, num_prompts: int) -> None:
     """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir {folder} is already there; remove it or choose another one")
+        raise ValueError(f"--output_dir {folder}: exists; take another")
     check_writable(folder, f"--output_dir {folder}")
     taken = set()
     rng = {name: random.Random(f"{name} {seed}") for name in ("heldout", "prompts", "train")}

@@ -68,9 +68,11 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     assert len(found) == 3
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setattr(caches.platform, "node", lambda: "node-7")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     caches.keep_compiled_code()
     of_node = tmp_path / "cache" / "gpt-accelera" / "node-7"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / name.name)
+    assert os.environ["TRITON_CACHE_DIR"] == str(of_node / "triton")
 
 
 def test_compiled_code_is_kept(tmp_path):

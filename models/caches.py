@@ -31,7 +31,8 @@ def keep_compiled_code() -> None:
         folder = Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is None or given == _torchs_own():
-        able = (torch.backends.cpu.get_cpu_capability(), sorted(torch.cpu.get_capabilities().items()))
+        parts = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 may lack
+        able = (torch.backends.cpu.get_cpu_capability(), sorted(parts.items()))
         kind = hashlib.sha256(repr(able).encode()).hexdigest()[:8]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{kind}")
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

@@ -73,6 +73,10 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
     of_node = tmp_path / "cache" / "gpt-accelera" / "node-7"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(of_node / name.name)
     assert os.environ["TRITON_CACHE_DIR"] == str(of_node / "triton")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    caches.keep_compiled_code()
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == of_node
 
 
 def test_compiled_code_is_kept(tmp_path):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime, time
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,10 +129,14 @@ class ChatTemplate:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
+        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # as transformers has it
+            options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+        environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.combine(self.today, time()).strftime
         return environment.from_string(self._source(has_tools))

@@ -107,9 +107,9 @@ class LoraLinear(nn.Module):
 
     def term(self, dtype: torch.dtype) -> Term | None:
         """What products() needs of it. None: its update has another input than its weight."""
-        A, B = self._factors(dtype)
-        if A is not None and self.dropout is not None:
+        if self.dropout is not None and self.has_adapters and self.adapter is not None:
             return None
+        A, B = self._factors(dtype)
         return self._frozen(dtype)._replace(A=A, B=B, scaling=self.scaling)
 
     def _frozen(self, dtype: torch.dtype) -> Term:

@@ -35,18 +35,18 @@ def choose_pad_token(folder: Folder) -> PadToken:
     byte-level one a space is written as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
     ids = tokenizer.vocabulary()
-    added_ids = {text for text, i in ids.items() if i in tokenizer.added_texts}
+    added_texts = {*tokenizer.added_texts.values()}
     template = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
     usable = {text: i for text, i in ids.items() if i not in ends and i < folder.config.vocab_size}
-    unknown = ("<unk>",) if "<unk>" in added_ids else ()
+    unknown = ("<unk>",) if "<unk>" in added_texts else ()
     for text in (_named(path, "pad_token"), _named(path, "unk_token"), *unknown):
         if text in usable:
             return PadToken(text, usable[text])
-    added = [text for text in added_ids if text in usable and text not in template]
+    added = [text for text in added_texts if text in usable and text not in template]
     kinds = ("pad", "reserved", "unused", "")
     added.sort(key=lambda text: (next(i for i, kind in enumerate(kinds) if kind in text.lower()), -usable[text]))
-    spaced = [text for text in usable if text.startswith("\u0120") and text not in added_ids]
+    spaced = [text for text in usable if text.startswith("\u0120") and text not in added_texts]
     text = added[0] if added else max(spaced or usable, key=usable.get)
     return PadToken(text, usable[text])
 

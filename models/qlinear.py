@@ -308,9 +308,8 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:
             weight, scheme = _in_kernel_groups(weight, scheme)
             self.kernel = kernel_for(scheme, shape, device, dtype)
-        self.kernel = self.kernel or kernel_for(
-            scheme, shape, device, torch.float32
-        )  # what torch's do not take in bf16
+        if self.kernel is None:  # what torch's kernels in bf16 do not take
+            self.kernel = kernel_for(scheme, shape, device, torch.float32)
         self.scheme, self.num_rows = scheme, shape[0]
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
         self.register_buffer("bias", None if biases is None else torch.cat(biases).to(device, dtype))

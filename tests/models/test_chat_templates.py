@@ -43,7 +43,7 @@ CHATML = """{# blocks on lines of their own: trim_blocks and lstrip_blocks matte
         {% endgeneration %}
     {% else %}
 <|im_start|>{{ message.role }}
-{{ message.content }}{{ message.get('extra') | tojson }}{{ '<b>' | tojson }}<|im_end|>
+{{ message.content }}{{ message.get('extra') | tojson }}{{ '<ä>' | tojson(true, 1) }}<|im_end|>
     {% endif %}
 {% endfor %}
 {{ strftime_now('%Y')[:2] }}{{ documents is none }}{{ tools is none }}{{ pad_token }}
@@ -62,7 +62,8 @@ CHAT = [
 @pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
 @pytest.mark.parametrize("place", ["config", "list", "file"])
 def test_chat_templates(name, place, tmp_path):
-    """Catches a doubled BOS, `</s>` of a template read as text, escaped HTML, lost newlines, an unread file."""
+    """Catches a doubled BOS, `</s>` of a template read as text, escaped HTML, options of tojson by their places, lost
+    newlines, an unread file."""
     template = {"llama3": LLAMA3_CHAT, "chatml": CHATML}.get(name, LLAMA2_CHAT)
     if Version(transformers.__version__) < Version("5.23"):  # 5.17 treats an empty one otherwise
         template = template.replace("{{ 'tool_calls' in message }}", "")

@@ -372,15 +372,19 @@ def test_stop_string_in_the_last_token(scripted):
 
 
 def test_a_stop_string_of_bytes(folder, tmp_path):
-    """Catches a newline, which LLaMA 2 spells as a byte, that ends a sample only when something else follows it, and
-    one that is none, since a wrong byte before it undoes it."""
+    """Catches a newline, which LLaMA 2 spells as a byte, that ends a sample only when something else follows it,
+    one that is none, since a wrong byte before it undoes it, a stop token's text taken for a stop string, and a stop
+    token behind a stop string that takes a token of the text along."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     backend.save(str(tmp_path / "tokenizer.json"))
-    params, newline = SamplingParams(stop_token_ids=(EOS,), stop=("\n",)), vocab["<0x0A>"]
+    params, newline = SamplingParams(stop_token_ids=(EOS, vocab["s"]), stop=("\n", "as", "wer")), vocab["<0x0A>"]
+    texts = {"swer": "s"}  # others end where a token does
     for tokens, said, ended in (
+        ([vocab["a"], vocab["s"], EOS], [vocab["a"]], [vocab["s"]]),
+        ([vocab["swer"], EOS], [vocab["swer"]], []),
         ([vocab["a"], newline, newline, EOS], [vocab["a"]], [newline]),
         ([vocab["a"], newline, vocab["<0xC3>"], EOS], [vocab["a"]], [newline]),
         ([vocab["a"], vocab["<0xC3>"], newline, EOS], [vocab["a"], vocab["<0xC3>"], newline], [EOS]),  # no newline
@@ -389,7 +393,8 @@ def test_a_stop_string_of_bytes(folder, tmp_path):
         sample.take(tokens, [0.0] * len(tokens), None)
         done = sample.completion
         assert (done.token_ids, done.stop_ids, done.finish_reason) == (said, ended, "stop")
-        assert done.text == backend.decode(said) and len(done.logprobs) == len(said + ended)
+        text = backend.decode(said)
+        assert done.text == texts.get(text, text) and len(done.logprobs) == len(said + ended)
 
 
 def test_a_stop_string_frees_the_slot_for_the_next_prompt(scripted):

@@ -38,16 +38,17 @@ def test_choice(folder, named, added, wanted):
 
 def test_unknown_as_a_piece_of_texts(folder):
     """Catches `<unk>` taken where it is an entry of a byte-level vocabulary like others, which named as the pad token
-    would be cut out of texts: Qwen's has one, beside added tokens."""
+    would be cut out of texts: Qwen's has one, beside added tokens; and these left out of the vocabulary."""
     (folder / "tokenizer.model").unlink()
-    vocab = {text: i for i, text in enumerate(["<unk>", "<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "a"])}
+    vocab = {text: i for i, text in enumerate(["<unk>", "a"])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     backend.add_special_tokens(["<|endoftext|>", "<|im_end|>", "<|fim_pad|>"])
     backend.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
-    assert choose_pad_token(open_folder(folder)) == PadToken("<|fim_pad|>", 3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2]}))
+    assert choose_pad_token(open_folder(folder)) == PadToken("<|fim_pad|>", 4)
+    assert named_pad_token(open_folder(folder)) == PadToken("<|endoftext|>", 2)
 
 
 def test_changes(folder):

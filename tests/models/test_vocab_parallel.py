@@ -35,13 +35,18 @@ def test_logprobs_and_gradients(num_tokens, temperature, entropy, monkeypatch):
 
 
 def test_logprobs_in_bf16():
-    """Catches a softmax taken in bf16: log-probs are those of the bf16 logits, in fp32 arithmetic."""
+    """Catches a softmax taken in bf16: log-probs are those of the bf16 logits, in fp32 arithmetic; and logits passed on
+    for their gradient."""
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(9, 16).bfloat16(), torch.randn(50, 16), torch.randint(50, (9,))
+    tensors = hidden.requires_grad_(), weight.requires_grad_()
     logprobs, _ = vocab_parallel.linear_logprobs(hidden, weight, targets)
     expected = F.log_softmax((hidden @ weight.bfloat16().T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(-expected.sum(), tensors)
+    for loss in (-logprobs.sum(), vocab_parallel.linear_cross_entropy(hidden, weight, targets)):
+        torch.testing.assert_close(torch.autograd.grad(loss, tensors), wanted, atol=3e-2, rtol=3e-2)
 
 
 def test_a_second_backward():

@@ -232,6 +232,18 @@ def test_dropout_is_of_the_token():
         assert torch.equal(kept(IDS), torch.ones(2, 11, 400))
 
 
+def test_dropout_is_in_every_product(tmp_path):
+    """Catches adapted layers that share a product, such as q, k and v, and are computed without their dropout: with
+    nearly all dropped, the model is nearly its base."""
+    tiny.write_model(tmp_path)
+    dropped, kept = (trainable(tmp_path, lora_r=4, lora_dropout=rate) for rate in (0.999999, 0.0))
+    for layer in (*lora_layers(dropped), *lora_layers(kept)):
+        torch.nn.init.normal_(local(layer.lora_B))
+    base = output_of(trainable(tmp_path, lora_r=4))  # whose B is 0
+    assert not torch.allclose(output_of(kept), base, atol=1e-2)
+    torch.testing.assert_close(output_of(dropped), base)  # with grad: without, nothing is dropped
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_products_with_integers(tmp_path, mode):
     """Catches a gradient through other weights than the forward's, or to the wrong side, and a copy for samples that is

@@ -151,10 +151,11 @@ def test_prompt_that_merges_with_its_completion(prompt, completion, tokenizer):
 
 
 def test_text(tokenizer, oracle):
-    """Catches a plain text without EOS, and its first token (BOS) counted as something to learn."""
+    """Catches a plain text without EOS or with two, and its first token (BOS) counted as something to learn."""
     example = encode(tokenizer, text="The answer is 7.")
     assert example.input_ids == [*oracle("The answer is 7.")["input_ids"], EOS] == learnt(example)
     assert example.num_targets == len(example.input_ids) - 1
+    assert encode(tokenizer, text="The answer is 7.</s>") == example
 
 
 def test_bos_spelled_in_the_text(tokenizer):

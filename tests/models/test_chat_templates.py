@@ -1,12 +1,14 @@
 """models/chat_template.py against transformers, and folders, texts and chats that cannot be read, by name."""
 
 import json
+from datetime import date
 
 import pytest
 import transformers
 from packaging.version import Version
 from transformers import AutoTokenizer
 
+from models.chat_template import ChatTemplate
 from models.chats import read_chat
 from models.tokenizer import Tokenizer
 from tests.file_tokenizer import FileTokenizer
@@ -151,3 +153,18 @@ def test_bad_texts_and_chats(tmp_path):
         error_of(
             lambda h=hostile: h.apply_chat_template(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template"
         )
+
+
+def test_marks_that_change_what_is_written(tmp_path):
+    """Catches places in a text that the template writes otherwise around marks, and those of contents lost because it
+    does so for the marks of calls alone."""
+    lengths = "{% for m in messages %}{{ m.content | length }}:{{ m.content }}{% endfor %}"
+    calls = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name | length }}{% endfor %}"
+    calls += "{% endfor %}"
+    chat = [{"role": "user", "content": "hello"}]
+    answer = {"role": "assistant", "content": "so", "tool_calls": [{"name": "f", "arguments": {}}]}
+    lengths, calls = (ChatTemplate({"default": each}, tmp_path, {}, date(2026, 1, 1)) for each in (lengths, calls))
+    found = lengths.locate(chat)
+    assert found.text == "5:hello" and not any(found[1:])
+    found = calls.locate([*chat, answer])
+    assert found.text == "helloso1" and found.ends == {0: 5, 1: 7}

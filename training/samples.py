@@ -182,21 +182,25 @@ def end_of(text: str, length: int) -> str:
     return text if len(text) <= length else f"... {text[-length:]}"
 
 
+def start_of(text: str, length: int) -> str:
+    """As end_of, the start."""
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
 def question(asked: str | Chat, text: str) -> str:
     """What a prompt asks, in short: how a chat's last message begins, whose end is the instruction and the header; how
     text ends, since examples may come before. text: the prompt, rendered."""
     if isinstance(asked, str):
         return end_of(visible(text), 60)
-    content = visible(content_of(asked.messages[-1]))
-    return content if len(content) <= 100 else f"{content[:100]} ..."
+    return start_of(visible(content_of(asked.messages[-1])), 100)
 
 
 def block(line: dict) -> str:
     """A sample in three short lines for a terminal: the end of the prompt, and the beginning of both answers."""
     prompt, answer, wanted = (visible(line[name]) for name in ("prompt", "output", "reference"))
     unfinished = " (not finished)" if line["finish_reason"] == "length" else ""
-    answer, wanted = (text if len(text) <= 300 else f"{text[:300]} ..." for text in (answer, wanted))
-    return f"  prompt  {end_of(prompt, 100)}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
+    prompt, answer, wanted = end_of(prompt, 100), start_of(answer, 300), start_of(wanted, 300)
+    return f"  prompt  {prompt}\n  answer  {answer}{unfinished}\n  wanted  {wanted}\n"
 
 
 # ----------------------------------------------------------------------------- of PPO and GRPO

@@ -14,7 +14,7 @@ from tests.training.test_data import END_OF_TURN, TEMPLATES, write_chat_tokenize
 
 @pytest.fixture(autouse=True)
 def keep_signal_handler():
-    """A training script takes SIGTERM and SIGINT over for its process, which in these tests is pytest's."""
+    """Restores the handlers of SIGTERM and SIGINT, which a training script replaces, here in pytest's own process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -23,7 +23,7 @@ def keep_signal_handler():
 
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory):
-    """(our tokenizer, what the file says) of a folder by its kind."""
+    """Returns a function: kind of folder -> (our Tokenizer, the reference FileTokenizer)."""
     made = {}
 
     def make(kind):
@@ -49,7 +49,7 @@ def tokenizer(opened):
 
 
 def write_newline_tokenizer(folder, template):
-    """A byte-level tokenizer that merges whatever is often side by side, several newlines among it."""
+    """Writes a byte-level tokenizer whose merges cross words, so that several newlines can be one token."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

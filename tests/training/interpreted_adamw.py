@@ -1,5 +1,5 @@
-"""Runs the kernel of training/triton_adamw.py in Triton's interpreter, which must be on before Triton is imported, and
-holds it against AdamW by plain operations: bf16 weights and all moments to the bit."""
+"""Compares the kernel of training/triton_adamw.py, run in Triton's interpreter (to be enabled before Triton is
+imported), with AdamW in plain PyTorch operations: bf16 weights and all moments must be bitwise equal."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from training import optim, triton_adamw
 
-SHAPES = [(3, 344), (17, 256), (5, 300), (130,), (1, 1)]  # blocks of 43, 32 and 75 columns, and none
+SHAPES = [(3, 344), (17, 256), (5, 300), (130,), (1, 1)]  # blocks of 43, 32 and 75 columns; the last two: none
 
 
 def made(dtype: torch.dtype, mode: str, kernel) -> tuple[nn.ParameterList, torch.optim.Optimizer]:
@@ -18,7 +18,7 @@ def made(dtype: torch.dtype, mode: str, kernel) -> tuple[nn.ParameterList, torch
     args = optim.OptimArgs(weight_decay=0.1, learning_rate=1e-3, optim=mode)
     named = dict(enumerate(parameters))
     places = {p: optim._place(i, str(i), p, quantize=mode == "adamw_8bit") for i, p in named.items()}
-    places = {p: place._replace(row=7, column=place.block or 3) for p, place in places.items()}  # of a larger whole
+    places = {p: place._replace(row=7, column=place.block or 3) for p, place in places.items()}  # of a larger tensor
     settings = {"lr": 1e-3, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     groups = [{"params": list(parameters), "weight_decay": args.weight_decay}]
     return parameters, optim.AdamW(groups, settings, places=places, seed=3, compile=False)
@@ -30,13 +30,13 @@ def check(dtype: torch.dtype, mode: str) -> None:
     generator = torch.Generator().manual_seed(1)
     for step in range(2):
         grads = [10.0 ** -(3 * step) * torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
-        grads[1][2:4] = 0.0  # blocks without a scale at first
+        grads[1][2:4] = 0.0  # blocks of zero moments, whose scale is 0
         for parameters, optimizer in both:
             for parameter, grad in zip(parameters, grads):
                 parameter.grad = grad.clone()
             optimizer.step()
         for ours, theirs in zip(*(parameters for parameters, _ in both)):
-            if dtype == torch.float32:  # the interpreter's division may round the last bit otherwise
+            if dtype == torch.float32:  # the interpreter's division may round the last bit differently
                 torch.testing.assert_close(ours, theirs, rtol=2e-7, atol=2e-9)
             else:
                 assert torch.equal(ours, theirs), (mode, step, ours.shape)

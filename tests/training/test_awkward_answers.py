@@ -1,6 +1,6 @@
-r"""training/mathematics.py: right answers in another form than the record's, and wrong ones that look like them. The
-verdicts are math_verify's (0.9), where it reads both; degrees and |A| by hand. Catches forms that are compared as
-words, which gives a right answer nothing, and readings so generous that a wrong one gets the reward."""
+r"""training/mathematics.py: right answers written in another form than the record's, and wrong ones that look right.
+The verdicts are math_verify's (0.9) where it reads both; those for degrees and |A| were set by hand. Catches forms
+compared as text, so that a right answer earns nothing, and parsing so lenient that a wrong one earns a reward."""
 
 import pytest
 
@@ -106,8 +106,8 @@ def test_forms(answer, gold, verdict):
     ],
 )
 def test_choices(text, letter):
-    """Catches the last letter taken for the choice where another is called correct, letters beside Chinese, and a lone
-    small one."""
+    """Catches the last letter taken for the choice although another is called correct, and a letter missed because it
+    is beside Chinese characters or is a lone lowercase letter."""
     assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [
         float(each == letter) for each in "ABCD"
     ]
@@ -124,7 +124,7 @@ def test_choices(text, letter):
     ],
 )
 def test_several_choices(text):
-    """Catches a reward for naming all letters, and a record with several that are right by its first alone."""
+    """Catches a reward for naming all letters, and a record that lists several letters graded by its first alone."""
     assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [0] * 4
     with pytest.raises(ValueError, match="no letter"):
         multiple_choice("", "B", {"answer": text})
@@ -141,7 +141,7 @@ def test_several_choices(text):
     ],
 )
 def test_one_choice_beside_others(text, letter):
-    """Catches a choice that is taken for one of several."""
+    """Catches a single choice taken for several because of the letters or words beside it."""
     assert multiple_choice("", text, {"answer": letter}) == multiple_choice("", letter, {"answer": text}) == 1
 
 
@@ -155,7 +155,7 @@ def test_one_choice_beside_others(text, letter):
     ],
 )
 def test_the_last_number_is_whole(text, gold, wrong):
-    """Catches a part of the last number that is taken for it."""
+    """Catches a fragment of the last number, such as the 12 of a LaTeX fraction, taken for the number."""
     assert [math_answer("", text, {"answer": each}) for each in (gold, wrong)] == [1, 0]
 
 
@@ -176,13 +176,13 @@ def test_the_last_number_is_whole(text, gold, wrong):
     ],
 )
 def test_numbers_among_words(text, gold):
-    """Catches a number right behind a Chinese character that is taken for a part of a word: no right answer in Chinese
-    would have a reward."""
+    """Catches a number directly after a Chinese character taken for part of a word: no right answer in Chinese would
+    earn a reward."""
     assert math_answer("", text, {"answer": gold}) == last_number("", text, {"answer": gold}) == 1
     assert math_answer("", text, {"answer": "8"}) == last_number("", text, {"answer": "8"}) == 0
 
 
 def test_the_answer_in_chinese_is_what_is_stated():
-    """Catches the last number of a reason behind the answer."""
+    """Catches the last number of the reasons that follow the stated answer taken for the answer."""
     text = "\u7b54\u6848\u662f12\uff0c\u56e0\u4e3a3\u4e584\u7b49\u4e8e12\uff0c\u4e0d\u662f10"
     assert [math_answer("", text, {"answer": gold}) for gold in ("12", "10", "3")] == [1, 0, 0]

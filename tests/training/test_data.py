@@ -1,4 +1,4 @@
-"""training/data.py: what of a record becomes which token, which tokens are learnt, and in which order rows come."""
+"""training/data.py: the tokens that a record is encoded to, which of them are trained on, and the order of rows."""
 
 import json
 from collections import Counter
@@ -40,14 +40,14 @@ def encode(tokenizer, **fields):
 
 
 def learnt(example):
-    """The ids with a label; each label must be the id at its place."""
+    """Returns the token ids that have a label; asserts that each label is the id at its position."""
     assert len(example.input_ids) == len(example.labels)
     assert all(label in (-100, i) for i, label in zip(example.input_ids, example.labels))
     return [label for label in example.labels if label != -100]
 
 
 def spans(example, tokenizer):
-    """The texts of the learnt runs of tokens."""
+    """Returns the text of each run of consecutive tokens that have a label."""
     found, run = [], []
     for label in [*example.labels, -100]:
         if label != -100:
@@ -66,8 +66,8 @@ def spans(example, tokenizer):
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_formats_by_content(name, bom, tmp_path):
-    """Catches a format chosen by the suffix, and a byte order mark, CRLF, blank lines or U+2028 (which str.splitlines
-    takes for the end of a line) that break a record or shift its line number."""
+    """Catches a format chosen by the file's suffix, and a byte order mark, CRLF, blank lines or U+2028 (a line end to
+    str.splitlines) that break a record or shift its line number."""
     path = tmp_path / name
     lines = '\r\n{"text": "a\u2028b\u0085c"}\r\n\r\n  \n{"text": "2"}'
     path.write_bytes(bom + lines.encode())
@@ -97,7 +97,7 @@ def test_formats_by_content(name, bom, tmp_path):
     ],
 )
 def test_broken_files(content, where, tmp_path):
-    """Catches a complaint without the file and line, and a library's exception that gets through."""
+    """Catches an error without the file and line, and an exception of a library that gets through."""
     path = tmp_path / "train.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -112,8 +112,8 @@ def test_broken_files(content, where, tmp_path):
 
 
 def test_prompt_and_completion(tokenizer, oracle):
-    """Catches the prompt in the loss, EOS left out or out of the loss, BOS missing or doubled, and a prompt that is
-    encoded otherwise than for generation."""
+    """Catches the prompt in the loss, EOS missing or left out of the loss, BOS missing or doubled, and a prompt encoded
+    differently from a prompt for generation."""
     prompt, completion = "Question: what is 3 plus 4?", " The answer is 7."
     example, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
     prompt_ids = oracle(prompt)["input_ids"]
@@ -126,7 +126,7 @@ def test_prompt_and_completion(tokenizer, oracle):
 
 
 def test_aliases_and_empty_parts(tokenizer):
-    """Catches `input`/`output` unread, and a crash or a lost EOS where the completion (or the prompt) is empty."""
+    """Catches `input` and `output` not read, and a crash or a lost EOS if the completion (or the prompt) is empty."""
     assert encode(tokenizer, input="a b", output=" c") == encode(tokenizer, prompt="a b", completion=" c")
     empty = encode(tokenizer, prompt="a b", completion="")
     assert empty.input_ids[-1] == EOS and learnt(empty) == [EOS]
@@ -136,8 +136,8 @@ def test_aliases_and_empty_parts(tokenizer):
 
 @pytest.mark.parametrize("prompt, completion", [("The ans", "wer is 5"), ("so: <", "/s> it"), ("It ", " is")])
 def test_prompt_that_merges_with_its_completion(prompt, completion, tokenizer):
-    """Catches a prompt whose ids are not those of generation, where both together are split otherwise, and a space put
-    between a prompt that ends in one and its completion."""
+    """Catches a prompt encoded differently from generation because the tokenizer splits prompt and completion
+    differently when they are joined, and a space added between a prompt that ends in one and its completion."""
     prompt_ids = encode_prompt(prompt, tokenizer)
     whole = tokenizer.encode_prefix(prompt + completion)
     example, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": completion}), tokenizer)
@@ -151,7 +151,7 @@ def test_prompt_that_merges_with_its_completion(prompt, completion, tokenizer):
 
 
 def test_text(tokenizer, oracle):
-    """Catches a plain text without EOS or with two, and its first token (BOS) counted as something to learn."""
+    """Catches a plain text without EOS or with two, and its first token (BOS) counted as a target."""
     example = encode(tokenizer, text="The answer is 7.")
     assert example.input_ids == [*oracle("The answer is 7.")["input_ids"], EOS] == learnt(example)
     assert example.num_targets == len(example.input_ids) - 1
@@ -159,7 +159,7 @@ def test_text(tokenizer, oracle):
 
 
 def test_bos_spelled_in_the_text(tokenizer):
-    """Catches a second BOS where the record spells its own."""
+    """Catches a second BOS before a text that already spells one."""
     for fields in ({"text": "<s>The"}, {"prompt": "<s>The", "completion": " answer"}):
         example = encode(tokenizer, **fields)
         assert example.input_ids[0] == BOS and example.input_ids.count(BOS) == 1
@@ -168,7 +168,7 @@ def test_bos_spelled_in_the_text(tokenizer):
 
 @pytest.mark.parametrize("bos, eos", [(False, False), (False, True), (True, True)])
 def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
-    """Catches EOS between prompt and completion, two of them at the end, and a BOS that nobody asked for."""
+    """Catches EOS between prompt and completion, two of them at the end, and a BOS that the tokenizer does not add."""
     tiny.write_tokenizer(tmp_path, add_bos_token=bos, add_eos_token=eos)
     example = encode(Tokenizer(tmp_path), prompt="The", completion=" answer")
     assert example.input_ids.count(BOS) == bos and example.input_ids.count(EOS) == 1
@@ -198,7 +198,7 @@ def test_tokenizers_that_add_other_tokens(bos, eos, tmp_path):
     ids=str,
 )
 def test_records_that_cannot_be_used(fields, complaint, tokenizer):
-    """Catches a complaint that does not name the record or says something else than what is wrong."""
+    """Catches an error that does not name the record, or that names another cause than the real one."""
     with pytest.raises(ValueError) as caught:
         encode(tokenizer, **fields)
     assert str(caught.value).startswith("train.jsonl:7: ") and complaint in str(caught.value)
@@ -235,13 +235,13 @@ END_OF_TURN = {
     "llama2": " </s>",
     "llama3": "<|eot_id|>",
     "chatml": "<|im_end|>",
-    "chatml_added": "<|im_end|>",  # the tokens are added ones, not special ones
-    "plain": "\n",  # no token at all
+    "chatml_added": "<|im_end|>",  # its end-of-turn token is an added one, not a special one
+    "plain": "\n",  # text, not a token
 }
 
 
 def write_chat_tokenizer(folder, kind):
-    """Llama 2: sentencepiece; the others byte-level, with the special tokens of their kind."""
+    """Writes a tokenizer: sentencepiece for Llama 2, else byte-level with the special tokens of its kind."""
     if kind.startswith("llama2"):
         tiny.write_tokenizer(folder, chat_template=LLAMA2)
         return
@@ -282,8 +282,8 @@ def answers(kind, *contents):
 @pytest.mark.parametrize("kind", END_OF_TURN)
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
 def test_chat_learns_the_assistants_turns(kind, system, opened):
-    """Catches the assistant's header or the user's turns in the loss, the end-of-turn token out of it, what the
-    template writes after that token in it, only one of several turns learnt, and BOS or EOS added to the template."""
+    """Catches the assistant's header, the user's turns or the template's text after the end-of-turn token in the loss;
+    the end-of-turn token, or all assistant turns but one, left out of it; and BOS or EOS added to the template."""
     tokenizer, oracle = opened(kind)
     messages = system + CHAT
     example, counts = encode_sft_record(Record("x", {"messages": messages}), tokenizer)
@@ -299,8 +299,8 @@ def test_chat_learns_the_assistants_turns(kind, system, opened):
 
 @pytest.mark.parametrize("kind", END_OF_TURN)
 def test_prompt_as_messages(kind, opened):
-    """Catches the assistant's turns of the prompt learnt, and a completion as text treated otherwise than as a message,
-    or prompt ids that are not those of generation."""
+    """Catches assistant turns of the prompt in the loss, a completion given as text treated differently from one given
+    as a message, and a prompt encoded differently from generation."""
     tokenizer, _ = opened(kind)
     prompt = [SYSTEM, *CHAT[:3]]
     as_text, counts = encode_sft_record(Record("x", {"prompt": prompt, "completion": "no. 🙂"}), tokenizer)
@@ -315,7 +315,7 @@ def test_prompt_as_messages(kind, opened):
 
 
 def test_special_token_within_an_answer(opened):
-    """Catches an answer that is learnt only up to a special token that it quotes."""
+    """Catches an answer whose loss ends at a special token that the answer quotes."""
     for kind in ("plain", "chatml"):
         tokenizer, _ = opened(kind)
         answer = {"role": "assistant", "content": "it says <|im_start|> there"}
@@ -324,13 +324,13 @@ def test_special_token_within_an_answer(opened):
 
 
 def test_chat_without_an_answer(opened):
-    """Catches a conversation without an assistant's turn that teaches the user's."""
+    """Catches a conversation without an assistant turn that is trained on its user turns."""
     tokenizer, _ = opened("llama3")
     assert encode(tokenizer, messages=CHAT[:1]).num_targets == 0
 
 
 def test_template_that_rewrites_earlier_turns(opened):
-    """Catches labels at wrong places under a template that shows a turn otherwise once others follow it."""
+    """Catches misplaced labels under a template that renders a turn differently once others follow it."""
     tokenizer, _ = opened("rewrites")
     with pytest.raises(
         ValueError, match=r"^train.jsonl:7: the chat template leaves out message 1, of the role 'assistant'"
@@ -341,7 +341,7 @@ def test_template_that_rewrites_earlier_turns(opened):
 
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "a"}], [{"role": "user", "content": None}], {}, None])
 def test_bad_messages(messages, opened):
-    """Catches a traceback, or a complaint without the record, for messages that are none."""
+    """Catches a traceback, or an error without the record, for messages that are not a list of messages."""
     tokenizer, _ = opened("llama3")
     with pytest.raises(ValueError, match=r"^train.jsonl:7: .*message"):
         encode(tokenizer, messages=messages)
@@ -354,8 +354,8 @@ def test_bad_messages(messages, opened):
 
 
 def test_overlong_records(tokenizer, tmp_path):
-    """Catches an EOS after a cut (it would teach to stop in the middle), a limit that is off by one, a record dropped
-    or cut without being counted, and a cut that leaves nothing to learn counted as learnt."""
+    """Catches an EOS after a truncated answer (it would teach to stop in the middle), an off-by-one limit, records
+    skipped or truncated without being counted, and a record without targets after truncation not counted as such."""
     records = [
         {"prompt": "a b c", "completion": " d e f g"},
         {"prompt": "a", "completion": " b"},
@@ -379,8 +379,8 @@ def test_overlong_records(tokenizer, tmp_path):
 
 
 def test_counts_and_nothing_to_learn(tokenizer, tmp_path):
-    """Catches a record with nothing to learn not reported, a file of only such records accepted (its loss would be 0 at
-    every step), and a record split into other tokens not counted."""
+    """Catches a record without targets not reported, a file of only such records accepted (its loss would be 0 at every
+    step), and a record not counted whose prompt and completion are split differently when joined."""
     tiny.write_tokenizer(tmp_path / "bare", add_bos_token=False)
     bare = Tokenizer(tmp_path / "bare")
     nothing = {"text": ""}  # EOS alone: no token before it to predict it from
@@ -396,8 +396,8 @@ def test_counts_and_nothing_to_learn(tokenizer, tmp_path):
 
 
 def test_ids_beyond_the_model(tmp_path):
-    """Catches an index out of range inside the model, from a tokenizer that knows more tokens than it, or a folder
-    refused for a pad token without an embedding that no text ever uses."""
+    """Catches an index out of range inside the model if the tokenizer has more tokens than the model, and a folder
+    refused for an added token (such as a pad token) that has no embedding but is never used."""
     extra = {str(tiny.VOCAB_SIZE): {"content": "<|extra|>", "special": True}}
     tiny.write_model(tmp_path, vocab_size=tiny.VOCAB_SIZE - 1)
     with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer does not fit: it has 384 tokens"):
@@ -419,7 +419,7 @@ def steps(num_rows, batch_size, first, last, *, seed=0, shuffle=True):
 
 @pytest.mark.parametrize("num_rows, batch_size", [(10, 4), (8, 4), (3, 5), (1, 1)])
 def test_every_row_once_per_epoch(num_rows, batch_size):
-    """Catches rows repeated or dropped (the last incomplete batch among them), and steps counted wrongly."""
+    """Catches rows repeated or dropped (those of the last, incomplete batch included), and steps counted wrongly."""
     per_epoch = -(-num_rows // batch_size)
     batches = steps(num_rows, batch_size, 1, 3 * per_epoch)
     assert [step for step, _ in batches] == list(range(1, 3 * per_epoch + 1))
@@ -443,14 +443,14 @@ def test_order_can_be_resumed_anywhere():
 
 
 def test_shuffle():
-    """Catches the same order in each epoch or for each seed, and --no-shuffle that shuffles."""
+    """Catches the same order in each epoch or for each seed, and shuffling despite --no-shuffle."""
     orders = {tuple(epoch_order(50, seed=seed, epoch=epoch, shuffle=True)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16 and tuple(range(50)) not in orders
     assert [rows for _, rows in steps(5, 2, 1, 6, shuffle=False)] == [[0, 1], [2, 3], [4]] * 2
 
 
 def test_shuffle_is_uniform():
-    """Catches an order that favours a place: over 600 seeds every row comes first about equally often."""
+    """Catches a biased shuffle: over 600 seeds every row comes first about equally often."""
     first = Counter(epoch_order(6, seed=seed, epoch=0, shuffle=True)[0] for seed in range(600))
     assert sum((first[i] - 100) ** 2 / 100 for i in range(6)) < 20.5  # chi-square, 5 degrees, p = 0.001
 
@@ -460,7 +460,7 @@ def row(length, start=10):
 
 
 def test_micro_batches():
-    """Catches a row lost or used twice, a micro-batch larger than asked, and long rows beside short ones."""
+    """Catches a row lost or used twice, a micro-batch larger than asked for, and long rows batched with short ones."""
     rows = [row(n) for n in (3, 9, 4, 8, 5)]
     for size in range(1, 7):
         groups = list(micro_batches(rows, size))
@@ -496,5 +496,5 @@ def test_collate():
     assert position_ids is None and lengths is None
     assert input_ids.tolist() == [[10, 11, 7, 7], [20, 21, 22, 23]]
     assert labels.tolist() == [[-100, 11, -100, -100], [-100, 21, 22, 23]]
-    assert learnt.tolist() == [0, 4, 5, 6]  # the places before those
+    assert learnt.tolist() == [0, 4, 5, 6]  # the positions before those labels, in the flattened batch
     assert input_ids.dtype == labels.dtype == torch.int64

@@ -1,10 +1,11 @@
-"""What training/train_dpo.py learns, where the best policy is known.
+"""training/train_dpo.py on a task whose optimal policy is known.
 
-All strings of at most two letters of six are the answers to one prompt, each with a reward r. Pairs are judged by
-Bradley and Terry's rule. The optimum is pi* = ref exp(r / beta) / Z, and the regret of a policy pi, J(pi*) - J(pi) with
-J(pi) = E r - beta KL(pi | ref), is beta KL(pi | pi*) (Rafailov et al. 2023), wherever the pairs come from. They are
-drawn uniformly: of 24,576 from the reference the rare answers are in so few that the best fit of them, all log-ratios
-free, is farther from pi* than the reference is; of 8,192 uniform ones it has 0.6 to 2.1 % of its regret (three seeds).
+The answers to the one prompt are all strings of at most two of six letters, each with a reward r. The Bradley-Terry
+model picks the preferred answer of a pair. The optimum is pi* = ref exp(r / beta) / Z, and the regret of a policy pi,
+J(pi*) - J(pi) with J(pi) = E r - beta KL(pi | ref), is beta KL(pi | pi*) (Rafailov et al. 2023), however pairs are
+sampled. Here sampling is uniform: of 24,576 pairs from the reference, so few hold rare answers that their best fit, all
+log-ratios free, is farther from pi* than the reference; the best fit of 8,192 uniform pairs has 0.6 to 2.1 % of its
+regret (three seeds).
 """
 
 import itertools
@@ -25,7 +26,7 @@ NUM_PAIRS = 8192
 
 
 def write_letters(folder, seed):
-    """A tokenizer with a token for each letter, and a random model."""
+    """Writes a tokenizer with a token for each letter, and a random model."""
     pieces = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", "?", *LETTERS])}
     shape = {"vocab_size": len(pieces), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1}
     shape |= {"max_position_embeddings": 8}
@@ -40,7 +41,7 @@ def write_letters(folder, seed):
 
 
 def answer_logps(folder, pieces):
-    """Of each answer, EOS included, under a folder's model by transformers; normalised over the answers."""
+    """Returns the log-prob of each answer, EOS included, from transformers; normalised over the answers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = [[pieces["?"], *(pieces[letter] for letter in answer), pieces["</s>"]] for answer in ANSWERS]
     ids = torch.tensor([row + [0] * (4 - len(row)) for row in rows])
@@ -56,7 +57,7 @@ def world(tmp_path_factory):
 
 
 def make_world(root, seed):
-    """(a random model that is reference and start, its letters, a file of pairs, pi*, the reference's regret)"""
+    """Returns (a random model, reference and start; its letters; a file of pairs; log pi*; the reference's regret)."""
     pieces = write_letters(root / "model", seed)
     reference = answer_logps(root / "model", pieces)
     generator = torch.Generator().manual_seed(1 + seed)
@@ -74,7 +75,7 @@ def regret(policy, best):
 
 
 def regret_of_training(world, out, *more):
-    """That of the trained policy, as a share of the reference's."""
+    """Returns the trained policy's regret as a share of the reference's."""
     folder, pieces, train_file, best, of_reference = world
     flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--beta", BETA]
     flags += ["--batch_size", 128, "--learning_rate", 2e-3, "--num_epochs", 3, "--max_grad_norm", 10, *more]
@@ -86,13 +87,13 @@ def regret_of_training(world, out, *more):
 
 
 def test_it_reaches_the_optimum(world, tmp_path):
-    """Catches whatever leaves the loss curve good and the policy bad: a wrong beta, a reference that moves, tokens left
-    out of the sum."""
+    """Catches mistakes that leave the loss curve good but the policy bad: a wrong beta, a reference that changes,
+    tokens left out of the log-prob sums."""
     assert regret_of_training(world, tmp_path / "out") < 0.05
 
 
 def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
-    """Catches a measure that does not notice the classic mistake, which leaves the loss as good."""
+    """Catches a regret that does not show the classic mistake, EOS left out of the sums (the loss looks as good)."""
     real = train_dpo.pair_rows
     without_eos = lambda pairs: [Example(row.input_ids, [*row.labels[:-1], -100]) for row in real(pairs)]  # noqa: E731
     monkeypatch.setattr(train_dpo, "pair_rows", without_eos)
@@ -100,8 +101,8 @@ def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
 
 
 def test_adapters_reach_the_optimum(world, tmp_path):
-    """Catches a reference that has the adapters on, and adapters that are exported otherwise than trained: of rank 8,
-    below a frozen head, they end at 1.9 % of the reference's regret on this seed, at 5.8 and 18 % on 1 and 2; with 24
-    epochs in batches of 512 at 1.9, 1.1 and 4.5 %."""
+    """Catches a reference with the adapters on, and adapters exported differently from how they were trained. Of rank
+    8, below a frozen head, they end at 1.9 % of the reference's regret on this seed, at 5.8 and 18 % on seeds 1 and 2;
+    with 24 epochs in batches of 512 at 1.9, 1.1 and 4.5 %."""
     flags = ["--lora_r", 8, "--learning_rate", 5e-3, "--adam_beta2", 0.99]
     assert regret_of_training(world, tmp_path / "out", *flags) < 0.05

@@ -1,4 +1,4 @@
-"""What training and generation must agree on: where answers end, and what day it is."""
+"""Training and generation must agree on where answers end, and on the date that a chat template shows."""
 
 import json
 from datetime import date
@@ -15,7 +15,7 @@ from training.data import encode_sft_record
 from training.preferences import encode_pointwise_record
 
 SCRIPT = "training/finetune_sft.py"
-END = tiny.VOCAB_SIZE  # the end-of-turn token, which the tokenizer's EOS and generation_config.json are not
+END = tiny.VOCAB_SIZE  # the end-of-turn token: neither the tokenizer's EOS nor in generation_config.json
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -38,8 +38,8 @@ def run(script, *flags, code=0):
 
 
 def test_answers_end_where_they_were_trained_to(tmp_path):
-    """Catches an end of turn that is learnt and nothing stops at, in our generation or in everybody's from the export,
-    and a header that ends in a space, behind which the answer would begin with another."""
+    """Catches a trained end of turn at which generation does not stop, ours or transformers' from the export, and a
+    second space at the start of an answer whose header ends in one."""
     folder, data = chat_folder(tmp_path / "in"), tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 4)
     given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", tmp_path / "out", "--save_steps", 0]
     flags = ["--num_epochs", 40, "--batch_size", 4, "--learning_rate", 1e-2, "--lr_schedule", "constant"]
@@ -58,9 +58,9 @@ def test_answers_end_where_they_were_trained_to(tmp_path):
 
 
 def test_samples_are_learnt_as_they_were_drawn(tmp_path):
-    """Catches the reference that a prompt's record had beside it learnt, or labelled, in the place of the sample, and
-    an end behind one that ran out of tokens, which would be learnt as the place to stop; two ends where another engine
-    left it in the text; and what others write with a finish_reason taken for such a line."""
+    """Catches a line written by generate.py whose record's reference answer is trained on or labelled instead of the
+    sample; an end token after a sample cut at the token limit, which would teach to stop there; two end tokens where
+    another engine left one in the text; and a record from elsewhere with a finish_reason taken for such a line."""
     folder, lines = chat_folder(tmp_path / "in"), tmp_path / "lines.jsonl"
     asked, reference = CHAT["messages"][:1], {"completion": "a reference", **CHAT, "text": "another", "label": 1}
     records = [{"prompt": prompt, **reference} for prompt in ("hello", asked) * 16]
@@ -90,7 +90,7 @@ def test_samples_are_learnt_as_they_were_drawn(tmp_path):
 
 
 def test_a_template_without_an_end(tmp_path):
-    """Catches a template that ends no turn with a token, accepted in silence."""
+    """Catches a template that ends no turn with a token, accepted without a warning."""
     folder = chat_folder(tmp_path / "in", TEMPLATE.replace("<|im_end|>", ""))
     assert (
         "ends no turn" in open_folder(folder).stop_tokens()
@@ -99,7 +99,7 @@ def test_a_template_without_an_end(tmp_path):
 
 
 def test_a_run_has_one_day(tmp_path):
-    """Catches a date that --resume reads from the clock, and another one that is stated and taken without a word."""
+    """Catches a date that --resume reads from the clock, and another --chat_date accepted silently."""
     folder = chat_folder(tmp_path / "in", "{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
     data, out = tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 2), tmp_path / "out"
     given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--save_steps", 1]

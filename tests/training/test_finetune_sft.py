@@ -1,7 +1,7 @@
 """training/finetune_sft.py against a plain loop over transformers' model. Kills, resumes, refusals:
 test_finetune_sft_runs.py.
 
-The reference runs rows one by one without padding and takes one mean over all learnt tokens of an optimizer step.
+The reference runs rows one by one without padding and takes one mean over all targets of an optimizer step.
 """
 
 import json
@@ -33,7 +33,7 @@ def make_records(count=11):
         }
         for i in range(count - 1)
     ]
-    # cut to --max_seq_len 30 it has nothing to learn
+    # truncated to --max_seq_len 30, this record has no targets
     return [*records[:2], {"prompt": "very long " * 30, "completion": " never seen"}, *records[2:]]
 
 
@@ -73,7 +73,7 @@ def assert_same_weights(a, b):
 
 
 def encoded(folder, records, max_seq_len=30):
-    """(input_ids, labels) of each record, cut to max_seq_len; test_data.py is what holds them against transformers."""
+    """Returns (input_ids, labels) of each record, cut to max_seq_len; test_data.py checks the encoding."""
     tokenizer = Tokenizer(folder)
     examples = [encode_sft_record(Record(str(i), fields), tokenizer)[0] for i, fields in enumerate(records)]
     return [(e.input_ids[:max_seq_len], e.labels[:max_seq_len]) for e in examples]
@@ -92,7 +92,7 @@ def count_targets(rows):
 
 
 def reference_run(folder, rows, batches, rates, *, weight_decay=0.0, max_grad_norm=1.0, betas=(0.9, 0.95)):
-    """Plain PyTorch: (model, [(loss, grad_norm)])."""
+    """Trains in plain PyTorch; returns (model, [(loss, grad_norm)])."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     norms_and_biases = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not ("norm" in n or n.endswith("bias"))]
@@ -141,7 +141,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def one_step(tmp_path_factory, train_file):
-    """For each variant: the folder and the reference's first step over all 11 records, one of them all masked."""
+    """Returns a function: variant -> (folder, *the reference's first step over 11 records, one of them all masked)."""
     made = {}
 
     def make(variant, weight_decay, max_grad_norm):
@@ -167,9 +167,9 @@ ONE_STEP = [(*settings, micro_batch_size) for settings in ONE_STEP for micro_bat
     [*ONE_STEP, ("qwen2", 0.3, 1000.0, 3), ("qwen3", 0.3, 0.05, 3)],
 )
 def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_step, train_file, tmp_path):
-    """Catches means of micro-batches instead of the mean over tokens, clipping per micro-batch or not at all, padding
-    that is attended to or learnt, prompts in the loss, labels not shifted, decay of norms and biases, a tied head
-    that does not learn, and a record with nothing to learn that spoils the step."""
+    """Catches a mean of micro-batches' means instead of the mean over tokens, clipping per micro-batch or not at all,
+    padding that is attended to or in the loss, prompts in the loss, labels not shifted, weight decay of norms and
+    biases, a tied head that is not trained, and a record without targets that spoils the step."""
     folder, model, history = one_step(variant, weight_decay, max_grad_norm)
     assert (history[0][1] > max_grad_norm) == (max_grad_norm < 1)
     more = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "micro_batch_size": micro_batch_size}
@@ -179,8 +179,8 @@ def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_st
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_step(one_step, train_file, tmp_path):
-    """Catches a block or an optimizer that the compiler does not take, or takes for something else; what it makes of
-    the collectives of several ranks is in test_parallel.py."""
+    """Catches a block or an optimizer that the compiler refuses or changes; the collectives of several ranks, compiled,
+    are in test_parallel.py."""
     folder, model, history = one_step("gqa, 1 layer", 0.0, 0.05)
     more = {"lr_schedule": "constant", "max_grad_norm": 0.05, "compile": True}
     finetune(folder, train_file, tmp_path / "out", batch_size=11, **more)
@@ -188,8 +188,8 @@ def test_compiled_step(one_step, train_file, tmp_path):
 
 
 def test_steps_with_a_schedule(folder, train_file, tmp_path):
-    """Catches a learning rate one step late, gradients not reset, an order other than perm(seed, epoch), a loss that is
-    not divided by the last, smaller batch's own count, and Adam's flags lost on the way."""
+    """Catches a learning rate one step late, gradients not reset, an order other than perm(seed, epoch), a loss not
+    divided by the token count of the last, smaller batch, and Adam's flags not passed on."""
     rows = encoded(folder, make_records())
     batches = [numbers for _, numbers in training_batches(11, 4, seed=5, shuffle=True, first_step=1, last_step=6)]
     rates = [5e-4, 1e-3, *(5e-4 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
@@ -203,8 +203,8 @@ def test_steps_with_a_schedule(folder, train_file, tmp_path):
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_packed_equals_unpacked(folder, train_file, tmp_path, recompute):
-    """Catches records of one row that see each other, positions that do not restart, a record that predicts the next
-    one's first token, and another gradient from recomputation."""
+    """Catches records of one row that attend to each other, positions that do not restart, a record that predicts the
+    next one's first token, and recomputation that changes the gradient."""
     one = {"batch_size": 11, "max_seq_len": 100, "lr_schedule": "constant", "max_grad_norm": 1e3, "adam_eps": 1e-3}
     finetune(folder, train_file, tmp_path / "rows", **one)
     result = finetune(folder, train_file, tmp_path / "packed", **one, pack=True, activation_checkpointing=recompute)
@@ -218,7 +218,7 @@ def test_packed_equals_unpacked(folder, train_file, tmp_path, recompute):
 
 
 def test_bfloat16_computation(one_step, train_file, tmp_path):
-    """Catches weights or moments kept in bf16 (a weight would not move by 1e-3), and a computation that is not near."""
+    """Catches weights or moments kept in bf16 (a weight would not move by 1e-3), and results far from fp32's."""
     folder, model, history = one_step("gqa", 0.0, 0.05)
     finetune(
         folder,
@@ -246,8 +246,8 @@ LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta"
 
 @pytest.mark.parametrize("config", [LINEAR, {**tiny.QWEN3, "rope_parameters": tiny.YARN}, tiny.QWEN2], ids=str)
 def test_the_export_is_what_was_trained(config, train_file, tmp_path, monkeypatch):
-    """Catches an export of other weights than those in memory, or one that transformers does not open or reads
-    otherwise, and tokenizer or generation files that are not the input's byte for byte."""
+    """Catches exported weights that are not those in memory, an export that transformers cannot open or computes
+    differently, and tokenizer or generation files that are not the input's byte for byte."""
     source = tmp_path / "in"
     tiny.write_model(source, seed=4, **config)
     (source / "generation_config.json").write_text('{"temperature":   0.25, "eos_token_id": [2, 7]}')
@@ -265,7 +265,7 @@ def test_the_export_is_what_was_trained(config, train_file, tmp_path, monkeypatc
     assert (ours - before).abs().max() > 0.1
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")  # for qwen2, AutoTokenizer takes Qwen's
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")  # AutoTokenizer takes Qwen's for qwen2
     assert tokenizer("The answer")["input_ids"] == Tokenizer(source).encode("The answer")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())
@@ -282,8 +282,8 @@ def test_no_steps_only_export(dtype, tied, train_file, tmp_path):
 
 
 def test_export_dtype(train_file, tmp_path):
-    """Catches a bf16 folder that comes back twice as large, --export_dtype ignored, and a config.json that is wrong
-    about it."""
+    """Catches a bf16 folder exported at twice its size, --export_dtype ignored, and a config.json with the wrong
+    dtype."""
     tiny.write_model(tmp_path / "in", dtype=torch.bfloat16)
     for given, dtype in (({}, "bfloat16"), ({"export_dtype": "float32"}, "float32")):
         out = tmp_path / dtype
@@ -296,8 +296,8 @@ def test_export_dtype(train_file, tmp_path):
 
 
 def test_metrics_and_evaluation(folder, hf_model, train_file, tmp_path):
-    """Catches an eval_loss that is a mean of means or counts prompts, --max_steps that loses against --num_epochs,
-    lines missing or doubled under --log_steps, --eval_steps ignored, and keys that dashboards know renamed."""
+    """Catches an eval_loss that is a mean of means or counts prompts, --num_epochs that overrides --max_steps, lines
+    missing or doubled under --log_steps, --eval_steps ignored, and keys that dashboards know renamed."""
     eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(7))
     more = {"eval_file": eval_file, "eval_steps": 2, "max_steps": 5, "num_epochs": 9, "batch_size": 4}
     result = finetune(folder, train_file, tmp_path / "out", micro_batch_size=3, **more)
@@ -317,7 +317,7 @@ def test_metrics_and_evaluation(folder, hf_model, train_file, tmp_path):
     assert re.search(r"\n  train .*\n  eval ", result.stdout)
     args = json.loads((tmp_path / "out/args.json").read_text())
     assert (args["adam_beta1"], args["adam_beta2"], args["adam_eps"], args["max_steps"]) == (0.9, 0.95, 1e-6, 5)
-    # seldom logged: the same run, with lines for every third step, for evaluations and for the last
+    # --log_steps 3: the same run, with lines for every third step, for evaluations and for the last step
     finetune(folder, train_file, tmp_path / "seldom", micro_batch_size=3, **more, log_steps=3)
     seldom = tiny.read_lines(tmp_path / "seldom/metrics.jsonl")
     assert [line["step"] for line in seldom] == [2, 3, 4, 5]
@@ -328,7 +328,7 @@ def test_metrics_and_evaluation(folder, hf_model, train_file, tmp_path):
 
 
 def test_order_of_the_file(folder, train_file, tmp_path):
-    """Catches --no-shuffle that shuffles, or --seed without effect."""
+    """Catches shuffling despite --no-shuffle, or --seed without effect."""
 
     def losses(name, **more):
         finetune(folder, train_file, tmp_path / name, batch_size=1, max_steps=2, learning_rate=0, **more)
@@ -343,8 +343,8 @@ def test_order_of_the_file(folder, train_file, tmp_path):
 
 
 def test_the_held_out_file_is_read_first(folder, tmp_path):
-    """Catches an --eval_file with a mistake that is found when the training file, which takes minutes where it is long,
-    is tokenised."""
+    """Catches a mistake in --eval_file that is found only after the training file was tokenised, which can take
+    minutes."""
     broken = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "never reached"}])
     held_out = tiny.write_records(tmp_path / "eval.jsonl", [{"question": "why?"}])
     result = tiny.run(SCRIPT, *flags(folder, broken, tmp_path / "out", eval_file=held_out))

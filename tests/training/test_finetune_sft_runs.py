@@ -1,4 +1,4 @@
-"""training/finetune_sft.py through kills and resumes, what a run leaves in its folder, and its refusals."""
+"""training/finetune_sft.py: kills and resumes, the files that a run leaves in its folder, and refusals."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def tied_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tied_folder, train_file, tmp_path_factory):
-    """The run that nobody interrupts; read it only."""
+    """The run that is not interrupted; read it only."""
     out = tmp_path_factory.mktemp("whole") / "out"
     finetune(tied_folder, train_file, out, **RUN, save_steps=6)
     return out
@@ -63,8 +63,8 @@ def assert_same_run(resumed, whole):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
-    """Catches a batch repeated or skipped after a resume, Adam's moments or step count lost, a learning rate that
-    starts again, a step twice in metrics.jsonl, and SIGTERM that dies or saves nothing."""
+    """Catches a batch repeated or skipped after a resume, Adam's moments or step count lost, a learning-rate schedule
+    that restarts, a step twice in metrics.jsonl, and a SIGTERM that kills the run or saves nothing."""
     run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
     process = Forked(SCRIPT, *flags(tied_folder, train_file, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
@@ -72,12 +72,12 @@ def test_kill_and_resume(how, whole, tied_folder, train_file, tmp_path):
     time.sleep(random.uniform(0, 0.15))
     process.send_signal(how)
     printed, errors = process.communicate(timeout=240)
-    done = (out / "config.json").exists()  # it may have finished meanwhile
+    done = (out / "config.json").exists()  # it may have finished before the signal
     assert process.returncode in ({0, -how} if done else {0 if how == signal.SIGTERM else -how}), errors
     if how == signal.SIGTERM and not done:
         assert "stopped by a signal after step" in printed
         last = tiny.read_lines(out / "metrics.jsonl")[-1]["step"]
-        assert (out / "checkpoints" / f"step-{last:06d}").is_dir()  # nothing is lost
+        assert (out / "checkpoints" / f"step-{last:06d}").is_dir()  # the last step was saved
     assert "resuming after step" in finetune(tied_folder, train_file, out, **run, resume=True).stdout
     assert_same_run(out, whole)
 
@@ -96,8 +96,8 @@ def stop_after(monkeypatch, step):
 
 @pytest.mark.parametrize("steps", [(1,), (4, 9), (LAST_STEP,)], ids=str)
 def test_stop_anywhere_and_resume(steps, whole, tied_folder, train_file, tmp_path, monkeypatch):
-    """Catches an error of one step in the data cursor at the start, in mid-epoch, at an epoch's end and at the last
-    step, and a run that was stopped twice."""
+    """Catches a data cursor off by one step at the start, in mid-epoch, at an epoch's end or at the last step, and a
+    run that cannot be stopped twice."""
     out = tmp_path / "out"
     for n, step in enumerate(steps):
         with monkeypatch.context() as patch:
@@ -110,18 +110,18 @@ def test_stop_anywhere_and_resume(steps, whole, tied_folder, train_file, tmp_pat
 
 
 def test_resume_without_a_checkpoint(whole, tied_folder, train_file, tmp_path):
-    """Catches the same command, restarted after an early kill, refused, or its old lines kept."""
+    """Catches --resume refused because an early kill left no checkpoint, or the old lines of metrics kept."""
     out = tmp_path / "out"
     result = finetune(tied_folder, train_file, out, **RUN, resume=True)
     assert f"{out}: no checkpoint to resume from, starting from the beginning" in result.stdout
     assert_same_run(out, whole)
-    finetune(tied_folder, train_file, out, **RUN, resume=True)  # after its end too: it saved no checkpoint
+    finetune(tied_folder, train_file, out, **RUN, resume=True)  # after the run's end too: it saved no checkpoint
     assert_same_run(out, whole)
 
 
 def test_resume_as_another_run(folder, tmp_path):
-    """Catches a record put in front of the data and not noticed (of 48 records 10 would be seen twice, 9 never), and a
-    decay that is accepted and without effect, since the optimizer's saved state has another."""
+    """Catches a record inserted before the data and not noticed (of 48 records 10 would be seen twice, 9 never), and a
+    changed weight decay that is accepted without effect, since the optimizer's saved state has the old one."""
     records = [{"prompt": f"Question {i}:", "completion": f" {i + 3}"} for i in range(48)]
     data, begun = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "begun"
     run = {"batch_size": 8, "lr_schedule": "constant", "warmup_ratio": 0, "save_steps": 2, "max_steps": 2}
@@ -154,11 +154,11 @@ def test_resume_as_another_run(folder, tmp_path):
     tiny.assert_refused(result, "--train_file: other content than the run was begun with; go on knowingly with")
     said = [finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file").stdout for _ in range(2)]
     assert "--train_file: steps count records otherwise now" in said[0] and "otherwise now" not in said[1]
-    finetune(folder, data, tmp_path / "other", **run)  # which is what it has now
+    finetune(folder, data, tmp_path / "other", **run)  # the file that was accepted is now the run's own
 
 
 def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_path):
-    """Catches a run that stops at a broken newest checkpoint, or goes on from half of it."""
+    """Catches a resume that fails at a broken newest checkpoint, or loads half of it."""
     run, out = {**RUN, "save_steps": 6}, tmp_path / "out"
     shutil.copytree(whole, out)
     newest, older = sorted(path.name for path in (out / "checkpoints").iterdir())[::-1]
@@ -177,10 +177,10 @@ def test_resume_past_a_broken_checkpoint(whole, tied_folder, train_file, tmp_pat
 
 @pytest.mark.parametrize("moves, finished", [(0, True), (1, False), (1, True), (3, False)])
 def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file, tmp_path, monkeypatch):
-    """Catches a run whose first export was killed and that has a config.json, one whose second was killed and that has
-    lost the first, and remains of either that a resumed run keeps."""
+    """Catches a config.json after a first export that was killed, a first export lost when a second one was killed, and
+    leftovers of either that a resumed run keeps."""
     out, run = tmp_path / "out", {**RUN, "save_steps": 12}
-    if finished:  # the export of a run that is resumed after its end meets an older one
+    if finished:  # a finished run that is resumed exports over its older export
         shutil.copytree(whole, out)
     replace, left = os.replace, [moves]
 
@@ -203,9 +203,9 @@ def test_kill_during_the_export(moves, finished, whole, tied_folder, train_file,
 
 
 def test_exports_of_steps(tied_folder, train_file, tmp_path):
-    """Catches a model of a step that is not that step's, that transformers does not open, that is in a resumed run's
-    way, or whose writing changes the run; fp32 weights, in an export or in a checkpoint, that an evaluation before has
-    left in the dtype of the computation."""
+    """Catches the export of a step that is not that step's model, that transformers does not open, that breaks a
+    resume, or whose writing changes the run; and fp32 weights that an evaluation before the export or checkpoint left
+    in the compute dtype."""
     run, out = {**RUN, "dtype": "bfloat16", "max_steps": 4}, tmp_path / "out"
     finetune(tied_folder, train_file, tmp_path / "plain", **run)
     more = {"eval_file": train_file, "eval_steps": 1, "num_eval_samples": 0, "export_steps": 2, "save_steps": 3}
@@ -223,8 +223,8 @@ def test_exports_of_steps(tied_folder, train_file, tmp_path):
 
 
 def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
-    """Catches a run that is lost whole because nobody asked for checkpoints, and one that saves although it was told
-    not to."""
+    """Catches a run that is lost entirely because --save_steps was not given, and one that saves although --save_steps
+    is 0."""
     saved = lambda out: sorted(path.name for path in out.glob("checkpoints/*"))  # noqa: E731
     run = {"max_steps": 3, "batch_size": 4, "save_steps": None}
     finetune(folder, train_file, tmp_path / "a", **run)
@@ -238,7 +238,7 @@ def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
 
 
 def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
-    """Catches a head of its own that is tied in training, or in the export, because config.json says so."""
+    """Catches a separate head that is tied in training, or in the export, because config.json says so."""
     shutil.copytree(folder, tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "in/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -250,8 +250,8 @@ def test_trains_the_head_that_the_files_hold(folder, train_file, tmp_path):
 
 @pytest.mark.parametrize("added, pad_id", [({}, 0), ({"<pad>": tiny.VOCAB_SIZE}, 1)])
 def test_one_pad_token(added, pad_id, train_file, tmp_path):
-    """Catches config.json and the tokenizer that name two pad tokens, and one without an embedding in config.json, with
-    which transformers opens nothing."""
+    """Catches config.json and the tokenizer naming different pad tokens, and a pad token without an embedding in
+    config.json, with which transformers cannot open the folder."""
     tiny.write_model(tmp_path / "in", pad_token_id=1)
     tiny.write_tokenizer(tmp_path / "in", pad_token=next(iter(added), "<unk>"))
     (tmp_path / "in/added_tokens.json").write_text(json.dumps(added))
@@ -261,7 +261,7 @@ def test_one_pad_token(added, pad_id, train_file, tmp_path):
 
 
 def test_through_a_link(tied_folder, train_file, tmp_path):
-    """Catches a model that is not where the link leads, and what is staged beside the link, on another disk maybe."""
+    """Catches a model not written where the link leads, and files staged beside the link, maybe on another disk."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     finetune(tied_folder, train_file, tmp_path / "out", max_steps=0)
@@ -273,12 +273,12 @@ def test_through_a_link(tied_folder, train_file, tmp_path):
 
 
 def test_non_finite_loss(folder, train_file, tmp_path, monkeypatch):
-    """Catches a run that goes on with NaN, or saves it over the last good checkpoint, or does not say where it was."""
+    """Catches a run that goes on with NaN, saves it over the last good checkpoint or hides its step and records."""
     out, run = tmp_path / "out", {**RUN, "save_steps": 2}
     calls, real = [], finetune_sft.token_cross_entropy
 
     def overflows(*args, **kwargs):
-        calls.append(1)  # 2 + 2 + 2 + 1 micro-batches until the first infinite one
+        calls.append(1)  # 2 + 2 + 2 + 1 micro-batches in steps 1 to 4, then an infinite one
         return real(*args, **kwargs) * (math.inf if len(calls) > 7 else 1)
 
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_non_finite_loss(folder, train_file, tmp_path, monkeypatch):
 
 
 def test_infinite_weight(folder, train_file, tmp_path):
-    """Catches a broken input model trained on."""
+    """Catches training on an input model with an infinite weight."""
     broken = copy_with(folder, tmp_path / "in", lambda w: w["model.norm.weight"].__setitem__(3, math.inf))
     result = tiny.run(SCRIPT, *flags(broken, train_file, tmp_path / "out"))
     tiny.assert_refused(result, "step 1: loss is nan; records of the step (from 0): ")
@@ -302,7 +302,7 @@ def test_infinite_weight(folder, train_file, tmp_path):
 
 
 def copy_with(folder, target, change_weights=None, **config):
-    """A copy of a model folder with other weights or config values."""
+    """Copies a model folder with other weights or config values."""
     shutil.copytree(folder, target)
     if change_weights is not None:
         weights = weights_of(target)
@@ -342,7 +342,7 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("name", BAD_RECORDS)
 @pytest.mark.parametrize("which", ["train_file", "eval_file"])
 def test_bad_records(name, which, folder, tmp_path):
-    """Catches a complaint without file and line, a traceback, and an output folder made for nothing."""
+    """Catches an error without file and line, a traceback, and an output folder left behind."""
     content, *complaints = BAD_RECORDS[name]
     bad, good = tmp_path / "train.jsonl", tmp_path / "good.jsonl"
     bad.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -363,7 +363,7 @@ def test_only_records_with_nothing_to_learn(folder, tmp_path):
 
 
 def test_bad_chats(folder, tmp_path):
-    """Catches a message list that is none, or a template that fails, reported without the record."""
+    """Catches an error without the record for messages that are no list of messages or a template that fails."""
     chatty = tmp_path / "in"
     shutil.copytree(folder, chatty)
     template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}{{ nothing.x if false }}"
@@ -413,7 +413,7 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", [*BAD_FOLDERS, *BAD_CONFIGS, *BAD_WEIGHTS])
 def test_bad_model_folders(name, folder, train_file, tmp_path):
-    """Catches a traceback of a library, a complaint that does not name file, key or tensor, and output for nothing."""
+    """Catches a library's traceback, an error that does not name the file, key or tensor, and output left behind."""
     source, change_weights, config = tmp_path / "in", None, {}
     if name in BAD_CONFIGS:
         config, parts = BAD_CONFIGS[name]
@@ -451,7 +451,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags(name, folder, train_file, tmp_path):
-    """Catches a value out of range found only after the model was loaded, or never."""
+    """Catches an out-of-range value that is found only after the model was loaded, or never."""
     given, parts = BAD_FLAGS[name]
     result = tiny.run(
         SCRIPT, *flags(**{"checkpoint_path": folder, "train_file": train_file, **given}, output_dir=tmp_path / "out")
@@ -461,7 +461,7 @@ def test_bad_flags(name, folder, train_file, tmp_path):
 
 
 def test_occupied_output_dir(folder, train_file, tmp_path):
-    """Catches an earlier run, a file or somebody's model overwritten, and advice to empty what may be the input."""
+    """Catches an earlier run, a file or a user's model overwritten, and advice to empty what may be the input."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")

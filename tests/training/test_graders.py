@@ -1,7 +1,7 @@
-r"""training/graders.py and training/mathematics.py: pairs of an answer and the right one with the verdict, by hand.
+r"""training/graders.py and training/mathematics.py on pairs of an answer and the gold answer, judged by hand.
 
-Each table line is (answer, gold, whether it is right). Traps are among them: numbers of a restated question, boxes that
-are nested, empty or never closed, 1,000 beside (1,000), 50 beside 50 % beside 1/2, units, signs.
+Each row of a table is (answer, gold, whether the answer is right). Traps are among them: numbers of a restated
+question, boxes that are nested, empty or never closed, 1,000 vs (1,000), 50 vs 50 % vs 1/2, units, signs.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ from training.graders import exact_match, format_reward, last_number, math_answe
 
 Y, N = True, False
 
-GSM8K = [  # whole answers to word problems; gold as the public files have it, or the number alone
+GSM8K = [  # whole answers to word problems; gold as in the public files, or the number alone
     ("She has 16 - 3 - 4 = 9 eggs. 9 * 2 = $18.\n#### 18", "She makes 9 * 2 = $<<9*2=18>>18.\n#### 18", Y),
     ("She has 9 eggs and makes $18 every day.", "#### 18", Y),
     ("She makes $18.00 every day.", "18", Y),
@@ -29,7 +29,7 @@ GSM8K = [  # whole answers to word problems; gold as the public files have it, o
     ("The answer is 18, because 9 * 2 = 18 and not 20.", "18", Y),
     ("The answer is 18 since 20 is too many", "18", Y),
     ("The answer is 9 * 2 = 18.", "18", Y),
-    ("The answer is 9 * 2 = 20.", "20", N),  # a chain that is wrong is no answer
+    ("The answer is 9 * 2 = 20.", "20", N),  # a false chain of equations is no answer
     ("The answer to your question is 18.", "18", Y),
     ("The answer is 18. I hope this answer is right.", "18", Y),
     ("The answer is 20. Wait, that is wrong. The answer is 18.", "18", Y),
@@ -65,7 +65,7 @@ GSM8K = [  # whole answers to word problems; gold as the public files have it, o
     ("####", "18", N),
     ("#### 180", "18", N),
     ("It takes 3 bolts in total.", "3", Y),
-    ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # the last number is another
+    ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # of the question
     ("#### Final answer\n\n18 eggs.", "18", Y),
     ("#### Conclusion\nSo the answer is $18$, for 2 days.", "18", Y),
     ("#### Step 2: Add them\n9 + 9 = 18", "18", Y),
@@ -94,13 +94,13 @@ GSM8K = [  # whole answers to word problems; gold as the public files have it, o
     ("<think>It is 4? \\boxed{4}</think>The answer is 3.", "3", Y),
     ("<think>It is 3. \\boxed{3}</think>The answer is 4.", "3", N),
     ("It is 3, I think.</think>\n\nIt is 4.", "3", N),
-    ("<think>So 3.</think>", "3", N),  # nothing is answered
+    ("<think>So 3.</think>", "3", N),  # no answer after the thoughts
     ("<answer>18</answer>", "18", Y),
     ("<answer> $18 </answer> (not 20)", "18", Y),
     ("<answer>17</answer> or <answer>18</answer>", "18", Y),
     ("<answer>She earns 18 dollars per day.</answer>", "18", Y),
     ("<answer></answer> 18", "18", N),
-    ("<answer>18", "18", Y),  # no end: the last number
+    ("<answer>18", "18", Y),  # not closed: the last number counts
 ]
 
 BOXES = [
@@ -116,7 +116,7 @@ BOXES = [
     ("\\boxed 42", "42", Y),
     ("$\\boxed 4$2", "4", Y),
     ("It is 42, so \\boxed{}", "42", N),
-    ("\\boxed{42}, that is \\boxed{ }", "42", Y),  # the empty one says nothing
+    ("\\boxed{42}, that is \\boxed{ }", "42", Y),  # the empty box is ignored
     ("It is \\boxed{42", "42", N),
     ("It is \\boxed{42}. So \\boxed{41", "42", Y),
     ("It is 42, so \\boxed{\\text{unclosed", "42", N),
@@ -133,7 +133,7 @@ BOXES = [
     ("\\boxed{\\text{42 clips}}", "42", Y),
 ]
 
-NUMBERS = [  # (answer, gold) as they stand in a box
+NUMBERS = [  # (what the box of the answer holds, gold, right)
     ("1/2", "0.5", Y),
     ("50\\%", "1/2", Y),
     ("50%", "0.5", Y),
@@ -231,7 +231,7 @@ NUMBERS = [  # (answer, gold) as they stand in a box
     ("2^10", "1024", Y),
     ("-2^2", "-4", Y),
     ("(-2)^2", "4", Y),
-    ("1/0", "1/0", Y),  # not numbers: the same words
+    ("1/0", "1/0", Y),  # not numbers: compared as text
     ("1/0", "0", N),
     ("073", "73", Y),  # AIME
     ("73", "073", Y),
@@ -317,7 +317,7 @@ STRUCTURES = [
     ("dog", "god", N),
     ("\\text{(C)}", "C", Y),
     ("even", "\\text{even}", Y),
-    ("9^{9^{9}}", "9^{9^{9}}", Y),  # the same words: nobody calculates it
+    ("9^{9^{9}}", "9^{9^{9}}", Y),  # compared as text: too large to compute
     ("9^{9^{9}}", "9", N),
     ("1e999999999", "5", N),
     ("((((((5))))))", "5", Y),
@@ -369,15 +369,15 @@ wrong = lambda grader, pairs: [pair for pair in pairs if grader("", pair[0], {"a
 
 
 def test_pairs():
-    """Catches a right answer that is not recognised, and one that counts without being right."""
+    """Catches a right answer that is not recognised, and a wrong one that is accepted."""
     assert len(PAIRS) + len(CHOICES) > 250
     assert wrong(math_answer, PAIRS) == []
     assert wrong(multiple_choice, CHOICES) == []
 
 
 def test_equality_has_no_side():
-    """Catches a comparison that depends on which of the two is the gold answer; the sentence around a number and the
-    chain of equations apart, which only an answer may have."""
+    """Catches a comparison that depends on which of the two is the gold answer. Whole sentences are not compared here:
+    only an answer may be one."""
     from training.mathematics import equal
 
     for answer, gold, verdict in [*NUMBERS, *STRUCTURES]:
@@ -404,7 +404,7 @@ LAST = [
 
 
 def test_exact_match_and_last_number():
-    """Catches answers that are normalised where letters count, and marks that are obeyed where the last number does."""
+    """Catches an exact_match that normalises text, and a last_number that prefers a box to the last number."""
     assert wrong(exact_match, EXACT) == [] and wrong(last_number, LAST) == []
 
 
@@ -429,13 +429,14 @@ FORMATS = [  # (prompt, completion, reward)
 
 
 def test_format():
-    """Catches tags that are missing, doubled or out of order, and an answer that is thought instead of given."""
+    """Catches tags that are missing, doubled or out of order, and an answer given inside the thoughts only."""
     assert [row for row in FORMATS if format_reward(row[0], row[1], {}) != row[2]] == []
 
 
 def test_records():
-    """Catches another field than the first there is, a list of which one alone counts, and a missing answer that gives
-    a reward, if only the 0 of a text without an answer: then not all fail, and a run goes on."""
+    """Catches a gold answer that is not the first field present, a list of gold answers of which only one counts, and a
+    record without one that gets a reward, if only 0 for a text without an answer: then not every call fails, and the
+    run goes on."""
     assert math_answer("", "5", {"solution": "so \\boxed{5}", "target": "6"})
     assert math_answer("", "5", {"answer": None, "label": 5}) and math_answer("", "5", {"gold": [4, 5.0]})
     for grader in (math_answer, exact_match, last_number, multiple_choice):
@@ -447,8 +448,8 @@ def test_records():
 
 
 def test_hostile_texts_have_a_verdict():
-    """Catches an exception, and patterns that go over a text again and again, which would take minutes here: a model in
-    training writes such texts."""
+    """Catches an exception, and patterns that backtrack, which would take minutes here, on texts as a model in training
+    writes them."""
     texts = ["\\boxed{" * 5000, "{" * 30000, "1," * 15000, "answer " * 6000, "answer is 1, " * 3000, "<answer>" * 4000]
     texts += ["(" * 30000, "1 " * 15000, "-" * 30000, "\\frac" * 6000, "9^" * 400, "x" * 30000, "$" * 30000]
     texts += [f"\\boxed{{{text[:990]}}}" for text in texts]
@@ -458,7 +459,7 @@ def test_hostile_texts_have_a_verdict():
 
 
 def test_math_verify_is_asked_last(monkeypatch):
-    """Catches a package that overrules what is understood here, or is not asked where nothing is."""
+    """Catches math_verify overruling a verdict that we can give, or not being asked where we cannot."""
     asked = []
     package = types.ModuleType("math_verify")
     package.parse = lambda text: text
@@ -469,7 +470,7 @@ def test_math_verify_is_asked_last(monkeypatch):
 
 
 def test_no_torch():
-    """Catches an import that makes every worker process start slowly."""
+    """Catches an import of torch, which slows the start of every worker process."""
     program = "import sys, training.graders, models.worker_process, models.functions; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr

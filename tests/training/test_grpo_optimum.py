@@ -15,8 +15,8 @@ def train(root, out, **more):
 
 
 def test_rloo_reaches_the_optimum(tmp_path):
-    """Catches whatever makes it learn another policy than pi*: the baseline, the KL's place, sign or units, the EOS
-    action, temperatures, ratios to another policy than the one that drew."""
+    """Catches mistakes that lead to another policy than pi*: in the baseline, in the KL's place, sign or units, in the
+    EOS action, in temperatures, or in ratios to another policy than the one that sampled."""
     table = write_task(tmp_path, 0)
     train(tmp_path, tmp_path / "out", **RLOO, **SMALL)
     found = relative_regret(tmp_path, tmp_path / "out", table)
@@ -25,7 +25,7 @@ def test_rloo_reaches_the_optimum(tmp_path):
 
 
 def test_dr_grpo_ends_on_the_best_answer(tmp_path):
-    """Catches advantages of the wrong sign or of another answer: without a KL the best answer is all that is left."""
+    """Catches advantages of the wrong sign or of another answer: without a KL, only the best answer must be left."""
     table = write_task(tmp_path, 0)
     small = {"total_steps": 30, "rollout_batch_size": 192, "minibatch_size": 96, "learning_rate": 1e-2}
     train(tmp_path, tmp_path / "out", loss_type="dr_grpo", num_iterations=1, **small)
@@ -36,9 +36,9 @@ def test_dr_grpo_ends_on_the_best_answer(tmp_path):
 
 
 def test_adapters_reach_the_optimum(tmp_path):
-    """Catches adapters that do not reach the sampler, a reference that has them on, an export that is not what was
-    trained, and a loss that moves the base: of rank 8, below a frozen head, they end at 2.7 % of the reference's regret
-    on this seed, at 4.1 and 2.0 % on 1 and 2; after 40 updates at 0.9, 2.0 and 0.9 %."""
+    """Catches adapters that do not reach the sampler, a reference with the adapters on, an export that is not what was
+    trained, and a loss that changes the base. Of rank 8, below a frozen head, they end at 2.7 % of the reference's
+    regret on this seed, at 4.1 and 2.0 % on seeds 1 and 2; after 40 updates at 0.9, 2.0 and 0.9 %."""
     table = write_task(tmp_path, 0, head_scale=0.5, reward_scale=0.5, hidden_size=32, intermediate_size=64)
     train(tmp_path, tmp_path / "out", **RLOO, lora_r=8, learning_rate=1e-2, total_steps=24)
     found = relative_regret(tmp_path, tmp_path / "out", table)

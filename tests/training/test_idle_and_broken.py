@@ -1,6 +1,5 @@
-"""What would look like a run and is none: flags that change nothing, rewards that nobody gives, weights that are not
-numbers. Each ends with one line and exit code 2.
-"""
+"""Runs that would look sound but are not: flags without effect, answers without rewards, weights that are not finite.
+Each ends with one line on stderr and exit code 2."""
 
 import asyncio
 import json
@@ -42,7 +41,7 @@ def world(folder, tmp_path_factory):
 
 
 def run(script, folder, world, out, *more):
-    """The script on the world's records, with the functions named as fn.py:NAME."""
+    """Runs a script on the world's records; a reward function is given as fn.py:NAME."""
     more = [f"{world}/{word}" if str(word).startswith("fn.py:") else word for word in more]
     if script in ("train_ppo", "train_grpo"):
         given = ["--prompt_file", world / "prompts.jsonl", "--max_new_tokens", 4, "--rollout_batch_size", 4]
@@ -53,7 +52,7 @@ def run(script, folder, world, out, *more):
 
 
 def assert_ended(result, *parts):
-    """After a step or more: exit code 2, and the last line of stderr has all parts."""
+    """Asserts exit code 2, and that the last line of stderr has all parts; a run may have printed others before it."""
     assert result.code == 2 and "Traceback" not in result.stderr, result.stderr
     last = result.stderr.splitlines()[-1]
     assert all(part in last for part in parts), last
@@ -78,28 +77,28 @@ def idle(script, *flags):
     ],
 )
 def test_idle_flags(script, flags, folder, world, tmp_path):
-    """Catches a flag that is taken and does nothing."""
+    """Catches a flag that is accepted but does nothing."""
     result = run(script, folder, world, tmp_path / "out", *flags)
     tiny.assert_refused(result, f"error: {flags[-2]} {flags[-1]}", " does nothing ")
     assert not (tmp_path / "out").exists()
 
 
 def test_no_time_out(folder, world, tmp_path):
-    """Catches --reward_timeout taken for a limit of a function that is called once for all answers, and has none."""
+    """Catches --reward_timeout accepted silently for a batch function, which is called once and has no timeout."""
     result = run("train_ppo", folder, world, tmp_path / "out", "--reward_fn", "fn.py:whole", "--reward_timeout", 5)
     assert result.code == 0 and "--reward_timeout holds for a --reward_fn of the form (prompt, " in result.stdout
 
 
 def test_rewards_without_weight(folder, world, tmp_path):
-    """Catches a run whose rewards are all 0, by their weights."""
+    """Catches a run whose rewards are all 0 because their weights are."""
     flags = ["--reward_fn", "fn.py:each", "--reward_fn_weight", 0]
     tiny.assert_refused(run("train_grpo", folder, world, tmp_path / "a", *flags), "nothing to learn from", "weights")
     assert run("train_grpo", folder, world, tmp_path / "b", *flags, "--length_penalty", 0.1).code == 0
 
 
 def test_process_reward_of_whole_answers(folder, world, tmp_path):
-    """Catches --process_reward beside a reward model that scores no steps, and a process model for which nobody could
-    tell the steps of an answer: train_rm.py made one, and whatever reads reward models refused it."""
+    """Catches --process_reward with a reward model of whole answers, and a process reward model trained without a step
+    separator: train_rm.py wrote one, and everything that reads reward models refused it."""
     rm = tmp_path / "rm"
     assert run("train_rm", folder, world, rm, "--max_steps", 0).code == 0
     scored = run(
@@ -115,8 +114,8 @@ def test_process_reward_of_whole_answers(folder, world, tmp_path):
 )
 @pytest.mark.parametrize("script", ["train_ppo", "train_grpo"])
 def test_a_function_that_grades_nothing(script, name, flags, code, folder, world, tmp_path):
-    """Catches a run to its end in which every answer was left out of every update; and one that ends because of some
-    answers, or where the user wants it so."""
+    """Catches a run that goes on although it has to leave out every answer of an update; and one that ends although
+    some answers have a grade, or although the user chose to skip errors."""
     result = run(script, folder, world, tmp_path / "out", "--reward_fn", f"fn.py:{name}", "--reward_workers", 1, *flags)
     assert result.code == code, result.stderr
     if code:
@@ -124,8 +123,8 @@ def test_a_function_that_grades_nothing(script, name, flags, code, folder, world
 
 
 def test_weights_that_are_not_finite(folder, world, tmp_path):
-    """Catches an update that makes infinite weights, saved as the newest checkpoint, from which each resume would begin
-    with a loss of NaN, or exported: the run ends, and goes on from the step before as if nothing had been."""
+    """Catches an update to infinite weights that is saved as the newest checkpoint, from which every resume would begin
+    with a NaN loss, or exported: the run must end, and resume from the step before as if nothing had happened."""
     steps, broken = [*FIRST_STEPS, "--learning_rate", 1e-3], [*FIRST_STEPS, "--learning_rate", 1e38]
     assert run("finetune_sft", folder, world, tmp_path / "a", *steps, "--max_steps", 2).code == 0
     out = tmp_path / "b"
@@ -145,7 +144,7 @@ def test_weights_that_are_not_finite(folder, world, tmp_path):
 
 
 def test_weights_that_the_export_cannot_hold(folder, world, tmp_path):
-    """Catches weights of 1e6 that are written in float16, as infinities."""
+    """Catches weights of 1e6 exported in float16, as infinities."""
     flags, out = [*FIRST_STEPS, "--learning_rate", 1e6, "--max_steps", 1], tmp_path / "out"
     result = run("finetune_sft", folder, world, out, *flags, "--export_dtype", "float16")
     assert_ended(result, "float16 cannot hold weights of the model", "--export_dtype")
@@ -161,8 +160,8 @@ NAN = float("nan")
     [([], None), ("", None), ([None, ""], None), (NAN, None), (["", 5], 1.0), ([NAN, 5], 1.0), (5, 1.0)],
 )
 def test_no_right_answer(given, wanted):
-    """Catches a record whose list of right answers is empty, or holds what pandas has for none: whatever the policy
-    said would be wrong."""
+    """Catches a record whose list of gold answers is empty, or holds pandas' value for a missing one: every answer
+    would count as wrong."""
     if wanted is None:
         with pytest.raises(ValueError, match="no right answer"):
             math_answer("", "5", {"answer": given})
@@ -173,15 +172,15 @@ def test_no_right_answer(given, wanted):
 
 @pytest.mark.parametrize("given", [{"value": "5", "aliases": ["five"]}, [{"value": "5"}], [["5"]]])
 def test_right_answers_that_are_no_text(given):
-    """Catches an object, or a list in a list, that is compared as Python would print it: no answer would be right."""
+    """Catches an object, or a list in a list, compared as Python prints it: no answer would be right."""
     for grader in (math_answer, exact_match, multiple_choice):
         with pytest.raises(ValueError, match="right answer in solution is neither text nor a number"):
             grader("", "5", {"answer": None, "solution": given})
 
 
 def test_right_answers_of_a_column_of_floats():
-    """Catches integers that became floats, as in any column of pandas with a value missing, to which no answer is right
-    to the letter, or is a choice; and true, which is no choice, taken for the second."""
+    """Catches integers that became floats, as in any column of pandas with a value missing, so that no answer matches
+    exactly or is the choice; and true, which is no choice, taken for the second one."""
     assert exact_match("", "18", {"answer": 18.0}) == exact_match("", "18.0", {"answer": 18.0}) == 1
     assert exact_match("", "18", {"answer": 18.5}) == 0
     assert multiple_choice("", "C", {"answer": 2.0}) == 1 and multiple_choice("", "B", {"answer": 2.0}) == 0
@@ -191,7 +190,7 @@ def test_right_answers_of_a_column_of_floats():
 
 @pytest.mark.parametrize("world_size, complaint", [("2", "no RANK"), ("", "no number"), ("two", "no number")])
 def test_half_an_environment(world_size, complaint, folder, world, tmp_path, monkeypatch):
-    """Catches a traceback of a mesh where a container sets WORLD_SIZE and no launcher has started the ranks."""
+    """Catches a traceback of the device mesh if a container sets WORLD_SIZE but no launcher has started the ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
     monkeypatch.setenv("WORLD_SIZE", world_size)
@@ -201,7 +200,7 @@ def test_half_an_environment(world_size, complaint, folder, world, tmp_path, mon
 
 
 def test_a_rank_without_the_rest(folder, world, tmp_path, monkeypatch):
-    """Catches torch's words, which do not say what to do, where an environment has a RANK left of another program."""
+    """Catches torch's error, which does not say what to do, if the environment has a RANK left by another program."""
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -215,8 +214,8 @@ def test_a_rank_without_the_rest(folder, world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "newlines_chatml"])
 def test_steps_that_end_with_their_separator(kind, opened):
-    """Catches a second separator behind steps that are written with theirs: a label would sit on a token, two newlines
-    in one, that no answer has there when it is scored, cut at its separators."""
+    """Catches a second separator after steps that already end with theirs: a label would sit on a token, two newlines
+    in one, that scoring, which splits answers at their separators, never sees there."""
     tokenizer, steps = opened(kind)[0], ["the no\n", "yes", "is er\n"]
     record = Record("x:1", {"prompt": "plus", "completions": steps, "labels": [1, 0, 1]})
     row, _ = encode_process_record(record, "\n", tokenizer)
@@ -226,11 +225,11 @@ def test_steps_that_end_with_their_separator(kind, opened):
 
 
 def test_a_broken_record_among_packed_ones(tmp_path):
-    """Catches the number of a packed row given as that of a record: the culprit, of which the embedding is NaN, must be
-    among those that are named, counted without the records that are skipped."""
+    """Catches the index of a packed row reported as a record's: the broken record, whose token has a NaN embedding,
+    must be among those named, counted without the skipped ones."""
     model = tiny.write_model(tmp_path / "lm", num_hidden_layers=1)
     with torch.no_grad():
-        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's piece, behind <unk>, <s> and </s>
+        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's token, after <unk>, <s> and </s>
     model.save_pretrained(tmp_path / "lm")
     texts = ["so it is " * 20, *[f"{i} plus {i}" for i in range(5)], "Z", "yes"]
     tiny.write_records(tmp_path / "train.jsonl", [{"text": text} for text in texts])
@@ -243,7 +242,7 @@ def test_a_broken_record_among_packed_ones(tmp_path):
 
 
 def test_wandb_without_a_key(tmp_path, monkeypatch):
-    """Catches the traceback, after everything is loaded, of a dashboard that nobody has logged in to."""
+    """Catches a traceback, after everything is loaded, if nobody has logged in to the dashboard."""
 
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])")
@@ -254,7 +253,7 @@ def test_wandb_without_a_key(tmp_path, monkeypatch):
 
 
 def test_a_function_that_changes_what_it_is_given():
-    """Catches records that a function of the batch form has changed, somewhere within, for its next call and others."""
+    """Catches a batch function's changes to its records, at any depth, seen by its next call or by other functions."""
 
     def uses_up(prompts, completions, examples):
         prompts.clear()
@@ -282,8 +281,8 @@ def interrupted(prompts, completions, examples):
 
 @pytest.mark.parametrize("function, named", [(cancelled, "CancelledError"), (gives_up, "GeneratorExit")])
 def test_what_is_no_exception(function, named):
-    """Catches an error that is no Exception, as that of a request which an async client gives up, for which the run
-    ended with a traceback on all ranks and saved nothing; a person's Ctrl-C is no error of the function."""
+    """Catches an error that is no Exception, such as that of a request which an async client cancels: the run ended
+    with a traceback on all ranks and saved nothing. Ctrl-C, however, is not an error of the function."""
     with pytest.raises(ValueError, match=f"--reward_fn: f raised {named}"):
         call_batch(Grader("--reward_fn", "f.py:f", function, False, False), ["a"], ["b"], [{}])
     with pytest.raises(KeyboardInterrupt):

@@ -23,19 +23,19 @@ from training.manifest import read_metadata
 
 RECORDS = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
 ADAPTER, MODEL = "adapter_model.safetensors", "merged/model.safetensors"
-QWEN2 = {**tiny.QWEN2, "intermediate_size": 128}  # groups of int4 divide it
+QWEN2 = {**tiny.QWEN2, "intermediate_size": 128}  # a multiple of int4's group size
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(a folder for everything, the base, records)"""
+    """Returns (a folder for everything, the base, a file of records)."""
     root = tmp_path_factory.mktemp("lora")
     tiny.write_model(root / "base", **QWEN2)
     return root, root / "base", tiny.write_records(root / "train.jsonl", RECORDS)
 
 
 def run(script, world, out, *flags):
-    """A trainer with adapters of rank 4; its result."""
+    """Runs a trainer with adapters of rank 4; returns its result."""
     _, base, train_file = world
     given = ["--checkpoint_path", base, "--train_file", train_file, "--output_dir", out, "--batch_size", 8]
     given += ["--max_steps", 4, "--learning_rate", 1e-2, "--lora_r", 4, "--adam_eps", 1e-3]
@@ -45,7 +45,7 @@ def run(script, world, out, *flags):
 
 
 def batch_of(folder, train_file):
-    """(input_ids, labels) of SFT records."""
+    """Returns (input_ids, labels) of SFT records."""
     tokenizer = Tokenizer(folder)
     rows = [encode_sft_record(record, tokenizer)[0] for record in tokenising(train_file)]
     batch = collate(rows, 0, torch.device("cpu"))
@@ -54,13 +54,13 @@ def batch_of(folder, train_file):
 
 @pytest.mark.parametrize("flags", [[], ["--use_rslora", "--lora_target_modules", "q_proj", "v_proj"]], ids=str)
 def test_steps_are_those_of_peft(world, tmp_path, flags):
-    """Catches a scale in the wrong place, a factor that is not trained, decayed or clipped otherwise, an adapter that
-    begins or ends otherwise than PEFT's, and a frozen weight that moves."""
+    """Catches a scale in the wrong place, a factor that is not trained or is decayed or clipped differently, an adapter
+    that starts or ends differently from PEFT's, and a frozen weight that changes."""
     _, base, _ = world
     train_file = tiny.write_records(tmp_path / "train.jsonl", RECORDS[:8])
     common = ["--train_file", train_file, "--no-shuffle", "--lr_schedule", "constant", "--warmup_ratio", 0, *flags]
     begun, out = tmp_path / "begun", tmp_path / "out"
-    run("finetune_sft", world, begun, *common, "--max_steps", 0, "--no-merge")  # what is random comes from here
+    run("finetune_sft", world, begun, *common, "--max_steps", 0, "--no-merge")  # PEFT starts from these random factors
     run("finetune_sft", world, out, *common, "--max_steps", 2)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -82,11 +82,11 @@ def test_steps_are_those_of_peft(world, tmp_path, flags):
         assert (found[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
-    read = peft.PeftModel.from_pretrained(plain, out)  # all that was written, as PEFT opens it
+    read = peft.PeftModel.from_pretrained(plain, out)  # PEFT reads all that was written
     assert not [key for key in read.load_adapter(out, "again").missing_keys if "again" in key]
     with torch.no_grad():
         logits = read(ids).logits
-        for folder in (out, out / "merged"):  # transformers adds an adapter that it finds beside weights
+        for folder in (out, out / "merged"):  # transformers applies an adapter that it finds
             whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
             torch.testing.assert_close(whole(ids).logits, logits, atol=1e-5, rtol=1e-5)
     stored, exported = load_file(base / "model.safetensors"), load_file(out / MODEL)
@@ -105,9 +105,9 @@ BASES = {
 
 @pytest.mark.parametrize("kind", BASES)
 def test_resumed(world, kind):
-    """Catches adapters, their moments or the dropout's noise that a resumed run has otherwise, a checkpoint or an
-    optimizer that holds the base, and a merged export of another base than the folder's (rounded to bf16 by the run's
-    computation) or than was trained above (int4)."""
+    """Catches other adapters, moments or dropout noise after a resume, a checkpoint or an optimizer that holds the
+    base, and a merged export of another base than the folder's (rounded to bf16 by the run's computation) or, for int4,
+    than the quantised one that was trained on."""
     root, base, _ = world
     whole, again = root / f"whole-{kind}", root / f"again-{kind}"
     flags = [*BASES[kind], "--save_steps", 2]
@@ -135,7 +135,7 @@ def test_resumed(world, kind):
 
 
 def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
-    """Catches adapters that are merged with what lies in the base's folder at the end, if that is another model."""
+    """Catches adapters merged at the end with another model that has replaced the base in its folder."""
     base, out = shutil.copytree(world[1], tmp_path / "base"), tmp_path / "out"
     tiny.write_model(tmp_path / "other", **QWEN2, seed=1)
     weights, kept = base / "model.safetensors", (base / "model.safetensors").read_bytes()
@@ -158,8 +158,8 @@ def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
 
 
 def test_stages(world, tmp_path):
-    """Catches an adapter that the next stage does not begin with, generates without, scores without its head or the
-    statistics of its rewards, or quantises without: alone and merged they are one model."""
+    """Catches an adapter that the next stage ignores (training, generation or quantisation), or that is scored without
+    its head or its reward statistics: on its base and merged it must be the same model."""
     _, base, _ = world
     pairs = tiny.write_records(
         tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": f" {i} so", "rejected": " or"} for i in range(8)]
@@ -237,9 +237,7 @@ def test_stages(world, tmp_path):
         assert result.code == 0, result.stderr
     wanted, found = (load_file(out / "model.safetensors") for out in folders)
     differing = sum((found[name] != wanted[name]).sum().item() for name in wanted)
-    assert (
-        wanted.keys() == found.keys() and differing < 20
-    )  # integers at the edge of rounding, since B A is summed anew
+    assert wanted.keys() == found.keys() and differing < 20  # integers at the edge of rounding, since B A is recomputed
 
 
 PPO = {"temperature": optimum.TEMPERATURE, "kl_coef": 0.1, "total_steps": 2, "rollout_batch_size": 64, "ppo_epochs": 2}
@@ -254,13 +252,13 @@ def task(tmp_path_factory):
 
 
 def test_critic_on_the_policys_base(task):
-    """Catches adapters of the policy where the critic's belong, also where a backward computes a forward again, a
-    reference that has them on, an export of the other's, and a run that goes on with one of them alone."""
+    """Catches the policy's adapters used in place of the critic's, also where a backward pass recomputes a forward
+    pass, a reference with adapters on, an export of the other model's adapters, and a resume of one of them alone."""
     train, out, again = "training/train_ppo.py", task / "shared", task / "again"
     settings = {**PPO, "shared_base": True, "activation_checkpointing": "full", "save_steps": 1}
     lines = optimum.train(train, task, out, **settings)
     assert lines[0]["objective/kl"] == 0 and abs(lines[1]["objective/kl"]) > 1e-3
-    # the critic as a model of its own computes the same: it begins with the same weights, and none has the other's
+    # a separate critic computes the same: it starts from the same weights, and neither shares adapters
     apart = optimum.train(train, task, task / "apart", **PPO)
     for line, other in zip(lines, apart, strict=True):
         for key in ("loss/policy_avg", "objective/kl", "objective/scores", "grad_norm"):
@@ -285,8 +283,8 @@ def test_critic_on_the_policys_base(task):
 
 
 def test_adapters_reach_the_sampler(task, monkeypatch):
-    """Catches a sampler that goes on with the base, or with the adapters of an earlier update: --debug_checks, passed
-    above, holds its log-probs against the trainer's."""
+    """Catches a sampler that keeps using the base, or the adapters of an earlier update: --debug_checks, passed above,
+    compares its log-probs with the trainer's."""
     monkeypatch.setattr(decode, "weight_of", lambda linear: local(linear.weight))
     with pytest.raises(RuntimeError, match="away from those of the engine"):
         optimum.train("training/train_ppo.py", task, task / "base", **PPO)

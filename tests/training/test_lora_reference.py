@@ -1,5 +1,5 @@
-"""What a run that begins with an adapter is held near: the model that it began as. The oracle is that model merged by
-PEFT into a folder of its own, as --ref_checkpoint_path."""
+"""The reference of a run that starts from an adapter is the base with that adapter. The oracle is this model merged by
+PEFT into a folder of its own, given as --ref_checkpoint_path."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from training import train_grpo
 ADAPTER = "adapter_model.safetensors"
 COMMON = {"temperature": optimum.TEMPERATURE, "total_steps": 2, "rollout_batch_size": 32}
 COMMON |= {"learning_rate": 1e-2, "save_steps": 1}
-RUNS = {  # name: (script, flags, its KL)
+RUNS = {  # name: (script, flags, the metric of its KL)
     "ppo": ("train_ppo", {"kl_coef": 0.1, "ppo_epochs": 1, "shared_base": True, "debug_checks": True}, "objective/kl"),
     "grpo": ("train_grpo", {"beta": 0.1}, "kl"),
     "rloo on int8": ("train_grpo", {"beta": 0.1, "loss_type": "rloo", "quantize_base": "int8"}, "kl"),
@@ -25,7 +25,7 @@ RUNS = {  # name: (script, flags, its KL)
 
 
 def adapted(base, root):
-    """(an adapter that PEFT made, a folder that it is merged into by PEFT)"""
+    """Returns (an adapter made by PEFT, a folder in which PEFT merged it)."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
@@ -40,7 +40,7 @@ def adapted(base, root):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """(a task of optimum.py, an adapter for its model, both merged)"""
+    """Returns (a task of optimum.py, an adapter for its model, both merged)."""
     root = tmp_path_factory.mktemp("reference")
     optimum.write_task(root, 0, head_scale=0.3)
     return root, *adapted(root / "ref", root)
@@ -49,7 +49,7 @@ def task(tmp_path_factory):
 def agree(found, wanted, tolerance=1e-5):
     for line, want in zip(found, wanted, strict=True):
         assert line.keys() == want.keys()
-        noise = {"rewards/accuracies"} if want["step"] == 1 else set()  # of margins that are 0 but for rounding
+        noise = {"rewards/accuracies"} if want["step"] == 1 else set()  # of margins that are 0 up to rounding
         for key in want.keys() - noise:
             if not key.startswith("time/") and "tokens_per_second" not in key:
                 assert line[key] == pytest.approx(want[key], rel=tolerance, abs=tolerance), (want["step"], key)
@@ -57,8 +57,8 @@ def agree(found, wanted, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_answers_are_held_near_the_start(task, name):
-    """Catches a reference that lacks the adapter, that moves with the policy, is the critic's, or is rounded otherwise,
-    and a run that goes on with another: the merged folder as reference gives the same numbers."""
+    """Catches a reference that lacks the adapter, changes with the policy, is the critic's or is rounded differently,
+    and a resume with another reference: the merged folder as reference must give the same numbers."""
     root, start, merged = task
     script, flags, kl = RUNS[name]
     script, settings, out = f"training/{script}.py", COMMON | flags | {"adapter_path": start}, root / name
@@ -71,15 +71,15 @@ def test_answers_are_held_near_the_start(task, name):
     agree(optimum.train(script, root, again, **settings, resume=True), lines, tolerance=0)
     found, wanted = (load_file(folder / ADAPTER) for folder in (again, out))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted) and not [key for key in wanted if "ref" in key]
-    if name == "grpo":  # the base's folder is the base
+    if name == "grpo":  # the base's folder means the base without the adapter
         lines = optimum.train(script, root, root / "base", **settings, ref_checkpoint_path=root / "ref")
         assert lines[0][kl] > 1e-2
 
 
 @pytest.mark.parametrize("flag", ["--precompute_ref", "--no-precompute_ref"])
 def test_pairs_are_held_near_the_start(task, tmp_path, flag):
-    """Catches the same for DPO, with the log-probs before training and in each step, and log-probs in a file that those
-    of another adapter are taken from."""
+    """Catches the same mistakes in DPO, with log-probs computed before training or in each step, and a file of
+    log-probs that is reused for another adapter."""
     root, start, merged = task
     letters = optimum.LETTERS
     pairs = [{"prompt": "bca", "chosen": letters[i], "rejected": letters[3 * i % 8] * (i % 3)} for i in range(8)]
@@ -106,7 +106,7 @@ def test_pairs_are_held_near_the_start(task, tmp_path, flag):
 
 
 def test_a_reference_without_the_adapter_shows(task, monkeypatch):
-    """Catches a comparison too weak to see the mistake that it is made for."""
+    """Catches a comparison too weak to notice a reference without the adapter."""
     root, start, _ = task
     script, flags, kl = RUNS["grpo"]
     monkeypatch.setattr(train_grpo, "as_reference", lambda model: adapter(model, None))

@@ -1,4 +1,4 @@
-"""The mean over a step's tokens (pairs, answers) as a factor of the gradients, in bf16."""
+"""The mean over a step's tokens (pairs, answers) as a factor on the gradients, in bf16."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ RECORDS = {
 
 @pytest.mark.parametrize("script", [*RECORDS, train_ppo], ids=lambda script: script.__name__.rpartition(".")[2])
 def test_a_mean_is_the_sum_over_the_count(script, folder, world, tmp_path, monkeypatch):
-    """Catches 1 / count rounded to bf16 in the backward, or in some of its tensors and not in others (the body's
-    gradients were off by up to 0.4 % against the head's): those of the mean are those of the sum over the count."""
+    """Catches 1 / count rounded to bf16 in the backward pass, or in some of its tensors only (the body's gradients were
+    off by up to 0.4 % from the head's): gradients of the mean must be those of the sum divided by the count."""
     real_scale, real_clip, counts, gradients = script.loss_scale, script.clip_grad_norm, [], []
 
     def recording_scale(count, dp_size):
@@ -38,7 +38,7 @@ def test_a_mean_is_the_sum_over_the_count(script, folder, world, tmp_path, monke
         monkeypatch.setattr(script, "loss_scale", scale)
         if script is train_ppo:
             one = {"total_steps": 1, "ppo_epochs": 1, "minibatch_size": 6, "dtype": "bfloat16"}
-            one["value_checkpoint_path"] = world / "rm"  # whose head is not 0
+            one["value_checkpoint_path"] = world / "rm"  # a head that is not 0
             arguments = flags(folder, world, tmp_path / name, **one)
         else:
             train_file = tiny.write_records(tmp_path / "train.jsonl", RECORDS[script])
@@ -56,7 +56,7 @@ def test_a_mean_is_the_sum_over_the_count(script, folder, world, tmp_path, monke
 
 
 def test_the_norm_and_the_clipped_gradients_are_scaled(folder):
-    """Catches a factor that is missing in the norm that is reported and clipped to, and one rounded to bf16."""
+    """Catches a factor missing in the norm that is reported and used to clip, and a factor rounded to bf16."""
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2**-8)):
         args = ParallelArgs(param_dtype=dtype)

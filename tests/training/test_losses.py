@@ -40,7 +40,7 @@ def make_batch(rows=3, length=9, width=16, vocab=37, *, seed=0, dtype=torch.floa
 
 
 def reference(hidden, weight, labels):
-    """Summed cross entropy of the shifted labels, all logits at once, in fp32."""
+    """Returns the summed cross entropy of the shifted labels, from all logits at once, in fp32."""
     logits = hidden.float() @ weight.float().T
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
 
@@ -68,7 +68,7 @@ def test_equals_transformers_loss_and_gradients(folder, hf_model):
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 1000])
 def test_chunks(chunk, monkeypatch):
-    """Catches a chunk lost, counted twice, or written to the wrong place; and a scale of the output's gradient lost."""
+    """Catches a chunk lost, counted twice or written to the wrong place, and a scale of the output's gradient lost."""
     hidden, weight, labels = make_batch()
     wanted = reference(hidden, weight, labels)
     grads = torch.autograd.grad(wanted * 0.3, (hidden, weight))
@@ -80,7 +80,7 @@ def test_chunks(chunk, monkeypatch):
 
 
 def test_tied_weights():
-    """Catches the gradient of one of the two uses of a tied embedding replaced by the other's."""
+    """Catches the gradient of one use of a tied embedding overwritten by the other's."""
     _, weight, labels = make_batch()
     input_ids = labels.clamp(min=0)
     grads = []
@@ -92,7 +92,7 @@ def test_tied_weights():
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_nothing_to_learn(length):
-    """Catches NaN, or a missing gradient, for a batch without labels (its ranks must still join the collectives)."""
+    """Catches NaN, or a missing gradient, for a batch without labels (its rank must still join the collectives)."""
     hidden, weight, labels = make_batch(length=length)
     loss = token_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     loss.backward()
@@ -101,7 +101,7 @@ def test_nothing_to_learn(length):
 
 
 def test_the_first_token_is_never_predicted():
-    """Catches the first label taken for a target, whose prediction no hidden state stands for."""
+    """Catches the first label used as a target although no hidden state predicts it."""
     hidden, weight, labels = make_batch()
     labels[:] = -100
     labels[:, 0] = 5
@@ -109,7 +109,7 @@ def test_the_first_token_is_never_predicted():
 
 
 def test_bfloat16():
-    """Catches the reduction done in bf16, or gradients in another dtype than their tensors'."""
+    """Catches a reduction in bf16, or gradients whose dtype is not their tensor's."""
     hidden, weight, labels = make_batch(rows=40, length=40, dtype=torch.bfloat16)
     wanted = reference(hidden, weight, labels)
     grads = torch.autograd.grad(wanted, (hidden, weight))
@@ -123,7 +123,7 @@ def test_bfloat16():
 
 
 def test_without_gradients(monkeypatch):
-    """Catches the evaluation paying for gradients that nobody asked for, and its value differing."""
+    """Catches gradients computed in evaluation, and a loss that differs without them."""
     hidden, weight, labels = make_batch()
     wanted = token_cross_entropy(hidden, weight, labels)
     assert wanted.requires_grad
@@ -151,18 +151,18 @@ def test_extreme_logits():
 # ------------------------------------------------------------------------------------ against TRL
 
 FIXTURES = json.loads(made.FILE.read_text())
-CLOSE = {"rtol": 1e-6, "atol": 5e-6}  # processors sum log-probs of -30 in other orders, and an ulp of these is 2e-6
+CLOSE = {"rtol": 1e-6, "atol": 5e-6}  # CPUs differ in the order of sums; an ulp of log-probs near -30 is 2e-6
 
 
 class PairBatch(NamedTuple):
     input_ids: torch.Tensor  # [2B, T]: chosen, then rejected
     labels: torch.Tensor
-    last: torch.Tensor  # [2B], where each row's last token is
+    last: torch.Tensor  # [2B], the position of each row's last token
     margin: torch.Tensor  # [B]
 
 
 def fixture_batch():
-    """The fixture's pairs as our own batch: four pairs of ragged rows in one forward."""
+    """Returns the fixture's pairs as our own batch: four pairs of ragged rows in one forward pass."""
 
     def row(prompt_ids, completion_ids):
         return Example(prompt_ids + completion_ids, [-100] * len(prompt_ids) + completion_ids)
@@ -246,20 +246,20 @@ def other_beta(case, batch):
     "fault", [drop_eos, shift_labels, shift_input, swap_sides, learn_the_prompt, no_smoothing, other_beta]
 )
 def test_fixtures_show_faults(fault):
-    """Catches fixtures too weak to tell: with each of these mistakes, test_dpo_equals_trl must fail by far."""
+    """Catches fixtures too weak to show a mistake: with each of these, test_dpo_equals_trl must fail by far."""
     for case in FIXTURES["dpo"]:
         if fault is no_smoothing and "label_smoothing" not in case:
             continue
         if fault is learn_the_prompt and case["kind"] not in ("ipo_avg", "simpo", "rpo"):
-            continue  # without lengths the prompt's log-probability, the same on both sides, cancels
+            continue  # without lengths the prompt's log-prob is the same on both sides and cancels
         losses = fixture_loss(*fault(case, fixture_batch()), made.tiny_model(0.0)).losses
         assert (losses - torch.tensor(case["losses"])).abs().max() > 5e-3, case["kind"]
 
 
 @pytest.mark.parametrize("case", FIXTURES["reward"], ids=lambda case: "-".join(list(case)[:-3]) or "plain")
 def test_pairwise_equals_trl(case):
-    """Catches chosen and rejected swapped, a margin added instead of subtracted, the centring term's scale, and a score
-    read from padding or from the token before the last."""
+    """Catches chosen and rejected swapped, a margin added instead of subtracted, a wrong scale of the centring term,
+    and a score read from padding or from the token before the last."""
     model, batch = made.tiny_reward_model(), fixture_batch()
     scores = model.score(model.model(batch.input_ids).last_hidden_state)[..., 0]
     scores = scores[torch.arange(len(scores)), batch.last]
@@ -273,7 +273,7 @@ def test_pairwise_equals_trl(case):
 
 
 def test_pointwise_equals_transformers():
-    """Catches probabilities taken for logits, hard labels only, and a mean where the sum is wanted."""
+    """Catches probabilities taken for logits, hard labels only, and a mean instead of one loss per row."""
     model, batch = made.tiny_reward_model(), fixture_batch()
     model.config.problem_type = "multi_label_classification"  # transformers' BCE with logits
     labels = torch.tensor([0.0, 1.0, 0.3, 0.9, 1.0, 0.0, 0.5, 0.25])
@@ -297,7 +297,7 @@ def random_logps(rows=64, scale=40.0, seed=0):
 
 
 def test_first_loss():
-    """Catches a reference that is not subtracted exactly: where policy and reference are one, h is 0."""
+    """Catches a reference that is not subtracted exactly: if policy and reference are the same, log-ratios are 0."""
     logps, lengths = random_logps(scale=900.0)
     first = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 6.25, "ipo_avg": 6.25}
     for kind, value in first.items():
@@ -311,8 +311,8 @@ def test_first_loss():
 
 @pytest.mark.parametrize("kind", DPO_LOSSES)
 def test_dpo_numbers(kind):
-    """Catches overflow for log-probabilities of long answers, NaN for an empty completion, arithmetic in bf16, and a
-    batch whose pairs are not independent of each other."""
+    """Catches overflow on log-probs of long answers, NaN for an empty completion, arithmetic in bf16, and pairs that
+    affect each other's loss."""
     logps, lengths = random_logps(scale=1e5)
     lengths[:, 0] = logps[:, 0] = 0
     reference = logps.flip(0, 1)
@@ -344,7 +344,7 @@ def test_sequence_logps():
 
 
 def test_no_pairs():
-    """Catches a rank without pairs whose backward misses the collectives (no graph), or gives NaN."""
+    """Catches a rank without pairs whose backward pass misses the collectives (no graph), or gives NaN."""
     hidden, weight, _ = make_batch(rows=2, length=2)
     batch = collate([], 0, torch.device("cpu"))
     sums, lengths = sequence_logps(token_logps(hidden[:1], weight, batch.labels)[0], batch.labels[:0])
@@ -358,7 +358,7 @@ def test_no_pairs():
 
 
 def test_auc():
-    """Catches ties counted as right or as wrong (a constant score must give 0.5), soft labels, and one class only."""
+    """Catches ties counted as right or as wrong (a constant score must give 0.5), soft labels, and a single class."""
     generator = torch.Generator().manual_seed(0)
     for size in (2, 5, 40, 300):
         scores = torch.randint(-4, 5, (size,), generator=generator) / 4

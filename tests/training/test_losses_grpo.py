@@ -1,12 +1,12 @@
 """The losses of training/grpo_losses.py against what TRL's GRPOTrainer and RLOOTrainer compute for the same answers
 (fixtures/grpo.json): advantages, losses, gradients and metrics; and against closed forms of the papers.
 
-Where TRL and the papers differ, we follow TRL, and the fixture has both where it has a switch:
+Where TRL and the papers differ, we follow TRL; where TRL has a switch, the fixture has both:
 - TRL multiplies the KL of the loss by the probability ratio, which makes its gradient that of the KL; the GRPO paper
   does not (use_bias_correction_kl)
 - cispo's epsilon_high bounds the ratio itself; in its paper 1 + epsilon_high does
 - rloo clips the ratio of the whole answer; its paper takes one step on policy, where nothing is clipped
-- bnpo is a mean of micro-batches' means in TRL; ours is the mean over the tokens of the step, however it is cut
+- bnpo is a mean of micro-batches' means in TRL; ours is the mean over the tokens of the step, however it is split
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ def name_of(case):
     return f"{case['name']} ({case['batch']})"
 
 
-# ------------------------------------------------------------------------------------------ the adapter
+# ----------------------------------------------------------------------------------- inputs and results
 
 
 def args_of(case) -> GrpoLossArgs:
-    """TRL's options as ours."""
+    """Converts TRL's options to ours."""
     options = {name: x for name, x in case["options"].items() if name not in DROPPED}
     if case["trainer"] == "rloo":
         options = {"loss_type": "rloo", "beta": FIXTURES["defaults"]["rloo"]["beta"]} | options
@@ -57,7 +57,7 @@ def args_of(case) -> GrpoLossArgs:
 
 
 def inputs_of(case) -> SimpleNamespace:
-    """A case's numbers, [A] and [A, R]; what lies outside the mask is NaN, so that nothing of it may count."""
+    """Returns a case's numbers, [A] and [A, R]; they are NaN outside the mask, so that any use of them shows."""
     batch, args = FIXTURES["batches"][case["batch"]], args_of(case)
     lengths = torch.tensor(batch["lengths"])
     answer = torch.arange(lengths.max()) < lengths[:, None]
@@ -94,12 +94,12 @@ def inputs_of(case) -> SimpleNamespace:
 
 
 def divisor_of(args, step, update, limit):
-    """loss_divisor of masks [n, R]."""
+    """Calls loss_divisor on masks [n, R]."""
     return loss_divisor(args, *(mask.sum(dim=1).tolist() for mask in (step, update)), limit)
 
 
 def results_of(x: SimpleNamespace) -> dict:
-    """What a trainer gets from these inputs, under the names of the fixture; metrics are those of all rows at once."""
+    """Returns a trainer's results on these inputs, under the fixture's names; metrics cover all rows at once."""
     rewards = x.rewards
     if x.args.kl_in_reward:
         rewards = rewards - x.args.beta * torch.where(x.mask, x.old - x.ref, 0.0).sum(dim=1)
@@ -127,13 +127,13 @@ def results_of(x: SimpleNamespace) -> dict:
 
 
 def off_by(case, x: SimpleNamespace) -> float:
-    """The furthest that a loss, a gradient or an advantage is from TRL's."""
+    """Returns the largest difference of a loss, a gradient or an advantage from TRL's."""
     results = results_of(x)
     return max((results[name] - torch.tensor(case[name])).abs().max().item() for name in ("advantages", "loss", "grad"))
 
 
 def comparable(case) -> bool:
-    """Whether TRL's loss is that of its optimizer steps, however it cut them."""
+    """Tells whether TRL's loss is that of its optimizer steps, whatever their micro-batches."""
     return case["micro_batches"] == 1 or case["options"].get("loss_type") != "bnpo"
 
 
@@ -143,8 +143,8 @@ def comparable(case) -> bool:
 @pytest.mark.parametrize("case", filter(comparable, CASES), ids=name_of)
 def test_losses_equal_trl(case):
     """Catches a wrong advantage, ratio, clip, KL or divisor of any loss type; a gradient through the old policy, the
-    reference, the engine's weights or cispo's; what is masked or padding counted; and micro-batches or the steps of an
-    update that weigh answers or tokens otherwise."""
+    reference, or the weights of the engine or of cispo; masked tokens or padding counted; and micro-batches or the
+    steps of an update that weigh answers or tokens differently."""
     x = inputs_of(case)
     results = results_of(x)
     for name in ("advantages", "loss", "grad"):
@@ -163,14 +163,14 @@ def test_losses_equal_trl(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["name"].startswith("gspo (grpo)")], ids=name_of)
 def test_gspo_is_grpo_with_ratios_of_answers(case):
-    """Catches a name that stands for something else than what TRL writes in two options."""
+    """Catches a loss_type gspo that differs from the two options that make it in TRL."""
     x = inputs_of(case)
     x.args = dataclasses.replace(x.args, loss_type="gspo", importance_sampling_level="token")
     assert off_by(case, x) < 1e-6
 
 
 def test_bnpo_does_not_depend_on_micro_batches():
-    """Catches the mean of the micro-batches' means, which is what TRL has for several; ours is what it has for one."""
+    """Catches the mean of micro-batches' means, TRL's loss for several micro-batches; ours is TRL's loss for one."""
     for cut in (case for case in CASES if case["name"] == "bnpo, micro-batches"):
         whole = next(c for c in CASES if (c["name"], c["batch"]) == ("bnpo, truncated masked", cut["batch"]))
         x = inputs_of(cut)
@@ -180,7 +180,7 @@ def test_bnpo_does_not_depend_on_micro_batches():
 
 
 def test_fixtures_clip_on_both_sides():
-    """Catches fixtures in which nothing is clipped, no answer is masked or no group lacks a spread."""
+    """Catches fixtures in which a side is never clipped, or every group has a spread of rewards."""
     for case in CASES:
         if case["trainer"] == "grpo" and "clip_ratio/low_mean" in case["metrics"] and "on policy" not in case["name"]:
             assert min(case["metrics"][f"clip_ratio/{side}_mean"] for side in ("low", "high")) > 0.03, name_of(case)
@@ -206,7 +206,7 @@ def test_soft_overlong_punishment_equals_trl(setting):
     torch.testing.assert_close(ours, torch.tensor(setting["rewards"]), **CLOSE)
 
 
-# --------------------------------------------------------------------------- planted in what is compared
+# ---------------------------------------------------------------------------------------- planted faults
 
 
 def divided_by_g(x):
@@ -296,7 +296,7 @@ FAULTS = [
     (eos_out_of_the_mask, lambda case: True),
     (truncated_learnt, lambda case: case["options"].get("mask_truncated_completions")),
     (masked_answers_not_counted, lambda case: divided_by_answers(case) and case["name"].endswith("truncated masked")),
-    # with its default every weight of cispo is at the cap, whatever the old policy
+    # with cispo's default every weight is at the cap, whatever the old policy
     (old_after_the_first_step, lambda case: in_the_second_pass(case) and case["name"] != "cispo, default epsilon_high"),
     (length_normalisation_swapped, lambda case: case["name"] in ("grpo", "dapo", "bnpo", "dr_grpo", "gspo (dapo)")),
     (divided_by_the_longest_answer, lambda case: case["options"].get("loss_type") == "dr_grpo"),
@@ -312,8 +312,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "shows"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_fixtures_show_faults(fault, shows):
-    """Catches fixtures too weak to tell: with each of these mistakes of a caller or a formula a loss, a gradient or an
-    advantage is off by far in every case that it concerns, where without it none is (test_losses_equal_trl)."""
+    """Catches fixtures too weak to show a mistake: with each of these, of a caller or a formula, a loss, a gradient or
+    an advantage is far off in every case concerned; without them none is (test_losses_equal_trl)."""
     cases = [case for case in CASES if shows(case) and comparable(case)]
     cases = [case for case in cases if case["cut"] == "whole"] or cases
     assert cases
@@ -327,7 +327,7 @@ def test_fixtures_show_faults(fault, shows):
 
 
 def one_answer(loss_type, ratios, advantage, **options):
-    """(loss, its gradient, log-probabilities) of an answer whose tokens have these ratios to the policy at rollout."""
+    """Returns (loss, its gradient, log-probs) of an answer whose tokens have these ratios to the policy at rollout."""
     args = GrpoLossArgs(loss_type=loss_type, **options)
     old = torch.linspace(-2.0, -1.0, len(ratios))[None]
     new = (old + torch.tensor([ratios]).log()).requires_grad_()
@@ -338,7 +338,7 @@ def one_answer(loss_type, ratios, advantage, **options):
 
 
 def test_group_advantages_by_hand():
-    """Catches the biased deviation, statistics over all prompts, 1e-4 in the wrong place, and 0 / 0."""
+    """Catches the biased deviation, statistics over all prompts, 1e-4 added in the wrong place, and 0 / 0."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0])
     half, none = 0.5 / (math.sqrt(1 / 3) + 1e-4), [0.0] * 4
     batch = torch.tensor([1.0, 0, 0, 1, 5, 5, 5, 5]).double().var(unbiased=True).sqrt().item()
@@ -351,7 +351,7 @@ def test_group_advantages_by_hand():
 
 
 def test_leave_one_out_is_the_mean_of_the_others():
-    """Catches a baseline that holds the reward itself, and a group over prompts."""
+    """Catches a baseline that includes the reward itself, and a group across prompts."""
     rewards = torch.randn(15, generator=torch.Generator().manual_seed(0))
     groups = rewards.view(3, 5)
     others = [[(g.sum() - g[i]) / 4 for i in range(5)] for g in groups]
@@ -359,9 +359,9 @@ def test_leave_one_out_is_the_mean_of_the_others():
 
 
 def test_leave_one_out_gradient_is_unbiased():
-    """Catches an estimator of another gradient: over all groups that a policy of three answers can draw, RLOO's mean
-    is the exact gradient of the expected reward, and that of rewards less the group's mean (Dr. GRPO) is (G - 1) / G
-    of it."""
+    """Catches a biased estimator: over all groups that a policy of three answers can draw, the mean of RLOO's gradient
+    is the exact gradient of the expected reward, and with rewards less the group's mean (Dr. GRPO) it is (G - 1) / G of
+    it."""
     logits = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
     reward = torch.tensor([1.0, -2.0, 0.5])
     (exact,) = torch.autograd.grad(-(logits.softmax(0) * reward).sum(), logits)
@@ -384,8 +384,8 @@ def test_leave_one_out_gradient_is_unbiased():
 
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
 def test_clipped_tokens(advantage):
-    """Catches min and max swapped, and a gradient of a clipped token: -A r where r is within, or on the side where the
-    clip does not help."""
+    """Catches min and max swapped, and a gradient of a clipped token: it is -A r within the range, or on the side that
+    is not clipped, and else 0."""
     ratios = [0.5, 0.9, 1.0, 1.2, 1.6]
     _, grad, _ = one_answer("dapo", ratios, advantage, epsilon=0.2, epsilon_high=0.3)
     free = [r < 1.3 if advantage > 0 else r > 0.8 for r in ratios]
@@ -393,15 +393,15 @@ def test_clipped_tokens(advantage):
         grad, torch.tensor([-advantage * r * f for r, f in zip(ratios, free, strict=True)]), **CLOSE
     )
     _, grad, _ = one_answer("dapo", ratios, advantage, epsilon=0.2, epsilon_high=0.3, delta=1.5)
-    free[-1] = False  # a bad token that has become much likelier pulls no more
+    free[-1] = False  # a bad token that has become much likelier has no gradient
     torch.testing.assert_close(
         grad, torch.tensor([-advantage * r * f for r, f in zip(ratios, free, strict=True)]), **CLOSE
     )
 
 
 def test_gspo_ratio_is_the_geometric_mean():
-    """Catches the product or the arithmetic mean of the tokens' ratios (Zheng et al. 2025, eq. 7), and tokens that are
-    clipped one by one: each has -A s / n, or none has any."""
+    """Catches the product or the arithmetic mean of the tokens' ratios (Zheng et al. 2025, eq. 7), and tokens clipped
+    one by one: the gradient of each is -A s / n, or all are 0."""
     ratios = [0.5, 2.0, 1.1, 1.3]
     s = math.prod(ratios) ** (1 / 4)
     losses, grad, _ = one_answer("gspo", ratios, 2.0, epsilon=0.5)
@@ -412,7 +412,7 @@ def test_gspo_ratio_is_the_geometric_mean():
 
 
 def test_cispo_weight_is_a_constant():
-    """Catches a gradient through the weight, a lower bound on it, and a capped token that is lost (MiniMax 2025,
+    """Catches a gradient through the weight, a lower bound on it, and a capped token without a gradient (MiniMax 2025,
     arXiv 2506.13585): the gradient of every token is -A min(r, cap)."""
     ratios = [0.1, 0.9, 1.4, 3.0]
     for advantage in (2.0, -2.0):
@@ -433,7 +433,7 @@ def test_rloo_ratio_is_of_the_whole_answer():
 
 
 def test_weight_of_a_token_on_policy():
-    """Catches a length normalisation of another loss type: on policy a token's gradient is -A over this."""
+    """Catches the length normalisation of another loss type: on policy a token's gradient is -A over this divisor."""
     lengths, limit = torch.tensor([1, 4, 2]), 7
     mask = torch.arange(4) < lengths[:, None]
     advantages = torch.tensor([1.0, -0.5, 2.0])
@@ -454,8 +454,8 @@ def test_weight_of_a_token_on_policy():
 
 
 def test_kl_gradient_on_policy():
-    """Catches the estimator's own gradient in place of the KL's: with the ratio it is log pi / pi_ref for each token,
-    without 1 - pi_ref / pi."""
+    """Catches the estimator's own gradient instead of the KL's: multiplied by the ratio it is log pi / pi_ref for each
+    token, without the ratio 1 - pi_ref / pi."""
     logps = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
     ref = torch.tensor([[-1.5, -1.0, -0.5]])
     mask, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1)
@@ -469,7 +469,7 @@ def test_kl_gradient_on_policy():
 
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "bnpo", "dapo", "cispo", "dr_grpo", "rloo"])
 def test_nothing_learnt_is_no_loss(loss_type):
-    """Catches a division by no token, and what is masked coming through as NaN."""
+    """Catches a division by zero tokens, and masked values that come through as NaN."""
     args = GrpoLossArgs(loss_type=loss_type, beta=0.1)
     dirty = torch.tensor([[math.nan, math.inf, -math.inf]] * 2).requires_grad_()
     mask = torch.zeros(2, 3, dtype=torch.bool)
@@ -481,8 +481,8 @@ def test_nothing_learnt_is_no_loss(loss_type):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
 def test_answers_that_could_not_be_graded(scale):
-    """Catches a NaN that spreads, or counts as 0, or as one of the group: advantages are those of the others alone, by
-    the standard library's mean and deviation, and 0 for it."""
+    """Catches a NaN reward that spreads, or counts as 0 or as a member of its group: advantages are those of the other
+    answers alone, by the standard library's mean and deviation, and 0 for this one."""
     groups = [[1.0, -1.0, None, -1.0], [None, 2.0, None, None], [0.5, 0.5, None, 0.5], [None] * 4]
     rewards = torch.tensor([math.nan if r is None else r for group in groups for r in group])
     graded = [[r for r in group if r is not None] for group in groups]

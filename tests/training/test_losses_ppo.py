@@ -2,8 +2,8 @@
 masks (fixtures/ppo.json): values, clip fractions and gradients; and against closed forms.
 
 Where the three differ, the tests say which we follow:
-- TRL writes the score of an answer shorter than the batch's longest on the token after EOS, and its value mask has that
-  token too: rewards, advantages and returns agree on that longer mask. We and the two others: on EOS itself.
+- TRL writes the score of an answer shorter than the batch's longest on the token after EOS, and its value mask includes
+  that token: rewards, advantages and returns agree on that longer mask. We and the other two write it on EOS itself.
 - OpenRLHF whitens with the biased variance, TRL and verl (and we) with the unbiased one.
 - TRL's approxkl is a mean over the padding too; OpenRLHF clamps single estimates of the KL at 10.
 - the factor 0.5 of the value loss is the same in all three, and all average over the masked tokens of a batch.
@@ -35,7 +35,7 @@ ALL = pytest.mark.parametrize(("case", "peer"), RUNS, ids=[f"{case['name']}-{pee
 
 
 def load(case):
-    """(the fixture's inputs, its mask); what lies outside the mask is NaN, so that nothing of it may count."""
+    """Returns (the fixture's inputs, its mask); inputs are NaN outside the mask, so that any use of them shows."""
     mask = made.mask_of(case["rows"])
     inputs = {name: torch.tensor(x) for name, x in case["inputs"].items()}
     inputs |= {name: x.view(mask.shape).masked_fill(~mask, math.nan) for name, x in inputs.items() if name != "scores"}
@@ -43,14 +43,14 @@ def load(case):
 
 
 def rollout(case):
-    """(inputs, mask, rewards, advantages, returns) as a trainer chains them."""
+    """Returns (inputs, mask, rewards, advantages, returns), chained as in a trainer."""
     x, mask = load(case)
     rewards = shaped_rewards(x["scores"], x["logps"], x["ref_logps"], mask, case["kl_coef"])
     return x, mask, rewards, *gae(rewards, x["values"], mask, case["gamma"], case["lam"])
 
 
 def trl_rollout(case):
-    """The same on TRL's longer mask, on whose last token the log-ratio is 0; its values there are the fixture's."""
+    """Returns the same on TRL's longer mask, on whose last token the log-ratio is 0 and the value the fixture's."""
     mask = made.mask_of(case["rows"])
     longer = mask | made.mask_of([(0, end + 1) for _, end in case["rows"]])
     x = {name: torch.tensor(x) for name, x in case["inputs"].items()}
@@ -66,7 +66,7 @@ def check(ours, mask, theirs, name):
 
 
 def check_loss(losses, x, mask, theirs, name):
-    """Mean over the tokens and its gradient, which is 0 for every token outside the mask."""
+    """Checks the mean over the tokens and its gradient, which is 0 for every token outside the mask."""
     mean = losses.sum() / mask.sum()
     assert losses.shape == (mask.sum(),) and mean.item() == pytest.approx(theirs[name], rel=1e-6, abs=1e-6)
     (grad,) = torch.autograd.grad(mean, x, retain_graph=True)
@@ -78,8 +78,8 @@ def check_loss(losses, x, mask, theirs, name):
 
 @ALL
 def test_rewards_and_gae_equal_the_others(case, peer):
-    """Catches a KL clamped at 0 or of the wrong sign, the score on the last column, twice or lost without its EOS, a
-    bootstrap past the last token, gamma and lambda mixed up, and anything from outside the mask."""
+    """Catches a KL clamped at 0 or of the wrong sign; the score on the last column, twice, or lost without EOS; a
+    bootstrap past the last token; gamma and lambda swapped; and any value from outside the mask."""
     if peer == "trl":
         _, _, mask, rewards, advantages, returns = trl_rollout(case)
         prefix = "longer_"
@@ -91,8 +91,8 @@ def test_rewards_and_gae_equal_the_others(case, peer):
 
 @ALL
 def test_whitening_equals_the_others(case, peer):
-    """Catches padding in mean or variance, the biased variance, statistics of single rows, and the mean kept or taken
-    away where it should not be."""
+    """Catches padding in mean or variance, the biased variance, statistics of single rows, and the mean kept or removed
+    where it should not be."""
     if peer == "trl":
         _, mask, _, _, advantages, _ = trl_rollout(case)
     else:
@@ -107,7 +107,7 @@ def test_whitening_equals_the_others(case, peer):
 
 
 def policy_inputs(case, peer):
-    """(inputs with a gradient to new_logps, mask, the advantages that the peer's loss was given)"""
+    """Returns (inputs with a gradient to new_logps, mask, the advantages that the peer's loss was given)."""
     x, mask = load(case)
     x["new_logps"].requires_grad_()
     advantages = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor(case[peer]["whitened"]))
@@ -116,7 +116,7 @@ def policy_inputs(case, peer):
 
 @ALL
 def test_policy_loss_equals_the_others(case, peer):
-    """Catches min instead of max, a clip of the wrong side or around 0, a sign, the ratio upside down; a clip fraction
+    """Catches min instead of max, a clip of the wrong side or around 0, a sign, the ratio inverted; a clip fraction
     that counts ratios out of range where the clipped term is not the larger one; and a dual clip of the wrong sign."""
     x, mask, advantages = policy_inputs(case, peer)
     inputs = x["new_logps"][mask], x["logps"][mask], advantages[mask]
@@ -138,7 +138,7 @@ def test_policy_loss_equals_the_others(case, peer):
 
 @ALL
 def test_value_loss_equals_the_others(case, peer):
-    """Catches a lost factor 0.5, min instead of max, and a clip around the return or the new value instead of the old
+    """Catches a factor 0.5 lost, min instead of max, and a clip around the return or the new value instead of the old
     value."""
     if peer == "trl":
         x, _, mask, _, _, returns = trl_rollout(case)
@@ -159,7 +159,7 @@ def test_value_loss_equals_the_others(case, peer):
 
 @pytest.mark.parametrize("case", FIXTURES["cases"], ids=lambda case: case["name"])
 def test_truncated_importance_sampling_equals_openrlhf(case):
-    """Catches engine and trainer swapped, and weights cut from below."""
+    """Catches engine and trainer swapped, and weights bounded from below."""
     x, mask, advantages = policy_inputs(case, "openrlhf")
     weights = importance_weights((x["logps"] - x["engine_logps"])[mask], made.CAP)
     assert weights.max() == made.CAP and weights.min() < 1 / made.CAP
@@ -179,14 +179,14 @@ def test_kl_estimate_equals_the_others(case):
 
 
 def test_adapted_kl_coef_equals_the_others():
-    """Catches the error's clip left out or of another size, its sign, and n / horizon left out."""
+    """Catches the error not clipped or clipped elsewhere, a wrong sign, and n / horizon left out."""
     ours = [adapted_kl_coef(0.2, kl, made.KL_TARGET, made.ANSWERS, made.HORIZON) for kl in made.KL]
     for peer in ("verl", "openrlhf"):
         assert ours == pytest.approx(FIXTURES["controllers"][peer], rel=1e-12)
     assert ours[0] < ours[1] < ours[2] == 0.2 < ours[3] < ours[4] == pytest.approx(0.2 * (1 + 0.2 * 0.0256))
 
 
-# --------------------------------------------------------------------------- planted in what is compared
+# ---------------------------------------------------------------------------------------- planted faults
 
 
 def clamp_kl(x, mask):
@@ -210,7 +210,7 @@ def everything_masked(x, mask):
 
 @pytest.mark.parametrize("fault", [clamp_kl, without_eos, swapped_models, everything_masked])
 def test_fixtures_show_faults(fault):
-    """Catches fixtures too weak to tell: with each of these mistakes of a caller the returns are off by far."""
+    """Catches fixtures too weak to show a mistake: with each of these, of a caller, the returns are far off."""
     for case in FIXTURES["cases"]:
         x, mask = load(case)
         right = mask.clone()
@@ -225,8 +225,8 @@ def test_fixtures_show_faults(fault):
 
 
 def test_score_on_the_last_masked_token():
-    """Catches the score on the last column, on every row's first token, given to an empty row, and infinite or NaN
-    padding that comes through."""
+    """Catches the score on the last column, on every row's first token or in an empty row, and infinite or NaN padding
+    that comes through."""
     mask = made.mask_of([(0, 3), (2, 5), (1, 2), (3, 3)], length=5)
     logps = torch.full(mask.shape, -math.inf).masked_fill(mask, -1.0)
     ref_logps = torch.full(mask.shape, math.nan).masked_fill(mask, -0.5)
@@ -238,7 +238,7 @@ def test_score_on_the_last_masked_token():
 
 
 def test_gae_by_its_definition():
-    """Catches the bootstrap from a padded token's value, a sum that reaches over the end, returns that are not the
+    """Catches a bootstrap from a padded token's value, a sum that reaches past the end, returns that are not the
     discounted rewards at lambda 1, and a gradient into the targets."""
     generator = torch.Generator().manual_seed(3)
     mask = made.mask_of([(0, 8), (2, 6), (5, 8), (0, 1), (4, 4)], length=8)
@@ -264,8 +264,8 @@ def test_gae_by_its_definition():
 
 
 def test_whiten():
-    """Catches NaN for one value or none, the biased variance, padding that counts, and a result that depends on how
-    wide the rows are padded or in which order ranks hand them in."""
+    """Catches NaN for one value or none, the biased variance, padding that counts, and a result that depends on the
+    width of the padding or on the order of the ranks' rows."""
     generator = torch.Generator().manual_seed(4)
     x, mask = torch.randn(6, 9, generator=generator) * 3 + 5, torch.rand(6, 9, generator=generator) < 0.4
     white = whiten(x, mask)
@@ -284,8 +284,8 @@ def test_whiten():
 
 
 def test_first_minibatch():
-    """Catches a ratio that is not exactly 1 where the policy has not moved, in bf16 too, and a gradient other than that
-    of -A log pi."""
+    """Catches a ratio that is not exactly 1 before the policy has moved, in bf16 too, and a gradient other than that of
+    -A log pi."""
     logps = -torch.rand(50, generator=torch.Generator().manual_seed(5)) * 30
     advantages = torch.randn(50, generator=torch.Generator().manual_seed(6))
     for dtype in (torch.float32, torch.bfloat16):
@@ -298,7 +298,7 @@ def test_first_minibatch():
 
 
 def test_policy_loss_by_hand():
-    """Catches, case by case, the four corners of the clip, the dual clip's bound and whose gradient is 0."""
+    """Catches a mistake in the four corners of the clip, in the dual clip's bound or in which gradients are 0."""
     ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 4.0, 4.0])
     advantages = torch.tensor([2.0, 2.0, -2.0, -2.0, -2.0, 2.0])
     new = ratio.log().requires_grad_()
@@ -311,7 +311,7 @@ def test_policy_loss_by_hand():
 
 
 def test_far_from_the_rollout():
-    """Catches inf and NaN of a ratio that overflows, in the loss and in the gradient of a token that is clipped."""
+    """Catches inf and NaN from a ratio that overflows, in the loss and in the gradient of a clipped token."""
     new = torch.tensor([500.0, 500.0, 500.0, -500.0, -500.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
     for dual_clip in (None, 3.0):
@@ -333,14 +333,14 @@ def test_value_loss_by_hand():
 
 
 def test_values_within_the_range_are_not_clipped():
-    """Catches a clip fraction that counts rounding: of small values that had not moved far enough it was a tenth."""
+    """Catches a clip fraction that counts rounding: it was a tenth for small values that were all within the range."""
     values, old, returns = 0.02 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     losses, clipped = ppo_value_loss(values, old, returns, cliprange_value=0.2)
     assert clipped.sum() == 0 and torch.equal(losses, 0.5 * (values - returns).square())
 
 
 def test_no_tokens():
-    """Catches a rank without a token, whose losses must be sums of nothing that still have a graph."""
+    """Catches a rank without tokens, whose losses must be empty sums that are still attached to the graph."""
     new = torch.zeros(0, requires_grad=True)
     losses, stats = ppo_policy_loss(new, torch.zeros(0), torch.zeros(0), cliprange=0.2, dual_clip=2.0)
     value_losses, clipped = ppo_value_loss(new, torch.zeros(0), torch.zeros(0), cliprange_value=0.2)
@@ -349,8 +349,8 @@ def test_no_tokens():
 
 
 def test_sequence_kl_loss_has_the_gradient_of_the_kl():
-    """Catches the half square of each token instead of their sum's: over all answers of two tokens, weighted with
-    their probability, its gradient is that of KL(pi || ref), and the other one's is not."""
+    """Catches half the square of each token's log-ratio instead of half the square of their sum: over all answers of
+    two tokens, weighted by their probability, the latter has the gradient of KL(pi || ref), and the former does not."""
     generator = torch.Generator().manual_seed(7)
     vocab = 4
     first, second = (torch.randn(*s, generator=generator).requires_grad_() for s in ((vocab,), (vocab, vocab)))

@@ -1,4 +1,4 @@
-"""training/manifest.py: a checkpoint that was damaged is found, named and passed over, and none can run code."""
+"""training/manifest.py: a damaged checkpoint is found, named and skipped, and no checkpoint can run code."""
 
 import collections
 import hashlib
@@ -45,15 +45,15 @@ def copy(run, tmp_path):
 
 
 def swap(path):
-    """For the file of the same name in the checkpoint before."""
+    """Replaces a file by the one of the same name in the checkpoint before."""
     shutil.copyfile(path.parent.with_name("step-000001") / path.name, path)
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [*DAMAGES.values(), swap], ids=lambda damage: damage.__name__)
 def test_damage_is_found_and_named(damage, name, run, copy, capsys):
-    """Catches a damaged file that is loaded, since only its size or only its form is looked at, one that ends the run
-    although the checkpoint before is sound, and a message that does not name it."""
+    """Catches a damaged file that is loaded because only its size or form is checked, damage that ends the run although
+    the checkpoint before is sound, and a message that does not name the file."""
     out, newest = copy
     damage(newest / name)
     model, optimizer = trained(0, seed=1)
@@ -79,8 +79,8 @@ def test_a_flip_anywhere(copy):
 
 
 def test_what_a_folder_may_hold(copy):
-    """Catches a file that came from elsewhere, a whole checkpoint under another step's name, and the remains that NFS
-    leaves of open files taken for damage."""
+    """Catches a file from elsewhere, a whole checkpoint under another step's name, and NFS's leftovers of open files
+    taken for damage."""
     _, newest = copy
     (newest / ".nfs0000000001").touch()
     open_checkpoint(newest, 2)
@@ -98,8 +98,8 @@ def without_manifest(out, step, state):
 
 
 def test_from_before_the_manifest(tmp_path, capsys):
-    """Catches a run of before that cannot go on, and one that goes on without a word or with other moments. The
-    checkpoint is torch's own, with its names and with all that it puts there."""
+    """Catches a run from before manifests existed that cannot resume, or that resumes without a message or with other
+    moments. The checkpoint is torch's own, with its names and everything that torch stores."""
     model, optimizer = trained(3)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     folder = without_manifest(tmp_path, 3, {"model": model_state, "optimizer": optimizer_state})
@@ -113,7 +113,7 @@ def test_from_before_the_manifest(tmp_path, capsys):
 
 
 def test_another_optimizer(copy, capsys):
-    """Catches moments left out without a word, where the optimizer has no place for them."""
+    """Catches moments dropped silently because the optimizer has no place for them."""
     model, _ = trained(0)
     with pytest.raises(ValueError, match="no checkpoint can be read"):
         load_newest_checkpoint(copy[0], model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -124,7 +124,7 @@ def test_another_optimizer(copy, capsys):
 
 
 class Call:
-    """Unpickled without restriction, it calls a function."""
+    """Calls a function when it is unpickled without restriction."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -138,7 +138,7 @@ def payloads(target):
     yield "posix.system", pickle.dumps(Call(os.system, touch))
     yield "builtins.eval", pickle.dumps(Call(eval, f"open({str(target)!r}, 'w')"))
     yield "builtins.getattr", pickle.dumps([Call(getattr, touch, "upper"), Call(os.system, touch)])
-    # a module that the metadata's own module has imported, by a dotted name
+    # a module imported by the metadata's own module, by its dotted name
     dotted = f"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c{chr(len(touch))}{touch}"
     yield "torch.distributed.checkpoint.metadata.os.system", dotted.encode("latin1") + b"\x85R."
     yield "OrderedDict, not", pickle.dumps(collections.OrderedDict())
@@ -146,8 +146,8 @@ def payloads(target):
 
 
 def test_metadata_runs_no_code(copy, tmp_path, capsys):
-    """Catches torch's own reading of .metadata, which is pickle.load: whoever sends a run folder would run a command at
-    --resume. The manifest does not help, since he would send that too."""
+    """Catches torch's own reader of .metadata, which is pickle.load: the sender of a run folder could run a command at
+    --resume. The manifest is no protection, since the sender writes it too."""
     out, newest = copy
     target = tmp_path / "was_run"
     shutil.rmtree(out / "checkpoints/step-000001")
@@ -160,12 +160,12 @@ def test_metadata_runs_no_code(copy, tmp_path, capsys):
         assert f"({METADATA} " in printed and named in printed, printed
         assert not target.exists(), named
     pickle.loads(next(payload for _, payload in payloads(target)))
-    assert target.exists()  # the payload is one
+    assert target.exists()  # the payload does run code
 
 
 def test_tensor_files_run_no_code(tmp_path, capsys):
-    """Catches an entry that is no tensor, which torch's planner unpickles without restriction, and a tensor file with a
-    pickle of somebody else's in it."""
+    """Catches an entry that is not a tensor, which torch's planner unpickles without restriction, and a tensor file
+    with a foreign pickle in it."""
     target = tmp_path / "was_run"
     model, optimizer = trained(1)
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -191,7 +191,7 @@ def test_tensor_files_run_no_code(tmp_path, capsys):
 
 
 def replace_pickle(archive: bytes, value: object) -> bytes:
-    """torch's zip archive of one tensor with another pickle in it, padded to the same length."""
+    """Returns torch's zip archive of one tensor with another pickle in it, padded to the same length."""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as out:
         for name in source.namelist():
@@ -204,7 +204,7 @@ def replace_pickle(archive: bytes, value: object) -> bytes:
 
 
 def test_the_manifest_can_be_checked_by_hand(copy):
-    """Catches a digest that is not what sha256sum says, and a file that it does not list."""
+    """Catches a digest that is not sha256sum's, and a file that the manifest does not list."""
     _, newest = copy
     listed = json.loads((newest / MANIFEST).read_text())
     assert listed["step"] == 2 and listed["files"].keys() == {METADATA, DATA}
@@ -216,7 +216,7 @@ def test_the_manifest_can_be_checked_by_hand(copy):
 
 
 def test_pieces_of_a_large_file(tmp_path, monkeypatch):
-    """Catches a piece that is not hashed, or is at the wrong place, where a file has several."""
+    """Catches a piece of a file that is not hashed, or hashed at the wrong offset."""
     monkeypatch.setattr(manifest, "PIECE_BYTES", 1000)
     model, optimizer = trained(1)
     save(tmp_path, 1, model, optimizer, limit=1)

@@ -1,4 +1,4 @@
-"""training/metrics.py: lines that a resumed run writes again, and dashboards."""
+"""training/metrics.py: metrics.jsonl after a resume, and dashboards; and the MFU of training/run_dir.py."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_metrics_resume(tmp_path):
 
 def test_report_to(tmp_path, monkeypatch):
     """Catches metrics that do not reach the dashboard, or reach it without their step, and a package that is missing,
-    or needs one that is, noticed late or with a traceback."""
+    or lacks a dependency, noticed late or with a traceback."""
     with pytest.raises(ValueError, match="pip install not_there"):
         check_installed("not_there")
     (tmp_path / "half_there.py").write_text("import not_there")
@@ -81,7 +81,7 @@ def test_report_to(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3, 4]
 
 
-MODELS = {  # how transformers and PEFT make it; head; whether there are adapters
+MODELS = {  # transformers' class; our head; whether it has adapters
     "all weights": (transformers.AutoModelForCausalLM, "lm", False),
     "adapters": (transformers.AutoModelForCausalLM, "lm", True),
     "reward model": (transformers.AutoModelForSequenceClassification, "score", False),
@@ -91,8 +91,8 @@ MODELS = {  # how transformers and PEFT make it; head; whether there are adapter
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_mfu(kind, beside, folder, monkeypatch):
-    """Catches the rate of all ranks over the peak of one, gradients of frozen weights and logits of a reward model that
-    nobody computes: against what torch counts of transformers' model."""
+    """Catches the rate of all ranks divided by the peak of one, and FLOPs that are counted but not computed (gradients
+    of frozen weights, logits of a reward model). The oracle is torch's FLOP counter on transformers' model."""
     made_by, head, adapted = MODELS[kind]
     theirs = made_by.from_pretrained(folder, pad_token_id=0)
     ids = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))

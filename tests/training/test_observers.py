@@ -1,5 +1,5 @@
-"""Who only looks does not write: each trainer ends at the same bits whether or not it saves, evaluates, exports, draws
-samples and tells a dashboard, in every step."""
+"""Observing a run does not change it: each trainer ends with bitwise equal weights whether or not it saves, evaluates,
+exports, draws samples and reports to a dashboard in every step."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from training import run_dir
 REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
 LEAN = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"]
 PPO = ["--rollout_batch_size", 4, "--minibatch_size", 2, "--total_steps", 3, "--max_new_tokens", 4]
-PPO += ["--critic_warmup_steps", 2, "--value_learning_rate", 1e-2]  # the policy's optimizer has not stepped at first
+PPO += ["--critic_warmup_steps", 2, "--value_learning_rate", 1e-2]  # at first, the policy's optimizer has not stepped
 GRPO = ["--rollout_batch_size", 4, "--num_generations", 2, "--minibatch_size", 4, "--total_steps", 2]
 GRPO += ["--max_new_tokens", 4]
 RUNS = {  # name: (script, flags)
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def board(monkeypatch):
-    """A dashboard that is installed."""
+    """Pretends that a dashboard is installed."""
     writer = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
     module = types.SimpleNamespace(SummaryWriter=lambda *_, **__: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
@@ -65,9 +65,9 @@ def train(world, name, out, *more):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_observers_do_not_write(name, world, tmp_path):
-    """Catches a step that saving takes with an optimizer which has not stepped (torch's get_state_dict does), noise of
-    the run that an evaluation uses up, an export that moves weights, and a resume that is another run after any
-    of it."""
+    """Catches a save that steps an optimizer which has not stepped yet (as torch's get_state_dict does), an evaluation
+    that uses up the run's random numbers, an export that changes weights, and a resume that differs after any of
+    them."""
     train(world, name, tmp_path / "quiet", *QUIET)
     train(world, name, tmp_path / "watched", *WATCHED)
     (tmp_path / "resumed/checkpoints").mkdir(parents=True)

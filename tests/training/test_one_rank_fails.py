@@ -1,4 +1,4 @@
-"""What one rank alone finds, in a rollout that the data-parallel ranks share."""
+"""A failure that only one of the data-parallel ranks sees, in the rollout that they share."""
 
 import torch
 
@@ -7,11 +7,11 @@ from tests.ranks import launch
 
 
 def test_a_policy_that_breaks_on_one_rank(tmp_path):
-    """Catches a rank that ends by itself where its answers are NaN: the other one waited for it without end, or had the
-    traceback of a connection that is gone, and what was learnt since the last checkpoint went with both."""
+    """Catches a rank that ends alone because its answers are NaN: the other one waited for it forever, or ended with
+    the traceback of a lost connection, and both lost the training since the last checkpoint."""
     model = tiny.write_model(tmp_path / "lm", num_hidden_layers=1)
     with torch.no_grad():
-        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's piece, behind <unk>, <s> and </s>
+        model.get_input_embeddings().weight[3 + ord("Z")] = torch.nan  # the byte's token, after <unk>, <s> and </s>
     model.save_pretrained(tmp_path / "lm")
     tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": f"{i} plus" + "Z" * (i == 2)} for i in range(4)])
     (tmp_path / "fn.py").write_text("def fn(prompts, completions, examples): return [0.0] * len(prompts)\n")

@@ -30,8 +30,8 @@ def rates(schedule, total, warmup, last=None, peak=None):
 
 
 def test_schedules_by_hand():
-    """Catches a schedule one step early or late, a warm-up that starts at 0 or misses the peak, also another peak than
-    --learning_rate, a wrong formula."""
+    """Catches a schedule one step early or late, a warm-up that starts at 0 or misses the peak (--learning_rate or
+    another one), and a wrong formula."""
     assert rates("constant", 5, 0.4) == [4, 8, 8, 8, 8]
     assert rates("linear", 6, 0.3) == [4, 8, 8, 6, 4, 2]  # ceil(1.8) = 2 steps up, then 4 steps to 0 at step 7
     assert rates("linear", 4, 0) == [8, 6, 4, 2]
@@ -43,11 +43,11 @@ def test_schedules_by_hand():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedule_at_its_edges(schedule):
-    """Catches a division by zero and a rate of 0 that would learn nothing, for one step and for all warm-up or none."""
+    """Catches a division by zero, and a rate of 0, which learns nothing, for one step, all warm-up or none."""
     assert rates(schedule, 1, 0.0) == rates(schedule, 1, 0.03) == rates(schedule, 1, 1.0) == [8]
     assert rates(schedule, 4, 1.0) == [2, 4, 6, 8]
     assert all(rate > 0 for rate in rates(schedule, 7, 0.0))
-    # a run that was resumed with fewer --max_steps than it has done asks for nothing, but must not fail
+    # a run resumed with fewer --max_steps than it has done needs no rate, but must not fail
     rates(schedule, 4, 0.0, last=9)
 
 
@@ -77,8 +77,8 @@ def noise(rows: int, columns: int) -> torch.Tensor:
 
 
 def test_stochastic_rounding():
-    """Catches a bias, a probability that is not the distance, a wrong sign's direction, exact numbers that move, and
-    infinities or NaN that become numbers; subnormals are rounded like the rest."""
+    """Catches a bias, a probability that is not the distance, a wrong direction for negative numbers, exact numbers
+    that change, and infinities or NaN that become numbers; subnormals are rounded like the rest."""
     rows = 4096
     step = torch.tensor([2.0**-7, -(2.0**-7), 2.0**-20, 2.0**90, 2.0**-133, -(2.0**-133)])  # an ulp of bf16
     base = torch.tensor([1.0, -1.0, 2.0**-13, 2.0**97, 2.0**-126, -3 * 2.0**-133])
@@ -103,7 +103,7 @@ def test_stochastic_rounding():
 
 
 def moved(dtype, optim, steps=20, lr=2e-5, seed=0):
-    """How far two matrices of 0.01 go under a constant gradient, which moves fp32 weights by lr at each step."""
+    """Returns how far two matrices of 0.01 move under a constant gradient, which moves fp32 weights by lr per step."""
     model = nn.ParameterList([nn.Parameter(torch.full((64, 64), 0.01, dtype=dtype)) for _ in range(2)])
     if optim == "torch":
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -119,7 +119,7 @@ def moved(dtype, optim, steps=20, lr=2e-5, seed=0):
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_bf16_weights_follow_small_updates(optim):
-    """Catches rounding to the nearest, where nothing ever moves, and noise that is the same at every step, for every
+    """Catches rounding to nearest, with which no weight ever moves, and noise that is the same at every step, for every
     parameter or under every seed: the mean would be right, and the weights far apart."""
     assert (moved(torch.bfloat16, "torch") == 0).all()  # the trap
     distances = moved(torch.bfloat16, optim)
@@ -136,7 +136,7 @@ def test_bf16_weights_follow_small_updates(optim):
 
 
 class Regression(nn.Module):
-    """y = x @ weight.T towards a teacher that is at most 0.004 away in each weight."""
+    """Fits y = x @ weight.T to a teacher that is at most 0.004 away in each weight."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -160,8 +160,8 @@ class Regression(nn.Module):
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 def test_learns_like_fp32(betas):
-    """Catches an optimizer that learns, but less than AdamW in fp32 does: nearest rounding, a lost bias correction, and
-    second moments that their quantisation keeps from decaying."""
+    """Catches an optimizer that learns, but less than AdamW in fp32: rounding to nearest, a lost bias correction, and
+    second moments that quantisation keeps from decaying."""
     args = OptimArgs(learning_rate=2e-5, adam_beta1=betas[0], adam_beta2=betas[1])
     model = Regression(torch.float32)
     first, wanted = model.fit(make_optimizer(model, args))
@@ -177,8 +177,8 @@ def test_learns_like_fp32(betas):
 
 
 def test_trains_a_model_like_fp32(folder, tmp_path):
-    """Catches what the regression above does not show: norms, embeddings and small matrices of a LLaMA in bf16, flags
-    that do not reach the optimizer, and activations in the weights' dtype."""
+    """Catches mistakes that the regression above does not show: in norms, embeddings and small matrices of a LLaMA in
+    bf16, flags that do not reach the optimizer, and activations in the weights' dtype."""
     sums = [{"prompt": f"{i} plus {i % 7} is", "completion": f" {i + i % 7}"} for i in range(64)]
     train_file = tiny.write_records(tmp_path / "train.jsonl", sums)
     losses = {}
@@ -204,7 +204,7 @@ def mixed_model(dtype: torch.dtype) -> nn.ModuleDict:
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_one_step_is_adamw_in_fp32(optim):
     """Catches arithmetic in bf16, a wrong formula or bias correction, and decay of norms and biases: from equal weights
-    and moments, each new bf16 weight is a neighbour of what torch's AdamW computes in fp32."""
+    and moments, each new bf16 weight is a neighbour of the one that torch's AdamW computes in fp32."""
     args = OptimArgs(learning_rate=3e-3, weight_decay=0.5)
     model = mixed_model(torch.bfloat16)
     optimizer = make_optimizer(model, replace(args, optim=optim))
@@ -220,7 +220,7 @@ def test_one_step_is_adamw_in_fp32(optim):
             lower = (q.data.view(torch.int32) & -0x10000).view(torch.float32)
             ulp = (lower.view(torch.int32) + 0x10000).view(torch.float32) - lower
             away = (p.detach().float() - lower) / ulp
-            # a number in fp32's last bit beside a bf16 one may come out on its other side
+            # an fp32 number within its last bit of a bf16 one may end up on its other side
             near = (away == 0) | (away == 1) | ((p.detach() - q).abs() < 1.01 * ulp.abs())
             assert near.all() and 0 < away.mean() < 1, (step, name)
             if optim == "adamw":
@@ -230,7 +230,7 @@ def test_one_step_is_adamw_in_fp32(optim):
 
 
 def test_fp32_weights_with_8_bit_moments_start_as_adamw():
-    """Catches rounding noise on fp32 weights, and quantisation before the moments are used."""
+    """Catches rounding noise on fp32 weights, and moments that are quantised before they are used."""
     models, args = [mixed_model(torch.float32) for _ in range(2)], OptimArgs(learning_rate=3e-3)
     for model, optim in zip(models, ("adamw", "adamw_8bit")):
         optimizer = make_optimizer(model, replace(args, optim=optim))
@@ -253,7 +253,7 @@ def test_quantisation_error(signed):
     x = 10.0 ** (-7 * torch.rand(32, 8 * 64))
     x = x * torch.randn_like(x).sign() if signed else x
     x.view(32, 8, 64)[:, :4] *= 1e-3
-    x[0, :64], x[1, 7] = 0, 1e4  # an empty block, and a spike that must spoil its own block only
+    x[0, :64], x[1, 7] = 0, 1e4  # a block of zeros, and a spike that may spoil its own block only
     codes, scale = quantize_blocks(x, 8, levels)
     assert codes.dtype == torch.uint8 and codes.shape == x.shape and scale.shape == (32, 8)
     blocks, back = x.view(32, 8, 64), dequantize_blocks(codes, scale, levels).view(32, 8, 64)
@@ -269,8 +269,8 @@ def test_quantisation_error(signed):
 
 
 def test_state_size_and_what_is_quantised():
-    """Catches moments that are not 8-bit, scales that cost as much as the codes, and a norm or small matrix among the
-    quantised ones."""
+    """Catches moments that are not 8-bit, scales that cost as much as the codes, and a norm or small matrix that is
+    quantised."""
     model = nn.ModuleDict({"big": nn.Linear(2048, 64), "small": nn.Linear(8, 8), "norm": nn.RMSNorm(8192)})
     model = model.to(torch.bfloat16)
     optimizer = make_optimizer(model, OptimArgs(learning_rate=1e-3, optim="adamw_8bit"))
@@ -285,7 +285,7 @@ def test_state_size_and_what_is_quantised():
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_state_survives_a_checkpoint(optim, tmp_path):
     """Catches moments converted to the weights' dtype, as torch's load_state_dict does with every state, and a step
-    count, a scale or the rounding's place lost."""
+    count, a scale or the position of the rounding noise lost."""
     models = [mixed_model(torch.bfloat16) for _ in range(2)]
     optimizers = [make_optimizer(model, OptimArgs(learning_rate=1e-3, optim=optim)) for model in models]
     for step in range(4):
@@ -302,8 +302,8 @@ def test_state_survives_a_checkpoint(optim, tmp_path):
 
 
 def test_the_state_is_there_before_the_first_step():
-    """Catches an optimizer whose state depends on whether somebody looked before it has stepped: what is put there
-    from the beginning is what torch puts there itself, and steps on from it are the same to the bit."""
+    """Catches an optimizer state that depends on whether it was read before the first step: it must start as torch's
+    own, and the steps from it must be bitwise equal."""
     models = [mixed_model(torch.float32) for _ in range(2)]
     ours, theirs = make_optimizer(models[0], OptimArgs(learning_rate=1e-3)), None
     groups = [{**group, "params": []} for group in ours.param_groups]

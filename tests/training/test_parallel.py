@@ -23,7 +23,7 @@ LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (rank
 TIED = {**tiny.QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_parameters": tiny.YARN}
 BIASED = {"attention_bias": True, "mlp_bias": True, "vocab_size": tiny.VOCAB_SIZE + 1}  # GQA; not divisible by 2
 BIASED |= {"num_hidden_layers": 1}
-STEPS = 2  # all 13 records, and a second step from what the first has made of weights and moments
+STEPS = 2  # they see all records, the second with the weights and moments of the first
 SAMPLES = ["--eval_steps", "1", "--num_eval_samples", "3", "--eval_max_new_tokens", "8"]
 FLAGS = {
     "plain": ["--micro_batch_size", "1"],
@@ -36,13 +36,13 @@ FLAGS = {
     "compiled": ["--compile", "--activation_checkpointing", "full"],
     "one reduction": ["--max_tokens_per_micro_batch", "40", "--no-sync_every_micro_batch"],
 }
-BOTH = ("plain", "sequence parallel")  # with either model; the rest with one
-HYBRID = {  # of 4 ranks: 2 replicas, each cut over 2 ranks or over none
+BOTH = ("plain", "sequence parallel")  # run with both models; the rest with one
+HYBRID = {  # on 4 ranks: 2 replicas, each sharded over 2 ranks or none
     "hybrid": ["--dp_replicate", "2", "--micro_batch_size", "1", "--save_steps", "1"],
     "hybrid, one reduction": ["--dp_replicate", "2", "--micro_batch_size", "1", "--no-sync_every_micro_batch"],
     "hybrid x tp 2": ["--dp_replicate", "2", "--tensor_parallel_size", "2", *FLAGS["sequence parallel"]],
 }
-REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave a rank an empty micro-batch
+REWARDS = {  # --loss: flags of train_rm.py; 13 records in batches of 8 leave one rank an empty micro-batch
     "pairwise": ["--center_coef", "0.1"],
     "pointwise": ["--activation_checkpointing", "full"],
     "process": ["--sequence_parallel"],
@@ -53,8 +53,8 @@ SIZES = {1: ["--micro_batch_size", "1"], 2: ["--micro_batch_size", "3"], 4: ["--
 def arguments(folder, train_file, out, *more) -> list[str]:
     flags = ["--checkpoint_path", folder, "--train_file", train_file, "--output_dir", out, "--batch_size", 8]
     flags += ["--max_steps", STEPS, "--learning_rate", 1e-2, "--max_seq_len", 40, "--overlong", "truncate"]
-    flags += ["--adam_eps", 1e-3]  # AdamW's first steps are signs: noise of near-zero gradients must stay small
-    flags += [] if "--compile" in more else ["--eval_file", train_file]  # which would be traced as well
+    flags += ["--adam_eps", 1e-3]  # AdamW's first steps are signs of gradients: noise in near-zero ones must stay small
+    flags += [] if "--compile" in more else ["--eval_file", train_file]  # an evaluation would be traced as well
     flags += [] if "--save_steps" in more else ["--save_steps", 0]
     flags += [] if "--num_eval_samples" in more else ["--num_eval_samples", 0]
     return list(map(str, [*flags, *more]))
@@ -71,7 +71,7 @@ def reward_job(root, loss, out, ranks, *more) -> list[str]:
 
 
 def judged_records(loss):
-    """Ragged ones for train_rm.py."""
+    """Returns ragged records for train_rm.py."""
     records = []
     for i in range(13):
         prompt, good, bad = f"{i} plus" + " so" * (i % 5), f" {i} is" + " it" * (i % 4), " or" * (i % 6)
@@ -87,7 +87,7 @@ def judged_records(loss):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Three folders, ragged records (one with nothing to learn), and what one process makes of them."""
+    """Writes three models and ragged records (one without targets), and trains on them in one process."""
     root = tmp_path_factory.mktemp("parallel")
     records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
     records.insert(3, {"prompt": "very long " * 30, "completion": " never seen"})
@@ -107,14 +107,14 @@ def world(tmp_path_factory):
 
 
 def compare(root, name: str, out: str) -> float:
-    """The largest relative difference to one process, over losses, norms, gradients and weights."""
+    """Returns the largest relative difference from one process in losses, norms, gradients and weights."""
     worst = 0.0
     lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, f"one-{name}"))
     assert len(lines) == len(wanted) == STEPS
     for line, want in zip(lines, wanted):
         for key in {"loss", "grad_norm", "eval_loss"} & line.keys() & want.keys():
             worst = max(worst, abs(line[key] - want[key]) / want[key])
-        for key in line.keys() & want.keys() - {"tokens_per_second"}:  # a mean reward may be all but 0
+        for key in line.keys() & want.keys() - {"tokens_per_second"}:  # a mean reward may be close to 0
             worst = max(worst, abs(line[key] - want[key]) / max(1, abs(want[key])))
         assert line["num_tokens"] == want["num_tokens"]
     folders = [model_folder(root / d) for d in (out, f"one-{name}")]
@@ -125,7 +125,7 @@ def compare(root, name: str, out: str) -> float:
     for step, want in zip(gradients, wanted):
         assert step.keys() == want.keys()
         total = torch.stack([g.norm() for g in want.values()]).norm()
-        for key in want:  # relative to its own size; but a key's bias has none in theory, only rounding
+        for key in want:  # relative to its own norm; but a key's bias has a gradient of rounding only, in theory 0
             scale = max(want[key].norm().item(), 1e-3 * total.item())
             worst = max(worst, (step[key] - want[key]).norm().item() / scale)
     weights, wanted = (load_file(folder / "model.safetensors") for folder in folders)
@@ -136,21 +136,21 @@ def compare(root, name: str, out: str) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
-    """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean taken over
-    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, samples at an evaluation that are
-    not those of the whole, current weights, a scalar head that differs between ranks, rewards of one rank alone in a
-    metric, and a recomputation that repeats the ranks' sums."""
+    """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean over
+    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, evaluation samples that are not those
+    of the whole, current weights, a scalar head that differs between ranks, a metric with the rewards of one rank
+    alone, and a recomputation that repeats all-reduces."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]
     jobs, outs = [], []
     for name in ("tied", "biased"):
         for kind, flags in FLAGS.items():
             if kind == "compiled" and layout != "tp 2":
-                continue  # it is the collectives of tp that a compiled block holds
+                continue  # only tp puts collectives into a compiled block
             if (kind == "sequence parallel" and tp_size == 1) or (kind not in BOTH and name == "tied"):
                 continue
             if ranks == 4 and kind != {"tied": "sequence parallel", "biased": "plain"}[name]:
-                continue  # the rest is run where one dimension of the mesh is 1
+                continue  # the rest runs where one dimension of the mesh is 1
             outs.append((name, kind, f"{ranks}-{tp_size}-{name}-{kind.replace(' ', '-')}"))
             more = [*flags, "--tensor_parallel_size", tp_size]
             more += SAMPLES if (name, kind) == ("biased", "plain") and ranks == 2 else []
@@ -170,14 +170,14 @@ def test_layouts_agree(world, layout):
         jobs.append(["recomputing", root / "biased"])
     launch(ranks, jobs)
     found = {(n, kind): compare(root, "packed" if kind == "packed" else n, out) for n, kind, out in outs}
-    # the third gradient of the steps' model amplifies rounding: on 2 x 2 padded and packed rows alike (1.5e-5, 1.3e-5)
+    # the process model's third gradient amplifies rounding: on 2 x 2 padded and packed rows alike (1.5e-5, 1.3e-5)
     limits = {pair: 2e-5 if pair[0] == "process" else 1e-5 for pair in found}
     assert all(found[pair] < limit for pair, limit in limits.items()), found
     for (name, kind, out), job in zip(outs, jobs):
         if "--eval_steps" in job:
             samples, wanted = (tiny.read_lines(root / d / "samples.jsonl") for d in (out, f"one-{name}"))
             assert [sample["step"] for sample in samples] == [1, 1, 1, 2, 2, 2] and samples == wanted, (name, kind)
-    if ranks == 4:  # one process takes the hybrid run's checkpoint, which a thread wrote
+    if ranks == 4:  # one process resumes from the hybrid run's checkpoint, which a thread wrote
         shutil.rmtree(root / "hybrid/checkpoints/step-000002")
         job = arguments(root / "biased", train_file, root / "hybrid", "--resume")
         result = tiny.run("training/finetune_sft.py", *job)
@@ -217,7 +217,7 @@ def wait_until(condition, run: Forked) -> None:
 
 def test_nodes_that_share_no_disk(world, tmp_path):
     """Catches two nodes that each save their half of the checkpoints on a disk of their own, and then hang at a resume:
-    refused by all ranks at the start, in a line, with nothing left behind."""
+    all ranks must refuse this at the start, in one line, and leave nothing behind."""
     root, train_file = world
     printed = launch(2, [["refused", "elsewhere", tmp_path, *sft_job(root / "tied", train_file, "out")]])
     refused = "^refused: --output_dir out: rank 1 on .* does not see what rank 0 on .* all nodes share"
@@ -227,8 +227,8 @@ def test_nodes_that_share_no_disk(world, tmp_path):
 
 def test_kill_a_node_and_resume(world):
     """Catches an optimizer shard lost or misplaced, a batch repeated or skipped, a half checkpoint taken for whole, a
-    node that stays when another one has died, or whose lock does, ranks that do not agree where a signal stops them, or
-    that one of them may not go on, or which checkpoint is sound where one of them finds the damage, and a checkpoint
+    node that stays, or keeps its lock, after another one has died; ranks that disagree on where a signal stops them, on
+    a refusal that concerns one of them, or on which checkpoint is sound if one of them finds damage; and a checkpoint
     that only the ranks that wrote it can read."""
     root, train_file = world
     flags = ["--max_steps", 15, "--save_steps", 3, "--save_total_limit", 3]
@@ -238,12 +238,12 @@ def test_kill_a_node_and_resume(world):
         [root, root], "training/finetune_sft.py", *arguments(root / "tied", train_file, "killed", *flags)
     )
     wait_until(lambda: list(out.glob("checkpoints/step-0000*")), nodes[0])
-    wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), nodes[0])  # into one that is being written
+    wait_until(lambda: list(out.glob("checkpoints/.step-*.partial")), nodes[0])  # a checkpoint is being written
     time.sleep(random.random() / 20)
     nodes[0].kill()
     for node in nodes:
         node.communicate(timeout=240)
-    last = nodes[1].read("stderr").splitlines()[-1]  # and no traceback of what the loss of a connection broke off
+    last = nodes[1].read("stderr").splitlines()[-1]  # no traceback of the lost connection
     assert nodes[1].returncode == 2 and "[rank 1] error: another rank has ended or cannot be reached" in last
     assert not (out / "config.json").exists()
     shutil.copytree(out, root / "elsewhere")
@@ -256,7 +256,7 @@ def test_kill_a_node_and_resume(world):
     assert printed.count(f"refused: --resume {out}: --train_file: other content than the run was begun with") == 2
     lock.close()
 
-    printed = launch(2, [["stopped", 1, 2, *resumed]])  # one of them stops all
+    printed = launch(2, [["stopped", 1, 2, *resumed]])  # a signal to one rank stops all
     step = len(tiny.read_lines(out / "metrics.jsonl"))
     assert f"stopped by a signal after step {step};" in printed and 3 < step < 15
     assert not (out / "config.json").exists() and (out / f"checkpoints/step-{step:06d}").exists()
@@ -284,8 +284,8 @@ def test_kill_a_node_and_resume(world):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cpu_offload(world):
-    """Catches weights or gradients left on the wrong side, a norm or an export that cannot reach them, and a step taken
-    before the gradients have arrived."""
+    """Catches weights or gradients left on the wrong device, a norm or an export that cannot reach them, and a step
+    taken before the gradients have arrived."""
     root, train_file = world
     outs = [root / "on-gpu", root / "offloaded"]
     for out, flag in zip(outs, ("--no-cpu_offload", "--cpu_offload")):
@@ -305,7 +305,7 @@ LEAN = {  # name: (folder, flags)
 
 def test_lean_optimizers_on_four_ranks(world):
     """Catches rounding noise or block scales that depend on the layout, replicas that drift apart, and a moment, a
-    scale or a step count lost or converted in a checkpoint, on the same layout and on another."""
+    scale or a step count lost or converted in a checkpoint that is resumed on the same layout or on another."""
     root, train_file = world
     jobs = []
     for name, (folder, flags) in LEAN.items():
@@ -325,13 +325,13 @@ def test_lean_optimizers_on_four_ranks(world):
         result = tiny.run("training/finetune_sft.py", *run)
         assert result.code == 0 and "resuming after step 1" in result.stdout, result.stderr
         one, four, again, alone = (load_file(f"{out}-{r}/model.safetensors") for r in ("one", "four", "again", "alone"))
-        assert len(torch.load(f"{out}-again.gradients.pt")) == 1  # it went on after step 1
+        assert len(torch.load(f"{out}-again.gradients.pt")) == 1  # it resumed after step 1
         for key, want in four.items():
             assert torch.equal(again[key], want), (name, key)
             for other in (one, alone):
                 differ, error = (other[key] != want).sum(), (other[key] - want).norm() / want.norm()
-                # gradients agree to 1e-6; where one is rounded to another bf16 number (as it is reduced, and as it is
-                # scaled), or a weight or a moment lies that close to where its rounding turns, the results are
-                # neighbours: a few elements, one ulp each
+                # gradients agree to 1e-6; where one is rounded to another bf16 number (when reduced or scaled), or a
+                # weight or a moment is that close to where its rounding changes, the results are neighbours: a few
+                # elements, one ulp each
                 few = differ < 5 + 0.02 * want.numel() and error < 2e-3
                 assert few if "bf16" in name else error < 3e-5, (name, key, differ, error)

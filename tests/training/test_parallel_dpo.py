@@ -8,7 +8,7 @@ from tests.ranks import launch
 from tests.ranks_worker import run_job
 from tests.training.test_parallel import BIASED, TIED, arguments, compare
 
-# 13 pairs in batches of 8: the last batch leaves ranks without a pair, whose forwards are collectives all the same
+# 13 pairs in batches of 8: in the last one some ranks have no pair, but still join the forward pass's collectives
 RUNS = {  # name: (model, flags)
     "dp 4": ("biased", ["--micro_batch_size", "1"]),
     "dp 2 x tp 2": ("tied", ["--tensor_parallel_size", "2", "--max_tokens_per_micro_batch", "40", "--save_steps", "1"]),
@@ -22,7 +22,7 @@ RUNS = {  # name: (model, flags)
 
 @pytest.fixture
 def world(tmp_path):
-    """Pairs, a model that is its own reference and one that has another, and what one process makes of them."""
+    """Writes pairs, a model that is its own reference and one that has another, and trains both in one process."""
     records = [
         {
             "prompt": f"{i} plus" + " so" * (i % 5),
@@ -47,8 +47,8 @@ def world(tmp_path):
 
 def test_layouts_agree(world):
     """Catches a reference's log-prob that stays on one rank or goes to another pair, a metric of one rank alone or
-    counted once for each tp rank, a mean over micro-batches or ranks instead of pairs, and a rank without a pair that
-    leaves the others waiting."""
+    counted once per tp rank, a mean over micro-batches or ranks instead of pairs, and a rank without a pair that leaves
+    the others waiting."""
     root, flags = world
     jobs = [["training.train_dpo", *flags(name, run.replace(" ", "-"), *more)] for run, (name, more) in RUNS.items()]
     launch(4, jobs)
@@ -60,7 +60,7 @@ def test_layouts_agree(world):
             assert line.keys() == want.keys()
             for key in line.keys() - {"tokens_per_second"}:
                 assert line[key] == pytest.approx(want[key], rel=1e-5, abs=1e-5), (run, key)
-    # one process goes on from what four have computed and saved
+    # one process resumes from what four have computed and saved
     (root / "dp-2-x-tp-2/checkpoints/step-000002/.metadata").unlink()
     result = tiny.run("training/train_dpo.py", *flags("tied", "dp-2-x-tp-2", "--resume"))
     assert result.code == 0 and "resuming after step 1" in result.stdout, result.stderr

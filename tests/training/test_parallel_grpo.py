@@ -38,7 +38,7 @@ def arguments(root, name, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy that ends some of its answers, ragged prompts, and what one process makes of them."""
+    """Writes a policy that ends some of its answers and ragged prompts, and trains in one process."""
     root = tmp_path_factory.mktemp("parallel")
     model = tiny.write_model(root / "lm", std=0.1, num_hidden_layers=1)
     with torch.no_grad():  # EOS is likely enough that answers have different lengths
@@ -54,7 +54,8 @@ def world(tmp_path_factory):
 
 
 def compare(root, out) -> float:
-    """The largest relative difference to one process, over metrics, gradients and weights; answers must be equal."""
+    """Returns the largest relative difference from one process: metrics, gradients and weights; answers must be
+    equal."""
     worst = 0.0
     lines, wanted = (tiny.read_lines(root / d / "metrics.jsonl") for d in (out, "one"))
     assert len(lines) == len(wanted) == STEPS + 1
@@ -79,8 +80,8 @@ def compare(root, out) -> float:
 
 
 def test_four_ranks(world):
-    """Catches answers that depend on the rank that draws them, groups cut at the ranks' borders, a rank without rows of
-    its own that hangs or counts, a divisor of micro-batches or of ranks, and metrics that differ by rank."""
+    """Catches answers that depend on the rank that draws them, groups split between ranks, a rank without rows of its
+    own that hangs or counts, a divisor per micro-batch or per rank, and metrics that differ by rank."""
     jobs = []
     for name, (tp_size, more) in LAYOUTS.items():
         jobs.append(arguments(world, name.replace(" ", "-"), "--tensor_parallel_size", tp_size, *more))
@@ -90,8 +91,8 @@ def test_four_ranks(world):
 
 
 def test_two_ranks(world):
-    """Catches what a checkpoint of two ranks forgets: resumed from its first step the run ends at the same bits; and
-    ranks that share a model and do not leave a rollout together, where one of them has had a signal."""
+    """Catches state that a checkpoint of two ranks lacks (resumed from its first step, the run ends bitwise equal), and
+    tp ranks that do not leave a rollout together after one of them had a signal."""
     jobs = [arguments(world, "tp-2", "--tensor_parallel_size", 2, "--save_steps", 1)]
     jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
     jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))

@@ -21,7 +21,7 @@ RUNS = {  # name: (script, model, flags)
     ),
     "rm": ("train_rm", "biased", LORA),
 }
-MORE = {  # of a layout, for each run
+MORE = {  # layout: more flags of each run
     "dp 2": {"biased": ["--max_tokens_per_micro_batch", "40"], "int4": ["--micro_batch_size", "1"], "rm": []},
     "tp 2": {
         "biased": ["--sequence_parallel", "--activation_checkpointing", "full"],
@@ -35,7 +35,7 @@ MORE = {  # of a layout, for each run
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two folders, ragged records and pairs, and what one process makes of them."""
+    """Writes two models, ragged records and pairs, and trains in one process."""
     root = tmp_path_factory.mktemp("parallel-lora")
     records = [{"prompt": f"{i} plus" + " so" * (i % 5), "completion": f" {i} is" + " it" * (i % 4)} for i in range(13)]
     pairs = [
@@ -58,8 +58,8 @@ def job_of(root, name, out, *more):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
-    """Catches a factor cut as the other is, a gradient of a whole factor that is one rank's part, an update that is
-    counted once for each rank, dropout that depends on the layout, and integers of another grid."""
+    """Catches a factor sharded as the other one is, a gradient of an unsharded factor that is one rank's part, an
+    update that is counted once per rank, dropout that depends on the layout, and a base quantised on another grid."""
     ranks, tp_size = LAYOUTS[layout]
     outs = {name: f"{layout.replace(' ', '-')}-{name}" for name in MORE[layout]}
     more = ["--tensor_parallel_size", tp_size]
@@ -71,7 +71,7 @@ def test_layouts_agree(world, layout):
         assert adapters.keys() == wanted.keys()
         found |= {(name, key): ((adapters[key] - want).norm() / want.norm()).item() for key, want in wanted.items()}
     assert max(found.values()) < 1e-5, {key: value for key, value in found.items() if value >= 1e-5}
-    if ranks == 4:  # one process goes on
+    if ranks == 4:  # one process resumes
         (world / outs["biased"] / "checkpoints/step-000002/.metadata").unlink()
         result = tiny.run("training/finetune_sft.py", *job_of(world, "biased", outs["biased"], "--resume")[1:])
         assert result.code == 0 and "resuming after step 1" in result.stdout, result.stderr

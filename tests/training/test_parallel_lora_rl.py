@@ -14,7 +14,7 @@ from tests.training import test_parallel_ppo as ppo
 from tests.training.test_lora_reference import adapted
 
 ADAPTER = "adapter_model.safetensors"
-RUNS = {  # a folder for each: (how it is run and compared, flags)
+RUNS = {  # name, also of its folder: (the module that runs and compares it, flags)
     "grpo": (grpo, ["--adapter_path", "adapter", "--save_steps", "1"]),
     "ppo": (ppo, ["--lora_r", "3", "--shared_base", "--quantize_base", "int4"]),
 }
@@ -27,9 +27,9 @@ LAYOUTS = {  # name: (ranks, tensor_parallel_size, what runs, more flags)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy that ends some of its answers, an adapter for it, a reward model, and what one process makes of them."""
+    """Writes a policy that ends some of its answers, an adapter and a reward model, and trains in one process."""
     root = tmp_path_factory.mktemp("parallel-lora-rl")
-    # groups of int4 divide 128
+    # 128 is a multiple of int4's group size
     model = tiny.write_model(root / "lm", std=0.1, num_hidden_layers=1, intermediate_size=128)
     with torch.no_grad():  # EOS is likely enough that answers have different lengths
         model.lm_head.weight[2] = model.lm_head.weight[5:25].sum(0)
@@ -58,9 +58,9 @@ def job_of(root, name, out, *more):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
-    """Catches adapters that reach the sampler of one rank alone, or a part of them; a reference's or a critic's cut or
-    summed otherwise than the policy's; and, of two ranks, what a checkpoint forgets: resumed from its first step the
-    run ends at the same bits."""
+    """Catches adapters that reach the sampler of one rank alone, or only in part; adapters of the reference or critic
+    that are sharded or summed differently from the policy's; and, on two ranks, state that a checkpoint lacks: resumed
+    from its first step, the run ends bitwise equal."""
     ranks, tp_size, names, more = LAYOUTS[layout]
     out, more = layout.replace(" ", "-"), ["--tensor_parallel_size", tp_size, *more]
     jobs = [job_of(world, name, out, *more) for name in names]

@@ -39,7 +39,7 @@ def arguments(root, name, *more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy that ends some of its answers, a reward model, ragged prompts, and what one process makes of them."""
+    """Writes a policy that ends some of its answers, a reward model and ragged prompts, and trains in one process."""
     root = tmp_path_factory.mktemp("parallel")
     model = tiny.write_model(root / "lm", std=0.1, num_hidden_layers=1)
     with torch.no_grad():  # EOS is likely enough that answers have different lengths
@@ -58,7 +58,8 @@ def world(tmp_path_factory):
 
 
 def compare(root, out) -> float:
-    """The largest relative difference to one process, over losses, gradients and weights; answers must be equal."""
+    """Returns the largest relative difference from one process: losses, gradients and weights; answers must be
+    equal."""
     worst = 0.0
     keys = ("loss", "loss/policy_avg", "loss/value_avg", "grad_norm", "value_grad_norm", "objective/rlhf_reward")
     keys += ("objective/entropy", "policy/entropy_avg", "kl_coef", "eval_objective/scores", "num_tokens")
@@ -89,10 +90,10 @@ def compare(root, out) -> float:
 
 
 def test_four_ranks(world):
-    """Catches answers that depend on the rank that draws them, a rank without rows of its own that hangs or counts, an
-    advantage whitened on a rank's share, a token mean of micro-batches or of ranks, and scores that differ by rank;
-    packed answers that see each other, and a number of groups that differs between ranks: of five held-out answers one
-    rank has none for its last."""
+    """Catches answers that depend on the rank that draws them, a rank without rows of its own that hangs or counts,
+    advantages whitened over one rank's share, a token mean per micro-batch or per rank, and scores that differ by rank;
+    packed answers that attend to each other, and a number of groups that differs between ranks: of five held-out
+    answers one rank has none for its last group."""
     jobs = []
     for name, (tp_size, more) in LAYOUTS.items():
         jobs.append(arguments(world, name.replace(" ", "-"), "--tensor_parallel_size", tp_size, *more))
@@ -102,8 +103,8 @@ def test_four_ranks(world):
 
 
 def test_two_ranks(world):
-    """Catches the same where one dimension of the mesh is 1; and what a checkpoint of two ranks forgets, of the critic,
-    an optimizer or the coefficient of the KL: resumed from its first step the run ends at the same bits."""
+    """Catches the same mistakes where one dimension of the mesh is 1, and state of the critic, an optimizer or the KL
+    coefficient that a checkpoint of two ranks lacks: resumed from its first step, the run ends bitwise equal."""
     jobs = [arguments(world, f"tp-{size}", "--tensor_parallel_size", size, "--save_steps", 1) for size in (1, 2)]
     jobs.append(["rewind", str(world / "tp-2"), str(world / "resumed"), "1"])
     jobs.append(arguments(world, "resumed", "--tensor_parallel_size", 2, "--save_steps", 1, "--resume"))

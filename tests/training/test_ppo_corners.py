@@ -1,6 +1,5 @@
-"""training/train_ppo.py where there is little of something: answers of one token, one answer, equal prompts, few slots,
-a context that is too short. The world is that of test_train_ppo.py.
-"""
+"""Corner cases of training/train_ppo.py: answers of one token, one answer, equal prompts, few slots, a context that is
+too short. The world is that of test_train_ppo.py."""
 
 import math
 import shutil
@@ -22,7 +21,7 @@ from training import train_ppo
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The answers of each update."""
+    """Records the answers of each update."""
     found, real = [], train_ppo.draw
 
     def draw(*args):
@@ -38,10 +37,10 @@ def finite(lines):
 
 
 def test_all_answers_stop_at_once(folder, world, tmp_path, drawn):
-    """Catches an empty answer that has no token to score or to learn, by either source of scores."""
+    """Catches an empty answer without a token to score or to train on, for either source of scores."""
     policy = shutil.copytree(folder, tmp_path / "policy")
     model = transformers.AutoModelForCausalLM.from_pretrained(policy)
-    with torch.no_grad():  # every hidden state begins with a large number, and EOS likes it
+    with torch.no_grad():  # every hidden state starts with a large number, and EOS's logit grows with it
         model.model.embed_tokens.weight[:, 0] = 30
         model.lm_head.weight[2, 0] = 30
     model.save_pretrained(policy)
@@ -55,7 +54,7 @@ def test_all_answers_stop_at_once(folder, world, tmp_path, drawn):
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_one_answer(kl_in, tokens, folder, world, tmp_path):
-    """Catches a variance of one number that becomes NaN, and a minibatch that no rank has a row of."""
+    """Catches a variance of one number that becomes NaN, and a minibatch without a row on any rank."""
     sizes = {
         "rollout_batch_size": 1,
         "minibatch_size": 1,
@@ -69,18 +68,18 @@ def test_one_answer(kl_in, tokens, folder, world, tmp_path):
 
 
 def test_answers_of_one_token(folder, world, tmp_path, drawn):
-    """Catches a value of the wrong token where the first is the last, and an estimate that needs two."""
+    """Catches a value read at the wrong token if the first is the last, and an estimate that needs two tokens."""
     [line] = ppo(folder, world, tmp_path / "out", max_new_tokens=1, total_steps=1, ppo_epochs=1, minibatch_size=6)
     assert line["completion_length"] == 1 and finite([line])
     scores = [len(answer.text) / 10 for answer in drawn[0]]
     numbers = train_ppo.prompt_numbers(7, 0, 6, seed=0)
-    wanted = sum((score + number) ** 2 for score, number in zip(scores, numbers)) / 2 / 6  # the zero head says 0
+    wanted = sum((score + number) ** 2 for score, number in zip(scores, numbers)) / 2 / 6  # the zero head predicts 0
     assert line["loss/value_avg"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):
     """Catches samples of one prompt that share their noise, in an update, between updates or with an evaluation, and
-    answers that depend on the slots or on the records beside them."""
+    answers that depend on the number of slots or on other records."""
     records = [{"prompt": "Question 1:", "bonus": 1}] * 3
     prompts = tiny.write_records(tmp_path / "prompts.jsonl", records)
     more = {"prompt_file": prompts, "eval_prompt_file": prompts, "eval_steps": 1, "learning_rate": 0, "total_steps": 2}
@@ -96,13 +95,13 @@ def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):
 
 
 def test_stored_in_bf16(folder, world, tmp_path):
-    """Catches a reference of other weights than the policy starts with, where those are rounded to be stored."""
+    """Catches a reference with other weights than the policy starts with, which are rounded to be stored."""
     lines = ppo(folder, world, tmp_path / "out", param_dtype="bfloat16", dtype="float32", debug_checks=True)
     assert lines[0]["objective/kl"] == 0 and lines[-1]["objective/kl"] != 0
 
 
 def test_rows_too_long_for_the_reward_model(folder, world, tmp_path):
-    """Catches answers that are cut before they are scored and nobody hears of it."""
+    """Catches answers that are truncated before they are scored but not counted."""
     other = shorten(with_another_tokenizer(world / "rm", tmp_path / "rm"))
     lines = ppo(folder, world, tmp_path / "out", reward_checkpoint_path=other, total_steps=2)
     assert all(0 < line["val/num_cut_for_reward"] <= 6 for line in lines)

@@ -1,6 +1,5 @@
-"""Flags of training/train_ppo.py through the script, each by an effect that can be predicted. The task is that of
-test_ppo_optimum.py: answers of up to two letters with a reward each.
-"""
+"""Flags of training/train_ppo.py given to the script, each checked by an effect that can be predicted. The task is that
+of test_ppo_optimum.py: answers of up to two letters with a reward each."""
 
 import math
 
@@ -21,7 +20,7 @@ def root(tmp_path):
 
 
 def engine_says(patch, shift):
-    """An engine whose log-probs are off by `shift`."""
+    """Shifts the engine's log-probs by `shift`."""
     real = train_ppo.draw
     moved = lambda answer: answer._replace(logps=[logp + shift for logp in answer.logps])  # noqa: E731
     patch.setattr(train_ppo, "draw", lambda *args: [moved(answer) for answer in real(*args)])
@@ -31,9 +30,9 @@ def engine_says(patch, shift):
     "shift, cap, weight", [(-1, 2, 2), (-1, 100, math.e), (1, 2, math.exp(-1)), (-1, None, 1), (0, 2, 1)]
 )
 def test_tis_cap(shift, cap, weight, root, monkeypatch):
-    """Catches engine and trainer swapped in the weight, a cap from below or of nothing, weights of another update's
-    policy, and weights without the flag: an engine off by one nat on every token scales the policy's gradient by
-    min(e, cap) or 1 / e, and the critic's not."""
+    """Catches engine and trainer swapped in the weight, a cap from below or without effect, weights to another update's
+    policy, and weights without the flag: an engine off by one nat on every token scales the policy's gradient by min(e,
+    cap) or 1 / e, and leaves the critic's."""
     [plain] = train(root, root / "plain", **ONCE)
     engine_says(monkeypatch, shift)
     [line] = train(root, root / "out", **ONCE, **({} if cap is None else {"tis_cap": cap}))
@@ -44,7 +43,7 @@ def test_tis_cap(shift, cap, weight, root, monkeypatch):
 
 
 def test_dual_clip(root, monkeypatch):
-    """Catches a bound that does not reach the loss, or that holds where the advantage is positive: steps so long that
+    """Catches a bound that does not reach the loss, or that also holds for positive advantages: steps are so long that
     bad tokens become several times as likely, with and without it."""
     seen, real = [], train_ppo.ppo_policy_loss
 
@@ -71,8 +70,8 @@ def test_dual_clip(root, monkeypatch):
 
 
 def test_entropy_bonus(root):
-    """Catches a bonus that is a penalty, or of the entropy of all positions' sum: with nothing else to learn from it
-    ends at the uniform distribution, whose entropy is log V, and without it nothing moves."""
+    """Catches a bonus that is a penalty, or that sums the entropy of all positions: with nothing else to learn from,
+    the policy ends at the uniform distribution, whose entropy is log V, and without a bonus it does not move."""
     (root / "reward.py").write_text("def reward(prompts, completions, examples):\n    return [0.0] * len(prompts)\n")
     alone = {"kl_coef": 0, "value_learning_rate": 0, "rollout_batch_size": 64, "total_steps": 25, "ppo_epochs": 2}
     alone |= {"temperature": 0.3, "max_grad_norm": 100, "learning_rate": 3e-3}
@@ -85,8 +84,8 @@ def test_entropy_bonus(root):
 
 
 def test_whiten_rewards(root, monkeypatch):
-    """Catches rewards whitened over padding, or without the mean that TRL keeps, and other rewards under the flag than
-    without it."""
+    """Catches rewards whitened over padding, or without the mean that TRL keeps, and a flag that changes the rewards
+    before they are whitened."""
     seen, real = [], train_ppo.gae
 
     def gae(rewards, values, mask, *more):
@@ -103,8 +102,8 @@ def test_whiten_rewards(root, monkeypatch):
 
 
 def test_kl_target(root):
-    """Catches a controller of the wrong sign, of another number of answers, of tokens' KL instead of answers', one that
-    weighs an update with the coefficient of the next, and an evaluation with that of the first."""
+    """Catches a controller with the wrong sign, another number of answers or the KL of tokens instead of answers, an
+    update weighted with the coefficient of the next one, and an evaluation weighted with that of the first."""
     evaluated = {"eval_prompt_file": root / "prompts.jsonl", "eval_steps": 3, "num_eval_samples": 0}
     start, *lines = train(root, root / "out", total_steps=6, kl_target=0.05, kl_horizon=2000, **evaluated)
     coefs, kls = ([line[key] for line in lines] for key in ("kl_coef", "objective/kl"))

@@ -1,8 +1,8 @@
-"""training/train_ppo.py on modular addition, with --reward_fn: 1 for a right answer, 0 for another.
+"""training/train_ppo.py on modular addition, with --reward_fn: 1 for a right answer, 0 for a wrong one.
 
-With such a reward pi* = pi_ref exp(r / beta) / Z needs only the reference's probability of being right: the optimum is
-right with probability acc e^(1/beta) / (acc e^(1/beta) + 1 - acc) on a prompt where the reference is right with acc.
-An answer is one token and EOS, so both probabilities are computed, by transformers, and not sampled.
+With this reward, pi* = pi_ref exp(r / beta) / Z needs only the reference's probability of being right: the optimum is
+right with probability acc e^(1/beta) / (acc e^(1/beta) + 1 - acc) on a prompt where the reference is right with acc. An
+answer is one token and EOS, so transformers computes both probabilities exactly, without sampling.
 """
 
 import math
@@ -30,7 +30,7 @@ def answer(prompt):
 
 
 def write_reference(root, seed):
-    """A model that was fine-tuned on the sums, but not for long."""
+    """Writes a model that was briefly fine-tuned on the sums."""
     shape = {"vocab_size": len(PIECES), "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 16}
     shape |= {"num_hidden_layers": 1}
     tokens = {"bos_token_id": PIECES["<s>"], "eos_token_id": PIECES["</s>"]}
@@ -54,7 +54,7 @@ def run(script, flags):
 
 @torch.no_grad()
 def accuracy(folder):
-    """The probability of the right answer and EOS, fp64, one for each prompt."""
+    """Returns the probability of the right answer and EOS for each prompt, in fp64."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = torch.tensor([[PIECES[c] for c in prompt + answer(prompt)] + [PIECES["</s>"]] for prompt in PROMPTS])
     logps = model(rows).logits.double().log_softmax(-1)[:, -3:-1].gather(-1, rows[:, -2:, None])
@@ -62,8 +62,8 @@ def accuracy(folder):
 
 
 def test_predicted_accuracy(tmp_path):
-    """Catches a reward, a KL or their weight that is not what the flags say: each ends at another accuracy, however
-    well it learns, and one that learns too well at 1."""
+    """Catches a reward, a KL or a weight of them that is not what the flags say: each leads to another accuracy,
+    however well the policy learns, and learning too well ends at 1."""
     write_reference(tmp_path, 0)
     (tmp_path / "reward.py").write_text(REWARD)
     flags = {"checkpoint_path": tmp_path / "ref", "prompt_file": tmp_path / "sums.jsonl", "seed": 0}
@@ -79,4 +79,4 @@ def test_predicted_accuracy(tmp_path):
     off = (found - wanted).abs()
     print(f"reference {before.mean():.4f}, predicted {wanted.mean():.4f}, found {found.mean():.4f}", end=", ")
     print(f"a prompt off by {off.mean():.4f}, at most {off.max():.4f}")
-    assert abs(found.mean() - wanted.mean()) < 0.04 and off.mean() < 0.06  # with half or twice the KL 0.15 away
+    assert abs(found.mean() - wanted.mean()) < 0.04 and off.mean() < 0.06  # with half or twice the KL it is 0.15 away

@@ -62,8 +62,8 @@ def test_prompt_that_merges_with_one_side(tokenizer):
 
 @pytest.mark.parametrize("kind", END_OF_TURN)
 def test_pair_of_chats(kind, opened):
-    """Catches a score on what the template writes after the end of the turn, that token left out of the loss, EOS added
-    behind it, and a prompt that is encoded otherwise than for generation."""
+    """Catches a score on the template's text after the end-of-turn token, that token left out of the loss, EOS added
+    after it, and a prompt encoded differently from generation."""
     tokenizer, oracle = opened(kind)
     prompt, sides = [SYSTEM, *CHAT[:3]], {"chosen": "no. 🙂", "rejected": "the answer\nis yes."}
     made = pair(tokenizer, prompt=prompt, **sides)
@@ -81,7 +81,7 @@ def test_pair_of_chats(kind, opened):
     assert pair(tokenizer, prompt=prompt, **as_messages) == made
     whole = {name: prompt + messages for name, messages in as_messages.items()}
     assert pair(tokenizer, **whole) == made  # the prompt is implicit
-    assert pair(tokenizer, prompt=prompt, **whole) == made  # or said three times
+    assert pair(tokenizer, prompt=prompt, **whole) == made  # or given three times
     assert pair(tokenizer, prompt=CHAT[2]["content"], **whole) == made  # or as text beside messages
     empty = [{**message, "name": None, "thinking": "", "tool_calls": []} for message in whole["chosen"]]
     for fields in ({}, {"prompt": prompt}, {"prompt": empty[:-1]}):  # columns with keys that others lack
@@ -91,8 +91,8 @@ def test_pair_of_chats(kind, opened):
 
 
 def test_implicit_prompt(opened):
-    """Catches a prompt that swallows the answer where both sides are equal or one is the beginning of the other, and a
-    turn after the first difference taken for the prompt's."""
+    """Catches a prompt that swallows the answer if both sides are equal or one begins with the other, and a turn after
+    the first difference taken for the prompt's."""
     tokenizer, _ = opened("llama3")
     first = encode_prompt(read_chat(CHAT[:1]), tokenizer)
     same = pair(tokenizer, chosen=CHAT[:2], rejected=CHAT[:2])
@@ -136,7 +136,7 @@ def test_answer_that_merges_with_the_header(opened):
     ],
 )
 def test_texts_that_look_like_messages(text, opened):
-    """Catches extracted events, notes, a question about a chat, and calls, that are taken for messages as text."""
+    """Catches extracted events, notes, a question about a chat, and calls taken for messages given as text."""
     tokenizer, text = opened("byte_level")[0], "[{" + text
     made = pair(tokenizer, prompt=text, chosen=text, rejected=f"{text}x")
     assert tokenizer.decode(made.chosen.input_ids) == text + text
@@ -190,7 +190,7 @@ BAD_PAIRS = [
 
 @pytest.mark.parametrize("fields, complaint", BAD_PAIRS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
 def test_pairs_that_cannot_be_used(fields, complaint, opened, tmp_path):
-    """Catches a complaint that does not name the record or says something else than what is wrong, and a traceback."""
+    """Catches an error that does not name the record or names another cause than the real one, and a traceback."""
     with pytest.raises(ValueError) as caught:
         pair(opened("llama3")[0], **fields)
     assert type(caught.value) is ValueError
@@ -198,7 +198,7 @@ def test_pairs_that_cannot_be_used(fields, complaint, opened, tmp_path):
 
 
 def test_pairs_under_other_templates(opened, tokenizer):
-    """Catches a folder without a template, or one that rewrites earlier turns, used all the same."""
+    """Catches a folder used although it has no template, or a template that rewrites earlier turns."""
     with pytest.raises(ValueError, match=r"^train.jsonl:7: .*no chat template"):
         pair(tokenizer, prompt=[USER], chosen="b", rejected="c")
     rewrites, _ = opened("rewrites")
@@ -213,8 +213,8 @@ def test_pairs_under_other_templates(opened, tokenizer):
 
 
 def test_overlong_pairs(tokenizer, tmp_path):
-    """Catches a limit off by one, an EOS after a cut, the side that fits cut as well, a record cut within its prompt
-    (no token of the answer is left to compare) instead of skipped, and what is dropped or cut left uncounted."""
+    """Catches an off-by-one limit, an EOS after a truncation, the side that fits truncated as well, a record truncated
+    within its prompt (no token of the answer is left to compare) instead of skipped, and records not counted."""
     records = [
         {"prompt": "a b", "chosen": " c", "rejected": " d e f g h i j", "margin": 1.5},
         {"prompt": "a", "chosen": " b", "rejected": " c"},
@@ -249,7 +249,7 @@ def test_overlong_pairs(tokenizer, tmp_path):
 
 
 def test_pair_files(tokenizer, tmp_path):
-    """Catches identical sides refused or uncounted, a file of nothing but them accepted, merged prompts uncounted, an
+    """Catches identical sides refused or not counted, a file of nothing else accepted, merged prompts not counted, an
     error without its line, and an id beyond the model in either side."""
     same = {"prompt": "a", "chosen": " b", "rejected": " b"}
     merged = {"prompt": "The ans", "chosen": "wer", "rejected": " b"}
@@ -278,7 +278,7 @@ def made_pairs(tokenizer, count=7):
 
 
 def test_rows_of_pairs(tokenizer):
-    """Catches sides that are mixed up or in another order, and a score beside the last token or of the other side."""
+    """Catches sides that are mixed up or in another order, and a score off the last token or of the other side."""
     pairs = made_pairs(tokenizer)
     rows, places = rows_to_score(pairs)
     assert rows == [p.chosen for p in pairs] + [p.rejected for p in pairs] == pair_rows(pairs)
@@ -291,8 +291,8 @@ def test_rows_of_pairs(tokenizer):
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 5])
 def test_micro_batches_of_pairs(dp_size, tokenizer):
-    """Catches ranks with different numbers of groups (a collective would hang), a pair lost, used twice or torn apart,
-    and long pairs beside short ones."""
+    """Catches ranks with different numbers of groups (a collective would hang), a pair lost, used twice or split, and
+    long pairs batched with short ones."""
     pairs = made_pairs(tokenizer)
     for size in (1, 2, 4, 8):
         ranks = [

@@ -1,5 +1,5 @@
-"""Quantised references and reward models in train_dpo.py and train_ppo.py, and quantised folders where something is to
-be trained."""
+"""Quantised references and reward models in train_dpo.py and train_ppo.py, and the refusal to train quantised
+folders."""
 
 import pytest
 from safetensors import safe_open
@@ -18,8 +18,8 @@ INT4 = ["--mode", "int4", *GROUPS["int4"]]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy, a reference, a reward model, all in int8 and int4 and as plain folders with the weights that these
-    have, pairs and prompts."""
+    """Writes a policy, a reference and a reward model, each also in int8, in int4 and as plain folders of the
+    dequantised weights, and pairs and prompts."""
     root = tmp_path_factory.mktemp("frozen")
     config = {"attention_bias": True, "intermediate_size": 128, "num_hidden_layers": 1}
     tiny.write_model(root / "policy", **config)
@@ -98,10 +98,10 @@ def assert_alike(found, wanted, tolerance=1e-4):
 
 @pytest.mark.parametrize("when, mode", [("--precompute_ref", "int8"), ("--no-precompute_ref", "int4")])
 def test_dpo_reference(world, tmp_path, when, mode):
-    """Catches a reference that is not quantised, or quantised otherwise than its folder, and the policy taken for it:
-    the run is that with a plain reference of the dequantised weights."""
+    """Catches a reference that is not quantised, or quantised differently from its folder, and the policy used in its
+    place: the run must be that with a plain reference of the dequantised weights."""
     plain, _ = lines_of("train_dpo", dpo_flags(world, tmp_path / "none", when))
-    for name in ("ref", "policy"):  # of its own, or the start
+    for name in ("ref", "policy"):  # another model, or the policy's start
         own = ["--ref_checkpoint_path", world / "ref"] if name == "ref" else []
         by_folder = ["--ref_checkpoint_path", world / f"{name}-{mode}"]
         dequantised = ["--ref_checkpoint_path", world / f"{name}-{mode}-plain"]
@@ -123,7 +123,7 @@ def test_dpo_reference(world, tmp_path, when, mode):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_ppo_reference_and_reward(world, tmp_path, mode):
     """Catches a reference or a reward model that is not quantised, or is taken for the other or for the critic: the run
-    is that with plain folders of the dequantised weights."""
+    must be that with plain folders of the dequantised weights."""
     paths = lambda suffix: [  # noqa: E731
         *["--ref_checkpoint_path", world / f"ref-{mode}{suffix}"],
         *["--reward_checkpoint_path", world / f"rm-{mode}{suffix}"],
@@ -144,8 +144,8 @@ def test_ppo_reference_and_reward(world, tmp_path, mode):
 
 
 def test_four_ranks(world, tmp_path):
-    """Catches quantised models that are not cut over tp with their scales, or differ over dp: the numbers of one
-    process."""
+    """Catches quantised models that are not sharded over tp with their scales, or differ over dp: results must be those
+    of one process."""
     dpo = ["--ref_checkpoint_path", world / "ref-int4", "--no-precompute_ref"]
     ppo = ["--ref_checkpoint_path", world / "ref", "--quantize_ref", "int8"]
     ppo += ["--reward_checkpoint_path", world / "rm-int4"]
@@ -162,7 +162,7 @@ def test_four_ranks(world, tmp_path):
             assert (weight - four[name]).abs().max() < 1e-3, name
 
 
-TRAINED = {  # script: its flags but for --checkpoint_path
+TRAINED = {  # script: its flags without --checkpoint_path
     "finetune_sft": ["--train_file", "{root}/pairs.jsonl"],
     "train_rm": ["--train_file", "{root}/pairs.jsonl"],
     "train_dpo": ["--train_file", "{root}/pairs.jsonl"],
@@ -179,7 +179,7 @@ TRAINED = {  # script: its flags but for --checkpoint_path
 
 @pytest.mark.parametrize("script", TRAINED)
 def test_nothing_trains_quantised_weights(world, tmp_path, script):
-    """Catches quantised weights that are trained, or refused with a list of tensors, a traceback or an output."""
+    """Catches quantised weights that are trained, and a refusal that lists tensors, is a traceback or leaves output."""
 
     def refused(*parts, model="policy-int8", more=()):
         flags = [flag.replace("{root}", str(world)) for flag in TRAINED[script]]

@@ -1,6 +1,5 @@
-"""training/rewards.py and what the trainers make of it: answers without a reward, rows that a reward model reads, its
-scale, and policies that get away. The world is that of test_train_ppo.py.
-"""
+"""training/rewards.py in the trainers: answers without a reward, the rows that a reward model reads, its scale, and
+policies that diverge. The world is that of test_train_ppo.py."""
 
 import json
 import math
@@ -49,9 +48,8 @@ def fails(world):
 
 @pytest.mark.parametrize("name, more", [("some", {}), ("some_none", {"reward_error": "skip"})])
 def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monkeypatch):
-    """Catches an answer without a reward that is learnt from, by policy or critic, whitened among the others, or held
-    for one with a reward of 0 in a metric; and one mechanism for a function of the one form and another for the
-    other's."""
+    """Catches an answer without a reward that the policy or critic is trained on, that is whitened with the others, or
+    that counts as a reward of 0 in a metric; and functions of the two forms treated differently."""
     seen, real = [], train_ppo.targets_of
     monkeypatch.setattr(train_ppo, "targets_of", lambda *args: seen.append(real(*args)) or seen[-1])
     more = {"kl_coef": 0, "lam": 1, "kl_in": "loss", **more}
@@ -73,8 +71,8 @@ def test_skipped_answers_of_ppo(name, more, folder, world, fails, tmp_path, monk
 
 
 def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):
-    """Catches a failed grade that counts as 0, which beats a wrong answer's -1, in the mean of a group, in its
-    deviation, or in what is learnt."""
+    """Catches a failed grade that counts as 0, which beats a wrong answer's -1, in a group's mean or deviation, or in
+    what is trained on."""
     seen, real = [], train_grpo.groups_of
     monkeypatch.setattr(train_grpo, "groups_of", lambda *args: seen.append((args[0][0], real(*args))) or seen[-1][1])
     given = {"reward_fn": f"{fails}:odd", "total_steps": 1, "rollout_batch_size": 12, "num_generations": 6}
@@ -97,8 +95,8 @@ def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_none(fails, tmp_path):
-    """Catches a reward whose square is no number in fp32 taken for one, which then ends the run; a timeout that no poll
-    can wait for; and a traceback where the pool has ended."""
+    """Catches a reward accepted although its square overflows fp32, which would end the run later; a timeout that no
+    poll can wait for; and a traceback after the pool has ended."""
     (tmp_path / "f.py").write_text(
         "def batch(prompts, completions, examples): return [1, None, 1e39, float('nan'), -1e9, 10**400]\n"
         "def one(prompt, completion, example): return float(completion)\n"
@@ -119,9 +117,9 @@ def test_numbers_that_are_none(fails, tmp_path):
 
 
 def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypatch):
-    """Catches a reward model that reads the --stop and no EOS, which it has not seen in its training, or the rest of a
-    token that the stop begins in, and an own end, or an answer without one, that is changed: scores of drawn answers
-    are transformers', of BOS, prompt, text and EOS."""
+    """Catches a reward model that reads the --stop string instead of EOS, which it has not seen in its training, or the
+    rest of a token in which the stop begins; and a changed row of an answer with its own end, or without one. Scores of
+    drawn answers must be transformers', of BOS, prompt, text and EOS."""
     seen, real = [], train_ppo.Rollout
     monkeypatch.setattr(train_ppo, "Rollout", lambda *args: seen.append(real(*args)) or seen[-1])
     given = {"reward_fn": None, "reward_checkpoint_path": world / "rm", "max_new_tokens": 12, "stop": "e"}
@@ -141,7 +139,7 @@ def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypa
 
 
 def scaled(folder, copy, factor):
-    """The same reward model in other units."""
+    """Copies a reward model, with its scores in other units."""
     tiny.copy_to_edit(folder, copy)
     weights = load_file(copy / "model.safetensors")
     weights["score.weight"] *= factor
@@ -154,8 +152,8 @@ def scaled(folder, copy, factor):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):
-    """Catches a critic that begins in other units than the rewards': the same reward model with scores ten times as
-    large gives the same run, normalised or with a tenth of the weight."""
+    """Catches a critic that starts in other units than the rewards: a reward model with scores ten times as large must
+    give the same run, normalised or with a tenth of the weight."""
     other, lines = scaled(world / "rm", tmp_path / "rm", 10), []
     for path, weight in ((world / "rm", 1), (other, 1 if normalize else 0.1)):
         given = {"reward_fn": None, "reward_checkpoint_path": path, "normalize_reward": normalize or None}
@@ -173,8 +171,8 @@ def weights_of_both(tmp_path, world):
 
 
 def test_a_reward_model_without_a_template(folder, world, tmp_path):
-    """Catches a chat that the reward model cannot read, found out after the answers are drawn, and one refused that it
-    need not read as text."""
+    """Catches a chat that the reward model cannot read, found only after the answers are drawn, and one refused
+    although the reward model need not read it as text."""
     policy = shutil.copytree(folder, tmp_path / "policy")
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     tiny.write_tokenizer(policy, chat_template=template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
@@ -191,7 +189,7 @@ def test_a_reward_model_without_a_template(folder, world, tmp_path):
 
 
 def test_a_broken_policy_names_the_record(folder, world, tmp_path):
-    """Catches the number of an answer where a person needs file and line."""
+    """Catches an error with an answer's number instead of the record's file and line."""
     policy = shutil.copytree(folder, tmp_path / "policy")
     model = transformers.AutoModelForCausalLM.from_pretrained(policy)
     with torch.no_grad():
@@ -202,8 +200,8 @@ def test_a_broken_policy_names_the_record(folder, world, tmp_path):
 
 
 def test_stop_kl(folder, world, tmp_path):
-    """Catches a run that goes on with a policy far away, one that loses its state, a bound that holds for another
-    number than the one that is logged, and a bound that nothing is measured for."""
+    """Catches a run that goes on with a diverged policy or loses its state, a bound on another number than the logged
+    KL, and a bound without a KL to measure."""
     result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, total_steps=9))
     lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     kls = [line["objective/kl"] for line in lines]
@@ -220,7 +218,7 @@ def test_stop_kl(folder, world, tmp_path):
 
 
 def test_what_is_said_of_a_diverging_policy(capsys):
-    """Catches a warning at every update, one of what is usual, and flags that the script has not."""
+    """Catches a warning at every update, a warning about usual values, and flags that the script does not have."""
     divergence = Divergence(DivergenceArgs(), 1000, "a higher --kl_coef", Stop())
     for step in (1, 2):
         divergence.look(step, kl=3.0, tokens=60, entropy=2.0, approx_kl=0.01)

@@ -1,6 +1,5 @@
-"""What training/train_rm.py learns where the truth is known: the rewards of all 121 answers to a prompt, from pairs and
-from labels, and which steps of a count are right. Scores are transformers', of the exported folder.
-"""
+"""training/train_rm.py on tasks whose truth is known: the rewards of all 121 answers to a prompt, from pairs and from
+labels, and which steps of a count are right. transformers computes the scores from the exported folder."""
 
 import itertools
 import math
@@ -27,7 +26,7 @@ def train(folder, train_file, out, loss, *more):
 
 @pytest.fixture(scope="module")
 def task():
-    """(reference probabilities, true rewards) of ANSWERS, in one order."""
+    """Returns (reference probabilities, true rewards) of ANSWERS, in one order."""
     rng = random.Random(0)
     logits = [rng.gauss(0, 1) for _ in ANSWERS]
     total = sum(map(math.exp, logits))
@@ -35,7 +34,7 @@ def task():
 
 
 def correlation(probs, x, y):
-    """Pearson's, weighted by probs."""
+    """Returns Pearson's correlation, weighted by probs."""
     probs, x, y = (torch.tensor(v, dtype=torch.float64) for v in (probs, x, y))
     x, y = x - (probs * x).sum(), y - (probs * y).sum()
     return ((probs * x * y).sum() / ((probs * x * x).sum() * (probs * y * y).sum()).sqrt()).item()
@@ -52,8 +51,8 @@ def learnt_rewards(folder):
 
 
 def test_pairwise(folder, task, tmp_path):
-    """Catches a reward of the wrong sign, of another place or of half the answer, a loss that is not Bradley and
-    Terry's, and a head or a network that does not learn."""
+    """Catches a reward of the wrong sign, at another position or of half the answer, a loss that is not
+    Bradley-Terry's, and a head or a network that does not learn."""
     probs, truth = task
     rng, records = random.Random(1), []
     while len(records) < 4000:
@@ -67,8 +66,8 @@ def test_pairwise(folder, task, tmp_path):
 
 
 def test_pointwise(folder, task, tmp_path):
-    """Catches the same for labels, which are the true probability: one that is thresholded, or not the sigmoid of its
-    score."""
+    """Catches the same mistakes for labels, which are the true probabilities: a label that is thresholded, or not
+    compared with the sigmoid of the score."""
     probs, truth = task
     rng, records = random.Random(1), []
     for i in rng.choices(range(len(ANSWERS)), probs, k=8000):
@@ -82,7 +81,8 @@ def test_pointwise(folder, task, tmp_path):
 
 
 def counts(number, seed):
-    """Counting on by one, modulo 10; a step is right, or with equal chance another digit, from which it goes on."""
+    """Returns counts by one, modulo 10; a step is right, or with equal chance another digit, which the next
+    continues."""
     rng, records = random.Random(seed), []
     for _ in range(number):
         last = first = rng.randrange(10)
@@ -97,7 +97,7 @@ def counts(number, seed):
 
 
 def test_process(folder, tmp_path):
-    """Catches scores that sit on other tokens than the ends of their steps, or see nothing of the step."""
+    """Catches scores that sit on other tokens than the ends of their steps, or that ignore the step."""
     train_file = tiny.write_records(tmp_path / "steps.jsonl", counts(4000, 0))
     eval_file = tiny.write_records(tmp_path / "heldout.jsonl", counts(300, 1))
     line = train(folder, train_file, tmp_path / "out", "process", "--eval_file", eval_file)

@@ -1,4 +1,4 @@
-"""How many answers a rank draws at a time on a GPU: what memory holds beside the training."""
+"""How many answers a rank draws at once on a GPU: as many as memory holds beside the training."""
 
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from training import rollouts
 from training.train_grpo import GrpoArgs
 
 LONGEST, ANSWERS = 200, 12
-ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy is on the CPU, which nobody asks
+ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy is on the CPU
 
 
 def engine_of(folder, pages, monkeypatch, **flags):
-    """With memory for so many pages."""
+    """Returns (slots, pages) of an engine with memory for so many pages."""
     policy = load_model(folder)
     paths = {"checkpoint_path": folder, "prompt_file": Path("p"), "output_dir": Path("o")}
     args = GrpoArgs(**paths, rollout_batch_size=ANSWERS, prefill_tokens=64, **flags)
     config = policy.config
     slots = min(16, args.rollout_slots or 16, ANSWERS)
     beside = 4 * 64 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * slots * config.vocab_size
-    of_token = page_bytes(policy) // 64 // config.num_hidden_layers  # of 16 x 64 that a prefill sees
+    of_token = page_bytes(policy) // 64 // config.num_hidden_layers  # a prefill reads 16 x 64 tokens
     beside += 16 * 64 * of_token * (1 + config.num_attention_heads // config.num_key_value_heads)
-    free = 2 * (pages * page_bytes(policy) + beside) + 2  # half is the share of a CPU
+    free = 2 * (pages * page_bytes(policy) + beside) + 2  # the cache of a CPU's model gets half
     for module in (memory, rollouts):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
     options = {"max_seq_len": LONGEST, "dp_size": 1, "runtime": ON_GPU}
@@ -37,20 +37,20 @@ def engine_of(folder, pages, monkeypatch, **flags):
 
 
 def test_slots_are_what_memory_holds(folder, monkeypatch):
-    """Catches more slots than answers or than pages for them, a cache that takes what the gradients and activations
-    need, unless it is given back meanwhile, and slots that are asked for and exceed the memory."""
+    """Catches more slots than answers or than pages for them, a cache that takes what gradients and activations need
+    although it is not released meanwhile, requested slots that are not kept, and no room for one answer."""
     need = pages_for(LONGEST)
     assert engine_of(folder, 1000, monkeypatch, sleep=1) == (ANSWERS, ANSWERS * need)
     assert engine_of(folder, 5 * need, monkeypatch, sleep=1) == (5, 5 * need)
     slots, pages = engine_of(folder, 15 * need, monkeypatch)
     assert slots == pages // need < 7  # half of what is free at most
-    assert engine_of(folder, 5 * need, monkeypatch, sleep=2, rollout_slots=8) == (8, 5 * need)  # it computes some twice
+    assert engine_of(folder, 5 * need, monkeypatch, sleep=2, rollout_slots=8) == (8, 5 * need)  # some are preempted
     with pytest.raises(ValueError, match="does not fit"):
         engine_of(folder, need - 1, monkeypatch, sleep=1)
 
 
 def test_memory_of_training():
-    """Catches gradients that are not counted, those of frozen weights, and those in the CPU's memory."""
+    """Catches gradients that are not counted, and gradients of frozen weights, or in the CPU's memory, that are."""
     with FakeTensorMode():
         model = torch.nn.Module()
         for name, device, learns in (("a", "cuda", True), ("b", "cuda", False), ("c", "cpu", True)):

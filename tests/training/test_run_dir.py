@@ -1,4 +1,4 @@
-"""training/run_dir.py: metrics, checkpoints and what a run refuses to go on with."""
+"""training/run_dir.py and training/checkpoints.py: checks, records and checkpoints of a run, and refused resumes."""
 
 import json
 import math
@@ -39,7 +39,7 @@ from training.train_dpo import DpoArgs
 
 
 def test_check_finite(tmp_path):
-    """Catches a NaN that goes by, and a complaint that does not say which step, value and records."""
+    """Catches a NaN that passes, and an error that does not name the step, the value and the records."""
     run = Run(RunArgs(checkpoint_path=tmp_path, output_dir=tmp_path / "out"))
     run.step, run.numbers = 3, [7, 0, 4]
     run.check_finite(loss=torch.tensor(2.0), grad_norm=0.0)
@@ -73,7 +73,7 @@ def write_args(args):
 
 
 def test_output_dir(tmp_path):
-    """Catches a run mixed with another, and somebody's model overwritten by a run that only says --resume."""
+    """Catches a run mixed with another one, and a user's model overwritten by a run with --resume."""
     new = args_of(tmp_path, output_dir=tmp_path / "new")
     prepare_output_dir(replace(new, resume=False))
     prepare_output_dir(new)
@@ -96,7 +96,7 @@ def test_output_dir(tmp_path):
 
 
 DENIED = "cannot be written: Permission denied"
-# what a run writes, {name: how it cannot, what is said}
+# {name: (what makes the folder unwritable, the error)}
 UNWRITABLE = {
     "a folder for a file": (lambda out: (out / "config.json").mkdir(), "config.json is a folder"),
     "a file for a folder": (lambda out: (out / "checkpoints").touch(), "checkpoints is a file"),
@@ -109,7 +109,7 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize("name", UNWRITABLE)
 def test_an_output_dir_that_cannot_be_written(name, monkeypatch):
-    """Catches a run that takes its steps, and then finds that its model has no place."""
+    """Catches a run that trains first, and only then finds that its model cannot be written."""
     damage, complaint = UNWRITABLE[name]
     with tempfile.TemporaryDirectory() as root:  # pytest's own is closed to others
         out, user = Path(root, "out"), os.geteuid()
@@ -131,7 +131,7 @@ def test_an_output_dir_that_cannot_be_written(name, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "5"])
 def test_unusable_args_and_metrics(tmp_path, content):
-    """Catches a traceback, or a message without the file's name, for files of a run that somebody edited."""
+    """Catches a traceback, or an error without the file's name, for files of a run that were edited."""
     (tmp_path / "args.json").write_text(content)
     with pytest.raises(ValueError, match=r"args\.json: "):
         prepare_output_dir(args_of(tmp_path))
@@ -142,9 +142,9 @@ def test_unusable_args_and_metrics(tmp_path, content):
 
 
 def test_resume_as_another_run(tmp_path):
-    """Catches a run that goes on with other batches, another model, loss or optimizer than it was begun with; a flag
-    that a forker adds and that may change because nobody listed it; a path that is another only since it is written
-    otherwise; and a flag refused that alters nothing."""
+    """Catches a resume with other batches, another model, loss or optimizer; a flag that a forker adds and that may
+    change because it is on no list; a path that differs only in its spelling, refused; and a flag refused that alters
+    nothing."""
     begun = args_of(tmp_path)
     write_args(begun)
     refused = {"train_file": tmp_path / "b", "batch_size": 8, "weight_decay": 0.1, "seed": 1, "strength": 2.0}
@@ -167,8 +167,8 @@ def test_resume_as_another_run(tmp_path):
         prepare_output_dir(replace(begun, **{name: value}))
     prepare_output_dir(replace(begun, train_file=tmp_path / "x/../a"))
     recorded = json.loads((tmp_path / "args.json").read_text())
-    del recorded["strength"]  # a run of before the flag had its default
-    recorded |= {"functions": "f.py:g", "factor": 1.0}  # one that took a single value, and whose default was another
+    del recorded["strength"]  # a run from before the flag existed had its default
+    recorded |= {"functions": "f.py:g", "factor": 1.0}  # flags that took one value, or had another default
     write_json(tmp_path / "args.json", recorded)
     prepare_output_dir(replace(begun, functions=["f.py:g"]))
     with pytest.raises(ValueError, match="other --functions, --factor;"):
@@ -178,9 +178,9 @@ def test_resume_as_another_run(tmp_path):
 
 
 def test_resume_with_other_content(tmp_path, capsys):
-    """Catches a file, a model's folder, a function's file or a forker's own that has changed under its path and is
-    taken for what the run was begun with; one that has only moved, refused; one that says it may change, or is written,
-    held; an accepted change that is refused the next time; and a run of before contents were recorded, refused."""
+    """Catches a file, a model's folder, a function's file or a forker's own with other content under the same path,
+    accepted; a file that has only moved, that may change or that is written, refused; an accepted change that is
+    refused the next time; and a run from before contents were recorded, refused."""
     files = {name: tmp_path / name for name in ("a", "eval", "mine", "late", "f.py")}
     for path in files.values():
         path.write_text("one\n")
@@ -226,8 +226,8 @@ def test_resume_with_other_content(tmp_path, capsys):
 
 
 def test_other_ranks_round_in_other_groups(tmp_path):
-    """Catches a reference that becomes another one as a run goes on, since int4's groups are as large as fits a rank's
-    part: 11,008 inputs are 128 times 86, and a quarter of them 64 times 43."""
+    """Catches a reference that changes when a run resumes, since int4's groups are as large as fits a rank's shard:
+    11,008 inputs are 128 times 86, and a quarter of them 64 times 43."""
     config = ModelConfig.from_hf(LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict())  # LLaMA 2 7B's sizes
     assert [rounding_scheme("int4", None, config, tp).group_size for tp in (1, 4)] == [128, 64]
     paths = {"checkpoint_path": tmp_path / "lm", "train_file": tmp_path / "a", "output_dir": tmp_path}
@@ -240,7 +240,7 @@ def test_other_ranks_round_in_other_groups(tmp_path):
 
 
 def test_a_run_may_get_longer(tmp_path):
-    """Catches a run refused that only goes on, and one whose learning rates would not be those of a longer run."""
+    """Catches a longer run refused, and one accepted whose learning rates would not be those of a longer run."""
     begun = args_of(tmp_path, lr_schedule="constant", warmup_ratio=0.0)
     write_args(begun)
     prepare_output_dir(replace(begun, num_epochs=2))
@@ -254,7 +254,7 @@ def test_a_run_may_get_longer(tmp_path):
 
 
 def trained(steps, *, tied=True, seed=0):
-    """A small model with tied weights, a norm and `steps` optimizer steps behind it."""
+    """Returns a small model with tied weights and a norm, and its optimizer, after `steps` steps."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "norm": nn.RMSNorm(4), "head": nn.Linear(4, 7, bias=False)})
     if tied:
@@ -300,8 +300,8 @@ def test_checkpoint_restores_everything(tied, tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_checkpoint_is_whole_or_absent(asynchronous, tmp_path, monkeypatch):
-    """Catches a half-written checkpoint under its final name, what a killed save left behind kept for ever, and a
-    failure of the thread that nobody hears of."""
+    """Catches a half-written checkpoint under its final name, leftovers of a killed save that are kept forever, and a
+    failure of the thread that is not reported."""
     model, optimizer = trained(1)
     checkpoints = CheckpointWriter(tmp_path, model, optimizer, limit=2, asynchronous=asynchronous)
 
@@ -323,12 +323,12 @@ def test_checkpoint_is_whole_or_absent(asynchronous, tmp_path, monkeypatch):
 
 
 def test_asynchronous_checkpoints(tmp_path):
-    """Catches training that goes on in the tensors that are still being written, a save that overtakes the one before,
-    and one that waits although it need not."""
+    """Catches training that changes tensors which are still being written, a save that overtakes the one before, and
+    one that waits needlessly."""
     model, optimizer = trained(0)
     checkpoints = CheckpointWriter(tmp_path, model, optimizer, limit=9, asynchronous=True)
     started, go_on = threading.Event(), threading.Event()
-    checkpoints._thread.submit(lambda: started.set() or go_on.wait(60))  # the thread is as slow as a full disk
+    checkpoints._thread.submit(lambda: started.set() or go_on.wait(60))  # the thread is busy, as with a slow disk
     assert started.wait(60)
     history = {}
     for step in (1, 2, 3):
@@ -351,7 +351,7 @@ def test_asynchronous_checkpoints(tmp_path):
 
 
 def keep_saving(output_dir):
-    """In a process of its own, until the test below kills it."""
+    """Saves in a process of its own, until the test below kills it."""
     model, optimizer = trained(0)
     checkpoints = CheckpointWriter(output_dir, model, optimizer, limit=2, asynchronous=True)
     for step in range(1, 10_000):
@@ -360,7 +360,7 @@ def keep_saving(output_dir):
 
 
 def test_kill_during_an_asynchronous_save(tmp_path):
-    """Catches a half checkpoint under its final name, and one that holds the weights of a later step."""
+    """Catches a half-written checkpoint under its final name, and one that holds the weights of a later step."""
     saving = Forked("tests/training/test_run_dir.py", tmp_path)
     folder = tmp_path / "checkpoints"
     while not list(folder.glob("step-*")) or not list(folder.glob(".step-*.partial")):
@@ -377,7 +377,7 @@ def test_kill_during_an_asynchronous_save(tmp_path):
 
 @pytest.mark.parametrize("most", [0, 100_000])
 def test_a_file_that_cannot_grow(most, tmp_path):
-    """Catches a message that does not say why, where torch's own speaks of a position in a file."""
+    """Catches an error that does not give the reason; torch's own speaks of a position in a file."""
     model = nn.Linear(300, 300)
     optimizer, limits = torch.optim.AdamW(model.parameters()), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
@@ -389,8 +389,8 @@ def test_a_file_that_cannot_grow(most, tmp_path):
 
 
 def test_checkpoint_limit(tmp_path):
-    """Catches the newest removed instead of the oldest, an order by name (step-1000000 < step-999999), and a good
-    checkpoint removed in favour of a later one that could not be read."""
+    """Catches the newest checkpoint removed instead of the oldest, an order by name (step-1000000 < step-999999), and a
+    good checkpoint removed in favour of a later one that could not be read."""
     model, optimizer = trained(1)
     for step in (5, 999_999, 1_000_000):
         save(tmp_path, step, model, optimizer, limit=2)
@@ -415,7 +415,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["no metadata", "cut metadata", "no data", "cut data", "empty"])
 def test_broken_checkpoints(how, tmp_path, capsys):
-    """Catches a resume from half a checkpoint, a crash where an older one is whole, and a silent start from nothing."""
+    """Catches a resume from half a checkpoint, a crash although an older one is whole, and a silent restart."""
     model, optimizer = trained(0)
     for step in (1, 2):
         train_step(model, optimizer, step)
@@ -436,7 +436,7 @@ def test_broken_checkpoints(how, tmp_path, capsys):
 
 
 def test_no_checkpoint(tmp_path, capsys):
-    """Catches a --resume before the first checkpoint refused, or one that does not say where it starts."""
+    """Catches --resume refused before the first checkpoint, and a run that does not say where it starts."""
     assert load_newest_checkpoint(tmp_path, *trained(0)) == 0
     assert "no checkpoint to resume from, starting from the beginning" in capsys.readouterr().out
 

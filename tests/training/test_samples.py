@@ -1,4 +1,4 @@
-"""Samples at evaluations (training/samples.py): the answers of the current weights, and a training that is not touched.
+"""training/samples.py: samples at evaluations are drawn with the current weights, and do not affect the training.
 Several ranks: test_parallel.py."""
 
 import pytest
@@ -18,7 +18,7 @@ SCRIPT = "training/finetune_sft.py"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Training and evaluation records; the evaluation's second one is cut to one with nothing to learn."""
+    """Writes training and evaluation records; truncated, the second evaluation record has no targets."""
     root = tmp_path_factory.mktemp("data")
     records = [{"prompt": f"Question {i}:" + " and so" * (i % 4), "completion": f" it is {i + 3}"} for i in range(12)]
     evaluation = [records[3], {"prompt": "very long " * 30, "completion": " never seen"}, *records[7:10]]
@@ -37,8 +37,8 @@ def finetune(folder, files, out, *more):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_samples_are_those_of_the_current_weights(files, tmp_path, tied):
-    """Catches samples of the weights of an earlier evaluation or of the start, in the blocks or in the head alone;
-    prompts encoded otherwise than for generation; and lines that are missing, doubled or of another order."""
+    """Catches samples drawn with the weights of an earlier evaluation or of the start, in the blocks or only in the
+    head; prompts encoded differently from generation; and lines that are missing, doubled or in another order."""
     folder = tmp_path / "in"
     tiny.write_model(folder, tie_word_embeddings=tied)
     result = finetune(folder, files, tmp_path / "out", "--num_eval_samples", 3)
@@ -51,7 +51,7 @@ def test_samples_are_those_of_the_current_weights(files, tmp_path, tied):
         flags += ["--max_new_tokens", 20, "--max_seq_len", 120, "--overlong", "truncate"]
         assert tiny.run("inference/generate.py", *flags, "--output_file", tmp_path / f"{name}.jsonl").code == 0
         wanted = sorted(tiny.read_lines(tmp_path / f"{name}.jsonl"), key=lambda line: line["idx"])
-        wanted = [wanted[i] for i in (0, 2, 3)]  # the second record has nothing to learn
+        wanted = [wanted[i] for i in (0, 2, 3)]  # the second record has no targets
         for line, want in zip(shown, wanted, strict=True):
             assert line["prompt"] == "<s>" + want["prompt"] and line["reference"] == want["completion"]
             assert (line["output"], line["finish_reason"]) == (want["output"], want["finish_reason"])
@@ -61,7 +61,7 @@ def test_samples_are_those_of_the_current_weights(files, tmp_path, tied):
 
 
 def test_training_does_not_notice(folder, files, tmp_path):
-    """Catches samples that draw from a random state, move a weight, or leave FSDP with stale gathered weights."""
+    """Catches samples that use a global random state, change a weight, or leave FSDP with stale gathered weights."""
     states = []
     for name, count in (("none", 0), ("greedy", 2), ("sampled", 3)):
         torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_resume_drops_what_follows_the_checkpoint(folder, files, tmp_path):
 
 
 def test_prompts_of_all_kinds_of_records(tmp_path):
-    """Catches a chat cut at its first answer, a header or end-of-turn on the wrong side, and a text with no prompt."""
+    """Catches a chat cut at its first answer, a header or end of turn on the wrong side, and a text with no prompt."""
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     tiny.write_tokenizer(tmp_path, chat_template=template)
@@ -120,7 +120,7 @@ def test_shown_samples_fit_a_terminal():
 
 
 def test_no_memory_for_them(folder, files, tmp_path, monkeypatch):
-    """Catches a run that is told to take smaller batches, where it is the copy for samples that does not fit."""
+    """Catches advice to take smaller batches if it is the copy for samples that does not fit into memory."""
 
     def copy(*args, **kwargs):
         raise torch.OutOfMemoryError("Tried to allocate 140 GiB")
@@ -132,8 +132,8 @@ def test_no_memory_for_them(folder, files, tmp_path, monkeypatch):
 
 
 def test_questions_of_held_out_prompts():
-    """Catches a chat of which one sees the instruction and the header, the same in all, and text of which one sees the
-    first example."""
+    """Catches a chat shown by its instruction and header, which are the same in all, and a text shown by its first
+    example."""
     question_text = "How many clips did Natalia sell altogether in April and May?\nPut it in a box." + " Please." * 20
     chat = read_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": question_text}])
     rendered = f"<|user|>{question_text}<|end|>\n<|assistant|>\n"

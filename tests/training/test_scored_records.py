@@ -24,7 +24,7 @@ FOLDERS = ["sentencepiece", "byte_level"]
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_pointwise(kind, opened):
-    """Catches a score off the EOS, and labels other than those given."""
+    """Catches a score that is not on the EOS, and labels other than those given."""
     tokenizer, oracle = opened(kind)
     for label, value in ((0, 0.0), (1, 1.0), (True, 1.0), (False, 0.0), (0.25, 0.25)):
         fields = {"prompt": "the answer is", "completion": " 7, hello.", "label": label}
@@ -36,7 +36,7 @@ def test_pointwise(kind, opened):
 
 @pytest.mark.parametrize("kind", END_OF_TURN)
 def test_pointwise_chat(kind, opened):
-    """Catches a score behind the end of the turn, which generation never reaches."""
+    """Catches a score on a token after the end of the turn, which generation never reaches."""
     tokenizer, _ = opened(kind)
     fields = {"prompt": CHAT[:1], "completion": ANSWER["content"], "label": 1}
     row, _ = encode_pointwise_record(Record("x", fields), tokenizer)
@@ -70,7 +70,7 @@ BAD_POINTS = [
 
 @pytest.mark.parametrize("fields, complaint", BAD_POINTS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
 def test_points_that_cannot_be_used(fields, complaint, opened, tmp_path):
-    """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
+    """Catches an error that does not name the line or names another cause than the real one, and a traceback."""
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(fields)}\n")
     call = lambda: encode_scored_file(path, opened("llama3")[0], LIMITS, kind="pointwise")  # noqa: E731
@@ -85,8 +85,8 @@ STEPS = ["12 + 34 = 46.", "The answer is 46, hello there.", " and so\nit is"]
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("separator", ["\n", "\n\n", " ;", "<|eot_id|>", ""])
 def test_steps(kind, separator, opened):
-    """Catches a label off the last token of step + separator, an EOS, BOS twice, and steps encoded one by one, where a
-    sentencepiece tokenizer puts a space before each that no generated text has."""
+    """Catches a label that is not on the last token of step + separator, an EOS, BOS twice, and steps encoded one by
+    one, where a sentencepiece tokenizer puts a space before each that generated text does not have."""
     tokenizer, oracle = opened(kind)
     record = {"prompt": "Question: how many?\n", "completions": STEPS, "labels": [1, True, 0.25]}
     row, differs = encode_process_record(Record("x", record), separator, tokenizer)
@@ -104,10 +104,10 @@ def test_steps(kind, separator, opened):
 
 
 def test_steps_whose_tokens_would_merge(opened):
-    """Catches a token that spans two steps, or the prompt and a step, and with it a label on another step's text."""
+    """Catches a token that spans two steps, or the prompt and a step, so that a label sits on another step's text."""
     tokenizer, oracle = opened("sentencepiece")
     ids, positions = encode_steps("The ans", ["wer is 7 pl", "us"], "", tokenizer)
-    newline = oracle("\n", add_special_tokens=False)["input_ids"]  # no token spans one, and no space follows it
+    newline = oracle("\n", add_special_tokens=False)["input_ids"]  # no token spans it, no space is added after it
     parts = [oracle("\n" + text, False)["input_ids"][len(newline) :] for text in ("wer is 7 pl", "us")]
     assert ids == oracle("The ans")["input_ids"] + parts[0] + parts[1]
     assert (
@@ -124,7 +124,7 @@ def test_steps_whose_tokens_would_merge(opened):
 @pytest.mark.parametrize("kind", [*FOLDERS, "newlines_plain"])
 def test_any_steps(kind, opened):
     """Catches a step's ids or position that depend on the steps after it (scores of partial solutions would differ),
-    and tokens that span a boundary, for texts in which they would like to."""
+    and tokens that span a boundary, for texts whose tokens could merge there."""
     tokenizer, _ = opened(kind)
     draw = random.Random(0)
     for _ in range(150):
@@ -155,8 +155,8 @@ def test_steps_after_a_chat(kind, opened):
 
 
 def test_overlong_scored_rows(tokenizer, tmp_path):
-    """Catches the label of a step that was cut kept (or moved to another), a row with no label left, a cut completion's
-    label lost, an EOS after the cut, and anything uncounted."""
+    """Catches the label of a truncated step kept (or moved to another), a row with no label left, a truncated
+    completion's label lost, an EOS after a truncation, and rows not counted."""
     steps = {"prompt": "a b", "completions": ["c d", "e", "f g h"], "labels": [1, 0.5, 0]}
     path = tiny.write_records(tmp_path / "steps", [steps, {**steps, "prompt": "a b c d e f g h i j k l m n o"}])
     (whole, long), counts = encode_scored_file(path, tokenizer, LIMITS, kind="process")
@@ -221,7 +221,7 @@ BAD_STEPS = [
 
 @pytest.mark.parametrize("fields, complaint", BAD_STEPS, ids=lambda x: None if isinstance(x, str) else str(x)[:80])
 def test_steps_that_cannot_be_used(fields, complaint, opened, tmp_path):
-    """Catches a complaint that does not name the line or says something else than what is wrong, and a traceback."""
+    """Catches an error that does not name the line or names another cause than the real one, and a traceback."""
     path = tmp_path / "train.jsonl"
     path.write_text(f"{json.dumps(RIGHT)}\n{json.dumps(fields)}\n")
     call = lambda: encode_scored_file(path, opened("llama3")[0], LIMITS, kind="process")  # noqa: E731
@@ -229,14 +229,14 @@ def test_steps_that_cannot_be_used(fields, complaint, opened, tmp_path):
 
 
 def test_step_without_a_token(tokenizer):
-    """Catches two steps that share one position, since one has no text and the separator is empty."""
+    """Catches two steps that share one position because one has no text and the separator is empty."""
     with pytest.raises(ValueError, match="step 1 with its separator has no token"):
         encode_steps("a", ["b", ""], "", tokenizer)
     assert len(set(encode_steps("a", ["b", "", "", "c"], "\n", tokenizer)[1])) == 4
 
 
 def test_rows_to_score():
-    """Catches a score beside another position than its own, or read from another row."""
+    """Catches a score at another position than its own, or read from another row."""
     rows, places = rows_to_score([Scored([1, 2, 3, 4], [1, 3], [1.0, 0.5]), Scored([5, 6], [1], [0.0])])
     assert [row.input_ids for row in rows] == [[1, 2, 3, 4], [5, 6]] and not any(row.num_targets for row in rows)
     assert [rows[i].input_ids[position] for i, position in places] == [2, 4, 6]

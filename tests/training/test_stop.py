@@ -1,6 +1,5 @@
-"""training/stop.py in the five trainers: a signal wherever it comes, and through torchrun. A run that is
-stopped and resumed is the run that nobody stops: weights to the bit, all lines.
-"""
+"""training/stop.py in the five trainers: signals at any time, and through torchrun. A run that is stopped and resumed
+equals one that is not interrupted: weights bitwise, and all lines."""
 
 import importlib
 import os
@@ -105,7 +104,7 @@ def assert_same_run(out, whole):
 
 
 def stop_at(patch, script, name, number):
-    """SIGTERM at the beginning of this call of a function of the script; returns the calls."""
+    """Sends SIGTERM at the start of a given call of a script's function; returns the list of calls."""
     module, calls = importlib.import_module(f"training.{script.removesuffix('.py')}"), []
     real = getattr(module, name)
 
@@ -119,15 +118,15 @@ def stop_at(patch, script, name, number):
     return calls
 
 
-# (the function of the script in which the signal comes, which of its calls since the run was resumed, what is said)
+# (the script's function in which the signal comes, which of its calls since the resume, where the run stops)
 STOPS = {
     "train_ppo.py": [
         ("draw", 1, "before the first step"),  # the evaluation before the first update
         ("draw", 2, "before the first update"),
-        ("draw", 4, "after update 2"),  # that of update 2: its state is kept, and its line is written later
-        ("all_logps", 3, "after update 2"),  # two are the evaluation's
+        ("draw", 4, "after update 2"),  # the evaluation of update 2: its state is saved, its line is written later
+        ("all_logps", 3, "after update 2"),  # two calls are the evaluation's
         ("policy_backward", 1, "after update 2"),
-        ("value_backward", 1, "after update 3"),  # the policy has stepped, so it is the next place
+        ("value_backward", 1, "after update 3"),  # the policy has stepped already, so the update is completed
     ],
     "train_grpo.py": [
         ("answers_to", 1, "before the first step"),
@@ -144,9 +143,9 @@ STOPS = {
 
 @pytest.mark.parametrize("script", STOPS)
 def test_stop_anywhere(script, world, tmp_path, monkeypatch):
-    """Catches a stop that waits for the end of a rollout, of the log-probs, of an accumulation or of an evaluation, one
-    that leaves in the middle of an update, a half step or rollout that leaves a trace, an evaluation that is missing
-    from its line or done twice, a run that loses the step before, and tokens of steps without a line not counted."""
+    """Catches a stop that waits for the end of a rollout, of log-probs, of a gradient accumulation or of an evaluation,
+    or that comes in the middle of an update; traces of half a step or rollout; an evaluation that is missing from its
+    line or done twice; the step before lost; and tokens of steps without a line not counted."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     more = {"log_steps": 2} if "--train_file" in flags(world, script, out) else {}
     run(world, script, whole, **more)
@@ -157,7 +156,7 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
         assert f"stopped by a signal {said}; go on with --resume" in result.stdout, (name, result.stdout)
         assert len(calls) == number or said == "after update 3", (name, calls)
         assert not (out / "config.json").exists()
-        if (out / "unfinished.json").exists():  # as if killed when the line was written, and this file not yet removed
+        if (out / "unfinished.json").exists():  # as if killed between writing the line and removing this file
             with open(out / "metrics.jsonl", "a") as file:
                 file.write('{"step": 2, "loss": 0}\n')
     run(world, script, out, resume=True, **more)
@@ -165,7 +164,7 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
 
 
 def test_stop_while_samples_are_drawn(world, tmp_path, monkeypatch):
-    """Catches a stop that waits for the samples of an evaluation, and a step with half of them, or with them twice."""
+    """Catches a stop that waits for an evaluation's samples, and a step with half of its samples, or them twice."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(world, "finetune_sft.py", whole)
     with monkeypatch.context() as patch:
@@ -201,8 +200,8 @@ def each(prompt, completion, example):
 
 
 def test_functions_that_disturb(world, tmp_path, monkeypatch):
-    """Catches a run whose files go elsewhere, that learns in another dtype or not at all, or that no signal saves any
-    more, since the file of a reward function, or the function, sets what holds for the whole process."""
+    """Catches a run that writes its files elsewhere, trains in another dtype or not at all, or is no longer saved at a
+    signal, because a reward function, or its file, changes settings of the whole process."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "rude.py").write_text(RUDE)
     monkeypatch.chdir(tmp_path)
@@ -224,7 +223,7 @@ def test_functions_that_disturb(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_other_signals(number, world, tmp_path):
-    """Catches a run that a lost terminal, or the signal of a scheduler, ends unsaved."""
+    """Catches a run that a lost terminal, or a scheduler's signal, ends without saving."""
     more = {"max_steps": 9999, "log_steps": 1, "eval_steps": 99999}
     process = Forked("training/finetune_sft.py", *flags(world, "finetune_sft.py", tmp_path / "out", **more))
     while not (tmp_path / "out/metrics.jsonl").exists() or not tiny.read_lines(tmp_path / "out/metrics.jsonl"):
@@ -244,7 +243,7 @@ def has_writer(pipe):
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_nobody_reads(at_once, world, tmp_path):
-    """Catches a run that does not go on, or writes no model, since whoever read what it prints has gone (`| head`)."""
+    """Catches a run that does not go on, or writes no model, after the reader of its output has gone (`| head`)."""
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=60, eval_steps=20)
@@ -261,7 +260,7 @@ def test_nobody_reads(at_once, world, tmp_path):
 
 @pytest.mark.parametrize("script", ["finetune_sft.py", "train_rm.py", "train_dpo.py", "train_ppo.py", "train_grpo.py"])
 def test_run_that_ends_sooner(script, world, tmp_path):
-    """Catches a run whose last step was not to be the last when it was taken, and that is exported unevaluated."""
+    """Catches a run shortened to a step already taken that is exported without the last step's evaluation."""
     total = "total_steps" if script[6:] in ("ppo.py", "grpo.py") else "max_steps"
     run(world, script, tmp_path / "whole", save_steps=3, eval_steps=3)
     for log_steps in (1, 2):
@@ -275,7 +274,7 @@ def test_run_that_ends_sooner(script, world, tmp_path):
         whole = next(line for line in lines_of(tmp_path / "whole") if line["step"] == 3)
         wanted = {name: x for name, x in whole.items() if log_steps == 1 or name.startswith("eval_")}
         assert any(name.startswith("eval_") for name in wanted)
-        for attempt in range(2):  # what is evaluated is left as it is
+        for attempt in range(2):  # the second time, the evaluation is there
             more = {total: 3, "accept_changed": [total], "resume": True, "log_steps": log_steps}
             said = run(world, script, out, **more).stdout
             assert ("step 3: " in said) == (attempt == 0)
@@ -285,7 +284,7 @@ def test_run_that_ends_sooner(script, world, tmp_path):
 
 @pytest.mark.parametrize("where", ["whole", "each"])
 def test_stop_while_answers_are_graded(where, world, tmp_path, monkeypatch):
-    """Catches a stop that waits for somebody's function, of either form, and an engine that draws on."""
+    """Catches a stop that waits for a user's function, of either form, and an engine that goes on decoding."""
     for name, value in (("STOP_IN", where), ("STOPPED", tmp_path / "stopped"), ("PID_OF_THE_RUN", os.getpid())):
         monkeypatch.setenv(name, str(value))
     result = run(world, "train_grpo.py", tmp_path / "out", total_steps=1, eval_steps=1)
@@ -299,8 +298,8 @@ def test_stop_while_answers_are_graded(where, world, tmp_path, monkeypatch):
 
 
 def test_through_torchrun(world, tmp_path):
-    """Catches ranks that torchrun's own SIGTERM kills, or that wait for each other, or end with an error: the first of
-    two sits in a function of the batch form, the second waits for it."""
+    """Catches ranks that torchrun's own SIGTERM kills, that wait for each other or that end with an error: of two
+    ranks, the first is in a batch function, and the second waits for it."""
     script, out = "train_grpo.py", tmp_path / "out"
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
@@ -322,12 +321,12 @@ def test_through_torchrun(world, tmp_path):
     said = "".join(process.communicate())
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["0", "0"], said
     assert "stopped by a signal before the first update; go on with --resume" in said
-    assert process.returncode == 1  # torchrun's own, with a traceback of it
+    assert process.returncode == 1  # torchrun's own code, with its own traceback
     run(world, script, out, resume=True, **more)
 
 
 def test_ctrl_c(world, tmp_path):
-    """Catches a first Ctrl-C that ends a step, a second one that does not end at once, and a traceback."""
+    """Catches a first Ctrl-C that breaks off a step, a second one that does not end it at once, and a traceback."""
     script, out = "train_grpo.py", tmp_path / "out"
     (tmp_path / "deaf.py").write_text(
         "import time\ndef deaf(prompts, completions, examples):\n"
@@ -347,8 +346,7 @@ def test_ctrl_c(world, tmp_path):
 
 
 def test_ctrl_c_that_ends_the_reader_too():
-    """Catches a run that ends as a failed one, or before it is saved, since the `tee` behind it has had the same
-    Ctrl-C."""
+    """Catches a run that ends as failed, or unsaved, because the `tee` behind it had the same Ctrl-C."""
     (reader, writer), kept = os.pipe(), os.dup(1)
     os.close(reader)
     os.dup2(writer, 1)
@@ -362,8 +360,8 @@ def test_ctrl_c_that_ends_the_reader_too():
 
 
 def test_a_terminal_that_has_gone(monkeypatch):
-    """Catches a run that cannot write any more after SIGHUP, a stream that was closed opened for the next file, and a
-    signal that nohup has it ignore taken all the same."""
+    """Catches a run that cannot print after SIGHUP, a closed stream whose descriptor is reused for the next file, and a
+    signal that is handled although nohup set it to be ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     others = {number: signal.getsignal(number) for number in ASK_TO_END if number != signal.SIGHUP}
     (reader, writer), kept = os.pipe(), os.dup(1)
@@ -387,9 +385,9 @@ def test_a_terminal_that_has_gone(monkeypatch):
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_two_signals(launched, monkeypatch):
-    """Catches one Ctrl-C that counts as two, since torchrun passes on what its ranks have had already, torchrun's
-    second (SIGTERM, whatever it got itself) that is not heard, and a scheduler's second SIGTERM that ends the process
-    at once."""
+    """Catches one Ctrl-C counted as two because torchrun passes on a signal that its ranks have already had, torchrun's
+    second signal (SIGTERM, whatever it got itself) ignored, and a scheduler's second SIGTERM that ends the process at
+    once."""
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

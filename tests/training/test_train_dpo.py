@@ -1,7 +1,7 @@
 """training/train_dpo.py against a plain computation over transformers' model, and its reference. Kills, resumes and bad
-input: test_train_dpo_runs.py; what it learns: test_dpo_learns.py; several ranks: test_parallel.py.
+input: test_train_dpo_runs.py; what it learns: test_dpo_learns.py; ranks: test_parallel_dpo.py.
 
-The plain computation runs rows one by one without padding, and its losses are written anew.
+The plain computation runs rows one by one without padding, and has its own formulas for the losses.
 """
 
 import math
@@ -31,7 +31,7 @@ RECORDS = [
     for i in range(10)
 ]
 RECORDS[2]["rejected"] = ""  # an EOS alone
-RECORDS[5]["chosen"] = " the question" * 20  # cut to --max_seq_len 40, so without EOS
+RECORDS[5]["chosen"] = " the question" * 20  # truncated to --max_seq_len 40, so without EOS
 RECORDS[6]["chosen"] = RECORDS[6]["rejected"]
 MEANS = (
     "rewards/chosen",
@@ -78,7 +78,7 @@ def metrics_of(out):
 
 
 def encoded(folder, records, max_seq_len=40):
-    """((ids, prompt length) of chosen, the same of rejected) of each record; test_preferences.py checks the ids."""
+    """Returns ((ids, prompt length) of chosen, of rejected) of each record; test_preferences.py checks the ids."""
     tokenizer = Tokenizer(folder)
     pairs = [encode_pair_record(Record(str(i), fields), tokenizer)[0] for i, fields in enumerate(records)]
     return [
@@ -97,7 +97,7 @@ def pair_of(model, sides):
 
 
 def plain_loss(kind, policy, reference, lengths):
-    """The loss of one pair, as the papers have it; log-probs (chosen, rejected) of policy and reference."""
+    """Returns the loss of one pair as in the papers; log-probs are (chosen, rejected) of policy and reference."""
     (c, r), (ref_c, ref_r), (len_c, len_r) = policy, reference, lengths
     x = BETA * ((c - ref_c) - (r - ref_r))
     nll, nll_wrong = torch.log1p(torch.exp(-x)), torch.log1p(torch.exp(x))
@@ -128,7 +128,7 @@ def loss_flags(kind, other_folder):
 
 @pytest.fixture(scope="module")
 def plain_step(folder, other_folder):
-    """The first step over all pairs by the plain computation: (metrics, gradients, weights) for a loss."""
+    """Returns a function: loss -> (metrics, gradients, weights) of the first step over all pairs, computed plainly."""
     made = {}
 
     def make(kind):
@@ -164,7 +164,7 @@ def plain_step(folder, other_folder):
 
 
 def assert_equals_plain(out, gradients, wanted):
-    """The run's only step. Losses are O(1) and log-probs O(100), in fp32."""
+    """Checks the run's only step. Losses are O(1) and log-probs O(100), in fp32."""
     metrics, wanted_gradients, weights = wanted
     (line,) = metrics_of(out)
     assert line.keys() == KEYS
@@ -182,7 +182,7 @@ def assert_equals_plain(out, gradients, wanted):
 
 @pytest.fixture
 def recorded_gradients(monkeypatch):
-    """The gradients of each step, before clipping."""
+    """Records the gradients of each step, before clipping."""
     steps, clip = [], train_dpo.clip_grad_norm
 
     def recording_clip(model, max_norm, scale):
@@ -199,8 +199,8 @@ KINDS = ["sigmoid", "cdpo", "robust", "hinge", "ipo", "ipo_avg", "simpo", "rpo"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_step(kind, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients):
-    """Catches a loss, its gradient or a metric that is not what the papers and TRL mean; a flag of the loss that is
-    lost on the way; padding that is seen or counted; a reference that learns or is not the one asked for."""
+    """Catches a loss, a gradient or a metric that is not that of the papers and TRL; a flag of the loss that is not
+    passed on; padding that is attended to or counted; a reference that is trained or is not the one given."""
     train(folder, train_file, tmp_path / "out", **ONE_STEP, micro_batch_size=4, **loss_flags(kind, other_folder))
     assert_equals_plain(tmp_path / "out", recorded_gradients, plain_step(kind))
 
@@ -217,8 +217,8 @@ def test_one_step(kind, plain_step, folder, other_folder, train_file, tmp_path, 
     ids=str,
 )
 def test_micro_batches(kind, more, plain_step, folder, other_folder, train_file, tmp_path, recorded_gradients):
-    """Catches a mean of micro-batches instead of the mean over pairs, a reference's value that goes to another pair,
-    packed sides that see each other, and a reference in each step that differs from the one before training."""
+    """Catches a mean of micro-batches instead of the mean over pairs, a reference's log-prob assigned to another pair,
+    packed sides that attend to each other, and a reference in each step that differs from the precomputed one."""
     more = {**more, **loss_flags(kind, other_folder)}
     train(folder, train_file, tmp_path / "out", **ONE_STEP, **more)
     assert_equals_plain(tmp_path / "out", recorded_gradients, plain_step(kind))
@@ -258,8 +258,8 @@ def test_planted_faults_show(
 @pytest.mark.parametrize("dtype, param_dtype", [("float32", "float32"), ("bfloat16", "float32"), (None, "bfloat16")])
 @pytest.mark.parametrize("how", ["precomputed", "in each step", "precomputed from a copy"])
 def test_first_loss_is_ln_2(how, dtype, param_dtype, train_file, tmp_path):
-    """Catches a reference rounded otherwise than the policy, log-probs of other batches or another padding than those
-    of training (in bf16 they differ by tenths of a nat), and a policy that is not its own reference at the start."""
+    """Catches a reference rounded differently from the policy, log-probs of other batches or another padding than in
+    training (in bf16 they differ by tenths of a nat), and a policy that is not its own reference at the start."""
     tiny.write_model(tmp_path / "in", hidden_size=128)
     more = {"precompute_ref": how != "in each step", "param_dtype": param_dtype} | ({"dtype": dtype} if dtype else {})
     if how == "precomputed from a copy":
@@ -271,8 +271,7 @@ def test_first_loss_is_ln_2(how, dtype, param_dtype, train_file, tmp_path):
 
 
 def test_both_ways_agree_over_epochs(folder, other_folder, train_file, tmp_path):
-    """Catches log-probs of the reference that belong to the first epoch's order, or a reference that moves with the
-    policy."""
+    """Catches log-probs of the reference in the first epoch's order, or a reference that changes with the policy."""
     more = {"batch_size": 4, "micro_batch_size": 3, "num_epochs": 3, "eval_file": train_file, "eval_steps": 4}
     for name, reference in (("own", {}), ("other", {"ref_checkpoint_path": other_folder})):
         outs = tmp_path / f"{name}-before", tmp_path / f"{name}-step"
@@ -290,7 +289,7 @@ def test_both_ways_agree_over_epochs(folder, other_folder, train_file, tmp_path)
 
 
 def test_no_reference_where_none_is_wanted(folder, train_file, tmp_path, monkeypatch):
-    """Catches memory and time taken by a reference that a loss does not use, and by an export alone."""
+    """Catches memory and time spent on a reference that a loss does not use, or for an export alone."""
     loads, load = [], train_dpo.load_for_training
     monkeypatch.setattr(train_dpo, "load_for_training", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(train_dpo, "precompute", None)
@@ -302,8 +301,8 @@ def test_no_reference_where_none_is_wanted(folder, train_file, tmp_path, monkeyp
 
 
 def test_a_short_run_computes_what_it_needs(folder, other_folder, train_file, tmp_path):
-    """Catches the reference's log-probs of a whole file computed for two steps, and values that are missing when the
-    run goes on to further steps."""
+    """Catches the reference's log-probs of a whole file computed for two steps, and log-probs that are missing when the
+    run resumes with more steps."""
     more = {"batch_size": 2, "ref_checkpoint_path": other_folder, "save_steps": 2, "warmup_ratio": 0}
     train(folder, train_file, tmp_path / "out", max_steps=2, **more)
     known = load_file(tmp_path / "out/ref_logps_train.safetensors")["logps"]
@@ -352,7 +351,7 @@ def test_metrics_and_evaluation(folder, other_folder, train_file, tmp_path):
 
 
 def test_equal_sides_are_a_tie(folder, other_folder, tmp_path):
-    """Catches a pair of two equal answers that is right, or moves a weight, by the rounding of its two rows."""
+    """Catches a pair of two equal answers that is right, or changes a weight, through rounding of its two rows."""
     equal = [{"prompt": "so", "chosen": text, "rejected": text} for text in (" and so" * n for n in range(1, 9))]
     path = tiny.write_records(tmp_path / "some.jsonl", [*equal, RECORDS[0]])
     for name, split in (("padded", {}), ("packed", {"max_tokens_per_micro_batch": 64})):
@@ -369,7 +368,7 @@ def test_equal_sides_are_a_tie(folder, other_folder, tmp_path):
     ids=str,
 )
 def test_variants_agree(more, folder, train_file, tmp_path):
-    """Catches a policy that is another function where its blocks are computed anew in the backward."""
+    """Catches activation checkpointing that changes the loss or the gradient."""
     for out, flag in (("plain", {}), ("variant", more)):
         train(folder, train_file, tmp_path / out, batch_size=5, max_steps=3, **flag)
     plain, variant = (metrics_of(tmp_path / out) for out in ("plain", "variant"))

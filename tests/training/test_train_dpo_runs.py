@@ -1,4 +1,4 @@
-"""training/train_dpo.py through kills and resumes, with a cache of the reference that is right or wrong, and its
+"""training/train_dpo.py: kills and resumes, with a cache of the reference's log-probs that is right or wrong, and
 refusals."""
 
 import math
@@ -45,7 +45,7 @@ def run_flags(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(run_flags, tmp_path_factory):
-    """The run that nobody interrupts; read it only."""
+    """The run that is not interrupted; read it only."""
     out = tmp_path_factory.mktemp("whole") / "out"
     train(*run_flags, out, **RUN, save_steps=6)
     return out
@@ -62,7 +62,7 @@ READ = "log-probs of the reference read, a batch of "
 
 
 def test_kill_and_resume(whole, run_flags, tmp_path):
-    """Catches a reference that has moved with the policy after a resume, and what test_finetune_sft_runs.py lists."""
+    """Catches a reference that changed with the policy after a resume, and what test_finetune_sft_runs.py lists."""
     run, out = {**RUN, "save_steps": 2}, tmp_path / "out"
     process = Forked(SCRIPT, *flags(*run_flags, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
@@ -70,7 +70,7 @@ def test_kill_and_resume(whole, run_flags, tmp_path):
     time.sleep(random.uniform(0, 0.15))
     process.kill()
     _, errors = process.communicate(timeout=240)
-    done = (out / "config.json").exists()  # it may have finished meanwhile
+    done = (out / "config.json").exists()  # it may have finished before the signal
     assert process.returncode in ({0, -signal.SIGKILL} if done else {-signal.SIGKILL}), errors
     result = train(*run_flags, out, **run, resume=True)
     assert "resuming after step" in result.stdout and f"ref_logps_train.safetensors: {READ}" in result.stdout
@@ -80,8 +80,8 @@ def test_kill_and_resume(whole, run_flags, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("more", [{}, {"precompute_ref": False}], ids=["precomputed", "in each step"])
 def test_resume_without_the_cache(dtype, more, run_flags, tmp_path, monkeypatch):
-    """Catches a reference computed anew from the policy's checkpoint, or a head and embedding that the reference's
-    forward left gathered, for the first step after a resume."""
+    """Catches a reference recomputed from the policy's checkpoint, or a head and embedding left gathered by the
+    reference's forward pass, in the first step after a resume."""
     run = {**RUN, **more, "dtype": dtype}
     train(*run_flags, tmp_path / "whole", **run)
     out = tmp_path / "out"
@@ -101,7 +101,7 @@ def change_cache(path, change):
 
 
 def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
-    """Catches log-probs of another reference, a broken file or other pairs' values used without a word."""
+    """Catches log-probs of another reference, a broken file or other pairs' values used silently."""
     out = shutil.copytree(whole, tmp_path / "out")
     cache = out / "ref_logps_train.safetensors"
     shutil.rmtree(out / "checkpoints/step-000016")
@@ -113,7 +113,7 @@ def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
     tiny.assert_refused(tiny.run(SCRIPT, *flags(*run_flags, out, **RUN, resume=True)), f"{cache}: cannot be read")
     cache.write_bytes(before[cache])
     assert all(path.read_bytes() == content for path, content in before.items())
-    # the same command, but the reference has become another model, or the records others
+    # the same command, but the reference is another model now
     folder = copy_with(run_flags[0], tmp_path / "in")
     run = flags(folder, run_flags[1], tmp_path / "again", **RUN, save_steps=6)
     assert tiny.run(SCRIPT, *run, "--max_steps", 1).code == 0
@@ -124,7 +124,7 @@ def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
     tiny.assert_refused(result, "--checkpoint_path: other content than the run was begun with")
     result = tiny.run(SCRIPT, *run, "--max_steps", 1, "--resume", "--accept_changed", "checkpoint_path")
     assert result.code == 0 and "another reference or another dtype; computing anew" in result.stdout
-    # and the base of adapters, which is the reference without them, is kept in other bits
+    # and the base of adapters, which is the reference, is quantised now
     run = [*flags(*run_flags, tmp_path / "lora", **RUN, lora_r=2), "--max_steps", 1]
     assert tiny.run(SCRIPT, *run).code == 0
     more = ["--resume", "--quantize_base", "int8", "--accept_changed", "quantize_base"]
@@ -133,7 +133,7 @@ def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
 
 @pytest.mark.parametrize("name, value", [("beta", 0.2), ("loss", "hinge"), ("label_smoothing", 0.1)])
 def test_another_loss_on_resume(name, value, whole, run_flags, tmp_path):
-    """Catches a run that goes on as another one."""
+    """Catches a run that resumes with another loss."""
     out = shutil.copytree(whole, tmp_path / "out")
     result = tiny.run(SCRIPT, *flags(*run_flags, out, **RUN, resume=True, **{name: value}))
     tiny.assert_refused(result, f"the run was begun with other --{name}")
@@ -143,11 +143,11 @@ def test_another_loss_on_resume(name, value, whole, run_flags, tmp_path):
 
 
 def test_non_finite_loss(run_flags, tmp_path, monkeypatch):
-    """Catches a run that goes on with NaN, or saves it over the last good checkpoint, or does not say where it was."""
+    """Catches a run that goes on with NaN, saves it over the last good checkpoint or hides its step and records."""
     calls, real = [], train_dpo.dpo_loss
 
     def overflows(*args, **kwargs):
-        calls.append(1)  # 2 + 2 + 1 + 2 + 1 micro-batches until the first infinite one
+        calls.append(1)  # 2 + 2 + 1 + 2 micro-batches in steps 1 to 4, and a finite one in step 5
         found = real(*args, **kwargs)
         return found._replace(losses=found.losses * (math.inf if len(calls) > 8 else 1))
 
@@ -163,7 +163,7 @@ def test_non_finite_loss(run_flags, tmp_path, monkeypatch):
 
 
 def test_infinite_reference(folder, train_file, tmp_path):
-    """Catches log-probs of a broken reference trained on."""
+    """Catches training on log-probs of a broken reference."""
     broken = copy_with(folder, tmp_path / "in", lambda w: w["model.norm.weight"].__setitem__(3, math.inf))
     result = tiny.run(SCRIPT, *flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=broken))
     tiny.assert_refused(result, "the reference gives record ", "not finite")
@@ -204,7 +204,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("name", [*BAD_RECORDS, *BAD_FLAGS])
 def test_bad_input(name, folder, train_file, tmp_path):
-    """Catches a mistake found late or never, a traceback, and output made for nothing."""
+    """Catches a mistake found late or never, a traceback, and output left behind."""
     given, parts = BAD_FLAGS.get(name, ({"overlong": "refuse"}, [BAD_RECORDS.get(name, (0, ""))[1]]))
     if name in BAD_RECORDS:
         train_file = tiny.write_records(tmp_path / "train.jsonl", BAD_RECORDS[name][0])
@@ -214,8 +214,8 @@ def test_bad_input(name, folder, train_file, tmp_path):
 
 
 def test_reference_that_does_not_fit(folder, train_file, tmp_path):
-    """Catches a reference of another vocabulary, a shorter context, with broken weights or an edited file, or that
-    cannot be cut as the policy is."""
+    """Catches a reference with another vocabulary, a shorter context, broken weights or an edited file, or that cannot
+    be sharded as the policy is."""
     tiny.write_model(tmp_path / "vocabulary", vocab_size=400)
     tiny.write_model(tmp_path / "context", max_position_embeddings=32)
     copy_with(folder, tmp_path / "weights", lambda w: w.pop("model.norm.weight"))

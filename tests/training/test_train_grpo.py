@@ -1,6 +1,5 @@
-"""training/train_grpo.py: what its steps learn from, groups drawn anew, what it measures, kills and resumes, refusals.
-What it learns is in test_grpo_optimum.py, its losses in test_losses_grpo.py, several ranks in test_parallel_grpo.py.
-"""
+"""training/train_grpo.py: the inputs of its steps, resampled groups, metrics, kills and resumes, refusals. What it
+learns is in test_grpo_optimum.py, its losses in test_losses_grpo.py, several ranks in test_parallel_grpo.py."""
 
 import os
 import signal
@@ -37,7 +36,7 @@ def some_same(prompts, completions, examples):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model of letters, which ends some of its answers, ragged prompts and reward functions."""
+    """Writes a model of letters, which ends some of its answers, ragged prompts and reward functions."""
     root = tmp_path_factory.mktemp("grpo")
     write_letters(root / "lm", 0)
     records = [{"prompt": "abcdefg"[: 1 + i % 4], "bonus": i} for i in range(6)]
@@ -63,7 +62,7 @@ def grpo(world, out, **more):
 
 @torch.no_grad()
 def hf_logps(folder, rows, prompt_lengths):
-    """transformers' log-probs of the answers' tokens, a tensor for each row."""
+    """Returns transformers' log-probs of the answers' tokens, a tensor for each row."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for ids, length in zip(rows, prompt_lengths):
@@ -72,12 +71,12 @@ def hf_logps(folder, rows, prompt_lengths):
     return found
 
 
-# ------------------------------------------------------------------------------------ what is learnt from
+# ------------------------------------------------------------------------------------ inputs of the steps
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The groups of each update, and the arguments and results of grpo_losses in it."""
+    """Records the groups of each update, and the arguments of grpo_losses in it."""
     record, real_groups, real_losses = [], train_grpo.groups_of, train_grpo.grpo_losses
 
     def groups_of(sampled, *more):
@@ -95,9 +94,9 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "rloo"])
 def test_what_steps_learn_from(loss_type, world, tmp_path, seen):
-    """Catches a group mixed over prompts, an advantage of another answer, the EOS out of the mask, answers that ran out
-    of tokens learnt although masked, a KL of other tokens than the learnt, and log-probs of the policy that drew taken
-    after the first step. Everything is computed again from texts, with transformers' log-probs."""
+    """Catches a group mixed over prompts, an advantage of another answer, the EOS out of the mask, truncated answers
+    trained on although masked, a KL of other tokens than those trained on, and log-probs of the sampling policy taken
+    after the first step. Everything is recomputed from texts, with transformers' log-probs."""
     more = {"beta": 0.3, "num_iterations": 2, "mask_truncated_completions": True, "total_steps": 1}
     grpo(world, tmp_path / "out", loss_type=loss_type, micro_batch_size=5, **more)
     [([sampled], found, calls)] = seen
@@ -115,7 +114,7 @@ def test_what_steps_learn_from(loss_type, world, tmp_path, seen):
         assert answer.finished == (letters[-1] == eos) and (answer.finished or len(letters) == 6)
         assert found.learnt[i].sum() == (len(letters) if answer.finished else 0)
         torch.testing.assert_close(found.logps[i, : len(letters)], logps[i], rtol=1e-4, atol=1e-5)
-    # the reference is the model itself, so the KL is 0 and rewards are as they were
+    # the reference is the model itself, so the KL is 0 and rewards do not change
     by_group = rewards.view(3, 4)
     if loss_type == "rloo":
         wanted = by_group - (by_group.sum(1, keepdim=True) - by_group) / 3
@@ -131,8 +130,8 @@ def test_what_steps_learn_from(loss_type, world, tmp_path, seen):
 
 
 def test_kl_in_the_reward(world, tmp_path, seen):
-    """Catches a KL of the wrong sign, of one token or of all places: with another reference, rewards of rloo are lower
-    by beta times the log-ratio of the answer, in advantages that leave the answer itself out."""
+    """Catches a KL of the wrong sign, of one token or over padding: with another reference, rloo's rewards are lower by
+    beta times the log-ratio of the answer, in advantages that leave the answer itself out."""
     write_letters(tmp_path / "ref", 1)
     more = {"loss_type": "rloo", "beta": 0.3, "ref_checkpoint_path": tmp_path / "ref", "total_steps": 1}
     [line] = grpo(world, tmp_path / "out", **more)
@@ -149,7 +148,7 @@ def test_kl_in_the_reward(world, tmp_path, seen):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches(loss_type, world, tmp_path):
-    """Catches a mean of micro-batches, for every kind of loss: weights are those of whole steps."""
+    """Catches a mean of micro-batches, for every loss type: weights must be those of whole steps."""
     run = {"loss_type": loss_type, "minibatch_size": 6, "num_iterations": 2, "mask_truncated_completions": True}
     run |= {"adam_eps": 1e-3, "learning_rate": 1e-3, "beta": 0.1, "epsilon_high": 5.0 if loss_type == "cispo" else 0.3}
     lines = [grpo(world, tmp_path / str(size), micro_batch_size=size, **run) for size in (6, 1)]
@@ -162,12 +161,12 @@ def test_micro_batches(loss_type, world, tmp_path):
         assert (weights[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
 
-# --------------------------------------------------------------------------------- groups drawn anew
+# ---------------------------------------------------------------------------------- resampled groups
 
 
 def test_resamples(world, tmp_path, seen, monkeypatch):
-    """Catches groups without a spread that are learnt from while others could be had, prompts that are skipped or taken
-    twice, answers to one prompt that do not share its prefill, and draws that never end."""
+    """Catches training on groups without a spread while others could be drawn, prompts that are skipped or taken twice,
+    answers to one prompt that do not share its prefill, and resampling that never ends."""
     shared, real = [], samples.shared_work
     monkeypatch.setattr(samples, "shared_work", lambda name, sizes, dp: shared.extend(sizes) or real(name, sizes, dp))
     more = {"reward_fn": f"{world / 'fn.py'}:some_same", "max_resamples": 4, "total_steps": 3, "beta": 0}
@@ -190,13 +189,13 @@ def test_resamples(world, tmp_path, seen, monkeypatch):
     assert same[0]["frac_reward_zero_std"] == 1 and same[0]["grad_norm"] == 0
 
 
-# -------------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- metrics and samples
 
 
 def test_metrics_and_samples(world, tmp_path, monkeypatch):
-    """Catches a baseline that is not measured, or moves the training by a bit, metrics of other answers, pass@k of
-    another estimate, an answer that a --stop string ended taken for unfinished or learnt without its end, and NCCL that
-    is started for one GPU, which has nobody to reduce with."""
+    """Catches a baseline that is not measured, or changes the training by a bit, metrics of other answers, another
+    estimate of pass@k, an answer ended by a --stop string taken for unfinished or trained on without its end, and NCCL
+    started for one GPU, which has nothing to reduce."""
     monkeypatch.setattr(torch.distributed, "all_reduce", None)
     plain = grpo(world, tmp_path / "plain", stop="b")
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 1, "num_generations_eval": 4}
@@ -227,7 +226,7 @@ def test_metrics_and_samples(world, tmp_path, monkeypatch):
 
 
 def test_gradient_not_finite(world, tmp_path, monkeypatch):
-    """Catches a broken gradient stepped with, and a complaint without the prompts' numbers."""
+    """Catches an optimizer step with a broken gradient, and an error without the prompts' numbers."""
     real, calls = train_grpo.clip_grad_norm, []
 
     def norm(model, most, scale):
@@ -242,8 +241,8 @@ def test_gradient_not_finite(world, tmp_path, monkeypatch):
 
 
 def test_soft_overlong(world, tmp_path, seen):
-    """Catches a penalty that rewards length or knows another limit, and one for answers that are masked, which would
-    lift the others of their group, wrong ones too."""
+    """Catches a penalty that rewards length or has another limit, and one for masked answers, which would lift the
+    others of their group, wrong ones too."""
     more = {"soft_punish_cache": 4, "reward_fn": f"{world / 'fn.py'}:same", "total_steps": 1}
     grpo(world, tmp_path / "out", **more)
     grpo(world, tmp_path / "masked", **more, mask_truncated_completions=True)
@@ -268,7 +267,7 @@ TIMED = ("time/", "tokens_per_second")
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """The run that nobody interrupts; read it only."""
+    """The run that is not interrupted; read it only."""
     out = tmp_path_factory.mktemp("whole") / "out"
     grpo(world, out, **resumable(world))
     return out
@@ -288,8 +287,8 @@ def assert_same_run(resumed, whole):
 
 
 def test_kill_and_resume(whole, world, tmp_path):
-    """Catches prompts taken twice or left out after groups were drawn anew, noise drawn twice, an optimizer that starts
-    anew, and a baseline measured once more."""
+    """Catches prompts repeated or skipped after groups were resampled, noise drawn twice, an optimizer that restarts,
+    and a baseline measured once more."""
     run, out = resumable(world, save_steps=1), tmp_path / "out"
     process = Forked(SCRIPT, *flags(world, out, **run))
     while process.poll() is None and not (out / "checkpoints/step-000002").exists():
@@ -303,8 +302,8 @@ def test_kill_and_resume(whole, world, tmp_path):
 
 
 def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
-    """Catches SIGTERM that saves nothing, a run resumed as another, and a baseline that stands twice where a run begins
-    once more."""
+    """Catches a SIGTERM that saves nothing, a resume as another run, and a baseline written twice when a run starts
+    again."""
     out, write, run, begins = tmp_path / "out", Metrics.write, resumable(world), []
 
     def write_and_stop(self, values):
@@ -367,7 +366,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags(name, world, tmp_path):
-    """Catches a mistake found only after an update, a traceback, and output for nothing."""
+    """Catches a mistake found only after an update, a traceback, and output left behind."""
     given, parts = BAD_FLAGS[name]
     if "other" in name and not (world / "odd").exists():
         tiny.write_model(world / "odd", vocab_size=400)

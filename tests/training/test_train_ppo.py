@@ -1,6 +1,5 @@
-"""training/train_ppo.py: scores by hand, what it measures. Kills, resumes and refusals are in test_train_ppo_runs.py,
-what it learns in test_ppo_optimum.py, the parts of its losses in test_losses_ppo.py, ranks in test_parallel_ppo.py.
-"""
+"""training/train_ppo.py: scores by hand, metrics and samples. Kills, resumes, refusals are in test_train_ppo_runs.py,
+what it learns in test_ppo_optimum.py, the parts of its losses in test_losses_ppo.py, ranks in test_parallel_ppo.py."""
 
 import json
 import re
@@ -82,7 +81,7 @@ def nan_later(prompts, completions, examples):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Prompts of different lengths, reward functions, and a pairwise reward model of another size."""
+    """Writes prompts of different lengths, reward functions, and a pairwise reward model of another size."""
     root = tmp_path_factory.mktemp("ppo")
     records = [{"prompt": f"Question {i}:" + " and so" * (i % 4), "bonus": i} for i in range(7)]
     tiny.write_records(root / "prompts.jsonl", records)
@@ -120,13 +119,13 @@ def ppo(*args, **more):
 
 def test_metrics_and_samples(folder, world, tmp_path):
     """Catches engine and trainer that differ in the log-probs of the same tokens, first-minibatch identities that do
-    not hold, packed answers that see each other, an evaluation that moves the training by a bit, metrics that are not
-    of the answers, and a folder of a step without one of the models."""
+    not hold, packed answers that attend to each other, an evaluation that changes the training by a bit, metrics of
+    other answers, and the export of a step without one of the models."""
     constant = {"lr_schedule": "constant", "warmup_ratio": 0}
     lines = ppo(folder, world, tmp_path / "plain", debug_checks=True, export_steps=3, **constant)
     more = {"eval_prompt_file": world / "held_out.jsonl", "eval_steps": 2, "log_steps": 3}
     more |= {"reward_fn": [f"{world / 'fn.py'}:{name}" for name in ("reward", "hangs")], "reward_fn_weight": [1, 0]}
-    more |= {"reward_timeout": 0.3, "reward_workers": 1}  # the second hangs for one record, and weighs nothing
+    more |= {"reward_timeout": 0.3, "reward_workers": 1}  # the second hangs for one record, and has weight 0
     watched = ppo(folder, world, tmp_path / "watched", **constant, **more)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in watched] == [0, 2, 3, 4]
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
@@ -138,7 +137,7 @@ def test_metrics_and_samples(folder, world, tmp_path):
         assert 0 < line["completion_length"] <= 6 and line["episode"] == 6 * line["step"]
     assert lines[-1]["num_tokens"] == pytest.approx(6 * sum(line["completion_length"] for line in lines))
     assert [line["step"] for line in watched if "eval_objective/scores" in line] == [0, 2, 4]
-    for line in watched[1:]:  # a busy machine may take too long for more than those that hang
+    for line in watched[1:]:  # a busy machine may time out on more than those that hang
         hung = train_ppo.prompt_numbers(7, 6 * (line["step"] - 1), 6, seed=0).count(2)
         assert line["rewards/hangs/timeouts"] >= hung and line["rewards/hangs/mean"] == 1
         assert line["rewards/reward/mean"] == pytest.approx(line["objective/scores"])
@@ -168,8 +167,8 @@ def assert_same_weights(a, b):
 
 
 def test_prompts_that_are_too_long(folder, world, tmp_path):
-    """Catches a limit that does not reach the cache or the held-out prompts, and a truncated prompt that loses its end,
-    its BOS or its place in the count."""
+    """Catches a limit that does not reach the cache or the held-out prompts, and a truncated prompt that loses its end
+    or its BOS or is not counted."""
     runs = {"all": {}, "skip": {}, "truncate": {"prompt_file": world / "one.jsonl"}}
     long = "never seen" + " and so" * 30 + " Question 1:"
     tiny.write_records(world / "one.jsonl", [{"prompt": long, "bonus": 0}])
@@ -192,7 +191,7 @@ def test_prompts_that_are_too_long(folder, world, tmp_path):
 
 
 def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypatch):
-    """Catches a sampler of another temperature than the log-probs': the ratio is 1 all the same."""
+    """Catches a sampler with another temperature than the log-probs', although the ratio is still 1."""
     real = rollouts.SamplingParams
     monkeypatch.setattr(rollouts, "SamplingParams", lambda temperature, **more: real(0.7 * temperature, **more))
     with pytest.raises(RuntimeError, match="away from those of the engine"):
@@ -201,7 +200,7 @@ def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypat
 
 
 def test_export_only(folder, world, tmp_path):
-    """Catches weights changed by loading and saving, and a critic without its zero head."""
+    """Catches weights changed by loading and saving, and a critic whose head is not 0."""
     assert ppo(folder, world, tmp_path / "out", total_steps=0) == []
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -209,8 +208,8 @@ def test_export_only(folder, world, tmp_path):
 
 
 def test_critic_warmup(folder, world, tmp_path):
-    """Catches a policy that moves while the critic warms up, a critic that does not, and one that learns at the
-    policy's rate."""
+    """Catches a policy that changes while the critic warms up, a critic that does not, and one that learns at the
+    policy's learning rate."""
     lines = ppo(folder, world, tmp_path / "out", total_steps=2, critic_warmup_steps=2, reward_checkpoint_path=None)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -224,7 +223,7 @@ def test_critic_warmup(folder, world, tmp_path):
 
 
 class Scores:
-    """Scorer.score on given answers to "Question 1:", with a reward model's folder."""
+    """Runs Scorer.score on given answers to "Question 1:", with a reward model's folder."""
 
     def __init__(self, policy, folder):
         self.tokenizer = Tokenizer(policy)
@@ -252,7 +251,7 @@ class Scores:
 
 @torch.no_grad()
 def hf_scores(folder, ids):
-    """transformers' score of every token."""
+    """Returns transformers' score of every token."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
 
@@ -261,9 +260,9 @@ TEXTS, FINISHED = [" it is 3", " so 4 or more", ""], [True, False, True]
 
 
 def test_scores_of_all_sources(folder, world, capsys):
-    """Catches a score beside the last token, an EOS added to an answer that has none, normalisation after a penalty or
-    of the functions' part, weights swapped, a penalty of the wrong sign or count, two functions of one name in one
-    metric, a function that fails and moves the score or the mean, and an async one that is not awaited."""
+    """Catches a score off the last token, an EOS added to an answer that has none, normalisation after a penalty or of
+    the functions' part, weights swapped, a penalty of the wrong sign or count, two functions of one name in one metric,
+    a failed function that changes the score or the mean, and an async one that is not awaited."""
     scores_of = Scores(folder, world / "rm")
     assert scores_of.reward.same_tokenizer
     places = [f"{world / 'fn.py'}:reward", f"{world / 'fn.py'}:each", f"{world / 'more.py'}:each"]
@@ -338,7 +337,7 @@ def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
 @pytest.mark.parametrize("how", ["min", "prod", "last", "mean", "steps"])
 def test_process_rewards(how, folder, world, tmp_path):
     """Catches steps scored or rewarded at other tokens than those that end them, logits taken for probabilities,
-    another aggregate, and a function beside them that counts for nothing."""
+    another aggregate, and a reward function that is ignored beside them."""
     process = tmp_path / "rm"
     tiny.copy_to_edit(world / "rm", process)
     path = process / "config.json"

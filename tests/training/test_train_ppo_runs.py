@@ -1,4 +1,4 @@
-"""training/train_ppo.py through kills and resumes, and its refusals. The world is that of test_train_ppo.py."""
+"""training/train_ppo.py: kills and resumes, and refusals. The world is that of test_train_ppo.py."""
 
 import json
 import math
@@ -30,7 +30,7 @@ RUN = {"total_steps": 6, "kl_target": 0.01, "kl_horizon": 20, "save_steps": 3, "
 
 @pytest.fixture(scope="module")
 def whole(folder, world, tmp_path_factory):
-    """The run that nobody interrupts, with a KL coefficient that adapts; read it only."""
+    """The run that is not interrupted, with a KL coefficient that adapts; read it only."""
     out = tmp_path_factory.mktemp("whole") / "out"
     ppo(folder, world, out, **RUN)
     return out
@@ -44,8 +44,8 @@ def assert_same_run(resumed, whole):
 
 
 def test_kill_and_resume(whole, folder, world, tmp_path):
-    """Catches an optimizer, the KL coefficient, the count of tokens or the order of the prompts that starts anew, noise
-    of the sampler that is drawn twice, and a step twice in metrics.jsonl."""
+    """Catches an optimizer, a KL coefficient, a token count or a prompt order that restarts, sampling noise that is
+    used twice, and a step twice in metrics.jsonl."""
     coefs = [line["kl_coef"] for line in tiny.read_lines(whole / "metrics.jsonl")]
     assert len(set(coefs)) == 6
     run, out = {**RUN, "save_steps": 1}, tmp_path / "out"
@@ -61,9 +61,9 @@ def test_kill_and_resume(whole, folder, world, tmp_path):
 
 
 def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
-    """Catches SIGTERM that saves nothing, or a policy exported before its end; a flag that changes unseen, one that is
-    accepted and has no effect, none after a stop before the next checkpoint, or one once more after that; and a run of
-    before --reward_fn became a list that may not go on."""
+    """Catches a SIGTERM that saves nothing, or a policy exported before the end; a flag that changes unnoticed; an
+    accepted change without effect, lost in a stop before the next checkpoint, or made again after that; and a run
+    refused that was begun before --reward_fn became a list."""
     out, write, draw, last = tmp_path / "out", Metrics.write, train_ppo.draw, 2
 
     def write_and_stop(self, values):
@@ -97,13 +97,13 @@ def test_stop_and_resume(whole, folder, world, tmp_path, monkeypatch):
         patch.setattr(Metrics, "write", write_and_stop)
         assert tiny.run(SCRIPT, *flags(folder, world, tmp_path / "other", **accepting)).code == 0
     coefs = {line["step"]: line["kl_coef"] for line in ppo(folder, world, tmp_path / "other", **accepting)}
-    assert coefs[3] == 0.3 and 0.3 not in (coefs[2], coefs[4])  # from where it adapts on
+    assert coefs[3] == 0.3 and 0.3 not in (coefs[2], coefs[4])  # from there it adapts on
 
 
 def test_infinite_reward_later(folder, world, tmp_path):
-    """Catches a run that goes on with what is not a number, or saves it, one that loses the updates before, or the
-    checkpoint before those, and one that cannot go on with another --reward_error, or learns then from what has no
-    reward."""
+    """Catches a run that goes on with an infinite reward, or saves what it led to; one that loses the updates before,
+    or the checkpoint before those; and one that cannot resume with another --reward_error, or then trains on answers
+    without a reward."""
     given = {"reward_fn": f"{world / 'fn.py'}:nan_later", "save_total_limit": 1, "total_steps": 6}
     for more, kept in (({}, ["step-000002"]), ({"resume": True}, ["step-000002", "step-000004"])):
         result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given, **more))
@@ -119,7 +119,7 @@ def test_infinite_reward_later(folder, world, tmp_path):
 
 
 def test_gradient_not_finite(folder, world, tmp_path, monkeypatch):
-    """Catches a broken gradient stepped with, and a complaint without the prompts' numbers."""
+    """Catches an optimizer step with a broken gradient, and an error without the prompts' numbers."""
     real, calls = train_ppo.clip_grad_norm, []
 
     def norm(model, most, scale):
@@ -202,7 +202,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
 def test_bad_flags(name, folder, world, tmp_path, monkeypatch):
-    """Catches a mistake found only after an update, a traceback, and output for nothing."""
+    """Catches a mistake found only after an update, a traceback, and output left behind."""
     given, parts = BAD_FLAGS[name]
     monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))
     if "other" in name and not (world / "odd").exists():
@@ -229,7 +229,7 @@ BAD_REWARDS = {
 
 @pytest.mark.parametrize("name", BAD_REWARDS)
 def test_bad_reward_functions(name, folder, world, tmp_path):
-    """Catches somebody's function trusted, or its traceback shown instead of its name."""
+    """Catches a user's function trusted, or its traceback shown instead of its name."""
     result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", reward_fn=f"{world / 'fn.py'}:{name}"))
     tiny.assert_refused(result, BAD_REWARDS[name])
     assert not (tmp_path / "out/config.json").exists() and not (tmp_path / "out/checkpoints").exists()
@@ -247,7 +247,7 @@ BAD_PROMPTS = {
 @pytest.mark.parametrize("which", ["prompt_file", "eval_prompt_file"])
 @pytest.mark.parametrize("name", BAD_PROMPTS)
 def test_bad_prompts(name, which, folder, world, tmp_path):
-    """Catches a complaint without file and line."""
+    """Catches an error without file and line."""
     content, complaint = BAD_PROMPTS[name]
     (tmp_path / "prompts.jsonl").write_text(content)
     given = {which: tmp_path / "prompts.jsonl"}
@@ -256,14 +256,14 @@ def test_bad_prompts(name, which, folder, world, tmp_path):
 
 
 def test_occupied_output_dir(folder, world, tmp_path):
-    """Catches somebody's files overwritten."""
+    """Catches a user's files overwritten."""
     (tmp_path / "notes.txt").write_text("mine")
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path)), "is not empty")
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_statistics_are_needed(folder, world, tmp_path):
-    """Catches --normalize_reward that divides by nothing."""
+    """Catches --normalize_reward without the statistics to normalise with."""
     tiny.copy_to_edit(world / "rm", tmp_path / "rm")
     path = tmp_path / "rm/config.json"
     config = json.loads(path.read_text())
@@ -275,7 +275,7 @@ def test_statistics_are_needed(folder, world, tmp_path):
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_broken_reward_model(held_out, folder, world, tmp_path):
-    """Catches scores that are not numbers learnt from, or measured."""
+    """Catches scores that are not finite trained on, or measured."""
     tiny.copy_to_edit(world / "rm", tmp_path / "rm")
     weights = load_file(tmp_path / "rm/model.safetensors")
     weights["score.weight"][0, 3] = math.inf

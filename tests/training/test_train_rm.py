@@ -1,7 +1,7 @@
 """training/train_rm.py against a plain loop over transformers' LlamaForSequenceClassification, and its export in
 transformers. Resumes, refusals: test_train_rm_runs.py; what it learns: test_rewards_learnt.py; ranks: test_parallel.py.
 
-The reference tokenises with transformers, runs rows one by one without padding, and writes its losses out.
+The reference tokenises with transformers, runs rows one by one without padding, and has its own formulas for losses.
 """
 
 import json
@@ -26,7 +26,7 @@ COUNTED = {"step", "num_tokens", "tokens_per_second"}
 
 
 def make_records(loss, count=11):
-    """Ragged ones, with margins, soft labels and one to three steps."""
+    """Returns ragged records, with margins, soft labels and one to three steps."""
     records = []
     for i in range(count):
         prompt = f"Question {i}:" + " and so" * (i % 4)
@@ -72,7 +72,7 @@ def opened(folder):
 
 
 class Judged:
-    """A record's texts in the reference's hands: token ids, where their scores are, and the loss of these scores."""
+    """A record of the reference run: its token ids, the positions of its scores, and the loss of these scores."""
 
     def __init__(self, record, tokenizer):
         def ids(text):
@@ -111,12 +111,12 @@ class Judged:
 
 
 def judged(folder, loss, count=11):
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)  # for qwen2, AutoTokenizer takes Qwen's
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)  # AutoTokenizer takes Qwen's for qwen2
     return [Judged(record, tokenizer) for record in make_records(loss, count)]
 
 
 def reference_run(folder, records, batches, weight_decay):
-    """Plain PyTorch: (model, [(loss, grad_norm, scores)])."""
+    """Trains in plain PyTorch; returns (model, [(loss, grad_norm, scores)])."""
     model = opened(folder).train()
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     others = [p for name, p in model.named_parameters() if "norm" not in name]
@@ -138,7 +138,7 @@ def reference_run(folder, records, batches, weight_decay):
 
 @pytest.fixture(scope="module")
 def reference(folder, files, tmp_path_factory):
-    """By loss: the reference's steps over 11 records in batches of 4, from the head that --max_steps 0 exports."""
+    """Returns a function: loss -> 3 reference steps over 11 records from the head that --max_steps 0 exports."""
     made = {}
 
     def make(loss):
@@ -183,17 +183,17 @@ def assert_equals_reference(out, loss, reference):
 )
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
 def test_steps_equal_transformers(loss, size, folder, files, reference, tmp_path):
-    """Catches a score at another place than the last token (of the answer, of each step), or of a text without EOS;
-    chosen and rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead
-    of the mean over pairs or steps; packed rows that see each other; and a head that does not learn, or not from where
-    it is exported."""
+    """Catches a score off the last token (of the answer, of each step), or of a text without EOS; chosen and rejected
+    swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead of the mean over
+    pairs or steps; packed rows that attend to each other; and a head that is not trained, or starts elsewhere than the
+    exported one."""
     more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, **size}
     more |= {"center_coef": CENTER} if loss == "pairwise" else {}
     train(folder, files[loss], tmp_path / "out", loss=loss, **more)
     assert_equals_reference(tmp_path / "out", loss, reference)
 
 
-FAULTS = {  # name: what goes wrong, of (rows, places of their scores) or of the margins
+FAULTS = {  # name: the fault, in (rows, positions of their scores) or in the margins
     "score at the first pad": lambda rows, places: (rows, [(i, min(p + 1, longest(rows))) for i, p in places]),
     "score before EOS": lambda rows, places: (rows, [(i, p - 1) for i, p in places]),
     "sides swapped": lambda rows, places: (rows, [places[i ^ 1] for i in range(len(places))]),
@@ -220,7 +220,7 @@ def test_planted_faults_show(fault, folder, files, reference, tmp_path, monkeypa
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation(recompute, folder, files, reference, tmp_path):
-    """Catches another gradient from recomputation."""
+    """Catches recomputation that changes the gradient."""
     more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, "activation_checkpointing": recompute}
     train(folder, files["process"], tmp_path / "out", loss="process", **more)
     assert_equals_reference(tmp_path / "out", "process", reference)
@@ -230,8 +230,8 @@ def test_recomputation(recompute, folder, files, reference, tmp_path):
 
 
 def test_new_head(folder, files, tmp_path):
-    """Catches a head of another size than N(0, 1 / sqrt(E + 1)), one that is not a function of the seed, an export of
-    --max_steps 0 without it or with other weights than the folder's, and a head that is replaced where there is one."""
+    """Catches a head of another scale than N(0, 1 / sqrt(E + 1)), one that is not a function of the seed, an export of
+    --max_steps 0 without it or with other weights than the folder's, and an existing head that is replaced."""
     heads = {}
     for name, source, seed in (("a", folder, 1), ("b", folder, 1), ("c", folder, 2), ("d", tmp_path / "a", 5)):
         train(source, files["pairwise"], tmp_path / name, max_steps=0, seed=seed)
@@ -246,7 +246,7 @@ def test_new_head(folder, files, tmp_path):
 
 
 def test_continues_a_reward_model(folder, files, tmp_path):
-    """Catches a second stage that starts from a new head, or whose config.json speaks of the first."""
+    """Catches a second stage that starts from a new head, or whose config.json describes the first."""
     train(folder, files["process"], tmp_path / "first", loss="process", max_steps=2, step_separator="\\n")
     result = train(
         tmp_path / "first", files["pointwise"], tmp_path / "out", loss="pointwise", max_steps=1, batch_size=11
@@ -260,7 +260,7 @@ def test_continues_a_reward_model(folder, files, tmp_path):
     first, config = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("first", "out"))
     assert (first["reward_model_type"], first["step_separator"]) == ("process", "\n")
     assert config["reward_model_type"] == "pointwise" and "step_separator" not in config
-    # somebody else's, who pads with EOS
+    # a model from elsewhere, which pads with EOS
     shutil.copytree(tmp_path / "first", tmp_path / "other", ignore=shutil.ignore_patterns("checksums.json"))
     config = {name: value for name, value in first.items() if not name.startswith(("reward_", "step_"))}
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "pad_token_id": 2}))
@@ -280,9 +280,9 @@ def padded(rows, pad_token_id, side):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
 def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
-    """Catches an export that transformers does not open without warnings, with two outputs, or whose last token it
-    does not find in a padded batch; other scores than those of the model in memory; and a reward_mean or reward_std of
-    other rows than the evaluation's."""
+    """Catches an export that transformers opens with warnings or with two outputs, or whose last token it does not find
+    in a padded batch; other scores than those of the model in memory; and a reward_mean or reward_std of other rows
+    than the evaluation's."""
     family = "Llama" if not tied else "Qwen2" if loss == "pairwise" else "Qwen3"
     config = {"Llama": {}, "Qwen2": tiny.QWEN2, "Qwen3": tiny.QWEN3}[family]
     tiny.write_model(tmp_path / "in", seed=4, tie_word_embeddings=tied, problem_type="regression", **config)
@@ -291,7 +291,7 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
     eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(loss, 7))
     out, more = tmp_path / "out", {"loss": loss, "batch_size": 4, "micro_batch_size": 3}
     train(tmp_path / "in", files[loss], out, eval_file=eval_file, **more)
-    assert len(rewards) == 1  # the last evaluation's serve the export
+    assert len(rewards) == 1  # the export uses the last evaluation's
     ours, records = rewards[0], judged(out, loss, 7)
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
@@ -304,7 +304,7 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
             for side in ("right", "left"):
                 logits = model(**padded(rows, model.config.pad_token_id, side)).logits
                 torch.testing.assert_close(ours[:, None], logits, rtol=0, atol=1e-4)
-        else:  # as the README reads it
+        else:  # as in the README
             batch = padded([record.rows[0] for record in records], model.config.pad_token_id, "right")
             scores = model.score(model.model(**batch).last_hidden_state)[..., 0]
             found = [scores[i, record.positions[0]] for i, record in enumerate(records)]
@@ -321,8 +321,8 @@ def test_export_in_transformers(loss, tied, files, tmp_path, monkeypatch):
 
 
 def write_pad_tokenizer(folder, kind):
-    """A tokenizer that pads with EOS and says so in all its files: sentencepiece, or byte-level with a reserved token
-    (and a chat template), or with no token but what text is made of. Returns what should become the pad token."""
+    """Writes a tokenizer that pads with EOS in all its files: sentencepiece, or byte-level with a reserved token (and a
+    chat template), or with tokens of text only. Returns the token that should become the pad token."""
     if kind == "sentencepiece":
         tiny.write_tokenizer(folder, pad_token="</s>")
         eos, wanted = "</s>", "<unk>"
@@ -352,8 +352,8 @@ def write_pad_tokenizer(folder, kind):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "reserved", "plain"])
 def test_one_pad_token(kind, tmp_path):
-    """Catches scores in others' pipelines that are read behind the end of a row, since config.json and the tokenizer
-    name other pad tokens or both name EOS; and a pad token that gives texts other ids."""
+    """Catches scores that other pipelines read past the end of a row, because config.json and the tokenizer name
+    different pad tokens or both name EOS; and a pad token that changes the ids of texts."""
     tiny.write_model(tmp_path / "in", seed=4)
     wanted = write_pad_tokenizer(tmp_path / "in", kind)
     records = make_records("pairwise", 7)
@@ -388,7 +388,7 @@ def test_one_pad_token(kind, tmp_path):
 
 
 def test_statistics_of_the_training_set(folder, files, tmp_path):
-    """Catches reward_mean and reward_std missing where there is nothing to evaluate on."""
+    """Catches reward_mean and reward_std missing if there is no evaluation."""
     train(folder, files["pairwise"], tmp_path / "out", batch_size=4)
     model = opened(tmp_path / "out").eval()
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_statistics_of_the_training_set(folder, files, tmp_path):
 
 
 def test_bfloat16(folder, files, reference, tmp_path, monkeypatch):
-    """Catches a head that is kept, computed, stored or read in bf16 beside bf16 weights, and numbers far off."""
+    """Catches a head that is kept, computed, stored or read in bf16 beside bf16 weights, and losses far from fp32's."""
     history = reference("pairwise")[1]
     trained, load = [], train_rm.load_for_training
     monkeypatch.setattr(train_rm, "load_for_training", lambda *a, **k: trained.append(load(*a, **k)) or trained[0])
@@ -427,7 +427,7 @@ def test_bfloat16(folder, files, reference, tmp_path, monkeypatch):
 
 
 def calibration(probabilities, truths):
-    """The expected calibration error in ten bins, written out."""
+    """Returns the expected calibration error in ten bins, by its definition."""
     total = 0.0
     for k in range(10):
         inside = [(p, t) for p, t in zip(probabilities, truths) if k / 10 <= p < (k + 1) / 10]
@@ -437,7 +437,7 @@ def calibration(probabilities, truths):
 
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
 def test_metrics_and_evaluation(loss, folder, files, tmp_path):
-    """Catches an evaluation that is a mean of means, of rewards before the step, or of chosen and rejected swapped;
+    """Catches an evaluation that is a mean of means, of rewards before the step, or with chosen and rejected swapped;
     keys that dashboards know renamed; and samples that are missing or show another reward."""
     eval_file = tiny.write_records(tmp_path / "eval.jsonl", make_records(loss, 7))
     more = {"eval_file": eval_file, "eval_steps": 2, "max_steps": 5, "batch_size": 4, "micro_batch_size": 3}

@@ -33,7 +33,7 @@ def test_kill_and_resume(folder, files, tmp_path):
     time.sleep(random.uniform(0, 0.1))
     process.kill()
     _, errors = process.communicate(timeout=240)
-    done = (out / "config.json").exists()  # it may have finished meanwhile
+    done = (out / "config.json").exists()  # it may have finished before the signal
     assert process.returncode in ({0, -signal.SIGKILL} if done else {-signal.SIGKILL}), errors
     assert "resuming after step" in train(folder, file, out, **run, resume=True).stdout
     ours, wanted = weights_of(out), weights_of(tmp_path / "whole")
@@ -51,7 +51,7 @@ def test_kill_and_resume(folder, files, tmp_path):
 
 
 def test_non_finite_loss(folder, files, tmp_path, monkeypatch):
-    """Catches a run that goes on with NaN, or does not say where it was."""
+    """Catches a run that goes on with NaN, or does not name its step and records."""
     calls, real = [], train_rm.pairwise_loss
     overflows = lambda *args: real(*args) * (math.nan if len(calls) > 2 else 1)  # noqa: E731
     monkeypatch.setattr(train_rm, "pairwise_loss", lambda *args: calls.append(1) or overflows(*args))
@@ -66,7 +66,7 @@ def test_non_finite_loss(folder, files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["pairwise", "pointwise"])
 def test_non_finite_rewards_of_an_evaluation(loss, folder, files, tmp_path, monkeypatch):
-    """Catches an evaluation without a number that goes on, or ends in a traceback from the calibration error."""
+    """Catches an evaluation with NaN that goes on, or ends in a traceback from the calibration error."""
     real = train_rm.all_rewards
     monkeypatch.setattr(train_rm, "all_rewards", lambda *args: real(*args).index_fill(0, torch.tensor([1]), math.nan))
     more = {"loss": loss, "eval_file": files[loss], "eval_steps": 1, "max_steps": 2}
@@ -90,7 +90,7 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_bad_model_folders(name, folder, files, tmp_path):
-    """Catches a classifier of another shape taken for a reward model, and a head chosen for the user."""
+    """Catches a classifier of another shape taken for a reward model, and one of two heads chosen for the user."""
     changed, parts = BAD_WEIGHTS[name]
     source = with_weights(folder, tmp_path / "in", **changed)
     tiny.assert_refused(tiny.run(SCRIPT, *flags(source, files["pairwise"], tmp_path / "out", max_steps=0)), *parts)
@@ -134,7 +134,7 @@ BAD_RECORDS = {  # name: (loss, good record, bad record, complaints)
 @pytest.mark.parametrize("which", ["train_file", "eval_file"])
 @pytest.mark.parametrize("name", BAD_RECORDS)
 def test_bad_records(name, which, folder, tmp_path):
-    """Catches a complaint without file and line or without the fitting --loss, a traceback, and output for nothing."""
+    """Catches an error without file and line or without the fitting --loss, a traceback, and output left behind."""
     loss, good, bad, complaints = BAD_RECORDS[name]
     files = {"train_file": tiny.write_records(tmp_path / "good.jsonl", [good])}
     files[which] = tiny.write_records(tmp_path / "bad.jsonl", [good, bad])
@@ -169,7 +169,7 @@ def test_bad_flags(name, folder, files, tmp_path):
 
 
 def test_nothing_to_learn(folder, tmp_path):
-    """Catches pairs of two equal answers trained on, and their number not reported where others are there."""
+    """Catches training on pairs of two equal answers, and their number not reported beside other pairs."""
     same = {"prompt": "a", "chosen": " b", "rejected": " b"}
     path = tiny.write_records(tmp_path / "same.jsonl", [same, same])
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, path, tmp_path / "out")), "chosen and rejected are the same")
@@ -179,14 +179,14 @@ def test_nothing_to_learn(folder, tmp_path):
 
 
 def test_equal_sides_are_a_tie(folder, tmp_path):
-    """Catches a pair of two equal answers that counts as right or wrong by the rounding of its two rows, which have
-    other places in a forward: the accuracy was 0 or 1 of it, and the calibration error as far off."""
+    """Catches a pair of two equal answers that counts as right or wrong because its two rows, at other positions in a
+    forward pass, are rounded differently: its accuracy was 0 or 1, and the calibration error as far off."""
     equal = [{"prompt": "so", "chosen": text, "rejected": text} for text in (" and so" * n for n in range(1, 9))]
     path = tiny.write_records(tmp_path / "some.jsonl", [*equal, PAIR])
     for name, split in (("padded", {"micro_batch_size": 2}), ("packed", {"max_tokens_per_micro_batch": 64})):
         train(folder, path, tmp_path / name, max_steps=1, batch_size=9, eval_file=path, **split)
         line = tiny.read_lines(tmp_path / name / "metrics.jsonl")[-1]
-        right = line["margin"] > 0  # all of it is the other pair's
+        right = line["margin"] > 0  # the margin is the other pair's
         assert line["accuracy"] == pytest.approx(right / 9)
         right, sure = line["eval_margin"] > 0, 1 / (1 + math.exp(-abs(9 * line["eval_margin"])))
         assert line["eval_accuracy"] == pytest.approx(right / 9)
@@ -194,7 +194,7 @@ def test_equal_sides_are_a_tie(folder, tmp_path):
 
 
 def test_another_loss_on_resume(folder, files, tmp_path):
-    """Catches a run that goes on with another loss, and an occupied folder."""
+    """Catches a resume with another loss, and an occupied folder."""
     train(folder, files["pairwise"], tmp_path / "out", max_steps=2, save_steps=1)
     again = {"max_steps": 3, "center_coef": 0.5, "adam_eps": 1e-6}
     result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "out", resume=True, **again))

@@ -1,5 +1,5 @@
-"""The Triton kernels of training without a GPU: in Triton's interpreter against autograd on whole logits and AdamW by
-plain operations, and compiled to machine code for the GPUs they are meant for."""
+"""The Triton kernels of training without a GPU: in Triton's interpreter against autograd on whole logits and AdamW in
+plain operations, and compiled to machine code for the GPUs that they are meant for."""
 
 import json
 
@@ -18,13 +18,14 @@ interpreted_adamw.check_all()
 
 
 def test_interpreted():
-    """Catches a column beyond the last that counts, a normaliser that is not shrunk with a larger maximum, a target of
-    another row, a temperature left out of a gradient, an entropy's gradient of the wrong sign or of what is only looked
-    at, chunks that overwrite each other, a loss whose factor is lost, a second backward that takes the gradient for the
-    logits; and of several ranks parts that are joined without their common maximum, and a target that two have.
+    """Catches, in the head, a column past the last one that counts, a normaliser not rescaled to a larger maximum, a
+    target of another row, a temperature left out of a gradient, a gradient of the entropy of the wrong sign or of an
+    entropy that is only measured, chunks that overwrite each other, a factor of the loss lost, a second backward pass
+    that takes the gradient for the logits; on several ranks, parts joined without their common maximum, and a target
+    that two ranks have.
 
-    Of AdamW a column, a row or a block that is left out or taken twice, noise of another place in the whole tensor,
-    levels or middles of the other moment, a scale that is not its block's largest, and factors in another order."""
+    In AdamW, a column, row or block left out or taken twice, noise of another position in the whole tensor, levels or
+    midpoints of the other moment, a scale that is not its block's largest number, and factors in another order."""
     interpret("-c", INTERPRETED)
 
 
@@ -65,8 +66,8 @@ print(json.dumps(found))
 
 
 def test_nothing_is_spilled(tmp_path):
-    """Catches what only the compiler refuses, kernels whose registers do not suffice, or that leave no room for others
-    on a processor: a program of the optimizer may take 128 registers a thread, with which four of them run side by
+    """Catches code that only the compiler refuses, kernels that spill registers, and kernels that leave no room for
+    others on a processor: a program of the optimizer may use 128 registers per thread, with which four run side by
     side."""
     found = json.loads(run(COMPILE, tmp_path, json.dumps(TARGETS)))
     assert len(found) == 12

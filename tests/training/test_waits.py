@@ -1,5 +1,4 @@
-"""Micro-batches of all trainers on a fake GPU (tests/models/fake_gpu.py): nothing in them holds the host until it is
-through."""
+"""Micro-batches of all trainers on a fake GPU (tests/models/fake_gpu.py) run without a host sync."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +28,7 @@ SPLITS = {"padded": Split(2, ONE_RANK, 0), "packed": Split(2, ONE_RANK, 0, 40)}
 
 
 def flags_of_run(Args: type, **given):
-    """Args with nothing else that must be given."""
+    """Returns Args with the paths that must be given."""
     paths = {
         "checkpoint_path": Path("in"),
         "output_dir": Path("out"),
@@ -92,8 +91,8 @@ TRAINERS = [sft, dpo, reward_model, ppo, grpo]
 
 
 class NothingWaits(TorchDispatchMode):
-    """Refuses what would hold the host until a GPU is through: a look at a number, a shape that numbers decide, and a
-    copy between host and GPU that is not asked not to block."""
+    """Refuses host syncs: reading a value, a shape that depends on values, and a copy between host and GPU that is not
+    non-blocking."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "is_nonzero", "equal")
 
@@ -112,15 +111,15 @@ class NothingWaits(TorchDispatchMode):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Models that no FSDP holds."""
+    """Lets the trainers take models without FSDP."""
     for script in (train_ppo, train_grpo):
         monkeypatch.setattr(script, "reducing_gradients", lambda model, parts, every: parts)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_micro_batches_wait_for_nobody(gpu, plain, trainer, monkeypatch):
-    """Catches a batch, an index or a number that is sent with a wait, and a look at a result: each would leave the GPU
-    without work until the host has seen it. Less the backward, which needs a GPU."""
+    """Catches a batch, an index or a number that is sent with a blocking copy, and a read of a result: each would leave
+    the GPU idle until the host has it. The backward pass, which needs a GPU, is left out."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     policy, critic = on_gpu(torch.bfloat16), on_gpu(torch.bfloat16, head="score")
     for split in SPLITS.values():
@@ -130,7 +129,7 @@ def test_micro_batches_wait_for_nobody(gpu, plain, trainer, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 def test_backwards_wait_for_nobody(plain, trainer):
-    """Catches the same in the gradient of an operation: masked_scatter's, say, asks how much was chosen."""
+    """Catches a host sync in an operation's gradient: masked_scatter's, for example, reads how much was chosen."""
     models = [Transformer(CONFIG, head=head) for head in ("lm", "score")]
     for model in models:
         model.init_weights(torch.Generator().manual_seed(0))
@@ -142,7 +141,7 @@ def test_backwards_wait_for_nobody(plain, trainer):
 
 
 def test_waits_are_seen(gpu):
-    """The tests above bite."""
+    """Catches a NothingWaits that does not notice host syncs."""
     x = torch.empty(3, 4, device=GPU)
     for wait in (
         lambda: torch.tensor([1, 2], device=GPU),

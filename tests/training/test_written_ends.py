@@ -1,5 +1,5 @@
-"""Data as others write it: texts that end with EOS, columns that hold null, calls of tools in JSON's text, openings of
-answers. The oracles are transformers and TRL's rules (SFTTrainer and RewardTrainer of 1.16)."""
+"""Data as other tools write it: texts that end with EOS, columns with null, tool calls as JSON text, prompts that open
+the answer. The oracles are transformers and TRL's rules (SFTTrainer and RewardTrainer of 1.16)."""
 
 import gzip
 import json
@@ -42,8 +42,8 @@ def ids_of(record: dict, folder: Path) -> list[int]:
 
 
 def test_a_text_that_ends_with_eos(folder):
-    """Catches a second EOS behind a text that ends with it, as data sets for TRL are written, which adds it only where
-    it is missing: the model would learn to say EOS after EOS, and a reward model be read where PPO never reads it."""
+    """Catches a second EOS after a text that already ends with one, as in data sets for TRL, which adds it only where
+    it is missing: the model would learn to repeat EOS, and a reward model be read where PPO never reads it."""
     eos = open_folder(folder, None, 1).tokenizer.eos_token_id
     for plain in ({"text": "a b"}, {"prompt": "a", "completion": " b"}):
         ids = ids_of(plain, folder)
@@ -54,7 +54,7 @@ def test_a_text_that_ends_with_eos(folder):
 
 
 def test_columns_that_hold_null(tmp_path, chat_folder):
-    """Catches records refused since a column of records of another form is null in them, as `datasets` writes a file
+    """Catches records refused because columns of other forms of records are null in them, as `datasets` writes a file
     of several forms."""
     forms = [
         {"messages": [USER, YES]},
@@ -76,8 +76,8 @@ def test_columns_that_hold_null(tmp_path, chat_folder):
 
 @pytest.mark.parametrize("template", ["call.function.arguments | tojson", "call.function.arguments"])
 def test_arguments_in_json_text(chat_folder, tmp_path, template):
-    """Catches the arguments of a call, which OpenAI's format has as JSON's text, written as a quoted string by a
-    template that expects an object (most), and touched where the template writes them as they are (DeepSeek's)."""
+    """Catches a call's arguments, JSON text in OpenAI's format, rendered as a quoted string by a template that expects
+    an object (most do), or changed for a template that writes them as they are (DeepSeek's)."""
     path = shutil.copytree(chat_folder, tmp_path / "model")
     (path / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", template))
     tokenizer, texts = open_folder(path, None, 1).tokenizer, []
@@ -87,13 +87,13 @@ def test_arguments_in_json_text(chat_folder, tmp_path, template):
         texts.append(tokenizer.decode(ids_of({"messages": messages}, path), skip_special_tokens=False))
     rendered = transformers.AutoTokenizer.from_pretrained(path).apply_chat_template
     assert '{"city": "Rome"}' in texts[1] and '\\"' not in texts[1]
-    assert texts[1] == texts[0] or template == "call.function.arguments"  # there transformers writes Python's, too
+    assert texts[1] == texts[0] or template == "call.function.arguments"  # there transformers writes Python's form, too
     shown = rendered([USER, {**messages[1], "content": "", "tool_calls": [call]}], tokenize=False)
-    assert texts[2] == shown.rstrip("\n")  # what is no object stays
+    assert texts[2] == shown.rstrip("\n")  # text that is no object stays
 
 
 def test_arguments_that_a_template_takes_apart(chat_folder, tmp_path):
-    """Catches JSON's text that a template fails on, which asks for the items of an object (Qwen3-Coder's)."""
+    """Catches JSON text passed to a template that asks for the items of an object, and fails (Qwen3-Coder's)."""
     path = shutil.copytree(chat_folder, tmp_path / "model")
     (path / "chat_template.jinja").write_text(TEMPLATE.replace("ARGUMENTS", "dict(call.function.arguments.items())"))
     for arguments in ('{"city": "Rome"}', {"city": "Rome"}):
@@ -103,7 +103,7 @@ def test_arguments_that_a_template_takes_apart(chat_folder, tmp_path):
 
 
 def test_tools_in_json_text(chat_folder):
-    """Catches `tools` refused where they are JSON's text, as TRL takes them from columns that have types."""
+    """Catches `tools` refused as JSON text, which TRL accepts from columns that have types."""
     tools = [{"type": "function", "function": {"name": "f"}}]
     template = chat_folder / "chat_template.jinja"
     source = template.read_text()
@@ -119,8 +119,8 @@ def test_tools_in_json_text(chat_folder):
 
 @pytest.mark.parametrize("opening", ["Let me think.", "<think>\n", "so: "])
 def test_a_prompt_that_opens_the_answer(chat_folder, opening):
-    """Catches an answer drawn, and learnt, as a second turn behind the beginning of it that a prompt ends with:
-    transformers' continue_final_message, which TRL takes there."""
+    """Catches an answer drawn, or trained on, as a second turn although the prompt ends with its beginning:
+    transformers' continue_final_message, which TRL uses there, is the oracle."""
     tokenizer, messages = open_folder(chat_folder, None, 1).tokenizer, [USER, {"role": "assistant", "content": opening}]
     hf = transformers.AutoTokenizer.from_pretrained(chat_folder)
     wanted = hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -131,7 +131,7 @@ def test_a_prompt_that_opens_the_answer(chat_folder, opening):
 
 
 def test_one_run_of_wandb(tmp_path, monkeypatch):
-    """Catches a resumed run that begins another run at wandb, so that the steps after the checkpoint stand in both."""
+    """Catches a resume that begins another run at wandb, so that the steps after the checkpoint are in both."""
     asked = []
     run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
     wandb = types.SimpleNamespace(init=lambda **options: asked.append(options) or run)
@@ -144,7 +144,7 @@ def test_one_run_of_wandb(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_other_flags(tmp_path):
-    """Catches the advice to remove sound checkpoints where a flag does not fit them, such as another --lora_r."""
+    """Catches advice to remove sound checkpoints that a flag does not fit, such as another --lora_r."""
     models = [torch.nn.Linear(size, 2, bias=False) for size in (3, 4)]
     CheckpointWriter(tmp_path, models[0], torch.optim.SGD(models[0].parameters()), limit=1).save(1)
     with pytest.raises(ValueError, match=r"no checkpoint can be read by this run, .*weight.*flags") as caught:
@@ -153,8 +153,8 @@ def test_checkpoints_of_other_flags(tmp_path):
 
 
 def test_no_stale_merged_model(folder, tmp_path):
-    """Catches the merged model of a run's earlier end, left beside a later adapter by --no-merge: whoever names the
-    run's folder as --checkpoint_path would get it; and that nobody is told what such a folder lacks."""
+    """Catches the merged model of a run's earlier end left beside a later adapter by --no-merge: the run's folder as
+    --checkpoint_path would read it; and an error that does not say what such a folder lacks."""
     out, data = tmp_path / "out", tmp_path / "train.jsonl"
     data.write_text('{"prompt": "a", "completion": " b"}\n')
     flags = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--lora_r", 1, "--batch_size", 1]
@@ -168,7 +168,7 @@ def test_no_stale_merged_model(folder, tmp_path):
 
 
 def test_answers_of_other_prompts(chat_folder, tmp_path):
-    """Catches a traceback where a template writes the prompt by what follows it, so that a pair has two prompts."""
+    """Catches a traceback if a template renders the prompt by what follows it, so that a pair has two prompts."""
     path = shutil.copytree(chat_folder, tmp_path / "model")
     template = TEMPLATE.replace("ARGUMENTS", "0")
     (path / "chat_template.jinja").write_text("{{ messages | length }}" + template)
@@ -178,7 +178,7 @@ def test_answers_of_other_prompts(chat_folder, tmp_path):
 
 
 def test_the_adapter_of_a_reward_model(folder, tmp_path):
-    """Catches a language model that learns on from a reward model's adapter, whose head is dropped without a word."""
+    """Catches a language model trained from a reward model's adapter, whose head is dropped silently."""
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "a", "chosen": " b", "rejected": " c", "completion": " b"}\n')
     flags = ["--checkpoint_path", folder, "--train_file", data, "--batch_size", 1, "--output_dir"]
@@ -190,7 +190,7 @@ def test_the_adapter_of_a_reward_model(folder, tmp_path):
 
 
 def test_packed_files(tmp_path):
-    """Catches a compressed or columnar file called text that is not UTF-8, which says nothing of what to do."""
+    """Catches a compressed or columnar file reported as text that is not UTF-8, which does not say what to do."""
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
     with pytest.raises(ValueError, match="is a gzip file, and records are read from JSON or JSONL"):

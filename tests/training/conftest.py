@@ -14,7 +14,7 @@ from tests.training.test_data import END_OF_TURN, TEMPLATES, write_chat_tokenize
 
 @pytest.fixture(autouse=True)
 def keep_signal_handler():
-    """Restores the handlers of SIGTERM and SIGINT, which a training script replaces, here in pytest's own process."""
+    """Restores pytest's handlers of SIGTERM and SIGINT, which a training script in this process replaces."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():

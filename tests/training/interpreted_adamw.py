@@ -18,7 +18,7 @@ def made(dtype: torch.dtype, mode: str, kernel) -> tuple[nn.ParameterList, torch
     args = optim.OptimArgs(weight_decay=0.1, learning_rate=1e-3, optim=mode)
     named = dict(enumerate(parameters))
     places = {p: optim._place(i, str(i), p, quantize=mode == "adamw_8bit") for i, p in named.items()}
-    places = {p: place._replace(row=7, column=place.block or 3) for p, place in places.items()}  # of a larger tensor
+    places = {p: place._replace(row=7, column=place.block or 3) for p, place in places.items()}  # in a larger tensor
     settings = {"lr": 1e-3, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     groups = [{"params": list(parameters), "weight_decay": args.weight_decay}]
     return parameters, optim.AdamW(groups, settings, places=places, seed=3, compile=False)

@@ -124,7 +124,7 @@ def test_choices(text, letter):
     ],
 )
 def test_several_choices(text):
-    """Catches a reward for naming all letters, and a record that lists several letters graded by its first alone."""
+    """Catches a reward for naming all letters, and a record with several letters that is graded by its first alone."""
     assert [multiple_choice("", text, {"answer": each}) for each in "ABCD"] == [0] * 4
     with pytest.raises(ValueError, match="no letter"):
         multiple_choice("", "B", {"answer": text})
@@ -155,7 +155,7 @@ def test_one_choice_beside_others(text, letter):
     ],
 )
 def test_the_last_number_is_whole(text, gold, wrong):
-    """Catches a fragment of the last number, such as the 12 of a LaTeX fraction, taken for the number."""
+    """Catches a fragment of the last number, such as the 1.5 of 1.5e3, taken for the number."""
     assert [math_answer("", text, {"answer": each}) for each in (gold, wrong)] == [1, 0]
 
 
@@ -183,6 +183,6 @@ def test_numbers_among_words(text, gold):
 
 
 def test_the_answer_in_chinese_is_what_is_stated():
-    """Catches the last number of the reasons that follow the stated answer taken for the answer."""
+    """Catches an answer read from the explanation that follows the stated one."""
     text = "\u7b54\u6848\u662f12\uff0c\u56e0\u4e3a3\u4e584\u7b49\u4e8e12\uff0c\u4e0d\u662f10"
     assert [math_answer("", text, {"answer": gold}) for gold in ("12", "10", "3")] == [1, 0, 0]

@@ -341,7 +341,7 @@ def test_template_that_rewrites_earlier_turns(opened):
 
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "a"}], [{"role": "user", "content": None}], {}, None])
 def test_bad_messages(messages, opened):
-    """Catches a traceback, or an error without the record, for messages that are not a list of messages."""
+    """Catches a traceback, or an error without the record, for malformed messages."""
     tokenizer, _ = opened("llama3")
     with pytest.raises(ValueError, match=r"^train.jsonl:7: .*message"):
         encode(tokenizer, messages=messages)
@@ -354,8 +354,8 @@ def test_bad_messages(messages, opened):
 
 
 def test_overlong_records(tokenizer, tmp_path):
-    """Catches an EOS after a truncated answer (it would teach to stop in the middle), an off-by-one limit, records
-    skipped or truncated without being counted, and a record without targets after truncation not counted as such."""
+    """Catches an EOS after a truncated answer (it would teach to stop in the middle), an off-by-one limit, and records
+    that were skipped, truncated or left without targets but not counted."""
     records = [
         {"prompt": "a b c", "completion": " d e f g"},
         {"prompt": "a", "completion": " b"},
@@ -379,8 +379,8 @@ def test_overlong_records(tokenizer, tmp_path):
 
 
 def test_counts_and_nothing_to_learn(tokenizer, tmp_path):
-    """Catches a record without targets not reported, a file of only such records accepted (its loss would be 0 at every
-    step), and a record not counted whose prompt and completion are split differently when joined."""
+    """Catches a record without targets that is not reported, a file of only such records (its loss would be 0 at every
+    step), and uncounted records whose prompt and completion are split differently when joined."""
     tiny.write_tokenizer(tmp_path / "bare", add_bos_token=False)
     bare = Tokenizer(tmp_path / "bare")
     nothing = {"text": ""}  # EOS alone: no token before it to predict it from

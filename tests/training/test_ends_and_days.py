@@ -38,8 +38,8 @@ def run(script, *flags, code=0):
 
 
 def test_answers_end_where_they_were_trained_to(tmp_path):
-    """Catches a trained end of turn at which generation does not stop, ours or transformers' from the export, and a
-    second space at the start of an answer whose header ends in one."""
+    """Catches generation, ours or transformers' from the export, that does not stop at the end of turn that was
+    trained, and a second space at the start of an answer whose header ends in one."""
     folder, data = chat_folder(tmp_path / "in"), tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 4)
     given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", tmp_path / "out", "--save_steps", 0]
     flags = ["--num_epochs", 40, "--batch_size", 4, "--learning_rate", 1e-2, "--lr_schedule", "constant"]
@@ -58,9 +58,9 @@ def test_answers_end_where_they_were_trained_to(tmp_path):
 
 
 def test_samples_are_learnt_as_they_were_drawn(tmp_path):
-    """Catches a line written by generate.py whose record's reference answer is trained on or labelled instead of the
-    sample; an end token after a sample cut at the token limit, which would teach to stop there; two end tokens where
-    another engine left one in the text; and a record from elsewhere with a finish_reason taken for such a line."""
+    """Catches training on (or labelling) the reference answer in a line of generate.py instead of its sample; an end
+    token after a sample cut at the token limit, which would teach to stop there; two end tokens where another engine
+    left one in the text; and a record from elsewhere whose finish_reason makes it pass for such a line."""
     folder, lines = chat_folder(tmp_path / "in"), tmp_path / "lines.jsonl"
     asked, reference = CHAT["messages"][:1], {"completion": "a reference", **CHAT, "text": "another", "label": 1}
     records = [{"prompt": prompt, **reference} for prompt in ("hello", asked) * 16]
@@ -90,7 +90,7 @@ def test_samples_are_learnt_as_they_were_drawn(tmp_path):
 
 
 def test_a_template_without_an_end(tmp_path):
-    """Catches a template that ends no turn with a token, accepted without a warning."""
+    """Catches a template that ends no turn with a token but is accepted without a warning."""
     folder = chat_folder(tmp_path / "in", TEMPLATE.replace("<|im_end|>", ""))
     assert (
         "ends no turn" in open_folder(folder).stop_tokens()
@@ -99,7 +99,7 @@ def test_a_template_without_an_end(tmp_path):
 
 
 def test_a_run_has_one_day(tmp_path):
-    """Catches a date that --resume reads from the clock, and another --chat_date accepted silently."""
+    """Catches a resume that reads the date from the clock, or that silently accepts another --chat_date."""
     folder = chat_folder(tmp_path / "in", "{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
     data, out = tiny.write_records(tmp_path / "train.jsonl", [CHAT] * 2), tmp_path / "out"
     given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--save_steps", 1]

@@ -141,7 +141,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def one_step(tmp_path_factory, train_file):
-    """Returns a function: variant -> (folder, *the reference's first step over 11 records, one of them all masked)."""
+    """Returns a function: variant -> (folder, reference model, history) of a step on 11 records, one all masked."""
     made = {}
 
     def make(variant, weight_decay, max_grad_norm):
@@ -179,8 +179,8 @@ def test_one_step(variant, weight_decay, max_grad_norm, micro_batch_size, one_st
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_step(one_step, train_file, tmp_path):
-    """Catches a block or an optimizer that the compiler refuses or changes; the collectives of several ranks, compiled,
-    are in test_parallel.py."""
+    """Catches a block or an optimizer that does not compile, or not to the same results; compiled collectives of
+    several ranks are in test_parallel.py."""
     folder, model, history = one_step("gqa, 1 layer", 0.0, 0.05)
     more = {"lr_schedule": "constant", "max_grad_norm": 0.05, "compile": True}
     finetune(folder, train_file, tmp_path / "out", batch_size=11, **more)

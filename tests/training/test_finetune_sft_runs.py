@@ -110,7 +110,7 @@ def test_stop_anywhere_and_resume(steps, whole, tied_folder, train_file, tmp_pat
 
 
 def test_resume_without_a_checkpoint(whole, tied_folder, train_file, tmp_path):
-    """Catches --resume refused because an early kill left no checkpoint, or the old lines of metrics kept."""
+    """Catches --resume refused because an early kill left no checkpoint, and old lines of metrics that are kept."""
     out = tmp_path / "out"
     result = finetune(tied_folder, train_file, out, **RUN, resume=True)
     assert f"{out}: no checkpoint to resume from, starting from the beginning" in result.stdout
@@ -363,7 +363,7 @@ def test_only_records_with_nothing_to_learn(folder, tmp_path):
 
 
 def test_bad_chats(folder, tmp_path):
-    """Catches an error without the record for messages that are no list of messages or a template that fails."""
+    """Catches an error that does not name the record if its messages are malformed or the template fails on them."""
     chatty = tmp_path / "in"
     shutil.copytree(folder, chatty)
     template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}{{ nothing.x if false }}"

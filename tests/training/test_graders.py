@@ -65,7 +65,7 @@ GSM8K = [  # whole answers to word problems; gold as in the public files, or the
     ("####", "18", N),
     ("#### 180", "18", N),
     ("It takes 3 bolts in total.", "3", Y),
-    ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # of the question
+    ("It takes 3 bolts in total. The question was how many bolts 2 robes take.", "3", N),  # the last number is 2
     ("#### Final answer\n\n18 eggs.", "18", Y),
     ("#### Conclusion\nSo the answer is $18$, for 2 days.", "18", Y),
     ("#### Step 2: Add them\n9 + 9 = 18", "18", Y),
@@ -434,9 +434,9 @@ def test_format():
 
 
 def test_records():
-    """Catches a gold answer that is not the first field present, a list of gold answers of which only one counts, and a
-    record without one that gets a reward, if only 0 for a text without an answer: then not every call fails, and the
-    run goes on."""
+    """Catches a gold answer read from another field than the first one present, a list of gold answers of which only
+    one counts, and a record without one that gets a reward, if only 0 for a text without an answer: then not every call
+    fails, and the run goes on."""
     assert math_answer("", "5", {"solution": "so \\boxed{5}", "target": "6"})
     assert math_answer("", "5", {"answer": None, "label": 5}) and math_answer("", "5", {"gold": [4, 5.0]})
     for grader in (math_answer, exact_match, last_number, multiple_choice):
@@ -448,8 +448,8 @@ def test_records():
 
 
 def test_hostile_texts_have_a_verdict():
-    """Catches an exception, and patterns that backtrack, which would take minutes here, on texts as a model in training
-    writes them."""
+    """Catches an exception, and a pattern that backtracks (for minutes here), on texts such as a model in training
+    writes."""
     texts = ["\\boxed{" * 5000, "{" * 30000, "1," * 15000, "answer " * 6000, "answer is 1, " * 3000, "<answer>" * 4000]
     texts += ["(" * 30000, "1 " * 15000, "-" * 30000, "\\frac" * 6000, "9^" * 400, "x" * 30000, "$" * 30000]
     texts += [f"\\boxed{{{text[:990]}}}" for text in texts]

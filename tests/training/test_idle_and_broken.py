@@ -214,8 +214,8 @@ def test_a_rank_without_the_rest(folder, world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "newlines_chatml"])
 def test_steps_that_end_with_their_separator(kind, opened):
-    """Catches a second separator after steps that already end with theirs: a label would sit on a token, two newlines
-    in one, that scoring, which splits answers at their separators, never sees there."""
+    """Catches a second separator after steps that already end with theirs: a label would sit on a token of two
+    newlines, which scoring, where answers are split at their separators, never sees."""
     tokenizer, steps = opened(kind)[0], ["the no\n", "yes", "is er\n"]
     record = Record("x:1", {"prompt": "plus", "completions": steps, "labels": [1, 0, 1]})
     row, _ = encode_process_record(record, "\n", tokenizer)

@@ -253,12 +253,12 @@ def task(tmp_path_factory):
 
 def test_critic_on_the_policys_base(task):
     """Catches the policy's adapters used in place of the critic's, also where a backward pass recomputes a forward
-    pass, a reference with adapters on, an export of the other model's adapters, and a resume of one of them alone."""
+    pass, a reference with adapters on, an export of the other model's adapters, and a resume of only one set."""
     train, out, again = "training/train_ppo.py", task / "shared", task / "again"
     settings = {**PPO, "shared_base": True, "activation_checkpointing": "full", "save_steps": 1}
     lines = optimum.train(train, task, out, **settings)
     assert lines[0]["objective/kl"] == 0 and abs(lines[1]["objective/kl"]) > 1e-3
-    # a separate critic computes the same: it starts from the same weights, and neither shares adapters
+    # a separate critic computes the same: it starts from the same weights, and no adapters are shared
     apart = optimum.train(train, task, task / "apart", **PPO)
     for line, other in zip(lines, apart, strict=True):
         for key in ("loss/policy_avg", "objective/kl", "objective/scores", "grad_norm"):

@@ -25,7 +25,7 @@ RUNS = {  # name: (script, flags, the metric of its KL)
 
 
 def adapted(base, root):
-    """Returns (an adapter made by PEFT, a folder in which PEFT merged it)."""
+    """Returns the folders of (an adapter made by PEFT, the model into which PEFT merged it)."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))

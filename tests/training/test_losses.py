@@ -246,7 +246,7 @@ def other_beta(case, batch):
     "fault", [drop_eos, shift_labels, shift_input, swap_sides, learn_the_prompt, no_smoothing, other_beta]
 )
 def test_fixtures_show_faults(fault):
-    """Catches fixtures too weak to show a mistake: with each of these, test_dpo_equals_trl must fail by far."""
+    """Catches fixtures too weak to show a mistake: with each of these faults, test_dpo_equals_trl must fail by far."""
     for case in FIXTURES["dpo"]:
         if fault is no_smoothing and "label_smoothing" not in case:
             continue
@@ -273,7 +273,7 @@ def test_pairwise_equals_trl(case):
 
 
 def test_pointwise_equals_transformers():
-    """Catches probabilities taken for logits, hard labels only, and a mean instead of one loss per row."""
+    """Catches probabilities taken for logits, support for hard labels only, and a mean instead of one loss per row."""
     model, batch = made.tiny_reward_model(), fixture_batch()
     model.config.problem_type = "multi_label_classification"  # transformers' BCE with logits
     labels = torch.tensor([0.0, 1.0, 0.3, 0.9, 1.0, 0.0, 0.5, 0.25])
@@ -297,7 +297,7 @@ def random_logps(rows=64, scale=40.0, seed=0):
 
 
 def test_first_loss():
-    """Catches a reference that is not subtracted exactly: if policy and reference are the same, log-ratios are 0."""
+    """Catches a reference that is not subtracted exactly: if it is the policy itself, log-ratios must be 0."""
     logps, lengths = random_logps(scale=900.0)
     first = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 6.25, "ipo_avg": 6.25}
     for kind, value in first.items():
@@ -358,7 +358,7 @@ def test_no_pairs():
 
 
 def test_auc():
-    """Catches ties counted as right or as wrong (a constant score must give 0.5), soft labels, and a single class."""
+    """Catches ties counted as right or as wrong (a constant score must give 0.5), soft labels, and one class only."""
     generator = torch.Generator().manual_seed(0)
     for size in (2, 5, 40, 300):
         scores = torch.randint(-4, 5, (size,), generator=generator) / 4

@@ -144,7 +144,7 @@ def comparable(case) -> bool:
 def test_losses_equal_trl(case):
     """Catches a wrong advantage, ratio, clip, KL or divisor of any loss type; a gradient through the old policy, the
     reference, or the weights of the engine or of cispo; masked tokens or padding counted; and micro-batches or the
-    steps of an update that weigh answers or tokens differently."""
+    steps of an update that weight answers or tokens differently."""
     x = inputs_of(case)
     results = results_of(x)
     for name in ("advantages", "loss", "grad"):
@@ -312,8 +312,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "shows"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_fixtures_show_faults(fault, shows):
-    """Catches fixtures too weak to show a mistake: with each of these, of a caller or a formula, a loss, a gradient or
-    an advantage is far off in every case concerned; without them none is (test_losses_equal_trl)."""
+    """Catches fixtures too weak to show a mistake: each of these faults, of a caller or a formula, puts a loss, a
+    gradient or an advantage far off in every case concerned; without faults none is off (test_losses_equal_trl)."""
     cases = [case for case in CASES if shows(case) and comparable(case)]
     cases = [case for case in cases if case["cut"] == "whole"] or cases
     assert cases
@@ -482,7 +482,7 @@ def test_nothing_learnt_is_no_loss(loss_type):
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
 def test_answers_that_could_not_be_graded(scale):
     """Catches a NaN reward that spreads, or counts as 0 or as a member of its group: advantages are those of the other
-    answers alone, by the standard library's mean and deviation, and 0 for this one."""
+    answers alone, by the standard library's mean and deviation, and 0 for the ungraded one."""
     groups = [[1.0, -1.0, None, -1.0], [None, 2.0, None, None], [0.5, 0.5, None, 0.5], [None] * 4]
     rewards = torch.tensor([math.nan if r is None else r for group in groups for r in group])
     graded = [[r for r in group if r is not None] for group in groups]

@@ -116,8 +116,9 @@ def policy_inputs(case, peer):
 
 @ALL
 def test_policy_loss_equals_the_others(case, peer):
-    """Catches min instead of max, a clip of the wrong side or around 0, a sign, the ratio inverted; a clip fraction
-    that counts ratios out of range where the clipped term is not the larger one; and a dual clip of the wrong sign."""
+    """Catches min instead of max, a clip of the wrong side or around 0, a wrong sign, an inverted ratio; a clip
+    fraction that counts ratios out of range although the clipped term is not the larger one; and a dual clip of the
+    wrong sign."""
     x, mask, advantages = policy_inputs(case, peer)
     inputs = x["new_logps"][mask], x["logps"][mask], advantages[mask]
     losses, stats = ppo_policy_loss(*inputs, cliprange=made.CLIPRANGE)
@@ -210,7 +211,7 @@ def everything_masked(x, mask):
 
 @pytest.mark.parametrize("fault", [clamp_kl, without_eos, swapped_models, everything_masked])
 def test_fixtures_show_faults(fault):
-    """Catches fixtures too weak to show a mistake: with each of these, of a caller, the returns are far off."""
+    """Catches fixtures too weak to show a mistake: each of these faults of a caller puts the returns far off."""
     for case in FIXTURES["cases"]:
         x, mask = load(case)
         right = mask.clone()

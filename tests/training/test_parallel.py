@@ -125,7 +125,7 @@ def compare(root, name: str, out: str) -> float:
     for step, want in zip(gradients, wanted):
         assert step.keys() == want.keys()
         total = torch.stack([g.norm() for g in want.values()]).norm()
-        for key in want:  # relative to its own norm; but a key's bias has a gradient of rounding only, in theory 0
+        for key in want:  # relative to its own norm; but the gradient of a key's bias is 0 in theory, only rounding
             scale = max(want[key].norm().item(), 1e-3 * total.item())
             worst = max(worst, (step[key] - want[key]).norm().item() / scale)
     weights, wanted = (load_file(folder / "model.safetensors") for folder in folders)
@@ -137,8 +137,8 @@ def compare(root, name: str, out: str) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, layout):
     """Catches a collective that is missing or doubled, a shard read or written in the wrong place, a mean over
-    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, evaluation samples that are not those
-    of the whole, current weights, a scalar head that differs between ranks, a metric with the rewards of one rank
+    micro-batches or ranks instead of tokens, a rank that repeats or skips rows, evaluation samples drawn with a part of
+    the weights or with earlier ones, a scalar head that differs between ranks, a metric with the rewards of one rank
     alone, and a recomputation that repeats all-reduces."""
     root, train_file = world
     ranks, tp_size = LAYOUTS[layout]

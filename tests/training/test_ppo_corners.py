@@ -101,7 +101,7 @@ def test_stored_in_bf16(folder, world, tmp_path):
 
 
 def test_rows_too_long_for_the_reward_model(folder, world, tmp_path):
-    """Catches answers that are truncated before they are scored but not counted."""
+    """Catches answers that are truncated to be scored, but not counted."""
     other = shorten(with_another_tokenizer(world / "rm", tmp_path / "rm"))
     lines = ppo(folder, world, tmp_path / "out", reward_checkpoint_path=other, total_steps=2)
     assert all(0 < line["val/num_cut_for_reward"] <= 6 for line in lines)

@@ -32,7 +32,7 @@ def engine_says(patch, shift):
 def test_tis_cap(shift, cap, weight, root, monkeypatch):
     """Catches engine and trainer swapped in the weight, a cap from below or without effect, weights to another update's
     policy, and weights without the flag: an engine off by one nat on every token scales the policy's gradient by min(e,
-    cap) or 1 / e, and leaves the critic's."""
+    cap) or 1 / e, but not the critic's."""
     [plain] = train(root, root / "plain", **ONCE)
     engine_says(monkeypatch, shift)
     [line] = train(root, root / "out", **ONCE, **({} if cap is None else {"tis_cap": cap}))
@@ -44,7 +44,7 @@ def test_tis_cap(shift, cap, weight, root, monkeypatch):
 
 def test_dual_clip(root, monkeypatch):
     """Catches a bound that does not reach the loss, or that also holds for positive advantages: steps are so long that
-    bad tokens become several times as likely, with and without it."""
+    bad tokens become several times as likely, with and without the flag."""
     seen, real = [], train_ppo.ppo_policy_loss
 
     def ppo_policy_loss(logps, old_logps, advantages, **more):

@@ -62,8 +62,8 @@ def accuracy(folder):
 
 
 def test_predicted_accuracy(tmp_path):
-    """Catches a reward, a KL or a weight of them that is not what the flags say: each leads to another accuracy,
-    however well the policy learns, and learning too well ends at 1."""
+    """Catches a reward, a KL or a weight that differs from the flags: each leads to another accuracy, however well the
+    policy learns, and learning too well ends at 1."""
     write_reference(tmp_path, 0)
     (tmp_path / "reward.py").write_text(REWARD)
     flags = {"checkpoint_path": tmp_path / "ref", "prompt_file": tmp_path / "sums.jsonl", "seed": 0}

@@ -40,7 +40,7 @@ def train(root, out, **more):
 
 def test_optimum(tmp_path):
     """Catches mistakes that lead to another policy than pi* or another value than beta log Z: in the signs and places
-    of scores and KL, in the EOS action, in temperatures, or a critic read beside the state that it values."""
+    of scores and KL, in the EOS action, in temperatures, or in the position at which the critic is read."""
     table = write_task(tmp_path, 0)
     train(tmp_path, tmp_path / "out", total_steps=36, learning_rate=5e-3, value_learning_rate=6e-3)
     found = relative_regret(tmp_path, tmp_path / "out", table)
@@ -97,7 +97,7 @@ FAULTS = [_kl_clamped, _eos_out_of_the_mask, _bootstrap_past_the_end, _top_k]
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_show(fault, tmp_path, monkeypatch):
     """Catches a task that forgives mistakes: on the same small budget each of these costs several times the regret of
-    the correct script, or, for the bootstrap, which adds much the same to all answers, the critic's value."""
+    the correct script, or, for the bootstrap, which adds much the same to all answers, spoils the critic's value."""
     table = write_task(tmp_path, 0, **DEEPER)
     fault(monkeypatch)
     train(tmp_path, tmp_path / "out", **QUICK)

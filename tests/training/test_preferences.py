@@ -51,7 +51,7 @@ def test_pair_of_texts(kind, opened):
 
 
 def test_prompt_that_merges_with_one_side(tokenizer):
-    """Catches the two sides given different prompt ids where only one of them merges with the prompt."""
+    """Catches two sides with different prompt ids if only one of them merges with the prompt."""
     made, differs = encode_pair_record(Record("x", {"prompt": "The ans", "chosen": "wer", "rejected": " 5"}), tokenizer)
     prompt_ids = encode_prompt("The ans", tokenizer)
     assert differs and made.prompt_length == len(prompt_ids)
@@ -278,7 +278,7 @@ def made_pairs(tokenizer, count=7):
 
 
 def test_rows_of_pairs(tokenizer):
-    """Catches sides that are mixed up or in another order, and a score off the last token or of the other side."""
+    """Catches sides that are mixed up or in another order, and a score that is not the last token's or its side's."""
     pairs = made_pairs(tokenizer)
     rows, places = rows_to_score(pairs)
     assert rows == [p.chosen for p in pairs] + [p.rejected for p in pairs] == pair_rows(pairs)

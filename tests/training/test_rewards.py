@@ -118,7 +118,7 @@ def test_numbers_that_are_none(fails, tmp_path):
 
 def test_a_stop_in_what_the_reward_model_reads(folder, world, tmp_path, monkeypatch):
     """Catches a reward model that reads the --stop string instead of EOS, which it has not seen in its training, or the
-    rest of a token in which the stop begins; and a changed row of an answer with its own end, or without one. Scores of
+    rest of a token in which the stop begins; and a change to answers that end by themselves or not at all. Scores of
     drawn answers must be transformers', of BOS, prompt, text and EOS."""
     seen, real = [], train_ppo.Rollout
     monkeypatch.setattr(train_ppo, "Rollout", lambda *args: seen.append(real(*args)) or seen[-1])

@@ -15,7 +15,7 @@ from training import rollouts
 from training.train_grpo import GrpoArgs
 
 LONGEST, ANSWERS = 200, 12
-ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy is on the CPU
+ON_GPU = Runtime(torch.device("cuda"), torch.float32, False)  # the policy stays on the CPU: no GPU is needed
 
 
 def engine_of(folder, pages, monkeypatch, **flags):
@@ -37,8 +37,8 @@ def engine_of(folder, pages, monkeypatch, **flags):
 
 
 def test_slots_are_what_memory_holds(folder, monkeypatch):
-    """Catches more slots than answers or than pages for them, a cache that takes what gradients and activations need
-    although it is not released meanwhile, requested slots that are not kept, and no room for one answer."""
+    """Catches more slots than answers or than pages for them, a cache that takes the memory of gradients and
+    activations without releasing it, requested slots that are reduced, and memory too small for one answer."""
     need = pages_for(LONGEST)
     assert engine_of(folder, 1000, monkeypatch, sleep=1) == (ANSWERS, ANSWERS * need)
     assert engine_of(folder, 5 * need, monkeypatch, sleep=1) == (5, 5 * need)

@@ -111,7 +111,7 @@ UNWRITABLE = {
 def test_an_output_dir_that_cannot_be_written(name, monkeypatch):
     """Catches a run that trains first, and only then finds that its model cannot be written."""
     damage, complaint = UNWRITABLE[name]
-    with tempfile.TemporaryDirectory() as root:  # pytest's own is closed to others
+    with tempfile.TemporaryDirectory() as root:  # pytest's own folder is closed to other users
         out, user = Path(root, "out"), os.geteuid()
         if user == 0:
             os.chown(root, 65534, 65534)
@@ -143,7 +143,7 @@ def test_unusable_args_and_metrics(tmp_path, content):
 
 def test_resume_as_another_run(tmp_path):
     """Catches a resume with other batches, another model, loss or optimizer; a flag that a forker adds and that may
-    change because it is on no list; a path that differs only in its spelling, refused; and a flag refused that alters
+    change because it is on no list; a path refused that differs only in spelling; and a flag refused that alters
     nothing."""
     begun = args_of(tmp_path)
     write_args(begun)
@@ -178,9 +178,9 @@ def test_resume_as_another_run(tmp_path):
 
 
 def test_resume_with_other_content(tmp_path, capsys):
-    """Catches a file, a model's folder, a function's file or a forker's own with other content under the same path,
-    accepted; a file that has only moved, that may change or that is written, refused; an accepted change that is
-    refused the next time; and a run from before contents were recorded, refused."""
+    """Catches other content accepted under the same path, of a file, a model's folder, a function's file or a forker's
+    own; a file refused that has only moved, may change or is written; an accepted change that is refused the next time;
+    and a run refused from before contents were recorded."""
     files = {name: tmp_path / name for name in ("a", "eval", "mine", "late", "f.py")}
     for path in files.values():
         path.write_text("one\n")

@@ -164,7 +164,7 @@ def test_stop_anywhere(script, world, tmp_path, monkeypatch):
 
 
 def test_stop_while_samples_are_drawn(world, tmp_path, monkeypatch):
-    """Catches a stop that waits for an evaluation's samples, and a step with half of its samples, or them twice."""
+    """Catches a stop that waits for an evaluation's samples, and a step with half of its samples or with all twice."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(world, "finetune_sft.py", whole)
     with monkeypatch.context() as patch:
@@ -243,7 +243,7 @@ def has_writer(pipe):
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_nobody_reads(at_once, world, tmp_path):
-    """Catches a run that does not go on, or writes no model, after the reader of its output has gone (`| head`)."""
+    """Catches a run that ends early, or writes no model, after the reader of its output has gone (`| head`)."""
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=60, eval_steps=20)

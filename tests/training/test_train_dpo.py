@@ -351,7 +351,7 @@ def test_metrics_and_evaluation(folder, other_folder, train_file, tmp_path):
 
 
 def test_equal_sides_are_a_tie(folder, other_folder, tmp_path):
-    """Catches a pair of two equal answers that is right, or changes a weight, through rounding of its two rows."""
+    """Catches a pair of equal answers that counts as right, or changes a weight, through rounding of its two rows."""
     equal = [{"prompt": "so", "chosen": text, "rejected": text} for text in (" and so" * n for n in range(1, 9))]
     path = tiny.write_records(tmp_path / "some.jsonl", [*equal, RECORDS[0]])
     for name, split in (("padded", {}), ("packed", {"max_tokens_per_micro_batch": 64})):

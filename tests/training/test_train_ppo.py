@@ -191,7 +191,7 @@ def test_prompts_that_are_too_long(folder, world, tmp_path):
 
 
 def test_debug_checks_see_another_temperature(folder, world, tmp_path, monkeypatch):
-    """Catches a sampler with another temperature than the log-probs', although the ratio is still 1."""
+    """Catches a sampler with another temperature than the log-probs': the ratio, still 1, does not show it."""
     real = rollouts.SamplingParams
     monkeypatch.setattr(rollouts, "SamplingParams", lambda temperature, **more: real(0.7 * temperature, **more))
     with pytest.raises(RuntimeError, match="away from those of the engine"):
@@ -260,9 +260,9 @@ TEXTS, FINISHED = [" it is 3", " so 4 or more", ""], [True, False, True]
 
 
 def test_scores_of_all_sources(folder, world, capsys):
-    """Catches a score off the last token, an EOS added to an answer that has none, normalisation after a penalty or of
-    the functions' part, weights swapped, a penalty of the wrong sign or count, two functions of one name in one metric,
-    a failed function that changes the score or the mean, and an async one that is not awaited."""
+    """Catches a score that is not the last token's, an EOS added to an answer that has none, normalisation after a
+    penalty or of the functions' part, weights swapped, a penalty of the wrong sign or count, two functions of one name
+    in one metric, a failed function that changes the score or the mean, and an async one that is not awaited."""
     scores_of = Scores(folder, world / "rm")
     assert scores_of.reward.same_tokenizer
     places = [f"{world / 'fn.py'}:reward", f"{world / 'fn.py'}:each", f"{world / 'more.py'}:each"]

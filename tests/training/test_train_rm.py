@@ -183,10 +183,10 @@ def assert_equals_reference(out, loss, reference):
 )
 @pytest.mark.parametrize("loss", train_rm.FIELDS)
 def test_steps_equal_transformers(loss, size, folder, files, reference, tmp_path):
-    """Catches a score off the last token (of the answer, of each step), or of a text without EOS; chosen and rejected
-    swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead of the mean over
-    pairs or steps; packed rows that attend to each other; and a head that is not trained, or starts elsewhere than the
-    exported one."""
+    """Catches a score that is not the last token's (of the answer, of each step), or of a text without EOS; chosen and
+    rejected swapped; a margin, a soft label or the centring lost; means of micro-batches or of rows instead of the mean
+    over pairs or steps; packed rows that attend to each other; and a head that is not trained, or starts elsewhere than
+    the exported one."""
     more = {"batch_size": 4, "weight_decay": 0.1, "seed": 7, **size}
     more |= {"center_coef": CENTER} if loss == "pairwise" else {}
     train(folder, files[loss], tmp_path / "out", loss=loss, **more)

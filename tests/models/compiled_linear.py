@@ -1,5 +1,5 @@
-"""Compiles the kernel of models/triton_linear.py to machine code for a GPU that need not be there, and prints what each
-case takes of it. Arguments: backend, architecture, threads of a warp, cases as JSON."""
+"""Compiles the kernel of models/triton_linear.py to machine code for a GPU, which need not be present, and prints the
+resources that each case uses. Arguments: backend, architecture, threads of a warp, cases as JSON."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""A GPU on a machine without one: fake tensors, which know their device and no numbers, what stands in for the kernels,
-and modes that refuse what a GPU would wait for."""
+"""Simulates a GPU on a machine without one: fake tensors, which have a device but no values, stand-ins for the kernels,
+and dispatch modes that raise where the GPU or the host would have to wait."""
 
 import ctypes
 import importlib.util
@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 
 
 def paged_decode(q, new_k, new_v, k, v, table, lengths, splits):
-    """What models.triton_attention says that it takes and gives; tests/models/test_triton_kernels.py runs it."""
+    """Stands in for models.triton_attention, checking its documented inputs; test_triton_kernels.py runs the kernel."""
     B = len(q)
     assert B <= 3 and q.shape == (B, 4, 32) and k.shape == v.shape == (4, 64, 2, 32) and table.shape == (B, 1)
     assert new_k.shape == new_v.shape == (B, 2, 32) and len(lengths) == B and splits == 4
@@ -47,7 +47,7 @@ def paged_decode(q, new_k, new_v, k, v, table, lengths, splits):
 
 
 def row_statistics(logits, targets, start, temperature):
-    """What models.triton_head says that it takes and gives; tests/training/test_triton_kernels.py runs it."""
+    """Stands in for models.triton_head, checking its inputs; tests/training/test_triton_kernels.py runs the kernel."""
     assert logits.dim() == 2 and logits.is_contiguous() and targets.shape == logits.shape[:1]
     assert targets.dtype == torch.int64 and isinstance(start, int) and isinstance(temperature, float)
     return logits.new_empty(4, len(logits), dtype=torch.float32)
@@ -59,7 +59,7 @@ def to_gradients_(logits, targets, start, temperature, *of_rows):
 
 
 class TritonProducts(nn.Module):
-    """What models.triton_linear says that it takes and gives; tests/models/test_triton_linear.py runs it."""
+    """Stands in for models.triton_linear, checking its documented inputs; test_triton_linear.py runs the kernel."""
 
     def __init__(self, weight: Quantized, scheme: Scheme):
         super().__init__()
@@ -76,8 +76,8 @@ def gpu(monkeypatch):
     """Fake tensors on a Hopper GPU with all kernels."""
     registry = None
     if torch.version.cuda is None and torch.version.hip is None:
-        # torch without CUDA has nobody to ask for the current GPU, which FakeTensorMode overrides only in builds with
-        # it: the guard of the meta device (index 14), which does nothing, stands in for CUDA's (index 1)
+        # torch without CUDA has no guard that tells the current GPU, and FakeTensorMode overrides it only in builds
+        # with CUDA: the guard of the meta device (index 14), which does nothing, stands in for CUDA's (index 1)
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         registry = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
         registry[1] = registry[14]
@@ -88,7 +88,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
     monkeypatch.setattr(paged_cache, "varlen_works", attention.has_varlen)
-    monkeypatch.setattr(sampling, "has_triton", lambda device: False)  # its kernel needs numbers
+    monkeypatch.setattr(sampling, "has_triton", lambda device: False)  # its kernel needs values
     monkeypatch.setattr(decode_rows, "StepRunner", partial(StepRunner, graph=OnGPUGraph))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -104,8 +104,8 @@ def gpu(monkeypatch):
 
 
 class OnGPU(TorchDispatchMode):
-    """All tensors of all operations are on the GPU; a number in a CPU tensor too would keep torch.compile from CUDA
-    graphs, though eager code takes it."""
+    """Asserts that all tensors of all operations are on the GPU. Eager code accepts a CPU tensor of one number, but it
+    would keep torch.compile from using CUDA graphs."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         found = operator(*args, **(kwargs or {}))
@@ -115,7 +115,7 @@ class OnGPU(TorchDispatchMode):
 
 
 class OnGPUGraph(Graph):
-    """What is captured is on the GPU alone."""
+    """A Graph whose replay asserts that all tensors are on the GPU."""
 
     def replay(self):
         with OnGPU():
@@ -123,7 +123,7 @@ class OnGPUGraph(Graph):
 
 
 class NobodyWaits(TorchDispatchMode):
-    """No copy between host and GPU that one of them waits for, and no number that the host reads of it."""
+    """Asserts that copies between host and GPU are non-blocking. Fake tensors raise where the host reads a value."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         found = operator(*args, **(kwargs or {}))
@@ -135,7 +135,7 @@ class NobodyWaits(TorchDispatchMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that launch kernels: all but views, and memory that is taken as it is."""
+    """Counts operations that launch kernels: all but views and uninitialised allocations."""
 
     count = 0
 
@@ -147,7 +147,7 @@ class Launches(TorchDispatchMode):
 
 
 class MostSelected(TorchDispatchMode):
-    """Answers how many elements are chosen, which fake tensors do not know: all of them. And a step counter is 1."""
+    """Decides what fake tensors cannot know: a selection takes all elements, and a step counter is 1."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.aten.nonzero.default:
@@ -171,7 +171,7 @@ def on_gpu(dtype: torch.dtype, head: str = "lm") -> Transformer:
 
 
 def quantised_on_gpu(shape: torch.Size, scheme: Scheme) -> Quantized:
-    """quantize() of a weight, less its look at the numbers."""
+    """Returns what quantize() returns for a weight of this shape, without reading its values."""
     rows, columns = shape
     if scheme.mode == "int4":
         scale = torch.empty(rows, columns // scheme.group_size, dtype=torch.bfloat16, device=GPU)

@@ -1,5 +1,5 @@
-"""Runs the kernels of models/triton_head.py in Triton's interpreter, which must be on before Triton is imported, under
-models/fused_head.py, and holds them against autograd on whole logits."""
+"""Runs the kernels of models/triton_head.py, which models/fused_head.py calls, in Triton's interpreter, which must be
+enabled before Triton is imported, and compares them with autograd on whole logits."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def made(dtype: torch.dtype, N: int = 11, V: int = 150, E: int = 16):
 
 
 def oracle(hidden, weight, targets, temperature):
-    """By autograd on whole logits, rounded as the products are."""
+    """Log-probs and entropies for autograd, from whole logits rounded as the products are."""
     logp = ((hidden @ weight.T).float() / temperature).log_softmax(-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -70,7 +70,7 @@ def check_against_autograd(dtype: torch.dtype, chunked: bool, monkeypatch: pytes
 
 
 def check_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three ranks, the last of which has none."""
+    """Checks the vocabulary shards of three ranks, of which the last is empty."""
     hidden, weight, targets, _ = made(torch.float32)
     parts = weight.split([90, 60, 0])
     starts = [0, 90, 150]
@@ -103,7 +103,7 @@ def check_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_all() -> None:
     triton_head.BLOCK = 64
-    vocab_parallel.fused_head = lambda device_type: fused_head  # the CPU takes it
+    vocab_parallel.fused_head = lambda device_type: fused_head  # for the CPU too
     for dtype, chunked in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         with pytest.MonkeyPatch.context() as patch:
             check_against_autograd(dtype, chunked, patch)

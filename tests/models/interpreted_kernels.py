@@ -1,6 +1,6 @@
-"""Runs kernels in Triton's interpreter, which must be on before Triton is imported: that of models/triton_attention.py
-on each of CASES, and prints how far it is from SDPA; that of models/triton_sampling.py on each of TOP_P, and prints
-whether it keeps the same tokens as the plain operations."""
+"""Runs two kernels in Triton's interpreter, which must be enabled before Triton is imported, and prints as JSON: for
+each of CASES how far models/triton_attention.py is from SDPA; for each of TOP_P whether models/triton_sampling.py keeps
+the same tokens as the plain operations."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models.pages import PAGE, pages_for
 
-CASES = [  # lengths, query heads of a key head, key heads, head dim, splits, dtype
+CASES = [  # lengths, query heads per key head, key heads, head dim, splits, dtype
     ([1, 63, 64, 65, 300], 1, 2, 64, 1, "float32"),
     ([5000, 1, 257], 8, 1, 128, 8, "float32"),
     ([77, 640], 4, 2, 80, 4, "float16"),
@@ -18,11 +18,11 @@ CASES = [  # lengths, query heads of a key head, key heads, head dim, splits, dt
 ]
 
 
-TOP_P = [(0.0, 1.0), (0.5, 0.01), (0.9, 1.0), (0.97, 6.0)]  # and the spread of the logits
+TOP_P = [(0.0, 1.0), (0.5, 0.01), (0.9, 1.0), (0.97, 6.0)]  # top_p, spread of the logits
 
 
 def wanted(q, k, v, table, lengths):
-    """By SDPA in fp32, a row at a time: [B, H, D]."""
+    """Attention by SDPA in fp32, one row at a time: [B, H, D]."""
     rows = []
     for row, pages, length in zip(q, table, lengths.tolist()):
         keys, values = (t[pages[: pages_for(length)]].flatten(0, 1)[:length].float().transpose(0, 1) for t in (k, v))
@@ -31,7 +31,8 @@ def wanted(q, k, v, table, lengths):
 
 
 def distance(lengths, G, K, D, splits, dtype) -> float:
-    """Over random pages; what is nobody's is NaN, and so is the last place of each row, which is yet to be written."""
+    """Largest difference from SDPA, over random pages; NaN in places of no row and in each row's last, yet to be
+    written."""
     from models.triton_attention import paged_decode
 
     dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
@@ -45,7 +46,7 @@ def distance(lengths, G, K, D, splits, dtype) -> float:
             flat = torch.full((len(own) * PAGE, K, D), torch.nan)
             flat[:length] = torch.randn(length, K, D, generator=generator)
             t[own] = flat.unflatten(0, (-1, PAGE))
-    rows = torch.randn(B, K * (G + 2), D, generator=generator).to(dtype)  # as one product gives them
+    rows = torch.randn(B, K * (G + 2), D, generator=generator).to(dtype)  # as views of one fused product
     (q, new_k, new_v), k, v = rows.split([K * G, K, K], dim=1), k.to(dtype), v.to(dtype)
     lengths = torch.tensor(lengths, dtype=torch.int32)
     last = [(table[b, (n - 1) // PAGE], (n - 1) % PAGE) for b, n in enumerate(lengths.tolist())]
@@ -59,12 +60,12 @@ def distance(lengths, G, K, D, splits, dtype) -> float:
 
 
 def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """NaN equals NaN."""
+    """Compares two tensors; NaN equals NaN."""
     return torch.equal(a.nan_to_num(1e4), b.nan_to_num(1e4))
 
 
 def keeps_the_same(top_p: float, spread: float) -> bool:
-    """Of rows longer than a block, also rounded ones, which have ties, and with tokens that cannot be drawn."""
+    """Whether both give equal thresholds: long rows, ties (rounded logits), tokens that cannot be drawn."""
     from models import sampling, triton_sampling
 
     logits = torch.randn(4, triton_sampling.BLOCK + 500, generator=torch.Generator().manual_seed(0)) * spread - 3

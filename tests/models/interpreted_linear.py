@@ -1,5 +1,5 @@
-"""Runs the kernels of models/triton_linear.py in Triton's interpreter, which must be on before Triton is imported, on
-each of CASES, and prints how far they are from the product of the dequantised weights."""
+"""Runs the kernels of models/triton_linear.py in Triton's interpreter, which must be enabled before Triton is imported,
+on each of CASES, and prints how far they are from the product of the dequantised weights."""
 
 import json
 
@@ -29,7 +29,7 @@ def product(a, b, dtype):
 
 
 def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float]:
-    """Distances from the wanted numbers, and of rows from themselves in another batch; x is NaN behind its rows."""
+    """Relative errors, and how far a row is from the same row computed alone. Memory behind the rows of x is NaN."""
     dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
     scheme, (low, high) = Scheme(mode, group_size, not has_zeros), {"int8": (-128, 128), "int4": (0, 16)}[mode]
     integers = {"dtype": torch.int8 if mode == "int8" else torch.uint8, "generator": generator}
@@ -56,7 +56,7 @@ def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float
 
 
 def compilations(counts: list[int]) -> int:
-    """How often torch.compile makes code for products of so many rows; they must be what they are without."""
+    """How many graphs torch.compile makes for these numbers of rows. The results must be those of eager code."""
     graphs = []
 
     def take(graph, inputs):

@@ -1,5 +1,5 @@
-"""What models/cpu_linear.py and models/qlinear.py compute on this processor, as JSON: run by test_processors.py in a
-process that is told to be an older one, which torch and oneDNN take from the environment as they are loaded."""
+"""Prints as JSON what models/cpu_linear.py and models/qlinear.py compute on this processor. test_processors.py runs it
+in a process whose environment names an older processor, which torch and oneDNN read when they are loaded."""
 
 import json
 import sys
@@ -16,12 +16,12 @@ from models.sampling import SamplingParams
 CPU = torch.device("cpu")
 SCHEMES = {"none": None, "int8": Scheme("int8"), "int4": Scheme("int4", 32), "int8 in groups": Scheme("int8", 64)}
 SCHEMES["int4 with zero points"] = Scheme("int4", 32, symmetric=False)
-ROWS = (1, 2, 5, 40, 130)  # bags, blocks of expanded weights, and wide ones of them
+ROWS = (1, 2, 5, 40, 130)  # embedding bags, blocks of expanded weights, wide blocks
 REQUESTS = [Request(i, 0, [1, *range(3 + i, 12 + 5 * i)], 8) for i in range(4)]
 
 
 def errors(dtype: torch.dtype) -> dict[str, float]:
-    """The largest error of a product, over its norm, by scheme and form: against float64."""
+    """The largest relative error of a product against float64, by scheme and number of slots."""
     generator = torch.Generator().manual_seed(0)
     weight, worst = torch.randn(250, 192, generator=generator).bfloat16(), {}
     for name, scheme in SCHEMES.items():
@@ -29,7 +29,7 @@ def errors(dtype: torch.dtype) -> dict[str, float]:
         if small is not None and not scheme.symmetric:
             small = small._replace(zero=torch.randint(0, 16, small.scale.shape, dtype=torch.uint8, generator=generator))
         whole = (weight if small is None else dequantize(small)).double()
-        for slots in (1, 4):  # of the decode step, which decides the form
+        for slots in (1, 4):  # of a decode step, which decide the form of the weights
             if small is None:
                 product = cpu_linear.pack_weight(weight.to(dtype))
             else:

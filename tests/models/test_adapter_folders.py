@@ -31,7 +31,7 @@ def same_factors(found, wanted):
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_layers_by_pattern(kind, tmp_path):
-    """Catches layers that are taken from what the config says of them, and not from the file, on a tied model."""
+    """Catches layers adapted by the config's target_modules instead of by the tensors in the file; on a tied model."""
     base, folder, oracle = made_by_peft(tmp_path, {**tiny.QWEN2, "tie_word_embeddings": True}, WRITTEN[kind])
     merged = load_model(base, files=weight_files(base, folder), param_dtype=torch.float32)
     with torch.no_grad():
@@ -43,8 +43,8 @@ INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "olora", "OLoRA
 
 @pytest.mark.parametrize("kind", INITIALISATIONS)
 def test_initialisations_of_peft(kind, tmp_path):
-    """Catches one that changes the base, however it is spelt, and is merged into the base as it was: each is refused or
-    gives PEFT's logits."""
+    """Catches an initialisation that changes the base, in any spelling, merged into the base as it was before: each is
+    refused or gives PEFT's logits."""
     settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": kind}
     base, folder, oracle = made_by_peft(tmp_path, {}, settings)
     plain = transformers.AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -58,8 +58,8 @@ def test_initialisations_of_peft(kind, tmp_path):
 
 
 def test_other_ways_to_write_them(tmp_path):
-    """Catches an adapter that is refused, or read otherwise, for its dtype, the names of a state_dict, a pickle, a
-    setting that PEFT turns off for such layers, or a base that is a snapshot in the hub's cache."""
+    """Catches an adapter refused or misread for its dtype, tensor names as in PEFT's state_dict (".default"), pickled
+    weights, a setting that PEFT ignores for linear layers, or a base that is a snapshot in the hub's cache."""
     base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     wanted, tensors = open_adapter(folder, base), load_file(folder / NAME)
     named = broken(folder, tmp_path / "named")
@@ -82,9 +82,9 @@ def test_other_ways_to_write_them(tmp_path):
 
 @pytest.mark.parametrize("pad", [None, 2])
 def test_a_quantised_reward_model(pad, tmp_path):
-    """Catches a folder that transformers takes for a language model's, or for one of two labels, and one whose pad is
-    not its tokenizer's, or not the base's, which says where scores are read: transformers' scores of a padded batch
-    are score.py's, and those of the base with PEFT's adapter, but for rounding."""
+    """Catches a folder that transformers opens as a language model or with two labels, and a pad token other than its
+    tokenizer's or the base's, since the pad token decides where scores are read: on a padded batch transformers' scores
+    equal score.py's and, up to rounding, those of the base with the adapter."""
     model = {"intermediate_size": 128, "pad_token_id": pad}
     settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
     base, folder, _ = made_by_peft(tmp_path, model, settings)
@@ -113,7 +113,7 @@ class Code:
 
 
 def test_what_is_not_computed_is_named(tmp_path):
-    """Catches a pickle that runs code or leaves a traceback, and a head's adapter that is called another base's."""
+    """Catches a pickle that runs code or ends in a traceback, and an adapter of lm_head called one for another base."""
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     pickled = broken(folder, tmp_path / "pickled")
     (pickled / NAME).unlink()
@@ -126,9 +126,9 @@ def test_what_is_not_computed_is_named(tmp_path):
 
 
 def test_what_lies_beside_an_adapter(tmp_path, capsys):
-    """Catches an adapter that learnt with another chat template, or another EOS, which other programs save beside it,
-    and that nobody hears of, or hears of twice where PPO's critic has adapters, too; the EOS of a base that does not
-    name it, taken for another; and what is said of an adapter on standard output, among the samples."""
+    """Catches no notice, or two where PPO's critic has adapters too, if the tokenizer files saved beside an adapter
+    have another chat template or EOS than the base; a notice where the base only does not name its EOS; no notice of a
+    base that has changed or holds an adapter itself; and notices on stdout, among the samples."""
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     flags = ["--checkpoint_path", base, "--adapter_path", folder, "--prompt", "3 plus", "--max_new_tokens", 2]
@@ -152,13 +152,13 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
     for is_critic in (False, True):
         choose_lora(Args(base, adapter_path=folder), base, CPU, is_critic=is_critic)
     assert capsys.readouterr().err.count(ends[1]) == 1
-    tokenizer.save_pretrained(base)  # no more the base that it was made for, if the file says which that was
+    tokenizer.save_pretrained(base)  # changes the base, as the adapter notices if its file has a fingerprint
     path = folder / NAME
     save_file(load_file(path), path, metadata={"base_fingerprint": "another"})
     assert said() == [f"{base}: has other content than the base of the adapter {folder}"]
     for name in (NAME, "adapter_config.json"):
         shutil.copy(folder / name, base)
-    flags[2:4] = []  # --adapter_path; transformers with PEFT takes both
+    flags[2:4] = []  # without --adapter_path; transformers with PEFT loads both
     assert said() == [f"{base}: holds an adapter too, which is not taken; --adapter_path {base} takes it"]
     for settings in ({}, {"lora_r": 2}, {"adapter_path": folder}):  # of a trainer
         choose_lora(Args(base, **settings), base, CPU)
@@ -170,8 +170,8 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
 
 
 def test_the_folder_of_a_run(tmp_path):
-    """Catches an adapter beside merged weights, which transformers with PEFT adds to them once more, a merged model
-    that --checkpoint_path does not find, and an adapter that is called another for what else is in its folder."""
+    """Catches an adapter beside merged weights, to which transformers with PEFT would add it again; a merged model that
+    --checkpoint_path does not find; and an adapter's fingerprint that depends on other files in its folder."""
     base, folder, oracle = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": "all-linear"})
     train_file = tiny.write_records(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " b"}])
     out = tmp_path / "out"

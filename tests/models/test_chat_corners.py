@@ -13,7 +13,7 @@ from tests.models.test_tokenizer import byte_level_folder
 
 CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|eot_id|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-# As DeepSeek's: the arguments of calls are text, and calls are written where the content is none.
+# As DeepSeek's: the arguments of calls are text, and calls are written only where the content is None.
 DEEPSEEK = "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
 DEEPSEEK += "{% for c in m['tool_calls'] %}{% set f = c['function'] %}"
 DEEPSEEK += "{{ '<|assistant|>' + f['name'] + ' ' + f['arguments'] + '<|eot_id|>' }}{% endfor %}"
@@ -29,7 +29,7 @@ def opened(folder, template):
 @pytest.mark.parametrize("content", ["\n", " \t", ""])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_white_space_alone(tmp_path, role, content):
-    """Catches a message without a word in it that ends the run: a separator that is empty."""
+    """Catches a message of white space, or of nothing, that ends the run with str.split's "empty separator"."""
     tokenizer, theirs = opened(tmp_path, CHATML)
     messages = [{"role": each, "content": each} for each in ("system", "user", "assistant")]
     messages = [{**message, "content": content} if message["role"] == role else message for message in messages]
@@ -43,8 +43,8 @@ def test_white_space_alone(tmp_path, role, content):
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("arguments", [{"city": "K\u00f6ln", "days": [1, 2]}, {}])
 def test_arguments_that_a_template_wants_as_text(tmp_path, arguments, content):
-    """Catches a call that is left out of the row without a word: with its arguments as an object such a template fails,
-    and writes an empty turn where it is then given an empty content."""
+    """Catches a call silently left out of the row: a template that wants its arguments as text fails on an object, and
+    writes an empty turn if it is then given an empty content."""
     tokenizer, theirs = opened(tmp_path, DEEPSEEK)
 
     def chat(arguments, content=None):
@@ -54,7 +54,7 @@ def test_arguments_that_a_template_wants_as_text(tmp_path, arguments, content):
 
     text = text_of_chat(read_chat(chat(arguments, content)), tokenizer)
     as_text = json.dumps(arguments, ensure_ascii=False)
-    kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops what is None
+    kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops None keys
     wanted = theirs.apply_chat_template(
         chat(as_text), chat_template=DEEPSEEK.replace("{% for m in messages %}", kept_none), tokenize=False
     )
@@ -62,7 +62,7 @@ def test_arguments_that_a_template_wants_as_text(tmp_path, arguments, content):
 
 
 def test_calls_beside_a_content_that_hides_them(tmp_path):
-    """Catches a call that is looked for by leaving it out, where the template then writes something else."""
+    """Catches a call taken for written because the text differs without it: the template writes something else then."""
     tokenizer, _ = opened(tmp_path, DEEPSEEK)
     call = {"type": "function", "function": {"name": "weather", "arguments": 5}}  # neither an object nor text
     messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -73,7 +73,7 @@ def test_calls_beside_a_content_that_hides_them(tmp_path):
 @pytest.mark.parametrize("begun", [[], [{"role": "assistant", "content": "It is "}]])
 @pytest.mark.parametrize("end", ["<|eot_id|>", "<|eot_id|>\n", " <|eot_id|>"])
 def test_an_answer_that_has_its_end(tmp_path, begun, end):
-    """Catches a second end of turn, learnt, behind an answer whose text has one, as many data sets are written."""
+    """Catches a second, learnt end of turn behind an answer whose text ends with one already, as in many data sets."""
     tokenizer, _ = opened(tmp_path, CHATML)
     chat = read_chat([{"role": "user", "content": "2+2?"}, *begun])
     row, _ = encode_answer(chat, "4" + end, tokenizer)
@@ -82,8 +82,8 @@ def test_an_answer_that_has_its_end(tmp_path, begun, end):
 
 
 def test_columns_of_json_text(tmp_path):
-    """Catches calls as JSON's text, which a template would go through character by character, and empty ones of a
-    column of text that are taken for some."""
+    """Catches calls given as JSON text, through which a template would iterate by characters, and the empty calls of a
+    text column ("[]", "null") taken for calls."""
     tokenizer, _ = opened(tmp_path, DEEPSEEK)
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     user = {"role": "user", "content": "w?"}
@@ -102,8 +102,8 @@ def test_columns_of_json_text(tmp_path):
 
 
 def test_keys_of_other_records(tmp_path):
-    """Catches nulls that columns with types put into each record's tools and calls for the keys of all the others, and
-    parameters that are JSON's text there, written as a quoted string."""
+    """Catches nulls written into the text, which typed columns put into a record's tools and calls for keys of other
+    records; and parameters given as JSON text written as a quoted string."""
     calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
     template = "{{ tools | tojson }}" + CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls)
     tokenizer, theirs = opened(tmp_path, template)
@@ -131,13 +131,13 @@ def test_keys_of_other_records(tmp_path):
             for each in (none, {})
         ]
         assert texts[0] == texts[1]
-    as_text = json.dumps(record(days=None)[1])  # deliberate there
+    as_text = json.dumps(record(days=None)[1])  # deliberate in JSON text
     assert '"days": null' in learnt_turns(read_chat(messages, {"tools": as_text}), tokenizer).text
 
 
 def test_an_empty_content_beside_calls(tmp_path):
-    """Catches an empty content that is made none for a template that writes the calls anyway, and would write the word
-    None with them; DeepSeek's, which leaves calls out beside a content, gets none."""
+    """Catches an empty content turned into None for a template that writes the calls anyway, and would write the word
+    "None" with them; DeepSeek's, which leaves calls out beside a content, does get None."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
     messages = [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
@@ -154,8 +154,8 @@ def test_an_empty_content_beside_calls(tmp_path):
 
 
 def test_keys_without_content(tmp_path):
-    """Catches calls and thoughts that are empty, as each message has them where columns have types, taken for some by
-    templates that ask whether the key is there: Llama 3's refused the chat, Qwen3's wrote a second, empty thought."""
+    """Catches empty calls and thoughts, which typed columns put into each message, kept for templates that test whether
+    the key is there: Llama 3's refused the chat, Qwen3's wrote a second, empty thought."""
     llama = CHATML.replace(
         "<|eot_id|>", "{% if 'tool_calls' in m %}{{ raise_exception('one call') }}{% endif %}<|eot_id|>"
     )
@@ -175,8 +175,8 @@ def test_keys_without_content(tmp_path):
 
 
 def test_arguments_as_python_writes_them(tmp_path):
-    """Catches arguments as Python writes a dictionary, learnt as a quoted string, and the empty text of a call without
-    any."""
+    """Catches arguments that are Python's repr of a dictionary, or the empty text of a call without arguments, learnt
+    as a quoted string."""
     calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
     tokenizer, _ = opened(tmp_path, CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls))
 
@@ -187,6 +187,6 @@ def test_arguments_as_python_writes_them(tmp_path):
 
     assert text("") == text("{}") == text({}) == text(None) and '"arguments": {}' in text("")
     assert '"arguments": "print(1)"' in text("print(1)")  # of a tool that takes code
-    assert '\\"city\\":' in text('{"city":')  # what somebody has said, right or wrong
+    assert '\\"city\\":' in text('{"city":')  # text that is no JSON stays as it is
     with pytest.raises(ValueError, match=r"messages\[1\]: the arguments of a call are Python's text, not JSON's: ."):
         text("{'city': 'Rome'}")

@@ -25,7 +25,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
 def opened(folder, template, files=None):
-    """(the folder's tokenizer here, and in transformers). template: as in tokenizer_config.json."""
+    """Returns the folder's tokenizer: (ours, transformers'). template: as in tokenizer_config.json."""
     byte_level_folder(folder, "llama3", eos_token="<|end_of_text|>")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
@@ -38,7 +38,7 @@ def opened(folder, template, files=None):
 @pytest.mark.parametrize("template", (PLAIN, TRIMS))
 @pytest.mark.parametrize("begun", ("It is", " It is ", "It\nis\n"))
 def test_an_answer_that_has_begun_goes_on(tmp_path, template, begun):
-    """Catches a begun answer that is ended, with another answer opened behind it; in training and scoring too."""
+    """Catches a begun answer that is ended and followed by another's header; in training and scoring too."""
     tokenizer, oracle = opened(tmp_path, template)
     messages = [USER, {"role": "assistant", "content": begun}]
     text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -50,7 +50,7 @@ def test_an_answer_that_has_begun_goes_on(tmp_path, template, begun):
 
 
 def test_an_answer_of_which_only_the_thought_has_begun(tmp_path):
-    """Catches a thought whose turn is ended, with another answer opened behind it; and one that is left out."""
+    """Catches a begun thought whose turn is ended and followed by another's header, and one that is left out."""
     tokenizer, oracle = opened(tmp_path / "thinks", THOUGHTS.replace("NAME", "reasoning_content"))
     messages = [USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}]
     text = oracle.apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -63,7 +63,7 @@ def test_an_answer_of_which_only_the_thought_has_begun(tmp_path):
 
 
 def test_a_cut_prompt_begins_with_bos(tmp_path):
-    """Catches a BOS that the chat template alone writes cut off with the beginning of a prompt that is too long."""
+    """Catches a BOS that only the chat template writes cut off with the beginning of a prompt that is too long."""
     byte_level_folder(tmp_path, "llama3")
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "post_processor": None}))
@@ -78,7 +78,7 @@ def test_a_cut_prompt_begins_with_bos(tmp_path):
 
 
 def test_a_begun_answer_is_whole(tmp_path):
-    """Catches thoughts that the template drops, without which the answer would go on from something else."""
+    """Catches an answer continued without its begun thoughts, because the template drops them."""
     tokenizer, _ = opened(tmp_path, DROPS)
     with pytest.raises(ValueError, match="leaves out a part of the last message"):
         text_of_chat(read_chat([USER, {"role": "assistant", "content": "<think>hm</think>It is"}]), tokenizer)
@@ -90,8 +90,8 @@ BESIDE = {"chat_template.jinja": PLAIN, "additional_chat_templates/tool_use.jinj
 
 @pytest.mark.parametrize(("template", "files"), ((LISTED, {}), (TOOLS, BESIDE)))
 def test_a_template_for_tools(tmp_path, template, files):
-    """Catches tools that are refused, or written by the default template, where the folder has another for them; and an
-    export without it."""
+    """Catches tools that are refused, or rendered by the default template, where the folder has a template for tools;
+    and an export without that template."""
     tokenizer, oracle = opened(tmp_path / "in", template, files)
     save_folder(tmp_path / "out", [("norm.weight", torch.ones(1))], config={}, copy_from=tmp_path / "in")
     exported = Tokenizer(tmp_path / "out")
@@ -104,7 +104,7 @@ def test_a_template_for_tools(tmp_path, template, files):
 
 
 def test_the_file_counts_alone(tmp_path):
-    """Catches a template for tools that is taken from tokenizer_config.json beside a chat_template.jinja."""
+    """Catches a template for tools read from tokenizer_config.json though the folder has a chat_template.jinja."""
     tokenizer, _ = opened(tmp_path, LISTED, {"chat_template.jinja": PLAIN})
     with pytest.raises(ValueError, match="tools: the chat template has no place"):
         text_of_chat(read_chat([USER], {"tools": [TOOL]}), tokenizer)
@@ -113,7 +113,7 @@ def test_the_file_counts_alone(tmp_path):
 @pytest.mark.parametrize("read", ("reasoning_content", "thinking"))
 @pytest.mark.parametrize("stated", ("reasoning_content", "reasoning", "thinking"))
 def test_thoughts_have_one_name_or_another(tmp_path, read, stated):
-    """Catches thoughts that are left out of a prompt since the template reads them under another name."""
+    """Catches thoughts left out of a prompt because the template reads them under another key."""
     tokenizer, oracle = opened(tmp_path, THOUGHTS.replace("NAME", read))
     messages = [USER, {"role": "assistant", "content": "3", stated: "hm"}, USER]
     text = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -122,8 +122,8 @@ def test_thoughts_have_one_name_or_another(tmp_path, read, stated):
 
 @pytest.mark.parametrize("value", (True, False))
 def test_settings_of_a_template(tmp_path, value):
-    """Catches a record's settings (TRL's name for them) that change nothing, such as thoughts that it has off, in
-    prompts, begun answers and learnt turns; some that the template does not read; and an override of the messages."""
+    """Catches chat_template_kwargs (TRL's name) of a record without effect, such as thinking turned off, in prompts,
+    begun answers and learnt turns; and keys accepted that the template does not read or that override other fields."""
     source = "{% set hm = hm | default(true) %}{% if hm %}<think>{% endif %}" + PLAIN
     tokenizer, oracle = opened(tmp_path, source)
     messages = [USER, {"role": "assistant", "content": "3"}]

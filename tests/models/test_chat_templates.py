@@ -1,4 +1,4 @@
-"""models/chat_template.py against transformers, and folders, texts and chats that cannot be read, by name."""
+"""models/chat_template.py against transformers; and errors for folders, texts and chats that cannot be read."""
 
 import json
 from datetime import date
@@ -64,8 +64,8 @@ CHAT = [
 @pytest.mark.parametrize("name", ["llama2", "llama3", "chatml"])
 @pytest.mark.parametrize("place", ["config", "list", "file"])
 def test_chat_templates(name, place, tmp_path):
-    """Catches a doubled BOS, `</s>` of a template read as text, escaped HTML, options of tojson by their places, lost
-    newlines, an unread file."""
+    """Catches a doubled BOS, `</s>` in a template encoded as text, escaped HTML, positional options of tojson misread,
+    lost newlines, and a template file that is not read."""
     template = {"llama3": LLAMA3_CHAT, "chatml": CHATML}.get(name, LLAMA2_CHAT)
     if Version(transformers.__version__) < Version("5.23"):  # 5.17 treats an empty one otherwise
         template = template.replace("{{ 'tool_calls' in message }}", "")
@@ -102,7 +102,7 @@ def error_of(call, *parts):
 
 
 def test_broken_folders(tmp_path):
-    """Catches a bare exception of a library, a message that does not name the file, an EOS that is passed over."""
+    """Catches a bare exception of a library, a message that does not name the file, and a malformed EOS ignored."""
     error_of(lambda: Tokenizer(tmp_path / "nowhere"), tmp_path / "nowhere", "tokenizer.json")
     error_of(lambda: Tokenizer(write(tmp_path / "empty")), tmp_path / "empty", "tokenizer.model")
     folder = sentencepiece_folder(tmp_path / "a", {})
@@ -126,7 +126,7 @@ def test_broken_folders(tmp_path):
 
 
 def test_bad_texts_and_chats(tmp_path):
-    """Catches a traceback for a text, a message list or a template that cannot work, and a template that breaks out."""
+    """Catches a traceback for a text, a chat or a template that cannot work, and a template that leaves the sandbox."""
     folder = sentencepiece_folder(tmp_path / "a", {"chat_template": LLAMA2_CHAT})
     ours = Tokenizer(folder)
     error_of(lambda: ours.encode("a\ud83d"), "surrogate")
@@ -156,8 +156,8 @@ def test_bad_texts_and_chats(tmp_path):
 
 
 def test_marks_that_change_what_is_written(tmp_path):
-    """Catches places in a text that the template writes otherwise around marks, and those of contents lost because it
-    does so for the marks of calls alone."""
+    """Catches positions reported though the template writes other text around marks, and positions of contents lost
+    because it does so for the marks of calls alone."""
     lengths = "{% for m in messages %}{{ m.content | length }}:{{ m.content }}{% endfor %}"
     calls = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name | length }}{% endfor %}"
     calls += "{% endfor %}"

@@ -1,4 +1,4 @@
-"""models/chats.py and models/chat_template.py: what of a chat becomes text, and which of it is learnt, under templates
+"""models/chats.py and models/chat_template.py: the text that a chat becomes, and which of it is learnt, under templates
 as published folders have them. The oracle is transformers' rendering of the same template."""
 
 from datetime import date
@@ -15,7 +15,7 @@ from training.data import encode_sft_record
 
 HEAD = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
 TEMPLATES = {
-    # drops the thoughts of earlier turns, and of the last; opens them in the generation prompt
+    # drops the thoughts of all turns; opens one in the generation prompt
     "r1": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
     "<|user|>{{ m.content }}{% elif m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}"
     "<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
@@ -72,7 +72,7 @@ def said(content, **fields):
 
 
 def row_of(tokenizer, **fields):
-    """(the text of a record's row, its learnt stretches, what happened)"""
+    """Returns (text of a record's row, its learnt stretches, encoding counts)."""
     example, counts = encode_sft_record(Record("x:1", fields), tokenizer)
     stretches, run = [], []
     for token_id, label in zip([*example.input_ids, 0], [*example.labels, -100]):
@@ -87,7 +87,7 @@ def row_of(tokenizer, **fields):
 
 TURNS = [{"role": "system", "content": "Be brief."}, user("2+2? "), said("four\n"), user("sure? user"), said(" yes ")]
 THOUGHT = "<think>\ntwo and two\n</think>\n\n4"
-LEARNT = {  # of TURNS; of a thought; of two turns with one each
+LEARNT = {  # learnt of TURNS; of a turn with a thought; how many of two such turns are cut
     "r1": (["four\n<|eot_id|>", " yes <|eot_id|>"], ["two and two\n</think>\n\n4<|eot_id|>"], 1),
     "qwen3": (
         ["four\n<|eot_id|>", "<think>\n\n</think>\n\n yes <|eot_id|>"],
@@ -103,8 +103,8 @@ LEARNT = {  # of TURNS; of a thought; of two turns with one each
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turns_under_published_templates(name, opened):
-    """Catches an end of turn that is not the first behind the content (Llama 3's header learnt), labels at wrong places
-    where contents quote roles or begin with spaces, thoughts dropped in silence, a row that is not the rendering."""
+    """Catches an end of turn other than the first one behind the content (Llama 3's header learnt), misplaced labels
+    where contents quote roles or begin with spaces, silently dropped thoughts, and a row that is not the rendering."""
     tokenizer, oracle = opened(name)
     turns, thought, cut = LEARNT[name]
     text, learnt, counts = row_of(tokenizer, messages=TURNS)
@@ -123,8 +123,8 @@ def test_turns_under_published_templates(name, opened):
 @pytest.mark.parametrize("begun", ["<think>", "<think>\n", "<think>\n\n", "\u25c1think\u25b7"])
 @pytest.mark.parametrize("written", ["<think>two", "<think>\ntwo", "\n<think>\ntwo", " <think>\n\ntwo"])
 def test_a_thought_is_opened_once(begun, written, tmp_path):
-    """Catches a second <think> behind the one that the generation prompt ends in, where the white space around them is
-    otherwise: of messages, of a completion as text, and of what is scored."""
+    """Catches a second <think> behind the one that ends the generation prompt, where their white space differs: in
+    messages, in a completion given as text, and in scored pairs."""
     written = written.replace("<think>", begun.strip())
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["r1"].replace("<think>\n", begun), encoding="utf-8")
@@ -140,8 +140,8 @@ def test_a_thought_is_opened_once(begun, written, tmp_path):
 
 
 def test_a_thought_where_the_prompt_has_closed_one(tmp_path):
-    """Catches an empty thought in front of another, as no template writes them, where a generation prompt asks for none
-    and the answer has one all the same."""
+    """Catches an empty thought in front of another, which no template writes, where the generation prompt closes the
+    thought and the answer has one nevertheless."""
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     closed = "<|assistant|>\n<think>\n\n</think>\n\n{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["qwen3"].replace("<|assistant|>\n{% endif %}", closed))
@@ -160,8 +160,8 @@ def test_a_thought_where_the_prompt_has_closed_one(tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
-    """Catches an answer that no generation would give, where the template writes a message otherwise than what it lets
-    the model write; in pairs, and for a line of generate.py, which is scored as it was drawn."""
+    """Catches an answer encoded as no generation would give it, where the template writes a message otherwise than the
+    model generates it: in pairs, and in a line of generate.py, which is scored as it was drawn."""
     tokenizer, oracle = opened(name)
     prompt_text = oracle.apply_chat_template([user("2+2?")], tokenize=False, add_generation_prompt=True)
     record = {"prompt": [user("2+2?")], "chosen": "so\n</think>\n\n4", "rejected": "5"}
@@ -176,8 +176,8 @@ def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
 
 
 def test_a_mark_that_ends_behind_the_turn(tmp_path):
-    """Catches a score, or a log-prob, of the newline behind the end of a turn, which TRL's training templates mark as
-    the assistant's: no generation gives it, so scores of samples would sit elsewhere than they were trained."""
+    """Catches a score, or a log-prob, of the newline behind an end of turn, which TRL's training templates mark as the
+    assistant's: no generation ends with it, so scores of samples would be read at another place than in training."""
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     wider = TEMPLATES["marked"].replace("{% endgeneration %}", "\n{% endgeneration %}")
     (tmp_path / "chat_template.jinja").write_text(wider)
@@ -189,8 +189,8 @@ def test_a_mark_that_ends_behind_the_turn(tmp_path):
 
 
 def test_a_marked_answer_as_text_follows_the_generation_prompt(tmp_path):
-    """Catches an answer behind a header that no generation begins from, where the template marks its turns and opens a
-    thought in the prompt alone, as TRL's for DeepSeek."""
+    """Catches an answer behind another header than the generation prompt's, where the template marks its turns and
+    opens a thought in the generation prompt alone, as TRL's for DeepSeek."""
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=TOKENS)
     opens = TEMPLATES["marked"].replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
     (tmp_path / "chat_template.jinja").write_text(opens)
@@ -208,11 +208,11 @@ WITH_CALL = [user("1+2"), {"role": "assistant", "content": None, "tool_calls": [
 
 
 def test_tools_system_weights_and_parts(opened):
-    """Catches `tools`, `system`, tool calls without content, content in parts and weights that change nothing."""
+    """Catches `tools`, `system`, tool calls without content, contents in parts, and weights that have no effect."""
     tokenizer, oracle = opened("qwen3")
     text, learnt, _ = row_of(tokenizer, tools=TOOLS, system="Be brief.", messages=WITH_CALL)
     whole = [{"role": "system", "content": "Be brief."}, *WITH_CALL]
-    whole[2] = {**whole[2], "content": ""}  # transformers leaves a key without a value out, which this template needs
+    whole[2] = {**whole[2], "content": ""}  # transformers drops keys that are None, and this template needs the key
     assert text == oracle.apply_chat_template(whole, tools=TOOLS, tokenize=False)
     assert "Be brief." in text and len(learnt) == 2 and learnt[0].startswith("<tool_call>{") and "add" in learnt[0]
     text, learnt, _ = row_of(opened("calls")[0], messages=WITH_CALL)
@@ -268,14 +268,14 @@ REFUSED = [
 
 @pytest.mark.parametrize("name, fields, complaint", REFUSED, ids=[complaint for _, _, complaint in REFUSED])
 def test_what_cannot_be_used_is_named(name, fields, complaint, opened):
-    """Catches anything of a record that is left out without a word."""
+    """Catches any part of a record that is silently left out."""
     with pytest.raises(ValueError) as caught:
         row_of(opened(name)[0], **fields)
     assert str(caught.value).startswith("x:1: ") and complaint in str(caught.value), caught.value
 
 
 def test_empty_columns_and_others_of_their_names(opened):
-    """Catches a record refused for a column without a value, or whose name means something else beside it."""
+    """Catches a record refused for a column without a value, or for one whose name means something else there."""
     tokenizer, plain = opened("llama33")[0], [user("a"), said("b")]
     wanted = row_of(tokenizer, messages=plain)
     empty = ({"images": [None]}, {"images": [[]]}, {"functions": "[]"}, {"history": []})
@@ -297,7 +297,7 @@ def test_empty_columns_and_others_of_their_names(opened):
 
 
 def test_prompts_leave_nothing_out(opened):
-    """Catches the same in prompts, which have nothing to learn: those of generate.py, PPO, DPO and reward models."""
+    """Catches parts of a record silently left out of prompts: those of generate.py, PPO, DPO and reward models."""
     tokenizer, _ = opened("r1")
     for fields in ({"tools": TOOLS}, {"system": "a", "prompt": [{"role": "developer", "content": "d"}, user("a")]}):
         prompt = get_prompt(Record("x:1", {"prompt": [user("a")], **fields}))
@@ -314,7 +314,7 @@ def test_prompts_leave_nothing_out(opened):
 
 
 def test_a_long_chat_takes_the_time_of_its_tokens(opened):
-    """Catches a rendering of all that came before for each turn: their number, not a time, is looked at."""
+    """Catches a rendering of the whole chat for each turn. Renderings are counted, not timed."""
     tokenizer, _ = opened("llama33")
     template, count = tokenizer.chat_template, []
     render = type(template)._render
@@ -338,8 +338,8 @@ def test_the_date_is_the_runs(tmp_path):
 
 
 def test_two_answers_in_a_row_whatever_was_read_before(opened):
-    """Catches a turn that begins in the answer before it, which the template writes otherwise where it is the last, an
-    unlearnt one learnt with it; and rows that depend on the chats that were read earlier."""
+    """Catches a turn that begins within the answer before it, which the template writes otherwise where it is the last
+    turn; an unlearnt answer learnt with it; and rows that depend on the chats read earlier."""
     tokenizer, _ = opened("qwen3")
     chats = [
         ([user("2+2?"), said("4"), said("four")], ["4<|eot_id|>", "<think>\n\n</think>\n\nfour<|eot_id|>"]),
@@ -365,8 +365,8 @@ OPENED += "<think>\n{% if enable_thinking is false %}\n</think>\n\n{% endif %}{%
 @pytest.mark.parametrize("tag", ["<tool_call>", "<think_not>", "<|user|>"])
 @pytest.mark.parametrize("is_token", [True, False])
 def test_no_tag_is_torn(tag, is_token, tmp_path):
-    """Catches a turn that begins within a tag, since the generation prompt opens a thought, whose tag begins alike:
-    pieces of "<tool_call>" in the place of its token; and a turn whose beginning an earlier record decides."""
+    """Catches a turn that begins inside a tag because the generation prompt opens a thought whose tag begins alike, so
+    that pieces of "<tool_call>" replace its token; and a turn whose beginning depends on an earlier record."""
     tokens = TOKENS + [tag] * (is_token and tag not in TOKENS)
     byte_level_folder(tmp_path, "llama3", eos_token="<|end_of_text|>", additional_special_tokens=tokens)
     (tmp_path / "chat_template.jinja").write_text(OPENED.replace("TAG", tag), encoding="utf-8")

@@ -142,8 +142,8 @@ def with_own_head(folder):
 
 
 def test_the_files_decide_about_the_head(tmp_path):
-    """Catches a stored head left out without a word, in the loader, beside a quantised body or in an export, because
-    config.json says tied; and a head that is the embedding kept apart from it."""
+    """Catches a stored head silently left out because config.json says tied: in the loader, beside a quantised body or
+    in an export; and a head equal to the embedding that is kept apart from it."""
     tiny.write_model(tmp_path / "in")
     with_own_head(tmp_path / "in")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
@@ -166,7 +166,7 @@ def test_the_files_decide_about_the_head(tmp_path):
 
 
 def test_tied_with_the_head_alone(tmp_path):
-    """Catches a folder refused that safetensors.torch.save_model wrote, which keeps one of two names."""
+    """Catches a refused folder of safetensors.torch.save_model, which stores tied weights under one of two names."""
     theirs = tiny.write_model(tmp_path, tie_word_embeddings=True)
     save_model(theirs, str(tmp_path / "model.safetensors"))
     assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
@@ -175,7 +175,7 @@ def test_tied_with_the_head_alone(tmp_path):
 
 
 def test_named_weight_file(tmp_path):
-    """Catches the weights that config.json names overlooked, as transformers 5 reads them, and a name that is wrong."""
+    """Catches the weight file that config.json names, as for transformers 5, ignored; and a wrong name accepted."""
     tiny.write_model(tmp_path, seed=1)
     (tmp_path / "other").mkdir()
     os.rename(tmp_path / "model.safetensors", tmp_path / "other/weights.safetensors")
@@ -194,7 +194,7 @@ def test_named_weight_file(tmp_path):
 
 
 def test_eos_ids(tmp_path, folder):
-    """Catches: a list of EOS ids cut to one, one listed twice that is taken for another list, generation_config.json
+    """Catches: a list of EOS ids cut to one, an id listed twice that makes it another list, and generation_config.json
     overlooked."""
     assert generation_eos_ids(folder) == (2,)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 6, 5]}))

@@ -1,4 +1,4 @@
-"""models/checksums.py: an export that was damaged is found by whoever opens it, and what was hit is named."""
+"""models/checksums.py: damage to an export is found when it is opened, and the error names what is damaged."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ KINDS = ("whole", "shards", "int8", "reward")
 
 
 def export(root, kind, seed):
-    """An export of a random model; of int8 weights by the script that makes them."""
+    """Exports a random model; int8 weights are those of scripts/quantize.py."""
     source, out = root / f"source-{seed}", root / f"{kind}-{seed}"
     if not source.exists():
         tiny.write_model(source, seed=seed, **SHAPE)
@@ -50,7 +50,7 @@ def exports(tmp_path_factory):
 
 
 def load(folder, kind):
-    """What a script does with a folder."""
+    """Opens and loads a folder, as scripts do."""
     open_folder(folder, frozen=True)
     if kind == "int8":
         return load_quantized(folder, Scheme("int8"), device=torch.device("cpu"), dtype=torch.float32)
@@ -59,8 +59,8 @@ def load(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_found_and_named(kind, exports, tmp_path):
-    """Catches a damaged file or tensor that is loaded, one whose name the message does not tell, a file that has no
-    checksum, and an export whose checksums are not its own."""
+    """Catches a damaged file or tensor that is loaded, a message that does not name the damaged file, a file without a
+    checksum, and an undamaged export that is refused."""
     folder, other = tmp_path / "out", exports[kind][1]
     shutil.copytree(exports[kind][0], folder)
     load(folder, kind)
@@ -71,7 +71,7 @@ def test_damage_is_found_and_named(kind, exports, tmp_path):
         damages = {**DAMAGES, "swap": partial(swap_files, other / name)}
         damages |= {f"flip at {share}": partial(flip, share=share) for share in (0.0, 0.2, 0.75, 1.0)}
         for how, damage in damages.items():
-            if name == CHECKSUMS and how == "delete":  # then it is a folder like any other
+            if name == CHECKSUMS and how == "delete":  # without checksums any folder is opened
                 continue
             damage(folder / name)
             if (folder / name).is_file() and (folder / name).read_bytes() == whole:
@@ -85,12 +85,12 @@ def test_damage_is_found_and_named(kind, exports, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tensor_is_named(kind, exports, tmp_path):
-    """Catches the wrong tensor named, or none, wherever a weight file is hit: it is the one that safetensors reads
-    otherwise than before; and two tensors of one shape in each other's place."""
+    """Catches a wrong tensor named, or none, wherever a weight file is damaged: the right one is what safetensors now
+    reads differently; and two tensors of one shape that are swapped."""
     folder = tmp_path / "out"
     shutil.copytree(exports[kind][0], folder)
     for path in sorted(folder.glob("*.safetensors")):
-        whole, tensors = path.read_bytes(), {name: t.clone() for name, t in load_file(path).items()}  # not its pages
+        whole, tensors = path.read_bytes(), {name: t.clone() for name, t in load_file(path).items()}  # not the mmap
         begin = 8 + int.from_bytes(whole[:8], "little")
         for share in (0.01, 0.3, 0.6, 0.9, 0.99):
             flip(path, (begin + share * (len(whole) - begin)) / len(whole))
@@ -104,7 +104,7 @@ def test_the_tensor_is_named(kind, exports, tmp_path):
         path.write_bytes(whole)
         norms = [name for name in tensors if "layernorm" in name]
         if len(norms) == 2:
-            tensors[norms[0]] = tensors[norms[0]] + 1  # norms start alike
+            tensors[norms[0]] = tensors[norms[0]] + 1  # norms are all initialised alike
             tensors[norms[0]], tensors[norms[1]] = tensors[norms[1]], tensors[norms[0]]
             save_file(tensors, path, metadata={"format": "pt"})
             with pytest.raises(ValueError, match=rf"{path}: the tensor .*layernorm.* is damaged"):
@@ -117,7 +117,7 @@ def same_bytes(one, two):
 
 
 def test_checksums_are_sha256_of_what_others_read(exports):
-    """Catches a digest that nobody else can compute, of a tensor as safetensors gives it or of a file."""
+    """Catches a digest that others cannot recompute, of a file or of a tensor as safetensors loads it."""
     for kind in KINDS:
         folder = exports[kind][0]
         content = json.loads((folder / CHECKSUMS).read_text())
@@ -135,7 +135,7 @@ def test_checksums_are_sha256_of_what_others_read(exports):
 
 
 def test_a_file_that_is_edited_knowingly(exports, tmp_path):
-    """Catches a folder that nobody may touch any more: the message says how to go on, and it does."""
+    """Catches an export that can never be edited: the message says how to go on, and following it works."""
     folder = tmp_path / "out"
     shutil.copytree(exports["whole"][0], folder)
     path = folder / "generation_config.json"
@@ -153,7 +153,7 @@ def test_a_file_that_is_edited_knowingly(exports, tmp_path):
 
 
 def test_a_weight_file_from_elsewhere(exports, tmp_path):
-    """Catches weights that are read before the export's own, since their file has the name that comes first."""
+    """Catches a weight file of another export that is read first, because its name takes precedence over shards."""
     folder = tmp_path / "out"
     shutil.copytree(exports["shards"][0], folder)
     shutil.copyfile(exports["whole"][1] / "model.safetensors", folder / "model.safetensors")
@@ -161,7 +161,7 @@ def test_a_weight_file_from_elsewhere(exports, tmp_path):
 
 
 def test_ranks_divide_the_tensors(exports, tmp_path, monkeypatch):
-    """Catches a tensor that no rank of a node checks, and one that each of them does."""
+    """Catches a tensor that no rank of a node checks, or that several ranks check."""
     folder = tmp_path / "out"
     shutil.copytree(exports["whole"][0], folder)
     path, found = folder / "model.safetensors", []

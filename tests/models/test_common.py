@@ -29,7 +29,7 @@ from tests import tiny
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_by_hand(tied):
-    """Catches the input embedding counted as a product (or a tied head not), GQA, and a wrong attention term."""
+    """Catches the input embedding counted as a product (or a tied head not), GQA ignored, a wrong attention term."""
     config = ModelConfig(
         vocab_size=100,
         hidden_size=8,
@@ -117,15 +117,15 @@ def parse(capsys, *args):
     ],
 )
 def test_bad_flags(args, capsys):
-    """Catches a value out of range let through, an abbreviation, and argparse's usage text before the message."""
+    """Catches an accepted value out of range or abbreviated flag, and argparse's usage text before the message."""
     code, message = parse(capsys, *args)
     assert code == 2 and message.count("\n") == 1 and args[0] in message.replace("yes", "--pause")
     assert "usage" not in message
 
 
 def test_good_flags(capsys):
-    """Catches a bound that excludes its own edge, a value of another type than the field's, and a default that a
-    subclass has changed, or one that it has not."""
+    """Catches a bound that excludes its own edge, a value of another type than the field's, and a default that ignores
+    a subclass's override or leaks from it into the base class."""
     assert parse(capsys, "--count", "1", "--steps", "0", "--ratio", "1", "--rate", "0") == Args(
         path=Path("x"), count=1, steps=0, ratio=1.0, rate=0.0
     )
@@ -139,8 +139,8 @@ def test_good_flags(capsys):
 
 
 def test_what_to_do_about_a_flag(capsys):
-    """Catches a flag that is nearly one refused without that one's name, and negative numbers with an exponent, and
-    texts with a dash in front, taken for flags without a word on how to give them."""
+    """Catches a misspelt flag refused without naming the flag it resembles, numbers such as -1e-3 taken for flags, and
+    a text that begins with a dash refused without saying how to give it."""
     for given, meant in (
         ("--pathh", "--path"),
         ("--rate-x=1", "--rate"),
@@ -156,8 +156,8 @@ def test_what_to_do_about_a_flag(capsys):
 
 
 def test_help_and_groups(capsys):
-    """Catches a flag without its help, default or group, a default that is not this script's, and two names for what is
-    given without one."""
+    """Catches a flag without its help, default or group, a default of another class, and a positional argument with two
+    names."""
     code, _ = parse(capsys, "--help")
     assert code == 0
     with pytest.raises(SystemExit):
@@ -210,9 +210,9 @@ def outcome(error, monkeypatch, capsys, Args=OtherArgs):
 
 
 def test_run_main(monkeypatch, capsys):
-    """Catches a user's mistake shown as a traceback or on the line of a progress bar, a bug hidden as a message, what
-    NCCL says last, which is why, cut off; and a run that ends as if it were done when whoever reads its cards
-    has gone."""
+    """Catches a user's mistake shown as a traceback or on a progress bar's line, a bug shown as a mere message, the
+    last line of NCCL's error, which gives the reason, cut off; and exit code 0 where the reader of stdout has gone
+    before a run with outputs or several ranks is done."""
     monkeypatch.delenv("TRACEBACK", raising=False)
     for error in (ValueError("data.jsonl:3:\n  broken"), FileNotFoundError("data.jsonl:3: broken")):
         code, message = outcome(error, monkeypatch, capsys)
@@ -225,9 +225,9 @@ def test_run_main(monkeypatch, capsys):
     assert outcome(common.Stopped(), monkeypatch, capsys)[0] == 0
     fileno = os.dup(1)
     monkeypatch.setattr(sys.stdout, "fileno", lambda: fileno)
-    assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, where nothing else is made
+    assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 0  # `| head`, of a script without other outputs
     with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")  # the other rank would wait for ever for one that ended as if all were well
+        patch.setenv("WORLD_SIZE", "2")  # the other rank would wait for ever for one that ended with code 0
         assert outcome(BrokenPipeError(), monkeypatch, capsys)[0] == 2
     code, message = outcome(BrokenPipeError(), monkeypatch, capsys, WritingArgs)
     assert code == 2 and message.split("\r")[-1].endswith("has gone; go on with --resume\n")
@@ -250,8 +250,8 @@ def test_run_main(monkeypatch, capsys):
 
 
 def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
-    """Catches a rank that never exits: NCCL's own end waits for the others, and for CUDA graphs. A rank that is done
-    waits for the others without it, one that has failed does not wait, and a bug shows its traceback all the same."""
+    """Catches a rank that never exits because NCCL's own shutdown waits for the others, and for CUDA graphs. A finished
+    rank waits for the others without NCCL, a failed one does not wait, and a bug still shows its traceback."""
     order = []
     for where, name in ((common, "leave_together"), (torch.cuda, "synchronize")):
         monkeypatch.setattr(where, name, lambda name=name: order.append(name))
@@ -274,8 +274,8 @@ def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
 
 
 def test_a_process_leaves_nothing_behind():
-    """Catches a warning at the end of every run where processes are not forked (Python 3.14's default, and macOS's):
-    of a semaphore that a bar has made."""
+    """Catches a warning about a progress bar's semaphore at the end of every run where processes are not forked (the
+    default of Python 3.14, and of macOS)."""
     lines = (
         "import multiprocessing, sys",
         "from models.common import RuntimeArgs, progress_bar, run_script",
@@ -287,8 +287,8 @@ def test_a_process_leaves_nothing_behind():
 
 
 def test_an_error_is_written_at_once():
-    """Catches a message whose newline is written behind it, by itself: under torchrun, whose Pythons buffer nothing,
-    those of two ranks stood in one line. Each write is a message of this socket."""
+    """Catches a newline written by a call of its own: under torchrun, whose processes do not buffer, the messages of
+    two ranks ended up in one line. The socket receives each write as one datagram."""
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -308,8 +308,8 @@ run_main(main, OtherArgs)
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_text_is_printed_and_read(encoding, monkeypatch):
-    """Catches a run that ends, at its end or in the middle of a chat, by a character that the terminal lacks, or by a
-    bar for which there is no terminal."""
+    """Catches a run that fails, at its end or in the middle of a chat, on a character that the terminal lacks, or on a
+    progress bar without a stderr."""
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9 \xff\n"), encoding=encoding)
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     for name, stream in (("stdin", typed), ("stdout", shown), ("stderr", None)):

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the engine: how often it is asked, and that its code computes the same."""
+"""The engine under torch.compile: how often code is compiled, and that compiled code computes the same."""
 
 import shutil
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ PARAMS = {
 
 
 class Compiled:
-    """Stands in for the compiler behind torch.compile: counts what it is given, and runs it."""
+    """Stands in for the compiler behind torch.compile: counts the graphs it is given, and runs them."""
 
     def __init__(self, monkeypatch):
         self.count, compile_ = 0, torch.compile
@@ -46,7 +46,7 @@ class Compiled:
 
 
 def on_cpu(num_layers: int, dtype: torch.dtype = torch.float32, schemes: Sequence[Scheme | None] = ()) -> Transformer:
-    """schemes: of the layers in turn."""
+    """schemes: one for each layer."""
     transformer = Transformer(replace(CONFIG, num_hidden_layers=num_layers))
     transformer.init_weights(torch.Generator().manual_seed(0))
     transformer = transformer.to(dtype)
@@ -58,9 +58,9 @@ def on_cpu(num_layers: int, dtype: torch.dtype = torch.float32, schemes: Sequenc
 
 
 def test_compilations_do_not_grow(monkeypatch):
-    """Catches code that is compiled for each layer, for a length, for a number of rows or of prompts, or once more for
-    another engine: tables of positions, blocks before and after attention, the last norm, sampling of first tokens,
-    and the end of a step, for any number of tokens and for one."""
+    """Catches code compiled anew for each layer, length, number of rows or prompts, or engine. Compiled, each for one
+    token and for any number, are tables of positions, blocks before and after attention, the last norm, sampling of
+    first tokens, and the end of a step."""
     compiled, found = Compiled(monkeypatch), []
     for num_layers, num_engines in ((2, 2), (12, 1)):  # torch gives up at 8 versions of a function
         torch._dynamo.reset()
@@ -82,9 +82,8 @@ def mesh():
 
 
 def test_models_of_a_run_share_code(monkeypatch, mesh):
-    """Catches blocks in training that are compiled for each layer, model or length, and versions beyond torch's limit
-    of 8, which would run eagerly from there on: PPO's four models with rows of several lengths and numbers, and then
-    one with adapters."""
+    """Catches training blocks compiled for each layer, model or length, and more versions than torch's limit of 8,
+    beyond which it runs eagerly: PPO's four models with batches of several shapes, then a model with adapters."""
     compiled = Compiled(monkeypatch)
     torch._dynamo.reset()
 
@@ -112,11 +111,11 @@ def test_models_of_a_run_share_code(monkeypatch, mesh):
     frozen = [model_of(head).requires_grad_(False) for head in ("lm", "score")]
     counts = [run(model, learns=False) for model in (*frozen, policy, critic)]
     counts += [run(model, learns=True) for model in (policy, critic)]
-    # T, B, both and one row of the first; two of a model that could learn, and as many where it does
+    # the first model: T, B, both, and one row; two more for trainable weights, and two more with gradients
     assert counts == [4, 4, 6, 6, 8, 8]
     adapted = model_of("lm", Lora(4, 8.0, False, 0.0, frozenset(linear_layers(3)), None, {}, Path(), "", 0))
     counts = [run(adapted, learns=False) for _ in range(2)]
-    assert counts[0] > 8 and counts[1] == counts[0], counts  # all that it needs, and no more
+    assert counts[0] > 8 and counts[1] == counts[0], counts  # the second run compiles nothing
 
 
 @pytest.mark.parametrize(
@@ -129,8 +128,8 @@ def test_models_of_a_run_share_code(monkeypatch, mesh):
     ids=str,
 )
 def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
-    """Catches graphs that torch.compile makes of a block or of sampling that compute something else (in fp32: the same
-    tokens; in bf16, whose rounding chooses others, the same log-probs at first), and state that it moves."""
+    """Catches compiled graphs of a block or of sampling that compute something else, and state whose address changes.
+    In fp32 tokens are equal; in bf16, where rounding chooses other tokens, an early log-prob is."""
     transformer = on_cpu(len(schemes), dtype, schemes)
     options = {"num_slots": 3, "max_seq_len": 64, "look_every": 4}
     inner = lambda graph, inputs, **options: graph.forward  # noqa: E731
@@ -159,14 +158,14 @@ def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_equals_eager(tmp_path, monkeypatch):
     """Catches a decode step that cannot be traced whole (a branch on data, in the top-p shortcut too) or that torch
-    specialises wrongly, C++ that computes something else than the graph, products of int4 too, and a repetition penalty
-    whose table a compiled step does not keep. Compiling takes long, so one graph has it all, in one block: those of
-    several and of other precisions are above."""
+    specialises wrongly, generated C++ that differs from the graph, also in int4 products, and a repetition penalty
+    whose table a compiled step loses. Compiling takes long, so one block has it all; several blocks and other
+    precisions are tested above."""
     shape = {"vocab_size": 2500, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     shape |= {**tiny.QWEN3, "head_dim": 16, "num_hidden_layers": 1, "rope_parameters": tiny.YARN}
     tiny.write_model(tmp_path, **shape)
     params = SamplingParams(1.0, top_p=0.9, stop_token_ids=(7,), repetition_penalty=1.4)
-    # all as long: sampling is compiled for every number of rows that take a free slot together
+    # of equal length: sampling is compiled for each number of rows that are admitted together
     requests = [replace(request, max_new_tokens=8) for request in ragged_requests(6, longest=10)]
     found = []
     for compile in (False, True):

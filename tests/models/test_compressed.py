@@ -1,5 +1,5 @@
-"""Folders in the layout of compressed-tensors, held against the library: the bits, what transformers computes with our
-folders, what we compute with the library's, and which layer a config.json means."""
+"""Folders in the layout of compressed-tensors against the library: packed bits, what transformers computes with our
+folders, what we compute with the library's, and which layers a config.json targets."""
 
 import copy
 import json
@@ -33,8 +33,8 @@ IDS = torch.arange(60).view(2, 30) % 300 + 3
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bits(bits):
-    """Catches nibbles, bytes or words in another order, another offset, zero points packed along rows, and a last word
-    that is lost where the words are not full: bit for bit the library's packing, and back."""
+    """Catches nibbles, bytes or words in another order, another offset, zero points packed along rows, and a partly
+    filled last word that is lost: bits are those of the library's packing, and unpack to the same integers."""
     low, dtype, offset = (-8, torch.uint8, 8) if bits == 4 else (-128, torch.int8, 0)
     for rows, columns in ((16, 64), (5, 37), (3, 1)):
         values = torch.randint(low, -low, (rows, columns), dtype=torch.int8)
@@ -53,8 +53,8 @@ def test_bits(bits):
     ids=str,
 )
 def test_parts(tmp_path, scheme):
-    """Catches a rank that reads words, scales or zero points of others, also where its rows or columns begin inside a
-    word: a part of the files is that part of the whole."""
+    """Catches a rank that reads words, scales or zero points of another rank, also where its rows or columns begin
+    inside a word: the part it reads equals that part of the whole."""
     low, high, dtype = (0, 16, torch.uint8) if scheme.mode == "int4" else (-128, 128, torch.int8)
     zero = torch.randint(low, high, (30, scheme.num_groups(96)), dtype=dtype)
     whole = Quantized(torch.randint(low, high, (30, 96), dtype=dtype), torch.rand(zero.shape), zero)
@@ -99,10 +99,10 @@ def greedy_ids_of(model, folder):
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "score"])
 def test_transformers_opens_them(tmp_path, kind):
-    """Catches a config.json that transformers does not understand, layers it takes for plain or for quantised, scales
-    that round the weights again, and a head that is lost: logits and greedy text are ours, whether the library
-    decompresses at the first forward or on loading (which of several groups takes the first for all: transformers
-    5.23), and the weights that it decompresses are those that were rounded."""
+    """Catches a config.json that transformers does not understand, layers it wrongly takes for plain or quantised,
+    scales that round the weights again, and a lost head: its logits and greedy text are ours, whether the library
+    decompresses at the first forward or at loading (not tested for mixed folders, since transformers 5.23 then applies
+    the first group to all layers)."""
     auto = transformers.AutoModelForSequenceClassification if kind == "score" else transformers.AutoModelForCausalLM
     if kind == "score":
         write_reward_model(tmp_path / "model", **SHAPE)
@@ -150,7 +150,7 @@ LIBRARY = {
 
 
 def quantize_by_library(model, config: QuantizationConfig, folder) -> None:
-    """Writes what the library makes of a model, rounded to the range of each group."""
+    """Writes the folder that the library makes of a model, each group rounded to its own range."""
     apply_quantization_config(model, config, show_progress=False)
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
@@ -195,15 +195,15 @@ TARGETS = {
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_which_layer_is_meant(name):
-    """Catches targets in another order, patterns that are searched rather than matched, and names with another prefix:
-    each layer's scheme is the one that the library gives it."""
+    """Catches another precedence of targets, patterns that are searched rather than matched, and names with another
+    prefix: each layer's scheme is the one that the library gives it."""
     groups, ignore = TARGETS[name]
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(num_hidden_layers=2, vocab_size=8, hidden_size=128)
         )
     stored = {"config_groups": groups, "ignore": ignore, "format": "pack-quantized"}
-    stored |= {"quantization_status": "frozen"}  # which older versions wrote of packed weights
+    stored |= {"quantization_status": "frozen"}  # as older versions wrote for packed weights
     scheme = read_scheme(stored | {"sparsity_config": {"format": "dense", "targets": []}}, 2, "here")
     apply_quantization_config(model, QuantizationConfig(**copy.deepcopy(stored)), show_progress=False)
     for layer in linear_layers(2):
@@ -220,8 +220,8 @@ def test_which_layer_is_meant(name):
     ids=["plain", "one layer"],
 )
 def test_config_round_trip(scheme):
-    """Catches targets that mean more or fewer layers than were quantised so, and a strategy that is not the group
-    size's."""
+    """Catches targets that match more or fewer layers than have their scheme, and a strategy that contradicts the group
+    size."""
     stored = json.loads(json.dumps(compressed.quantization_config(scheme, 3, "lm_head")))
     assert read_scheme(stored, 3, "here") == scheme
     for each in stored["config_groups"].values():  # which the library infers
@@ -259,7 +259,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(tmp_path, name):
-    """Catches a folder that is computed otherwise than its config.json says, and an error that does not name what."""
+    """Catches a folder computed otherwise than its config.json says, and an error that does not name the key."""
     changed, complaint = REFUSED[name]
     stored = compressed.quantization_config(Scheme("int4", 32), 2, "lm_head") | changed
     config = transformers.LlamaConfig(num_hidden_layers=2).to_dict() | {"quantization_config": stored}
@@ -270,7 +270,7 @@ def test_refused(tmp_path, name):
 
 
 def test_broken_tensors(tmp_path):
-    """Catches packed weights of another shape or dtype that are read all the same, and a quantised head."""
+    """Catches packed weights of a wrong shape or dtype, and a quantised head, that are read nevertheless."""
     tiny.write_model(tmp_path / "model", **SHAPE)
     flags = ["--checkpoint_path", tmp_path / "model", "--output_dir", tmp_path / "out", *FLAGS["int4"]]
     assert tiny.run("scripts/quantize.py", *flags).code == 0

@@ -1,5 +1,5 @@
-"""What GPUs run, on a machine without one: the real code over fake tensors, which know their device and no numbers. A
-tensor on another device, a shape that the CUDA kernels refuse and a host that waits for the GPU all raise here."""
+"""The GPU's code path on a machine without one: the real code over fake tensors, which have a device but no values. A
+tensor on another device, a shape that the CUDA kernels refuse, and a host that waits for the GPU all raise here."""
 
 from types import SimpleNamespace
 
@@ -58,7 +58,7 @@ def make_engine(params: SamplingParams, scheme: Scheme | None = None) -> Engine:
 
 
 def generate(engine: Engine, monkeypatch) -> list:
-    """Runs the engine to its end; what the host reads are lists of zeros, which must have come to it by the way."""
+    """Runs the engine to its end. The host reads zeros, and only from tensors that have been copied to the CPU."""
 
     def tolist(tensor):
         assert tensor.device.type == "cpu"
@@ -73,8 +73,8 @@ def generate(engine: Engine, monkeypatch) -> list:
 
 @pytest.mark.parametrize("name, kernel", [*((name, True) for name in PARAMS), ("both", False)])
 def test_generation(gpu, name, kernel, monkeypatch):
-    """Catches a CPU tensor on the way from prompts to tokens, a host or a GPU that waits for the other, and a part of a
-    step that cannot be captured."""
+    """Catches a CPU tensor between prompts and tokens, a host or a GPU that waits for the other, and a part of a decode
+    step that CUDA graphs cannot capture."""
     if not kernel:  # no Triton
         monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: None)
     done = generate(make_engine(PARAMS[name]), monkeypatch)
@@ -84,7 +84,7 @@ def test_generation(gpu, name, kernel, monkeypatch):
 @pytest.mark.parametrize("scheme, kernel", [*((scheme, True) for scheme in SCHEMES[1:]), (SCHEMES[2], False)], ids=str)
 def test_quantised_generation(gpu, scheme, kernel, monkeypatch):
     """Catches shapes, dtypes or layouts that the CUDA products refuse (fp8: a column-major weight, scales [M, 1] and
-    [1, N]), a product that does not take its kernel, and one that fails where there is no Triton."""
+    [1, N]), a layer that does not use its kernel, and one that fails without Triton."""
     monkeypatch.setattr(qlinear, "has_triton", lambda device: kernel)
     engine = make_engine(PARAMS["both"], scheme)
     kernels = {module.kernel for module in engine.model.modules() if isinstance(module, QuantizedLinear)}
@@ -97,7 +97,7 @@ def test_quantised_generation(gpu, scheme, kernel, monkeypatch):
 
 
 def test_launches_of_a_prefill_do_not_grow_with_prompts(gpu):
-    """Catches a prefill that goes through its prompts, or the chunks that have pages from before, one by one."""
+    """Catches a prefill that handles its prompts, or the chunks that continue earlier pages, one by one."""
     engine, counts, begun = make_engine(PARAMS["temperature"]), [], Chunk([1, 2], 70, 5)
     for chunks in ([Chunk([1], 0, 9)], [Chunk([1], 0, 5)] * 64, [begun], [begun, *[Chunk([3], 0, 2)] * 9]):
         size = sum(chunk.length for chunk in chunks)
@@ -140,13 +140,13 @@ WAITS = {
 
 @pytest.mark.parametrize("fault", WAITS)
 def test_waiting_is_seen(gpu, fault):
-    """NobodyWaits bites."""
+    """Shows that NobodyWaits bites."""
     with NobodyWaits(), pytest.raises((AssertionError, DataDependentOutputException)):
         WAITS[fault](torch.ones(3, device=GPU))
 
 
 def test_head_dims_that_have_no_kernel():
-    """Catches FlashAttention for a device, a dtype or a head dim that it refuses (a multiple of 8 up to 256)."""
+    """Catches FlashAttention chosen for a device, dtype or head dim (not a multiple of 8 up to 256) that it refuses."""
     if attention.varlen_kernel() is None:
         pytest.skip("torch 2.11")
     with pytest.MonkeyPatch.context() as patch:
@@ -164,8 +164,8 @@ def test_head_dims_that_have_no_kernel():
 
 
 def test_peaks(monkeypatch):
-    """Catches a card that is taken for another whose name is a part of its own (GH200, of which some have an H100's
-    memory), and an MI250X's two devices that are each held to both."""
+    """Catches a card taken for another whose name is a part of its own (GH200, of which some have an H100's memory),
+    and each of an MI250X's two devices measured against the peaks of both."""
     for name, expected in (
         ("NVIDIA H200", (989e12, 4.8e12)),
         ("NVIDIA H100 80GB HBM3", (989e12, 3.35e12)),
@@ -222,8 +222,8 @@ def test_training_step(gpu, dtype, optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_packed_rows(gpu, dtype):
-    """Catches packed rows whose attention waits for the GPU, or that make the mask, rows x tokens^2 bytes, for a kernel
-    that needs none."""
+    """Catches attention over packed rows that waits for the GPU, or that builds the mask, rows x tokens^2 bytes, for a
+    kernel that needs none."""
     attend = document_attention([[5, 3], [8]], 10, GPU, dtype, 32)
     assert attend.__name__ == ("variable_length" if dtype == torch.bfloat16 and attention.varlen_kernel() else "masked")
     q, k = (torch.empty(2, 10, heads, 32, dtype=dtype, device=GPU) for heads in (4, 2))
@@ -235,7 +235,7 @@ def test_packed_rows(gpu, dtype):
 
 
 def test_preferences_and_ppo(gpu):
-    """Catches a CPU tensor in what DPO, reward models and PPO compute of their tokens."""
+    """Catches a CPU tensor in the losses of DPO, reward models and PPO, or in their inputs."""
     with MostSelected():
         policy, critic = on_gpu(torch.float32), on_gpu(torch.float32, head="score")
         batch = collate(ROWS, 0, GPU)

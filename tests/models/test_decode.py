@@ -26,7 +26,7 @@ from tests import tiny
 
 CPU = torch.device("cpu")
 REQUESTS = [Request(i, 0, [1, *range(3 + i, 8 + 3 * i)], 6 + i) for i in range(6)]
-REQUESTS.append(Request(6, 0, [1, *range(9, 79)], 6))  # has a page that can be found again
+REQUESTS.append(Request(6, 0, [1, *range(9, 79)], 6))  # fills a page, which the pool finds again
 VARIANTS = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
@@ -49,8 +49,8 @@ def greedy_ids(model, engine=None):
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_refresh_gives_the_new_model(tmp_path, variant, pack):
-    """Catches a weight, bias, norm or tied head that refresh() forgets, or that it mixes up in a fused product, one of
-    which an engine that was there before keeps the old one, and pages that still hold what the old ones said."""
+    """Catches a weight, bias, norm or tied head that refresh() forgets or mixes up in a fused product, an existing
+    engine that keeps an old weight, and pages reused though the old weights filled them."""
     for seed in (0, 1):
         tiny.write_model(tmp_path / str(seed), seed=seed, **VARIANTS[variant])
     old, new = load_model(tmp_path / "0"), load_model(tmp_path / "1")
@@ -84,7 +84,7 @@ def test_refresh_casts_to_the_copys_dtype(tmp_path, pack):
 
 @pytest.mark.skipif(not can_pack(Runtime(CPU, torch.float32, False)), reason="no oneDNN on this CPU")
 def test_refresh_lets_the_old_weights_go(tmp_path):
-    """Catches an engine that holds on to the packed weights of before a refresh, a second copy in memory."""
+    """Catches an engine that keeps the packed weights from before a refresh: a second copy in memory."""
     tiny.write_model(tmp_path)
     copy = to_inference(load_model(tmp_path), pack=True)
     engine = make_engine(copy)
@@ -104,8 +104,8 @@ def mesh():
 @pytest.mark.parametrize("variant, pack", [("tied", False), ("biases", True), ("gqa", False), ("qwen3", True)])
 def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_dtype):
     """Catches a copy that is stale in some weight (block, embedding, final norm, head), shares storage with FSDP's
-    weights or is not in the compute dtype; and a refresh that moves storage, or leaves FSDP's weights gathered or
-    changed for the training that goes on. Several ranks: tests/training/test_parallel.py."""
+    weights or is not in the compute dtype; and a refresh that moves the copy's storage, or leaves FSDP's weights
+    gathered or changed when training goes on. Several ranks: tests/training/test_parallel.py."""
     pack = pack and can_pack(Runtime(CPU, compute_dtype, False))
     tiny.write_model(tmp_path, **VARIANTS[variant])
     source = load_for_training(tmp_path, mesh, ParallelArgs(), Runtime(CPU, compute_dtype, False))
@@ -146,7 +146,7 @@ def test_copy_beside_a_model_in_training(tmp_path, mesh, variant, pack, compute_
 @pytest.mark.parametrize("variant", ["gqa", "biases", "qwen2", "qwen3"])
 def test_fused_products_compute_what_the_layers_did(tmp_path, variant):
     """Catches q, k and v (or gate and up) in the wrong order, their biases forgotten, the norms of q and k swapped, and
-    a packed weight that is not the plain one."""
+    a packed weight that differs from the plain one."""
     tiny.write_model(tmp_path, **VARIANTS[variant])
     model = load_model(tmp_path)
     ids = torch.randint(3, tiny.VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,7 @@ def test_fused_products_compute_what_the_layers_did(tmp_path, variant):
 
 
 def test_weight_bytes_counts_each_product_once(tmp_path):
-    """Catches an MBU that counts the embedding, or that loses the packed weights."""
+    """Catches an MBU that counts the embedding, or that omits the packed weights."""
     tiny.write_model(tmp_path)
     source = load_model(tmp_path)
     expected = sum(p.nbytes for name, p in source.named_parameters() if "proj" in name or "lm_head" in name)
@@ -169,7 +169,7 @@ def test_weight_bytes_counts_each_product_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "cpu"])
 def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
-    """Catches a mask that is one off, rows or pages of the cache that are mixed up, a chunk that does not see what came
+    """Catches a mask that is off by one, mixed up rows or pages of the cache, a chunk that does not attend to the chunk
     before it, and a read of the unused tail: every place that must not be seen holds a huge value."""
     model = load_model(folder)
     config = model.config
@@ -190,14 +190,14 @@ def test_decode_attends_to_its_own_row_and_no_further(folder, kind):
         torch.testing.assert_close(attend(1, *packed), expected)
     order = [2, 0, 1, 4, 3]
     cache.set_table(torch.tensor([pages[i] + [0] * (3 - len(pages[i])) for i in order], dtype=torch.int32))
-    dim = 0 if kind == "cpu" else 1  # rows stand where a prompt's tokens do, but for the CPU's own
+    dim = 0 if kind == "cpu" else 1  # decode rows lie along the dim of tokens, in the CPU's cache along the batch
     new = [torch.cat([rows[name][i][:, -1:] for i in order], dim) for name in "qkv"]
     attend = cache.decode(torch.tensor([lengths[i] for i in order]), 3)
     torch.testing.assert_close(attend(1, *new), torch.cat([whole[i][:, -1:] for i in order], dim))
 
 
 def test_cpu_cache_in_bf16_keeps_its_scores(folder):
-    """Catches scores that are rounded to bf16: of scores around 50 that is a fifth of a weight."""
+    """Catches attention scores rounded to bf16: at scores around 50, weights would be off by a fifth."""
     model = load_model(folder, param_dtype=torch.bfloat16)
     config, cache = model.config, CPUCache(model, num_rows=2, num_pages=2, max_seq_len=64)
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +213,7 @@ def test_cpu_cache_in_bf16_keeps_its_scores(folder):
 
 
 def test_copied_prefix_decodes_like_its_source(folder):
-    """Catches a copy that is a position short, or that leaves a layer out."""
+    """Catches a shared prefix that is a position short, or that lacks a layer."""
     model = to_inference(load_model(folder), pack=False)
     prompt = [1, *range(9, 79)]  # two pages
     engine = Engine(model, SamplingParams(0.0), num_slots=3, max_seq_len=96)

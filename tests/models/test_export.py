@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders (models/export.py): what others read from them, and that none is ever lost."""
+"""Writing Hugging Face folders (models/export.py): other programs open them, and no failure loses an export."""
 
 import errno
 import hashlib
@@ -54,8 +54,8 @@ def test_export_opens_in_transformers(tmp_path, tied, max_shard_bytes):
 
 @pytest.mark.parametrize("named", [("torch_dtype",), ("dtype",), ("dtype", "torch_dtype"), ()], ids=str)
 def test_export_dtype(tmp_path, folder, named):
-    """Catches: config.json that names another dtype than the files hold, under the name of today's transformers or of
-    version 4's; and a file named that the export does not have."""
+    """Catches: a config.json that names another dtype than the files hold, under the key of today's transformers or of
+    version 4; and one that names a weight file that the export does not have."""
     out = tmp_path / "out"
     config = {name: value for name, value in folder_config(folder).items() if "dtype" not in name}
     config |= {**dict.fromkeys(named, "float32"), "transformers_weights": "gone.safetensors"}
@@ -67,8 +67,7 @@ def test_export_dtype(tmp_path, folder, named):
 
 
 def test_what_fp16_cannot_hold(tmp_path, folder):
-    """Catches infinity in the place of a weight that grew beyond 65504, where a folder of fp16 is written: an adapter's
-    merge meets that only here."""
+    """Catches a weight beyond 65504 written as infinity to a folder in fp16: merged adapters are checked only here."""
     tensors = dict(load_model(folder).state_dict())
     for weight, fits in ((65504.0, True), (65520.0, False)):
         tensors["layers.1.mlp.up_proj.weight"][3, 4] = weight
@@ -80,7 +79,7 @@ def test_what_fp16_cannot_hold(tmp_path, folder):
 
 
 def test_json_changes(tmp_path, folder):
-    """Catches: keys of a copied file lost or a file made anew where nothing changes, and one that is not made."""
+    """Catches: keys of a copied file lost, a file rewritten though nothing changes, and a missing file not made."""
     changes = {"generation_config.json": {"eos_token_id": [2, 5]}, "tokenizer_config.json": {"eos_token": "</s>"}}
     changes["special_tokens_map.json"] = {"pad_token": "é"}
     save_folder(
@@ -113,7 +112,7 @@ TRANSITIONS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two folders with other weights, other dtypes, and a number in config.json that belongs to the weights."""
+    """Two folders that differ in weights, dtype, and a number in config.json that belongs to the weights."""
     folders = []
     for seed, dtype in ((1, torch.float32), (2, torch.bfloat16)):
         folder = tmp_path_factory.mktemp("model")
@@ -147,8 +146,8 @@ def ours_holds(out, model) -> bool:
 
 
 def holds(out, model) -> bool:
-    """Whether transformers and our loader, which looks at the checksums, read this model from a folder, with its
-    config.json."""
+    """Whether transformers and our loader, which verifies the checksums, read this model and its config.json from a
+    folder."""
     return theirs_holds(out, model) and ours_holds(out, model)
 
 
@@ -156,7 +155,7 @@ CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def run_aside(action) -> None:
-    """In a process of its own."""
+    """Runs action in a forked process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -169,7 +168,7 @@ def run_aside(action) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A folder with the hard links within it."""
+    """Copies a folder, keeping the hard links within it."""
     copied = {}
 
     def link_or_copy(path, other):
@@ -181,8 +180,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def states_of_kills(action, folder: Path, kept: Path) -> list[Path]:
-    """Runs action, and keeps what a kill would leave in the folder before each of its changes of the file system, and
-    at its end. Python tells of all of them but the bytes that safetensors writes."""
+    """Runs action, and copies the folder before each of its changes of the file system, and at its end, as a kill would
+    leave it. Audit events tell of all changes but the bytes that safetensors writes."""
 
     def observed():
         lock, copying = threading.RLock(), []
@@ -205,7 +204,7 @@ def states_of_kills(action, folder: Path, kept: Path) -> list[Path]:
 
 
 def state(folder: Path, staged: bool = True) -> str:
-    """staged: with the files that go before the switch, which no config.json names yet."""
+    """Digest of a folder's files. staged: also of those staged for the switch, which no config.json names yet."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not staged and export.STAGING not in (folder / "config.json").read_text():
         files = [path for path in files if path.parent.name != export.STAGING]
@@ -214,9 +213,9 @@ def state(folder: Path, staged: bool = True) -> str:
 
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
-    """Catches an old export that goes before the new one is whole, weights beside the config.json or the shards of
-    another export, a folder that cannot be opened for a moment, and a kill whose remains stay or spoil the next save.
-    Every state that a kill can leave is opened with transformers and with our loader."""
+    """Catches an old export removed before the new one is complete, weights beside the config.json or the shards of
+    another export, a folder that cannot be opened for a moment, and leftovers of a kill that stay or spoil the next
+    save. Every state that a kill can leave is opened with transformers and with our loader."""
     (old, new), (old_bytes, new_bytes) = models, TRANSITIONS[name]
     begin, out = tmp_path / "begin", tmp_path / "out"
     begin.mkdir()
@@ -241,7 +240,7 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
         has_model = (out / "config.json").exists()
         is_new[now] = has_model and opened(now, new)
         assert is_new[now] or (opened(now, old) if old_bytes else not has_model)
-        complete_export(out)  # as a run that goes on does
+        complete_export(out)  # as a resumed run does
         assert not list(out.glob(".*")) and (not has_model or opened(state(out), new) == is_new[now])
         if len(is_new) % 2:
             continue
@@ -253,8 +252,8 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
 
 
 def test_disk_full(models, tmp_path, monkeypatch):
-    """Catches a full disk, met at any of the writes, that takes the old export with it, leaves behind what fills the
-    disk, or does not say which folder it was."""
+    """Catches a full disk, at any of the writes, that destroys the old export, leaves behind what fills the disk, or is
+    reported without the folder's name."""
     old, new = models
     out, left = tmp_path / "out", [0]
     save(out, old, SHARDED)
@@ -272,7 +271,7 @@ def test_disk_full(models, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "save_file", until_full(export.save_file))
     monkeypatch.setattr(Path, "write_text", until_full(Path.write_text))
     monkeypatch.setattr(shutil, "copyfile", until_full(shutil.copyfile))
-    monkeypatch.setattr(os, "fsync", until_full(os.fsync))  # network mounts tell of a full disk here
+    monkeypatch.setattr(os, "fsync", until_full(os.fsync))  # network mounts report a full disk here
     for k in itertools.count():
         left[0] = k
         try:
@@ -286,9 +285,9 @@ def test_disk_full(models, tmp_path, monkeypatch):
 
 
 def test_disk_full_within_a_shard(models, tmp_path):
-    """Catches a traceback of what writes the shards, another folder's name, and a collective of one rank, which waits
-    for ever in a process that was forked from one that had any. Files cannot grow beyond a size, as where the disk
-    ends."""
+    """Catches a traceback from writing shards, a message that names another folder, and a collective on one rank, which
+    hangs in a process that was forked from one with collectives. A limit on the size of files stands in for the end of
+    the disk."""
     old, new = models
     start_ranks(torch.device("cpu"))
     save(tmp_path / "out", old, WHOLE)
@@ -305,7 +304,7 @@ def test_disk_full_within_a_shard(models, tmp_path):
 
 
 def test_without_hard_links(models, tmp_path, monkeypatch):
-    """Catches a file system that has none, FAT for example, on which an export could not replace another."""
+    """Catches an export that cannot replace another on a file system without hard links, such as FAT."""
     old, new = models
     save(tmp_path / "out", old, WHOLE)
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
@@ -314,7 +313,7 @@ def test_without_hard_links(models, tmp_path, monkeypatch):
 
 
 def test_tensors_that_end_in_an_error(tmp_path, folder):
-    """Catches a folder that looks whole while tensors were still being written, and what was written left behind."""
+    """Catches a folder that looks complete while tensors are still being written, and partial files left behind."""
 
     def tensors():
         yield from list(load_model(folder).state_dict().items())[:5]

@@ -1,4 +1,4 @@
-"""models/fingerprint.py: what tells one data file and one model folder from another."""
+"""models/fingerprint.py: data files and model folders that differ have different fingerprints."""
 
 import hashlib
 import json
@@ -53,9 +53,9 @@ EDITS = {
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_models_that_differ(base, tmp_path, whole, monkeypatch):
-    """Catches weights compared by the file's size or its first block, a tensor without a look at it, and a tokenizer, a
-    config or a template that is left out; and a folder that is another only since it lies elsewhere, since its files
-    were copied, or since a run has left its log there."""
+    """Catches weights compared by the file's size or first block, a tensor that is not read, and a tokenizer, config or
+    template left out; and a fingerprint that changes because a folder lies elsewhere, its files were copied, or a run
+    has left its log there."""
     if not whole:
         monkeypatch.setattr(module, "WHOLE", 1 << 14)
         monkeypatch.setattr(module, "BLOCK", 64)
@@ -67,7 +67,7 @@ def test_models_that_differ(base, tmp_path, whole, monkeypatch):
 
 
 def test_shards_and_other_folders(base, tmp_path, monkeypatch):
-    """Catches a shard that nobody looks at, `.bin` files and folders that hold no model taken for alike."""
+    """Catches a shard that is not read, and `.bin` files or folders without a model that get equal fingerprints."""
     monkeypatch.setattr(module, "WHOLE", 1 << 10)
     weights = load_file(base / "model.safetensors")
     found = set()

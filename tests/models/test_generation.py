@@ -34,7 +34,7 @@ VARIANTS = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {"num_key_value_heads": 2},
     "mqa": {"num_key_value_heads": 1},
-    "biases": {"attention_bias": True, "mlp_bias": True, "std": 0.5},  # the wider, the less its biases drown the rest
+    "biases": {"attention_bias": True, "mlp_bias": True, "std": 0.5},  # a std at which biases do not drown the rest
     "head_dim": {"head_dim": 24},
     "tied": {"tie_word_embeddings": True},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
@@ -53,7 +53,7 @@ def make_engine(folder, params=None, *, num_slots=5, max_seq_len=96, pack=True, 
 
 
 def as_on_gpus(engine):
-    """The path of GPUs: their cache, steps of as many rows as are in use, and the host a look behind."""
+    """Takes the GPU's path: its cache, steps over the rows in use, and a host that is one look behind."""
     rows, shape = engine.rows, {"num_pages": engine.pool.num_pages, "max_seq_len": engine.cache_len}
     rows.layers, rows.draw = rows.network, sample
     rows.cache = PagedCache(engine.model, num_rows=engine.num_slots, **shape)
@@ -99,7 +99,7 @@ def hf_greedy(model, request):
 
 
 def until(ids, stop_ids):
-    """What a run that ends at a stop id gives: (ids, finish_reason)."""
+    """Cuts ids at the first stop id: (ids, finish_reason)."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     return (ids, "length") if end is None else (ids[:end], "stop")
 
@@ -144,7 +144,7 @@ def test_every_look_and_slot_count_gives_the_same(folder, hf_model):
 
 def test_cache_is_used_to_its_last_place(folder, hf_model):
     """Catches an attention length or a cache that is one too short at the end of max_seq_len, over several buckets, and
-    a row that has ended and runs on, past the end of the cache."""
+    a finished row that runs on past the end of the cache."""
     long = Request(0, 0, list(range(3, 20)), 111)
     ended = [Request(1, 0, list(range(3, 130)), 1), Request(2, 0, list(range(3, 129)), 2)]
     engine = make_engine(folder, num_slots=3, max_seq_len=128, look_every=8)
@@ -154,8 +154,8 @@ def test_cache_is_used_to_its_last_place(folder, hf_model):
 
 
 def test_the_path_of_gpus_gives_the_same(folder, hf_model):
-    """Catches, in what GPUs run, a page, a place or a row's length that is one off, a row that is lost or mixed up when
-    those in use are put together, a graph of too few rows, and one that is captured twice."""
+    """Catches, on the GPU's path, a page, a place or a row's length that is off by one, a row lost or mixed up when
+    rows in use are compacted, a graph of too few rows, and a graph that is captured twice."""
     requests = ragged_requests(12, num_samples=2)
     expected = {(r.idx, r.sample_idx): (hf_greedy(hf_model, r), "length") for r in requests}
     engine = make_engine(folder, num_slots=11, look_every=3)
@@ -168,7 +168,7 @@ def test_the_path_of_gpus_gives_the_same(folder, hf_model):
 
 
 def test_capturing_changes_nothing(folder):
-    """Catches a step that is run to warm up and leaves its traces: what rows have seen, for the penalty."""
+    """Catches a warm-up step that leaves traces: tokens that rows have seen, for the penalty."""
     params, requests = SamplingParams(1.0, repetition_penalty=5.0, stop_token_ids=(11, 12)), ragged_requests(9)
     expected = outcome(make_engine(folder, params), requests)
     engine = make_engine(folder, params, look_every=2)
@@ -179,8 +179,8 @@ def test_capturing_changes_nothing(folder):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
-    """Catches a page that is given away while somebody reads it, or found for what it does not hold, a chunk that does
-    not see what came before, a sample that is not the same when it is computed again, and pages that are lost."""
+    """Catches a page given away while a row reads it, or found for tokens that it does not hold, a chunk that does not
+    attend to the chunks before it, a preempted sample that differs when it is computed again, and lost pages."""
     generator = random.Random(0)
     words = [[generator.randrange(3, 300) for _ in range(length)] for length in (64, 65, 100, 130, 190)]
     words += [[*words[3][:128], 7, 8, 9], words[3][:70] + words[2], words[4][:64]]  # share their beginnings
@@ -204,8 +204,8 @@ def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
 
 @pytest.mark.parametrize("prefill_tokens, most", [(32, 3), (16, 2)])
 def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model, prefill_tokens, most):
-    """Catches a prefill that gathers the same document once for each of the questions that fit into it, which takes as
-    much memory on a GPU as the cache has to spare, and one that waits forever for a long one."""
+    """Catches a prefill that gathers the same document once for each question that fits into it, which takes as much
+    memory on a GPU as the cache has to spare, and a long prompt that waits forever."""
     document = [i % 290 + 3 for i in range(128)]
     engine = make_engine(folder, num_slots=12, max_seq_len=320, prefill_tokens=prefill_tokens)
     list(engine.generate([Request(0, 0, [*document, 5], 1)]))
@@ -224,7 +224,7 @@ def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model, 
 
 
 def test_a_prefill_that_is_broken_off_is_not_found(folder, hf_model):
-    """Catches pages that count as those of a prompt when Ctrl-C in a chat has come before they were computed."""
+    """Catches pages found for a prompt though Ctrl-C in a chat came before they were computed."""
     engine = make_engine(folder, max_seq_len=192)
     request, prefill = Request(0, 0, [i % 90 + 3 for i in range(150)], 6), engine.rows.prefill
 
@@ -241,8 +241,8 @@ def test_a_prefill_that_is_broken_off_is_not_found(folder, hf_model):
 
 @pytest.mark.parametrize("num_slots", [1, 4, 16])
 def test_samples_of_a_prompt_share_one_prefill(folder, num_slots):
-    """Catches a prefill that is done again for each sample, also when there are more samples than slots and when
-    prompts repeat; and a shared one that is another prompt's, too short, or overwritten."""
+    """Catches a prefill repeated for each sample, also when there are more samples than slots and when prompts repeat;
+    and a shared prefill that is another prompt's, too short, or overwritten."""
     prompts = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [1, 5, 6, 8, 9], [1, 5], [1, 5, 6, 7]]
     requests = [Request(idx, s, prompt, 3 + (idx + s) % 5) for idx, prompt in enumerate(prompts) for s in range(7)]
     params = SamplingParams(1.0, stop_token_ids=tuple(range(60, 100)))
@@ -256,7 +256,7 @@ def test_samples_of_a_prompt_share_one_prefill(folder, num_slots):
 
 
 def test_interleaved_prompts_share_within_one_admission(folder):
-    """Catches a copy that is made before its source is filled, or that takes the row of another prompt."""
+    """Catches a prefix copied before its source is filled, or from another prompt's row."""
     a, b = [1, 5, 6, 7, 8], [1, 9, 10]
     requests = [Request(i, 0, prompt, 6) for i, prompt in enumerate([a, b, a, b, b, a])]
     engine = make_engine(folder, SamplingParams(1.0), num_slots=6)
@@ -362,7 +362,7 @@ def test_stop_strings(scripted, stop):
 
 
 def test_stop_string_in_the_last_token(scripted):
-    """Catches a limit that hides a stop string completed by the very last token, and one that comes a token later."""
+    """Catches a limit that hides a stop string completed by the very last token, and a stop beyond the limit."""
     _, tokenizer, ids = scripted
     needed = next(i for i in range(len(ids)) if "question" in tokenizer.decode_continuation([1], ids[:i]))
     completion = speak(scripted, needed, stop=("question",))
@@ -372,16 +372,16 @@ def test_stop_string_in_the_last_token(scripted):
 
 
 def test_a_stop_string_of_bytes(folder, tmp_path):
-    """Catches a newline, which LLaMA 2 spells as a byte, that ends a sample only when something else follows it,
-    one that is none, since a wrong byte before it undoes it, a stop token's text taken for a stop string, and a stop
-    token behind a stop string that takes a token of the text along."""
+    """Catches a newline, which LLaMA 2 spells as a byte, that stops a sample only when another token follows; a newline
+    found though an invalid byte before it spoils it; a stop token's text taken for a stop string; and a stop token
+    behind a stop string that removes a token of the text."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     backend.save(str(tmp_path / "tokenizer.json"))
     params, newline = SamplingParams(stop_token_ids=(EOS, vocab["s"]), stop=("\n", "as", "wer")), vocab["<0x0A>"]
-    texts = {"swer": "s"}  # others end where a token does
+    texts = {"swer": "s"}  # the other texts end with a token
     for tokens, said, ended in (
         ([vocab["a"], vocab["s"], EOS], [vocab["a"]], [vocab["s"]]),
         ([vocab["swer"], EOS], [vocab["swer"]], []),

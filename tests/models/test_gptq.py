@@ -1,5 +1,5 @@
-"""GPTQ against the formula it speeds up, and what quantisation costs trained models: the toy, and a model of Python's
-own sources."""
+"""GPTQ against the plain formula that it speeds up, calibration block by block, and what quantisation costs a trained
+toy model."""
 
 import re
 from itertools import pairwise
@@ -33,7 +33,7 @@ def output_error(weight, found, inputs):
 
 
 def optimal_brain_surgeon(weight, moments, scheme, damping):
-    """The columns rounded in order of their moments, each error made up for by the exact optimum of those left, from an
+    """Rounds columns in order of their moments; those left make up for each error by their exact optimum, from an
     inverse computed anew each time (Hassibi and Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580), in fp64."""
     scale = clipped_scale(weight, scheme.group_size)
     order = moments.diagonal().argsort(descending=True).tolist()
@@ -63,8 +63,8 @@ def test_gptq_equals_the_plain_formula():
 
 
 def test_gptq_without_correlations():
-    """Catches a column that is moved though nothing can make up for it: it is rounding to nearest, also for inputs that
-    are never there."""
+    """Catches a column changed though no other can make up for it: the result is rounding to nearest, also for inputs
+    that are always 0."""
     weight, _ = random_layer()
     scheme = Scheme("int4", 32)
     for moments in (torch.eye(160), torch.diag(torch.rand(160)), torch.zeros(160, 160)):
@@ -73,8 +73,8 @@ def test_gptq_without_correlations():
 
 
 def test_grids_are_clipped():
-    """Catches the range of another group, and a choice of the larger error: each group's squared error is the least
-    that some part of its range gives, tried one by one in fp64; and an outlier is no longer what all others pay for."""
+    """Catches the range of another group, and a choice of the larger error: each group's squared error is the least of
+    all clipping ratios, tried one by one in fp64, and with outliers the error is lower than that of full ranges."""
     weight, _ = random_layer()
     weight[:, 5] *= 2
     found = dequantize(round_int4(weight, clipped_scale(weight, 32)))
@@ -96,7 +96,7 @@ def test_grids_are_clipped():
 
 def test_scales_and_integers_are_refitted():
     """Catches normal equations of another row or group, a gradient of the wrong sign, and integers that leave 0..15:
-    the scales are those of a least-squares solver, no integer alone can be better, and each turn lessens the error."""
+    scales are those of a least-squares solver, no single integer can be better, and no turn increases the error."""
     weight, inputs = random_layer()
     curvature, scheme = Curvature.of(inputs.T @ inputs, damping=0.05), Scheme("int4", 32)
     first = gptq(weight, curvature, scheme, rounds=0)
@@ -126,7 +126,7 @@ def test_scales_and_integers_are_refitted():
 
 
 def test_moments_that_have_no_inverse():
-    """Catches a traceback where inputs are few, alike, or not finite: more damping, or one line."""
+    """Catches a traceback where inputs are few, alike, or not finite: damping grows, or the error is one line."""
     weight, _ = random_layer()
     one = torch.ones(160, 1) * 1e6
     for moments in (one @ one.T, -1e-3 * torch.eye(160) + one @ one.T):
@@ -141,7 +141,7 @@ def test_moments_that_have_no_inverse():
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory):
-    """(folder, model, rows) of a random model of grouped heads and biases, some of whose channels are large."""
+    """(folder, model, rows) of a random model with GQA and biases, some of whose channels are large."""
     folder = tmp_path_factory.mktemp("outliers")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = tiny.write_model(folder, std=0.1, attention_bias=True, mlp_bias=True, num_hidden_layers=2, **shape)
@@ -163,7 +163,7 @@ def outliers(tmp_path_factory):
 
 
 def first_block(folder, scheme):
-    """(a BlockPair of a folder's first block, hidden states as its inputs are)"""
+    """(a BlockPair of a folder's first block, the folder's weight files)"""
     files, config = WeightFiles(folder), ModelConfig.from_hf(folder)
     stored = load_model(folder).requires_grad_(False).layers[0]
     return BlockPair(stored, lambda name: files.read(f"layers.0.{name}"), lambda _: scheme, config), files
@@ -173,8 +173,8 @@ def first_block(folder, scheme):
 @torch.no_grad()
 def test_divided_inputs_change_nothing(outliers, kind, tmp_path):
     """Catches factors that reach the wrong side, the wrong rows of v_proj where its heads are shared, or not the bias:
-    with the weights behind multiplied by them the block computes what it did; and a block that is not run as in the
-    whole model."""
+    with the following weights multiplied by them the block's output stays as it was; and a block that is run otherwise
+    than in the whole model."""
     folder, model, _ = outliers
     if kind != "llama":
         more = {"attention_bias": True} if kind == "qwen3" else {}
@@ -204,8 +204,9 @@ def test_divided_inputs_change_nothing(outliers, kind, tmp_path):
 
 @torch.no_grad()
 def test_a_calibrated_block_is_nearer(outliers):
-    """Catches aims, factors or inputs of another layer, of padding or of the stored model: on other tokens the output
-    of a block of large channels is nearer to the stored block's than with GPTQ alone, and than rounded."""
+    """Catches targets, factors or inputs of another layer, of padding or of the stored model: on other tokens a
+    calibrated block with large channels is nearer to the stored block than by GPTQ alone, which is nearer than
+    rounding."""
     folder, _, rows = outliers
     pair, files = first_block(folder, Scheme("int4", 32))
     table = files.read("embed_tokens.weight")
@@ -243,9 +244,9 @@ def test_a_calibrated_block_is_nearer(outliers):
 
 @torch.no_grad()
 def test_errors_before_are_made_up_for(outliers):
-    """Catches an aim that is the stored layer's output for the quantised model's inputs, inputs of layers that are not
-    quantised yet, a residual that is added on the wrong side or left out, and padding that is heard: of states that
-    drifted, the weights of an attention in int8 are those that ridge regression (a solver's, in fp64) gives."""
+    """Catches a target that is the stored layer's output for the quantised model's inputs, inputs of layers that are
+    not quantised yet, a residual added on the wrong side or left out, and padding that counts: for states that drifted,
+    an attention's int8 weights are those of ridge regression (a solver's, in fp64)."""
     folder, _, rows = outliers
     pair, files = first_block(folder, Scheme("int8"))
     generator = torch.Generator().manual_seed(7)
@@ -297,7 +298,7 @@ def train(root, model, train_file, *more):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_cost_is_that_of_the_folder(tmp_path, tied):
-    """Catches a cost that holds a head rounded otherwise than the folder's: perplexity and KL of both folders, as
+    """Catches a cost measured with another head than the folder's: perplexity and KL are those of both folders, as
     transformers reads them."""
     tiny.write_model(tmp_path / "in", seed=3, tie_word_embeddings=tied)
     tokenizer = Tokenizer(tmp_path / "in")
@@ -322,10 +323,10 @@ def test_cost_is_that_of_the_folder(tmp_path, tied):
 
 
 def test_cost_of_quantisation(toy, tmp_path):
-    """Catches calibration with other activations than the model's, layers that take each other's, a method that does
-    not pay, and bits that are not those of the files: the perplexity of a trained model on held-out records rises by
-    less than 0.5 % for int8 and 3 % for int4 in groups of 128, and the predictions of calibrated int4 are nearer to the
-    model's than those of rounding to nearest."""
+    """Catches calibration with activations of another model or layer, a method that does not pay, and bits that are not
+    those of the files: the perplexity of a trained model on held-out records rises by less than 0.5 % for int8 and 3 %
+    for int4 in groups of 128, and the predictions of calibrated int4 are nearer to the model's than those of rounding
+    to nearest."""
     folder, calibration, held_out = toy
     rises, divergences = {}, {}
     for method, bits, flags in (

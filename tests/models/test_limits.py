@@ -1,4 +1,4 @@
-"""models/limits.py: what containers and jobs of Slurm leave of a host, from files as Linux's documentation has them."""
+"""models/limits.py: the memory and cores that containers and Slurm jobs may use, from files as Linux documents them."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from models.common import RuntimeArgs, choose_runtime
 
 @pytest.fixture
 def group(tmp_path):
-    """Writes files of a control group, for one whose path is given from sys/fs/cgroup on."""
+    """Writes files of a control group, whose path is relative to sys/fs/cgroup."""
 
     def write(path: str, **files: object) -> None:
         folder = tmp_path / "sys/fs/cgroup" / path
@@ -24,7 +24,7 @@ def group(tmp_path):
 
 
 def process(root: Path, groups: str) -> Path:
-    """A root with a process in these groups, where 10**6 KiB are free."""
+    """Makes a root file system with a process in these groups, where 10**6 KiB are available."""
     (root / "proc/self").mkdir(parents=True, exist_ok=True)
     (root / "proc/self/cgroup").write_text(groups)
     (root / "proc/meminfo").write_text("MemTotal: 2000000 kB\nMemFree: 7 kB\nMemAvailable: 1000000 kB\n")
@@ -36,8 +36,8 @@ VERSION_1 = "9:cpu,cpuacct:/docker/abc\n8:cpuset:/cpus\n4:hugetlb,memory:/docker
 
 
 def test_memory(tmp_path, group):
-    """Catches slots planned by the memory of the host where a container or a job may have less, and is killed for more:
-    both versions of control groups, the group itself or one above it, a path that only the host knows."""
+    """Catches slots planned by the host's memory where a container or a job has less, and is killed for more: both
+    versions of control groups, a limit of the group itself or of one above it, a path that only the host knows."""
 
     def left(groups: str) -> int:
         return limits.available_memory(process(tmp_path, groups))
@@ -47,7 +47,7 @@ def test_memory(tmp_path, group):
     group("job:1/step", memory__max="max", memory__current=100, memory__stat="anon 7\ninactive_file 10")
     group("job:1", memory__max=1000, memory__current=300, memory__stat="inactive_file 50")
     assert left("0::/job:1/step\n") == 750
-    group("job:1", memory__stat="inactive_file 40\nactive_file 35\nfile_mapped 25")  # a model's, read anew
+    group("job:1", memory__stat="inactive_file 40\nactive_file 35\nfile_mapped 25")  # a model's files, read twice
     assert left("0::/job:1/step\n") == 750
     group("job:1", memory__stat="inactive_file 50\nactive_file 35\nfile_mapped 36")
     assert left("0::/job:1/step\n") == 750
@@ -90,7 +90,7 @@ def test_cores(tmp_path, group, monkeypatch):
 
 
 def test_threads(monkeypatch):
-    """Catches more threads than cores, a number that a person has chosen changed, and threads that nobody asked for."""
+    """Catches more threads than cores, a user's number of threads changed, and more threads than torch would take."""
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

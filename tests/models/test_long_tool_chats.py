@@ -1,5 +1,5 @@
-"""models/chats.py: turns that call functions and say nothing. The template writes the last turn otherwise than earlier
-ones, as Qwen3's does."""
+"""models/chats.py: assistant turns that call functions without any text. The template writes the last turn otherwise
+than earlier ones, as Qwen3's does."""
 
 from unittest import mock
 
@@ -44,8 +44,8 @@ def tool(content):
 
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}', {}])
 def test_turns_in_a_row(opened, arguments):
-    """Catches a turn behind one that only calls, begun in the middle of that: their first letters are the same as those
-    of the thoughts that the template writes for a last turn alone."""
+    """Catches a turn that begins in the middle of the call before it: a call and the thought that the template writes
+    for the last turn alone begin with the same letters."""
     tokenizer, theirs = opened
     messages = [USER, calling("f", arguments), calling("g", arguments, "so"), tool("5"), answer("5"), USER]
     messages += [calling("f", arguments), answer("6")]
@@ -59,8 +59,8 @@ def test_turns_in_a_row(opened, arguments):
 
 
 def test_a_long_chat_of_calls_takes_the_time_of_its_tokens(opened):
-    """Catches a rendering of the whole chat for each call, as of each turn: 128 calls took 47 times as long a token as
-    2. Renderings are counted."""
+    """Catches a rendering of the whole chat for each call or turn: 128 calls took 47 times as long per token as 2.
+    Renderings are counted."""
     counts, render = [], ChatTemplate._render
     for turns in (2, 2, 40):  # the first learns the headers
         messages = [USER, calling("f", {"x": 1}), tool("5"), answer("5")] * turns
@@ -81,8 +81,8 @@ THINKING = LAST_QUESTION + TEMPLATE.replace(
 @pytest.mark.parametrize("output", ["5", "", " \n"])
 @pytest.mark.parametrize("opening", ["", "<think>\n\n</think>\n\n"])
 def test_tools_that_print_nothing(opened, output, opening):
-    """Catches the output of a tool learnt, and a turn whose thoughts the template has dropped: where the output is
-    empty, so that no place of it is known, and where the generation prompt has a thought and earlier turns none."""
+    """Catches learning a tool's output, or a turn whose thoughts the template drops: where the output is empty, so that
+    its place is unknown, and where the generation prompt has a thought that earlier turns lack."""
     tokenizer, theirs = opened
     template = THINKING.replace("<|assistant|>\n", "<|assistant|>\n" + opening)
     (tokenizer.config_path.parent / "chat_template.jinja").write_text(template, encoding="utf-8")

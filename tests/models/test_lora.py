@@ -37,7 +37,7 @@ KINDS = {  # name: (model, settings of PEFT)
 
 
 class Args(LoraArgs, ParallelArgs):
-    """What choose_lora asks of a trainer's flags."""
+    """A trainer's flags, as far as choose_lora reads them."""
 
     checkpoint_path: Path
     seed = 0
@@ -64,7 +64,7 @@ def made_by_peft(root, model, settings, seed=0):
 
 
 def trainable(folder, dtype=torch.float32, **flags):
-    """A model of the flags, as a trainer has it."""
+    """Loads the model of the flags, as a trainer does."""
     args, runtime = Args(folder, **flags), CPU._replace(dtype=dtype)
     lora = choose_lora(args, folder, runtime)
     head = {"head": "score", "new_score": torch.zeros(1, 64)} if "score.weight" in lora.values else {}
@@ -77,8 +77,8 @@ def output_of(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_peft(kind, tmp_path):
-    """Catches a factor transposed, a wrong scale (rank-stabilised), layers matched wrongly, a score head that is lost:
-    merged while the base is read, in a model that goes on with it, and in the copy that draws samples."""
+    """Catches a transposed factor, a wrong scale (rank-stabilised), wrongly matched layers, and a lost score head: in a
+    model merged while the base is read, in one that trains the adapter further, and in its copy that draws samples."""
     base, folder, oracle = made_by_peft(tmp_path, *KINDS[kind])
     is_reward = "SEQ_CLS" in KINDS[kind][1].values()
     with torch.no_grad():
@@ -113,8 +113,8 @@ def broken(folder, target, *, config=(), tensors=None):
 
 
 def test_what_is_refused(tmp_path):
-    """Catches an adapter that is merged into what it was not made for, or without a part of it, and flags that mean
-    nothing or two things: each is named, in a line."""
+    """Catches an adapter merged into another base than its own, or without a part of it, and flags without effect or in
+    conflict: the error names each of them, in one line."""
     base, good, _ = made_by_peft(tmp_path, {}, {"r": 4, "target_modules": ["q_proj"]})
     tiny.write_model(tmp_path / "other", hidden_size=32, num_attention_heads=2)
     tiny.write_model(tmp_path / "short", num_hidden_layers=1)
@@ -163,7 +163,7 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(FileNotFoundError, match=complaint):
             open_adapter(tmp_path / folder, base)
 
-    flags = {  # what choose_lora says
+    flags = {  # choose_lora's error: flags
         "--lora_target_modules c_attn: there are q_proj, k_proj": {"lora_r": 4, "lora_target_modules": ["c_attn"]},
         "--lora_alpha is for LoRA": {"lora_alpha": 3.0},
         "--no-merge is for LoRA": {"merge": False},
@@ -193,7 +193,7 @@ SCRIPT_FLAGS = {  # script, flags: what its error says
 
 @pytest.mark.parametrize("command", SCRIPT_FLAGS, ids=str)
 def test_what_scripts_refuse(folder, tmp_path, command):
-    """Catches a flag that a script takes and does nothing with."""
+    """Catches a flag that a script accepts and ignores."""
     name, *flags = command
     records = tiny.write_records(tmp_path / "records.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     files = {"train_dpo": ["--train_file", records], "finetune_sft": ["--train_file", records]}
@@ -206,8 +206,8 @@ def test_what_scripts_refuse(folder, tmp_path, command):
 
 
 def test_dropout_is_of_the_token():
-    """Catches noise that depends on the batch, on other documents of a row, or not on the step, the layer, the feature
-    or what came before; a share that is not the rate's, and a mean that moves."""
+    """Catches noise that depends on the batch or on other documents of a row, or does not depend on the step, layer,
+    feature and preceding tokens; a share of zeros that is not the rate, and a changed mean."""
     dropout = TokenDropout(0.25, seed=1)
 
     def kept(ids, positions=None, step=0, layer=0):
@@ -246,8 +246,8 @@ def test_dropout_is_in_every_product(tmp_path):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_products_with_integers(tmp_path, mode):
-    """Catches a gradient through other weights than the forward's, or to the wrong side, and a copy for samples that is
-    not base + adapters: against the same model with dequantised weights."""
+    """Catches a gradient through other weights than the forward's, or through their transpose, and a copy for samples
+    that is not base + adapters: against the same model with dequantised weights."""
     base = tmp_path / "base"
     tiny.write_model(base, intermediate_size=128)
     model = trainable(base, lora_r=4, quantize_base=mode, lora_dropout=0.0)

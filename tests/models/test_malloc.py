@@ -7,14 +7,14 @@ from models.malloc import LARGE, keep_freed_memory, with_room
 
 
 class Info(ctypes.Structure):
-    """mallinfo2's answer, of malloc.h; arena: the bytes that malloc has from the system."""
+    """mallinfo2's result, of malloc.h. arena: the bytes that malloc holds from the system."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"bcdefghij")]
 
 
 def test_holes():
-    """Catches blocks in whose place the next tensor of their size does not fit: of two tensors one stays each time, so
-    malloc should take memory for these and one other, which it tells itself."""
+    """Catches freed blocks into which the next tensor of their size does not fit: each turn keeps one of two tensors,
+    so the memory that malloc holds, by its own count, should grow by the kept tensors and one more."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallinfo2"):
         pytest.skip("not glibc 2.33 or later")
@@ -31,8 +31,8 @@ def test_holes():
 
 
 def test_where_there_is_room():
-    """Catches a block of another shape or dtype, and one that is offered where what is written would be lost: to
-    autograd, or for a few numbers in vain."""
+    """Catches a block of another shape or dtype, and a block offered under autograd, which would not see what is
+    written to it, or for few numbers, where it saves nothing."""
     like = torch.empty(3, LARGE, dtype=torch.bfloat16)
     with torch.no_grad():
         for shape in (None, (7, LARGE)):

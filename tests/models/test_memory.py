@@ -1,4 +1,4 @@
-"""Rows and pages that fit into memory."""
+"""models/memory.py: how many rows and pages fit into memory."""
 
 import os
 
@@ -15,9 +15,9 @@ from models.sampling import SamplingParams
 
 
 def test_rows_and_pages_fit(folder, monkeypatch):
-    """Catches a page whose bytes are counted wrongly, rows that are more than the pages can feed or than there are
-    requests, a cache beyond memory, one that cannot hold its longest sequence, memory for more tokens of prompts than
-    rows can have, and a model refused since its whole context, which nobody has to have, would be much to gather."""
+    """Catches wrong bytes per page, more rows than the pages can serve or than there are requests, a cache that exceeds
+    memory or cannot hold its longest sequence, memory reserved for more prompt tokens than rows can have, and a model
+    refused because its whole context, which no request must have, would take too much memory to gather."""
     model = to_inference(load_model(folder), pack=False)
     of_page = page_bytes(model)
     cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache

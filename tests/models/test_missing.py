@@ -1,4 +1,4 @@
-"""What a machine may lack, and is then done without or said."""
+"""What a machine may lack: scripts do without it, or say so."""
 
 import builtins
 import importlib.util
@@ -19,9 +19,9 @@ from tests import tiny
 
 
 def test_triton_that_does_not_work(capsys, monkeypatch):
-    """Catches Triton that is taken for working because it is installed (here there is no GPU; elsewhere no compiler),
-    silence about it, a second try, and torch.compile, which needs it, as the default all the same; and a GPU without
-    its number, or that is not made the current one."""
+    """Catches Triton taken for working because it is installed (here there is no GPU; elsewhere no compiler), no
+    message about it, a second try, and torch.compile, which needs Triton, as the default nevertheless; and a GPU chosen
+    without its index, or not made the current one."""
     has_triton.cache_clear()
     current = []
     assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("cuda", 0))
@@ -37,15 +37,15 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
         monkeypatch.setattr(common, "has_triton", lambda device, works=works: works)
         assert choose_runtime(RuntimeArgs(device="cuda")).compile == works
         assert choose_runtime(RuntimeArgs(device="cuda:1", compile=not works)).compile != works
-    # by its number, without which torch refuses; and Triton runs its kernels on the current GPU
+    # by index, as torch requires; and Triton runs its kernels on the current GPU
     assert current == 2 * [torch.device("cuda", 0), torch.device("cuda", 1)]
     has_triton.cache_clear()
 
 
 def test_no_home_to_write_to(tmp_path, monkeypatch):
-    """Catches compiled code that has nowhere to go, since the home cannot be written, a folder that a person named and
-    that is not taken, and one that several nodes write into, or CPUs of several kinds: with code that another has left
-    there an AVX2 CPU computed NaN, which was taken for broken weights."""
+    """Catches compiled code without a place because the home cannot be written, a user's choice of a folder ignored,
+    and one folder for several nodes or kinds of CPUs: with code that another CPU had left there, an AVX2 CPU computed
+    NaN, which was taken for broken weights."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -80,8 +80,8 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
 
 
 def test_compiled_code_is_kept(tmp_path):
-    """Catches compiled code that goes where torch puts it by itself, and is lost with /tmp: torch writes that place
-    into the environment when a script imports it, where it looks like a person's choice."""
+    """Catches compiled code that stays in torch's default folder, and is lost with /tmp: importing torch writes that
+    folder into the environment, where it looks like a user's choice."""
     code = "import os, inference.generate; from models.common import *; choose_runtime(RuntimeArgs(device='cpu'))"
     code += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     mine = tmp_path / "torchinductor_of_mine"
@@ -113,7 +113,7 @@ POINTERS = ("config.json", "model.safetensors", "model.safetensors.index.json", 
 
 @pytest.mark.parametrize("name", [*POINTERS, "tokenizer_config.json", "prompts.jsonl"])
 def test_files_that_git_has_not_fetched(name, tmp_path):
-    """Catches a pointer of Git LFS, as a clone without it holds, called a broken file."""
+    """Catches a Git LFS pointer, which a clone without LFS holds, reported as a broken file."""
     tiny.write_model(tmp_path, num_hidden_layers=1)
     tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     if name.endswith("index.json"):

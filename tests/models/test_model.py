@@ -74,7 +74,7 @@ def test_logits_equal_transformers(tmp_path, config):
 
 
 def test_both_spellings_at_once(tmp_path):
-    """Catches a rope_scaling that a user adds to a newer config, and that transformers obeys, being ignored."""
+    """Catches an ignored rope_scaling that a user has added to a newer config, as transformers obeys it."""
     tiny.write_model(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"type": "linear", "factor": 4.0}}))
@@ -116,7 +116,7 @@ def test_older_spelling_of_rope_settings(tmp_path, name):
 
 @pytest.mark.parametrize("nested", [16, None])
 def test_original_context_at_the_top(tmp_path, nested):
-    """Catches: the key overlooked where transformers reads it, before a nested one."""
+    """Catches: the key at the top level ignored, which transformers reads before the nested one."""
     tiny.write_model(tmp_path, **VARIANTS["llama3"])
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {"original_max_position_embeddings": 40}
@@ -309,7 +309,7 @@ def test_rope_frequencies_equal_transformers():
 YARNS = [
     {"attention_factor": 0.9},
     {"mscale": 1.0, "mscale_all_dim": 0.8},
-    {"mscale": 0.707},  # one alone counts for nothing
+    {"mscale": 0.707},  # no effect without mscale_all_dim
     {"mscale": 1.0, "mscale_all_dim": 0},
     {"truncate": False, "beta_fast": 8, "beta_slow": 2.5},
     {"beta_fast": None, "beta_slow": 0, "attention_factor": None},
@@ -337,8 +337,8 @@ def test_yarn_equals_transformers(settings):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_defaults_equal_transformers(model_type):
-    """Catches: a key that config.json leaves out read as another family's, switches that a family does not have, and
-    the null of a key that is not computed refused."""
+    """Catches: another family's default for a key that config.json leaves out, switches read that a family does not
+    have, and an unsupported key refused though it is null."""
     theirs = transformers.AutoConfig.for_model(model_type, hidden_size=1024, num_attention_heads=64)
     shape = {key: getattr(theirs, key) for key in ("vocab_size", *SHAPE[:4])}
     more = {"mlp_bias": model_type != "llama", "partial_rotary_factor": None, "is_causal": None}

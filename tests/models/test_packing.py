@@ -1,4 +1,4 @@
-"""Rows packed to a budget of tokens: which share a forward, and that the forward gives what each row alone gives."""
+"""Rows packed to a budget of tokens: which rows share a forward, and that each gets the results it gets alone."""
 
 import random
 from itertools import pairwise
@@ -47,7 +47,7 @@ def test_groups_of_ranks(num_ranks):
 
 
 def made_rows():
-    """Ragged, of one learnt token to eleven; a prompt of one token, a row without a label."""
+    """Ragged rows of one learnt token to eleven, with a prompt of one token and a row without labels."""
     generator = random.Random(1)
     rows = []
     for prompt, answer in ((3, 4), (1, 11), (6, 1), (2, 7), (4, 0)):
@@ -61,7 +61,7 @@ def made_model(head, **parallel):
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() > 1 else 1)  # attention that is far from even
+            parameter.mul_(8 if parameter.dim() > 1 else 1)  # attention that is far from uniform
     model.reset_buffers("cpu")
     return model
 
@@ -75,9 +75,9 @@ def gradients_of(model, outputs, weights):
 @pytest.mark.parametrize("compiled", [False, True], ids=["documents in turn", "mask"])
 @pytest.mark.parametrize("head", ["lm", "score"])
 def test_packed_equals_padded(head, compiled, monkeypatch):
-    """Catches documents that see each other, positions that do not restart, a value given to another row or place, a
-    first token predicted by the row before, and a gradient that misses one of these: against padded rows, which are
-    held against each row alone."""
+    """Catches documents that attend to each other, positions that do not restart, a value given to another row or
+    place, a first token predicted from the row before, and gradients with one of these faults: against padded rows,
+    which are compared with each row alone."""
     model, rows, weights = made_model(head), made_rows(), torch.randn(5, 12)
     attention = lambda *args, **more: document_attention(*args, **{**more, "compiled": compiled})  # noqa: E731
     monkeypatch.setattr(forward, "document_attention", attention)
@@ -107,8 +107,8 @@ def test_packed_equals_padded(head, compiled, monkeypatch):
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("split", [PADDED, PACKED], ids=["padded", "packed"])
 def test_places_and_no_rows(split, multiple, monkeypatch):
-    """Catches a hidden state of another token, labels of another row, and a forward without rows that leaves a
-    parameter out of the graph, so that its rank would not join the others' sums; also in rows padded as a GPU's."""
+    """Catches hidden states of another token, labels of another row, and a forward without rows that leaves a parameter
+    out of the graph, so that its rank would miss the others' all-reduce; also with rows padded as on a GPU."""
     monkeypatch.setattr(forward, "length_multiple", lambda *shape: multiple)
     model, critic, rows = made_model("lm"), made_model("score"), made_rows()
     places = [(i, position) for i, row in enumerate(rows) for position in (len(row.input_ids) - 1, 0)]

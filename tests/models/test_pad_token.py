@@ -1,4 +1,4 @@
-"""models/pad_token.py: which token pads an exported folder. What scores then come out: training/test_train_rm.py."""
+"""models/pad_token.py: which token pads an exported folder. Its effect on scores: training/test_train_rm.py."""
 
 import json
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
     ],
 )
 def test_choice(folder, named, added, wanted):
-    """Catches a pad token that ends or begins rows, one beyond the embedding, and the folder's own passed over."""
+    """Catches a pad token that ends or begins rows, one beyond the embedding, and the folder's own one ignored."""
     tiny.write_tokenizer(folder, pad_token=named)
     (folder / "added_tokens.json").write_text(json.dumps(added))
     if "<turn>" in added:
@@ -37,8 +37,8 @@ def test_choice(folder, named, added, wanted):
 
 
 def test_unknown_as_a_piece_of_texts(folder):
-    """Catches `<unk>` taken where it is an entry of a byte-level vocabulary like others, which named as the pad token
-    would be cut out of texts: Qwen's has one, beside added tokens; and these left out of the vocabulary."""
+    """Catches `<unk>` chosen where it is an ordinary entry of a byte-level vocabulary, which as the pad token would be
+    cut out of texts (Qwen's has one, beside added tokens); and added tokens not counted as part of the vocabulary."""
     (folder / "tokenizer.model").unlink()
     vocab = {text: i for i, text in enumerate(["<unk>", "a"])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -52,7 +52,7 @@ def test_unknown_as_a_piece_of_texts(folder):
 
 
 def test_changes(folder):
-    """Catches files rewritten that agree, and a token named that no file names."""
+    """Catches files rewritten that agree already, and a pad token reported that no file names."""
     assert named_pad_token(open_folder(folder)) is None
     tiny.write_tokenizer(folder, pad_token="<unk>")
     pad = named_pad_token(open_folder(folder))

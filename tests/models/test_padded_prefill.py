@@ -1,4 +1,4 @@
-"""Prefill by SDPA on a GPU, on the CPU: the same operations."""
+"""models/padded_prefill.py, a GPU's prefill by SDPA: the same operations on the CPU."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ CHUNKS = [(0, 1), (0, 64), (70, 5), (0, 65), (130, 64), (63, 1), (0, 200), (0, 3
 
 @pytest.mark.parametrize("K, groups", [(2, 1), (1, 4)])
 def test_padded_prefill(K, groups):
-    """Catches a key too many or too few, chunks that are mixed up or put back elsewhere, and a place that is read
-    though it is nobody's (NaN), against SDPA of one chunk after the other."""
+    """Catches a key too many or too few, chunks mixed up or put back in the wrong place, and a read of a place that no
+    chunk owns (NaN): against SDPA of one chunk after the other."""
     generator, D = torch.Generator().manual_seed(0), 16
     contexts = [start + length for start, length in CHUNKS]
     counts = [pages_for(context) for context in contexts]
@@ -39,5 +39,5 @@ def test_padded_prefill(K, groups):
 
 
 def test_sizes():
-    """Catches sizes that SDPA makes plans for one by one."""
+    """Catches so many padded sizes that SDPA plans for each one."""
     assert [padded_length(n) for n in (1, 64, 65, 128, 129, 300, 2048)] == [64, 64, 128, 128, 256, 512, 2048]

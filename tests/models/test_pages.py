@@ -1,4 +1,4 @@
-"""models/pages.py: which pages hold what."""
+"""models/pages.py: which page holds which tokens."""
 
 import random
 
@@ -9,8 +9,8 @@ from models.pages import PAGE, PagePool, pages_for
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pages_hold_what_they_are_found_for(seed):
-    """Catches a page found for other tokens than it holds (after its predecessor was given away, too), one that is
-    given away while it has a user, and pages that are lost or counted twice."""
+    """Catches a page found for other tokens than it holds (also after the page before it was given away), a page given
+    away while it has a user, and pages lost or counted twice."""
     generator = random.Random(seed)
     pool, held, content = PagePool(40), [], {}
     prompts = [[generator.randrange(3) for _ in range(n)] for n in (64, 65, 128, 130, 300)]
@@ -41,7 +41,7 @@ def test_pages_hold_what_they_are_found_for(seed):
 
 
 def test_the_oldest_page_goes_first():
-    """Catches a cache that forgets what was used last, or the beginning of a sequence before its end."""
+    """Catches a pool that evicts what was used last, or the beginning of a sequence before its end."""
     pool = PagePool(4)
     first, second = [1] * 130, [2] * 130
     for ids in (first, second):
@@ -54,7 +54,7 @@ def test_the_oldest_page_goes_first():
 
 
 class BrokenOff:
-    """A list or dict in whose pop() Ctrl-C is noticed, once it is done."""
+    """A list or dict whose pop() is interrupted by Ctrl-C once it is done."""
 
     def pop(self, *args):
         super().pop(*args)
@@ -62,8 +62,8 @@ class BrokenOff:
 
 
 def test_what_is_broken_off_in_the_midst_loses_no_page():
-    """Catches a page that is lost when Ctrl-C comes while it is given away, which a chat's cache has none to spare of,
-    and one that can still be found for what it held before, and be written to."""
+    """Catches a page lost when Ctrl-C comes while it is given away, since a chat's cache has none to spare, and a page
+    that is still found for its old tokens while new ones are written to it."""
     names, lists = type("Names", (BrokenOff, dict), {}), type("Pages", (BrokenOff, list), {})
     pool, ids = PagePool(3), [1] * 130
     pages = pool.take(2)

@@ -1,4 +1,4 @@
-"""Both kinds of CPU, with and without instructions for bf16, and one without FBGEMM: the same numbers."""
+"""CPUs with and without instructions for bf16, and one without FBGEMM, compute the same numbers."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FP32, BF16 = str(torch.float32), str(torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose sizes groups of 32 divide."""
+    """A model whose sizes are divisible by groups of 32."""
     path = tmp_path_factory.mktemp("processors")
     tiny.write_model(path, intermediate_size=128)
     return path
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def here(folder):
-    """What this processor computes as it is."""
+    """What this processor computes with all its instructions."""
     return report(folder)
 
 
@@ -41,8 +41,8 @@ def check_errors(found: dict) -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 processor")
 def test_avx2_computes_what_this_processor_does(folder, here):
-    """Catches a path that is chosen by the dtype or by what the processor has, rather than by what torch was told to
-    use; a form that AVX2 alone takes and that computes something else; and AVX-512's widths on AVX2."""
+    """Catches a path chosen by the dtype or the processor's own instructions, rather than by those that torch was told
+    to use; a form of weights that only AVX2 takes and that computes something else; and AVX-512's widths on AVX2."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.models.processors", str(folder)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -58,8 +58,8 @@ def test_avx2_computes_what_this_processor_does(folder, here):
 
 
 def test_without_fbgemm(folder, here, monkeypatch, capsys):
-    """Catches what is there with FBGEMM only: on ARM, and in builds for Windows, the same numbers by other kernels; and
-    a slow way that nobody hears of."""
+    """Catches code that needs FBGEMM: without it, as on ARM and in builds for Windows, other kernels compute the same
+    numbers; and a slow path taken silently."""
     for module in (cpu_linear, qlinear, decode_cpu):
         monkeypatch.setattr(module, "has_fbgemm", lambda: False)
     found = report(folder)

@@ -1,4 +1,4 @@
-"""models/products.py beside what autograd makes of the same layers."""
+"""models/products.py against autograd on the same layers."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ from models.shared_base import lora_layers
 
 E, FFN, B, T, LAYERS = 32, 48, 2, 7, 2
 IDS = torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(0))
-ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # k and gate share an input with them, and have none
+ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # k and gate share inputs with these, without adapters
 KINDS = {  # name: (model, adapters in, how the base is quantised)
     "llama with biases": ({"attention_bias": True, "mlp_bias": True}, (), None),
     "qwen3, its heads normed": ({"model_type": "qwen3"}, (), None),
@@ -58,9 +58,9 @@ def step(model, recompute="none"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_autograds(kind, monkeypatch):
-    """Catches a gradient with a wrong formula (norm, gate, rotation, low-rank update, bias), an input computed again
-    otherwise than it was, a layer's adapters that get another layer's, and a recomputation that changes a bit or hands
-    out what was never written."""
+    """Catches a wrong formula of a gradient (norm, gate, rotation, low-rank update, bias), an input recomputed
+    otherwise than it was, gradients of another layer's adapters, and recomputation that changes a bit or hands out
+    memory that was never written."""
     monkeypatch.setattr(malloc, "LARGE", 0)  # small tensors as large ones
     model = random_model(*KINDS[kind])
     with ExitStack() as plain:
@@ -81,7 +81,7 @@ def test_gradients_are_autograds(kind, monkeypatch):
 
 
 def kept_by(model):
-    """(the output, what is kept for its backward beside the model's own tensors): a tensor of each storage."""
+    """Returns (output, tensors kept for its backward beside the model's own: one for each storage)."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -98,23 +98,23 @@ def kept_by(model):
 
 @pytest.mark.parametrize("kind", ["llama with biases", "adapters in some layers", "adapters on bf16"])
 def test_what_a_step_keeps(kind):
-    """Catches numbers kept for the backward that it can compute from others: of a token in each block there should be
-    its place in the residual stream twice, q, k, v, attention, gate and up, and little beside."""
+    """Catches values kept for the backward that can be computed from others: of each token a block should keep two
+    residual states, q, k, v, attention's output, gate and up, and little beside."""
     model = random_model(*KINDS[kind])
     output, kept = kept_by(model)
     numbers = sum(tensor.untyped_storage().nbytes() for tensor in kept) / 4 / (B * T)
     q, kv = 4 * 8, 2 * 8
-    low = 3 * 5 * bool(model.lora)  # of each adapter, r
-    block = 2 * E + 2 * q + 2 * kv + 2 * FFN + low + 2 + 4  # what 1 / the root of the mean square is, and logsumexp
-    outside = E + 1 + 2 * 8 / B  # the last norm, and what rotates the tokens of every row
+    low = 3 * 5 * bool(model.lora)  # r values of each adapter
+    block = 2 * E + 2 * q + 2 * kv + 2 * FFN + low + 2 + 4  # and 1 / RMS of two norms, logsumexp of 4 heads
+    outside = E + 1 + 2 * 8 / B  # the last norm, and cos and sin, which rows share
     assert numbers == pytest.approx(LAYERS * block + outside, rel=0.03), (numbers, LAYERS * block + outside)
     assert output.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["adapters on integers", "adapters on bf16"])
 def test_a_frozen_weight_is_kept_as_it_is_stored(kind):
-    """Catches a base that is kept a second time in the dtype of the products, from the forward until the backward.
-    Dropout has another path."""
+    """Catches a base kept a second time, in the dtype of the products, from the forward until the backward; with
+    dropout, which has a path of its own."""
     config, adapted, scheme, *dtype = KINDS[kind]
     model = random_model(config, adapted, scheme, *dtype or [None], dropout=0.1)
     model.dropout.positions = torch.arange(T).expand(B, T)
@@ -125,8 +125,8 @@ def test_a_frozen_weight_is_kept_as_it_is_stored(kind):
 @pytest.mark.parametrize("needs", [[True, True], [True, False], [False, True]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_a_gpu(needs, dtype):
-    """Catches arguments that the GPU's kernel for a norm's gradients takes otherwise, by what torch says it computes:
-    its decomposition, which runs anywhere. The oracle is autograd."""
+    """Catches arguments that the GPU's kernel for a norm's gradients understands otherwise: torch's own decomposition
+    of the kernel, which runs anywhere, stands in for it. The oracle is autograd."""
     x, grad = torch.randn(2, B, T, E).to(dtype)
     x, weight = x.requires_grad_(), torch.randn(E, requires_grad=True)
     torch.nn.functional.rms_norm(x.float(), (E,), weight, 1e-5).to(dtype).backward(grad)

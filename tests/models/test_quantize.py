@@ -41,8 +41,8 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", [*SCHEMES, MINIMA], ids=str)
 def test_rounding(scheme):
     """Catches a scale of another row or group, a zero or minimum on the wrong side, truncation instead of rounding, and
-    integers out of range: no weight is further from its value than half a step, but for the bf16 of scale, zero and
-    minimum, and of symmetric int4, which ends at 7 steps on the one side, half a step more there."""
+    integers out of range: no weight is off by more than half a step, plus the bf16 rounding of scale, zero and minimum,
+    and, in symmetric int4, whose range ends at 7 steps on one side, half a step more there."""
     weight = random_weight(24, 512)
     small = quantize(weight, scheme)
     assert small.values.min() >= (-127 if scheme.mode == "int8" else 0)
@@ -77,9 +77,8 @@ def test_constant_and_broken_weights():
 
 
 def test_minima():
-    """Catches a grid that does not begin at the least of its group, by the definition of GGUF's Q4_1, 15 steps from
-    there to the largest: weights on such a grid come back to the bit, in fp32 and bf16, and so does a part of their
-    columns."""
+    """Catches a grid other than that of GGUF's Q4_1, 15 steps from the least weight of a group to its largest: weights
+    on such a grid come back to the bit, in fp32 and bf16, and so does a part of their columns."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 16, (6, 4, 32), generator=generator)
     values[..., 3], values[..., 20] = 0, 15
@@ -95,7 +94,7 @@ def test_minima():
 
 
 def quantized(weight: torch.Tensor, scheme: Scheme) -> Quantized:
-    """quantize(), or for what is only read numbers of that form."""
+    """quantize(), or random integers, scales and zero points where a scheme is only read, never written."""
     if scheme.symmetric and scheme not in READ:
         return quantize(weight, scheme)
     low, high, dtype = (0, 16, torch.uint8) if scheme.mode == "int4" else (-128, 128, torch.int8)
@@ -158,9 +157,9 @@ def test_kernels_are_used(monkeypatch):
 @pytest.mark.skipif(not has_fbgemm(), reason="no FBGEMM on this CPU")
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int8", 64), ZEROS, READ[1]], ids=str)
 def test_forms_in_fp32(scheme):
-    """Catches a form of a decode step's weights that rounds them, is not taken for its number of rows, or is kept
-    beside the other, zero points of another group or lost in a form, and blocks of expanded weights put together
-    wrongly: int8 in groups stays in bags, since fp16 does not hold it."""
+    """Catches a form of a decode step's weights (bags or fp16) that rounds them, is not taken for its number of rows,
+    or is kept beside the other; zero points lost or of another group; and expanded blocks joined wrongly. int8 in
+    groups stays in bags, since fp16 does not hold it."""
     small = quantized(random_weight(1000, 192), scheme)
     whole, group_size = dequantize(small), scheme.group_size
     products = FloatProducts(small.values, small.scale, small.zero)
@@ -184,8 +183,8 @@ def test_forms_in_fp32(scheme):
 
 @pytest.mark.skipif(not has_fbgemm(), reason="no FBGEMM on this CPU")
 def test_half_holds_what_fp32_does():
-    """Catches fp16 in the place of weights that it does not hold: fp32 ones, large and small ones, NaN, and those of
-    which a row or a column is small beside the others; and a bias or a dtype lost."""
+    """Catches fp16 chosen for weights that it does not hold (fp32 ones, very large or small ones, NaN), errors where a
+    row or a column is small beside the others, and a bias or a dtype lost."""
     weight = random_weight(70, 96).bfloat16()
     assert isinstance(half_matrix(weight), HalfMatrix) and isinstance(half_matrix(weight.float()), HalfMatrix)
     for size, dim in ((70, 0), (96, 1)):  # a channel that is small here, and large in the layer before or behind
@@ -206,7 +205,7 @@ def test_half_holds_what_fp32_does():
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_plain_layout(width):
-    """Catches halves of a byte swapped: what is unpacked is what was packed, also where torch has no kernel."""
+    """Catches swapped halves of a byte: unpacking gives what was packed, also where torch has no kernel."""
     small = quantized(random_weight(192, 96), ZEROS)
     scales = q.scales_and_zeros(small, torch.float32)
     unpacked = q.unpack_int4(q.pack_int4(small.values, width), scales, torch.float32)
@@ -215,8 +214,8 @@ def test_plain_layout(width):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fp8_product(dtype):
-    """Catches a scale of the wrong operand, or one for the whole of it: rows of very unlike size, and the error of an
-    e4m3 product (3 bits: 2^-4 at most for each factor)."""
+    """Catches a scale of the wrong operand, or one scale for a whole operand: rows differ widely in size, and the error
+    is that of an e4m3 product (3 bits: 2^-4 at most for each factor)."""
     weight = random_weight(48, 64) * torch.logspace(-3, 3, 48)[:, None]
     small = quantize(weight, Scheme("fp8"))
     rows = (dequantize(small) - weight).norm(dim=1) / weight.norm(dim=1)
@@ -242,14 +241,14 @@ def test_fp8_product(dtype):
 
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory):
-    """A GQA folder with biases whose sizes groups of 32 divide."""
+    """A folder of a GQA model with biases, whose sizes are divisible by groups of 32."""
     path = tmp_path_factory.mktemp("quantize") / "biased"
     tiny.write_model(path, attention_bias=True, mlp_bias=True, intermediate_size=128)
     return path
 
 
 def dequantized_reference(folder, scheme):
-    """transformers' model of a folder, its blocks' weights replaced by their dequantised values."""
+    """transformers' model of a folder, with the weights of its blocks replaced by their dequantised values."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -280,8 +279,8 @@ def test_loaded_model(biased, scheme, kind, tmp_path):
 @pytest.mark.parametrize("slots, config", [(1, {}), (3, {}), (3, tiny.QWEN3)], ids=str)
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
 def test_decode_step_in_bf16(tmp_path, scheme, slots, config):
-    """Catches a decode step whose products, bound once for a run, are other than the prefill's: the log-probs of what
-    it draws are those of transformers with the dequantised weights, for one run after another."""
+    """Catches a decode step whose products, bound once for a run, differ from the prefill's: the log-probs of drawn
+    tokens are those of transformers with the dequantised weights, for one run after another."""
     tiny.write_model(tmp_path / "model", intermediate_size=128, **config)
     reference = dequantized_reference(tmp_path / "model", scheme)
     model = load_for_inference(tmp_path / "model", BF16, scheme=scheme)
@@ -297,7 +296,7 @@ def test_decode_step_in_bf16(tmp_path, scheme, slots, config):
 
 
 def test_bytes(biased):
-    """Catches a weight kept twice or unpacked: the bytes of a decode step against the arithmetic."""
+    """Catches a weight kept twice or unpacked: compares the bytes that a decode step reads with arithmetic."""
     config = ModelConfig.from_hf(biased)
     E, ffn = config.hidden_size, config.intermediate_size
     weights = 2 * (E * E + 2 * E * E // 2 + E * E + 3 * E * ffn)
@@ -331,9 +330,9 @@ def test_quantized_head(vocab_size):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_which_head(tmp_path, tied):
-    """Catches an embedding that is rounded with the head, a head quantised from other numbers than the folder's, in
-    another dtype, under torch.compile or in a plain model, and a frozen model without lm_head.weight, which the
-    references of DPO and PPO read."""
+    """Catches an embedding rounded with the head; a head quantised from other numbers than the folder's, or at all in
+    fp32, under torch.compile or in a plain model; and a frozen model without lm_head.weight, which the references of
+    DPO and PPO read."""
     tiny.write_model(tmp_path / "model", tie_word_embeddings=tied)
     scheme = Scheme("int8")
     frozen = load_quantized(tmp_path / "model", scheme, device=CPU, dtype=torch.bfloat16)
@@ -468,8 +467,8 @@ def test_bad_flags(biased, tmp_path, case):
 
 
 def test_bad_folders(biased, written, tmp_path):
-    """Catches a folder quantised twice, otherwise than it is, or over another one, NaN turned into integers, and
-    perplexity of a reward model."""
+    """Catches a folder quantised twice or in another mode than it is, or written over another one, NaN turned into
+    integers, and perplexity of a reward model."""
     scheme, folder = written
 
     def refused(*parts, source=biased, flags=("--mode", "int8")):

@@ -1,4 +1,4 @@
-"""models/resting.py: an engine that gives its memory back goes on as if it had not."""
+"""models/resting.py: an engine that has released its memory draws the same afterwards."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from tests.stand_ins import Graph
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("compiled", [False, True], ids=["bags", "pages"])
 def test_resting(level, compiled, monkeypatch):
-    """Catches memory that is kept, a weight that no refresh writes (RoPE's frequencies, say) but is given back, a
-    prefix that is looked for where it no longer is, a graph of what has moved, and a cache not as it was when new."""
+    """Catches memory that is kept, a released weight that no refresh writes (RoPE's frequencies, say), a prefix found
+    in a released cache, a CUDA graph with old addresses, and a cache that is not as it was when new."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     policy = Transformer(CONFIG)
     policy.init_weights(torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
-"""models/rows.py, parts.py and forked.py: the rows of a file in flat arrays, made once and kept. The oracles are the
-record encoded by itself, and the text encoded whole by transformers."""
+"""models/rows.py, parts.py and forked.py: the rows of a file in flat arrays, encoded once and kept. The oracles are
+each record encoded by itself, and the whole text encoded by transformers."""
 
 import fcntl
 import json
@@ -73,7 +73,7 @@ def big(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path, chat_folder):
-    """kind -> (what encodes a file, what encodes a record, the file)"""
+    """{kind: (the function that encodes a file, its records encoded by themselves, the file)}"""
     rng, tokenizer = random.Random(0), Tokenizer(chat_folder)
     made = {
         "sft": [
@@ -102,8 +102,8 @@ def files(tmp_path, chat_folder):
 
 
 def test_one_rank_shows_a_bar(files, tmp_path, monkeypatch):
-    """Catches a bar of every rank, and none: of what each tokenises for itself the main rank's is shown, of what one of
-    a node's ranks makes that one's, on the first node."""
+    """Catches a progress bar of each rank, or of none: where every rank tokenises for itself, the main rank shows it;
+    where one rank of each node does, that of the first node."""
     encode, shown = files["sft"][0], []
     real = common.tqdm
     monkeypatch.setattr(common, "tqdm", lambda **options: shown.append(not options["disable"]) or real(**options))
@@ -124,8 +124,8 @@ def test_one_rank_shows_a_bar(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_file_is_its_records(kind, workers, big, files, tmp_path):
     """Catches a label, a margin or a position moved to another token or row, parts of a file in another order than the
-    file's (they come from several processes), counts lost on the way, and more than 5 bytes a token; in memory, written
-    and read again."""
+    file's (they come from several processes), lost counts, and more than 5 bytes per token; in memory, written and read
+    again."""
     encode, wanted, _ = files[kind]
     counts = EncodingCounts()
     for row, happened in wanted:
@@ -177,7 +177,7 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(big, files, chat_folder,
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "delete", "swap", "note"])
 def test_a_damaged_cache_is_made_anew(damage, big, files, tmp_path, capsys):
-    """Catches a torn or flipped file of the cache that is trained on, a flipped count that is reported, and a crash."""
+    """Catches training on a torn or flipped file of the cache, a flipped count that is reported, and a crash."""
     encode, wanted, _ = files["pairs"]
     store = Store(tmp_path / "cache", 1)
     _, counts = encode(store)
@@ -204,8 +204,8 @@ def test_a_damaged_cache_is_made_anew(damage, big, files, tmp_path, capsys):
 
 
 def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsys):
-    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only; what a
-    killed writer left that stays."""
+    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only; and
+    leftovers of a killed writer that stay."""
     encode, wanted, _ = files["sft"]
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
@@ -228,8 +228,8 @@ def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_is_written_meanwhile(replaced, big, files, tmp_path, monkeypatch):
-    """Catches rows of another file, or of parts of two, that are kept under the digest of the first and found by every
-    run on it."""
+    """Catches rows of a file that was replaced or rewritten during encoding, kept under the digest of the first
+    content, where every later run would find them."""
     encode, wanted, path = files["sft"]
     store, content, other = Store(tmp_path / "cache", 1), path.read_bytes(), tmp_path / "other"
     real = rows._encode_chunk
@@ -248,7 +248,7 @@ def test_a_file_that_is_written_meanwhile(replaced, big, files, tmp_path, monkey
 
 
 def test_others_wait_for_the_one_that_encodes(big, files, tmp_path, capsys):
-    """Catches ranks of a node that encode the file one beside the other, or read what is half written."""
+    """Catches ranks of a node that each encode the file, or that read a half-written cache."""
     encode, wanted, _ = files["sft"]
     store, found = Store(tmp_path / "cache", 1), []
     encode(store)
@@ -270,7 +270,7 @@ def test_others_wait_for_the_one_that_encodes(big, files, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_first_bad_line_is_named(workers, big, chat_folder, tmp_path):
-    """Catches another line named because its process was quicker, a line number that is counted from the part's begin,
+    """Catches a later line named because its process was quicker, a line number that counts from the part's beginning,
     and a cache of half a file."""
     records = [{"text": f"{i} is a number"} for i in range(60)]
     lines = [json.dumps(record) for record in records]
@@ -288,16 +288,16 @@ def test_the_first_bad_line_is_named(workers, big, chat_folder, tmp_path):
 
 
 def test_a_worker_that_is_killed(monkeypatch):
-    """Catches a wait without an end for a process that the system killed for its memory, and results out of order."""
+    """Catches an endless wait for a process that the system killed for its memory, and results out of order."""
     assert list(map_in_processes(lambda x: (time.sleep(0.02 * (x == 0)), x)[1], range(20), 3)) == list(range(20))
     with pytest.raises(ValueError, match=r"killed.*--data_workers"):
         list(map_in_processes(lambda x: os.kill(os.getpid(), 9), range(3), 2))
 
 
 def test_parts_of_a_text_are_the_whole(chat_folder):
-    """Catches a boundary taken for clean where a token spans it, or a word that is split otherwise with its neighbours
-    (spaces before a word, newlines, digits in threes), also near the ends of what is looked at; and a shortcut that is
-    never taken. The oracle is the whole text in transformers."""
+    """Catches a boundary taken for clean where a token spans it, or where a word is split otherwise beside its
+    neighbours (spaces before a word, newlines, digits in threes), also near the ends of the text examined; and a
+    shortcut that is never taken. The oracle is the whole text in transformers."""
     ours, hf, rng, clean = Tokenizer(chat_folder), AutoTokenizer.from_pretrained(chat_folder), random.Random(1), 0
     encode = partial(hf.encode, add_special_tokens=False)
     for _ in range(600):
@@ -312,8 +312,8 @@ def test_parts_of_a_text_are_the_whole(chat_folder):
 
 
 def test_unknown_words_and_tokenizers_without_places(tmp_path):
-    """Catches a boundary within an added token that has the id of the unknown word before it, and places in another
-    text than the one that was given."""
+    """Catches a boundary inside a written "<unk>" taken for clean, since unknown words before it have the same id; and
+    offsets into another text than the given one."""
     ours = Tokenizer(json_folder(tmp_path / "words", word_json("level", None)))
     assert cut_whole(["<u", "nk>", "<unk> hello"], ours) is None and cut_whole(["hello<unk>", "nk"], ours) is not None
     tiny.write_tokenizer(tmp_path)

@@ -66,8 +66,8 @@ def test_logprobs_and_noise_are_those_of_the_definition(folder, hf_model, params
 
 @pytest.mark.parametrize("variant, penalty", [("gqa", 1.8), ("tied", 0.6)])
 def test_repetition_penalty_equals_transformers(tmp_path, variant, penalty):
-    """Catches a penalty that misses the prompt or the first token, goes by another slot's or an earlier sample's
-    tokens, counts a token twice, is a factor of the wrong kind for negative logits, or enters the log-probs."""
+    """Catches a penalty that misses the prompt or the first token, counts the tokens of another slot or of an earlier
+    sample, counts a token twice, is a factor of the wrong kind for negative logits, or enters the log-probs."""
     model = tiny.write_model(tmp_path, **VARIANTS[variant])
     requests = ragged_requests(16, num_samples=2)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": penalty}
@@ -94,7 +94,7 @@ def test_repetition_penalty_equals_transformers(tmp_path, variant, penalty):
 
 @pytest.mark.parametrize("params", [SamplingParams(0.7, top_k=20, top_p=0.9), SamplingParams(1.0)], ids=str)
 def test_repetition_penalty_comes_before_temperature_and_filters(params):
-    """Catches another order of the steps than transformers', in the CPU's parts of a batch too."""
+    """Catches another order of the steps than transformers', also where a CPU samples a batch in parts."""
     torch.manual_seed(0)
     logits, prompts = 3 * torch.randn(200, 3000) - 8, torch.randint(3000, (200, 500))  # of both signs at the top
     keys, positions, hashes = torch.arange(200), torch.arange(200), column_hashes(3000)
@@ -120,7 +120,7 @@ def hf_filtered(logits, params):
 
 
 def test_same_samples_for_every_batch_and_order(folder):
-    """Catches noise that depends on the slot, the batch or the order of the requests, and noise that is shared."""
+    """Catches noise that depends on the slot, the batch or the order of requests, and noise that samples share."""
     requests = ragged_requests(10, num_samples=3, most_new=16)
     params = SamplingParams(1.0, seed=5, stop_token_ids=tuple(range(60, 80)))
     expected = outcome(make_engine(folder, params, num_slots=4), requests)
@@ -143,7 +143,7 @@ def test_equal_prompts_with_other_numbers_get_other_samples(folder):
 
 
 def test_noise_keys_and_column_hashes_do_not_collide():
-    """Catches keys of (1, 0) and (0, 1) that are the same, and token ids that would share all their noise."""
+    """Catches equal keys for (1, 0) and (0, 1), and token ids that would share all their noise."""
     keys = {noise_key(seed, idx, s) for seed in range(-4, 4) for idx in range(64) for s in range(64)}
     assert len(keys) == 8 * 64 * 64
     for vocab_size in (32000, 32256, 102400, 128256):
@@ -156,7 +156,7 @@ def chi_square_limit(dof, z=3.72):
 
 
 def assert_drawn_from(counts, probs):
-    """Pearson's test at 0.0001; cells with few expected counts are one cell, impossible ones must be empty."""
+    """Pearson's test at 0.0001. Cells with few expected counts are merged; impossible cells must be empty."""
     expected = probs.double() * counts.sum()
     assert counts[probs == 0].sum() == 0, "a token that the filters drop was drawn"
     rare = expected < 5
@@ -183,8 +183,8 @@ def test_noise_is_exponential_in_its_tail_too():
 
 
 def test_noise_is_finite_for_every_hash(monkeypatch):
-    """Catches a uniform that rounds to 1 or 0 at the ends of the 31 bits: its noise is infinite, and where top-p has
-    left one candidate, token 0 wins the race with it. Other draws stay as they were, to the bit."""
+    """Catches a uniform that rounds to 1 or 0 at the ends of the 31 bits: its noise is infinite, and where top-p leaves
+    one candidate, token 0 wins the race by it. Other draws stay as they were, to the bit."""
     ends = [torch.arange(start, start + 4096) for start in (0, 2**30 - 2048, 2**31 - 4096, -(2**31), -4096)]
     bits = torch.cat(ends).to(torch.int32)
     draws = exponential(bits.clone())
@@ -240,8 +240,8 @@ def test_noise_of_neighbours_is_independent(neighbours):
     ids=["temperature 1", "temperature 0.7", "top-k", "top-p", "all"],
 )
 def test_samples_follow_the_models_distribution(small_vocabulary, params):
-    """Catches a wrong race, temperature or filter, in prefill and decode: the joint counts of the first two tokens
-    pass a chi-square test, so noise that repeats from one position to the next fails too."""
+    """Catches a wrong race, temperature or filter, in prefill and decode, and noise that repeats from one position to
+    the next: the joint counts of the first two tokens pass a chi-square test."""
     folder, model = small_vocabulary
     prompt_ids = [1, 5, 3, 9]
     engine = make_engine(folder, params, num_slots=64, max_seq_len=8)
@@ -266,7 +266,7 @@ def small_vocabulary(tmp_path_factory):
 @pytest.mark.parametrize("flat_rows", ["none", "some", "all"])
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999])
 def test_top_p_of_a_large_vocabulary_equals_the_full_sort(flat_rows, top_p):
-    """Catches a CPU shortcut that drops candidates where the mass does not lie in the first thousand."""
+    """Catches a CPU shortcut that drops candidates where the top thousand do not hold the mass."""
     torch.manual_seed(0)
     logits = torch.randn(64, 5000)
     peaked = {"none": slice(0, 64), "some": slice(0, 32), "all": slice(0, 0)}[flat_rows]
@@ -282,28 +282,28 @@ def test_top_p_of_a_large_vocabulary_equals_the_full_sort(flat_rows, top_p):
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
 def test_top_p_without_sorting(spread):
-    """Catches a threshold of the halving that keeps a token too many or too few, or tears ties apart: against a sort in
-    fp64, whose masses may be off by their rounding in fp32, and where the answer is known."""
+    """Catches a threshold by halving that keeps a token too many or too few, or splits ties: against a sort in fp64,
+    whose masses may differ by fp32's rounding, and where the answer is known."""
     logits = torch.randn(64, 3000, generator=torch.Generator().manual_seed(0)) * spread - 3
     logits[32:] = (4 * logits[32:]).round() / 4
     for top_p in (0.0, 0.1, 0.5, 0.9, 0.9999):
         probs = logits.double().softmax(-1)
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        mass = (ordered.cumsum(-1) - ordered).gather(-1, order.argsort(-1))  # of the tokens before each
+        mass = (ordered.cumsum(-1) - ordered).gather(-1, order.argsort(-1))  # of the tokens ahead of each
         mass = torch.where(logits == logits.amax(-1, keepdim=True), -1.0, mass)
         least = torch.where(mass < top_p, logits, torch.inf).amin(-1, keepdim=True)
         kept = logits >= top_p_threshold(logits, top_p)
         differ = kept != (logits >= least)
         assert (mass[differ] - top_p).abs().max().item() < 2e-6 if differ.any() else True, (top_p, differ.sum())
         assert differ.sum() <= 20 * (top_p == 0.9999)
-    known = torch.tensor([[0.0, -1.0, 3.0, 3.0, -torch.inf]])  # 3.0 twice has nearly all
+    known = torch.tensor([[0.0, -1.0, 3.0, 3.0, -torch.inf]])  # the two 3.0 have nearly all the mass
     assert [top_p_threshold(known, p).item() for p in (0.0, 0.4, 0.9, 0.97, 0.999)] == [3.0, 3.0, 3.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(1.0, top_k=20), SamplingParams(0.7, top_k=60, top_p=0.9)], ids=str)
 def test_ties_at_the_end_of_top_k(params, monkeypatch):
-    """Catches candidates that depend on how a kernel orders equal logits: all that tie with the last are kept, as in
-    transformers, and the CPU's shortcut over few candidates draws what the whole vocabulary does."""
+    """Catches candidates that depend on how a kernel orders equal logits: all ties with the last candidate are kept, as
+    in transformers, and the CPU's shortcut over few candidates draws what the whole vocabulary does."""
     rounded = (3 * torch.randn(256, 3000, generator=torch.Generator().manual_seed(0)) * 4).round() / 4
     last = rounded.topk(params.top_k).values[:, -1:]
     tied = (rounded >= last).sum(-1) > params.top_k

@@ -1,4 +1,4 @@
-"""Sampling as a CPU does it draws what sampling does."""
+"""models/sampling_cpu.py draws the same tokens as models/sampling.py."""
 
 import pytest
 import torch
@@ -20,9 +20,8 @@ PARAMS = [
 @pytest.mark.parametrize("params", PARAMS, ids=str)
 @pytest.mark.parametrize("vocab_size", [3000, 3001])
 def test_a_cpu_draws_the_same(params, vocab_size, monkeypatch):
-    """Catches rows that are cut or put together wrongly, noise of other tokens than those that were kept, a tie that is
-    torn apart, and a maximum whose place is counted in another part: flat rows, peaked ones and ties, against the path
-    that GPUs run."""
+    """Catches rows split or joined wrongly, noise of other tokens than those that were kept, split ties, and a maximum
+    whose index counts from another part: flat rows, peaked ones and ties, against the path that GPUs run."""
     monkeypatch.setattr(sampling_cpu, "NUM_NUMBERS", 4 * vocab_size)  # 4 rows at a time
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(22, vocab_size, generator=generator) * torch.logspace(-2, 1, 22)[:, None]

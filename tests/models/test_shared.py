@@ -16,11 +16,11 @@ WHAT = "--output_dir out"
 
 
 def in_child(work):
-    """A process that does work(), reports what comes of it with a line, and then stays until it is killed."""
+    """Forks a process that does work(), reports its outcome in a line, and then stays until it is killed."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # also if the test ends before it ends this
+        signal.alarm(60)  # also if the test ends without killing it
         try:
             kept = work()
             os.write(writes, b"done")
@@ -44,8 +44,8 @@ def end(child, how=signal.SIGKILL):
 
 
 def test_a_lock_goes_with_its_process(tmp_path, monkeypatch):
-    """Catches two runs that write one output, a lock that a kill leaves behind or makes the next run wait for, one that
-    another open and close of its file drops, and a run refused since the one before is just ending."""
+    """Catches two runs that write one output, a killed run's lock that stays or makes the next run wait, a lock dropped
+    when its file is opened and closed once more, and a run refused because the one before is just ending."""
     path = tmp_path / ".lock"
     child, reads = in_child(lambda: hold(path, "x"))
     assert answer_of(reads) == "done"
@@ -80,7 +80,7 @@ HOSTS = {"no locks": errno.ENOLCK, "locks of a host alone": None}
 
 @pytest.fixture(params=HOSTS)
 def hosts(request, monkeypatch):
-    """Each process is a host of its own, and lockf fails, or holds nobody off."""
+    """Makes each process a host of its own, on which lockf fails, or excludes nobody."""
 
     def lockf(*_):
         if HOSTS[request.param]:
@@ -93,8 +93,8 @@ def hosts(request, monkeypatch):
 
 
 def test_locks_of_several_hosts(hosts, tmp_path, capsys):
-    """Catches a second run on another host beside a first that lives, a lock of a dead host that stays for ever, one
-    that was given back and still holds, and two runs that begin at the same moment."""
+    """Catches a second run on another host while the first lives, a dead host's lock that stays forever, a released
+    lock that still holds, and two runs that begin at the same moment and both go on."""
     path = tmp_path / ".lock"
     child, reads = in_child(lambda: hold(path, "x"))
     assert answer_of(reads) == "done"
@@ -122,7 +122,7 @@ def test_locks_of_several_hosts(hosts, tmp_path, capsys):
 
 
 def test_a_run_that_was_taken_for_dead_ends(hosts, tmp_path, capfd):
-    """Catches a suspended run that wakes up beside the one that took its folder over."""
+    """Catches a suspended run that wakes up and goes on beside the run that took its folder over."""
     path = tmp_path / ".lock"
     child, reads = in_child(lambda: hold(path, WHAT))
     assert answer_of(reads) == "done"

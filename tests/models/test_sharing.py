@@ -1,4 +1,4 @@
-"""Work that replicas share: what a chunk holds, who takes it, and who waits for whom."""
+"""Work that replicas share: what a chunk holds, which replica takes it, and which ranks wait for which."""
 
 import heapq
 import os
@@ -26,8 +26,8 @@ from tests.forked import Forked
 
 
 def test_chunks():
-    """Catches a thing that is in no chunk or in two, samples of a prompt parted while there is much left, chunks that
-    would leave other replicas idle at the end, and one of several prompts' parts."""
+    """Catches an item in no chunk or in two, a prompt's samples split while much work is left, chunks that would leave
+    other replicas idle at the end, and a chunk of parts of several prompts."""
     random_counts = random.Random(0).choices(range(1, 9), k=200)
     for counts in ([], [1], [3] * 40, [64] * 10, [1] * 1000, random_counts):
         for replicas in (1, 2, 8):
@@ -44,10 +44,10 @@ def test_chunks():
 
 
 def idle_share(counts: list[int], costs: list[float], rows: int, replicas: int) -> tuple[float, float]:
-    """How long replicas of so many rows stand idle at the end, of the time of all: (prompts dealt in turn, shared)."""
+    """Share of the time of replicas with `rows` rows each that is idle at the end: (prompts dealt in turn, shared)."""
 
     def end(sharing) -> float:
-        """A replica's rows each take the next thing when they are free. sharing(replica) -> its next thing, or None."""
+        """Each row takes the next item once it is free. sharing(replica) -> its next item, or None."""
         free = [(0.0, replica, row) for replica in range(replicas) for row in range(rows)]
         heapq.heapify(free)
         last = [0.0] * replicas
@@ -77,8 +77,8 @@ def idle_share(counts: list[int], costs: list[float], rows: int, replicas: int) 
 
 
 def test_ragged_tail():
-    """Catches chunks that are too large for the end: by a clock that is simulated, replicas stand idle less than half
-    as long as where prompts are dealt in turn. Answers to hard prompts are long, 16 samples each."""
+    """Catches chunks that are too large near the end: by a simulated clock, replicas are idle less than half as long as
+    where prompts are dealt in turn. Answers to hard prompts are long, 16 samples each."""
     lengths = random.Random(1)
     counts, costs = [16] * 40, []
     for count in counts:
@@ -90,7 +90,7 @@ def test_ragged_tail():
 
 
 def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int, int], body) -> list:
-    """What body(work) gives on each rank of (replicas, tp ranks), each in a thread."""
+    """Returns body(work, rank) of each rank, run in a thread of its own. layout: (replicas, tp ranks)."""
     replicas, tp_size = layout
     results = [None] * (replicas * tp_size)
 
@@ -109,9 +109,9 @@ def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int
 
 
 def test_ranks_take_everything_once():
-    """Catches a thing that two replicas take or none does, ranks of one model that take different things or in another
-    order, a fast replica that gets no more than a slow one, a second list of a name that goes on with the first's
-    counter, keys that stay in the store, and replicas that go on taking after the end."""
+    """Catches an item that two replicas take or none does, ranks of one model that take different items or in another
+    order, a fast replica that gets no more than a slow one, a second list of the same name that goes on with the
+    first's counter, keys that stay in the store, and replicas that take items after end()."""
     store, counts = dist.HashStore(), [4] * 12
 
     def take(work: SharedWork, number: int) -> list[int]:
@@ -168,11 +168,11 @@ def test_waiting():
 
 
 def test_the_store_leaves_last():
-    """Catches a first rank, which may have the store, that leaves while another has yet to see that all are there."""
+    """Catches a first rank, which may host the store, leaving before another has seen that all have arrived."""
     store, left = dist.HashStore(), []
 
     class Slow:
-        """Of a rank that is long in seeing it."""
+        """The store of a rank that sees this late."""
 
         def add(self, key, amount):
             if key == "ranks/left":
@@ -193,13 +193,13 @@ def test_the_store_leaves_last():
 
 
 def test_ranks_that_are_started_again():
-    """Catches ranks that look for those that torchrun has ended, since its store lives on, and counts of theirs; and
-    ranks of two nodes, whose agents count for themselves, that do not meet."""
+    """Catches restarted ranks that wait for ranks that torchrun has ended, or go by their counts, since its store lives
+    on; and ranks of two nodes that do not meet, because each node's agent counts its own restarts."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_RANK": 0}
     for attempts in ((0, 0), (1, 1), (3, 2)):
         ranks = []
-        for rank in (1, 0):  # the first that comes finds only what the dead have left
+        for rank in (1, 0):  # the first that comes finds only keys of ended ranks
             more = {"RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempts[rank], "TORCHELASTIC_USE_AGENT_STORE": True}
             ranks.append(Forked("tests/models/test_sharing.py", **world, **more))
             time.sleep(1.5 * (attempts == (1, 1)))
@@ -208,13 +208,13 @@ def test_ranks_that_are_started_again():
 
 
 def test_a_rank_that_does_not_come():
-    """Catches ranks that wait for it for ever."""
+    """Catches ranks that wait forever for a missing one."""
     with pytest.raises(ValueError, match="rank 1 of 2 has not come within 0:00:00"):
         agreed_name(dist.HashStore(), 0, 2, timedelta(seconds=0.1))
 
 
 def meet() -> None:
-    """A rank that meets the other, and in the first attempt dies then."""
+    """Runs a rank that meets the other, and then, in the first attempt, dies."""
     start_ranks(torch.device("cpu"))
     wait_for_all_ranks()
     met = torch.ones(1)

@@ -1,5 +1,5 @@
-"""What a token is, where tokenizer.json and tokenizer_config.json say otherwise of it, and which are put around a text:
-as transformers reads both."""
+"""Flags of a token on which tokenizer.json and tokenizer_config.json disagree, and special tokens put around a text: as
+transformers reads both files."""
 
 import json
 
@@ -16,8 +16,8 @@ TEXTS = (f"x {TOKEN} y", f"x{TOKEN}y")
 
 
 def edited(folder, in_file, in_config, **settings):
-    """The folder's tokenizer here, and in transformers. in_file, in_config: flags of the token; in_config None: the
-    config lists no tokens."""
+    """Returns the folder's tokenizer: (ours, transformers'). in_file, in_config: flags of the token; in_config None:
+    the config lists no tokens."""
     byte_level_folder(folder, "llama3", eos_token="<|end_of_text|>")
     path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     file, config = json.loads(path.read_text()), json.loads(config_path.read_text())
@@ -36,7 +36,7 @@ def edited(folder, in_file, in_config, **settings):
 @pytest.mark.parametrize("flag", ("lstrip", "rstrip", "single_word"))
 @pytest.mark.parametrize("in_file", (True, False))
 def test_flags_of_the_config_count(tmp_path, flag, in_file):
-    """Catches a token that takes the spaces around it, or not, against added_tokens_decoder: other ids."""
+    """Catches flags of a token, as for spaces around it, taken against added_tokens_decoder: other ids."""
     ours, oracle = edited(tmp_path, {flag: in_file}, {flag: not in_file})
     assert [ours.encode(text, False) for text in TEXTS] == oracle(list(TEXTS), add_special_tokens=False)["input_ids"]
 
@@ -45,7 +45,7 @@ def test_flags_of_the_config_count(tmp_path, flag, in_file):
 @pytest.mark.parametrize("in_config", (True, False, None))
 @pytest.mark.parametrize("settings", ({}, {"sep_token": TOKEN}, {"image_token": TOKEN}))
 def test_special_tokens_are_no_text(tmp_path, in_file, in_config, settings):
-    """Catches a token in the text of an answer that either file has for special, or that has a name."""
+    """Catches a token in an answer's text that either file marks special, or that a setting names."""
     in_config = None if in_config is None else {"special": in_config}
     ours, oracle = edited(tmp_path, {"special": in_file}, in_config, **settings)
     ids = oracle(f"x{TOKEN}y", add_special_tokens=False)["input_ids"]
@@ -54,7 +54,7 @@ def test_special_tokens_are_no_text(tmp_path, in_file, in_config, settings):
 
 @pytest.mark.parametrize("named", ({"image_token": "<img>"}, {}, ["<|a|>", "<|b|>"]), ids=str)
 def test_two_lists_of_special_tokens(tmp_path, named):
-    """Catches special tokens that only one of the keys of two versions of transformers names, and another order."""
+    """Catches special tokens missed that only one of the keys of two transformers versions names, and another order."""
     ours, oracle = edited(tmp_path, {}, None, additional_special_tokens=["<|a|>", "<img>"], extra_special_tokens=named)
     text = "x<|a|>y<|b|>z<img>"
     assert ours.encode(text, False) == oracle(text, add_special_tokens=False)["input_ids"]
@@ -64,8 +64,8 @@ def test_two_lists_of_special_tokens(tmp_path, named):
 @pytest.mark.parametrize("form", ("<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A"))
 @pytest.mark.parametrize("model", ("BPE", "WordLevel", "two for a"))
 def test_around_texts_of_a_small_vocabulary(tmp_path, model, form):
-    """Catches a BOS that comes behind the text where the vocabulary, of digits here, has no letters to look with; or
-    where a letter is the unknown token, which is BOS too; and a part of what was looked with, taken for an EOS."""
+    """Catches a BOS put behind the text where the vocabulary, of digits here, lacks the letters of the text tried, or
+    where a letter is the unknown token, which is BOS too; and a part of the text tried taken for an EOS."""
     vocab = {text: i for i, text in enumerate(["<s>", "</s>", *"0123456789+="])}
     model, normalizer = ("BPE", normalizers.Replace("a", "12")) if model == "two for a" else (model, None)
     of_model = {"merges": []} if model == "BPE" else {"unk_token": "<s>"}

@@ -208,10 +208,10 @@ def test_ids_are_those_of_the_file(files):
 
 
 def test_where_transformers_differs(tmp_path):
-    """Catches transformers 5.23's own ids taken over: LLaMA's normaliser rebuilt, so that "<s>[" and " a" lose a space,
-    BOS dropped where the post-processor is there without one; and a BOS whose name is empty, for none. Right is what
-    the weights saw: LLaMA's own code encodes each stretch of a chat by itself with sentencepiece, and DeepSeek trained
-    with add_bos_token's BOS."""
+    """Catches transformers 5.23's own ids copied: LLaMA's normaliser rebuilt, so that "<s>[" and " a" lose a space, and
+    BOS dropped where a post-processor without it is there; and a BOS lost because its name is empty. Right is what the
+    weights saw: LLaMA's own code encodes each stretch of a chat by itself with sentencepiece, and DeepSeek trained with
+    add_bos_token's BOS."""
     ours = Tokenizer(json_folder(tmp_path / "l", llama2_json(), tokenizer_class="LlamaTokenizer", legacy=False))
     model = sentencepiece.SentencePieceProcessor(model_file=str(MODELS["identity"]))
     assert ours.encode("<s>[INST] a", add_special_tokens=False) == [1, *model.encode("[INST] a")]
@@ -233,7 +233,7 @@ def test_where_transformers_differs(tmp_path):
 
 @pytest.mark.parametrize("kind", ["model", "legacy", "metaspace"])
 def test_no_space_before_a_text(kind, tmp_path):
-    """Catches "add_prefix_space": false read over: against transformers, and sentencepiece's own model without one."""
+    """Catches "add_prefix_space": false ignored: against transformers, and sentencepiece's own model without it."""
     config = {"add_prefix_space": False, "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
     if kind == "model":
         folder = sentencepiece_folder(tmp_path, config)
@@ -259,8 +259,8 @@ def test_no_space_before_a_text(kind, tmp_path):
 
 
 def test_a_text_goes_on_from_another(files):
-    """Catches a second space between a prompt that ends in one and its completion, and one after a special token that
-    the file puts there lost."""
+    """Catches a second space between a prompt that ends in one and its completion, and the loss of a space that the
+    file puts after a special token."""
     name, ours, _ = files
     if name not in ("sentencepiece", "no_prefix", "llama2_json", "llama3", "deepseek"):
         return
@@ -331,7 +331,7 @@ def folder(request, tmp_path):
 
 
 def random_ids(ours, draw, length):
-    """Half of it the ids of a text, half any ids: characters cut everywhere, broken ones, special tokens within."""
+    """Ids of a text, three in ten replaced by any ids: characters cut everywhere, broken ones, special tokens."""
     text_ids = ours.encode("".join(draw.choices(ALPHABET, k=length)), add_special_tokens=draw.random() < 0.5)
     return [i if draw.random() < 0.7 else draw.randrange(ours.vocab_size) for i in text_ids][:length]
 
@@ -342,7 +342,7 @@ def test_streaming_loses_nothing(folder):
     for _ in range(300):
         prompt, ids = random_ids(ours, draw, draw.randrange(6)), random_ids(ours, draw, draw.randrange(20))
         if prompt and prompt[-1] in ours.byte_ids:
-            continue  # of a run of bytes, which is decoded as one, a wrong one undoes those before it
+            continue  # a run of bytes is decoded as one: an invalid byte undoes those before it
         stream = StreamDecoder(ours, prompt)
         parts = [stream.push(i) for i in ids] + [stream.flush()]
         assert "".join(parts) == ours.decode_continuation(prompt, ids)

@@ -16,7 +16,7 @@ from tests.tiny import ROOT
 
 
 def interpret(*arguments: str) -> str:
-    """Of a Python that interprets kernels, which Triton wants to know when it is imported."""
+    """Output of a Python whose Triton interprets kernels, which must be set before Triton is imported."""
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | {"TRITON_INTERPRET": "1"}}
     result = subprocess.run([sys.executable, "-W", "ignore", *arguments], **options, timeout=300)
     if "only 0-dimensional arrays can be converted" in result.stderr:
@@ -26,7 +26,7 @@ def interpret(*arguments: str) -> str:
 
 
 def run(code: str, folder: Path, *arguments: str) -> str:
-    """Of a process of its own, which may not survive what a compiler does."""
+    """Output of code in a process of its own, since a compiler may crash it."""
     (folder / "code.py").write_text(code)
     process = Forked(folder / "code.py", *arguments)
     printed, errors = process.communicate(timeout=300)
@@ -41,15 +41,14 @@ def interpreted():
 
 def test_paged_decode(interpreted):
     """Catches a key too many or too few at the end of a page, of a split or of a row, heads mixed up, splits joined
-    with wrong weights, a read of what is not the row's, and a new key or value that is written elsewhere or not at
+    with wrong weights, a read of another row's places, and a new key or value that is written elsewhere or not at
     all."""
     for case, found in zip(CASES, interpreted["distances"], strict=True):
         assert found < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[case[-1]], case  # NaN is not
 
 
 def test_top_p(interpreted):
-    """Catches a token too many or too few at the threshold, ties that are torn apart, a block or a bit that is left
-    out."""
+    """Catches a token too many or too few at the threshold, split ties, and a block or a bit that is left out."""
     assert interpreted["same"] == [True] * len(TOP_P)
 
 
@@ -85,8 +84,8 @@ print(json.dumps(resources_of(compiled, backend)))
     "target, dtype, D, splits", [("sm_80", "fp32", 128, 8), ("sm_90", "bf16", 128, 1), ("gfx942", "bf16", 256, 8)]
 )
 def test_compiles_for_gpus(target, dtype, D, splits, tmp_path):
-    """Catches what only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and registers
-    that do not suffice."""
+    """Catches code that only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and spilled
+    registers."""
     arguments = [*map(str, TARGETS[target]), dtype, str(D), str(splits)]
     used = json.loads(run(COMPILE, tmp_path, *arguments))
     print(target, dtype, D, used)

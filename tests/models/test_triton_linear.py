@@ -13,8 +13,8 @@ from tests.tiny import ROOT
 
 def test_products():
     """Catches halves of bytes or of blocks swapped, a scale or zero point of another group, features lost where blocks
-    or splits do not divide, padding that reaches a result, a row that depends on how many others there are, and code
-    that torch.compile makes for each number of rows that is launched in another way."""
+    or splits do not divide, padding that reaches a result, a row whose result depends on how many others there are, and
+    code that torch.compile makes anew for each number of rows."""
     interpreted = json.loads(interpret("-m", "tests.models.interpreted_linear"))
     assert interpreted["compilations"] == 1
     for each, found in zip(CASES, interpreted["distances"], strict=True):
@@ -36,8 +36,8 @@ COMPILED = [  # target, dtype, bits, group size, rows
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_gpus(target, tmp_path):
-    """Catches what only the compiler refuses, more shared memory than a processor has (MI300 64 KiB, the smallest of
-    NVIDIA's 99), and registers that do not suffice."""
+    """Catches code that only the compiler refuses, more shared memory than a processor has (MI300 64 KiB, the smallest
+    of NVIDIA's 99), and spilled registers."""
     cases = [each for each in COMPILED if each[0] == target]
     arguments = [*map(str, TARGETS[target]), json.dumps([each[1:] for each in cases])]
     code = (ROOT / "tests/models/compiled_linear.py").read_text()

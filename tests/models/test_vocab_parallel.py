@@ -1,5 +1,5 @@
-"""models/vocab_parallel.py in one process: log-probs and entropies in chunks, against torch's own. On several ranks
-they are held against one process by the tests of the training scripts."""
+"""models/vocab_parallel.py in one process: log-probs and entropies in chunks, against torch's own. The tests of the
+training scripts compare several ranks with one process."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from models import vocab_parallel
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_logprobs_and_gradients(num_tokens, temperature, entropy, monkeypatch):
-    """Catches a chunk lost or computed with another's numbers, a temperature that misses the gradient, an entropy of
-    the wrong sign, and gradients from above that are summed before they are used."""
+    """Catches a chunk lost or computed with another's numbers, a temperature missing in the gradient, an entropy of the
+    wrong sign, and upstream gradients that are summed before they are used."""
     monkeypatch.setattr(vocab_parallel, "CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, 16, dtype=torch.float64).float().requires_grad_()
@@ -35,8 +35,8 @@ def test_logprobs_and_gradients(num_tokens, temperature, entropy, monkeypatch):
 
 
 def test_logprobs_in_bf16():
-    """Catches a softmax taken in bf16: log-probs are those of the bf16 logits, in fp32 arithmetic; and logits passed on
-    for their gradient."""
+    """Catches a softmax taken in bf16: log-probs are those of the bf16 logits, in fp32 arithmetic; and logits returned
+    in place of their gradient."""
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(9, 16).bfloat16(), torch.randn(50, 16), torch.randint(50, (9,))
     tensors = hidden.requires_grad_(), weight.requires_grad_()

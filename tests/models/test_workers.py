@@ -1,4 +1,4 @@
-"""models/workers.py: whatever a function does, it costs one answer, and leaves nothing behind."""
+"""models/workers.py: whatever a grading function does, it costs one answer, and no process is left behind."""
 
 import contextlib
 import gc
@@ -132,7 +132,7 @@ def pool_of(file, *names, **more):
 
 @pytest.fixture
 def mark(monkeypatch):
-    """What the environment of every process has that this test starts, and that these start."""
+    """A mark in the environment of all processes that this test starts, and of those that they start."""
     monkeypatch.setenv("STARTED_BY", f"test {os.getpid()} {time.monotonic_ns()}")
     return f"STARTED_BY={os.environ['STARTED_BY']}".encode()
 
@@ -163,8 +163,8 @@ def outcome(grade):
 
 
 def test_each_costs_one_answer(file, mark, capfd):
-    """Catches a function that takes another answer's grade with it, ends or stops the run, writes into the pipe of
-    grades, gets a grade for what is no number, or leaves a process behind."""
+    """Catches a function that costs another answer its grade, ends or stops the run, writes into the pipe of grades,
+    gets a grade for a result that is no number, or leaves a process behind."""
     gc.collect()  # files of earlier tests, which would be closed meanwhile
     num_open = len(os.listdir("/proc/self/fd"))
     pool = pool_of(file, "evil", "length", reward_timeout=1.5)
@@ -177,13 +177,14 @@ def test_each_costs_one_answer(file, mark, capfd):
         assert outcome(good.result()) == 2 + 10 * len(name) + 300, name
     assert len(processes(mark)) >= 2 and capfd.readouterr().out == ""  # what functions print is not our output
     pool.close()
-    assert gone(mark) and len(os.listdir("/proc/self/fd")) == num_open  # also those of what was replaced
+    assert gone(mark) and len(os.listdir("/proc/self/fd")) == num_open  # also those of replaced processes
     assert pool.submit(0, "p", "hang", {}).cancelled()
 
 
 def test_async_functions_run_side_by_side(file):
-    """Catches async answers that wait for one another, one late answer that takes all with it, one that blocks the loop
-    or ends the process and is not found among those beside it, and asyncio.run that does not work in the other form."""
+    """Catches async answers that wait for one another, a late answer that takes the others with it, an answer that
+    blocks the loop or ends the process and is not told from those beside it, and asyncio.run that fails in a plain
+    function."""
     pool = pool_of(file, "judge", "loops", reward_workers=1, reward_memory=1)
     futures = {n: pool.submit(0, "p", n, {}) for n in ("a", "slow", "stubborn", "leave", "fail", "b")}
     got = {name: outcome(future.result()) for name, future in futures.items()}
@@ -199,8 +200,8 @@ def test_async_functions_run_side_by_side(file):
 
 
 def test_forms(file, tmp_path, monkeypatch):
-    """Catches a form that is guessed from the number of parameters, an async batch that is not awaited, and code that
-    does not know where its file is once a function has changed the directory."""
+    """Catches a form (batch or single answer) guessed from the number of parameters, an async batch that is not
+    awaited, and code that does not know where its file is once a function has changed the directory."""
     (tmp_path / "f.py").write_text(
         "def two(prompt, completion): return 1\n"
         "def other(p, c, e): return 1\n"
@@ -222,8 +223,8 @@ def test_forms(file, tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_edited_meanwhile(tmp_path):
-    """Catches answers that are graded by what somebody has written since, once a process takes another's place, and
-    some that are graded no more, since the file has gone."""
+    """Catches answers graded by what the file says after an edit, once a process takes another's place, and answers
+    that are not graded any more because the file has gone."""
     file = tmp_path / "edited.py"
     code = "# coding: latin-1\nimport os\n\n\ndef f(prompt, completion, example):\n"
     file.write_text(code + "    completion or os._exit(1)\n    return ord('é')\n", encoding="latin-1")
@@ -266,7 +267,7 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
 
 
 def test_nothing_outlives_a_kill(file, mark):
-    """Catches processes, and what functions started in them, that go on when the run is gone."""
+    """Catches worker processes, and processes that functions started in them, that go on after the run is killed."""
     names = ("hang", "spin", "fork_and_hang", "hang_beside_a_daemon", "leave_the_group", "deaf")
     program = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); sys.argv[0] = 'the run'\n"

@@ -54,7 +54,7 @@ def test_arguments_that_a_template_wants_as_text(tmp_path, arguments, content):
 
     text = text_of_chat(read_chat(chat(arguments, content)), tokenizer)
     as_text = json.dumps(arguments, ensure_ascii=False)
-    kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops None keys
+    kept_none = "{% for m in messages %}{% set m = dict({'content': none}, **m) %}"  # transformers drops None
     wanted = theirs.apply_chat_template(
         chat(as_text), chat_template=DEEPSEEK.replace("{% for m in messages %}", kept_none), tokenize=False
     )

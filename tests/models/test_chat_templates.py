@@ -67,7 +67,7 @@ def test_chat_templates(name, place, tmp_path):
     """Catches a doubled BOS, `</s>` in a template encoded as text, escaped HTML, positional options of tojson misread,
     lost newlines, and a template file that is not read."""
     template = {"llama3": LLAMA3_CHAT, "chatml": CHATML}.get(name, LLAMA2_CHAT)
-    if Version(transformers.__version__) < Version("5.23"):  # 5.17 treats an empty one otherwise
+    if Version(transformers.__version__) < Version("5.23"):  # 5.17 treats "tool_calls": None otherwise
         template = template.replace("{{ 'tool_calls' in message }}", "")
     if name == "llama3":
         byte_level_folder(tmp_path, "llama3", additional_special_tokens=["<|eot_id|>"])

@@ -83,7 +83,7 @@ class Args(OtherArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceArgs:
-    """A script of what is given without a name."""
+    """A script with positional arguments."""
 
     runs: list[Path] = flag(help="run directories", positional=True)
     repo: str = flag(help="a repository", positional=True, metavar="ORG/NAME")

@@ -58,8 +58,8 @@ def on_cpu(num_layers: int, dtype: torch.dtype = torch.float32, schemes: Sequenc
 
 
 def test_compilations_do_not_grow(monkeypatch):
-    """Catches code compiled anew for each layer, length, number of rows or prompts, or engine. Compiled, each for one
-    token and for any number, are tables of positions, blocks before and after attention, the last norm, sampling of
+    """Catches code compiled anew for each layer, length, number of rows or prompts, or engine. What is compiled, for
+    one token and for any number: tables of positions, blocks before and after attention, the last norm, sampling of
     first tokens, and the end of a step."""
     compiled, found = Compiled(monkeypatch), []
     for num_layers, num_engines in ((2, 2), (12, 1)):  # torch gives up at 8 versions of a function
@@ -128,8 +128,8 @@ def test_models_of_a_run_share_code(monkeypatch, mesh):
     ids=str,
 )
 def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
-    """Catches compiled graphs of a block or of sampling that compute something else, and state whose address changes.
-    In fp32 tokens are equal; in bf16, where rounding chooses other tokens, an early log-prob is."""
+    """Catches compiled graphs of a block or of sampling that compute something else (in fp32 tokens are equal; in bf16,
+    where rounding chooses other tokens, the second log-prob is close), and state whose address changes."""
     transformer = on_cpu(len(schemes), dtype, schemes)
     options = {"num_slots": 3, "max_seq_len": 64, "look_every": 4}
     inner = lambda graph, inputs, **options: graph.forward  # noqa: E731

@@ -67,7 +67,7 @@ def test_export_dtype(tmp_path, folder, named):
 
 
 def test_what_fp16_cannot_hold(tmp_path, folder):
-    """Catches a weight beyond 65504 written as infinity to a folder in fp16: merged adapters are checked only here."""
+    """Catches a weight beyond 65504 written as infinity in fp16: no earlier step checks a merged adapter."""
     tensors = dict(load_model(folder).state_dict())
     for weight, fits in ((65504.0, True), (65520.0, False)):
         tensors["layers.1.mlp.up_proj.weight"][3, 4] = weight

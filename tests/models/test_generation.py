@@ -219,7 +219,7 @@ def test_questions_on_one_document_are_computed_few_at_a_time(folder, hf_model, 
     requests = [Request(i, 0, [*document, 7 + i, 8], 4) for i in range(1, 12)]
     requests.append(Request(12, 0, [i % 97 + 3 for i in range(300)], 4))
     assert outcome(engine, requests) == {(r.idx, 0): (hf_greedy(hf_model, r), "length") for r in requests}
-    assert max(map(len, seen)) == most  # of 130 tokens, of which 2 are computed; 130 and the beginning of the last
+    assert max(map(len, seen)) == most  # contexts of 130 tokens, 2 of them computed; or one, and the last's beginning
     assert all(len(contexts) == 1 or sum(contexts) <= 16 * prefill_tokens for contexts in seen)
 
 
@@ -315,7 +315,7 @@ def test_without_a_stop_string_the_text_runs_to_the_eos(scripted):
 
 
 def test_one_new_token(scripted):
-    """Catches a first token that is not counted, or followed by another; an EOS right away is an empty text."""
+    """Catches a first token that is not counted, or followed by another; and an EOS right away that gives a text."""
     completion = speak(scripted, 1)
     assert (completion.token_ids, completion.finish_reason) == (scripted[2][:1], "length")
     folder, tokenizer, ids = scripted

@@ -57,7 +57,7 @@ def test_gptq_equals_the_plain_formula():
     moments, scheme = inputs.T @ inputs, Scheme("int4", 32)
     found = gptq(weight, Curvature.of(moments, damping=0.05), scheme, rounds=0)
     wanted = optimal_brain_surgeon(weight, moments, scheme, damping=0.05)
-    # a value that falls between two integers may go either way in fp32, and what follows in its row with it
+    # fp32 may round a value midway between two integers either way, which changes the rest of its row
     assert (found.values != wanted).float().mean() < 0.01
     assert output_error(weight, found, inputs) < 0.5 * output_error(weight, quantize(weight, scheme), inputs)
 
@@ -316,7 +316,7 @@ def test_cost_is_that_of_the_folder(tmp_path, tied):
     targets = torch.tensor([i for ids in rows for i in ids[1:]])[:, None]
     stored, written = (x.gather(1, targets).mean().neg().exp().item() for x in logprobs)
     kl = F.kl_div(logprobs[1], logprobs[0], reduction="batchmean", log_target=True).item()
-    assert "perplexity rounded" not in result.stdout  # the same once more
+    assert "perplexity rounded" not in result.stdout  # would repeat the line below
     [(found, found_kl)] = re.findall(r"as written +(\S+) \(.*\), KL (\S+)", result.stdout)
     assert float(found.replace(",", "")) == pytest.approx(written, rel=2e-5) != pytest.approx(stored, rel=1e-4)
     assert float(found_kl) == pytest.approx(kl, rel=1e-2)

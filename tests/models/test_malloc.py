@@ -38,7 +38,7 @@ def test_where_there_is_room():
         for shape in (None, (7, LARGE)):
             out = with_room(like, shape)
             assert out.shape == (shape or like.shape) and out.dtype == like.dtype and out.is_contiguous()
-            assert not out._is_view()  # FSDP warns of one that a module returns
+            assert not out._is_view()  # FSDP warns of views that a module returns
             end = out.untyped_storage().nbytes() + 16  # behind its header
             assert end % 64 == 0 and end - 16 - out.nbytes >= 96
         assert with_room(torch.empty(4)) is None and with_room(like.to("meta")) is None

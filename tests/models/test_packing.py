@@ -40,7 +40,7 @@ def test_groups_of_ranks(num_ranks):
         fewest = len(best_fit(sizes, 600))
         assert fewest <= len(groups) < fewest + num_ranks and fewest <= -(-sum(sizes) // 600) * 2 + 1
         turns = [sorted(totals[i : i + num_ranks]) for i in range(0, len(totals), num_ranks)]
-        assert all(later[-1] <= earlier[0] for earlier, later in pairwise(turns))  # like beside like
+        assert all(later[-1] <= earlier[0] for earlier, later in pairwise(turns))  # similar groups at the same time
     sizes = [random.Random(seed).randint(16, 512) for seed in range(256)]
     work = [sum(sizes[i] for group in groups for i in group) for groups in groups_of_ranks(sizes, 4096, num_ranks)]
     assert max(work) < 1.02 * min(work)

@@ -61,7 +61,7 @@ def test_gradients_are_autograds(kind, monkeypatch):
     """Catches a wrong formula of a gradient (norm, gate, rotation, low-rank update, bias), an input recomputed
     otherwise than it was, gradients of another layer's adapters, and recomputation that changes a bit or hands out
     memory that was never written."""
-    monkeypatch.setattr(malloc, "LARGE", 0)  # small tensors as large ones
+    monkeypatch.setattr(malloc, "LARGE", 0)  # treats small tensors as large ones
     model = random_model(*KINDS[kind])
     with ExitStack() as plain:
         for module in ("model", "rope", "products"):

@@ -310,8 +310,8 @@ def test_bytes(biased):
 @pytest.mark.skipif(not HAS_HEAD, reason="no packed bf16 products or no byte bags on this CPU")
 @pytest.mark.parametrize("vocab_size", [100, 1000])
 def test_quantized_head(vocab_size):
-    """Catches bags that read other rows or scales, a last bag that is not full, a packed form with other weights, and
-    two forms kept at once: few rows, many rows and few again, against torch's product of the dequantised weights."""
+    """Catches bags that read other rows or scales, a partly filled last bag misread, a packed form with other weights,
+    and two forms kept at once: few rows, many and few again, against torch's product of the dequantised weights."""
     weight = random_weight(vocab_size, 64).bfloat16()
     whole = dequantize(quantize(weight, Scheme("int8")))
     head = QuantizedHead(weight)

@@ -96,7 +96,7 @@ def test_repetition_penalty_equals_transformers(tmp_path, variant, penalty):
 def test_repetition_penalty_comes_before_temperature_and_filters(params):
     """Catches another order of the steps than transformers', also where a CPU samples a batch in parts."""
     torch.manual_seed(0)
-    logits, prompts = 3 * torch.randn(200, 3000) - 8, torch.randint(3000, (200, 500))  # of both signs at the top
+    logits, prompts = 3 * torch.randn(200, 3000) - 8, torch.randint(3000, (200, 500))  # top logits of both signs
     keys, positions, hashes = torch.arange(200), torch.arange(200), column_hashes(3000)
     table = SeenTokens(200, 3000, torch.device("cpu"), None)
     for slot, ids in enumerate(prompts.tolist()):

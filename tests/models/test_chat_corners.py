@@ -29,7 +29,7 @@ def opened(folder, template):
 @pytest.mark.parametrize("content", ["\n", " \t", ""])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_white_space_alone(tmp_path, role, content):
-    """Catches a message of white space, or of nothing, that ends the run with str.split's "empty separator"."""
+    """Catches a message of white space, or of nothing, that ends the run with str.partition's "empty separator"."""
     tokenizer, theirs = opened(tmp_path, CHATML)
     messages = [{"role": each, "content": each} for each in ("system", "user", "assistant")]
     messages = [{**message, "content": content} if message["role"] == role else message for message in messages]

@@ -23,7 +23,7 @@ CASES = [
 
 
 def product(a, b, dtype):
-    """What the interpreter calls for tl.dot, [M, K] x [K, N], summed in the order of K whatever the shape is. The BLAS of
+    """What the interpreter calls for tl.dot, [M, K] x [K, N], summed in the order of K whatever the shape. The BLAS of
     numpy.matmul chooses the order by the shape on some CPUs, so that a row would depend on the number of rows."""
     return numpy.add.reduce(a[:, :, None].astype(dtype) * b[None].astype(dtype), axis=1)
 

@@ -1,6 +1,6 @@
-"""Attention as an argument: what Transformer.forward takes as `attend`, for training and for packed rows.
+"""Attention functions that Transformer.forward takes as its argument `attend`: for training and for packed rows.
 
-The generation engine has its own, which write and read its cache: models/paged_cache.py and decode_cpu.py.
+The generation engine passes its own, which write and read its KV cache: models/paged_cache.py and decode_cpu.py.
 
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim.
 """
@@ -23,18 +23,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each token sees itself and the earlier ones of its row, or what the mask lets it, [T, S] or [B, 1, T, S]. q
-    [B, T, H, D], k and v [B, T, K, D], with a mask [B, S, K, D] -> [B, T, H, D].
+    """Computes causal attention, or attention under a boolean mask, [T, S] or [B, 1, T, S]. q [B, T, H, D], k and v
+    [B, T, K, D], with a mask [B, S, K, D] -> [B, T, H, D].
 
-    Right padding needs no mask: no real token ever sees it.
+    Right padding needs no mask: no real token attends to it.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     groups, kernels = q.shape[1] // k.shape[1], contextlib.nullcontext()
     if q.device.type == "cuda":
-        if groups > 1 and (mask is not None or q.dtype == torch.float32):  # no fused kernel has grouped heads then
+        if groups > 1 and (mask is not None or q.dtype == torch.float32):  # no fused kernel supports GQA here
             k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        # cuDNN plans each new length for 20 to 40 ms: for training, whose rows have few lengths. Its backward is wrong
-        # with a mask in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
+        # cuDNN takes 20 to 40 ms to plan each new length: only for training, whose rows have few lengths, and without
+        # a mask, with which its backward is wrong in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
         if mask is not None or not torch.is_grad_enabled():
             kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with kernels:
@@ -44,12 +44,12 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 @cache
 def varlen_kernel() -> Callable[..., Tensor] | None:
-    """Causal attention of sequences packed end to end, torch's variable-length kernel (FlashAttention 2): q [N, H, D],
-    k and v [S, K, D], the ends of the sequences in both, int32 with a 0 before them, and the longest of each ->
-    [N, H, D]. The last query of a sequence sees all its keys. None where torch lacks it.
+    """Returns torch's variable-length kernel (FlashAttention 2), causal attention of sequences packed end to end; None
+    where torch lacks it. Arguments: q [N, H, D], k and v [S, K, D], the cumulative lengths of the sequences in q and in
+    k (int32, from 0), the longest of each -> [N, H, D]. A sequence's last query attends to all its keys.
 
-    Before torch 2.13 it has no grouped heads: keys and values are repeated. Imported when it is asked for, since it
-    brings the compiler along: a second of start-up.
+    Before torch 2.13 the kernel has no GQA, so keys and values are repeated. Imported on first use, because the import
+    loads the compiler, which takes a second.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -73,8 +73,8 @@ def varlen_kernel() -> Callable[..., Tensor] | None:
 
 @cache
 def varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether varlen_kernel is there for this device, dtype and head dim, and aligns queries with the end of the keys,
-    as was not always so; tried once on a sequence of 2 queries and 4 keys."""
+    """Whether varlen_kernel supports this device, dtype and head dim, and aligns queries with the end of the keys (not
+    every version does); tried once on a sequence of 2 queries and 4 keys."""
     if not has_varlen(device, dtype, head_dim):
         return False
     q, k = (torch.zeros(n, 1, head_dim, dtype=dtype, device=device) for n in (2, 4))
@@ -87,16 +87,16 @@ def varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether this device, dtype and head dim are among those that varlen_kernel is for."""
+    """Whether varlen_kernel supports this device, dtype and head dim; without trying it."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         return False
     return has_bf16_cores(device) and varlen_kernel() is not None
 
 
 def length_multiple(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
-    """What rows of tokens are padded to a multiple of: a GPU's SDPA makes a plan for each new length, 20 to 40 ms, and
-    chooses kernels by what divides it. With a mask cuDNN's gradient is NaN on an H100 where 64 is left of 128 (torch
-    2.11 on, https://github.com/pytorch/pytorch/issues/196678)."""
+    """Returns the multiple to which rows of tokens are padded: SDPA on a GPU takes 20 to 40 ms to plan each new length,
+    and chooses its kernel by the length's divisors. With a mask cuDNN's gradient is NaN on an H100 if the length modulo
+    128 is 64 (torch 2.11 on, https://github.com/pytorch/pytorch/issues/196678)."""
     if device.type == "cpu":
         return 1
     return 64 if has_varlen(device, dtype, head_dim) else 128
@@ -110,11 +110,11 @@ def document_attention(
     head_dim: int,
     compiled: bool = False,
 ) -> Attend:
-    """Causal attention within the documents that rows were packed from: lengths[b] are those of row b, end to end; what
-    follows them in a row of num_tokens is padding. dtype: of the activations. compiled: whether the caller is.
+    """Returns causal attention within the documents of packed rows. lengths[b]: of the documents of row b, end to end;
+    the rest of its num_tokens is padding. dtype: of the activations. compiled: whether the caller is compiled.
 
-    CUDA in 16 bits uses the variable-length kernel. The CPU takes one document after the other: a mask costs the square
-    of the row. Others use a mask, and so does a compiled caller on a CPU, where each length would be compiled anew.
+    CUDA in 16 bits uses the variable-length kernel. A CPU computes document by document, since a mask costs the square
+    of the row's length; except if the caller is compiled, which would compile each length anew. Others use a mask.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
@@ -135,7 +135,7 @@ def document_attention(
             return torch.cat([causal_attention(layer, *(t[None] for t in part))[0] for part in parts]).view(q.shape)
 
         return one_by_one
-    size = len(lengths) * num_tokens  # else torch asks the device for it
+    size = len(lengths) * num_tokens  # given to repeat_interleave to avoid a host sync
     document = torch.repeat_interleave(to_device(flat, device), output_size=size).view(-1, num_tokens)  # [B, T]
     places = torch.arange(num_tokens, device=device)
     mask = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)  # [B, T, T]

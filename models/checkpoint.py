@@ -1,11 +1,11 @@
-"""Hugging Face folders in; models/export.py is the way out.
+"""Loads models from Hugging Face folders; models/export.py writes them.
 
-- a model is built on the meta device and each parameter is then read straight from the files: safetensors by slices
-  (whole or sharded by the index), `.bin` through a memory map; so a rank that wants only its shard passes its slices
-- whatever is missing, unexpected or wrongly shaped is listed in the error before anything is loaded
-- whether head and embedding are one tensor is what the files say, not config.json alone
-- pickle is read with weights_only=True only
-- an exported folder's content is checked: small files when it is opened, tensors when they are loaded (checksums.py)
+- a model is built on the meta device, and each parameter is then read straight from the files: safetensors by slices
+  (one file, or shards with an index), `.bin` through a memory map. A rank reads only the slices of its own shard
+- missing, unexpected and wrongly shaped tensors are listed in one error before anything is loaded
+- whether head and embedding are tied is decided by the tensors in the files, not by config.json alone
+- pickle files are read with weights_only=True only
+- an exported folder is verified: small files when it is opened, tensors when they are loaded (models/checksums.py)
 """
 
 import pickle
@@ -31,13 +31,13 @@ from models.tokenizer import Tokenizer
 from models.tp import Parallel, local, tensor_parallel_part
 
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old LLaMA files carry this buffer; it follows from the config
-COMPARED_ROWS = 8192  # of embedding and head at a time
-MERGED = "merged"  # the model beside an adapter
+COMPARED_ROWS = 8192  # of embedding and head that are compared at a time
+MERGED = "merged"  # subfolder of an adapter's folder that holds the merged model
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder of a model that a flag names. Of a run with LoRA, whose folder is an adapter's, it is one inside:
-    transformers, with PEFT installed, takes weights and an adapter in one folder for an adapter and its base."""
+    """Returns the model folder at the path that a flag gives. A LoRA run's output folder holds the adapter, and the
+    merged model in a subfolder: transformers with PEFT installed would take weights beside an adapter for its base."""
     folder = Path(path)
     is_inside = not (folder / "config.json").exists() and (folder / MERGED / "config.json").exists()
     return folder / MERGED if is_inside else folder
@@ -45,44 +45,44 @@ def model_folder(path: str | Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(RuntimeArgs):
-    """Which model."""
+    """The model and its chat template."""
 
     checkpoint_path: Path = flag(type=model_folder, help="Hugging Face folder with the model")
     chat_date: str | None = flag(
-        None, help="the day that chat templates are told, YYYY-MM-DD; today, and with --resume the day of the run"
+        None, help="date that chat templates take for today, YYYY-MM-DD; today, with --resume the day the run began"
     )
 
 
 class Folder(NamedTuple):
-    """What a Hugging Face folder says of its model before any weight is read."""
+    """An opened Hugging Face folder, before any weight is read."""
 
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    max_seq_len: int  # the longest row: what was asked for, else the model's context
+    max_seq_len: int  # most tokens of a row: --max_seq_len, else the model's context
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills rows up; many folders name a pad token without an embedding, and any other will do."""
+        """The token id for padding; 0 where the folder's pad token has no embedding, since any id will do."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id < self.config.vocab_size else 0
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer: the ids that the folder lists for generation, and what training puts at an answer's end,
-        which is the chat template's end of turn, behind plain text the tokenizer's EOS."""
+        """The token ids that end an answer: those that the folder lists for generation, and those that training appends
+        to answers, the chat template's end of turn and (for plain text) the tokenizer's EOS."""
         trained = (self.tokenizer.end_of_turn_id, self.tokenizer.eos_token_id)
         known = [i for i in trained if i is not None and i < self.config.vocab_size]
         return tuple(dict.fromkeys((*generation_eos_ids(self.path), *known)))
 
     def generation_changes(self) -> dict:
-        """What an export's generation_config.json must say otherwise, so that everybody's generation ends with it."""
+        """Returns the changes to an export's generation_config.json that make other tools stop at the same tokens."""
         ids = self.eos_token_ids
         return {} if ids == generation_eos_ids(self.path) else {"eos_token_id": list(ids) if len(ids) > 1 else ids[0]}
 
     def stop_tokens(self) -> str:
-        """The tokens that end an answer, for people."""
+        """Describes the tokens that end an answer, for a script's output."""
         names = ", ".join(f"{self.tokenizer.decode([i], skip_special_tokens=False)} ({i})" for i in self.eos_token_ids)
-        more = " (generation_config.json lists not all of them; an export's does)" * bool(self.generation_changes())
+        more = " (generation_config.json does not list all of them; an export's does)" * bool(self.generation_changes())
         endless = self.tokenizer.chat_template is not None and self.tokenizer.end_of_turn_id is None
         return (names or "none") + more + "; the chat template ends no turn, so chats do not learn to end" * endless
 
@@ -98,13 +98,13 @@ def open_folder(
     frozen: bool = False,
     today: date | None = None,
 ) -> Folder:
-    """today: the day that a chat template is told.
+    """Opens a Hugging Face folder and verifies its small files. today: the date for chat templates.
 
-    Raises ValueError if model and tokenizer do not go together, the model cannot be cut over so many ranks or has a
-    shorter context than max_seq_len, and for quantised weights unless it is frozen.
+    Raises ValueError if model and tokenizer do not fit together, if the model cannot be split over
+    tensor_parallel_size ranks or its context is shorter than max_seq_len, and for quantised weights unless frozen.
     """
     if path.is_file() and path.suffix == ".json":
-        raise ValueError(f"{path}: is a file; give the folder that it is in")
+        raise ValueError(f"{path}: is a file; give its folder")
     check_files(path)
     config = model_config(path)
     if not frozen:
@@ -115,7 +115,7 @@ def open_folder(
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
     tokenizer = Tokenizer(path, today)
     # Added tokens may lie beyond the vocabulary, since many folders name a pad token that has no embedding; check_ids
-    # refuses them where they occur.
+    # raises an error where they occur.
     if tokenizer.base_vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer does not fit: it has {tokenizer.base_vocab_size} tokens, the model's vocab_size is "
@@ -133,13 +133,13 @@ def hf_name(name: str) -> str:
 
 
 class WeightFiles:
-    """The tensors of a Hugging Face folder under our names; reads nothing but headers until asked for a tensor.
+    """The tensors of a Hugging Face folder under our names; reads only headers until read() is called.
 
-    Where config.json ties head and embedding and the files hold the head alone, it is the embedding too.
-    Raises FileNotFoundError for a missing file or shard, ValueError for one that is truncated or not what it says.
+    Where config.json ties head and embedding and the files hold only the head, the head serves as the embedding too.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated or malformed one.
     """
 
-    config_changes: Mapping[str, object] = {}  # what the folder's config.json does not know of them
+    config_changes: Mapping[str, object] = {}  # keys of config.json to set for these tensors (models/adapters.py)
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -159,20 +159,20 @@ class WeightFiles:
             absent = [n for n in listed if our_name(n) not in self._file_of and not n.endswith(IGNORED_SUFFIX)]
             if absent:
                 path = self.folder / listed[absent[0]]
-                raise ValueError(f"{path}: the index says it holds {_some(absent)}, and it does not")
+                raise ValueError(f"{path}: does not hold {_some(absent)}, which the index says it holds")
         if config.get("tie_word_embeddings") and "embed_tokens.weight" not in self._file_of:
             for of in (self._file_of, self._shapes):  # safetensors.torch.save_model keeps one name of the two
                 if "lm_head.weight" in of:
                     of["embed_tokens.weight"] = of.pop("lm_head.weight")
 
     def _files(self, named: object) -> tuple[list[Path], dict[str, str] | None]:
-        """(weight files, the index's weight_map or None). named: the file or index that config.json names, if any."""
+        """Returns (weight files, the index's weight_map or None). named: the file or index that config.json names."""
         if named is not None:
             if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
                 raise ValueError(f"{self.folder}/config.json: {WEIGHTS_KEY} {named!r} is no safetensors file or index")
             path = self.folder / named
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: is missing, and config.json names it as {WEIGHTS_KEY}")
+                raise FileNotFoundError(f"{path}: is missing; config.json names it as {WEIGHTS_KEY}")
             return self._read_index(path) if named.endswith(".json") else ([path], None)
         for stem in ("model.safetensors", "pytorch_model.bin"):
             if (self.folder / stem).is_file():  # before an index, as transformers does
@@ -197,8 +197,8 @@ class WeightFiles:
         return files, weight_map
 
     def _handle(self, path: Path):
-        """An open weight file. A safetensors file is opened anew for each tensor, so that the pages read so far do not
-        stay mapped; a `.bin` is one pickle, opened once."""
+        """Opens a weight file. A safetensors file is reopened for each tensor, so that pages already read do not stay
+        mapped; a `.bin` is one pickle and is opened once."""
         if path in self._open:
             return self._open[path]
         try:
@@ -227,15 +227,15 @@ class WeightFiles:
         return list(self._shapes)
 
     def paths(self) -> list[Path]:
-        """The files that hold the tensors."""
+        """The weight files that hold the tensors."""
         return sorted({path for path, _ in self._file_of.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor, or the part of it that `slices` (one for each leading dimension) picks, as stored, on the CPU.
-        The result may be a view of the memory-mapped file: copy it before writing to it."""
+        """Returns a tensor, or its part at `slices` (one for each leading dimension), as stored, on the CPU. It may be
+        a view of the memory-mapped file: copy it before writing to it."""
         path, stored_name = self._file_of[name]
         handle = self._handle(path)
         if path.suffix == ".safetensors":
@@ -243,7 +243,7 @@ class WeightFiles:
         return handle[stored_name][slices]
 
     def has_own_head(self) -> bool:
-        """Whether the files hold a language-model head with other numbers than the embedding's."""
+        """Whether the files hold a language-model head whose values differ from the embedding's."""
         if "lm_head.weight" not in self._shapes or "embed_tokens.weight" not in self._shapes:
             return False
         shape = self._shapes["lm_head.weight"]
@@ -255,7 +255,7 @@ class WeightFiles:
         )
 
     def check(self, expected: dict[str, tuple[int, ...]], allowed: Iterable[str] = ()) -> None:
-        """Raises ValueError that lists what is missing, unexpected (and not `allowed`) or wrongly shaped."""
+        """Raises ValueError that lists missing, unexpected (and not `allowed`) and wrongly shaped tensors."""
         missing = [hf_name(name) for name in expected if name not in self._shapes]
         unexpected = [hf_name(name) for name in self._shapes if name not in expected and name not in set(allowed)]
         wrong = [
@@ -266,7 +266,7 @@ class WeightFiles:
         lists = {"missing tensors": missing, "unexpected tensors": unexpected, "wrong shapes": wrong}
         problems = [f"{what}: {_some(names)}" for what, names in lists.items() if names]
         if "score.weight" in self._shapes.keys() - expected.keys() and "lm_head.weight" not in self._shapes:
-            raise ValueError(f"{self.folder}: a reward model (score.weight), and here goes a language model's folder")
+            raise ValueError(f"{self.folder}: a reward model (it has score.weight); give a language model's folder")
         if problems:
             raise ValueError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems)}")
 
@@ -276,8 +276,8 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def folder_config(folder: str | Path) -> dict:
-    """The contents of a folder's config.json for an export of its model: tie_word_embeddings is false where the files
-    hold a head of their own, whatever config.json says, as in transformers (5.23); no weight file is named."""
+    """Returns the contents of a folder's config.json for an export of its model: without the key that names a weight
+    file, and with tie_word_embeddings false if the files hold a separate head, as in transformers (5.23)."""
     config = read_hf_config(folder)[0]
     config.pop(WEIGHTS_KEY, None)
     if config.get("tie_word_embeddings") and WeightFiles(folder).has_own_head():
@@ -286,7 +286,7 @@ def folder_config(folder: str | Path) -> dict:
 
 
 def model_config(folder: str | Path) -> ModelConfig:
-    """ModelConfig.from_hf, which reads config.json alone, with folder_config's tie_word_embeddings."""
+    """Returns the ModelConfig of a folder: that of its config.json, with tie_word_embeddings as in folder_config."""
     config = ModelConfig.from_hf(folder)
     if config.tie_word_embeddings and WeightFiles(folder).has_own_head():
         config = replace(config, tie_word_embeddings=False)
@@ -302,11 +302,11 @@ def load_model(
     head: str = "lm",
     files: WeightFiles | None = None,
 ) -> Transformer:
-    """A Transformer with the weights of a Hugging Face folder, as plain tensors: for inference, and for one process.
+    """Loads the model of a Hugging Face folder, with plain tensors as parameters: for inference, or a single process.
 
-    param_dtype: the dtype of the parameters, and so of the activations; None keeps the files'. tp: reads and holds only
-    this rank's part. head: "lm" or "score". files: the folder's, if not as they are (models/adapters.py). Raises what
-    ModelConfig.from_hf and WeightFiles raise.
+    param_dtype: the dtype of the parameters, and so of the activations; None keeps the files'. tp: read and hold only
+    this rank's part. head: "lm" or "score". files: the folder's weights with changes, such as a merged adapter
+    (models/adapters.py). Raises the errors of ModelConfig.from_hf and WeightFiles.
     """
     config = model_config(folder)
     refuse_quantized(folder)
@@ -327,13 +327,13 @@ def load_weights(
     without_file: dict[str, Tensor] | None = None,
     elsewhere: dict[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Gives every parameter of a model its values, one tensor at a time, and recomputes the buffers.
+    """Loads all parameters of a model, one tensor at a time, and recomputes its buffers.
 
-    part_of(name, whole shape): the part that this rank reads. Parameters on meta, which may be of the whole shape, are
-    replaced; others, such as sharded ones, are filled in place. without_file: whole tensors that are not taken from the
-    files, such as a new scalar head's weight [1, E] on a folder that has a language-model head, which is then left out.
-    elsewhere: the shapes of weights that the caller will read. Raises ValueError where the files do not fit the model,
-    or are not what was exported. A collective.
+    part_of(name, whole shape): the slices that this rank reads. Parameters on the meta device, which may have the whole
+    shape, are replaced; others, such as sharded ones, are filled in place. without_file: whole tensors that are not
+    read from the files, such as a new scalar head's weight [1, E]; the files' language-model head is then ignored.
+    elsewhere: whole shapes of weights that the caller will read itself. Raises ValueError if the files do not fit the
+    model or their checksums. A collective.
     """
     parameters = dict(model.named_parameters())  # tied weights appear once
     without_file = without_file or {}
@@ -355,8 +355,7 @@ def fill_parameters(
     part_of: Callable[[str, tuple[int, ...]], tuple[slice, ...]],
     without_file: dict[str, Tensor] | None = None,
 ) -> None:
-    """load_weights for files that were checked; a scalar head is fp32, whatever the dtype. without_file: whole tensors
-    that are not in them."""
+    """load_weights without its checks. A scalar head is fp32, whatever the dtype."""
     without_file = without_file or {}
     for name, parameter in short_bar(dict(model.named_parameters()).items(), "loading", "tensor"):
         slices = part_of(name, tuple(parameter.shape))
@@ -369,7 +368,7 @@ def fill_parameters(
         else:
             own = local(parameter)
             assert own.shape == part.shape, (name, own.shape, part.shape)
-            # copy_ would convert first: bf16 for fp32 weights of a GPU would be sent as twice the bytes
+            # copy_ converts before it sends: bf16 files would go to fp32 weights on a GPU as twice the bytes
             own.copy_(part.to(own.device) if part.itemsize < own.itemsize else part)
     model.tie_weights()
     model.reset_buffers(device)
@@ -379,23 +378,23 @@ def refuse_quantized(folder: str | Path) -> None:
     """Raises ValueError for a folder with quantised weights."""
     if is_quantized(read_hf_config(folder)[0]):
         raise ValueError(
-            f"{folder}: its quantised weights are frozen, for inference, references and reward models; to train, take "
-            "the folder that it was made from"
+            f"{folder}: its quantised weights are frozen, for inference, references and reward models only; to train, "
+            "give the folder that it was quantised from"
         )
 
 
 def has_score_head(folder: str | Path) -> bool:
-    """Whether a folder's weights have a scalar head, whatever its config.json says."""
+    """Whether a folder's weights include a scalar head, whatever its config.json says."""
     return "score.weight" in WeightFiles(folder).names()
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The floating dtype in which a folder keeps its embedding."""
+    """Returns the dtype of a folder's embedding."""
     return WeightFiles(folder).read("embed_tokens.weight", (slice(0, 1),)).dtype
 
 
 def generation_eos_ids(folder: str | Path) -> tuple[int, ...]:
-    """The ids that a folder lists as the ends of a generation: in generation_config.json, else in config.json."""
+    """Returns the eos_token_id or ids of a folder's generation_config.json, else of its config.json."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         value = read_json_object(path, missing_ok=True).get("eos_token_id")

@@ -1,11 +1,11 @@
-"""A process: its flags, its errors, its device, and what a person sees of it.
+"""What every script shares: command-line flags, error messages, the device, and terminal output.
 
 - a flag is a field of a frozen dataclass, declared once, in a group beside the code that uses it; a script's own Args
-  inherits the groups it needs, and a subclass gives a flag another default by assigning it
+  inherits the groups it needs, and a subclass changes a flag's default by assigning another value
 - run_script is the only place where an exception becomes a message: a user's mistake (ValueError, OSError) is one
-  line on stderr and exit code 2; anything else is a bug and keeps its traceback, as does everything with
-  TRACEBACK=1 in the environment
-- nothing here knows a model, a loss or a data format
+  line on stderr and exit code 2; anything else is a bug and keeps its traceback. With TRACEBACK=1 in the environment
+  every error keeps its traceback
+- nothing here depends on a model, a loss or a data format
 """
 
 import argparse
@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the one that prints and writes; true before torch.distributed starts, also."""
+    """Whether this process is rank 0, which prints and writes; works before torch.distributed has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -76,12 +76,12 @@ def flag(
     formerly: object = dataclasses.MISSING,
     **argparse_options,
 ):
-    """A field of a dataclass of flags; its name and type are the field's. Without a default it must be given.
+    """Declares a flag as a dataclass field; the flag has the field's name and type. Without a default it is required.
 
-    bounds: of a number; infinite and NaN are refused in any case. may_change: whether a run may go on with another
-    value, since it cannot alter what the run computes; or a function of all flags that tells. written: of a Path, that
-    the run writes there; what any other names is read, and is held to its content (models/identity.py). formerly: how
-    older runs recorded what is the default now. argparse_options: of add_argument, for the few flags that need more.
+    bounds: of a number; infinities and NaN are always refused. may_change: whether a resumed run may have another
+    value, because the flag cannot alter what the run computes; or a function of all flags that returns this. written:
+    the run writes to this Path; every other Path is an input, whose content --resume compares (models/identity.py).
+    formerly: the value that older runs recorded for today's default. argparse_options: passed to add_argument.
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
     held = {"may_change": may_change, "written": written, "formerly": formerly}
@@ -89,7 +89,7 @@ def flag(
 
 
 def with_newlines(text: str) -> str:
-    r"""The text of a flag that may hold newlines, which a person writes as \n: type=with_newlines."""
+    r"""Replaces \n in a flag's text by newlines; for flags with type=with_newlines."""
     return text.replace("\\n", "\n")
 
 
@@ -104,14 +104,14 @@ class Flag(NamedTuple):
     default: object
     group: type  # the dataclass that declares it
     metadata: typing.Mapping
-    replaces_none: bool  # as the default, whose meaning ends the help: "...; bfloat16 on a GPU"
+    replaces_none: bool  # a subclass replaced the default None, whose meaning ends the help: "...; bfloat16 on a GPU"
 
 
 def flags_of(Args: type) -> list[Flag]:
-    """The flags of a dataclass, its own first and then those of the groups in the order of its bases."""
+    """Returns the flags of a dataclass: its own first, then those of its base classes in their order."""
     flags = []
     for field in dataclasses.fields(Args):
-        # a subclass that assigns another default leaves help and bounds to the class that declared the flag
+        # a subclass that only assigns another default has no metadata: take help and bounds from the declaring class
         fields = [(c, vars(c)["__dataclass_fields__"].get(field.name)) for c in Args.__mro__[:-1]]
         declared = [(c, declaration) for c, declaration in fields if declaration and declaration.metadata]
         nearest, replaces_none = declared[0][1], declared[0][1].default is None is not field.default
@@ -120,14 +120,14 @@ def flags_of(Args: type) -> list[Flag]:
 
 
 def refuse_idle(args, why: str, *names: str) -> None:
-    """Raises ValueError that names the first of these flags that is given, since it would do nothing."""
+    """Raises ValueError if one of these flags is given, since it would have no effect; names the first one."""
     for each in flags_of(type(args)):
         if each.name in names and getattr(args, each.name) != each.default:
             raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # a default that cannot be shown is described by the help text
+    def _get_help_string(self, action):  # None and empty defaults are not shown: the help text describes them
         shown = action.default not in (None, ()) and str(action.default).strip()
         text = super()._get_help_string(action) if shown else action.help
         several = isinstance(action.default, tuple)
@@ -135,7 +135,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """The command line of a dataclass of flags: defaults shown in --help, no abbreviations, errors of one line."""
+    """Parser for a dataclass of flags: --help shows defaults, flags cannot be abbreviated, errors take one line."""
 
     def __init__(self, Args: type):
         flags, types_of, groups = flags_of(Args), typing.get_type_hints(Args), {}
@@ -146,7 +146,7 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=partial(_HelpFormatter, max_help_position=34),
             allow_abbrev=False,
         )
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python 3.14's: of -1e-3 argparse made a flag before
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Python 3.14's; earlier ones take -1e-3 for a flag
         for each in flags:
             if each.group not in groups:
                 own = "flags of this script" if each.group is Args else _first_sentence(each.group).rstrip(".")
@@ -159,7 +159,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _shown(each: Flag) -> str:
-    """A flag that must be given, for the line of usage."""
+    """A required flag, as the usage line shows it."""
     options = each.metadata["options"]
     return options.get("metavar", each.name) if "positional" in options else f"--{each.name} ..."
 
@@ -208,13 +208,13 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
 
 
 def number_or(word: str, bounds: Bounds) -> Callable[[str], int | None]:
-    """The type of a flag that takes an int within bounds, or a word, which is None."""
+    """Returns the argparse type of a flag that takes an int within bounds, or this word, which is parsed as None."""
     parse = _number(int, bounds)
     return lambda text: None if text == word else parse(text)
 
 
 def parse_args(Args: type, arguments: list[str] | None = None):
-    """The Args of a command line, by default this process's."""
+    """Parses a command line, by default this process's, into Args."""
     parser = ArgumentParser(Args)
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -229,13 +229,13 @@ def parse_args(Args: type, arguments: list[str] | None = None):
 
 
 class Stopped(Exception):
-    """Ends a script where it is as if its main had returned: nothing is left to do."""
+    """Ends a script early and successfully, as if its main had returned."""
 
 
 def run_script(main: Callable, Args: type) -> None:
     """Parses the command line, calls main with its Args, and ends the process."""
     accept_any_text()
-    # tqdm's own is for several processes: where these are not forked (Python 3.14, macOS) a warning of it ends each run
+    # tqdm's default is a multiprocessing lock, which warns at exit where processes are not forked (Python 3.14, macOS)
     tqdm.set_lock(threading.RLock())
     try:
         code = run_main(main, Args)
@@ -246,19 +246,19 @@ def run_script(main: Callable, Args: type) -> None:
 
 
 def accept_any_text() -> None:
-    """Nothing that a model says or a person types ends a run because the terminal's encoding has no such character:
-    what cannot be printed is shown as an escape, what cannot be read as U+FFFD; or because nobody is shown anything."""
+    """Keeps a character that the terminal's encoding lacks from ending a run: on output it becomes an escape, on input
+    U+FFFD. Also replaces closed standard streams by /dev/null."""
     for name, mode in zip(("stdin", "stdout", "stderr"), "rww"):
-        if getattr(sys, name) is None:  # it is closed
+        if getattr(sys, name) is None:  # closed
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            with contextlib.suppress(io.UnsupportedOperation):  # who has read from it before knows how
+            with contextlib.suppress(io.UnsupportedOperation):  # it has been read from already
                 stream.reconfigure(errors="replace" if mode == "r" else "backslashreplace")
 
 
 def end_process(code: int) -> None:
-    """Exits without the interpreter's own shutdown: a thread of gloo may still hold the tensors of the last collective,
-    and aborts if it drops them meanwhile (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
+    """Exits without the interpreter's shutdown: a gloo thread may still hold the last collective's tensors, and aborts
+    the process if it drops them during shutdown (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
@@ -266,30 +266,30 @@ def end_process(code: int) -> None:
 
 
 def run_main(main: Callable, Args: type) -> int:
-    """The exit code of a command line, run in this process; a user's mistake is reported here."""
+    """Runs main in this process with its command line, reports a user's mistake, and returns the exit code."""
     args = parse_args(Args)
     script, writes = Path(sys.argv[0]).name, getattr(args, "output_file", None) or hasattr(args, "output_dir")
     hint = "; go on with --resume" if writes and hasattr(args, "resume") else ""
     try:
         with contextlib.suppress(Stopped):
             main(args)
-        if _has_nccl():  # what a rank has sent may still be on its way
+        if _has_nccl():  # data that this rank sent may still be in transfer
             torch.cuda.synchronize()
             leave_together()
         return 0
     except KeyboardInterrupt:
-        with contextlib.suppress(BrokenPipeError):  # of a `tee` that has had the same Ctrl-C
+        with contextlib.suppress(BrokenPipeError):  # the same Ctrl-C ended a `tee` behind this process
             close_bars()
             if is_main_rank():
                 print(f"{script}: interrupted{hint}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of what we print has gone, and has seen enough where that is all we make
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`): no error for a script that only prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not writes:  # but of several ranks the others wait for this one, and are ended for a failure alone
+        if not writes:  # the other ranks wait for this one, and torchrun ends them only after a failure
             return 0 if os.environ.get("WORLD_SIZE", "1") == "1" else 2
-        with contextlib.suppress(BrokenPipeError):  # of stderr as well
+        with contextlib.suppress(BrokenPipeError):  # stderr may be closed as well
             close_bars()
-            print(f"{script}: error: whoever read what it prints has gone{hint}", file=sys.stderr)
+            print(f"{script}: error: the reader of its output has gone{hint}", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError) as error:
         reason = _reason(error)
@@ -297,7 +297,7 @@ def run_main(main: Callable, Args: type) -> int:
             raise
         rank = "" if is_main_rank() else f" [rank {os.environ['RANK']}]"
         close_bars()
-        sys.stderr.write(f"{script}:{rank} error: {reason}\n")  # at once: print's newline may come behind other ranks'
+        sys.stderr.write(f"{script}:{rank} error: {reason}\n")  # one write, so that ranks do not mix their lines
         return 2
     finally:
         if dist.is_initialized() and not _has_nccl():
@@ -305,26 +305,27 @@ def run_main(main: Callable, Args: type) -> int:
 
 
 def _reason(error: Exception) -> str | None:
-    """What an error says to its user, in a line; None of a bug."""
+    """Returns the one line that tells the user about an error; None if the error is a bug."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory; take smaller batches or shorter rows ({text})"
     if isinstance(error, dist.DistError) or "gloo/transport" in text:  # gloo's own errors are plain RuntimeErrors
-        why = text.rpartition("Last error: ")[2]  # NCCL's own word, behind the place in torch where it was heard
+        why = text.rpartition("Last error: ")[2]  # NCCL's message, without the source location in torch before it
         if "ncclInvalidUsage" in text or "EADDRINUSE" in text:
             return f"the ranks cannot be joined as they were started ({why[:200]})"
-        return f"another rank has ended or cannot be reached; where it could say why, it did ({why[:160]})"
+        return f"another rank has ended or cannot be reached; see its own error, if it printed one ({why[:160]})"
     return None if isinstance(error, RuntimeError) else text
 
 
 def _has_nccl() -> bool:
-    """Whether ranks talk through NCCL, or RCCL, whose end waits for the other ranks and for CUDA graphs that hold their
-    kernels (https://github.com/pytorch/pytorch/issues/115388): one that has failed or generated would never exit."""
+    """Whether the process group uses NCCL or RCCL. Destroying it waits for the other ranks and for CUDA graphs that
+    captured its kernels: a rank that failed, or that generated, would never exit
+    (https://github.com/pytorch/pytorch/issues/115388)."""
     return dist.is_initialized() and "nccl" in dist.get_backend_config()
 
 
 def close_bars() -> None:
-    """An unfinished bar would share the line of the message that follows."""
+    """Closes unfinished progress bars, since the next message would be printed on their line."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.leave = False
         bar.close()
@@ -335,13 +336,13 @@ def close_bars() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeArgs:
-    """Where and how to compute."""
+    """Device, dtype, seed and compilation."""
 
     device: str | None = flag(None, help="cpu, cuda, cuda:1, ...; the GPU if there is one", may_change=True)
     dtype: str | None = flag(
         None, choices=("float32", "bfloat16"), help="dtype of the computation; bfloat16 on a GPU, float32 on the CPU"
     )
-    seed: int = flag(0, help="seed of everything random")
+    seed: int = flag(0, help="seed of all random numbers")
     compile: bool | None = flag(
         None, help="torch.compile; on for a GPU where Triton works, off for the CPU", may_change=True
     )
@@ -360,7 +361,7 @@ class Runtime(NamedTuple):
 
 
 def choose_runtime(args: RuntimeArgs) -> Runtime:
-    """Fills in what the user left open. Raises ValueError for a device that is not there."""
+    """Chooses device, dtype and compilation where no flag does. Raises ValueError for a device that does not exist."""
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -368,7 +369,7 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda (NVIDIA or AMD) are supported")
     on_gpu = device.type == "cuda"
-    if on_gpu:  # with its number, which torch.cuda.set_device wants; Triton runs its kernels on the current one
+    if on_gpu:  # torch.cuda.set_device needs the index; Triton launches its kernels on the current device
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index >= count:
@@ -377,7 +378,7 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
     keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # torch takes all of the host's cores, also where few of them are its
+        if "OMP_NUM_THREADS" not in os.environ:  # torch counts all the host's cores, also those a container may not use
             torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
     dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if on_gpu else torch.float32)
     return Runtime(device, dtype, has_triton(device) if args.compile is None else args.compile)
@@ -393,7 +394,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the device's allocator, or of the process on the CPU."""
+    """Returns the peak number of bytes in use so far, of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
@@ -402,7 +403,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Seconds since the last call; waits for the device first, so that the time is that of finished work."""
+    """Measures the seconds between calls of lap(); lap() waits for the device first, so only finished work counts."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -423,33 +424,32 @@ class Stopwatch:
 
 
 def say(text: str) -> None:
-    """Prints on the main rank alone."""
+    """Prints on the main rank only."""
     if is_main_rank():
         print(text, flush=True)
 
 
 def card(title: str, rows: dict[str, object]) -> str:
-    """A short table for people: one aligned line for each row."""
+    """Formats a short table: the title, then one aligned line for each row."""
     width = max(map(len, rows))
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
 
 def progress_bar(*, shown: bool | None = None, **options) -> tqdm:
-    """A tqdm bar, of the main rank unless `shown` tells; it writes seldom to what is no terminal, so that log files
-    stay short."""
+    """Returns a tqdm bar, by default shown on the main rank only. Where stderr is not a terminal it is updated every 10
+    seconds, so that log files stay short."""
     interval, shown = 0.2 if sys.stderr.isatty() else 10, is_main_rank() if shown is None else shown
     return tqdm(mininterval=interval, smoothing=0, dynamic_ncols=True, disable=not shown, **options)
 
 
 def short_bar(things: typing.Iterable, desc: str, unit: str) -> tqdm:
-    """A bar for what mostly takes less than a second: it shows after one, and goes when it is done."""
+    """Returns a bar for loops that mostly take under a second: shown after one second, removed at the end."""
     return progress_bar(iterable=things, desc=desc, unit=unit, delay=1, leave=False)
 
 
 def on_main(function: Callable[[], object]) -> object:
-    """What function() returns on the main rank, on all ranks: what is decided by looking at a disk is decided once. A
-    ValueError or OSError of it is raised on all, so that they end alike. A collective once torch.distributed has
-    started."""
+    """Calls function() on the main rank and returns its result on all ranks, so that all agree on what a disk holds.
+    Raises a ValueError or OSError of it on all ranks. A collective, if torch.distributed has started."""
     result, error = None, None
     if is_main_rank():
         try:

@@ -434,7 +434,7 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
     ),
     "a reward model": (
         lambda f: edit_tensors(f, lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:1]})),
-        ("a reward model", "here goes a language model"),
+        ("a reward model", "give a language model"),
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ("tokenizer.model", "tokenizer.json")),
     "broken tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"nonsense"), ("tokenizer.model",)),

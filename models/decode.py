@@ -1,14 +1,14 @@
-"""The inference copy of a Transformer: what the generation engine runs, on a cache of models/paged_cache.py.
+"""The inference copy of a Transformer, which the generation engine runs, on a cache of models/paged_cache.py.
 
-- q/k/v and gate/up become one matrix product each; on the CPU every weight is reordered once for oneDNN's kernels,
-  which makes a decode step of a small model 1.5 to 4 times faster than F.linear (one copy of the weights is kept, not
-  two)
-- beside quantised blocks the head is int8 as well where there are kernels for it, bf16 on CPUs: at one row a head of
-  32000 x 768 takes as long as half of a small model's int4 blocks
-- copy_for_inference() makes such a copy beside a model in training, and refresh() brings it up to date in place, one
-  block at a time: nobody generates through FSDP, which would gather the model for every token
-- it holds a LoRA model merged, base + s B A, in the compute dtype also where the base is quantised: the plain products
-  are faster than integers with a low-rank product beside them, and no adapter can fail to reach the sampler
+- q/k/v and gate/up are fused into one matrix product each; on a CPU every weight is reordered once for oneDNN's
+  kernels, which makes a decode step of a small model 1.5 to 4 times faster than F.linear (only the reordered copy of
+  the weights is kept)
+- if the blocks are quantised, so is the head, to int8, where kernels exist for it (CPUs in bf16): at one row a
+  head of 32000 x 768 takes half as long as a small model's int4 blocks
+- copy_for_inference() makes such a copy beside a model in training, and refresh() updates it in place, one block at a
+  time: generating through FSDP itself would gather the model for every token
+- the copy of a LoRA model is merged, base + s B A, in the compute dtype even if the base is quantised: plain products
+  are faster than quantised ones plus a low-rank product, and no adapter can be left out of sampling by mistake
 """
 
 import sys
@@ -34,23 +34,23 @@ from models.tp import Parallel, local, size_of, sum_parts
 
 
 def can_pack(runtime: Runtime) -> bool:
-    """Whether prepacked products serve this device and dtype (models/cpu_linear.py); not for torch.compile."""
+    """Whether prepacked products (models/cpu_linear.py) support this device and dtype; not with torch.compile."""
     device, dtype, compile = runtime
     return device.type == "cpu" and not compile and can_pack_weights(dtype)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Side by side as one tensor; one alone is not copied."""
+    """Concatenates along dim 0; a single tensor is not copied."""
     return tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
 
 
 def weight_of(linear: Linear | LoraLinear) -> Tensor:
-    """What a layer multiplies by, adapters and all: this tp rank's part, while its parameters are gathered."""
+    """Returns this tp rank's part of a layer's weight, with LoRA adapters merged; parameters must be gathered."""
     return linear.merged() if isinstance(linear, LoraLinear) else local(linear.weight)
 
 
 class InferenceLinear(nn.Module):
-    """Linear layers that share an input, as one matrix product; their outputs stand side by side in one tensor."""
+    """Linear layers that share an input, fused into one matrix product; their outputs are concatenated."""
 
     def __init__(self, linears: list[Linear], *, pack: bool):
         super().__init__()
@@ -72,7 +72,7 @@ class InferenceLinear(nn.Module):
 
     @torch.no_grad()
     def refresh(self, linears: list[Linear | LoraLinear]) -> None:
-        """Takes new values of the same linear layers, without changing any tensor's address (but the packed one's)."""
+        """Copies new values of the same linear layers in place: no tensor changes its address, except a packed one."""
         if self.packed is None:
             for part, linear in zip(self.weight.split(self.sizes), linears):
                 part.copy_(weight_of(linear))
@@ -83,11 +83,11 @@ class InferenceLinear(nn.Module):
                 part.copy_(local(linear.bias))
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
-        """forward() of [num_rows, K], with fewer steps on the way where the packed product is all there is to do."""
+        """Returns a function that computes forward() of [num_rows, K]; the packed product directly where possible."""
         if self.packed is None or self.parallel is not None:
             return self
         bias = self.bias
-        return lambda x: self.packed(x, bias)  # not bound to the packed weight, which a refresh replaces
+        return lambda x: self.packed(x, bias)  # looks self.packed up at each call, since refresh() replaces it
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.parallel is None else None
@@ -97,14 +97,14 @@ class InferenceLinear(nn.Module):
 
 def to_inference(model: Transformer, *, pack: bool) -> Transformer:
     """Turns a model into its inference copy, in place and block by block, so that memory holds one copy of the weights.
-    The head becomes int8 where the blocks are quantised (int8, int4) and the CPU has kernels for it.
+    The head becomes int8 if the blocks are quantised (int8, int4) and the CPU has kernels for it.
 
-    pack: reorder the weights for oneDNN (see can_pack); not with torch.compile, which cannot trace such tensors. Raises
-    ValueError if a head to be quantised is not finite.
+    pack: reorder the weights for oneDNN (see can_pack); not with torch.compile, which cannot trace packed tensors.
+    Raises ValueError if a head to be quantised is not finite.
     """
     model.requires_grad_(False)
     for block in model.layers:
-        if block.self_attn.qkv_proj is None:  # else the block is quantised, and fused by that
+        if block.self_attn.qkv_proj is None:  # else the block is quantised, and quantising has fused it
             _fuse(block, pack)
     if hasattr(model, "lm_head"):  # a scalar head, fp32 and one row, stays as it is
         head = decode_cpu.quantized_head(model) if pack else None
@@ -125,8 +125,8 @@ def load_for_inference(
     scheme: Schemes | None = None,
     files: WeightFiles | None = None,
 ) -> Transformer:
-    """The inference copy of the model in a Hugging Face folder, or of this tp rank's part of it. head: "lm" or "score".
-    scheme: how its blocks are quantised, see load_quantized. files: see load_model."""
+    """Loads the inference copy of a Hugging Face folder's model, or this tp rank's part of it. head: "lm" or "score".
+    scheme: of the quantised blocks, see load_quantized. files: see load_model."""
     device, dtype, _ = runtime
     options = {"device": device, "tp": tp, "head": head, "files": files}
     if scheme is None:
@@ -139,25 +139,25 @@ def load_for_inference(
 
 
 def _say_what_is_slow(model: Transformer) -> None:
-    """On stderr, since stdout may be for samples alone."""
+    """Warns on stderr, since stdout may be for samples only."""
     layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     schemes = sorted({str(layer.scheme) for layer in layers if layer.kernel is None})
     if schemes and is_main_rank():
-        what = "no kernel here multiplies with such weights, which are expanded for every product instead"
+        what = "no kernel here multiplies with such weights, so they are dequantised for every product"
         print(f"{', '.join(schemes)}: {what}: a token takes longer than without quantising", file=sys.stderr)
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that one decode step reads: all products; of the embedding it reads a row for each slot."""
+    """Returns the bytes of weights that one decode step reads: of all products, without the embedding's few rows."""
     products = (InferenceLinear, QuantizedLinear, decode_cpu.QuantizedHead)
     return sum(module.num_bytes for module in model.modules() if isinstance(module, products))
 
 
 @contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the parameters of a module are this tp rank's whole part, also those of FSDP (a collective over
-    dp; not of the modules in it that are wrapped themselves)."""
-    sharded = hasattr(module, "unshard")  # FSDP's, also of a model on a shared base
+    """Context in which FSDP's parameters of a module are gathered: this tp rank's whole part. A collective over dp;
+    submodules with an FSDP wrapper of their own stay sharded."""
+    sharded = hasattr(module, "unshard")  # FSDP's method, which a model on a shared base has too
     if sharded:
         module.unshard()
     yield
@@ -167,8 +167,8 @@ def _gathered(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_for_inference(source: Transformer, *, pack: bool) -> Transformer:
-    """An inference copy beside a model in training, on the same tp ranks, in its compute dtype; refresh() keeps it up
-    to date. A collective over dp. pack: as for to_inference."""
+    """Makes an inference copy beside a model in training, on the same tp ranks, in its compute dtype; refresh() updates
+    it. A collective over dp. pack: as for to_inference."""
     with torch.device("meta"):
         copy = Transformer(source.config, source.compute_dtype, Parallel(source.parallel.tp))
     for block, trained in zip(copy.layers, source.layers):
@@ -190,14 +190,14 @@ def _take_parameters(module: nn.Module, source: nn.Module, dtype: torch.dtype | 
         owner, _, attribute = name.rpartition(".")
         of = source.get_submodule(owner)
         values = weight_of(of) if attribute == "weight" else local(getattr(of, attribute))
-        values = values.to(dtype=dtype, copy=True)  # FSDP takes its storage back
+        values = values.to(dtype=dtype, copy=True)  # FSDP frees the gathered storage
         setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
 
 
 @torch.no_grad()
 def refresh(copy: Transformer, source: Transformer) -> None:
-    """Brings an inference copy up to date with a model of the same shape, in place, one block at a time; where FSDP
-    holds the source, a collective over dp."""
+    """Copies the weights of a model of the same shape into an inference copy, in place, one block at a time; a
+    collective over dp if the source is FSDP's."""
     for block, trained in zip(copy.layers, source.layers):
         with _gathered(trained), adapter(trained, source.adapter):
             for part_name, names, product in FUSIONS:

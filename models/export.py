@@ -1,12 +1,12 @@
-"""Hugging Face folders out: a model's whole folder, or what was there before.
+"""Writes models as Hugging Face folders, atomically: a folder holds the whole new export, or the old one.
 
-- everything is written and synced inside the folder, in `.export.partial`; so a mounted or symlinked folder works, a
-  parent that cannot be written is no matter, and a full disk leaves what was there
-- one rename of config.json then switches from the old export to the new one, which that config.json names by
-  transformers' key for an explicit weight file; the new files take their usual names behind it, and a second rename
-  drops the key. Who sees what meanwhile, and after a kill: models/README.md
-- a switch that a kill cut short is completed by the next save, or by the run that goes on
-- checksums.json goes with the weights that it speaks of; tensors are hashed while they are in memory
+- everything is written and synced inside the folder, in `.export.partial`. So a mounted or symlinked folder works, its
+  parent need not be writable, and a full disk leaves the old export untouched
+- one rename of config.json then switches from the old export to the new one: the new config.json names the staged
+  weights by transformers' key for an explicit weight file. Then the new files take their usual names, and a second
+  rename drops the key. What readers see in between, and after a kill: models/README.md
+- a switch that a kill interrupted is completed by the next save or the resumed run
+- checksums.json is written with the weights it describes; tensors are hashed while they are in memory
 """
 
 import json
@@ -29,7 +29,7 @@ from models.files import naming_file, read_json_object
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Staged for the switch alone: the config.json that names the staged weights, their index, and what gets a second name.
+# Staged for the switch only: the config.json that names the staged weights, their index, a hard link before its rename.
 SWITCH_CONFIG, SWITCH_INDEX, LINK = "switch.json", "switch.safetensors.index.json", "link"
 COPIED_FILES = (
     "generation_config.json",
@@ -56,14 +56,14 @@ def save_folder(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face folder that transformers opens; a folder that is there keeps its other files.
+    """Writes a Hugging Face folder that transformers opens; an existing folder keeps its other files.
 
     tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
-    config.json; its dtype, and what transformers 4 reads, torch_dtype, if it has that, are brought up to date.
-    copy_from: a folder whose tokenizer and generation files are copied, byte for byte but for json_changes, {file name:
-    keys to set}; such a file is made if need be. dtype: of the tensors, None keeps theirs; a scalar head is stored in
-    fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, ValueError that names
-    a tensor that fp16 cannot hold; then the old export is there as it was.
+    config.json; its dtype is updated, and its torch_dtype, which transformers 4 reads, if it has one.
+    copy_from: a folder whose tokenizer and generation files are copied, byte for byte except for json_changes, {file
+    name: keys to set}, which creates a missing file. dtype: of the tensors, None keeps theirs; a scalar head is stored
+    in fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, ValueError that
+    names a tensor that fp16 cannot hold; the old export then stays as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -77,7 +77,7 @@ def save_folder(
         with naming_file(folder):
             staging.mkdir(parents=True)
         tied = config.get("tie_word_embeddings", False)
-        # names its own failures: those of what makes the tensors say what they are of
+        # outside naming_file: errors of the generator that makes the tensors are not about this folder
         saved_dtype, digests = _write_shards(folder, staging, tensors, tied, dtype, max_shard_bytes)
         with naming_file(folder):
             _copy_files(staging, copy_from, json_changes or {})
@@ -91,7 +91,7 @@ def save_folder(
                 shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
                 _sync(path)
             _sync(staging)
-    except BaseException:  # what gathers or quantises the tensors may find them broken
+    except BaseException:  # also errors of the generator that gathers or quantises the tensors
         shutil.rmtree(staging, ignore_errors=True)
         raise
     with naming_file(folder):
@@ -99,7 +99,7 @@ def save_folder(
 
 
 def complete_export(folder: Path) -> None:
-    """Brings a switch to its end that a kill cut short, and removes what another left; main rank only."""
+    """Completes a switch that a kill interrupted, and removes an unfinished staging folder; main rank only."""
     config = folder / "config.json"
     named = read_json_object(config, missing_ok=True).get(WEIGHTS_KEY)
     with naming_file(folder):
@@ -115,14 +115,14 @@ def complete_export(folder: Path) -> None:
 def _write_shards(
     target: Path, folder: Path, tensors, tied: bool, dtype: torch.dtype | None, max_bytes: int
 ) -> tuple[torch.dtype, dict[str, dict[str, str]]]:
-    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors). Returns the dtype of the
-    embedding, which is the one that config.json names, and {file: {tensor: its digest}}. target: what errors name."""
+    """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors). Returns the embedding's
+    dtype, which config.json names, and {file: {tensor: its digest}}. target: the folder that errors name."""
     shards: list[dict[str, str]] = []
     total, pending, saved_dtype = 0, {}, None
 
     def flush():
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = pool.map(tensor_digest, pending.values())  # beside the writing
+            digests = pool.map(tensor_digest, pending.values())  # in threads, during the writing
             with naming_file(target):
                 save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append(dict(zip(pending, digests)))
@@ -168,7 +168,7 @@ def _copy_files(staging: Path, source: str | Path | None, json_changes: dict[str
 
 
 def _write_switch(staging: Path, config: dict) -> None:
-    """The config.json that names the staged weights, and for shards an index that finds them there."""
+    """Writes the config.json that names the staged weights, and for shards an index of their staged paths."""
     weights = WEIGHTS
     if not (staging / WEIGHTS).exists():
         weights, index = SWITCH_INDEX, read_json_object(staging / INDEX)
@@ -185,7 +185,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _publish(staging: Path, folder: Path) -> None:
-    if staging.parent != folder:  # there was no such folder
+    if staging.parent != folder:  # the folder did not exist
         for name in (SWITCH_CONFIG, SWITCH_INDEX):
             (staging / name).unlink(missing_ok=True)
         os.rename(staging, folder)
@@ -198,8 +198,8 @@ def _publish(staging: Path, folder: Path) -> None:
 
 
 def _take_names(folder: Path) -> None:
-    """Gives the staged files their usual names, config.json last. They keep their staged names until then, and it can
-    be done again from the start, after a kill."""
+    """Gives the staged files their usual names, config.json last. They keep their staged names until then, so after a
+    kill this can be repeated from the start."""
     staging = folder / STAGING
     others = ("config.json", SWITCH_CONFIG, SWITCH_INDEX, LINK)
     paths = [path for path in _files_in(staging) if path.name not in others]
@@ -223,9 +223,9 @@ def _files_in(staging: Path) -> list[Path]:
 
 
 def _link(path: Path, target: Path) -> None:
-    """Gives a staged file a second name, at once also where the target exists."""
+    """Gives a staged file a second name, atomically even if the target exists."""
     beside = path.parent / LINK
-    beside.unlink(missing_ok=True)  # of a kill, or left since a rename onto the same file does nothing
+    beside.unlink(missing_ok=True)  # left by a kill, or by a rename onto the same file, which does nothing
     try:
         os.link(path, beside)
     except OSError:  # FAT and some network mounts have no hard links

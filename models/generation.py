@@ -1,15 +1,15 @@
 """The batched generation engine: continuous batching over a paged KV cache.
 
 - ragged prompts: every row has its own position, nothing is left-padded; a finished row takes the next prompt at once
-- samples of one prompt share one prefill and its pages; a prompt that begins like an earlier one takes what is still
-  there of it; the vocabulary projection is computed for a prompt's last position only
-- prefill takes at most `prefill_tokens` tokens at a time and alternates with decode steps, so a long prompt holds up
-  nobody for long; when pages run out the youngest sample gives its own back, and is computed again later: the noise is
+- samples of one prompt share one prefill and its pages; a prompt reuses the cached pages of an earlier one that begins
+  alike (prefix caching); the vocabulary projection is computed for a prompt's last position only
+- prefill takes at most `prefill_tokens` tokens at a time and alternates with decode steps, so a long prompt does not
+  block the running samples; when pages run out the youngest sample is preempted and computed again later: the noise is
   stateless (models/sampling.py), so its tokens stay the same
-- stopping is decided on the device, and the host looks every `look_every` steps. A GPU is one look ahead: it is given
-  the next steps before the host takes the tokens of the last ones, so scheduling and texts cost no time of its own.
-  What a row computes after its sample has ended is dropped
-- who has rows and pages is in models/scheduler.py, what the device does in models/decode_rows.py
+- the device decides when a sample stops, and the host reads the tokens of `look_every` decode steps at once: a look. A
+  GPU runs one look ahead: the host launches the next steps before it reads the tokens of the last ones, so scheduling
+  and detokenisation overlap with them. Tokens that a row draws after the end of its sample are dropped
+- models/scheduler.py assigns rows and pages, models/decode_rows.py is the device's side
 """
 
 import math
@@ -34,39 +34,39 @@ from models.sequences import Completion, OnToken, Prompt, Request, Sample
 from models.tokenizer import Tokenizer
 from models.transfer import Download, looks_on
 
-PREFILL_TOKENS = 2048  # some ten steps' time of a GPU with few rows, about two with many
+PREFILL_TOKENS = 2048  # on a GPU takes as long as ten decode steps of few rows, two of many
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillArgs:
-    """How prompts are computed."""
+    """Prefill of prompts."""
 
     prefill_tokens: int = flag(
         PREFILL_TOKENS,
         bounds=at_least_one,
-        help="most tokens of prompts that are computed between two steps of those that are answered",
+        help="most prompt tokens in one prefill, during which running samples do not decode",
         may_change=True,
     )
 
 
 class Flight(NamedTuple):
-    """What the device was given and the host has not looked at yet."""
+    """Work that was launched on the device, and whose results the host has not read yet."""
 
-    samples: list[tuple[Sample, int]]  # with their places in the numbers
+    samples: list[tuple[Sample, int]]  # each with its index in the numbers
     numbers: Download  # tokens and log-probs, a list for each sample
-    num_steps: int  # decode steps, 0 of a prefill
-    tokens_read: int  # of the cache
-    launched: float
-    compile_seconds: float  # of these; None where all of it was compiling
+    num_steps: int  # decode steps; 0 for a prefill
+    tokens_read: int  # from the KV cache
+    launched: float  # time.perf_counter() at launch
+    compile_seconds: float  # spent compiling at launch; None counts the whole flight as compiling
 
 
 class Engine:
     """Draws samples with the inference copy of a model (models.decode.to_inference).
 
     num_slots: rows of every decode step. max_seq_len: most tokens of a prompt with its completion. num_pages: of the
-    cache, PAGE tokens each; as many as all rows need at once. look_every: decode steps between two looks of the host, 1
-    where looking costs nothing. prefill_tokens: most tokens of one prefill. compile: torch.compile; with CUDA graphs on
-    a GPU. tokenizer: for texts and stop strings; without it completions hold ids only.
+    cache, PAGE tokens each; by default as many as all rows can fill. look_every: decode steps per look, by default 1 on
+    a CPU, 4 on a GPU. prefill_tokens: most tokens of one prefill. compile: torch.compile, and CUDA graphs on a GPU.
+    tokenizer: for texts and stop strings; without it completions hold ids only.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Engine:
         self.scheduler.num_preempted = 0
 
     def refresh(self, source: Transformer) -> None:
-        """Takes the weights of a model in training, see models.decode.refresh; what the cache holds is of the old."""
+        """Copies the weights of a model in training (models.decode.refresh), and drops the now stale cache."""
         refresh(self.model, source)
         self.pool.forget()
 
@@ -117,9 +117,9 @@ class Engine:
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Completion]:
         """Yields completions in the order of finishing. on_token is called for every sampled token, stop tokens too.
-        should_stop is asked at each look of the host, in step on all tp ranks, and ends it before all are finished.
+        should_stop is called once per look, in step on all tp ranks; if it returns true, generation ends early.
 
-        Requests are taken when there is a row for them. Those with equal prompts share a prefill.
+        A request is taken from the iterable when a row is free for it. Requests with equal prompts share a prefill.
         """
         samples = (self._sample(request) for request in requests)
         self.scheduler.begin()
@@ -137,7 +137,7 @@ class Engine:
             goes_on = self._look() or self.scheduler.filling
             self._land(self.looks_ahead if goes_on else 0)
             yield from self._take_finished()
-        assert not self.scheduler.waiting  # one alone always has room
+        assert not self.scheduler.waiting  # a single sample always fits into the cache
         self.scheduler.remember(None)
 
     def _sample(self, request: Request) -> Sample:
@@ -154,8 +154,8 @@ class Engine:
     # ------------------------------------------------------------------------------------ prefill
 
     def _prefill(self) -> None:
-        """Computes at most prefill_tokens tokens of those that have pages, puts back into rows those that had given
-        them up, and draws the first tokens of those whose prompts are there."""
+        """Prefills at most prefill_tokens tokens of samples that have pages, resumes preempted samples that are in the
+        cache again, and draws the first token of samples whose prompt is complete."""
         scheduler, launched = self.scheduler, time.perf_counter()
         begun, scheduler.ready = [(sample, scheduler.newest) for sample in scheduler.ready], []
         batch, numbers = scheduler.next_prefill(), None
@@ -172,8 +172,8 @@ class Engine:
             self._launched("prefill", Flight(samples, numbers, 0, 0, launched, 0.0))
 
     def _computed(self, batch: Prefill, hidden: Tensor) -> list[tuple[Sample, Prompt]]:
-        """What becomes of samples that are in the cache: those that go on take rows; those of new prompts are returned
-        with them. hidden [N, E]"""
+        """Handles samples whose prefill is complete: gives rows to those that were preempted, and returns those of new
+        prompts with their prompts. hidden [N, E]"""
         scheduler, starts = self.scheduler, []
         for sample in batch.done:
             if sample.num_drawn:
@@ -195,8 +195,8 @@ class Engine:
         return begun
 
     def _first_tokens(self, begun: list[tuple[Sample, Prompt]]) -> Download:
-        """The first token of each sample, in a row; it gets a copy of the page that its prompt ends in, unless that is
-        full, or its own."""
+        """Gives each sample a row and draws its first token. The page in which its prompt ends is copied for it, unless
+        that page is full or already the sample's own."""
         copies, starts = [], []
         for sample, prompt in begun:
             full, rest = divmod(len(prompt.ids), PAGE)
@@ -214,11 +214,11 @@ class Engine:
     # ------------------------------------------------------------------------------------- decode
 
     def _look(self) -> bool:
-        """Gives the device look_every decode steps of all that run, unless they will all have ended by then; whether it
-        did."""
+        """Launches look_every decode steps of the running samples and returns True; returns False if the steps already
+        launched draw all their tokens."""
         scheduler, rows = self.scheduler, self.rows
         if not scheduler.reserve():
-            self._land()  # may make room, and who gives way must be known to its last token
+            self._land()  # may free pages, and to preempt a sample all its tokens must be known
             scheduler.make_room()
         if all(sample.is_exhausted for sample in scheduler.running):
             return False
@@ -242,14 +242,14 @@ class Engine:
         return True
 
     def _launched(self, kind: str, flight: Flight) -> None:
-        """The first of each kind is mostly the compiler's time."""
+        """Queues a flight. The time of each kind's first one counts as compiling."""
         self.flights.append(flight._replace(compile_seconds=None) if self._is_cold[kind] else flight)
         self._is_cold[kind] = False
 
     # ------------------------------------------------------------------------------ what has run
 
     def _land(self, keep: int = 0) -> None:
-        """Takes the tokens of all that the device was given but for the last `keep`."""
+        """Reads the tokens of all flights but the last `keep`, which waits for the device."""
         while len(self.flights) > keep:
             flight = self.flights.popleft()
             tokens, logprobs = flight.numbers.wait()
@@ -268,12 +268,12 @@ class Engine:
                 if sample.has_ended:
                     ended.append((count, order, sample))
             self.num_decoded += total if flight.compile_seconds is not None else 0
-            for *_, sample in sorted(ended):  # by the step that ended them
+            for *_, sample in sorted(ended):  # by the step in which they ended
                 self.scheduler.release(sample)
                 self.finished.append(sample.completion)
 
     def _count(self, flight: Flight) -> None:
-        """The device began it when it was given it, or was done with what came before."""
+        """Adds a flight to the statistics; the device began it at its launch, or when the flight before it ended."""
         now = time.perf_counter()
         seconds, self.landed_at = now - max(flight.launched, self.landed_at), now
         if flight.compile_seconds is None:

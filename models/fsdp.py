@@ -1,15 +1,15 @@
 """The device mesh and fully sharded training (FSDP2), on top of tensor parallelism.
 
-- world = dp x tp, tp ranks adjacent; one process without torchrun is the same code on a mesh of 1 x 1
-- hybrid sharding: dp = dp_replicate x dp_shard, and only dp_shard adjacent ranks (a node, say) share the parameters
-- every parameter of a trained model is a DTensor: cut over tp where models/tp.py says so, then by rows over dp (or
-  dp_shard); norms are whole over tp. Of one tp rank it knows dp alone, and computes without a DTensor's share of the
-  host's time, which takes a third of a small backward's
+- world = dp x tp, tp ranks adjacent; one process without torchrun runs the same code on a 1 x 1 mesh
+- hybrid sharding: dp = dp_replicate x dp_shard; parameters are sharded only over dp_shard adjacent ranks (e.g. a node)
+- every parameter of a trained model is a DTensor: sharded over tp as models/tp.py says, then by rows over dp (or
+  dp_shard); norms are replicated over tp. With one tp rank its mesh is dp alone, and the model computes on plain
+  tensors: DTensor's overhead would take a third of the host's time in a small backward
 - weights are stored in fp32, or in bf16 for an optimizer that rounds stochastically, and gathered in the compute dtype;
-  gradients are reduced in fp32 and then take the weights' dtype
+  gradients are reduced in fp32 and then cast to the weights' dtype
 
-Order: build on meta -> tensor-parallel -> activation checkpointing -> compile each block -> fully_shard ->
-materialise -> buffers -> load.
+Order: build on meta -> tensor parallelism -> activation checkpointing -> compile each block -> fully_shard ->
+materialise -> load the weights -> buffers.
 """
 
 import logging
@@ -42,82 +42,82 @@ from models.shared_base import OnSharedBase
 from models.sharing import agreed_name
 from models.tp import Parallel, TensorParallelArgs, local, own_chunk, shard_dim, tensor_parallel_part, whole
 
-# DTensor says at every norm and export that two mesh dimensions take two collectives; they are meant to.
+# DTensor warns at every norm and export that two mesh dimensions take two collectives, as intended.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-# There is no other way yet to look up the flattened "dp" of a mesh by its name (torch 2.11 to 2.13).
+# There is no other way yet to look up a mesh's flattened "dp" by name (torch 2.11 to 2.13).
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the default of 10 is short for loading and saving large models on a slow disk
+TIMEOUT = timedelta(minutes=30)  # 10, the default, is too short for loading and saving large models on a slow disk
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelArgs(TensorParallelArgs):
-    """How a step is spread over ranks and over forwards."""
+    """Parallelism, micro-batches and memory."""
 
     micro_batch_size: int | None = flag(
-        None, bounds=at_least_one, help="rows per forward on one rank; all that it has of a step", may_change=True
+        None, bounds=at_least_one, help="rows per forward on one rank; all of its rows of a step", may_change=True
     )
     max_tokens_per_micro_batch: int | None = flag(
         None,
         bounds=at_least_one,
-        help="instead: tokens per forward on one rank, of rows of any length that are packed end to end and do not see "
-        "each other; a longer one is alone; off",
+        help="in place of --micro_batch_size: most tokens per forward on one rank; rows are packed end to end without "
+        "attending to each other, and a longer row is alone; off",
         may_change=True,
     )
     dp_replicate: int = flag(
         1,
         bounds=at_least_one,
-        help="hybrid sharding: so many whole copies of the model, each cut over the other ranks; the number of nodes",
+        help="hybrid sharding: copies of the model, each sharded over its own ranks; usually the number of nodes",
         may_change=True,
     )
     sequence_parallel: bool = flag(
         False,
-        help="with tensor parallelism: spread the tokens between the parallel layers, which saves activations",
+        help="with tensor parallelism: shard activations by tokens between the parallel layers, which saves memory",
         may_change=True,
     )
     activation_checkpointing: str = flag(
         "none",
         choices=("none", "full", "selective"),
-        help="recompute in the backward: nothing, whole blocks, or all but matrix products and attention",
+        help="what the backward recomputes: nothing, whole blocks, or all but matrix products and attention",
         may_change=True,
     )
     sync_every_micro_batch: bool = flag(
         True,
-        help="reduce the gradients over the ranks after each micro-batch; else after the last: less communication, "
-        "but every rank holds the whole gradients",
+        help="reduce the gradients over the ranks after each micro-batch; --no-sync_every_micro_batch: after the last, "
+        "with less communication, but every rank holds whole gradients",
         may_change=True,
     )
     cpu_offload: bool = flag(
         False,
-        help="keep weights, gradients and optimizer state in the CPU's memory, and step there; for GPUs",
+        help="on GPUs: keep weights, gradients and optimizer state in CPU memory, and run the optimizer step there",
         may_change=True,
     )
     param_dtype: str = flag(
         "float32",
         choices=("float32", "bfloat16"),
         help="dtype of the stored weights and gradients; bfloat16 weights get fp32 updates, rounded stochastically "
-        "(bytes for a parameter, its gradient and AdamW's moments: 16 or 12, with adamw_8bit 10 or 6)",
+        "(bytes per parameter, with its gradient and AdamW's moments: 16 or 12, with adamw_8bit 10 or 6)",
     )
 
     def ranks(self) -> str:
-        """The layout, for people."""
+        """Describes the layout of the ranks, for a script's output."""
         replicas = f" ({self.dp_replicate} replicas)" if self.dp_replicate > 1 else ""
         idle = self.sequence_parallel and self.tensor_parallel_size == 1
-        note = "; nothing for --sequence_parallel to spread" * idle
+        note = "; --sequence_parallel has no effect" * idle
         return f"dp {data_parallel_size(self.tensor_parallel_size)}{replicas} x tp {self.tensor_parallel_size}{note}"
 
 
 def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size") -> tuple[int, int]:
-    """(data-parallel ranks, rows of one forward on one rank, which counts unless --max_tokens_per_micro_batch is
-    given). Raises ValueError for sizes that do not go together; name: of the flag that gave the batch_size."""
+    """Returns (data-parallel ranks, rows per forward on one rank; ignored if --max_tokens_per_micro_batch is given).
+    Raises ValueError for sizes that do not fit together. name: the flag that batch_size comes from."""
     dp_size = data_parallel_size(args.tensor_parallel_size, args.dp_replicate)
     if batch_size % dp_size:
         raise ValueError(f"{name} {batch_size} does not divide over {dp_size} data-parallel ranks")
     if args.micro_batch_size is not None and args.max_tokens_per_micro_batch is not None:
-        raise ValueError("--max_tokens_per_micro_batch takes the place of --micro_batch_size; leave one of them out")
+        raise ValueError("--max_tokens_per_micro_batch replaces --micro_batch_size; give only one of them")
     micro_batch_size = args.micro_batch_size or batch_size // dp_size
     if micro_batch_size * dp_size > batch_size:
         ranks = "" if dp_size == 1 else f" over {dp_size} data-parallel ranks"
@@ -126,11 +126,11 @@ def split_batch(args: ParallelArgs, batch_size: int, name: str = "--batch_size")
 
 
 def data_parallel_size(tensor_parallel_size: int, dp_replicate: int = 1) -> int:
-    """Ranks that share the data, by torchrun's environment. Raises ValueError if the sizes do not divide the ranks."""
+    """Returns the number of data-parallel ranks in torchrun's world. Raises ValueError if sizes do not divide it."""
     world = os.environ.get("WORLD_SIZE", "1")
     if not world.isdecimal():
         raise ValueError(
-            f"the environment has WORLD_SIZE {world!r}, which is no number; torchrun sets it, for one rank unset it"
+            f"the environment has WORLD_SIZE {world!r}, which is no number; torchrun sets it; for one rank unset it"
         )
     world = int(world)
     if world % tensor_parallel_size:
@@ -145,29 +145,29 @@ def start_ranks(device: torch.device) -> None:
     """Starts torch.distributed, from torchrun's environment or as a single process, unless it has started."""
     if dist.is_initialized():
         return
-    # gloo beside nccl: parameters in the CPU's memory have their norm there, and checkpoints exchange their plans
+    # gloo beside nccl: for gradient norms of parameters offloaded to the CPU, and to exchange checkpoint plans
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ:
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise ValueError(f"the environment has RANK and no {name}: torchrun sets both, for one rank unset RANK")
+                raise ValueError(f"the environment has RANK but no {name}; torchrun sets both; for one rank unset RANK")
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
         store = dist.PrefixStore(agreed_name(store, rank, size, TIMEOUT), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     elif world != "1":
         raise ValueError(
-            f"the environment has WORLD_SIZE {world} and no RANK: torchrun sets both, for one rank unset it"
+            f"the environment has WORLD_SIZE {world} but no RANK; torchrun sets both; for one rank unset WORLD_SIZE"
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def init_mesh(device: torch.device, tensor_parallel_size: int, dp_replicate: int = 1) -> DeviceMesh:
-    """Starts torch.distributed, if it has not started, and returns the ("dp", "tp") mesh; with dp_replicate > 1 it is
-    ("dp_replicate", "dp_shard", "tp"), and mesh["dp"] are the ranks of the first two. Raises ValueError if the sizes do
-    not divide the ranks."""
+    """Starts torch.distributed if needed and returns the ("dp", "tp") mesh, or with dp_replicate > 1 the mesh
+    ("dp_replicate", "dp_shard", "tp"), whose first two dimensions are flattened as mesh["dp"]. Raises ValueError if the
+    sizes do not divide the ranks."""
     dp_size = data_parallel_size(tensor_parallel_size, dp_replicate)
     start_ranks(device)
     if dp_replicate == 1:
@@ -179,7 +179,7 @@ def init_mesh(device: torch.device, tensor_parallel_size: int, dp_replicate: int
 
 
 def parallel_of(mesh: DeviceMesh, sequence_parallel: bool = False) -> Parallel:
-    """What the layers need to know of a mesh."""
+    """Returns a mesh's tensor parallelism in the form that the layers take."""
     split = mesh["tp"].size() > 1
     return Parallel(mesh["tp"] if split else None, sequence_parallel and split)
 
@@ -189,14 +189,14 @@ def _is_hybrid(mesh: DeviceMesh) -> bool:
 
 
 def sharding_meshes(mesh: DeviceMesh) -> tuple[DeviceMesh | None, DeviceMesh]:
-    """What a parameter is cut over: tp, and then dp (dp_shard). mesh: of a run, or of a parameter. Torch takes a
-    millisecond to cut a mesh."""
+    """Returns the meshes that shard a parameter: tp, then dp (or dp_shard). mesh: of a run, or of a parameter. Slicing
+    a mesh takes torch a millisecond."""
     tp = mesh["tp"] if "tp" in mesh.mesh_dim_names else None
     return tp, mesh["dp_shard" if _is_hybrid(mesh) else "dp"]
 
 
 def sharded_part(name: str, shape: tuple[int, ...], tp: DeviceMesh | None, shard: DeviceMesh) -> tuple[slice, ...]:
-    """This rank's part of the whole parameter `name`: a chunk over tp, of that the rows of its rank of shard."""
+    """Returns this rank's slices of the whole parameter `name`: its chunk over tp, and of that its rows over shard."""
     first, *rest = tensor_parallel_part(name, shape, tp)
     start, end = own_chunk(first.stop - first.start, shard)
     return (slice(first.start + start, first.start + end), *rest)
@@ -213,14 +213,14 @@ def load_for_training(
     param_dtype: torch.dtype | None = None,
     lora: Lora | None = None,
 ) -> Transformer:
-    """The model of a Hugging Face folder, sharded over the mesh, each rank having read only its part.
+    """Loads a Hugging Face folder's model, sharded over the mesh; each rank reads only its part.
 
-    head: "lm" or "score"; new_score: the weight of a new one, alike on all ranks. param_dtype: of the weights, if not
-    args.param_dtype. lora: adapters, and how the weights below them are kept, which are frozen then.
-    Raises ValueError for args.cpu_offload where the device is the CPU, and for a reward model's adapters on another."""
+    head: "lm" or "score"; new_score: the weight of a new scalar head, equal on all ranks. param_dtype: of the weights,
+    instead of args.param_dtype. lora: adapters, and how the frozen base is quantised. Raises ValueError for
+    args.cpu_offload on a CPU, and for a reward model's adapters on a language model."""
     if args.cpu_offload and runtime.device.type == "cpu":
         raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
-    if args.cpu_offload and torch.get_num_threads() == 1:  # as torchrun wants it, and AdamW would step on one core
+    if args.cpu_offload and torch.get_num_threads() == 1:  # torchrun's default, with which AdamW would use one core
         torch.set_num_threads(num_cores(of_rank=True))
     if lora is not None and head != "score" and "score.weight" in lora.values:
         raise ValueError(f"--adapter_path {args.adapter_path}: the adapter of a reward model, whose head would be lost")
@@ -254,9 +254,9 @@ def load_frozen(
     *,
     head: str = "lm",
 ) -> Transformer:
-    """A model of a folder beside one in training, without gradients: sharded like that one, or with quantised weights,
-    which are plain tensors, cut over tp and the same on all dp ranks. Its weights are rounded as those in training are,
-    when stored or for the computation, so that equal folders compute equal numbers."""
+    """Loads a frozen model beside one in training: sharded like that one, or with quantised weights, which are plain
+    tensors, sharded over tp and replicated over dp. Its weights are rounded to the same dtype as those in training, so
+    that equal folders compute equal numbers."""
     if scheme is None:
         param_dtype = frozen_dtype(args, runtime)
         return load_for_training(folder, mesh, args, runtime, head=head, param_dtype=param_dtype).requires_grad_(False)
@@ -268,13 +268,13 @@ def load_frozen(
 
 
 def frozen_dtype(args: ParallelArgs, runtime: Runtime) -> torch.dtype:
-    """What the weights in training are rounded to, when stored or for the computation."""
+    """Returns the dtype that the weights in training are rounded to, when stored or when gathered for computation."""
     return torch.bfloat16 if args.param_dtype == "bfloat16" else runtime.dtype
 
 
 def _compile(block: Block) -> None:
-    """All blocks of all models of a process share one function, whose versions torch counts: with gradients and not,
-    a policy's and its reference's, of one row and of several, ... Those beyond 8 it would run eagerly."""
+    """Compiles a block. All blocks of all models of a process share one function, of which torch makes versions: with
+    gradients or without, for policy and reference, one row and several, ... More than 8 of them would run eagerly."""
     torch._dynamo.config.recompile_limit = 64
     if block.recompute == "full":  # torch 2.13 cannot compile a checkpoint of local parts
         block._forward = torch.compile(block._forward)
@@ -285,10 +285,10 @@ def _compile(block: Block) -> None:
 def shard_model(
     model: Transformer, mesh: DeviceMesh, args: ParallelArgs, runtime: Runtime, param_dtype: torch.dtype | None = None
 ) -> None:
-    """Makes a model built on meta ready for training on the mesh, in place; its values and buffers are still to come.
+    """Prepares a model built on meta for training on the mesh, in place; weights and buffers are still to be loaded.
 
-    param_dtype: of the stored weights, if not args.param_dtype; of norms too, since FSDP2 wants one dtype in a group.
-    Gradients arrive in it.
+    param_dtype: of the stored weights and of their gradients, instead of args.param_dtype; norms included, since FSDP2
+    requires one dtype per group.
     """
     _store(model, mesh["tp"], param_dtype or DTYPES[args.param_dtype])
     for block in model.layers:
@@ -297,13 +297,13 @@ def shard_model(
             _compile(block)
     policy = MixedPrecisionPolicy(
         param_dtype=runtime.dtype,
-        reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # one rank reduces nothing: the cast can wait
+        reduce_dtype=torch.float32 if mesh["dp"].size() > 1 else None,  # a single rank reduces nothing: no cast
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
     dp = mesh["dp_replicate", "dp_shard"] if _is_hybrid(mesh) else mesh["dp"]
     shard = partial(fully_shard, mesh=dp, mp_policy=policy, offload_policy=offload)
-    if mesh["dp"].size() == 1 and not args.cpu_offload:  # what is frozen and whole here need not be copied to be used
+    if mesh["dp"].size() == 1 and not args.cpu_offload:  # frozen unsharded weights need no copy by an all-gather
         shard = partial(shard, ignored_params={p for p in model.parameters() if not p.requires_grad})
     for block in model.layers:
         shard(block)
@@ -311,12 +311,12 @@ def shard_model(
         shard(model.score, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     shard(model, reshard_after_forward=False)
     model.to_empty(device="cpu" if args.cpu_offload else runtime.device)
-    model.tie_weights()  # to_empty has parted those that are not sharded
+    model.tie_weights()  # to_empty untied the parameters that are not sharded
 
 
 def _store(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
-    """Gives each parameter that dtype (scalar head and adapters: fp32) and makes it, if there are several tp ranks, a
-    DTensor of this rank's part; tied ones stay so."""
+    """Casts each parameter to dtype (scalar head and adapters: fp32) and, if there are several tp ranks, makes it a
+    DTensor of this rank's part; tied parameters stay tied."""
     replaced: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):
@@ -338,11 +338,11 @@ def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
 
 
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter as it is stored, gathered one at a time; a collective on all ranks. With
-    LoRA what is frozen comes from its folder, without the rounding of the computation, unless it was quantised, and
-    adapters of that name are added in fp32: all that on the main rank alone, the one that writes."""
+    """Yields (name, whole tensor) of each parameter as stored, gathered one at a time; a collective on all ranks. With
+    LoRA, frozen weights are read from the base's folder, unrounded, unless they are quantised, and the adapters of this
+    name are merged in fp32; both on the main rank only, which writes."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # after a forward without a backward the root's are those of the computation
+        if isinstance(module, FSDPModule):  # after a forward without a backward the root still holds gathered weights
             module.reshard()
     if isinstance(model, OnSharedBase):
         yield from (each for each in full_tensors(model.base, model.adapter) if model.owns(each[0]))
@@ -365,11 +365,11 @@ def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str
 
 
 def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: bool) -> Iterator[T]:
-    """Yields the micro-batches of an optimizer step and sets what the backward of each one does with its gradients.
+    """Yields the micro-batches of an optimizer step and sets how each one's backward synchronises its gradients.
 
-    every: they are summed over the dp ranks and sharded each time, so that a rank never holds more than its shard (of
-    hybrid sharding the sum over the replicas, across nodes, waits for the last). Otherwise they stay whole and are
-    communicated once, with the last micro-batch: 4 bytes per parameter of the tp rank, 28 GB / tp at 7B.
+    every: each backward reduce-scatters them over the dp ranks, so that a rank holds only its shard (with hybrid
+    sharding the all-reduce over the replicas, across nodes, waits for the last). Otherwise they accumulate unsharded
+    and are reduced once, after the last micro-batch: 4 bytes per parameter of the tp rank, 28 GB / tp at 7B.
     """
     set_sync = model.set_requires_all_reduce if every else model.set_requires_gradient_sync
     remaining = iter(micro_batches)
@@ -383,16 +383,16 @@ def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: b
 
 
 class LossScale(NamedTuple):
-    """What makes a mean of summed losses: loss multiplies them before the backward, gradients what comes of it."""
+    """Factors that make a mean of a summed loss: of the loss before the backward, of the gradients after it."""
 
     loss: float
     gradients: float
 
 
 def loss_scale(count: float, dp_size: int) -> LossScale:
-    """The two factors of dp_size / count, since FSDP averages gradients over dp: a power of two for the loss, which is
-    exact in every tensor of a bf16 backward, where 1 / count would be rounded (by up to 0.4 %, and the body's gradients
-    otherwise than the head's), and the rest, in [0.5, 1), for clip_grad_norm."""
+    """Splits dp_size / count (FSDP averages gradients over dp) into two factors: a power of two for the loss, which is
+    exact in every tensor of a bf16 backward, where 1 / count would be rounded (by up to 0.4 %, and differently for the
+    gradients of body and head), and the rest, in [0.5, 1), for clip_grad_norm."""
     rest, exponent = math.frexp(dp_size / count)
     return LossScale(2.0**exponent, rest)
 
@@ -404,14 +404,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float, scale: float = 1.0) -> Ten
     in_fp32 = all(gradient.dtype == torch.float32 for gradient in gradients)
     if in_fp32:
         norm = nn.utils.get_total_norm(gradients)
-    else:  # torch would round the norm of bf16 gradients to bf16, three digits
+    else:  # torch would round the norm of bf16 gradients to bf16, which has three digits
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
     norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm)
     factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if in_fp32:
         torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
-    else:  # nor should the factor be rounded to bf16
+    else:  # in fp32, so that the factor is not rounded to bf16
         for gradient in map(local, gradients):
             gradient.copy_(gradient.float() * factor)
     return norm

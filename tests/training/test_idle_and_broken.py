@@ -188,7 +188,7 @@ def test_right_answers_of_a_column_of_floats():
         multiple_choice("", "B", {"answer": True})
 
 
-@pytest.mark.parametrize("world_size, complaint", [("2", "no RANK"), ("", "no number"), ("two", "no number")])
+@pytest.mark.parametrize("world_size, complaint", [("2", "but no RANK"), ("", "no number"), ("two", "no number")])
 def test_half_an_environment(world_size, complaint, folder, world, tmp_path, monkeypatch):
     """Catches a traceback of the device mesh if a container sets WORLD_SIZE but no launcher has started the ranks."""
     if dist.is_initialized():
@@ -208,7 +208,7 @@ def test_a_rank_without_the_rest(folder, world, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     for missing, value in (("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
         result = run("finetune_sft", folder, world, tmp_path / "out", "--max_steps", 1)
-        tiny.assert_refused(result, f"the environment has RANK and no {missing}: torchrun sets both, for one rank")
+        tiny.assert_refused(result, f"the environment has RANK but no {missing}; torchrun sets both; for one rank")
         monkeypatch.setenv(missing, value)
 
 

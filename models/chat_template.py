@@ -1,9 +1,9 @@
-"""A folder's chat template: the text of a chat, and where each message went in it.
+"""A folder's chat template: renders the text of a chat, and locates each message in it.
 
-- templates are untrusted code: sandboxed Jinja, with what transformers gives them
-- a template that asks for the date is told one day for the whole run
-- a template may leave a message out, or a part of one. Each content is rendered once more between marks, which tell
-  where it went: characters that Unicode reserves for no text
+- templates are untrusted code: they run in Jinja's sandbox, with the functions and variables that transformers provides
+- a template that asks for the date gets the same day during the whole run
+- a template may leave out a message or a part of one. To locate contents, the chat is rendered a second time with marks
+  around each content: noncharacters, which Unicode keeps out of texts
 """
 
 import copy
@@ -25,14 +25,14 @@ from models.functions import short
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT, CALL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"
-TOOL_USE = "additional_chat_templates/tool_use.jinja"  # of a folder
+TOOL_USE = "additional_chat_templates/tool_use.jinja"  # path in a folder
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
 
 
 class Rendering(NamedTuple):
-    """The text of a chat without a generation prompt, and where in it the content of each message begins and ends, as
-    far as it is there. calls: a place in what stands for the last of its calls. generated: the stretches that the
-    template marks as the assistant's, with {% generation %}."""
+    """The text of a chat without a generation prompt. begins, ends: {i: where the content of message i begins and ends
+    in it}, for contents that it shows. calls: {i: a position within message i's last tool call}. generated: the spans
+    that the template marks as the assistant's, with {% generation %}."""
 
     text: str
     begins: dict[int, int]
@@ -42,35 +42,34 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """sources: in Jinja, the "default" and maybe another for chats with tools, "tool_use"; folder: for messages;
-    tokens: {"bos_token": ...}; today: what it is told."""
+    """sources: Jinja source of the "default" template, and maybe of "tool_use", for chats with tools; folder: for error
+    messages; tokens: {"bos_token": ...}; today: the date for strftime_now."""
 
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
         self.source = "".join(sources.values())  # to look for a word in
 
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
-        """values: "tools", and what else the template reads (variables()). Raises ValueError if the template is none,
-        or refuses these messages."""
+        """Renders a chat. values: "tools", and other variables of the template (see variables()). Raises ValueError if
+        the template is not valid, or fails on these messages."""
         return self._render(messages, add_generation_prompt, values, ("", ""))
 
     def render_open(self, messages: list[dict], /, **values) -> str:
-        """The text of a chat up to where the content of its last message ends, which an answer goes on from; white
-        space there stays if the template keeps it. Raises ValueError as render does, and if the content is not in the
-        text."""
+        """Renders a chat up to the end of its last message's content, which an answer continues; trailing white space
+        stays if the template keeps it. Raises ValueError as render does, and if the content is not in the text."""
         marked = {**messages[-1], "content": f"{messages[-1]['content']}{END} "}
         text = self.render([*messages[:-1], marked], add_generation_prompt=False, **values)
         before, mark, behind = text.rpartition(END)
         if not mark:
-            raise ValueError(f"{self.folder}: the chat template leaves out what the answer goes on from")
+            raise ValueError(f"{self.folder}: the chat template leaves out the message that the answer continues")
         return before if behind.startswith(" ") else before.rstrip()
 
     def locate(self, messages: list[dict], /, **values) -> Rendering:
-        """The text of a chat and where its messages are: nowhere if the template does not write the same around marks.
-        Raises ValueError as render does."""
+        """Renders a chat and locates its messages; finds none if marks change the text that the template writes around
+        them. Raises ValueError as render does."""
         text = self.render(messages, add_generation_prompt=False, **values)
         if any(map(functions_of, messages)):
-            with suppress(ValueError):  # it refuses a function of another name
+            with suppress(ValueError):  # the template may fail on a function name with a mark
                 found = self._locate(text, [_marked_calls(i, message) for i, message in enumerate(messages)], values)
                 if any(found[1:]):
                     return found
@@ -100,7 +99,7 @@ class ChatTemplate:
 
     @cached_property
     def behind_an_answer(self) -> str:
-        """What it writes behind the content of an assistant's message; "" if it refuses the simplest of chats."""
+        """The text after the content of an assistant's message; "" if the template fails on the simplest chat."""
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         try:
             found = self.locate(chat)
@@ -112,19 +111,19 @@ class ChatTemplate:
         usual = {"tools": None, "documents": None, **self._tokens}
         values = {**usual, **values, "add_generation_prompt": add_generation_prompt, "_generation": marks}
         failure = None
-        # Keys without a value are hidden from the template, as in transformers. Beside tool_calls, which may have no
-        # content, DeepSeek's asks for None, and others for text.
+        # Keys with the value None are hidden from the template, as in transformers. If a message with tool_calls has no
+        # content, DeepSeek's template expects None, others expect text: each is tried.
         for content in ({}, {"content": None}, {"content": ""}):
             shown = [{**content, **_with_reasoning(message)} for message in messages]
             try:
                 return _written(self._compiled(bool(values["tools"])), shown, values)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"{self.folder}: chat template, line {error.lineno}: {short(error)}") from error
-            except Exception as error:  # the template is a program of its own: it can fail in any way
+            except Exception as error:  # a template can fail in any way
                 failure = failure or error
         raise ValueError(f"{self.folder}: chat template failed: {short(failure)}") from failure
 
-    @cache  # noqa: B019 (a process has one or two templates, for as long as it runs)
+    @cache  # noqa: B019 (a process has one or two templates, until its end)
     def _compiled(self, has_tools: bool) -> jinja2.Template:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
@@ -146,22 +145,23 @@ class ChatTemplate:
 
     @cache  # noqa: B019 (as above)
     def variables(self, has_tools: bool) -> frozenset[str]:
-        """What it reads of its surroundings, for chats with tools or without. Raises jinja2.TemplateSyntaxError."""
+        """Returns the names of the variables that the template for chats with tools, or without, reads. Raises
+        jinja2.TemplateSyntaxError."""
         parsed = self._compiled(has_tools).environment.parse(self._source(has_tools))
         return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
 
 def _with_reasoning(message: dict) -> dict:
-    """What a message has, its thoughts under the names that templates read, whichever the record has: as transformers
-    (5.23), which prefers them in this order."""
+    """Returns a message without its None values, and with its thoughts under the names that templates read, whichever
+    of REASONING the record has; the first one counts, as in transformers (5.23)."""
     message = {key: value for key, value in message.items() if value is not None}
     thoughts = next((message[name] for name in REASONING if name in message), None)
     return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, transformers' mark around an assistant's turn: its body between the
-    two texts of the variable _generation."""
+    """Jinja extension for transformers' `{% generation %} ... {% endgeneration %}` around an assistant's turn: writes
+    the two texts of the variable _generation around the body."""
 
     tags = frozenset({"generation"})
 
@@ -177,8 +177,8 @@ class _Generation(Extension):
 
 
 def _written(template: jinja2.Template, messages: list[dict], values: dict) -> str:
-    """The text of a chat. An empty content beside calls is none to templates that write calls beside none alone, as
-    DeepSeek's; others fail on none, or write the word."""
+    """Renders a chat. An empty content beside calls becomes None for templates that write calls only beside None, such
+    as DeepSeek's; others fail on None, or write the word."""
     text = _with_calls(template, messages, values)
     silent = [message.get("content") == "" and bool(functions_of(message)) for message in messages]
     if not any(silent):
@@ -189,14 +189,14 @@ def _written(template: jinja2.Template, messages: list[dict], values: dict) -> s
     messages = [message | {"content": None} if is_silent else message for message, is_silent in zip(messages, silent)]
     try:
         return _with_calls(template, messages, values)
-    except Exception:  # it has no place for these calls
+    except Exception:  # the template does not support these calls
         return text
 
 
 def _with_calls(template: jinja2.Template, messages: list[dict], values: dict) -> str:
-    """The text of a chat. OpenAI's format has the arguments of calls as the text of an object; most templates write an
-    object, and of its text a JSON string, which nobody who reads the answer would take for arguments, or fail. Others,
-    as DeepSeek's, fail on objects."""
+    """Renders a chat. In OpenAI's format the arguments of a call are the JSON text of an object. Most templates expect
+    the object, and fail on the text or write it as a quoted JSON string, which no parser of answers takes for
+    arguments. Others, such as DeepSeek's, fail on objects."""
     arguments = [function.get("arguments") for message in messages for function in functions_of(message)]
     texts = [each for each in arguments if _object_in(each) is not None]
     try:
@@ -211,7 +211,7 @@ def _with_calls(template: jinja2.Template, messages: list[dict], values: dict) -
 
 
 def functions_of(message: dict) -> list[dict]:
-    """What a message calls, {"name", "arguments"} each, as far as it is what OpenAI's format says."""
+    """Returns the {"name", "arguments"} of a message's calls that have OpenAI's format."""
     calls = message.get("tool_calls")
     calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
     functions = [call.get("function", call) for call in calls]
@@ -219,7 +219,7 @@ def functions_of(message: dict) -> list[dict]:
 
 
 def _object_in(text: object) -> dict | None:
-    """The JSON object that a text is."""
+    """Parses a text that is a JSON object; None for anything else."""
     try:
         value = json.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -232,7 +232,7 @@ def _text_of(value: object) -> str | None:
 
 
 def _with_arguments(message: dict, other_form: Callable[[object], object | None]) -> dict:
-    """A message whose calls have their arguments in another form, where they have one."""
+    """Returns a message with the arguments of its calls in another form, where they have one."""
     message = copy.deepcopy(message)
     for function in functions_of(message):
         value = other_form(function.get("arguments"))
@@ -241,7 +241,7 @@ def _with_arguments(message: dict, other_form: Callable[[object], object | None]
 
 
 def with_other_calls(message: dict) -> dict:
-    """A message that calls functions of other names, with other arguments; it calls nothing if it names neither."""
+    """Returns a message with changed names and arguments in its calls; without calls if they have neither."""
     message, changed = copy.deepcopy(message), False
     for function in functions_of(message):
         for key in ("name", "arguments"):
@@ -255,7 +255,7 @@ def with_other_calls(message: dict) -> dict:
 
 
 def _marked_calls(i: int, message: dict) -> dict:
-    """A message with marks in the names of what it calls, and in the arguments."""
+    """Returns a message with marks in the function names and arguments of its calls."""
     message, mark = copy.deepcopy(message), f"{OPEN}{i}{CALL}"
     for function in functions_of(message):
         name, arguments = function.get("name"), function.get("arguments")
@@ -263,13 +263,13 @@ def _marked_calls(i: int, message: dict) -> dict:
             function["name"] = name + mark
         if isinstance(arguments, dict):
             function["arguments"] = {key + mark * (j == 0): value for j, (key, value) in enumerate(arguments.items())}
-        elif isinstance(arguments, str):  # behind a quotation mark, where it leaves JSON what it is
+        elif isinstance(arguments, str):  # after a quotation mark, where it keeps JSON valid
             function["arguments"] = arguments.replace('"', '"' + mark, 1)
     return message
 
 
 def _between_marks(i: int, content: str) -> str:
-    """White space stays outside, since templates strip it."""
+    """Puts marks around a content. White space stays outside, since templates strip it."""
     core = content.strip()
     if not core:
         return content
@@ -278,8 +278,8 @@ def _between_marks(i: int, content: str) -> str:
 
 
 def read_chat_template(folder: Path, config: dict) -> dict[str, str]:
-    """The sources of the folder's templates by name, {} if it has no "default": from tokenizer_config.json, and before
-    that chat_template.jinja, and additional_chat_templates beside it."""
+    """Returns the sources of the folder's templates by name, {} if there is no "default". chat_template.jinja, and
+    tool_use.jinja in additional_chat_templates, take precedence over tokenizer_config.json."""
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -291,7 +291,7 @@ def read_chat_template(folder: Path, config: dict) -> dict[str, str]:
     try:
         template |= {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: its chat templates are not readable: {short(error)}") from error
+        raise ValueError(f"{folder}: cannot read its chat templates: {short(error)}") from error
     if not all(isinstance(source, str) for source in template.values()):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a string nor a list of them")
     return template if "default" in template else {}

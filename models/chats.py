@@ -1,14 +1,13 @@
-"""Chats as people have them, to the text that a folder's chat template makes of them and the stretches of it that are
-learnt.
+"""Reads the chats of data records, renders them with a folder's chat template, and finds the learnt spans of the text.
 
-- `messages` (or a prompt of messages) with roles of any name; contents are text, parts of type text, or none beside
-  tool_calls; beside them `tools` and `system`. What the template has no place for is refused by name
-- an assistant's turn runs from the end of its header (what the template writes as the generation prompt) to the first
-  end-of-turn token behind its content; what comes after that, often a newline, is not the assistant's. Where the
-  template marks the turns itself, with {% generation %}, its marks count
+- `messages` (or a prompt of messages) with roles of any name; a content is text, parts of type text, or missing beside
+  tool_calls; a record may also have `tools` and `system`. Raises an error if the template has no place for one of them
+- an assistant's turn runs from the end of its header (which the template writes as the generation prompt) to the first
+  end-of-turn token after its content; text after that token, often a newline, is not learnt. If the template marks the
+  turns itself, with {% generation %}, its marks decide
 - a message with `weight` 0 or `train` false is not learnt
-- a template that leaves a part of a learnt message out, as those of reasoning models do: the last turn is then what is
-  generated, the generation prompt followed by the content as it stands; earlier turns are not learnt, which is counted
+- templates of reasoning models leave out parts of messages. A last turn that would lose a part is learnt as it would be
+  generated: the generation prompt followed by the unchanged content. Earlier ones are not learnt, but counted
 """
 
 import json
@@ -21,10 +20,10 @@ from models.record_files import kind_of
 from models.tokenizer import Tokenizer
 
 TAG_BEGUN, LONGEST_TAG = re.compile(r"[<\[][^<>\[\]\s]*$"), 80
-BEGUN_THOUGHT = re.compile(r"<(\w+)>\s*(?:</\1>\s*)?$")  # of a header, which earlier turns may be without
+BEGUN_THOUGHT = re.compile(r"<(\w+)>\s*(?:</\1>\s*)?$")  # at a header's end; headers of earlier turns may lack it
 CLOSED_THOUGHT, EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*$"), re.compile(r"<(\w+)>\s*</\1>")
 MEDIA = ("images", "videos", "audios")
-# Fields beside a prompt or messages that people have, and what to do instead: who has them wants them learnt.
+# Fields of records that are an error, since ignoring them would lose data; and what to do instead.
 NOT_READ = {
     "history": "put its turns into the messages",
     "system_prompt": "call it system",
@@ -32,12 +31,12 @@ NOT_READ = {
     "documents": "put them into the messages, or into chat_template_kwargs where the template reads them",
     **dict.fromkeys(MEDIA, "only text can be read"),
 }
-OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # of a template: no settings of a record's
+OWN_VALUES = {"messages", "tools", "add_generation_prompt", "_generation"}  # not allowed in chat_template_kwargs
 
 
 class Chat(NamedTuple):
-    """Messages as a chat template takes them, and the record's tools and chat_template_kwargs (TRL's name); learnt:
-    whether a message may be learnt."""
+    """Messages as a chat template takes them, and the record's tools and chat_template_kwargs (TRL's name); learnt[i]:
+    whether message i may be learnt."""
 
     messages: list[dict]
     learnt: list[bool]
@@ -46,31 +45,31 @@ class Chat(NamedTuple):
 
     @property
     def values(self) -> dict:
-        """What the template is given beside the messages."""
+        """The template's variables, except the messages."""
         return {"tools": self.tools, **(self.kwargs or {})}
 
     @property
     def is_open(self) -> bool:
-        """Whether the last message is the beginning of the assistant's answer, which goes on from there."""
+        """Whether the last message is the beginning of an assistant's answer, to be continued."""
         last = self.messages[-1]
         begun = content_of(last).strip() or any(last.get(name) for name in REASONING)
         return last["role"] == "assistant" and bool(begun) and not last.get("tool_calls")
 
     @property
     def ends_in_silence(self) -> bool:
-        """Whether the last message is the assistant's and says nothing: the template would end it, and open another."""
+        """Whether the last message is an empty one of the assistant: the template would end it, and open another."""
         last = self.messages[-1]
         return last["role"] == "assistant" and not self.is_open and not last.get("tool_calls")
 
     def before(self, answer: "Chat") -> "Chat":
-        """The chat in which `answer` follows this one, which is not learnt."""
+        """Returns this chat, none of it learnt, continued by `answer`."""
         learnt = [False] * len(self.messages) + answer.learnt
         return Chat(self.messages + answer.messages, learnt, self.tools or answer.tools, self.kwargs or answer.kwargs)
 
 
 def read_chat(messages: object, fields: dict | None = None, what: str = "messages") -> Chat:
-    """The messages of a record, and its `tools`, `system` and `chat_template_kwargs`. Raises ValueError that says what
-    cannot be used."""
+    """Reads the messages of a record, and its `tools`, `system` and `chat_template_kwargs`. Raises ValueError for parts
+    that cannot be used."""
     fields = fields or {}
     if not isinstance(messages, list) or not messages:
         raise ValueError(
@@ -94,26 +93,26 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         raise ValueError("tools must be a list of objects, or its JSON text")
     for function in (tool.get("function", tool) for tool in tools or ()):
         if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-            function["parameters"] = parsed(function["parameters"]) or {}  # or it would be written as a quoted string
+            function["parameters"] = parsed(function["parameters"]) or {}  # templates would quote a string
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError("chat_template_kwargs must be an object, or its JSON text")
     kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None} or None
     for name in OWN_VALUES & (kwargs or {}).keys():
-        raise ValueError(f"chat_template_kwargs: {name!r} has a field, or a flag, of its own")
+        raise ValueError(f"chat_template_kwargs: {name!r} cannot be set here, it has a field or flag of its own")
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools, kwargs)
 
 
 def not_read(fields: dict) -> list[str]:
-    """The fields of NOT_READ that hold anything."""
+    """Returns the fields of NOT_READ that are not empty."""
     found = {name: parsed(_without_nulls(fields.get(name))) for name in NOT_READ}
     for name in ("functions", "documents"):
         if not (isinstance(found[name], list) and all(isinstance(each, dict) for each in found[name])):
-            del found[name]  # of another kind
+            del found[name]  # another kind of field that has this name
     return [name for name, value in found.items() if _has_content(value)]
 
 
 def parsed(value: object) -> object:
-    """A field that data sets whose columns have types keep as JSON's text; None where it is empty."""
+    """Parses a field that is JSON text, as in data sets with typed columns; returns None for an empty field."""
     try:
         return (json.loads(value) if isinstance(value, str) and value else value) or None
     except ValueError:
@@ -121,21 +120,21 @@ def parsed(value: object) -> object:
 
 
 def _without_nulls(value: object) -> object:
-    """Objects without what is null in them: where columns have types, each object has the keys of all records'. JSON's
-    text stays as it is."""
+    """Removes null entries from objects: with typed columns, each object has the keys of all records. JSON text is not
+    parsed."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _has_content(value: object) -> bool:
-    """Whether there is anything but nulls and emptiness in it."""
+    """Whether a value is or contains anything but nulls and empty values."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return bool(value) if parts is None else any(map(_has_content, parts))
 
 
 def _read_message(message: object, name: str) -> tuple[dict, bool]:
-    """(the message for a template, whether it is learnt)"""
+    """Returns (the message for a template, whether it is learnt)."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f'{name} must be an object with the string "role"')
     message, learnt = dict(message), message["role"] == "assistant"
@@ -146,7 +145,7 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
         learnt = learnt and value != 0
     if _has_content(message.get("function_call")):
         raise ValueError(f"{name}: function_call is not read; give tool_calls")
-    # Templates ask whether a message has such a key; where columns have types, each has all of them.
+    # Templates test whether a message has these keys; with typed columns every message has them, empty.
     message = {key: value for key, value in message.items() if value or key not in ("tool_calls", *REASONING)}
     calls = message.get("tool_calls")
     if calls:
@@ -156,9 +155,9 @@ def _read_message(message: object, name: str) -> tuple[dict, bool]:
     for function in (each for each in functions_of(message) if "name" in each):
         arguments = function.get("arguments")
         if arguments in (None, ""):
-            function["arguments"] = {}  # of a call without any
+            function["arguments"] = {}
         elif isinstance(arguments, str) and arguments.lstrip().startswith("{'"):
-            raise ValueError(f"{name}: the arguments of a call are Python's text, not JSON's: {ascii(arguments)[:60]}")
+            raise ValueError(f"{name}: the arguments of a call are a Python literal, not JSON: {ascii(arguments)[:60]}")
     thoughts = [key for key in REASONING if message.get(key)] if message["role"] == "assistant" else []
     for key in ("content", *thoughts):
         if isinstance(message.get(key), list):
@@ -186,20 +185,20 @@ def content_of(message: dict) -> str:
 
 
 def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
-    """The text of a prompt, up to the assistant's header, or to the end of what the assistant has begun to say;
-    ValueError if the template leaves any of it out."""
+    """Returns the text of a prompt, up to and including the generation prompt, or to the end of an answer that its last
+    message begins. Raises ValueError if the template leaves out a part."""
     _checked_rendering(chat, tokenizer)
     if not chat.is_open:
         return tokenizer.apply_chat_template(chat.messages, add_generation_prompt=True, **chat.values)
     begun = tokenizer.chat_template.render_open(chat.messages, **chat.values)
     if not _holds(begun, chat.messages[-1]):
-        raise ValueError("the chat template leaves out a part of the last message, which the answer goes on from")
+        raise ValueError("the chat template leaves out a part of the last message, which the answer continues")
     return begun
 
 
 class Turns(NamedTuple):
-    """text: of a chat; spans: the stretches that are learnt. cut: how many are not, since the template
-    leaves out a part of them once others follow."""
+    """text: of a chat. spans: (start, end) of the learnt turns in it. cut: number of turns that are not learnt, since
+    the template leaves out a part of them when others follow."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -207,10 +206,10 @@ class Turns(NamedTuple):
 
 
 def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Turns:
-    """The text of a chat and where the turns are that may be learnt.
+    """Returns the text of a chat and the spans of its turns that may be learnt.
 
-    as_generated: the last message is what follows the generation prompt, even where the template writes such a message
-    otherwise. Raises ValueError for what the template leaves out.
+    as_generated: the last message directly follows the generation prompt, even if the template formats a finished
+    message differently. Raises ValueError if the template leaves out more than the module's docstring allows.
     """
     rendering = _checked_rendering(chat, tokenizer)
     finder = _TurnFinder(chat, tokenizer.chat_template, rendering, _end_tokens(tokenizer))
@@ -231,7 +230,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         complete = _holds(text[start:end], chat.messages[i])
         if i == last and (as_generated or not complete):
             before = finder.rendered(i, add_generation_prompt=True)
-            # the template's own stays where the prompt is that, and where behind the prompt it were a second thought
+            # keep the template's text if it has the same prompt, or if a thought would follow the prompt's empty one
             if not complete or not (text[:start] == before or _thinks_anew(chat.messages[i], before)):
                 spans = [span for span in spans if before.startswith(text[: span[1]])]
                 return _as_it_stands(finder, before, spans, cut, tokenizer)
@@ -243,24 +242,24 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
 
 @cache
 def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The texts that end a turn: those known to, and any special token where there is none of them."""
+    """Returns the texts of tokens that end a turn: end of turn and EOS; and, if none of these is found, any special."""
     known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
     texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
     return tuple([text for text in each if text.strip()] for each in texts)
 
 
 class _TurnFinder:
-    """Where an assistant's turn begins and ends in the text of a chat. The messages before it are rendered once more
-    only where that does not show, so the time goes with the length of the chat."""
+    """Finds where assistant turns begin and end in the text of a chat. Renders the messages before a turn again only if
+    the located contents do not show this, so that the time is linear in the length of the chat."""
 
     def __init__(self, chat: Chat, template: ChatTemplate, rendering: Rendering, end_tokens: tuple[list[str], ...]):
         self.chat, self.template, self.end_tokens = chat, template, end_tokens
         self.text, self.begins, self.ends, self.calls, _ = rendering
-        self.leads: dict[tuple, str] = {}  # what stands between the content of a message and the turn that answers it
+        self.leads: dict[tuple, str] = {}  # kind of turn -> text between the content before it and its beginning
         self.last_end = 0  # of the turns found so far
 
     def rendered(self, count: int, *, add_generation_prompt: bool) -> str:
-        """The text of the first messages."""
+        """Renders the first `count` messages."""
         first = self.chat.messages[:count]
         return self.template.render(first, add_generation_prompt=add_generation_prompt, **self.chat.values)
 
@@ -273,8 +272,8 @@ class _TurnFinder:
         return start, self.last_end
 
     def _shown_before(self, i: int) -> int:
-        """Where what is shown of the messages before this one ends, as far as that is known: not of one without
-        content, such as the output of a tool that printed nothing."""
+        """Returns the end of the located text of the messages before message i. An empty one, such as a tool's empty
+        output, cannot be located."""
         shown = (self.ends.get(j, self.calls.get(j)) for j in range(i - 1, -1, -1))
         return max(self.last_end, next((end for end in shown if end is not None), 0))
 
@@ -286,14 +285,14 @@ class _TurnFinder:
             self.chat.messages[i - 1]["role"],
             i == len(self.chat.messages) - 1,
             *(bool(message.get(name)) for name in ("tool_calls", *REASONING)),
-            content_of(message).lstrip()[:1] == "<",  # a thought, maybe, that the header may have opened
+            content_of(message).lstrip()[:1] == "<",  # may be a thought, whose tag the header may have opened
         )
         lead = self.leads.get(kind)
         if lead and led_by is not None and self.text.startswith(lead, led_by):
             return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start = _common_prefix(before, self.text)
-        if start < behind:  # it writes the message before otherwise once others follow
+        if start < behind:  # the template formats the message before differently when others follow
             header = before[len(self.rendered(i, add_generation_prompt=False)) :]
             headers, limit = [header, BEGUN_THOUGHT.sub("", header)], self.begins.get(i)
             found = [(self.text.find(each, behind, limit), len(each)) for each in headers if each.strip()]
@@ -301,7 +300,7 @@ class _TurnFinder:
             if not found and limit is None:
                 raise ValueError(f"the chat template does not show where message {i} begins")
             start = found[0][0] - found[0][1] if found else limit
-        elif start < len(before):  # it writes another header once there is an answer
+        elif start < len(before):  # the header before an answer differs from the generation prompt
             closed = CLOSED_THOUGHT.search(before)
             start = start if closed is None else min(start, closed.start())
             start = min(_before_tag(self.text, start), self.begins.get(i, start))
@@ -311,13 +310,14 @@ class _TurnFinder:
         return start
 
     def _block_end(self, i: int) -> int:
-        """Where what the template writes for message i ends, but for what it writes once others follow."""
+        """Returns the end of the text that the template writes for message i, as far as it is the same when others
+        follow."""
         if i == len(self.chat.messages) - 1:
             return len(self.text)
         return _before_tag(self.text, _common_prefix(self.rendered(i + 1, add_generation_prompt=False), self.text))
 
     def _end(self, i: int, content_end: int) -> int:
-        """One past the first end token behind the content, of those before the next message's."""
+        """Returns the end of the first end token between this content and the next message's, else the block's end."""
         limit = next(
             (self.begins[j] for j in range(i + 1, len(self.chat.messages)) if j in self.begins), len(self.text)
         )
@@ -343,8 +343,8 @@ def _marked_turns(chat: Chat, rendering: Rendering) -> Turns:
 
 
 def _as_it_stands(finder: _TurnFinder, before: str, spans: list, cut: int, tokenizer: Tokenizer) -> Turns:
-    """The last turn as the generation prompt, which `before` ends with, the content as it is written, and the end of
-    the turn; behind the spans and the cut of earlier turns."""
+    """Returns the chat with its last turn as it would be generated: `before`, which ends with the generation prompt,
+    the unchanged content, and the end of turn. spans, cut: of earlier turns."""
     *earlier, message = finder.chat.messages
     for name in (*REASONING, "tool_calls"):
         if message.get(name):
@@ -359,8 +359,8 @@ def _as_it_stands(finder: _TurnFinder, before: str, spans: list, cut: int, token
 
 
 def _opened(content: str, header: str) -> int:
-    """How many characters at the beginning of a content the header has opened already, as "<think>\\n", or closed too,
-    as an empty thought: white space may be otherwise."""
+    """Returns how many leading characters of a content repeat the header's end: an opened thought, "<think>\\n", or an
+    empty one that is closed, too; its white space may differ."""
     body, stem = content.lstrip(), header.rstrip()
     closed, empty = CLOSED_THOUGHT.search(stem), EMPTY_THOUGHT.match(body)
     if closed is not None and empty is not None and closed[1] == empty[1]:
@@ -374,15 +374,15 @@ def _opened(content: str, header: str) -> int:
 
 
 def _thinks_anew(message: dict, before: str) -> bool:
-    """Whether a content begins with a thought though the prompt has closed an empty one."""
+    """Whether a content begins with a thought although the prompt `before` ends with a closed empty one."""
     closed = CLOSED_THOUGHT.search(before)
     return closed is not None and content_of(message).lstrip().startswith(f"<{closed[1]}>")
 
 
 def _checked_rendering(chat: Chat, tokenizer: Tokenizer) -> Rendering:
-    """A chat's text, and where its messages are in it. Raises ValueError that names what the template leaves out, but
-    for parts of the assistant's messages: those of reasoning models drop the thoughts of earlier turns, and learnt
-    turns are looked at later."""
+    """Renders a chat and locates its messages. Raises ValueError that names a part that the template leaves out, except
+    parts of the assistant's messages: templates of reasoning models drop the thoughts of earlier turns, and
+    learnt_turns checks the learnt ones."""
     template = tokenizer.needed_chat_template
     rendering = template.locate(chat.messages, **chat.values)
 
@@ -409,15 +409,15 @@ def _checked_rendering(chat: Chat, tokenizer: Tokenizer) -> Rendering:
 
 
 def _holds(text: str, message: dict) -> bool:
-    """Whether a turn's text holds all of a message: white space and the tags of thoughts may be otherwise."""
+    """Whether a turn's text holds all of a message; white space and the tags of thoughts may differ."""
     texts = (content_of(message), *(message[name] for name in REASONING if isinstance(message.get(name), str)))
     whole = "".join(text.split())
     return all("".join(each.split()) in whole for each in texts)
 
 
 def _before_tag(text: str, at: int) -> int:
-    """`at`, or where the tag begins that it falls into: "<think>" and "<tool_call>" begin alike, and a token is not to
-    be torn."""
+    """Returns `at`, or the start of a tag that it falls into: "<think>" and "<tool_call>" begin alike, and a token must
+    not be split."""
     tag = TAG_BEGUN.search(text, max(0, at - LONGEST_TAG), at)
     return at if tag is None else tag.start()
 

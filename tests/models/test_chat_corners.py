@@ -188,5 +188,5 @@ def test_arguments_as_python_writes_them(tmp_path):
     assert text("") == text("{}") == text({}) == text(None) and '"arguments": {}' in text("")
     assert '"arguments": "print(1)"' in text("print(1)")  # of a tool that takes code
     assert '\\"city\\":' in text('{"city":')  # text that is no JSON stays as it is
-    with pytest.raises(ValueError, match=r"messages\[1\]: the arguments of a call are Python's text, not JSON's: ."):
+    with pytest.raises(ValueError, match=r"messages\[1\]: the arguments of a call are a Python literal, not JSON: ."):
         text("{'city': 'Rome'}")

@@ -135,7 +135,7 @@ def test_settings_of_a_template(tmp_path, value):
         assert text_of_chat(read_chat(messages, fields), tokenizer) == text
         text = oracle.apply_chat_template(messages, tokenize=False, hm=value)
         assert learnt_turns(read_chat(messages, fields), tokenizer).text == text
-    for name, message in (("thinking", "does not read 'thinking'"), ("text", "read 'text'"), ("tools", "field, or a")):
+    for name, message in (("thinking", "does not read 'thinking'"), ("text", "read 'text'"), ("tools", "field or")):
         with pytest.raises(ValueError, match=message):
             text_of_chat(read_chat([USER], {"chat_template_kwargs": {name: [value]}}), tokenizer)
     with pytest.raises(ValueError, match="must be an object"):

@@ -1,10 +1,10 @@
-"""Adapters in PEFT's format, in and out; the flags of LoRA, and what they mean for a model.
+"""Reads and writes adapters in PEFT's format; declares the flags of LoRA and applies them to a model.
 
-- a folder has adapter_config.json and adapter_model.safetensors, whose tensors are named as PEFT names them:
-  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; of a reward model also base_model.model.score.weight
-- for inference an adapter is merged while the base is read (AdaptedFiles): what runs, or is quantised, is a plain model
-- what of a config is not computed here is refused by name, and so is an adapter that was made for another base: by the
-  base's fingerprint, which the file's metadata hold where it was written here, else by the recorded name
+- a folder has adapter_config.json and adapter_model.safetensors, whose tensors have PEFT's names:
+  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; a reward model also has base_model.model.score.weight
+- for inference an adapter is merged while the base is read (AdaptedFiles), so a plain model runs, or is quantised
+- an unsupported key of the config is an error that names it, and so is an adapter of another base, recognised by the
+  base's fingerprint in the file's metadata if the file was written here, else by the recorded name
 """
 
 import json
@@ -38,8 +38,8 @@ from models.tp import whole
 
 PREFIX = "base_model.model."
 SCORE = "score.weight"
-# Keys of adapter_config.json that are computed here or change nothing (of Linear layers fan_in_fan_out, which PEFT then
-# turns off); of any other only what is off.
+# Keys of adapter_config.json that are supported here or have no effect (fan_in_fan_out: PEFT turns it off for Linear
+# layers). Any other key must be off: false, null, 0 or empty.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode"),
     *("init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
@@ -48,13 +48,13 @@ KNOWN = {
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
 TOKENIZER_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
-BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits each
+BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits per weight in all
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterArgs:
-    """An adapter of PEFT's format."""
+    """An adapter in PEFT's format."""
 
     adapter_path: Path | None = flag(
         None, help="folder with adapter_config.json and adapter_model.safetensors for the model of --checkpoint_path"
@@ -63,19 +63,19 @@ class AdapterArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArgs(AdapterArgs):
-    """LoRA: train low-rank updates of a frozen model; --adapter_path goes on with such."""
+    """LoRA: train low-rank updates of a frozen model; --adapter_path continues an earlier adapter."""
 
     lora_r: int | None = flag(None, bounds=at_least_one, help="rank of the updates; without it all weights are trained")
     lora_alpha: float | None = flag(
         None, bounds=positive, help="updates are scaled by lora_alpha / lora_r; twice --lora_r"
     )
-    lora_dropout: float = flag(0.0, bounds=Bounds(least=0, below=1), help="dropout of what goes into an update")
+    lora_dropout: float = flag(0.0, bounds=Bounds(least=0, below=1), help="dropout of the inputs of the updates")
     lora_target_modules: list[str] | None = flag(
-        None, help=f"the layers that are updated, of {', '.join(LINEARS)}; all of these, as all-linear"
+        None, help=f"the layers to update, among {', '.join(LINEARS)}; all of these, or all-linear"
     )
-    use_rslora: bool = flag(False, help="scale by lora_alpha / sqrt(lora_r)")
-    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="round the frozen weights of the blocks")
-    merge: bool = flag(True, help="write the merged model beside the adapter; else the adapter alone", may_change=True)
+    use_rslora: bool = flag(False, help="scale updates by lora_alpha / sqrt(lora_r) instead")
+    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="quantise the blocks' frozen weights")
+    merge: bool = flag(True, help="write the merged model too, beside the adapter", may_change=True)
 
     @property
     def uses_lora(self) -> bool:
@@ -83,7 +83,7 @@ class LoraArgs(AdapterArgs):
 
 
 class Adapter(NamedTuple):
-    """What an adapter's folder holds."""
+    """The contents of an adapter's folder."""
 
     path: Path
     config: dict
@@ -101,7 +101,7 @@ class Adapter(NamedTuple):
 
     @property
     def config_changes(self) -> dict:
-        """What config.json of the merged model says otherwise than the base's: how a reward is to be read."""
+        """Keys to set in the base's config.json for the merged model; they say how a reward is read."""
         return json.loads(self.metadata.get("config_changes", "{}"))
 
 
@@ -109,14 +109,14 @@ class Adapter(NamedTuple):
 
 
 def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
-    """The adapter in a folder, for the model in another. again: what is to be said of both has been said. Raises
-    ValueError or FileNotFoundError that names the file and what of it is missing, not supported, or of another base."""
+    """Reads an adapter's folder and checks it against the folder of its base. again: print no warnings. Raises
+    ValueError or FileNotFoundError that names the file and its missing or unsupported part, or another base."""
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
     score = None
     for name, tensor in tensors.items():
-        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # in a state_dict, which PEFT strips
+        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # PEFT strips it when it saves
         layer, _, factor = ours.removesuffix(".weight").rpartition(".")
         if ours == SCORE:
             score = tensor.float()
@@ -125,7 +125,7 @@ def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
         else:
             raise ValueError(f"{path}: the tensor {name} is no low-rank factor of a layer, and is not supported")
     if not factors:
-        raise ValueError(f"{path}: its weights hold no adapter of LoRA")
+        raise ValueError(f"{path}: its weights hold no LoRA adapter")
     for layer, pair in factors.items():
         for factor in ("lora_A", "lora_B"):
             if factor not in pair:
@@ -157,7 +157,7 @@ def _read_config(path: Path) -> dict:
             raise ValueError(f"{where}: {key} {value!r} is not supported")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias {config['bias']!r} is not supported, only 'none'")
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):  # PEFT takes OLoRA, too
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):  # PEFT ignores case, as in OLoRA
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} has changed the base beside the adapter; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
@@ -187,11 +187,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_base(adapter: Adapter, base: Path) -> list[str]:
-    """What is to be said of the two."""
+    """Raises ValueError if an adapter is not for this base; returns warnings about the two."""
     if is_quantized(read_hf_config(base)[0]):
         raise ValueError(
-            f"{base}: its weights are quantised, so no adapter can be merged into them; take the folder "
-            "that it was made from, and --quantize"
+            f"{base}: its weights are quantised, so no adapter can be merged into them; give the folder "
+            "that it was quantised from, and --quantize"
         )
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
     known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
@@ -212,10 +212,10 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
             )
     theirs, ours = _texts_of(adapter.path), _texts_of(base)
     others = [name for name in theirs if theirs[name] and theirs[name] != ours[name]]
-    if not ours["eos_token"]:  # the base's is its tokenizer's own, such as </s>
+    if not ours["eos_token"]:  # not named: the base uses its tokenizer's default, such as </s>
         others = [name for name in others if name != "eos_token"]
-    advice = "the base's is taken; if the adapter learnt with its own, give a copy of the base that has that"
-    warnings = [f"{adapter.path}: its {name} is another than that of {base}: {advice}" for name in others]
+    advice = "the base's is used; if the adapter was trained with its own, give a copy of the base that has it"
+    warnings = [f"{adapter.path}: its {name} differs from that of {base}: {advice}" for name in others]
     made_for, other = adapter.metadata.get("base_fingerprint"), Path(recorded or base)
     if made_for is None and (other / "config.json").is_file():
         made_for = fingerprint(other)
@@ -230,7 +230,7 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
 
 
 def _texts_of(folder: Path) -> dict[str, object]:
-    """What a folder's tokenizer files say that an adapter's may say otherwise: PEFT's users save theirs beside it."""
+    """Returns the chat template and EOS of a folder's tokenizer files, which are often saved beside an adapter, too."""
     older, config = (read_json_object(folder / name, missing_ok=True) for name in TOKENIZER_CONFIGS)
     eos = {**older, **config}.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
@@ -238,19 +238,19 @@ def _texts_of(folder: Path) -> dict[str, object]:
 
 
 def _names_of(base: Path) -> set[str]:
-    """What a folder may be called: its own name, and a model's whose snapshot in the hub's cache it is."""
+    """Returns the names of a base: the folder's own, and in the hub's cache the model's whose snapshot it is."""
     path = base.resolve()
     of_cache = {part.rpartition("--")[2] for part in path.parts if part.startswith("models--")}
     return {base.absolute().name, path.name} | of_cache
 
 
 class AdaptedFiles(WeightFiles):
-    """The weight files of a folder with an adapter merged into what is read of them, in fp32."""
+    """The weight files of a folder; an adapter is merged, in fp32, into each tensor that is read."""
 
     def __init__(self, folder: Path, adapter: Adapter):
         super().__init__(folder)
         self.adapter, self.config_changes = adapter, adapter.config_changes
-        if adapter.score is not None:  # a reward model on a language model's folder
+        if adapter.score is not None:  # the adapter is a reward model's, and the base a language model
             self._shapes.pop("lm_head.weight", None)
             self._file_of.pop("lm_head.weight", None)
             self._shapes[SCORE] = tuple(adapter.score.shape)
@@ -266,7 +266,7 @@ class AdaptedFiles(WeightFiles):
 
 
 def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
-    """The weights of a folder, an adapter merged into them if there is one."""
+    """Returns the weights of a folder, with an adapter merged if one is given."""
     if adapter_path is not None:
         return AdaptedFiles(folder, open_adapter(adapter_path, folder))
     say_what_is_not_taken(folder)
@@ -274,9 +274,9 @@ def weight_files(folder: Path, adapter_path: Path | None) -> WeightFiles:
 
 
 def say_what_is_not_taken(folder: Path) -> None:
-    """Of a model beside which an adapter lies transformers with PEFT takes both."""
+    """Warns of an adapter beside a model; transformers with PEFT would use both."""
     if (folder / ADAPTER_CONFIG).is_file() and is_main_rank():
-        print(f"{folder}: holds an adapter too, which is not taken; --adapter_path {folder} takes it", file=sys.stderr)
+        print(f"{folder}: holds an adapter too, which is not used; --adapter_path {folder} uses it", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------- a run's adapters
@@ -291,10 +291,10 @@ def choose_lora(
     with_reference: bool = False,
     is_critic: bool = False,
 ) -> Lora | None:
-    """What the flags of LoraArgs mean for the model of a folder; None: all its weights are trained. with_critic: it
-    bears a critic's adapters as well; with_reference: it is asked, while it learns, what it was as the run began, and
-    keeps the adapters of --adapter_path for that; is_critic: it is a critic on a base of its own, whose adapters are
-    always new. Raises ValueError for flags that do not fit it or each other. A collective."""
+    """Returns the adapters that the flags of LoraArgs describe for the model in a folder; None without LoRA.
+    with_critic: the model carries a critic's adapters, too. with_reference: it also serves as its own reference, and so
+    keeps a frozen copy of the adapters of --adapter_path. is_critic: it is a critic on a base of its own; its adapters
+    are always new. Raises ValueError for flags that do not fit the model or each other. A collective."""
     if args.adapter_path is None and not is_critic:
         say_what_is_not_taken(base)
     if not args.uses_lora:
@@ -312,7 +312,7 @@ def choose_lora(
     if scheme is not None:
         try:
             check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
-        except ValueError as error:  # of one of the bases: a critic may have another
+        except ValueError as error:  # names the base: a critic may have another
             raise ValueError(f"{base}: --quantize_base {error}") from None
     streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, layers, r, args.seed, streams)
@@ -325,13 +325,13 @@ def choose_lora(
         if start.score is not None:
             values[SCORE] = start.score
         if start.config.get("lora_dropout") and not args.lora_dropout:
-            say(f"{start.path}: goes on without its lora_dropout {start.config['lora_dropout']}, which is a flag here")
+            say(f"{start.path}: its lora_dropout {start.config['lora_dropout']} is not used; set it by --lora_dropout")
     held = (layers, scheme, values, base, base_fingerprint)
     return Lora(r, alpha, use_rslora, args.lora_dropout, *held, args.seed, with_critic, with_reference)
 
 
 def base_scheme(mode: str) -> Scheme | None:
-    """How --quantize_base keeps a model: alike on every layout, since a run may go on with another."""
+    """Returns the scheme of --quantize_base: the same on every layout of ranks, since a run may resume on another."""
     if mode == "none":
         return None
     return Scheme(mode, BASE_GROUP, has_minima=True) if mode == "int4" else Scheme(mode)
@@ -340,7 +340,7 @@ def base_scheme(mode: str) -> Scheme | None:
 def _shape(
     args, start: Adapter | None, config: ModelConfig, *, is_other: bool
 ) -> tuple[int, float, bool, frozenset[str]]:
-    """(rank, alpha, whether it is rank-stabilised, the layers). is_other: of another model than the adapter's."""
+    """Returns (rank, alpha, use_rslora, layers). is_other: the model is not the one that the adapter `start` is for."""
     kinds, layers = args.lora_target_modules, linear_layers(config.num_hidden_layers)
     unknown = sorted(set(kinds or ()) - {*LINEARS, "all-linear"})
     if unknown:
@@ -366,8 +366,8 @@ def _shape(
 def _new_values(
     config: ModelConfig, layers: frozenset[str], r: int, seed: int, streams: dict[str, int]
 ) -> dict[str, Tensor]:
-    """As PEFT begins: A uniform in +-1 / sqrt(K) (Kaiming's of a = sqrt(5)), B 0, so the model is the base. Drawn on
-    the CPU, layer by layer, so alike on every rank. streams: of the noise, by the end of the adapters' names."""
+    """Draws new adapters as PEFT does: A uniform in +-1 / sqrt(K) (Kaiming with a = sqrt(5)), B 0, so the model equals
+    its base. On the CPU, layer by layer, so equal on every rank. streams: {suffix of names: noise stream}."""
     with torch.device("meta"):
         model, values = Transformer(config), {}
     for number, layer in enumerate(sorted(layers)):
@@ -383,7 +383,7 @@ def _new_values(
 
 
 def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
-    """A model's adapters, and its scalar head, by PEFT's names, whole: a collective."""
+    """Returns a model's adapters and its scalar head as whole tensors, by PEFT's names. A collective."""
     tensors, suffix = {}, model.adapter
     for name, layer in (model.base if isinstance(model, OnSharedBase) else model).named_modules():
         if isinstance(layer, LoraLinear) and layer.has_adapters:
@@ -417,8 +417,8 @@ def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
-    """Writes both files, each at once; the config last, without which it is no adapter's folder. config_changes:
-    what the merged model's config.json says otherwise than the base's. Only the main rank writes."""
+    """Writes both files, each atomically; the config last, since it makes the folder an adapter's. config_changes: keys
+    to set in the base's config.json for the merged model. Only the main rank writes."""
     if not is_main_rank():
         return
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}
@@ -429,19 +429,19 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
 
 
 def check_base_is_the_same(lora: Lora) -> None:
-    """Raises ValueError if the base's folder holds other content than when the adapters were begun on it: what is read
-    there for a merged model would be another model's."""
+    """Raises ValueError if the content of the base's folder has changed since the run began: a merged model would be
+    made from other weights than the adapters were trained on."""
     if fingerprint(lora.base) != lora.base_fingerprint:
         raise ValueError(
-            f"{lora.base}: other content than when the run began, so the adapters, which are written, are not merged "
-            "with it; --resume when it is back, or with --accept_changed to merge them knowingly with what is there"
+            f"{lora.base}: other content than when the run began, so the adapters are written but not merged with it; "
+            "restore it and --resume, or --resume with --accept_changed to merge them with the new content"
         )
 
 
 def remove_merged(folder: Path) -> None:
-    """Removes the merged model of an earlier end of the run, which whoever names the folder would get in the place of
+    """Removes the merged model of an earlier end of the run: a flag that names the folder would select that model, not
     the adapter that is written now."""
     if (folder / MERGED).is_dir():
         with naming_file(folder / MERGED):
             shutil.rmtree(folder / MERGED)
-        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes it anew")
+        say(f"{folder / MERGED}: removed, since it was merged with an earlier adapter; --merge writes a new one")

@@ -147,7 +147,7 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
     config.write_text(named)
     tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m.content }}{% endfor %}", "<unk>"
     tokenizer.save_pretrained(folder)
-    ends = ("its chat template is another than that of", "its eos_token is another than that of")
+    ends = ("its chat template differs from that of", "its eos_token differs from that of")
     assert all(end in line for end, line in zip(ends, said(), strict=True))
     for is_critic in (False, True):
         choose_lora(Args(base, adapter_path=folder), base, CPU, is_critic=is_critic)
@@ -159,7 +159,7 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
     for name in (NAME, "adapter_config.json"):
         shutil.copy(folder / name, base)
     flags[2:4] = []  # without --adapter_path; transformers with PEFT loads both
-    assert said() == [f"{base}: holds an adapter too, which is not taken; --adapter_path {base} takes it"]
+    assert said() == [f"{base}: holds an adapter too, which is not used; --adapter_path {base} uses it"]
     for settings in ({}, {"lora_r": 2}, {"adapter_path": folder}):  # of a trainer
         choose_lora(Args(base, **settings), base, CPU)
         assert ("holds an adapter too" in capsys.readouterr().err) == ("adapter_path" not in settings)

@@ -4,8 +4,8 @@ import re
 
 
 def closed_boxes(text: str, names: str = "boxed") -> list[tuple[int, str]]:
-    r"""(where it begins, what it holds, maybe "") of each `\boxed{}` that is closed. An escaped brace is the answer's
-    own and need not be closed, while `\\{` is a new line and one that is. names: of commands, with | between them."""
+    r"""Returns (start, content, maybe "") of each `\boxed{}` that is closed. An escaped brace belongs to the answer and
+    need not be balanced; `\\{` is a line break and a brace that must be. names: of commands, with | between them."""
     opened, boxes = [], []
     for match in re.finditer(rf"(\\(?:{names})\s*\{{)|(?<!\\)(?:\\\\)*\\[{{}}]|([{{}}])", text):
         if match[1] or match[2] == "{":

@@ -1,4 +1,4 @@
-"""Where a later process finds what an earlier one made and what could be made anew: compiled code, tokenised data."""
+"""The cache folder, in which later processes find compiled code and tokenised data of earlier ones."""
 
 import hashlib
 import os
@@ -10,17 +10,17 @@ import torch
 
 
 def cache_folder() -> Path:
-    """~/.cache/gpt-accelera; it need not be there."""
+    """Returns ~/.cache/gpt-accelera, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gpt-accelera"
 
 
 def keep_compiled_code() -> None:
-    """Puts what torch.compile and Triton make into the cache folder, or beside other temporary files where that cannot
-    be written, unless TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR name another: torch's own default is lost with /tmp,
-    and Triton's fails where there is no home to write to. Nodes of one run, which may share a home, share no such
-    folder: what makes its files whole is no promise of a network's file system. Nor do CPUs of several kinds: torch
-    (2.13) takes code that is written for vectors of AVX-512 where they are AVX2's, and its numbers are nonsense; and
-    what -march=native made of another CPU's instructions, by which a process dies."""
+    """Makes torch.compile and Triton cache compiled code in the cache folder, or in the temporary folder if that is not
+    writable; TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR take precedence. torch's own default is lost with /tmp, and
+    Triton's fails without a writable home. Each node of a run has its own folder, even with a shared home: a network
+    file system does not guarantee that cached files appear whole. So has each kind of CPU: torch (2.13) would reuse
+    code for AVX-512 vectors on AVX2, with nonsense results, and -march=native code of another CPU, which kills the
+    process."""
     folder = cache_folder()
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         folder = folder / platform.node()
@@ -31,7 +31,7 @@ def keep_compiled_code() -> None:
         folder = Path(tempfile.gettempdir()) / f"gpt-accelera-{os.getuid()}"
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is None or given == _torchs_own():
-        parts = getattr(torch.cpu, "get_capabilities", dict)()  # which torch 2.11 may lack
+        parts = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
         able = (torch.backends.cpu.get_cpu_capability(), sorted(parts.items()))
         kind = hashlib.sha256(repr(able).encode()).hexdigest()[:8]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{kind}")
@@ -39,7 +39,7 @@ def keep_compiled_code() -> None:
 
 
 def _torchs_own() -> str:
-    """What torch (2.13) writes into the environment when it is imported."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds, where nothing else needs it
+    """Returns the default that torch (2.13) itself writes into the environment when it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
 
     return default_cache_dir()

@@ -1,13 +1,13 @@
-"""A model quantised block by block with the help of records, and what quantisation costs it.
+"""Quantises a model block by block with calibration records, and measures the cost of quantisation.
 
-- two models go over the calibration tokens side by side, the stored one and the quantised one, as far as it is; one
-  block of each is in memory at a time, and the tokens' hidden states
-- a layer is chosen for the inputs that it will have, those from quantised layers; what it aims at is the output of the
-  stored layer in the stored model, so it makes up for errors before it (as GPTAQ, Li et al. 2025, arXiv 2504.02692);
-  o_proj and down_proj aim at the stored model's residual stream
-- weights of large inputs lie on a finer grid (as AWQ, Lin et al. 2023, arXiv 2306.00978): they are multiplied by
-  factors, and what makes the inputs is divided by them, a norm's weight or the scales of v_proj and up_proj
-- on held-out tokens three models run side by side (as stored, rounded to nearest, as chosen), so the gain is measured
+- the stored model and the partly quantised one process the calibration tokens side by side; memory holds one block of
+  each at a time, and the tokens' hidden states
+- a layer's weights are chosen for the inputs that it will get, from quantised layers, and for the outputs that the
+  stored layer has in the stored model, so they compensate for errors of earlier layers (as in GPTAQ, Li et al. 2025,
+  arXiv 2504.02692); o_proj and down_proj aim at the stored model's residual stream
+- weights of large inputs get a finer grid (as in AWQ, Lin et al. 2023, arXiv 2306.00978): they are multiplied by
+  factors, and the source of the inputs, a norm's weight or the scales of v_proj and up_proj, is divided by them
+- on held-out tokens three models run side by side (stored, rounded to nearest, chosen), to measure the gain
 
 Dimensions: N output features, K input features; B rows, T tokens, E model dim.
 """
@@ -33,10 +33,10 @@ from models.rope import rope_tables
 from models.tp import Parallel
 from models.vocab_parallel import CHUNK_TOKENS
 
-BALANCE = 0.3  # the power of (size of an input / size of its weights) that the weights are multiplied by
+BALANCE = 0.3  # weights are multiplied by this power of (size of an input / size of its weights)
 
-# A block is two steps, x + part(norm(x)): (the norm, the layers that read its output, the last layer, the layer whose
-# outputs, mixed over tokens or multiplied by others, are the inputs of the last).
+# A block is two steps, x + part(norm(x)), each given as (the norm, the layers that read its output, the last layer, the
+# source of its inputs: the layer whose outputs, mixed over tokens or multiplied by others, are the inputs of the last).
 STEPS = (
     (
         "input_layernorm",
@@ -49,18 +49,18 @@ STEPS = (
 
 
 class Rows(NamedTuple):
-    """Tokens to calibrate with or to measure on, right-padded."""
+    """Right-padded tokens for calibration or evaluation."""
 
     input_ids: Tensor  # int64 [B, T]
-    labels: Tensor  # int64 [B, T]: the token itself where it is to be predicted, -100 elsewhere
+    labels: Tensor  # int64 [B, T]: the token itself if it is to be predicted, else -100
     mask: Tensor  # bool [B, T]: False is padding
 
 
 class Cost(NamedTuple):
-    """What quantisation does to the predictions of some tokens."""
+    """The quality of a model's predictions on the evaluation tokens."""
 
     perplexity: float  # exp of the mean cross entropy in nats
-    kl: float  # mean KL divergence of the stored model's predictions from these, in nats
+    kl: float  # mean KL(stored model's predictions || these), in nats
 
 
 class Inputs(NamedTuple):
@@ -68,16 +68,16 @@ class Inputs(NamedTuple):
 
     moments: Tensor  # of x x^T, fp32 [K, K]
     cross: Tensor  # of y x^T, fp32 [K, K]
-    missing: Tensor | None = None  # of d x^T, fp32 [E, K], where the stored model's residual stream is larger by d
+    missing: Tensor | None = None  # of d x^T, fp32 [E, K]; d: the stored model's residual stream less this one's
 
     def divided(self, factors: Tensor) -> "Inputs":
-        """Those of x / factors and y / factors."""
+        """Returns the sums for x / factors and y / factors."""
         moments, cross = (sums / factors / factors[:, None] for sums in self[:2])
         return Inputs(moments, cross, None if self.missing is None else self.missing / factors)
 
 
 def input_sums(batches: Iterable[tuple[Tensor, ...]]) -> Inputs:
-    """The sums over batches of (x, y) or (x, y, d), each [tokens, features]."""
+    """Sums over batches of (x, y) or (x, y, d), each [tokens, features]."""
     total = None
     for x, *others in batches:
         x = x.float()
@@ -87,8 +87,8 @@ def input_sums(batches: Iterable[tuple[Tensor, ...]]) -> Inputs:
 
 
 def balancing_factors(moments: Tensor, weights: list[Tensor], shared: tuple[int, int]) -> Tensor:
-    """fp32 [K], geometric mean 1: what to multiply the columns of weights [N, K] by, so that columns with large inputs
-    lie on a finer grid. moments: of the inputs, [K, K]. shared (n, D): n runs of D inputs have the same factors."""
+    """Returns factors for the columns of weights [N, K], so that columns with large inputs get a finer grid: fp32 [K],
+    geometric mean 1. moments: of the inputs, [K, K]. shared (n, D): every n runs of D inputs share D factors."""
     sizes = moments.diagonal(), torch.stack([weight.square().sum(dim=0) for weight in weights]).sum(dim=0)
     inputs, columns = ((size + 1e-6 * size.mean() + 1e-30).log().view(-1, *shared) for size in sizes)
     powers = (BALANCE / 2 * (inputs - columns)).mean(dim=1, keepdim=True)
@@ -96,24 +96,24 @@ def balancing_factors(moments: Tensor, weights: list[Tensor], shared: tuple[int,
 
 
 class BlockPair:
-    """A block as it is stored, and a copy whose layers are quantised: at first rounded to nearest."""
+    """A stored block, and a copy with quantised layers, which are first rounded to nearest."""
 
     def __init__(
         self, stored: Block, read: Callable[[str], Tensor], scheme_of: Callable[[str], Scheme], config: ModelConfig
     ):
-        """read: a tensor of the folder, on the block's device; scheme_of: how a layer is to be kept; by names in the
-        block. config: of the model."""
+        """read(name): a tensor of the folder, on the block's device. scheme_of(name): a layer's scheme. Both take names
+        within the block. config: of the model."""
         self.stored, self.small, self.read, self.scheme_of = stored, copy.deepcopy(stored), read, scheme_of
         self.config, self.inv_freq = config, config.inv_freq().to(stored.input_layernorm.weight.device)
         self.weights: dict[str, Quantized] = {}  # by the layer's name in the block
-        self.changed: dict[str, Tensor] = {}  # what else is not as stored, by the parameter's name
+        self.changed: dict[str, Tensor] = {}  # other parameters that differ from the stored ones, by name
         for _, readers, last, _ in STEPS:
             for name in (*readers, last):
                 self._put(name, quantize(read(f"{name}.weight"), scheme_of(name)))
 
     def _put(self, name: str, weight: Quantized) -> None:
         self.weights[name] = weight
-        self._parameter(f"{name}.weight").copy_(dequantize(weight))  # in the block's dtype, as the layer computes
+        self._parameter(f"{name}.weight").copy_(dequantize(weight))  # in the block's dtype, in which the layer computes
 
     def _parameter(self, name: str) -> Tensor:
         return self.small.get_parameter(name)
@@ -126,9 +126,8 @@ class BlockPair:
         return [block(x, *self._rope(x), causal_attention) for x in states]
 
     def calibrate(self, before: list[Tensor], own: list[Tensor], masks: list[Tensor]) -> None:
-        """Chooses all weights for tokens whose hidden states are `before` in the stored model and `own` in the
-        quantised one, batches of [B, T, E], and puts those behind the block in their place. masks: bool [B, T], False
-        is padding."""
+        """Chooses all weights of the block. before, own: the tokens' hidden states in the stored and in the quantised
+        model, batches of [B, T, E], replaced by those after the block. masks: bool [B, T], False is padding."""
         for norm, readers, last, source in STEPS:
             batches = zip(own, before, masks)
             normed = [block.get_submodule(norm) for block in (self.small, self.stored)]
@@ -149,7 +148,7 @@ class BlockPair:
     def _last_inputs(
         self, norm: str, last: str, before: list[Tensor], own: list[Tensor], masks: list[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch (x, y, d), for input_sums(), of a step's last layer. Moves `before` behind the step."""
+        """Yields (x, y, d) of a step's last layer for each batch. Replaces `before` by the states after the step."""
         for i, mask in enumerate(masks):
             missing = before[i] - own[i]
             given, _ = self._watched(self.small, norm, last, own[i])
@@ -157,7 +156,7 @@ class BlockPair:
             yield given[mask], aimed[mask], missing[mask]
 
     def _watched(self, block: Block, norm: str, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(what a layer is given in a step, what the step gives)"""
+        """Returns (the inputs of a layer during a step, the step's outputs)."""
         seen = []
         hook = block.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         after = self._step(block, norm, x)
@@ -167,8 +166,8 @@ class BlockPair:
     def _choose(
         self, names: tuple[str, ...], inputs: Inputs, shared: tuple[int, int], divide: Callable[[Tensor], Tensor]
     ) -> None:
-        """Chooses the weights of layers that share their inputs. divide: has these divided by factors from now on, and
-        returns the factors as they came out."""
+        """Chooses the weights of layers that share their inputs. divide(factors): divides these inputs at their source,
+        and returns the factors after rounding."""
         weights = [self.read(f"{name}.weight").float() for name in names]
         schemes = [self.scheme_of(name) for name in names]
         if schemes[0].mode == "int4":
@@ -176,13 +175,13 @@ class BlockPair:
             inputs, weights = inputs.divided(factors), [weight * factors for weight in weights]
         curvature = Curvature.of(inputs.moments)
         for name, scheme, weight in zip(names, schemes, weights):
-            # least squares for the stored model's outputs, damped towards the stored weights rather than towards 0
+            # least squares for the stored model's outputs, damped towards the stored weights rather than 0
             aim = weight @ (inputs.cross + curvature.matrix - inputs.moments)
             aim = curvature.solve(aim if inputs.missing is None else aim + inputs.missing)
             self._put(name, gptq(aim, curvature, scheme) if scheme.mode == "int4" else quantize(aim, scheme))
 
     def divide_norm(self, norm: str, factors: Tensor) -> Tensor:
-        """Its output by factors [K]."""
+        """Divides the output of a norm by factors [K], through its weight; returns the factors after rounding."""
         name = f"{norm}.weight"
         weight = self.read(name)
         self.changed[name] = (weight / factors).to(weight.dtype)
@@ -191,7 +190,7 @@ class BlockPair:
         return torch.where(left == 0, 1.0, weight.float() / left)
 
     def divide_layer(self, layer: str, shared: tuple[int, int], factors: Tensor) -> Tensor:
-        """The outputs of a quantised layer by factors [K]."""
+        """Divides the outputs of a quantised layer by factors [K], through its scales and bias."""
         rows = factors.view(-1, *shared)[:, 0].flatten()
         weight, bias = self.weights[layer], f"{layer}.bias"
         self._put(layer, weight._replace(scale=(weight.scale.float() / rows[:, None]).to(weight.scale.dtype)))
@@ -213,10 +212,11 @@ def quantize_blocks(
     evaluation: list[Rows],
     report: Callable[[dict[str, Cost]], None],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one block after the other; and at
-    the end report() is told what that costs on the evaluation rows, if there are any: "stored", "rounded", "chosen".
+    """Yields (name, tensor) of a folder's blocks with quantised weights, one block after the other. At the end calls
+    report({"stored": Cost, "rounded": Cost, "chosen": Cost}) for the evaluation rows, if there are any.
 
-    calibration: rows to choose int4 with; none rounds to nearest. Raises ValueError for inputs that are not finite.
+    calibration: rows for choosing int4; without any, weights are rounded to nearest. Raises ValueError if a layer's
+    inputs are not finite.
     """
     device, dtype, _ = runtime
     table = files.read("embed_tokens.weight")
@@ -264,7 +264,7 @@ def _load_block(files: WeightFiles, config: ModelConfig, i: int, device: torch.d
 def _costs(
     files: WeightFiles, config: ModelConfig, states: dict[str, list[Tensor]], evaluation: list[Rows]
 ) -> dict[str, Cost]:
-    # one head for all: whether a run rounds it too is a matter of its device and dtype (models/decode.py)
+    # all models use the stored head; whether generation quantises it depends on device and dtype (models/decode.py)
     first = states["stored"][0]
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(first.device)
     norm.weight.copy_(files.read("norm.weight"))

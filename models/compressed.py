@@ -1,11 +1,11 @@
 """Quantised weights in a folder: the layout "pack-quantized" of the compressed-tensors library, which other tools read.
 
-- a weight NAME of N output and K input features is NAME_packed, int32 [N, ceil(K * bits / 32)], NAME_scale [N, G],
-  NAME_shape and, with zero points, NAME_zero_point, int32 [ceil(N * bits / 32), G]
-- an integer is stored with 2^(bits - 1) added to it; number i of a row begins at bit i * bits of the row's words, the
-  lowest bits first; zero points likewise down each column
-- config.json's quantization_config says how which layers are kept; what of it is not computed here is refused by name
-- a tensor-parallel rank reads the words that hold its part of a weight
+- a weight NAME of N output and K input features is stored as NAME_packed, int32 [N, ceil(K * bits / 32)], NAME_scale
+  [N, G], NAME_shape and, with zero points, NAME_zero_point, int32 [ceil(N * bits / 32), G]
+- an integer is stored plus 2^(bits - 1); integer i of a row begins at bit i * bits of the row's words, lowest bits
+  first; zero points are packed likewise, down each column
+- config.json's quantization_config gives the scheme of each layer; an unsupported setting is an error that names it
+- a tensor-parallel rank reads only the words that hold its part of a weight
 """
 
 import re
@@ -27,12 +27,12 @@ LINEARS = tuple(name for _, names, _ in FUSIONS for name in names)  # the layers
 
 
 def linear_layers(num_layers: int) -> list[str]:
-    """The names of the layers of a model that are quantised."""
+    """Returns the names of a model's layers that are quantised."""
     return [f"layers.{i}.{part}.{name}" for i in range(num_layers) for part, names, _ in FUSIONS for name in names]
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether a parameter of a plain model is one that is quantised."""
+    """Whether quantisation applies to this parameter of a plain model."""
     layer, _, kind = name.rpartition(".")
     return kind == "weight" and layer.rpartition(".")[2] in LINEARS
 
@@ -41,7 +41,7 @@ def is_linear_weight(name: str) -> bool:
 
 
 def quantization_config(scheme: Schemes, num_layers: int, head: str) -> dict:
-    """What config.json says of weights that are kept so. head: "lm_head" or "score", which is not quantised."""
+    """Returns config.json's quantization_config for a scheme. head: "lm_head" or "score", which is not quantised."""
     layers = linear_layers(num_layers)
     by_scheme: dict[Scheme, list[str]] = {}
     for layer in layers:
@@ -71,7 +71,7 @@ def _group(targets: list[str], scheme: Scheme) -> dict:
 
 
 def _targets(names: list[str], layers: list[str]) -> list[str]:
-    """Patterns for kinds of layers where all of a kind are meant, else their names."""
+    """Returns a pattern for each kind of layer if `names` holds all layers of these kinds, else the names."""
     kinds = Counter(name.rpartition(".")[2] for name in layers)
     meant = Counter(name.rpartition(".")[2] for name in names)
     if all(kinds[kind] == count for kind, count in meant.items()):
@@ -80,8 +80,8 @@ def _targets(names: list[str], layers: list[str]) -> list[str]:
 
 
 def read_scheme(stored: dict, num_layers: int, where: str) -> Schemes:
-    """How config.json's quantization_config says that the layers are kept. Raises ValueError that begins with `where`
-    and names what is not supported or left out."""
+    """Reads the layers' schemes from config.json's quantization_config. Raises ValueError that begins with `where` and
+    names an unsupported setting or a layer without a scheme."""
     where = f"{where}: quantization_config"
     by_target: dict[str, Scheme] = {}
     _require(stored, "format", (FORMAT, "mixed-precision"), where)
@@ -106,7 +106,7 @@ def read_scheme(stored: dict, num_layers: int, where: str) -> Schemes:
 
 
 def _check_fused(by_layer: dict[str, Scheme], where: str) -> None:
-    """Layers that share an input are one product, here and in other engines."""
+    """Raises ValueError if layers that share an input differ: they are fused into one product, as in other engines."""
     first_of = {name: names[0] for _, names, _ in FUSIONS for name in names}
     for layer, scheme in by_layer.items():
         part, _, name = layer.rpartition(".")
@@ -115,7 +115,7 @@ def _check_fused(by_layer: dict[str, Scheme], where: str) -> None:
 
 
 def _scheme_of(name: str, by_target: dict[str, Scheme], ignored: list[str], where: str) -> Scheme | None:
-    """The library's order: the name itself, then patterns by alphabet, then the class."""
+    """Finds a layer's scheme in the library's order: its name, then patterns in alphabetical order, then its class."""
 
     def matches(target: str) -> bool:
         try:
@@ -172,7 +172,7 @@ def _strings(values: dict, key: str, where: str) -> list[str]:
 
 
 def pack_int32(values: Tensor) -> Tensor:
-    """uint8 [N, K] in 0..15 or int8 [N, K] -> int32 [N, ceil(K * bits / 32)]; what is left of the last word is 0."""
+    """uint8 [N, K] in 0..15 or int8 [N, K] -> int32 [N, ceil(K * bits / 32)]; the last word is padded."""
     if values.dtype == torch.uint8:
         values = F.pad(values, (0, -values.shape[1] % 8))
         packed = values[:, ::2] | (values[:, 1::2] << 4)
@@ -182,7 +182,7 @@ def pack_int32(values: Tensor) -> Tensor:
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
-    """int32 [N, words] -> uint8 [N, 8 * words] in 0..15 of 4 bits, int8 [N, 4 * words] of 8."""
+    """int32 [N, words] -> uint8 [N, 8 * words] in 0..15 for 4 bits, int8 [N, 4 * words] for 8."""
     numbers = packed.contiguous().view(torch.uint8)
     if bits == 4:
         return torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
@@ -190,7 +190,7 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
 
 
 def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Schemes) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder with quantised weights, from the parameters of the model."""
+    """Returns {name: shape} of the tensors that a folder with quantised weights stores for a model's parameters."""
     stored = {}
     for name, shape in shapes.items():
         if is_linear_weight(name):
@@ -205,7 +205,7 @@ def stored_shapes(shapes: dict[str, tuple[int, ...]], scheme: Schemes) -> dict[s
 
 
 def packed_tensors(name: str, weight: Quantized) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what a folder holds of the weight `name`, int8 or int4."""
+    """Yields (name, tensor) of the tensors that store the weight `name`, int8 or int4."""
     yield f"{name}_packed", pack_int32(weight.values)
     yield f"{name}_scale", weight.scale
     yield f"{name}_shape", torch.tensor(weight.values.shape)
@@ -221,8 +221,8 @@ def read_packed(
     scheme: Scheme,
     device: torch.device,
 ) -> Quantized:
-    """The part of the weight `name` [N, K] that two slices pick, from a folder that holds it packed; a part of the
-    columns is one of whole groups. Raises ValueError for tensors of another dtype or of another weight's shape."""
+    """Reads the part of a packed weight `name` [N, K] at two slices; a slice of the columns must consist of whole
+    groups. Raises ValueError for tensors of a wrong dtype or shape."""
     rows, columns = part
 
     def read(kind: str, slices: tuple[slice, ...], dtypes: Iterable[torch.dtype]) -> Tensor:
@@ -246,7 +246,7 @@ def read_packed(
 
 
 def columns_of(weight: Quantized, columns: slice, scheme: Scheme) -> Quantized:
-    """A part of a quantised weight's columns, of whole groups."""
+    """Returns a quantised weight's columns at a slice of whole groups."""
     groups = _groups(columns, scheme)
     numbers = (None if each is None else each[:, groups] for each in weight[1:])
     return Quantized(weight.values[:, columns], *numbers)
@@ -258,7 +258,7 @@ def _groups(columns: slice, scheme: Scheme) -> slice:
 
 
 def _words(part: slice, bits: int) -> tuple[slice, slice]:
-    """(the words that hold a part of some numbers, the place of the part in them)"""
+    """Returns (the words that hold these numbers, the numbers' slice within the unpacked words)."""
     each = 32 // bits
     first, end = part.start // each, -(-part.stop // each)
     return slice(first, end), slice(part.start - first * each, part.stop - first * each)

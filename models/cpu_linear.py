@@ -1,12 +1,12 @@
-"""Products on a CPU in fp32 with weights that are kept in fewer bits, by FBGEMM's kernels (x86).
+"""Matrix products on a CPU in fp32 with weights stored in fewer bits, by FBGEMM's kernels (x86).
 
-- HalfMatrix: fp16 numbers that are the weights to within fp32's rounding, as those of a folder in bf16, int8's integers
-  and the values of int4 are. A product of few rows takes half the time of one with fp32 weights, and none takes longer
-- Bags: int8 or int4 integers as bytes, for one row or few, whose sums weighted by the activations are embedding_bags,
-  one for each group of input features and block of output features. More rows multiply with blocks of expanded weights
-- which of them serves is chosen by what the processor has, never by the clock, so a run repeats itself
+- HalfMatrix: weights in fp16, used if fp16 loses no more than fp32's rounding, as for weights of bf16 folders, int8
+  integers and int4 values. For few rows it takes half the time of fp32 weights, for more rows never longer
+- Bags: int8 or int4 integers as bytes, for few rows. Their sums weighted by the activations are embedding_bags, one for
+  each group of input features and block of output features. For more rows, blocks of weights are dequantised
+- the processor's features decide which one is used, never a timing, so that a run is reproducible
 
-Sums are in fp32 in all of them, and weights exact, so they agree to fp32's rounding.
+All accumulate in fp32 with exact weights, so their results agree to fp32's rounding.
 
 Dimensions: M rows of activations, N output features in blocks of W, K input features, G groups of a row.
 """
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 @cache
 def has_bf16_products() -> bool:
-    """Whether this CPU has instructions for products of bf16 numbers, which else are emulated: on AVX2 a product of 512
-    x 512 takes 26 times as long as in fp32."""
+    """Whether this CPU has instructions for bf16 products. Otherwise they are emulated: on AVX2 a product of 512 x 512
+    takes 26 times as long as in fp32."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    capability = torch.backends.cpu.get_cpu_capability()  # unlike the processor's flags, what torch was told to use
+    capability = torch.backends.cpu.get_cpu_capability()  # what torch uses, which the user can set lower
     if capability.startswith("AVX"):
         return capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return True
@@ -33,28 +33,28 @@ def has_bf16_products() -> bool:
 
 @cache
 def has_fbgemm() -> bool:
-    """Whether FBGEMM's kernels are here; elsewhere the operators are plain loops, or missing."""
+    """Whether FBGEMM's kernels are available; without them the operators are plain loops, or missing."""
     names = ("linear_prepack_fp16", "embedding_bag_byte_rowwise_offsets", "embedding_bag_byte_unpack")
     built = "fbgemm" in torch.backends.quantized.supported_engines and torch.backends.mkldnn.is_available()
     return built and all(hasattr(torch.ops.quantized, name) for name in names)
 
 
 class HalfMatrix:
-    """A weight [N, K] as fp16 numbers, in the order of FBGEMM's kernel. half_matrix() makes one."""
+    """A weight [N, K] in fp16, packed for FBGEMM's kernel; made by half_matrix()."""
 
     def __init__(self, weight: Tensor):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
         self.nbytes = 2 * weight.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """fp32, [..., K] -> [..., N]"""
+        """[..., K] -> [..., N], fp32"""
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 def half_matrix(weight: Tensor) -> HalfMatrix | None:
-    """None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel. Rows and columns count
-    for themselves: one of small numbers, which fp16 holds in fewer bits, may be multiplied with large ones, or be all
-    that an output is made of. Each may lose 16 times as much, 1e-6, since what fp16 loses of them varies."""
+    """Makes a HalfMatrix; None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel. Rows
+    and columns are also checked one by one: small numbers, which fp16 holds in fewer bits, may be a whole row, or a
+    column for large activations. The limit for each is 16 times as large, 1e-6, since their losses vary."""
     if not has_fbgemm():
         return None
     weight = weight.float()
@@ -68,19 +68,19 @@ def half_matrix(weight: Tensor) -> HalfMatrix | None:
 class OneDNNMatrix:
     """A weight [N, K] reordered for oneDNN's kernels, in its own dtype."""
 
-    PACK_ROWS = 8  # the batch for which oneDNN chooses the layout; measured equal for 1 to 512 rows
+    PACK_ROWS = 8  # batch size that oneDNN chooses the layout for; measured equally fast for 1 to 512 rows
 
     def __init__(self, weight: Tensor):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.PACK_ROWS)
         self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype, which is the weight's"""
+        """[..., K] -> [..., N] in x's dtype, which must be the weight's"""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
 class FloatMatrix:
-    """A weight [N, K] that is multiplied in fp32 whatever the activations' dtype: as a HalfMatrix if that holds it."""
+    """A weight [N, K] that is multiplied in fp32 whatever the activations' dtype; in fp16 if HalfMatrix supports it."""
 
     def __init__(self, weight: Tensor):
         self.product = half_matrix(weight) or OneDNNMatrix(weight.float())
@@ -96,19 +96,19 @@ PackedMatrix = OneDNNMatrix | FloatMatrix
 
 
 def can_pack_weights(dtype: torch.dtype) -> bool:
-    """Whether pack_weight serves activations of this dtype."""
+    """Whether pack_weight supports activations of this dtype."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and (has_bf16_products() or has_fbgemm()))
 
 
 def pack_weight(weight: Tensor) -> PackedMatrix:
-    """A weight [N, K] in the form whose product with activations of its dtype is fastest on this CPU."""
+    """Packs a weight [N, K] in the form whose product with activations of its dtype is fastest on this CPU."""
     return OneDNNMatrix(weight) if has_bf16_products() else FloatMatrix(weight)
 
 
 def block_width(num_outputs: int) -> int:
-    """Output features of a block of Bags: as many sums as FBGEMM keeps in registers, less where they divide badly."""
+    """Returns the output features of a block of Bags: at most as many sums as FBGEMM keeps in registers, evenly cut."""
     most = 384 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 96
     blocks = -(-num_outputs // most)
     return -(-num_outputs // (16 * blocks)) * 16
@@ -116,18 +116,18 @@ def block_width(num_outputs: int) -> int:
 
 class Bags(nn.Module):
     """Quantised weights as tables of embedding bags: row k of a block holds the integers of W output features as bytes,
-    then the scale and offset that the operator applies, 1 and less the byte that stands for 0.
+    then the scale and offset that the operator applies: 1, and minus the byte that stands for 0.
 
-    A group's scale multiplies the sum over the group, in fp32. int4 takes a byte too: the operator's kernel for halves
-    of bytes needs 1.6 times as long (3072 x 576, groups of 32, one core with AVX2: 304 us and 193).
+    A group's scale multiplies the sum over the group, in fp32. int4 takes a whole byte too: the operator's kernel for
+    half bytes takes 1.6 times as long (3072 x 576, groups of 32, one core with AVX2: 304 us and 193).
     """
 
-    EXPANDED = 2**20  # numbers that are expanded at a time: 4 MB, about what the cores' caches hold
-    FEW_ROWS = 6  # whose bags take less time than one product of expanded weights
-    MANY_ROWS = 96  # from which oneDNN's product of a wide matrix takes less time than MKL's of blocks
+    EXPANDED = 2**20  # numbers that are dequantised at a time: 4 MB, about the size of the cores' caches
+    FEW_ROWS = 6  # up to so many rows, bags take less time than one product of dequantised weights
+    MANY_ROWS = 96  # from here on, oneDNN's product of a wide matrix takes less time than MKL's of blocks
 
     def __init__(self, values: Tensor, scale: Tensor):
-        """values [N, K]: int8 about 0, or uint8 from 0 to 15 about 8; scale [N, G]."""
+        """values [N, K]: int8 with zero point 0, or uint8 in 0..15 with zero point 8; scale [N, G]."""
         super().__init__()
         (N, K), (_, G), W = values.shape, scale.shape, block_width(len(values))
         self.sizes, missing = (N, K, G), -N % W
@@ -147,14 +147,14 @@ class Bags(nn.Module):
         return self.table.nbytes + self.scale.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x @ weight.T, [M, K] -> fp32 [M, N]: in fp32, or many rows of bf16 in bf16 where the CPU multiplies it"""
+        """x @ weight.T, [M, K] -> fp32 [M, N]; computed in fp32, or many bf16 rows in bf16 if the CPU supports it"""
         if len(x) <= self.FEW_ROWS:
             return self.for_few_rows(len(x))(x)
         return self.many_rows(x if has_bf16_products() else x.float())
 
     def for_few_rows(self, M: int) -> Callable[[Tensor], Tensor]:
-        """x @ weight.T in fp32, [M, K] -> [M, N], in a time that grows with M. What every call needs is looked up
-        once: at one row that takes a fifth of a small product's time."""
+        """Returns a function x @ weight.T in fp32, [M, K] -> [M, N], whose time grows with M. Its constants are looked
+        up only once: at one row the look-ups would take a fifth of a small product's time."""
         if M in self.bound:
             return self.bound[M]
         (N, K, G), (blocks, _, W) = self.sizes, self.scale.shape
@@ -174,14 +174,14 @@ class Bags(nn.Module):
         return product
 
     def many_rows(self, x: Tensor) -> Tensor:
-        """x @ weight.T in x's dtype, [M, K] -> fp32 [M, N], by a few blocks of expanded weights at a time."""
+        """x @ weight.T in x's dtype, [M, K] -> fp32 [M, N]; dequantises a few blocks of weights at a time."""
         (N, K, G), (blocks, _, W), M = self.sizes, self.scale.shape, len(x)
         few, is_wide = max(1, self.EXPANDED // (K * W)), M >= self.MANY_ROWS
         y = torch.empty(M, blocks, W)
         for first in range(0, blocks, few):
             part = slice(first, first + few)
             if is_wide:
-                weight = self._expanded(part, together=True).to(x.dtype)  # oneDNN takes it as it is
+                weight = self._expanded(part, together=True).to(x.dtype)  # oneDNN takes this layout without a copy
                 sums = torch.ops.mkldnn._linear_pointwise(x, weight.flatten(1).T, None, "none", [], "")
                 sums = sums.unflatten(1, (-1, W))
             else:
@@ -191,7 +191,7 @@ class Bags(nn.Module):
         return y.view(M, -1)[:, :N]
 
     def _expanded(self, blocks: slice, *, together: bool = False) -> Tensor:
-        """Weights of blocks, or integers where a row has one scale: [blocks, K, W]; together: [K, blocks, W]"""
+        """Dequantises blocks, to integers only if a row has one scale: [blocks, K, W]; together: [K, blocks, W]"""
         (_, K, G), table, scale = self.sizes, self.table[blocks], self.scale[blocks]
         if together:
             table, scale = table.transpose(0, 1), scale.transpose(0, 1)
@@ -202,38 +202,38 @@ class Bags(nn.Module):
         return weight
 
     def _integers(self, table: Tensor) -> Tensor:
-        """Those of rows [..., W + 8], fp32 [..., W]"""
-        if torch.compiler.is_compiling():  # which does not know FBGEMM's operators
+        """Unpacks the integers of rows [..., W + 8], fp32 [..., W]"""
+        if torch.compiler.is_compiling():  # torch.compile does not support FBGEMM's operators
             return table[..., : self.scale.shape[-1]].float() - self.zero
         unpack = torch.ops.quantized.embedding_bag_byte_unpack.default
         return unpack(table.reshape(-1, table.shape[-1])).view(*table.shape[:-1], -1)
 
     def whole(self, *, scaled: bool) -> Tensor:
-        """The weight [N, K], or its integers."""
+        """Returns the weight [N, K], or its integers."""
         weight = self._expanded(slice(None)) if scaled else self._integers(self.table)
         weight = weight * self.scale if scaled and self.sizes[2] == 1 else weight
         return weight.transpose(1, 2).flatten(0, 1)[: self.sizes[0]]
 
     def row_scale(self) -> Tensor:
-        """[N], where a row has one scale"""
+        """[N], if a row has one scale"""
         return self.scale.flatten()[: self.sizes[0]]
 
 
 class FloatProducts(nn.Module):
-    """The product of quantised weights on CPUs for activations of any dtype: Bags, or where a decode step has more
-    rows, and fp16 holds the weights exactly, a HalfMatrix in their place. Zero points are a term of their own: what
-    they add to a group's weights, times the sum of the group's activations.
+    """The product of quantised weights on CPUs for activations of any dtype: Bags, which a HalfMatrix replaces if
+    decode steps have more rows and fp16 holds the weights exactly. Zero points are a separate term: their offset of a
+    group's weights, times the sum of the group's activations.
     """
 
     def __init__(self, values: Tensor, scale: Tensor, zero: Tensor | None = None):
-        """values, scale: as of Bags; zero [N, G]: the integers that stand for 0, if not those."""
+        """values, scale: as for Bags; zero [N, G]: zero points, if they differ from those."""
         super().__init__()
         self.bags, self.half, self.scale = Bags(values, scale), None, None
         usual = 0 if values.dtype == torch.int8 else 8
         offsets = None if zero is None else ((usual - zero.float()) * scale.float()).T.contiguous()
-        self.register_buffer("offsets", offsets)  # [G, N], of all weights of a group
-        # of a decode step for which Bags are faster. The products of SmolLM2-135M's blocks take on one core with AVX2
-        # at 1 and 4 rows 15.5 and 39 ms in int8; as HalfMatrix 25.6 and 33; in fp32 47 and 63
+        self.register_buffer("offsets", offsets)  # [G, N]: what a zero point adds to every weight of a group
+        # rows of a decode step up to which Bags are faster. On one core with AVX2 the products of SmolLM2-135M's blocks
+        # take at 1 and 4 rows 15.5 and 39 ms in int8; as HalfMatrix 25.6 and 33; in fp32 47 and 63
         self.most_rows = 2 if scale.shape[1] == 1 else 1
 
     @property
@@ -242,7 +242,7 @@ class FloatProducts(nn.Module):
         return more + (self.bags.num_bytes if self.half is None else self.half.nbytes)
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
-        """forward() of a decode step with so many rows."""
+        """Returns forward() for decode steps of num_rows rows."""
         if self.half is None and num_rows > self.most_rows:
             self._become_half()
         if self.bags is None or num_rows > self.most_rows:
@@ -259,11 +259,11 @@ class FloatProducts(nn.Module):
             self.scale, self.bags = (self.bags.row_scale() if integers_alone else None), None
 
     def _with_offsets(self, x: Tensor, y: Tensor) -> Tensor:
-        """y, and what zero points come to."""
+        """Adds the zero points' term to y, in place."""
         return y.addmm_(x.float().view(len(x), len(self.offsets), -1).sum(dim=2), self.offsets)
 
     def _values(self) -> Tensor:
-        """The weight, fp32 [N, K]."""
+        """Returns the dequantised weight, fp32 [N, K]."""
         weight = self.bags.whole(scaled=True)
         if self.offsets is not None:
             weight.unflatten(1, (len(self.offsets), -1)).add_(self.offsets.T[..., None])
@@ -271,7 +271,7 @@ class FloatProducts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N] in x's dtype"""
-        if torch.compiler.is_compiling():  # which does not know FBGEMM's operators
+        if torch.compiler.is_compiling():  # torch.compile does not support FBGEMM's operators
             return F.linear(x.float(), self._values()).to(x.dtype)
         if self.half is not None:
             y = self.half(x.float())

@@ -1,10 +1,10 @@
-"""The decode step on a CPU, where a small model's products leave little time for anything else.
+"""The decode step on a CPU, where the overhead beside a small model's matrix products must be small.
 
-- attention of one query token is two sums of cache rows, so it runs at the memory's speed as two embedding_bags: the
-  keys lie transposed in the cache's pages, and scores are rows of a page weighted by the query; values are rows
-  weighted by the softmax. SDPA and batched products take 2.5 to 4 times as long
-- a row reads its own positions only: what lies behind them in a ragged batch points at rows that were just read
-- DecodeLayers is Transformer.forward for one token a row with as few operations as there are
+- attention of one query token is two weighted sums of cache rows, computed at memory bandwidth by two embedding_bags:
+  keys are stored transposed in the cache's pages, and scores sum rows of a page weighted by the query; the output sums
+  value rows weighted by the softmax. SDPA and batched products take 2.5 to 4 times as long
+- a row reads its own positions only: in a ragged batch, indices behind its end point at cache rows that were just read
+- DecodeLayers is Transformer.forward for one token per row, with as few operations as possible
 
 Dimensions: B rows, H query heads, K key/value heads, D head dim, S positions, P pages.
 """
@@ -26,22 +26,22 @@ from models.tp import size_of
 
 
 def weighted_rows(table: Tensor, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
-    """Sums of table rows, one for each bag of `rows`, with a weight for each row. table [R, C]; rows int32 and weights
-    [n], the bags end to end; ends int32 [bags + 1], beginning with 0. Returns [bags, C]."""
+    """Computes a weighted sum of table rows for each bag of `rows`. table [R, C]; rows int32 and weights [n], bags end
+    to end; ends int32 [bags + 1], beginning with 0. Returns [bags, C]."""
     return torch.embedding_bag(table, rows, ends, False, 0, False, weights, True)[0]
 
 
 class CPUCache(Cache):
-    """models.paged_cache.PagedCache's methods and arguments.
+    """A cache with the methods and arguments of models.paged_cache.PagedCache.
 
-    Keys are kept in fp32, since a bag's result has its table's dtype and scores are not to be rounded; values and the
-    weights of their sum are in `dtype`.
+    Keys are stored in fp32, since a bag's result has its table's dtype and scores must not be rounded; values and their
+    weights are in `dtype`.
     """
 
     def __init__(self, model: Transformer, *, num_rows: int, num_pages: int, max_seq_len: int):
         config, tp = model.config, size_of(model.parallel.tp)
         B, H, K = num_rows, config.num_attention_heads // tp, config.num_key_value_heads // tp
-        D, P = config.head_dim, num_pages + 1  # page 0 is nobody's
+        D, P = config.head_dim, num_pages + 1  # page 0 belongs to no sequence
         self.shape, self.dtype = (B, H, K, D), model.dtype
         # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
         layers = range(config.num_hidden_layers)
@@ -56,7 +56,7 @@ class CPUCache(Cache):
         self.constants: dict[int, tuple[Tensor, ...]] = {}
 
     def _read(self, layer: int, pages: list[int]) -> tuple[Tensor, Tensor]:
-        """What pages hold, [tokens, K, D] each, in fp32."""
+        """Returns the keys and values of pages, [tokens, K, D] each, in fp32."""
         keys, values = self.keys[layer][pages], self.values[layer][pages]  # [n, K, D, PAGE], [n, K, PAGE, D]
         return keys.permute(0, 3, 1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1).float()
 
@@ -65,7 +65,7 @@ class CPUCache(Cache):
         pages, offsets, lengths = places // PAGE, places % PAGE, [chunk.length for chunk in chunks]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            """Each chunk sees itself, causally, and what its pages hold from before."""
+            """Each chunk attends to itself, causally, and to the earlier tokens in its pages."""
             self.keys[layer][pages, :, :, offsets] = k[0].float()
             self.values[layer][pages, :, offsets] = v[0].to(self.dtype)
             outputs = []
@@ -85,7 +85,7 @@ class CPUCache(Cache):
         places, pages, page_ends, value_ends, scale = self._constants(P)
         bias = torch.zeros(B, 1, P * PAGE).masked_fill_(places > positions[:, None, None], float("-inf"))
         last = positions[:, None].int()
-        # what lies behind a row's end points at places that were just read
+        # indices behind a row's end point at places that were just read
         pages_read = self.table.gather(1, pages.clamp(max=last // PAGE).long())  # [B, P]
         page_rows = (self.key_rows + (pages_read * (K * D))[:, None, :, None]).view(-1)  # of [B, H, P, D]
         places = places.clamp(max=last)  # [B, P * PAGE]
@@ -107,7 +107,7 @@ class CPUCache(Cache):
         return attend
 
     def _constants(self, P: int) -> tuple[Tensor, ...]:
-        """What decode() needs that depends on the number of pages alone."""
+        """Returns the tensors of decode() that depend only on the number of pages; they are cached."""
         if P not in self.constants:
             B, H, _, D = self.shape
             places, pages = (torch.arange(n, dtype=torch.int32) for n in (P * PAGE, P))
@@ -118,8 +118,8 @@ class CPUCache(Cache):
 
 
 class DecodeLayers:
-    """The hidden states of one new token for each slot, as Transformer.forward computes them, but with an fp32 residual
-    stream. Tensors that stay from step to step, and views of them, are made once."""
+    """Computes the hidden states of one new token for each slot as Transformer.forward does, but with an fp32 residual
+    stream. Buffers, and views of them, are allocated once and reused by each step."""
 
     def __init__(self, model: Transformer, num_slots: int, max_seq_len: int):
         config, tp = model.config, size_of(model.parallel.tp)
@@ -129,7 +129,7 @@ class DecodeLayers:
         self.cos, self.sin = (t[0] for t in rope_tables(positions, model.inv_freq, config.attention_factor))
         B, E, D = num_slots, config.hidden_size, config.head_dim
         H, K = config.num_attention_heads // tp, config.num_key_value_heads // tp
-        # a last column makes the size of a row of the stream sqrt(sum x^2 + E eps), which is sqrt(E) times RMSNorm's
+        # the last column makes the norm of a row of the stream sqrt(sum x^2 + E eps), which is sqrt(E) times RMSNorm's
         self.stream = torch.full((B, E + 1), math.sqrt(E * config.rms_norm_eps))
         self.x, self.normed = self.stream[:, :E], torch.empty(B, E, dtype=self.dtype)
         self.qk, self.rotated = torch.empty(B, H + K, D), torch.empty(B, H + K, D)
@@ -140,7 +140,7 @@ class DecodeLayers:
         self.q, self.k = self.rotated[:, None, :H], self.rotated[:, None, H:]
 
     def take_weights(self) -> None:
-        """Reads the norms' weights and the products anew, which a refresh of the model may have changed."""
+        """Rereads the norms' weights and the products, which a refresh of the model may have changed."""
         scale = math.sqrt(self.model.config.hidden_size)
         self.last_norm = self.model.norm.weight.float() * scale
         self.blocks = []
@@ -153,7 +153,7 @@ class DecodeLayers:
             self.blocks.append((*products, *weights, self._head_norm(attention)))
 
     def _head_norm(self, attention: Attention) -> Tensor | None:
-        """[H + K, D]: the weights of the norms of q and k."""
+        """Returns the weights of the norms of q and k, [H + K, D]; None without such norms."""
         if attention.q_norm is None:
             return None
         H, K = self.q.shape[2], self.k.shape[2]
@@ -165,7 +165,7 @@ class DecodeLayers:
         return torch.mul(self.x / size, weight, out=self.normed)
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions int64 [B] -> [B, E], until the next call."""
+        """tokens, positions int64 [B] -> [B, E], which the next call overwrites."""
         model, x, B = self.model, self.x, len(tokens)
         cos, sin = self.cos[positions], self.sin[positions]  # [B, 1, D]
         sin_first, sin_second = sin.chunk(2, dim=-1)
@@ -188,12 +188,12 @@ class DecodeLayers:
 
 
 class QuantizedHead(nn.Module):
-    """A language-model head in int8 on a CPU, as Bags for one row or two. At the first call with more rows the
-    integers, which bf16 holds exactly, become a packed matrix, whose product is faster from there on; the weights are
-    the same, and one form of them is kept."""
+    """A language-model head in int8 on a CPU, as Bags for one row or two. The first call with more rows converts the
+    integers, which bf16 holds exactly, to a packed matrix, whose product is faster for them; the weights are the same,
+    and only one form of them is kept."""
 
     SCHEME = Scheme("int8")
-    MOST_ROWS = 2  # 32000 x 768, bags and packed: 0.46 and 0.93 ms at one row, 0.63 and 1.0 at 2, 1.08 and 0.99 at 4
+    MOST_ROWS = 2  # 32000 x 768 as bags, packed: 0.46, 0.93 ms at one row; 0.63, 1.0 at two; 1.08, 0.99 at four
 
     def __init__(self, weight: Tensor):
         """weight: [V, E] bf16, or this tp rank's rows of it. Raises ValueError if it is not finite."""
@@ -222,8 +222,8 @@ class QuantizedHead(nn.Module):
 
 
 def quantized_head(model: Transformer) -> QuantizedHead | None:
-    """The head of a model whose blocks are quantised, where it is in bf16; None for others. Raises ValueError if it is
-    not finite."""
+    """Quantises the head of a model whose blocks are quantised, if the head is in bf16 and FBGEMM is available; else
+    returns None. Raises ValueError if the head is not finite."""
     is_quantized = isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
     is_served = is_quantized and model.lm_head.weight.dtype == torch.bfloat16 and has_fbgemm()
     return QuantizedHead(model.lm_head.weight) if is_served else None

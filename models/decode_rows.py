@@ -1,11 +1,11 @@
-"""The device's side of the generation engine: the state of the rows of a decode step, the cache, prefill and steps.
+"""The device's side of the generation engine: the rows' state, the KV cache, prefill and decode steps.
 
-- a step computes a token and its log-prob for each row, and decides which rows have ended; rows that have repeat their
-  last step at its place until they are given to another sample
-- nothing here waits for a GPU: what comes from the host is copied by the way, what goes to it is a Download
-- samples depend on no row's number: the first rows are those in use, and a step may be of these alone
+- a decode step computes a token and its log-prob for each row, and decides which rows have ended; an ended row repeats
+  its last step, at the same position, until another sample takes it
+- nothing here waits for a GPU: copies from the host are non-blocking, results for the host are a Download
+- samples do not depend on row numbers: rows in use are moved to the front, and a step may compute only these
 
-Dimensions: B rows, n of them in a step, V vocabulary, V' this rank's part of it, L steps between two looks of the host.
+Dimensions: B rows, n of them in a step, V vocabulary, V' this rank's part of it, L decode steps per look of the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ from models.transfer import Download, to_device
 
 
 class Start(NamedTuple):
-    """What a row begins with."""
+    """The initial state of a row."""
 
     slot: int
     key: int  # of its noise
-    position: int  # of its first or its last token, which is not in the cache
+    position: int  # of the next token to draw, or of `token`; not in the cache yet
     remaining: int  # tokens that it may still draw
-    token: int = 0  # its last one
+    token: int = 0  # the last one that was drawn
 
 
 def advance(
@@ -52,7 +52,7 @@ def advance(
     active: Tensor,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws from logits [n, V'] and moves the state of the rows [n] on: (tokens int64, logprobs fp32), [n] each."""
+    """Draws from logits [n, V'] and updates the rows' state [n] in place: (tokens int64, logprobs fp32), [n] each."""
     drawn, logprobs = sample(logits, keys, positions + 1, hashes, params, tp, seen)
     going = active.clone()
     tokens.copy_(torch.where(going, drawn, tokens))
@@ -64,8 +64,8 @@ def advance(
 
 
 class DecodeRows:
-    """num_rows rows of up to max_seq_len tokens over a cache of num_pages pages, and the inference copy of a model.
-    compile: torch.compile, and on a GPU steps as CUDA graphs. look_every: L."""
+    """num_rows rows of up to max_seq_len tokens, a KV cache of num_pages pages, and the inference copy of a model.
+    compile: torch.compile, and on a GPU CUDA graphs of steps. look_every: L."""
 
     def __init__(
         self,
@@ -83,13 +83,13 @@ class DecodeRows:
         self.device, self.num_rows, config = device, num_rows, model.config
         shape = {"num_rows": num_rows, "num_pages": num_pages, "max_seq_len": max_seq_len}
         self.network = Network(model, compile=compile)
-        if device.type == "cpu" and not compile:  # all that exists for CPUs alone
+        if device.type == "cpu" and not compile:  # the implementations for CPUs
             self.cache, self.draw = CPUCache(model, **shape), sampling_cpu.sample
             self.layers = DecodeLayers(model, num_rows, max_seq_len)
         else:
             self.cache, self.draw = PagedCache(model, **shape), sample
             self.layers = self.network
-        # the state of the rows lives on the device, at fixed addresses
+        # the rows' state stays on the device, at fixed addresses
         zeros = partial(torch.zeros, num_rows, dtype=torch.int64, device=device)
         self.state = zeros(), zeros(), zeros(), zeros(), zeros(dtype=torch.bool)
         self.tokens, self.positions, self.keys, self.remaining, self.active = self.state
@@ -99,35 +99,35 @@ class DecodeRows:
         is_penalised = params.repetition_penalty != 1
         self.seen = SeenTokens(num_rows, config.vocab_size, device, self.tp) if is_penalised else None
         self.sample, self.advance = self.network.compiled(self.draw), self.network.compiled(advance)
-        # what a step changes, and a row takes along
+        # the tensors that a step changes, and that are copied when a row moves
         self.all_state = [*self.state, *([self.seen.table] if is_penalised else [])]
         self.runner = StepRunner(self.step, num_rows, self.all_state) if compile and device.type == "cuda" else None
 
     def begin(self) -> None:
-        """Before requests are served: the model may have other weights than before."""
+        """Called before requests are served: rereads the model's weights, which may have changed."""
         self.layers.take_weights()
         self.active.zero_()
 
     def forget_graphs(self) -> None:
-        """Where the cache or the weights may have moved; steps are captured anew."""
+        """Drops captured steps, which are captured anew, after the cache or the weights may have moved in memory."""
         if self.runner is not None:
             self.runner.forget()
 
     # ------------------------------------------------------------------------------------ prefill
 
     def prefill(self, batch: Prefill) -> Tensor:
-        """Computes the tokens of a batch, into the cache: their final hidden states [N, E]."""
-        # positions first: what is compiled for them knows whether they stand at the beginning of their memory
+        """Computes the tokens of a batch and caches their keys and values; returns their final hidden states [N, E]."""
+        # positions come first, at offset 0: code that is compiled for them depends on the storage offset
         positions, ids = to_device(torch.tensor([batch.positions, batch.ids]), self.device)
         return self.network.hidden(ids[None], positions[None], self.cache.prefill(batch.chunks))[0]
 
     def logits(self, hidden: Tensor, places: list[int]) -> Tensor:
-        """What follows the tokens at these places of hidden [N, E]: [len(places), V']"""
+        """Returns next-token logits at these indices of hidden [N, E]: [len(places), V']"""
         return self.model.lm_head(hidden[to_device(torch.tensor(places), self.device)])
 
     def start(self, starts: Sequence[Start], logits: list[Tensor], copies: list[tuple[int, int]]) -> Download:
-        """Rows for new samples: each draws its first token from its logits [V']. copies: pages (from, to) to be copied
-        first. The tokens and their log-probs, [len(starts), 1] each."""
+        """Starts rows for new samples: each draws its first token from its logits [V']. copies: pages (from, to) that
+        are copied first. Returns the tokens and their log-probs, [len(starts), 1] each."""
         if copies:
             self.cache.copy_pages(*to_device(torch.tensor(copies), self.device).unbind(1))
         slots, keys, positions, remaining, _ = to_device(torch.tensor(starts).T.contiguous(), self.device)
@@ -141,7 +141,7 @@ class DecodeRows:
         return Download(tokens[:, None], logprobs[:, None])
 
     def resume(self, starts: Sequence[Start]) -> None:
-        """Rows for samples that are in the cache again and go on."""
+        """Starts rows for preempted samples that are in the cache again."""
         slots, keys, positions, remaining, tokens = to_device(torch.tensor(starts).T.contiguous(), self.device)
         self._put(slots, tokens, positions, keys, remaining, torch.ones_like(slots, dtype=torch.bool))
 
@@ -150,18 +150,18 @@ class DecodeRows:
             buffer.index_copy_(0, slots, column)
 
     def remember(self, slot: int, ids: list[int]) -> None:
-        """What a row has seen, where the repetition penalty wants it."""
+        """Records the tokens that a row has seen, if there is a repetition penalty."""
         if self.seen is not None:
             self.seen.begin(slot, ids)
 
     def clear(self, slots: Sequence[int]) -> None:
-        """Rows that are nobody's."""
+        """Deactivates rows that belong to no sample."""
         slots = to_device(torch.tensor(slots), self.device)
         self.active.index_fill_(0, slots, False)
         self.positions.index_fill_(0, slots, 0)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Rows that go on in others."""
+        """Copies the state of rows `sources` to rows `targets`."""
         sources, targets = to_device(torch.tensor([sources, targets]), self.device)
         for buffer in self.all_state:
             buffer.index_copy_(0, targets, buffer[sources])
@@ -169,12 +169,12 @@ class DecodeRows:
     # ------------------------------------------------------------------------------------- decode
 
     def size_for(self, num_rows: int) -> int:
-        """How many rows a step computes where the first num_rows are in use."""
+        """Returns the number of rows that a step computes if the first num_rows are in use."""
         return self.num_rows if self.runner is None else self.runner.size_for(num_rows)
 
     def look(self, size: int, table: Tensor) -> Download:
-        """L steps of the first `size` rows, whose pages are in table int32 [size, pages in use]: the tokens and their
-        log-probs, [size, L] each; rows that have ended repeat themselves."""
+        """Runs L steps of the first `size` rows, whose pages are in table int32 [size, pages in use]. Returns tokens
+        and log-probs, [size, L] each; ended rows repeat themselves."""
         self.cache.set_table(table)
         for i in range(self.look_every):
             tokens, logprobs = self.step(size, table.shape[1]) if self.runner is None else self.runner(size)
@@ -182,8 +182,8 @@ class DecodeRows:
         return Download(self.drawn_tokens[:size], self.drawn_logprobs[:size])
 
     def step(self, size: int, most_pages: int | None = None) -> tuple[Tensor, Tensor]:
-        """One token for each of the first rows. most_pages: as many as a row uses, for operations that read all of
-        them; None for a step that is always the same."""
+        """Computes one token for each of the first `size` rows. most_pages: the largest number of pages of a row, for
+        operations that read as many for every row; None for a step with fixed shapes, which can be captured."""
         tokens, positions, keys, remaining, active = (buffer[:size] for buffer in self.state)
         attend = self.cache.decode(positions, most_pages)
         hidden = self.layers(tokens, positions, attend)

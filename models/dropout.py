@@ -1,7 +1,7 @@
-"""Dropout without a generator: what a token drops is a function of (seed, step, its document so far, layer, feature).
+"""Dropout without a generator: a token's mask is a function of (seed, step, its document so far, layer, feature).
 
-So a resumed run, another layout over ranks, other micro-batches and a forward that is computed again drop the same. Two
-rows that begin alike drop alike as far as they are alike.
+So masks are the same in a resumed run, on another layout of ranks, with other micro-batches and in a recomputed
+forward. Two rows with a common prefix have the same masks there.
 """
 
 import torch
@@ -10,18 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.noise import column_hashes, mix64, noise_key, random_bits
 
-DROPOUT = 0x44524F50  # makes it another stream than the sampling noise of the same seed
+DROPOUT = 0x44524F50  # separates this noise from the sampling noise of the same seed
 
 
 class TokenDropout:
-    """One for a whole model: `see` is told the tokens of a forward whose gradient is taken, the layers then drop."""
+    """Dropout of a whole model: a forward pass first gives its tokens to `see`, then the layers call this."""
 
     def __init__(self, rate: float, seed: int):
         self.rate, self.seed, self.step = rate, seed, 0
-        self.keys: Tensor | None = None  # int64 [tokens], of the forward under way; None: nothing is dropped
+        self.keys: Tensor | None = None  # int64 [tokens] of the current forward; None: no dropout
 
     def see(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """input_ids [B, T]; position_ids [1 or B, T], which begin at 0 with each document."""
+        """input_ids [B, T]; position_ids [1 or B, T], which begin at 0 in each document. No dropout without grad."""
         self.keys = None
         if not torch.is_grad_enabled():
             return
@@ -32,8 +32,8 @@ class TokenDropout:
         self.keys = mix64(sums - others + noise_key(DROPOUT, self.seed, self.step)).flatten()
 
     def __call__(self, x: Tensor, layer_key: Tensor, tp: DeviceMesh | None) -> Tensor:
-        """x [tokens, features] with some features 0 and the rest larger. layer_key: noise_key of the layer, an int64
-        scalar; tp: where each rank has a part of the features."""
+        """Zeroes some features of x [tokens, features] and scales up the others. layer_key: noise_key of the layer, an
+        int64 scalar; tp: given if each rank has a part of the features."""
         if self.keys is None:
             return x
         K = x.shape[1]
@@ -45,6 +45,6 @@ class TokenDropout:
 
 
 def new_dropout(model: nn.Module, step: int) -> None:
-    """Other noise for another optimizer step, where the model drops anything."""
+    """Changes the noise for an optimizer step, if the model has dropout."""
     if model.dropout is not None:
         model.dropout.step = step

@@ -1,4 +1,4 @@
-"""Small files, read and written whole, with errors that name them."""
+"""Reads and writes small files whole, with errors that name the file."""
 
 import contextlib
 import json
@@ -12,8 +12,8 @@ from models.record_files import kind_of, unreadable
 
 
 def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
-    """A small JSON file that holds an object; ValueError that names the file otherwise. missing_ok: {} if there is no
-    such file."""
+    """Reads a small JSON file that holds an object. Raises ValueError that names the file if it does not. missing_ok:
+    returns {} if there is no such file."""
     if missing_ok and not path.is_file():
         return {}
     try:
@@ -26,7 +26,7 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file at once: beside and renamed. OSError that names the file if it cannot."""
+    """Writes a file atomically, by a rename. Raises OSError that names the file if it cannot be written."""
     staging = path.with_name(f".{path.name}.partial")
     with naming_file(path):
         staging.write_bytes(content)
@@ -34,13 +34,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """write_whole() of a small JSON file."""
+    """Writes a small JSON file with write_whole()."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 @contextlib.contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Says which file, or folder, could not be written; of a full disk the system's message names none."""
+    """Makes errors name the file or folder that could not be written; the system's message for a full disk does not."""
     try:
         yield
     except (OSError, SafetensorError) as error:

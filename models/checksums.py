@@ -1,11 +1,11 @@
-"""checksums.json: an exported Hugging Face folder proves itself to whoever opens it.
+"""checksums.json: verifies an exported Hugging Face folder when it is opened.
 
-- it holds a SHA-256 of every small file, of each weight file's header and of each tensor; headers and tensors are all
-  the bytes of a weight file, so damage is found wherever it is, and named as the tensor or the file that it hit
-- each rank checks small files and headers as it opens a folder; tensors when weights are loaded, divided over threads
-  and over the ranks of a node, since each node may have a copy of its own
-- a folder without it, a download for example, is read as it is; one without an entry for a file that somebody has
-  edited knowingly, too
+- it holds a SHA-256 of every small file, of each weight file's header and of each tensor. Headers and tensors are all
+  the bytes of a weight file, so damage is found anywhere, and the error names the damaged tensor or file
+- each rank checks small files and headers when it opens a folder; tensors are checked when weights are loaded, divided
+  over threads and over the ranks of a node, since each node may have its own copy
+- a folder without checksums.json, such as a download, is not checked; nor is a file without an entry, which somebody
+  may have edited
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from models.common import progress_bar
 from models.files import read_json_object
 
 CHECKSUMS = "checksums.json"
-# of config.json: the weight file or index, before the usual names (transformers 5)
+# key of config.json: the weight file or index, which takes precedence over the usual names (transformers 5)
 WEIGHTS_KEY = "transformers_weights"
-THREADS = 4  # hashlib lets other threads run
+THREADS = 4  # hashlib releases the GIL
 READ_BYTES = 1 << 20  # read at a time
-MAX_HEADER_BYTES, METADATA = 100_000_000, "__metadata__"  # as safetensors has it
+MAX_HEADER_BYTES, METADATA = 100_000_000, "__metadata__"  # safetensors' values
 NO_HEADER = "truncated or not a weight file: its header is damaged"
 
 
 def digest(path: Path, start: int = 0, size: float = math.inf, bar: tqdm | None = None) -> str:
-    """SHA-256 of `size` bytes of a file, from `start` on, in hex; `bar` follows. Raises OSError if the file cannot be
-    read."""
+    """Returns the SHA-256, in hex, of `size` bytes of a file from `start` on, and updates `bar`. Raises OSError if the
+    file cannot be read."""
     hasher, piece = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, max(1, size))))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -48,17 +48,17 @@ def digest(path: Path, start: int = 0, size: float = math.inf, bar: tqdm | None 
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a contiguous CPU tensor as safetensors stores it, in hex."""
+    """Returns the SHA-256, in hex, of a contiguous CPU tensor as safetensors stores it."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def bytes_bar(total: int, desc: str = "checking", *, shown: bool | None = None) -> tqdm:
-    """A progress bar over bytes that are read, which shows after a second. shown: if not on the main rank."""
+    """Returns a progress bar over bytes read, shown after a second. shown: None shows it on the main rank only."""
     return progress_bar(total=total, desc=desc, unit="B", unit_scale=True, delay=1, leave=False, shown=shown)
 
 
 def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The problem of the first rank that has one, on all ranks: they go on, or end, together. A collective."""
+    """Returns, on all ranks, the problem of the first rank that has one, so that all go on or end. A collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return problem
     problems = [None] * dist.get_world_size(group)
@@ -70,7 +70,7 @@ def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str |
 
 
 def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None:
-    """checksums.json of the files in a folder. tensors_of: {weight file: {tensor: its digest}}, taken while writing."""
+    """Writes checksums.json for the files in a folder. tensors_of: {weight file: {tensor: its digest}}."""
     weights = {}
     for name, tensors in tensors_of.items():
         header_digest = digest(folder / name, size=header_bytes(folder / name))
@@ -82,7 +82,7 @@ def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None
 
 
 def header_bytes(path: Path) -> int:
-    """How many bytes of a safetensors file are before its tensors. Raises ValueError where it cannot be one."""
+    """Returns the number of bytes before the tensors of a safetensors file. Raises ValueError if it is no such file."""
     with open(path, "rb") as file:
         begin = file.read(8)
     size = 8 + int.from_bytes(begin, "little")
@@ -92,7 +92,7 @@ def header_bytes(path: Path) -> int:
 
 
 def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
-    """{tensor: (its first byte, the one behind its last)} of a safetensors file. Raises ValueError if it is none."""
+    """Returns {tensor: (start, end)}, in bytes, of a safetensors file. Raises ValueError if it is no such file."""
     begin = header_bytes(path)
     with open(path, "rb") as file:
         content = file.read(begin)
@@ -107,32 +107,32 @@ def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError that names the first small file or weight file's header that is not as it was exported."""
+    """Raises ValueError that names the first small file or weight file's header that differs from the export."""
     place, checksums = _checksums_of(folder)
     if checksums is None:
         return
-    # Where a kill has cut an export's switch short, the other files may be those of the old export or of the new.
+    # After a kill during an export's switch, small files may be of the old export or the new: only weights are checked.
     for name, wanted in checksums["files"].items() if place == folder else ():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path}: is missing, and {CHECKSUMS} lists it; {_way_on(name)}")
+            raise ValueError(f"{path}: is missing, but {CHECKSUMS} lists it; {_way_on(name)}")
         if digest(path) != wanted:
             raise ValueError(f"{path}: is damaged or was edited: it is not the file that was exported; {_way_on(name)}")
     for name, wanted in checksums["weights"].items():
         path = place / name
         if not path.is_file():
-            raise ValueError(f"{path}: is missing, and {CHECKSUMS} lists it; {_way_on()}")
+            raise ValueError(f"{path}: is missing, but {CHECKSUMS} lists it; {_way_on()}")
         if digest(path, size=header_bytes(path)) != wanted["header"]:
             raise ValueError(f"{path}: its header is damaged: it is not the one that was exported; {_way_on()}")
 
 
 def _way_on(name: str | None = None) -> str:
     entry = f"the entry {name} from {CHECKSUMS}" if name else CHECKSUMS
-    return f"take the folder from where it was made, or remove {entry} to go on knowingly"
+    return f"copy the folder again from its source, or remove {entry} to go on knowingly"
 
 
 def _checksums_of(folder: Path) -> tuple[Path, dict | None]:
-    """(the folder that holds the weights: another one only while an export takes its place; its checksums.json)"""
+    """Returns (the folder of the weights, which is the staging folder during an export's switch; its checksums)."""
     named = read_json_object(folder / "config.json", missing_ok=True).get(WEIGHTS_KEY)
     place = (folder / named).parent if isinstance(named, str) else folder
     path = place / CHECKSUMS
@@ -150,8 +150,8 @@ def _checksums_of(folder: Path) -> tuple[Path, dict | None]:
 
 
 def check_weights(folder: Path, paths: list[Path]) -> None:
-    """Raises ValueError, on all ranks, that names a tensor which is not as it was exported, or one of `paths`, the
-    weight files that are about to be read, which does not belong to the export. A collective."""
+    """Raises ValueError on all ranks that names a tensor that differs from the export, or a file among `paths`, the
+    weight files that are about to be read, that is not part of the export. A collective."""
     problem = agreed(_problem_of(folder, paths))
     if problem is not None:
         raise ValueError(problem)
@@ -165,7 +165,7 @@ def _problem_of(folder: Path, paths: list[Path]) -> str | None:
         for path in paths:
             if path.name not in checksums["weights"]:
                 return f"{path}: is not of this export: {CHECKSUMS} does not list it; remove it, or {CHECKSUMS}"
-        # changes when a file does; a folder that is opened twice, as policy and as reference, is hashed once
+        # key of the result's cache, so that a folder opened twice, as policy and as reference, is hashed once
         stats = [path.stat() for path in (*paths, folder / "config.json", place / CHECKSUMS)]
         stamp = tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats)
         rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -176,20 +176,20 @@ def _problem_of(folder: Path, paths: list[Path]) -> str | None:
 
 @lru_cache
 def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | None:
-    """What is wrong with a damaged tensor in the share of a rank of the node, or None."""
+    """Checks a rank's share of the node's tensors; returns a problem, or None. stamp: changes when a file does."""
     check_files(folder)
     place, checksums = _checksums_of(folder)
     tensors = []
     for name, weights in checksums["weights"].items():
         tensors += _tensors_in(place / name, weights["tensors"])
-    tensors.sort(key=lambda each: (-each[0], each[1], each[2]))  # alike on all ranks, and evenly dealt
+    tensors.sort(key=lambda each: (-each[0], each[1], each[2]))  # the same order on all ranks, and even shares
     share = tensors[rank::ranks]
 
     def problem_of(tensor: tuple[int, Path, int, str, str]) -> str | None:
         size, path, start, name, wanted = tensor
         try:
             if digest(path, start, size) != wanted:
-                return f"{path}: the tensor {name} is damaged: its numbers are not those exported; {_way_on()}"
+                return f"{path}: the tensor {name} is damaged: its values differ from the export; {_way_on()}"
         except OSError as error:
             return f"{path}: cannot be read: {error.strerror or error}"
         return None
@@ -203,9 +203,9 @@ def _damaged_tensor(folder: Path, stamp: tuple, rank: int, ranks: int) -> str | 
 
 
 def _tensors_in(path: Path, digests: dict[str, str]) -> list[tuple[int, Path, int, str, str]]:
-    """(bytes, file, first byte, name, digest) of each tensor of a weight file whose header is sound. Raises ValueError
-    if the file has other tensors than checksums.json says. That they are all of the file, safetensors has checked."""
+    """Returns (bytes, file, first byte, name, digest) of each tensor of a weight file with a valid header. Raises
+    ValueError if checksums.json lists other tensors. safetensors has checked that they cover the whole file."""
     spans = tensor_spans(path)
     for name in spans.keys() ^ digests.keys():
-        raise ValueError(f"{path.parent / CHECKSUMS}: damaged: of {name} either it or {path.name} knows nothing")
+        raise ValueError(f"{path.parent / CHECKSUMS}: damaged: {name} is either not in it or not in {path.name}")
     return [(end - start, path, start, name, digests[name]) for name, (start, end) in spans.items()]

@@ -1,9 +1,9 @@
-"""A function over many things in forked processes, its results in the order of the things.
+"""Maps a function over an iterable in forked processes, with results in order.
 
-- a forked process has all that its parent has, a loaded tokenizer among it, and nothing is copied or imported anew
-- a result is asked for in turn, so the first thing that cannot be done is the one that is complained of
-- what a process forks here neither asks its group of ranks nor touches a GPU, since neither survives a fork, and ends
-  without cleaning up after them
+- a forked process shares everything that its parent has loaded, such as a tokenizer, without copying or importing
+- results are awaited in order, so the error that is raised is that of the first failing item
+- forked processes use neither torch.distributed nor a GPU, which do not survive a fork; they exit without cleanup of
+  either
 """
 
 import ctypes
@@ -24,9 +24,8 @@ Thing, Result = TypeVar("Thing"), TypeVar("Result")
 def map_in_processes(
     function: Callable[[Thing], Result], things: Iterable[Thing], num_workers: int
 ) -> Iterator[Result]:
-    """function(thing) of each thing, in their order; in this process with at most one worker, and where processes
-    cannot be forked safely (outside Linux). An exception of the function is raised in its turn; ValueError if a process
-    is killed."""
+    """Yields function(thing) of each thing, in order; in this process with fewer than 2 workers, or outside Linux,
+    where forking is not safe. Raises the function's exceptions in their turn, and ValueError if a process is killed."""
     if num_workers < 2 or sys.platform != "linux":
         yield from map(function, things)
         return
@@ -35,22 +34,22 @@ def map_in_processes(
     try:
         for thing in things:
             waiting.append(pool.submit(_call, thing))
-            if len(waiting) > 2 * num_workers:  # no more, so that results do not pile up
+            if len(waiting) > 2 * num_workers:  # limits the results held in memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ValueError("a worker process was killed, maybe for its memory; take fewer: --data_workers") from None
+        raise ValueError("a worker process was killed, maybe for lack of memory; lower --data_workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(function: Callable, parent: int) -> None:
-    """What a forked process does first: it ends with its parent, leaves Ctrl-C to it, and knows the function."""
+    """Initialises a forked process: it ends when its parent does, ignores Ctrl-C, and keeps the function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended meanwhile
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
     _call.function = function
 

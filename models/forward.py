@@ -1,4 +1,4 @@
-"""Rows of any length through a model in one forward: padded side by side, or packed end to end.
+"""Runs rows of any length through a model in one forward pass: padded side by side, or packed end to end.
 
 Dimensions: n rows of the forward (1 where rows are packed), T their tokens, E model dim.
 """
@@ -18,31 +18,31 @@ from models.transfer import index_on, to_device
 
 
 class Forward(NamedTuple):
-    """What a model makes of some rows."""
+    """The results of a forward pass over some rows."""
 
     hidden: Tensor  # [n, T, E], the final hidden states
     labels: Tensor  # int64 [n, T], not shifted; in packed rows no token predicts the next row's first
-    row_labels: Tensor  # int64 [rows, longest], the same of each row by itself, padded on the right
-    starts: list[int]  # where the rows begin in hidden.flatten(0, 1)
-    learnt: Tensor  # int64 [N]: the places there that predict a label, row by row
+    row_labels: Tensor  # int64 [rows, longest], the labels by row, right-padded
+    starts: list[int]  # index of each row's first token in hidden.flatten(0, 1)
+    learnt: Tensor  # int64 [N]: indices there of the tokens that predict a label, row by row
 
     def at(self, places: list[tuple[int, int]]) -> Tensor:
-        """The hidden states [N, E] of tokens, each given as (number of the row, position in it)."""
+        """Returns the hidden states [N, E] of tokens, each given as (row, position in it)."""
         index = [self.starts[row] + position for row, position in places]
         return self.hidden.flatten(0, 1).index_select(0, index_on(index, self.hidden.device))
 
 
 def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forward:
-    """The rows in one forward; with a budget of tokens they are packed into one row, where they do not see each other,
-    each with positions of its own. No rows give one of padding and row_labels [0, T], so that the collectives of
-    forward and backward are run; a loss that is summed over the rows is 0 then."""
+    """Runs the rows in one forward pass. With a token budget they are packed into one row, where they do not attend to
+    each other and each has its own positions. Without rows it runs a row of padding, so that the collectives of forward
+    and backward run; row_labels is then [0, T], and a loss summed over the rows is 0."""
     device, packed = model.inv_freq.device, split.max_tokens is not None and len(rows) > 1
     dtype = model.dtype
     multiple = math.lcm(model.row_multiple, length_multiple(device, dtype, model.config.head_dim))
     batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, multiple)
     width, attend = batch.input_ids.shape[1], causal_attention
     if batch.lengths is not None:
-        compiled = model.layers[0]._compiled_call_impl is not None  # where nn.Module.compile puts it
+        compiled = model.layers[0]._compiled_call_impl is not None  # set by nn.Module.compile
         options = {"head_dim": model.config.head_dim, "compiled": compiled}
         attend = document_attention(batch.lengths, width, device, dtype, **options)
     hidden = model(batch.input_ids, batch.position_ids, attend)

@@ -1,7 +1,7 @@
-"""Functions of a user's file, FILE.py:NAME: found, told apart, called, and what they return checked.
+"""Loads and calls functions of a user's file, FILE.py:NAME, and checks what they return.
 
-- a function that grades answers says by its parameters' names whether it takes one answer or a whole batch
-- nothing here needs torch, so a worker process that grades answers starts in a tenth of a second
+- the parameter names of a function that grades answers show whether it takes one answer or a whole batch
+- nothing here imports torch, so a worker process that grades answers starts in a tenth of a second
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple
 
-ASK_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a run: training/stop.py
-LARGEST = 1e9  # of a reward: its square must be a number in fp32
+ASK_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # see training/stop.py
+LARGEST = 1e9  # largest size of a reward, whose square must be finite in fp32
 
 
 class FunctionPlace(str):
-    """FILE.py:NAME, as the type of a flag: what the file holds belongs to a run, as data does (models/identity.py)."""
+    """FILE.py:NAME, as the type of a flag; --resume compares the file's content, as for data (models/identity.py)."""
 
     @property
     def path(self) -> Path:
@@ -40,8 +40,8 @@ BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion",
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Around somebody's code, or a decorator: puts back what that may set for the whole process: the directory, which
-    paths of flags are meant in, handlers of signals, and torch's gradients, defaults, threads and precision."""
+    """Context manager or decorator that restores what a user's code may change for the whole process: the directory
+    (flags' paths are relative to it), signal handlers, and torch's grad mode, defaults, threads and precision."""
     directory, torch = os.getcwd(), sys.modules.get("torch")
     handlers = {number: signal.getsignal(number) for number in ASK_TO_END}
     if torch is not None:
@@ -58,13 +58,13 @@ def undisturbed() -> Iterator[None]:
             torch.set_grad_enabled(learns)
             torch.set_default_dtype(dtype)
             torch.set_num_threads(threads)
-            torch.set_default_device(None)  # none of ours is set
+            torch.set_default_device(None)  # we never set one
             if torch.get_float32_matmul_precision() != precision:
                 torch.set_float32_matmul_precision(precision)
 
 
 class _Source(SourceFileLoader):
-    """Runs a text in the place of the file."""
+    """Loads a module from a text instead of its file."""
 
     text: str
 
@@ -73,8 +73,8 @@ class _Source(SourceFileLoader):
 
 
 def load_function(flag: str, place: str, text: str | None = None) -> Callable:
-    """The function NAME of "FILE.py:NAME", which a flag gives. Raises FileNotFoundError or ValueError that says what is
-    wrong with it. text: what the file held, where it may hold something else by now."""
+    """Imports the function NAME of a flag's "FILE.py:NAME". Raises FileNotFoundError or ValueError that says what is
+    wrong with it. text: the file's content, if the file may have changed since it was read."""
     path, separator, name = place.rpartition(":")
     if not separator or not name.isidentifier():
         raise ValueError(f"{flag} {place!r}: must be FILE.py:NAME")
@@ -86,13 +86,13 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     if text is not None:
         spec.loader = _Source(spec.name, spec.origin)
         spec.loader.text = text
-    beside = str(Path(path).resolve().parent)  # where it may import from, as a script does
+    beside = str(Path(path).resolve().parent)  # so that the file can import its neighbours, as a script can
     sys.path += [beside] * (beside not in sys.path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # what dataclasses and pickle in that file look for
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever somebody's file does when it is run
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise ValueError(f"{flag} {place}: {path} cannot be imported: {short(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -101,7 +101,7 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
 
 
 def short(error: BaseException) -> str:
-    """The error of somebody else's code in a line."""
+    """Formats an error of foreign code in one line."""
     try:
         text = " ".join(str(error).split())[:200]
     except Exception:  # a __str__ that fails
@@ -110,19 +110,19 @@ def short(error: BaseException) -> str:
 
 
 class Grade(NamedTuple):
-    value: float  # NaN where there is none
-    failure: str | None = None  # "timeout", or what went wrong
+    value: float  # NaN without a grade
+    failure: str | None = None  # "timeout", or a message
 
 
 class Grader(NamedTuple):
-    """A function that gives answers their grades."""
+    """A function that grades answers."""
 
     flag: str
     place: str  # FILE.py:NAME
     function: Callable
-    per_answer: bool  # (prompt, completion, example) -> number; else lists of them -> list of numbers
+    per_answer: bool  # (prompt, completion, example) -> number; else lists of these -> list of numbers
     is_async: bool
-    text: str | None = None  # of the file; None of one that is no text
+    text: str | None = None  # the file's source; None if it cannot be read as text
 
     @property
     def name(self) -> str:
@@ -130,10 +130,10 @@ class Grader(NamedTuple):
 
 
 def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
-    """See load_function. Raises ValueError also for other parameters than those of the two forms."""
+    """load_function() for a grader. Raises ValueError also if its parameters are neither BATCH nor ANSWER."""
     path = Path(place.rpartition(":")[0])
     if text is None and path.suffix in SOURCE_SUFFIXES and path.is_file():
-        with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # whoever imports it will say so
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # importing it will report the error
             text = importlib.util.decode_source(path.read_bytes())
     function = load_function(flag, place, text)
     called = (function, getattr(function, "__call__", None))  # noqa: B004 (an object with an async __call__)
@@ -153,38 +153,38 @@ def load_grader(flag: str, place: str, text: str | None = None) -> Grader:
 
 
 def number(value: object) -> float:
-    """A number that a function returned, at most LARGEST in size. Raises TypeError, ValueError or OverflowError for
-    anything else."""
+    """Converts a function's result to a number of at most LARGEST in size. Raises TypeError, ValueError or
+    OverflowError for anything else."""
     if isinstance(value, str | bytes):
         raise TypeError(f"returned a {type(value).__name__}, not a number")
     result = float(value)
     if not math.isfinite(result):
         raise ValueError(f"returned {result}")
     if abs(result) > LARGEST:
-        raise ValueError(f"returned {result}, and a reward is at most {LARGEST:g} in size")
+        raise ValueError(f"returned {result}, but a reward is at most {LARGEST:g} in size")
     return result
 
 
 def call_batch(grader: Grader, prompts: list[str], completions: list[str], examples: list[dict]) -> list[Grade]:
-    """The grade of each completion, in order. One has none where the function returned None, or a number that is not
-    finite or too large. ValueError if the function fails or returns anything else."""
+    """Returns the grade of each completion, in order; NaN where the function returned None, or a number that is not
+    finite or too large. Raises ValueError if the function fails or returns anything else."""
     where = f"{grader.flag}: {grader.name}"
-    own = [copy.deepcopy(example) for example in examples]  # to be changed at will, also where one serves many answers
+    own = [copy.deepcopy(example) for example in examples]  # the function may change them; one may serve many answers
     columns, pid = (list(prompts), list(completions), own), os.getpid()
     try:
         with undisturbed():
             rewards = grader.function(**dict(zip(BATCH, columns)))
             if inspect.isawaitable(rewards):
-                import asyncio  # takes longer than all else that a worker process imports
+                import asyncio  # takes longer than all other imports of a worker process
 
                 rewards = asyncio.run(_awaited(rewards))
             rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
-    except KeyboardInterrupt:  # a person's, or that of a signal
+    except KeyboardInterrupt:  # from Ctrl-C, or raised for a signal
         raise
-    except BaseException as error:  # somebody's code may raise anything, a generator's while it is read
+    except BaseException as error:  # a user's code may raise anything, a generator also while it is consumed
         raise ValueError(f"{where} raised {short(error)}") from error
     finally:
-        if os.getpid() != pid:  # the function forked, and has come back in both
+        if os.getpid() != pid:  # the function forked, and returned in the child, too
             os._exit(0)
     try:
         if isinstance(rewards, str | dict | set | frozenset):
@@ -195,7 +195,7 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
         return [_grade_in_batch(reward, where, completion) for reward, completion in zip(rewards, completions)]
     except ValueError:
         raise
-    except Exception as error:  # what is no number may raise anything when it is asked for one
+    except Exception as error:  # a foreign object may raise anything when it is converted to a number
         raise ValueError(f"{where} must return a list of numbers: {short(error)}") from None
 
 

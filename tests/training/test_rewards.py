@@ -103,7 +103,7 @@ def test_numbers_that_are_none(fails, tmp_path):
     )
     grades = call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:batch"), ["p"] * 6, list("abcdef"), [{}] * 6)
     assert [grade.value for grade in grades if grade.failure is None] == [1, -1e9]
-    said = ["returned None", "returned 1e+39, and a reward is at most 1e+09", "returned nan", "that no float can hold"]
+    said = ["returned None", "returned 1e+39, but a reward is at most 1e+09", "returned nan", "that no float can hold"]
     for grade, what in zip([grades[i] for i in (1, 2, 3, 5)], said):
         assert math.isnan(grade.value) and what in grade.failure and "for the completion" in grade.failure
     pool = Pool(

@@ -1,8 +1,8 @@
-"""A language-model head with its loss on a GPU: models/vocab_parallel.py with the kernels of models/triton_head.py.
+"""A language-model head fused with its loss on a GPU: models/vocab_parallel.py with kernels of models/triton_head.py.
 
-- up to LOGIT_BYTES of logits exist, in the compute dtype, and turn into their own gradient; where those of a whole
-  batch fit, they wait for the backward, which then needs no product twice and scales nothing of the weight's size
-- else chunk after chunk, the weight's gradient is summed in fp32, by parts that need no second tensor of its size
+- at most LOGIT_BYTES of logits exist, in the compute dtype, and become their own gradient; if the logits of a whole
+  batch fit, the backward reuses them, so that it repeats no product and scales no tensor of the weight's size
+- otherwise chunk by chunk; the weight's gradient is summed in fp32, in parts that need no second tensor of its size
 
 Counted in training/README.md.
 
@@ -19,35 +19,35 @@ from models import triton_head
 from models.tp import all_reduce, size_of
 
 LOGIT_BYTES = 5 << 28  # 1.34 GB: 4096 tokens x 128256 in bf16, and 10 % more
-WEIGHT_ROWS = 16384  # of the weight's gradient that a sum takes at a time
+WEIGHT_ROWS = 16384  # rows of the weight's gradient that are summed at a time
 
 
 def rows_at_once(hidden: Tensor, num_columns: int) -> int:
-    """Tokens whose logits exist at a time. num_columns: most of a rank, so that all have as many chunks, which are
-    collectives."""
+    """Returns the tokens of a chunk. num_columns: the maximum over ranks, so that all ranks have the same number of
+    chunks, each of which runs collectives."""
     return max(1024, LOGIT_BYTES // (num_columns * hidden.element_size()))
 
 
 def _chunks(num_tokens: int, rows: int) -> Iterator[slice]:
-    """At least one."""
+    """Yields slices of at most `rows` tokens; at least one slice."""
     for start in range(0, max(1, num_tokens), rows):
         yield slice(start, start + rows)
 
 
 def _statistics(logits: Tensor, targets: Tensor, start: int, temperature: float, tp: DeviceMesh | None) -> Tensor:
-    """(log-prob of the target, logsumexp, entropy) over all ranks, fp32 [3, N]."""
+    """Returns (log-prob of the target, logsumexp, entropy) over all ranks, fp32 [3, N]."""
     largest, total, weighted, chosen = triton_head.row_statistics(logits, targets, start, temperature)
     if size_of(tp) > 1:
         own, largest = largest, all_reduce(largest, tp, "max")
-        factor = (own - largest).exp()  # 0 of a rank without columns
+        factor = (own - largest).exp()  # 0 on a rank without columns
         total, weighted, chosen = all_reduce(torch.stack((total * factor, weighted * factor, chosen)), tp)
     logsumexp = largest + total.log()
     return torch.stack((chosen - logsumexp, logsumexp, logsumexp - weighted / total))
 
 
 class _WeightGradient:
-    """Sums logits' gradients.T @ hidden over chunks: in fp32, but for a single one. Not of a frozen head, a third of
-    the arithmetic and a tensor of the head's size: its sum stays None."""
+    """Sums logits' gradients.T @ hidden over chunks, in fp32 unless there is only one. The sum of a frozen head stays
+    None, which saves a third of the arithmetic and a tensor of the head's size."""
 
     def __init__(self, weight: Tensor, *, learns: bool, single: bool):
         self.dtype, self.learns = weight.dtype, learns
@@ -64,7 +64,7 @@ class _WeightGradient:
             self.sum[part] += gradients[:, part].T @ hidden
 
     def scaled(self, factor: Tensor) -> Tensor | None:
-        """Without another fp32 tensor of its size."""
+        """Returns the sum times factor in the weight's dtype, without another fp32 tensor of its size."""
         if self.sum is None:
             return None
         result = torch.empty_like(self.sum, dtype=self.dtype)
@@ -74,7 +74,7 @@ class _WeightGradient:
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """Log-probs of the targets and entropies: vocab_parallel.linear_logprobs, `rows` at a time."""
+    """Log-probs of the targets, and entropies: vocab_parallel.linear_logprobs, `rows` tokens at a time."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class FusedLogprobs(torch.autograd.Function):
         compute_weight, grad_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)
         grad_logprobs = torch.zeros_like(logsumexp) if grad_logprobs is None else grad_logprobs.contiguous()
         grad_entropies = None if grad_entropies is None else grad_entropies.contiguous()
-        kept, ctx.logits = ctx.logits, None  # they become their gradient
+        kept, ctx.logits = ctx.logits, None  # their gradient overwrites them
         learns = ctx.needs_input_grad[1]
         grad_weight = _WeightGradient(weight, learns=learns, single=len(hidden) <= ctx.rows)
         for chunk in _chunks(len(hidden), ctx.rows):
@@ -111,7 +111,7 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 class _CrossEntropyOfChunks(torch.autograd.Function):
-    """The summed loss with its gradients, for more tokens than have their logits at once: no product is made twice."""
+    """The summed loss of several chunks; forward computes the gradients, too, so that no product is repeated."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, rows: int):
@@ -130,14 +130,14 @@ class _CrossEntropyOfChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden = (ctx.grad_hidden.float() * grad).to(ctx.grad_hidden.dtype)  # in bf16 grad would be rounded
+        grad_hidden = (ctx.grad_hidden.float() * grad).to(ctx.grad_hidden.dtype)  # fp32, so that grad is not rounded
         return grad_hidden, ctx.grad_weight.scaled(grad), None, None, None, None
 
 
 def cross_entropy_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None, rows: int, needs_grad: bool
 ) -> Tensor:
-    """The sum over tokens, see vocab_parallel.linear_cross_entropy, `rows` at a time."""
+    """Returns vocab_parallel.linear_cross_entropy, summed over tokens, computed `rows` tokens at a time."""
     if needs_grad and len(hidden) > rows:
         return _CrossEntropyOfChunks.apply(hidden, weight, targets, start, tp, rows)
     return -FusedLogprobs.apply(hidden, weight, targets, start, tp, 1.0, rows)[0].sum()

@@ -1,12 +1,12 @@
-"""int4 that knows what the weights are multiplied with: the arithmetic for one weight.
+"""int4 quantisation of one weight that minimises the error of the layer's outputs on calibration inputs.
 
-- GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and each one's error is made up
-  for by those to come, as the second moments of the layer's inputs say; large moments first (act-order, with groups of
-  neighbours), in ranges clipped for the least error of the weights
-- then in turns the scales that are best for the integers (least squares over all groups of a row) and the integers that
-  are best for the scales, one column after the other (coordinate descent: Behdin et al. 2023, arXiv 2309.01885)
+- GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and later columns compensate
+  for the error of each, by the second moments of the layer's inputs; columns with large moments come first (act-order,
+  but groups are of neighbours), and ranges are clipped for the least error of the weights
+- then, alternately, the best scales for the integers (least squares over all groups of a row) and the best integers for
+  the scales, one column after the other (coordinate descent: Behdin et al. 2023, arXiv 2309.01885)
 
-All lessen the error of the layer's outputs, tr((W - D) H (W - D)^T), where D are the dequantised weights and H the
+All reduce the error of the layer's outputs, tr((W - D) H (W - D)^T), where D are the dequantised weights and H the
 damped second moments.
 
 Dimensions: N output features, K input features, G groups of a row.
@@ -19,30 +19,30 @@ from torch import Tensor
 
 from models.qlinear import ELEMENTS, Quantized, Scheme, dequantize, int4_scale, round_int4
 
-COLUMNS = 128  # whose errors reach the rest of the row together
-CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a group's range
-RIDGE = 1e-6  # leaves the scale of a group alone whose integers say nothing about it
+COLUMNS = 128  # columns whose errors are applied to the rest of the row together
+CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that are tried
+RIDGE = 1e-6  # keeps the scale of a group whose integers do not determine it
 
 
 class Curvature(NamedTuple):
-    """Of the squared error of a layer's outputs in its weights."""
+    """Curvature of the squared error of a layer's outputs as a function of its weights."""
 
     matrix: Tensor  # H, fp32 [K, K]
-    order: Tensor  # int64 [K]: the inputs by their moments, the largest first
+    order: Tensor  # int64 [K]: the inputs by moment, largest first
     lower: Tensor  # the Cholesky factor of H in this order
-    spread: Tensor  # that of the inverse, upper: a row says how a column's error is spread over the later ones
+    spread: Tensor  # the upper Cholesky factor of its inverse: row i distributes column i's error over the later ones
 
     @classmethod
     def of(cls, moments: Tensor, damping: float = 0.01) -> "Curvature":
-        """moments: fp32 [K, K], the sum of x x^T over a layer's inputs x. damping: of the mean moment, added to the
-        diagonal; ten times as much as long as H has no inverse in fp32. Raises ValueError for moments that are not
+        """moments: fp32 [K, K], the sum of x x^T over a layer's inputs x. damping: fraction of the mean moment that is
+        added to the diagonal; multiplied by ten until H has an inverse in fp32. Raises ValueError if moments are not
         finite."""
         if not moments.isfinite().all():
             raise ValueError(
                 "inputs of a layer are not finite: take --dtype float32, or other records to calibrate with"
             )
         order = moments.diagonal().argsort(descending=True)
-        mean = moments.diagonal().mean().clamp(min=1e-12)  # no token at all: rounding to nearest
+        mean = moments.diagonal().mean().clamp(min=1e-12)  # without any token: rounding to nearest
         while True:
             matrix = moments + damping * mean * torch.eye(len(moments), device=moments.device)
             lower, failed = torch.linalg.cholesky_ex(matrix[order][:, order])
@@ -53,13 +53,13 @@ class Curvature(NamedTuple):
             damping *= 10
 
     def solve(self, right: Tensor) -> Tensor:
-        """right H^-1, for right [N, K]."""
+        """Returns right H^-1, for right [N, K]."""
         return torch.cholesky_solve(right[:, self.order].T, self.lower).T[:, self.order.argsort()]
 
 
 def gptq(weight: Tensor, curvature: Curvature, scheme: Scheme, rounds: int = 2) -> Quantized:
-    """int4 of a weight fp32 [N, K] that keeps the layer's outputs, rather than its weights, near what they were.
-    rounds: of scales and integers, after GPTQ itself."""
+    """Quantises a weight, fp32 [N, K], to int4 with the least error of the layer's outputs. rounds: how often scales
+    and integers are refitted after GPTQ."""
     found = _round_in_order(weight, curvature, clipped_scale(weight, scheme.group_size))
     for _ in range(rounds):
         found = refit_integers(weight, curvature.matrix, refit_scales(weight, curvature.matrix, found))
@@ -67,7 +67,7 @@ def gptq(weight: Tensor, curvature: Curvature, scheme: Scheme, rounds: int = 2) 
 
 
 def clipped_scale(weight: Tensor, group_size: int | None) -> Tensor:
-    """int4_scale() of the part of each group's range, among some, that leaves its weights the least squared error."""
+    """Returns int4_scale() for the fraction of each group's range with the least squared error of the weights."""
     least, best = torch.inf, int4_scale(weight, group_size)
     for ratio in (*CLIPPED, *(-ratio for ratio in CLIPPED)):
         scale = int4_scale(ratio * weight, group_size)
@@ -80,7 +80,7 @@ def clipped_scale(weight: Tensor, group_size: int | None) -> Tensor:
 def _round_in_order(weight: Tensor, curvature: Curvature, scale: Tensor) -> Quantized:
     K, order, spread = weight.shape[1], curvature.order, curvature.spread
     groups = (order // (K // scale.shape[1])).tolist()
-    left = weight[:, order]  # what is left to be rounded
+    left = weight[:, order]  # columns still to be rounded
     values = torch.empty_like(left, dtype=torch.uint8)
     for start in range(0, K, COLUMNS):
         end = min(start + COLUMNS, K)
@@ -96,10 +96,10 @@ def _round_in_order(weight: Tensor, curvature: Curvature, scale: Tensor) -> Quan
 
 
 def refit_scales(weight: Tensor, matrix: Tensor, found: Quantized) -> Quantized:
-    """The same integers with the scales, bf16, that are best for them; matrix: H, fp32 [K, K]."""
+    """Returns the same integers with the best scales for them, in bf16; matrix: H, fp32 [K, K]."""
     (N, K), G = weight.shape, found.scale.shape[1]
     steps = dequantize(found._replace(scale=torch.ones_like(found.scale)))  # q - 8
-    gradient = (weight - dequantize(found)) @ matrix  # of half the squared error of the outputs, less its sign
+    gradient = (weight - dequantize(found)) @ matrix  # the negative gradient of half the outputs' squared error
     scales = []
     for rows in torch.arange(N, device=weight.device).split(max(1, 4 * ELEMENTS // (G * G + K))):
         right = _group_sums(gradient[rows] * steps[rows], G)
@@ -116,10 +116,10 @@ def _group_sums(columns: Tensor, num_groups: int) -> Tensor:
 
 
 def refit_integers(weight: Tensor, matrix: Tensor, found: Quantized) -> Quantized:
-    """The same grid with better integers: each column in turn takes those that are best beside all the others;
+    """Returns the same scales with better integers: each column in turn gets the best ones, given all other columns;
     matrix: H, fp32 [K, K]."""
     K, G = weight.shape[1], found.scale.shape[1]
-    scale = found.scale.float().T.repeat_interleave(K // G, dim=0)  # [K, N], as all that follows
+    scale = found.scale.float().T.repeat_interleave(K // G, dim=0)  # [K, N], like all tensors below
     divisor = scale.masked_fill(scale == 0, 1.0)
     values = found.values.T.float()
     errors = weight.T - dequantize(found).T

@@ -1,4 +1,4 @@
-"""What a GPU has and could do at most, NVIDIA's or AMD's, and whether Triton works on it."""
+"""Peak rates and features of NVIDIA's and AMD's GPUs, and whether Triton works on one."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by words of the device's
-# name. A device that is not listed prints no MFU or MBU. An MI250X is two devices, which share what its sheet says.
+# name. For a device that is not listed no MFU or MBU is printed. An MI250X is two devices: each has half of its sheet.
 PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 PCIe": (756e12, 2.0e12),
@@ -27,8 +27,8 @@ PEAKS = {
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on this device, tried once. It comes with torch's builds for GPUs, but for some
-    platforms; where it does not work, that is said, on stderr, and all else goes on."""
+    """Whether Triton's kernels run on this device, tried once. Triton comes with torch's GPU builds on most platforms;
+    where it does not work, a warning on stderr says so, and the scripts run without it."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     from models.triton_probe import fault_on
@@ -40,12 +40,12 @@ def has_triton(device: torch.device) -> bool:
 
 
 def has_bf16_cores(device: torch.device) -> bool:
-    """Whether a GPU multiplies bf16 by itself: AMD's, and NVIDIA's from compute capability 8.0 (A100) on."""
+    """Whether a GPU multiplies bf16 in hardware: AMD's, and NVIDIA's from compute capability 8.0 (A100) on."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:
-    """(FLOP/s in bf16, bytes/s) of a known GPU, else None."""
+    """Returns the peak (FLOP/s in bf16, bytes/s) of a known GPU, else None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,12 +1,12 @@
-"""How the engine's step runs on a GPU: compiled block by block, and captured whole.
+"""How the engine's decode step runs on a GPU: compiled block by block, and captured as a whole.
 
-- torch.compile sees one block's two halves, before and after attention, as functions of the block, and sampling: all
-  layers share the code, and so do all numbers of tokens, since a decode step's rows stand where a prompt's tokens do.
-  So what is compiled does not grow with layers, lengths or batch sizes (one token alone is its own case). What a block
-  adds to the residual stream last is added in the next one's first half, where it takes no kernel of its own
-- a whole step, sampling included, is captured as a CUDA graph by hand (HIP's on AMD), for a few numbers of rows; the
-  smallest that holds the rows in use is replayed. Attention is Triton's kernel, whose grid is fixed for a graph: rows
-  end where their own lengths say
+- torch.compile compiles sampling and the two halves of a block, before and after attention, as functions of the block.
+  All layers share the code, and so do all numbers of tokens: rows of a decode step take the place of a prompt's tokens.
+  So compiled code does not grow with layers, lengths or batch sizes (a single token is a case of its own). A block's
+  last update of the residual stream is added in the next block's first half, where it needs no kernel of its own
+- a whole step, sampling included, is captured by hand as a CUDA graph (HIP's on AMD), for a few numbers of rows; the
+  smallest graph that holds the rows in use is replayed. Attention is a Triton kernel with a fixed grid, in which each
+  row stops at its own length
 """
 
 import time
@@ -21,25 +21,25 @@ from models.attention import Attend
 from models.model import Block, RMSNorm, Transformer
 from models.rope import rope_tables
 
-# fp32 is asked for where it is wanted, and how a reduction is cut is the compiler's affair
+# fp32 precision is intended where it is used, and how a reduction is split does not matter to the user
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores|\nOnline softmax is disabled")
 
 
 def first_half(
     block: Block, x: Tensor, update: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The residual stream with what the block before adds to it, and what attention takes of it."""
+    """Adds the block before's update to the residual stream; returns the stream, and attention's inputs (q, k, v)."""
     x = x + update
     return x, block.before_attention(x, cos, sin)
 
 
 def last_norm(norm: RMSNorm, x: Tensor, update: Tensor) -> Tensor:
-    """The final hidden states."""
+    """Returns the final hidden states."""
     return norm(x + update)
 
 
 class Network:
-    """The hidden states of tokens, and functions of rows of them, compiled or as they are."""
+    """Computes hidden states of tokens, compiled or eagerly."""
 
     def __init__(self, model: Transformer, *, compile: bool):
         self.model, self.compile = model, compile
@@ -50,17 +50,17 @@ class Network:
         return torch.compile(function) if self.compile else function
 
     def any_number(self, dim: int, *tensors: Tensor) -> list[Tensor]:
-        """Tensors whose size in a dimension differs from call to call; what is compiled serves all sizes but 1."""
+        """Marks a dimension of tensors as dynamic, so that one compiled version serves all sizes but 1."""
         for tensor in tensors if self.compile else ():
             if tensor.shape[dim] != 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return list(tensors)
 
     def take_weights(self) -> None:
-        """Before steps, whose weights may be others than before; none are kept here."""
+        """Called before steps, since weights may have changed; does nothing, since none are cached here."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The hidden states of one new token for each row: tokens, positions int64 [B] -> [B, E]."""
+        """Computes hidden states of one new token for each row: tokens, positions int64 [B] -> [B, E]."""
         return self.hidden(tokens[None], positions[None], attend)[0]
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
@@ -74,24 +74,24 @@ class Network:
         update = torch.zeros_like(x)
         for layer, block in enumerate(model.layers):
             x, inputs = self.before(block, *self.any_number(1, x, update), *tables)
-            attended = attend(layer, *inputs).contiguous()  # code is for one order of dimensions
+            attended = attend(layer, *inputs).contiguous()  # other strides would be compiled anew
             x, update = self.after(block, *self.any_number(1, x, attended))
         return self.norm(model.norm, *self.any_number(1, x, update))
 
 
 def graph_sizes(num_rows: int) -> list[int]:
-    """The numbers of rows that steps are captured for: powers of two, from 32 on also what lies midway, and all."""
+    """Returns the numbers of rows that steps are captured for: powers of two, from 32 on also 1.5 of each, and all."""
     powers = [2**i for i in range(num_rows.bit_length())]
     return sorted({*(n for p in powers for n in (p, p + p // 2 if p >= 32 else p) if n < num_rows), num_rows})
 
 
 class CudaGraph:
-    """A function whose kernels were recorded once, and are launched together from then on. Its tensors keep their
-    addresses; outputs are written over at the next replay of any graph of the pool."""
+    """A captured function, whose kernels replay() launches together. Its tensors must keep their addresses; the next
+    replay of any graph of the pool overwrites the outputs."""
 
     def __init__(self, function: Callable[[], object], pool: object):
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog thread asks for events meanwhile
+        # thread_local: NCCL's watchdog thread queries events during the capture
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = function()
 
@@ -101,12 +101,12 @@ class CudaGraph:
 
     @staticmethod
     def make_pool() -> object:
-        """Memory that graphs share, of which one runs at a time."""
+        """Returns a memory pool for graphs of which only one runs at a time."""
         return torch.cuda.graph_pool_handle()
 
     @staticmethod
     def warm_up(function: Callable[[], object]) -> None:
-        """Runs it beside the stream in use, as capturing asks for: compiles kernels, and takes workspaces."""
+        """Runs a function on a side stream, as capturing requires: compiles kernels and allocates workspaces."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -115,9 +115,9 @@ class CudaGraph:
 
 
 class StepRunner:
-    """Runs step(n), which computes the first n rows and reads nothing on the host, as graphs of a few sizes, which are
-    captured when they are first asked for. state: the tensors that a step changes and that say what the next one is;
-    capturing leaves them as they were. seconds: spent on that so far."""
+    """Runs step(n), which computes the first n rows without a host sync, as CUDA graphs of a few sizes, captured on
+    first use. state: the tensors that a step changes and the next one reads; capturing restores them. seconds: spent on
+    capturing so far."""
 
     def __init__(
         self, step: Callable[[int], object], num_rows: int, state: Sequence[Tensor], graph: type[CudaGraph] = CudaGraph
@@ -129,7 +129,7 @@ class StepRunner:
         return next(size for size in self.sizes if size >= num_rows)
 
     def prepare(self, size: int) -> None:
-        """Captures the step of one of the sizes."""
+        """Captures the step for one of the sizes."""
         start = time.perf_counter()
         if self.pool is None:
             self.pool = self.graph.make_pool()
@@ -142,11 +142,11 @@ class StepRunner:
         self.seconds += time.perf_counter() - start
 
     def forget(self) -> None:
-        """For tensors that are elsewhere from here on: graphs hold addresses."""
+        """Drops all graphs, which hold addresses, because tensors move in memory."""
         self.pool, self.graphs = None, {}
 
     def __call__(self, size: int) -> object:
-        """What step(size) returns, until the next call."""
+        """Returns the outputs of step(size), which the next call overwrites."""
         if size not in self.graphs:
             self.prepare(size)
         return self.graphs[size].replay()

@@ -1,9 +1,9 @@
-"""What a run was begun with, and whether --resume may go on with what it is given now.
+"""Records a run's flags and the content of its inputs, and refuses a --resume with different ones.
 
-- all flags, whatever script and whoever declared them, but for those that say may_change
-- the content of every file and folder that a flag names and the run reads: flags of type Path, unless they say
-  `written`, and the file of a function, FILE.py:NAME. Not their path, so data may move; nothing lists them
-- what differs is refused by name; --accept_changed NAME goes on knowingly, and the new value is what the run has then
+- all flags are compared, whichever script or group declares them, except those declared with may_change
+- so is the content of every input file and folder: of all flags of type Path, unless declared `written`, and the file
+  of a function, FILE.py:NAME. Paths are not compared, so data may move. New flags are included automatically
+- a difference is an error that names the flag; --accept_changed NAME accepts it, and the run then has the new value
 """
 
 import json
@@ -14,30 +14,30 @@ from models.common import Flag, flag, flags_of, say
 from models.fingerprint import digest, fingerprint
 from models.functions import FunctionPlace
 
-CONTENTS = "content_digests"  # the key beside the flags, {flag: digest}; of a list of places a list
+CONTENTS = "content_digests"  # key beside the flags: {flag: digest, or a list of digests for a list of paths}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptArgs:
-    """What a run that is resumed may do otherwise."""
+    """Changes that a resumed run accepts."""
 
     accept_changed: list[str] | None = flag(
         None,
-        help="with --resume: flags of another value, or of files or folders of other content, than the run was begun "
-        "with, to be taken knowingly; names without --, such as seed checkpoint_path",
+        help="with --resume: flags whose value, or whose file's or folder's content, may differ from what the run was "
+        "begun with; names without --, such as seed checkpoint_path",
         may_change=True,
     )
 
 
 def begun_with(args) -> dict[str, object]:
-    """What args.json, and the small file beside an output file, hold: all flags, and the content of what they name.
-    Paths are absolute, so that a run can be resumed from elsewhere."""
+    """Returns the content of args.json, or of the small file beside an output file: all flags, and digests of the files
+    that they name. Paths are absolute, so that a run can be resumed from another directory."""
     values = {each.name: recorded(getattr(args, each.name)) for each in flags_of(type(args))}
     return {**values, CONTENTS: _contents(args)}
 
 
 def recorded(value: object) -> object:
-    """A flag's value as JSON holds it."""
+    """Converts a flag's value to the form that JSON stores."""
     if isinstance(value, list | tuple):
         return [recorded(each) for each in value]
     value = str(value.resolve()) if isinstance(value, Path) else value
@@ -45,10 +45,10 @@ def recorded(value: object) -> object:
 
 
 def changed_flags(args, now: dict, earlier: dict, who: str) -> frozenset[str]:
-    """Names of the flags that have another value, or name other content, than `earlier`, and are accepted. now,
-    earlier: of begun_with. Raises ValueError, which begins with `who`, for those that are not accepted, and for an
-    --accept_changed that is no flag. One that has not changed is no error: the same command goes on after the next
-    kill."""
+    """Returns the names of flags whose value or content differs from `earlier`, all of them accepted. now, earlier:
+    from begun_with(). Raises ValueError, which begins with `who`, for differences that are not accepted, and for a name
+    in --accept_changed that is no flag. An accepted flag without a difference is no error: the same command works again
+    after the next kill."""
     flags, accepted = flags_of(type(args)), set(args.accept_changed or ())
     unknown = accepted - {each.name for each in flags}
     if unknown:
@@ -77,8 +77,8 @@ def _may_change(each: Flag, args) -> bool:
 
 
 def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
-    """Whether a flag names other "content", wherever that lies, or has another "value", where content is not known of
-    both. One that is younger than the run had its default."""
+    """Returns "content" if a flag's files differ in content, or "value" if its value differs, which is compared unless
+    both contents are known. A flag that is newer than the run had its default then."""
     contents = [of.get(CONTENTS, {}).get(each.name) for of in (now, earlier)]
     if None not in contents:
         return "content" if contents[0] != contents[1] else None
@@ -87,7 +87,7 @@ def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
     values = []
     for value in (now[each.name], earlier.get(each.name, default)):
         several = isinstance(now[each.name], list) and not isinstance(value, list) and value is not None
-        value = [value] if several else value  # a flag that took one value when the run was begun
+        value = [value] if several else value  # the flag took a single value when the run was begun
         values.append(default if value in ([], formerly, [formerly]) else value)
     return "value" if values[0] != values[1] else None
 
@@ -103,7 +103,7 @@ def _contents(args) -> dict[str, object]:
 
 
 def _content(place: object) -> str | None:
-    """None of what is no place, and of what cannot be read, about which whoever needs it says more."""
+    """Returns the digest of a file, folder or function; None otherwise, or if reading fails (reported later)."""
     try:
         if isinstance(place, FunctionPlace):
             return f"{digest(place.path)}:{place.name}"

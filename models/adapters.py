@@ -71,7 +71,7 @@ class LoraArgs(AdapterArgs):
     )
     lora_dropout: float = flag(0.0, bounds=Bounds(least=0, below=1), help="dropout of the inputs of the updates")
     lora_target_modules: list[str] | None = flag(
-        None, help=f"the layers to update, among {', '.join(LINEARS)}; all of these, or all-linear"
+        None, help=f"the layers to update: all-linear, or some of {', '.join(LINEARS)}; all-linear"
     )
     use_rslora: bool = flag(False, help="scale updates by lora_alpha / sqrt(lora_r) instead")
     quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="quantise the blocks' frozen weights")
@@ -105,7 +105,7 @@ class Adapter(NamedTuple):
         return json.loads(self.metadata.get("config_changes", "{}"))
 
 
-# --------------------------------------------------------------------------------------------- in
+# ---------------------------------------------------------------------------------------- reading
 
 
 def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
@@ -346,7 +346,7 @@ def _shape(
     if unknown:
         names = ", ".join(LINEARS)
         raise ValueError(
-            f"--lora_target_modules {' '.join(unknown)}: there are {names}, and all-linear for all of them"
+            f"--lora_target_modules {' '.join(unknown)}: choose from {names}, or all-linear for all of them"
         )
     if kinds and "all-linear" not in kinds:
         layers = [layer for layer in layers if layer.rpartition(".")[2] in kinds]
@@ -379,7 +379,7 @@ def _new_values(
     return values
 
 
-# -------------------------------------------------------------------------------------------- out
+# ---------------------------------------------------------------------------------------- writing
 
 
 def adapter_tensors(model: Transformer) -> dict[str, Tensor]:

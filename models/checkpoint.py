@@ -204,7 +204,7 @@ class WeightFiles:
         try:
             if path.suffix == ".safetensors":
                 return safe_open(path, framework="pt")
-            zipped = zipfile.is_zipfile(path)  # files of torch before 1.6 are not, and cannot be mapped
+            zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files, which cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]

@@ -181,7 +181,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------- into its place
+# --------------------------------------------------------------------------------------- the switch
 
 
 def _publish(staging: Path, folder: Path) -> None:

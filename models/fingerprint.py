@@ -39,8 +39,8 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a SHA-256 of a folder's content: of a model as at the top of this file, of an adapter's config and weight
-    files, of all files in any other folder; large ones by blocks. Raises OSError or ValueError if they cannot be
+    """Returns a SHA-256 of a folder's content: of a model's files as described above, of an adapter's config and
+    weights, or of all files in any other folder; large ones are sampled. Raises OSError or ValueError if they cannot be
     read."""
     if (folder / "config.json").is_file():
         paths = [path for name in ("config.json", *COPIED_FILES) if (path := folder / name).is_file()]

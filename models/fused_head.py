@@ -4,7 +4,7 @@
   batch fit, the backward reuses them, so that it repeats no product and scales no tensor of the weight's size
 - otherwise chunk by chunk; the weight's gradient is summed in fp32, in parts that need no second tensor of its size
 
-Counted in training/README.md.
+FLOPs and memory traffic are counted in training/README.md.
 
 Dimensions: N tokens, E model dim, V this rank's part of the vocabulary.
 """

@@ -6,8 +6,8 @@
 - prefill takes at most `prefill_tokens` tokens at a time and alternates with decode steps, so a long prompt does not
   block the running samples; when pages run out the youngest sample is preempted and computed again later: the noise is
   stateless (models/sampling.py), so its tokens stay the same
-- the device decides when a sample stops, and the host reads the tokens of `look_every` decode steps at once: a look. A
-  GPU runs one look ahead: the host launches the next steps before it reads the tokens of the last ones, so scheduling
+- the device checks stop tokens and lengths, and the host reads the tokens of `look_every` decode steps at once: a look.
+  A GPU runs one look ahead: the host launches the next steps before it reads the tokens of the last ones, so scheduling
   and detokenisation overlap with them. Tokens that a row draws after the end of its sample are dropped
 - models/scheduler.py assigns rows and pages, models/decode_rows.py is the device's side
 """
@@ -246,7 +246,7 @@ class Engine:
         self.flights.append(flight._replace(compile_seconds=None) if self._is_cold[kind] else flight)
         self._is_cold[kind] = False
 
-    # ------------------------------------------------------------------------------ what has run
+    # ----------------------------------------------------------------------------------- results
 
     def _land(self, keep: int = 0) -> None:
         """Reads the tokens of all flights but the last `keep`, which waits for the device."""

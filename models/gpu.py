@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 # Peak dense bf16 rate (FLOP/s) and memory bandwidth (bytes/s) from the vendors' datasheets, by words of the device's
-# name. For a device that is not listed no MFU or MBU is printed. An MI250X is two devices: each has half of its sheet.
+# name. Other devices print no MFU or MBU. An MI250X is two devices, each with half of the datasheet's values.
 PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 PCIe": (756e12, 2.0e12),

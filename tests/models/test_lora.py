@@ -164,7 +164,7 @@ def test_what_is_refused(tmp_path):
             open_adapter(tmp_path / folder, base)
 
     flags = {  # choose_lora's error: flags
-        "--lora_target_modules c_attn: there are q_proj, k_proj": {"lora_r": 4, "lora_target_modules": ["c_attn"]},
+        "--lora_target_modules c_attn: choose from q_proj, k_proj": {"lora_r": 4, "lora_target_modules": ["c_attn"]},
         "--lora_alpha is for LoRA": {"lora_alpha": 3.0},
         "--no-merge is for LoRA": {"merge": False},
         "--quantize_base is for LoRA": {"quantize_base": "int8"},

@@ -369,7 +369,7 @@ def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: b
 
     every: each backward reduce-scatters them over the dp ranks, so that a rank holds only its shard (with hybrid
     sharding the all-reduce over the replicas, across nodes, waits for the last). Otherwise they accumulate unsharded
-    and are reduced once, after the last micro-batch: 4 bytes per parameter of the tp rank, 28 GB / tp at 7B.
+    and are reduced once, with the last micro-batch: 4 bytes per parameter of the tp rank, 28 GB / tp at 7B.
     """
     set_sync = model.set_requires_all_reduce if every else model.set_requires_gradient_sync
     remaining = iter(micro_batches)

@@ -1,12 +1,12 @@
-"""The decoder of LLaMA, and of what differs from it in little: Qwen2 / 2.5 (biases of q, k and v), Qwen3 (normed q, k).
+"""The LLaMA decoder and its close relatives: Qwen2 / 2.5 (biases of q, k and v) and Qwen3 (normed q and k).
 
-- the shape comes from a Hugging Face config.json, never from a folder's name; models/presets.py has those of real
-  models
-- parameters carry Hugging Face's names less the leading "model.", so nothing is ever converted
-- attention is an argument: forward() takes `attend(layer, q, k, v)`; training passes nothing (causal), the generation
-  engine passes one that writes and reads its KV cache, so the same layers serve both
-- RMSNorm and RoPE compute in fp32 whatever the weights are; Linear casts its weight to the input's dtype, which is how
-  fp32 master weights and bf16 compute go together without autocast
+- the shape comes from a Hugging Face config.json, never from a folder's name; models/presets.py lists the shapes of
+  real models
+- parameters carry Hugging Face's names without the leading "model.", so nothing is ever converted
+- attention is an argument: forward() takes `attend(layer, q, k, v)`; training uses the default (causal), the generation
+  engine passes a function that writes and reads its KV cache, so the same layers serve both
+- RMSNorm and RoPE compute in fp32 whatever the dtype of the weights; Linear casts its weight to the input's dtype, so
+  fp32 master weights compute in bf16 without autocast
 
 Dimensions: B batch, T query tokens, H query heads, K key/value heads, D head dim, E model dim, V vocabulary.
 """
@@ -29,21 +29,21 @@ from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, sum_parts, whole_sequence
 from models.vocab_parallel import embed
 
-# What a config.json of each model_type means by a key that it leaves out, as in transformers (5.23).
+# The default of a key that a config.json leaves out, for each model_type, as in transformers (5.23).
 DEFAULTS = {
     "llama": {"max_position_embeddings": 2048},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
-SWITCHES = {  # the switches of each, beside tie_word_embeddings: qwen2's biases are not to be chosen
+SWITCHES = {  # boolean keys of each model_type, besides tie_word_embeddings; qwen2's biases are fixed
     "llama": ("attention_bias", "mlp_bias"),
     "qwen2": (),
     "qwen3": ("attention_bias",),
 }
-QUANT_METHOD = "compressed-tensors"  # what quantization_config names in a folder with quantised weights
+QUANT_METHOD = "compressed-tensors"  # quant_method in the quantization_config of a folder with quantised weights
 
-# What the inference copy of a block computes as one product: (the part of the block, the names of its Linear layers,
-# the name of the product that replaces them).
+# Linear layers that the inference copy of a block computes as one product: (the part of the block, the names of its
+# Linear layers, the name of the product that replaces them).
 FUSIONS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     ("self_attn", ("o_proj",), "o_proj"),
@@ -56,8 +56,8 @@ FUSIONS = (
 class ModelConfig:
     """The shape of a model, under Hugging Face's key names.
 
-    rope_scaling is None or a dict whose "rope_type" is one of rope.ROPE_KEYS and which holds that type's numbers.
-    attention_bias is of all four products; qwen2 has biases of q, k and v besides.
+    rope_scaling: None, or a dict with a "rope_type" of rope.ROPE_KEYS and the numbers of that type. attention_bias:
+    biases of q, k, v and o; qwen2 always has those of q, k and v.
     """
 
     vocab_size: int
@@ -131,18 +131,18 @@ class ModelConfig:
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin of its rotary embedding are multiplied by: yarn sharpens the attention so."""
+        """The factor of the rotary embedding's cos and sin, with which yarn sharpens the attention."""
         return (self.rope_scaling or {}).get("attention_factor", 1.0)
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
-        """Raises ValueError, naming the key, if the model cannot be cut into so many ranks."""
+        """Raises ValueError, naming the key, if the model cannot be sharded over this many ranks."""
         for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             size = getattr(self, key)
             if size % tensor_parallel_size:
                 raise ValueError(f"--tensor_parallel_size {tensor_parallel_size} does not divide {key} = {size}")
 
     def inv_freq(self) -> Tensor:
-        """The inverse frequencies of its rotary embedding, fp32 [D/2] on the CPU."""
+        """The inverse frequencies of the rotary embedding, fp32 [D/2] on the CPU."""
         return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def num_parameters(self) -> int:
@@ -157,11 +157,11 @@ class ModelConfig:
         return self.num_hidden_layers * (attention + mlp + 2 * E) + E + embeddings
 
     def training_flops_per_token(self, seq_len: float, *, frozen: bool = False, has_lm_head: bool = True) -> float:
-        """FLOPs of forward and backward for a token of a row of seq_len tokens: 6 for each weight that multiplies it,
+        """FLOPs of forward and backward per token of a row of seq_len tokens: 6 for each weight that multiplies it,
         and causal attention's two products over seq_len / 2 positions on average (PaLM, arXiv 2204.02311, appendix B).
 
-        frozen: 4, since the weights have no gradient below adapters, which are not counted. has_lm_head: whether logits
-        are computed, or with a scalar head nothing of that size.
+        frozen: 4 for each weight, since a base under adapters has no weight gradients; the adapters are not counted.
+        has_lm_head: whether logits are computed; the product of a scalar head is not counted.
         """
         matrices = self.vocab_size * self.hidden_size  # of the embedding and of the head
         weights = self.num_parameters() - (not self.tie_word_embeddings) * matrices - (not has_lm_head) * matrices
@@ -198,7 +198,7 @@ def _number(config: dict, where: str, key: str, kind: type = int, default: float
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
-    """(contents of config.json, its path) for a folder or that file; ValueError / FileNotFoundError if unusable."""
+    """(contents, path) of a folder's config.json, or of the file itself; ValueError / FileNotFoundError if unusable."""
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -210,7 +210,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
     elif not path.is_file():
-        parts = path.parts[path.parts[:1] == ("checkpoints",) :]  # where download.py puts what has a name on the Hub
+        parts = path.parts[path.parts[:1] == ("checkpoints",) :]  # where download.py puts models of the Hub
         is_name = len(parts) == 2 and not Path(parts[0]).exists() and parts[0] not in ("runs", "..")
         fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
         raise FileNotFoundError(f"{path}: no such file or folder{fetched * is_name}")
@@ -226,15 +226,15 @@ def is_quantized(config: dict) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weight follows the input's dtype, so that fp32 master weights compute in bf16. Column-parallel:
-    a rank that holds some rows of the weight computes those outputs."""
+    """nn.Linear that casts its weight to the input's dtype, so that fp32 master weights compute in bf16.
+    Column-parallel: a rank that holds some rows of the weight computes those outputs."""
 
     def term(self, dtype: torch.dtype) -> Term:
-        """What this rank multiplies by, for products() and for forward."""
+        """This rank's weight and bias, for products() and for forward."""
         return Term(local(self.weight), bias=None if self.bias is None else local(self.bias).to(dtype))
 
     def finish(self, y: Tensor) -> Tensor:
-        """The output, of what the term comes to."""
+        """The layer's output, from the result of its term()."""
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Linear(nn.Linear):
 
 
 class RowLinear(Linear):
-    """Row-parallel: a rank holds some columns of the weight and that part of x; the bias is added once, to the sum."""
+    """Row-parallel: a rank holds some columns of the weight and the same part of x; the sum gets the bias once."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, parallel: Parallel):
         super().__init__(in_features, out_features, bias=bias)
@@ -257,7 +257,7 @@ class RowLinear(Linear):
 
 
 class RMSNorm(nn.Module):
-    """partial_grad: each tensor-parallel rank norms a part of what the weight is for, some tokens or some heads."""
+    """partial_grad: each tensor-parallel rank norms only some tokens or heads, so the weight's gradients are summed."""
 
     def __init__(self, size: int, eps: float, *, partial_grad: bool = False):
         super().__init__()
@@ -268,7 +268,7 @@ class RMSNorm(nn.Module):
         return self.keeping(x)[0]
 
     def keeping(self, x: Tensor) -> tuple[Tensor, Kept | None]:
-        """The norm of x, and what products() of it keep in its place, where that is less."""
+        """The norm of x, and how products() recompute it in the backward; None if they save it as it is."""
         weight = local(self.weight, self.partial_grad).float()
         if keeps_less():
             return norm(x, weight, self.eps)
@@ -279,7 +279,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
         self.head_dim, self.parallel = config.head_dim, parallel
-        # an index all the same; torch.compile would make code of its own for the first int that it meets
+        # a tensor works as an index, too; torch.compile would specialise its code on the first int that it meets
         self.layer = torch.tensor(layer, device="cpu")
         self.group_size = config.num_attention_heads // config.num_key_value_heads
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -289,7 +289,7 @@ class Attention(nn.Module):
         self.o_proj = RowLinear(q_size, config.hidden_size, bias=config.attention_bias, parallel=parallel)
         head_norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps, partial_grad=size_of(parallel.tp) > 1)
         self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
-        self.qkv_proj = None  # the inference copy has this instead of the three above: models/decode.py
+        self.qkv_proj = None  # the inference copy has it instead of q_proj, k_proj and v_proj: models/decode.py
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [B, T, H, D] and k [B, T, K, D], and v [B, T, K, D], of x [B, T, E]. kept: for products()."""
@@ -301,7 +301,7 @@ class Attention(nn.Module):
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key and K value heads: one rotation
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # H query, K key, K value heads; q and k rotate together
         K = qkv.shape[2] // (self.group_size + 2)
         qk, v = qkv.tensor_split((qkv.shape[2] - K,), dim=2)
         if self.q_norm is not None:
@@ -322,7 +322,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(E, ffn, bias=config.mlp_bias)
         self.up_proj = Linear(E, ffn, bias=config.mlp_bias)
         self.down_proj = RowLinear(ffn, E, bias=config.mlp_bias, parallel=parallel)
-        self.gate_up_proj = None  # the inference copy has this instead of the first two: models/decode.py
+        self.gate_up_proj = None  # the inference copy has it instead of gate_proj and up_proj: models/decode.py
 
     def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
         """kept: for products() of x."""
@@ -338,8 +338,8 @@ class MLP(nn.Module):
 
 
 def _save_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """Selective activation checkpointing: keep what matrix products, attention and the ranks' sums computed, recompute
-    the rest. That includes the gathered tokens of sequence parallelism: to keep only a rank's part is its purpose."""
+    """Selective activation checkpointing: saves the results of matrix products, attention and sums over ranks, and
+    recomputes the rest, including sequence parallelism's gathered tokens: saving only a rank's part is its purpose."""
     costly = ("mm", "addmm", "bmm", "linear", "attention", "varlen_attn", "all_reduce", "reduce_scatter")
     name = str(operation).partition(".")[2]
     return CheckpointPolicy.MUST_SAVE if any(c in name for c in costly) else CheckpointPolicy.PREFER_RECOMPUTE
@@ -358,7 +358,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, attend)
-        # LoRA's updates are added in place to products that are kept: what is there then is right
+        # LoRA's updates are added in place to saved products; the updated values are the right ones to save
         contexts = partial(create_selective_checkpoint_contexts, _save_products, allow_cache_entry_mutation=True)
         selective = {"context_fn": contexts}
         options = selective if self.recompute == "selective" else {}
@@ -370,22 +370,22 @@ class Block(nn.Module):
         return x + update
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention takes, q [B, T, H, D], k and v [B, T, K, D], of the residual stream x [B, T, E]."""
+        """The inputs of attention, q [B, T, H, D], k and v [B, T, K, D], from the residual stream x [B, T, E]."""
         normed, kept = self._normed(self.input_layernorm, x)
         return self.self_attn.project(normed, cos, sin, kept)
 
     def before_last_sum(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """Two parts of the residual stream behind the block. attended: what attention gave, [B, T, H, D]."""
+        """The two summands of the residual stream after the block. attended: the output of attention, [B, T, H, D]."""
         x = x + product(attended.flatten(2), self.self_attn.o_proj)
         return x, self.mlp(*self._normed(self.post_attention_layernorm, x))
 
     def _normed(self, layer: RMSNorm, x: Tensor) -> tuple[Tensor, Kept | None]:
-        """The norm of x, and what it is computed from again: not the tokens that sequence parallelism gathers of it."""
+        """The norm of x, and how it is recomputed; None under sequence parallelism, whose products take gathered x."""
         normed, kept = layer.keeping(x)
         return normed, None if self.self_attn.parallel.sequence_parallel else kept
 
     def fuse(self, product_of: Callable[[list[str]], nn.Module]) -> None:
-        """Puts one product in the place of Linear layers that share an input: product_of(their names in the block)."""
+        """Replaces Linear layers that share an input by one product: product_of(their names in the block)."""
         for part_name, names, fused_name in FUSIONS:
             part = getattr(self, part_name)
             fused = product_of([f"{part_name}.{name}" for name in names])
@@ -406,24 +406,24 @@ class Embedding(nn.Embedding):
 
 
 class ScoreHead(nn.Linear):
-    """One number for each token, in fp32: reward models and critics. Whole on every rank."""
+    """One number for each token, in fp32, for reward models and critics. Its weight is whole on every rank."""
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        # [B, T, E] -> [B, T], and not a view, which FSDP's hooks warn of
+        # [B, T, E] -> [B, T]; not a view, since FSDP's hooks warn of a view
         return torch.matmul(hidden.float(), local(self.weight)[0].float())
 
 
 class Transformer(nn.Module):
-    """A decoder with a language-model head, `lm_head`, or a scalar one, `score`.
+    """A decoder with a language-model head, `lm_head`, or a scalar head, `score`.
 
-    compute_dtype: the dtype of the activations; None takes the weights'. parallel: how it is spread over ranks. head:
-    "lm" or "score".
+    compute_dtype: the dtype of the activations; None for the weights'. parallel: how the model is sharded over ranks.
+    head: "lm" or "score".
     """
 
-    lora, dropout, adapter = None, None, ""  # of a model with adapters: models/lora.py, models/dropout.py
+    lora, dropout, adapter = None, None, ""  # set on models with adapters: models/lora.py, models/dropout.py
 
     def __init__(
         self,
@@ -447,9 +447,9 @@ class Transformer(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. The logits or scores are
-        `lm_head` or `score` of these, which callers take only where they need them. position_ids [B, T] default to
-        0..T-1. Under sequence parallelism T must be divisible by the tensor-parallel ranks."""
+        """input_ids [B, T] -> the final normed hidden states [B, T, E], whole on every rank. Callers apply `lm_head` or
+        `score` to the positions whose logits or scores they need. position_ids [B, T] default to 0..T-1. Under sequence
+        parallelism T must be divisible by the number of tensor-parallel ranks."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if self.dropout is not None:
@@ -462,21 +462,21 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.compute_dtype or self.embed_tokens.weight.dtype
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a row must be a multiple of: sequence parallelism cuts it over the ranks."""
+        """Row lengths must be a multiple of this number: sequence parallelism shards rows over the ranks."""
         return size_of(self.parallel.tp) if self.parallel.sequence_parallel else 1
 
     def tie_weights(self) -> None:
-        """Makes the head share the embedding's weight where the config says so."""
+        """Makes the head share the embedding's weight if the config says so."""
         if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
             self.lm_head.weight = self.embed_tokens.weight
 
     def reset_buffers(self, device: torch.device | str) -> None:
-        """Computes what is not in a checkpoint; needed after to_empty or a build on meta."""
+        """Computes the buffers, which no checkpoint holds; needed after to_empty or a build on meta."""
         self.inv_freq = self.config.inv_freq().to(device)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Products, norms and gates of the blocks in training: what eager autograd computes, with less of it kept.
+"""Products, norms and gates of the blocks in training: the results of eager autograd, with fewer saved activations.
 
-- autograd keeps the input of every product, and what norms and gates compute on the way: 6 E + 4 F numbers of a token
-  in each block, beside attention. An input that is the norm of x, or silu(gate) * up, is elementwise work: the
-  backward computes it again, and 2 E + 2 F numbers are kept. No product is made twice
-- layers that share an input have one backward, which sums its gradient in place; the low-rank updates of LoRA
-  (models/lora.py) are added to their layer's output in place, and their factors A are one product
-- a compiler decides by itself what it keeps, so it gets the plain operations; without a gradient nothing is kept anyway
+- autograd saves the input of every product and the intermediate results of norms and gates: 6 E + 4 F numbers per
+  token and block, not counting attention. An input that is the norm of x, or silu(gate) * up, is elementwise work: the
+  backward recomputes it, and 2 E + 2 F numbers are saved. No matrix product is computed twice
+- layers that share an input share one backward, which sums the input's gradient in place; LoRA's low-rank updates
+  (models/lora.py) are added in place to their layer's output, and the A factors of these layers are one product
+- torch.compile decides by itself what to save, so it gets the plain operations; without gradients nothing is saved
 
 Dimensions: M tokens, K input and N output features of a layer, r the rank of its update, E model dim, F of the MLP.
 """
@@ -21,9 +21,9 @@ from models.malloc import with_room
 
 
 class Term(NamedTuple):
-    """What a layer computes: x W^T + bias + scaling (x A^T) B^T, all in the dtype of x."""
+    """The product of a layer, x W^T + bias + scaling (x A^T) B^T, all in the dtype of x."""
 
-    weight: Tensor  # [N, K] as it is stored: of any dtype, or with unpack integers
+    weight: Tensor  # [N, K] as stored: of any dtype, or packed integers if there is an unpack
     scale: Tensor | None = None  # of the integers
     bias: Tensor | None = None  # [N]
     A: Tensor | None = None  # [r, K]
@@ -32,28 +32,28 @@ class Term(NamedTuple):
     unpack: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None  # (weight, scale, dtype) -> [N, K]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W for a product of this dtype; what is stored otherwise should not exist in it for longer."""
+        """W in the dtype of a product; a cast or unpacked copy should not outlive that product."""
         return self.weight.to(dtype) if self.unpack is None else self.unpack(self.weight, self.scale, dtype)
 
 
-TENSORS = 5  # of a Term, which come first
+TENSORS = 5  # the first fields of a Term are its tensors
 
 
 class Kept(NamedTuple):
-    """What the input of layers is computed from in the backward: again(*sources)."""
+    """How the backward recomputes the input of layers: again(*sources). Only the sources are saved."""
 
     again: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
 
 
 def keeps_less() -> bool:
-    """Whether what follows is eager and has a backward."""
+    """Whether code runs eagerly and with gradients, so that the functions of this file save memory."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def products(x: Tensor, layers: Sequence[nn.Module], kept: Kept | None) -> list[Tensor]:
-    """[layer(x) for layer in layers] of x [..., K]. With kept they keep that instead of x, where all have a term().
-    Layers with adapters compute alike without a gradient, eagerly to the last bit: a policy is its own reference."""
+    """[layer(x) for layer in layers] for x [..., K]. If all layers have a term(), autograd saves `kept` instead of x.
+    In eager mode, layers with adapters compute the same bits without gradients: a policy is its own reference."""
     is_adapted = any(getattr(layer, "has_adapters", False) for layer in layers)
     if kept is None and is_adapted and not torch.compiler.is_compiling():
         kept = Kept(_itself, (x.detach(),))
@@ -67,13 +67,13 @@ def products(x: Tensor, layers: Sequence[nn.Module], kept: Kept | None) -> list[
 
 
 def product(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x), of an x that something else keeps as well, or that nothing can be computed from."""
+    """layer(x), for an x that something else saves, too, or that cannot be recomputed."""
     return products(x, [layer], Kept(_itself, (x.detach(),)) if keeps_less() else None)[0]
 
 
 def frozen_product(x: Tensor, term: Term) -> Tensor:
-    """What a term without factors comes to, where only x [M, K] has a gradient: nothing of x is kept, and W exists in
-    neither direction for longer than its product."""
+    """Computes a term without factors, where only x [M, K] has a gradient: x is not saved, and a cast or unpacked W
+    exists only during its product, in the forward and again in the backward."""
     return _Products.apply(x, None, [term[TENSORS:]], *term[:TENSORS])[0]
 
 
@@ -129,13 +129,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _terms(tensors: Sequence, settings: list[tuple]) -> list[Term]:
-    """The terms that tensors ends with."""
+    """The terms whose tensors are at the end of `tensors`."""
     first = len(tensors) - TENSORS * len(settings)
     return [Term(*tensors[first + TENSORS * i :][:TENSORS], *rest) for i, rest in enumerate(settings)]
 
 
 def _by_term(together: Tensor | None, terms: list[Term], dim: int) -> list[Tensor | None]:
-    """Each term's part of what all with factors have together, r long."""
+    """Splits a tensor along dim into parts of size r, one for each term with factors; None for the other terms."""
     if together is None:
         return [None] * len(terms)
     parts = iter(together.split([len(term.A) for term in terms if term.A is not None], dim))
@@ -157,7 +157,7 @@ def _input_gradient(grads: list[Tensor], terms: list[Term], low_grad: Tensor | N
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Kept]:
-    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., E] in fp32, times weight, fp32 [E]; in x's dtype."""
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., E], weight fp32 [E]: in fp32, then x's dtype."""
     y, rstd = _Norm.apply(x, weight, eps)
     return y, Kept(_normed, (x.detach(), rstd, weight.detach()))
 
@@ -167,14 +167,14 @@ def _normed(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """With it comes 1 / the root of the mean square, [..., 1]. Of x and y = x rstd weight only x is kept."""
+    """Returns (y, rstd), y = x rstd weight, rstd = 1 / root mean square [..., 1]; of x and y it saves only x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):
         if x.device.type == "cuda":
             y, rstd = torch._fused_rms_norm(x.float(), weight.shape, weight, eps)
             y = y.to(x.dtype)
-        else:  # there it is these operations, and one tensor more
+        else:  # a CPU's fused operation consists of these, with one more tensor
             rstd = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
             y = _normed(x, rstd, weight)
         ctx.save_for_backward(x, rstd, weight)
@@ -185,7 +185,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _):
         x, rstd, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        if x.device.type == "cuda":  # a kernel, which CPUs lack
+        if x.device.type == "cuda":  # CPUs lack this kernel
             return *_norm_gradients_by_kernel(grad, x, rstd, weight, [needs_x, needs_weight]), None
         unit = torch.mul(x, rstd, out=with_room(rstd, x.shape))
         weighted = torch.mul(grad, unit, out=with_room(unit))
@@ -198,7 +198,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _norm_gradients_by_kernel(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, needs: list[bool]) -> tuple:
-    """(of x, of weight), None where not needed."""
+    """The gradients (of x, of weight), each None if not needed."""
     given = (grad.float().contiguous(), x.float(), weight.shape, rstd, weight, needs)
     of_x, of_weight = torch.ops.aten._fused_rms_norm_backward(*given)
     return of_x.to(x.dtype) if needs[0] else None, of_weight if needs[1] else None

@@ -1,9 +1,9 @@
-"""Records and what becomes of them: prompts, answers and chats as token ids, rows and batches.
+"""Records, and their prompts, answers and chats as token ids, rows and batches.
 
 - prompts are encoded by one function, so training and scoring see the ids that generation sees
 - a completion's ids are those that follow the prompt's when both are encoded together; where a token would span the
-  boundary, the completion is encoded as what goes on from the prompt, which is counted
-- EOS ends it, in chats the end-of-turn token: models/chats.py
+  boundary, the completion is encoded as a continuation of the prompt, and counted as split_differently
+- a completion ends with EOS, in chats with the end-of-turn token: models/chats.py
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +45,7 @@ def tokenising(path: Path) -> Iterable[Record]:
 
 @contextmanager
 def naming(record: Record) -> Iterator[None]:
-    """A ValueError raised within says where the record is."""
+    """Makes a ValueError raised within begin with the record's place."""
     try:
         yield
     except ValueError as error:
@@ -60,7 +60,7 @@ def require(condition: bool, complaint: str) -> None:
 
 
 def get_field(record: Record, *names: str) -> object:
-    """The first of these fields that the record has; ValueError if it has none, or null."""
+    """The first of these fields that has a value; raises ValueError if all are missing or null."""
     for name in names:
         if name in record.given:
             return record.fields[name]
@@ -72,13 +72,12 @@ def get_field(record: Record, *names: str) -> object:
 
 
 def has_prompt(record: Record) -> bool:
-    """Whether there is one beside what is to be learnt."""
+    """Whether the record has a prompt in a field of its own."""
     return not record.given.keys().isdisjoint({"prompt", "input", "instruction"})
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
-    """The record's `prompt` (or `input`) as it stands there; of Alpaca's, `instruction` and, in a line of its own, its
-    `input`."""
+    """The record's `prompt` (or `input`) as written; of Alpaca's, `instruction` and `input`, each on its own line."""
     given = record.given
     if "instruction" not in given or "prompt" in given:
         return get_field(record, "prompt", "input")
@@ -89,8 +88,8 @@ def stated_prompt(record: Record) -> str | list[dict]:
 
 
 def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
-    """What the record asks: text or a chat, which takes the record's `system` and `tools` too. as_chat: text becomes a
-    message of the user."""
+    """The record's prompt: text, or a chat, which also takes the record's `system` and `tools`. as_chat: turns text
+    into a message of the user."""
     prompt, fields = stated_prompt(record), record.fields
     with naming(record):
         refuse_messages_as_text("prompt", prompt)
@@ -104,7 +103,7 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
         for name in ("system", "tools", "chat_template_kwargs"):
             require(not parsed(fields.get(name)), f"{name} belongs to a chat: give prompt as a list of messages")
         for name in not_read(fields):
-            # documents are a chat template's; a text is written with them, and a reward function may look them up
+            # only chat templates read documents; a text already contains them, and a reward function may use the field
             stated = name == "documents" or (name == "system_prompt" and str(fields[name]) in prompt)
             advice = "give prompt as a list of messages, and " * (name not in MEDIA) + NOT_READ[name]
             require(stated, f'"{name}" is not read; {advice}')
@@ -112,14 +111,14 @@ def get_prompt(record: Record, *, as_chat: bool = False) -> str | Chat:
 
 
 def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
-    """The ids a completion follows; a chat goes through the chat template, up to the assistant's header."""
+    """The ids that a completion follows; a chat is rendered by the chat template, up to the assistant's header."""
     encode = tokenizer.encode_prefix if isinstance(prompt, str) else tokenizer.encode_plain
     return encode(text_of(prompt, tokenizer))
 
 
 def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
-    """The end of a longer prompt, which an answer goes on from: `length` ids, the first the BOS if there is one."""
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # also one that only the chat template writes
+    """Keeps the last `length` ids of a longer prompt; its BOS, if there is one, stays first among them."""
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # also a BOS that only the chat template writes
     return bos + ids[len(ids) - (length - len(bos)) :]
 
 
@@ -136,8 +135,8 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 
 class Limits(NamedTuple):
-    """What a row may be: ids below vocab_size, at most max_seq_len of them. overlong: what becomes of a longer one:
-    refuse (ValueError), skip, or truncate. more: what allows longer ones."""
+    """The limits of a row: ids below vocab_size, at most max_seq_len of them. overlong: how to treat a longer row:
+    refuse (ValueError), skip, or truncate. more: advice on how to allow longer rows."""
 
     vocab_size: int
     max_seq_len: int
@@ -151,20 +150,20 @@ class Limits(NamedTuple):
 
 
 def folder_limits(folder: Folder, overlong: str) -> Limits:
-    """What a row of a model may be, up to --max_seq_len or its context."""
+    """The limits of a model's rows: its vocabulary, and --max_seq_len or its context."""
     config = folder.config
     more = "raise --max_seq_len" if folder.max_seq_len < config.max_position_embeddings else None
     return Limits(config.vocab_size, folder.max_seq_len, overlong, more)
 
 
 class EncodingCounts(NamedTuple):
-    """What happened while encoding a file, or a record, to be reported."""
+    """Counts of records with something to report, while encoding a file or a record."""
 
     truncated: int = 0
     skipped: int = 0
-    nothing_to_learn: int = 0  # no label, or chosen and rejected are equal, maybe only since they were cut
-    split_differently: int = 0  # not the ids of the whole text, since tokens would span the end of a prompt or a step
-    turns_cut_by_the_template: int = 0  # a part is left out once others follow, so they are not learnt
+    nothing_to_learn: int = 0  # no label, or chosen and rejected are equal, maybe only because both were truncated
+    split_differently: int = 0  # the ids are not the whole text's: a token would span the end of a prompt or a step
+    turns_cut_by_the_template: int = 0  # turns that lose a part once others follow, so they are not learnt
 
     def __str__(self) -> str:
         return "".join(f"; {n:,} {name.replace('_', ' ')}" for name, n in self._asdict().items() if n)
@@ -180,16 +179,16 @@ Row = TypeVar("Row")
 
 
 class Encoder(NamedTuple):
-    """What makes rows of records: encode(record) -> (row, what happened); cut(row): its beginning, of max_seq_len
-    tokens, or None if nothing worth a row is left of it, which counts as skipped. A row's `sequences` are the token ids
-    of what it puts through a model."""
+    """Makes rows of records: encode(record) -> (row, counts); cut(row) -> the row's beginning, of at most max_seq_len
+    tokens, or None if that leaves nothing to learn, which counts as skipped. A row's `sequences` are lists of token
+    ids, one for each sequence that it puts through a model."""
 
     encode: Callable[[Record], tuple[Row, EncodingCounts]]
     cut: Callable[[Row], Row | None]
     limits: Limits
 
     def row_of(self, record: Record) -> tuple[Row | None, EncodingCounts]:
-        """(the record's row within the limits, or None; what that took)"""
+        """(the record's row within the limits, or None if it is skipped; counts)"""
         row, happened = self.encode(record)
         for ids in row.sequences:
             check_ids(ids, self.limits.vocab_size, record.where)
@@ -207,7 +206,7 @@ class Encoder(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """A row as models/rows.py keeps it."""
+    """A row as models/rows.py stores it."""
 
     sequences: list[tuple[Sequence[int], Sequence[int]]]  # (ids, labels), where a label is IGNORE_INDEX or the id
     prompt_length: int = 0
@@ -216,8 +215,8 @@ class Flat(NamedTuple):
 
 @dataclass(eq=False)
 class Example:
-    """One row: input_ids, and labels of the same length, IGNORE_INDEX where nothing is learnt (not yet shifted), lists
-    or int32 arrays. A packed row has the lengths of the records in it."""
+    """One row: input_ids, and labels of the same length, not shifted, IGNORE_INDEX where nothing is learnt; lists or
+    int32 arrays. lengths: of the records in a packed row."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -242,8 +241,8 @@ class Example:
         return self.num_targets == 0
 
     def ended(self, end: list[int]) -> "Example":
-        """With this end of at most one id behind it, learnt, unless what is learnt has it, as many data sets and some
-        that generate write it; of a row of lists."""
+        """Appends `end`, at most one id, as a learnt token, unless the labels end with it already: many data sets and
+        some generators write it. For rows of lists."""
         return self if self.labels[-1:] == end else Example(self.input_ids + end, self.labels + end)
 
     def flat(self) -> Flat:
@@ -257,32 +256,32 @@ class Example:
         return isinstance(other, Example) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
-Encoded = tuple[Example, EncodingCounts]  # a row, and what happened
+Encoded = tuple[Example, EncodingCounts]  # a row and its counts
 
 
 def end_of_text(tokenizer: Tokenizer) -> list[int]:
-    """What training puts behind a text: EOS; ValueError if the folder names none."""
+    """The ids that training appends to a text: EOS; raises ValueError if the folder names none."""
     eos, folder = tokenizer.eos_token_id, tokenizer.config_path.parent
     require(eos is not None, f"{folder}: the tokenizer has no EOS token to train")
     return [eos]
 
 
 def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer, *, is_chat: bool) -> Encoded:
-    """A text in parts (text, whether it is learnt) as a row. See models/parts.py: where a token of the whole text spans
-    a boundary, the row is split differently."""
+    """Encodes a text, given in parts (text, whether it is learnt), as a row. Where a token of the whole text spans a
+    boundary, the ids differ from those of the whole text: see models/parts.py."""
     ids_of, are_whole = ids_of_parts([text for text, _ in parts], tokenizer, is_chat=is_chat)
     labels = [part if learnt else [IGNORE_INDEX] * len(part) for part, (_, learnt) in zip(ids_of, parts)]
     return Example([*chain(*ids_of)], [*chain(*labels)]), EncodingCounts(split_differently=int(not are_whole))
 
 
 def _answered(prompt: str | Chat, answer: str, tokenizer: Tokenizer) -> Encoded:
-    """A prompt and what follows it, which nothing ends."""
+    """Encodes a prompt and the text that follows it, without an end token."""
     parts = [(text_of(prompt, tokenizer), False), (answer, True)]
     return encode_parts(parts, tokenizer, is_chat=isinstance(prompt, Chat))
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False) -> Encoded:
-    """(a conversation with loss on the turns of the assistant that are learnt, see learnt_turns; what happened)"""
+    """(a conversation with loss on the assistant's turns that learnt_turns() finds; counts)"""
     text, spans, cut = learnt_turns(chat, tokenizer, as_generated=as_generated)
     cuts = [0, *chain(*spans), len(text)]
     parts = [(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(pairwise(cuts)) if end > begin or i == 0]
@@ -291,20 +290,20 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False)
 
 
 def encode_answer(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion") -> Encoded:
-    """encode_answered, cut behind the last token that generation gives: EOS, or the end of the turn."""
+    """encode_answered(), cut after the last token that generation would sample: EOS, or the end of the turn."""
     example, counts = encode_answered(prompt, answer, tokenizer, name)
     require(example.num_targets > 0, f"the chat template writes nothing for {name}")
     learnt = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
     end, ends = learnt[-1] + 1, (tokenizer.end_of_turn_id, tokenizer.eos_token_id)
     stop = next((i + 1 for i in reversed(learnt) if example.input_ids[i] in ends), end)
     if not tokenizer.decode(example.input_ids[stop:end], skip_special_tokens=False).strip():
-        end = stop  # without the newline behind it that a template may mark as the assistant's
+        end = stop  # cuts the newline after it, which a template may mark as part of the assistant's turn
     return Example(example.input_ids[:end], example.labels[:end]), counts
 
 
 def encode_answered(prompt: str | Chat, answer: object, tokenizer: Tokenizer, name: str = "completion") -> Encoded:
-    """(a prompt and the answer to it, with loss on the answer; what happened). Text follows what generation would go on
-    from, messages are as the chat template writes them. name: what to call the answer in a ValueError."""
+    """(a prompt and the answer to it, with loss on the answer; counts). A text follows the prompt as generation encodes
+    it; messages are rendered by the chat template. name: what to call the answer in a ValueError."""
     refuse_messages_as_text(name, answer)
     if isinstance(prompt, str):
         require(isinstance(answer, str), f"{name} must be text where prompt is text")
@@ -325,21 +324,21 @@ def encode_answered(prompt: str | Chat, answer: object, tokenizer: Tokenizer, na
 
 
 def _without_end_of_turn(answer: str, tokenizer: Tokenizer) -> str:
-    """An answer without the end of its turn, and white space behind that, where the text itself has it."""
+    """Removes the end-of-turn token, and white space after it, if the answer's text ends with them."""
     end = "" if tokenizer.end_of_turn_id is None else tokenizer.decode([tokenizer.end_of_turn_id], False)
     whole = answer.rstrip()
     return whole[: -len(end)] if end and whole.endswith(end) else answer
 
 
 def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, finished: bool) -> list[int]:
-    """The ids of the prompt and of a text that was generated, which no chat template rewrites. What ended it follows,
-    if it is finished: EOS, or the end of the turn."""
+    """The ids of the prompt and of a generated text, which no chat template rewrites; if finished, followed by the
+    token that ended it: EOS, or the end of the turn."""
     end = ids_at_the_end(prompt, tokenizer) if finished else []
     return _answered(prompt, text, tokenizer)[0].input_ids + end
 
 
 def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
-    """What training puts behind a finished answer: EOS, or the end of the turn; nothing where there is neither."""
+    """The id that training appends to a finished answer: EOS, or in chats the end of the turn; [] if there is none."""
     ends = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
     return [i for i in ends if i is not None][:1]
 
@@ -350,13 +349,13 @@ def is_sample(record: Record) -> bool:
 
 
 def is_drawn(record: Record) -> bool:
-    """The same of records to learn from, which others have written with a finish_reason beside answers of other names,
-    or beside conversations that no prompt goes before."""
+    """is_sample() for training records: other tools write a finish_reason, too, beside answers under other names, or
+    beside conversations without a prompt."""
     return is_sample(record) and has_prompt(record) and isinstance(record.given.get("output"), str)
 
 
 def get_answer(record: Record, *, steps: bool) -> str | list:
-    """The answer to the record's prompt: text or a list of messages; where steps are scored, text or a list of them."""
+    """The answer to the record's prompt: text or a list of messages; with steps, text or a list of steps."""
     if is_sample(record):
         reason, answer = record.fields["finish_reason"], get_field(record, "output")
         require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
@@ -370,8 +369,8 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
 
 
 def encode_sample(record: Record, tokenizer: Tokenizer) -> Encoded:
-    """(a line of generate.py as it was drawn, with loss on the answer and on what ended it, which is nothing where it
-    ran out of tokens; what happened)"""
+    """(a line of generate.py as it was sampled, with loss on the answer and on the token that ended it, unless it ran
+    out of tokens; counts)"""
     prompt, answer = get_prompt(record), get_answer(record, steps=False)
     example, counts = _answered(prompt, answer, tokenizer)
     end = ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []
@@ -395,8 +394,8 @@ def get_steps(record: Record) -> list[str]:
 def micro_batches(
     rows: list[Row], size: int, dp_rank: int = 0, dp_size: int = 1, key: Callable[[Row], int] | None = None
 ) -> Iterator[list[Row]]:
-    """One rank's share of a batch in groups of at most `size` rows, of like length so that little is padded. Every rank
-    yields the same number of groups, since each is a collective; a group may be empty.
+    """One rank's share of a batch in groups of at most `size` rows, of similar length to keep padding small. Every rank
+    yields the same number of groups, since each runs collectives; a group may be empty.
 
     key: the length of a row; by default that of its input_ids.
     """
@@ -406,22 +405,22 @@ def micro_batches(
 
 
 class Split(NamedTuple):
-    """How the rows of a step are spread: over the data-parallel ranks, and there over forwards."""
+    """How the rows of a step are divided over the data-parallel ranks, and on each rank over forward passes."""
 
     micro_batch_size: int  # rows of a forward on one rank
     dp: DeviceMesh
     pad_token_id: int
-    max_tokens: int | None = None  # of a forward whose rows are packed end to end, whatever their number; not packed
-    check: Callable[[], None] | None = None  # called by all ranks before each forward; a run may be left there
+    max_tokens: int | None = None  # of a forward over packed rows, whatever their number; None: rows are not packed
+    check: Callable[[], None] | None = None  # called by all ranks before each forward; may raise to end the run
 
     def shares(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """This rank's rows, a group for each forward."""
+        """This rank's rows, one group for each forward pass."""
         for numbers in self.numbers(rows):
             yield [rows[i] for i in numbers]
 
     def numbers(self, rows: Sequence[Row], chosen: list[int] | None = None) -> Iterator[list[int]]:
-        """The numbers of this rank's rows, among the chosen or all, a group for each forward: see micro_batches, and
-        groups_of_ranks where they are packed. A row's `sequences` are what it puts through the model."""
+        """Indices of this rank's rows, among the chosen or all, one group for each forward pass: see micro_batches, and
+        for packed rows groups_of_ranks. A row's `sequences` are the token ids that it puts through the model."""
         chosen = list(range(len(rows))) if chosen is None else chosen
         lengths = {i: list(map(len, rows[i].sequences)) for i in chosen}
         rank, size = self.dp.get_local_rank(), self.dp.size()
@@ -436,19 +435,19 @@ class Split(NamedTuple):
             yield share
 
     def note(self) -> str:
-        """For people."""
+        """A text for progress messages."""
         size = self.micro_batch_size if self.max_tokens is None else f"{self.max_tokens:,} tokens, packed"
         return f"micro-batches of {size}"
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the data-parallel ranks, in place. A collective."""
-        if self.dp.size() > 1:  # one rank alone never starts NCCL
+        if self.dp.size() > 1:  # a single rank never starts NCCL
             dist.all_reduce(values, group=self.dp.get_group())
         return values
 
 
 def pack_row(rows: list[Example]) -> Example:
-    """Rows end to end in one. None of them predicts the next one's first token."""
+    """Packs rows end to end into one row, in which none of them learns to predict the next one's first token."""
     return Example(
         np.concatenate([row.input_ids for row in rows]),
         np.concatenate([part for row in rows for part in ([IGNORE_INDEX], row.labels[1:])]),
@@ -458,8 +457,8 @@ def pack_row(rows: list[Example]) -> Example:
 
 class Batch(NamedTuple):
     """int64 [B, T], on the device. position_ids and lengths (of the records in each row) only if rows are packed.
-    learnt: int64 [N], the places in the flattened rows whose next token is learnt; a GPU would have to be asked for
-    them."""
+    learnt: int64 [N], the positions in the flattened rows whose next token is learnt, found on the host: on a GPU,
+    nonzero() would be a host sync."""
 
     input_ids: Tensor
     labels: Tensor  # not shifted
@@ -469,7 +468,7 @@ class Batch(NamedTuple):
 
 
 def collate(examples: list[Example], pad_token_id: int, device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right to a multiple of `multiple_of`; no examples give one row of padding."""
+    """Pads rows on the right to a multiple of `multiple_of`; without examples, returns one row of padding."""
     rows = examples or [Example([pad_token_id] * 2, [IGNORE_INDEX] * 2)]
     width = -(-max(len(row.input_ids) for row in rows) // multiple_of) * multiple_of
 

@@ -1,7 +1,7 @@
-"""Files of records, JSON lists or JSONL by their content, read in parts so that a large one is never held in memory.
+"""Reads files of records, JSON lists or JSONL by their content, in parts, so that no large JSONL is held in memory.
 
-Every complaint names file and line. A part of JSONL is given by its place in the file, so that whoever works on it,
-maybe another process, reads it there.
+Every error names the file and the line or item. A part of a JSONL file is a range of bytes, so that the process that
+works on it, maybe another one, reads it from the file.
 """
 
 import codecs
@@ -24,14 +24,14 @@ PACKED = {
     b"ARROW1": "Arrow",
 }
 LFS_NOTE = b"version https://git-lfs"
-MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy writes them; a list of other objects may have roles, too
+MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; other objects' roles have other names
     r"""
     \s* \[ \s* \{ (?= \s* ['"] (role|content) ['"] \s* : )
     (?= .* ['"] role ['"] \s* : \s* ['"] (system|user|assistant|tool) ['"] ) (?= .* ['"] content ['"] \s* : )
     .* \} \s* \] \s*""",
     re.DOTALL | re.VERBOSE,
 )
-KINDS = {  # what JSON has for Python's types
+KINDS = {  # JSON's names for Python's types
     type(None): "null",
     bool: "a boolean",
     int: "a number",
@@ -44,7 +44,7 @@ KINDS = {  # what JSON has for Python's types
 
 def _object_of(pairs: list[tuple[str, object]]) -> dict:
     fields = dict(pairs)
-    if len(fields) < len(pairs):  # JSON's readers take the last, and what the others say is lost
+    if len(fields) < len(pairs):  # JSON readers take the last value and drop the others
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"an object has {name!a} twice")
     return fields
@@ -62,23 +62,24 @@ class Record(NamedTuple):
 
     @property
     def given(self) -> dict:
-        """The fields that have a value: where records of several forms share columns, the others' are null."""
+        """The fields that are not null: where records of several forms share columns, the fields of other forms are."""
         return {name: value for name, value in self.fields.items() if value is not None}
 
 
 def kind_of(value: object) -> str:
-    """What JSON has for a value, for messages."""
+    """JSON's name for a value's type, for messages."""
     return KINDS.get(type(value), type(value).__name__)
 
 
 def refuse_messages_as_text(name: str, value: object) -> None:
-    """Raises ValueError for what a column of text makes of messages, which would be read as it is written."""
+    """Raises ValueError for a list of messages that a column of text has turned into a string: it would be read as
+    plain text."""
     if isinstance(value, str) and MESSAGES_AS_TEXT.fullmatch(value):
         raise ValueError(f"{name} is a list of messages as text; give the list itself")
 
 
 def unreadable(path: Path, reason: str) -> str:
-    """Why a file cannot be read: what a reader of its kind says, unless git has only left a note in its place."""
+    """Why a file cannot be read: `reason`, which its reader gave, unless the file is only a Git LFS pointer."""
     try:
         with open(path, "rb") as file:
             is_note = file.read(len(LFS_NOTE)) == LFS_NOTE
@@ -96,7 +97,7 @@ class Lines(NamedTuple):
     number: int  # of the first line
 
     def deferred(self) -> Iterator[Callable[[], Record]]:
-        """What gives the record of each line that is not blank, which may be left unparsed."""
+        """For each line that is not blank, a function that parses it; so a line may be skipped unparsed."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
             block = file.read(self.size)
@@ -106,27 +107,27 @@ class Lines(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Records that are there already, such as the items of a JSON list."""
+    """Records in memory, such as the items of a JSON list."""
 
     items: list[Record]
-    size: int = 0  # about how many bytes of the file they are
+    size: int = 0  # about how many bytes of the file they take
 
     def deferred(self) -> Iterator[Callable[[], Record]]:
         return (partial(_checked, item) for item in self.items)
 
 
 def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
-    """The parts of a file of records, of about a MiB each. Raises FileNotFoundError; ValueError for a broken list, or
-    for a file that is packed."""
+    """The parts of a file of records, of about a MiB each. Raises FileNotFoundError; ValueError for a broken JSON list,
+    or for a compressed or binary file."""
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular one, and records are read more than once"
+        what = "a folder" if path.is_dir() else "not a regular file, and records are read more than once"
         raise FileNotFoundError(f"{path}: no such file" + f"; it is {what}" * path.exists())
     with open(path, "rb") as file:
         head = file.read(4096)
         for beginning, kind in PACKED.items():
             if head.startswith(beginning):
-                raise ValueError(f"{path}: is a {kind} file, and records are read from JSON or JSONL; make that of it")
+                raise ValueError(f"{path}: is a {kind} file, and records are read from JSON or JSONL; convert it")
         start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
         file.seek(start)
         if head[start:].lstrip().startswith(b"["):
@@ -164,7 +165,7 @@ def _parse(path: Path, number: int, line: str) -> Record:
         fields = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        spread = "; an object has one line" * (line.strip() == "{")
+        spread = "; write it on one line" * (line.strip() == "{")
         raise ValueError(f"{path}:{number}: {unreadable(path, f'not valid JSON: {reason}{spread}')}") from None
     return _checked(Record(f"{path}:{number}", fields))
 

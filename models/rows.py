@@ -1,11 +1,11 @@
 """The rows of a data file in flat arrays, 5 bytes a token, made once for all processes of a node and for later runs.
 
-- ids are int32, and a byte says of each whether it is learnt, since a label is the id or nothing; a row is put together
-  when it is asked for
-- a file of BIG_FILE bytes or more is encoded by several processes, and the arrays go to a folder that is then mapped
-  into memory. Its name is a digest of all that they depend on: the data, the tokenizer's files, the limits and the code
-- such a folder is whole (written beside, renamed) and has checksums, so a damaged one is found and made anew; where it
-  cannot be written, the rows stay in memory
+- a token takes an int32 id and one byte that says whether it is learnt, since a label is either the id or IGNORE_INDEX;
+  a row is assembled when it is accessed
+- a file of BIG_FILE bytes or more is encoded by several processes into a cache folder, which is memory-mapped. Its name
+  is a digest of all that the rows depend on: the data, the tokenizer's files, the limits and the code
+- a cache folder appears at once (written under another name, then renamed) and has checksums, so a damaged one is
+  detected and rebuilt; where it cannot be written, the rows stay in memory
 """
 
 import fcntl
@@ -38,8 +38,8 @@ BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
 
 
 class Store(NamedTuple):
-    """Where the arrays of big files are kept, None for nowhere, and how many processes make them, None for one on each
-    core."""
+    """The parent of the cache folders of big files (None: no cache), and how many processes encode a file (None: one
+    for each core)."""
 
     folder: Path | None = None
     num_workers: int | None = None
@@ -49,7 +49,7 @@ IN_MEMORY = Store()
 
 
 class Columns(NamedTuple):
-    """Rows end to end."""
+    """Rows, end to end in flat arrays."""
 
     ids: np.ndarray  # int32 [tokens]
     marks: np.ndarray  # bool [tokens], whether a token is learnt, or scored
@@ -65,8 +65,8 @@ DTYPES = Columns(*map(np.dtype, (np.int32, bool, np.int32, np.int32, np.int32, n
 class Rows(Sequence):
     """The rows of a file, of a `kind` with flat() and from_flat(): Example, or Pair or Scored of models/reward.py.
 
-    lengths: int32 [rows, token sequences of a row]. reference: for pairs, what a frozen model gives for the two
-    completions, float32 [rows, 2], once it is known.
+    lengths: int32 [rows, token sequences of a row]. reference: for pairs, a frozen model's log-probs of the two
+    completions, float32 [rows, 2], once they are computed.
     """
 
     def __init__(self, kind: type, num_sequences: int, columns: Columns):
@@ -110,8 +110,8 @@ class Rows(Sequence):
 def encode_file(
     path: Path, kind: type, num_sequences: int, encoder: Encoder, tokenizer: Tokenizer, what: str, store: Store
 ) -> tuple[Rows, EncodingCounts]:
-    """(the rows that the encoder makes of a file, what happened). num_sequences: of a row; what: names the encoding
-    beside its code. Raises FileNotFoundError, or ValueError that names the first line that cannot be used."""
+    """(the rows that the encoder makes of a file, counts). num_sequences: token sequences of a row; what: tells apart
+    encodings with the same code. Raises FileNotFoundError, or ValueError that names the first line it cannot use."""
     size, found = path.stat().st_size if path.is_file() else 0, None
     if store.folder is not None and size >= BIG_FILE:
         name = partial(_digest, path, encoder, tokenizer, what)
@@ -146,11 +146,11 @@ def flatten(rows: Iterable) -> Columns:
 
 
 class _Block(NamedTuple):
-    """What becomes of a part of a file."""
+    """A part of a file, encoded."""
 
     columns: Columns
     counts: EncodingCounts
-    size: int  # bytes of the file
+    size: int  # bytes that the part takes in the file
     num_records: int
 
 
@@ -167,7 +167,7 @@ def _encode_chunk(encoder: Encoder, chunk: Lines | Items) -> _Block:
 
 
 def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> Iterator[_Block]:
-    """A file's parts in their order. shown: with a progress bar."""
+    """Yields a file's parts in order, encoded. shown: with a progress bar."""
     size = path.stat().st_size if path.is_file() else 0
     empty, num_workers = True, num_workers if size >= BIG_FILE else 1
     with bytes_bar(size, "tokenising", shown=shown) as bar:
@@ -181,7 +181,7 @@ def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> I
 
 
 def _joined(blocks: Iterator[_Block]) -> tuple[Columns, EncodingCounts]:
-    """In this process's memory."""
+    """Concatenates the blocks in this process's memory."""
     columns, counts, *_ = zip(*blocks)
     return Columns(*map(np.concatenate, zip(*columns))), EncodingCounts(*map(sum, zip(*counts)))
 
@@ -194,7 +194,7 @@ class _NotKept(Exception):
 
 
 def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> str:
-    """Of all that the rows of a file depend on."""
+    """The digest of all that the rows of a file depend on."""
     function = getattr(encoder.encode, "func", encoder.encode)
     code = [*_CODE, Path(sys.modules[function.__module__].__file__)]
     template = tokenizer.chat_template
@@ -211,7 +211,7 @@ def _digest(path: Path, encoder: Encoder, tokenizer: Tokenizer, what: str) -> st
 
 
 def _version(package: str) -> str | None:
-    """Of a package, if it is there; it is not imported for that."""
+    """The version of a package, if it is installed, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -225,11 +225,11 @@ _CODE = [Path(__file__).with_name(f"{name}.py") for name in _ENCODING]
 def _read_or_make(
     folder: Path, path: Path, encoder: Encoder, num_workers: int, name: Callable[[], str]
 ) -> tuple[Columns, EncodingCounts] | None:
-    """Another process may make it meanwhile: then this one waits. name: the folder's, of what the data are now."""
+    """Reads or makes a cache folder; waits while another process makes it. name(): its name for the data as of now."""
     with _alone(folder):
         found = _read(folder)
         if found is None:
-            is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # whose first process may be any of its ranks
+            is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # any of its ranks may come here first
             _write(folder, path, _blocks(path, encoder, num_workers, shown=is_first_node), name)
             found = _read(folder)
         return found
@@ -237,7 +237,7 @@ def _read_or_make(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which goes with this process; where the file system has none, nothing."""
+    """Holds the folder's lock, which ends with this process; does nothing where the file system has no locks."""
     with _keeping():
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f".{folder.name}.lock"), "a")  # noqa: SIM115
@@ -247,7 +247,7 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             say("waiting for another process, which is tokenising the same file")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # then each process makes it, and one's stays
+        except OSError:  # no locks: each process makes the folder, and the last one stays
             pass
         yield
 
@@ -261,10 +261,10 @@ def _keeping() -> Iterator[None]:
 
 
 def _write(folder: Path, path: Path, blocks: Iterator[_Block], name: Callable[[], str]) -> None:
-    """Writes the arrays as they come, and at last rows.json, which says what they are. Raises ValueError if the data
-    are others by then: their rows would be found under the name of what they were."""
+    """Writes the arrays block by block, and at the end rows.json, which describes them. Raises ValueError if the data
+    have changed by then: their rows would be found under the digest of the old data."""
     staging = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
-    for left in folder.parent.glob(f".{folder.name}.*.*"):  # of a process that was killed
+    for left in folder.parent.glob(f".{folder.name}.*.*"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     counts, checksums = EncodingCounts(), [0] * len(Columns._fields)
     try:
@@ -296,7 +296,7 @@ def _checksum(about: dict) -> int:
 
 
 def _read(folder: Path) -> tuple[Columns, EncodingCounts] | None:
-    """None if it is not there, or is damaged, which is said."""
+    """The content of a cache folder; None if it is missing, or damaged, which is printed."""
     if not folder.is_dir():
         return None
     try:

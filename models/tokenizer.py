@@ -1,8 +1,8 @@
 """Text to token ids and back, by the tokenizer files of a Hugging Face folder as they are.
 
-- `tokenizer.json` runs in tokenizers, else `tokenizer.model` in sentencepiece; nothing is rebuilt
-- a special or added token written in a text becomes its id; the stretches between are encoded each by itself
-- BOS and EOS are put by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
+- `tokenizer.json` is run by tokenizers, otherwise `tokenizer.model` by sentencepiece; nothing is converted
+- a special or added token written in a text becomes its id; the stretches between them are encoded separately
+- BOS and EOS are added by the file's post-processor, else by add_bos_token / add_eos_token; in chats by the template
 """
 
 import json
@@ -22,13 +22,13 @@ from models.functions import short
 from models.record_files import unreadable
 from models.streaming import StreamDecoder
 
-# one process for each core serves better, and those are forked, which threads do not survive
+# files are tokenised by one process for each core instead, which are forked; threads do not survive a fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TOOL_USE)
 FILES = ("tokenizer.json", "tokenizer.model", *SETTINGS)
-# normalizer_spec { add_dummy_prefix: false } of sentencepiece_model.proto: behind a message its fields count anew
+# normalizer_spec { add_dummy_prefix: false } of sentencepiece_model.proto: appended to a model, it overrides the field
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
@@ -37,9 +37,10 @@ class Tokenizer:
 
     bos_token_id, eos_token_id: int, or None where the folder names no such token.
     pad_token_id: int, never EOS: the folder's own pad token, else `<unk>`, else the first id that is neither EOS nor
-        BOS. It is filler for masked places; no text is ever recognised by it.
-    base_vocab_size: the largest id of the vocabulary + 1; vocab_size: with added tokens.
-    special_ids: what decoding leaves out; added_texts: of all added tokens; byte_ids: bytes that a decoder joins.
+        BOS. It fills masked positions; no mask is ever derived from it.
+    base_vocab_size: the largest id of the vocabulary + 1; vocab_size: the same with added tokens.
+    special_ids: ids that decoding leaves out; added_texts: id -> text of all added tokens; byte_ids: tokens of single
+        bytes, which the decoder joins.
     adds_bos: whether encode() puts a BOS first; chat_template: a ChatTemplate, or None; today: the day it is told.
     Raises FileNotFoundError (no tokenizer files) and ValueError (a file that cannot be used), naming the file.
     """
@@ -95,11 +96,11 @@ class Tokenizer:
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text alone, such as a chat's, which has its BOS."""
+        """The ids of a text without added BOS or EOS, such as a rendered chat, which contains its BOS."""
         return self.encode(text, add_special_tokens=False)
 
     def encoding(self, text: str) -> tokenizers.Encoding | None:
-        """The same ids and where in the text they are; None if the file does not tell, or the text cannot be read."""
+        """The ids of encode_plain() with places in the text; None with sentencepiece, or where encode() would raise."""
         try:
             return self._file.encoding(text)
         except (TypeError, UnicodeEncodeError):
@@ -110,11 +111,11 @@ class Tokenizer:
         return self._file.vocabulary()
 
     def files(self) -> list[Path]:
-        """All that the ids and the chat template may come from."""
+        """All files that the ids and the chat template may depend on."""
         return [path for name in FILES if (path := self.config_path.parent / name).is_file()]
 
     def encode_prefix(self, text: str) -> list[int]:
-        """The ids of a text to go on from: BOS once where the folder wants one (also if the text spells it), no EOS."""
+        """The ids of a text to be continued: one BOS if the folder wants it (also if the text spells it), no EOS."""
         ids = self._before + self.encode_plain(text)
         while self.adds_bos and ids[1:2] == [self.bos_token_id]:
             ids = ids[1:]
@@ -122,7 +123,7 @@ class Tokenizer:
 
     @cached_property
     def puts_a_space(self) -> bool:
-        """Whether a text has another beginning where nothing is before it, as of sentencepiece models."""
+        """Whether a text has other ids where no text precedes it: sentencepiece models put a space before it."""
         alone, behind = map(self.encode_plain, ("yes", "\nyes"))
         return behind[-len(alone) :] != alone
 
@@ -132,7 +133,7 @@ class Tokenizer:
         return self._file.decode([i for i in ids if i not in skipped])
 
     def decode_continuation(self, prompt_ids: list[int], ids: list[int], skip_special_tokens: bool = True) -> str:
-        """What `ids` add to the text of `prompt_ids`. A prompt cut within a character hands that over to this text."""
+        """The text that `ids` add to that of `prompt_ids`. If the prompt ends within a character, all of it is here."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
     @property
@@ -148,18 +149,18 @@ class Tokenizer:
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
-        """The token with which the chat template ends an assistant's turn, None if with none."""
+        """The id of the token that the chat template puts at the end of an assistant's turn; None if there is none."""
         behind = "" if self.chat_template is None else self.chat_template.behind_an_answer
         return next((i for i in self.encode_plain(behind) if i in self.added_texts), None)
 
 
 class _Fast:
-    """tokenizer.json in tokenizers. size: of the vocabulary; around: ids that are put before and behind a text."""
+    """tokenizer.json, run by tokenizers. size: of the vocabulary; around: ids that it adds before and after a text."""
 
     bos_by_default, named = False, {}
 
     def __init__(self, path: Path, no_space: bool):
-        """no_space: before a text, whatever the file does."""
+        """no_space: puts no space before a text, whatever the file says."""
         content = path.read_text(encoding="utf-8")
         file = tokenizers.Tokenizer.from_str(_without_prefix(content) if no_space else content)
         file.no_truncation()
@@ -178,16 +179,16 @@ class _Fast:
 
 
 class _SentencePiece:
-    """tokenizer.model in sentencepiece; tokenizers finds the added tokens in a text."""
+    """tokenizer.model, run by sentencepiece; added tokens are found in a text by tokenizers."""
 
     bos_by_default, around = True, ([], [])  # as in LLaMA's own code
-    byte_ids = frozenset()  # sentencepiece keeps the characters beside a wrong byte
+    byte_ids = frozenset()  # sentencepiece keeps the characters next to an invalid byte
 
     def __init__(self, path: Path, no_space: bool):
-        """no_space: before a text, whatever the file does."""
+        """no_space: puts no space before a text, whatever the file says."""
         if not (data := path.read_bytes()):
             raise ValueError("the file is empty")
-        from sentencepiece import SentencePieceProcessor  # most folders have a tokenizer.json and do without
+        from sentencepiece import SentencePieceProcessor  # folders with a tokenizer.json do not need it
 
         data += NO_DUMMY_PREFIX * no_space
         self._processor = SentencePieceProcessor(model_proto=data)
@@ -208,7 +209,7 @@ class _SentencePiece:
         self.added[i], self._found[self._finder.token_to_id(token.content)] = token, i
 
     def encoding(self, text: str) -> None:
-        pass  # sentencepiece counts places in another text, the normalised one
+        pass  # sentencepiece gives places in the normalised text, not in this one
 
     def encode(self, text: str) -> list[int]:
         found, ids = self._finder.encode(text), []
@@ -225,9 +226,9 @@ class _SentencePiece:
 
 
 def _around(file: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that a post-processor puts before and behind a text: seen around any that has ids, since a vocabulary of
+    """The ids that a post-processor adds before and after a text, seen around any text that has ids: a vocabulary of
     digits has none for a letter."""
-    for texts in (lambda: "a", file.get_vocab):  # the second takes a while
+    for texts in (lambda: "a", file.get_vocab):  # the vocabulary takes a while
         for text in texts():
             encoding = file.encode(text)
             if 0 in (is_put := encoding.special_tokens_mask):
@@ -240,7 +241,7 @@ def _is_llama(config: dict) -> bool:
 
 
 def _without_prefix(content: str) -> str:
-    """A tokenizer.json that puts no space before a text, and takes none away."""
+    """Changes the content of a tokenizer.json so that it puts no space before a text and strips none."""
     state = json.loads(content)
     for name, steps in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
         part = state.get(name) or {"type": "Sequence", steps: []}
@@ -251,21 +252,21 @@ def _without_prefix(content: str) -> str:
 
 
 def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dict[str, str]:
-    """Adds the tokens that the folder declares beside its file; returns the named ones, {"bos_token": "<s>", ...}."""
+    """Adds tokens that the folder's other files declare; returns the named ones, {"bos_token": "<s>", ...}."""
     files = (folder / "special_tokens_map.json", folder / "added_tokens.json")
     older, added = (read_json_object(path, missing_ok=True) for path in files)
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} if _is_llama(config) else file.named
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
-    # transformers reads special_tokens_map.json only where there is no added_tokens_decoder, and lets it win there
+    # transformers reads special_tokens_map.json only without an added_tokens_decoder, and then it takes precedence
     stated = {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
-    settings |= {name: value for name, value in stated.items() if value != ""}  # as the first LLaMA folders name them
-    for name in NAMED_TOKENS:  # a token that is not read would be an end that is never met
+    settings |= {name: value for name, value in stated.items() if value != ""}  # "" in the first LLaMA folders
+    for name in NAMED_TOKENS:  # with an EOS token that is not read, no answer would end
         if not isinstance(settings.get(name), str | dict | None):
             raise ValueError(f"{name} must be a string or an object, not {settings[name]!r}")
     names = [*NAMED_TOKENS, *(key for key in settings if key.endswith("_token") and key not in NAMED_TOKENS)]
     named = {name: _token(settings[name], True) for name in names if isinstance(settings.get(name), str | dict)}
     extra, more = settings.get("extra_special_tokens") or [], settings.get("additional_special_tokens") or []
-    if isinstance(extra, dict):  # names and their tokens, beside which there may be others; a list is all there are
+    if isinstance(extra, dict):  # {name: token}, and additional_special_tokens may list more; a list has them all
         extra = [*extra.values(), *more]
     more = [_token(entry, True) for entry in extra or more]
     special = {token.content for token in (*named.values(), *more)}
@@ -298,8 +299,8 @@ def _token(entry: str | dict, special: bool = False) -> AddedToken:
 
 
 def chat_day(stated: str | None, earlier: str | None = None) -> date:
-    """The day that chat templates are told: the one that is stated, else that of the run which is resumed, else today.
-    Raises ValueError if it is none."""
+    """The date that chat templates are told: the stated one, else that of the resumed run, else today. Raises
+    ValueError if it is not a date."""
     if stated is None and earlier is None:
         return datetime.now().date()
     try:

@@ -1,12 +1,12 @@
-"""Tensor parallelism: who is sharded how, and the collectives that stand in the forward where they happen.
+"""Tensor parallelism: how parameters are sharded, and the collectives, called explicitly in the forward.
 
 - the layers compute on local tensors; `enter_parallel` and `leave_parallel` (Megatron's f and g, Shoeybi et al. 2019,
   arXiv 1909.08053) are the only communication of a block; with one rank, or tp = None, they are the identity
-- trained weights are DTensors (FSDP2 and checkpoints need to know the whole), inference weights plain local shards;
+- trained weights are DTensors (FSDP2 and checkpoints need the global shape), inference weights plain local shards;
   `local` gives the tensor to compute with in either case
-- embedding and head are cut over the vocabulary: models/vocab_parallel.py
+- embedding and head are sharded over the vocabulary: models/vocab_parallel.py
 
-`tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
+`tp` is always the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from models.common import at_least_one, flag
 _gather_single = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 _scatter_single = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
-# The dimension in which a layer's weight is cut; a row-parallel layer's bias and the norms are whole on every rank.
+# Weights sharded in dimension 0, or in dimension 1; a row-parallel layer's bias and the norms are whole on every rank.
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def rounds_alike(args: object) -> bool:
-    """Whether models are rounded alike however many ranks share them: not to int4 in groups that fit a rank's part."""
+    """Whether quantised weights are the same for any number of ranks: not int4 whose group size is fitted to a rank."""
     modes = [getattr(args, name, None) for name in ("quantize", "quantize_ref", "quantize_reward")]
     return "int4" not in modes or args.group_size is not None
 
@@ -46,7 +46,7 @@ class TensorParallelArgs:
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension of parameter `name` ("layers.0.self_attn.q_proj.weight") that is cut over tp ranks, or None."""
+    """The dimension of parameter `name` ("layers.0.self_attn.q_proj.weight") that is sharded over tp ranks, or None."""
     layer, _, kind = name.rpartition(".")
     layer, is_input_factor = layer.rpartition(".")[2], kind.startswith("lora_A")  # of models/lora.py
     if layer in COLUMN_PARALLEL:
@@ -61,7 +61,7 @@ def chunk_range(size: int, index: int, num_chunks: int) -> tuple[int, int]:
 
 
 def own_chunk(size: int, ranks: DeviceMesh | None) -> tuple[int, int]:
-    """chunk_range() of this one of the ranks of a 1-D mesh."""
+    """chunk_range() of this rank in a 1-D mesh."""
     return (0, size) if ranks is None else chunk_range(size, ranks.get_local_rank(), ranks.size())
 
 
@@ -76,23 +76,23 @@ def size_of(tp: DeviceMesh | None) -> int:
 
 
 class Parallel(NamedTuple):
-    """How one model is spread: the mesh of its tensor-parallel ranks (None: one rank), and whether the tokens between
-    the parallel layers are spread as well."""
+    """How one model is sharded: the mesh of its tensor-parallel ranks (None: one rank), and whether the tokens between
+    the parallel layers are sharded as well."""
 
     tp: DeviceMesh | None = None
     sequence_parallel: bool = False
 
 
 def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
-    """The tensor to compute with. partial_grad: each rank contributes a part of the gradient of a whole weight."""
+    """The tensor to compute with. partial_grad: each rank has a summand of the gradient of a weight that all hold."""
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=[Partial()] if partial_grad else None)
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, gathered where it is sharded: a collective. An offloaded one is gathered by the GPUs,
-    not by the CPUs."""
+    """The whole parameter, gathered if it is sharded: a collective. An offloaded parameter is gathered by the GPUs, not
+    by the CPUs."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
     return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
@@ -100,8 +100,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 def all_reduce(x: Tensor, tp: DeviceMesh, operation: str = "sum") -> Tensor:
     """The sum (or "max") of the ranks' x."""
-    # Waited for here: an asynchronous result that enters a compiled region loses its gradient without a word (torch
-    # 2.13).
+    # waits here: an asynchronous result that enters a compiled region silently loses its gradient (torch 2.13)
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, tp))
 
 
@@ -127,7 +126,7 @@ def _own_tokens(x: Tensor, tp: DeviceMesh) -> Tensor:
 
 
 def _collective(of_values: Callable, of_gradient: Callable) -> type[torch.autograd.Function]:
-    """apply(x, tp) is of_values(x, tp), and its gradient of_gradient(grad, tp)."""
+    """An autograd function: apply(x, tp) computes of_values(x, tp), its backward of_gradient(grad, tp)."""
 
     class Collective(torch.autograd.Function):
         @staticmethod
@@ -176,7 +175,7 @@ def sum_parts(y: Tensor, bias: Tensor | None, parallel: Parallel) -> Tensor:
 
 
 def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:
-    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E] for what all ranks then compute alike."""
+    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E]. All ranks must then compute the same of it."""
     tp, sequence_parallel = parallel
     return _WholeTokens.apply(x, tp) if sequence_parallel and size_of(tp) > 1 else x
 

@@ -28,7 +28,7 @@ def test_inputs(tmp_path):
     """Catches a folder or a pipe that is said not to be there."""
     for place, kind in (
         (tmp_path, "is a folder"),
-        ("/dev/null", "is no regular one"),
+        ("/dev/null", "is not a regular file"),
         (tmp_path / "x", "no such file$"),
     ):
         with pytest.raises(FileNotFoundError, match=kind):

@@ -1,12 +1,12 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of the blocks' Linear layers beside a frozen base.
 
 - y = x W^T + s (x A^T) B^T, with A [r, K] and B [N, r] in fp32; s = alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732)
-- one wrapper takes the place of any Linear, column- or row-parallel, and its parameters: q_proj.weight keeps its name
-  and has q_proj.lora_A and q_proj.lora_B beside it. As W is cut, a column-parallel layer cuts B and a row-parallel one
-  A; the other factor is whole on every tp rank, its gradient a sum over them
-- W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised into the product and again in its backward
-- adapters can be off, which makes a policy its own reference; and a base may carry more sets of them: a critic's, and
-  those that the run began with, frozen, where they belong to the reference
+- one wrapper replaces any Linear, column- or row-parallel, and keeps its parameters: q_proj.weight keeps its name, and
+  has q_proj.lora_A and q_proj.lora_B beside it. As W is sharded, a column-parallel layer shards B, a row-parallel one
+  A; the other factor is whole on every tp rank, and its gradient is summed over the ranks
+- W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised for the forward and again for the backward
+- adapters can be switched off, which makes a policy its own reference; a base may carry more sets of adapters: a
+  critic's, and a frozen copy of those that the run began with, if they belong to the reference
 
 Dimensions: M tokens, K input and N output features, both of this tp rank; r the rank of the update.
 """
@@ -30,7 +30,7 @@ from models.products import Term, frozen_product
 from models.qlinear import Quantized, Schemes, dequantize
 from models.tp import all_gather, local, size_of, sum_parts, whole
 
-CRITIC, REFERENCE = "_critic", "_reference"  # what the names of their adapters end with
+CRITIC, REFERENCE = "_critic", "_reference"  # the suffixes of the names of their adapters
 
 
 class Lora(NamedTuple):
@@ -42,16 +42,16 @@ class Lora(NamedTuple):
     dropout: float
     layers: frozenset[str]  # "layers.0.self_attn.q_proj"
     scheme: Schemes | None  # how the base is quantised
-    values: dict[str, Tensor]  # what parameters begin with, whole: "layers.0.self_attn.q_proj.lora_A", "score.weight"
+    values: dict[str, Tensor]  # initial values, not sharded: "layers.0.self_attn.q_proj.lora_A", "score.weight"
     base: Path
     base_fingerprint: str
     seed: int
-    with_critic: bool = False  # a second set of adapters, and a scalar head for it
-    with_reference: bool = False  # the adapters that the run begins with a second time, frozen
+    with_critic: bool = False  # a second set of adapters, with a scalar head
+    with_reference: bool = False  # a frozen copy of the adapters that the run begins with
 
     @property
     def names(self) -> list[str]:
-        """What the names of its sets of adapters end with."""
+        """The suffixes of its sets of adapters."""
         return ["", *[CRITIC] * self.with_critic, *[REFERENCE] * self.with_reference]
 
     @property
@@ -73,17 +73,16 @@ class LoraLinear(nn.Module):
     """A Linear or RowLinear whose weight is frozen, with adapters or without."""
 
     def __init__(self, model: Transformer, name: str, number: int):
-        """In the place of the layer of that name in a model with `lora` and `dropout`. number: of the layer, for its
-        dropout."""
+        """Replaces the layer of that name in a model with `lora` and `dropout`. number: of the layer, for dropout."""
         super().__init__()
         linear, lora = model.get_submodule(name), model.lora
         self.weight, self.bias = (None if lora.scheme else linear.weight), linear.bias
         self.parallel, self.scaling = model.parallel, lora.scaling
         self.is_row, self.is_split = isinstance(linear, RowLinear), size_of(model.parallel.tp) > 1
-        self.is_part = self.is_row and self.is_split  # of a sum over the ranks, to which the bias is added once
-        # a tensor, on which compiled code does not depend, as it would on a number: one graph serves all blocks
+        self.is_part = self.is_row and self.is_split  # outputs are summed over the ranks, and the sum gets the bias
+        # a tensor, since compiled code would be specialised on a number: one graph serves all blocks
         self.dropout, self.layer_key = model.dropout, torch.tensor(noise_key(number), device="cpu")
-        self.has_adapters, self.adapter = name in lora.layers, ""  # which adapter is on; None: none
+        self.has_adapters, self.adapter = name in lora.layers, ""  # the suffix of the adapters that are on; None: off
         N, K = linear.out_features, linear.in_features
         for suffix in lora.names if self.has_adapters else ():
             for factor, shape in (("lora_A", (lora.r, K)), ("lora_B", (N, lora.r))):
@@ -106,14 +105,14 @@ class LoraLinear(nn.Module):
         return A.to(dtype), B.to(dtype)
 
     def term(self, dtype: torch.dtype) -> Term | None:
-        """What products() needs of it. None: its update has another input than its weight."""
+        """The Term for products(); None with dropout, since the update then has another input than the weight."""
         if self.dropout is not None and self.has_adapters and self.adapter is not None:
             return None
         A, B = self._factors(dtype)
         return self._frozen(dtype)._replace(A=A, B=B, scaling=self.scaling)
 
     def _frozen(self, dtype: torch.dtype) -> Term:
-        """Without an update."""
+        """The Term without an update."""
         bias = None if self.bias is None or self.is_part else local(self.bias).to(dtype)
         if self.weight is None:
             return Term(self.packed, self.scale, bias, unpack=partial(_dequantized, self.bits))
@@ -135,15 +134,15 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + s B A, fp32, this tp rank's part, while its parameters are gathered."""
+        """W + s B A, fp32, this tp rank's part; FSDP must hold the parameters gathered."""
         weight = self._base() if self.weight is None else local(self.weight).float()
         A, B = self._factors(torch.float32)
         return weight if A is None else torch.addmm(weight, B, A, alpha=self.scaling)
 
     @torch.no_grad()
     def merged_whole(self, adapter: str, stored: Callable[[], Tensor]) -> Tensor | None:
-        """W + s B A, fp32, whole, with the adapters of that name: on the main rank, None on others. A collective.
-        stored: the base's W as its folder has it, which is taken unless it was quantised."""
+        """W + s B A, fp32, whole, with the adapters of that suffix: on the main rank, None on others. A collective.
+        stored(): W as the base's folder holds it, used unless the base is quantised."""
         weight = self._base() if self.weight is None else None
         if weight is not None and size_of(self.parallel.tp) > 1:
             weight = all_gather(weight, 1 if self.is_row else 0, self.parallel.tp)
@@ -159,7 +158,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(model: Transformer, lora: Lora) -> None:
-    """Freezes a model that is built on meta, but for a scalar head, and gives it adapters, in place."""
+    """Freezes a model that is built on meta, except a scalar head, and adds adapters, in place."""
     model.requires_grad_(False)
     model.lora = lora
     model.dropout = TokenDropout(lora.dropout, lora.seed) if lora.dropout else None

@@ -1,11 +1,11 @@
 """A paged KV cache and attention over it. models/pages.py decides which pages hold what.
 
-- one tensor of pages for the keys of a layer and one for the values; a row of a step has its pages in a table
-- prefill takes chunks of several sequences packed end to end without padding, each of which sees what its pages hold
-  from before; decode takes one token for each row
-- prefill is one call of variable-length attention, or where that does not serve, models/padded_prefill.py
-- a GPU decodes with the Triton kernel of models/triton_attention.py, each row over what it holds; other devices, and a
-  compiled step on a CPU, by the plain operations that are its oracle. An eager CPU has its own: models/decode_cpu.py
+- a layer has one tensor of pages for its keys and one for its values; a table lists the pages of each row of a step
+- prefill takes chunks of several sequences packed end to end without padding, each of which also attends to the cached
+  tokens of its sequence; decode takes one token for each row
+- prefill is one call of variable-length attention or, where that kernel does not work, models/padded_prefill.py
+- a GPU decodes with the Triton kernel of models/triton_attention.py, each row over its own length; other devices, and
+  compiled steps on a CPU, use plain operations, the kernel's oracle. Eager CPU steps have models/decode_cpu.py
 
 Dimensions: B rows, N packed tokens, P pages, M pages of a row at most, H query heads, K key/value heads, D head dim.
 """
@@ -30,27 +30,27 @@ from models.transfer import to_device
 
 
 class Chunk(NamedTuple):
-    """The tokens start to start + length - 1 of a sequence, to be computed."""
+    """The tokens start to start + length - 1 of a sequence, to be prefilled."""
 
-    pages: list[int]  # of the sequence from its beginning on
+    pages: list[int]  # all pages of the sequence
     start: int
     length: int
 
 
 def token_places(pages: list[int], start: int, end: int) -> np.ndarray:
-    """Where the tokens start to end - 1 of a sequence lie in a cache whose pages stand end to end, int64."""
+    """The places of the tokens start to end - 1 of a sequence in a cache's flattened pages, int64."""
     numbers = np.arange(start, end)
     return np.asarray(pages, dtype=np.int64)[numbers // PAGE] * PAGE + numbers % PAGE
 
 
 def places_of(chunks: list[Chunk], device: torch.device) -> Tensor:
-    """Where packed tokens are written, likewise, int64 [N]."""
+    """The places in the flattened pages to which packed tokens are written, int64 [N]."""
     places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
     return to_device(torch.from_numpy(places), device)
 
 
 def gpu_kernel(device: torch.device) -> Callable | None:
-    """Attention of a decode step on a GPU."""
+    """The attention kernel of a decode step on a GPU; None without Triton."""
     if not has_triton(device):
         return None
     from models.triton_attention import paged_decode
@@ -59,9 +59,9 @@ def gpu_kernel(device: torch.device) -> Callable | None:
 
 
 def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
-    """How many programs share the keys of a row and head: about four for each of the device's processors in all, since
-    short rows end early, and none with less than 4 pages of the longest row. A power of two. num_pairs: rows times
-    heads."""
+    """How many programs share the keys of a row and head, a power of two: about four programs in total for each of the
+    device's processors, since short rows end early, but at least 4 pages of the longest row for each program.
+    num_pairs: rows times heads."""
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count / num_pairs
     splits = 1
     while splits * 2 <= min(wanted, most_keys // (4 * PAGE), 64):
@@ -70,7 +70,7 @@ def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
 
 
 class Cache:
-    """Pages of keys and values, a tensor of each for every layer, the first dimension that of the pages; and `table`,
+    """Pages of keys and of values, one tensor of each for every layer, whose first dimension is the page; and `table`,
     int32 [B, M]: the pages of each row, at a fixed address."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], num_rows: int, max_seq_len: int):
@@ -88,7 +88,7 @@ class Cache:
         return sum(pages[0].nbytes for pages in self.tensors()) // PAGE
 
     def tensors(self) -> list[Tensor]:
-        """What holds keys and values."""
+        """All tensors of keys and values."""
         return [*self.keys, *self.values]
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
@@ -97,7 +97,7 @@ class Cache:
 
 
 class PagedCache(Cache):
-    """Of a model, in num_pages pages, and the tables of num_rows rows of up to max_seq_len tokens.
+    """A model's cache of num_pages pages, with the tables of num_rows rows of up to max_seq_len tokens.
 
     On a CPU it is in fp32, whose attention kernels are 3 to 8 times faster than bf16's at one query token a row.
     """
@@ -106,7 +106,7 @@ class PagedCache(Cache):
         config, device = model.config, model.embed_tokens.weight.device
         self.dtype = torch.float32 if device.type == "cpu" else model.dtype
         K, layers = config.num_key_value_heads // size_of(model.parallel.tp), range(config.num_hidden_layers)
-        shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 is nobody's
+        shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 belongs to no sequence
         # zeros, because a masked position still enters the plain sum with weight 0, and 0 * NaN is NaN
         pages = ([torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers] for _ in ("keys", "values"))
         super().__init__(*pages, num_rows, max_seq_len)
@@ -115,19 +115,19 @@ class PagedCache(Cache):
         self.is_copied_by_words = device.type == "cuda" and config.head_dim * self.dtype.itemsize % 8 == 0
 
     def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's pages of keys and of values, with these in them. places: of tokens in the pages end to end, int64
-        [N]; k and v [N, K, D]"""
+        """Writes k and v [N, K, D] to places [N], int64, of the flattened pages; returns the layer's pages of keys and
+        of values."""
         cache = self.keys[layer], self.values[layer]
         for pages, values in zip(cache, (k, v)):
             tokens, values = pages.flatten(0, 1), values.to(self.dtype)
-            if self.is_copied_by_words:  # it copies number by number, whatever they are
+            if self.is_copied_by_words:  # index_copy_ copies element by element: 8 bytes each are the fewest
                 tokens, values = tokens.view(torch.int64), values.view(torch.int64)
             tokens.index_copy_(0, places, values)
         return cache
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
-        """Attention for chunks packed end to end in one row, which it writes to their pages. Kernels for sequences of
-        any length take all chunks at once."""
+        """Attention for chunks packed end to end in one row, whose keys and values it writes to their pages. A
+        variable-length kernel, if there is one, takes all chunks at once."""
         device, places = self.table.device, places_of(chunks, self.table.device)
         has_kernel = varlen_works(device, self.dtype, self.heads[1])
         return self._varlen_prefill(chunks, places) if has_kernel else self._padded_prefill(chunks, places)
@@ -137,7 +137,7 @@ class PagedCache(Cache):
         lengths, before = [chunk.length for chunk in chunks], None
         ends = [[0, *accumulate(lengths)], [0, *accumulate(contexts)]]
         ends, longest = to_device(torch.tensor(ends, dtype=torch.int32), device), (max(lengths), max(contexts))
-        if lengths != contexts:  # what was there before is read with what is new, from the pages
+        if lengths != contexts:  # reads cached and new tokens from the pages
             before = np.concatenate([token_places(c.pages, 0, context) for c, context in zip(chunks, contexts)])
             before = to_device(torch.from_numpy(before), device)
         kernel = varlen_kernel()
@@ -164,9 +164,9 @@ class PagedCache(Cache):
         return attend
 
     def decode(self, positions: Tensor, most_pages: int | None) -> Attend:
-        """Attention of one new token for each of the first n rows, written at positions [n]: q [1, n, H, D].
-        most_pages: as many as a row uses, where the plain operations may read no more than that; None for a step that
-        is always the same."""
+        """Attention of one new token for each of the first n rows, q [1, n, H, D], whose keys and values it writes at
+        positions [n]. most_pages: the plain operations read this many pages of each row; None for all, so that a step
+        always has the same shapes."""
         n, device = len(positions), positions.device
         if self.kernel is not None:
             table, lengths = self.table[:n], (positions + 1).int()
@@ -193,10 +193,10 @@ class PagedCache(Cache):
 
 
 def plain_paged_decode(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bias: Tensor) -> Tensor:
-    """models.triton_attention.paged_decode by plain operations: [B, H, D]. bias [B, 1, 1, M * PAGE]: 0 where a row sees
-    a place of its pages, else -inf."""
+    """Attention as in models.triton_attention.paged_decode, by plain operations: [B, H, D]. bias [B, 1, 1, M * PAGE]: 0
+    at places of its pages that a row attends to, else -inf."""
     B, H, D = q.shape
     keys, values = (t[table].flatten(1, 2).transpose(1, 2) for t in (k, v))  # [B, K, M * PAGE, D]
-    # the H / K query heads of one key head stand where query tokens would: no repetition of keys and values
+    # the H / K query heads of a key head take the place of query tokens, so that keys and values are not repeated
     grouped = q.view(B, keys.shape[1], -1, D)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias).reshape(B, H, D)

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.malloc import with_room
 from models.products import keeps_less
 
-# The numbers that each kind of scaling takes from config.json.
+# The numbers that each type of scaling takes from config.json.
 ROPE_KEYS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -24,9 +24,9 @@ YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}  # the paper's, where config.json
 def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling) from either spelling: transformers 5 nests both in rope_parameters, older folders have
     rope_theta and rope_scaling at the top, with "type" or "rope_type". An original_max_position_embeddings at the top
-    goes before the nested one. What is left out, or null, is what transformers (5.23) takes; of yarn, attention_factor
-    is what its settings come to. Raises ValueError that names the key."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # of both, transformers takes this
+    takes precedence over the nested one. Missing or null keys get the defaults of transformers (5.23); yarn's
+    attention_factor is computed where it is not given. Raises ValueError that names the key."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # transformers takes the first of both
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: {key} must be an object, not {settings!r}")
@@ -64,7 +64,7 @@ def _positive(value: object, name: str, rope_type: str) -> float:
 
 
 def _yarn_switches(settings: dict, factor: float, where: str) -> dict:
-    """yarn's attention_factor, given or from mscale and mscale_all_dim, and truncate."""
+    """yarn's attention_factor, given or computed from mscale and mscale_all_dim, and truncate."""
     truncate, given = settings.get("truncate", True), settings.get("attention_factor")
     if not isinstance(truncate, bool):
         raise ValueError(f"{where}.truncate must be true or false, not {truncate!r}")
@@ -79,11 +79,11 @@ def _yarn_switches(settings: dict, factor: float, where: str) -> dict:
 def rope_inv_freq(head_dim: int, theta: float, scaling: dict | None) -> Tensor:
     """Inverse frequencies of the rotary embedding (Su et al. 2021, arXiv 2104.09864), fp32 [D/2] on the CPU.
 
-    linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: only wavelengths that are long
-    beside the original context are stretched, with a ramp in between (Llama 3.1, arXiv 2407.21783). yarn: the same with
+    linear: positions shrink by `factor` (Chen et al. 2023, arXiv 2306.15595). llama3: stretches only wavelengths that
+    are long relative to the original context, with a ramp in between (Llama 3.1, arXiv 2407.21783). yarn: the same with
     a ramp over dimensions, from those that turn beta_fast times in the original context to those that turn beta_slow
-    times (Peng et al. 2023, arXiv 2309.00071). dynamic raises theta for sequences longer than max_position_embeddings
-    alone, which are refused here, so it is no scaling.
+    times (Peng et al. 2023, arXiv 2309.00071). dynamic: raises theta only for sequences longer than
+    max_position_embeddings, which are refused here, so it changes nothing.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     inv_freq = 1.0 / theta**exponents
@@ -119,8 +119,8 @@ def _yarn_ramp(head_dim: int, theta: float, scaling: dict) -> Tensor:
 
 
 def rope_tables(position_ids: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, times factor, of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; sin carries
-    the sign of its half."""
+    """cos and sin, times factor, of the rotations at position_ids [B, T], fp32 [B, T, 1, D]; the first half of sin is
+    negated."""
     angles = (position_ids[..., None].float() * inv_freq).unsqueeze(2)  # [B, T, 1, D/2]
     cos, sin = angles.cos(), angles.sin()
     if factor != 1.0:
@@ -137,7 +137,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotated(torch.autograd.Function):
-    """Its gradient is turned back, in one go."""
+    """apply_rope(), whose backward rotates the gradient back in one call."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Sampling: its flags, and one token for each row of logits.
 
 - noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the same
-  samples whatever the number of rows, the order of the prompts, the ranks or a restart, and no two share noise
-- ranks that share a model draw from their parts of the vocabulary and agree on a winner, without gathering logits
+  samples whatever the number of rows, the order of the prompts, the ranks or a restart, and no two samples share noise
+- ranks that share a model draw from their parts of the vocabulary and agree on a winner; only top-p by itself gathers
+  logits
 
 Dimensions: B rows, V vocabulary, V' a rank's part of it.
 """
@@ -25,42 +26,42 @@ from models.vocab_parallel import pad_vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class StopArgs:
-    """What ends an answer, beside the model's own stop tokens."""
+    """Ends of answers, besides the model's own stop tokens."""
 
     stop: list[str] | None = flag(
         None,
         action="append",
         type=with_newlines,
-        help=r"a text that ends an answer, or a special token's; \n is a newline; may be given several times",
+        help=r"a text or a special token that ends an answer; \n is a newline; may be given several times",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArgs(StopArgs):
-    """How an answer is drawn."""
+    """How answers are sampled."""
 
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
     temperature: float = flag(1.0, bounds=non_negative, help="0 is greedy")
     top_k: int = flag(0, bounds=non_negative, help="sample among the k likeliest tokens; 0 is off")
     top_p: float = flag(
-        1.0, bounds=fraction, help="sample among the likeliest tokens of this total probability; 1 is off"
+        1.0, bounds=fraction, help="sample among the likeliest tokens that together have this probability; 1 is off"
     )
     repetition_penalty: float = flag(
         1.0,
         bounds=positive,
-        help="divides the positive logits of tokens of the prompt and the answer so far, and multiplies their negative "
+        help="divides positive logits of tokens that the prompt or the answer already has, and multiplies negative "
         "ones, before the temperature; 1 is off",
     )
 
     def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
-        """What the engine needs of these flags. Raises ValueError for a --stop that could never be met."""
+        """These flags as the engine takes them. Raises ValueError for a --stop that could never match."""
         stop_ids, stop = stops_of(self.stop or (), tokenizer)
         stop_ids, filters = tuple(dict.fromkeys((*eos_token_ids, *stop_ids))), (self.top_k, self.top_p)
         return SamplingParams(self.temperature, *filters, seed, stop_ids, stop, self.repetition_penalty)
 
 
 def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(ids of the texts that are special tokens, the other texts): decoded text has no special tokens to match."""
+    """(ids of the texts that are special tokens, the other texts): decoded text leaves special tokens out."""
     special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
     for text in texts:
         if not text:
@@ -76,8 +77,8 @@ def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...
 @dataclass(frozen=True)
 class SamplingParams:
     """temperature 0 is greedy; top_k 0 and top_p 1 are off. Filters apply in that order, and the token that crosses
-    top_p is kept, as in transformers; so is a token as likely as the last that a filter keeps. stop: strings that end
-    a completion; they are not part of it. repetition_penalty: see penalised; 1 is off."""
+    top_p is kept, as in transformers; so are tokens exactly as likely as the last one that a filter keeps. stop:
+    strings that end a completion; they are not part of it. repetition_penalty: see penalised; 1 is off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -93,33 +94,33 @@ class SamplingParams:
 
 
 def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, None]:
-    """(this rank's logits, -inf where a filter drops one; None: there are all of them). Nothing is sorted whole."""
+    """(this rank's logits, -inf where a filter drops a token; None, since they are those of all ids). No full sort."""
     if params.top_k:
         top = logits.topk(min(params.top_k, logits.shape[-1]), dim=-1).values
         if size_of(tp) > 1:
             top = gather_ranks(top, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
-        threshold = last_kept(top, top, params.top_p)  # top-p is a share of what top-k has left
+        threshold = last_kept(top, top, params.top_p)  # top-p is a share of what top-k leaves
     else:
-        # all of the row at once: masses that ranks add up would take 32 messages, whose latency is more
+        # gathers whole rows: summing the ranks' probabilities would take 32 all-reduces, whose latency costs more
         row = logits if size_of(tp) == 1 else gather_ranks(logits, tp).flatten(1)
-        threshold = top_p_threshold(row, params.top_p)  # by itself: torch 2.11 cannot go on within a call
+        threshold = top_p_threshold(row, params.top_p)  # a statement of its own: a graph break, in torch 2.11
     return logits.masked_fill(logits < threshold, float("-inf")), None
 
 
 def last_kept(top: Tensor, within: Tensor, top_p: float) -> Tensor:
-    """The smallest logit that top-p keeps, [B, 1]. top: the largest logits in falling order [B, n], as many as it may
-    keep; within: the logits whose mass is 1."""
+    """The smallest logit that top-p keeps, [B, 1]. top: the largest logits in descending order [B, n], at least all
+    that it keeps; within: the logits whose probabilities sum to 1."""
     if top_p >= 1:
         return top[:, -1:]
     probs = (top - within.logsumexp(dim=-1, keepdim=True)).exp()
     mass_before = probs.cumsum(dim=-1) - probs
-    mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` makes a tensor on the CPU
+    mass_before[:, :1].fill_(-1.0)  # the best token stays, also for top_p 0; `= -1.0` would make a tensor on the CPU
     return top.masked_fill(mass_before >= top_p, float("inf")).amin(dim=-1, keepdim=True)
 
 
 def in_parts(rows: Tensor) -> Tensor:
-    """[B, V'] -> [B, parts, V' / parts]: a reduction of the last dimension and then of the parts keeps a whole GPU busy
-    with few rows, where one of V' has a single processor for each."""
+    """[B, V'] -> [B, parts, V' / parts]: reducing the last dimension and then the parts keeps a whole GPU busy with few
+    rows; a reduction over V' would use a single processor for each row."""
     count = next(n for n in (32, 16, 8, 4, 2, 1) if rows.shape[-1] % n == 0)
     return rows.unflatten(-1, (count, -1))
 
@@ -133,7 +134,7 @@ def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of tokens [B, 1], fp32 [B, 1]: a log_softmax in parts."""
+    """The log-probs of tokens [B, 1], fp32 [B, 1]: log_softmax, reduced in parts."""
     parts = in_parts(logits)
     largest = parts.amax(dim=-1).amax(dim=-1, keepdim=True)
     total = (parts - largest[..., None]).exp().sum(dim=-1).sum(dim=-1, keepdim=True)
@@ -157,9 +158,9 @@ def sample(
 
     logits [B, V'], this rank's part of the vocabulary; keys, positions int64 [B]; hashes int32 [V]; seen: a table of
     SeenTokens, whose tokens get the repetition penalty. The token with the largest logit - log Exp(1) has distribution
-    softmax(logits) (the Gumbel-max trick), so a token's noise need not know the other tokens, and a rank need not know
-    the other ranks' logits. A tie goes to the lowest id. filtered, largest, logprobs: these steps, where a device does
-    them in another way.
+    softmax(logits) (the Gumbel-max trick), so a token's noise does not depend on the other tokens, and a rank does not
+    need the other ranks' logits. A tie goes to the lowest id. filtered, largest, logprobs: functions for these steps,
+    of which a device may have its own.
     """
     V, offset = len(hashes), 0
     logits = logits.float()
@@ -193,10 +194,9 @@ def sample(
 def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
     """The smallest logit that top-p keeps, [B, 1] of logits fp32 [B, V], without sorting.
 
-    A token is kept if the tokens above it have less than top_p together: the more of them, the lower it is. So the
-    lowest number with that property is found by halving an interval of numbers, in the order that their bits have as
-    integers, and it is a logit: 32 times decide all bits of fp32. A GPU does it in one kernel,
-    models/triton_sampling.py.
+    A token is kept if the tokens above it have a total probability below top_p; the lower a logit, the larger this
+    total. So bisection finds the lowest number with that property, which is a logit: over the bits of fp32 numbers,
+    mapped to integers in their order, 32 rounds decide all bits. On GPUs it is one kernel: models/triton_sampling.py.
     """
     if has_triton(logits.device):
         from models import triton_sampling
@@ -204,7 +204,7 @@ def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
         return triton_sampling.top_p_threshold(logits.contiguous(), top_p)
     largest = logits.amax(dim=-1, keepdim=True)
     probs = (logits - logits.logsumexp(dim=-1, keepdim=True)).exp()
-    high = _ordered(largest.view(torch.int32)).long()  # has the property, or is kept all the same
+    high = _ordered(largest.view(torch.int32)).long()  # the largest is kept in any case
     low = torch.full_like(high, -(2**31) + 2**23 - 1)  # -inf
     for _ in range(32):
         middle = (low + high) >> 1
@@ -215,5 +215,5 @@ def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """The bits of fp32 numbers as int32 that are ordered as the numbers are, and back again."""
+    """Maps the bits of fp32 numbers to int32 of the same order, and back: it is its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,11 +1,11 @@
 """Which samples have rows and pages: the host's side of the generation engine, without tensors.
 
-- samples wait, are filled (their prompts computed, in chunks), and run, each in a row of the decode step; a row is
-  given when a sample begins to run, the first that is free, so that those in use stand together
-- samples of one prompt share its prefill and its pages; a prompt that begins like an earlier one takes what is still
-  there of it
-- when pages run out the youngest gives its own back, and is computed again later
-- the table of pages is kept here and changed where something changes: a look costs the host little
+- a sample waits, is filled (its prompt is prefilled, in chunks), and runs in a row (slot) of the decode step; it takes
+  the first free row when it begins to run, so that the rows in use stay together
+- samples of one prompt share its prefill and its pages; a prompt that begins like an earlier one shares those of its
+  pages that are still cached
+- when pages run out, the youngest sample is preempted: it gives its pages back, and is prefilled again later
+- the page table is kept here and updated where something changes, so that a look costs the host little
 
 Dimensions: B slots, M pages of a row at most.
 """
@@ -21,7 +21,7 @@ from models.paged_cache import Chunk
 from models.pages import PAGE, PagePool, pages_for
 from models.sequences import Prompt, Sample
 
-CONTEXTS = 16  # times prefill_tokens: tokens that the chunks of a prefill see, which a GPU gathers from their pages
+CONTEXTS = 16  # times prefill_tokens: most tokens that the chunks of a prefill attend to; a GPU gathers them from pages
 
 
 class Prefill(NamedTuple):
@@ -30,13 +30,13 @@ class Prefill(NamedTuple):
     ids: list[int]
     positions: list[int]
     chunks: list[Chunk]
-    done: list[Sample]  # those that are in the cache then
-    last: list[int]  # the places of their last tokens
+    done: list[Sample]  # samples that it completes
+    last: list[int]  # indices of their last tokens
 
 
 class Scheduler:
-    """num_slots: most samples that run at a time. look_every: tokens that a running sample may get between two calls of
-    reserve(). prefill_tokens: most tokens of one prefill."""
+    """num_slots: most samples that run at a time. look_every: most tokens that a running sample draws between two calls
+    of reserve(). prefill_tokens: most tokens of one prefill."""
 
     def __init__(self, pool: PagePool, *, num_slots: int, max_seq_len: int, look_every: int, prefill_tokens: int):
         self.pool, self.num_slots = pool, num_slots
@@ -47,22 +47,22 @@ class Scheduler:
         self.begin()
 
     def begin(self) -> None:
-        """Nobody has a row or pages: also what a call that was broken off has left."""
+        """Frees all rows and pages, also those that an interrupted call has left in use."""
         self.pool.release_all()
         self.waiting: deque[Sample] = deque()
         self.filling: deque[Sample] = deque()
-        self.ready: list[Sample] = []  # samples of the newest prompt, which is computed
+        self.ready: list[Sample] = []  # samples of the newest prompt, whose prefill is done
         self.running: dict[Sample, None] = {}  # from the oldest to the youngest
         self.free_slots = list(range(self.num_slots))  # a heap
-        self.stale_slots = set(self.free_slots)  # nobody's, but the device has not been told
+        self.stale_slots = set(self.free_slots)  # free slots that the device does not know to be free yet
         self.table[:] = 0
         self.newest = None
 
     # -------------------------------------------------------------------------------- admission
 
     def admit(self, samples: Iterator[Sample]) -> bool:
-        """Gives pages to those that wait, in their order, as far as there are rows; whether somebody is to be
-        prefilled."""
+        """Gives pages to waiting samples, in order, as long as there are rows and pages. Returns whether any sample is
+        filling or ready."""
         begun = sum(1 + len(leader.followers) for leader in (*self.filling, *self.ready))
         leaders = None
         for _ in range(self.num_slots - len(self.running) - begun):
@@ -77,12 +77,12 @@ class Scheduler:
         return bool(self.filling or self.ready)
 
     def _begin(self, sample: Sample, leaders: dict[tuple[int, ...], Sample]) -> bool:
-        """Whether there are pages for a sample. leaders: of the prompts that are being computed."""
+        """Gives a sample its pages; False if there are not enough. leaders: for a prompt, the sample to follow."""
         prompt_ids = sample.request.prompt_ids
         leader = None if sample.num_drawn else leaders.get(tuple(prompt_ids))
         is_newest = not sample.num_drawn and self.newest is not None and self.newest.ids == prompt_ids
         is_placed = self._find_pages(sample, self.newest if is_newest else leader)
-        if is_newest and not is_placed and not self.ready:  # the newest prompt holds what it needs
+        if is_newest and not is_placed and not self.ready:  # the newest prompt holds pages that the sample needs
             self.remember(None)
             is_newest, is_placed = False, self._find_pages(sample, None)
         if not is_placed:
@@ -93,13 +93,14 @@ class Scheduler:
             leader.followers.append(sample)
         else:
             self.filling.append(sample)
-            if not sample.num_drawn:  # one that goes on draws no first token, so nobody begins with it
+            if not sample.num_drawn:  # a preempted sample draws no first token, so it leads no others
                 leaders.setdefault(tuple(prompt_ids), sample)
         return True
 
     def _find_pages(self, sample: Sample, other: Sample | Prompt | None) -> bool:
-        """Pages for what it has and the next look: the full ones of another with the same prompt, or some that hold its
-        beginning, and new ones. Some are left for those that are running, so that nobody is turned out at once."""
+        """Takes pages for a sample's tokens and its next look: full pages of `other`, with the same prompt, or cached
+        ones that hold its beginning, and new pages. False if fewer than one page for each running sample would be left,
+        so that none is preempted at once."""
         ids = sample.ids[: sample.num_to_cache]
         if other is not None:
             found = other.pages[: len(ids) // PAGE]
@@ -114,8 +115,8 @@ class Scheduler:
         return True
 
     def next_prefill(self) -> Prefill:
-        """At most prefill_tokens tokens of those that are being filled, who count as computed from here on. With what
-        was there before of each, CONTEXTS times as many, or one sequence."""
+        """At most prefill_tokens tokens of the filling samples, which count as cached from here on. Including cached
+        tokens, the chunks attend to at most CONTEXTS times as many, unless there is only one chunk."""
         batch, seen = Prefill([], [], [], [], []), 0
         while self.filling and len(batch.ids) < self.prefill_tokens:
             sample = self.filling[0]
@@ -134,21 +135,21 @@ class Scheduler:
         return batch
 
     def publish(self, batch: Prefill) -> None:
-        """What the device has been given can be found. Not before: Ctrl-C may come in between."""
+        """Makes the pages of a launched prefill findable; not before the launch, which Ctrl-C may prevent."""
         for sample in batch.done:
             sample.published = self.pool.publish(sample.ids[: sample.num_cached], sample.pages)
 
     # ------------------------------------------------------------------------------ rows and pages
 
     def place(self, sample: Sample) -> None:
-        """A row for a sample whose prompt is in the cache."""
+        """Gives a row to a sample whose prompt is in the cache."""
         sample.slot, sample.num_launched = heapq.heappop(self.free_slots), sample.num_cached
         self.stale_slots.discard(sample.slot)
         self.table[sample.slot, : len(sample.pages)] = sample.pages
         self.running[sample] = None
 
     def release(self, sample: Sample) -> None:
-        """Its row and its pages are free, and what is in them can be found."""
+        """Frees a sample's row and pages; its full pages stay findable."""
         self.pool.publish(sample.ids[: sample.num_cached], sample.pages, sample.published)
         for each in (sample, *sample.followers):
             self.pool.release(each.pages)
@@ -163,7 +164,7 @@ class Scheduler:
         self.table[slot] = 0
 
     def compact(self, num_rows: int) -> tuple[list[int], list[int]]:
-        """Moves running samples into the first num_rows slots: (from, to)."""
+        """Moves running samples into the first num_rows slots; returns (old slots, new slots)."""
         sources, targets = [], []
         for sample in [sample for sample in self.running if sample.slot >= num_rows]:
             sources.append(sample.slot)
@@ -176,7 +177,7 @@ class Scheduler:
         return sources, targets
 
     def reserve(self) -> bool:
-        """Pages for the next look of all that run, and whether there were enough; else nobody gets any."""
+        """Gives all running samples the pages of their next look; if there are not enough, gives none: False."""
         ahead, short = self.look_every, []
         for sample in self.running:
             target = sample.num_launched + ahead
@@ -191,8 +192,8 @@ class Scheduler:
         return True
 
     def make_room(self) -> None:
-        """reserve(), where the youngest give up what they have until there are enough. Nothing that the device was
-        given may be under way: what the samples have drawn must be known."""
+        """reserve(), preempting the youngest samples until there are enough pages. The host must know all tokens that
+        the samples have drawn, so no launched step may be in flight."""
         for sample in list(self.running):  # from the oldest to the youngest
             count = pages_for(min(sample.num_launched + self.look_every, sample.most_tokens)) - len(sample.pages)
             while sample in self.running and not self._has_room(count):
@@ -210,13 +211,13 @@ class Scheduler:
         self.table[sample.slot, held : held + count] = sample.pages[held:]
 
     def _has_room(self, count: int, *, may_forget: bool = True) -> bool:
-        """Whether there are so many pages; the newest prompt's are given up for that, if nobody begins from it."""
+        """Whether `count` pages are free. If not, it gives up the newest prompt's pages, unless samples are ready."""
         if may_forget and count > self.pool.num_free and not self.ready:
             self.remember(None)
         return count <= self.pool.num_free
 
     def remember(self, prompt: Prompt | None) -> None:
-        """Keeps the pages of a prompt for samples of it that come later, instead of another's."""
+        """Keeps the pages of a prompt for its later samples, instead of the prompt remembered before."""
         if prompt is not None:
             self.pool.share(prompt.pages)
         if self.newest is not None:

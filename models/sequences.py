@@ -1,4 +1,4 @@
-"""What the generation engine is asked for, what it gives back, and a sample while it is under way on the host."""
+"""Requests to the generation engine, its completions, and the host's state of a sample in progress."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from models.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Request:
     """One sample to draw. idx and sample_idx number the prompt and the sample, and with the seed they fix its noise.
-    source: what it is of, a record or the place of one, which messages name."""
+    source: the record of the prompt, or its place, for messages."""
 
     idx: int
     sample_idx: int
@@ -42,21 +42,21 @@ class Completion:
 
 
 class Prompt(NamedTuple):
-    """A prompt that has been computed, which its samples go on from."""
+    """A prefilled prompt, from which its samples start."""
 
     ids: list[int]
     pages: list[int]
-    logits: Tensor  # this rank's part of what follows it, [V']
+    logits: Tensor  # of its last token, this rank's part, [V']
 
 
 OnToken = Callable[[Request, int], None]
 
 
 class Sample:
-    """A sample under way: collects tokens, decides when it has ended, and has pages.
+    """A sample in progress: collects tokens, decides when it has ended, and holds pages.
 
-    The host learns tokens after the device has gone on: num_cached are in the cache as far as is known here,
-    num_launched when all has run that the device was given.
+    The device runs ahead of the host: num_cached tokens are in the cache as far as the host knows, num_launched once
+    all launched steps have run.
     """
 
     def __init__(self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None):
@@ -65,16 +65,16 @@ class Sample:
         self.stop_ids = frozenset(params.stop_token_ids)
         self.decoder = StreamDecoder(tokenizer, request.prompt_ids) if params.stop else None
         self.streamed = ""
-        self.ids = list(request.prompt_ids)  # and what was drawn, what ended it included
+        self.ids = list(request.prompt_ids)  # and all drawn tokens, a stop token included
         self.num_left, self.has_ended = request.max_new_tokens, False  # tokens that it may still draw
         self.most_tokens = len(request.prompt_ids) + request.max_new_tokens
         self.slot, self.pages, self.num_cached, self.num_launched = -1, [], 0, 0
-        self.published = (0, 0)  # of PagePool.publish, for its pages
+        self.published = (0, 0)  # PagePool.publish() of its pages
         self.followers: list[Sample] = []  # samples of the same prompt that wait for its prefill
 
     @property
     def num_to_cache(self) -> int:
-        """Tokens that are in the cache before it can decode: the last that was drawn is what the next step reads."""
+        """Number of tokens to cache before it can decode: all but the last drawn token, which the next step reads."""
         return max(len(self.request.prompt_ids), len(self.ids) - 1)
 
     @property
@@ -83,11 +83,11 @@ class Sample:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether all its tokens are drawn once the device has run what it was given."""
+        """Whether the steps launched so far draw all its tokens."""
         return self.num_launched >= self.most_tokens - 1
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[float], on_token: OnToken | None) -> int:
-        """Takes tokens that were drawn one after the other, up to the one that ends it: how many it took."""
+        """Takes drawn tokens in order, up to the one that ends the sample; returns how many it took."""
         count, stopped, text = min(self.num_left, len(tokens)), False, None
         if not self.stop_ids.isdisjoint(tokens):
             place = next(i for i, token in enumerate(tokens) if token in self.stop_ids)
@@ -115,14 +115,14 @@ class Sample:
                 raise ValueError(f"{self.request}: the log-probability of a token is {logprob}; {broken}")
 
     def _watch(self, tokens: Sequence[int], stopped: bool) -> tuple[int, str | None]:
-        """(how many tokens there are until a stop string, the text before that); all and None without one. stopped:
-        whether the last is a stop token, which has no text."""
+        """(number of tokens up to a stop string, the text before it), or (all, None) without one. stopped: whether the
+        last token is a stop token, which has no text."""
         longest = max(map(len, self.params.stop))
         for count, token in enumerate(tokens, 1):
             is_last = count == len(tokens) and (stopped or count == self.num_left)
             old, ids = len(self.streamed), [] if stopped and is_last else [token]
             self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(token)
-            # what is held back counts, a newline that is a byte's token, say: what would follow cannot undo it any more
+            # held-back text counts, such as a newline from a byte token: if it ends the sample, nothing follows it
             text = self.streamed if is_last else self.streamed + self.decoder.held_back()
             places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
             places = [place for place in places if place >= 0]
@@ -131,11 +131,11 @@ class Sample:
         return len(tokens), None
 
     def _end(self, stopped: bool, text: str | None) -> None:
-        """stopped: by its last token. text: up to a stop string."""
+        """stopped: whether its last token is a stop token. text: the text before a stop string, None without one."""
         done, prompt_ids, self.has_ended = self.completion, self.request.prompt_ids, True
         drawn = self.ids[len(prompt_ids) :]
         count = len(drawn) - stopped  # tokens of the text
-        if text is not None:  # without those at the end that lie wholly in the stop string
+        if text is not None:  # drops tokens at the end that lie wholly in the stop string
             while count and self.tokenizer.decode_continuation(prompt_ids, drawn[: count - 1]).startswith(text):
                 count -= 1
         done.finish_reason = "length" if text is None and not stopped else "stop"

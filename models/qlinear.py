@@ -1,14 +1,14 @@
 """Quantised weights: the arithmetic, and the linear layer that computes with them (weight-only; int8, int4 and fp8).
 
-- w = (q - zero) * scale: an integer, the integer that stands for 0 (none where the grid is symmetric), and a scale, the
-  last two for each output feature or for each group of its input features. Scales are bf16 numbers and the integers are
-  chosen for these, so every dtype and every device computes with the same weights; but torch's int4 kernels add the
-  value of q = 8 as a bf16 number, which moves the weights of a group with a zero point by at most 1/64 of a step
-- or w = q * scale + minimum, both bf16, in int4 of a base that adapters are trained on (models/lora.py): half a bit
-  more a weight, a sixth less of squared error for weights spread like a bell, and none for those that have such a grid
-- a layer keeps the integers in the order that the device's kernel reads (CPU and CUDA in bf16); where there is no
-  kernel, or many rows make one product of dequantised weights cheaper, it dequantises into the product
-- fp8 (e4m3, a scale for each output feature and each row of activations) is arithmetic as well as memory, on Hopper
+- w = (q - zero) * scale: an integer q, the integer that stands for 0 (none in a symmetric grid), and a scale; each
+  output feature, or each group of its input features, has its own zero and scale. Scales are bf16 numbers and the
+  integers are chosen for these, so every dtype and every device computes with the same weights; but torch's int4
+  kernels add the value of q = 8 as a bf16 number, which moves a group with a zero point by at most 1/64 of a step
+- or w = q * scale + minimum, both bf16, in int4 of a base under adapters (models/lora.py): half a bit more per weight,
+  a sixth less squared error for normally distributed weights, and none for weights that lie on such a grid
+- a layer stores the integers in the order in which the device's kernel reads them; where there is no kernel, or for
+  many rows, for which one product of dequantised weights is cheaper, it dequantises for each product
+- fp8 (e4m3, a scale for each output feature and each row of activations) saves memory and computes in fp8, on Hopper
 
 Dimensions: M rows of activations, N output features, K input features, G groups of a row, W output features of a block.
 """
@@ -28,7 +28,7 @@ from models.tp import Parallel, size_of, sum_parts
 
 MODES = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
-ELEMENTS = 2**21  # that are quantised at a time
+ELEMENTS = 2**21  # quantised, or dequantised, at a time
 FP8_MAX = 448.0  # the largest number of e4m3fn
 
 
@@ -38,14 +38,14 @@ class Scheme(NamedTuple):
     mode: str  # of MODES
     group_size: int | None = None  # input features that share a scale; None: all of a row
     symmetric: bool = True  # about 0; else each scale has a zero point
-    has_minima: bool = False  # of int4: or each scale has what 0 stands for beside it
+    has_minima: bool = False  # int4 only: each scale has a minimum, the value of q = 0
 
     @property
     def bits(self) -> int:
         return 4 if self.mode == "int4" else 8
 
     def of(self, layer: str) -> "Scheme":
-        """The scheme of a layer by its name: one scheme serves a whole model."""
+        """The scheme of a layer by its name: the same for all layers."""
         return self
 
     def num_groups(self, num_inputs: int) -> int:
@@ -57,7 +57,7 @@ class Scheme(NamedTuple):
 
 
 class MixedScheme(NamedTuple):
-    """How the layers of a model are kept, where they differ."""
+    """The schemes of a model's layers, where they differ."""
 
     by_layer: dict[str, Scheme]  # "layers.0.self_attn.q_proj"
 
@@ -73,16 +73,16 @@ Schemes = Scheme | MixedScheme
 
 
 class Quantized(NamedTuple):
-    """A weight [N, K] as small numbers; dequantize() gives its values."""
+    """A weight [N, K] in few bits; dequantize() gives its values."""
 
-    values: Tensor  # int8, float8_e4m3fn, or of int4 uint8 in 0..15
-    scale: Tensor  # [N, G]; G is 1 where a whole row shares it
-    zero: Tensor | None = None  # [N, G], as values: the integer that stands for 0; None: 8 of int4, 0 of others
-    minimum: Tensor | None = None  # [N, G]: instead of a zero point, what 0 stands for
+    values: Tensor  # int8, float8_e4m3fn, or for int4 uint8 in 0..15
+    scale: Tensor  # [N, G]; G is 1 where a whole row shares a scale
+    zero: Tensor | None = None  # [N, G], in values' dtype: the integer that stands for 0; None: 8 for int4, else 0
+    minimum: Tensor | None = None  # [N, G]: the value of q = 0, instead of a zero point
 
 
 def joined(parts: Sequence[Quantized]) -> Quantized:
-    """The weight whose output features these are, in their order."""
+    """Concatenates weights along the output features."""
     return Quantized(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts)))
 
 
@@ -90,8 +90,8 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Round-to-nearest of a weight [N, K]: int8 symmetric about 0 (-127..127), int4 as int4_scale() says, fp8 scaled to
-    its largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
+    """Rounds a weight [N, K] to nearest: int8 symmetric about 0 (-127..127), int4 with int4_scale(), fp8 scaled to its
+    largest number. Raises ValueError for a weight that is not finite, or K not divisible by groups."""
     # a few rows at a time: fp32 intermediates of a whole matrix would be several times as large as the result
     return joined([_quantize_rows(rows, scheme) for rows in weight.split(max(1, ELEMENTS // weight.shape[1]))])
 
@@ -107,7 +107,7 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
         return round_int4(weight, scale)
     groups = _in_groups(weight, scheme.group_size)
     low, high = _range(groups)
-    largest = torch.maximum(high, -low)  # whatever is not finite reaches it
+    largest = torch.maximum(high, -low)  # not finite if any weight is not
     _check_finite(largest)
     if scheme.mode == "fp8":
         scale = (largest / FP8_MAX).clamp(min=1e-12)
@@ -118,7 +118,7 @@ def _quantize_rows(weight: Tensor, scheme: Scheme) -> Quantized:
 
 
 def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of each group; aminmax takes 12 times as long (torch 2.13, CPU)."""
+    """The minimum and maximum of each group; aminmax takes 12 times as long (torch 2.13, CPU)."""
     return groups.amin(dim=-1), groups.amax(dim=-1)
 
 
@@ -135,8 +135,8 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def int4_scale(weight: Tensor, group_size: int | None) -> Tensor:
-    """bf16 [N, G], of int4 for a weight fp32 [N, K]: of -8 to 7 steps, -8 are the number of largest magnitude in a
-    group, so a scale may be negative."""
+    """The int4 scales, bf16 [N, G], of a weight fp32 [N, K]: the number of largest magnitude in a group is -8 steps, of
+    the range -8 to 7, so a scale may be negative."""
     low, high = _range(_in_groups(weight, group_size))
     return (torch.where(high > -low, high, low) / -8).bfloat16()
 
@@ -149,7 +149,7 @@ def round_int4(weight: Tensor, scale: Tensor) -> Quantized:
 
 
 def _round_from_minima(groups: Tensor) -> Quantized:
-    """int4 in 15 steps from the least of each group to its largest. groups: fp32 [N, G, group_size]."""
+    """int4 in 15 steps from the minimum of each group to its maximum. groups: fp32 [N, G, group_size]."""
     low, high = _range(groups)
     scale, minimum = ((high - low) / 15).bfloat16(), low.bfloat16()
     _check_finite(scale)
@@ -164,7 +164,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     scale, zero = weight.scale.to(dtype), weight.zero
     groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
     if zero is not None:
-        groups.sub_(zero.to(dtype)[..., None])  # integers of 8 bits and their differences are bf16 numbers
+        groups.sub_(zero.to(dtype)[..., None])  # 8-bit integers and their differences are exact in bf16
     elif weight.values.dtype == torch.uint8:
         groups.sub_(8)
     return groups.mul_(scale[..., None]).view(weight.values.shape)
@@ -176,13 +176,13 @@ def _from_minima(weight: Quantized, dtype: torch.dtype) -> Tensor:
     groups = weight.values.to(scale.dtype).view(*scale.shape[:2], -1)
     if on_gpu:
         torch.addcmul(minimum, groups, scale, out=groups)
-    else:  # where it takes five times as long; the product of 4 bits and a bf16 number is exact in fp32
+    else:  # addcmul takes five times as long there; the product of 4 bits and a bf16 number is exact in fp32
         groups.mul_(scale).add_(minimum)
     return groups.to(dtype).view(weight.values.shape)
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """A group of zeros has scale 0."""
+    """The scale, or 1 where it is 0: in a group of zeros."""
     return scale.float().masked_fill(scale == 0, 1.0)
 
 
@@ -201,8 +201,8 @@ def fp8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 #
 # int4 is stored in blocks of W output features, [N / W, K, W / 2] bytes: byte j of an input feature has feature j of
 # the block in its low half and j + W / 2 in its high half. That is the order of torch's CPU kernel (W = 64 with
-# AVX-512, 32 with AVX2), and as good as any where there is none, so one layout serves the kernel and dequantisation.
-# The kernels of GPUs have an order of their own (models/triton_linear.py).
+# AVX-512, 32 with AVX2), and as good as any other without it, so one layout serves the kernel and dequantisation.
+# GPU kernels have an order of their own (models/triton_linear.py).
 
 
 def pack_int4(values: Tensor, width: int) -> Tensor:
@@ -227,7 +227,7 @@ def _unpack_blocks(packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     blocks, K, half = packed.shape
     q = torch.empty(blocks, K, 2, half, dtype=torch.int8, device=packed.device)
     q[:, :, 0], q[:, :, 1] = packed & 15, packed >> 4
-    # contiguous, since addcmul takes six times as long over numbers that do not lie side by side
+    # contiguous, since addcmul takes six times as long over strided numbers
     scale, zero = scales_and_zeros.permute(3, 1, 0, 2).contiguous().unsqueeze(3)  # [blocks, G, 1, W] each
     weight = (q - 8).to(scale.dtype).view(blocks, scale.shape[1], -1, 2 * half)
     return torch.addcmul(zero, weight, scale, out=weight).view(blocks, K, 2 * half)  # rounded once
@@ -244,14 +244,14 @@ def cpu_int4_width() -> int | None:
 
 
 def scales_and_zeros(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    """[G, N, 2]: the scales of an int4 weight and the values that q = 8 stands for, as torch's kernels want them."""
+    """[G, N, 2]: the scales of an int4 weight and the values that q = 8 stands for, as torch's kernels take them."""
     scale = weight.scale.float()
     zero = torch.zeros_like(scale) if weight.zero is None else (8 - weight.zero.float()) * scale
     return torch.stack((scale.T, zero.T), dim=-1).to(dtype).contiguous()
 
 
 def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None) -> nn.Module:
-    """The product with a weight on its GPU, by the kernels of models/triton_linear.py, which says what splits are."""
+    """A module that multiplies with a weight on its GPU. splits: see models/triton_linear.py, imported only here."""
     from models.triton_linear import TritonProducts
 
     return TritonProducts(weight.values, weight.scale, weight.zero, scheme.group_size, splits)
@@ -274,7 +274,7 @@ def kernel_for(scheme: Scheme, shape: tuple[int, int], device: torch.device, dty
 
 
 def _in_kernel_groups(weight: Quantized, scheme: Scheme) -> tuple[Quantized, Scheme]:
-    """int4 with a scale for a whole row, as groups that a kernel takes, where one of their sizes divides the row."""
+    """Turns int4 with one scale for a row into groups of a size that kernels take, if such a size divides the row."""
     K = weight.values.shape[1]
     size = next((size for size in reversed(GROUP_SIZES) if K % size == 0), K)
     numbers = (None if x is None else x.repeat_interleave(K // size, dim=1) for x in (weight.scale, weight.zero))
@@ -288,8 +288,8 @@ MOST_KERNEL_ROWS = {"int8": 20, "int4": 120}
 
 
 class QuantizedLinear(nn.Module):
-    """Quantised linear layers that share an input, as one product; their outputs stand side by side in one tensor. For
-    inference: nothing here has a gradient."""
+    """Quantised linear layers that share an input, as one product, whose output is theirs concatenated. For inference:
+    nothing here has a gradient."""
 
     def __init__(
         self,
@@ -299,8 +299,8 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         parallel: Parallel = Parallel(),
     ):
-        """weights: this tp rank's part of each layer; biases: likewise. dtype: of the activations. parallel: of
-        row-parallel layers, whose outputs are summed over the ranks."""
+        """weights, biases: this tp rank's part of each layer's. dtype: of the activations. parallel: for row-parallel
+        layers, whose outputs are summed over the ranks."""
         super().__init__()
         weight = joined(weights)
         shape, device = weight.values.shape, weight.values.device
@@ -308,7 +308,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None and scheme.mode == "int4" and scheme.group_size is None:
             weight, scheme = _in_kernel_groups(weight, scheme)
             self.kernel = kernel_for(scheme, shape, device, dtype)
-        if self.kernel is None:  # what torch's kernels in bf16 do not take
+        if self.kernel is None:  # weights that torch's bf16 kernels do not take
             self.kernel = kernel_for(scheme, shape, device, torch.float32)
         self.scheme, self.num_rows = scheme, shape[0]
         self.parallel = parallel if size_of(parallel.tp) > 1 else None
@@ -322,7 +322,7 @@ class QuantizedLinear(nn.Module):
             self._keep(weight, dtype)
 
     def _keep(self, weight: Quantized, dtype: torch.dtype) -> None:
-        """The tensors of torch's kernels and of dequantisation."""
+        """Registers the tensors that torch's kernels or dequantisation read."""
         scheme = self.scheme
         if scheme.mode == "fp8":
             values, scale = weight.values, weight.scale
@@ -331,7 +331,7 @@ class QuantizedLinear(nn.Module):
             scale = scale[:, 0] if scheme.group_size is None else scale
         else:
             width = cpu_int4_width() if self.kernel == "torch" else 64
-            blocks = (0, 0, 0, -self.num_rows % width)  # whole ones
+            blocks = (0, 0, 0, -self.num_rows % width)  # padding to whole blocks
             padded = Quantized(*(None if part is None else F.pad(part, blocks) for part in weight))
             values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
             scale, self.half_width = scales_and_zeros(padded, dtype), width // 2
@@ -342,12 +342,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Of what a product of few rows reads."""
+        """Bytes that a product of few rows reads."""
         return self.weight.nbytes + self.scale.nbytes if self.product is None else self.product.num_bytes
 
     def for_rows(self, num_rows: int) -> Callable[[Tensor], Tensor]:
-        """forward() of [num_rows, K], with its tensors looked up once where the CPU's kernel is all there is to do: at
-        one row that takes a tenth of a small product's time."""
+        """forward() for [num_rows, K]; where that is only a call of the CPU's kernel, its tensors are looked up once,
+        here: at one row, looking them up takes a tenth of a small product's time."""
         if self.kernel == "fbgemm":
             product = self.product.for_rows(num_rows)
             return product if self.parallel is None and self.bias is None else self

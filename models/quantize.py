@@ -1,11 +1,11 @@
-"""Models with quantised weights: rounded while they are loaded, or written to a folder and loaded from there.
+"""Models with quantised weights: rounded while they are loaded, or loaded from a folder of quantised weights.
 
 - the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype (an
   inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
-- a folder (scripts/quantize.py writes it, in the layout of models/compressed.py) holds what --quantize computes, to the
-  bit; or int4 that was chosen with more care (models/gptq.py); or what others wrote in that layout
-- with tensor parallelism a rank has its part of the integers and of their scales, those of the whole weight
+- such a folder, in the layout of models/compressed.py, holds the weights that --quantize computes, to the bit, or int4
+  chosen on calibration data (models/gptq.py), if scripts/quantize.py wrote it; other tools' folders serve as well
+- with tensor parallelism a rank holds its part of the integers and scales of the whole weight
 """
 
 import sys
@@ -43,24 +43,24 @@ class GroupSizeArgs:
     """The scales of int4."""
 
     group_size: int | None = flag(
-        None, choices=GROUP_SIZES, help="int4: weights that share a scale; the largest up to 128 that fits the model"
+        None, choices=GROUP_SIZES, help="int4: weights that share a scale; unset: the largest up to 128 that fits"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeArgs(GroupSizeArgs):
-    """Weights in few bits, of a model that is not trained."""
+    """Quantised weights of a model that is not trained."""
 
     quantize: str = flag(
         "none",
         choices=("none", *MODES),
-        help="round the weights of the blocks while loading, and for text on a CPU in bfloat16 the head to int8; "
+        help="round the weights of the blocks while loading, and to generate on a CPU in bfloat16 the head to int8; "
         "fp8 needs a Hopper GPU. A folder with quantised weights is run as it is stored",
     )
 
 
 def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
-    """Raises ValueError if a model cannot be quantised so, cut over so many ranks, or computed on this device."""
+    """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or computed on this device."""
     if isinstance(scheme, Scheme) and scheme.mode == "fp8":
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
             raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
@@ -79,7 +79,7 @@ def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dty
 
 
 def _inputs(config: ModelConfig, tp_size: int) -> dict[str, tuple[str, int, int]]:
-    """(what config.json calls it, the number of inputs, the ranks that these are cut over) of each kind of layer."""
+    """For each kind of layer: (its input size's name in config.json, that size, the number of ranks that share it)."""
     cut = {
         "o_proj": ("heads x head_dim", config.num_attention_heads * config.head_dim, tp_size),
         "down_proj": ("intermediate_size", config.intermediate_size, tp_size),
@@ -94,8 +94,8 @@ def _share(key: str, size: int, parts: int) -> str:
 def rounding_scheme(
     mode: str, group_size: int | None, config: ModelConfig, tp_size: int = 1, flag: str = "--quantize"
 ) -> Scheme:
-    """What a flag's `mode` means for a model. group_size None: of int4 the largest up to 128 that every layer's inputs
-    on a rank are divisible by; a smaller one is said. Raises ValueError if there is none."""
+    """The scheme of a flag's `mode` for a model. group_size None: for int4, the largest up to 128 that divides every
+    layer's inputs on a rank, printed if it is smaller. Raises ValueError if there is none."""
     if mode != "int4":
         return Scheme(mode)
     if group_size is not None:
@@ -120,8 +120,8 @@ def with_int8(scheme: Schemes, kinds: Sequence[str], num_layers: int) -> Schemes
 
 
 def stored_scheme(folder: str | Path) -> Schemes | None:
-    """The scheme of a folder with quantised weights, None for any other. Raises ValueError for one that is not
-    computed here."""
+    """The scheme of a folder with quantised weights, None for any other folder. Raises ValueError for a scheme that is
+    not supported."""
     config, where = read_hf_config(folder)
     if not is_quantized(config):  # another layout is refused by ModelConfig.from_hf
         return None
@@ -131,8 +131,8 @@ def stored_scheme(folder: str | Path) -> Schemes | None:
 def choose_scheme(
     folder: str | Path, mode: str, group_size: int | None = None, flag: str = "--quantize", tp_size: int = 1
 ) -> Schemes | None:
-    """How to run the model of a folder: as it is stored, or quantised as the flags say (mode none: not at all;
-    group_size None: see rounding_scheme). Raises ValueError if it is stored in another way than they say."""
+    """The scheme to run a folder's model with: as it is stored, or quantised as the flags say (mode none: not at all;
+    group_size None: see rounding_scheme). Raises ValueError if it is stored in another scheme than the flags'."""
     stored = stored_scheme(folder)
     if group_size is not None and mode != "int4":
         raise ValueError(f"--group_size is for {flag} int4, not for {mode}")
@@ -153,8 +153,8 @@ def quantize_block(
     scheme: Schemes,
     dtype: torch.dtype,
 ) -> None:
-    """Puts quantised products in the place of a block's linear layers. weight_of and bias_of give this rank's part of a
-    parameter by its name, which begins with the prefix; dtype is that of the activations."""
+    """Replaces a block's linear layers by quantised products. weight_of and bias_of return this rank's part of a
+    parameter by its name, which begins with the prefix; dtype: of the activations."""
 
     def product_of(names: list[str]) -> QuantizedLinear:
         first = block.get_submodule(names[0])
@@ -168,7 +168,7 @@ def quantize_block(
 
 @torch.no_grad()
 def quantize_in_place(block: Block, scheme: Scheme) -> None:
-    """Quantises a block that is in memory, whole, by rounding; the activations will have the dtype of its weights."""
+    """Quantises a block in memory, not sharded, by rounding; the activations will have the dtype of its weights."""
     get, dtype = block.get_parameter, block.input_layernorm.weight.dtype
     quantize_block(block, "", lambda name: quantize(get(name), scheme), lambda name: get(name).detach(), scheme, dtype)
 
@@ -176,7 +176,7 @@ def quantize_in_place(block: Block, scheme: Scheme) -> None:
 def quantize_file(
     files: WeightFiles, name: str, slices: tuple[slice, ...], scheme: Schemes, device: torch.device
 ) -> Quantized:
-    """quantize() of a weight in a folder, or of a part of it, from the numbers in the file."""
+    """quantize() of a weight in a folder, or of a part of it, from the numbers as stored."""
     try:
         return quantize(files.read(name, slices).to(device), scheme.of(name.removesuffix(".weight")))
     except ValueError as error:
@@ -186,8 +186,8 @@ def quantize_file(
 def quantized_part(
     files: WeightFiles, name: str, shape: tuple[int, ...], scheme: Schemes, tp: DeviceMesh | None, device: torch.device
 ) -> Quantized:
-    """quantize_file() of this tp rank's part of a weight. Of a row-parallel layer every rank reads the whole, since a
-    scale may be that of a whole row."""
+    """quantize_file() of this tp rank's part of a weight. For a row-parallel layer every rank reads the whole weight,
+    since a scale may be that of a whole row."""
     cut = tensor_parallel_part(name, shape, tp)
     rows = cut[:1] if shard_dim(name) == 0 else ()
     whole = quantize_file(files, name, rows, scheme, device)
@@ -208,8 +208,8 @@ def load_quantized(
     """The model of a Hugging Face folder, or this tp rank's part of it, with quantised blocks, frozen.
 
     A folder with quantised weights must hold this scheme; any other is quantised by rounding while it is read, from
-    the numbers in the files. dtype: of everything else and of the activations. head: "lm" or "score". files: as for
-    load_model, whose errors it raises, and check_scheme's.
+    the numbers as stored. dtype: of all other parameters and of the activations. head: "lm" or "score". files: as for
+    load_model. Raises the errors of load_model and of check_scheme.
     """
     config, files = model_config(folder), files or WeightFiles(folder)
     check_scheme(scheme, config, device, dtype, size_of(tp))
@@ -239,7 +239,7 @@ def load_quantized(
 
 
 def rounded_tensors(files: WeightFiles, scheme: Schemes, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the blocks of a folder with quantised weights, (name, tensor), one weight in memory at a time."""
+    """Yields (name, tensor) for a quantised folder: the blocks' weights, rounded, one weight in memory at a time."""
     for name in short_bar([name for name in files.names() if name.startswith("layers.")], "rounding", "tensor"):
         if is_linear_weight(name):
             yield from packed_tensors(name, quantize_file(files, name, (), scheme, device))

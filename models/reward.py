@@ -1,9 +1,9 @@
-"""Reward models: what their folder says, where their scores sit, and the scores of rows.
+"""Reward models: the settings in their folder, the positions of their scores, and the scores of rows.
 
 - an outcome model scores an answer at its last token, EOS if it was finished (but see place_of_score); a process model
-  scores each step at the last token of the step and the separator after it
-- the ids of a step depend on the prompt and the steps up to it alone, so its score does not depend on what follows;
-  training and scoring find the places with the same function, encode_steps
+  scores each step at the last token of the step with its separator
+- the ids of a step depend only on the prompt and the steps up to it, so its score does not depend on later steps;
+  training and scoring find the positions with the same function, encode_steps
 """
 
 import itertools
@@ -52,19 +52,19 @@ from models.transfer import index_on, to_device
 class RewardKind(NamedTuple):
     """What a reward model's config.json says about its scores."""
 
-    separator: str | None  # what ends a step; None for an outcome model
+    separator: str | None  # the text that ends a step; None for an outcome model
     mean: float | None
     std: float | None
     pad_token_id: int | None = None
 
     def can_normalize(self) -> bool:
-        """Whether (score - mean) / std is to be had."""
+        """Whether (score - mean) / std can be computed."""
         return self.mean is not None and self.std is not None and self.std > 0
 
 
 def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKind:
-    """Raises ValueError unless the folder holds a model with one score for each token. files: the folder's, if an
-    adapter goes with them."""
+    """Reads a RewardKind; raises ValueError unless the folder holds a model with one score for each token. files: the
+    folder's, if an adapter is combined with them."""
     files = files or WeightFiles(folder)
     config, where = read_hf_config(folder)
     config |= files.config_changes
@@ -89,8 +89,8 @@ def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKi
 
 
 def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
-    """The config.json of a scalar head on a model of hf_config: what transformers needs to find the last token and the
-    single output, and nothing of what an earlier reward model's holds on its scores."""
+    """The config.json of a model of hf_config with a scalar head: it has the keys that transformers needs to find the
+    last token and the single output, and none of those that describe an earlier reward model's scores."""
     family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[hf_config["model_type"]]
     others = ("reward_model_type", "reward_position", "reward_mean", "reward_std", "step_separator", "problem_type")
     return {name: value for name, value in hf_config.items() if name not in others} | {
@@ -107,9 +107,9 @@ def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
 
 @dataclass
 class Pair:
-    """Two rows that begin with the same prompt_length ids; loss on what follows. margin: how much better the chosen one
-    is, in units of the reward; None where the record does not say. reference: what a frozen model gives for the two
-    completions, summed log-probabilities; NaN until training/reference.py has computed it."""
+    """Two rows that begin with the same prompt_length ids; the others are learnt. margin: how much better the chosen
+    answer is, in units of the reward; None if the record has none. reference: a frozen model's summed log-probs of the
+    two completions; NaN until training/reference.py has computed them."""
 
     prompt_length: int
     chosen: Example
@@ -136,7 +136,7 @@ class Pair:
 
 @dataclass(eq=False)
 class Scored:
-    """A row whose score at each of `positions` (ascending) should be the logit of the label, in [0, 1], beside it."""
+    """A row whose score at each of `positions` (ascending) should be the logit of its label, which is in [0, 1]."""
 
     input_ids: Sequence[int]
     positions: list[int]
@@ -164,23 +164,23 @@ class Scored:
 
 
 def pair_rows(pairs: list[Pair]) -> list[Example]:
-    """The rows of one forward: all chosen sides, then the rejected ones in the same order, so `x.view(2, -1)` parts
-    what comes of them."""
+    """The rows of one forward: all chosen sides, then the rejected ones in the same order, so that `x.view(2, -1)`
+    separates their results."""
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
 def sides_are_equal(pairs: list[Pair], device: torch.device) -> Tensor:
-    """Of which pairs chosen and rejected are the same ids, bool [B]. What is computed of the two would differ by
-    rounding, by their places in the forward, and a margin's sign would be that of the rounding."""
+    """Whether chosen and rejected of each pair are the same ids, bool [B]. Their results would differ only by rounding,
+    as it depends on their places in the forward, and the sign of a margin would be noise."""
     return to_device([pair.nothing_to_learn for pair in pairs], device, torch.bool)
 
 
 def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, EncodingCounts]:
-    """(pair, what happened to either side).
+    """(pair, counts of both sides together).
 
-    `prompt`, `chosen`, `rejected`, each text or a list of chat messages, and maybe `margin`. Where chosen and rejected
-    are message lists, the prompt may be missing, or be the text of one of its messages: it is the messages that both
-    begin with. Raises ValueError with the record's place.
+    The record has `prompt`, `chosen` and `rejected`, each text or a list of chat messages, and maybe `margin`. Where
+    chosen and rejected are message lists, `prompt` may be missing, or be the text of a message that both begin with:
+    the prompt is then all messages that both begin with. Raises ValueError with the record's place.
     """
     with naming(record):
         prompt, chosen, rejected = _prompt_and_sides(record)
@@ -203,12 +203,12 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     if isinstance(chosen, str):
         return get_prompt(record), chosen, rejected
     prompt = stated_prompt(record) if has_prompt(record) else None
-    if not isinstance(prompt, str | None):  # maybe repeated at the beginning of both sides
+    if not isinstance(prompt, str | None):  # both sides may begin with it, too
         chat = get_prompt(record)
         begins = [list(map(_given, side[: len(prompt)])) for side in (chosen, rejected, prompt)]
         repeated = len(prompt) if begins[0] == begins[1] == begins[2] else 0
         return chat, chosen[repeated:], rejected[repeated:]
-    most = min(len(chosen), len(rejected)) - 1  # an answer has a message at least
+    most = min(len(chosen), len(rejected)) - 1  # an answer has at least one message
     num_shared = next((i for i in range(most) if _given(chosen[i]) != _given(rejected[i])), max(0, most))
     shared = chosen[:num_shared]
     missing = "there is no prompt" if prompt is None else "prompt is text, which must be a list of messages here"
@@ -221,19 +221,19 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
 
 
 def _given(message: object) -> object:
-    """A message without keys that hold nothing: where columns have types, each message has those of all others."""
+    """A message without its empty keys: where columns have types, each message has the keys of all others."""
     return {k: v for k, v in message.items() if v not in (None, "", [])} if isinstance(message, dict) else message
 
 
 def place_of_score(ids: Sequence[int], pad_token_id: int | None) -> int:
-    """Where an outcome model's score of a row is: at the last token that is not config.json's pad, where transformers
-    reads it. This project's reward models have a pad that ends no row; where others pad with EOS, as TRL does for
-    tokenizers without a pad, it is the token before EOS, and that is what was trained."""
+    """The position of an outcome model's score in a row: the last token that is not config.json's pad, where
+    transformers reads it. This project's reward models have a pad that ends no row; others that pad with EOS, as TRL
+    does for tokenizers without a pad, were trained, and are read, at the token before EOS."""
     return next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad_token_id), 0)
 
 
 def cut_completion(row: Scored, max_seq_len: int, pad_token_id: int | None = None) -> Scored | None:
-    """The beginning of a longer row, with its score at its end; None if no token of the completion is left."""
+    """Truncates a longer row, with its score at the new end; None if no token of the completion is left."""
     if row.prompt_length >= max_seq_len:
         return None
     ids = row.input_ids[:max_seq_len]
@@ -241,7 +241,7 @@ def cut_completion(row: Scored, max_seq_len: int, pad_token_id: int | None = Non
 
 
 def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
-    """The whole steps of a longer row that fit; None if none does."""
+    """Truncates a longer row to the whole steps that fit; None if none does."""
     whole = sum(position < max_seq_len for position in row.positions)
     if not whole:
         return None
@@ -250,9 +250,9 @@ def cut_steps(row: Scored, max_seq_len: int) -> Scored | None:
 
 
 def split_steps(text: str, separator: str) -> list[str]:
-    """The steps of a text: it is cut after each separator that ends something, so that the steps, each followed by the
-    separator, are the text again. A last step without a separator counts, white space after the last step does not, and
-    blank parts before a step belong to it. A text of white space alone is one empty step."""
+    """The steps of a text, which is cut after each separator that follows text, so that the steps, each followed by the
+    separator, join to the text again. A last step without a separator counts, white space after the last step does not,
+    and blank parts before a step belong to it. A text of white space alone is one empty step."""
     steps, blank = [], ""
     for part in text.split(separator):
         if part.strip():
@@ -264,20 +264,20 @@ def split_steps(text: str, separator: str) -> list[str]:
 
 
 def without_separator(steps: list[str], separator: str) -> list[str]:
-    """Steps of a record, of which some may be written with the separator that follows each: it comes once, as in an
-    answer that split_steps has cut."""
+    """The steps of a record without the separator, which some may end with already: encode_steps adds one to each, as
+    to the steps of split_steps."""
     return [step.removesuffix(separator) for step in steps]
 
 
 def encode_steps(
     prompt: str | Chat, steps: list[str], separator: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-    """(ids, the position of each step's score): the ids of the prompt, then of each step followed by the separator; a
-    step's position is that of the last token of both, no EOS comes at the end.
+    """(ids, the position of each step's score): the ids of the prompt, then of each step followed by the separator, and
+    no EOS; a step's score is at the last token of step and separator.
 
-    No token holds text of two steps, or of the prompt and a step: a step's ids are those of a text that goes on from
-    its predecessor, so a sentencepiece tokenizer puts no space before it. So encode_steps(prompt, steps[:k], ...) is
-    the beginning of encode_steps(prompt, steps, ...), and positions[:k] are the same.
+    No token holds text of two steps, or of the prompt and a step: a step is encoded as a continuation of the ids before
+    it, so a sentencepiece tokenizer puts no space before it. So encode_steps(prompt, steps[:k], ...) is the beginning
+    of encode_steps(prompt, steps, ...), and positions[:k] are the same.
     """
     ids, positions = encode_prompt(prompt, tokenizer), []
     for i, step in enumerate(steps):
@@ -303,10 +303,10 @@ def is_pair(record: Record) -> bool:
 def encode_to_score(
     record: Record, separator: str | None, tokenizer: Tokenizer, pad_token_id: int | None = None
 ) -> tuple[list[Scored], EncodingCounts]:
-    """(rows of a record without labels, as in training: one, or chosen and rejected of a pair; what happened)
+    """(rows of a record, encoded as in training but without labels: one, or chosen and rejected of a pair; counts)
 
-    separator: None scores an answer at its end, see place_of_score; else what ends a step, and each step of
-    `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
+    separator: None scores an answer at its end, see place_of_score; otherwise the text that ends a step, and each step
+    of `completions`, or of the text of a completion (see split_steps), is scored. Raises ValueError with the record's
     place.
     """
     with naming(record):
@@ -335,8 +335,8 @@ def encode_to_score(
 
 
 def rows_to_score(judged: list[Pair] | list[Scored]) -> tuple[list[Example], list[tuple[int, int]]]:
-    """(the rows of one forward, the places of their scores for Forward.at): of each pair chosen and rejected, at the
-    last token, else all positions."""
+    """(the rows of one forward, the places of their scores for Forward.at): the last tokens of each pair's chosen and
+    rejected, or all positions of scored rows."""
     if judged and isinstance(judged[0], Pair):
         rows, count = pair_rows(judged), len(judged)
         return rows, [(i, len(rows[i].input_ids) - 1) for j in range(count) for i in (j, count + j)]
@@ -347,10 +347,10 @@ def rows_to_score(judged: list[Pair] | list[Scored]) -> tuple[list[Example], lis
 def step_scores(
     model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None, *, taken: bool = False
 ) -> list[list[float]]:
-    """The scores at each row's positions, alike on all ranks, which share the rows. A collective. bar: shows tokens.
+    """The scores at each row's positions, the same on all ranks, which share the rows. A collective. bar: shows tokens.
 
-    taken: a replica takes a batch when it is through with another. Not for a model that FSDP has cut, whose replicas
-    must have as many batches.
+    taken: a replica takes the next batch when it has finished one. Not for a model sharded by FSDP, whose replicas must
+    all have the same number of batches.
     """
     device = model.inv_freq.device
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
@@ -365,12 +365,12 @@ def step_scores(
             scores.index_copy_(0, index_on(places_of_scores, device), found)
             if bar is not None:
                 bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
-    values = split.sum(scores).tolist()  # each score is one rank's; the others have 0 there
+    values = split.sum(scores).tolist()  # one rank computed each score; the others have 0 there
     return [values[a:b] for a, b in itertools.pairwise(first)]
 
 
 def _taken(numbers: list[int], length: Callable[[int], int], split: Split) -> Iterator[list[int]]:
-    """Batches of like length that this replica takes, the longest first."""
+    """Batches of rows of similar length that this replica takes, the longest first."""
     batches = list(micro_batches(numbers, split.micro_batch_size, key=length))[::-1]
     work = shared_work("scores", [1] * len(batches), split.dp, most=1)
     for taken in work:
@@ -380,8 +380,8 @@ def _taken(numbers: list[int], length: Callable[[int], int], split: Split) -> It
 
 
 def aggregate(step_scores: list[float], how: str) -> float:
-    """One number for the steps of an answer: the least, the product, the last or the mean of their probabilities,
-    which are sigmoid(score) (Lightman et al. 2023, arXiv 2305.20050; Sun et al. 2024, Easy-to-Hard, 2403.09472)."""
+    """One number for the steps of an answer: the minimum, product, last or mean of their probabilities, which are
+    sigmoid(score) (Lightman et al. 2023, arXiv 2305.20050; Sun et al. 2024, Easy-to-Hard, 2403.09472)."""
     probs = torch.tensor(step_scores, dtype=torch.float64).sigmoid()
     return {"min": probs.min, "prod": probs.prod, "last": lambda: probs[-1], "mean": probs.mean}[how]().item()
 

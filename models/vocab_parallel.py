@@ -2,10 +2,10 @@
 
 - the vocabulary need not be divisible by the ranks; a few numbers per token are combined, and whole logits are gathered
   only where sampling needs the order of all of them
-- logits exist for CHUNK_TOKENS tokens at a time, never [B, T, V]; on a GPU models/fused_head.py has the loss
+- logits exist for CHUNK_TOKENS tokens at a time, never [B, T, V]; on a GPU models/fused_head.py computes the loss
 
-`tp` is everywhere the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank. Dimensions: N tokens, E model
-dim, V vocabulary.
+`tp` is always the 1-D DeviceMesh of the tensor-parallel ranks, or None for one rank. Dimensions: N tokens, E model dim,
+V vocabulary, V' this rank's part of it.
 """
 
 from collections.abc import Iterator
@@ -35,12 +35,12 @@ def embed(ids: Tensor, weight: Tensor, vocab_size: int, tp: DeviceMesh | None) -
 
 
 def most_columns(vocab_size: int, tp: DeviceMesh | None) -> int:
-    """Columns of the vocabulary that a rank has at most: the first one's; the last ranks may have fewer."""
+    """The most columns of the vocabulary on a rank, which the first one has; the last ranks may have fewer."""
     return chunk_range(vocab_size, 0, size_of(tp))[1]
 
 
 def pad_vocabulary(x: Tensor, vocab_size: int, tp: DeviceMesh | None, value: float) -> Tensor:
-    """This rank's columns [..., V'] filled up to most_columns()."""
+    """This rank's columns [..., V'], padded to most_columns()."""
     missing = most_columns(vocab_size, tp) - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
 
@@ -63,9 +63,9 @@ def _own_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(slice of the tokens, raw, logits) for chunk after chunk: hidden @ weight.T / temperature in fp32, computed by
-    way of raw in the compute dtype (the same tensor if that is fp32). Two buffers serve all chunks: fresh ones of this
-    size cost the CPU more than the arithmetic."""
+    """Yields (slice of the tokens, raw, logits) chunk by chunk: logits = hidden @ weight.T / temperature in fp32, raw a
+    tensor of their shape in the compute dtype (the same one if that is fp32). Two buffers serve all chunks: fresh ones
+    of this size cost the CPU more than the arithmetic."""
     raw_buffer = hidden.new_empty(min(len(hidden), CHUNK_TOKENS), len(weight))
     in_fp32 = hidden.dtype == torch.float32
     buffer = raw_buffer if in_fp32 else torch.empty_like(raw_buffer, dtype=torch.float32)
@@ -81,7 +81,7 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Iterato
 def _exponentiate(logits: Tensor, targets: Tensor, start: int, tp: DeviceMesh | None) -> tuple[Tensor, ...]:
     """Turns this rank's columns of logits [n, V / tp] into exp(logit - largest of the row over all ranks), in place.
 
-    Returns (logit of the target, logsumexp, what the exponentials are divided by to be the softmax), [n, 1] each.
+    Returns (logit of the target, logsumexp, the divisor that makes the exponentials the softmax), [n, 1] each.
     """
     offsets, owned = _own_targets(targets, start, logits.shape[1])
     largest, target = logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
@@ -106,8 +106,8 @@ def _add_at_targets(logits: Tensor, targets: Tensor, start: int, values: Tensor 
 def _propagate(
     logits: Tensor, raw: Tensor, hidden: Tensor, weight: Tensor, grads: tuple[Tensor, Tensor | None]
 ) -> None:
-    """From the gradient of a chunk's logits to its hidden states' and the weight's: the latter fp32, summed over
-    chunks, and None of a frozen head, which is half of the arithmetic. raw: see _logits."""
+    """Writes the gradients of a chunk's hidden states and adds those of the weight, given `logits`, the gradient of its
+    logits. The weight's are fp32; None for a frozen head, which saves half of the arithmetic. raw: see _logits."""
     grad_hidden, grad_weight = grads
     if logits is not raw:
         raw.copy_(logits)
@@ -137,9 +137,9 @@ class _CrossEntropySum(torch.autograd.Function):
             target, logsumexp, partition = _exponentiate(logits, targets[chunk], start, tp)
             total += (logsumexp - target).sum()
             if needs_grad:
-                _add_at_targets(logits.div_(partition), targets[chunk], start, -1.0)  # the softmax, less 1 there
+                _add_at_targets(logits.div_(partition), targets[chunk], start, -1.0)  # softmax - 1 at the target
                 _propagate(logits, raw, hidden[chunk], compute_weight, (grad_hidden[chunk], grad_weight))
-        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype  # which the backward scales in place
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype  # the backward only scales them
         return total
 
     @staticmethod
@@ -153,7 +153,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def fused_head(device: torch.device) -> ModuleType | None:
-    """models/fused_head.py, which imports Triton, where that is."""
+    """The module models/fused_head.py, which imports Triton; None where Triton does not work."""
     if not has_triton(device):
         return None
     from models import fused_head
@@ -166,8 +166,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of the cross entropy of hidden @ weight.T (nats, an fp32 scalar, the same on all tp ranks).
 
-    hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N]. No token: 0,
-    with gradients 0.
+    hidden [N, E], the same on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N]. Without
+    tokens: 0, with gradients 0.
     """
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
     start, _ = own_chunk(vocab_size, tp)
@@ -180,8 +180,8 @@ def linear_cross_entropy(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probs of the targets, and the entropy if it is asked for, chunk by chunk. The backward computes the logits
-    anew, since what comes from above is not known before; no collective is needed for that."""
+    """Log-probs of the targets, and the entropy if it is asked for, chunk by chunk. The backward recomputes the logits,
+    since the gradients of the outputs are not known before; that needs no collective."""
 
     @staticmethod
     def forward(
@@ -199,7 +199,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropies = all_reduce(entropies, tp)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, entropies)
         ctx.start, ctx.temperature = start, temperature
-        ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward nothing
+        ctx.set_materialize_grads(False)  # entropies that enter no loss cost the backward nothing
         entropies = entropies[:, 0]
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -239,9 +239,9 @@ def linear_logprobs(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, entropy of each token's distribution) under softmax(hidden @ weight.T / temperature):
-    nats, fp32 [N] each, the same on all tp ranks. Unless asked for, the entropies mean nothing.
+    nats, fp32 [N] each, the same on all tp ranks. Without `entropy`, do not use the entropies.
 
-    hidden [N, E], alike on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
+    hidden [N, E], the same on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
     """
     hidden, weight = enter_parallel(hidden, Parallel(tp)), local(weight)
     start, _ = own_chunk(vocab_size, tp)

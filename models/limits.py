@@ -1,7 +1,7 @@
-"""What a container or a job of Slurm leaves to this process of a host's memory and cores: Linux's control groups.
+"""The memory and cores of a host that a container or a Slurm job leaves to this process: Linux's control groups.
 
-Versions 1 and 2: docs.kernel.org, admin-guide/cgroup-v1 and cgroup-v2, scheduler/sched-bwc. What is not there or cannot
-be read, limits nothing. root: of the file system; another than / is for tests.
+Versions 1 and 2: docs.kernel.org, admin-guide/cgroup-v1 and cgroup-v2, scheduler/sched-bwc. A file that is missing or
+cannot be read limits nothing. root: of the file system; only tests pass another than /.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ ROOT = Path("/")
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that this process can still get; of a group, with the pages of files in it that go first: also those
-    that were read more than once, if nobody maps them. 4 GiB where the system says nothing."""
+    """Bytes that this process can still allocate; in a control group, with its pages of files that the kernel gives up
+    first: inactive ones, and active ones that no process maps. 4 GiB if the system does not tell."""
     names = {
         1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
         2: ("max", "current", "inactive_file", "active_file", "file_mapped"),
@@ -33,7 +33,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def num_cores(*, of_rank: bool = False, root: Path = ROOT) -> int:
-    """Those that this process may use at a time; of_rank: less the other ranks' share of a node."""
+    """The number of cores that this process may use at a time; of_rank: divided by the ranks of this node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for version, group in _groups("cpu", root):
         with contextlib.suppress(OSError, ValueError):
@@ -47,13 +47,13 @@ def num_cores(*, of_rank: bool = False, root: Path = ROOT) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of this process's groups that may limit something, and of those above them."""
+    """Yields (version, folder) of this process's groups of a controller, and of all groups above them."""
     mine = root / "proc/self/cgroup"
     for line in mine.read_text().splitlines() if mine.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # in a container the path may be the host's, of what is mounted here; above the mount are no such files
+        # in a container the path may be the host's, and the group itself be the mount; other folders lack the files
         group = root / "sys/fs/cgroup" / (controller if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
             yield 1 if controllers else 2, folder

@@ -1,4 +1,4 @@
-"""How much of the KV cache fits into memory, and how many rows that is worth."""
+"""How many pages of a KV cache fit into memory, and how many rows to run with them."""
 
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from models.tp import size_of
 from models.vocab_parallel import most_columns
 
 MOST_SLOTS = {"cuda": 256, "cpu": 16}  # of --batch_size auto
-SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory, for the cache and what is computed beside it
+SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory, for the cache and the tensors of the computation
 
 
 class CachePlan(NamedTuple):
-    """max_seq_len: most tokens that a sequence may have. note: for people."""
+    """max_seq_len: most tokens that a sequence may have. note: a text for progress messages."""
 
     num_slots: int
     num_pages: int
@@ -26,7 +26,7 @@ class CachePlan(NamedTuple):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still get: of the GPU, what its allocator holds unused included; of the system."""
+    """Bytes that this process can still allocate: on the GPU, with what its allocator holds unused, or on the host."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -52,12 +52,12 @@ def plan_cache(
     prefill_tokens: int,
     reserved: int = 0,
 ) -> CachePlan:
-    """Rows and pages for an inference copy that is in memory. A collective of the tensor-parallel ranks.
+    """Plans the rows and pages of an inference copy that is in memory. A collective of the tensor-parallel ranks.
 
-    num_slots: None for as many as memory holds, if sequences have usual_tokens; where more pages are needed than there
-    are, the engine computes some samples twice. known_tokens, most_tokens: of the longest sequence that is known, and
-    that there may be. reserved: bytes of the free memory that are for something else. Raises ValueError if not even the
-    longest that is known fits.
+    num_slots: None for as many as memory holds if sequences have usual_tokens; if pages run out all the same, the
+    engine preempts samples and prefills them again. known_tokens, most_tokens: the length of the longest known
+    sequence, and of the longest possible one. reserved: bytes of the free memory that are for other uses. Raises
+    ValueError if the longest known sequence does not fit.
     """
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
     size = model.dtype.itemsize
@@ -65,16 +65,16 @@ def plan_cache(
     columns = most_columns(config.vocab_size, tp)
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
     longest, of_page = max(known_tokens, most_tokens), page_bytes(model)
-    prefill_tokens = min(prefill_tokens, most_slots * longest)  # no more are in rows at a time
+    prefill_tokens = min(prefill_tokens, most_slots * longest)  # the rows together hold no more
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
     contexts = min(max(CONTEXTS * prefill_tokens, known_tokens), most_slots * longest)
     of_context = (1 + config.num_attention_heads // config.num_key_value_heads) * of_page  # repeated for all heads
-    of_context /= PAGE * config.num_hidden_layers  # of a layer
-    if size_of(tp) > 1:  # NCCL takes its buffers with the first
+    of_context /= PAGE * config.num_hidden_layers  # of one layer
+    if size_of(tp) > 1:  # the first collective allocates NCCL's buffers
         dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
     free = max(0, free_memory(device) - reserved)
     room = SHARE[device.type] * free - beside
-    # a longer one needs its pages too: no more of it are there than memory has room for
+    # a longer context needs its pages, too: it is at most as long as memory has room for both
     contexts = max(contexts, min(most_tokens, int(room / (of_page / PAGE + of_context))))
     beside += of_context * contexts
     fitting = int((SHARE[device.type] * free - beside) // of_page)

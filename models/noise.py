@@ -63,8 +63,8 @@ def random_bits(keys: Tensor, rows: Tensor, hashes: Tensor) -> Tensor:
 def exponential(bits: Tensor) -> Tensor:
     """Exp(1) variables, fp32, finite and above 0, from int32 bits (of which it takes 31, in place).
 
-    31 bits make a uniform whose small values keep full relative precision, hence also the tail that decides rare
-    tokens. The largest 64 of them round to 1 in fp32, whose variable would be infinite: they get the number below 1.
+    31 bits make a uniform whose small values keep full relative precision, and with them the tail that decides rare
+    tokens. The largest 64 uniforms round to 1 in fp32, which would give infinity: they are set to the number below 1.
     """
     uniforms = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31))
     return uniforms.clamp_(min=2.0**-24 - 1).log1p_().neg_()

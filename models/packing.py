@@ -1,4 +1,4 @@
-"""Which rows share a forward of at most so many tokens: pure functions of lengths, the same on every rank."""
+"""Groups rows into forwards of at most so many tokens: pure functions of lengths, the same on every rank."""
 
 import bisect
 import heapq
@@ -7,15 +7,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def own_share(count: int, dp: DeviceMesh) -> range:
-    """Which of `count` things are this rank's: as many as any other rank's to within one, and next to each other, so
-    that answers to one prompt stay together and share its prefill."""
+    """This rank's share of `count` items: as many as any other rank's to within one, and contiguous, so that answers to
+    one prompt stay together and share its prefill."""
     rank, size = dp.get_local_rank(), dp.size()
     return range(rank * count // size, (rank + 1) * count // size)
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """The numbers of the sizes in groups whose sums are at most `capacity`: largest first, each into the fullest group
-    that has room (best-fit decreasing). One that is larger than the capacity is alone."""
+    """Indices of the sizes in groups whose sums are at most `capacity`: largest first, each into the fullest group that
+    has room (best-fit decreasing). A size larger than the capacity is alone."""
     groups: list[list[int]] = []
     groups_with_room: dict[int, list[int]] = {}  # free tokens -> groups
     rooms: list[int] = []  # the keys, sorted
@@ -39,22 +39,22 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 def groups_of_ranks(sizes: list[int], capacity: int, num_ranks: int) -> list[list[list[int]]]:
-    """Of each rank the numbers of its sizes, in groups whose sums are at most `capacity`; one larger than that is
-    alone. All ranks have the same number of groups, since each is a collective: as few as best_fit finds, rounded up,
-    so some may be empty. They are as even as can be, and the ranks' groups of one place are of like size, since the
-    ranks wait for each other there; largest first, so that what does not fit into memory shows at once."""
+    """For each rank, indices of its sizes in groups whose sums are at most `capacity`; a larger size is alone. All
+    ranks have the same number of groups, since each runs collectives: as few as best_fit finds, rounded up, so some may
+    be empty. Groups are as even as possible, and each turn's groups are of similar size on all ranks, which wait for
+    each other there; the largest come first, so that running out of memory shows at once."""
     found = best_fit(sizes, capacity)
     count = -(-len(found) // num_ranks) * num_ranks
     groups = _evenly(sizes, capacity, count) or [*found, *([] for _ in range(count - len(found)))]
     groups.sort(key=lambda group: -sum(sizes[i] for i in group))
     turns = [groups[i : i + num_ranks] for i in range(0, count, num_ranks)]
-    # there and back, so that no rank has the largest of every turn
+    # in alternating order, so that no rank has the largest group of every turn
     return [[turn[-1 - rank if n % 2 else rank] for n, turn in enumerate(turns)] for rank in range(num_ranks)]
 
 
 def _evenly(sizes: list[int], capacity: int, count: int) -> list[list[int]] | None:
-    """The numbers of the sizes in so many groups: largest first, each into the smallest group. None if one of several
-    sizes would be larger than the capacity."""
+    """Indices of the sizes in `count` groups: largest first, each into the smallest group. None if a group of several
+    sizes would exceed the capacity."""
     groups: list[list[int]] = [[] for _ in range(count)]
     smallest = [(0, group) for group in range(count)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

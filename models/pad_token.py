@@ -1,9 +1,9 @@
-"""The pad token of an exported folder: one, whichever file is asked.
+"""The pad token of an exported folder: the same in all its files.
 
 Scores of a padded batch are read at the last token that is not config.json's pad, and tokenizer(texts, padding=True)
 pads with the tokenizer's. So a reward model's folder needs one pad token in all its files, and one that ends no row:
-with EOS, as many folders have it, the score would be read behind or before the end. It is one of the tokens that the
-vocabulary has, so that no weight changes shape and every text keeps its ids.
+with EOS, as in many folders, the score would be read after or before the end. It is chosen from the existing
+vocabulary, so that no weight changes shape and every text keeps its ids.
 """
 
 from functools import partial
@@ -22,17 +22,17 @@ class PadToken(NamedTuple):
 
 
 def named_pad_token(folder: Folder) -> PadToken | None:
-    """The pad token that a folder's tokenizer files name, None if they name none or one that they do not hold."""
+    """The pad token that a folder's tokenizer files name; None if they name none, or one not in the vocabulary."""
     text = _named(folder.path, "pad_token")
     token_id = folder.tokenizer.vocabulary().get(text)
     return None if token_id is None else PadToken(text, token_id)
 
 
 def choose_pad_token(folder: Folder) -> PadToken:
-    """A pad token for rows that end in EOS or an end of turn: the folder's own where it ends nothing; else `<unk>`,
-    unless that is a piece of texts, as in Qwen's vocabulary; else an added token without a part in chats, preferably
-    one that was kept in reserve; else the last entry of the vocabulary, its rarest, that no text spells (in a
-    byte-level one a space is written as another character)."""
+    """A pad token for rows that end in EOS or an end of turn: the folder's own if it ends nothing; else `<unk>`, unless
+    it is a piece of ordinary texts, as in Qwen's vocabulary; else an added token that the chat template does not use,
+    preferably a reserved one; else the last entry of the vocabulary, its rarest, that no text spells (byte-level
+    vocabularies write a space as another character)."""
     path, tokenizer = folder.path, folder.tokenizer
     ids = tokenizer.vocabulary()
     added_texts = {*tokenizer.added_texts.values()}
@@ -53,7 +53,7 @@ def choose_pad_token(folder: Folder) -> PadToken:
 
 def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
     """The changes, {file name: keys to set}, that make this the pad token of all files of a folder but config.json;
-    files that agree, or say nothing and need not, are not among them."""
+    files that agree, or that may leave it unnamed and do, are left out."""
     changes: dict[str, dict] = {}
     if _named(path, "pad_token", ("tokenizer_config.json",)) != pad.text:
         changes["tokenizer_config.json"] = {"pad_token": pad.text}

@@ -1,8 +1,8 @@
-"""Attention of a prefill by SDPA: fp32, and devices and head dims that the variable-length kernel does not take.
+"""Attention of a prefill by SDPA, for fp32, and for devices and head dims that the variable-length kernel lacks.
 
-Chunks of like size are padded to one and computed together, so kernels are launched for each size and not for each
-chunk. Sizes are powers of two from 64 on: on a GPU SDPA makes a plan for a new size, and chooses kernels by what
-divides it.
+Chunks of similar size are padded to the same size and computed together, so that kernels are launched for each size and
+not for each chunk. Sizes are powers of two from 64 on: on a GPU SDPA makes a plan for each new size, and chooses
+kernels by its divisors.
 
 Dimensions: N packed tokens, C chunks of a size, T query tokens, S keys, H query heads, K key/value heads, D head dim.
 """
@@ -20,11 +20,11 @@ from models.transfer import to_device
 
 
 class Batch(NamedTuple):
-    """Chunks of a size. Behind its end a chunk is filled up with its last token, so nothing is read that is not its."""
+    """Chunks of one size. A chunk is padded with its own last token, so that it reads nothing of other sequences."""
 
     size: tuple[int, int]  # C, T
-    queries: Tensor  # int64 [C * T], numbers of packed tokens
-    keys: Tensor  # int64 [C * S], places of tokens in the cache's pages end to end
+    queries: Tensor  # int64 [C * T], indices of packed tokens
+    keys: Tensor  # int64 [C * S], places of tokens in the cache's flattened pages
     mask: Tensor  # bool [C, 1, T, S]
 
 
@@ -35,8 +35,8 @@ def padded_length(length: int) -> int:
 def batches_of(
     starts: list[int], lengths: list[int], key_places: list[np.ndarray], device: torch.device
 ) -> tuple[list[Batch], Tensor]:
-    """(chunks in batches; where the packed tokens stand in the outputs of these end to end, int64 [N]). starts and
-    lengths of the chunks; key_places: of all tokens of a chunk's sequence up to its end, int64 [start + length]."""
+    """(chunks in batches; the index of each packed token in the batches' concatenated outputs, int64 [N]). starts,
+    lengths: of the chunks; key_places: of all tokens of a chunk's sequence up to its end, int64 [start + length]."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for i, (start, length) in enumerate(zip(starts, lengths)):
         by_size.setdefault((padded_length(length), padded_length(start + length)), []).append(i)

@@ -1,6 +1,6 @@
-"""The shapes of real models, as their public config.json says: for benchmarks with random weights, and to look up.
+"""The shapes of real models, as in their public config.json: for benchmarks with random weights, and for reference.
 
-A folder's own config.json is what counts; nothing here is read when one is loaded.
+Loading a folder reads its own config.json, and nothing here.
 """
 
 import math
@@ -32,7 +32,7 @@ _R1_0528_ROPE = {
     "attention_factor": 0.1 * math.log(4.0) + 1,
     "truncate": True,
 }
-# Where an -Instruct model has its base's numbers, the base stands for both.
+# An -Instruct model with the numbers of its base is not listed again.
 # vocabulary, hidden, ffn, layers, heads, key/value heads, head dim, context, eps of the norms, theta, scaling of RoPE
 PRESETS = {
     "meta-llama/Llama-2-7b-chat-hf": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),

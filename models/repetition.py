@@ -1,8 +1,8 @@
-"""The repetition penalty: which tokens each slot of the engine has seen, and what becomes of their logits.
+"""The repetition penalty: which tokens each slot of the engine has seen, and how it changes their logits.
 
-- what is seen is a table of the vocabulary for each slot, on the device and at a fixed address, so a decode step keeps
-  its shape and costs the same for every length; it exists only where the penalty is on
-- of ranks that share a model, each keeps the table of its part of the vocabulary
+- seen tokens are a table over the vocabulary for each slot, on the device and at a fixed address, so that a decode step
+  keeps its shape and costs the same for every length; the table exists only if the penalty is on
+- each of the ranks that share a model keeps the table of its part of the vocabulary
 
 Dimensions: B slots, V' this rank's part of the vocabulary, as wide as the first rank's.
 """
@@ -31,13 +31,13 @@ class SeenTokens:
         self.slots = torch.arange(num_slots, device=device)
 
     def begin(self, slot: int, prompt_ids: list[int]) -> None:
-        """A slot takes another prompt."""
+        """Resets a slot to the tokens of its new prompt."""
         own = [token - self.first for token in prompt_ids if 0 <= token - self.first < self.width]
         self.table[slot] = False
         self.table[slot, to_device(torch.tensor(own, dtype=torch.int64), self.table.device)] = True
 
     def add(self, tokens: Tensor, slots: Tensor) -> None:
-        """The token that each of these slots has drawn; int64 [B] each."""
+        """Marks the token that each of these slots has drawn as seen; int64 [B] each."""
         columns = tokens - self.first
         own = (columns >= 0) & (columns < self.width)
         columns = torch.where(own, columns, 0)

@@ -1,7 +1,7 @@
-"""Sampling on a CPU: models.sampling.sample's tokens and log-probs, with its steps as a CPU does them faster.
+"""Sampling on a CPU: models.sampling.sample's tokens and log-probs, by steps that are faster on a CPU.
 
-- noise is drawn of the few tokens that top-k and top-p keep, and rows are sampled as many at a time as caches hold
-- a sort of the vocabulary takes as long as a small model's layers, and the mass is nearly always at the top
+- noise is drawn only for the few tokens that top-k and top-p keep, and for as many rows at a time as caches hold
+- top-p sorts the vocabulary, which takes as long as a small model's layers, only if its top 1024 tokens do not suffice
 
 Dimensions: as in models/sampling.py.
 """
@@ -19,7 +19,7 @@ from models.sampling import SamplingParams, last_kept
 from models.tp import gather_ranks, size_of
 from models.vocab_parallel import gather_vocabulary
 
-NUM_NUMBERS = 2**18  # that are sampled from at a time
+NUM_NUMBERS = 2**18  # logits that are sampled from at a time
 
 
 def sample(
@@ -44,7 +44,7 @@ def sample(
 
 def largest_of_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
     """See models.sampling.largest_of_rows. A maximum with its index takes ten times as long as one without, so it is
-    taken of a 64th of the columns, where they divide."""
+    taken over a 64th of the columns, if 64 divides them."""
     parts = scores.unflatten(-1, (math.gcd(scores.shape[-1], 64), -1))  # [B, parts, V' / parts]
     part = parts.amax(dim=-1).argmax(dim=-1)
     best, place = parts[torch.arange(len(part)), part].max(dim=-1, keepdim=True)
@@ -57,12 +57,12 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def few_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, Tensor | None]:
-    """See models.sampling.all_filtered; or only some of the logits, with all that the filters keep among them, and
-    their ids in rising order."""
+    """See models.sampling.all_filtered; or only some of the logits, among them all that the filters keep, and their ids
+    in ascending order."""
     if params.top_k:
         few, ids = logits.topk(min(params.top_k + 1, logits.shape[-1]), dim=-1)  # one more, to see a tie at the end
         top = few if size_of(tp) == 1 else gather_ranks(few, tp).flatten(1).topk(min(params.top_k, V), dim=-1).values
-        top = within = top[:, : params.top_k]  # top-p is a share of what top-k has left
+        top = within = top[:, : params.top_k]  # top-p is a share of what top-k leaves
     else:
         within = gather_vocabulary(logits, V, tp)
         few, ids = within.topk(min(1024, V), dim=-1)

@@ -103,7 +103,7 @@ def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh 
     else:
         # gathers whole rows: summing the ranks' probabilities would take 32 all-reduces, whose latency costs more
         row = logits if size_of(tp) == 1 else gather_ranks(logits, tp).flatten(1)
-        threshold = top_p_threshold(row, params.top_p)  # a statement of its own: a graph break, in torch 2.11
+        threshold = top_p_threshold(row, params.top_p)  # its own statement: torch 2.11 cannot resume within a call
     return logits.masked_fill(logits < threshold, float("-inf")), None
 
 

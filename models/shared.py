@@ -1,9 +1,9 @@
 """A folder that several processes write: one run at a time, and the same folder on every rank.
 
-- a lock is POSIX's on a small file, which goes with its process at once, however that ends. Between hosts it may be
-  missing, or hold on one of them alone (NFS and Lustre mounts differ): so the file also names its owner, and the owner
-  touches it every few seconds. An owner of another host counts as dead when the file has not been touched for a minute,
-  by the file system's clock, since the hosts' own may differ
+- a lock is a POSIX lock on a small file, released at once when its process ends, however it ends. Between hosts such
+  locks may be missing, or hold on one host only (NFS and Lustre mounts differ): so the file also names its owner, which
+  touches it every few seconds. An owner on another host counts as dead when the file has not been touched for a minute,
+  by the file system's clock, since the hosts' clocks may differ
 - ranks that do not share --output_dir would each write a part of a run that no one can read
 """
 
@@ -28,15 +28,15 @@ from models.common import is_main_rank, on_main, say
 from models.files import naming_file
 
 BEAT = 5.0  # seconds between two touches
-STALE = 60.0  # without one, after which an owner on another host is dead
-GRACE = 3.0  # for a process of this host that is just ending, and whose lock goes with it
-SETTLE = 1.0  # after which two that take a lock at the same time know who has it
+STALE = 60.0  # seconds without a touch after which an owner on another host counts as dead
+GRACE = 3.0  # seconds to wait for a process of this host that may just be ending, which releases its lock
+SETTLE = 1.0  # seconds after which two processes that take a lock at the same time know which one has it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 SEEN_WITHIN = 5.0  # seconds in which a file of one host shows on the others
 
 
 class Lock:
-    """What hold() returns. The lock goes with it, with close(), or with the process."""
+    """A lock that hold() has taken. It is released by close(), with this object, or with the process."""
 
     def __init__(self, file: int, owner: bytes, what: str):
         stop = threading.Event()
@@ -46,9 +46,9 @@ class Lock:
 
 
 def hold(path: Path, what: str) -> Lock:
-    """Keeps other processes, also on other hosts, off what a lock file, which is made, stands for. Raises ValueError,
-    which begins with `what`, if another process has it: after a few seconds' grace on this host, after its next sign of
-    life on another one. OSError if the file cannot be made."""
+    """Creates a lock file, and takes its lock against other processes, also on other hosts. Raises ValueError, which
+    begins with `what`, if another process holds it: after a few seconds' grace if that is on this host, at its next
+    sign of life if on another. Raises OSError if the file cannot be created."""
     start, first_beat, told = time.monotonic(), None, False
     while True:
         look = _look(path)
@@ -73,8 +73,8 @@ def hold(path: Path, what: str) -> Lock:
 
 
 class _Look(NamedTuple):
-    """What a lock file shows: an open file, whether its POSIX lock is ours now (None: there are no such locks here),
-    who wrote it, and when it was touched."""
+    """The state of a lock file: the open file, whether its POSIX lock is ours now (None: there are no such locks here),
+    who wrote it, and when it was last touched."""
 
     file: int
     locked: bool | None
@@ -83,7 +83,7 @@ class _Look(NamedTuple):
 
     @property
     def here(self) -> bool:
-        """Whether POSIX's lock tells all of the owner: it is a process under this kernel."""
+        """Whether the POSIX lock alone tells if the owner is alive: it is a process under this kernel."""
         return self.locked is not None and self.owner.get("kernel", _kernel()) == _kernel()
 
     def is_free(self) -> bool:
@@ -95,7 +95,7 @@ class _Look(NamedTuple):
 
 def _look(path: Path) -> _Look:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # opened anew each time: NFS asks the server then
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # reopened each time, so that NFS asks the server
         locked = _try_lock(file)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
@@ -103,7 +103,7 @@ def _look(path: Path) -> _Look:
         os.close(file)  # its last owner has removed it meanwhile
     try:
         owner = json.loads(os.pread(file, 4096, 0) or b"{}")
-    except ValueError:  # half written by a kill
+    except ValueError:  # half written by a process that was killed
         owner = {}
     return _Look(file, locked, owner if owner.keys() >= {"pid", "host"} else {}, os.fstat(file).st_mtime_ns)
 
@@ -113,7 +113,7 @@ def _try_lock(file: int) -> bool | None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # either, says POSIX: another process has it
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either: another process has the lock
             return False
         if error.errno in NO_LOCKS:
             return None
@@ -121,13 +121,13 @@ def _try_lock(file: int) -> bool | None:
 
 
 def _kernel() -> str:
-    """What is the same for all processes under one kernel, also in containers with names of their own."""
+    """An id that is the same for all processes under one kernel, also in containers with their own host names."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     return boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
 
 
 def _clock_of(folder: Path) -> int:
-    """The time now, in ns, by the clock that stamps files there."""
+    """The time now, in ns, by the clock that stamps files in a folder."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b".")
         file.flush()
@@ -136,7 +136,7 @@ def _clock_of(folder: Path) -> int:
 
 
 def _take(look: _Look, path: Path, what: str) -> Lock:
-    """Writes the owner's name. Where locks do not tell, of two that do so at once the later one has it."""
+    """Writes the owner's name. Without POSIX locks, the later of two processes that do so at once gets the lock."""
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "kernel": _kernel(), "run": secrets.token_hex(8)}
     content = json.dumps(owner).encode()
     with naming_file(path):  # the disk may be full
@@ -152,21 +152,21 @@ def _take(look: _Look, path: Path, what: str) -> Lock:
 
 
 def _keep_touching(file: int, owner: bytes, stop: threading.Event, what: str) -> None:
-    """The thread of a held lock. It ends the process where another run has taken the lock: two that began at once on
-    hosts whose locks do not reach each other, or one that was suspended and taken for dead."""
+    """The thread of a held lock: touches the file, and ends the process if another run has taken the lock. Two runs may
+    have begun at once on hosts whose locks do not reach each other, or one was suspended and taken for dead."""
     seconds = SETTLE
     while not stop.wait(seconds):
         seconds = BEAT
-        with contextlib.suppress(OSError):  # a network's; the next time
+        with contextlib.suppress(OSError):  # the network may fail; tries again next time
             os.utime(file)
             now = os.pread(file, 4096, 0)
-            if now and _process_of(now) != _process_of(owner):  # this process may begin anew before it lets go
+            if now and _process_of(now) != _process_of(owner):  # this process may take it again before releasing it
                 print(f"{what}: another run has taken it over; this one ends", file=sys.stderr, flush=True)
                 os._exit(2)
 
 
 def _process_of(content: bytes) -> tuple:
-    """Who has written a lock file; what is no whole name is nobody's of ours."""
+    """The process that wrote a lock file; for incomplete content, a value that equals no process."""
     try:
         owner = json.loads(content)
         return owner["kernel"], owner["pid"]
@@ -178,7 +178,7 @@ def _release(file: int, owner: bytes, stop: threading.Event, thread: threading.T
     if os.getpid() != pid:  # a fork of the owner's process
         return
     stop.set()
-    if thread is not threading.current_thread():  # which the garbage collector may run in
+    if thread is not threading.current_thread():  # the garbage collector may run this in it
         thread.join(1)
     with contextlib.suppress(OSError):
         if os.pread(file, 4096, 0) == owner:
@@ -195,7 +195,7 @@ def existing_part(path: Path) -> Path:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Raises OSError, which begins with `what`, if no file can be made in the folder, or in what there is of it."""
+    """Raises OSError, which begins with `what`, if no file can be made in the folder, or in its existing part."""
     place = existing_part(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{what}: {place} is a file, where a folder is needed")
@@ -206,8 +206,8 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
-    """Raises ValueError, on all ranks, unless each that writes there sees the same folder as the first, or what there
-    is of the path; `what` begins the message. A collective; it leaves nothing behind."""
+    """Raises ValueError, on all ranks, which begins with `what`, unless each rank that writes there sees the same
+    folder, or existing part of the path, as rank 0. A collective; it leaves nothing behind."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     token = on_main(lambda: _leave_token(folder, what))
@@ -227,7 +227,7 @@ def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
 
 
 def _leave_token(folder: Path, what: str) -> Path:
-    """A file of random name and content: one of an earlier run, or of another disk, is not taken for it."""
+    """Writes a file of random name and content, for which no file of an earlier run or another disk can be taken."""
     place = existing_part(folder)
     token = place / f".rank-0-{secrets.token_hex(8)}"
     try:

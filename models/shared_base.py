@@ -15,14 +15,14 @@ def lora_layers(model: nn.Module) -> list[LoraLinear]:
 
 
 def switch(model: nn.Module, name: str | None) -> None:
-    """From here on the adapters of this name are on; None: none are."""
+    """Switches on the adapters of this name, and the others off; None: all off."""
     for layer in lora_layers(model):
         layer.adapter = name
 
 
 @contextmanager
 def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """switch(), while it lasts; of a model without adapters it changes nothing."""
+    """switch(), within the context; does nothing on a model without adapters."""
     before = next((layer.adapter for layer in lora_layers(model)), None)
     switch(model, name)
     try:
@@ -32,20 +32,20 @@ def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def as_reference(model: Transformer) -> AbstractContextManager[None]:
-    """While it lasts, a policy with adapters is its reference: with those that the run began with, or none."""
+    """Within the context, a policy is its reference: with the adapters that the run began with, or with none."""
     return adapter(model, REFERENCE if model.lora is not None and model.lora.with_reference else None)
 
 
 class OnSharedBase(nn.Module):
-    """One of them: the base, as a forward finds it with these adapters on, and of its parameters those that are not the
-    other's. In all else it is the Transformer that it stands on."""
+    """One of these models: its forward runs the base with its adapters on, and its parameters are those of the base
+    that are not another model's. In all else it is the base."""
 
     def __init__(self, base: Transformer, adapter: str):
         super().__init__()
         self.base, self.adapter = base, adapter
 
     def forward(self, *inputs) -> Tensor:
-        switch(self.base, self.adapter)  # and not back: a backward may compute the forward again
+        switch(self.base, self.adapter)  # not switched back, since the backward may recompute the forward
         return self.base(*inputs)
 
     def __getattr__(self, name: str):
@@ -55,7 +55,7 @@ class OnSharedBase(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def owns(self, name: str) -> bool:
-        """Whether a parameter of the base is this one's, or both have it."""
+        """Whether a parameter of the base belongs to this model, or to all."""
         of_critic = name.endswith(CRITIC) or name.startswith("score")
         return of_critic == (self.adapter == CRITIC) or (
             not of_critic and "lora_" not in name and "lm_head" not in name

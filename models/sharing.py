@@ -1,12 +1,12 @@
 """Work that data-parallel replicas take from one list when they have room for it, so that none idles while another has
 more than it can begin.
 
-- a replica takes the next chunk by adding one to a counter in the store of torch.distributed. What a chunk holds is a
-  pure function of the list, so nothing else is sent, and a run of one replica asks nobody
+- a replica takes the next chunk by adding one to a counter in torch.distributed's store. The items of a chunk are a
+  pure function of the list, so nothing else is sent, and a run with one replica does not use the store
 - chunks are whole prompts at first, whose samples share a prefill, and single samples at the end: guided
   self-scheduling (Polychronopoulos & Kuck 1987, IEEE Trans. Comput. C-36)
-- of the ranks that share a model the first takes, and the others read what it took
-- ranks that are through wait by asking the store now and then: a collective would end the run after its timeout
+- of the ranks that share a model, the first takes chunks, and the others read which ones it took
+- ranks that have finished wait by polling the store: a collective would end the run after its timeout
 """
 
 import secrets
@@ -23,29 +23,29 @@ from torch.distributed.distributed_c10d import _get_default_store  # torch 2.11 
 
 T = TypeVar("T")
 
-MOST_OF_A_CHUNK = 64  # things, unless a prompt has more samples: what is taken and not begun waits for its replica
+MOST_OF_A_CHUNK = 64  # items, unless a prompt has more samples: items taken but not begun wait for their replica
 
 
 def chunks_of(counts: Sequence[int], num_replicas: int, most: int = MOST_OF_A_CHUNK) -> Iterator[range]:
-    """The chunks in which sum(counts) things are taken, in their order; counts[i] of them belong together.
+    """Yields the chunks in which sum(counts) items are taken, in order; counts[i] items belong together.
 
-    A chunk is half of an equal share of what is left, at most `most` or the largest count. It ends where the last count
-    that fits ends; where none does it is a part of one.
+    A chunk is half of an equal share of the remaining items, at most `most` or the largest count. It ends with the last
+    group of items that belong together and fit; if none fits, it is a part of one.
     """
     ends = np.cumsum(counts, dtype=np.int64)
     total, start = int(ends[-1]) if len(ends) else 0, 0
     most = max(most, int(max(counts, default=0))) if most > 1 else 1
     while start < total:
         size = min(max(1, (total - start) // (2 * num_replicas)), most)
-        first = int(np.searchsorted(ends, start, "right"))  # the count that holds the next thing
-        last = int(np.searchsorted(ends, start + size, "right"))  # the first that ends behind the chunk
+        first = int(np.searchsorted(ends, start, "right"))  # the group of the next item
+        last = int(np.searchsorted(ends, start + size, "right"))  # the first group that ends after the chunk
         end = int(ends[last - 1]) if last > first else start + size
         yield range(start, end)
         start = end
 
 
 class Place(NamedTuple):
-    """Where a rank stands: replicas share the work, ranks of a replica share a model and do the same."""
+    """A rank's place: replicas share the work; the ranks of a replica share a model and do the same work."""
 
     num_replicas: int
     replica: int
@@ -54,17 +54,17 @@ class Place(NamedTuple):
 
 
 def place_in(dp: DeviceMesh) -> Place:
-    """This rank's, with tensor-parallel ranks adjacent."""
+    """This rank's place; tensor-parallel ranks are adjacent."""
     tp_size = dist.get_world_size() // dp.size()
     replica, tp_rank = divmod(dist.get_rank(), tp_size)
     return Place(dp.size(), replica, tp_size, tp_rank)
 
 
 class SharedWork:
-    """A list of sum(counts) things that all replicas take from. Iterating gives those that this one has taken, a range
-    of numbers at a time; the ranks of a replica get the same ranges.
+    """A list of sum(counts) items that all replicas take from. Iterating takes chunks for this replica, as ranges of
+    item indices; the ranks of a replica get the same ranges.
 
-    All ranks make it, iterate over it and close it, in step with the others of its name. counts, most: see chunks_of.
+    All ranks must create, iterate over and close lists of a name in the same order. counts, most: see chunks_of.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SharedWork:
 
     @property
     def share(self) -> int:
-        """The most that one of the replicas would take if all took the same."""
+        """The number of items of a replica if all took equal shares, rounded up."""
         return -(-self.total // self.place.num_replicas)
 
     def __iter__(self) -> Iterator[range]:
@@ -92,7 +92,7 @@ class SharedWork:
             yield chunk
 
     def _take(self) -> int:
-        """The number of the next chunk; there may be none of it any more."""
+        """The index of the next chunk, which may be beyond the last one."""
         turn, self._num_taken = self._num_taken, self._num_taken + 1
         if self._store is None:
             return turn
@@ -112,12 +112,12 @@ class SharedWork:
         return self._store.add(key, number)
 
     def end(self) -> None:
-        """Nobody takes any more."""
+        """Ends the work: no replica takes another chunk."""
         if self._store is not None and not self.place.tp_rank:
             self._add("next", self.total)
 
     def done(self) -> int:
-        """One thing is done here; how many are on all replicas, as far as this rank knows."""
+        """Counts one item as done; returns how many are done on all replicas, as far as this rank knows."""
         if self._store is None or self.place.tp_rank:
             self.num_done += 1
         else:
@@ -125,7 +125,7 @@ class SharedWork:
         return self.num_done
 
     def close(self) -> None:
-        """Waits until all ranks are through."""
+        """Waits until all ranks have finished."""
         if self._store is None:
             return
         world = self.place.num_replicas * self.place.tp_size
@@ -134,11 +134,11 @@ class SharedWork:
             self.num_done = self._add("done", 0)
         wait_for_ranks(self._store, world)
         for key in self._keys:
-            self._store.delete_key(key)  # of a counter the first to come does
+            self._store.delete_key(key)  # a counter is deleted by the first rank that comes here
 
 
 def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MOST_OF_A_CHUNK) -> SharedWork:
-    """The work of this run's replicas."""
+    """SharedWork of this run's replicas."""
     place = place_in(dp)
     return SharedWork(name, counts, place, _get_default_store() if place.num_replicas > 1 else None, most)
 
@@ -147,16 +147,16 @@ def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MO
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    """Asks again after a fiftieth of the time waited so far, half a second at most."""
+    """Polls a condition, each time after a fiftieth of the time waited so far, half a second at most."""
     begun = time.monotonic()
     while not condition():
         time.sleep(min(0.5, max(0.0005, (time.monotonic() - begun) / 50)))
 
 
 def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that no ranks before these had. torchrun keeps its store when it starts ranks again, and in it where those
-    lived that have died; how often it did that, each node's counts for itself. Rank 0 gives its token to whatever
-    tokens it finds, until the others have said that they have it. ValueError if one does not come."""
+    """A name that no earlier ranks had. torchrun keeps its store when it restarts ranks, with the addresses of the dead
+    ones; the number of restarts is no such name, since each node counts its own. Rank 0 answers all tokens that it
+    finds with its own, until all ranks have confirmed it. Raises ValueError if a rank does not come."""
     own, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank:
         store.set(f"here/{rank}", own)
@@ -181,24 +181,24 @@ def agreed_name(store: dist.Store, rank: int, world: int, timeout: timedelta) ->
 
 def wait_for_ranks(store: dist.Store, world: int) -> None:
     """Returns when all ranks are here, however long that takes; if one dies, the launcher ends the others."""
-    wanted = -(-store.add("ranks/arrived", 1) // world) * world  # nobody comes again before all have been here
+    wanted = -(-store.add("ranks/arrived", 1) // world) * world  # no rank comes again before all have been here
     _wait_until(lambda: store.add("ranks/arrived", 0) >= wanted)
 
 
 def wait_for_all_ranks() -> None:
-    """wait_for_ranks of this run: before a collective that follows uneven work."""
+    """wait_for_ranks() for this run: before a collective that follows uneven work."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         wait_for_ranks(_get_default_store(), dist.get_world_size())
 
 
 def leave_together() -> None:
-    """wait_for_all_ranks of ranks that end then."""
+    """wait_for_all_ranks() for ranks that exit after it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         leave(_get_default_store(), dist.get_rank(), dist.get_world_size())
 
 
 def leave(store: dist.Store, rank: int, world: int) -> None:
-    """wait_for_ranks, after which none asks the store any more when the first leaves: it may be the one that has it."""
+    """wait_for_ranks(), from which rank 0 returns last, since its process may hold the store that the others ask."""
     wait_for_ranks(store, world)
     store.add("ranks/left", 1)
     if rank == 0:
@@ -206,7 +206,7 @@ def leave(store: dist.Store, rank: int, world: int) -> None:
 
 
 def gather_parts(own: dict[int, T], dp: DeviceMesh) -> dict[int, T]:
-    """The entries of all replicas, alike on all ranks. A collective: after work of theirs that has been closed."""
+    """Merges the entries of all replicas, on all ranks. A collective, for after SharedWork.close()."""
     parts = [None] * dp.size()
     dist.all_gather_object(parts, own, group=dp.get_group())
     return {key: value for part in parts for key, value in part.items()}

@@ -1,16 +1,16 @@
-"""The text of tokens that come one after the other."""
+"""The text of tokens that arrive one by one."""
 
 from collections.abc import Sequence
 from functools import partial
 
-NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
+NO_CHARACTER = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
 
 
 class StreamDecoder:
     """The text of an answer, token by token, with whole characters only.
 
-    push(token_id) returns the text that is certain by now, maybe ""; flush() what is left, of more_ids too. Together
-    they are tokenizer.decode_continuation(prompt_ids, all ids), for every decoder and at a constant cost.
+    push(token_id) returns the text that has become certain, maybe ""; flush(more_ids) the rest, with that of more_ids.
+    Together they are tokenizer.decode_continuation(prompt_ids, all ids), for every decoder, at a constant cost a token.
     """
 
     def __init__(self, tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
@@ -19,7 +19,7 @@ class StreamDecoder:
         self._go_on_from(list(prompt_ids))
 
     def _go_on_from(self, ids: list[int]) -> None:
-        """Keeps the end of what is shown, from a token on that begins a character and has some text."""
+        """Keeps the last of the ids as context, from a token on that begins a character and whose text is not blank."""
         size = 4
         while size < len(ids) and (not (text := self._decode(ids[-size:])).strip() or text[0] == NO_CHARACTER):
             size *= 2
@@ -28,12 +28,12 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        # bytes that follow one another are decoded as one, where a wrong one undoes the characters before it
+        # consecutive byte tokens are decoded together, and an invalid byte undoes the characters before it
         text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)
         return "" if text.endswith(NO_CHARACTER) else self._show(text)
 
     def held_back(self) -> str:
-        """What is not certain yet, as it would be if nothing followed; "" where that is no whole characters."""
+        """The text that is not certain yet, as it would be if nothing followed; "" if it is not whole characters."""
         if self._ids[-1] not in self._byte_ids:
             return ""
         text = self._decode(self._ids)

@@ -1,5 +1,5 @@
-"""Numbers between host and GPU without either waiting for the other; on a CPU they are simply there. A copy from
-pageable memory would hold the host until the GPU has done all that it was given before."""
+"""Copies between host and GPU without a host sync; on a CPU, the numbers are there already. A copy from pageable memory
+would block the host until the GPU has done all work that was launched before."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 def looks_on(device: torch.device) -> tuple[int, int]:
-    """(steps of the device between two looks of the host at its numbers, looks that the device is given ahead): a CPU's
-    numbers are there at once, and nothing runs beside it."""
+    """(device steps between two looks of the host at results, looks that are launched ahead): a CPU's results are there
+    at once, and nothing runs beside it."""
     return (1, 0) if device.type == "cpu" else (4, 1)
 
 
 def to_device(values: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the values on the device. An array on the CPU is not copied."""
+    """A tensor of the values on the device, by a non-blocking copy. An array on the CPU is not copied."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def index_on(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [n], for index_select and index_copy_: a list as an index would be sent with a wait."""
+    """int64 [n], for index_select and index_copy_: indexing by a list would be a host sync."""
     return to_device(numbers, device, torch.int64)
 
 
 class Download:
-    """Tensors of the device on their way to the host, as they are when all has run that the device was given before."""
+    """A non-blocking copy of device tensors to the host, with their values after all work launched before it."""
 
     def __init__(self, *tensors: Tensor):
         self.event = None
@@ -40,7 +40,7 @@ class Download:
         self.event.record()
 
     def wait(self) -> list[list]:
-        """The numbers, as lists."""
+        """Waits for the copy; returns the numbers, as lists."""
         if self.event is None:
             return self.numbers
         self.event.synchronize()

@@ -1,9 +1,9 @@
 """Attention of a decode step over a paged cache, as Triton kernels: NVIDIA and AMD, bf16, fp16 and fp32.
 
 The keys of a row are split over programs, each of which keeps its own softmax; a second kernel joins them. The first
-program of a row also has its new key and value, which it writes to the row's last place: nobody else reads that. A row
-costs what it holds, whatever the others hold, and nothing that lies outside of its pages' used part is read for the
-result: it may be anything, NaN too. Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
+program of a row also takes its new key and value, and writes them to the row's last place, which no other program
+reads. A row's cost depends on its own length only. Memory outside the used part of its pages has no effect on the
+result, whatever it holds, even NaN. Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html.
 
 Dimensions: B rows, H query heads, K key/value heads, G = H / K, D head dim, P pages, N tokens of a page, M pages of a
 row at most, S splits of a row's keys.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-NUM_STAGES = 2  # blocks under way
+NUM_STAGES = 2  # blocks in flight
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def attend_splits(
 ):
     """One program: the G query heads of a key/value head of a row, over its share of the row's keys."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    last = tl.load(lengths + row) - 1  # the new one's place, and as many are there from before
+    last = tl.load(lengths + row) - 1  # the new token's place, and the number of cached tokens
     share = tl.cdiv(tl.cdiv(last, S), BLOCK) * BLOCK  # whole blocks, so that no block is read twice
     start = split * share
     end = tl.minimum(start + share, last)
@@ -115,12 +115,12 @@ def shape_of(*, G: int, K: int, D: int, N: int, splits: int, element_size: int, 
     shape = {"N": N, "K": K, "G": G, "D": D, "S": splits, "BLOCK_D": block_d, "UPCAST": upcast}
     # two blocks of keys and of values fit into 64 KiB of shared memory
     shape["BLOCK"] = max(16, min(64, 2**13 // block_d * 2 // element_size))
-    # tl.dot needs 16 rows; memory is what bounds the kernel
+    # tl.dot needs 16 rows; the kernel is memory-bound
     return shape | {"BLOCK_G": max(16, triton.next_power_of_2(G))}
 
 
 def num_warps(element_size: int) -> int:
-    """fp32 is multiplied without tensor cores, and with 4 warps the registers do not suffice."""
+    """8 for fp32: it is multiplied without tensor cores, and the registers of 4 warps do not suffice."""
     return 8 if element_size == 4 else 4
 
 
@@ -136,12 +136,12 @@ def paged_decode(
     *,
     upcast: bool = False,
 ) -> Tensor:
-    """Writes each row's new key and value, and attends from its query to its lengths[b] keys, the new one being the
-    last, which lie in the pages table[b]: [B, H, D] as q.
+    """Writes each row's new key and value, and attends from its query to its lengths[b] keys in the pages table[b], of
+    which the new one is the last: [B, H, D] as q.
 
     q [B, H, D]; new_k and new_v [B, K, D]; k and v [P, N, K, D], contiguous; table int32 [B, M];
     lengths int32 [B], at least 1. upcast: multiply in fp32, where there are no products of bf16 (before sm_80, and in
-    Triton's interpreter). Nothing is read on the host, so that it can be captured.
+    Triton's interpreter). Without a host sync, so that CUDA graphs can capture it.
     """
     (B, H, D), (_, N, K, _) = q.shape, k.shape
     q, new_k, new_v = (t if t.stride()[1:] == (D, 1) else t.contiguous() for t in (q, new_k, new_v))

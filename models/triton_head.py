@@ -1,7 +1,7 @@
-"""What a language-model head does to its logits, as Triton kernels: NVIDIA and AMD, bf16, fp16 and fp32.
+"""Log-probs, entropies and gradients of a head's logits, as Triton kernels: NVIDIA and AMD, bf16, fp16 and fp32.
 
 A row of logits is read once for its softmax's normaliser, its entropy and the target's logit, and read and written once
-more to become its own gradient: nothing of its size is made beside it, and all arithmetic is in fp32.
+more to become its own gradient: no other tensor of its size is allocated, and all arithmetic is in fp32.
 
 Dimensions: N tokens, V columns: the vocabulary, or the part of it from `start` on that a tensor-parallel rank has.
 """
@@ -77,8 +77,8 @@ def gradients_kernel(
 
 
 def row_statistics(logits: Tensor, targets: Tensor, start: int, temperature: float) -> Tensor:
-    """Of x = logits / temperature, row by row, fp32 [4, N]: the largest x, the sum of exp(x - largest), that sum with
-    each term times its x, and the target's x, 0 where it is not among these columns.
+    """For each row of x = logits / temperature, fp32 [4, N]: the largest x, the sum of exp(x - largest), the same sum
+    with each term times its x, and the target's x, 0 where it is not among these columns.
 
     logits: contiguous [N, V]; targets: int64 [N], of the whole vocabulary.
     """
@@ -100,7 +100,7 @@ def to_gradients_(
     entropies: Tensor | None = None,
     of_entropies: Tensor | None = None,
 ) -> None:
-    """Turns logits into their gradient, in place, from that of the targets' log-probs and, if given, that of the
+    """Turns logits into their gradient, in place, from the gradients of the targets' log-probs and, if not None, of the
     entropies: fp32 [N] each. logsumexp, entropies: of logits / temperature, over the whole vocabulary."""
     num_rows, num_columns = logits.shape
     if not logits.numel():

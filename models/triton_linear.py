@@ -1,18 +1,18 @@
 """Products with int8 and int4 weights on a GPU, as Triton kernels: NVIDIA and AMD; bf16, fp16 and fp32 activations.
 
-- for few rows the weights are read once, as they are stored: integers less their zero points enter the products, which
-  every dtype here holds exactly, and the sum over a group is scaled in fp32, so the weights are those of dequantize()
-- input features are shared by several programs where there are few output features, and the one that is ready last
-  adds their parts in a fixed order. Blocks and parts depend on the weight's shape, the dtype and the device alone, so a
-  row's result does not depend on how many rows there are
-- many rows: the weights are expanded once, into one product of the device's library
+- for few rows the weights are read once, as they are stored: products take the integers minus zero points, which every
+  dtype here holds exactly, and the sum over a group is scaled in fp32, so the weights are those of dequantize()
+- where there are few output features, several programs share the input features, and the last one to finish adds their
+  parts in a fixed order. Blocks and parts depend only on the weight's shape, the dtype and the device, so a row's
+  result does not depend on how many rows there are
+- for many rows the weights are expanded once, for one product of the device's library
 
-pack() stores a weight in the order in which the threads of NVIDIA's tensor cores hold a left factor, so that what a
-thread reads, 16 bytes at a time, is what it multiplies with: no shared memory in between, whose writes, barriers and
-transposed reads took longer than all else.
+pack() stores a weight in the order in which the threads of NVIDIA's tensor cores hold a left factor, so that a thread
+reads, 16 bytes at a time, the numbers that it multiplies with: without shared memory in between, whose writes, barriers
+and transposed reads took longer than all else.
 
-Dimensions: M rows of activations, N output features (columns: filled up to whole blocks), K input features, G groups of
-a row, S programs that share a row of the weight.
+Dimensions: M rows of activations, N output features (columns: padded to whole blocks), K input features, G groups of a
+row, S programs that share a row of the weight.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from models.gpu import has_bf16_cores
 
-WIDTH = 128  # output features of a block, for four warps: with more rows than few, activations are read for each again
-UNIT = 32  # input features of a block that lie together: 16 bytes of int4 for each of 128 threads
-FEW_ROWS = 64  # up to here the kernel; above, the weights are expanded
+WIDTH = 128  # output features of a block, for four warps; each block reads the activations again
+UNIT = 32  # input features of a block that are stored together: 16 bytes of int4 for each of 128 threads
+FEW_ROWS = 64  # most rows for the kernel; for more, the weights are expanded
 ON_AMD = torch.version.hip is not None
 BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see unpack_int4
 
@@ -42,9 +42,9 @@ BF16_MAGIC, FP16_MAGIC = 0x43004300, 0x64006400  # 128 and 1024, twice: see unpa
 
 def pack(values: Tensor) -> Tensor:
     """uint8 in 0..15 or int8, [columns, K], columns divisible by WIDTH -> int32 [columns / WIDTH, K / UNIT, words], the
-    last unit filled up with zeros: the words that a thread reads of a unit lie together, int8's of rows a before those
-    of rows a + 8. In a word, from the low bits up, int4: k and k + 8 of row a, both of row a + 8, then the neighbours
-    of all four; int8: k, k + 8 and their neighbours."""
+    last unit padded with zeros: the words that a thread reads of a unit are stored together, for int8 those of rows a
+    before those of rows a + 8. In a word, from the low bits up, int4: k and k + 8 of row a, both of row a + 8, then the
+    neighbours of all four; int8: k, k + 8 and their neighbours."""
     values = F.pad(values, (0, -values.shape[1] % UNIT))
     m64, warp, m8, a, unit, k16, k8, b, neighbour = range(1, 10)
     places = values.view(-1, 2, 4, 2, 8, values.shape[1] // UNIT, 2, 2, 4, 2)
@@ -58,19 +58,19 @@ def pack(values: Tensor) -> Tensor:
 
 @triton.jit
 def two_numbers(words, DTYPE: tl.constexpr):
-    """int32 [...] -> bfloat16 or float16 [..., 2]: the bits of two, the low ones first."""
+    """int32 [...] -> bfloat16 or float16 [..., 2]: the two numbers whose bits a word holds, the low half first."""
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
 
 
 @triton.jit
 def unpack_int4(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """The integers of a block and 128 more in bfloat16, 1024 more in float16, [128, BLOCK_K]; words: int32, of pack(),
-    as they lie.
+    """The integers of a block plus 128 in bfloat16, plus 1024 in float16, [128, BLOCK_K]; words: int32, in pack()'s
+    order.
 
-    Two at a time, as fast as a processor can: 4 bits below the 16 of `magic` are those of 128 and as much in bf16, of
-    1024 and as much in fp16 (Kim et al. 2022, arxiv.org/abs/2211.10017). It is no constant, so that it stays in a
-    register, where the compiler joins it with one instruction.
+    Two at a time, as fast as a processor can: 4 bits in the low end of a 16-bit half of `magic` make it 128 plus the
+    integer in bf16, 1024 plus the integer in fp16 (Kim et al. 2022, arxiv.org/abs/2211.10017). `magic` is an argument,
+    not a constant, so that it stays in a register, where the compiler combines it with one instruction.
     """
     row = tl.join((words & 0x000F000F) | magic, ((words >> 4) & 0x000F000F) | magic)
     next_row = tl.join(((words >> 8) & 0x000F000F) | magic, ((words >> 12) & 0x000F000F) | magic)
@@ -81,8 +81,8 @@ def unpack_int4(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def unpack_int8(words, magic, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """As unpack_int4, but the integers themselves. They have a bit too many for bf16: the sign, the 8th bit, makes
-    256 of 128 there, and is what is subtracted."""
+    """As unpack_int4, but the integers themselves. For bf16 they have a bit too many: the 8th bit, the sign, would turn
+    128 into 256; so it is put into another `magic`, which is subtracted."""
     if DTYPE.is_bf16():
         low = tl.join((words & 0x007F007F) | magic, ((words >> 8) & 0x007F007F) | magic)
         sign = tl.join((words & 0x00800080) | magic, ((words >> 8) & 0x00800080) | magic)
@@ -104,7 +104,7 @@ def read(
     weight, zeros, block, step, steps, group, num_columns, magic, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr,
     BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """The integers less their zero points, [128, BLOCK_K], of a block of output features and one of input features, all
+    """The integers minus zero points, [128, BLOCK_K], of a block of output features and a block of input features, all
     of one group."""
     size: tl.constexpr = BLOCK_K * 4 * BITS  # words
     words = tl.load(weight + (block.to(tl.int64) * steps + step) * size + tl.arange(0, size))
@@ -118,7 +118,7 @@ def read(
     return numbers
 
 
-@triton.jit(do_not_specialize=["M", "steps", "share"])  # one machine code for all
+@triton.jit(do_not_specialize=["M", "steps", "share"])  # one compiled kernel for all values
 def multiply_few_rows(
     x,  # [M, K]
     weight,
@@ -126,7 +126,7 @@ def multiply_few_rows(
     zeros,  # [G, columns], as the integers; not read where HAS_ZEROS is not set
     out,  # [M, N]
     parts,  # fp32 [S, M, N]
-    arrivals,  # int32 [columns / WIDTH], zeros, before and after
+    arrivals,  # int32 [columns / WIDTH], zeros before and after the call
     M,
     N,
     K,
@@ -157,7 +157,7 @@ def multiply_few_rows(
         numbers = read(weight, zeros, block, step, steps, group, num_columns, magic, BITS, HAS_ZEROS, BLOCK_K, half).to(
             dtype
         )
-        if GROUP:  # a scale is asked for one step before it is needed
+        if GROUP:  # a scale is loaded one step before it is needed
             scale = next_scale.to(tl.float32)
             next_scale = tl.load(scales + tl.minimum(step + 1, end - 1) * BLOCK_K // GROUP * num_columns + n)
             total += tl.dot(numbers, rows, input_precision="ieee") * scale[:, None]
@@ -173,10 +173,10 @@ def multiply_few_rows(
         tl.store(parts + split * M * N + places, total, mask=mask)
         tl.debug_barrier()  # all of this program's part is written before it counts as arrived
         arrived = tl.atomic_add(arrivals + block, 1)
-        tl.debug_barrier()  # and the others' are read behind that
+        tl.debug_barrier()  # the other programs' parts are read only after that
         if arrived == splits - 1:
             total = tl.zeros((128, BLOCK_M), tl.float32)
-            for s in range(splits):  # on NVIDIA past the first cache, which other programs' parts do not reach
+            for s in range(splits):  # .cg: past NVIDIA's first cache, which other programs' parts do not reach
                 total += tl.load(parts + s * M * N + places, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
             tl.store(arrivals + block, 0)
@@ -204,23 +204,23 @@ def expand(
 
 
 def most_inputs(bits: int, device: torch.device) -> int:
-    """Input features of a step at most, in 16 bits: 128 of int4 where 64 rows leave registers and shared memory for as
-    many (Hopper, and Blackwell of data centres, whose tensor cores keep sums elsewhere)."""
+    """The most input features of a step, in 16 bits: 128 for int4 where 64 rows leave registers and shared memory for
+    as many (Hopper, and data-centre Blackwell, whose tensor cores keep sums elsewhere), else 64."""
     is_large = not ON_AMD and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10))
     return 128 if is_large and bits == 4 else 64
 
 
 def block_k(group_size: int, num_inputs: int, most: int) -> int:
-    """Input features of a step, which have one scale: the largest power of 2 that divides a group, or where there are
-    none (0) a row's units."""
+    """Input features of a step, which share a scale: the largest power of 2, up to `most`, that divides a group, or
+    without groups (0) the units of a row."""
     whole = group_size or num_inputs + -num_inputs % UNIT
     return min(most, whole & -whole)
 
 
 def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
-    """How many programs share a row of a weight: so many that the processor with most of them is done soonest, if one
-    alone keeps half of it busy; at most four for each, which share out steps of 128 input features, two or more on
-    average; the fewest of these. By earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
+    """How many programs share a row of a weight: the fewest with which the busiest processor finishes first, if a
+    program alone keeps half a processor busy. At most four for each processor, with two or more steps of 128 input
+    features on average. With earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
     blocks, steps = -(-num_outputs // WIDTH), -(-num_inputs // 128)
     most = max(1, min(16, steps // 2, 4 * num_processors // blocks))
 
@@ -232,15 +232,15 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
 
 
 def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
-    """num_warps: what pack() is made for; of fp32 twice as many, whose registers would not suffice. num_stages: blocks
-    under way. AMD's matrix instructions are of one size, as NVIDIA's are by themselves, so that a sum has the same
-    order whatever BLOCK_M is."""
+    """num_warps: the 4 that pack() assumes; for fp32 twice as many, whose registers suffice. num_stages: blocks in
+    flight. AMD's matrix instructions are set to one size, as NVIDIA's are by themselves, so that sums have the same
+    order for every BLOCK_M."""
     options = {"num_warps": 8 if element_size == 4 else 4, "num_stages": 2 if element_size == 4 else 3}
     return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
 
 class Shape(NamedTuple):
-    """Of a quantised weight."""
+    """The shape of a quantised weight, and of its products."""
 
     num_outputs: int
     num_inputs: int
@@ -250,7 +250,7 @@ class Shape(NamedTuple):
     most_inputs: int  # of a step, in 16 bits
 
     def constants(self, zeros: Tensor | None, element_size: int) -> dict[str, int]:
-        """What the kernels are compiled for. fp32 is multiplied without tensor cores, from shared memory."""
+        """The kernels' constants. BLOCK_K is small for fp32, multiplied without tensor cores, from shared memory."""
         size = block_k(self.group_size, self.num_inputs, 32 if element_size == 4 else self.most_inputs)
         return {"GROUP": self.group_size, "BITS": self.bits, "HAS_ZEROS": zeros is not None, "BLOCK_K": size}
 
@@ -265,7 +265,7 @@ def few_rows(
     *,
     upcast: bool = False,
 ) -> Tensor:
-    """[M, K] -> [M, N] in x's dtype. upcast: as of paged_decode in models/triton_attention.py."""
+    """[M, K] -> [M, N] in x's dtype. upcast: as in paged_decode of models/triton_attention.py."""
     (M, K), N, columns = x.shape, shape.num_outputs, scales.shape[1]
     element_size = 4 if upcast else x.element_size()
     block_m = next((size for size in (16, 32) if size >= M), FEW_ROWS)  # of tensor cores' sizes
@@ -293,8 +293,8 @@ def expanded(weight: Tensor, scales: Tensor, zeros: Tensor | None, shape: Shape,
     return out[: shape.num_outputs]
 
 
-# One operation for torch.compile, which would make code of its own for each kind of launch. It leaves arrivals as they
-# were, so nothing is said of its writing them
+# One operation for torch.compile, which would otherwise compile each kind of launch separately. It leaves arrivals as
+# they were, so the schema does not declare them as written
 library = torch.library.Library("gpt_accelera", "FRAGMENT")
 library.define(
     "quantized_product(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor arrivals, int[] shape,"
@@ -312,7 +312,7 @@ def quantized_product(
     shape: Sequence[int],
     upcast: bool,
 ) -> Tensor:
-    """[M, K] -> [M, N] in x's dtype. shape: of a Shape."""
+    """[M, K] -> [M, N] in x's dtype. shape: the fields of a Shape."""
     shape = Shape(*shape)
     if len(x) <= FEW_ROWS:
         return few_rows(x.contiguous(), weight, scales, zeros, arrivals, shape, upcast=upcast)
@@ -328,8 +328,8 @@ class TritonProducts(nn.Module):
     """The product with an int8 or int4 weight, [M, K] -> [M, N]; one call at a time, since calls share arrivals."""
 
     def __init__(self, values: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None, splits: int | None):
-        """values [N, K]: uint8 in 0..15 or int8; scale, zero [N, G], zero None for 8 of int4 and 0 of int8. group_size:
-        divisible by UNIT; None for all of a row. splits: S at most; None for what suits the device."""
+        """values [N, K]: uint8 in 0..15 or int8; scale, zero [N, G]; zero None: 8 for int4, 0 for int8. group_size:
+        divisible by UNIT; None for whole rows. splits: S at most; None for the number that suits the device."""
         super().__init__()
         (N, K), bits = values.shape, 4 if values.dtype == torch.uint8 else 8
         blocks = (0, 0, 0, -N % WIDTH)

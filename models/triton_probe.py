@@ -1,5 +1,5 @@
-"""Whether Triton works on a GPU: it compiles C code for each kernel, so images without a compiler or without Python's
-headers have the package and cannot use it."""
+"""Tests whether Triton works on a GPU: it compiles C code for each kernel, so images without a compiler or without
+Python's headers have the package and cannot use it."""
 
 import subprocess
 
@@ -21,5 +21,5 @@ def fault_on(device: torch.device) -> str | None:
         return None if out.item() == 1 else "a kernel computed nonsense"
     except subprocess.CalledProcessError as error:
         return f"{error.cmd[0]} could not compile its launcher; are Python's headers installed?"
-    except Exception as error:  # of the driver, the compiler, an assertion: whatever it is, there are other ways
+    except Exception as error:  # of the driver, the compiler, an assertion: callers can do without Triton
         return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, NUM_WARPS = 4096, 16  # one program reads a row 34 times, from the second on out of the cache
+BLOCK, NUM_WARPS = 4096, 16  # one program reads a row 34 times, from the second time on from the cache
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def find_thresholds(logits, thresholds, top_p, num_columns, row_stride, BLOCK: t
 
 
 def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest logit that top-p keeps, fp32 [B, 1] of logits fp32 [B, V'], whose rows are contiguous."""
+    """The smallest logit that top-p keeps, fp32 [B, 1], for logits fp32 [B, V'], whose rows are contiguous."""
     thresholds = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
     grid = (len(logits),)
     options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}

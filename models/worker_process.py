@@ -1,10 +1,10 @@
-"""A process that grades answers with somebody's functions, which may do anything: what runs on its side.
+"""The code of a process that grades answers with a user's functions, which may do anything.
 
-- it is two processes: one that runs the functions, and a supervisor that never does. When the run that started them is
-  gone, or the other process is, the supervisor kills whatever is left of what the functions started, and ends
+- it is two processes: one that runs the functions, and a supervisor that never does. When the run or the other process
+  has ended, the supervisor kills all remaining processes that the functions started, and ends
 - requests and replies are lines of JSON on pipes of their own; what a function prints goes to stderr
-- functions without await run one at a time in the main thread, where they may use signals; `async def` ones side by
-  side in one event loop
+- plain functions run one at a time in the main thread, where they may use signals; `async def` functions run
+  concurrently in one event loop
 
 models/workers.py starts it. It does not import torch.
 """
@@ -23,12 +23,12 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def main() -> None:
-    """Arguments of the command line: the descriptors of the pipe to read requests from and of that for replies."""
+    """Command-line arguments: the descriptors of the pipe to read requests from and of the pipe for replies."""
     requests, replies = map(int, sys.argv[1:])
     wake, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    for number in (signal.SIGCHLD, signal.SIGTERM):  # they wake the supervisor, which then looks what there is
+    for number in (signal.SIGCHLD, signal.SIGTERM):  # they wake the supervisor, which then checks what happened
         signal.signal(number, lambda *_: None)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a function starts in the background becomes a child of the supervisor
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Does nothing where there is no such call: only Linux has it."""
+    """Calls prctl(2) on Linux; does nothing on other systems, which lack it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -57,8 +57,8 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _supervise(child: int, requests: int, wake: int) -> NoReturn:
-    """Waits until the run closes its end of the pipe, or the child ends; then kills all that is left. Its exit code is
-    that of the child, 128 + the signal that ended it."""
+    """Waits until the run closes its end of the pipe, or the child ends; then kills all processes that are left. Exits
+    with the child's exit code, or 128 + the signal that ended the child."""
     poll, code = select.poll(), None
     poll.register(requests, 0)  # POLLHUP alone: the child reads
     poll.register(wake, select.POLLIN)
@@ -75,14 +75,14 @@ def _supervise(child: int, requests: int, wake: int) -> NoReturn:
     while pids := _children():
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        os.waitpid(-1, 0)  # the children of what ends become ours
+        os.waitpid(-1, 0)  # the children of a process that ends become ours
     if pids is None:
-        os.killpg(0, signal.SIGKILL)  # all but what has left the group, and this process
+        os.killpg(0, signal.SIGKILL)  # this process, too, but none that has left the group
     os._exit(code if code >= 0 else 128 - code)
 
 
 def _children() -> set[int] | None:
-    """The children of this thread; None where the system does not tell (Linux does)."""
+    """The children of this thread; None if the system does not tell (Linux does)."""
     try:
         with open("/proc/thread-self/children") as file:
             return {int(pid) for pid in file.read().split()}
@@ -94,8 +94,8 @@ def _children() -> set[int] | None:
 
 
 def _serve(requests: int, replies: int) -> None:
-    """Grades what is asked until nobody asks any more."""
-    from models.functions import load_grader  # the supervisor does without
+    """Answers requests until their pipe is closed."""
+    from models.functions import load_grader  # the supervisor does not need it
 
     def send(**reply: object) -> None:
         os.write(replies, json.dumps(reply).encode() + b"\n")
@@ -118,8 +118,8 @@ def _serve(requests: int, replies: int) -> None:
 
 
 def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Callable[..., None]) -> None:
-    """The same with some `async def` functions, whose answers are under way at once. The loop stands still while one of
-    the others is called, which may use asyncio itself."""
+    """_serve() with `async def` functions among others: their answers are graded concurrently. The event loop stops
+    while a plain function is called, which may use asyncio itself."""
     import asyncio
 
     from models.functions import ANSWER, number, short
@@ -146,15 +146,15 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
     while line := loop.run_until_complete(reader.readline()):
         request = json.loads(line)
         if graders[request["grader"]].is_async:
-            under_way.add(task := loop.create_task(grade_soon(request)))  # the loop itself holds its tasks weakly
+            under_way.add(task := loop.create_task(grade_soon(request)))  # the loop has only weak references to tasks
             task.add_done_callback(under_way.discard)
         else:
             _grade_now(request, graders, send)
 
 
 def _grade_now(request: dict, graders: list, send: Callable[..., None]) -> None:
-    """Grades one answer. This process ends, to be replaced, if it is not as good as new afterwards: short of memory, or
-    with processes that the function left behind."""
+    """Grades one answer. Afterwards this process ends, to be replaced, if it ran out of memory, or the function left
+    processes behind."""
     from models.functions import ANSWER, number, short
 
     function, arguments = graders[request["grader"]].function, dict(zip(ANSWER, request["arguments"]))
@@ -163,9 +163,9 @@ def _grade_now(request: dict, graders: list, send: Callable[..., None]) -> None:
         reply = {"value": number(function(**arguments))}
     except BaseException as error:
         reply, last = {"failure": short(error)}, isinstance(error, MemoryError)
-    if os.getpid() != pid:  # the function forked, and has come back in both
+    if os.getpid() != pid:  # the function forked, and returned in both processes
         os._exit(0)
-    signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm would meet the next answer
+    signal.setitimer(signal.ITIMER_REAL, 0)  # a pending alarm would interrupt the next answer
     last |= bool((_children() or set()) - children)
     send(id=request["id"], **reply, last=last)
     if last:

@@ -1,11 +1,11 @@
 """A pool of processes that grade answers with functions of a user's file, each answer within a deadline.
 
-- whatever a function does, it costs the grade of one answer: one that hangs, exits, crashes or takes all memory is
-  killed with everything it started, and another process takes its place
-- a process grades one answer at a time, or many at once with an `async def` function; where such a process must be
-  killed, the answers it had at hand are graded again, one by one, to find the one that did it
+- whatever a function does, it costs the grade of one answer: if it hangs, exits, crashes or takes all memory, its
+  process is killed with everything it started, and replaced
+- a process grades one answer at a time, or many at once with an `async def` function; if a process with many must be
+  killed, its unfinished answers are graded again, one by one, to find the one at fault
 - the processes are fresh interpreters (models/worker_process.py): no torch, no threads, no GPU of the run. They end
-  with the run, also after SIGKILL. All run the file as it was when the pool began, whoever edits it meanwhile
+  with the run, also after SIGKILL. All run the file as it was when the pool began, even if it is edited meanwhile
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ from models.limits import num_cores
 ROOT = Path(__file__).resolve().parent.parent
 AT_A_TIME = 64  # answers that a process grades at once with an async function
 START_SECONDS = 300.0  # for the imports of the user's file
-GRACE_SECONDS = 0.5  # a process looks after its async deadlines itself; it is killed this much later
+GRACE_SECONDS = 0.5  # a process enforces the deadlines of async functions itself; it is killed this much later
 PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from models.worker_process import main; main()"
 
 
@@ -44,13 +44,13 @@ class GradingArgs:
     reward_workers: int | None = flag(
         None,
         bounds=at_least_one,
-        help="processes on each rank that grade answers; 2 to 8, by the number of CPU cores",
+        help="processes on each rank that grade answers; unset: 2 to 8, by the number of CPU cores",
         may_change=True,
     )
-    reward_memory: float = flag(2.0, bounds=positive, help="most GB of such a process", may_change=True)
+    reward_memory: float = flag(2.0, bounds=positive, help="most GB of a process that grades", may_change=True)
 
     def num_workers(self) -> int:
-        """Half the cores of this machine over its ranks, unless the flag says otherwise."""
+        """The flag; unset, half of this rank's share of the machine's cores, within 2 to 8."""
         if self.reward_workers is not None:
             return self.reward_workers
         return min(8, max(2, num_cores(of_rank=True) // 2))
@@ -61,7 +61,7 @@ class _Task:
     grader: int
     arguments: tuple[str, str, dict]
     is_async: bool
-    alone: bool  # in its process
+    alone: bool  # whether its process grades nothing else meanwhile
     grade: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
     deadline: float = math.inf
 
@@ -71,8 +71,8 @@ class _Task:
 
 
 class Pool:
-    """Processes that grade answers with these functions, of the per-answer form. They run until close(), or until
-    nobody has the pool any more. Raises ValueError if a process cannot import a function's file."""
+    """Processes that grade answers with these functions, of the per-answer form. They run until close(), or until the
+    pool is garbage-collected. Raises ValueError if a process cannot import a function's file."""
 
     def __init__(self, graders: Sequence[Grader], args: GradingArgs):
         self.graders = graders
@@ -82,7 +82,7 @@ class Pool:
         self._dispatcher.ready.result()
 
     def submit(self, grader: int, prompt: str, completion: str, example: dict) -> concurrent.futures.Future:
-        """The Grade to come of an answer, by the function of this number."""
+        """A future of the Grade of an answer by graders[grader]."""
         is_async = self.graders[grader].is_async
         task = _Task(grader, (prompt, completion, example), is_async, alone=not is_async)
         self._dispatcher.submit(task)
@@ -90,7 +90,7 @@ class Pool:
 
 
 def grade_of(future: concurrent.futures.Future) -> Grade:
-    """What Pool.submit has promised. Raises ValueError where the pool has ended."""
+    """Waits for a future of Pool.submit. Raises ValueError if the pool has ended."""
     try:
         return future.result()
     except concurrent.futures.CancelledError:
@@ -98,13 +98,13 @@ def grade_of(future: concurrent.futures.Future) -> Grade:
 
 
 class _Worker:
-    """A process, or the place of one that has ended."""
+    """A process that grades, or the place of one that has ended."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
 
     def start(self, settings: dict) -> None:
-        """Raises OSError where the system has no more processes."""
+        """Raises OSError if the system cannot start another process."""
         theirs, self.requests = os.pipe()
         self.replies, their_replies = os.pipe()
         try:
@@ -129,12 +129,12 @@ class _Worker:
         self.send(settings)
 
     def stop(self, *, gone: bool = False) -> str:
-        """Ends the process and all that it has started; says how it ended. gone: it closed its pipe, so it is ending,
-        and how is known in a moment."""
+        """Ends the process and all that it has started; returns how it ended. gone: it closed its pipe, so it is ending
+        by itself; waits for that first."""
         if gone:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a function may have closed the pipe and live on
                 self.process.wait(timeout=0.5)
-        os.close(self.requests)  # upon which it ends itself
+        os.close(self.requests)  # which makes the process end itself
         os.close(self.replies)
         try:
             code = self.process.wait(timeout=2)
@@ -151,7 +151,7 @@ class _Worker:
         return len(self.running) < (1 if alone else AT_A_TIME)
 
     def due(self) -> float:
-        """When the process is late with something."""
+        """The time from which the process is late with something."""
         deadlines = [task.deadline for task in self.running.values()]
         return min(deadlines, default=math.inf if self.ready else self.started + START_SECONDS)
 
@@ -159,12 +159,12 @@ class _Worker:
         self.outgoing += json.dumps(message).encode() + b"\n"
 
     def write(self) -> None:
-        """Writes what fits into the pipe. Raises BrokenPipeError if there is no reader any more."""
+        """Writes what fits into the pipe. Raises BrokenPipeError if the process has closed it."""
         with contextlib.suppress(BlockingIOError):
             del self.outgoing[: os.write(self.requests, self.outgoing[:65536])]
 
     def read(self) -> list[dict]:
-        """The replies that have come. Raises EOFError if there will be none any more, ValueError for what is none."""
+        """The replies that have arrived. Raises EOFError if the pipe is closed, ValueError for anything but replies."""
         data = os.read(self.replies, 65536)
         if not data:
             raise EOFError
@@ -187,7 +187,7 @@ class _Dispatcher(threading.Thread):
             "memory": int(args.reward_memory * 1e9),
         }
         self.workers = [_Worker() for _ in range(args.num_workers())]
-        self.ready = concurrent.futures.Future()  # whether all could be started
+        self.ready = concurrent.futures.Future()  # done once all processes are ready, or one cannot be started
         self.woken, self.waking = os.pipe()
         os.set_blocking(self.waking, False)
 
@@ -199,16 +199,16 @@ class _Dispatcher(threading.Thread):
         self._wake()
 
     def close(self) -> None:
-        """Ends the processes; what is not graded yet is cancelled."""
+        """Ends the processes; cancels what is not graded yet."""
         self.closing = True
         self._wake()
-        if threading.current_thread() is not self:  # which may be where nobody has the pool any more
+        if threading.current_thread() is not self:  # the garbage collector may call this in it
             self.join()
             os.close(self.woken)
             os.close(self.waking)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has many calls to wake up
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes it as well
             os.write(self.waking, b"\n")
 
     def run(self) -> None:
@@ -221,7 +221,7 @@ class _Dispatcher(threading.Thread):
                 for worker in self.workers:
                     if worker.process is not None and worker.due() <= time.monotonic():
                         self._lost(worker, "timeout" if worker.ready else f"no import in {START_SECONDS} s")
-        finally:  # after a fault of ours, too: nobody may wait for ever
+        finally:  # also after an error in this thread, so that no caller waits for ever
             self.closing = True
             tasks = list(self.queue)
             for worker in self.workers:
@@ -238,7 +238,7 @@ class _Dispatcher(threading.Thread):
             self._cannot_start(f"a process to grade answers cannot be started: {error}")
 
     def _cannot_start(self, why: str) -> None:
-        """At first this ends the run; later it costs the answer that is next, so that the queue comes to an end."""
+        """At the beginning, ends the run; later, fails the next queued answer, so that the queue comes to an end."""
         if not self.ready.done():
             self.closing = True
             self.ready.set_exception(ValueError(why))
@@ -246,7 +246,7 @@ class _Dispatcher(threading.Thread):
             self.queue.popleft().end(Grade(math.nan, why))
 
     def _hand_out(self) -> None:
-        """Gives out what is queued, as far as there are processes free for it."""
+        """Sends queued answers to processes that are free for them."""
         while self.queue:
             for worker in self.workers:
                 if worker.process is None and self.queue:
@@ -263,7 +263,7 @@ class _Dispatcher(threading.Thread):
                 return
 
     def _wait(self) -> None:
-        """Until something can be read or written, or a process is late."""
+        """Waits until something can be read or written, or a process is late."""
         poll, owners = select.poll(), {}
         poll.register(self.woken, select.POLLIN)
         for worker in self.workers:
@@ -274,7 +274,7 @@ class _Dispatcher(threading.Thread):
                     poll.register(worker.requests, select.POLLOUT)
                     owners[worker.requests] = worker
         due = min((worker.due() for worker in owners.values()), default=math.inf)
-        # in milliseconds; poll takes no more than 2^31 of them, and whoever waits may wait again
+        # in milliseconds; poll takes no more than 2^31 of them, and run() waits again
         patience = None if due == math.inf else math.ceil(1000 * min(60.0, max(0.0, due - time.monotonic())))
         for descriptor, _ in poll.poll(patience):
             if descriptor == self.woken:
@@ -286,7 +286,7 @@ class _Dispatcher(threading.Thread):
         try:
             if descriptor == worker.requests:
                 worker.write()
-            elif descriptor == worker.replies:  # else it has been replaced meanwhile
+            elif descriptor == worker.replies:  # else the process has been replaced meanwhile
                 for reply in worker.read():
                     self._take(worker, reply)
         except (EOFError, BrokenPipeError):
@@ -308,7 +308,7 @@ class _Dispatcher(threading.Thread):
                 self._lost(worker)
 
     def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False) -> None:
-        """Ends a process, which another replaces. why: what becomes of the answer that it had; gone: see stop."""
+        """Ends a process and replaces it. why: the failure of its answer, if it had only one; gone: see stop."""
         tasks, ready = list(worker.running.values()), worker.ready
         end = worker.stop(gone=gone)
         if not ready:

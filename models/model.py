@@ -204,8 +204,8 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         path = path / "config.json"
         if not path.is_file() and path.with_name("adapter_config.json").is_file():
             raise FileNotFoundError(
-                f"{path.parent}: holds an adapter and no merged model; merge it (its run does, with --resume --merge), "
-                "or give the model that it was made for, and this folder as --adapter_path"
+                f"{path.parent}: holds an adapter and no merged model; merge it (resume its run with --merge), or give "
+                "its base model, and this folder as --adapter_path"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
@@ -215,7 +215,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
         raise FileNotFoundError(f"{path}: no such file or folder{fetched * is_name}")
     elif path.suffix != ".json":
-        raise ValueError(f"{path}: is a file; what is read is a Hugging Face folder with safetensors, no GGUF")
+        raise ValueError(f"{path}: is a file; give a Hugging Face folder with safetensors, GGUF is not supported")
     return read_json_object(path), str(path)
 
 

@@ -1,9 +1,9 @@
-"""Stateless noise: random bits that are a pure function of what they are for.
+"""Stateless noise: random bits that are a pure function of (key, row, column).
 
 - no generator and no state: a resumed run, another batch or another layout over ranks draws the same bits
-- integer arithmetic mod 2^32 and 2^64 only, so every device draws the same
-- a table of bits is addressed by (key, row, column): sampling takes (sample, position, token), the optimizer's
-  stochastic rounding (parameter and step, row, column)
+- integer arithmetic mod 2^32 and 2^64 only, so every device draws the same bits
+- key, row and column are (sample, position, token) in sampling, and (parameter and step, row, column) in the
+  optimizer's stochastic rounding
 """
 
 import torch

@@ -24,7 +24,7 @@ PACKED = {
     b"ARROW1": "Arrow",
 }
 LFS_NOTE = b"version https://git-lfs"
-MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; other objects' roles have other names
+MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; objects of other kinds may have other roles
     r"""
     \s* \[ \s* \{ (?= \s* ['"] (role|content) ['"] \s* : )
     (?= .* ['"] role ['"] \s* : \s* ['"] (system|user|assistant|tool) ['"] ) (?= .* ['"] content ['"] \s* : )

@@ -191,7 +191,7 @@ def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, Enco
         rejected, others = encode_answer(prompt, rejected, tokenizer, "rejected")
         prompt_length = min(chosen.prompt_length, rejected.prompt_length)
         same = chosen.input_ids[:prompt_length] == rejected.input_ids[:prompt_length]
-        require(same, "the chat template writes the prompt otherwise before chosen than before rejected")
+        require(same, "the chat template writes the prompt differently before chosen and before rejected")
         return Pair(prompt_length, chosen, rejected, margin), EncodingCounts(*map(max, zip(counts, others)))
 
 
@@ -199,7 +199,7 @@ def _prompt_and_sides(record: Record) -> tuple[str | Chat, str | list[dict], str
     chosen, rejected = get_field(record, "chosen"), get_field(record, "rejected")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         require(isinstance(side, str | list), f"{name} must be text or a list of messages, not {kind_of(side)}")
-    require(type(chosen) is type(rejected), "of chosen and rejected one is text, the other a list of messages")
+    require(type(chosen) is type(rejected), "chosen and rejected must both be text, or both be lists of messages")
     if isinstance(chosen, str):
         return get_prompt(record), chosen, rejected
     prompt = stated_prompt(record) if has_prompt(record) else None
@@ -311,7 +311,7 @@ def encode_to_score(
     """
     with naming(record):
         if is_pair(record):
-            require(separator is None, "a pair, and this process model scores the steps of completions")
+            require(separator is None, "is a pair, but this process model scores the steps of completions")
             pair, counts = encode_pair_record(record, tokenizer)
             sides = (pair.chosen.input_ids, pair.rejected.input_ids)
             return [Scored(ids, [place_of_score(ids, pad_token_id)], [], pair.prompt_length) for ids in sides], counts

@@ -278,7 +278,7 @@ def _write(folder: Path, path: Path, blocks: Iterator[_Block], name: Callable[[]
                     file.write(values.data)
                 checksums[i] = zlib.crc32(values.data, checksums[i])
         if name() != folder.name:
-            raise ValueError(f"{path}: was written while it was tokenised; run this again when it is whole")
+            raise ValueError(f"{path}: changed while it was tokenised; run this again when it is complete")
         with _keeping():
             for file in files:
                 file.close()
@@ -308,6 +308,6 @@ def _read(folder: Path) -> tuple[Columns, EncodingCounts] | None:
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         whole = False
     if not whole:
-        say(f"{folder}: damaged; the rows are made anew")
+        say(f"{folder}: damaged; the data file is tokenised again")
         return None
     return Columns(*columns), EncodingCounts(*about["counts"])

@@ -69,7 +69,7 @@ def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...
         inside = next((name for name in special if name and name in text), None)
         if inside is not None and text not in special:
             raise ValueError(
-                f"--stop {text!r}: no text holds the special token {inside}; give it as a --stop of its own"
+                f"--stop {text!r}: decoded text never has the special token {inside}; give it as a separate --stop"
             )
     return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
 

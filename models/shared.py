@@ -32,7 +32,7 @@ STALE = 60.0  # seconds without a touch after which an owner on another host cou
 GRACE = 3.0  # seconds to wait for a process of this host that may just be ending, which releases its lock
 SETTLE = 1.0  # seconds after which two processes that take a lock at the same time know which one has it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-SEEN_WITHIN = 5.0  # seconds in which a file of one host shows on the others
+SEEN_WITHIN = 5.0  # seconds within which a file written on one host appears on the others
 
 
 class Lock:
@@ -61,14 +61,14 @@ def hold(path: Path, what: str) -> Lock:
         is_alive = not look.here and look.beat != first_beat
         may_be_dead = look.locked is not False and not look.here and not is_alive
         if may_be_dead and silence + waited >= STALE:
-            say(f"{what}: taken over from {look}, of which there has been no sign of life for {STALE:.0f} s")
+            say(f"{what}: taken over from {look}, which has shown no sign of life for {STALE:.0f} s")
             return _take(look, path, what)
         os.close(look.file)
         if is_alive or waited > (GRACE if look.here else 2 * STALE):
             raise ValueError(f"{what}: another run is writing there ({look}); wait for its end, or take another")
         if not look.here and not told:
             told = True
-            say(f"{what}: {look} has written there; waiting up to {STALE:.0f} s for a sign of its life")
+            say(f"{what}: {look} has written there; waiting up to {STALE:.0f} s for a sign of life from it")
         time.sleep(0.1)
 
 
@@ -222,7 +222,7 @@ def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
         more = f" and {len(blind) - 4} more hosts" if len(blind) > 4 else ""
         raise ValueError(
             f"{what}: {names}{more} does not see what rank 0 on {hosts[0][0]} writes there; give a folder on a file "
-            "system that all nodes share, by the same path on each"
+            "system that all nodes share, under the same path on each"
         )
 
 

@@ -58,7 +58,7 @@ class Tokenizer:
         try:
             self._file = (_Fast if path.suffix == ".json" else _SentencePiece)(path, no_space)
         except ModuleNotFoundError:
-            raise ValueError(f"{path}: is read by sentencepiece, which is not installed; pip install it") from None
+            raise ValueError(f"{path}: is read by sentencepiece, which is missing; pip install sentencepiece") from None
         except Exception as error:  # both libraries raise bare ones
             raise ValueError(f"{path}: {unreadable(path, f'not a usable {path.name}: {short(error)}')}") from error
         try:
@@ -133,7 +133,7 @@ class Tokenizer:
         return self._file.decode([i for i in ids if i not in skipped])
 
     def decode_continuation(self, prompt_ids: list[int], ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text that `ids` add to that of `prompt_ids`. If the prompt ends within a character, all of it is here."""
+        """The text that `ids` add to that of `prompt_ids`, with the whole character that the prompt may end within."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
     @property
@@ -275,7 +275,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     listed |= decoder
     wrong = next((i for i in listed if type(i) is not int or not 0 <= i < 2**31), None)
     if wrong is not None:
-        raise ValueError(f"the id of {listed[wrong].content!r} is {wrong!r}, there or in {files[1].name}")
+        raise ValueError(f"the id of {listed[wrong].content!r} is {wrong!r}, here or in {files[1].name}: not an id")
     known = {token.content: token for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:
@@ -283,7 +283,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
             file.add(token, i)
             known[token.content] = token
             if i not in (None, file.token_to_id(token.content)):
-                raise ValueError(f"{token.content!r} has the id {i}, but the next free one is another")
+                raise ValueError(f"{token.content!r} has the id {i}, which is not the next free one")
         elif i in decoder and i == file.token_to_id(token.content):  # its flags count, as in transformers
             token.special = token.special or known[token.content].special
             if token.__getstate__() != known[token.content].__getstate__():

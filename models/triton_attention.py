@@ -137,7 +137,7 @@ def paged_decode(
     upcast: bool = False,
 ) -> Tensor:
     """Writes each row's new key and value, and attends from its query to its lengths[b] keys in the pages table[b], of
-    which the new one is the last: [B, H, D] as q.
+    which the new one is the last: [B, H, D] in q's dtype.
 
     q [B, H, D]; new_k and new_v [B, K, D]; k and v [P, N, K, D], contiguous; table int32 [B, M];
     lengths int32 [B], at least 1. upcast: multiply in fp32, where there are no products of bf16 (before sm_80, and in

@@ -220,7 +220,7 @@ class _Dispatcher(threading.Thread):
                 self._wait()
                 for worker in self.workers:
                     if worker.process is not None and worker.due() <= time.monotonic():
-                        self._lost(worker, "timeout" if worker.ready else f"no import in {START_SECONDS} s")
+                        self._lost(worker, "timeout" if worker.ready else f"file not imported in {START_SECONDS} s")
         finally:  # also after an error in this thread, so that no caller waits for ever
             self.closing = True
             tasks = list(self.queue)

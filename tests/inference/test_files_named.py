@@ -41,7 +41,7 @@ def test_what_is_no_folder(folder, tmp_path, monkeypatch):
     """Catches a complaint about JSON or a tokenizer where a file is given for a folder, and a name on the Hub taken
     for a path without a word of how to get it."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\xc3\x28")
-    with pytest.raises(ValueError, match=r"model\.gguf: is a file; what is read is a Hugging Face folder"):
+    with pytest.raises(ValueError, match=r"model\.gguf: is a file; give a Hugging Face folder"):
         ModelConfig.from_hf(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match=r"config\.json: is a file; give the folder that it is in$"):
         open_folder(folder / "config.json")

@@ -157,7 +157,7 @@ BAD_PAIRS = [
     ({"prompt": None, "chosen": "b", "rejected": "c"}, "the field 'prompt' is null"),
     ({"prompt": "a", "chosen": 5, "rejected": "c"}, "chosen must be text or a list of messages, not a number"),
     ({"prompt": "a", "chosen": "b", "rejected": None}, "the field 'rejected' is null"),
-    ({"prompt": "a", "chosen": "b", "rejected": [ANSWER]}, "one is text, the other a list"),
+    ({"prompt": "a", "chosen": "b", "rejected": [ANSWER]}, "must both be text, or both be lists"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin must be a finite number, not '1'"),
     (
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")},

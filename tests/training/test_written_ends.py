@@ -173,7 +173,7 @@ def test_answers_of_other_prompts(chat_folder, tmp_path):
     template = TEMPLATE.replace("ARGUMENTS", "0")
     (path / "chat_template.jinja").write_text("{{ messages | length }}" + template)
     record = Record("f:1", {"prompt": [USER], "chosen": [YES], "rejected": [NO, USER, NO]})
-    with pytest.raises(ValueError, match="f:1: the chat template writes the prompt otherwise before chosen"):
+    with pytest.raises(ValueError, match="f:1: the chat template writes the prompt differently before chosen"):
         encode_pair_record(record, open_folder(path, None, 1).tokenizer)
 
 

@@ -3,8 +3,8 @@
 - the attention and MLP layers of the blocks are quantised; embedding, norms and head keep the model's dtype (an
   inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
-- such a folder, in the layout of models/compressed.py, holds the weights that --quantize computes, to the bit, or int4
-  chosen on calibration data (models/gptq.py), if scripts/quantize.py wrote it; other tools' folders serve as well
+- such a folder (scripts/quantize.py writes it, in the layout of models/compressed.py) holds the weights that --quantize
+  computes, to the bit, or int4 weights chosen on calibration data (models/gptq.py); other tools' folders serve as well
 - with tensor parallelism a rank holds its part of the integers and scales of the whole weight
 """
 
@@ -239,7 +239,7 @@ def load_quantized(
 
 
 def rounded_tensors(files: WeightFiles, scheme: Schemes, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for a quantised folder: the blocks' weights, rounded, one weight in memory at a time."""
+    """Yields (name, tensor) of the blocks for a quantised folder, by rounding, with one weight in memory at a time."""
     for name in short_bar([name for name in files.names() if name.startswith("layers.")], "rounding", "tensor"):
         if is_linear_weight(name):
             yield from packed_tensors(name, quantize_file(files, name, (), scheme, device))

@@ -1,4 +1,4 @@
-"""Reads files of records, JSON lists or JSONL by their content, in parts, so that no large JSONL is held in memory.
+"""Reads files of records (a JSON list or JSONL, told by content) in parts, so that no large JSONL is held in memory.
 
 Every error names the file and the line or item. A part of a JSONL file is a range of bytes, so that the process that
 works on it, maybe another one, reads it from the file.

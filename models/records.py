@@ -77,7 +77,7 @@ def has_prompt(record: Record) -> bool:
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
-    """The record's `prompt` (or `input`) as written; of Alpaca's, `instruction` and `input`, each on its own line."""
+    """The record's `prompt` (or `input`) as written; of Alpaca's, `instruction` and `input`, joined by a newline."""
     given = record.given
     if "instruction" not in given or "prompt" in given:
         return get_field(record, "prompt", "input")
@@ -157,7 +157,7 @@ def folder_limits(folder: Folder, overlong: str) -> Limits:
 
 
 class EncodingCounts(NamedTuple):
-    """Counts of records with something to report, while encoding a file or a record."""
+    """Counts of records with something to report, from encoding a file or one record."""
 
     truncated: int = 0
     skipped: int = 0
@@ -344,7 +344,7 @@ def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
 
 
 def is_sample(record: Record) -> bool:
-    """Whether generate.py wrote it: then `output` is the answer, whatever fields the prompt's record had."""
+    """Whether generate.py wrote the record: then `output` is the answer, whatever fields the prompt's record had."""
     return "finish_reason" in record.given
 
 

@@ -82,7 +82,7 @@ class Rows(Sequence):
     def __getitem__(self, i: int | slice):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]  # IndexError, and from the end
+        i = range(len(self))[i]  # raises IndexError; negative numbers count from the end
         first, sequences = i * self.lengths.shape[1], []
         for start, end in zip(self._starts[first:], self._starts[first + 1 :][: self.lengths.shape[1]]):
             ids = self.columns.ids[start:end]

@@ -175,7 +175,7 @@ def sum_parts(y: Tensor, bias: Tensor | None, parallel: Parallel) -> Tensor:
 
 
 def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:
-    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E]. All ranks must then compute the same of it."""
+    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E], of which all ranks must then compute the same."""
     tp, sequence_parallel = parallel
     return _WholeTokens.apply(x, tp) if sequence_parallel and size_of(tp) > 1 else x
 

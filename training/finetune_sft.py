@@ -1,8 +1,8 @@
 """Supervised fine-tuning: next-token cross entropy on completions, from one Hugging Face folder to another.
 
-- records: prompt + completion, chat messages (loss on the assistant's turns), or plain text; training/data.py
-- the loss of a step is the mean over all its learnt tokens, whatever the micro-batches
-- fp32 master weights, or bf16 ones rounded stochastically; bf16 or fp32 computation
+- records: prompt + completion, chat messages (loss on the assistant's turns), or plain text; see training/data.py
+- the loss of a step is the mean over all its target tokens (tokens with a label), whatever the micro-batch size
+- fp32 master weights, or bf16 weights with stochastic rounding; computation in bf16 or fp32
 
     python training/finetune_sft.py --checkpoint_path DIR --train_file train.jsonl --output_dir runs/sft
 """
@@ -45,7 +45,7 @@ class SftArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs, SampleArgs):
     """Supervised fine-tuning of the model in a Hugging Face folder."""
 
     pack: bool = flag(
-        False, help="put several records into each row of --max_seq_len tokens; they do not see each other"
+        False, help="pack several records into each row of --max_seq_len tokens; they do not attend to each other"
     )
 
 
@@ -54,7 +54,7 @@ def main(args: SftArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 
-    # load: the data first, since it is quick to be wrong
+    # load: the data first, so that a mistake in it shows before the model is loaded
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
@@ -78,7 +78,7 @@ def main(args: SftArgs) -> None:
         "device": f"{runtime} on {args.param_dtype} weights, {args.optim}",
         "ranks": args.ranks(),
         **notes,
-        "first lesson": lesson(train, folder.tokenizer),
+        "first target": lesson(train, folder.tokenizer),
         "stop tokens": folder.stop_tokens(),
         "steps": f"{run.span()}, {args.batch_size} rows each, {split.note()}",
     }
@@ -125,7 +125,7 @@ def main(args: SftArgs) -> None:
 
 
 def summed_loss(model: Transformer, examples: list[Example], split: Split) -> torch.Tensor:
-    """The loss of this rank's rows, summed over their learnt tokens."""
+    """Returns the loss of this rank's rows, summed over their target tokens."""
     rows = forward_rows(model, examples, split)
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     return token_cross_entropy(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
@@ -133,7 +133,7 @@ def summed_loss(model: Transformer, examples: list[Example], split: Split) -> to
 
 @torch.no_grad()
 def evaluate(model: Transformer, examples: Rows | PackedRows, split: Split) -> float:
-    """The mean loss over all learnt tokens, over all ranks."""
+    """Returns the mean loss over the target tokens of all rows, on all ranks. A collective."""
     total = torch.zeros((), device=model.inv_freq.device)
     for rows in split.shares(examples):
         total += summed_loss(model, rows, split)
@@ -141,7 +141,7 @@ def evaluate(model: Transformer, examples: Rows | PackedRows, split: Split) -> f
 
 
 def describe(examples: Rows) -> str:
-    return f"{len(examples):,} records, {examples.num_tokens:,} tokens, {examples.num_targets:,} of them learnt"
+    return f"{len(examples):,} records, {examples.num_tokens:,} tokens, {examples.num_targets:,} of them targets"
 
 
 if __name__ == "__main__":

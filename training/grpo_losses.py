@@ -1,7 +1,7 @@
-"""The losses of policy optimisation without a critic, as pure functions of tensors: what an answer is compared with are
-the other answers to its prompt.
+"""Losses of policy optimisation without a critic, as pure functions of tensors: each answer is compared with the other
+answers to its prompt.
 
-| --loss_type | ratio to the policy that drew    | an answer's loss       | divided by                                |
+| --loss_type | ratio to the sampling policy     | an answer's loss       | divided by                                |
 |-------------|----------------------------------|------------------------|-------------------------------------------|
 | grpo        | of each token, clipped           | mean over its tokens   | answers of the step                       |
 | gspo        | of the answer (geometric mean)   | mean over its tokens   | answers of the step                       |
@@ -11,16 +11,16 @@ the other answers to its prompt.
 | dr_grpo     | of each token, clipped           | sum                    | answers of the step x --max_new_tokens    |
 | rloo        | of the answer, clipped           | one term               | answers of the step                       |
 
-- a step is an optimizer step; an update may take several on the same answers. The divisor is a number of all ranks and
-  micro-batches (loss_divisor), so neither changes the loss
+- a step is an optimizer step; an update may take several on the same answers. The divisor (loss_divisor) counts over
+  all ranks and micro-batches, so that neither changes the loss
 - names and formulas are those of TRL 1.16's GRPOTrainer and RLOOTrainer (tests/training/fixtures/grpo.json), defaults
-  those of the former; gspo is its loss_type grpo with importance_sampling_level sequence, which combines with the
-  other types too
+  those of GRPOTrainer; gspo is TRL's loss_type grpo with importance_sampling_level sequence, which can be combined with
+  other loss types too
 
-A reward of NaN is that of an answer that could not be graded: as in TRL it counts in no mean and no deviation, and its
-advantage is 0.
+An answer that could not be graded has a reward of NaN: as in TRL, means and deviations leave it out, and its advantage
+is 0.
 
-Dimensions: A answers of an update, G answers to one prompt (next to each other), n answers of a forward, R tokens of
+Dimensions: A answers of an update, G adjacent answers to one prompt (a group), n answers of a forward pass, R tokens of
 the longest answer.
 """
 
@@ -38,38 +38,38 @@ LOSS_TYPES = ("grpo", "gspo", "bnpo", "dapo", "cispo", "dr_grpo", "rloo")
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoLossArgs:
-    """The loss of groups of answers."""
+    """GRPO loss."""
 
-    loss_type: str = flag("dapo", choices=LOSS_TYPES, help="what is minimised; see training/README.md")
+    loss_type: str = flag("dapo", choices=LOSS_TYPES, help="the loss; training/README.md compares them")
     beta: float = flag(
         0.0, bounds=non_negative, help="weight of the KL to the reference, in nats; 0 loads no reference"
     )
     use_bias_correction_kl: bool = flag(
-        True, help="the KL in the loss times the probability ratio, which makes its gradient that of the KL"
+        True, help="multiply the KL in the loss by the probability ratio, so that its gradient is that of the KL"
     )
-    epsilon: float = flag(0.2, bounds=positive, help="how far a probability ratio may fall below 1")
+    epsilon: float = flag(0.2, bounds=positive, help="clip probability ratios below 1 - this")
     epsilon_high: float | None = flag(
-        None, bounds=positive, help="how far it may rise above 1; --epsilon. cispo: the most that it counts"
+        None, bounds=positive, help="clip ratios above 1 + this (cispo: cap their weight at this); default: --epsilon"
     )
-    delta: float | None = flag(None, bounds=Bounds(above=1), help="bound on the ratio of bad tokens; none")
+    delta: float | None = flag(None, bounds=Bounds(above=1), help="cap on ratios with advantage < 0; default: none")
     importance_sampling_level: str = flag(
-        "token", choices=("token", "sequence"), help="ratios of tokens, or of whole answers (geometric means)"
+        "token", choices=("token", "sequence"), help="ratio of each token, or of the whole answer (geometric mean)"
     )
     scale_rewards: str = flag(
-        "group", choices=("group", "batch", "none"), help="what advantages are divided by the deviation of; not rloo"
+        "group", choices=("group", "batch", "none"), help="divide advantages by the reward std of this; not for rloo"
     )
     mask_truncated_completions: bool = flag(
-        False, help="learn nothing from answers that ran out of tokens, which --soft_punish_cache then spares"
+        False, help="do not train on answers that ran out of tokens, nor apply --soft_punish_cache to them"
     )
     tis_cap: float | None = flag(
         None,
         bounds=at_least_one,
-        help="weigh tokens by trainer / engine probability, at most this much (truncated importance sampling); off",
+        help="truncated importance sampling: weight tokens by min(p_trainer / p_engine, this); default: off",
     )
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL lowers the reward of an answer, rather than being a term of the loss."""
+        """Whether the KL is subtracted from the reward of an answer, rather than added to the loss."""
         return self.loss_type == "rloo" and self.beta > 0
 
     @property
@@ -81,7 +81,7 @@ class GrpoLossArgs:
 
 
 def group_spread(rewards: Tensor, num_generations: int) -> Tensor:
-    """The deviation (unbiased) of the rewards of each group, fp32 [A / G]; 0 for groups of one. rewards [A]."""
+    """Returns the unbiased standard deviation of each group's rewards, fp32 [A / G]; 0 if G is 1. rewards [A]."""
     groups = rewards.float().view(-1, num_generations)
     others = (~groups.isnan()).sum(dim=1) - 1
     squares = (groups - groups.nanmean(dim=1, keepdim=True)).square().nansum(dim=1)
@@ -89,7 +89,7 @@ def group_spread(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def all_alike(rewards: Tensor, num_generations: int) -> Tensor:
-    """Whether the rewards of a group are all equal, bool [A / G]: its deviation would be 0 but for rounding."""
+    """Returns whether the rewards of each group are all equal, bool [A / G]; exact, unlike a deviation of 0."""
     groups = rewards.view(-1, num_generations)
     largest, least = (groups.where(~groups.isnan(), end) for end in (-torch.inf, torch.inf))
     return largest.amax(dim=1) <= least.amin(dim=1)
@@ -97,10 +97,10 @@ def all_alike(rewards: Tensor, num_generations: int) -> Tensor:
 
 @torch.no_grad()
 def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str) -> Tensor:
-    """Each reward less the mean of its group, divided by the deviation of the group or of the batch, or not: fp32 [A].
+    """Returns each reward minus the mean of its group, divided by the unbiased standard deviation of the group or batch
+    plus 1e-4, or not divided (scale_rewards "none"): fp32 [A]. rewards [A].
 
-    Shao et al. 2024 (arXiv 2402.03300, section 4.1.2); without the division Liu et al. 2025 (2503.20783). rewards [A],
-    those of one prompt next to each other; the deviation is unbiased, and 1e-4 is added to it.
+    Shao et al. 2024 (arXiv 2402.03300, section 4.1.2); without the division Liu et al. 2025 (2503.20783).
     """
     groups = rewards.float().view(-1, num_generations)
     advantages = groups - groups.nanmean(dim=1, keepdim=True)
@@ -113,8 +113,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str) 
 
 @torch.no_grad()
 def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
-    """Each reward less the mean of the others of its group, G / (G - 1) (r - mean), fp32 [A]: Ahmadian et al. 2024
-    (arXiv 2402.14740, eq. 6), whose gradient is unbiased. rewards [A]; G of at least 2, or 0 for an answer alone."""
+    """Returns each reward minus the mean of the others in its group, G / (G - 1) (r - mean), fp32 [A]: Ahmadian et al.
+    2024 (arXiv 2402.14740, eq. 6); its policy gradient is unbiased. 0 if no other answer is graded. rewards [A]."""
     groups = rewards.float().view(-1, num_generations)
     graded = (~groups.isnan()).sum(dim=1, keepdim=True)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
@@ -122,8 +122,8 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def soft_overlong_punishment(lengths: Tensor, max_new_tokens: int, cache: int) -> Tensor:
-    """0 for answers that leave `cache` tokens unused, down to -1 for those that use all: fp32 [A]. Yu et al. 2025
-    (DAPO, arXiv 2503.14476, eq. 13). lengths [A], at most max_new_tokens."""
+    """Returns 0 for answers that leave at least `cache` tokens unused, falling to -1 for those that use all, fp32 [A]:
+    Yu et al. 2025 (DAPO, arXiv 2503.14476, eq. 13). lengths [A], at most max_new_tokens."""
     return ((max_new_tokens - cache - lengths.float()) / cache).clamp(-1.0, 0.0)
 
 
@@ -131,12 +131,12 @@ def soft_overlong_punishment(lengths: Tensor, max_new_tokens: int, cache: int) -
 
 
 class GrpoStats(NamedTuple):
-    """fp32 [n] each, without gradient: sums over what an answer has, and how much that is."""
+    """Sums and counts of each answer, fp32 [n] each, without gradient."""
 
-    low_clipped: Tensor  # ratios below 1 - epsilon where the advantage is negative
-    high_clipped: Tensor  # ratios above 1 + epsilon_high (cispo: epsilon_high) where it is positive
+    low_clipped: Tensor  # number of ratios below 1 - epsilon with a negative advantage
+    high_clipped: Tensor  # number of ratios above 1 + epsilon_high (cispo: epsilon_high) with a positive advantage
     num_ratios: Tensor  # one for each learnt token, or one for the answer
-    kl: Tensor  # of its learnt tokens as it stands in the loss: k3 in nats; 0 without a reference
+    kl: Tensor  # KL term of the loss, summed over the learnt tokens: k3 in nats; 0 without a reference
 
 
 def grpo_losses(
@@ -149,12 +149,12 @@ def grpo_losses(
     ref_logps: Tensor | None = None,
     engine_logps: Tensor | None = None,
 ) -> tuple[Tensor, GrpoStats]:
-    """(the loss of each answer, fp32 [n], of which the sum over a step by loss_divisor is minimised; stats).
+    """Returns (the loss of each answer, fp32 [n], to be summed over a step and divided by loss_divisor; stats).
 
-    logps, old_logps, ref_logps, engine_logps [n, R] in nats: of the policy, of the same when it drew, of the reference,
-    which adds beta k3 to each token unless the KL is in the reward, and of the engine, which tis_cap needs. Only the
-    first has a gradient. advantages [n]. mask bool [n, R]: the tokens that are learnt, the EOS that ended an answer
-    included; what lies outside may be anything.
+    logps, old_logps [n, R] in nats: of the policy now and when it sampled. ref_logps: of the reference, which adds
+    beta k3 to each token's loss unless the KL is in the reward. engine_logps: needed by tis_cap. Only logps has a
+    gradient. advantages [n]. mask bool [n, R]: the tokens to train on, including the EOS that ended an answer; values
+    outside it are ignored.
 
     Sources: grpo arXiv 2402.03300, dr_grpo 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo
     2402.14740; the KL's factor: DeepSeek-V3.2, 2512.02556.
@@ -200,8 +200,8 @@ def grpo_losses(
 
 
 def loss_divisor(args: GrpoLossArgs, step: list[int], update: list[int], max_new_tokens: int) -> float:
-    """What the summed losses of a step are divided by, see the table above. step, update: the numbers of learnt tokens
-    of the answers of the step and of the update, over all ranks."""
+    """Returns the divisor of a step's summed losses, see the table above. step, update: the number of learnt tokens of
+    each answer in the step and in the update, over all ranks."""
     if args.loss_type in ("grpo", "gspo", "rloo"):
         return len(step)
     if args.loss_type == "dr_grpo":

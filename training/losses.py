@@ -1,11 +1,11 @@
-"""Losses and the metrics beside them, as pure functions of tensors: fp32 inside, one value per pair, example or token.
+"""Losses and metrics as pure functions of tensors, computed in fp32, with one value per pair, example or token.
 
-- a loss is not averaged here: callers sum it and divide by the global number of pairs (examples, tokens) of the
-  optimizer step, so neither micro-batches nor ranks change it
-- log-probabilities of a completion are sums over its tokens, EOS included; where a loss wants the mean, it divides
-- tests/training/fixtures holds what TRL, verl and OpenRLHF give for the same inputs
+- losses are not averaged here: the caller sums them and divides by the number of pairs (examples, tokens) of the whole
+  optimizer step, so that neither micro-batches nor ranks change the result
+- the log-probability of a completion is a sum over its tokens, EOS included; a loss that needs the mean divides
+- tests/training/fixtures holds the values that TRL, verl and OpenRLHF return for the same inputs
 
-Dimensions: B batch (pairs), T tokens, E model dim, V vocabulary, N tokens or examples that are learnt.
+Dimensions: B batch (pairs), T tokens, E model dim, V vocabulary, N target tokens (tokens with a label) or examples.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ def token_cross_entropy(
     vocab_size: int | None = None,
     tp: DeviceMesh | None = None,
 ) -> Tensor:
-    """The summed next-token cross entropy (nats, fp32 scalar) of a batch: divide by the number of targets of the whole
-    optimizer step, over micro-batches and ranks, for its token mean.
+    """Returns the summed next-token cross entropy (nats, fp32 scalar) of a batch. For the token mean, divide by the
+    number of targets of the whole optimizer step, over all micro-batches and ranks.
 
     hidden [B, T, E] final hidden states; weight [V, E] of the language-model head, or this tp rank's rows of it (then
-    with vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
-    1]. Only positions with a label are projected. 0, with gradients 0, if there is none. learnt: those positions in
-    hidden.flatten(0, 1), int64 [N], where the caller knows them (models.records.collate): a GPU must be waited for.
+    pass vocab_size, the V of all ranks); labels int64 [B, T], not shifted: the hidden state at t predicts labels[t +
+    1]. Only positions that predict a label are projected; without any, loss and gradients are 0. learnt: the indices of
+    these positions in hidden.flatten(0, 1), int64 [N] (models.records.collate); computing them here needs a host sync.
     """
     hidden, targets = _learnt(hidden, labels, learnt)
     return linear_cross_entropy(hidden, weight, targets, vocab_size=vocab_size, tp=tp)
@@ -53,8 +53,8 @@ def token_logps(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of every learnt token, entropy of the distribution it is from), fp32 [N] each, row by row: N is
-    the number of labels[:, 1:] other than IGNORE_INDEX. Unless asked for, the entropies mean nothing.
+    """Returns (log-probability of every target token, entropy of its distribution), fp32 [N] each, row by row; N is the
+    number of labels[:, 1:] other than IGNORE_INDEX. Without entropy=True the entropies are meaningless.
 
     Arguments as for token_cross_entropy; the distribution is softmax(logits / temperature).
     """
@@ -65,7 +65,7 @@ def token_logps(
 
 
 def _learnt(hidden: Tensor, labels: Tensor, learnt: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(hidden states [N, E] that predict a label, those labels [N])"""
+    """Returns (the hidden states that predict a label [N, E], these labels [N])."""
     if learnt is None:
         row, place = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         learnt = row * labels.shape[1] + place
@@ -73,8 +73,8 @@ def _learnt(hidden: Tensor, labels: Tensor, learnt: Tensor | None) -> tuple[Tens
 
 
 def placed(values: Tensor, places: Tensor) -> Tensor:
-    """The values [N] where the mask `places` [B, T] is true, row by row, and 0 elsewhere. Neither masked_scatter, whose
-    gradient waits for a GPU, nor index_add, whose sums differ there from run to run."""
+    """Scatters values [N], row by row, to where the mask `places` [B, T] is true; 0 elsewhere. Avoids masked_scatter,
+    whose backward needs a host sync, and index_add, whose sums on a GPU differ from run to run."""
     number = torch.where(places, places.flatten().cumsum(0).view(places.shape) - 1, len(values))
     return F.pad(values, (0, 1)).index_select(0, number.flatten()).view(places.shape)
 
@@ -83,9 +83,9 @@ def placed(values: Tensor, places: Tensor) -> Tensor:
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float) -> Tensor:
-    """-logsigmoid(r_c - r_r - margin) + center_coef (r_c + r_r)^2 for each pair, fp32 [B].
+    """Returns -logsigmoid(r_c - r_r - margin) + center_coef (r_c + r_r)^2 for each pair, fp32 [B].
 
-    Bradley and Terry's likelihood; the margin from Llama 2 (Touvron et al. 2023, arXiv 2307.09288, eq. 2), the term
+    Bradley and Terry's likelihood; the margin is from Llama 2 (Touvron et al. 2023, arXiv 2307.09288, eq. 2), the term
     that centres rewards at 0 from Eisenstein et al. 2023 (arXiv 2312.09244). chosen, rejected: rewards [B]; margin [B].
     """
     chosen, rejected = chosen.float(), rejected.float()
@@ -94,9 +94,8 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef:
 
 
 def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of sigmoid(score) with the label, fp32 [N]: N examples, or N steps of process rewards.
-
-    scores [N]; labels [N] in [0, 1]: a probability is a soft label, whose loss is least at score = logit(label).
+    """Returns the binary cross entropy of sigmoid(score) and the label, fp32 [N], for N examples, or N steps of process
+    rewards. scores [N]; labels [N] in [0, 1]: the loss of a soft label is smallest at score = logit(label).
     """
     return F.binary_cross_entropy_with_logits(scores.float(), labels.float(), reduction="none")
 
@@ -105,9 +104,9 @@ def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class Ratios(NamedTuple):
-    """What a loss of pairs is a function of, fp32 [B] each."""
+    """The inputs of a DPO loss, fp32 [B] each."""
 
-    chosen: Tensor  # log pi - log ref of the completion, summed over its tokens; simpo: the mean log pi
+    chosen: Tensor  # log pi - log ref of the completion, summed over its tokens; simpo: its mean log pi
     rejected: Tensor
     chosen_lengths: Tensor  # tokens of the completion, at least 1
     rejected_lengths: Tensor
@@ -145,7 +144,7 @@ def ipo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 
 def ipo_avg_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
-    """ipo with each log-ratio divided by its completion's length; this is what TRL calls ipo."""
+    """ipo with each log-ratio divided by its completion's length; TRL calls this one ipo."""
     means = ratios.chosen / ratios.chosen_lengths - ratios.rejected / ratios.rejected_lengths
     return (means - 1 / (2 * args.beta)).square()
 
@@ -157,8 +156,8 @@ def simpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 
 def rpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
-    """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), whose e is 0. The last term is the mean over
-    each chosen completion's tokens, as in its paper; TRL's `sft` term, over a micro-batch's, depends on its make-up."""
+    """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), where e is 0. The last term is a mean over the
+    tokens of each chosen completion, as in the paper; TRL's `sft` term averages over, so depends on, micro-batches."""
     alpha = 1.0 if args.rpo_alpha is None else args.rpo_alpha
     return sigmoid_loss(ratios, args) - alpha * (ratios.chosen_logps / ratios.chosen_lengths)
 
@@ -172,23 +171,23 @@ DPO_LOSSES = {
     "simpo": simpo_loss,
     "rpo": rpo_loss,
 }
-REFERENCE_FREE = ("simpo",)  # no reference model is needed
-SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # those that label_smoothing has a meaning for
+REFERENCE_FREE = ("simpo",)  # losses that need no reference model
+SMOOTHED = ("sigmoid", "robust", "simpo", "rpo")  # losses that use label_smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoLossArgs:
-    """The loss of pairs."""
+    """DPO loss."""
 
-    loss: str = flag("sigmoid", choices=DPO_LOSSES, help="what is minimised over pairs")
-    beta: float = flag(0.1, bounds=positive, help="how near to the reference to stay; with simpo: the scale")
+    loss: str = flag("sigmoid", choices=DPO_LOSSES, help="the loss of a pair; training/losses.py has the formulae")
+    beta: float = flag(0.1, bounds=positive, help="larger stays nearer to the reference; simpo: scale of the log-probs")
     label_smoothing: float = flag(
         0.0,
         bounds=Bounds(least=0, most=0.5),
-        help="the share of pairs believed to be the wrong way round; not for ipo, ipo_avg and hinge",
+        help="assumed share of pairs whose answers are swapped; not for ipo, ipo_avg and hinge",
     )
-    simpo_gamma: float | None = flag(None, bounds=non_negative, help="simpo: the margin wanted; 0.5")
-    rpo_alpha: float | None = flag(None, bounds=non_negative, help="rpo: weight of the chosen side's likelihood; 1")
+    simpo_gamma: float | None = flag(None, bounds=non_negative, help="simpo: target margin; default: 0.5")
+    rpo_alpha: float | None = flag(None, bounds=non_negative, help="rpo: weight of the chosen answer's NLL; default: 1")
 
 
 class DPOLoss(NamedTuple):
@@ -200,12 +199,12 @@ class DPOLoss(NamedTuple):
 
 
 def dpo_loss(args: DpoLossArgs, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor) -> DPOLoss:
-    """The loss and the implicit rewards of each pair.
+    """Returns the loss and the implicit rewards of each pair.
 
     logps, ref_logps [2, B], chosen then rejected: log-probability of the completion under policy and reference, summed
-    over its tokens, EOS included; the losses of REFERENCE_FREE do not look at the reference's. lengths [2, B]: the
-    number of those tokens. In the losses' formulae h = (lp_c - ref_c) - (lp_r - ref_r), b = beta, e = label_smoothing
-    and S(x) = -(1-e) logsigmoid(x) - e logsigmoid(-x). Rewards are TRL's: b (lp - ref); simpo: b lp / |.|.
+    over its tokens, EOS included; REFERENCE_FREE losses ignore ref_logps. lengths [2, B]: the number of these tokens.
+    In the formulae above, h = (lp_c - ref_c) - (lp_r - ref_r), b = beta, e = label_smoothing and
+    S(x) = -(1-e) logsigmoid(x) - e logsigmoid(-x). Rewards are TRL's: b (lp - ref); simpo: b lp / |.|.
     """
     logps, lengths = logps.float(), lengths.clamp(min=1)
     ratios = logps / lengths if args.loss in REFERENCE_FREE else logps - ref_logps.float()
@@ -214,7 +213,7 @@ def dpo_loss(args: DpoLossArgs, logps: Tensor, ref_logps: Tensor | None, lengths
 
 
 def sequence_logps(token_logps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(summed log-probabilities of each row's learnt tokens, fp32 [B]; their number, int64 [B]).
+    """Returns (the summed log-probabilities of each row's target tokens, fp32 [B]; their number, int64 [B]).
 
     token_logps [N]: from the function of that name; labels int64 [B, T], not shifted.
     """
@@ -225,30 +224,30 @@ def sequence_logps(token_logps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 # ------------------------------------------------------------------------------------------------ PPO
 # Schulman et al. 2017 (arXiv 1707.06347) on answers of a language model: Ziegler et al. 2019 (1909.08593).
 #
-# mask bool [B, T]: the tokens that the policy chose, the EOS that ended the answer included; one stretch in each row,
-# wherever it starts. What lies outside it may be anything, NaN too. Only the losses (policy, value, KL) have gradients.
+# mask bool [B, T]: the tokens that the policy sampled, including the EOS that ended the answer; contiguous in each row,
+# starting anywhere. Values outside it are ignored, even NaN. Only the losses (policy, value, KL) have gradients.
 
 
 @torch.no_grad()
 def shaped_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """The reward of each token: -kl_coef (logp - ref_logp), on a row's last masked token plus its score; fp32 [B, T],
-    0 outside the mask (Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, 2203.02155).
+    """Returns the reward of each token: -kl_coef (logp - ref_logp), plus the row's score on its last masked token; fp32
+    [B, T], 0 outside the mask (Ziegler et al. 2019, arXiv 1909.08593; Ouyang et al. 2022, 2203.02155).
 
     scores [B]; logps, ref_logps [B, T] in nats, of the policy at rollout and of the reference. The log-ratio (k1) is
-    negative on many tokens and must stay so: its mean is the KL, and clamped at 0 it leads to another policy.
+    negative on many tokens and is not clamped: its mean is the KL, and clamping at 0 would change the optimal policy.
     """
     rewards = torch.where(mask, -kl_coef * (logps.float() - ref_logps.float()), 0.0)
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # of the tokens from here on one is masked: this one
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # one masked token from here to the end: this one
     return rewards + torch.where(last, scores.float()[:, None], 0.0)
 
 
 @torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) over the masked tokens:
+    """Computes generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, eq. 16) of the masked tokens:
     A_t = sum_k (gamma lam)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}), where V is 0 past the last masked token.
 
-    rewards, values [B, T]: the value at t is that of the state in which token t is chosen. Returns (advantages,
-    returns), fp32 [B, T], 0 outside the mask; returns = advantages + values, so before any whitening.
+    rewards, values [B, T]: the value at t is that of the state in which token t is sampled. Returns (advantages,
+    returns), fp32 [B, T], 0 outside the mask; returns = advantages + values, before any whitening.
     """
     rewards, values = rewards.float(), torch.where(mask, values.float(), 0.0)
     advantages = torch.zeros_like(values)
@@ -262,12 +261,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 @torch.no_grad()
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x scaled to variance 1 (unbiased) over the mask, and to mean 0, or with shift_mean off to the mean it had; fp32,
-    0 outside the mask.
+    """Scales x to variance 1 (unbiased) over the mask, and shifts it to mean 0, or with shift_mean=False keeps its
+    mean; fp32, 0 outside the mask.
 
-    x, mask of one shape: the values of all ranks' answers, which the caller gathers. One value alone has variance 0.
+    x, mask: of the same shape; the caller gathers the answers of all ranks. A single value has variance 0.
     """
-    # sums in fp64, so that neither the padding nor the order of the rows shows in the result
+    # sums in fp64, so that neither the padding nor the order of the rows changes the result
     x, count = torch.where(mask, x.double(), 0.0), mask.sum()
     mean = x.sum() / count.clamp(min=1)
     variance = torch.where(mask, x - mean, 0.0).square().sum() / (count - 1).clamp(min=1)
@@ -276,20 +275,21 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 class PPOStats(NamedTuple):
-    """fp32 [N] each, without gradient: average them over tokens."""
+    """fp32 [N] each, without gradient, to be averaged over tokens."""
 
     ratio: Tensor  # pi / pi_old
-    clipped: Tensor  # 1 where the clipped term is the larger one, as TRL's clipfrac counts; dual_clip is not counted
+    clipped: Tensor  # 1 where the clipped term is the larger one, as in TRL's clipfrac; dual_clip is not counted
     approx_kl: Tensor  # 0.5 (logp - old_logp)^2, TRL's policy/approxkl_avg
 
 
 def ppo_policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cliprange: float, dual_clip: float | None = None
 ) -> tuple[Tensor, PPOStats]:
-    """(max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)), stats) of each token, r = exp(logp - old_logp), fp32 [N].
+    """Returns (max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)), stats) of each token, fp32 [N], with
+    r = exp(logp - old_logp): Schulman et al. 2017, arXiv 1707.06347, eq. 7.
 
-    Schulman et al. 2017, arXiv 1707.06347, eq. 7. With dual_clip c > 1 the loss of a token with A < 0 is at most -c A,
-    and its gradient 0 beyond that (Ye et al. 2020, 1912.09729). logps, old_logps (nats), advantages: [N].
+    With dual_clip c > 1 the loss of a token with A < 0 is at most -c A, and its gradient beyond that 0 (Ye et al. 2020,
+    1912.09729). logps, old_logps (nats), advantages: [N].
     """
     advantages, log_ratios = advantages.float(), logps.float() - old_logps.float()
     ratios = log_ratios.clamp(-20, 20).exp()  # an infinite ratio would make its gradient NaN even where it is clipped
@@ -303,8 +303,8 @@ def ppo_policy_loss(
 def ppo_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """(0.5 max((V - R)^2, (V' - R)^2), 1 where the second is the larger one) of each token, fp32 [N]: V' is V held
-    within cliprange_value of the value at rollout. 0: 0.5 (V - R)^2.
+    """Returns (0.5 max((V - R)^2, (V' - R)^2), 1 where the second term is the larger one) of each token, fp32 [N]. V'
+    is V clipped to within cliprange_value of the value at rollout; with cliprange_value 0 the loss is 0.5 (V - R)^2.
 
     As in OpenAI's baselines (Engstrom et al. 2020, arXiv 2005.12729, section 3). values, old_values, returns [N].
     """
@@ -312,43 +312,43 @@ def ppo_value_loss(
     plain = (values - returns).square()
     if not cliprange_value:
         return 0.5 * plain, torch.zeros_like(plain)
-    held = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # within it V to the bit
+    held = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # inside the range exactly V
     clipped = (held - returns).square()
     return 0.5 * torch.maximum(plain, clipped), (clipped > plain).float()
 
 
 def sequence_kl_loss(log_ratios: Tensor) -> Tensor:
-    """0.5 (sum_t log pi - log ref)^2 of each sequence, fp32 [B]: the KL in the loss instead of in the reward.
+    """Returns 0.5 (sum_t log pi - log ref)^2 of each sequence, fp32 [B]: the KL as a loss term, not in the reward.
 
-    log_ratios [B, T]: logp - ref_logp, 0 outside the mask. On samples of the policy its mean gradient is that of
-    KL(pi || ref) (Liu et al. 2025, arXiv 2510.01555: k2 as loss); the half square of each token by itself would forget
-    the KL of the tokens after it, and samples of an older policy bias it.
+    log_ratios [B, T]: logp - ref_logp, 0 outside the mask. On samples of the current policy its mean gradient is that
+    of KL(pi || ref) (Liu et al. 2025, arXiv 2510.01555: k2 as loss); samples of an older policy bias it. Half the
+    square of each token's log-ratio would ignore a token's effect on the KL of the tokens after it.
     """
     return 0.5 * log_ratios.float().sum(dim=1).square()
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """k3 of each token, fp32: exp(-d) - 1 + d, which is never negative, of the log-ratio d = logp - ref_logp.
+    """Returns k3 of each token, fp32: exp(-d) - 1 + d with d = logp - ref_logp, which is never negative.
 
-    On samples of the policy its mean is the KL to the reference in nats, as that of d (Schulman 2020,
-    joschu.net/blog/kl-approx.html). Beside GRPO's loss metrics only: as a reward or a loss k3 leads to another optimum.
+    On samples of the policy the mean of k3, as that of d, is the KL to the reference in nats (Schulman 2020,
+    joschu.net/blog/kl-approx.html). Except in GRPO's loss for metrics only: as reward or loss it has another optimum.
     """
     log_ratios = logps.float() - ref_logps.float()
     return torch.expm1(-log_ratios) + log_ratios
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: float) -> float:
-    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): the controller of Ziegler et al. 2019 (arXiv
+    """Returns kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): the controller of Ziegler et al. 2019 (arXiv
     1909.08593). kl, target: nats per answer; n answers in this update; horizon in answers."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
 @torch.no_grad()
 def importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
-    """min(exp(log_ratio), cap), of the same shape: truncated importance sampling (Ionides 2008; for rollouts of an
-    inference engine Yao et al. 2025, fengyao.notion.site/off-policy-rl) as a factor of a policy loss.
+    """Returns min(exp(log_ratio), cap), of the same shape, a factor of the policy loss: truncated importance sampling
+    (Ionides 2008; for rollouts of an inference engine Yao et al. 2025, fengyao.notion.site/off-policy-rl).
 
-    log_ratios: log-prob of the trained model at rollout less that of the engine that drew, in nats, of tokens or of
+    log_ratios: log-prob of the training model at rollout minus that of the engine that sampled, in nats, of tokens or
     whole answers, fp32.
     """
     return log_ratios.exp().clamp(max=cap)
@@ -358,8 +358,8 @@ def importance_weights(log_ratios: Tensor, cap: float) -> Tensor:
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
-    """The area under the ROC curve: the chance that a right one scores higher than a wrong one, a tie counting half
-    (Mann and Whitney's rank statistic). scores, labels [N]; a label of 0.5 or more is right. NaN if all are alike."""
+    """Returns the area under the ROC curve: the chance that a positive scores above a negative, ties counting half
+    (Mann and Whitney's rank statistic). scores, labels [N]; labels >= 0.5 are positive. NaN if a class is empty."""
     right = labels.flatten() >= 0.5
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
@@ -371,8 +371,8 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def calibration_error(probs: Tensor, labels: Tensor) -> float:
-    """The expected calibration error (Guo et al. 2017, arXiv 1706.04599): |mean probability - mean label| within each
-    of 10 equal intervals of probability, weighted by how many fall into it. probs, labels [N] in [0, 1]."""
+    """Returns the expected calibration error (Guo et al. 2017, arXiv 1706.04599): |mean probability - mean label| of
+    each of 10 equal bins of probability, weighted by the bin's share of examples. probs, labels [N] in [0, 1]."""
     bins, probs, labels = 10, probs.flatten().double(), labels.flatten().double()
     place = (probs * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=probs.device).index_add(0, place, probs - labels)

@@ -1,12 +1,12 @@
-"""Where the scores of answers come from: a reward model's folder, functions in files, or both.
+"""Scores of answers, from a reward model, from functions in Python files, or from both.
 
-- a reward model with the policy's tokenizer reads the very ids that were drawn; one with another tokenizer reads the
-  text, encoded as its own training did
-- a process reward model scores every step; its numbers go to the steps' last tokens or, aggregated, to the answer's end
-- a function sees texts and whole records. One that takes an answer runs in worker processes of its rank, from the
-  moment when that is finished
-- what goes wrong in a source leaves answers without its grade: one, or all of a function that fails as a whole. All of
-  that is counted, and --reward_error says what becomes of the answer, and of the run
+- a reward model with the policy's tokenizer reads the sampled ids; one with another tokenizer reads the text, encoded
+  as in its own training
+- a process reward model scores every step; its scores go to the steps' last tokens or, aggregated, to the answer's end
+- a function gets texts and whole records. The per-answer form runs in worker processes of the rank that sampled the
+  answer, and starts as soon as the answer is finished
+- a failing source leaves an answer without its grade, or all answers if a batch function fails. Failures are counted;
+  --reward_error decides what happens to the answer and the run
 
 Dimensions: A answers, R tokens of the longest answer.
 """
@@ -52,66 +52,66 @@ finite = Bounds(least=-1e9, most=1e9)
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArgs(GradingArgs):
-    """Where the scores of answers come from."""
+    """Rewards."""
 
     reward_checkpoint_path: Path | None = flag(None, type=model_folder, help="folder of a reward model")
     reward_fn: list[FunctionPlace] | None = flag(
         None,
         action="append",
         help="FILE.py:NAME, a function (prompt, completion, example) -> number, or (prompts, completions, examples) -> "
-        "list of numbers; several times for several",
+        "list of numbers; repeat the flag for several functions",
     )
-    reward_model_weight: float = flag(1.0, bounds=finite, help="what the reward model's scores are multiplied by")
+    reward_model_weight: float = flag(1.0, bounds=finite, help="factor of the reward model's scores")
     reward_fn_weight: list[float] | None = flag(
         None,
         action="append",
         bounds=finite,
         formerly=1.0,
-        help="what a function's numbers are multiplied by, once for all functions or for each in their order; 1",
+        help="factor of a function's numbers: one for all, or repeat the flag for each in their order; default: 1",
     )
-    normalize_reward: bool = flag(False, help="scores less reward_mean, by reward_std of the folder")
+    normalize_reward: bool = flag(False, help="standardise model scores by reward_mean and reward_std of its folder")
     process_reward: str = flag(
         "min",
         choices=("min", "prod", "last", "mean", "steps"),
-        help="of a process reward model: one of the steps' probabilities at the end, or each at its step's last token",
+        help="with a process reward model: how step probabilities become a reward at the answer's end; or steps: each "
+        "is the reward of its step's last token",
     )
     reward_error: str | None = flag(
         None,
         choices=("refuse", "zero", "skip"),
-        help="an answer to which a function or the reward model gives no number: end the run, take 0, or leave the "
-        "answer out of the update; refuse, but skip where a function of the per-answer form fails, unless it does for "
-        "all answers",
+        help="if a function or the reward model fails for an answer: end the run, take 0, or leave the answer out of "
+        "the update; default: refuse, but skip if a per-answer function fails for some answers, not all",
         may_change=True,
     )
-    missing_eos_penalty: float | None = flag(None, bounds=positive, help="subtracted where an answer has no end; none")
-    length_penalty: float = flag(0.0, bounds=non_negative, help="subtracted for each token of an answer")
+    missing_eos_penalty: float | None = flag(None, bounds=positive, help="penalty of unfinished answers; default: none")
+    length_penalty: float = flag(0.0, bounds=non_negative, help="penalty of each token of an answer")
     quantize_reward: str = flag(
-        "none", choices=("none", "int8", "int4"), help="round the weights of the reward model, replicated over dp"
+        "none", choices=("none", "int8", "int4"), help="quantise the reward model's weights; every dp rank holds them"
     )
 
 
 def load_reward_functions(args: RewardArgs) -> list[Grader]:
-    """The functions that --reward_fn names. Raises ValueError or OSError; see load_grader."""
+    """Loads the functions of --reward_fn. Raises ValueError or OSError; see load_grader."""
     functions, weights = args.reward_fn or [], args.reward_fn_weight or []
     if len(weights) > 1 and len(weights) != len(functions):
         raise ValueError(
-            f"--reward_fn_weight: {len(weights)} for {len(functions)} of --reward_fn; give one for all, or one for each"
+            f"--reward_fn_weight: {len(weights)} weights for {len(functions)} --reward_fn; give one, or one for each"
         )
     graders = [undisturbed()(load_grader)("--reward_fn", place) for place in functions]
     idle = [name for name in ("reward_timeout", "reward_memory") if getattr(args, name) != getattr(GradingArgs, name)]
     if idle and not any(grader.per_answer for grader in graders):
-        say(f"--{idle[0]} holds for a --reward_fn of the form (prompt, completion, example), and there is none")
+        say(f"--{idle[0]} has no effect without a --reward_fn of the form (prompt, completion, example)")
     return graders
 
 
 def rows_it_reads(
     reward: RewardFolder, prompts: list[str | Chat], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
-    """(what the reward model reads of each answer: its row and the places of its scores; how many rows are cut since
-    they are too long for the model). An answer that ran out of tokens has no EOS, one that a --stop ended has it in
-    the place of the stop, of which a part may be in the last token of the text: that is encoded anew.
+    """Returns (each answer's row for the reward model, with the positions of its scores; how many rows were cut to the
+    model's context). An answer that ran out of tokens gets no EOS. One that a --stop ended gets EOS in place of the
+    stop, and its text is encoded again, since its last token may hold a part of the stop.
 
-    prompts: as the records have them; rows: the policy's, prompt and answer; texts: the answers' alone.
+    prompts: as in the records; rows: the policy's, prompt and answer; texts: of the answers alone.
     """
     to_score, num_cut = [], 0
     tokenizer, separator, max_seq_len = reward.folder.tokenizer, reward.kind.separator, reward.folder.max_seq_len
@@ -134,11 +134,11 @@ def rows_it_reads(
 
 
 def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, tokenizer: Tokenizer) -> list[int]:
-    """The token of an answer, counted from 0, that ends each of split_steps(text, separator): the first with which the
-    text so far holds the whole step."""
+    """Returns, for each of split_steps(text, separator), the index of the answer token that completes it: the first
+    token after which the decoded text holds the whole step."""
     stream = StreamDecoder(tokenizer, prompt.ids)
     characters = (len(stream.push(token)) for token in row.input_ids[len(prompt.ids) :])
-    lengths = list(itertools.accumulate(characters))  # of the text that the first 1, 2, ... tokens have completed
+    lengths = list(itertools.accumulate(characters))  # of the text decoded from the first 1, 2, ... tokens
     places, end = [], 0
     for step in split_steps(text, separator):
         end = min(end + len(step) + len(separator), len(text))
@@ -147,25 +147,25 @@ def place_of_steps(text: str, separator: str, prompt: Prompt, row: Example, toke
 
 
 class Scores(NamedTuple):
-    """What the sources gave to answers, the same on all ranks."""
+    """The scores of answers, the same on all ranks."""
 
-    total: Tensor  # fp32 [A], the weighted sum of the sources less penalties, without step_rewards; NaN: to be skipped
-    step_rewards: Tensor  # fp32 [A, R], process rewards of their own tokens
-    num_cut: int  # rows that were cut for the reward model
-    sources: dict[str, Tensor]  # fp32 [A] each: what each gave, unweighted; NaN where it failed for an answer
-    failures: dict[str, list[str]]  # why one failed, once for each answer
+    total: Tensor  # fp32 [A], weighted sum of the sources minus penalties, without step_rewards; NaN: skip the answer
+    step_rewards: Tensor  # fp32 [A, R], process rewards on single tokens
+    num_cut: int  # rows that were cut to the reward model's context
+    sources: dict[str, Tensor]  # {source: its unweighted grades, fp32 [A]; NaN where it failed for an answer}
+    failures: dict[str, list[str]]  # {source: the reason of each failure}
 
     @property
     def checked(self) -> Tensor | None:
-        """What the first reward function gave, fp32 [A]; None without one."""
+        """Returns the grades of the first reward function, fp32 [A]; None without one."""
         return next((values for name, values in self.sources.items() if name != "reward_model"), None)
 
 
 class Scorer:
-    """What gives answers their scores: a reward model, functions, or both. folder and model go together, or are None.
+    """Scores answers with a reward model (folder and model, or None for both), functions, or both.
 
-    Functions of the per-answer form run in worker processes of each rank, which grades the answers that it drew; the
-    batch form is called on the main rank. Making it is what each rank does, or none.
+    Functions of the per-answer form run in worker processes of each rank, for the answers that the rank sampled; those
+    of the batch form are called on the main rank. All ranks must construct a Scorer, or none.
     """
 
     def __init__(
@@ -185,14 +185,14 @@ class Scorer:
         self.weights = dict(zip(self.functions, weights if len(weights) > 1 else weights * len(functions)))
         self.weights["reward_model"] = args.reward_model_weight
         self.pooled = [name for name, function in self.functions.items() if function.per_answer]
-        self.grading: dict[int, tuple[Prompt, str, list]] = {}  # answers that are being graded, by their numbers
+        self.grading: dict[int, tuple[Prompt, str, list]] = {}  # {index of an answer: (prompt, text, its futures)}
         self.pool, self.warned, self.graded = None, set(), set()
-        tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent and draw the same
+        tp_size = dist.get_world_size() // split.dp.size()  # tensor-parallel ranks are adjacent, with the same answers
         if self.pooled and dist.get_rank() % tp_size == 0:
             self.pool = Pool([self.functions[name] for name in self.pooled], args)
 
     def submit(self, i: int, prompt: Prompt, text: str) -> None:
-        """Answer i of the batch that is drawn is finished on this rank: functions of the per-answer form begin."""
+        """Starts the per-answer functions on answer i of the current batch, which this rank has finished sampling."""
         if self.pool is not None:
             grades = [self.pool.submit(j, prompt.text, text, prompt.fields) for j in range(len(self.pooled))]
             self.grading[i] = (prompt, text, grades)
@@ -203,15 +203,15 @@ class Scorer:
             self.pool.close()
 
     def score(self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]) -> Scores:
-        """The scores of the answers to prompts, of which some may have been submitted. A collective; it ends the run if
-        a source fails that must not, or where a signal asks for it.
+        """Returns the scores of the answers; some may have been submitted already. A collective. Ends the run if a
+        source fails and --reward_error does not allow it, or after a signal.
 
         rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
         """
         args, num_cut, grades = self.args, 0, {}
         num_tokens = torch.tensor([row.num_targets for row in rows])
         step_rewards = torch.zeros(len(rows), int(num_tokens.max()))
-        self._submit_the_rest(prompts, texts)  # they are graded while the reward model computes
+        self._submit_the_rest(prompts, texts)  # workers grade them while the reward model computes
         if self.folder is not None:
             grades["reward_model"], step_rewards, num_cut = self._ask_model(prompts, rows, texts, finished)
         columns = [prompt.text for prompt in prompts], texts, [prompt.fields for prompt in prompts]
@@ -231,31 +231,31 @@ class Scorer:
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 
     def _check_some_graded(self, name: str, grades: list[Grade], prompts: list[Prompt]) -> None:
-        """Ends the run where nobody has said what becomes of a failure and a function of the per-answer form fails for
-        all answers: learning nothing from update to update would look like a run. All answers to one prompt may be the
-        fault of its record, once the function has graded others."""
+        """Ends the run if a per-answer function fails for all answers and --reward_error is not given: otherwise the
+        run would go on without learning. If all answers are to one prompt, its record may be the cause: then the run
+        goes on, provided that the function has graded answers before."""
         several = len({id(prompt) for prompt in prompts}) > 1 or name not in self.graded
         if not all(grade.failure for grade in grades):
             self.graded.add(name)
         elif several and self.args.reward_error is None and self.weights[name]:
             self.stop.fail(
                 f"--reward_fn: {name} gave none of {len(grades)} answers a grade, the first: {grades[0].failure}; "
-                "--reward_error skip or zero goes on all the same"
+                "--reward_error skip or zero continues nevertheless"
             )
 
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
-        """What a source adds to the rewards, fp32 [A]; NaN for an answer that is to be skipped. Ends the run if there
-        is none for an answer and there must be one."""
+        """Returns a source's weighted contribution to the rewards, fp32 [A]; NaN for an answer to be skipped. Ends the
+        run if a grade is missing and must not be."""
         weight, per_answer = self.weights[name], name in self.pooled
         how = self.args.reward_error or ("skip" if per_answer else "refuse")
         failure = next((grade.failure for grade in grades if grade.failure), None)
         if failure is not None:
             failure = f"--reward_fn: {name} gave an answer no grade: {failure}" if per_answer else failure
             if how == "refuse":
-                self.stop.fail(f"{failure}; --reward_error zero or skip goes on all the same")
+                self.stop.fail(f"{failure}; --reward_error zero or skip continues nevertheless")
             if name not in self.warned:
                 self.warned.add(name)
-                say(f"{failure}; later ones are only counted")
+                say(f"{failure}; later failures are only counted")
         values = torch.tensor([grade.value for grade in grades])
         of_steps = name == "reward_model" and self.folder.kind.separator is not None
         in_steps = of_steps and self.args.process_reward == "steps"
@@ -265,8 +265,8 @@ class Scorer:
     def _ask_model(
         self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]
     ) -> tuple[list[Grade], Tensor, int]:
-        """(what the reward model gives to each answer, of steps their sum; weighted rewards of steps at their own
-        tokens [A, R]; how many rows were cut)"""
+        """Returns (the reward model's grade of each answer, for step rewards their sum; weighted rewards of steps at
+        their own tokens [A, R]; how many rows were cut)."""
         args, kind = self.args, self.folder.kind
         grades, step_rewards = [], torch.zeros(len(rows), max(row.num_targets for row in rows))
         to_score, num_cut = rows_it_reads(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
@@ -275,7 +275,7 @@ class Scorer:
         for i, values in enumerate(step_scores(self.model, to_score, split)):
             if not all(map(math.isfinite, values)):
                 place = prompts[i].where or f"answer {i}"
-                why = "the reward model's score is not finite; its weights are broken, or overflow in this dtype"
+                why = "the reward model's score is not finite; its weights are broken, or it overflows in this dtype"
                 grades.append(Grade(math.nan, f"--reward_checkpoint_path: {place}: {why}"))
             elif kind.separator is None:
                 grades.append(Grade((values[0] - mean) / std))
@@ -283,23 +283,23 @@ class Scorer:
                 grades.append(Grade(aggregate(values, args.process_reward)))
             else:
                 places = place_of_steps(texts[i], kind.separator, prompts[i], rows[i], self.tokenizer)
-                for place, value in zip(places, values, strict=False):  # a row cut for the model has fewer
+                for place, value in zip(places, values, strict=False):  # a row that was cut has fewer
                     step_rewards[i, place] += args.reward_model_weight * sigmoid(value)
                 grades.append(Grade(sum(map(sigmoid, values[: len(places)]))))
         return grades, step_rewards, num_cut
 
     def _ask_batch(self, function: Grader, *columns: list) -> list[Grade]:
-        """The grades that a function of the batch form gives on the main rank, which a signal breaks off."""
+        """Calls a batch function on the main rank and returns its grades on all ranks; a signal interrupts the call."""
         outcome = [None]
         if is_main_rank():
             outcome = [self.stop.call(_grades_of_batch, function, *columns)]
-        wait_for_all_ranks()  # a function may take longer than a collective waits
+        wait_for_all_ranks()  # a function may take longer than a collective's timeout
         dist.broadcast_object_list(outcome, src=0)
         self.stop.check()
         return outcome[0]
 
     def _submit_the_rest(self, prompts: list[Prompt], texts: list[str]) -> None:
-        """Submits a share of the answers that no rank has submitted. A collective."""
+        """Submits this rank's share of the answers that no rank has submitted yet. A collective."""
         if not self.pooled:
             return
         answers = list(zip(prompts, texts))
@@ -311,11 +311,11 @@ class Scorer:
             self.submit(rest[i], *answers[rest[i]])
 
     def _collect(self, num_answers: int) -> dict[str, list[Grade]]:
-        """The grades of each answer by each function of the per-answer form. A collective."""
+        """Waits for the per-answer functions and returns their grades of all answers, by function. A collective."""
         if not self.pooled:
             return {}
         parts, own = [None] * dist.get_world_size(), self._own_grades()
-        wait_for_all_ranks()  # some answers take longer than others
+        wait_for_all_ranks()  # some ranks' answers take longer to grade
         dist.all_gather_object(parts, own)
         self.stop.check()
         broken = next((part for part in parts if isinstance(part, str)), None)
@@ -326,7 +326,7 @@ class Scorer:
         return {name: [Grade(*each) for each in column] for name, column in zip(self.pooled, columns)}
 
     def _own_grades(self) -> dict[int, list[Grade]] | str:
-        """Of the answers that this rank has submitted, unless it is asked to end meanwhile; or why there are none."""
+        """Returns the grades of the answers that this rank submitted, {} after a signal, or an error message."""
         own = {i: futures for i, (_, _, futures) in self.grading.items()}
         self.grading.clear()
         waiting = {future for futures in own.values() for future in futures}
@@ -339,7 +339,7 @@ class Scorer:
 
 
 def _grades_of_batch(function: Grader, *columns: list) -> list[Grade]:
-    """Those of call_batch; where the function fails, there is none for any answer."""
+    """Returns the grades of call_batch; if the function fails, a failure for every answer."""
     try:
         return call_batch(function, *columns)
     except ValueError as error:
@@ -347,7 +347,7 @@ def _grades_of_batch(function: Grader, *columns: list) -> list[Grade]:
 
 
 def _unique_names(functions: list[Grader]) -> list[str]:
-    """The functions' names, with a number where several have the same."""
+    """Returns the functions' names, with a number appended to repeated ones."""
     names = ["reward_model"]
     for function in functions:
         numbered = (f"{function.name}_{number}" for number in itertools.count(2))
@@ -356,8 +356,8 @@ def _unique_names(functions: list[Grader]) -> list[str]:
 
 
 def source_metrics(scores: list[Scores]) -> dict[str, float]:
-    """What is measured of each source, under TRL's names: mean and deviation of what it gave, unweighted, and to how
-    many answers it gave nothing."""
+    """Returns the metrics of each source, under TRL's names: mean and standard deviation of its unweighted grades, and
+    how many answers it failed for."""
     metrics = {}
     for name in scores[0].sources:
         values = torch.cat([each.sources[name] for each in scores]).double()

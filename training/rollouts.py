@@ -1,7 +1,7 @@
-"""Answers of a policy in reinforcement learning: drawn by all ranks and known to all, and what the models in training
-say of their tokens.
+"""Rollouts of reinforcement learning: the ranks sample answers together, exchange them, and compute the log-probs and
+values of their tokens with the models in training.
 
-Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward, T their tokens.
+Dimensions: A answers, R tokens of the longest answer (left-aligned), n rows of a forward pass, T their tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,9 +34,9 @@ from training.samples import draw_together
 def make_engine(
     policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, dp_size: int, runtime: Runtime
 ) -> Engine:
-    """What draws answers, from an inference copy of the policy (its `model`, to be refreshed). A rank draws its share
-    of an update at a time, as many as --rollout_slots says. Raises ValueError if memory does not hold one answer. A
-    collective."""
+    """Returns an engine on an inference copy of the policy (`engine.model`, to be refreshed after updates). A dp rank
+    generates its share of an update's answers, --rollout_slots at a time. Raises ValueError if not even one answer fits
+    in memory. A collective."""
     stop_ids, stop = stops_of(args.stop or (), folder.tokenizer)
     stop_ids = tuple(dict.fromkeys((*folder.eos_token_ids, *stop_ids)))
     model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
@@ -65,24 +65,24 @@ def make_engine(
 
 
 def memory_of_training(model: Transformer, free: int) -> int:
-    """Bytes that an update will take of those that are free when the weights and the optimizer's state are there: the
-    gradients, and half of what they leave, for activations, whose size nobody knows before. With --sleep the cache is
-    given back meanwhile."""
+    """Estimates how many of the `free` bytes, left beside weights and optimizer state, an update needs: the gradients,
+    and half of the remainder for activations, whose size is not known in advance. (With --sleep nothing is reserved:
+    the engine releases its cache during the update.)"""
     parts = [local(p) for p in model.parameters() if p.requires_grad]
     gradients = sum(part.nbytes for part in parts if part.device.type == "cuda")
     return gradients + max(0, free - gradients) // 2
 
 
 class Answer(NamedTuple):
-    ids: list[int]  # all that was drawn: the EOS or the stop string that ended it included
+    ids: list[int]  # all sampled tokens, including the EOS or stop string that ended the answer
     logps: list[float]
     text: str
     finished: bool
 
 
 def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> list[Answer]:
-    """An answer to each prompt, the same on all ranks; the scorer hears of each on the rank that drew it. A collective.
-    first: number of the first answer, which with sample_idx decides the sampler's noise."""
+    """Samples an answer to each prompt and returns them on all ranks; the rank that sampled an answer submits it to the
+    scorer. A collective. first: number of the first answer; with sample_idx it determines the sampling noise."""
     length = scorer.args.max_new_tokens
     requests = [Request(first + i, sample_idx, each.ids, length, each.where) for i, each in enumerate(prompts)]
 
@@ -96,8 +96,8 @@ def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, samp
 
 
 def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) -> tuple[list[Example], Tensor, Tensor]:
-    """(prompt and answer, with labels on the answer; which of R places hold a token of it, bool [A, R]; the engine's
-    log-probs of these, fp32 [A, R], 0 elsewhere)"""
+    """Returns (rows of prompt and answer, with labels on the answer; the mask of the answers' tokens, bool [A, R]; the
+    engine's log-probs of these tokens, fp32 [A, R], 0 outside the mask)."""
     width = max(len(answer.ids) for answer in answers)
     mask, logps = torch.zeros(len(answers), width, dtype=torch.bool), torch.zeros(len(answers), width)
     for i, answer in enumerate(answers):
@@ -111,30 +111,30 @@ def as_rows(prompts: list[Prompt], answers: list[Answer], device: torch.device) 
 
 
 def minibatches(args: RolloutArgs, step: int, num_passes: int) -> Iterator[list[int]]:
-    """The numbers of the answers of each optimizer step of an update, which takes all answers so many times."""
+    """Yields the indices of the answers of each optimizer step of an update, for num_passes passes over all answers."""
     for number in range((step - 1) * num_passes, step * num_passes):
         order = epoch_order(args.rollout_batch_size, seed=args.seed, epoch=number, shuffle=True)
         yield from (order[i : i + args.step_size] for i in range(0, len(order), args.step_size))
 
 
 def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What takes these rows of a tensor [A, ...] on the device, for which nobody waits."""
+    """Returns a function that selects these rows of a tensor [A, ...] on its device, without a host sync."""
     index = index_on(part, device)
     return lambda values: values.index_select(0, index)
 
 
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
-    """function(n rows, maybe none) -> [n, R], for all rows, the same on all ranks: fp32 [A, R]. A collective."""
+    """Applies function(n rows, maybe 0) -> [n, R] to rows shared by the ranks; all get fp32 [A, R]. A collective."""
     result = None
     for part in split.numbers(rows):
         values = function([rows[i] for i in part])
         result = values.new_zeros(len(rows), values.shape[1]) if result is None else result
         result.index_copy_(0, index_on(part, values.device), values)
-    return split.sum(result)  # each row is one rank's; the others have 0 there
+    return split.sum(result)  # one rank computed each row; the others hold 0 there
 
 
 def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
-    """[n, width] from one value for each label of [n, T], row by row; 0 beyond a row's last."""
+    """Arranges one value per label of [n, T], given row by row, as [n, width], left-aligned and padded with 0."""
     counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
     return placed(values, torch.arange(width, device=labels.device) < counts[:, None])
 
@@ -142,8 +142,8 @@ def _left_aligned(values: Tensor, labels: Tensor, width: int) -> Tensor:
 def answer_logps(
     model: Transformer, rows: list[Example], width: int, split: Split, temperature: float, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob of each token of the answers, entropy of the distribution it was drawn from), fp32 [n, width] each; no
-    rows give [0, width], in the graph of a forward."""
+    """Returns (log-prob of each answer token, entropy of its distribution), fp32 [n, width] each. Without rows: [0,
+    width], still attached to the graph of a forward pass, so that its collectives run."""
     forward = forward_rows(model, rows, split)
     options = {"learnt": forward.learnt, "vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     options |= {"temperature": temperature, "entropy": entropy}
@@ -153,12 +153,12 @@ def answer_logps(
 
 @torch.no_grad()
 def all_logps(model: Transformer, rows: list[Example], width: int, split: Split, temperature: float) -> Tensor:
-    """answer_logps of all rows, without gradient, the same on all ranks: fp32 [A, width]. A collective."""
+    """Returns answer_logps of all rows, which the ranks share, without gradient: fp32 [A, width]. A collective."""
     return over_ranks(rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
 
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
-    """The critic's value before each token of the answers, fp32 [n, width]; no rows as in answer_logps."""
+    """Returns the critic's value before each answer token, fp32 [n, width]; without rows, as answer_logps."""
     forward = forward_rows(model, rows, split)
     values = model.score(forward.hidden).flatten().index_select(0, forward.learnt)
     return _left_aligned(values, forward.row_labels, width)
@@ -168,22 +168,22 @@ def answer_values(model: Transformer, rows: list[Example], width: int, split: Sp
 
 
 class TokenSums:
-    """Means over the tokens of an update's minibatches, under any names."""
+    """Accumulates token means of any metrics over the minibatches of an update."""
 
     def __init__(self, device: torch.device):
         self.device, self.sums = device, {}
 
     def add(self, num_tokens: int | Tensor, **values: Tensor) -> None:
-        """Adds what num_tokens tokens have, one value each or their sum. Every rank must add the same names in the same
-        order, if only of no tokens. A number that is on the device stays there."""
-        if not isinstance(num_tokens, Tensor):  # a kernel writes it: sent, it would be waited for
+        """Adds values of num_tokens tokens: one value for each token, or their sum. Every rank must add the same names
+        in the same order, also for 0 tokens. A num_tokens on the device is not read on the host."""
+        if not isinstance(num_tokens, Tensor):  # torch.full launches a kernel; a copy from the host would sync
             num_tokens = torch.full((), num_tokens, device=self.device)
         count = num_tokens.double()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack((value.detach().double().sum(), count))
 
     def means(self, split: Split) -> dict[str, float]:
-        """Over the tokens of all ranks; 0 where there were none. A collective."""
+        """Returns the means over the tokens of all ranks, 0 if there are none. A collective."""
         if not self.sums:
             return {}
         sums = split.sum(torch.stack(list(self.sums.values())))  # [names, 2]
@@ -191,8 +191,8 @@ class TokenSums:
 
 
 def pass_rates(checked: Tensor | None, num_generations: int) -> dict[str, float]:
-    """pass@1 to pass@N of N answers to each prompt, by powers of two: an answer passes if the first reward function
-    gives it at least 1. checked: what that gave, [A]; without a reward function there is nothing to pass."""
+    """Returns pass@k for k = 1, 2, 4, ... and N, with N answers to each prompt. An answer passes if its grade from the
+    first reward function is at least 1. checked: these grades, [A]; None without a reward function: returns {}."""
     if checked is None:
         return {}
     passed = (checked >= 1).view(-1, num_generations).sum(dim=1).tolist()

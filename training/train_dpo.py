@@ -1,10 +1,10 @@
-"""Direct preference optimisation: pairs of answers, without a reward model, from one Hugging Face folder to another.
+"""Direct preference optimisation: preference pairs, without a reward model, from one Hugging Face folder to another.
 
-- records: prompt, chosen, rejected, as text or chat messages; training/preferences.py
+- records: prompt, chosen, rejected, as text or chat messages; see training/preferences.py
 - losses: sigmoid (DPO, cDPO), ipo, ipo_avg, hinge, robust, simpo, rpo; training/losses.py has formulae and sources
-- chosen and rejected go through one forward; the loss of a step is the mean over all its pairs, whatever the
-  micro-batches
-- the reference is frozen: its log-probs are computed once before training (training/reference.py), or in each step
+- chosen and rejected share a forward pass; the loss of a step is the mean over all its pairs, whatever the micro-batch
+  size
+- the frozen reference's log-probs are computed once before training (training/reference.py), or in each step
 
     python training/train_dpo.py --checkpoint_path DIR --train_file pairs.jsonl --output_dir runs/dpo
 
@@ -57,9 +57,9 @@ from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
 from training.samples import EvalSamples, SampleArgs, lesson
 
-# by TRL's names, over pairs
+# metrics averaged over pairs, under TRL's names
 MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
-Splits = dict[str, tuple[Rows, list[list[int]]]]  # by name: pairs, and the batches of them that a run will see
+Splits = dict[str, tuple[Rows, list[list[int]]]]  # {"train" or "eval": (pairs, the batches that the run will use)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class DpoArgs(RunArgs, DataArgs, DpoLossArgs, OptimArgs, ParallelArgs, Reference
     learning_rate: float = 1e-6
     precompute_ref: bool = flag(
         True,
-        help="the reference's log-probs once before training; else in each step, with a second model in memory",
+        help="compute the reference's log-probs once before training; else in each step, with a second model in memory",
         may_change=True,
     )
 
@@ -79,7 +79,7 @@ def main(args: DpoArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 
-    # load: the data first, since it is quick to be wrong
+    # load: the data first, so that a mistake in it shows before the model is loaded
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None and args.loss not in REFERENCE_FREE and not args.precompute_ref
@@ -153,13 +153,13 @@ def main(args: DpoArgs) -> None:
 
 
 def check_flags(args: DpoArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     check_evaluation(args)
     check_reference_flags(args)
     if args.loss not in SMOOTHED:
         refuse_idle(args, f"for --loss {args.loss}; it is for {', '.join(SMOOTHED)}", "label_smoothing")
     if args.loss == "robust" and args.label_smoothing == 0.5:
-        raise ValueError("--label_smoothing 0.5: --loss robust needs less, since it divides by 1 - 2 * label_smoothing")
+        raise ValueError("--label_smoothing 0.5: --loss robust divides by 1 - 2 * label_smoothing; take less than 0.5")
     for name, wanted in (("simpo_gamma", "simpo"), ("rpo_alpha", "rpo")):
         if args.loss != wanted:
             refuse_idle(args, f"for --loss {args.loss}; it is for {wanted}", name)
@@ -179,9 +179,9 @@ def load_models(
     splits: Splits,
     split: Split,
 ) -> tuple[Transformer, Transformer | None]:
-    """(the policy, the reference if it runs in each step). One that runs before training gives its log-probs to the
-    pairs, and where policy and reference begin alike they are one model; with adapters also later, see as_reference.
-    splits: empty if no step is taken."""
+    """Returns (policy, reference), with reference None unless it runs in each step. Otherwise this writes its log-probs
+    into the pairs. If policy and reference start from the same weights, one model serves as both before training, and
+    with adapters also during it (see as_reference). splits: empty if no step is taken."""
     load_policy = partial(load_for_training, args.checkpoint_path, mesh, args, runtime, lora=lora)
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
     begin_alike = args.ref_checkpoint_path is None and ref_scheme is None
@@ -200,18 +200,18 @@ def load_models(
     if not begin_alike:
         precompute_with(load_reference(), splits, cache, split)
         return load_policy(), None
-    policy = load_policy()  # which is the reference until its first step, and until a checkpoint is read
+    policy = load_policy()  # equals the reference until its first step, or until a checkpoint is loaded
     precompute_with(policy, splits, cache, split)
     return policy, None
 
 
 @torch.no_grad()
 def precompute_with(reference: Transformer, splits: Splits, cache: ReferenceCache, split: Split) -> None:
-    """Gives the pairs of each split the reference's log-probs."""
+    """Writes the reference's log-probs into the pairs of each split. A collective."""
     for name, (pairs, batches) in splits.items():
         precompute(lambda rows: pair_logps(reference, rows, split)[0], name, pairs, batches, cache, split)
     if isinstance(reference, FSDPModule):
-        reference.reshard()  # else the next forward would use the head and the embedding gathered here
+        reference.reshard()  # else the next forward would use the head and the embedding that were gathered here
 
 
 def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
@@ -225,7 +225,7 @@ def reference_note(args: DpoArgs, scheme: Schemes | None) -> str:
 
 
 def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Tensor, Tensor]:
-    """(log-probability of each completion, number of its tokens, EOS included), [2, B] each: chosen, then rejected."""
+    """Returns (log-probability, number of tokens) of each completion, EOS included; [2, B] each: chosen, rejected."""
     rows = forward_rows(model, pair_rows(pairs), split)
     vocabulary = {"vocab_size": model.config.vocab_size, "tp": model.parallel.tp}
     logps, _ = token_logps(rows.hidden, model.lm_head.weight, rows.labels, learnt=rows.learnt, **vocabulary)
@@ -236,10 +236,10 @@ def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Ten
 def summed_loss(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
 ) -> tuple[Tensor, Tensor]:
-    """(the loss of this rank's pairs, summed; the sums of it and of MEANS over the pairs, without a gradient).
+    """Returns (the summed loss of this rank's pairs; the sums of the loss and of MEANS over them, without gradient).
 
-    reference: None where the pairs hold its log-probs, or the loss wants none."""
-    if reference is not None:  # before the policy, whose backward finds its own model as its forward left it
+    reference: None if the pairs hold its log-probs, or if the loss needs none."""
+    if reference is not None:  # first: with LoRA both may be one model, and backward needs the policy's state
         with torch.no_grad(), as_reference(reference):
             ref_logps, _ = pair_logps(reference, pairs, split)
     logps, lengths = pair_logps(model, pairs, split)
@@ -252,7 +252,7 @@ def summed_loss(
 
 
 def eval_batches(pairs: Rows, batch_size: int) -> list[list[int]]:
-    """The rows of an evaluation, by length: the same for each evaluation and for the reference."""
+    """Returns batches of the pairs, sorted by length: the same ones for every evaluation and for the reference."""
     rows = np.argsort(pairs.lengths.max(axis=1), kind="stable").tolist()
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
@@ -261,7 +261,7 @@ def eval_batches(pairs: Rows, batch_size: int) -> list[list[int]]:
 def evaluate(
     model: Transformer, reference: Transformer | None, pairs: Rows, args: DpoArgs, split: Split
 ) -> dict[str, float]:
-    """The mean loss and MEANS over all pairs, over all ranks."""
+    """Returns the mean loss and MEANS over all pairs, on all ranks. A collective."""
     sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers]):

@@ -1,11 +1,11 @@
-"""Group relative policy optimisation: a policy learns from checked rewards of its own answers, without a critic, since
+"""Group relative policy optimisation: a policy learns from verifiable rewards of its own answers, without a critic:
 each answer is compared with the other answers to its prompt.
 
-- each update: draw --num_generations answers to each prompt (they share its prefill), score them, and take advantages
-  within the groups; then --num_iterations passes of clipped steps over the answers
-- --loss_type grpo, gspo, bnpo, dapo, cispo, dr_grpo or rloo: what a ratio is of, and what a mean is over
+- each update: sample --num_generations answers to each prompt (they share its prefill), score them, compute advantages
+  within each group; then take --num_iterations passes of clipped steps over the answers
+- --loss_type grpo, gspo, bnpo, dapo, cispo, dr_grpo or rloo: see the table in training/grpo_losses.py
 - the KL to a reference is in the loss (k3), for rloo in the reward; with --beta 0 there is no reference
-- groups whose rewards are all equal teach nothing: --max_resamples replaces them by answers to the next prompts
+- a group whose rewards are all equal has no gradient: --max_resamples replaces it by answers to the next prompt
 - token in, token out, as in PPO, and every number of an update is the same on all ranks, whatever the layout
 
 Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300).
@@ -90,13 +90,13 @@ class GrpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, GrpoLossArgs, Di
 
     learning_rate: float = 1e-6
     lr_schedule: str = "linear"
-    num_generations: int = flag(8, bounds=Bounds(least=2), help="answers to each prompt, which are compared")
+    num_generations: int = flag(8, bounds=Bounds(least=2), help="answers to each prompt, which form a group")
     num_iterations: int = flag(1, bounds=at_least_one, help="passes over the answers of an update")
     max_resamples: int = flag(
-        0, bounds=non_negative, help="times that groups with equal rewards are replaced in an update"
+        0, bounds=non_negative, help="how many times groups with equal rewards are resampled in an update"
     )
     soft_punish_cache: int | None = flag(
-        None, bounds=at_least_one, help="the last tokens of --max_new_tokens, whose use costs up to 1; none"
+        None, bounds=at_least_one, help="penalty of up to 1 for using the last N of --max_new_tokens; default: none"
     )
 
 
@@ -105,7 +105,7 @@ def main(args: GrpoArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.step_size, "--minibatch_size")
     run = Run(args)
 
-    # load: files and settings first, since they are quick to be wrong
+    # load: files and settings first, so that a mistake in them shows before the models are loaded
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     own_reference = args.beta > 0 and args.ref_checkpoint_path is None
@@ -121,7 +121,7 @@ def main(args: GrpoArgs) -> None:
     scorer = Scorer(args, folder.tokenizer, frozen.reward, reward_model, functions, split, run.stop)
     divergence = Divergence(args, folder.config.vocab_size, "a higher --beta", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
-    trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds it and two counts
+    trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds the policy and two counters
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
     run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device)
@@ -145,7 +145,7 @@ def main(args: GrpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        sampled = answers_to(engine, scorer, asked, 0, 1)  # the same noise each time, not training's
+        sampled = answers_to(engine, scorer, asked, 0, 1)  # noise: fixed, and not that of training
         sample_log.show(asked, [each.text for each in sampled.answers], sampled.finished, reward=sampled.rewards)
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -206,7 +206,7 @@ def main(args: GrpoArgs) -> None:
 
 
 def check_flags(args: GrpoArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     check_rl_flags(args)
     if args.rollout_batch_size % args.num_generations:
         raise ValueError(
@@ -214,18 +214,18 @@ def check_flags(args: GrpoArgs) -> None:
         )
     if not args.beta:
         names = ("ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl", "stop_kl")
-        refuse_idle(args, "without a --beta (one of 1e-6 loads the reference and moves nothing)", *names)
+        refuse_idle(args, "with --beta 0 (1e-6 loads the reference, with a negligible weight)", *names)
     if args.loss_type == "rloo":
         names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
         refuse_idle(args, "for --loss_type rloo", *names)
     if args.process_reward == "steps":
-        raise ValueError("--process_reward steps rewards single tokens, and here answers are compared; take another")
+        raise ValueError("--process_reward steps rewards single tokens, and GRPO compares whole answers; take another")
     if args.loss_type == "cispo":
         refuse_idle(args, "for --loss_type cispo, whose ratios --epsilon_high bounds", "delta")
         if args.epsilon_high is not None:
             refuse_idle(args, "for --loss_type cispo beside --epsilon_high, which bounds its ratios", "epsilon")
         else:
-            say(f"--loss_type cispo: a ratio counts at most --epsilon {args.epsilon}; --epsilon_high 5 is usual")
+            say(f"--loss_type cispo: ratios are capped at --epsilon {args.epsilon}; --epsilon_high 5 is usual")
     if args.soft_punish_cache is not None and args.soft_punish_cache > args.max_new_tokens:
         raise ValueError(
             f"--soft_punish_cache {args.soft_punish_cache} is more than --max_new_tokens {args.max_new_tokens}"
@@ -236,14 +236,14 @@ def check_flags(args: GrpoArgs) -> None:
 
 
 class Sampled(NamedTuple):
-    """Answers with their rewards, the same on all ranks; those to one prompt stand together."""
+    """Answers with their rewards, the same on all ranks; answers to one prompt are adjacent."""
 
     prompts: list[Prompt]
     answers: list[Answer]
-    mask: Tensor  # bool [A, R]: their tokens, the EOS included
+    mask: Tensor  # bool [A, R]: the tokens of the answers, EOS included
     scores: Scores
-    rewards: Tensor  # fp32 [A], all penalties included, the KL not; NaN where an answer has none and is to be skipped
-    seconds: dict[str, float]  # what drawing and scoring took
+    rewards: Tensor  # fp32 [A], with all penalties, without the KL; NaN for an answer to be skipped
+    seconds: dict[str, float]  # time of sampling and of scoring
 
     @property
     def finished(self) -> list[bool]:
@@ -251,9 +251,9 @@ class Sampled(NamedTuple):
 
 
 def sample_groups(engine: Engine, scorer: Scorer, train: list[Prompt], num_done: int) -> list[Sampled]:
-    """Groups of answers to the prompts that follow the first num_done of the run, and as often as --max_resamples says
-    to further prompts, in place of groups whose rewards are all equal (Yu et al. 2025, DAPO, arXiv 2503.14476, section
-    3.2; there without an end)."""
+    """Samples groups of answers to the prompts after the first num_done of the run, then up to --max_resamples times
+    groups for further prompts in place of those whose rewards are all equal (Yu et al. 2025, DAPO, arXiv 2503.14476,
+    section 3.2, which has no limit)."""
     args, sampled = scorer.args, []
     G, missing = args.num_generations, args.rollout_batch_size // args.num_generations
     for _ in range(1 + args.max_resamples):
@@ -268,7 +268,7 @@ def sample_groups(engine: Engine, scorer: Scorer, train: list[Prompt], num_done:
 
 
 def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> Sampled:
-    """An answer to each prompt, scored; see draw. A collective."""
+    """Samples (see draw) and scores an answer to each prompt. A collective."""
     args, watch = scorer.args, Stopwatch(engine.device)
     answers = draw(engine, scorer, prompts, first, sample_idx)
     rows, mask, _ = as_rows(prompts, answers, engine.device)
@@ -278,7 +278,7 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
     rewards = scores.total
     if args.soft_punish_cache:
         punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
-        if args.mask_truncated_completions:  # of what is not learnt it would only lift the others of the group
+        if args.mask_truncated_completions:  # lowering a masked answer would only raise the others' advantages
             punishment = punishment * torch.tensor(finished, device=punishment.device)
         rewards = rewards + punishment
     seconds["score"] = watch.lap()
@@ -289,25 +289,25 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
 
 
 class Groups(NamedTuple):
-    """What the steps of an update learn from, the same on all ranks."""
+    """The training data of an update, the same on all ranks."""
 
     rows: list[Example]  # prompt and answer, with labels on the answer
-    mask: Tensor  # bool [A, R]: the tokens of the answers,
-    learnt: Tensor  # and those of them that are learnt,
-    num_learnt: list[int]  # so many of each answer
+    mask: Tensor  # bool [A, R]: the tokens of the answers
+    learnt: Tensor  # bool [A, R]: the tokens that are trained on
+    num_learnt: list[int]  # learnt tokens of each answer
     advantages: Tensor  # fp32 [A]
-    kl: float  # nats of a token, where it is in the reward
-    engine_logps: Tensor  # fp32 [A, R] each: what the sampler said,
-    logps: Tensor | None  # what the policy said before the update; None where the only step sees it by itself,
-    ref_logps: Tensor | None  # and the reference
-    drawn_logps: Tensor  # where that step puts what it saw
-    clipped: Tensor  # fp32 [2, A]: where the steps add the share of ratios clipped below and above
+    kl: float  # nats per token; 0 unless the KL is in the reward
+    engine_logps: Tensor  # log-probs of the engine, fp32 [A, R]
+    logps: Tensor | None  # of the policy before the update; None if the update is one step, which computes them itself
+    ref_logps: Tensor | None  # of the reference
+    drawn_logps: Tensor  # fp32 [A, R]: buffer for the log-probs that such a single step computes
+    clipped: Tensor  # fp32 [2, A]: buffer to which steps add the share of an answer's ratios clipped below and above
 
 
 def groups_of(
     sampled: list[Sampled], policy: Transformer, reference: Transformer | None, args: GrpoArgs, split: Split
 ) -> Groups:
-    """All groups with a spread and, of the last draw, those without; their advantages."""
+    """Collects groups whose rewards differ, from the last round all; computes log-probs, advantages. A collective."""
     kept = [~all_alike(part.rewards, args.num_generations) | (part is sampled[-1]) for part in sampled]
     kept = [mask.repeat_interleave(args.num_generations) for mask in kept]
     chosen = [(part, i) for part, mask in zip(sampled, kept) for i in mask.nonzero()[:, 0].tolist()]
@@ -342,8 +342,8 @@ def groups_of(
 def backward(
     policy: Transformer, groups: Groups, minibatch: list[int], args: GrpoArgs, split: Split, sums: TokenSums
 ) -> tuple[float, Tensor]:
-    """The gradient of the loss of an optimizer step on these answers, but for the factor that it returns (see
-    loss_scale); this rank's part of the loss."""
+    """Accumulates the gradient of an optimizer step's loss on these answers. Returns the factor that the gradients must
+    still be multiplied by (see loss_scale), and this rank's part of the loss."""
     width, device = groups.learnt.shape[1], groups.learnt.device
     divisor = loss_divisor(args, [groups.num_learnt[i] for i in minibatch], groups.num_learnt, args.max_new_tokens)
     scale, total = loss_scale(divisor, split.dp.size()), torch.zeros((), device=device)
@@ -358,7 +358,7 @@ def backward(
         losses, stats = grpo_losses(args, logps, old_logps, of_part(groups.advantages), m, **others)
         (losses.sum() * scale.loss).backward()
         total += losses.detach().sum() / divisor
-        groups.drawn_logps.index_copy_(0, index, old_logps)  # of the only step, where nobody has asked before
+        groups.drawn_logps.index_copy_(0, index, old_logps)  # used if this is the update's only step
         clipped = torch.stack((stats.low_clipped, stats.high_clipped)) / stats.num_ratios
         groups.clipped.index_add_(1, index, clipped)
         sums.add(m.sum(), entropy=entropies * m, kl=stats.kl)
@@ -370,7 +370,7 @@ def backward(
 
 
 def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, float]:
-    """Of all answers drawn, also those of groups that were replaced, under TRL's names."""
+    """Returns metrics of all sampled answers, also of the replaced groups, under TRL's names."""
     rewards = torch.cat([part.rewards for part in sampled])
     graded = rewards[~rewards.isnan()]
     lengths = torch.cat([part.mask.sum(1) for part in sampled])
@@ -386,7 +386,7 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
 
 
 def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float]:
-    """Lengths of answers under TRL's names; an answer that ran out of tokens is clipped. lengths [A], in tokens."""
+    """Returns statistics of answer lengths under TRL's names; unfinished answers are "clipped". lengths [A]: tokens."""
     lengths, ended = lengths.double(), torch.tensor(finished, device=lengths.device)
     metrics = {"completions/clipped_ratio": 1 - ended.double().mean().item()}
     for name, chosen in (("", lengths), ("_terminated", lengths[ended])):
@@ -397,12 +397,12 @@ def completion_metrics(lengths: Tensor, finished: list[bool]) -> dict[str, float
 
 
 def step_metrics(groups: Groups, sums: TokenSums, num_steps: int, args: GrpoArgs, split: Split) -> dict[str, float]:
-    """What the steps of an update saw, under TRL's names, but for the KL of rloo. A collective."""
+    """Returns metrics of the steps of an update, and the KL, under TRL's names. A collective."""
     means = sums.means(split)
     logps = split.sum(groups.drawn_logps) if groups.logps is None else groups.logps
     gaps = (logps - groups.engine_logps)[groups.mask].abs()
     clipped = split.sum(groups.clipped) * len(groups.rows) / (num_steps * args.step_size)
-    low, high = clipped[:, ~clipped[0].isnan()]  # NaN: an answer of which nothing is learnt
+    low, high = clipped[:, ~clipped[0].isnan()]  # NaN: an answer without learnt tokens
     metrics = {
         "entropy": means["entropy"],
         "sampling/sampling_logp_difference/mean": gaps.mean().item(),

@@ -1,13 +1,13 @@
-"""Proximal policy optimisation: a policy learns from scores of its own answers, held near a reference by their KL.
+"""Proximal policy optimisation: a policy learns from scores of its own answers; a KL term keeps it near a reference.
 
-- each update: draw answers with the generation engine (from an inference copy, refreshed in place), score them, take
-  log-probs of policy and reference and the critic's values with the training models, then --ppo_epochs over shuffled
-  minibatches with clipped losses
-- token in, token out: what was drawn is what is learnt, the EOS action included; nothing is decoded and encoded again
-- the KL is in the reward, k1 and unclamped (--kl_in reward), or in the loss, as the half square of the sequence's
-  log-ratio (--kl_in loss): both have pi_ref exp(r / kl_coef) / Z as their optimum
-- every number of an update is the same on all ranks, whatever the layout: answers and their log-probs are exchanged,
-  so advantages are computed and whitened on the whole of them
+- each update: sample answers with the generation engine (on an inference copy, refreshed in place), score them, compute
+  the log-probs of policy and reference and the critic's values with the training models, then take --ppo_epochs passes
+  over shuffled minibatches with clipped losses
+- token in, token out: the sampled token ids are trained on, EOS included; nothing is decoded and encoded again
+- the KL is in the reward, k1 and unclamped (--kl_in reward), or in the loss, as half the square of the sequence's
+  log-ratio (--kl_in loss): both have the optimum pi_ref exp(r / kl_coef) / Z
+- every number of an update is the same on all ranks, whatever the layout: ranks exchange answers and log-probs, so
+  that each rank computes and whitens the advantages of all answers
 
 Schulman et al. 2017 (arXiv 1707.06347); from human feedback: Ziegler et al. 2019 (1909.08593).
 
@@ -92,24 +92,24 @@ class PpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, CriticArgs, Diver
     adam_eps: float = 1e-5
     ppo_epochs: int = flag(4, bounds=at_least_one, help="passes over the answers of an update")
     kl_coef: float = flag(0.05, bounds=non_negative, help="weight of the KL to the reference, in nats")
-    kl_in: str = flag("reward", choices=("reward", "loss"), help="where the KL stands")
-    kl_target: float | None = flag(None, bounds=positive, help="adapt --kl_coef to this KL of an answer; fixed")
-    kl_horizon: float = flag(10000.0, bounds=positive, help="answers over which it adapts")
-    gamma: float = flag(1.0, bounds=fraction, help="discount")
-    lam: float = flag(0.95, bounds=fraction, help="lambda of the generalised advantage estimate")
-    cliprange: float = flag(0.2, bounds=positive, help="how far a token's probability ratio may leave 1")
-    dual_clip: float | None = flag(None, bounds=Bounds(above=1), help="bound on the ratio of bad tokens; none")
-    cliprange_value: float = flag(0.2, bounds=non_negative, help="how far a value may move; 0 is any distance")
+    kl_in: str = flag("reward", choices=("reward", "loss"), help="add the KL to the reward or to the loss")
+    kl_target: float | None = flag(None, bounds=positive, help="adapt --kl_coef to this KL per answer; default: off")
+    kl_horizon: float = flag(10000.0, bounds=positive, help="with --kl_target: answers over which --kl_coef adapts")
+    gamma: float = flag(1.0, bounds=fraction, help="discount factor")
+    lam: float = flag(0.95, bounds=fraction, help="lambda of generalised advantage estimation")
+    cliprange: float = flag(0.2, bounds=positive, help="clip a token's probability ratio to 1 +- this")
+    dual_clip: float | None = flag(None, bounds=Bounds(above=1), help="cap on ratios with advantage < 0; default: none")
+    cliprange_value: float = flag(0.2, bounds=non_negative, help="clip a value to its old value +- this; 0: unclipped")
     vf_coef: float = flag(1.0, bounds=positive, help="weight of the value loss")
-    entropy_coef: float = flag(0.0, bounds=non_negative, help="bonus for the entropy of a token")
-    critic_warmup_steps: int = flag(0, bounds=non_negative, help="updates in which the critic alone learns")
-    whiten_rewards: bool = flag(False, help="rewards of deviation 1, their mean kept, as in TRL")
+    entropy_coef: float = flag(0.0, bounds=non_negative, help="weight of the entropy bonus")
+    critic_warmup_steps: int = flag(0, bounds=non_negative, help="updates at the start that train only the critic")
+    whiten_rewards: bool = flag(False, help="scale rewards to standard deviation 1, keeping their mean, as TRL does")
     tis_cap: float | None = flag(
         None,
         bounds=at_least_one,
-        help="weigh tokens by trainer / engine probability, at most this much (truncated importance sampling); off",
+        help="truncated importance sampling: weight tokens by min(p_trainer / p_engine, this); default: off",
     )
-    debug_checks: bool = flag(False, help="stop unless sampler and policy agree at first", may_change=True)
+    debug_checks: bool = flag(False, help="check that engine and policy log-probs agree at first", may_change=True)
 
 
 def main(args: PpoArgs) -> None:
@@ -117,7 +117,7 @@ def main(args: PpoArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.step_size, "--minibatch_size")
     run = Run(args)
 
-    # load: files and settings first, since they are quick to be wrong
+    # load: files and settings first, so that a mistake in them shows before the models are loaded
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None
@@ -136,8 +136,8 @@ def main(args: PpoArgs) -> None:
     divergence = Divergence(args, folder.config.vocab_size, "a higher --kl_coef, --kl_target", run.stop)
     optimizer = make_optimizer(policy, args, seed=args.seed, compile=runtime.compile)
     value_optimizer = make_optimizer(critic, args, seed=args.seed, compile=runtime.compile)
-    trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both,
-    trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))  # what adapts, and a count
+    trained = nn.ModuleDict({"policy": policy, "critic": critic})  # one checkpoint holds both and these buffers
+    trained.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
     trained.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
     run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
     if args.kl_target is None or "kl_coef" in run.changed:
@@ -163,7 +163,7 @@ def main(args: PpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        rollout = collect(models, engine, scorer, asked, 0, sample_idx=1)  # the same noise each time, not training's
+        rollout = collect(models, engine, scorer, asked, 0, sample_idx=1)  # noise: fixed, and not that of training
         sample_log.show(asked, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
         metrics = objectives(rollout, float(trained.kl_coef)) | pass_rates(rollout.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -232,23 +232,23 @@ def main(args: PpoArgs) -> None:
 
 
 def check_flags(args: PpoArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     check_rl_flags(args)
     check_critic_flags(args)
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
-            f"--kl_target {args.kl_target}: a --kl_coef of 0 is multiplied and stays 0; begin with another"
+            f"--kl_target {args.kl_target} multiplies --kl_coef, and 0 would stay 0; start from a positive --kl_coef"
         )
     if args.kl_target is None:
         refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")
     if args.whiten_rewards and args.kl_in == "loss":
-        raise ValueError("--whiten_rewards scales the rewards, and not the KL that --kl_in loss holds against them")
+        raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
 
 
 def export(
     run: Run, policy: Transformer, critic: Transformer, folder: Folder, value_path: Path, subfolder: Path = Path()
 ) -> None:
-    """Writes policy and critic, which has a pad token that ends no row. value_path: where the critic began."""
+    """Writes the policy, and the critic with a pad token that no row ends in. value_path: the critic's start folder."""
     pad = choose_pad_token(folder)
     config, changes = scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
     run.export(critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
@@ -265,32 +265,32 @@ class Models(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """The answers of an update, the same on all ranks."""
+    """The answers of an update, the same on all ranks. A answers, R tokens of the longest one."""
 
     rows: list[Example]  # prompt and answer, with labels on the answer, its EOS included
     texts: list[str]
-    finished: list[bool]  # whether it ended, rather than ran out of tokens
-    mask: Tensor  # bool [A, R]
-    engine_logps: Tensor  # fp32 [A, R] each, 0 outside the mask: what the sampler said,
-    logps: Tensor  # what the policy in training says,
-    ref_logps: Tensor  # and the reference
+    finished: list[bool]  # whether the answer ended by itself, rather than at --max_new_tokens
+    mask: Tensor  # bool [A, R]: the tokens of the answers
+    engine_logps: Tensor  # log-probs of the engine, fp32 [A, R], 0 outside the mask
+    logps: Tensor  # the same of the policy in training
+    ref_logps: Tensor  # the same of the reference
     scores: Scores
     seconds: dict[str, float]
-    values: Tensor  # fp32 [A, R]: of the critic
+    values: Tensor  # the critic's values, fp32 [A, R]
 
     def kls(self) -> Tensor:
-        """The log-ratio to the reference of each answer, fp32 [A]: their mean is the KL."""
+        """Returns the log-ratio to the reference of each answer, fp32 [A]; their mean estimates the KL."""
         return ((self.logps - self.ref_logps) * self.mask).sum(1)
 
     def all_scores(self) -> Tensor:
-        """fp32 [A], NaN where an answer has none"""
+        """Returns the score of each answer, step rewards included, fp32 [A]; NaN for a skipped answer."""
         return self.scores.total + self.scores.step_rewards.sum(1)
 
 
 def collect(
     models: Models, engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int
 ) -> Rollout:
-    """Answers to the prompts (see draw), scored, with the log-probs and values of the weights as they are now."""
+    """Samples answers to the prompts (see draw), scores them, and adds log-probs and values of the current weights."""
     args, split, device = scorer.args, scorer.split, engine.device
     watch = Stopwatch(device)
     answers = draw(engine, scorer, prompts, first, sample_idx)
@@ -310,10 +310,9 @@ def collect(
 
 
 def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torch.dtype, *, is_reference: bool) -> None:
-    """Raises RuntimeError unless the policy is still the one that drew: ratio 1, the engine's log-probs (a sampler of
-    another temperature leaves the ratio at 1), and those of the reference if it has the same weights.
-
-    means: of the first minibatch, see TokenSums. dtype: of the computation.
+    """Raises RuntimeError unless, at the first minibatch, the policy still equals the one that sampled: its ratio is 1,
+    its log-probs are the engine's (a wrong sampling temperature would leave the ratio at 1), and the reference's if
+    is_reference. means: of the first minibatch, from TokenSums. dtype: of the computation.
     """
     least, most_clipped, gap = (1e-4, 0.0, 1e-3) if dtype == torch.float32 else (2e-2, 1e-2, 5e-2)
     wrong = []
@@ -322,7 +321,7 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
     for name, others in (("engine", rollout.engine_logps), ("reference", rollout.ref_logps)):
         away = (rollout.logps - others)[rollout.mask].abs().mean().item()
         if not away <= gap and (name == "engine" or is_reference):
-            wrong.append(f"log-probs {away} away from those of the {name}, which has the same weights")
+            wrong.append(f"log-probs {away} away from those of the {name}, though the weights are the same")
     if wrong:
         raise RuntimeError(f"--debug_checks: at the first minibatch {'; '.join(wrong)}")
 
@@ -331,20 +330,20 @@ def check_first_minibatch(means: dict[str, float], rollout: Rollout, dtype: torc
 
 
 class Update(NamedTuple):
-    """What the minibatches of an update learn from."""
+    """The training targets of an update. Token tensors are fp32 [A, R], 0 outside `learnt`."""
 
     rollout: Rollout
-    learnt: Tensor  # bool [A, R]: the tokens of the answers that have a reward
-    rewards: Tensor  # fp32 [A, R] each, 0 outside them: shaped and maybe whitened,
-    advantages: Tensor  # whitened,
-    returns: Tensor  # of the critic
-    spread: Tensor  # deviation of the advantages before they were whitened
+    learnt: Tensor  # bool [A, R]: the tokens of answers that have a reward
+    rewards: Tensor  # shaped, and whitened with --whiten_rewards
+    advantages: Tensor  # whitened
+    returns: Tensor  # what the critic is trained towards
+    spread: Tensor  # standard deviation of the advantages before whitening
     kl_coef: float
-    num_learnt: list[int]  # of each answer
+    num_learnt: list[int]  # learnt tokens of each answer
 
 
 def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
-    """Rewards, advantages and returns of all answers that have a reward, so the same on all ranks."""
+    """Computes rewards, advantages and returns of all answers that have a reward; the same on all ranks."""
     scores, shaping = rollout.scores.total, kl_coef if args.kl_in == "reward" else 0.0
     mask = rollout.mask & ~scores.isnan()[:, None]
     rewards = shaped_rewards(scores, rollout.logps, rollout.ref_logps, mask, shaping) + rollout.scores.step_rewards
@@ -352,7 +351,7 @@ def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask, args.gamma, args.lam)
     num_learnt = mask.sum(dim=1).tolist()
-    total = sum(num_learnt)  # none, where every answer is skipped
+    total = sum(num_learnt)  # 0 if every answer is skipped
     spread = advantages[mask].std(correction=min(1, total - 1)) if total else advantages.new_ones(())
     spread = spread.clamp(min=1e-4)
     return Update(rollout, mask, rewards, whiten(advantages, mask), returns, spread, kl_coef, num_learnt)
@@ -361,8 +360,8 @@ def targets_of(rollout: Rollout, args: PpoArgs, kl_coef: float) -> Update:
 def policy_backward(
     policy: Transformer, update: Update, minibatch: list[int], args: PpoArgs, split: Split, sums: TokenSums
 ) -> float:
-    """The gradient of the clipped policy loss of a minibatch, a mean over its tokens on all ranks, but for the factor
-    that it returns (see loss_scale)."""
+    """Accumulates the gradient of a minibatch's clipped policy loss, a mean over its tokens on all ranks. Returns the
+    factor that the gradients must still be multiplied by (see loss_scale)."""
     rollout, width = update.rollout, update.learnt.shape[1]
     scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
     parts = split.numbers(rollout.rows, minibatch)
@@ -379,7 +378,7 @@ def policy_backward(
         loss = losses.sum()
         if args.entropy_coef:
             loss = loss - args.entropy_coef * (entropies * mask).sum()
-        if args.kl_in == "loss":  # in the units of the advantages, which are whitened
+        if args.kl_in == "loss":  # divided by the factor that whitening divided the advantages by
             log_ratios = (logps - of_part(rollout.ref_logps)) * mask
             loss = loss + update.kl_coef / update.spread * sequence_kl_loss(log_ratios).sum()
         (loss * scale.loss).backward()
@@ -393,8 +392,7 @@ def policy_backward(
 def value_backward(
     critic: Transformer, update: Update, minibatch: list[int], args: PpoArgs, split: Split, sums: TokenSums
 ) -> float:
-    """The gradient of the clipped value loss of a minibatch, a mean over its tokens on all ranks, but for the factor
-    that it returns (see loss_scale)."""
+    """As policy_backward, for the clipped value loss of the critic."""
     rollout, width = update.rollout, update.learnt.shape[1]
     scale = loss_scale(max(1, sum(update.num_learnt[i] for i in minibatch)), split.dp.size())
     parts = split.numbers(rollout.rows, minibatch)
@@ -415,7 +413,8 @@ def value_backward(
 def update_metrics(
     rollout: Rollout, update: Update, means: dict[str, float], args: PpoArgs, seconds: dict[str, float]
 ) -> dict[str, float]:
-    """The metrics of an update, under TRL's names. means: of TokenSums, 0 of what did not learn."""
+    """Returns the metrics of an update, under TRL's names. means: from TokenSums; those of a policy that did not train
+    yet are missing and logged as 0."""
     policy = {name: means.get(name, 0.0) for name in ("loss", "policy", "entropy", "clipped", "approx_kl")}
     ratio, ratio_square = means.get("ratio", 0.0), means.get("ratio_square", 0.0)
     num_tokens = int(rollout.mask.sum())
@@ -439,7 +438,7 @@ def update_metrics(
 
 
 def objectives(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """What is measured of answers, under TRL's names. An answer's KL and entropy are sums over its tokens."""
+    """Returns the metrics of a rollout, under TRL's names. An answer's KL and entropy are sums over its tokens."""
     mask, kl, scores = rollout.mask, rollout.kls().mean().item(), rollout.all_scores()
     graded = scores[~scores.isnan()]
     score = graded.mean().item() if len(graded) else 0.0

@@ -1,11 +1,11 @@
-"""Reward models: one number for an answer or for each of its steps, learnt from judgements.
+"""Reward model training: a scalar score for each answer, or for each step of an answer, from preference data or labels.
 
 - pairwise: the chosen answer scores higher than the rejected one (Bradley-Terry); pointwise: the score is the logit of
   the answer's label; process: the score at the end of each step is the logit of the step's label
-- a score is read at the last real token (process: of each step and its separator) and computed in fp32
-- a language model's folder gets a new head, the folder of a reward model goes on learning
-- the loss of a step is the mean over all its pairs (answers, steps), whatever the micro-batches
-- the export opens as transformers' AutoModelForSequenceClassification; its config.json says how to read it
+- the score is read at the last non-padding token (process: the last token of each step and its separator), in fp32
+- a language model's folder gets a new score head; a reward model's folder continues with its own
+- the loss of a training step is the mean over all its pairs (answers, answer steps), whatever the micro-batch size
+- the export loads as transformers' AutoModelForSequenceClassification; its config.json says how to read the score
 
     python training/train_rm.py --checkpoint_path DIR --train_file pairs.jsonl --output_dir runs/rm
 """
@@ -52,28 +52,28 @@ from training.run_dir import Run, RunArgs
 from training.samples import visible
 
 SomeRows = Rows | list[Pair] | list[Scored]
-# of a record, by the --loss that learns from it
+# the fields that a record needs for each --loss
 FIELDS = {"pairwise": ("chosen", "rejected"), "pointwise": ("label",), "process": ("completions", "labels")}
-MOST_STATISTICS = 2048  # training records whose rewards give reward_mean and reward_std where there is no --eval_file
+MOST_STATISTICS = 2048  # training records used for reward_mean and reward_std if there is no --eval_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class RmArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs):
     """Trains a reward model from the model in a Hugging Face folder."""
 
-    loss: str = flag("pairwise", choices=FIELDS, help="what the records judge: pairs, answers, or steps")
+    loss: str = flag("pairwise", choices=FIELDS, help="kind of records: pairs, labelled answers, labelled steps")
     center_coef: float = flag(
         0.0,
         bounds=non_negative,
-        help="weight of the squared sum of a pair's rewards, which keeps them around 0; pairwise only",
+        help="weight of the squared sum of a pair's rewards, which centres rewards at 0; pairwise only",
     )
     step_separator: str = flag(
         "\n",
         type=with_newlines,
-        help=r"what follows each step, kept in config.json; \n is a newline, and the default; process only",
+        help=r"text that ends each step, recorded in config.json; \n is a newline, the default; process only",
     )
     num_eval_samples: int = flag(
-        2, bounds=non_negative, help="records of --eval_file shown with their rewards", may_change=True
+        2, bounds=non_negative, help="records of --eval_file printed with their rewards", may_change=True
     )
 
 
@@ -82,7 +82,7 @@ def main(args: RmArgs) -> None:
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 
-    # load: the data first, since it is quick to be wrong
+    # load: the data first, so that a mistake in it shows before the model is loaded
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
@@ -112,7 +112,7 @@ def main(args: RmArgs) -> None:
     statistics_rows = evaluation or [train[i] for i in order[:MOST_STATISTICS]]
 
     def finish(metrics: dict[str, float]) -> Tensor | None:
-        """The rewards of statistics_rows, if they are known."""
+        """Evaluates, logs and exports if due. Returns the rewards of statistics_rows if it computed them, else None."""
         eval_rewards = None
         if evaluation and run.eval_due:
             with run.evaluating(metrics):
@@ -147,7 +147,7 @@ def main(args: RmArgs) -> None:
             index = index_on([place for i in share for place in places[i]], runtime.device)
             rewards.index_copy_(0, index, micro_rewards.detach())
         split.sum(loss)
-        split.sum(rewards)  # the other ranks' are 0
+        split.sum(rewards)  # each rank filled in those of its rows; the rest are 0
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=loss, grad_norm=grad_norm)
         run.begin_update()
@@ -160,20 +160,20 @@ def main(args: RmArgs) -> None:
         metrics.update(run.speed(model, [len(ids) for row in batch for ids in row.sequences]))
         eval_rewards = finish(metrics)
 
-    if eval_rewards is None:  # nothing to evaluate on, or no step was taken
+    if eval_rewards is None:  # no --eval_file, or no step was taken
         eval_rewards = all_rewards(model, statistics_rows, split)
     export(run, model, folder, eval_rewards)
 
 
 def check_flags(args: RmArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     check_evaluation(args)
     if args.loss != "pairwise":
         refuse_idle(args, f"for --loss {args.loss}; it is for pairwise", "center_coef")
     if args.loss != "process":
         refuse_idle(args, f"for --loss {args.loss}, whose answers have no steps", "step_separator")
     elif not args.step_separator:
-        raise ValueError("--step_separator '': without a text that ends a step nobody could tell an answer's steps")
+        raise ValueError("--step_separator '': an answer cannot be split into steps without a text that ends each one")
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -182,7 +182,7 @@ def check_flags(args: RmArgs) -> None:
 def encode_file(
     args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits, store: Store
 ) -> tuple[Rows, EncodingCounts]:
-    """All records of a file as rows. Raises ValueError that names the --loss for records of another kind."""
+    """Encodes all records of a file. For records that fit another --loss, raises ValueError that names that one."""
 
     def check(record: Record) -> None:
         missing = [name for name in FIELDS[args.loss] if name not in record.given]
@@ -190,7 +190,7 @@ def encode_file(
         if missing and fitting:
             raise ValueError(
                 f"{record.where}: --loss {args.loss} needs the field {missing[0]!r}; this record has "
-                f"{' and '.join(map(repr, FIELDS[fitting[0]]))}, as --loss {fitting[0]} takes it"
+                f"{' and '.join(map(repr, FIELDS[fitting[0]]))}: take --loss {fitting[0]}"
             )
 
     if args.loss == "pairwise":
@@ -199,13 +199,13 @@ def encode_file(
 
 
 def reward_places(rows: SomeRows) -> list[range]:
-    """Where each row's rewards stand among those of all: a pair's two, chosen and rejected; else one for each label."""
+    """Returns the indices of each row's rewards among all rewards: chosen, rejected of a pair; else one per label."""
     counts = [2 if isinstance(row, Pair) else len(row.labels) for row in rows]
     return [range(end - count, end) for end, count in zip(accumulate(counts), counts)]
 
 
 def targets_of(rows: SomeRows, device: torch.device) -> Tensor:
-    """What the rewards are held against, fp32: the margin of each pair, or all labels of the rows."""
+    """Returns what the loss compares the rewards with, fp32: the margin of each pair, or the labels of all rows."""
     values = [v for row in rows for v in ([row.margin or 0.0] if isinstance(row, Pair) else row.labels)]
     return to_device(values, device, torch.float32)
 
@@ -219,24 +219,24 @@ def describe(rows: Rows) -> str:
 
 
 def moved(args: RmArgs, folder: Folder) -> str:
-    """What is to be said of a head that somebody else trained on the token before EOS, see place_of_score."""
+    """Returns a note if the head was trained on the token before EOS (see place_of_score), else an empty string."""
     if args.loss == "process" or not has_score_head(folder.path):
         return ""
     pad = read_reward_kind(folder.path).pad_token_id
     pads_with_eos = pad is not None and pad == folder.tokenizer.eos_token_id
-    return " (from a folder that pads with EOS: trained on the token before EOS, it goes on at EOS)" * pads_with_eos
+    return " (its folder pads with EOS: it was trained on the token before EOS, and trains on EOS now)" * pads_with_eos
 
 
 def initial_score(hidden_size: int, seed: int) -> Tensor:
-    """The weight [1, E] of a new head, N(0, 1 / sqrt(E + 1)) (Stiennon et al. 2020, arXiv 2009.01325): rewards of about
-    unit size. Drawn on the CPU, so it is the same on every rank and device."""
+    """Returns the weight [1, E] of a new head, N(0, 1 / sqrt(E + 1)) (Stiennon et al. 2020, arXiv 2009.01325), which
+    gives rewards of about unit size. Drawn on the CPU, so that it is the same on every rank and device."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     return torch.randn(1, hidden_size, generator=generator) / math.sqrt(hidden_size + 1)
 
 
 def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
-    """The rewards of this rank's rows in one forward, fp32, in the order of reward_places and targets_of. Without rows
-    there is none, but the gradient's collectives stay."""
+    """Returns the rewards of this rank's rows from one forward pass, fp32, in the order of reward_places and
+    targets_of. Without rows it returns an empty tensor, still attached to the graph, so that the collectives run."""
     examples, places = rows_to_score(rows)
     rewards = model.score(forward_rows(model, examples, split).at(places))
     if rows and isinstance(rows[0], Pair):
@@ -247,7 +247,7 @@ def rewards_of(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
 
 @torch.no_grad()
 def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
-    """The rewards of rows that are spread over all ranks, on every rank."""
+    """Computes the rewards of the rows, which the ranks share; returns all of them on every rank. A collective."""
     places = reward_places(rows)
     rewards = torch.zeros(places[-1].stop, device=model.inv_freq.device)
     for share in split.numbers(rows):
@@ -257,15 +257,15 @@ def all_rewards(model: Transformer, rows: SomeRows, split: Split) -> Tensor:
 
 
 def losses_of(args: RmArgs, rewards: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each pair or label, fp32."""
+    """Returns the loss of each pair or label, fp32."""
     if args.loss == "pairwise":
         return pairwise_loss(rewards[0::2], rewards[1::2], targets, args.center_coef)
     return pointwise_loss(rewards, targets)
 
 
 def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, float]:
-    """What can be said of rewards in few numbers, under the names of TRL's RewardTrainer. A reward of 0 and a label of
-    0.5 are taken for right; of a pair with equal rewards neither is."""
+    """Returns accuracy and summary statistics of rewards, under the names of TRL's RewardTrainer. A reward of 0 and a
+    label of 0.5 count as positive; a pair with equal rewards counts as wrong."""
     rewards = rewards.double()
     if loss == "pairwise":
         margins = rewards[0::2] - rewards[1::2]
@@ -278,22 +278,22 @@ def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, flo
 
 
 def eval_metrics(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
-    """The metrics of an evaluation. The calibration error of pairs is that of the claim to have the better one, made
-    with the probability sigmoid(|difference|); of labels that of sigmoid(reward)."""
+    """Returns the metrics of an evaluation. For pairs, the calibration error is that of the prediction which answer is
+    better, made with the probability sigmoid(|difference|); for labels, that of sigmoid(reward)."""
     loss = losses_of(args, rewards, targets).double().mean().item()
     metrics = {"loss": loss, **reward_metrics(args.loss, rewards, targets)}
     if args.loss == "pairwise":
         margins = rewards[0::2] - rewards[1::2]
-        right = (margins.sign() + 1) / 2  # half, where the claim is for both
+        right = (margins.sign() + 1) / 2  # a tie is half right
         metrics["calibration_error"] = calibration_error(margins.abs().sigmoid(), right)
     else:
         metrics["calibration_error"] = calibration_error(rewards.sigmoid(), targets)
         metrics["auc"] = auc(rewards, targets)
-    return {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}  # no AUC of one kind
+    return {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}  # AUC: one class
 
 
 def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
-    """Rows with their rewards, for people. rewards: of these rows, and maybe of others after them."""
+    """Formats rows with their rewards for printing. rewards: of these rows; more may follow."""
 
     def text(ids: list[int], start: int, end: int | None) -> str:
         shown = visible(tokenizer.decode_continuation(ids[:start], ids[start:end]))
@@ -315,14 +315,14 @@ def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
 
 
 def export(run: Run, model: Transformer, folder: Folder, rewards: Tensor, subfolder: str = "") -> None:
-    """Writes the reward model, with a pad token that ends no row. rewards: of its statistics."""
+    """Writes the reward model, with a pad token that no row ends in. rewards: those that give reward_mean and _std."""
     pad = choose_pad_token(folder)
     config, changes = reward_config(run.args, rewards, pad.id), pad_changes(folder.path, pad)
     run.export(model, config, json_changes=changes, what="reward model", subfolder=subfolder)
 
 
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
-    """The config.json of a reward model, with what others need to read the reward. ValueError if one is not finite."""
+    """Returns config.json with where the reward is read, and its statistics. Raises ValueError if one is not finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")

@@ -1,6 +1,6 @@
-"""Records to the rows that fine-tuning learns from, and the order in which training takes rows.
+"""Turns records into the rows of supervised fine-tuning, and defines the order in which training takes rows.
 
-The order is a pure function of (seed, epoch), the same for every rank layout, so a data cursor is just the step number.
+The order is a pure function of (seed, epoch), the same on every layout of ranks: to resume, the step number suffices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,29 +42,29 @@ from training.optim import constant_rate
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """What to learn from, and in which order."""
+    """Training data."""
 
     train_file: Path = flag(help="JSON or JSONL records to train on")
     eval_file: Path | None = flag(None, help="records to evaluate on", may_change=True)
-    max_seq_len: int | None = flag(None, bounds=at_least_one, help="longest row in tokens; the model's context")
+    max_seq_len: int | None = flag(None, bounds=at_least_one, help="most tokens of a row; default: the model's context")
     overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer records")
     batch_size: int = flag(32, bounds=at_least_one, help="rows per optimizer step, over all ranks")
     num_epochs: int = flag(1, bounds=at_least_one, help="passes over the training file", may_change=constant_rate)
     max_steps: int | None = flag(
         None,
         bounds=non_negative,
-        help="optimizer steps, wins over --num_epochs; 0 only exports",
+        help="optimizer steps, overrides --num_epochs; 0 only exports; default: --num_epochs",
         may_change=constant_rate,
     )
-    shuffle: bool = flag(True, help="a new order each epoch; else the file's")
+    shuffle: bool = flag(True, help="shuffle the rows anew in each epoch; else keep the file's order")
     data_cache: str | None = flag(
         None,
-        help="folder that keeps the tokens of files of 8 MiB and more, for all ranks of a node and later runs; off is "
-        "none; gpt-accelera in $XDG_CACHE_HOME or ~/.cache",
+        help="folder that caches the tokens of files of 8 MiB and more, for all ranks of a node and later runs; off: "
+        "no cache; default: gpt-accelera in $XDG_CACHE_HOME or ~/.cache",
         may_change=True,
     )
     data_workers: int | None = flag(
-        None, bounds=at_least_one, help="processes that tokenise such a file; one on each core", may_change=True
+        None, bounds=at_least_one, help="processes that tokenise such files; default: one per core", may_change=True
     )
 
     @property
@@ -77,7 +77,7 @@ class DataArgs:
 
 
 def check_evaluation(args: DataArgs) -> None:
-    """Raises ValueError for flags of an evaluation, whatever the script, where there is nothing to evaluate on."""
+    """Raises ValueError if evaluation flags are given without an --eval_file."""
     if args.eval_file is None:
         if args.eval_steps is not None:
             raise ValueError("--eval_steps needs an --eval_file")
@@ -88,21 +88,21 @@ def check_evaluation(args: DataArgs) -> None:
 def load_rows(
     args: DataArgs, folder: Folder, encode: Callable[..., tuple[Rows, EncodingCounts]], describe: Callable[[Rows], str]
 ) -> tuple[Rows, Rows | list, dict[str, str]]:
-    """(the rows to train on, those to evaluate on, maybe [], a note for people on either file): encode(path, tokenizer,
-    limits, store) gives a file's, describe(rows) says what is in them."""
+    """Returns (training rows, evaluation rows or [], a printable note on each file). encode(path, tokenizer, limits,
+    store) encodes a file, describe(rows) summarises its rows. A collective."""
     limits = folder_limits(folder, args.overlong)
     rows, notes = {"train": [], "eval": []}, {"train": ""}
-    for name, path in (("eval", args.eval_file), ("train", args.train_file)):  # the shorter first: it may be wrong
+    for name, path in (("eval", args.eval_file), ("train", args.train_file)):  # shorter file first, to fail early
         if path is not None:
             rows[name], counts = encode(path, folder.tokenizer, limits, args.store)
             notes[name] = f"{describe(rows[name])}{counts}"
-    wait_for_all_ranks()  # some may have to tokenise what others find
+    wait_for_all_ranks()  # some ranks may tokenise while others find the tokens in the cache
     return rows["train"], rows["eval"], notes
 
 
 class PackedRows(Sequence):
-    """Records put into rows of at most max_seq_len tokens, none of them split, as few rows as best_fit finds; a row is
-    put together when it is asked for. lengths: tokens of each, [rows]."""
+    """Records packed into rows of at most max_seq_len tokens without splitting any, in as few rows as best_fit finds.
+    Rows are assembled on access. lengths: tokens of each row, [rows]."""
 
     def __init__(self, rows: Rows, max_seq_len: int):
         sizes, self.rows = rows.lengths[:, 0], rows
@@ -123,14 +123,14 @@ class PackedRows(Sequence):
         return pack_row([self.rows[j] for j in self.records_in([i])])
 
     def records_in(self, numbers: list[int]) -> list[int]:
-        """The numbers of the records in the rows of these numbers."""
+        """Returns the indices of the records in these rows."""
         return [int(j) for i in numbers for j in self._numbers[self._starts[i] : self._starts[i + 1]]]
 
 
 def encode_sft_file(
     path: Path, tokenizer: Tokenizer, limits: Limits, store: Store = IN_MEMORY
 ) -> tuple[Rows, EncodingCounts]:
-    """All records of a file as rows; a truncated one loses its end, and no EOS is put after the cut."""
+    """Encodes all records of a file as rows. --overlong truncate cuts the end of a record and adds no EOS."""
 
     def cut(row: Example) -> Example:
         return Example(row.input_ids[: limits.max_seq_len], row.labels[: limits.max_seq_len])
@@ -140,17 +140,17 @@ def encode_sft_file(
     if counts.nothing_to_learn == len(rows):
         raise ValueError(
             f"{path}: no record has a token to learn ({len(rows)} records kept, {counts.skipped} too long); "
-            "of chats what the role assistant says is learnt"
+            "in chats only the turns of the role assistant are learnt"
         )
     return rows, counts
 
 
 def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, EncodingCounts]:
-    """(row, what happened).
+    """Returns (row, counts of notable events in encoding it).
 
     `prompt` + `completion`: loss on the completion and EOS. `messages`, or a prompt in messages: loss on the
-    assistant's turns and their end-of-turn tokens. `text`: loss on all of it and EOS. A line of generate.py: loss on
-    what was drawn, whatever of these its prompt's record had.
+    assistant's turns and their end-of-turn tokens. `text`: loss on the whole text and EOS. An output line of
+    generate.py: loss on the generated answer, whatever form its prompt's record had.
     """
     given = record.given or record.fields
     with naming(record):
@@ -170,7 +170,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of the rows in an epoch: a pure function of its arguments."""
+    """Returns the order of the rows in an epoch: a pure function of its arguments."""
     if not shuffle:
         return list(range(num_rows))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -180,7 +180,7 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[
 def training_batches(
     num_rows: int, batch_size: int, *, seed: int, shuffle: bool, first_step: int, last_step: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(step, row numbers) of optimizer steps first_step..last_step, from 1; an epoch's last, smaller batch is used."""
+    """Yields (step, row indices) for first_step..last_step, from 1; the last batch of an epoch may be smaller."""
     per_epoch = -(-num_rows // batch_size)
     for step in range(first_step, last_step + 1):
         epoch, batch = divmod(step - 1, per_epoch)

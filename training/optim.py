@@ -1,21 +1,21 @@
-"""The optimizers and their schedule.
+"""Optimizers and learning rate schedule.
 
-- fp32 weights with fp32 moments are torch's fused AdamW; AdamW below is for bf16 weights and for 8-bit moments, on a
-  GPU a kernel for each parameter (training/triton_adamw.py)
-- bf16 weights are updated in fp32 and rounded back stochastically: to the nearest, a weight of 0.01 would never move at
-  a learning rate of 2e-5
-- the rounding noise is a pure function of (seed, step, parameter, place in the whole tensor): exact resume needs no
+- fp32 weights with fp32 moments use torch's fused AdamW; the class AdamW below is for bf16 weights and 8-bit moments,
+  on a GPU with one kernel launch per parameter (training/triton_adamw.py)
+- bf16 weights are updated in fp32 and rounded back stochastically: with rounding to nearest, a weight of 0.01 would
+  never move at a learning rate of 2e-5
+- the rounding noise is a pure function of (seed, step, parameter, position in the full tensor): exact resume needs no
   saved state, all layouts over ranks round alike, and replicas stay equal
-- 8-bit moments keep the shape and placements of their parameter, so a checkpoint can be resumed on another layout
+- 8-bit moments have the shape and placements of their parameter, so a checkpoint can be resumed on another layout
 
-Bytes for each parameter, over all ranks: weight + gradient + both moments
+Bytes per parameter, over all ranks: weight + gradient + both moments
 
 |           | float32          | bfloat16         |
 |-----------|------------------|------------------|
 | adamw     | 4 + 4 + 8   = 16 | 2 + 2 + 8   = 12 |
 | adamw_8bit| 4 + 4 + 2.1 = 10 | 2 + 2 + 2.1 =  6 |
 
-The gradient of a bf16 weight is reduced over ranks in fp32 and then stored, and summed over micro-batches, in bf16.
+Gradients of bf16 weights are reduced over ranks in fp32, but stored and accumulated over micro-batches in bf16.
 
 Dimensions: R rows, C columns of this rank's part of a parameter; a vector is a single column.
 """
@@ -39,53 +39,53 @@ from models.tp import local
 
 below_one = Bounds(least=0, below=1)
 BLOCK = 256  # most columns that share a scale
-FEWEST_QUANTIZED = 4096  # a smaller parameter keeps fp32 moments, as in Dettmers et al. 2022
-CHUNK_ELEMENTS = 1 << 24  # of a parameter, whose fp32 copies (64 MB each) exist at a time
-ROUNDING = 0x524E44  # makes the rounding noise another stream than the sampling noise of the same seed
+FEWEST_QUANTIZED = 4096  # a parameter with fewer elements keeps fp32 moments, as in Dettmers et al. 2022
+CHUNK_ELEMENTS = 1 << 24  # elements updated at a time, which bounds the fp32 copies (64 MB each)
+ROUNDING = 0x524E44  # keeps the rounding noise apart from the sampling noise of the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimArgs:
-    """AdamW and its schedule."""
+    """Optimizer and learning rate schedule."""
 
     learning_rate: float = flag(2e-5, bounds=non_negative, help="peak learning rate")
-    lr_schedule: str = flag("cosine", choices=("constant", "linear", "cosine"), help="what follows the warm-up")
-    warmup_ratio: float = flag(0.03, bounds=fraction, help="share of the steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, bounds=non_negative, help="AdamW decay of matrices; not of norms and biases")
+    lr_schedule: str = flag("cosine", choices=("constant", "linear", "cosine"), help="schedule after the warm-up")
+    warmup_ratio: float = flag(0.03, bounds=fraction, help="share of the steps used for linear warm-up")
+    weight_decay: float = flag(0.0, bounds=non_negative, help="AdamW's weight decay of matrices, not norms and biases")
     adam_beta1: float = flag(0.9, bounds=below_one, help="decay of AdamW's first moment")
     adam_beta2: float = flag(0.95, bounds=below_one, help="decay of AdamW's second moment")
     adam_eps: float = flag(1e-8, bounds=positive, help="AdamW's epsilon")
     optim: str = flag(
         "adamw",
         choices=("adamw", "adamw_8bit"),
-        help="AdamW with fp32 moments (8 bytes for a parameter), or with 8-bit ones of blocks (2 bytes)",
+        help="AdamW with fp32 moments (8 bytes per parameter), or with block-wise 8-bit moments (2 bytes)",
     )
-    max_grad_norm: float = flag(1.0, bounds=positive, help="gradients are clipped to this global norm")
+    max_grad_norm: float = flag(1.0, bounds=positive, help="clip gradients to this global norm")
 
 
 def constant_rate(args: OptimArgs) -> bool:
-    """Whether the learning rate of a step does not depend on how many there are, so that a run may get longer."""
+    """Whether a step's learning rate is independent of the number of steps, so that a run may be made longer."""
     return args.lr_schedule == "constant" and not args.warmup_ratio
 
 
 def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms and biases do not. See set_learning_rate.
+    """Returns AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay for matrices, not for norms and biases.
 
-    seed: of the rounding of bf16 weights. compile: fuse what is not torch's own update. Raises ValueError if tensor
-    parallelism cuts the blocks of 8-bit moments, or the CPU holds them.
+    seed: of stochastic rounding. compile: torch.compile the update if it is not torch's own. Raises ValueError if
+    tensor parallelism cuts through blocks of 8-bit moments, or --cpu_offload keeps 8-bit moments on the CPU.
     """
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
-    if args.optim == "adamw_8bit" and offloaded:  # their scales are made where the mesh is
-        raise ValueError("--optim adamw_8bit saves memory of a GPU, which --cpu_offload has freed; take --optim adamw")
+    if args.optim == "adamw_8bit" and offloaded:  # the mesh's device would hold their scales
+        raise ValueError("--optim adamw_8bit saves GPU memory, which --cpu_offload does already; take --optim adamw")
     groups = [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
     if args.optim == "adamw" and all(p.dtype == torch.float32 for _, p in named):
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-        # torch makes it in the first step; then who saves before that would save another optimizer than who does later
+        # torch would create the state in the first step: a checkpoint saved before that would lack it
         optimizer.state.update({p: _new_state(p, block=0, step_device=p.device) for _, p in named})
         return optimizer
     places = {p: _place(i, name, p, quantize=args.optim == "adamw_8bit") for i, (name, p) in enumerate(named)}
@@ -96,10 +96,10 @@ def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile:
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
-    """fp32 x to bf16: one of the two neighbours, each with the probability that makes the mean x.
+    """Rounds fp32 x to one of its two bf16 neighbours, with probabilities such that the mean is x.
 
-    bits: int32 of x's shape; the low 16 are the noise. They are added to the 16 bits that bf16 has not, and a carry
-    moves the magnitude to the next number. bf16 numbers, infinities and NaN stay what they are.
+    bits: int32 of x's shape; the low 16 bits are the noise. They are added to the 16 bits that bf16 lacks, and a carry
+    moves the magnitude to the next bf16 number. Exact bf16 numbers, infinities and NaN are unchanged.
     """
     rounded = (x.view(torch.int32) + (bits & 0xFFFF)) & -0x10000
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)  # a NaN's carry would overflow
@@ -109,11 +109,11 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def dynamic_levels(signed: bool) -> Tensor:
-    """The numbers of 8-bit dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), ascending, fp32.
+    """Returns the levels of 8-bit dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), ascending, fp32.
 
-    Each decade below 1 has half as many levels, evenly spaced, as the one above it. signed: 255 of either sign, and 0.
-    -1 is one of them: the paper ends at -0.993, so a block's largest moment would shrink at each step if negative.
-    Unsigned: 256 without the paper's 0, since a second moment that is rounded to 0 would divide by eps.
+    Each decade below 1 has half as many levels, evenly spaced, as the one above it. signed: 255 levels of both signs
+    and 0. They include -1, whereas the paper ends at -0.993, which would shrink a block's largest moment at each step
+    if it is negative. Unsigned: 256 levels, without the paper's 0: a second moment of 0 would divide by eps.
     """
     decades, most = (6, 64) if signed else (8, 128)
     values = [torch.ones(1, dtype=torch.float64)]
@@ -125,12 +125,12 @@ def dynamic_levels(signed: bool) -> Tensor:
 
 
 def middles_of(levels: Tensor) -> Tensor:
-    """Between neighbours."""
+    """Returns the midpoints between neighbouring levels."""
     return (levels[1:] + levels[:-1]) / 2
 
 
 def quantize_blocks(x: Tensor, num_blocks: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [R, C] to (uint8 [R, C], the blocks' largest magnitudes, fp32 [R, num_blocks])."""
+    """Quantises fp32 [R, C]; returns (codes, uint8 [R, C]; each block's largest magnitude, fp32 [R, num_blocks])."""
     blocks = x.view(x.shape[0], num_blocks, -1)
     scale = blocks.abs().amax(dim=-1, keepdim=True)
     relative = torch.where(scale > 0, blocks / scale, 0.0)
@@ -139,7 +139,7 @@ def quantize_blocks(x: Tensor, num_blocks: int, levels: Tensor) -> tuple[Tensor,
 
 
 def dequantize_blocks(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """The fp32 [R, C] of quantize_blocks."""
+    """Inverts quantize_blocks; returns fp32 [R, C]."""
     values = levels[codes.to(torch.int32)].view(*scale.shape, -1)
     return (values * scale[..., None]).view(codes.shape)
 
@@ -148,8 +148,8 @@ def dequantize_blocks(codes: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
 
 
 class Place(NamedTuple):
-    """index: of the parameter in the model. row, column: where in the whole this rank's part begins. block: columns
-    that share a scale of 8-bit moments; 0: fp32 moments."""
+    """index: the parameter's number in the model. row, column: where this rank's part begins in the full tensor. block:
+    number of columns that share a scale of 8-bit moments; 0: fp32 moments."""
 
     index: int
     row: int
@@ -165,10 +165,10 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
     part = sharded_part(name, shape, *sharding_meshes(parameter.device_mesh)) if is_sharded else whole
     column, block = part[1].start if len(shape) == 2 else 0, 0
     if quantize and len(shape) == 2 and parameter.numel() >= FEWEST_QUANTIZED:
-        # The same on every layout, and whole wherever tensor parallelism of up to 8 cuts the columns.
+        # The same on every layout, and not cut by tensor parallelism of up to 8 ranks.
         cut = shape[1] // math.gcd(shape[1], 8)
         block = max(size for size in range(1, BLOCK + 1) if cut % size == 0)
-        if block < 8:  # columns without a fitting divisor: scales would take more than the codes
+        if block < 8:  # no larger divisor: the scales would take too much memory
             block = 0
         elif column % block or part[1].stop % block:
             raise ValueError(
@@ -179,11 +179,11 @@ def _place(index: int, name: str, parameter: Tensor, *, quantize: bool) -> Place
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW in fp32 arithmetic for bf16 weights, which it rounds stochastically, and for 8-bit moments.
+    """AdamW with fp32 arithmetic, for bf16 weights (rounded stochastically) and for 8-bit moments.
 
-    settings: lr, betas, eps. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch; 8-bit ones are
-    uint8 codes, beside `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are DTensors
-    where the parameter is one.
+    settings: lr, betas, eps. A parameter's state is `step`, `exp_avg` and `exp_avg_sq`, as in torch. 8-bit moments are
+    uint8 codes, with scales `exp_avg_scale` and `exp_avg_sq_scale`, [rows, columns / block]. All but `step` are
+    DTensors if the parameter is one.
     """
 
     def __init__(self, groups: list[dict], settings: dict, *, places: dict[Tensor, Place], seed: int, compile: bool):
@@ -229,7 +229,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def gpu_kernel(device: torch.device) -> ModuleType | None:
-    """training/triton_adamw.py, which imports Triton, where that is."""
+    """Returns the module training/triton_adamw.py, or None where Triton does not work."""
     if not has_triton(device):
         return None
     from training import triton_adamw
@@ -238,7 +238,7 @@ def gpu_kernel(device: torch.device) -> ModuleType | None:
 
 
 def factors_of(group: dict, step: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """What a step multiplies by, as numbers, and as tensors: a compiled update would be compiled anew for a number."""
+    """Returns a step's factors as numbers and as tensors, since torch.compile would recompile for new numbers."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     factors = {
         "decay": 1 - lr * group["weight_decay"],
@@ -254,7 +254,7 @@ def factors_of(group: dict, step: int) -> tuple[dict[str, float], dict[str, Tens
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """This rank's part as [R, C], sharing its memory."""
+    """Returns a view of this rank's part as [R, C]."""
     part = local(tensor.detach())
     return part[:, None] if part.dim() == 1 else part
 
@@ -284,7 +284,7 @@ def _update(
     noise: tuple[Tensor, Tensor, Tensor],
     factors: dict[str, Tensor],
 ) -> None:
-    """One step for some rows of a parameter, in place; AdamW of torch in its order of operations."""
+    """Updates some rows of a parameter in place, with the operations of torch's AdamW in their order."""
     moments = dict(tensors)
     for name in levels:
         if f"{name}_scale" in tensors:
@@ -308,11 +308,11 @@ def _update(
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, args: OptimArgs, step: int, total_steps: int, *, peak: float | None = None
 ) -> float:
-    """Gives the optimizer the learning rate of a step, counted from 1, and returns it: it rises linearly over
-    ceil(warmup_ratio * total_steps) steps and reaches the peak with the last of them, then stays, or falls to 0 one
-    step after the last. peak: if it is not args.learning_rate."""
+    """Sets and returns the learning rate of a step, counted from 1. It rises linearly over the first
+    ceil(warmup_ratio * total_steps) steps, reaches the peak in the last of them, then stays, or falls such that it
+    would be 0 one step after the last. peak: default args.learning_rate."""
     rate = args.learning_rate if peak is None else peak
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 in floats is above 7
     if step <= warmup_steps:
         rate = rate * step / warmup_steps
     else:

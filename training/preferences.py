@@ -1,11 +1,11 @@
-"""Records with a judgement to rows of tokens: pairs (chosen, rejected), labelled completions, labelled steps.
+"""Turns preference records into rows of tokens: pairs (chosen, rejected), labelled completions, labelled steps.
 
-- a completion is encoded as for supervised fine-tuning, and a score sits on the last token of its row, which is the
-  last token that generation gives: models/records.py, models/reward.py
-- the two rows of a pair begin with the same prompt ids
-- `--overlong truncate` cuts the end and puts no EOS after the cut, so a cut answer is scored as PPO scores one that ran
-  out of tokens; of labelled steps only whole ones are kept. Where no token of the completion (no whole step) is left,
-  the record is skipped
+- a completion is encoded as for supervised fine-tuning, and scored at the last token of its row, which is also the last
+  token of a generated answer: models/records.py, models/reward.py
+- both rows of a pair begin with the same prompt ids
+- `--overlong truncate` cuts the end and adds no EOS, so that a cut answer is scored as PPO scores one that ran out of
+  tokens; of labelled steps, only whole ones are kept. If no token of the completion (no whole step) is left, the record
+  is skipped
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def encode_pair_file(
     store: Store = IN_MEMORY,
     check: Callable[[Record], None] = lambda record: None,
 ) -> tuple[Rows, EncodingCounts]:
-    """All records of a file as pairs of rows, see encode_pair_record. check(record) may raise a ValueError."""
+    """Encodes all records of a file as pairs of rows, see encode_pair_record. check(record) may raise a ValueError."""
 
     def encode(record: Record) -> tuple[Pair, EncodingCounts]:
         check(record)
@@ -72,9 +72,7 @@ def encode_pair_file(
 
 def _check_some_left(path: Path, rows: Rows, counts: EncodingCounts, limits: Limits) -> None:
     if not rows:
-        raise ValueError(
-            f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
-        )
+        raise ValueError(f"{path}: no record is left: all {counts.skipped} are longer than {limits.max_seq_len} tokens")
 
 
 def encode_scored_file(
@@ -87,8 +85,8 @@ def encode_scored_file(
     kind: str,
     step_separator: str = "\n",
 ) -> tuple[Rows, EncodingCounts]:
-    """All records of a file as rows, see encode_pointwise_record and encode_process_record. check(record) may raise a
-    ValueError."""
+    """Encodes all records of a file as rows, see encode_pointwise_record and encode_process_record. check(record) may
+    raise a ValueError."""
     assert kind in ("pointwise", "process")
     cut = partial(cut_completion if kind == "pointwise" else cut_steps, max_seq_len=limits.max_seq_len)
 
@@ -105,8 +103,8 @@ def encode_scored_file(
 
 
 def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Scored, EncodingCounts]:
-    """(row with its label on the last token, EOS or the end of the turn; what happened) of a record with `prompt`,
-    `completion` and `label`: 0, 1, true, false or a probability."""
+    """Encodes a record with `prompt`, `completion` and `label` (0, 1, true, false or a probability). Returns (row with
+    the label on its last token, EOS or the end of the turn; counts)."""
     with naming(record):
         label = _label("label", get_field(record, "label"))
         if is_drawn(record):
@@ -118,8 +116,8 @@ def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Score
 
 
 def encode_process_record(record: Record, step_separator: str, tokenizer: Tokenizer) -> tuple[Scored, EncodingCounts]:
-    """(row with a label on the last token of each step, see encode_steps; what happened) of a record with `prompt`,
-    `completions`, a list of steps, and `labels`, one for each step."""
+    """Encodes a record with `prompt`, `completions` (a list of steps) and `labels` (one for each step). Returns (row
+    with a label on the last token of each step, see encode_steps; counts)."""
     with naming(record):
         prompt, steps, labels = get_prompt(record), get_steps(record), get_field(record, "labels")
         require(isinstance(labels, list), f"labels must be a list, one for each step, not {kind_of(labels)}")

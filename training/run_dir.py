@@ -1,10 +1,10 @@
-"""A run directory, and what every trainer does around its steps.
+"""The run directory, and everything that a trainer does around its steps.
 
-- args.json, metrics.jsonl, checkpoints/step-000100/ (checkpoints.py), and at the end the model itself;
-  with --export_steps the model of earlier steps in step-000100/
-- a resumed run has the flags and the data that it was begun with: models/identity.py
-- what is decided by looking at the disk is decided on the main rank, and all ranks hear of it
-- Run holds the cadence: what is resumed, logged, evaluated, saved and ended when. A script calls it and keeps its loop
+- it holds args.json, metrics.jsonl, checkpoints/step-000100/ (checkpoints.py), and at the end the model itself; with
+  --export_steps also the models of earlier steps, in step-000100/
+- a resumed run must have the flags and data that it was started with: models/identity.py
+- the main rank makes every decision that depends on the disk, and broadcasts it to all ranks
+- Run decides when to resume, log, evaluate, save and stop; the script keeps its training loop and calls Run
 """
 
 import math
@@ -54,79 +54,79 @@ from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoi
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
-# Between checkpoints where --save_steps says nothing. A time, since a step takes from milliseconds to minutes: whatever
-# the model, a failure costs a quarter of an hour at most, and a 7B model's 80 GB are written for less than a twentieth.
+# Time between checkpoints without --save_steps. Not a number of steps, since a step takes from milliseconds to minutes:
+# whatever the model, a failure costs at most a quarter of an hour, and writing a 7B model's 80 GB takes less than 5 %.
 SAVE_SECONDS = 15 * 60
-# Flags that decide which records a step takes.
+# Flags that determine which records a step takes.
 ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
 ORDER |= {"pack", "overlong", "max_seq_len"}
-Batches = Iterator[tuple[int, list[int]]]  # (step, numbers of its records)
-CHANGED_AFTER = "changed_after_step"  # in args.json: {flag that was accepted otherwise: step of the checkpoint then}
+Batches = Iterator[tuple[int, list[int]]]  # (step, indices of its records)
+CHANGED_AFTER = "changed_after_step"  # in args.json: {flag changed with --accept_changed: step of the checkpoint then}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunArgs(ModelArgs, AcceptArgs, LoraArgs):
-    """A run directory, and what goes into it when."""
+    """Run directory: logging, evaluation, checkpoints and export."""
 
     output_dir: Path = flag(
-        help="run directory: metrics, checkpoints and at the end the model", may_change=True, written=True
+        help="run directory, for metrics, checkpoints and the final model", may_change=True, written=True
     )
-    resume: bool = flag(False, help="go on from the newest checkpoint in --output_dir", may_change=True)
+    resume: bool = flag(False, help="resume from the newest checkpoint in --output_dir", may_change=True)
     eval_steps: int | None = flag(
-        None, bounds=at_least_one, help="evaluate every so many steps; at the end only", may_change=True
+        None, bounds=at_least_one, help="evaluate every N steps; default: at the end only", may_change=True
     )
     save_steps: int | None = flag(
         None,
         bounds=non_negative,
-        help="save every so many steps and after the last, or with 0 never; every 15 minutes and after the last",
+        help="save every N steps and after the last, 0: never; default: every 15 minutes and after the last",
         may_change=True,
     )
-    save_total_limit: int = flag(2, bounds=at_least_one, help="checkpoints to keep", may_change=True)
+    save_total_limit: int = flag(2, bounds=at_least_one, help="number of checkpoints to keep", may_change=True)
     export_steps: int | None = flag(
         None,
         bounds=at_least_one,
-        help="write the model every so many steps, into step-000100 and so on of --output_dir; at the end only",
+        help="export the model every N steps, to step-000100 etc. in --output_dir; default: at the end only",
         may_change=True,
     )
-    log_steps: int = flag(1, bounds=at_least_one, help="write metrics every so many steps", may_change=True)
+    log_steps: int = flag(1, bounds=at_least_one, help="write metrics every N steps", may_change=True)
     report_to: str = flag(
         "none",
         choices=("none", "tensorboard", "wandb"),
-        help="where else metrics go; the package must be installed",
+        help="dashboard that gets the metrics too; its package must be installed",
         may_change=True,
     )
     export_dtype: str | None = flag(
-        None, choices=DTYPES, help="dtype of the exported model; the input folder's", may_change=True
+        None, choices=DTYPES, help="dtype of the exported model; default: that of --checkpoint_path", may_change=True
     )
 
 
 class Run:
-    """A training run around its steps. It is called, in this order:
+    """Everything around the steps of a training run. A script calls it in this order:
 
-    run = Run(args)                                 refuses what cannot go on, before anything is loaded
-    run.begin(model, optimizer, ...)                puts both back to the newest checkpoint; first_step, total_steps
+    run = Run(args)                                 refuses flags and folders that cannot work, before loading anything
+    run.begin(model, optimizer, ...)                restores both from the newest checkpoint; first_step, total_steps
     if run.first_step == 1:
         run.log_start(metrics)
-    if run.unfinished:                              the metrics of a step whose evaluation a signal broke off
-        ...                                         evaluates, logs and exports as below
-    for step, numbers in run.steps(batches, ...):   saves, and ends early for a signal, after the loop's body;
-        run.check_finite(...)                       for step in run.updates(): in reinforcement learning
+    if run.unfinished:                              the metrics of a step whose evaluation a signal interrupted
+        ...                                         evaluate, log and export as below
+    for step, numbers in run.steps(batches, ...):   saves, or stops after a signal, behind the loop's body;
+        run.check_finite(...)                       in reinforcement learning: for step in run.updates()
         run.begin_update()                          before the optimizer's first step
         if run.eval_due:
             with run.evaluating(metrics): ...
-        run.log(metrics)                            the state is that of this step from here on
+        run.log(metrics)                            from here on the state is that after this step
         if run.export_due:
             run.export(model, subfolder=run.step_folder)
     run.export(model)
 
-    A signal or an error that all ranks have found ends the run at one of these calls, or in run.stop.check; the state
-    is saved first. step, numbers: of the step under way; first_step: the one to begin with, from 1. last_line: the step
-    up to which logs are kept; a run that begins anew keeps not even step 0. num_tokens: taken so far; speed() adds to
-    it. changed: the flags that a resumed run has otherwise than its checkpoint, as --accept_changed allows.
+    A signal, or an error that all ranks raise, ends the run at one of these calls or in run.stop.check, which save the
+    state first. step, numbers: the current step and its records; first_step: counted from 1. last_line: the step up to
+    which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it. changed: the flags in which
+    a resumed run differs from its checkpoint, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):
-        """Raises ValueError if the run would mix with an earlier one, or go on as another. A collective."""
+        """Raises ValueError if the output folder holds another run, or a resumed run has other flags. A collective."""
         self.stop = Stop()
         self.stop.listen()
         start_ranks(choose_runtime(args).device)
@@ -136,27 +136,27 @@ class Run:
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
     def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:
-        """With --resume model and optimizer (or a list of them) are put back to what they were; their settings remain
-        those of the flags. Writes args.json. ValueError if the run has gone further than it is asked to. A
-        collective."""
+        """With --resume restores model and optimizer (or a list of optimizers) from the newest checkpoint, except for
+        settings such as the learning rate, which come from the flags. Writes args.json. Raises ValueError if the run
+        has already taken more than total_steps. A collective."""
         args = self.args
         on_main(self._take_output_dir)
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
         if done > total_steps:
-            raise ValueError(f"--resume: the run has done {done} steps already, and only {total_steps} are asked for")
+            raise ValueError(f"--resume: the run has taken {done} steps already, more than the {total_steps} asked for")
         changed_after = self._begun_with.get(CHANGED_AFTER, {}) | dict.fromkeys(self.changed, done)
-        if changed_after:  # until there is a later checkpoint the next --resume goes on from what is changed here
+        if changed_after:  # kept until there is a later checkpoint: the next --resume starts from this one, too
             self._begun_with[CHANGED_AFTER] = changed_after
         self.changed = frozenset(name for name, step in changed_after.items() if step >= done)
-        for name in sorted(self.changed & ORDER) if done else ():  # where a step is among the records is its number's
-            say(f"--{name}: steps count records otherwise now, so some of this epoch come again, or not at all")
+        for name in sorted(self.changed & ORDER) if done else ():  # a step's number determines its records
+            say(f"--{name} changed which records a step takes: some of this epoch are repeated or left out")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
         self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
         self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
-        # in the background on a GPU; of an offloaded model that would hold the state in the CPU's memory twice
+        # save in the background on a GPU; with an offloaded model the CPU's memory would hold the state twice
         in_background = next(model.parameters()).is_cuda
         self._checkpoints = CheckpointWriter(
             args.output_dir, model, optimizer, limit=args.save_total_limit, asynchronous=in_background
@@ -171,7 +171,7 @@ class Run:
         folder = self.args.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = hold(folder / ".lock", f"--output_dir {folder}")
-        if not self.args.resume and (folder / "args.json").exists():  # it began at the same time, and has ended
+        if not self.args.resume and (folder / "args.json").exists():  # it started at the same time, and has ended
             raise ValueError(f"--output_dir {folder}: another run has written it in the meantime")
 
     def _write_args(self) -> None:
@@ -180,14 +180,14 @@ class Run:
         write_json(self.args.output_dir / "args.json", self._begun_with)
 
     def steps(self, batches: Callable[..., Batches], lengths: np.ndarray) -> Batches:
-        """Yields (step, numbers of its records), from first_step on; after each step the checkpoint that is due. A run
-        that is asked to end does so between two of them; see Stop. batches(first_step=, last_step=): those of some
-        steps; lengths: tokens of the records."""
+        """Yields (step, indices of its records) from first_step on. After each step saves a checkpoint if one is due,
+        or ends the run after a signal; see Stop. batches(first_step=, last_step=): yields the same for a range of
+        steps. lengths: tokens of each record."""
         self._count_tokens(batches(first_step=1, last_step=self.first_step - 1), lengths)
         yield from self._loop(batches(first_step=self.first_step, last_step=self.total_steps), "step")
 
     def updates(self) -> Iterator[int]:
-        """steps() of reinforcement learning, whose records are not known before: they go into `numbers`."""
+        """As steps(), for reinforcement learning, which sets `numbers` itself: its records are not known in advance."""
         batches = ((step, []) for step in range(self.first_step, self.total_steps + 1))
         yield from (step for step, _ in self._loop(batches, "update"))
 
@@ -209,14 +209,14 @@ class Run:
         self._close()
 
     def _count_tokens(self, batches: Batches, lengths: np.ndarray) -> None:
-        """num_tokens of the steps before first_step: as logged, and behind that of the rows of these batches."""
+        """Sets num_tokens of the steps before first_step: the last logged one, plus the tokens of later batches."""
         path, done = self.args.output_dir / "metrics.jsonl", self.first_step - 1
         known = on_main(lambda: [(x["step"], x["num_tokens"]) for x, _ in logged(path) if "num_tokens" in x][-1:])
         last, self.num_tokens = known[0] if known else (0, 0)
         self.num_tokens += sum(int(lengths[numbers].sum()) for step, numbers in batches if last < step <= done)
 
     def begin_update(self) -> None:
-        """From here to the step's evaluation, or to log(), the state is that of no step: the run goes on."""
+        """Marks the state as mid-update, until evaluating() or log(): it cannot be saved, and signals wait."""
         self.stop.state_of = None
 
     def _end_update(self) -> None:
@@ -224,8 +224,8 @@ class Run:
 
     @contextmanager
     def evaluating(self, metrics: dict[str, float]) -> Iterator[None]:
-        """The evaluation of a step, whose metrics are these so far. A signal may break it off; then they are kept, and
-        the resumed run begins with the evaluation (unfinished), so that it writes the same line."""
+        """Wraps the evaluation of a step. If a signal interrupts it, the metrics so far are saved, and the resumed run
+        starts with this evaluation (see unfinished), so that it writes the same line."""
         self._end_update()
         self._evaluated = dict(metrics)
         self.stop.check()
@@ -237,8 +237,8 @@ class Run:
         self._saved, self._saved_at = self.stop.state_of, time.monotonic()
 
     def _keep(self, failed: bool) -> str:
-        """Saves the state if it is that of a step and not saved yet, and the metrics of a step that is evaluated; says
-        which it is. failed: the run ends by an error, so that no older checkpoint makes room for this one."""
+        """Saves the state, unless it is mid-update or saved already, and the metrics of an interrupted evaluation.
+        Returns where the run ended ("after step 3"). failed: because of an error; keeps one checkpoint more."""
         if self._evaluated is not None and is_main_rank():
             write_json(self.args.output_dir / UNFINISHED, {"step": self.step, **self._evaluated})
         done = self.stop.state_of
@@ -246,10 +246,10 @@ class Run:
         if done is None:
             when = f"in {self._unit} {self.step}"
         elif done != self._saved and not all_fit(self._checkpoints.model):
-            say(f"the state {when} is not saved, since it has weights that are not finite")
+            say(f"the state {when} is not saved: its weights are not finite")
         elif done != self._saved:
             self._checkpoints.limit += failed
-            self._checkpoints.model.zero_grad(set_to_none=True)  # of a step that is given up
+            self._checkpoints.model.zero_grad(set_to_none=True)  # those of an abandoned step
             self._save()
             if failed:
                 say(f"the state {when} is saved")
@@ -272,7 +272,7 @@ class Run:
 
     @property
     def export_due(self) -> bool:
-        """Whether the model of this step is to be written into step_folder."""
+        """Whether the model of this step should be exported to step_folder."""
         every = self.args.export_steps
         return every is not None and self.step % every == 0
 
@@ -287,30 +287,30 @@ class Run:
         return every > 0 and (self.step == self.total_steps or self.step % every == 0)
 
     def check_finite(self, **values: float | Tensor) -> None:
-        """Raises ValueError that names the step and its records if a value, the same on all ranks, is not finite."""
+        """Raises ValueError, naming the step and its records, if a value is not finite. Values: equal on all ranks."""
         for name, value in values.items():
             if not math.isfinite(value):
                 numbers = ", ".join(map(str, self.numbers[:64])) + (", ..." if len(self.numbers) > 64 else "")
-                numbers += "; skipped ones are not counted" * (vars(self.args).get("overlong") == "skip")
+                numbers += "; skipped records are not counted" * (vars(self.args).get("overlong") == "skip")
                 message = f"{name} is {float(value)}; records of the step (from 0): {numbers}"
                 self.stop.fail(f"step {self.step}: {message}")
 
     def check_weights(self, model: nn.Module) -> None:
-        """Raises ValueError, before they replace sound ones, if weights of the model are not finite. A collective."""
+        """Raises ValueError if weights are not finite, before they are saved over finite ones. A collective."""
         if not all_fit(model):
-            advice = "take a lower --learning_rate; --resume goes on from the checkpoint before with --accept_changed"
+            advice = "take a lower --learning_rate and --resume from the checkpoint before with --accept_changed"
             self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
 
     def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:
-        """The metrics num_tokens, tokens_per_second, and mfu where the device's peak is known, of the time since the
-        step began, on all ranks. model: that learns; lengths: of the sequences in the step; beside: whether another of
-        its size has seen them, without a backward."""
+        """Returns num_tokens, tokens_per_second, and mfu if the device's peak is known, over all ranks and the time
+        since the step began. model: the one that trains; lengths: of the step's sequences; beside: whether another
+        model of its size ran a forward pass (no backward) on them, such as a reference."""
         self.num_tokens += sum(lengths)
         rate = sum(lengths) / self._watch.lap()
         metrics = {"num_tokens": self.num_tokens, "tokens_per_second": rate}
         peak = peaks(self.device)
         if peak is not None:
-            mean_len = sum(n * n for n in lengths) / sum(lengths)  # the length of its sequence, for the average token
+            mean_len = sum(n * n for n in lengths) / sum(lengths)  # sequence length of the average token
             kind = {"frozen": model.lora is not None, "has_lm_head": hasattr(model, "lm_head")}
             flops = model.config.training_flops_per_token(mean_len, **kind)
             flops += beside * model.config.training_flops_per_token(mean_len) / 3
@@ -318,8 +318,8 @@ class Run:
         return metrics
 
     def log(self, metrics: dict[str, float], *shown: str) -> None:
-        """Writes the metrics of this step, under any names, if they are due. shown: those that the progress bar says,
-        beside the speed; the loss."""
+        """Writes the metrics of this step, under any names, if a line is due. shown: the metrics that the progress bar
+        shows beside the speed; default: the loss."""
         self._end_update()
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
@@ -333,12 +333,12 @@ class Run:
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def span(self) -> str:
-        """Which steps this process takes, for people."""
+        """Returns which steps this process takes, for printing."""
         left = self.first_step <= self.total_steps
         return f"{self.first_step} to {self.total_steps}" if left else f"none left of {self.total_steps}"
 
     def log_start(self, metrics: dict[str, float]) -> None:
-        """Writes what was measured before the first step, as step 0."""
+        """Writes metrics measured before the first step, as step 0."""
         self._metrics.write({"step": 0, **metrics})
 
     def show(self, text: str) -> None:
@@ -356,9 +356,9 @@ class Run:
         what: str = "model",
         subfolder: str = "",
     ) -> None:
-        """Writes the model as a Hugging Face folder into the run directory. A collective. config: of its config.json;
-        that of the folder the run began with, and with it the pad token that the folder's tokenizer has, and all stop
-        tokens. json_changes: to the other files of that folder, see save_folder."""
+        """Writes the model as a Hugging Face folder into the run directory. A collective. config: the contents of
+        config.json; default: those of --checkpoint_path, with its tokenizer's pad token and all stop tokens filled in.
+        json_changes: changes to the other files copied from there, see save_folder."""
         folder, start = self.args.output_dir / subfolder, self.args.checkpoint_path
         size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
         drop_what_nobody_reads()
@@ -381,7 +381,7 @@ class Run:
         if config is None:
             config, began = folder_config(start), open_folder(start, frozen=True)
             pad = named_pad_token(began)
-            if pad is not None and pad.id < config["vocab_size"]:  # many folders name one without an embedding
+            if pad is not None and pad.id < config["vocab_size"]:  # many folders' pad token has no embedding
                 config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
                 changes |= pad_changes(start, pad)
             changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
@@ -395,8 +395,8 @@ class Run:
 
 
 def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
-    """(the day of the run, what it is begun with, the flags that it has otherwise than it was begun with). Raises
-    ValueError if the run would mix with an earlier one, or go on with what makes it another."""
+    """Returns (the date of the run, the contents of its args.json, the flags in which a resumed run differs). Raises
+    ValueError if the folder holds another run, or a flag differs that --accept_changed does not name."""
     folder = args.output_dir
     if args.uses_lora and not args.merge:
         refuse_idle(args, "with --no-merge: adapters are float32", "export_dtype")
@@ -408,20 +408,20 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     if not args.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty; take another, or go on with --resume")
     if (folder / "config.json").exists() and not (folder / "args.json").exists():
-        raise ValueError(f"--output_dir {folder}: holds a model and no run to --resume; it would be overwritten")
+        raise ValueError(f"--output_dir {folder}: holds a model, which would be overwritten, and no run to --resume")
     dtype = dtype_name(choose_runtime(replace(args, dtype=None)).dtype)  # of this device
     args = replace(args, chat_date=today.isoformat(), dtype=args.dtype or dtype)
     now = begun_with(args)
     if not earlier:
         return today, now, frozenset()
     now |= {CHANGED_AFTER: earlier[CHANGED_AFTER]} if CHANGED_AFTER in earlier else {}
-    for name, default in (("chat_date", args.chat_date), ("dtype", dtype)):  # older runs did not say
+    for name, default in (("chat_date", args.chat_date), ("dtype", dtype)):  # older runs did not record them
         earlier[name] = earlier.get(name) or default
     return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
 
 
 def check_output_dir(folder: Path) -> None:
-    """Raises ValueError or OSError where a run could not write at its end, though it has not begun."""
+    """Raises ValueError or OSError before a run starts if it could not write its results at the end."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"--output_dir {folder}: is a symbolic link to nothing")
     if folder.exists() and not folder.is_dir():

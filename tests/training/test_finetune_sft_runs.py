@@ -153,7 +153,7 @@ def test_resume_as_another_run(folder, tmp_path):
     result = tiny.run(SCRIPT, *flags(folder, data, tmp_path / "other", **run))
     tiny.assert_refused(result, "--train_file: other content than the run was begun with; go on knowingly with")
     said = [finetune(folder, data, tmp_path / "other", **run, accept_changed="train_file").stdout for _ in range(2)]
-    assert "--train_file: steps count records otherwise now" in said[0] and "otherwise now" not in said[1]
+    assert "--train_file changed which records a step takes" in said[0] and "changed which" not in said[1]
     finetune(folder, data, tmp_path / "other", **run)  # the file that was accepted is now the run's own
 
 

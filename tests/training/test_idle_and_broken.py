@@ -236,7 +236,7 @@ def test_a_broken_record_among_packed_ones(tmp_path):
     flags = ["--checkpoint_path", tmp_path / "lm", "--train_file", tmp_path / "train.jsonl", "--batch_size", 1]
     flags += ["--output_dir", tmp_path / "out", "--pack", "--max_seq_len", 40, "--overlong", "skip"]
     result = tiny.run("training/finetune_sft.py", *flags)
-    assert_ended(result, "loss is nan; records of the step (from 0): ", "; skipped ones are not counted")
+    assert_ended(result, "loss is nan; records of the step (from 0): ", "; skipped records are not counted")
     numbers = re.search(r"\(from 0\): ([\d, ]+);", result.stderr)[1].split(", ")
     assert "5" in numbers and len(numbers) > 1
 

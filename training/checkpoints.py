@@ -1,10 +1,9 @@
-"""Checkpoints of a run: model and optimizer as they are after a step, in OUT/checkpoints/step-000100.
+"""Checkpoints of a run: the model and the optimizer after a step, in OUT/checkpoints/step-000100.
 
-- written by torch.distributed.checkpoint, each rank its own shards, so another layout can read them
-- a checkpoint is whole or absent, and its content is checked (manifest.py); --resume takes the newest sound one
-- it holds tensors alone: weights, buffers and moments. What the flags say, learning rates and decay for example, comes
-  from the flags
-- saving writes to nothing: torch's get_state_dict would let an optimizer that has not stepped take a step
+- written by torch.distributed.checkpoint, each rank its own shards, so that another layout can read them
+- a checkpoint is complete or absent, and its content is verified (manifest.py); --resume takes the newest intact one
+- it holds tensors only: weights, buffers and moments. Settings such as learning rate and decay come from the flags
+- saving does not change the state, whereas torch's get_state_dict makes an optimizer that has not stepped take a step
 """
 
 import logging
@@ -31,7 +30,7 @@ Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
 
 
 def all_fit(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
-    """Whether all weights that are trained are finite, in dtype, or as they are stored; a scalar head stays as it is. A
+    """Returns whether all trained weights are finite, after a cast to dtype if given (a scalar head is not cast). A
     collective."""
     fits = []
     for name, parameter in model.named_parameters():
@@ -43,12 +42,12 @@ def all_fit(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
 
 
 class CheckpointWriter:
-    """Writes checkpoints/step-000100, whole or not at all, and keeps the newest `limit` up to it. Later ones are
-    removed: they are what a run that was resumed from an earlier step could not read.
+    """Writes checkpoints/step-000100, completely or not at all, and keeps the newest `limit` up to it. Checkpoints of
+    later steps are deleted: the run could not read them, so it was resumed from an earlier step.
 
-    asynchronous: save returns when the state is copied to the CPU's memory, and a thread writes it while training goes
-    on; it has its final name as soon as all ranks have written. A failure is raised by the next save or by finish,
-    which comes before the process ends; a run that ends by an error drops what is still being written.
+    asynchronous: save returns when the state is copied to the CPU's memory, and a thread writes it while training
+    continues. The checkpoint gets its final name when all ranks have written. The next save, or finish at the end of
+    the run, raises a failure; a run that ends with an error drops a checkpoint that is still being written.
     """
 
     def __init__(
@@ -57,11 +56,11 @@ class CheckpointWriter:
         self.output_dir, self.model, self.optimizer, self.limit = output_dir, model, optimizer, limit
         self._thread = _one_thread(model) if asynchronous else None
         self._pending: Future | None = None
-        # its collectives run beside those of the training, which would otherwise be taken for them
+        # a group of its own, since its collectives run concurrently with those of training and could be mixed up
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
 
     def save(self, step: int) -> None:
-        """Saves what the model and the optimizer hold now. A collective."""
+        """Saves the current state of model and optimizer. A collective."""
         self.finish()
         path = self.output_dir / "checkpoints" / f"step-{step:06d}"
         for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
@@ -75,7 +74,7 @@ class CheckpointWriter:
             self._pending = self._thread.submit(self._write, _copied(state), path)
 
     def finish(self) -> None:
-        """Returns when the last checkpoint is in its place; raises OSError if it could not be written."""
+        """Waits until the last checkpoint has its final name. Raises OSError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -85,9 +84,9 @@ class CheckpointWriter:
         try:
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
             write_manifest(staging, int(path.name[5:]), self._group)
-        except (CheckpointException, OSError) as error:  # the one, a BaseException, when all ranks have ended writing
+        except (CheckpointException, OSError) as error:  # the first is a BaseException, raised on all ranks
             if is_main_rank():
-                shutil.rmtree(staging, ignore_errors=True)  # it may be what fills the disk
+                shutil.rmtree(staging, ignore_errors=True)  # it may have filled the disk
             failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
             reasons = "; ".join(dict.fromkeys(_reason(failure[0]) for failure in failures))
             raise OSError(f"{staging}: cannot be written: {reasons}") from error
@@ -103,22 +102,22 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a rank could not write: torch's writer says where it was, and the system's word is lost on the way here."""
+    """Returns why a rank could not write. torch's writer raises only its own position, without the system's error."""
     return f"{error}; most likely the disk is full" if "inline_container" in str(error) else str(error)
 
 
 def _one_thread(model: nn.Module) -> ThreadPoolExecutor:
     if not next(model.parameters()).is_cuda:
         return ThreadPoolExecutor(max_workers=1)
-    # a thread begins on the first GPU, which belongs to another rank
+    # a new thread uses the first GPU, which may belong to another rank
     device = torch.cuda.current_device()
     return ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def _state(model: nn.Module, optimizer: Optimizers) -> dict:
-    """What a checkpoint holds, the tensors themselves and not copies: {"model": {name: tensor}, "optimizer": {"state":
-    {name of a parameter: {"exp_avg": tensor, ...}}}}. Tied weights have the first of their names, and what is frozen is
-    left out: it is in the folder that the run began with."""
+    """Returns the contents of a checkpoint, without copying tensors: {"model": {name: tensor}, "optimizer": {"state":
+    {name of a parameter: {"exp_avg": tensor, ...}}}}. Tied weights have the first of their names. Frozen weights are
+    left out: the run's initial folder holds them."""
     weights: dict[str, Tensor] = {}
     name_of: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -131,21 +130,21 @@ def _state(model: nn.Module, optimizer: Optimizers) -> dict:
 
 
 def _copied(state: dict | Tensor) -> dict | Tensor:
-    """A state dict with its tensors copied to the CPU."""
+    """Returns a state dict with its tensors copied to the CPU."""
     if isinstance(state, dict):
         return {key: _copied(value) for key, value in state.items()}
     return state.detach().to("cpu", copy=True)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """From the oldest to the newest."""
+    """Returns the checkpoints' folders, from the oldest to the newest."""
     paths = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
 def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimizers) -> int:
-    """Puts the newest sound checkpoint into the model and the optimizer and returns its step; 0 if there is none, which
-    it says. A broken one is passed over with a warning, by all ranks if one finds it so; ValueError if all are broken.
+    """Loads the newest intact checkpoint into the model and the optimizer and returns its step; 0, with a message, if
+    there is none. If a rank finds a checkpoint broken, all skip it with a warning. Raises ValueError if all are broken.
     A collective."""
     listed = on_main(lambda: _checkpoints(output_dir))
     if not listed:
@@ -166,7 +165,8 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimi
 
 
 def _load(path: Path, model: nn.Module, optimizer: Optimizers) -> str | None:
-    """Puts a checkpoint into the model and the optimizer, or says in a line what is wrong with it. A collective."""
+    """Loads a checkpoint into the model and the optimizer, or returns a line that says what is wrong with it. A
+    collective."""
     state, opened = _state(model, optimizer), []
 
     def open_it() -> None:
@@ -183,7 +183,7 @@ def _load(path: Path, model: nn.Module, optimizer: Optimizers) -> str | None:
 
 
 def _names_in(state: dict, prefix: str = "") -> set[str]:
-    """The names that torch gives the tensors of a nested state."""
+    """Returns the names that torch gives to the tensors of a nested state."""
     names = set()
     for key, value in state.items():
         names |= _names_in(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
@@ -191,9 +191,9 @@ def _names_in(state: dict, prefix: str = "") -> set[str]:
 
 
 def _failure(action: Callable[[], None]) -> str | None:
-    """Why an action on a checkpoint failed, in a line of at most 200 characters, or None."""
+    """Runs an action on a checkpoint; returns why it failed, in at most 200 characters, or None."""
     try:
-        logging.disable(logging.CRITICAL)  # torch logs tracebacks of what is reported here in a line
+        logging.disable(logging.CRITICAL)  # torch would log tracebacks of failures that are reported here in one line
         action()
         return None
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:

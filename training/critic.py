@@ -1,4 +1,4 @@
-"""PPO's critic: the model that it starts from, beside the policy or as adapters on the policy's base."""
+"""PPO's critic: which model it starts from, and whether it is a second model or adapters on the policy's base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +18,26 @@ from training.frozen import RewardFolder, check_reader
 
 @dataclass(frozen=True, kw_only=True)
 class CriticArgs:
-    """Where the critic starts, and how fast it learns."""
+    """Critic."""
 
     value_checkpoint_path: Path | None = flag(
-        None, type=model_folder, help="where the critic starts; the reward model, or the policy with a zero head"
+        None, type=model_folder, help="initial critic; default: the reward model, or the policy with a zero head"
     )
-    shared_base: bool = flag(False, help="with LoRA: the critic is adapters and a head of its own on the policy's base")
+    shared_base: bool = flag(False, help="with LoRA: the critic is its own adapters and head on the policy's base")
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
 
 
 def check_critic_flags(args) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     if args.shared_base and not args.uses_lora:
         raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
     if args.shared_base and args.value_checkpoint_path is not None:
-        raise ValueError("--shared_base: the critic stands on the policy's base; leave --value_checkpoint_path out")
+        raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
 
 
 def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: int) -> Path:
-    """The folder where the critic starts. Raises ValueError for one that cannot be trained, or read the policy's rows.
-    longest: tokens of a prompt and its answer."""
+    """Returns the critic's initial folder. Raises ValueError if its model cannot be trained or cannot read the policy's
+    rows. longest: most tokens of a prompt and its answer."""
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
     if is_quantized(read_hf_config(path)[0]):
@@ -50,7 +50,7 @@ def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: in
 
 
 def critic_note(args, value_path: Path) -> str:
-    """For people."""
+    """Returns a printable description of the initial critic."""
     head = "" if has_score_head(value_path) else ", with a zero head"
     return f"{value_path}{head}" + ", adapters on the policy's base" * args.shared_base
 
@@ -58,7 +58,7 @@ def critic_note(args, value_path: Path) -> str:
 def load_with_critic(
     args, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None, value_path: Path
 ) -> tuple[Transformer, Transformer, Transformer]:
-    """(what the policy's weights are in, the policy, the critic)."""
+    """Returns (the model that holds the policy's weights, the policy, the critic)."""
     zero_head = None
     if not has_score_head(value_path):
         zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
@@ -76,9 +76,9 @@ def load_with_critic(
 
 
 def _value_scale(args, reward: RewardFolder | None, value_path: Path) -> float:
-    """What makes of the scores of the model where the critic starts values of the rewards: for the reward model itself
-    --reward_model_weight, over its reward_std with --normalize_reward. (What is subtracted, reward_mean over
-    reward_std, the critic learns: its head has no bias.)"""
+    """Returns the factor that turns the initial critic's scores into values of the rewards: if it is the reward model,
+    --reward_model_weight, with --normalize_reward divided by reward_std. (The critic must learn the offset, reward_mean
+    / reward_std, since its head has no bias.)"""
     if reward is None or reward.kind.separator is not None or not value_path.samefile(reward.folder.path):
         return 1.0
     return args.reward_model_weight / (reward.kind.std if args.normalize_reward else 1.0)

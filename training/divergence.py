@@ -1,4 +1,4 @@
-"""A policy that gets away from where it can learn: said once, and ended where --stop_kl says so."""
+"""Detects a policy that diverges: warns once per quantity, and ends the run at --stop_kl."""
 
 import math
 from dataclasses import dataclass
@@ -9,39 +9,39 @@ from training.stop import Stop
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceArgs:
-    """When a policy has gone too far."""
+    """Divergence of the policy."""
 
     stop_kl: float | None = flag(
         None,
         bounds=positive,
-        help="end the run, exit code 2, once an update's KL to the reference is above this: train_ppo's objective/kl, "
-        "nats of an answer; train_grpo's kl, nats of a token; off",
+        help="end the run, exit code 2, when an update's KL to the reference exceeds this: train_ppo's objective/kl, "
+        "nats per answer; train_grpo's kl, nats per token; default: off",
         may_change=True,
     )
 
 
 class Divergence:
-    """vocab_size: of the policy. flags: by which the script holds the policy near its reference."""
+    """vocab_size: of the policy. flags: those with which the script keeps the policy near its reference."""
 
     def __init__(self, args: DivergenceArgs, vocab_size: int, flags: str, stop: Stop):
         self.stop_kl, self.flags, self.stop = args.stop_kl, flags, stop
         self.most_entropy, self.said = 0.8 * math.log(vocab_size), set()
 
     def look(self, step: int, *, kl: float, tokens: float = 1.0, entropy: float, approx_kl: float = 0.0) -> None:
-        """Says what is far outside, once each. A collective, with the same numbers on all ranks, in which a run with
-        --stop_kl ends by a ValueError; the state is saved first.
+        """Warns, once each, of values far above the usual. With --stop_kl saves the state and raises ValueError. A
+        collective; the values must be the same on all ranks.
 
-        kl: of so many tokens to the reference, as it is logged; 0 without one. entropy, of a token; approx_kl, of a
-        token between the policy that drew and the one that learns."""
+        kl: to the reference, as logged, a sum over `tokens` tokens; 0 without a reference. entropy: per token.
+        approx_kl: per token, between the policy that sampled and the one that trains."""
         slower = "a lower --learning_rate"
         self._warn(step, "KL of a token", kl / tokens, 1.0, f"{slower}, {self.flags}, --stop_kl")
         self._warn(step, "approxkl of a token", approx_kl, 0.3, f"{slower}, fewer --ppo_epochs, --cliprange")
-        advice = f"{slower}, {self.flags}, --temperature: near log V the policy draws at random"
+        advice = f"{slower}, {self.flags}, --temperature: near log V the policy samples at random"
         self._warn(step, "entropy of a token", entropy, self.most_entropy, advice)
         if self.stop_kl is not None and kl > self.stop_kl:
             self.stop.fail(
                 f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "
-                f"--export_steps, or begin anew with {slower}, or {self.flags}"
+                f"--export_steps, or start a new run with {slower}, or {self.flags}"
             )
 
     def _warn(self, step: int, what: str, value: float, most: float, advice: str) -> None:

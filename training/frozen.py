@@ -1,5 +1,5 @@
-"""The frozen models beside a policy: its reference, and in reinforcement learning a reward model. Which folders hold
-them, how their weights are quantised, and whether they can read the policy's rows.
+"""The frozen models beside a policy, its reference and in reinforcement learning a reward model: selects their folders
+and quantisation, checks that they can read the policy's rows, and loads them.
 """
 
 import json
@@ -25,13 +25,13 @@ from training.prompts import Prompts
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceArgs(GroupSizeArgs):
-    """What the policy is held near."""
+    """Reference model."""
 
     ref_checkpoint_path: Path | None = flag(
-        None, type=model_folder, help="folder of the frozen reference; what the run begins with"
+        None, type=model_folder, help="folder of the frozen reference; default: the policy's initial model"
     )
     quantize_ref: str = flag(
-        "none", choices=("none", "int8", "int4"), help="round the weights of the reference, replicated over dp"
+        "none", choices=("none", "int8", "int4"), help="quantise the reference's weights; every dp rank holds them"
     )
 
     @property
@@ -40,22 +40,22 @@ class ReferenceArgs(GroupSizeArgs):
 
     @property
     def reference_name(self) -> str:
-        """For people."""
+        """The reference's folder and adapter, for printing."""
         is_start = self.ref_checkpoint_path is None and self.adapter_path is not None
         return f"{self.ref_path} with the adapter {self.adapter_path}" if is_start else str(self.ref_path)
 
 
 class RewardFolder(NamedTuple):
-    """A reward model's folder, beside that of the policy whose answers it scores."""
+    """The folder of a reward model that scores a policy's answers."""
 
     folder: Folder
-    same_tokenizer: bool  # as the policy's: it can read the policy's ids
+    same_tokenizer: bool  # as the policy: the reward model can read the policy's ids
     kind: RewardKind
-    policy_ends: tuple[int, ...]  # ids with which the policy ends an answer by itself
+    policy_ends: tuple[int, ...]  # the policy's own stop token ids
 
 
 class Frozen(NamedTuple):
-    """The folders beside the policy's, and how their weights are quantised. Each may be missing."""
+    """The folders of the frozen models and their quantisation; None for a model or quantisation that is not used."""
 
     reference: Path | None
     ref_scheme: Schemes | None
@@ -63,16 +63,16 @@ class Frozen(NamedTuple):
     reward_scheme: Schemes | None
 
     def ref_is_start(self, args) -> bool:
-        """Whether the reference has the weights that the policy begins with."""
+        """Whether the reference has the policy's initial weights."""
         return self.is_base(args) and (args.adapter_path is None or args.ref_checkpoint_path is None)
 
     def is_base(self, args) -> bool:
-        """Whether the reference is the folder of --checkpoint_path as it is: with LoRA it is the policy then, see
-        as_reference in models/shared_base.py."""
+        """Whether the reference is the unchanged model of --checkpoint_path. With LoRA the policy then serves as the
+        reference, see as_reference in models/shared_base.py."""
         return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
 
     def notes(self, args) -> dict[str, str]:
-        """What they are, for people."""
+        """Returns printable descriptions of the frozen models."""
         notes = {}
         if self.reference is not None:
             notes["reference"] = args.reference_name + (f", {self.ref_scheme}" if self.ref_scheme else "")
@@ -84,8 +84,8 @@ class Frozen(NamedTuple):
     def load(
         self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
     ) -> tuple[Transformer | None, Transformer | None]:
-        """(the reference, the reward model). A reference that has the base of the policy's adapters is the policy: it
-        is asked within as_reference()."""
+        """Returns (the reference, the reward model). If the reference is the base of the policy's adapters, returns the
+        policy as the reference, to be used within as_reference()."""
         load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
         if policy.lora is not None and self.is_base(args):
             reference = policy
@@ -96,12 +96,12 @@ class Frozen(NamedTuple):
 
 
 def check_reference_flags(args) -> None:
-    """Raises ValueError for a reference that would be the policy's base a second time, in fewer bits, and for groups of
-    weights where none are in int4."""
+    """Raises ValueError if a quantised reference would be a second copy of the policy's LoRA base, and if --group_size
+    is given without int4."""
     if args.uses_lora and args.quantize_ref != "none" and args.ref_checkpoint_path is None:
         raise ValueError(
-            "--quantize_ref: with LoRA the reference is the base with its adapters off, so --quantize_base says how it "
-            "is kept; leave the flag out, or give a --ref_checkpoint_path"
+            "--quantize_ref: with LoRA the reference is the base with its adapters off, quantised by --quantize_base; "
+            "leave the flag out, or give a --ref_checkpoint_path"
         )
     modes = {name: getattr(args, name) for name in ("quantize_ref", "quantize_reward") if hasattr(args, name)}
     if args.group_size is not None and "int4" not in modes.values():
@@ -109,10 +109,10 @@ def check_reference_flags(args) -> None:
 
 
 def check_rl_flags(args) -> None:
-    """Raises ValueError for flags of rollouts, rewards and frozen models that do not go together."""
+    """Raises ValueError for flags of rollouts, rewards and frozen models that contradict each other."""
     check_reference_flags(args)
     if args.lora_dropout:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: a ratio to the policy that drew would measure the noise")
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: its noise would change the probability ratios; take 0")
     if args.rollout_batch_size % args.step_size:
         raise ValueError(
             f"--minibatch_size {args.minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"
@@ -138,8 +138,8 @@ def check_rl_flags(args) -> None:
 
 
 def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, reference: bool = True) -> Frozen:
-    """The folders that the flags name. Raises ValueError for one that cannot do what it is given for. reference:
-    whether there is one."""
+    """Opens the folders of the frozen models. Raises ValueError if one is unsuitable. reference: whether the run has a
+    reference."""
     path, ref_scheme, reward, reward_scheme = args.ref_path if reference else None, None, None, None
     if args.reward_checkpoint_path:
         reward = open_reward_folder(args.reward_checkpoint_path, policy, args.tensor_parallel_size)
@@ -161,7 +161,7 @@ def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, refere
 
 
 def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) -> RewardFolder:
-    """Raises ValueError if the folder holds no scalar head, or cannot be cut over so many ranks."""
+    """Raises ValueError if the model has no scalar head, or cannot be split over the tensor-parallel ranks."""
     today = policy.tokenizer.today
     folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
@@ -170,7 +170,7 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:
-    """What decides how text becomes ids. Not padding: a reward model's pad token may be its own."""
+    """Returns the tokenizer files that determine how text becomes ids, without padding: pad tokens may differ."""
     names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if b'"padding"' in files.get("tokenizer.json", b""):
@@ -179,8 +179,8 @@ def _text_to_ids(folder: Path) -> dict[str, object]:
 
 
 def check_chats(reward: RewardFolder, data: Prompts) -> None:
-    """Raises ValueError for a chat that the reward model's folder has no template for, or one that refuses it. Of chats
-    with the same roles one is tried; a model that reads the policy's ids needs no template."""
+    """Raises ValueError if the reward model's folder has no chat template for the prompts, or one that rejects a chat.
+    Tries one chat of each sequence of roles; a model that reads the policy's ids needs no template."""
     if reward.same_tokenizer and reward.kind.separator is None:
         return
     kinds = {}
@@ -197,8 +197,8 @@ def check_chats(reward: RewardFolder, data: Prompts) -> None:
 
 
 def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | None:
-    """How the flag of this name, quantize_ref say, or the folder itself has a frozen model quantised. Raises ValueError
-    if it cannot be so here."""
+    """Returns how to quantise a frozen model, from the flag of this name (such as quantize_ref) or from the folder
+    itself. Raises ValueError if that is not supported here."""
     mode, tp_size = getattr(args, name), args.tensor_parallel_size
     scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, f"--{name}", tp_size)
     if scheme is not None:
@@ -207,8 +207,8 @@ def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | No
 
 
 def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, lower: str) -> None:
-    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag that makes rows
-    shorter."""
+    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag to lower for shorter
+    rows."""
     check_files(path)
     config = ModelConfig.from_hf(path)
     config.check_divisible(args.tensor_parallel_size)

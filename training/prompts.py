@@ -1,4 +1,4 @@
-"""The prompts of reinforcement learning, in an order that a run can resume."""
+"""Prompts of reinforcement learning: loading, length limits, and an order that a run can resume."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,43 +28,43 @@ from training.optim import constant_rate
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutArgs(StopArgs, PrefillArgs):
-    """Prompts, and the answers that are drawn to them."""
+    """Prompts and rollouts."""
 
-    prompt_file: Path = flag(help="records with a prompt; other fields go to --reward_fn")
+    prompt_file: Path = flag(help="records with a prompt; their other fields are passed to --reward_fn")
     eval_prompt_file: Path | None = flag(
-        None, help="held-out prompts, to be answered also before the first update", may_change=True
+        None, help="held-out prompts for evaluations, the first one before the first update", may_change=True
     )
     num_generations_eval: int = flag(
-        1, bounds=at_least_one, help="answers to each of them, for pass@1 to pass@N", may_change=True
+        1, bounds=at_least_one, help="answers to each held-out prompt, for pass@1 to pass@N", may_change=True
     )
-    num_eval_samples: int = flag(4, bounds=non_negative, help="answers shown at each evaluation", may_change=True)
+    num_eval_samples: int = flag(4, bounds=non_negative, help="answers printed at each evaluation", may_change=True)
     max_prompt_len: int | None = flag(
-        None, bounds=at_least_one, help="longest prompt in tokens; what --max_new_tokens leaves of the context"
+        None, bounds=at_least_one, help="most tokens of a prompt; default: the context less --max_new_tokens"
     )
     overlong: str = flag(
-        "refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer ones; truncate keeps their end"
+        "refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer prompts; truncate keeps the end"
     )
     total_steps: int = flag(100, bounds=non_negative, help="updates; 0 only exports", may_change=constant_rate)
     rollout_batch_size: int = flag(64, bounds=at_least_one, help="answers per update, over all ranks")
     minibatch_size: int | None = flag(
-        None, bounds=at_least_one, help="answers per optimizer step; --rollout_batch_size"
+        None, bounds=at_least_one, help="answers per optimizer step; default: --rollout_batch_size"
     )
     rollout_slots: int | None = flag(
         None,
         type=number_or("auto", at_least_one),
         metavar="N|auto",
-        help="answers drawn at a time on a rank; auto: up to 256 on a GPU, as memory holds beside the training, "
-        "up to 128 on a CPU",
+        help="answers generated at a time on a rank; default: auto, on a GPU as many as memory beside training allows, "
+        "up to 256, on a CPU up to 128",
         may_change=True,
     )
     sleep: int = flag(
         0,
         choices=(0, 1, 2),
-        help="what the engine gives back while the policy learns: 0 nothing, 1 its cache, 2 its weights too",
+        help="memory that the engine releases while the policy trains: 0 none, 1 its KV cache, 2 its weights too",
         may_change=True,
     )
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
-    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="of the sampler and all log-probs")
+    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="temperature of sampling and all log-probs")
 
     @property
     def step_size(self) -> int:
@@ -73,24 +73,24 @@ class RolloutArgs(StopArgs, PrefillArgs):
 
 
 class Prompt(NamedTuple):
-    ids: list[int]  # of a truncated prompt its end
+    ids: list[int]  # if truncated, the end of the prompt
     fields: dict  # the whole record
-    asked: str | Chat  # as the record has it, also where ids are truncated
-    text: str  # what a reward function is given: of a truncated prompt what is left
+    asked: str | Chat  # the record's prompt, never truncated
+    text: str  # passed to reward functions; if truncated, the text of ids
     where: str = ""  # file and line
 
 
 class Prompts(NamedTuple):
-    """Those to learn from and those held out."""
+    """Training and held-out prompts."""
 
     train: list[Prompt]
     held_out: list[Prompt]
-    longest: int  # tokens of a prompt and its answer, of both
-    notes: dict[str, str]  # for people
+    longest: int  # most tokens of a prompt and its answer, in both lists
+    notes: dict[str, str]  # printable
 
 
 def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
-    """The prompts of both files. Raises ValueError if answers could not end, or have no room."""
+    """Loads the prompts of both files. Raises ValueError if answers could not end, or do not fit into the context."""
     stops_of(args.stop or (), folder.tokenizer)
     if not folder.eos_token_ids:
         raise ValueError(f"{folder.path}: no EOS token, so no answer would ever end")
@@ -103,7 +103,7 @@ def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
 
 
 def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
-    """What a prompt may be. Raises ValueError unless the context has room for one and its answer."""
+    """Returns the limits of a prompt. Raises ValueError unless the context has room for a prompt and its answer."""
     context = config.max_position_embeddings
     room = context - args.max_new_tokens
     if room < 1:
@@ -121,7 +121,7 @@ def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
 
 
 def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list[Prompt], EncodingCounts]:
-    """(the prompts of a file, what became of those that were too long)"""
+    """Returns (the prompts of a file, counts of skipped and truncated ones)."""
     prompts, counts, limit = [], EncodingCounts(), limits.max_seq_len
     for record in tokenising(path):
         prompt = get_prompt(record)
@@ -145,7 +145,7 @@ def load_prompts(path: Path, tokenizer: Tokenizer, limits: Limits) -> tuple[list
 
 
 def prompt_numbers(num_prompts: int, first: int, count: int, *, seed: int) -> list[int]:
-    """The next `count` prompts of a run that has asked `first` of them: a new order each epoch, and no gaps between."""
+    """Returns the indices of the next `count` prompts after the first `first` of a run; each epoch has a new order."""
     numbers, epoch = [], first // num_prompts
     while len(numbers) < first % num_prompts + count:
         numbers += epoch_order(num_prompts, seed=seed, epoch=epoch, shuffle=True)

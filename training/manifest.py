@@ -1,12 +1,12 @@
-"""manifest.json: a checkpoint's folder proves itself before it is loaded, and runs no code of whoever made it.
+"""manifest.json: verifies a checkpoint's files before they are loaded, and keeps a checkpoint from running code.
 
-- the manifest holds the step, and of every other file in the folder its size and the SHA-256 of each 256 MiB, so that
-  threads share a large file; it is written last, by which time each rank has hashed what it wrote
-- before loading, the pieces are divided over the ranks, however many wrote them
-- .metadata is a pickle: only the classes that torch writes there are made, so a foreign checkpoint cannot call anything
-- of the tensors' files nothing but tensors is read, and torch reads those with weights_only=True
-- a checkpoint of before there were manifests is loaded unchecked, which is said; one that has lost its manifest is
-  broken, which an entry in its .metadata tells
+- the manifest holds the step, and for every other file in the folder its size and the SHA-256 of each 256 MiB piece, so
+  that threads share a large file. It is written last, after each rank has hashed the files that it wrote
+- before loading, the ranks share the pieces to verify, however many ranks wrote them
+- .metadata is a pickle: only the classes that torch writes there are allowed, so a foreign checkpoint can call nothing
+- only tensors are read from the tensor files, which torch loads with weights_only=True
+- a checkpoint from before manifests existed is loaded unverified, with a message. One that has lost its manifest is
+  broken: an entry in its .metadata says that there was one
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from models.files import read_json_object
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 PIECE_BYTES = 1 << 28
-HAS_MANIFEST = "has_manifest"  # the entry in .metadata
+HAS_MANIFEST = "has_manifest"  # entry in .metadata
 
 
 def _rank(group: dist.ProcessGroup | None = None) -> int:
@@ -38,11 +38,11 @@ def _rank(group: dist.ProcessGroup | None = None) -> int:
 
 
 def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = None) -> None:
-    """Writes the manifest of a folder into which torch.distributed.checkpoint has saved. A collective: each rank hashes
-    its own files. Raises OSError, on all ranks, if that fails on one."""
+    """Writes the manifest of a folder that torch.distributed.checkpoint has written. A collective: each rank hashes its
+    own files. Raises OSError on all ranks if it fails on one."""
     files, problem = {}, None
     try:
-        # torch's names; read again from the page cache
+        # torch's file names; the page cache still holds them
         paths = [*folder.glob(f"__{_rank(group)}_*"), *([folder / METADATA] if _rank(group) == 0 else [])]
         with ThreadPoolExecutor(THREADS) as pool:
             pieces = {path: [(path, *piece) for piece in _pieces(path.stat().st_size)] for path in paths}
@@ -72,18 +72,18 @@ def write_manifest(folder: Path, step: int, group: dist.ProcessGroup | None = No
 
 
 def _pieces(size: int) -> list[tuple[int, int]]:
-    """(first byte, bytes) of the pieces of a file; of an empty one that is one."""
+    """Returns (first byte, number of bytes) of each piece of a file; an empty file has one piece."""
     return [(start, min(PIECE_BYTES, size - start)) for start in range(0, max(1, size), PIECE_BYTES)]
 
 
 def _sealed(content: dict) -> dict:
-    """A manifest with the hash of itself, so that its own damage is not taken for that of a file."""
+    """Returns a manifest with its own hash, so that damage to it is not taken for damage to a file."""
     content = {key: content[key] for key in ("step", "files")}
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _names(folder: Path) -> set[str]:
-    """The files of a checkpoint but its manifest; NFS keeps a removed file that is open under a name of its own."""
+    """Returns a checkpoint's files without its manifest, and without .nfs*: deleted files that NFS keeps while open."""
     return {path.name for path in folder.iterdir() if path.name != MANIFEST and not path.name.startswith(".nfs")}
 
 
@@ -91,13 +91,13 @@ def _names(folder: Path) -> set[str]:
 
 
 def open_checkpoint(folder: Path, step: int) -> Metadata:
-    """A checkpoint's metadata, once this rank has found its share of the folder sound. Raises ValueError or OSError
-    that names the file which is not; other ranks may not, so they must agree."""
+    """Verifies this rank's share of the folder and returns the checkpoint's metadata. Raises ValueError or OSError that
+    names a bad file; other ranks may not raise, so the ranks must then agree on the result."""
     if not (folder / MANIFEST).is_file():
         metadata = read_metadata(folder)
         if HAS_MANIFEST in metadata.state_dict_metadata:
             raise ValueError(f"{MANIFEST} is missing")
-        say(f"{folder}: from before checkpoints had a manifest; whether its content is whole cannot be told")
+        say(f"{folder}: written before checkpoints had a manifest; its content cannot be verified")
         return metadata
     files = _read_manifest(folder, step)
     if is_main_rank():
@@ -106,12 +106,12 @@ def open_checkpoint(folder: Path, step: int) -> Metadata:
     metadata = read_metadata(folder)
     unknown = {info.relative_path for info in metadata.storage_data.values()} - files.keys()
     if unknown:
-        raise ValueError(f"{METADATA} names {min(unknown)}, which is not of this checkpoint")
+        raise ValueError(f"{METADATA} names {min(unknown)}, which does not belong to this checkpoint")
     return metadata
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, tuple[int, list[str]]]:
-    """{file: (bytes, digests of its pieces)}"""
+    """Returns {file: (bytes, digests of its pieces)}."""
     content = read_json_object(folder / MANIFEST)
     try:
         is_whole = content == _sealed(content)
@@ -129,7 +129,7 @@ def _check_sizes(folder: Path, files: dict[str, tuple[int, list[str]]]) -> None:
     for name in sorted(files.keys() - present):
         raise ValueError(f"{name} is missing")
     for name in sorted(present - files.keys()):
-        raise ValueError(f"{name} is not of this checkpoint")
+        raise ValueError(f"{name} does not belong to this checkpoint")
     for name, (size, _) in files.items():
         found = (folder / name).stat().st_size
         if found != size:
@@ -137,7 +137,7 @@ def _check_sizes(folder: Path, files: dict[str, tuple[int, list[str]]]) -> None:
 
 
 def _check_digests(folder: Path, files: dict[str, tuple[int, list[str]]]) -> None:
-    """Of this rank's share of the pieces."""
+    """Verifies the digests of this rank's share of the pieces."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     pieces = [(name, *piece, wanted) for name, (size, of) in files.items() for piece, wanted in zip(_pieces(size), of)]
     pieces.sort(key=lambda piece: (-piece[2], piece))
@@ -150,9 +150,9 @@ def _check_digests(folder: Path, files: dict[str, tuple[int, list[str]]]) -> Non
                 raise ValueError(f"{name} is damaged: its content is not what was saved")
 
 
-# -------------------------------------------------------------------------------- without its code
+# --------------------------------------------------------------------- reading without running code
 
-# What torch 2.11 to 2.13 write into .metadata.
+# The classes that torch 2.11 to 2.13 write into .metadata.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -177,13 +177,13 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(
-                f"{METADATA} asks for {module}.{name}, which no checkpoint needs: it was damaged, or made to run code"
+                f"{METADATA} asks for {module}.{name}, which no checkpoint needs: it is damaged, or made to run code"
             )
         return super().find_class(module, name)
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The .metadata of a checkpoint. Raises ValueError that names the file, if it is not what torch writes there."""
+    """Reads the .metadata of a checkpoint. Raises ValueError if it is not what torch writes there."""
     try:
         with open(folder / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
@@ -191,7 +191,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{METADATA} is missing") from None
     except OSError:
         raise
-    except Exception as error:  # of damaged bytes a pickle may make any call with any arguments, and so raise anything
+    except Exception as error:  # a damaged pickle may call an allowed class with any arguments and raise anything
         told = isinstance(error, pickle.UnpicklingError) and METADATA in str(error)
         raise ValueError(str(error) if told else f"{METADATA} is damaged: {error!r}") from None
     if not isinstance(metadata, Metadata):
@@ -200,7 +200,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class Reader(FileSystemReader):
-    """torch's reader of a folder, with metadata that was read before."""
+    """torch's reader of a checkpoint folder, given metadata that was already read."""
 
     def __init__(self, folder: Path, metadata: Metadata):
         super().__init__(folder)
@@ -214,7 +214,7 @@ class Reader(FileSystemReader):
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """torch's planner, for tensors alone: anything else it would unpickle without restriction."""
+    """torch's planner, restricted to tensors: it would unpickle anything else without restriction."""
 
     def load_bytes(self, read_item, value) -> None:
         raise ValueError(f"{read_item.storage_index.fqn} is a pickle where a tensor should be")

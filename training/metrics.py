@@ -1,5 +1,5 @@
-"""metrics.jsonl, samples.jsonl and where else metrics go: JSON lines, each with its step; written again from the step
-of the checkpoint on when a run is resumed.
+"""metrics.jsonl, samples.jsonl and dashboards. The files hold JSON lines, each with its step; a resumed run drops the
+lines after its checkpoint's step and writes them again.
 """
 
 import importlib
@@ -12,21 +12,21 @@ from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
 from models.functions import short
 
-UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal broke off
+UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal interrupted
 
 
 def check_installed(report_to: str) -> None:
-    """Raises ValueError that says what to install for --report_to, also where a part of it is missing."""
+    """Raises ValueError that says what to install if the package of --report_to cannot be imported."""
     try:
         if report_to != "none":
             importlib.import_module("torch.utils.tensorboard" if report_to == "tensorboard" else report_to)
-    except Exception as error:  # of what it imports, any
+    except Exception as error:  # whatever the package's imports raise
         raise ValueError(f"--report_to {report_to}: {short(error)}; pip install {report_to}") from error
 
 
 def logged(path: Path) -> Iterator[tuple[dict, bytes]]:
-    """The lines of an earlier run, each with its `step`, and their bytes; without a torn one. ValueError if another
-    program wrote one."""
+    """Yields the lines of an earlier run, each with its `step`, and their bytes; skips an incomplete one. Raises
+    ValueError if another program wrote a line."""
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
         if line.endswith(b"\n"):
             try:
@@ -38,8 +38,8 @@ def logged(path: Path) -> Iterator[tuple[dict, bytes]]:
 
 
 class Log:
-    """A file of JSON lines, each with its `step`, that the main rank appends to; the lines of an earlier run after
-    `after_step` are dropped, to be written again, and a torn one. Making it is a collective."""
+    """A file of JSON lines, each with its `step`, that the main rank appends to. Opening it drops an incomplete line
+    and those after `after_step`, which the resumed run writes again. Construction is a collective."""
 
     def __init__(self, path: Path, after_step: int):
         self.path = path
@@ -47,16 +47,16 @@ class Log:
         on_main(lambda: write_whole(path, b"".join(kept)))
 
     def write(self, *lines: dict) -> None:
-        """OSError that names the file if it cannot."""
+        """Raises OSError that names the file if it cannot be written."""
         if is_main_rank():
-            # backslashreplace writes half a surrogate pair, which UTF-8 cannot hold, as JSON's own escape
+            # backslashreplace writes a lone surrogate, which UTF-8 cannot encode, as JSON's own escape
             with naming_file(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, float]:
-    """The line of this step if its evaluation was broken off, or if the run, which was to go further, now ends with it
-    and has not evaluated; else {}. That of another step is removed."""
+    """Returns the metrics of this step if its evaluation is missing: a signal interrupted it, or the run ends here now
+    although it was to take more steps. Otherwise returns {}. Deletes the file if it is of another step."""
     path = output_dir / UNFINISHED
     line = read_json_object(path, missing_ok=True)
     if line.get("step", step) != step:
@@ -67,15 +67,15 @@ def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, 
     line = next((line for line, _ in logged(output_dir / "metrics.jsonl") if line["step"] == step), {"step": step})
     if any(name.startswith("eval_") for name in line):
         return {}
-    write_json(path, line)  # until it is written again
+    write_json(path, line)  # kept until log() has written the line again
     return line
 
 
 class Metrics:
-    """metrics.jsonl, and a dashboard; the main rank's business alone."""
+    """metrics.jsonl and a dashboard; only the main rank writes."""
 
     def __init__(self, output_dir: Path, *, after_step: int = 0, report_to: str = "none"):
-        """after_step: as of Log. A collective."""
+        """after_step: as for Log. A collective."""
         self._log, self._report, self._close = Log(output_dir / "metrics.jsonl", after_step), None, None
         on_main(lambda: self._begin_report(output_dir, after_step, report_to))
 
@@ -89,12 +89,12 @@ class Metrics:
         elif report_to == "wandb":
             import wandb
 
-            id_file = output_dir / "wandb_id.txt"  # one run there, whose steps it takes once, however often resumed
+            id_file = output_dir / "wandb_id.txt"  # one wandb run, however often this run is resumed
             if not id_file.exists():
                 id_file.write_text(secrets.token_hex(8))
             try:
                 run = wandb.init(dir=output_dir, name=output_dir.name, id=id_file.read_text(), resume="allow")
-            except Exception as error:  # of its own kinds: no key, no network
+            except Exception as error:  # wandb has its own exceptions: no API key, no network
                 raise ValueError(f"--report_to wandb: {short(error)}") from error
             self._report = lambda step, values: run.log(values, step=step)
             self._close = run.finish
@@ -105,6 +105,6 @@ class Metrics:
             self._report(values["step"], {name: x for name, x in values.items() if name != "step"})
 
     def close(self) -> None:
-        """Lets the reporters finish; a run that ends by an error does without."""
+        """Closes the dashboard; not called when a run ends with an unexpected error."""
         if self._close is not None:
             self._close()

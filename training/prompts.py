@@ -64,7 +64,7 @@ class RolloutArgs(StopArgs, PrefillArgs):
         may_change=True,
     )
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")
-    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="temperature of sampling and all log-probs")
+    temperature: float = flag(1.0, bounds=Bounds(least=1e-4, most=1e4), help="temperature of sampling and log-probs")
 
     @property
     def step_size(self) -> int:

@@ -1,10 +1,10 @@
-"""What the frozen reference thinks of pairs, computed once before training and kept beside the run.
+"""The frozen reference's log-probs of pairs, computed once before training and cached in the run directory.
 
-- the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; one of
-  another key is computed anew, one of the same key is read, and a random batch of it is computed again and compared
-- a matrix product in bf16 may give a row other bits in another batch. So pairs are grouped as the first epoch groups
-  them, and a policy that begins as the reference begins with a loss of ln 2, on a CPU to the last bit (a GPU's kernels
-  and its compiler may round otherwise where gradients are wanted)
+- the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; with
+  another key the log-probs are computed anew, with the same key they are read and a random batch of them is rechecked
+- a bf16 matrix product may give a row other bits in another batch. So pairs are batched as in the first epoch, and a
+  policy that starts as its reference has an initial loss of ln 2, on a CPU to the last bit (a GPU's kernels and
+  compiler may round otherwise when gradients are needed)
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from models.transfer import index_on
 
 
 def weights_digest(folder: Path, adapter: Path | None) -> str:
-    """SHA-256 of a folder's config.json and weight files, and of an adapter's files, whole: a second or less for each
-    GB. The main rank reads them (they are about to be loaded, so this warms the page cache) and tells the others: a
+    """Returns the SHA-256 of a folder's config.json and weight files, and of an adapter's files, read completely: at
+    most a second per GB. The main rank reads them (which warms the page cache for loading) and broadcasts the result. A
     collective."""
 
     def read() -> str:
@@ -54,28 +54,28 @@ def pairs_digest(pairs: Rows) -> str:
 
 
 class ReferenceCache(NamedTuple):
-    """Where log-probs of a reference are kept, and what they depend on: the weights and the computation."""
+    """Where a reference's log-probs are cached, and the key of what they depend on: weights and computation."""
 
     folder: Path
     key: dict[str, str]
-    tolerance: float  # how far a batch computed again may be from the file, relative to 1 + |log-probability|
+    tolerance: float  # how far a recomputed batch may be from the file, relative to 1 + |log-probability|
 
 
 def precompute(
     logps_of: Callable, name: str, pairs: Rows, batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
-    """Sets `reference` of the pairs, NaN outside `batches`, from the file of that name or computed and added to it: a
-    collective.
+    """Sets `pairs.reference`, NaN outside `batches`: reads log-probs from the cache file of this name, and computes and
+    adds missing ones. A collective.
 
-    logps_of(pairs): what the reference gives for some of them, [2, B]; called for micro-batches of the batches, which
-    should be those of training. Raises ValueError if a batch computed again is not near the file's, if the file cannot
-    be read, or for a value that is not finite.
+    logps_of(pairs): returns the reference's log-probs of some pairs, [2, B]; called for micro-batches of the batches,
+    which should be those of training. Raises ValueError if a recomputed batch differs from the file, if the file cannot
+    be read, or if a value is not finite.
     """
     path, device = cache.folder / f"ref_logps_{name}.safetensors", torch.device(split.dp.device_type)
     key = {**cache.key, "pairs": pairs_digest(pairs)}
 
     def compute(batches: list[list[int]]) -> Tensor:
-        """[pairs, 2] on the CPU, 0 outside the batches."""
+        """Returns [pairs, 2] on the CPU, 0 outside the batches."""
         logps = torch.zeros(len(pairs), 2, device=device)
         for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
             for rows in split.numbers(pairs, numbers):
@@ -98,7 +98,7 @@ def precompute(
                 f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
                 f"{_shown(again[numbers.index(worst)])} when computed again; remove the file to compute all anew"
             )
-        say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} computed again and found equal")
+        say(f"{path}: log-probs of the reference read; a recomputed batch of {len(numbers)} agrees with them")
     if missing:
         numbers = [i for batch in missing for i in batch]
         logps[numbers] = compute(missing)[numbers]
@@ -115,11 +115,11 @@ def _shown(logps: Tensor) -> str:
 
 def _write(path: Path, logps: Tensor, key: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save({"logps": logps}, metadata=key))  # save_file's errors of a full disk are no OSError
+    write_whole(path, save({"logps": logps}, metadata=key))  # save_file on a full disk raises no OSError
 
 
 def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:
-    """The log-probs in a file, [pairs, 2], NaN where not computed: all, if there is none of this key."""
+    """Reads the log-probs in a file, [pairs, 2], NaN where not computed; all NaN if there is no file with this key."""
     nothing = torch.full((num_pairs, 2), torch.nan)
     if not path.exists():
         return nothing
@@ -129,6 +129,6 @@ def _read(path: Path, key: dict[str, str], num_pairs: int) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read, remove it to compute it anew: {error}") from None
     if stored_key != key:
-        say(f"{path}: of other pairs, another reference or another dtype; computing anew")
+        say(f"{path}: is for other pairs, another reference or another dtype; computing anew")
         return nothing
     return logps

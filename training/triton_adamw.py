@@ -1,30 +1,30 @@
-"""A step of AdamW for a part of a parameter as one Triton kernel, NVIDIA and AMD: what training/optim.py's `_update` is
-by plain operations, which are its oracle.
+"""An AdamW step of one parameter (this rank's part) as a single Triton kernel, for NVIDIA and AMD GPUs. It computes the
+same as `_update` in training/optim.py, which is written in plain torch operations and tests this kernel.
 
-fp32 weights, or bf16 ones rounded stochastically with the noise of models/noise.py; fp32 moments, or 8-bit ones whose
-blocks of columns share a scale. Everything is read once and written once.
+Weights are fp32, or bf16 with stochastic rounding and the noise of models/noise.py; moments are fp32, or 8-bit with a
+scale for each block of columns. Every tensor is read once and written once.
 
-Dimensions: R rows, C columns, in blocks of `block` columns, the last of a row maybe shorter.
+Dimensions: R rows, C columns, in blocks of `block` columns; the last block of a row may be shorter.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS, NUM_WARPS = 1024, 4  # of a program; 2048 take 157 registers instead of 92 on sm_90, and a few more spill
-WIDEST = 256  # columns of a block that shares no scale
+ELEMENTS, NUM_WARPS = 1024, 4  # per program; 2048 elements take 157 registers, not 92, on sm_90, and spill a few more
+WIDEST = 256  # most columns of a block with fp32 moments
 
 
 @triton.jit
 def shifted(x, BITS: tl.constexpr, SIZE: tl.constexpr):
-    """x >> BITS of words of SIZE bits, without the copies of the sign."""
+    """Logical shift x >> BITS of signed integers of SIZE bits: fills with zeros, not with the sign."""
     return (x >> BITS) & ((1 << (SIZE - BITS)) - 1)
 
 
 @triton.jit
 def random_bits(key, row, of_columns):
-    """models.noise.random_bits, int32: row [N, 1], of_columns [N, W]."""
-    x = key + row * -7046029254386353131  # 0x9E3779B97F4A7C15, and so on
+    """The same as models.noise.random_bits, int32: row [N, 1], of_columns [N, W]."""
+    x = key + row * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer, as those below
     x = (x ^ shifted(x, 30, 64)) * -4658895280553007687
     x = (x ^ shifted(x, 27, 64)) * -7723592293110705685
     x = x ^ shifted(x, 31, 64)
@@ -38,7 +38,7 @@ def random_bits(key, row, of_columns):
 
 @triton.jit
 def level_of(x, scale, middles, NUM_LEVELS: tl.constexpr):
-    """The level that is nearest to x / scale, uint8: as many as the middles between levels that are below it."""
+    """Returns the index of the level nearest to x / scale, uint8: the number of midpoints below it (binary search)."""
     relative = tl.where(scale > 0, tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
     found = tl.zeros_like(relative).to(tl.int32)
     for power in tl.static_range(8):
@@ -52,11 +52,11 @@ def level_of(x, scale, middles, NUM_LEVELS: tl.constexpr):
 def adamw_kernel(
     weight,  # [R, C], fp32 or bf16
     grad,  # [R, C]
-    exp_avg,  # [R, C] each, fp32 or codes
+    exp_avg,  # [R, C], fp32 or uint8 codes, as exp_avg_sq
     exp_avg_sq,
-    exp_avg_scale,  # fp32 [R, C / block] each
+    exp_avg_scale,  # fp32 [R, C / block], as exp_avg_sq_scale
     exp_avg_sq_scale,
-    signed_levels,  # fp32 each, and the middles between them
+    signed_levels,  # fp32, as levels and the midpoints below
     levels,
     signed_middles,
     middles,
@@ -82,7 +82,7 @@ def adamw_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: BLOCKS blocks of up to WIDTH columns."""
+    """One program updates BLOCKS blocks of up to WIDTH columns."""
     number = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_block = number < num_blocks
     row, lane = (number // blocks_of_row)[:, None], tl.arange(0, WIDTH)
@@ -124,7 +124,7 @@ def adamw_kernel(
 
 
 def shape_of(num_columns: int, block: int) -> dict[str, int]:
-    """The constants that the kernel is compiled for. block: columns that share a scale, 0 for fp32 moments."""
+    """Returns the kernel's compile-time constants. block: columns that share a scale, 0 for fp32 moments."""
     width = triton.next_power_of_2(block or min(num_columns, WIDEST))
     return {"BLOCKS": max(1, ELEMENTS // width), "WIDTH": width}
 
@@ -138,9 +138,9 @@ def adamw_(
     factors: dict[str, float],
     block: int,
 ) -> None:
-    """One step, in place. weight and tensors (grad, exp_avg, exp_avg_sq, with 8-bit moments their _scale): contiguous
-    [R, C]. noise: (key, number of the first row, hashes of the columns, int32 [C]). factors: of training.optim._update,
-    in its order. block: columns that share a scale of 8-bit moments; 0: fp32 moments."""
+    """Takes one step, in place. weight and tensors (grad, exp_avg, exp_avg_sq; for 8-bit moments also their _scale) are
+    contiguous [R, C]. noise: (key, index of the first row, column hashes int32 [C]). factors: those of
+    training.optim.factors_of, in their order. block: columns that share a scale of 8-bit moments; 0: fp32 moments."""
     num_rows, num_columns = weight.shape
     shape = shape_of(num_columns, block)
     block_size = block or shape["WIDTH"]
@@ -171,6 +171,6 @@ def adamw_(
         NUM_SIGNED=len(tables[0]),
         NUM_LEVELS=len(tables[1]),
         num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # else the last bit differs from that of plain operations
+        enable_fp_fusion=False,  # else the last bit would differ from _update's
         **shape,
     )

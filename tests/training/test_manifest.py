@@ -87,7 +87,7 @@ def test_what_a_folder_may_hold(copy):
     with pytest.raises(ValueError, match=r"manifest\.json is that of step 2"):
         open_checkpoint(newest, 3)
     (newest / "__1_0.distcp").touch()
-    with pytest.raises(ValueError, match=r"__1_0\.distcp is not of this checkpoint"):
+    with pytest.raises(ValueError, match=r"__1_0\.distcp does not belong to this checkpoint"):
         open_checkpoint(newest, 2)
 
 
@@ -105,7 +105,7 @@ def test_from_before_the_manifest(tmp_path, capsys):
     folder = without_manifest(tmp_path, 3, {"model": model_state, "optimizer": optimizer_state})
     fresh, fresh_optimizer = trained(0, seed=1)
     assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == 3
-    assert f"{folder}: from before checkpoints had a manifest" in capsys.readouterr().out
+    assert f"{folder}: written before checkpoints had a manifest" in capsys.readouterr().out
     for step in (4, 5):
         train_step(model, optimizer, step)
         train_step(fresh, fresh_optimizer, step)

@@ -128,7 +128,7 @@ def test_no_memory_for_them(folder, files, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "copy_for_inference", copy)
     flags = ["--checkpoint_path", folder, "--train_file", files[0], "--eval_file", files[1], "--max_seq_len", 40]
     result = tiny.run(SCRIPT, *flags, "--overlong", "truncate", "--output_dir", tmp_path / "out", "--max_steps", 1)
-    assert result.code == 2 and "--num_eval_samples 0 goes without; Tried to allocate 140 GiB" in result.stderr
+    assert result.code == 2 and "--num_eval_samples 0 turns them off; Tried to allocate 140 GiB" in result.stderr
 
 
 def test_questions_of_held_out_prompts():

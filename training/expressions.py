@@ -1,6 +1,6 @@
-r"""Expressions in LaTeX or plain text, calculated while they are read: numbers as fractions, exactly; roots, pi and
-functions as floats; variables at one of three points. Nothing is evaluated by Python, and what would take long to
-calculate with is refused."""
+r"""Evaluates expressions in LaTeX or plain text while parsing them: numbers exactly, as fractions; roots, pi and
+functions as floats; variables at one of three points. Nothing is passed to Python's eval, and expressions that would
+take long to evaluate are refused."""
 
 import hashlib
 import math
@@ -13,9 +13,9 @@ LETTER = re.compile(
     "ell|(?:var)?(?:[Gg]amma|[Dd]elta|epsilon|[Tt]heta|[Ll]ambda|[Xx]i|rho|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega)|alpha|beta|"
     "zeta|eta|iota|kappa|mu|nu|tau|[Uu]psilon|chi"
 )
-WORDS = ("sqrt", "pi", *FUNCTIONS)  # that stand for something in plain text, too
+WORDS = ("sqrt", "pi", *FUNCTIONS)  # names that have their meaning in plain text, too
 FACTOR = re.compile(rf"\\(?:pi|{LETTER.pattern})(?![A-Za-z])|(?!{'|'.join({*WORDS} - {'pi'})})[A-Za-z]")  # of 2 \pi x
-FUNCTIONS |= {  # of LaTeX alone: in plain text sec is a second
+FUNCTIONS |= {  # only in LaTeX: in plain text sec is a second
     "arcsin": math.asin,
     "arccos": math.acos,
     "arctan": math.atan,
@@ -26,20 +26,20 @@ FUNCTIONS |= {  # of LaTeX alone: in plain text sec is a second
 
 
 def bounded(value: Number) -> Number:
-    """Raises ValueError for a number that would take long to calculate with."""
+    """Returns value. Raises ValueError if it has so many digits that calculating with it would take long."""
     if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > 20000:
         raise ValueError("too large")
     return value
 
 
 def value_of(text: str, point: int) -> Number:
-    """The value of an expression with its variables at one of three points, 0 to 2. Raises ValueError or
-    ArithmeticError for what is none."""
+    """Returns the value of an expression with its variables at one of three points, 0 to 2. Raises ValueError or
+    ArithmeticError if text is not an expression."""
     return _Expression(text, point).value()
 
 
 class _Expression:
-    """A parser that calculates while it reads."""
+    """A recursive-descent parser that evaluates while it parses."""
 
     def __init__(self, text: str, point: int):
         self.text, self.point, self.i = text, point, 0
@@ -52,7 +52,7 @@ class _Expression:
         return result
 
     def _next(self) -> str:
-        """The next character that is not a space; "" at the end."""
+        """Skips spaces and returns the next character, "" at the end."""
         while self.i < len(self.text) and self.text[self.i].isspace():
             self.i += 1
         return self.text[self.i : self.i + 1]
@@ -88,7 +88,7 @@ class _Expression:
                 result = bounded(result * self._signed())
             elif self._take("/"):
                 result = bounded(result / self._signed())
-            elif re.match(r"[0-9.A-Za-z({\\]", self._next()):  # 2x, 3(4), 2 \sqrt{3}; 2 3 is nothing
+            elif re.match(r"[0-9.A-Za-z({\\]", self._next()):  # 2x, 3(4), 2 \sqrt{3}; not 2 3
                 if re.match(r"[0-9.]", self._next()) and re.match(r"[0-9.]", self.text[: self.i].rstrip()[-1:]):
                     raise ValueError("two numbers side by side")
                 result = bounded(result * self._power())
@@ -109,7 +109,7 @@ class _Expression:
         return _raise(base, self._signed()) if self._take("^") else base
 
     def _argument(self) -> Number:
-        """Of a LaTeX command: in braces, or one character."""
+        """Parses the argument of a LaTeX command: in braces, or one character."""
         if self._take("{"):
             result = self._sum()
             self._expect("}")
@@ -118,7 +118,7 @@ class _Expression:
         return Fraction(int(digit[0])) if digit else self._atom()
 
     def _of_function(self) -> Number:
-        """The argument of a sine, say: in brackets, or the factors before a bracket or function."""
+        """Parses the argument of a function such as sin: in brackets, or the factors up to a bracket or function."""
         is_product = self._next() not in ("(", "[", "{", "|")
         result = self._power()
         while is_product and self._next() and FACTOR.match(self.text, self.i):
@@ -135,7 +135,7 @@ class _Expression:
         if self._take("|"):
             result = self._sum()
             self._expect("|")
-            if self.has_variables:  # they are positive at all points, where |x| is x
+            if self.has_variables:  # variables are positive at all points, so |x| would equal x
                 raise ValueError("the absolute value of a variable")
             return abs(result)
         for opening, closing in ("()", "{}", "[]"):
@@ -179,13 +179,13 @@ class _Expression:
         self.has_variables = True
         index = self._match(r"_(?:\{(\w+)\}|(\w))")
         name += f"_{index[1] or index[2]}" if index else ""
-        # Another one for another variable, none of which is the sum, or the like, of others: a + d is not b + c.
+        # Pseudo-random values, so that no variable is a simple combination of others by chance: a + d is not b + c.
         number = int.from_bytes(hashlib.blake2b(f"{name} {self.point}".encode(), digest_size=4).digest(), "big")
         return Fraction(1025 + number % 3072, 4099)
 
 
 def _raise(base: Number, exponent: Number) -> Number:
-    """base ** exponent, exactly where that is a fraction."""
+    """Returns base ** exponent, exactly if the result is a fraction."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
         if exponent.denominator == 1:
             size = max(base.numerator.bit_length(), base.denominator.bit_length())

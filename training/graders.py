@@ -1,14 +1,14 @@
-r"""Checked rewards: functions (prompt, completion, example) -> number that hold an answer against the record's own.
+r"""Verifiable rewards: functions (prompt, completion, example) -> number that compare an answer with the record's own.
 
     --reward_fn training/graders.py:math_answer        (train_ppo.py, train_grpo.py; score.py has --grader)
 
-- the right answer is the record's `answer`, or else its `solution`, `label`, `gold` or `target`; where that is a worked
-  solution (GSM8K's `#### 42`, MATH's `\boxed{}`), what it ends in. A list holds several right answers
-- of a completion, what follows `</think>` counts, where it has one; in that the last `\boxed{}`, else what follows the
-  last `####` (unless that is a heading), stands in the last `<answer>`, follows the last "answer is", or else the last
-  number. A box decides even if it was never closed or is empty: then there is no answer
-- what is mathematically the same: training/mathematics.py
-- no torch here, nor anything else that takes time to import: worker processes do
+- the right answer is the record's `answer`, or else its `solution`, `label`, `gold` or `target`; in a worked solution,
+  the marked answer (GSM8K's `#### 42`, MATH's `\boxed{}`). A list holds several right answers
+- only the text after `</think>` counts, if there is one. The answer is the last `\boxed{}` in it, else the text after
+  the last `####` (unless that is a heading), in the last `<answer>`, or after the last "answer is", else the last
+  number. If a text has boxes and all are unclosed or empty, there is no answer
+- training/mathematics.py decides which answers are mathematically equal
+- worker processes import this file, so it imports neither torch nor anything else that is slow to import
 """
 
 import re
@@ -17,7 +17,7 @@ from models.boxes import closed_boxes
 from training.mathematics import MULTIPLES, UNITS, equal, last_number_in
 
 GOLD_FIELDS = ("answer", "solution", "label", "gold", "target")
-ANSWER_IS = re.compile(  # and in Chinese
+ANSWER_IS = re.compile(  # in English and Chinese
     r"\banswers?\b[^.\n:=]{0,40}?\b(?:is|are|equals)\b\s*:?|\banswers?\W{0,3}[:=]"
     r"|\u7b54\u6848\W{0,3}[\u662f\u4e3a\u70ba:\uff1a]",
     re.I,
@@ -26,17 +26,17 @@ SENTENCE_END = re.compile(
     r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|[\s(](?:because|since|as|so|which)\s"
     r"|[\u3002\uff01\uff1b]|\uff0c(?=[\u2e80-\uffef])"
 )
-STATED_CHOICE = re.compile(  # the correct option is (C); C is correct, not A
+STATED_CHOICE = re.compile(  # "the correct option is (C)"; in "C is correct, not A": C
     r"\b(?:correct|right|best)\s+(?:option|choice)\b[^.\n]{0,20}?(?:\bis|:)\W{0,6}([A-J])(?![\w'])"
     r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
     re.A,
 )
-SEVERAL_CHOICES = re.compile(  # (A) and (B), A, B or C; not: B, I think; B, A is wrong
+SEVERAL_CHOICES = re.compile(  # "(A) and (B)", "A, B or C"; but not "B, I think" or "B, A is wrong"
     r"\W*[A-J]\W*?(?:[,/&]|\band\b|\bor\b)\W*(?:(?:and|or)\W+)?[A-J](?![\w'])(?!(?<=[AI])\s+[a-z])(?!\s+is\b)", re.A
 )
 AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
-HEADING = re.compile(  # behind ####, as Markdown has it, with text below
+HEADING = re.compile(  # a Markdown heading after ####, with text below it
     r"(?:(?:step|part|case)\s*\d+\b|(?:final\s+|the\s+)*(?:answers?|solution|conclusion|explanation|summary|results?|check"
     r"|verification|calculations?|analysis|reasoning|approach|method|note|step|part|case|problem)\b)[^\n\d]*\n\s*\S",
     re.I,
@@ -47,29 +47,29 @@ BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 
 
 def exact_match(prompt: str, completion: str, example: dict) -> float:
-    """1 if the marked answer, or the whole text where none is marked, is the right one to the letter, but for white
-    space around it."""
+    """Returns 1 if the marked answer, or the whole text if none is marked, is exactly a right one, ignoring white space
+    around it."""
     answer = final_part(after_thinking(completion))
     return float(any(answer.strip() == gold.strip() for gold in gold_answers(example)))
 
 
 def math_answer(prompt: str, completion: str, example: dict) -> float:
-    """1 if the final answer equals the right one mathematically."""
-    text, golds = after_thinking(completion), gold_answers(example)  # a record without any is named by every answer
+    """Returns 1 if the final answer equals a right one mathematically."""
+    text, golds = after_thinking(completion), gold_answers(example)  # a record without one raises for every answer
     answer = marked_answer(text)
     answer = last_number_in(text) if answer is None else answer
     return float(bool(answer) and any(equal(answer, gold) for gold in golds))
 
 
 def last_number(prompt: str, completion: str, example: dict) -> float:
-    """1 if the last number of the text equals the right one, whatever is marked as the answer."""
+    """Returns 1 if the last number of the text equals a right answer, whatever is marked as the answer."""
     answer, golds = last_number_in(after_thinking(completion)), gold_answers(example)
     return float(bool(answer) and any(equal(answer, gold) for gold in golds))
 
 
 def multiple_choice(prompt: str, completion: str, example: dict) -> float:
-    """1 if the letter that is chosen is the right one, and the only one. The record has the letter, "B" or "(B)", maybe
-    with the text of the choice behind it, or the number of the choice, counted from 0."""
+    """Returns 1 if the completion chooses the right letter and no other. The record has the letter, "B" or "(B)", maybe
+    followed by the text of the choice, or the number of the choice, counted from 0."""
     letters = [
         "ABCDEFGHIJ"[int(gold)] if gold in range(10) and type(gold) is not bool else _letter_of_record(str(gold))
         for gold in raw_golds(example)
@@ -87,8 +87,8 @@ def multiple_choice(prompt: str, completion: str, example: dict) -> float:
 
 
 def format_reward(prompt: str, completion: str, example: dict) -> float:
-    r"""1 for `<think>...</think>` and then the answer: one `<answer>...</answer>`, not empty, and nothing else, or text
-    with a closed `\boxed{}` that is not empty. Each tag comes once; `<think>` may be the end of the prompt."""
+    r"""Returns 1 for `<think>...</think>` followed by the answer: one non-empty `<answer>...</answer>` and no more, or
+    text with a closed, non-empty `\boxed{}`. Each tag occurs once; `<think>` may be the end of the prompt."""
     text = completion.strip()
     if not text.startswith("<think>") and prompt.rstrip().endswith("<think>"):
         text = "<think>" + text
@@ -101,30 +101,30 @@ def format_reward(prompt: str, completion: str, example: dict) -> float:
     return float(bool(boxed_answer(answer)))
 
 
-# ---------------------------------------------------------------------------------- what is answered
+# ---------------------------------------------------------------------------------- finding answers
 
 
 def raw_golds(example: dict) -> list:
     for name in GOLD_FIELDS:
         value = example.get(name)
-        # an empty one would be right for no answer, and nobody would know; NaN is what pandas has for none
+        # an empty value would silently match no answer; pandas writes NaN for a missing value
         golds = [gold for gold in (value if isinstance(value, list) else [value]) if gold not in (None, "", [])]
         if golds := [gold for gold in golds if gold == gold]:
-            if not all(isinstance(gold, str | int | float) for gold in golds):  # TriviaQA's has aliases
+            if not all(isinstance(gold, str | int | float) for gold in golds):  # TriviaQA's is a dict with aliases
                 raise ValueError(f"the right answer in {name} is neither text nor a number, nor a list of them")
             return golds
     raise ValueError(f"the record has no right answer: none of {', '.join(GOLD_FIELDS)}")
 
 
 def gold_answers(example: dict) -> list[str]:
-    """The record's right answers; any of them will do. 18.0 may be the 18 of a column where a value is missing."""
+    """Returns the record's right answers. 18.0 also gives 18: pandas makes floats of integers beside missing values."""
     golds = raw_golds(example)
     whole = [int(gold) for gold in golds if isinstance(gold, float) and gold.is_integer()]
     return [final_part(str(gold)) for gold in golds + whole]
 
 
 def final_part(text: str) -> str:
-    """What a text marks as its answer, or the whole text."""
+    """Returns the answer that a text marks, or the whole text."""
     answer = marked_answer(text)
     return text if answer is None else answer
 
@@ -134,8 +134,8 @@ def after_thinking(text: str) -> str:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What a text marks as its answer: `\boxed{}`, `####`, `<answer>`, "the answer is"; "" for a box without an end or
-    content, None if nothing is marked."""
+    r"""Returns the answer that a text marks with `\boxed{}`, `####`, `<answer>` or "the answer is"; "" if its boxes are
+    unclosed or empty, None if nothing is marked."""
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
@@ -148,13 +148,13 @@ def marked_answer(text: str) -> str | None:
         return text[start + len("<answer>") : end].strip()
     ends = [match.end() for match in ANSWER_IS.finditer(text)][-10:]
     clauses = [_clause(text[end : end + 500]) for end in ends]
-    with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # and not: "I hope the answer is right"
+    with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # skips "I hope the answer is right"
     return (with_number or clauses or [None])[-1]
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last closed `\boxed{}` with content holds, of nested ones the inner; "" if there are boxes, but none of
-    these; None if there is no box. `\boxed 5` is one, too."""
+    r"""Returns the content of the last closed, non-empty `\boxed{}`, of nested ones the inner; "" if all boxes are
+    unclosed or empty; None if there is no box. `\boxed 5` counts as closed."""
     best, found = max((box for box in closed_boxes(text, "boxed|fbox") if box[1]), default=(-1, ""))
     for match in BARE_BOX.finditer(text):
         if match.start() > best:
@@ -163,12 +163,12 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _clause(text: str) -> str:
-    """What is stated at the beginning of a text, without the rest of the sentence or line."""
+    """Returns the statement at the start of a text, without the rest of the sentence or line."""
     text = text.strip().lstrip("*_`: ")
     formula, rest = _formula(text)
     if formula is None:
         return SENTENCE_END.split(text)[0]
-    while listed := AND.match(rest):  # $3$ and $4$; not: $5$, and $x$ is odd
+    while listed := AND.match(rest):  # "$3$ and $4$", but not "$5$, and $x$ is odd"
         following, behind = _formula(rest[listed.end() :])
         if following is None or not re.search(r"\d", following):
             break
@@ -178,18 +178,18 @@ def _clause(text: str) -> str:
 
 
 def _formula(text: str) -> tuple[str | None, str]:
-    """(what stands between the dollar signs, or the like, that a text begins with; what follows them)"""
+    """Returns (the formula between dollar signs or similar delimiters that a text begins with, or None; the rest)."""
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         end = text.find(closing, len(opening))
         if text.startswith(opening) and end > 0 and text[len(opening) : end].strip("\\ "):
-            is_price = opening == "$" and re.match(r"\$[\d.,]+\s[^$]*\w\s*\$", text)  # $18 for one and $20 for ...
+            is_price = opening == "$" and re.match(r"\$[\d.,]+\s[^$]*\w\s*\$", text)  # "$18 for one and $20 for ..."
             if not is_price:
                 return text[len(opening) : end], text[end + len(closing) :]
     return None, text
 
 
 def _bare(choice: str) -> str:
-    """Without what is written before and around its letter."""
+    """Returns a choice without LaTeX text commands, and without what precedes its letter, such as "option ("."""
     choice = re.sub(r"\\(?:text|mathrm|mathbf|textbf|textrm)\s*\{([^{}]*)\}", r"\1", choice)
     return re.sub(r"^[\s*$({\[\"'`]*(?:(?:option|choice)\s+[(\[]?)?", "", choice, flags=re.I)
 
@@ -200,22 +200,22 @@ def _letter_of_record(gold: str) -> str | None:
 
 
 def letter_of(answer: str) -> str | None:
-    """The letter that a marked answer begins with: B, (b), B. Paris; None if it is something else."""
+    """Returns the letter that a marked answer begins with: "B", "(b)", "B. Paris"; None if there is none."""
     answer = _bare(answer)
     match = re.match(r"([A-J])(?![\w'])(?!(?<=I)\s+[a-z])|([a-j])(?=[\s)\]}.*$]*$)", answer)
     return None if match is None else match[0].upper()
 
 
 def last_letter_in(text: str) -> str | None:
-    """The letter of the last choice that a text calls correct, or else names: (B), a line that begins with B, or a B
-    that is no word; a text may also be the letter alone, of either case."""
+    """Returns the last choice that a text calls correct, or else names: "(B)", a line that begins with "B", or a "B"
+    that is not a word. The whole text may also be the letter, upper or lower case."""
     if re.fullmatch(r"\W*[A-Ja-j]\W*", text, re.A):
         return re.sub(r"\W", "", text, flags=re.A).upper()
     stated = [first or second for first, second in STATED_CHOICE.findall(text)]
     if stated:
         return stated[-1]
     for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
-        letters = re.findall(pattern, text, re.M | re.A)  # \u7b54\u6848\u662fB: no letters of a word beside it
+        letters = re.findall(pattern, text, re.M | re.A)  # re.A: in \u7b54\u6848\u662fB, B is a word
         if letters:
             return letters[-1]
     return None

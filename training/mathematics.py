@@ -1,12 +1,12 @@
-r"""Whether two answers are mathematically the same.
+r"""Compares two answers mathematically.
 
-- numbers are compared exactly, as fractions: 1/2 = 0.5 = 50 %, 1,000 = 1000, 1 1/2 = \frac{3}{2}, 1.5e3 = 1500; with
-  roots, pi and functions to 9 digits; expressions with variables at three points
-- brackets and order of tuples, intervals and matrices matter; sets and lists of solutions have no order
-- x > 5 is the interval (5, \infty); equations are the same where one is a multiple of the other
-- a name in front (x = 5), currency and units do not matter, but two units that are known to differ do: 5 cm, 5 m
-- what is not understood is compared as words; where both are formulas, the package math_verify is asked, if installed
-- nothing is ever evaluated by Python, and powers are bounded: 9^{9^{9}} is only not understood
+- numbers are compared exactly, as fractions: 1/2 = 0.5 = 50 %, 1,000 = 1000, 1 1/2 = \frac{3}{2}, 1.5e3 = 1500; those
+  with roots, pi and functions to 9 digits; expressions with variables by their values at three points
+- brackets and order matter in tuples, intervals and matrices; sets and lists of solutions have no order
+- x > 5 is the interval (5, \infty); equations are equal if one is a multiple of the other
+- a name in front (x = 5), currency and units are ignored, but two known units that differ are not equal: 5 cm, 5 m
+- answers that cannot be parsed are compared as words; if both are formulas, with the package math_verify, if installed
+- Python never evaluates an answer, and powers are bounded: 9^{9^{9}} merely fails to parse
 """
 
 import itertools
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from training.expressions import WORDS, Number, bounded, value_of
 
-LONGEST = 1000  # characters that are read as mathematics
-OTHER_SCRIPTS = "\u0400-\u0e7f\u2e80-\uffef"  # than Latin and Greek, whose letters may be variables
-# Before a number: no letter that would make a word of both. Chinese puts one right behind its characters.
+LONGEST = 1000  # longer answers are compared as text
+OTHER_SCRIPTS = "\u0400-\u0e7f\u2e80-\uffef"  # scripts other than Latin and Greek, whose letters may be variables
+# No Latin letter before a number, which would make both one word; Chinese characters may stand there.
 NO_WORD = r"(?<![0-9A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0dff.])"
 NUMBER = re.compile(
     r"-?\\[dt]?frac\s*(?:\{-?\d+\}|\d)\s*(?:\{-?\d+\}|\d)"
@@ -36,7 +36,7 @@ def last_number_in(text: str) -> str | None:
 
 
 class Scalar(NamedTuple):
-    """A number, or an expression: its values at three points, all the same without variables."""
+    """A number or an expression, as its values at three points, which are equal without variables."""
 
     values: tuple[Number, ...]
     percent: bool = False
@@ -44,14 +44,14 @@ class Scalar(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """A tuple, an interval, a matrix with its rows in order; which of these, its brackets tell."""
+    """A tuple, an interval, or a matrix with its rows; the brackets tell which."""
 
     brackets: str
     items: tuple
 
 
 class Collection(NamedTuple):
-    """A set, a union of intervals, a list of solutions: in any order."""
+    """A set, a union of intervals or a list of solutions, without order."""
 
     items: tuple
 
@@ -66,11 +66,11 @@ class Named(NamedTuple):
 class Equation(NamedTuple):
     """left = right"""
 
-    difference: tuple[Number, ...]  # of the sides, at the three points
+    difference: tuple[Number, ...]  # left - right at the three points
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether two answers are mathematically the same, or, if they are not mathematics, the same words."""
+    """Returns whether two answers are mathematically equal, or the same words if they are not mathematics."""
     if max(len(answer), len(gold)) > LONGEST:
         return answer.strip() == gold.strip()
     ours, theirs = read(answer), read(gold)
@@ -81,7 +81,7 @@ def equal(answer: str, gold: str) -> bool:
         numbers = [match[0] for match in NUMBER.finditer(plain)]  # a sentence around a number
         in_words = re.search(rf"[A-Za-z]{{2}}|[{OTHER_SCRIPTS}]", plain) is not None
         return len(numbers) == 1 and in_words and _same(read(numbers[0]), theirs)
-    # neither is understood, and they are mathematics, if not numerals to another base
+    # neither could be parsed: ask math_verify if both look like formulas and are no numerals in another base
     unread = isinstance(ours, str) and isinstance(theirs, str) and not re.search(r"\d_", ours + theirs)
     return unread and all(re.search(r"\\[a-zA-Z]|\^", text) for text in (answer, gold)) and _ask(answer, gold)
 
@@ -113,7 +113,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def _as_equation(named: Named) -> object:
-    """y = 2 x, or x + y = 3, as an equation of variables; as it is if it names none."""
+    """Returns y = 2 x or x + y = 3 as an Equation of variables; returns `named` itself if its name is no variable."""
     if not re.fullmatch(r"[A-Za-z](_\w)?(\+[A-Za-z])*", named.name) or not isinstance(named.value, Scalar):
         return named
     return Equation(tuple(value_of(named.name, i) - value for i, value in enumerate(named.value.values)))
@@ -127,7 +127,7 @@ def _same_scalar(a: Scalar, b: Scalar) -> bool:
     percent, plain = (a, b) if a.percent else (b, a)
     if all(_close(x / 100, y) for x, y in zip(percent.values, plain.values)):
         return True
-    # a question that asks for a percentage is answered with 50 as well as with 50 %
+    # a question for a percentage may be answered with 50 or 50 %
     return all(_close(x, y) and abs(y) >= 1 for x, y in zip(percent.values, plain.values))
 
 
@@ -138,7 +138,7 @@ def _close(a: Number, b: Number) -> bool:
 
 
 def _ask(answer: str, gold: str) -> bool:
-    """What the package math_verify says, where it is installed."""
+    """Returns the verdict of the package math_verify, or False if it is not installed."""
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -148,11 +148,11 @@ def _ask(answer: str, gold: str) -> bool:
 
 # ----------------------------------------------------------------------------------- reading answers
 
-WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII as wide as a Chinese character
+WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII to ASCII
 REPLACED = (
     (r"(?<![\w'])(?:[nN]egative|[mM]inus)\s+(?=[$\\(]{0,2}\d)", "-"),
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$", ""),
-    # 2**10; other stars are Markdown's
+    # the power in 2**10; other double stars are Markdown's
     (r"(?<![A-Za-z][A-Za-z])(?<=[\w)}])\*\*(?=-?[\d({]|[A-Za-z](?![A-Za-z]))", "^"),
     (r"\*\*", ""),
     (r"(?<!\\)\\[()\[\]]", ""),
@@ -182,7 +182,7 @@ REPLACED = (
     (r"\u222a|\\cup(?![a-z])", r"\\cup "),
     (r"\u00b1|\\pm(?![a-z])", r"\\pm "),
     (r"\\(?:emptyset|varnothing)(?![a-z])|\u2205|\\\{\s*\\\}", r"\\emptyset "),
-    (r"\\\{", "\x01"),  # the braces of a set; others are LaTeX's own
+    (r"\\\{", "\x01"),  # braces of a set; plain braces are LaTeX's own
     (r"\\\}", "\x02"),
 )
 REPLACED = tuple((re.compile(pattern), new) for pattern, new in REPLACED)
@@ -191,19 +191,19 @@ MIXED = re.compile(
     r"(?<![\d.^_/*}])(\d+)\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|(?<![\d.^_/*])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)"
 )
 QUANTITY = re.compile(r"(.*(?:[\d)}]|\\pi(?![a-z])))(\s*)([A-Za-z][A-Za-z.'/\- ()]*?)(?:\s*\^\s*\{?-?\d\}?)?", re.S)
-EXPRESSION = re.compile(  # where a letter behind it is a variable: 3 \pi h, 3 + 2 m, x^2 m
+EXPRESSION = re.compile(  # a letter after this is a variable, not a unit: 3 \pi h, 3 + 2 m, x^2 m
     r"\\pi$|(?<=[^\s({eE])\s*[-+]\s*\d+(?:\.\d+)?$|(?<![\\A-Za-z])(?![eE][-+]?\d)[A-Za-z](?![A-Za-z])"
 )
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{\s*(\d+)\s*\}")
 RELATION = re.compile(r"(<=|>=|[<>\u2264\u2265]|\\(?:le|ge|leq|geq|lt|gt)(?:slant)?(?![a-z]))")
-NAME = re.compile(  # of what is asked: x, x_1, f(2), f^{-1}(x), |A|, (x, y), m + n, or words
+NAME = re.compile(  # name of the quantity asked for: x, x_1, f(2), f^{-1}(x), |A|, (x, y), m + n, or words
     r"[A-Za-z]+(?:_\w+)?'?(?:\(\w+(?:,\w+)*\))?|[A-Za-z]\^-1\(\w+\)|\|[A-Z]+\||\([A-Za-z](?:,[A-Za-z])*\)|[A-Za-z](?:\+[A-Za-z])+"
 )
 PROSE = re.compile(
     r"(?<![\\A-Za-z])(?!sqrt|log|sin|cos|tan|exp)[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}"
 )
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-ALIKE = (  # units of two letters or less, and what contradicts them
+ALIKE = (  # words for the same unit: units of at most two letters, and units that differ from them
     "mm millimeter millimeters",
     "cm centimeter centimeters",
     "m meter meters",
@@ -233,12 +233,12 @@ UNITS = {word: group for group in ALIKE for word in group.split()}
 
 
 def _compatible(text: str) -> str:
-    """Superscripts, subscripts and fractions that are one character as plain digits."""
+    """Rewrites superscripts, subscripts and single-character fractions with plain digits."""
     return unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u2212", "-")
 
 
 def _plain(text: str) -> str:
-    """An answer without what LaTeX and languages write around it."""
+    """Normalises an answer: removes or replaces LaTeX markup and notations of languages."""
     text = text.translate(WIDE)
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)
@@ -246,7 +246,7 @@ def _plain(text: str) -> str:
 
 
 def read(text: str) -> object:
-    """An answer as a Scalar, Sequence, Collection, Named or Equation, or as a str if it is none of them."""
+    """Parses an answer into a Scalar, Sequence, Collection, Named or Equation; returns a str if it is none of them."""
     text = _plain(text).strip().strip("\"'").rstrip(".,;: \u3002\uff0c\uff1b").strip()
     try:
         return _read(text, depth=0)
@@ -255,7 +255,7 @@ def read(text: str) -> object:
 
 
 def _read(text: str, depth: int) -> object:
-    """Raises ValueError or ArithmeticError for what is not mathematics."""
+    """Parses a normalised answer. Raises ValueError or ArithmeticError if it is not mathematics."""
     text = text.strip()
     if not text or depth > 5:
         raise ValueError
@@ -271,7 +271,7 @@ def _read(text: str, depth: int) -> object:
     )
     if matrix:
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
-        kind = "|" if matrix[1] == "vmatrix" else "m"  # a determinant is no matrix
+        kind = "|" if matrix[1] == "vmatrix" else "m"  # a determinant, not a matrix
         return Sequence(kind, tuple(Sequence("r", tuple(_read(x, depth + 1) for x in row.split("&"))) for row in rows))
     brackets = _brackets(text)
     if brackets:
@@ -291,7 +291,7 @@ def _read(text: str, depth: int) -> object:
 
 
 def _brackets(text: str) -> str:
-    """The brackets around the whole text, {} for a set; "" if there are none."""
+    """Returns the brackets around the whole text, {} for a set, "" if there are none."""
     pairs = {"(": ")]", "[": ")]", "\x01": "\x02", "{": "}"}
     if text[0] not in pairs or text[-1] not in pairs[text[0]] or (text[0] == "{" and "," not in text):
         return ""
@@ -301,7 +301,7 @@ def _brackets(text: str) -> str:
 
 
 def _parts(text: str, *, bracketed: bool) -> list[str]:
-    """What commas (semicolons, "and", "or") separate outside of brackets. 1,000 has none, but (1,000) is a pair."""
+    """Splits at commas (semicolons, "and", "or") outside brackets. 1,000 is one part, but (1,000) is a pair."""
     if bracketed:
         parts = _split(text, r",\s|;|\b(?:and|or)\b")
         if len(parts) > 1 and not any("," in THOUSANDS.sub("", part) for part in parts if _flat(part)):
@@ -318,7 +318,7 @@ def _flat(text: str) -> bool:
 
 
 def _depths(text: str) -> list[int]:
-    """How many brackets are open behind each character."""
+    """Returns how many brackets are open after each character."""
     return list(itertools.accumulate((c in "([{\x01") - (c in ")]}\x02") for c in text))
 
 
@@ -332,7 +332,7 @@ def _split(text: str, pattern: str) -> list[str]:
 
 
 def _read_inequality(text: str, depth: int) -> Named:
-    """x < 5, 5 > x, 1 < x < 5: a variable and the interval that it is in."""
+    """Parses x < 5, 5 > x or 1 < x < 5 into a variable and its interval."""
     sides = RELATION.split(text)
     signs = ["<" if re.search(r"<|\u2264|\\l", sign) else ">" for sign in sides[1::2]]
     closed = [re.search(r"=|[\u2264\u2265]|\\[lg]e", sign) is not None for sign in sides[1::2]]
@@ -340,7 +340,7 @@ def _read_inequality(text: str, depth: int) -> Named:
     if len({*signs}) > 1 or values.count(None) != 1 or (len(values) == 3 and values[1] is not None):
         raise ValueError("not the bounds of a variable")
     name = re.sub(r"[\s\\]", "", sides[2 * values.index(None)])
-    if len(values) == 2:  # one bound is missing, on the side of the variable
+    if len(values) == 2:  # the bound on the variable's side is missing
         values, closed = [values[0], None, values[1]], [closed[0]] * 2
         missing = 0 if values[0] is None else 2
         values[missing], closed[missing // 2] = "-\\infty" if (signs[0] == "<") == (missing == 0) else "\\infty", False
@@ -357,7 +357,7 @@ def _read_equation(text: str, depth: int) -> object:
     name = re.sub(r"[\s{}\\]", "", left)
     if NAME.fullmatch(name):
         return Named(name, _read(right, depth + 1))
-    if "=" in left:  # a chain of equal things
+    if "=" in left:  # a chain of equalities
         left = left.rpartition("=")[2]
     if not re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", left)):
         result = _read(right, depth + 1)
@@ -369,7 +369,7 @@ def _read_equation(text: str, depth: int) -> object:
 
 
 def _read_scalar(text: str) -> Scalar:
-    """A number with or without a unit, or an expression."""
+    """Parses a number with or without a unit, or an expression."""
     percent = re.fullmatch(r"(.*[\d)}])\s*(?:%|percent\b|per cent\b).*", text, re.S)
     if percent:
         return Scalar(_read_scalar(percent[1]).values, percent=True)
@@ -394,7 +394,7 @@ def _read_scalar(text: str) -> Scalar:
 
 
 def _repeating(match: re.Match) -> str:
-    """0.1\\overline{6} as a fraction."""
+    """Rewrites 0.1\\overline{6} as a fraction."""
     whole, once, again = match.groups()
     return f"({int(whole + once + again) - int((whole + once) or 0)}/{10 ** len(once + again) - 10 ** len(once)})"
 

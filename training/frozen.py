@@ -31,7 +31,7 @@ class ReferenceArgs(GroupSizeArgs):
         None, type=model_folder, help="folder of the frozen reference; default: the policy's initial model"
     )
     quantize_ref: str = flag(
-        "none", choices=("none", "int8", "int4"), help="quantise the reference's weights; every dp rank holds them"
+        "none", choices=("none", "int8", "int4"), help="quantise the reference; its weights are replicated over dp"
     )
 
     @property

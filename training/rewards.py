@@ -69,7 +69,7 @@ class RewardArgs(GradingArgs):
         formerly=1.0,
         help="factor of a function's numbers: one for all, or repeat the flag for each in their order; default: 1",
     )
-    normalize_reward: bool = flag(False, help="standardise model scores by reward_mean and reward_std of its folder")
+    normalize_reward: bool = flag(False, help="standardise the reward model's scores by its reward_mean and reward_std")
     process_reward: str = flag(
         "min",
         choices=("min", "prod", "last", "mean", "steps"),
@@ -84,9 +84,9 @@ class RewardArgs(GradingArgs):
         may_change=True,
     )
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="penalty of unfinished answers; default: none")
-    length_penalty: float = flag(0.0, bounds=non_negative, help="penalty of each token of an answer")
+    length_penalty: float = flag(0.0, bounds=non_negative, help="penalty per token of an answer")
     quantize_reward: str = flag(
-        "none", choices=("none", "int8", "int4"), help="quantise the reward model's weights; every dp rank holds them"
+        "none", choices=("none", "int8", "int4"), help="quantise the reward model; its weights are replicated over dp"
     )
 
 

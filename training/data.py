@@ -53,7 +53,7 @@ class DataArgs:
     max_steps: int | None = flag(
         None,
         bounds=non_negative,
-        help="optimizer steps, overrides --num_epochs; 0 only exports; default: --num_epochs",
+        help="optimizer steps, instead of --num_epochs; 0 only exports",
         may_change=constant_rate,
     )
     shuffle: bool = flag(True, help="shuffle the rows anew in each epoch; else keep the file's order")

@@ -112,7 +112,7 @@ def check_rl_flags(args) -> None:
     """Raises ValueError for flags of rollouts, rewards and frozen models that contradict each other."""
     check_reference_flags(args)
     if args.lora_dropout:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: its noise would change the probability ratios; take 0")
+        raise ValueError(f"--lora_dropout {args.lora_dropout}: a ratio to the policy that sampled would measure noise")
     if args.rollout_batch_size % args.step_size:
         raise ValueError(
             f"--minibatch_size {args.minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"

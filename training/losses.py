@@ -157,7 +157,7 @@ def simpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
 
 def rpo_loss(ratios: Ratios, args: "DpoLossArgs") -> Tensor:
     """S(b h) - rpo_alpha lp_c/|c|: Pang et al. 2024 (arXiv 2404.19733), where e is 0. The last term is a mean over the
-    tokens of each chosen completion, as in the paper; TRL's `sft` term averages over, so depends on, micro-batches."""
+    tokens of each chosen completion, as in the paper; TRL's `sft` is a mean over a micro-batch and varies with it."""
     alpha = 1.0 if args.rpo_alpha is None else args.rpo_alpha
     return sigmoid_loss(ratios, args) - alpha * (ratios.chosen_logps / ratios.chosen_lengths)
 
@@ -331,7 +331,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Returns k3 of each token, fp32: exp(-d) - 1 + d with d = logp - ref_logp, which is never negative.
 
     On samples of the policy the mean of k3, as that of d, is the KL to the reference in nats (Schulman 2020,
-    joschu.net/blog/kl-approx.html). Except in GRPO's loss for metrics only: as reward or loss it has another optimum.
+    joschu.net/blog/kl-approx.html). Outside GRPO's loss use it in metrics only: as reward or loss its optimum differs.
     """
     log_ratios = logps.float() - ref_logps.float()
     return torch.expm1(-log_ratios) + log_ratios

@@ -111,9 +111,9 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
 def dynamic_levels(signed: bool) -> Tensor:
     """Returns the levels of 8-bit dynamic quantisation (Dettmers et al. 2022, arXiv 2110.02861), ascending, fp32.
 
-    Each decade below 1 has half as many levels, evenly spaced, as the one above it. signed: 255 levels of both signs
-    and 0. They include -1, whereas the paper ends at -0.993, which would shrink a block's largest moment at each step
-    if it is negative. Unsigned: 256 levels, without the paper's 0: a second moment of 0 would divide by eps.
+    Each decade below 1 has half as many levels, evenly spaced, as the one above it. signed: 255 levels, of both signs
+    and 0. They include -1; the paper ends at -0.993, which would shrink a block's largest moment at each step if it is
+    negative. Unsigned: 256 levels, without the paper's 0: a second moment of 0 would divide by eps.
     """
     decades, most = (6, 64) if signed else (8, 128)
     values = [torch.ones(1, dtype=torch.float64)]

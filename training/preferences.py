@@ -72,7 +72,9 @@ def encode_pair_file(
 
 def _check_some_left(path: Path, rows: Rows, counts: EncodingCounts, limits: Limits) -> None:
     if not rows:
-        raise ValueError(f"{path}: no record is left: all {counts.skipped} are longer than {limits.max_seq_len} tokens")
+        raise ValueError(
+            f"{path}: no record is left: all {counts.skipped} are too long for {limits.max_seq_len} tokens"
+        )
 
 
 def encode_scored_file(

@@ -32,7 +32,7 @@ class RolloutArgs(StopArgs, PrefillArgs):
 
     prompt_file: Path = flag(help="records with a prompt; their other fields are passed to --reward_fn")
     eval_prompt_file: Path | None = flag(
-        None, help="held-out prompts for evaluations, the first one before the first update", may_change=True
+        None, help="held-out prompts, evaluated also before the first update", may_change=True
     )
     num_generations_eval: int = flag(
         1, bounds=at_least_one, help="answers to each held-out prompt, for pass@1 to pass@N", may_change=True
@@ -76,7 +76,7 @@ class Prompt(NamedTuple):
     ids: list[int]  # if truncated, the end of the prompt
     fields: dict  # the whole record
     asked: str | Chat  # the record's prompt, never truncated
-    text: str  # passed to reward functions; if truncated, the text of ids
+    text: str  # passed to reward functions: the record's text, or for a chat or truncated prompt that of ids
     where: str = ""  # file and line
 
 

@@ -98,7 +98,7 @@ def precompute(
                 f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
                 f"{_shown(again[numbers.index(worst)])} when computed again; remove the file to compute all anew"
             )
-        say(f"{path}: log-probs of the reference read; a recomputed batch of {len(numbers)} agrees with them")
+        say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} recomputed and found equal")
     if missing:
         numbers = [i for batch in missing for i in batch]
         logps[numbers] = compute(missing)[numbers]

@@ -1,8 +1,8 @@
 """Ends a run early, because of a signal or of an error that all ranks raise.
 
-- SIGTERM, Ctrl-C, SIGHUP, SIGUSR1 and SIGUSR2 request a stop (the last three would kill a process by default). The run
-  stops where nothing is lost: after a step, or while the state is still that of the last step (in a rollout, while
-  answers are scored, between forward passes, in an evaluation), but not within an update
+- SIGTERM, Ctrl-C, SIGHUP, SIGUSR1 and SIGUSR2, which would otherwise kill the process, request a stop. The run stops
+  where nothing is lost: after a step, or while the state is still that of the last step (in a rollout, while answers
+  are scored, between forward passes, in an evaluation), but not within an update
 - all ranks stop at the same place. During a rollout the data-parallel ranks share no collectives: each leaves the
   rollout by itself, one without a signal when its answers are finished, and then they agree to stop
 - the state is saved first, if it is not saved yet (keep, which Run sets)

@@ -5,7 +5,7 @@ each answer is compared with the other answers to its prompt.
   within each group; then take --num_iterations passes of clipped steps over the answers
 - --loss_type grpo, gspo, bnpo, dapo, cispo, dr_grpo or rloo: see the table in training/grpo_losses.py
 - the KL to a reference is in the loss (k3), for rloo in the reward; with --beta 0 there is no reference
-- a group whose rewards are all equal has no gradient: --max_resamples replaces it by answers to the next prompt
+- a group whose rewards are all equal has advantages of 0: --max_resamples replaces it by answers to the next prompt
 - token in, token out, as in PPO, and every number of an update is the same on all ranks, whatever the layout
 
 Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300).
@@ -145,7 +145,7 @@ def main(args: GrpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        sampled = answers_to(engine, scorer, asked, 0, 1)  # noise: fixed, and not that of training
+        sampled = answers_to(engine, scorer, asked, 0, 1)  # the same noise each time, not training's
         sample_log.show(asked, [each.text for each in sampled.answers], sampled.finished, reward=sampled.rewards)
         metrics = group_metrics([sampled], G) | pass_rates(sampled.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -214,7 +214,7 @@ def check_flags(args: GrpoArgs) -> None:
         )
     if not args.beta:
         names = ("ref_checkpoint_path", "quantize_ref", "use_bias_correction_kl", "stop_kl")
-        refuse_idle(args, "with --beta 0 (1e-6 loads the reference, with a negligible weight)", *names)
+        refuse_idle(args, "without a --beta (1e-6 loads the reference, with a negligible weight)", *names)
     if args.loss_type == "rloo":
         names = ("scale_rewards", "importance_sampling_level", "use_bias_correction_kl")
         refuse_idle(args, "for --loss_type rloo", *names)

@@ -163,7 +163,7 @@ def main(args: PpoArgs) -> None:
     def evaluate() -> dict[str, float]:
         G = args.num_generations_eval
         asked = [prompt for prompt in data.held_out for _ in range(G)]
-        rollout = collect(models, engine, scorer, asked, 0, sample_idx=1)  # noise: fixed, and not that of training
+        rollout = collect(models, engine, scorer, asked, 0, sample_idx=1)  # the same noise each time, not training's
         sample_log.show(asked, rollout.texts, rollout.finished, score=rollout.all_scores(), KL=rollout.kls())
         metrics = objectives(rollout, float(trained.kl_coef)) | pass_rates(rollout.scores.checked, G)
         return {f"eval_{name}": x for name, x in metrics.items()}
@@ -237,7 +237,7 @@ def check_flags(args: PpoArgs) -> None:
     check_critic_flags(args)
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
-            f"--kl_target {args.kl_target} multiplies --kl_coef, and 0 would stay 0; start from a positive --kl_coef"
+            f"--kl_target {args.kl_target} scales --kl_coef, and a --kl_coef of 0 would stay 0; take a positive one"
         )
     if args.kl_target is None:
         refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")

@@ -182,7 +182,7 @@ def check_flags(args: RmArgs) -> None:
 def encode_file(
     args: RmArgs, path: Path, tokenizer: Tokenizer, limits: Limits, store: Store
 ) -> tuple[Rows, EncodingCounts]:
-    """Encodes all records of a file. For records that fit another --loss, raises ValueError that names that one."""
+    """Encodes all records of a file. Raises ValueError, naming the right --loss, for records that fit another one."""
 
     def check(record: Record) -> None:
         missing = [name for name in FIELDS[args.loss] if name not in record.given]
@@ -224,7 +224,7 @@ def moved(args: RmArgs, folder: Folder) -> str:
         return ""
     pad = read_reward_kind(folder.path).pad_token_id
     pads_with_eos = pad is not None and pad == folder.tokenizer.eos_token_id
-    return " (its folder pads with EOS: it was trained on the token before EOS, and trains on EOS now)" * pads_with_eos
+    return " (from a folder that pads with EOS: trained on the token before EOS until now, now on EOS)" * pads_with_eos
 
 
 def initial_score(hidden_size: int, seed: int) -> Tensor:
@@ -322,7 +322,7 @@ def export(run: Run, model: Transformer, folder: Folder, rewards: Tensor, subfol
 
 
 def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
-    """Returns config.json with where the reward is read, and its statistics. Raises ValueError if one is not finite."""
+    """Returns a config.json that says where the reward is read, with its mean and std. ValueError if not finite."""
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")

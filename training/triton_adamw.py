@@ -1,5 +1,5 @@
 """An AdamW step of one parameter (this rank's part) as a single Triton kernel, for NVIDIA and AMD GPUs. It computes the
-same as `_update` in training/optim.py, which is written in plain torch operations and tests this kernel.
+same as `_update` in training/optim.py, the oracle in plain torch operations.
 
 Weights are fp32, or bf16 with stochastic rounding and the noise of models/noise.py; moments are fp32, or 8-bit with a
 scale for each block of columns. Every tensor is read once and written once.

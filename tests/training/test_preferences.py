@@ -245,7 +245,7 @@ def test_overlong_pairs(tokenizer, tmp_path):
     full = LIMITS._replace(overlong="truncate", max_seq_len=whole[0].prompt_length)
     assert len(encode_pair_file(path, tokenizer, full)[0]) == 1  # one token of the answer must fit
     full = full._replace(max_seq_len=1)
-    tiny.refused(lambda: encode_pair_file(path, tokenizer, full), path, "no record is left: all 4 are longer than 1")
+    tiny.refused(lambda: encode_pair_file(path, tokenizer, full), path, "no record is left: all 4 are too long for 1")
 
 
 def test_pair_files(tokenizer, tmp_path):

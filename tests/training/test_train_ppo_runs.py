@@ -144,7 +144,7 @@ BAD_FLAGS = {
         {"reward_fn": FN + ":two"},
         ["fn.py:two: must take (prompts, completions, examples)", "or (prompt, completion, example) and"],
     ),
-    "weights": ({"reward_fn_weight": [1, 2]}, ["--reward_fn_weight: 2 for 1 of --reward_fn"]),
+    "weights": ({"reward_fn_weight": [1, 2]}, ["--reward_fn_weight: 2 weights for 1 --reward_fn"]),
     "not in a worker": (
         {"reward_fn": "{world}/only_here.py:reward"},
         ["only_here.py cannot be imported: AssertionError"],

@@ -1,4 +1,4 @@
-"""inference/chat.py as a conversation on a terminal, scripted on stdin."""
+"""inference/chat.py: conversations with the user's lines scripted on stdin, and one on a pseudo-terminal."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def chat_folder(tmp_path_factory):
 
 
 def chat(folder, *said, **options):
-    """Says each line to a chat; returns its result with the answers alone as stdout."""
+    """Runs a chat in which the user types these lines; returns its result and its answers."""
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     with mock.patch.object(sys, "stdin", io.StringIO("".join(line + "\n" for line in said))):
         result = tiny.run("inference/chat.py", "--checkpoint_path", folder, *GREEDY, *flags)
@@ -59,8 +59,8 @@ def expected_answer(folder, messages, num_tokens):
 
 
 def test_a_conversation_remembers_and_commands_forget(chat_folder):
-    """Catches a history that loses a turn or the system message, a /reset that keeps a turn, a /system that keeps the
-    old message or the conversation, and an empty line or an unknown command that is sent, or ends the chat."""
+    """Catches a history that loses a turn or the system message; a /reset that keeps a turn; a /system that keeps the
+    old message or the conversation; and an empty line or an unknown command that goes to the model or ends the chat."""
     said = ["1 plus 2", "and 3?", "/reset", "and 3?", "", "  ", "/help", "/clear", "/system It is", "and 3?", "/system"]
     result, answers = chat(chat_folder, *said, "and 3?", system="The answer is", max_new_tokens=9)
     assert result.code == 0 and not result.stderr.count("Traceback")
@@ -82,8 +82,8 @@ def test_a_conversation_remembers_and_commands_forget(chat_folder):
 
 @pytest.mark.parametrize("template", ["raises", "ignores"])
 def test_a_template_without_a_system_role(chat_folder, tmp_path, template):
-    """Catches a system message that goes missing without a word, in a chat or in generate.py, and a chat that ends by a
-    /system its template refuses."""
+    """Catches a system message that the template drops without an error from chat.py or generate.py, and a chat that
+    ends because its template refuses a /system."""
     folder = shutil.copytree(chat_folder, tmp_path / "model")
     guard = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     of_users = TEMPLATE.replace("messages %}", "messages if m.role == 'user' %}")
@@ -97,8 +97,8 @@ def test_a_template_without_a_system_role(chat_folder, tmp_path, template):
 
 
 def test_a_stop_string_is_not_shown(chat_folder):
-    """Catches a --stop that a chat does not have, whose beginning is printed before the rest of it comes, or whose text
-    stays in the conversation; and a repetition penalty that is lost on the way."""
+    """Catches a chat that ignores --stop, prints the beginning of a stop string before the rest of it has come, or
+    keeps the stop string in its history; and a --repetition_penalty that has no effect."""
     (free,) = [answer.removesuffix(CUT) for answer in chat(chat_folder, "1 plus 2", max_new_tokens=12)[1][:1]]
     stop = free[4:7]
     result, answers = chat(chat_folder, "1 plus 2", "and 3?", max_new_tokens=12, stop=stop)
@@ -115,7 +115,7 @@ def test_a_stop_string_is_not_shown(chat_folder):
 
 
 def test_ctrl_c(chat_folder, monkeypatch):
-    """Catches a Ctrl-C that ends the chat while it answers, loses what was said, or is an error at the prompt."""
+    """Catches a Ctrl-C that ends the chat during an answer, loses what was printed, or is an error at the prompt."""
     pushed = []
 
     def push(self, piece):
@@ -137,7 +137,7 @@ def test_ctrl_c(chat_folder, monkeypatch):
 
 
 def test_who_types_may_take_hours(monkeypatch):
-    """Catches ranks that wait for a line in a collective, which ends with its timeout."""
+    """Catches ranks that wait for the user's line inside a collective, which fails at its timeout."""
     order = []
     monkeypatch.setattr("builtins.input", lambda prompt: order.append("typed") or "hello")
     monkeypatch.setattr(script, "wait_for_all_ranks", lambda: order.append("waited"))
@@ -161,8 +161,8 @@ def test_answers_stream(chat_folder):
 
 
 def test_a_full_context_is_said_and_the_chat_goes_on(chat_folder):
-    """Catches a conversation that outgrows its cache: a crash, a silent cut, or a message that stays in the way; an
-    answer that asks for more than there is room; and advice to take more tokens than the model's context has."""
+    """Catches a crash, a silent cut or a message that stays in the history when a conversation outgrows its cache; an
+    answer that asks for more tokens than fit; and advice to raise --max_seq_len beyond the model's context."""
     long = "The answer to question 3 is 17. " * 8
     result, answers = chat(chat_folder, long, "1", long, "/reset", "2", max_seq_len=48, max_new_tokens=64)
     assert result.code == 0, result
@@ -173,15 +173,15 @@ def test_a_full_context_is_said_and_the_chat_goes_on(chat_folder):
 
 
 def test_a_folder_without_a_template_continues_text(folder):
-    """Catches a chat that insists on a template."""
+    """Catches a chat that requires a chat template."""
     result, answers = chat(folder, "1 plus", "2", max_new_tokens=3)
     assert result.code == 0 and len(answers) == 3
 
 
 def test_a_chat_on_a_terminal(chat_folder):
-    """Catches a script that only works from the tests' process or warns of what it imports, lines that cannot be called
-    back (arrow up), a person or a model that ends the chat by a letter its encoding lacks, and a Ctrl-C at the prompt
-    that is an error."""
+    """Catches a script that only works in the tests' process or prints its imports' warnings; earlier lines that arrow
+    up does not recall; a typed or generated letter outside the terminal's encoding that ends the chat; and a Ctrl-C at
+    the prompt that is an error."""
     ours, theirs = pty.openpty()
     command = [
         sys.executable,
@@ -192,7 +192,7 @@ def test_a_chat_on_a_terminal(chat_folder):
         "5",
     ]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is born without
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore SIGINT
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = subprocess.Popen(command, env=env, preexec_fn=interruptible, **streams)
     os.close(theirs)
@@ -203,7 +203,7 @@ def test_a_chat_on_a_terminal(chat_folder):
             if select.select([ours], [], [], 0.1)[0]:
                 shown += os.read(ours, 4096)
         os.write(ours, typed) if typed else process.send_signal(signal.SIGINT)
-    while process.poll() is None and time.monotonic() < deadline:  # readline may miss one between prompt and reading
+    while process.poll() is None and time.monotonic() < deadline:  # readline may miss a SIGINT after the prompt
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
             break
@@ -226,6 +226,6 @@ def test_a_chat_on_a_terminal(chat_folder):
     ids=str,
 )
 def test_bad_input(chat_folder, flags, culprit):
-    """Catches a traceback, or a chat that starts with something else than was asked."""
+    """Catches a traceback, or a chat that starts with other settings than its flags'."""
     result = tiny.run("inference/chat.py", "--checkpoint_path", chat_folder, *flags)
     tiny.assert_refused(result, culprit)

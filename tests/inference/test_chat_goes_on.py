@@ -1,4 +1,4 @@
-"""inference/chat.py: a conversation is not lost for one message that cannot be asked; when it ends on several ranks."""
+"""inference/chat.py: a message that cannot be encoded does not end the conversation; Ctrl-C ends it on all ranks."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from tests.inference.test_chat import CUT, chat, chat_folder, expected_answer  #
 
 
 def test_after_a_message_that_cannot_be_read(chat_folder, tmp_path):
-    """Catches a chat that ends, with all that was said, for half a character, or for a token without an embedding."""
+    """Catches a chat that ends, losing its history, at half a surrogate pair or at a token without an embedding."""
     folder = tiny.copy_to_edit(chat_folder, tmp_path / "model")
     path = folder / "tokenizer_config.json"
     pad = {str(tiny.VOCAB_SIZE): {"content": "<pad>", "special": True}}
@@ -26,8 +26,8 @@ def test_after_a_message_that_cannot_be_read(chat_folder, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_ctrl_c_under_torchrun(chat_folder, size):
-    """Catches ranks that ask for another message after the Ctrl-C by which torchrun ends them, and are killed after 30
-    seconds of waiting for each other."""
+    """Catches ranks that read another message after the Ctrl-C with which torchrun ends them: they would wait for each
+    other and be killed after 30 seconds."""
     flags = ("--checkpoint_path", chat_folder, "--tensor_parallel_size", size, "--max_new_tokens", 480)
     started = ranks.start_nodes([chat_folder] * size, "inference/chat.py", *flags, stdin="1 plus 2\n" * 9)
     deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""Chats on their way from generate.py to score.py, and contents in parts."""
+"""Chats that generate.py writes and score.py reads, and message contents in parts."""
 
 import json
 
@@ -17,7 +17,7 @@ GRADER = tiny.ROOT / "training/graders.py"
 
 @pytest.mark.parametrize("prompt", ("1 plus 2", [{"role": "user", "content": "1 plus 2"}]))
 def test_lines_are_scored_as_they_were_asked(tmp_path, prompt):
-    """Catches a line of --chat --system whose answer is scored behind the plain text, or without the system message."""
+    """Catches answers of --chat --system that are scored after the plain prompt, or without the system message."""
     folder, out = tmp_path / "model", tmp_path / "out.jsonl"
     tiny.write_model(folder, max_position_embeddings=512)
     tiny.write_tokenizer(folder, chat_template=TEMPLATE)
@@ -32,7 +32,7 @@ def test_lines_are_scored_as_they_were_asked(tmp_path, prompt):
 
 
 def test_contents_in_parts_are_read(tmp_path):
-    """Catches contents in parts that are no text to a grader, or break the vote."""
+    """Catches contents in parts that a grader or a vote does not get as text, and an image part that is not refused."""
     parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "42"}]
     records = [
         {"prompt": [{"role": "user", "content": content}], "completion": [{"role": "assistant", "content": content}]}
@@ -48,8 +48,8 @@ def test_contents_in_parts_are_read(tmp_path):
 
 
 def test_alpaca_prompts_are_told_apart():
-    """Catches prompts that are one for their empty `input`, or for a text under other system messages, of which one
-    sample is kept in all."""
+    """Catches best-of-n groups that merge prompts because each has an empty `input`, or because one text stands under
+    two system messages, so that one sample is kept for all of them."""
     alpaca = [{"instruction": text, "input": "", "output": "x", "reward": 1.0} for text in ("a", "b", "a")]
     chats = [{"prompt": "a", "system": text, "completion": "x", "reward": 1.0} for text in ("S", "T")]
     assert choose_best(alpaca) == alpaca[:2] and choose_best(chats) == chats

@@ -1,4 +1,4 @@
-"""inference/choosing.py: the best of several samples and votes among them, by hand and from score.py's command line."""
+"""inference/choosing.py: best-of-n and votes, checked by hand and from score.py's command line."""
 
 import math
 
@@ -12,13 +12,13 @@ from tests.inference.test_score import prm, rm, sampled, score, scored  # noqa: 
 
 
 def samples(rewards, answers=None):
-    """Lines of two prompts in turn, as score.py writes them."""
+    """Scored lines of two prompts in turn, numbered as score.py writes them."""
     return [{"idx": i % 2, "sample_idx": i // 2, "prompt": f"p{i % 2}", "reward": r} for i, r in enumerate(rewards)]
 
 
 def test_best_of_n_by_hand():
-    """Catches the worst, the last of equal ones, and prompts that are mixed: by idx, or by text if there is none, with
-    what is asked beside it."""
+    """Catches a choice of the worst sample, or of the last among equal ones, and mixed groups: samples belong together
+    by their idx, or without one by the prompt's text and the system message beside it."""
     lines = samples([1.0, -5.0, 3.0, -2.0, 3.0, -2.5])
     assert choose_best(lines) == [lines[2], lines[3]]
     unnumbered = [{k: v for k, v in line.items() if k not in ("idx", "sample_idx")} for line in lines]
@@ -32,8 +32,8 @@ def test_best_of_n_by_hand():
 
 
 def test_weighted_vote_by_hand():
-    """Catches a majority that is not weighted, the best single sample in the place of the sum, a winner that depends on
-    rounding, and samples without an answer that vote."""
+    """Catches a majority that ignores the weights, a winner by its best sample instead of its sum of weights, a tie
+    that rounding decides, and samples without an answer that vote."""
     lines = [{"prompt": "p", "output": f"{i}", "reward": r} for i, r in enumerate([0.5, 0.9, 0.6, 0.1, 0.1, 0.95])]
     [best] = choose_by_vote(lines, ["a", "b", "a", "c", "c", None], weight=float)
     assert best == {**lines[2], "voted_answer": "a", "votes": pytest.approx({"a": 1.1, "b": 0.9, "c": 0.2})}
@@ -47,7 +47,7 @@ def test_weighted_vote_by_hand():
 
 
 def test_final_answer():
-    """Catches braces that end too early, a last line that is blank, and an empty box that votes for nothing."""
+    """Catches a box that ends at an inner brace, a blank last line as the answer, and an empty box that counts."""
     assert final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert final_answer("3+4=7\n 7 \n\n") == "7"
     assert final_answer("broken \\boxed{1\nlast") == "last"
@@ -57,8 +57,8 @@ def test_final_answer():
 
 
 def test_choosing_from_the_command_line(rm, tmp_path):
-    """Catches a choice that is not that of the scored lines, votes with raw scores, scored lines that are lost, and
-    another result after a resume or by another choice from the same scores."""
+    """Catches a choice that differs from that of the scored lines, votes weighted by raw scores, scored lines that are
+    lost, and another result after a resume or when a second choice is made from the same scores."""
     every = scored(rm, tmp_path, sampled())
     best = scored(rm, tmp_path, sampled(), "--best_of_n", name="best.jsonl")
     assert best == choose_best(every) and len(best) == 3
@@ -87,7 +87,7 @@ def test_choosing_from_the_command_line(rm, tmp_path):
 
 
 def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
-    """Catches a sigmoid of a probability, and --answer_fn that is not called with the text."""
+    """Catches votes weighted by a sigmoid of a probability, and an --answer_fn that is not called with the text."""
     (tmp_path / "mine.py").write_text("def last(text):\n    return None if text.endswith('0') else text[-1]\n")
     flags = ("--weighted_vote", "--aggregate", "prod", "--answer_fn", f"{tmp_path / 'mine.py'}:last")
     for line in scored(prm, tmp_path, sampled(), *flags):
@@ -100,14 +100,14 @@ def test_votes_of_a_process_model_and_an_answer_function(prm, tmp_path):
 
 
 def test_a_brace_of_the_answers_own():
-    """Catches an answer whose escaped brace is never closed, and a whole last line as the vote."""
+    """Catches a box not found since an escaped brace in it is never closed, so that the whole last line votes."""
     answer = r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."
     assert final_answer(rf"So it is \boxed{{{answer}}}, I think.") == answer
 
 
 def test_answers_that_are_hard_to_find():
-    """Catches the brace behind a line break that is taken for one of the answer's own, and an answer cut off in a
-    second box, which is a vote for its last line."""
+    """Catches a brace after a LaTeX line break that is read as an escaped one, and an answer cut off inside a second
+    box, for which the last line would vote."""
     answer = r"\begin{pmatrix}1\\{-2}\end{pmatrix}"
     assert final_answer(rf"\boxed{{{answer}}}") == answer
     assert final_answer(r"\boxed{\{1, 2\}}") == r"\{1, 2\}" and final_answer(r"\boxed{a\\\}b}") == r"a\\\}b"

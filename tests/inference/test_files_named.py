@@ -1,4 +1,4 @@
-"""Files that cannot be read or written are named, with what is wrong with them."""
+"""Messages about files that cannot be read or written name the file and say what is wrong with it."""
 
 import errno
 from unittest import mock
@@ -11,7 +11,7 @@ from models.model import ModelConfig
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    """Catches a message of the system's alone, which does not say which of a run's files is meant."""
+    """Catches the operating system's bare message, which does not say which of a run's files is meant."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         pytest.raises(OSError, match=r"out\.jsonl: cannot be written: No space left"),
@@ -25,8 +25,8 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
-    """Catches a run that loads its model before it finds that its lines have no place, a new one or one that goes on,
-    and then gives the system's message alone."""
+    """Catches a new or resumed run that finds out only after loading its model that its output cannot be written, and
+    then prints the operating system's bare message."""
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out.jsonl"
     for begin in (lambda: refuse_occupied(out), lambda: next(read_begun(out, None, {}, "generate.py"))):
@@ -38,8 +38,8 @@ def test_an_output_that_cannot_be_written(tmp_path):
 
 
 def test_what_is_no_folder(folder, tmp_path, monkeypatch):
-    """Catches a complaint about JSON or a tokenizer where a file is given for a folder, and a name on the Hub taken
-    for a path without a word of how to get it."""
+    """Catches a message about JSON or a tokenizer when a file is given instead of a folder, and a Hub name taken for a
+    path without advice on how to download it."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\xc3\x28")
     with pytest.raises(ValueError, match=r"model\.gguf: is a file; give a Hugging Face folder"):
         ModelConfig.from_hf(tmp_path / "model.gguf")

@@ -57,9 +57,9 @@ def chat_folder(folder, tmp_path_factory):
 
 
 def test_lines_have_the_pinned_fields(folder, hf_model, tmp_path):
-    """Catches a field that is missing, renamed, of another type or counted from 1, ids that are not those of the
-    output, EOS ids other than generation_config.json's, an EOS among the ids or counted, and a logprob that is a mean,
-    lacks the EOS or is taken at another temperature."""
+    """Catches a field that is missing, renamed, of another type or counted from 1; token_ids that do not decode to the
+    output; EOS ids other than generation_config.json's; an EOS in token_ids or num_tokens; and a logprob that is a
+    mean, lacks the EOS or is taken at another temperature."""
     model = shutil.copytree(folder, tmp_path / "model")
     eos_ids = list(range(290, 320))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
@@ -89,12 +89,12 @@ def test_lines_have_the_pinned_fields(folder, hf_model, tmp_path):
 
 
 def rounded(lines: list[dict]) -> list[dict]:
-    """Another number of rows may round the last bit of a log-prob otherwise."""
+    """Rounds log-probs: their last bits depend on the number of rows in a batch."""
     return [line | {"logprob": round(line["logprob"], 3)} for line in lines]
 
 
 def test_fields_of_a_record_are_carried(folder, tmp_path):
-    """Catches a reference answer that gets lost on its way to a reward function, overwrites a result, or is overwritten
+    """Catches a record's field, such as a reference answer, that gets lost, overwrites a result field or is overwritten
     by one (an `output`, in records of `input` and `output`), after a resume too."""
     rows = [
         {"prompt": "1 plus", "answer": {"value": 3, "text": "drei é"}, "idx": 77, "token_ids": [5], "logprob": None},
@@ -124,7 +124,7 @@ def test_fields_of_a_record_are_carried(folder, tmp_path):
 
 
 def test_a_json_list_is_jsonl_is_a_flag(folder, tmp_path):
-    """Catches a format that is told by the file's suffix, and prompts that are numbered otherwise."""
+    """Catches a file format guessed from the file's suffix, and an idx that depends on how prompts are given."""
     rows = records(3)
     (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     from_list = lines_of(generate(folder, "--prompt_file", tmp_path / "list.jsonl"))
@@ -136,15 +136,15 @@ def test_a_json_list_is_jsonl_is_a_flag(folder, tmp_path):
 
 
 def test_standard_output_is_clean_jsonl(folder):
-    """Catches cards and progress bars among the samples, and text that is not UTF-8."""
+    """Catches the run's card or progress bars on standard output, among the samples."""
     result = generate(folder, "--prompt", "1 plus 2", "--num_samples", 5)
     assert keys(lines_of(result)) == [(0, s) for s in range(5)]
     assert "tok/s" in result.stderr and "model" in result.stderr
 
 
 def test_standard_output_of_another_encoding_that_is_closed(folder, tmp_path):
-    """Catches a run that ends by a letter that standard output cannot encode, lines that escape it in another way than
-    JSON does, and a traceback where the reader has seen enough."""
+    """Catches a run that ends at a letter that standard output cannot encode, or escapes it otherwise than JSON does,
+    and a traceback when the reader closes the pipe."""
     flags = ["--checkpoint_path", folder, "--prompt", "é 字 😀 1 plus", "--num_samples", 500, "--max_new_tokens", 9]
     os.mkfifo(tmp_path / "pipe")
     process = Forked(SCRIPT, *flags, stdout=tmp_path / "pipe", PYTHONIOENCODING="ascii")
@@ -157,7 +157,7 @@ def test_standard_output_of_another_encoding_that_is_closed(folder, tmp_path):
 
 
 def test_half_a_surrogate_pair_survives(folder, tmp_path):
-    """Catches a record that json can read and UTF-8 cannot hold: it must not end a run half-way."""
+    """Catches a run that ends half-way at half a surrogate pair, which json can read but UTF-8 cannot hold."""
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "1 plus", "tag": "x\\ud83d\\u00e9"}\n')
     out = tmp_path / "out.jsonl"
@@ -167,7 +167,7 @@ def test_half_a_surrogate_pair_survives(folder, tmp_path):
 
 
 def test_chat_prompts_go_through_the_template(chat_folder, tmp_path):
-    """Catches a template that is left out, applied twice, lacks the assistant's header or has two BOS."""
+    """Catches a chat template that is not applied or applied twice, a missing assistant header, and a doubled BOS."""
     text = "1 plus 2"
     messages = [{"role": "user", "content": text}]
     spelled = f"[user] {text}\n[assistant] "
@@ -182,7 +182,7 @@ def test_chat_prompts_go_through_the_template(chat_folder, tmp_path):
 
 
 def test_a_system_message(chat_folder, tmp_path):
-    """Catches --system that is left out of the prompt, is put behind it, or before a prompt that has its own."""
+    """Catches a --system message that is left out, put after the prompt, or added to a prompt that has its own."""
     system, user = {"role": "system", "content": "The answer is"}, {"role": "user", "content": "1 plus 2"}
     spelled = lines_of(
         generate(chat_folder, "--prompt_file", tiny.write_records(tmp_path / "s.jsonl", [{"prompt": [system, user]}]))
@@ -196,7 +196,7 @@ def test_a_system_message(chat_folder, tmp_path):
 
 
 def test_stops_that_are_no_plain_text(folder):
-    r"""Catches a \n in --stop that stays two characters, and a special token's text, which no decoded text holds."""
+    r"""Catches a \n in --stop that stays two characters, and a special token in --stop that never ends a sample."""
     flags = ("--prompt", "1 plus 2", "--num_samples", 60, "--temperature", 5, "--return_token_ids")
     free = lines_of(generate(folder, *flags, new=30))
     newline = lines_of(generate(folder, *flags, "--stop", "\\n", new=30))
@@ -211,7 +211,7 @@ def test_stops_that_are_no_plain_text(folder):
 
 
 def test_stop_strings_end_samples(folder):
-    """Catches --stop that is ignored, or whose text stays in the output."""
+    """Catches a --stop that is ignored, or a stop string that stays in the output."""
     free = lines_of(generate(folder, "--prompt", "1 plus 2", "--num_samples", 8, new=30))
     letter = next(c for c in "aeinorst" if any(c in line["output"] for line in free))
     stopped = lines_of(
@@ -223,7 +223,7 @@ def test_stop_strings_end_samples(folder):
 
 
 def test_one_rank_asks_no_other(folder, monkeypatch):
-    """Catches a collective of one rank, for which a GPU's would start NCCL: a second, and memory."""
+    """Catches a collective on a single rank, which on a GPU would start NCCL: a second, and memory."""
     monkeypatch.setattr(torch.distributed, "all_reduce", mock.Mock(side_effect=AssertionError))
     result = tiny.run(SCRIPT, "--checkpoint_path", folder, "--prompt", "a b", "--max_new_tokens", 2)
     assert result.code == 0 and "tok/s" in result.stderr, result.stderr
@@ -242,7 +242,7 @@ def test_compute_dtype_is_a_flag(folder):
 
 
 def test_overlong_prompts(folder, hf_model, tmp_path):
-    """Catches prompts that are cut without a word, lose their BOS or their end, and a shifted numbering where one is
+    """Catches prompts that are cut silently or lose their BOS or their end, and idx values that shift where a prompt is
     skipped."""
     long = "The answer to question 3 is 17, or so it seems. " * 4
     prompts = tiny.write_records(tmp_path / "p.jsonl", [{"prompt": p} for p in ("1 plus", long, "2 plus")])
@@ -312,7 +312,7 @@ FILE_CASES = {  # name: (content of the prompt file, what the message names)
 
 @pytest.mark.parametrize("case", FILE_CASES)
 def test_bad_prompt_files(folder, tmp_path, case):
-    """Catches a bad record that is skipped, read as something else, or found out about after the model is loaded."""
+    """Catches a bad record that is skipped, read as something else, or noticed only after the model is loaded."""
     content, parts = FILE_CASES[case]
     (tmp_path / "p.jsonl").write_bytes(content)
     result = generate(folder, "--prompt_file", tmp_path / "p.jsonl", "--output_file", tmp_path / "new" / "out.jsonl")
@@ -464,7 +464,7 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
 def test_bad_folders(folder, tmp_path, case):
-    """Catches a folder that is computed wrongly, or fails without saying which file, key or tensor is at fault."""
+    """Catches a broken folder that runs with wrong results, or an error that does not name the file, key or tensor."""
     model = shutil.copytree(folder, tmp_path / "model")
     damage, parts = FOLDER_CASES[case]
     damage(model)
@@ -474,7 +474,7 @@ def test_bad_folders(folder, tmp_path, case):
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    """Catches a message that only the tests' process gets: a traceback, another exit code."""
+    """Catches a refusal that is right only inside the tests' process: elsewhere a traceback, or another exit code."""
     out = tmp_path / "out.jsonl"
     process = Forked(SCRIPT, "--checkpoint_path", tmp_path / "nowhere", "--prompt", "a", "--output_file", out)
     stdout, stderr = process.communicate()

@@ -26,13 +26,13 @@ def run_flags(prompts, out, *more):
 
 
 def test_two_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
-    """Catches samples that are lost, drawn twice, torn, or other than without the kills, with another batch size
-    too."""
+    """Catches samples that are lost, drawn twice, torn, or different from an uninterrupted run's at another batch
+    size."""
     folder = tmp_path / "model"
-    tiny.write_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
+    tiny.write_model(folder, num_hidden_layers=8)  # slow enough to be killed midway
     prompts = tiny.write_records(tmp_path / "p.jsonl", records(120, level=1))
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    rng = random.Random()  # moments differ from run to run: none may matter
+    rng = random.Random()  # unseeded: kills at other moments in each run, and none may matter
     seen = 0
     for slots, target in ((3, 20), (4, 60)):
         flags = run_flags(prompts, out, "--max_new_tokens", 30, "--batch_size", slots, "--resume")
@@ -53,13 +53,13 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(tmp_path):
 
     lines, expected = ({(x["idx"], x["sample_idx"]): x for x in tiny.read_lines(path)} for path in (out, whole))
     assert len(tiny.read_lines(out)) == 120 and lines.keys() == expected.keys() == {(i, 0) for i in range(120)}
-    for key, line in expected.items():  # the sum of log-probs rounds with the batch
+    for key, line in expected.items():  # the rounding of log-prob sums depends on the batch
         assert lines[key].pop("logprob") == pytest.approx(line.pop("logprob"), abs=1e-3)
     assert lines == expected
 
 
 def test_a_torn_last_line_is_drawn_again(folder, tmp_path):
-    """Catches a torn line that is kept, glued to the next one, or that takes its neighbours with it."""
+    """Catches a torn line that is kept, joined to the next one, or dropped together with its neighbours."""
     prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
     out = tmp_path / "out.jsonl"
     flags = run_flags(prompts, out, "--num_samples", 3)
@@ -83,8 +83,8 @@ def test_a_line_is_on_disk_at_once(tmp_path):
 
 
 def test_ranks_take_turns(tmp_path):
-    """Catches lines of several ranks mixed where the file system has no locks, a rank that waits for ever for one that
-    was killed in its turn, and a line put behind the half one that this has left."""
+    """Catches mixed lines of several ranks on a file system without locks, a rank that waits forever for one that was
+    killed during its turn, and a turn of that rank's that still blocks the next run."""
     out = tmp_path / "out.jsonl"
     children, writer = [], LineWriter(out, {}, active=True, num_lines=0)
     for rank in range(4):
@@ -120,7 +120,7 @@ def test_resuming_a_complete_run_changes_nothing(folder, tmp_path):
 
 
 def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
-    """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
+    """Catches a job killed before its first line that cannot be restarted with the same command."""
     prompts = tiny.write_records(tmp_path / "p.jsonl", records(3))
     out = tmp_path / "new" / "out.jsonl"
     result = generate(folder, *run_flags(prompts, out, "--resume"))
@@ -147,7 +147,7 @@ def test_resume_without_a_file_starts_from_the_beginning(folder, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_resume_with_other_flags_is_refused(half_done, tmp_path, flags, culprit):
-    """Catches a file in which half of the samples are of another kind."""
+    """Catches an output file in which a part of the samples was drawn with other settings."""
     folder, prompts, out = half_done
     before = out.read_bytes(), sidecar(out).read_bytes()
     result = generate(folder, *run_flags(prompts, out, "--resume"), *flags)
@@ -169,8 +169,8 @@ def half_done(folder, tmp_path_factory):
 
 
 def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_path):
-    """Catches lines of other prompts, or of another model, in one file, also where the path is the same; a file or a
-    folder that is refused since it has moved; and an accepted change that is not one, or is forgotten."""
+    """Catches an output file that mixes lines of different prompts or models; a prompt file or folder with the same
+    content that is refused since it has moved; and an accepted change that is refused all the same, or forgotten."""
     folder, prompts, begun = half_done
     out = tmp_path / "out.jsonl"
     for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
@@ -195,7 +195,7 @@ def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_pa
 
 
 def test_resume_of_an_older_sidecar(half_done, tmp_path):
-    """Catches a file that an older version began, refused for what that did not write, or taken whatever it did."""
+    """Catches an older version's file that is refused for entries its sidecar lacks, or resumed though one differs."""
     folder, prompts, begun = half_done
     out = tmp_path / "out.jsonl"
     shutil.copy(begun, out)
@@ -210,7 +210,7 @@ def test_resume_of_an_older_sidecar(half_done, tmp_path):
 
 
 def test_resume_of_a_strange_file_is_refused(half_done, tmp_path):
-    """Catches a file of somebody else's that is taken for samples, with or without the sidecar."""
+    """Catches a foreign file that is taken for samples: without a sidecar, with a broken one, or beside a valid one."""
     folder, prompts, begun = half_done
     out = tmp_path / "out.jsonl"
     out.write_bytes(begun.read_bytes())

@@ -45,7 +45,7 @@ def grade(grader, data, out, *more):
 
 
 def samples(*verdicts):
-    """generate.py's lines for prompts with these samples, right or not, in no order."""
+    """Shuffled lines as generate.py writes them: for each prompt, a sample for each verdict (right or wrong)."""
     lines = [
         {"idx": i, "sample_idx": s, "prompt": "6 * 7?", "output": f"It is \\boxed{{4{2 * right}}}.", "answer": 42}
         | {"finish_reason": "stop"}
@@ -56,7 +56,7 @@ def samples(*verdicts):
 
 
 def test_pass_at_k_is_the_share_of_all_choices():
-    """Catches a biased estimator, 1 - (1 - c / n)^k, and draws with replacement."""
+    """Catches the biased estimator 1 - (1 - c / n)^k, which draws with replacement."""
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             choices = list(itertools.combinations([1] * c + [0] * (n - c), k))
@@ -68,8 +68,8 @@ def test_pass_at_k_is_the_share_of_all_choices():
 
 
 def test_grades_and_pass_at(tmp_path):
-    """Catches samples of two prompts in one group, a mean over samples in the place of one over prompts, a line that
-    loses a field or its place, and a resume that grades again or forgets."""
+    """Catches samples of two prompts in one group; a mean over samples instead of one over prompts; a line that loses a
+    field or its place; and a resume that grades lines again or forgets them."""
     lines = samples([1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0, 0])
     data, out = tiny.write_records(tmp_path / "data.jsonl", lines), tmp_path / "new/out.jsonl"
     result = grade(MATH, data, out, "--pass_at", 1, 2, 4)
@@ -92,13 +92,13 @@ def test_grades_and_pass_at(tmp_path):
         out.write_bytes(whole.replace(b'"grade": 0.0', b'"grade": ' + other, 1))
         tiny.assert_refused(grade(MATH, data, out, "--resume"), "out.jsonl:3: not a line that score.py wrote")
     tiny.assert_refused(grade(MATH, data, out), "exists")
-    advice = "take another, or go on with --resume\n"  # not: remove it, which is the data here
+    advice = "take another, or go on with --resume\n"  # not "or remove it": it is the data here
     tiny.assert_refused(grade(MATH, data, data), f"--output_file {data}: exists; {advice}")
 
 
 def test_failures_and_forms(file, tmp_path):
-    """Catches a hanging function that stops the run, a failure that shifts the others or is not said, and a batch
-    function that is called for each answer."""
+    """Catches a hanging grader that stops the run, a failure that shifts the other grades or is not reported, and a
+    batch grader that is called for each answer."""
     records = [{"prompt": "ab", "completion": text, "n": i} for i, text in enumerate(["a", "hang", "raise", "abcd"])]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records.append({"prompt": messages, "completion": [{"role": "assistant", "content": "abc"}], "n": 4})
@@ -114,7 +114,7 @@ def test_failures_and_forms(file, tmp_path):
 
 
 def test_a_kill_then_resume(file, tmp_path):
-    """Catches lines that are held back until the end, and workers that go on without their run."""
+    """Catches lines held back until the end, workers that outlive a killed run, and a resume with another grader."""
     records = [{"prompt": "ab", "completion": str(i)} for i in range(60)]
     data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / "out.jsonl"
     flags = ["--grader", f"{file}:slow", "--data_file", data, "--output_file", out, "--reward_workers", 1]
@@ -157,7 +157,7 @@ BAD = {  # name: (content of the data file, flags, what the message names)
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, file, tmp_path):
-    """Catches bad input found out about after grading, or answered with a traceback."""
+    """Catches bad input that is noticed only after grading, or answered with a traceback."""
     content, flags, parts = BAD[case]
     (tmp_path / "data.jsonl").write_text(content)
     given = {"--grader": [f"{file}:one"], "--data_file": [tmp_path / "data.jsonl"]}
@@ -170,7 +170,7 @@ def test_bad_input(case, file, tmp_path):
 
 
 def test_what_needs_a_grader(tmp_path):
-    """Catches a share of passes made up of a reward model's scores, and a time limit that limits nothing."""
+    """Catches a pass@k made up of a reward model's scores, and a --reward_timeout that has no effect."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     flags = ("--checkpoint_path", "rm", "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path / "o.jsonl")
     tiny.assert_refused(tiny.run(SCRIPT, *flags, "--pass_at", 1), "--pass_at needs a --grader")
@@ -178,7 +178,7 @@ def test_what_needs_a_grader(tmp_path):
 
 
 def test_a_rank_that_comes_late(tmp_path, monkeypatch):
-    """Catches a rank that takes the file which the first has begun meanwhile for another run's, and ends all."""
+    """Catches a late rank that takes the file begun by rank 0 for another run's, and ends the run."""
     data, out = tiny.write_records(tmp_path / "d.jsonl", samples([1])), tmp_path / "out.jsonl"
     out.write_text("begun")
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):

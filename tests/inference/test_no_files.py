@@ -1,4 +1,4 @@
-"""Paths that are no files: folders, pipes, devices."""
+"""Paths that are not regular files: folders, devices, missing ones."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("place", ["/dev/null", "/dev/full", "folder"])
 def test_outputs(model, tmp_path, place):
-    """Catches a device as the output, which is read without an end, or refused as an invalid argument after loading."""
+    """Catches a device as --output_file that is read without end, or refused as an invalid argument after loading."""
     place = tmp_path if place == "folder" else place
     args = ("--checkpoint_path", model, "--prompt", "a", "--max_new_tokens", 1, "--output_file", place)
     for more in ((), ("--resume",)):
@@ -25,7 +25,7 @@ def test_outputs(model, tmp_path, place):
 
 
 def test_inputs(tmp_path):
-    """Catches a folder or a pipe that is said not to be there."""
+    """Catches a folder or a device that is called missing."""
     for place, kind in (
         (tmp_path, "is a folder"),
         ("/dev/null", "is not a regular file"),

@@ -20,7 +20,7 @@ LAYOUTS = {"dp 2": (2, 1), "tp 2": (2, 2), "dp 2 x tp 2": (4, 2)}  # name: (rank
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A biased GQA folder with normed heads whose vocabulary 2 does not divide, and 13 ragged prompts."""
+    """A GQA model with biases, normed heads and a vocabulary that 2 does not divide, and 13 ragged prompts."""
     root = tmp_path_factory.mktemp("parallel")
     tiny.write_model(root / "model", **tiny.QWEN3, attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
     records = [{"prompt": f"{i} plus" + " so" * (i % 7), "answer": i} for i in range(13)]
@@ -42,7 +42,7 @@ def flags_for(world, kind: str, out) -> list[object]:
 
 @pytest.fixture(scope="module")
 def wanted(world):
-    """What one process draws."""
+    """The lines that one process writes, for each kind of sampling."""
     found = {}
     for kind in SAMPLING:
         out = world[0] / f"single-{kind}.jsonl"
@@ -53,12 +53,12 @@ def wanted(world):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(world, wanted, layout):
-    """Catches prompts that a rank leaves out or repeats, ranks of one model that draw different tokens, a bias added
-    twice, a rank's ids, candidates or penalised tokens taken for the whole vocabulary's, a log-prob under a part of the
-    softmax, lines of two ranks mixed, and a resume that does not see all ranks' lines."""
+    """Catches prompts that a rank leaves out or repeats; tensor-parallel ranks that draw different tokens; a bias added
+    twice; ids, candidates or penalised tokens of one vocabulary shard taken for the whole vocabulary's; a log-prob
+    under the softmax of one shard; mixed lines of two ranks; and a resume that misses another rank's lines."""
     root, _ = world
     ranks, tp_size = LAYOUTS[layout]
-    jobs, kinds = {}, SAMPLING if layout == "tp 2" else ("top-p", "both")  # how is a question of the vocabulary's parts
+    jobs, kinds = {}, SAMPLING if layout == "tp 2" else ("top-p", "both")  # kinds concern the vocabulary's shards
     for kind in kinds:
         out = root / f"{ranks}-{tp_size}-{kind}.jsonl"
         jobs[kind] = ["inference.generate", *flags_for(world, kind, out), "--tensor_parallel_size", tp_size]
@@ -77,7 +77,7 @@ def test_layouts_agree(world, wanted, layout):
 
     for kind in kinds:
         check(kind)
-    if layout == "dp 2 x tp 2":  # a kill took some lines of both ranks, and one in its middle
+    if layout == "dp 2 x tp 2":  # as after a kill: lines of both ranks are lost, one is torn
         out = root / f"{ranks}-{tp_size}-top-p.jsonl"
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[5:20]) + lines[20][:30])
@@ -86,7 +86,7 @@ def test_layouts_agree(world, wanted, layout):
 
 
 def test_chat_on_two_ranks(world):
-    """Catches ranks that wait for their own input, or all print the answer."""
+    """Catches a rank that waits for input of its own, and an answer that every rank prints."""
     flags = ["--checkpoint_path", world[0] / "model", "--temperature", 0, "--max_new_tokens", 12]
     printed = launch(2, [["inference.chat", *flags, "--tensor_parallel_size", 2]], stdin="3 plus so\n\n")
     line = json.loads(tiny.run("inference/generate.py", *flags, "--prompt", "3 plus so").stdout)
@@ -94,8 +94,8 @@ def test_chat_on_two_ranks(world):
 
 
 def test_nodes_that_do_not_share_the_output(world, tmp_path):
-    """Catches ranks that each write a part of the samples to a disk of their own, a check that leaves a file, and a
-    rank that goes on where the first one is refused."""
+    """Catches nodes that each write a part of the samples to a disk of their own, a check of this that leaves a file
+    behind, and a rank that goes on after rank 0 was refused."""
     flags = [*flags_for(world, "greedy", "out/samples.jsonl"), "--max_new_tokens", 2]
     job = ["inference.generate", *flags]
     printed = launch(2, [["refused", "elsewhere", tmp_path, *job]])
@@ -110,15 +110,15 @@ def test_nodes_that_do_not_share_the_output(world, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     (tmp_path / "node-0").rename(tmp_path / "before")
     (tmp_path / "node-1").rmdir()
-    launch(2, [["elsewhere", tmp_path, *job, "--tensor_parallel_size", 2]])  # where the first of them alone writes
+    launch(2, [["elsewhere", tmp_path, *job, "--tensor_parallel_size", 2]])  # tensor parallel: rank 0 alone writes
     written = tmp_path / "node-0/out/samples.jsonl"
     assert len(tiny.read_lines(written)) == 39
     printed = launch(2, [["refused", "inference.generate", *flags_for(world, "greedy", written)]])
-    assert printed.count(f"refused: --output_file {written}: exists") == 2  # what the first rank finds, all hear
+    assert printed.count(f"refused: --output_file {written}: exists") == 2  # rank 0 checks, and tells all
 
 
 def test_ranks_that_do_not_fit(world):
-    """Catches heads cut through the middle, and a world that the model's ranks do not divide."""
+    """Catches attention heads split between ranks, and a world size that --tensor_parallel_size does not divide."""
     root, prompts = world
     flags = ["--prompt_file", prompts, "--output_file", root / "none.jsonl", "--tensor_parallel_size", 2]
     result = tiny.run("inference/generate.py", *flags, "--checkpoint_path", root / "model")

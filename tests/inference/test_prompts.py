@@ -1,4 +1,4 @@
-"""inference/prompts.py: a large file's prompts, read when a slot is free. The oracle is a run that tokenises first."""
+"""inference/prompts.py: a large file's prompts, read as slots get free. The oracle tokenises all prompts first."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def large(monkeypatch):
 
 
 def ragged(count):
-    """The longest in bytes are not the longest in tokens: one piece, and one byte, for each token."""
+    """Prompts: the longest in bytes (words of one token each) are not the longest in tokens (one for each byte)."""
     return [{"prompt": "answer " * 9 if i % 5 == 0 else "#" * (3 + i % 40), "output": i} for i in range(count)]
 
 
@@ -35,9 +35,9 @@ def run(folder, tmp_path, name, *flags, records=None):
 
 @pytest.mark.parametrize("overlong", ["refuse", "skip", "truncate"])
 def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, monkeypatch):
-    """Catches prompts that are lost, answered twice or numbered otherwise where they are read one by one, another
-    sample where not all lengths were known, skipped and truncated ones uncounted, or counted as work, a resume that
-    draws anew, and other prompts than the longest, for which there must be room, tokenised first."""
+    """Catches prompts read one by one that are lost, answered twice or numbered otherwise; samples that change since
+    not all lengths are known; skipped and truncated prompts that are not counted, or counted as work; a resume that
+    draws anew; and other prompts than the longest tokenised first, from which the cache is planned."""
     known, plan_cache = [], generate_script.plan_cache
 
     def plan(*args, **sizes):
@@ -65,8 +65,8 @@ def test_a_large_file_gives_the_same_lines(overlong, folder, tmp_path, large, mo
 
 
 def test_what_is_wrong_is_found_first_or_in_its_turn(folder, tmp_path, large):
-    """Catches output begun before a broken line far behind is noticed, and a prompt without room that is left out
-    without a word, or takes the finished lines with it."""
+    """Catches an output begun before a broken line far down the file is noticed, and a prompt without room that is
+    skipped silently, or whose error loses the finished lines."""
     records = ragged(50)
     unread = {"prompt": "a", "history": [["b", "c"]]}
     as_text = {"prompt": ' [{"role": "user", "content": "a"}]'}

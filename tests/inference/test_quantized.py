@@ -1,4 +1,4 @@
-"""Generation, chat and scoring with quantised weights: the same promises as with plain ones."""
+"""Generation, chat and scoring with quantised weights: the same guarantees as with unquantised ones."""
 
 import json
 
@@ -19,7 +19,7 @@ SCHEMES = {"int8": Scheme("int8"), "int4": Scheme("int4", 32)}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A biased GQA folder that groups of 32 divide on two ranks, too, and 13 ragged prompts."""
+    """A GQA model with biases whose shards on two ranks divide into groups of 32, too, and 13 ragged prompts."""
     root = tmp_path_factory.mktemp("quantized")
     tiny.write_model(root / "model", attention_bias=True, mlp_bias=True, intermediate_size=128)
     records = [{"prompt": f"{i} plus" + " so" * (i % 7)} for i in range(13)]
@@ -34,7 +34,7 @@ def flags_for(world, mode, out, *more):
 
 @pytest.fixture(scope="module")
 def wanted(world):
-    """What one process draws in eight slots."""
+    """The lines that one process writes in the default number of slots."""
     found = {}
     for mode in FLAGS:
         out = world[0] / f"wanted-{mode}.jsonl"
@@ -53,7 +53,7 @@ def assert_same(found: dict, wanted: dict) -> None:
 
 
 def dequantised(model, scheme):
-    """transformers' model with the values that its blocks' weights have after rounding."""
+    """Returns transformers' model with its blocks' weights replaced by their dequantised values."""
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
             parameter.data = dequantize(quantize(parameter.data, scheme))
@@ -62,8 +62,8 @@ def dequantised(model, scheme):
 
 @pytest.mark.parametrize("mode", FLAGS)
 def test_greedy_equals_transformers(world, tmp_path, mode):
-    """Catches a prefill and a decode step that compute with other weights, and a flag that is ignored: the ids are
-    those of transformers' generate with the dequantised weights."""
+    """Catches a prefill or a decode step with other weights than the quantised ones, and a flag that is ignored: the
+    ids are those of transformers' generate with the dequantised weights."""
     root, _ = world
     model = dequantised(transformers.AutoModelForCausalLM.from_pretrained(root / "model"), SCHEMES[mode])
     out = tmp_path / "out.jsonl"
@@ -80,8 +80,8 @@ def test_greedy_equals_transformers(world, tmp_path, mode):
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("mode", FLAGS)
 def test_slots_and_resume(world, wanted, tmp_path, mode, slots):
-    """Catches samples that depend on the number of slots, and a resume that draws others or forgets how the weights
-    were quantised."""
+    """Catches samples that depend on the number of slots, and a resume that draws other samples or accepts another
+    quantisation."""
     out = tmp_path / "out.jsonl"
     flags = flags_for(world, mode, out, "--batch_size", slots)
     assert tiny.run("inference/generate.py", *flags).code == 0
@@ -97,10 +97,10 @@ def test_slots_and_resume(world, wanted, tmp_path, mode, slots):
 
 
 def test_two_ranks(world, wanted, tmp_path):
-    """Catches scales that are not cut with their weights, a row-parallel layer whose ranks scale their parts by
-    themselves, and a bias that is added on each rank: tp 2 draws what one process draws."""
+    """Catches scales that are not sharded with their weights, a row-parallel layer whose ranks compute scales from
+    their own shards, and a bias that each rank adds: tp 2 draws what one process draws."""
     jobs = {mode: flags_for(world, mode, tmp_path / f"{mode}.jsonl", "--tensor_parallel_size", 2) for mode in FLAGS}
-    for mode, flags in FLAGS.items():  # the same from a folder
+    for mode, flags in FLAGS.items():  # the same from stored quantised weights
         folder = tmp_path / f"model-{mode}"
         written = ["--checkpoint_path", world[0] / "model", "--output_dir", folder, "--mode", *flags[1:]]
         assert tiny.run("scripts/quantize.py", *written).code == 0
@@ -127,7 +127,7 @@ def test_scores(tmp_path, mode):
 
 
 def test_chat(world):
-    """Catches a chat that ignores the flag: its greedy answer is generate.py's."""
+    """Catches a chat that ignores --quantize: its greedy answer is generate.py's."""
     flags = ["--checkpoint_path", world[0] / "model", "--temperature", 0, "--max_new_tokens", 12, *FLAGS["int8"]]
     line = json.loads(tiny.run("inference/generate.py", *flags, "--prompt", "3 plus so").stdout)
     done = Forked("inference/chat.py", *flags, stdin="3 plus so\n\n")

@@ -43,8 +43,8 @@ HOSTILE = [
 
 
 def write_reward_model(folder, *, num_labels=1, settings=None, **config):
-    """A random reward model written by transformers, with our tokenizer. settings: what train_rm.py adds to
-    config.json. Returns transformers' model."""
+    """Writes a random reward model with transformers, and our tokenizer; returns transformers' model. settings: what
+    train_rm.py adds to config.json."""
     shape = {
         "vocab_size": tiny.VOCAB_SIZE,
         "hidden_size": 64,
@@ -107,7 +107,7 @@ def score(folder, data, out, *flags):
 
 
 def scored(folder, tmp_path, records, *flags, name="out.jsonl"):
-    """The lines that a run on these records writes."""
+    """Scores these records; returns the lines written."""
     data, out = tiny.write_records(tmp_path / "data.jsonl", records), tmp_path / name
     result = score(folder, data, out, *flags)
     assert result.code == 0, result.stderr
@@ -130,8 +130,8 @@ def rows_of(lines, *names):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
-    """Catches a score taken at the padding or before the EOS, an EOS or BOS that is missing or doubled, scores that
-    come back in the order of length, padding that is seen, and a record that loses or changes a field."""
+    """Catches a score taken at the padding or before the EOS; an EOS or BOS that is missing or doubled; scores in order
+    of length instead of the records' order; padding that is attended to; and a record that loses or changes a field."""
     random_order = random.Random(0).sample(range(len(HOSTILE)), len(HOSTILE))
     records = [
         {"prompt": f"{i} plus", "completion": HOSTILE[i], "tag": [i, None], "idx": "mine"} for i in random_order * 3
@@ -147,7 +147,7 @@ def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
 
 
 def test_scores_do_not_depend_on_windows(rm, tmp_path, monkeypatch):
-    """Catches records that a window's end loses or mixes up."""
+    """Catches records that are lost or mixed up at the end of a window."""
     records = [{"prompt": f"{i} plus", "completion": "so " * (i * 7 % 23)} for i in range(37)]
     wanted = scored(rm, tmp_path, records)
     monkeypatch.setattr("inference.score.WINDOW", 2)
@@ -158,7 +158,7 @@ def test_scores_do_not_depend_on_windows(rm, tmp_path, monkeypatch):
 
 
 def test_a_model_with_tied_embeddings(tmp_path):
-    """Catches a head that is looked for where a config ties embeddings to the language model's, which is not there."""
+    """Catches a search for the language model's head, which a reward model lacks, where its config ties embeddings."""
     model = write_reward_model(tmp_path / "tied", tie_word_embeddings=True)
     [line] = scored(tmp_path / "tied", tmp_path, [{"prompt": "1 plus", "completion": " 2"}])
     ids = [*Tokenizer(tmp_path / "tied").encode("1 plus 2"), 2]
@@ -166,8 +166,8 @@ def test_a_model_with_tied_embeddings(tmp_path):
 
 
 def test_a_model_that_pads_with_eos(tmp_path):
-    """Catches a score at EOS where transformers reads, and TRL's trainer read, that of the token before, since pad and
-    EOS are one: of finished, begun and cut answers, both sides of a pair, and of a policy's answers in PPO."""
+    """Catches a score read at the EOS where pad and EOS are one token: transformers reads, and TRL's trainer read, the
+    one before. For finished, unfinished and cut answers, both sides of a pair, and a policy's answers in PPO."""
     folder = tmp_path / "trl"
     model = write_reward_model(folder, pad_token_id=2)
     tokenizer, common = Tokenizer(folder), {"prompt": "1 plus", "output": " 2 is 3", "idx": 0}
@@ -201,8 +201,8 @@ def test_bfloat16_is_near(rm, tmp_path):
 
 
 def test_generated_lines_are_scored_as_they_ended(rm, hf, tmp_path):
-    """Catches an EOS after an answer that ran out of tokens, none after one that stopped, and a reference answer of the
-    data file that is scored in the place of the sample."""
+    """Catches an EOS after an answer that ran out of tokens, no EOS after one that stopped, and a reference answer of
+    the data file that is scored instead of the sample."""
     common = {"idx": 0, "prompt": "3 plus", "output": " 4 is 7", "num_tokens": 4, "logprob": -1.0}
     records = [
         {**common, "sample_idx": 0, "finish_reason": "stop", "completion": "the reference", "chosen": "carried along"},
@@ -217,8 +217,8 @@ def test_generated_lines_are_scored_as_they_ended(rm, hf, tmp_path):
 
 
 def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
-    """Catches a template that is left out, an end of turn that is missing or stands before the score, and one after an
-    answer that ran out of tokens."""
+    """Catches a chat template that is not applied, an end of turn that is missing or not the scored token, and an end
+    of turn after an answer that ran out of tokens."""
     prompt = [{"role": "user", "content": "3 plus 4"}]
     answer = [{"role": "assistant", "content": "is 7"}]
     sample = {"prompt": prompt, "output": "is 7", "idx": 0, "sample_idx": 0}
@@ -238,7 +238,7 @@ def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
 
 
 def test_pairs(rm, hf, tmp_path):
-    """Catches chosen and rejected that are swapped, and an accuracy of something else."""
+    """Catches swapped scores of chosen and rejected, and an accuracy of something else than the pairs."""
     sides = [(f" {i} is", " so " * i)[:: (-1) ** i] for i in range(1, 8)]
     records = [{"prompt": f"{i} plus", "chosen": a, "rejected": b} for i, (a, b) in enumerate(sides)]
     data, out = tiny.write_records(tmp_path / "pairs.jsonl", records), tmp_path / "out.jsonl"
@@ -254,7 +254,7 @@ def test_pairs(rm, hf, tmp_path):
 
 
 def test_normalize(rm, tmp_path):
-    """Catches statistics that are applied unasked, or the wrong way round."""
+    """Catches reward_mean and reward_std that are applied without --normalize, or the wrong way round."""
     model = shutil.copytree(rm, tmp_path / "model")
     edit_config(model, reward_model_type="pairwise", reward_mean=1.5, reward_std=0.25)
     records = [{"prompt": "1", "completion": c} for c in "abc"]
@@ -268,7 +268,7 @@ def test_normalize(rm, tmp_path):
 
 
 def test_steps_are_scored_where_they_were_trained(prm, hf, tmp_path):
-    """Catches scores before the separator, an EOS at the end, and a text that is cut into other steps than the list."""
+    """Catches scores read before the separator, an EOS at the end, and a text split into other steps than the list."""
     steps = ["3 plus 17 is 20.", " so é \U0001f600", "it seems"]
     text = "\n".join(steps)
     prompt = "The question\n"
@@ -310,7 +310,7 @@ def test_split_steps(text, steps):
 
 
 def test_aggregates(prm, tmp_path):
-    """Catches logits that are multiplied or averaged in the place of probabilities, and the last step for the first."""
+    """Catches aggregates of logits instead of probabilities, and the first step taken for the last."""
     records = [{"prompt": "1 plus", "completions": ["2 is", "3", "so it"]}, {"prompt": "1", "completions": ["2"]}]
     wanted = {"min": min, "prod": math.prod, "last": lambda p: p[-1], "mean": lambda p: sum(p) / len(p)}
     for how, function in wanted.items():
@@ -323,7 +323,7 @@ def test_aggregates(prm, tmp_path):
 
 
 def test_overlong_records(rm, prm, hf, tmp_path):
-    """Catches a cut without a word, an EOS after the cut, and a skipped record that shifts the others."""
+    """Catches a record that is cut silently, an EOS after the cut, and a skipped record that shifts the others."""
     long = "so it seems " * 30
     records = [{"prompt": "1 plus", "completion": c} for c in ("2", long, "3")]
     records.append({"prompt": long, "completion": "4"})
@@ -361,12 +361,12 @@ def ragged(count):
 
 
 def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
-    """Catches records that are lost, written twice, torn, out of order, or scored otherwise than without the kills."""
+    """Catches records that are lost, doubled, torn, out of order, or scored otherwise than in an uninterrupted run."""
     folder = tmp_path / "model"
-    write_reward_model(folder, num_hidden_layers=8)  # slow enough to be killed under way
+    write_reward_model(folder, num_hidden_layers=8)  # slow enough to be killed midway
     data = tiny.write_records(tmp_path / "data.jsonl", ragged(200))
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    rng, seen = random.Random(), 0  # moments differ from run to run: none may matter
+    rng, seen = random.Random(), 0  # unseeded: kills at other moments in each run, and none may matter
     command = ("--checkpoint_path", folder, "--data_file", data, "--output_file", out, "--batch_size", 1, "--resume")
     for _ in range(2):
         process = Forked(SCRIPT, *command)
@@ -388,7 +388,7 @@ def test_two_kills_then_resume_equals_an_uninterrupted_run(rm, tmp_path):
 
 
 def test_a_torn_line_and_another_batch_size(rm, tmp_path):
-    """Catches a torn line that is kept or glued to the next one, and a resume that needs the first run's windows."""
+    """Catches a torn line that is kept or joined to the next one, and a resume that needs the first run's windows."""
     data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(40)), tmp_path / "out.jsonl"
     assert score(rm, data, out, "--batch_size", 1).code == 0
     wanted = out.read_bytes().splitlines(keepends=True)
@@ -404,7 +404,7 @@ def test_a_torn_line_and_another_batch_size(rm, tmp_path):
 
 
 def test_resume_with_something_else_is_refused(rm, tmp_path):
-    """Catches scores of other records, another model or other flags in one file."""
+    """Catches an output file that mixes scores of different records, models or flags."""
     data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(4)), tmp_path / "out.jsonl"
     assert score(rm, data, out).code == 0
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
@@ -425,7 +425,7 @@ def test_resume_with_something_else_is_refused(rm, tmp_path):
 
 
 def test_a_resume_whose_records_have_moved_is_refused(rm, tmp_path):
-    """Catches records scored twice, and others never, where an accepted change puts others in their places."""
+    """Catches records that are scored twice or never, since an accepted change has moved them to other places."""
     records = ragged(6)
     records[1]["completion"] *= 40
     records[2]["note"] = float("nan")
@@ -445,13 +445,13 @@ def test_a_resume_whose_records_have_moved_is_refused(rm, tmp_path):
 
 
 def test_resume_without_a_file_starts_from_the_beginning(rm, tmp_path):
-    """Catches a job that cannot be restarted with the same command, having been killed before its first line."""
+    """Catches a job killed before its first line that cannot be restarted with the same command."""
     lines = scored(rm, tmp_path, ragged(3), "--resume", name="new/deep/out.jsonl")
     assert len(lines) == 3
 
 
 def sampled(count=4):
-    """generate.py's lines: 3 prompts, `count` samples each, in no order."""
+    """Shuffled lines as generate.py writes them: 3 prompts, `count` samples each."""
     lines = [
         {
             "idx": i,
@@ -467,8 +467,8 @@ def sampled(count=4):
 
 
 def test_ranks_agree_with_one_process(tmp_path):
-    """Catches records that a rank leaves out or scores in another's place, a head that is summed over tp, ranks that
-    all write, choices of a part of the samples, and a resume with other windows."""
+    """Catches records that a rank leaves out or scores in another's place, a head's output summed over tp ranks, ranks
+    that all write, a choice among a part of the samples, and a resume that needs the first run's windows."""
     folder = tmp_path / "model"
     write_reward_model(folder, num_key_value_heads=4, attention_bias=True, vocab_size=tiny.VOCAB_SIZE + 1)
     edit_config(folder, **PROCESS)

@@ -1,4 +1,4 @@
-"""What torch.compile is given of a reward model by inference/score.py."""
+"""inference/score.py --compile: the graphs of a reward model that torch.compile gets."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.inference.test_score import write_reward_model
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The numbers of operations that the compiler is given; it runs them as they are."""
+    """The number of nodes of each graph that the compiler gets; it runs the graphs as they are."""
     found, compile_ = [], torch.compile
 
     def take(graph, inputs):
@@ -25,8 +25,8 @@ def graphs(monkeypatch):
 
 
 def test_what_is_compiled_does_not_grow_with_layers(graphs, tmp_path):
-    """Catches a model that is compiled whole, which takes minutes for one of 32 layers, code for each length or each
-    number of rows, and compiled scores that are others."""
+    """Catches a model that is compiled as a whole, which takes minutes with 32 layers; a recompilation for each length
+    or number of rows; and compiled scores that differ from uncompiled ones."""
     records = [{"prompt": "a " * (1 + i), "completion": "b " * (1 + 3 * i)} for i in range(9)]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     sizes, rewards = {}, {}
@@ -43,4 +43,4 @@ def test_what_is_compiled_does_not_grow_with_layers(graphs, tmp_path):
             rewards[compile] = [json.loads(line)["reward"] for line in output.read_text().splitlines()]
         assert rewards[True] == pytest.approx(rewards[False], abs=1e-5)
         sizes[num_layers] = [*graphs]
-    assert len(sizes[1]) == 2 and sizes[5] == sizes[1]  # several rows, and the last alone
+    assert len(sizes[1]) == 2 and sizes[5] == sizes[1]  # one for several rows, one for the last alone

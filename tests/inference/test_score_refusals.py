@@ -55,7 +55,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
 
 @pytest.mark.parametrize("case", [*OUTCOME_CASES, *FLAG_CASES])
 def test_bad_records_and_flags(rm, tmp_path, case):
-    """Catches bad input that is skipped, read as something else, found out about after scoring, or answered with a
+    """Catches bad input that is skipped, read as something else, noticed only after scoring, or answered with a
     traceback."""
     content, flags, parts = OUTCOME_CASES[case] if case in OUTCOME_CASES else (GOOD, *FLAG_CASES[case])
     (tmp_path / "data.jsonl").write_text(content)
@@ -82,7 +82,7 @@ PROCESS_CASES = {  # name: (record, flags, what the message names)
 
 @pytest.mark.parametrize("case", PROCESS_CASES)
 def test_bad_input_of_process_models(prm, tmp_path, case):
-    """Catches steps that are guessed, and flags that mean nothing for steps."""
+    """Catches steps that are guessed, and flags that are accepted though they mean nothing for steps."""
     record, flags, parts = PROCESS_CASES[case]
     data = tiny.write_records(tmp_path / "data.jsonl", [record])
     tiny.assert_refused(score(prm, data, tmp_path / "new" / "out.jsonl", *flags), *parts)
@@ -111,7 +111,7 @@ FOLDER_CASES = {  # name: (what is done to a good folder, flags, what the messag
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
 def test_bad_folders(rm, tmp_path, case):
-    """Catches a folder whose scores would mean something else."""
+    """Catches a folder that is scored though a file is missing or a setting invalid."""
     damage, flags, parts = FOLDER_CASES[case]
     model = shutil.copytree(rm, tmp_path / "model")
     damage(model)
@@ -121,7 +121,7 @@ def test_bad_folders(rm, tmp_path, case):
 
 
 def test_models_without_one_score(folder, tmp_path):
-    """Catches a language model that gets a random head, and a classifier of which one class is taken."""
+    """Catches a language model scored by a random head, and a classifier scored by one of its classes."""
     (tmp_path / "data.jsonl").write_text(GOOD)
     out = tmp_path / "new" / "out.jsonl"
     tiny.assert_refused(score(folder, tmp_path / "data.jsonl", out), "no score head", "train_rm.py")
@@ -141,7 +141,7 @@ def test_broken_weights(rm, tmp_path):
 
 
 def test_an_occupied_output_file_is_left_alone(rm, tmp_path):
-    """Catches a run that overwrites what stood there."""
+    """Catches a run that overwrites an existing file."""
     (tmp_path / "data.jsonl").write_text(GOOD)
     out = tmp_path / "out.jsonl"
     out.write_text("precious\n")

@@ -1,4 +1,4 @@
-"""inference/settings.py: what generation_config.json asks, and a run does otherwise, is said."""
+"""inference/settings.py: reports settings of generation_config.json that a run does not follow."""
 
 import json
 
@@ -27,13 +27,13 @@ QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repet
     ],
 )
 def test_what_is_not_taken(tmp_path, config, args, said):
-    """Catches settings of a folder that do nothing, without a word, and those said to that do nothing there either."""
+    """Catches settings that a run ignores silently, and a report of some that would change nothing."""
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert settings_not_taken(tmp_path, SamplingArgs(**args)) == said
 
 
 def test_a_config_of_defaults_says_nothing(tmp_path):
-    """Catches a remark on values that change nothing: transformers' own defaults, and names that it does not know."""
+    """Catches a report of transformers' own defaults, and setting names that transformers does not know."""
     config = transformers.GenerationConfig()
     config.save_pretrained(tmp_path)
     assert settings_not_taken(tmp_path, SamplingArgs()) == ""
@@ -42,7 +42,7 @@ def test_a_config_of_defaults_says_nothing(tmp_path):
 
 
 def test_scripts_say_it(tmp_path):
-    """Catches a card without it."""
+    """Catches a card of generate.py without the report."""
     tiny.write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(QWEN))
     args = ("--checkpoint_path", tmp_path, "--prompt", "a", "--max_new_tokens", 1)

@@ -1,4 +1,4 @@
-"""The shape of the house: which file may import which, how long a file may be, and that a flag is declared once."""
+"""The rules of the code base: which file may import which, how long a file may be, and that a flag is declared once."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ import pytest
 from models.common import flags_of
 from tests import tiny
 
-MAY_IMPORT = {  # arrows run down only
+MAY_IMPORT = {  # folder: the folders it may import from
     "models": {"models"},
     "inference": {"inference", "models"},
     "training": {"training", "models"},
@@ -32,7 +32,7 @@ SCRIPTS = [name for name, tree in TREES.items() if is_script(tree)]
 
 
 def imports_of(tree: ast.Module) -> set[str]:
-    """The files of the house that a file imports, also within its functions."""
+    """The files of this repository that a file imports, also within its functions."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
 
 
 def find_loop(imports: dict[str, set[str]]) -> list[str]:
-    """A loop of files that import each other, or nothing."""
+    """A cycle of files that import each other; [] if there is none."""
     finished: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -65,7 +65,7 @@ def find_loop(imports: dict[str, set[str]]) -> list[str]:
 
 def test_arrows_run_down():
     """Catches training/ that imports inference/ or the other way round, models/ that imports either, a script that
-    imports another one, and files that import each other in a loop, within functions too."""
+    imports another one, and files that import each other in a cycle, within functions too."""
     assert len(FILES) > 40 and len(SCRIPTS) > 10
     for name, imported in IMPORTS.items():
         for other in imported:
@@ -76,7 +76,7 @@ def test_arrows_run_down():
 
 
 def test_loops_are_seen():
-    """Catches a search that finds no loop where there is one."""
+    """Catches a search that finds no cycle where there is one."""
     assert find_loop({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_loop({"a": {"a"}}) == ["a", "a"] and not find_loop({"a": {"b", "c"}, "b": {"c"}, "c": set()})
     looped = {**IMPORTS, "models.common": {*IMPORTS["models.common"], "models.fsdp"}}
@@ -85,7 +85,7 @@ def test_loops_are_seen():
 
 
 def test_files_are_short():
-    """Catches a file, of the tests too, in which two things have come to live."""
+    """Catches a file of more than 500 lines, of the tests too: by then it does more than one thing."""
     paths = [path for folder in (*MAY_IMPORT, "tests") for path in (tiny.ROOT / folder).rglob("*.py")]
     lengths = {str(path.relative_to(tiny.ROOT)): path.read_text(encoding="utf-8").count("\n") for path in paths}
     assert len(paths) > 150 and not {name: length for name, length in lengths.items() if length > 500}
@@ -93,8 +93,8 @@ def test_files_are_short():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_flags_are_fields(name):
-    """Catches a script with a parser of its own, a flag without help, and the help of a flag written twice in its
-    groups (another default needs no second declaration)."""
+    """Catches a script with a parser of its own, a flag without help, and a flag whose help is declared in two
+    dataclasses (another default needs no second declaration)."""
     module = importlib.import_module(name)
     for job in (None, *getattr(module, "JOBS", ())):
         Args = tiny.args_of(module, [job] if job else [])

@@ -20,7 +20,7 @@ def text_of(readme: Path) -> str:
 
 
 def commands():
-    """The words of each command that runs a script of ours, by its line."""
+    """Yields (words of the launcher, script, arguments) for each command that runs a script of ours."""
     for readme in READMES:
         for block in re.findall(r"^```[a-z]*\n(.*?)^```$", text_of(readme), re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
@@ -34,7 +34,7 @@ def commands():
 
 @pytest.mark.parametrize("launcher, script, arguments", list(commands()))
 def test_commands_parse(launcher, script, arguments, monkeypatch):
-    """Catches a script or a flag that was renamed, a value it does not take, and batches that do not divide over the
+    """Catches a renamed script or flag, a value that a flag does not take, and batches that do not divide over the
     ranks."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     args = parse_args(tiny.args_of(module, arguments), arguments)
@@ -49,11 +49,11 @@ def test_commands_parse(launcher, script, arguments, monkeypatch):
 
 
 def test_what_may_change_on_resume():
-    """Catches a flag that --resume lets change and nobody is told of."""
+    """Catches a flag that may change on --resume, but that training/README.md does not name."""
     section = text_of(Path("training/README.md")).split("## Flags and --resume")[1].split("\n## ")[0]
     for name in ("finetune_sft", "train_rm", "train_dpo", "train_ppo", "train_grpo"):
         Args = tiny.args_of(importlib.import_module(f"training.{name}"))
-        # a callable says for which other flags it may
+        # a callable decides by other flags
         missing = [
             each.name for each in flags_of(Args) if each.metadata["may_change"] and f"`--{each.name}`" not in section
         ]
@@ -61,7 +61,7 @@ def test_what_may_change_on_resume():
 
 
 def test_recipes_are_of_the_code():
-    """Catches a recipe ("How to add ...") whose lines, but for what it adds, are no longer those of the code."""
+    """Catches a recipe ("How to add ...") with a line that is neither in the code nor one that the recipe adds."""
     code = {
         line.strip()
         for folder in ("training", "models")
@@ -81,7 +81,7 @@ def test_recipes_are_of_the_code():
 
 
 def test_all_scripts_have_a_command():
-    """Catches a script that nobody is told of, and commands that are no longer found here."""
+    """Catches a script without a command in a README, and commands that are no longer found here."""
     assert len(list(commands())) > 30
     shown = {script for _, script, _ in commands()}
     scripts = {f"training/{name}.py" for name in ("finetune_sft", "train_rm", "train_dpo", "train_ppo")}
@@ -96,7 +96,7 @@ def test_all_scripts_have_a_command():
 
 
 def test_no_output_is_written_twice():
-    """Catches a command that is refused because an earlier one, maybe of another README, has filled its output."""
+    """Catches a command that is refused because an earlier one, maybe of another README, has written its output."""
     outputs = [
         arguments[i + 1]
         for _, _, arguments in commands()

@@ -1,5 +1,4 @@
-"""scripts/benchmark.py: the arithmetic of a training run's memory, the split of a PPO update,
-the work of generation."""
+"""scripts/benchmark.py: a training run's memory by arithmetic, the split of a PPO update, the work of generation."""
 
 import json
 import math
@@ -34,23 +33,23 @@ WIDE = ModelConfig(1000, 128, 344, 4, 8, 8, 64, 4096, model_type="qwen3")  # the
 
 @pytest.mark.parametrize("config, recompute", [(NARROW, "none"), (NARROW, "full"), (WIDE, "none")])
 def test_arithmetic_against_a_measured_step(config, recompute):
-    """Catches a table that forgets what takes memory, or counts what is never there: an activation kept twice, whole
-    gradients, logits of all tokens."""
+    """Catches a memory table that omits something allocated, or counts something that never is: an activation kept
+    twice, unsharded gradients, logits of all tokens."""
     measured = measure_memory(config, ON_CPU, ParallelArgs(activation_checkpointing=recompute), (2, 128))
     sizes = training_memory(config, dp=1, tp=1, tokens=256, recompute=recompute, on_cpu=True)
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.1), sizes
 
 
 def test_state_by_hand():
-    """Catches a layout whose ranks do not share what they should: 16 bytes of state for each parameter over dp x tp."""
+    """Catches a layout whose ranks do not shard their state: 16 bytes for each parameter, divided by dp x tp."""
     config = SIZES["7b"]
     state = ("parameters", "gradients", "AdamW moments")
     for dp, tp in ((1, 1), (8, 1), (4, 2)):
         sizes = training_memory(config, dp=dp, tp=tp, tokens=4096)
         wanted = 16 * config.num_parameters() / (dp * tp)
-        assert sum(sizes[name] for name in state) == pytest.approx(wanted, rel=1e-3)  # norms are whole over tp
+        assert sum(sizes[name] for name in state) == pytest.approx(wanted, rel=1e-3)  # norms are replicated over tp
     one, two = (training_memory(config, dp=1, tp=tp, tokens=4096)["activations"] for tp in (1, 2))
-    assert one / 2 < two < one  # the norms are not divided
+    assert one / 2 < two < one  # the norms' are not sharded
     assert training_memory(config, dp=8, tp=1, tokens=8192)["activations"] == 2 * one
 
 
@@ -76,8 +75,8 @@ def generate(*flags):
 
 
 def test_sweep_of_generate():
-    """Catches a sweep that measures one batch size for all, a rate per row that is not a row's, and precisions whose
-    bytes are not their own."""
+    """Catches a sweep that measures one batch size only, a rate per row that is not the rate divided by the rows, and
+    bytes read that are not those of the weights' precision."""
     found = generate("--sweep", 1, 3)
     assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
     for batch in found["batches"]:
@@ -91,12 +90,12 @@ def test_sweep_of_generate():
     of_head = 1 if can_pack(ON_CPU) and has_fbgemm() else 2  # bytes: int8 where there are kernels for it
     of_int4 = 0.5 if has_bf16_products() or not has_fbgemm() else 1  # FBGEMM's bags hold bytes
     wanted = of_head * head + (of_int4 + 4 / 32) * blocks
-    assert wanted * 0.95 <= sizes["int4"] <= wanted * (1.05 if has_bf16_products() else 1.15)  # see below
+    assert wanted * 0.95 <= sizes["int4"] <= wanted * (1.05 if has_bf16_products() else 1.15)  # bags: see below
 
 
 def test_precisions_in_turns():
-    """Catches a precision that is measured with another's weights, a ratio the wrong way up, and precisions beside
-    flags that they take the place of."""
+    """Catches a precision measured with another's weights, an inverted ratio, and --precisions accepted beside
+    --quantize or --compare."""
     found = generate("--precisions", "none", "int8", "--batch_size", 2, "--dtype", "bfloat16")
     plain, int8 = found["batches"]
     assert (plain["quantize"], int8["quantize"]) == ("none", "int8") and plain["speed_ratios"] == [1]
@@ -109,8 +108,8 @@ def test_precisions_in_turns():
 
 
 def test_ragged_work_of_generate():
-    """Catches a rate over tokens that were not asked for (those of a static batch's longest row), other work for the
-    peer, and a bandwidth of cache that no row needs."""
+    """Catches a rate that counts tokens nobody asked for (a static batch runs to its longest row), other work for the
+    peer, and a cache bandwidth that counts tokens no row attends to."""
     sizes = ragged_sizes(5, 8, 4)
     assert len(sizes) == 5 and len(set(sizes)) > 3 and all(2 <= p <= 14 and 1 <= n <= 7 for p, n in sizes)
     assert generate("--ragged", 5, "--batch_size", 2)["tokens_per_second"] > 0
@@ -129,7 +128,7 @@ def test_ragged_work_of_generate():
 
 
 def test_every_run_computes_its_prompts():
-    """Catches repeats that find their prompts in the cache, where the run before has left them."""
+    """Catches repeats that reuse the prompts' KV cache from the run before."""
     model = benchmark_generate.random_inference_model(SMALL, ON_CPU._replace(dtype=torch.float32))
     engine = Engine(model, SamplingParams(), num_slots=1, max_seq_len=160)
     for _ in range(2):
@@ -138,8 +137,8 @@ def test_every_run_computes_its_prompts():
 
 
 def test_jobs_and_peers():
-    """Catches a flag that a job takes and ignores, a job that is not there, a peer that is called compiled because that
-    was asked for, and one that is not installed or cannot do what ours does."""
+    """Catches a flag that a job accepts and ignores; an unknown job; a peer that is reported as compiled because
+    --compile was given; and a peer that is not installed or cannot do what its flags ask."""
     for words, parts in (
         (["sft", "--new_tokens", 3], ["--new_tokens"]),
         (["memory", "--compare", 1], ["--compare"]),
@@ -176,8 +175,8 @@ def test_jobs_and_peers():
 
 @pytest.mark.parametrize("words, peak", [(["--compare", 2], 2e9), (["--compare=2"], 0)])
 def test_a_comparison_runs_the_rest_of_its_command(words, peak):
-    """Catches a comparison that compares again in each of its runs, a spelling of the flag that ends it with a
-    traceback's words, a ratio the wrong way up, and a peer without a peak of its own that ends it."""
+    """Catches a comparison whose runs compare again, a spelling of --compare that ends in an error, an inverted ratio,
+    and a peer that ends the comparison since it reports no peak memory."""
     commands = []
 
     def run(command, **_):
@@ -195,7 +194,7 @@ def test_a_comparison_runs_the_rest_of_its_command(words, peak):
 
 
 def test_several_ranks(monkeypatch):
-    """Catches one rank's rate that passes for that of all, and an update that each rank begins for itself."""
+    """Catches one rank's rate that passes for that of all ranks, and a PPO benchmark that runs on several ranks."""
     sizes = ["--device", "cpu", "--preset", "tiny", "--batch_size", 2, "--repeats", 1]
     with mock.patch("scripts.benchmark_training.dist", mock.Mock(get_world_size=lambda: 2)):
         result = tiny.run("scripts/benchmark.py", "sft", *sizes, "--seq_len", 16)
@@ -205,8 +204,7 @@ def test_several_ranks(monkeypatch):
 
 
 def test_longest_operations():
-    """Catches operations that are counted wrongly, shares of something else than the whole, and a profile that is
-    asked for and not shown."""
+    """Catches wrong counts of operations, shares that do not add up to the whole, and a --profile that is not shown."""
     a, device = torch.randn(200, 200), torch.device("cpu")
     result, text = benchmark_common.profiled(lambda: sum((a @ a).sum() for _ in range(7)), device, 99)
     counts = dict(re.findall(r"(aten::\w+) [\d.,]+ us x (\d+)", text))
@@ -219,8 +217,8 @@ def test_longest_operations():
 
 
 def test_update_of_ppo():
-    """Catches a split that is not the whole update, a rollout beside another amount of tokens than the engine's, logits
-    of the critic that nobody computes, and a folder of random weights that the script does not take."""
+    """Catches a split whose parts are not the whole update, a rollout rate over other tokens than the engine's, FLOPs
+    of a critic's logits that nobody computes, and a folder of random weights that the script refuses."""
     sizes = ["--preset", "tiny", "--batch_size", 2, "--prompt_len", 8, "--new_tokens", 4, "--repeats", 1]
     result = tiny.run("scripts/benchmark.py", "ppo", "--device", "cpu", *sizes)
     assert result.code == 0, result.stderr
@@ -239,8 +237,8 @@ def test_update_of_ppo():
 
 
 def test_update_of_grpo():
-    """Catches a share of padding that is not the padded forwards', a ratio the wrong way up, and packed micro-batches
-    that are not measured."""
+    """Catches a padding share that is not that of the padded forward passes, an inverted ratio, and packed
+    micro-batches that are not measured."""
     sizes = ["--preset", "tiny", "--batch_size", 5, "--prompt_len", 4, "--seq_len", 24, "--repeats", 1]
     taken, real = [], benchmark_grpo.answer_logps
 
@@ -262,8 +260,8 @@ def test_update_of_grpo():
 
 
 def test_memory_of_ppo_on_paper():
-    """Catches a model that is forgotten, or counted with another number of bytes: the 7B policy with its 7B reward
-    model that one GPU of 141 GB holds."""
+    """Catches a model that is omitted, or counted with a wrong number of bytes: a 7B policy with a 7B reward model fits
+    one GPU of 141 GB."""
     lean = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", "full"]
     sizes = ["--batch_size", 64, "--slots", 32, "--micro_batch_size", 4, "--prompt_len", 256, "--new_tokens", 256]
     layouts = ["--layouts", "1x1", "4x2"]
@@ -284,18 +282,18 @@ def test_memory_of_ppo_on_paper():
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128)], ids=str)
 def test_quantised_arithmetic(scheme):
-    """Catches weights kept beside their integers, unpacked integers, and scales or a head that are not counted."""
+    """Catches original weights kept beside their integers, unpacked integers, and scales or a head not counted."""
     config = ModelConfig(1000, 256, 768, 4, 8, 4, 32, 4096)
     model = quantized_model(config, ON_CPU, scheme)
     tensors = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     on_paper = sum(quantized_memory(config, scheme, torch.bfloat16).values())
-    # in bags int4 takes a byte, up to 96 integers end with a scale and an offset, and blocks of so many are filled up
+    # in FBGEMM's bags int4 takes a byte, a scale and an offset follow up to 96 integers, and blocks are padded
     most = 1.01 if has_bf16_products() or not has_fbgemm() else 1.25 * 8 / scheme.bits
     assert on_paper / 1.01 <= sum(tensors.values()) <= on_paper * most
 
 
 def test_quantised_memory_of_7b():
-    """Catches the table of a quantised model that is not Llama-2-7b's: 6.48e9 weights in blocks, 0.26e9 outside."""
+    """Catches a wrong sum for a quantised Llama-2-7b: 6.48e9 weights in blocks, 0.26e9 outside."""
     for flags, wanted in ((("int8",), 7.0e9), (("int4",), 3.97e9), (("int4", "--group_size", 32), 4.57e9)):
         result = tiny.run("scripts/benchmark.py", "memory", "--preset", "7b", "--quantize", *flags)
         assert result.code == 0, result.stderr

@@ -213,8 +213,8 @@ def refused(result, *words):
 
 
 def test_sharded_safetensors_without_copies(hub, tmp_path):
-    """Catches fetching the weights twice, or the wrong ones (consolidated, original/), subfolders whose names begin as
-    those of files that are wanted, and any change of a byte."""
+    """Catches weights fetched twice or in the wrong format (consolidated, original/), subfolders fetched because their
+    names begin like a wanted file's, and any changed byte."""
     result = download_alone(tmp_path, "org/sharded", endpoint=hub.url)
     assert result.returncode == 0, result.stderr
     assert landed(tmp_path / "checkpoints/org/sharded") == SHARDED
@@ -239,7 +239,7 @@ def test_sharded_safetensors_without_copies(hub, tmp_path):
     ],
 )
 def test_other_formats(hub, download, tmp_path, weights, copies, revision):
-    """Catches a missing .bin fallback, .bin files that are no weights, and an --output_dir or --revision not used."""
+    """Catches a missing .bin fallback, .bin files that are no weights, and an ignored --output_dir or --revision."""
     hub.repos["org/other"] = {**TEXTS, **weights, **copies}
     result = download(tmp_path, "org/other", "--output_dir", "there", "--revision", revision)
     assert result.returncode == 0, result.stderr
@@ -247,7 +247,7 @@ def test_other_formats(hub, download, tmp_path, weights, copies, revision):
 
 
 def test_resume(hub, download, tmp_path):
-    """Catches starting over: what arrived before a failure is not fetched again, and the rest ends up whole."""
+    """Catches a download that starts over: files that arrived before a failure are kept, the others completed."""
     large = "model-00001-of-00002.safetensors"
     hub.broken = {large}
     folder = tmp_path / "checkpoints/org/sharded"

@@ -1,4 +1,4 @@
-"""scripts/gpu_report.py on a CPU: what its report says, also of what is wrong, fails, or takes too long."""
+"""scripts/gpu_report.py on a CPU: what its report says, also when a check fails, an item raises or a section hangs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ON_CPU = Runtime(torch.device("cpu"), torch.float32, False)
 
 
 def here(script, *flags, seconds=0.0):
-    """A script in this process, for those that the report starts."""
+    """Runs in this process a script that the report would start as another one."""
     result = tiny.run(script, *flags)
     assert result.code == 0, result.stderr
     return result.stdout
@@ -41,8 +41,8 @@ def rows_of(section: Section) -> list[dict]:
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_dry_run(name, tmp_path, monkeypatch):
-    """Catches an item that does not run, a check that is wrong on a CPU, figures that are no numbers, goals that nobody
-    is held to, and rows that are missing in the report."""
+    """Catches an item that does not run, a check that fails on a CPU, figures that are not positive numbers, goals that
+    are not checked, and rows that are missing in the report."""
     monkeypatch.setattr(trained, "start_together", lambda commands: [here(s, *f) for s, f in commands.values()])
     monkeypatch.setattr(trained, "finish_together", lambda processes, commands, seconds: None)
     monkeypatch.setattr(trained, "run_script", here)
@@ -71,7 +71,7 @@ def test_dry_run(name, tmp_path, monkeypatch):
 
 
 def wrong_in_bf16(function, *args, **options):
-    """What it returns, or what that returns, off by a tenth in bf16."""
+    """Calls the function; its result, or that of a function it returns, is a tenth too large for bf16 tensors."""
     found = function(*args, **options)
     if callable(found) and not isinstance(found, torch.Tensor):
         return partial(wrong_in_bf16, found)
@@ -81,8 +81,8 @@ def wrong_in_bf16(function, *args, **options):
 
 
 def test_faults_are_found(section, tmp_path, monkeypatch):
-    """Catches checks that cannot fail: products of other weights, other greedy ids, a kernel that reads a key too many
-    or does not write the new one, weights that moved otherwise, metrics that are apart, and NaN."""
+    """Catches checks that cannot fail: products with other weights, other greedy ids, a kernel that reads one key too
+    many or does not write the new one, weights that were updated otherwise, metrics that differ, and NaN."""
     real = right.dequantize
     monkeypatch.setattr(right, "dequantize", lambda weight: real(weight) * 1.1)
     monkeypatch.setattr(right, "greedy_by_transformers", lambda model, prompts, n: [[1] * n for _ in prompts])
@@ -109,7 +109,7 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
 
     shape = {"device": ON_CPU.device, "dtype": torch.float32, "D": 16, "K": 2, "groups": 2, "splits": 1}
     assert right.attention_distance(kernel, **shape) < 1e-5
-    for fault in ({"short": -1}, {"writes": False}):  # NaN behind the end, and where the new key should be
+    for fault in ({"short": -1}, {"writes": False}):  # NaN beyond the end, and where the new key should be
         assert not right.attention_distance(partial(kernel, **fault), **shape) < 0.1
     for name, moved in (("start", 0.0), ("theirs", 1.0), ("ours", 1.1)):
         (tmp_path / name).mkdir()
@@ -124,8 +124,8 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
 
 
 def test_failures_do_not_stop_it(section):
-    """Catches an item that fails and takes the others with it, one that begins though its time is not there, and a
-    goal on the wrong side."""
+    """Catches an item whose failure ends the others too, an item begun without enough time left, and a goal compared in
+    the wrong direction."""
 
     def fail(section: Section) -> None:
         raise torch.OutOfMemoryError("first line\nCUDA out of memory")
@@ -143,8 +143,8 @@ def test_failures_do_not_stop_it(section):
 
 
 def test_sections_that_end_badly(tmp_path, monkeypatch):
-    """Catches a report that is lost with a section that dies or hangs, a section that goes on behind its time with what
-    it has started, and one that is begun without time."""
+    """Catches a report that is lost when a section dies or hangs, a section whose child processes outlive its time
+    limit, and a section begun without enough time left."""
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(
         '#!/bin/sh\ncase "$*" in\n*"--section decode"*) sleep 98 & echo $! >"$0.pid"; sleep 99;;\n'
@@ -167,7 +167,7 @@ def test_sections_that_end_badly(tmp_path, monkeypatch):
     assert "first" in before and "boom" in before  # written after each section
     state = Path("/proc") / Path(f"{python}.pid").read_text().strip() / "stat"
     for _ in range(100):
-        if not state.exists() or state.read_text().split()[2] == "Z":  # nobody may be there to bury it
+        if not state.exists() or state.read_text().split()[2] == "Z":  # a zombie that nobody reaps
             break
         time.sleep(0.02)
     else:
@@ -175,8 +175,8 @@ def test_sections_that_end_badly(tmp_path, monkeypatch):
 
 
 def test_shell(tmp_path):
-    """Catches a shell script that takes a Python without torch, or installs one, or does not find one whose path has
-    spaces, loses its arguments or $OUT, and a section's process that is not told its time."""
+    """Catches a gpu_report.sh that takes a Python without torch, installs one, does not find one whose path has spaces,
+    or loses its arguments or $OUT; and a section's process that is not told its deadline."""
     for name, code in (("without", 1), ("with", 0), ("of a house", 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {code}\necho "{name}" "$@"\n')
         (tmp_path / name).chmod(0o755)
@@ -199,7 +199,7 @@ def test_shell(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--device", "cuda")])
 def test_no_gpu(flags, tmp_path, monkeypatch):
-    """Catches 8 minutes of 7B shapes on a CPU, and a section after the other that fails for the same reason."""
+    """Catches 8 minutes of 7B shapes on a CPU, and sections that fail one after the other for want of a GPU."""
     monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_report, "start_and_wait", mock.Mock(side_effect=AssertionError))
     out = tmp_path / "out"

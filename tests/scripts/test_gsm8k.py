@@ -22,7 +22,7 @@ def convert(source, out, *flags):
 
 
 def test_prompts_and_answers(tmp_path):
-    """Catches working that stays in the answer, a comma in a number, an earlier ####, and a prompt that lost its
+    """Catches an answer with its working, with a number's comma or from an earlier ####, and a prompt that lost its
     question or instruction."""
     source = tiny.write_records(tmp_path / "train.jsonl", RECORDS)
     result = convert(source, tmp_path / "new/chat.jsonl")
@@ -44,7 +44,7 @@ def test_prompts_and_answers(tmp_path):
 
 
 def test_a_disk_that_is_full(tmp_path):
-    """Catches a part of the prompts under the name of all of them, with which a recipe would go on."""
+    """Catches a partly written prompt file under its final name, with which a recipe would go on."""
     source = tiny.write_records(tmp_path / "train.jsonl", RECORDS * 1000)
     words = [sys.executable, tiny.ROOT / SCRIPT, "--input_file", source, "--output_file", tmp_path / "out.jsonl"]
     command = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *words]
@@ -67,7 +67,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_lines(case, tmp_path):
-    """Catches a line that is guessed or left out."""
+    """Catches a broken line that is guessed at or left out."""
     record, part = BAD[case]
     source = tmp_path / "train.jsonl"
     source.write_text(json.dumps(RECORDS[0]) + "\n\n" + json.dumps(record) + "\n")
@@ -76,7 +76,7 @@ def test_bad_lines(case, tmp_path):
 
 
 def test_parquet(tmp_path):
-    """Catches the Hub's file read otherwise than the published one, and a missing package without a word."""
+    """Catches the Hub's parquet file read otherwise than the published JSONL, and no advice to install pyarrow."""
     path = tmp_path / "train-00000-of-00001.parquet"
     path.write_bytes(b"PAR1")
     try:

@@ -16,8 +16,8 @@ CONFIG = ModelConfig(1000, 256, 688, 4, 8, 4, 32, 4096)
 
 
 def test_arithmetic_of_adapters():
-    """Catches a frozen base that one rank copies to use it, activations that are kept twice, and optimizer state of the
-    base: none of it is in the sum, which is within 5 % of what two steps allocate."""
+    """Catches a frozen base that a single rank copies to use it, activations that are kept twice, and optimizer state
+    of the base: the sum has none of these, and is within 5 % of what two steps allocate."""
     lora = Lora(8, 16.0, False, 0.0, frozenset(linear_layers(4)), None, {}, Path(), "", 0)
     measured = measure_memory(
         CONFIG, Runtime(torch.device("cpu"), torch.bfloat16, False), ParallelArgs(), (2, 64), lora

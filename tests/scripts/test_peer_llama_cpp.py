@@ -1,4 +1,4 @@
-"""The peer llama.cpp, as far as it needs no llama.cpp."""
+"""scripts/peer_llama_cpp.py: the checks of a GGUF file, which need no llama.cpp."""
 
 import struct
 
@@ -13,7 +13,7 @@ def string(text: str) -> bytes:
 
 
 def gguf(layers: int = 30) -> bytes:
-    """The head of a file of the preset 135m: strings, an array of strings, and numbers of several widths."""
+    """The header of a GGUF file of the preset 135m: strings, an array of strings, and numbers of several widths."""
     keys = {"block_count": layers, "embedding_length": 576, "feed_forward_length": 1536, "attention.head_count": 9}
     parts = [string("general.architecture") + struct.pack("<I", 8) + string("llama")]
     parts += [string(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in keys.items()]
@@ -25,7 +25,7 @@ def gguf(layers: int = 30) -> bytes:
 
 
 def test_the_peer_has_our_shape(tmp_path):
-    """Catches a rate of llama.cpp's that is held against a model of another shape, and a file of another kind."""
+    """Catches a rate of llama.cpp that is compared with a model of another shape, and a file that is not GGUF."""
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf())
     assert metadata(path)["llama.rope.freq_base"] == 1e5

@@ -25,19 +25,19 @@ def runs(tmp_path):
 
 
 def test_read_and_smooth(runs):
-    """Catches a value at another's step, a NaN that empties a panel, a torn last line that hides the others, and a
-    window that looks ahead."""
+    """Catches a value at another step, a NaN that empties a panel, a torn last line that hides the others, and a
+    smoothing window that looks ahead."""
     series = plot_metrics.read_metrics(runs[0])
     assert series["loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert [step for step, _ in series["grad_norm"]] == [1, 3, 4]
     with open(runs[1] / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "objec')  # where its disk was full
+        file.write('{"step": 8, "objec')  # torn, as by a full disk
     assert plot_metrics.read_metrics(runs[1] / "metrics.jsonl") == {"objective/kl": [(7, 0.5)]}
     assert plot_metrics.smoothed([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
 
 
 def test_picture(runs, tmp_path):
-    """Catches a picture that is not one, that forgets what a run of any trainer is about, or draws the clock."""
+    """Catches a file that is no picture, a picture without a trainer's main metrics, and timings drawn unasked."""
     out = tmp_path / "new" / "curves.png"
     result = tiny.run("scripts/plot_metrics.py", *runs, "--output_file", out, "--window", 2)
     assert result.code == 0 and out.read_bytes().startswith(b"\x89PNG")
@@ -74,7 +74,7 @@ def test_names_that_mean_something_to_matplotlib(tmp_path, legend):
 
 
 def test_many_runs(tmp_path, legend):
-    """Catches a legend whose ends are outside the picture."""
+    """Catches a legend that is wider than the picture."""
     runs = [write_run(tmp_path / f"llama-8b-lr-1e-{i}-{'x' * i}", [{"step": 1, "loss": 1.0}]) for i in range(12)]
     assert tiny.run("scripts/plot_metrics.py", *runs, "--output_file", tmp_path / "curves.png").code == 0
     names, (left, right) = legend
@@ -82,7 +82,7 @@ def test_many_runs(tmp_path, legend):
 
 
 def test_refusals(runs, tmp_path):
-    """Catches tracebacks, and messages without what is wrong."""
+    """Catches tracebacks, and messages that do not say what is wrong."""
     out = ("--output_file", tmp_path / "x.png")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
@@ -100,7 +100,7 @@ def test_refusals(runs, tmp_path):
 
 
 def test_runs_of_one_name_have_labels_of_their_own(tmp_path, monkeypatch):
-    """Catches a legend in which two runs are one, since their folders, or their files, have the same name."""
+    """Catches a legend in which two runs have one label, since their folders or their files have the same name."""
     monkeypatch.chdir(tmp_path)
     runs = [Path("a/ppo"), tmp_path / "b/ppo/metrics.jsonl"]
     assert plot_metrics.labels_of(runs) == ["a/ppo", "b/ppo"]

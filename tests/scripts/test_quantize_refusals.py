@@ -4,7 +4,7 @@ from tests import tiny
 
 
 def test_a_quantised_folder(tmp_path):
-    """Catches a refusal that speaks of training, which nobody asked for."""
+    """Catches a refusal to quantise a quantised folder again that speaks of training."""
     tiny.write_model(tmp_path / "model")
     flags = ("--mode", "int8", "--output_dir")
     first = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "int8")
@@ -12,4 +12,4 @@ def test_a_quantised_folder(tmp_path):
     again = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "int8", *flags, tmp_path / "again")
     tiny.assert_refused(again, f"{tmp_path / 'int8'}: its quantised weights are frozen, and cannot be quantised again")
     onto = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "model")
-    tiny.assert_refused(onto, f"--output_dir {tmp_path / 'model'}: exists; take another\n")  # not: or remove it
+    tiny.assert_refused(onto, f"--output_dir {tmp_path / 'model'}: exists; take another\n")  # not "or remove it"

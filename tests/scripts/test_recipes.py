@@ -1,4 +1,4 @@
-"""scripts/recipes/*.sh: their commands, as a Python that only writes them down gets them."""
+"""scripts/recipes/*.sh: their commands, recorded by a stub in place of Python."""
 
 import importlib
 import os
@@ -22,7 +22,7 @@ STUBS = {
 
 
 def run(recipe, tmp_path, *arguments, **environment):
-    """The recipe's process, and the words of each of its commands."""
+    """Runs a recipe; returns its process and the words of each of its commands."""
     for name, text in STUBS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -38,8 +38,8 @@ def run(recipe, tmp_path, *arguments, **environment):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_commands(recipe, tmp_path, monkeypatch):
-    """Catches a flag that was renamed, a value it does not take, batches that do not divide over the ranks, and a
-    recipe that is given too little and says nothing of it."""
+    """Catches a renamed flag, a value that a flag does not take, batches that do not divide over the ranks, and a
+    recipe that says nothing of an argument or a file that is missing."""
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     out.mkdir()
@@ -47,7 +47,7 @@ def test_commands(recipe, tmp_path, monkeypatch):
         (out / f"{part}.jsonl").touch()
     places = (model, "train.jsonl", out) if recipe == "slurm.sh" else (tmp_path, model, out)
     if recipe == "slurm.sh":
-        (out / "config.json").touch()  # the run has come to its end
+        (out / "config.json").touch()  # marks a finished run
     done, commands = run(recipe, tmp_path, *places)
     assert done.returncode == 0 and commands, done.stderr
     for words in commands:
@@ -69,8 +69,8 @@ def test_commands(recipe, tmp_path, monkeypatch):
 
 
 def test_a_chat_template_from_another_folder(tmp_path):
-    """Catches a base model that gets the other folder's tokenizer and not its chat template, in a file of its own as
-    transformers 5 writes it, or keeps hashes of the files that it had."""
+    """Catches a base model that gets the other folder's tokenizer without its chat template, which transformers 5
+    writes to a file of its own, or that keeps the checksums of the files it had."""
     model, other, out = tmp_path / "model", tmp_path / "other", tmp_path / "out"
     for folder, names in (
         (model, ("config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "checksums.json")),
@@ -90,7 +90,7 @@ def test_a_chat_template_from_another_folder(tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_scores_of_what_was_trained(recipe, tmp_path):
-    """Catches flags of score.py that the reward model of the recipe's own training refuses, after hours of it."""
+    """Catches flags of score.py that the recipe's own reward model refuses, after hours of training."""
     commands = run(recipe, tmp_path, tmp_path, tmp_path, tmp_path)[1]
     kinds = {}
     for words in commands:

@@ -1,4 +1,4 @@
-"""scripts/simulate.py: the real scheduler on a roofline's clock, where arithmetic knows the result."""
+"""scripts/simulate.py: the real scheduler on a roofline model's clock, where the result follows by arithmetic."""
 
 import json
 from dataclasses import replace
@@ -22,15 +22,15 @@ def simulated(num_samples: int, new_tokens: int, num_pages: int, batch_size: int
 
 
 def test_equal_answers():
-    """Catches steps, rows, pages or bytes that are not those of the scheduler: samples that do not share their prompt's
-    page, contexts one token off, weights that are not read in each step, and a clock that runs by something else."""
+    """Catches steps, rows, pages or bytes that are not the scheduler's: samples that do not share their prompt's page,
+    contexts one token off, weights that are not read in each step; and a clock that does not follow the bytes read."""
     n, new = 6, 9  # 8 decode steps in two looks
     found = simulated(n, new, 40, batch_size=n)
     assert found["steps"] == new - 1 and found["mean_rows"] == n and found["prompt_tokens"] == 64
     assert found["mean_pages"] == found["most_pages"] == 1 + n  # the prompt's, and one for each answer
     contexts = n * sum(64 + i for i in range(1, new))
     assert found["cached_tokens_read"] == found["cached_tokens_needed"] == contexts
-    weights = 2 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)  # of the embedding a row is read
+    weights = 2 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)  # but few rows of the embedding
     assert found["bytes_read"] == found["bytes_needed"] == (new - 1) * weights + contexts * token_bytes(CONFIG, 2)
     assert token_bytes(CONFIG, 2) == 2 * token_bytes(CONFIG, 2, tp=2) == 2 * 2 * 30 * 4096
     prefill = (weights + 64 * token_bytes(CONFIG, 2)) / PEAKS["H100"][1]
@@ -39,18 +39,18 @@ def test_equal_answers():
 
 
 def test_few_pages_and_idle_rows():
-    """Catches reads of rows that have ended or are empty that nobody counts, and a scheduler that never runs out."""
-    found = simulated(3, 8, 40, batch_size=4)  # the last of 8 steps is nobody's, and a row is empty
+    """Catches uncounted cache reads of finished or empty rows, and a scheduler that never runs out of pages."""
+    found = simulated(3, 8, 40, batch_size=4)  # no row needs the last of 8 steps, and one row is empty
     assert found["steps"] == 8
     assert found["cached_tokens_read"] - found["cached_tokens_needed"] == 3 * (64 + 8) + 8
-    scarce = simulated(6, 150, 9, batch_size=6)  # 2 or 3 of the 6 fit to their ends
+    scarce = simulated(6, 150, 9, batch_size=6)  # 2 or 3 of the 6 fit until they end
     assert scarce["preempted"] > 0 and scarce["most_pages"] <= 9 and scarce["tokens"] == 6 * 150
-    assert scarce["mean_rows"] < 5 and scarce["prompt_tokens"] > 64  # computed again
+    assert scarce["mean_rows"] < 5 and scarce["prompt_tokens"] > 64  # recomputed after preemption
 
 
 def test_no_answer_is_lost():
-    """Catches samples that wait for the prompt of one that was turned out and goes on: it draws no first token, and
-    they never began."""
+    """Catches samples that wait forever for the prompt of a preempted sample: it draws no first token when it goes on,
+    so that they never begin."""
     args = SimulateArgs(num_prompts=8, num_samples=16, batch_size=64)
     requests = [replace(request, max_new_tokens=100) for request in math_requests(args, 16)]
     found = simulate(args, requests, 60, "H100")
@@ -59,8 +59,8 @@ def test_no_answer_is_lost():
 
 
 def test_workload():
-    """Catches a mean that is not the flag's, lengths beyond the limit, samples that do not stand beside their prompt,
-    and work that differs from run to run."""
+    """Catches a mean length that is not the flag's, lengths beyond the limit, samples that do not stand beside the
+    others of their prompt, and requests that differ from run to run."""
     args = MathArgs(num_prompts=20, num_samples=16)
     requests = list(math_requests(args, 1000))
     lengths = [request.max_new_tokens for request in requests]
@@ -71,8 +71,8 @@ def test_workload():
 
 
 def test_command():
-    """Catches a card or a last line without its GPUs, a model that a GPU does not hold, and fewer pages than an answer
-    takes that are made more without a word."""
+    """Catches a card or a last line that lacks a GPU, a model that does not fit a GPU, and a --num_pages that is raised
+    silently because it is too small for one answer."""
     small = ["--num_prompts", 2, "--num_samples", 2, "--answer_mean", 6, "--answer_most", 12, "--batch_size", 2]
     result = tiny.run("scripts/simulate.py", *small, "--gpus", "H100", "MI300X")
     assert result.code == 0 and "8b" not in result.stdout, result.stderr

@@ -1,4 +1,4 @@
-"""The clock of scripts/simulate.py: the host beside the device, and prompts between steps."""
+"""The clock of scripts/simulate.py: the host's work beside the device's, and prefills between decode steps."""
 
 import pytest
 
@@ -14,10 +14,10 @@ def found(**flags) -> dict:
 
 
 def test_the_host_works_meanwhile():
-    """Catches a host whose time is added to the device's, or never counted where it takes longer, and launches that
-    take no time."""
+    """Catches host time that is added to the device's, which it overlaps, or never counted where it is longer, and
+    launches that take no time."""
     free, slow = found(host_us=0.0), found(host_us=1e6)
-    launched = found(host_us=0.0, step_us=1100.0)  # beside 100 us
+    launched = found(host_us=0.0, step_us=1100.0)  # the default is 100 us
     assert launched["seconds"] - free["seconds"] == pytest.approx(1e-3 * (free["steps"] + free["prefills"]))
     assert free["host_waits"] == 0 and found(host_us=1.0)["seconds"] == pytest.approx(free["seconds"])
     looks = slow["steps"] / 4
@@ -26,6 +26,6 @@ def test_the_host_works_meanwhile():
 
 
 def test_prompts_hold_up_less_in_pieces():
-    """Catches a pause that does not depend on how many tokens of prompts are computed at a time."""
+    """Catches a pause that does not depend on --prefill_tokens, the prompts' tokens computed at a time."""
     pauses = [found(prefill_tokens=tokens)["longest_pause"] for tokens in (64, 256, 4096)]
     assert 0 < pauses[0] < pauses[1] < pauses[2]

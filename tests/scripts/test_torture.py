@@ -1,4 +1,4 @@
-"""scripts/torture.py: a small round of it, and that it sees what it is there to see."""
+"""scripts/torture.py: a small round of kills, and planted differences that its comparison must report."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.forked import Forked
 
 @pytest.fixture(scope="module")
 def tortured(tmp_path_factory):
-    """What a few kills of two jobs left, with the runs that nobody killed, and what was printed."""
+    """The output folder of two jobs killed a few times, with their uninterrupted runs, and the printed output."""
     out = tmp_path_factory.mktemp("torture") / "out"
     flags = ["--kills", "4", "--ranks", "1", "--jobs", "sft", "generate", "--output_dir", out, "--keep"]
     done = Forked("scripts/torture.py", *flags)
@@ -24,8 +24,8 @@ def tortured(tmp_path_factory):
 
 
 def test_a_round(tortured):
-    """Catches a kill that is not counted or not resumed, a table that says otherwise than what happened, and a
-    trainer or generate.py that is not the same run after it."""
+    """Catches a kill that is not counted or not resumed, a table that differs from what happened, and a trainer or
+    generate.py whose results differ after a kill."""
     out, printed = tortured
     text = (out / "torture.md").read_text()
     assert "All runs came out equal." in text and text in printed
@@ -41,8 +41,8 @@ def test_a_round(tortured):
 
 
 def test_differences_are_seen(tortured, tmp_path):
-    """Catches a comparison that would call anything equal: one weight in its last bit, a step twice or lost, another
-    loss, and a sample lost, doubled or changed."""
+    """Catches a comparison that overlooks a difference: one weight in its last bit, a step twice or lost, another loss,
+    and a sample lost, doubled or changed."""
     out, _ = tortured
     whole, copy = out / "sft-1-whole", tmp_path / "copy"
     shutil.copytree(whole, copy)

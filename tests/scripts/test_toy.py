@@ -84,7 +84,7 @@ def test_checking_answers_and_steps(completion, answer, labels):
 
 
 def test_reward_function():
-    """Catches a reward that ignores the example, or breaks the contract (a float for each, a mismatch refused)."""
+    """Catches a reward that ignores the example, or breaks the contract (a float each, unequal lengths refused)."""
     examples = [{"answer": "12", "other": 1}, {"answer": "13"}, {"answer": "12"}]
     assert toy.correct(["7+5\n"] * 3, ["7+5=12\n12", "7+5=12\n12", ""], examples) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError):
@@ -92,7 +92,7 @@ def test_reward_function():
 
 
 def test_same_seed_same_bytes(world, tmp_path):
-    """Catches any randomness that the seed does not decide (weights, tokenizer, problems), a seed without effect."""
+    """Catches randomness that the seed does not decide (weights, tokenizer, problems), and a seed without effect."""
     again, other = tmp_path / "again", tmp_path / "other"
     assert run("--output_dir", again, "--seed", 3, *SIZES).code == 0
     assert run("--output_dir", other, "--seed", 2**64 + 4, *SIZES).code == 0
@@ -123,7 +123,7 @@ def test_files_are_disjoint_and_easy_to_hard(world):
 
 
 def test_demonstrations_of_mixed_quality(world):
-    """Catches a careless clerk who errs where nothing is carried, breaks off, or writes more or less than his share."""
+    """Catches a careless clerk who errs where nothing is carried, breaks off, or whose share of the file is wrong."""
     right, careless, with_carries = 0, 0, 0
     for record in records(world / "train.jsonl"):
         *steps, last = record["completion"].split("\n")
@@ -139,12 +139,12 @@ def test_demonstrations_of_mixed_quality(world):
         assert forgot != toy.is_correct(record["completion"], record["answer"])
         right, careless = right + (not forgot), careless + forgot
         with_carries += sum(terms) >= 10
-    expected = toy.CARELESS * toy.FORGETS  # less those who forgot none of several, more those who forgot one of them
+    expected = toy.CARELESS * toy.FORGETS  # for one carry; more where one of several is forgotten
     assert expected - 0.08 < careless / with_carries < expected + 0.14 and right > careless / 2
 
 
 def test_model_folder_opens_in_transformers(world):
-    """Catches a folder that only our own code reads: other logits, ids or special tokens, no grouped heads."""
+    """Catches a folder that transformers reads otherwise (logits, ids, special tokens), and a model without GQA."""
     transformers = pytest.importorskip("transformers")
     folder = world / "model"
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), load_model(folder)
@@ -174,7 +174,7 @@ def test_tokenizer(world, text):
 
 
 def test_score(world, tmp_path):
-    """Catches samples matched to the wrong problem (lines come in any order, several a problem) and wrong shares."""
+    """Catches samples matched to the wrong problem (lines come in any order, several for each) and wrong shares."""
     heldout = records(world / "heldout.jsonl")[:10]
     lines = [{"prompt": r["prompt"], "output": r["completion"], "sample_idx": 0} for r in heldout]
     lines += [{"prompt": r["prompt"], "output": "1+1=2", "sample_idx": 1} for r in heldout]
@@ -189,8 +189,8 @@ def test_score(world, tmp_path):
 
 
 def test_judged_samples(tmp_path):
-    """Catches a right solution called rejected, a pair over two problems, a sample used twice or without an end, and
-    labels of other lines."""
+    """Catches a right solution called rejected, a pair of two problems, a sample used twice or cut off before its end,
+    and labels of other lines."""
     right, wrong, cut = "7+5=12\n12", "7+5=11\n11", "7+5=1"
     lines = [
         {"prompt": "7+5\n", "output": right, "finish_reason": "stop"},
@@ -220,7 +220,7 @@ def test_judged_samples(tmp_path):
 
 
 def test_bad_input(world, tmp_path):
-    """Catches tracebacks, messages without the culprit, and a folder that is overwritten."""
+    """Catches tracebacks, messages that do not name the culprit, and a folder that is overwritten."""
     broken, foreign, empty = tmp_path / "broken.jsonl", tmp_path / "foreign.jsonl", tmp_path / "empty.jsonl"
     broken.write_text('{"prompt": "7+5\\n", "output": "12"}\n{"prompt"')
     foreign.write_text('{"prompt": "7+5\\n", "output": "12"}\n')
@@ -259,4 +259,4 @@ def test_bad_input(world, tmp_path):
         tiny.assert_refused(run("--output_dir", new), "toy.json: cannot be written: No space left on device")
     tiny.assert_refused(
         run("--output_dir", world), f"--output_dir {world}: exists; take another\n"
-    )  # not: or remove it
+    )  # not "or remove it"

@@ -15,7 +15,7 @@ def write(path, lines):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What the quickstart leaves, with answers put there: 1 in 4 right by SFT, 2 by DPO, 3 by PPO, 4 by GRPO."""
+    """The quickstart's folder with planted answers, of 4 right: 1 by SFT, 2 by DPO, 3 by PPO, 4 by GRPO."""
     out = tmp_path_factory.mktemp("toy") / "world"
     sizes = ("--num_train", 10, "--num_heldout", 20, "--num_prompts", 10)
     assert tiny.run("scripts/toy.py", "--output_dir", out, *sizes).code == 0
@@ -39,7 +39,7 @@ def world(tmp_path_factory):
         write(out / f"samples/{stage}.scored.jsonl", judged)
         write(out / f"samples/{stage}.greedy.jsonl", [line for line in judged if line["sample_idx"] == num_right % 4])
     likely = list(map(json.loads, (out / "samples/sft.greedy.jsonl").read_text().splitlines()))
-    longest = max(likely, key=lambda line: len(line["prompt"]))  # SFT knows this one
+    longest = max(likely, key=lambda line: len(line["prompt"]))  # SFT gets this one right
     write(
         out / "samples/sft.greedy.jsonl",
         [line | ({"output": line["answer"]} if line is longest else {}) for line in likely],
@@ -57,7 +57,7 @@ def world(tmp_path_factory):
 def test_the_table(world):
     """Catches a column of another stage, gains over the wrong stage, a KL with the wrong sign, of other tokens or
     without the EOS (the samples are the reference's own, their log-probs raised by 0, 0.5, 2 and 1 nats), and a problem
-    that SFT gets right, shown as one that it gets wrong."""
+    that SFT gets right shown as one that it gets wrong."""
     output = world / "REPORT.md"
     result = tiny.run("scripts/toy_report.py", world, "--output_file", output, "--picture", "curves.png")
     assert result.code == 0, result.stderr
@@ -85,7 +85,7 @@ def test_the_table(world):
 
 
 def test_several_seeds(world, tmp_path):
-    """Catches a spread that is not the sample's standard deviation, and a world that is left out."""
+    """Catches a spread that is not the sample's standard deviation, and a seed's folder that is left out."""
     other = tmp_path / "other"
     shutil.copytree(world, other)
     scored = other / "samples/ppo.scored.jsonl"
@@ -96,7 +96,7 @@ def test_several_seeds(world, tmp_path):
 
 
 def test_no_problem_is_wrong(world, tmp_path):
-    """Catches a problem that SFT gets right, called one that it gets wrong, where it gets none wrong."""
+    """Catches a report that shows a problem as one that SFT gets wrong where it gets none wrong."""
     other = tmp_path / "other"
     shutil.copytree(world, other)
     greedy = other / "samples/sft.greedy.jsonl"

@@ -1,4 +1,4 @@
-"""scripts/venv.sh and the seeds of quickstart.sh: the first things that a newcomer's command does."""
+"""scripts/venv.sh and the seeds of quickstart.sh: the first steps of a newcomer's command."""
 
 import os
 import shutil
@@ -23,8 +23,8 @@ def stub(path: Path, script: str) -> str:
     [("nothing", "-m venv --clear .venv"), ("no pip", "-m venv .venv"), ("gone", "-m venv --clear .venv"), ("all", "")],
 )
 def test_venv(there, made, tmp_path):
-    """Catches a .venv that is taken though its making was broken off before pip, or though its Python has gone; one
-    that is whole made again; and a Python that is too old or too new, whose errors would come from the packages."""
+    """Catches a .venv that is used though its creation was interrupted before pip, or though its Python is gone; a
+    complete one that is created again; and a Python too old or too new, on which the packages would fail later."""
     home = tmp_path / "a house"
     (home / "scripts").mkdir(parents=True)
     script = shutil.copy(tiny.ROOT / "scripts/venv.sh", home / "scripts")
@@ -32,7 +32,7 @@ def test_venv(there, made, tmp_path):
         stub(home / ".venv/bin/python", "exit 1" if there == "no pip" else "exit 0")
 
     def of(version: str) -> str:
-        """A Python that takes itself for one of this version, and says what else it is asked to do."""
+        """Returns a stub that takes itself for a Python of this version, and prints what else it is asked to do."""
         asked = f'exec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"'
         return stub(tmp_path / f"python {version}", f'[ "$1" = -c ] || exec echo "$@"\n{asked}')
 
@@ -59,7 +59,7 @@ def test_venv(there, made, tmp_path):
 
 @pytest.mark.parametrize("seeds", [("0", "0"), ("0", "00"), ("7", "x"), ("-1",), ("1 2",)])
 def test_seeds_of_the_quickstart(seeds, tmp_path):
-    """Catches two seeds that are one, whose spread is 0, and what is no seed, after the packages were installed."""
+    """Catches equal seeds, whose spread is 0, and a word that is no seed, noticed after packages were installed."""
     (tmp_path / "scripts").mkdir()
     script = shutil.copy(tiny.ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
     refused = subprocess.run(["bash", script, *seeds], capture_output=True, text=True)

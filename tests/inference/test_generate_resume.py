@@ -83,8 +83,8 @@ def test_a_line_is_on_disk_at_once(tmp_path):
 
 
 def test_ranks_take_turns(tmp_path):
-    """Catches mixed lines of several ranks on a file system without locks, a rank that waits forever for one that was
-    killed during its turn, and a turn of that rank's that still blocks the next run."""
+    """Catches mixed lines of several ranks on a file system without locks; a rank that waits forever for one that was
+    killed during its turn, or appends to the torn line it left; and a turn that still blocks the next run."""
     out = tmp_path / "out.jsonl"
     children, writer = [], LineWriter(out, {}, active=True, num_lines=0)
     for rank in range(4):

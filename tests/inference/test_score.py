@@ -142,7 +142,7 @@ def test_scores_equal_transformers(rm, hf, tmp_path, batch_size):
     for record, line in zip(records, lines, strict=True):
         assert {name: value for name, value in line.items() if name != "reward"} == record
         ids = [*theirs(record["prompt"] + record["completion"])["input_ids"], 2]
-        with torch.no_grad():  # the model finds the last token that is not the pad token by itself
+        with torch.no_grad():  # transformers' model finds the last token that is not the pad token
             assert hf(torch.tensor([ids])).logits.item() == pytest.approx(line["reward"], abs=1e-4)
 
 
@@ -192,7 +192,7 @@ def test_a_model_that_pads_with_eos(tmp_path):
 
 
 def test_bfloat16_is_near(rm, tmp_path):
-    """Catches --dtype that is ignored, and a head that rounds the scores themselves."""
+    """Catches a --dtype that is ignored, and bfloat16 scores far from those in fp32."""
     records = [{"prompt": f"{i} plus", "completion": " so it seems"} for i in range(8)]
     exact = scored(rm, tmp_path, records)
     near = scored(rm, tmp_path, records, "--dtype", "bfloat16", name="near.jsonl")
@@ -238,7 +238,7 @@ def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
 
 
 def test_pairs(rm, hf, tmp_path):
-    """Catches swapped scores of chosen and rejected, and an accuracy of something else than the pairs."""
+    """Catches swapped scores of chosen and rejected, and an accuracy that is not the share of pairs ranked right."""
     sides = [(f" {i} is", " so " * i)[:: (-1) ** i] for i in range(1, 8)]
     records = [{"prompt": f"{i} plus", "chosen": a, "rejected": b} for i, (a, b) in enumerate(sides)]
     data, out = tiny.write_records(tmp_path / "pairs.jsonl", records), tmp_path / "out.jsonl"
@@ -289,7 +289,7 @@ def test_steps_are_scored_where_they_were_trained(prm, hf, tmp_path):
     for line in lines[:5]:
         assert line["step_rewards"] == pytest.approx(wanted, abs=1e-4) and "reward" not in line
     assert lines[5]["step_rewards"] == pytest.approx(wanted[:2], abs=1e-4)
-    assert len(lines[6]["step_rewards"]) == 1  # of the separator
+    assert len(lines[6]["step_rewards"]) == 1  # of the separator alone
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_state_by_hand():
         wanted = 16 * config.num_parameters() / (dp * tp)
         assert sum(sizes[name] for name in state) == pytest.approx(wanted, rel=1e-3)  # norms are replicated over tp
     one, two = (training_memory(config, dp=1, tp=tp, tokens=4096)["activations"] for tp in (1, 2))
-    assert one / 2 < two < one  # the norms' are not sharded
+    assert one / 2 < two < one  # the norms' activations are replicated
     assert training_memory(config, dp=8, tp=1, tokens=8192)["activations"] == 2 * one
 
 

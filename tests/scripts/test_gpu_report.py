@@ -92,7 +92,7 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
     for name in ("causal_attention", "document_attention", "linear_cross_entropy", "linear_logprobs"):
         faulty = partial(wrong_in_bf16, getattr(right, name))
         monkeypatch.setattr(right, name, faulty)
-    monkeypatch.setattr(right.optim, "gpu_kernel", lambda device: mock.Mock())  # moves nothing
+    monkeypatch.setattr(right.optim, "gpu_kernel", lambda device: mock.Mock())  # updates nothing
     section.runtime = ON_CPU._replace(dtype=torch.bfloat16)
     run_items(section, [Item("gradients", 0, right.check_gradients), Item("AdamW", 0, right.check_optimizer)])
     checks = [row for row in rows_of(section) if row["kind"] == "check"][16:]

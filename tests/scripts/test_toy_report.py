@@ -15,7 +15,7 @@ def write(path, lines):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The quickstart's folder with planted answers, of 4 right: 1 by SFT, 2 by DPO, 3 by PPO, 4 by GRPO."""
+    """The quickstart's folder with planted answers: 1 of 4 right by SFT, 2 by DPO, 3 by PPO, 4 by GRPO."""
     out = tmp_path_factory.mktemp("toy") / "world"
     sizes = ("--num_train", 10, "--num_heldout", 20, "--num_prompts", 10)
     assert tiny.run("scripts/toy.py", "--output_dir", out, *sizes).code == 0

@@ -59,7 +59,7 @@ def test_venv(there, made, tmp_path):
 
 @pytest.mark.parametrize("seeds", [("0", "0"), ("0", "00"), ("7", "x"), ("-1",), ("1 2",)])
 def test_seeds_of_the_quickstart(seeds, tmp_path):
-    """Catches equal seeds, whose spread is 0, and a word that is no seed, noticed after packages were installed."""
+    """Catches equal seeds, whose spread is 0, and a word that is no seed, noticed only after packages are installed."""
     (tmp_path / "scripts").mkdir()
     script = shutil.copy(tiny.ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
     refused = subprocess.run(["bash", script, *seeds], capture_output=True, text=True)

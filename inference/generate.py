@@ -50,7 +50,7 @@ from models.generation import Completion, Engine, PrefillArgs, Request
 from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.memory import plan_cache
-from models.quantize import QuantizeArgs, choose_scheme
+from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.record_files import Record
 from models.sampling import SamplingArgs
 from models.shared import check_shared
@@ -99,10 +99,11 @@ def main(args: GenerateArgs) -> None:
         quantize=None if scheme is None else str(scheme),
     )
     files = weight_files(args.checkpoint_path, args.adapter_path)
+    check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
     if in_file and not args.resume:
         on_main(lambda: refuse_occupied(args.output_file))
-    source = PromptSource(args, folder, args.max_new_tokens)
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
+    source = PromptSource(args, folder, args.max_new_tokens)
     begun, done, num_lines = on_main(lambda: begin_file(resolved, source.num_records))
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)

@@ -55,7 +55,7 @@ from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with
 from models.model import ModelConfig
-from models.quantize import QuantizeArgs, choose_scheme
+from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, read_records, require
 from models.reward import (
     RewardKind,
@@ -159,6 +159,7 @@ def main(args: ScoreArgs) -> None:
     files = weight_files(args.checkpoint_path, args.adapter_path)
     kind = read_reward_kind(args.checkpoint_path, files)
     check_kind(args, kind)
+    check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size, head="score")
     load, is_given = undisturbed()(load_function), args.answer_fn is not None
     find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
     records = read_records(args.data_file)

@@ -110,6 +110,7 @@ def open_folder(
     if not frozen:
         refuse_quantized(path)
     config.check_divisible(tensor_parallel_size)
+    generation_eos_ids(path)  # raises ValueError for invalid ids
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:
         raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
@@ -335,14 +336,24 @@ def load_weights(
     elsewhere: whole shapes of weights that the caller will read itself. Raises ValueError if the files do not fit the
     model or their checksums. A collective.
     """
+    check_tensors(model, files, without_file, elsewhere)
+    check_weights(files.folder, files.paths())
+    fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
+
+
+def check_tensors(
+    model: Transformer,
+    files: WeightFiles,
+    without_file: dict[str, Tensor] | None = None,
+    elsewhere: dict[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Raises ValueError if the files do not fit the model; see load_weights. Reads only the files' headers."""
     parameters = dict(model.named_parameters())  # tied weights appear once
     without_file = without_file or {}
     new_score = ["score.weight"] if "score.weight" in without_file and "score.weight" in parameters else []
     no_head = model.config.tie_word_embeddings or new_score
     expected = {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file}
     files.check(expected | (elsewhere or {}), allowed=["lm_head.weight"] * bool(no_head) + new_score)
-    check_weights(files.folder, files.paths())
-    fill_parameters(model, files, device=device, dtype=dtype, part_of=part_of, without_file=without_file)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from models.checkpoint import WeightFiles, load_weights, model_config, refuse_quantized
+from models.checkpoint import WeightFiles, check_tensors, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag, is_main_rank, short_bar
 from models.limits import num_cores
 from models.lora import Lora, LoraLinear, add_adapters
@@ -216,33 +216,63 @@ def load_for_training(
     """Loads a Hugging Face folder's model, sharded over the mesh; each rank reads only its part.
 
     head: "lm" or "score"; new_score: the weight of a new scalar head, equal on all ranks. param_dtype: of the weights,
-    instead of args.param_dtype. lora: adapters, and how the frozen base is quantised. Raises ValueError for
-    args.cpu_offload on a CPU, and for a reward model's adapters on a language model."""
-    if args.cpu_offload and runtime.device.type == "cpu":
-        raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
+    instead of args.param_dtype. lora: adapters, and how the frozen base is quantised. Raises ValueError as
+    check_loadable does."""
     if args.cpu_offload and torch.get_num_threads() == 1:  # torchrun's default, with which AdamW would use one core
         torch.set_num_threads(num_cores(of_rank=True))
+    parallel, files = parallel_of(mesh, args.sequence_parallel), WeightFiles(folder)
+    model, given, integers = _build(folder, args, runtime, parallel, head, new_score, lora)
+    shard_model(model, mesh, args, runtime, param_dtype if lora is None else frozen_dtype(args, runtime))
+    tp, shard = sharding_meshes(mesh)
+    part_of = partial(sharded_part, tp=tp, shard=shard)
+    options = {"part_of": part_of, "elsewhere": integers}
+    load_weights(model, files, device=runtime.device, without_file=given, **options)
+    for name, shape in short_bar(integers.items(), "rounding", "tensor"):
+        part = quantized_part(files, name, shape, lora.scheme, model.parallel.tp, runtime.device)
+        model.get_submodule(name.removesuffix(".weight")).set_quantized(part)
+    return model
+
+
+def check_loadable(
+    folder: str | Path,
+    args: ParallelArgs,
+    runtime: Runtime,
+    *,
+    head: str = "lm",
+    new_score: Tensor | None = None,
+    lora: Lora | None = None,
+) -> None:
+    """Raises the errors of load_for_training early, before data are tokenised: ValueError for args.cpu_offload on a CPU,
+    for a folder with the tensors of another kind of model (such as a reward model in place of a language model), and
+    for a reward model's adapters on a language model. Reads only the headers of the weight files."""
+    model, given, integers = _build(folder, args, runtime, Parallel(), head, new_score, lora)
+    check_tensors(model, WeightFiles(folder), given, integers)
+
+
+def _build(
+    folder: str | Path,
+    args: ParallelArgs,
+    runtime: Runtime,
+    parallel: Parallel,
+    head: str,
+    new_score: Tensor | None,
+    lora: Lora | None,
+) -> tuple[Transformer, dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Returns (the model on meta, its parameters that the files do not hold, the shapes of its quantised weights)."""
+    if args.cpu_offload and runtime.device.type == "cpu":
+        raise ValueError("--cpu_offload moves parameters out of a GPU's memory, and this run is on the CPU")
     if lora is not None and head != "score" and "score.weight" in lora.values:
         raise ValueError(f"--adapter_path {args.adapter_path}: the adapter of a reward model, whose head would be lost")
     config = model_config(folder)
     refuse_quantized(folder)
-    files = WeightFiles(folder)
     with torch.device("meta"):
-        model = Transformer(config, runtime.dtype, parallel_of(mesh, args.sequence_parallel), head)
+        model = Transformer(config, runtime.dtype, parallel, head)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if lora is not None:
             add_adapters(model, lora)
-            param_dtype = frozen_dtype(args, runtime)
-    shard_model(model, mesh, args, runtime, param_dtype)
     given = ({} if new_score is None else {"score.weight": new_score}) | ({} if lora is None else lora.values)
-    integers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None}
-    tp, shard = sharding_meshes(mesh)
-    part_of = partial(sharded_part, tp=tp, shard=shard)
-    options = {"part_of": part_of, "elsewhere": {name: shapes[name] for name in integers}}
-    load_weights(model, files, device=runtime.device, without_file=given, **options)
-    for name, layer in short_bar(integers.items(), "rounding", "tensor"):
-        layer.set_quantized(quantized_part(files, name, shapes[name], lora.scheme, model.parallel.tp, runtime.device))
-    return model
+    layers = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, LoraLinear) and m.weight is None]
+    return model, given, {name: shapes[name] for name in layers}
 
 
 def load_frozen(

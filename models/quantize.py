@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.checkpoint import WeightFiles, fill_parameters, model_config
 from models.checksums import check_weights
-from models.common import flag, is_main_rank, short_bar
+from models.common import Runtime, flag, is_main_rank, short_bar
 from models.compressed import (
     LINEARS,
     columns_of,
@@ -194,6 +194,23 @@ def quantized_part(
     return whole if rows else columns_of(whole, cut[1], scheme.of(name.removesuffix(".weight")))
 
 
+def check_runnable(
+    files: WeightFiles, config: ModelConfig, scheme: Schemes | None, runtime: Runtime, tp_size: int, head: str = "lm"
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's parameters. Raises the errors of load_model, or with a scheme of load_quantized,
+    early, before data are tokenised: ValueError for an unsupported scheme, and for files that do not hold the model."""
+    if scheme is not None:
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+    if "lm_head.weight_packed" in files.names():
+        raise ValueError(f"{files.folder}: its lm_head is quantised; only the layers of the blocks may be")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
+    is_stored = is_quantized(read_hf_config(files.folder)[0])
+    expected = stored_shapes(shapes, scheme) if is_stored else shapes
+    files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    return shapes
+
+
 @torch.no_grad()
 def load_quantized(
     folder: str | Path,
@@ -212,15 +229,10 @@ def load_quantized(
     load_model. Raises the errors of load_model and of check_scheme.
     """
     config, files = model_config(folder), files or WeightFiles(folder)
-    check_scheme(scheme, config, device, dtype, size_of(tp))
     is_stored = is_quantized(read_hf_config(folder)[0])
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp), head)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected = stored_shapes(shapes, scheme) if is_stored else shapes
-    if "lm_head.weight_packed" in files.names():
-        raise ValueError(f"{folder}: its lm_head is quantised; only the layers of the blocks may be")
-    files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    shapes = check_runnable(files, config, scheme, Runtime(device, dtype, compile=False), size_of(tp), head)
     check_weights(files.folder, files.paths())
 
     def weight_of(name: str) -> Quantized:

@@ -27,10 +27,10 @@ from models.checksums import check_weights
 from models.common import at_least_one, card, choose_runtime, flag, run_script, say
 from models.compressed import is_linear_weight, quantization_config
 from models.export import save_folder
-from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
+from models.model import ModelConfig, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
-from models.quantize import check_scheme, choose_scheme, rounded_tensors, with_int8
+from models.quantize import check_runnable, choose_scheme, rounded_tensors, with_int8
 from models.records import Example, check_ids, collate, tokenising
 from models.reward import scalar_head_config
 from models.tokenizer import Tokenizer, chat_day
@@ -84,14 +84,11 @@ def main(args: QuantizeScriptArgs) -> None:
     group_size = args.group_size or (INT4_GROUP if args.mode == "int4" else None)
     scheme = choose_scheme(args.checkpoint_path, args.mode, group_size, flag="--mode")
     scheme = with_int8(scheme, args.int8_layers, config.num_hidden_layers)
-    check_scheme(scheme, config, runtime.device, runtime.dtype, 1)
     files = weight_files(args.checkpoint_path, args.adapter_path)
     head = "score" if "score.weight" in files.names() else "lm"
     if args.eval_file is not None and head == "score":
         raise ValueError(f"--eval_file: {args.checkpoint_path} is a reward model, which has no perplexity")
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
-    files.check(shapes, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
+    shapes = check_runnable(files, config, scheme, runtime, 1, head)
     check_weights(files.folder, files.paths())
     calibration, evaluation = (
         [] if path is None else load_rows(path, folder.tokenizer, config, args.max_seq_len, most)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.adapters import choose_lora
 from models.checkpoint import Folder, has_score_head, model_folder
 from models.common import Runtime, flag, non_negative
-from models.fsdp import load_for_training
+from models.fsdp import check_loadable, load_for_training
 from models.lora import CRITIC, Lora
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.shared_base import OnSharedBase
@@ -35,9 +36,9 @@ def check_critic_flags(args) -> None:
         raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
 
 
-def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: int) -> Path:
-    """Returns the critic's initial folder. Raises ValueError if its model cannot be trained or cannot read the policy's
-    rows. longest: most tokens of a prompt and its answer."""
+def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None) -> Path:
+    """Returns the critic's initial folder. Raises ValueError if critic or policy cannot be trained from their folders,
+    or if the critic cannot read the policy's tokens."""
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
     if is_quantized(read_hf_config(path)[0]):
@@ -45,8 +46,19 @@ def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: in
             f"{path}: its quantised weights are frozen, so the critic cannot start there; give the folder it was made "
             "from, or the policy's, as --value_checkpoint_path"
         )
-    check_reader("critic", path, policy, longest, args, lower="--max_new_tokens")
+    check_reader("critic", path, policy, args)
+    zero_head = _zero_head(path)
+    if args.shared_base:
+        check_loadable(args.checkpoint_path, args, runtime, new_score=zero_head, lora=lora)
+    else:
+        check_loadable(args.checkpoint_path, args, runtime, lora=lora)
+        check_loadable(path, args, runtime, head="score", new_score=zero_head)
     return path
+
+
+def _zero_head(path: Path) -> Tensor | None:
+    """Returns the critic's initial head if its folder has no scalar head, else None."""
+    return None if has_score_head(path) else torch.zeros(1, ModelConfig.from_hf(path).hidden_size)
 
 
 def critic_note(args, value_path: Path) -> str:
@@ -59,9 +71,7 @@ def load_with_critic(
     args, mesh: DeviceMesh, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None, value_path: Path
 ) -> tuple[Transformer, Transformer, Transformer]:
     """Returns (the model that holds the policy's weights, the policy, the critic)."""
-    zero_head = None
-    if not has_score_head(value_path):
-        zero_head = torch.zeros(1, ModelConfig.from_hf(value_path).hidden_size)
+    zero_head = _zero_head(value_path)
     if args.shared_base:
         base = load_for_training(args.checkpoint_path, mesh, args, runtime, new_score=zero_head, lora=lora)
         policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)

@@ -23,6 +23,7 @@ from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
+    check_loadable,
     clip_grad_norm,
     init_mesh,
     load_for_training,
@@ -58,6 +59,7 @@ def main(args: SftArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
+    check_loadable(args.checkpoint_path, args, runtime, lora=lora)
     train, evaluation, notes = load_rows(args, folder, encode_sft_file, describe)
     if args.pack:
         train = PackedRows(train, folder.max_seq_len)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.chats import Chat
-from models.checkpoint import Folder, model_folder, open_folder
+from models.checkpoint import Folder, WeightFiles, model_config, model_folder, open_folder
 from models.checksums import check_files
 from models.common import Runtime, flag, refuse_idle
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
-from models.quantize import GroupSizeArgs, check_scheme, choose_scheme
+from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
 from models.records import encode_generated
 from models.reward import RewardKind, read_reward_kind
 from training.prompts import Prompts
@@ -81,6 +81,16 @@ class Frozen(NamedTuple):
         notes["reward"] += f", {self.reward_scheme}" if self.reward_scheme else ""
         return notes
 
+    def check_prompts(self, data: Prompts) -> None:
+        """Raises ValueError if a model's context is too short for the policy's rows, or if the reward model cannot read
+        a chat."""
+        if self.reference is not None:
+            check_context("reference", self.reference, data.longest, lower="--max_new_tokens")
+        if self.reward and self.reward.same_tokenizer:
+            check_context("reward model", self.reward.folder.path, data.longest, lower="--max_new_tokens")
+        if self.reward:
+            check_chats(self.reward, data)
+
     def load(
         self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
     ) -> tuple[Transformer | None, Transformer | None]:
@@ -137,7 +147,7 @@ def check_rl_flags(args) -> None:
         refuse_idle(args, "without an --eval_prompt_file", *names)
 
 
-def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, reference: bool = True) -> Frozen:
+def open_frozen(args, policy: Folder, runtime: Runtime, *, reference: bool = True) -> Frozen:
     """Opens the folders of the frozen models. Raises ValueError if one is unsuitable. reference: whether the run has a
     reference."""
     path, ref_scheme, reward, reward_scheme = args.ref_path if reference else None, None, None, None
@@ -151,12 +161,10 @@ def open_frozen(args, policy: Folder, data: Prompts, runtime: Runtime, *, refere
         refuse_idle(args, f"beside {args.reward_checkpoint_path}, which scores whole answers", "process_reward")
 
     if reference:
-        check_reader("reference", path, policy, data.longest, args, lower="--max_new_tokens")
+        check_reader("reference", path, policy, args)
         ref_scheme = frozen_scheme(path, "quantize_ref", args, runtime)
     if reward and reward.same_tokenizer:
-        check_reader("reward model", reward.folder.path, policy, data.longest, args, lower="--max_new_tokens")
-    if reward:
-        check_chats(reward, data)
+        check_reader("reward model", reward.folder.path, policy, args)
     return Frozen(path, ref_scheme, reward, reward_scheme)
 
 
@@ -198,17 +206,16 @@ def check_chats(reward: RewardFolder, data: Prompts) -> None:
 
 def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | None:
     """Returns how to quantise a frozen model, from the flag of this name (such as quantize_ref) or from the folder
-    itself. Raises ValueError if that is not supported here."""
+    itself. Raises ValueError if that is not supported here, or if the folder holds another kind of model."""
     mode, tp_size = getattr(args, name), args.tensor_parallel_size
     scheme = choose_scheme(path, mode, args.group_size if mode == "int4" else None, f"--{name}", tp_size)
-    if scheme is not None:
-        check_scheme(scheme, ModelConfig.from_hf(path), runtime.device, runtime.dtype, tp_size)
+    head = "score" if name == "quantize_reward" else "lm"
+    check_runnable(WeightFiles(path), model_config(path), scheme, runtime, tp_size, head)
     return scheme
 
 
-def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, lower: str) -> None:
-    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag to lower for shorter
-    rows."""
+def check_reader(name: str, path: Path, policy: Folder, args) -> None:
+    """Raises ValueError unless the model in a folder can read the policy's tokens."""
     check_files(path)
     config = ModelConfig.from_hf(path)
     config.check_divisible(args.tensor_parallel_size)
@@ -217,6 +224,12 @@ def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, l
             f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary: {config.vocab_size} "
             f"tokens instead of {policy.config.vocab_size}"
         )
+
+
+def check_context(name: str, path: Path, longest: int, *, lower: str) -> None:
+    """Raises ValueError unless the model in a folder can read rows of `longest` tokens. lower: the flag to lower for
+    shorter rows."""
+    config = ModelConfig.from_hf(path)
     if config.max_position_embeddings < longest:
         raise ValueError(
             f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "

@@ -94,8 +94,8 @@ def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
     stops_of(args.stop or (), folder.tokenizer)
     if not folder.eos_token_ids:
         raise ValueError(f"{folder.path}: no EOS token, so no answer would ever end")
-    limits, found, notes = prompt_limits(args, folder.config), {}, {}
-    for name, path in (("prompts", args.prompt_file), ("held out", args.eval_prompt_file)):
+    limits, found, notes = prompt_limits(args, folder.config), {}, {"prompts": ""}
+    for name, path in (("held out", args.eval_prompt_file), ("prompts", args.prompt_file)):  # the shorter first
         found[name], counts = load_prompts(path, folder.tokenizer, limits) if path else ([], EncodingCounts())
         notes[name] = f"{len(found[name]):,}{counts}"
     longest = max(len(prompt.ids) for prompts in found.values() for prompt in prompts) + args.max_new_tokens

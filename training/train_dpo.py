@@ -31,6 +31,7 @@ from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
+    check_loadable,
     clip_grad_norm,
     frozen_dtype,
     init_mesh,
@@ -49,7 +50,7 @@ from models.rows import Rows
 from models.shared_base import as_reference
 from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, training_batches
-from training.frozen import ReferenceArgs, check_reader, check_reference_flags, frozen_scheme
+from training.frozen import ReferenceArgs, check_context, check_reader, check_reference_flags, frozen_scheme
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
 from training.optim import OptimArgs, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file
@@ -84,7 +85,9 @@ def main(args: DpoArgs) -> None:
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     own_reference = args.ref_checkpoint_path is None and args.loss not in REFERENCE_FREE and not args.precompute_ref
     lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
-    check_reader("reference", args.ref_path, folder, folder.max_seq_len, args, lower="--max_seq_len")
+    check_loadable(args.checkpoint_path, args, runtime, lora=lora)
+    check_reader("reference", args.ref_path, folder, args)
+    check_context("reference", args.ref_path, folder.max_seq_len, lower="--max_seq_len")
     ref_scheme = frozen_scheme(args.ref_path, "quantize_ref", args, runtime)
     train, evaluation, notes = load_rows(args, folder, encode_pair_file, describe)
     total_steps = args.total_steps(len(train))

@@ -40,6 +40,7 @@ from models.common import (
 )
 from models.fsdp import (
     ParallelArgs,
+    check_loadable,
     clip_grad_norm,
     init_mesh,
     load_for_training,
@@ -110,9 +111,11 @@ def main(args: GrpoArgs) -> None:
     folder = open_folder(args.checkpoint_path, None, args.tensor_parallel_size, today=run.today)
     own_reference = args.beta > 0 and args.ref_checkpoint_path is None
     lora = choose_lora(args, args.checkpoint_path, runtime, with_reference=own_reference)
+    check_loadable(args.checkpoint_path, args, runtime, lora=lora)
     functions = load_reward_functions(args)
+    frozen = open_frozen(args, folder, runtime, reference=args.beta > 0)
     data = load_prompt_files(args, folder)
-    frozen = open_frozen(args, folder, data, runtime, reference=args.beta > 0)
+    frozen.check_prompts(data)
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)

@@ -51,7 +51,7 @@ from models.reward import scalar_head_config
 from models.shared_base import as_reference
 from training.critic import CriticArgs, check_critic_flags, choose_critic, critic_note, load_with_critic
 from training.divergence import Divergence, DivergenceArgs
-from training.frozen import ReferenceArgs, check_rl_flags, open_frozen
+from training.frozen import ReferenceArgs, check_context, check_rl_flags, open_frozen
 from training.losses import (
     adapted_kl_coef,
     gae,
@@ -123,9 +123,11 @@ def main(args: PpoArgs) -> None:
     own_reference = args.ref_checkpoint_path is None
     lora = choose_lora(args, args.checkpoint_path, runtime, with_critic=args.shared_base, with_reference=own_reference)
     functions = load_reward_functions(args)
+    frozen = open_frozen(args, folder, runtime)
+    value_path = choose_critic(args, folder, runtime, lora, frozen.reward)
     data = load_prompt_files(args, folder)
-    frozen = open_frozen(args, folder, data, runtime)
-    value_path = choose_critic(args, folder, frozen.reward, data.longest)
+    frozen.check_prompts(data)
+    check_context("critic", value_path, data.longest, lower="--max_new_tokens")
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size, args.dp_replicate)
     split = Split(micro_batch_size, mesh["dp"], folder.pad_token_id, args.max_tokens_per_micro_batch, run.stop.check)

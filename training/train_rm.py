@@ -29,6 +29,7 @@ from models.dropout import new_dropout
 from models.forward import forward_rows
 from models.fsdp import (
     ParallelArgs,
+    check_loadable,
     clip_grad_norm,
     init_mesh,
     load_for_training,
@@ -86,9 +87,10 @@ def main(args: RmArgs) -> None:
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, today=run.today)
     lora = choose_lora(args, args.checkpoint_path, runtime)
-    train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
+    check_loadable(args.checkpoint_path, args, runtime, head="score", new_score=new_score, lora=lora)
+    train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
 

@@ -344,7 +344,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "repetition_penalty": (("--prompt", "a", "--repetition_penalty", "0"), ("--repetition_penalty", "> 0")),
     "unknown flag": (("--prompt", "a", "--beam_size", "4"), ("--beam_size",)),
     "abbreviated flag": (("--prompt", "a", "--temp", "0"), ("--temp",)),
-    "fp8 on a CPU": (("--prompt", "a", "--quantize", "fp8"), ("fp8", "int8")),
+    "fp8 on a CPU": (("--prompt_file", "nowhere.jsonl", "--quantize", "fp8"), ("fp8", "int8")),
     "int4 groups": (
         ("--prompt", "a", "--quantize", "int4"),
         ("no group size divides", "intermediate_size 112", "take int8"),
@@ -464,11 +464,12 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
 def test_bad_folders(folder, tmp_path, case):
-    """Catches a broken folder that runs with wrong results, or an error that does not name the file, key or tensor."""
+    """Catches a broken folder that runs with wrong results, an error that does not name the file, key or tensor, and one
+    that comes only after the prompts were read."""
     model = shutil.copytree(folder, tmp_path / "model")
     damage, parts = FOLDER_CASES[case]
     damage(model)
-    result = generate(model, "--prompt", "a", "--output_file", tmp_path / "new" / "out.jsonl")
+    result = generate(model, "--prompt_file", "nowhere.jsonl", "--output_file", tmp_path / "new" / "out.jsonl")
     tiny.assert_refused(result, *parts)
     assert not (tmp_path / "new").exists()
 

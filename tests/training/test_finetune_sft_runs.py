@@ -389,6 +389,7 @@ BAD_FOLDERS = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights here"]),
     "truncated weights": (lambda f: cut(f / "model.safetensors", 5000), ["model.safetensors: truncated"]),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
+    "EOS": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ""}'), ["eos_token_id must be"]),
     "broken tokenizer": (lambda f: cut(f / "tokenizer.model", 999), ["tokenizer.model: not a usable tokenizer.model"]),
 }
 BAD_CONFIGS = {
@@ -408,12 +409,17 @@ BAD_WEIGHTS = {
         lambda w: w.update({"lm_head.weight": torch.ones(384, 63)}),
         ["lm_head.weight is [384, 63], should be [384, 64]"],
     ),
+    "a reward model's": (
+        lambda w: w.update({"score.weight": w.pop("lm_head.weight")[:1]}),
+        ["a reward model (score.weight), and here goes a language model's folder"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", [*BAD_FOLDERS, *BAD_CONFIGS, *BAD_WEIGHTS])
-def test_bad_model_folders(name, folder, train_file, tmp_path):
-    """Catches a library's traceback, an error that does not name the file, key or tensor, and output left behind."""
+def test_bad_model_folders(name, folder, tmp_path):
+    """Catches a library's traceback, an error that does not name the file, key or tensor, or that comes only after the
+    records were read, and output left behind."""
     source, change_weights, config = tmp_path / "in", None, {}
     if name in BAD_CONFIGS:
         config, parts = BAD_CONFIGS[name]
@@ -423,7 +429,8 @@ def test_bad_model_folders(name, folder, train_file, tmp_path):
     if name in BAD_FOLDERS:
         damage, parts = BAD_FOLDERS[name]
         damage(source)
-    tiny.assert_refused(tiny.run(SCRIPT, *flags(source, train_file, tmp_path / "out")), str(source), *parts)
+    result = tiny.run(SCRIPT, *flags(source, tmp_path / "nowhere.jsonl", tmp_path / "out"))
+    tiny.assert_refused(result, str(source), *parts)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -440,7 +447,10 @@ BAD_FLAGS = {
     "no eval file": ({"eval_file": "nowhere.jsonl"}, ["nowhere.jsonl: no such file"]),
     "device": ({"device": "cuda:99"}, ["--device cuda:99: there is no such GPU"]),
     "replicas": ({"dp_replicate": 2}, ["--dp_replicate 2 does not divide the 1 data-parallel ranks"]),
-    "offload to itself": ({"cpu_offload": True}, ["--cpu_offload", "this run is on the CPU"]),
+    "offload to itself": (
+        {"cpu_offload": True, "train_file": "nowhere.jsonl"},
+        ["--cpu_offload", "this run is on the CPU"],
+    ),
     "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),

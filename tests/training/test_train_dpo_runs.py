@@ -215,7 +215,7 @@ def test_bad_input(name, folder, train_file, tmp_path):
 
 def test_reference_that_does_not_fit(folder, train_file, tmp_path):
     """Catches a reference with another vocabulary, a shorter context, broken weights or an edited file, or that cannot
-    be sharded as the policy is."""
+    be sharded as the policy is, and an error that comes only after the pairs were read."""
     tiny.write_model(tmp_path / "vocabulary", vocab_size=400)
     tiny.write_model(tmp_path / "context", max_position_embeddings=32)
     copy_with(folder, tmp_path / "weights", lambda w: w.pop("model.norm.weight"))
@@ -224,9 +224,9 @@ def test_reference_that_does_not_fit(folder, train_file, tmp_path):
         file.write("\n")
     parts = {"vocabulary": "400", "context": "32 tokens; lower --max_seq_len", "weights": "missing tensors"}
     for name, part in (parts | {"edited": "config.json: is damaged or was edited"}).items():
-        args = flags(folder, train_file, tmp_path / "out", ref_checkpoint_path=tmp_path / name)
+        args = flags(folder, "nowhere.jsonl", tmp_path / "out", ref_checkpoint_path=tmp_path / name)
         tiny.assert_refused(tiny.run(SCRIPT, *args), str(tmp_path / name), part)
         assert not (tmp_path / "out").exists()
     args = types.SimpleNamespace(tensor_parallel_size=4)
     with pytest.raises(ValueError, match="tensor_parallel_size 4"):
-        check_reader("reference", folder, open_folder(folder), 1, args, lower="")
+        check_reader("reference", folder, open_folder(folder), args)

@@ -342,7 +342,11 @@ BAD_FLAGS = {
     "negative KL": ({"beta": -0.1}, ["--beta"]),
     "reference without a KL": ({"ref_checkpoint_path": "{world}/lm"}, ["--ref_checkpoint_path", "without a --beta"]),
     "quantised reference without a KL": ({"quantize_ref": "int8"}, ["--quantize_ref int8", "without a --beta"]),
-    "other reference": ({"ref_checkpoint_path": "{world}/odd", "beta": 1}, ["odd: a reference", "another vocabulary"]),
+    "other reference": (
+        {"ref_checkpoint_path": "{world}/odd", "beta": 1, "prompt_file": "nowhere.jsonl"},
+        ["odd: a reference", "another vocabulary"],
+    ),
+    "offload to itself": ({"cpu_offload": True, "prompt_file": "nowhere.jsonl"}, ["--cpu_offload", "on the CPU"]),
     "delta": ({"delta": 0.9}, ["--delta"]),
     "delta of cispo": ({"delta": 2, "loss_type": "cispo"}, ["--delta", "cispo"]),
     "epsilon": ({"epsilon": 0}, ["--epsilon"]),

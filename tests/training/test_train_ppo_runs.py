@@ -135,6 +135,7 @@ def test_gradient_not_finite(folder, world, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- bad input
 
 FN = "{world}/fn.py"
+UNREAD = {"prompt_file": "nowhere.jsonl"}  # what is found before the prompts are read
 BAD_FLAGS = {
     "no reward": ({"reward_fn": None}, ["nothing to learn from", "--reward_fn"]),
     "no such file": ({"reward_fn": "nowhere.py:reward"}, ["--reward_fn nowhere.py:reward", "no file"]),
@@ -152,12 +153,12 @@ BAD_FLAGS = {
     "no time": ({"reward_timeout": 0}, ["--reward_timeout", "> 0"]),
     "no workers": ({"reward_workers": 0}, ["--reward_workers", ">= 1"]),
     "no memory": ({"reward_memory": 0}, ["--reward_memory", "> 0"]),
-    "no score head": ({"reward_checkpoint_path": "{world}/lm"}, ["not a reward model", "no score.weight"]),
+    "no score head": ({"reward_checkpoint_path": "{world}/lm", **UNREAD}, ["not a reward model", "no score.weight"]),
     "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),
     "micro batch": ({"micro_batch_size": 5}, ["--micro_batch_size 5", "--minibatch_size 3"]),
     "int4 groups of the reference": (
-        {"quantize_ref": "int4"},
+        {"quantize_ref": "int4", **UNREAD},
         ["--quantize_ref int4: no group size divides", "intermediate_size 112"],
     ),
     "int4 groups of the reward": (
@@ -190,8 +191,10 @@ BAD_FLAGS = {
     "dual clip": ({"dual_clip": 0.5}, ["--dual_clip"]),
     "nothing to adapt": ({"kl_target": 1, "kl_coef": 0}, ["--kl_target 1.0", "--kl_coef of 0"]),
     "whitened beside the KL": ({"kl_in": "loss", "whiten_rewards": True}, ["--whiten_rewards", "--kl_in loss"]),
-    "other reference": ({"ref_checkpoint_path": "{world}/odd"}, ["odd: a reference", "another vocabulary"]),
-    "other critic": ({"value_checkpoint_path": "{world}/odd"}, ["odd: a critic", "another vocabulary"]),
+    "other reference": ({"ref_checkpoint_path": "{world}/odd", **UNREAD}, ["odd: a reference", "another vocabulary"]),
+    "other critic": ({"value_checkpoint_path": "{world}/odd", **UNREAD}, ["odd: a critic", "another vocabulary"]),
+    "reference with a score": ({"ref_checkpoint_path": "{world}/rm", **UNREAD}, ["rm: a reward model (score.weight)"]),
+    "offload to itself": ({"cpu_offload": True, **UNREAD}, ["--cpu_offload", "this run is on the CPU"]),
     "short critic": ({"value_checkpoint_path": "{world}/short"}, ["short: a critic reads rows of", "context is 16"]),
     "short reward model": (
         {"reward_checkpoint_path": "{world}/short_rm", "value_checkpoint_path": "{world}/rm"},
@@ -247,10 +250,10 @@ BAD_PROMPTS = {
 @pytest.mark.parametrize("which", ["prompt_file", "eval_prompt_file"])
 @pytest.mark.parametrize("name", BAD_PROMPTS)
 def test_bad_prompts(name, which, folder, world, tmp_path):
-    """Catches an error without file and line."""
+    """Catches an error without file and line, and one about held-out prompts that comes after the others were read."""
     content, complaint = BAD_PROMPTS[name]
     (tmp_path / "prompts.jsonl").write_text(content)
-    given = {which: tmp_path / "prompts.jsonl"}
+    given = {**UNREAD, which: tmp_path / "prompts.jsonl"}
     tiny.assert_refused(tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given)), complaint)
     assert not (tmp_path / "out").exists()
 

@@ -121,6 +121,7 @@ def main(args: GenerateArgs) -> None:
         known_tokens=source.most_tokens if work.total else 1,
         most_tokens=folder.max_seq_len if source.is_large else 0,  # of a large file not all lengths are known
         prefill_tokens=args.prefill_tokens,
+        compile=runtime.compile,
     )
     engine = Engine(
         model,

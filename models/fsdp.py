@@ -242,9 +242,9 @@ def check_loadable(
     new_score: Tensor | None = None,
     lora: Lora | None = None,
 ) -> None:
-    """Raises the errors of load_for_training early, before data are tokenised: ValueError for args.cpu_offload on a CPU,
-    for a folder with the tensors of another kind of model (such as a reward model in place of a language model), and
-    for a reward model's adapters on a language model. Reads only the headers of the weight files."""
+    """Raises load_for_training's errors early, before data are tokenised: ValueError for args.cpu_offload on a CPU, for
+    a folder with the tensors of another kind of model (such as a reward model in place of a language model), and for a
+    reward model's adapters on a language model. Reads only the headers of the weight files."""
     model, given, integers = _build(folder, args, runtime, Parallel(), head, new_score, lora)
     check_tensors(model, WeightFiles(folder), given, integers)
 

@@ -33,12 +33,14 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def page_bytes(model: Transformer) -> int:
-    """Bytes of a page of the cache, over all layers, on this tp rank. A CPU keeps keys in fp32."""
+def page_bytes(model: Transformer, *, compile: bool = False) -> int:
+    """Bytes of a page of the cache, over all layers, on this tp rank. A CPU keeps keys in fp32, and a compiled engine
+    there values too (CPUCache and PagedCache)."""
     config, size = model.config, model.dtype.itemsize
-    of_key = 4 if model.embed_tokens.weight.device.type == "cpu" else size
+    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+    of_key, of_value = 4 if on_cpu else size, 4 if on_cpu and compile else size
     heads = config.num_key_value_heads // size_of(model.parallel.tp)
-    return config.num_hidden_layers * PAGE * heads * config.head_dim * (of_key + size)
+    return config.num_hidden_layers * PAGE * heads * config.head_dim * (of_key + of_value)
 
 
 def plan_cache(
@@ -51,20 +53,21 @@ def plan_cache(
     most_tokens: int,
     prefill_tokens: int,
     reserved: int = 0,
+    compile: bool = False,
 ) -> CachePlan:
     """Plans the rows and pages of an inference copy that is in memory. A collective of the tensor-parallel ranks.
 
     num_slots: None for as many as memory holds if sequences have usual_tokens; if pages run out all the same, the
     engine preempts samples and prefills them again. known_tokens, most_tokens: the length of the longest known
-    sequence, and of the longest possible one. reserved: bytes of the free memory that are for other uses. Raises
-    ValueError if the longest known sequence does not fit.
+    sequence, and of the longest possible one. reserved: bytes of the free memory that are for other uses. compile:
+    whether the engine is compiled. Raises ValueError if the longest known sequence does not fit.
     """
     device, tp, config = model.embed_tokens.weight.device, model.parallel.tp, model.config
     size = model.dtype.itemsize
     most_slots = max(1, min(num_slots or MOST_SLOTS[device.type], num_requests))
     columns = most_columns(config.vocab_size, tp)
     widths = 8 * config.hidden_size + 4 * config.intermediate_size // size_of(tp)
-    longest, of_page = max(known_tokens, most_tokens), page_bytes(model)
+    longest, of_page = max(known_tokens, most_tokens), page_bytes(model, compile=compile)
     prefill_tokens = min(prefill_tokens, most_slots * longest)  # the rows together hold no more
     beside = size * prefill_tokens * widths + 6 * 4 * most_slots * columns  # a block's tensors, and those of sampling
     contexts = min(max(CONTEXTS * prefill_tokens, known_tokens), most_slots * longest)

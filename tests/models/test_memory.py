@@ -20,8 +20,10 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     refused because its whole context, which no request must have, would take too much memory to gather."""
     model = to_inference(load_model(folder), pack=False)
     of_page = page_bytes(model)
-    cache = Engine(model, SamplingParams(), num_slots=1, max_seq_len=64).rows.cache
-    assert of_page == 64 * cache.bytes_per_token
+    for dtype in (torch.bfloat16, torch.float32):
+        for compile in (False, True):
+            engine = Engine(model.to(dtype), SamplingParams(), num_slots=1, max_seq_len=64, compile=compile)
+            assert page_bytes(model, compile=compile) == 64 * engine.rows.cache.bytes_per_token
     config = model.config
     of_block = 4 * 128 * (8 * config.hidden_size + 4 * config.intermediate_size) + 6 * 4 * 16 * config.vocab_size
     of_token = of_page // 64 // config.num_hidden_layers  # keys and values, and their repetition for all heads

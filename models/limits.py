@@ -16,19 +16,20 @@ def available_memory(root: Path = ROOT) -> int:
     """Bytes that this process can still allocate; in a control group, with its pages of files that the kernel gives up
     first: inactive ones, and active ones that no process maps. 4 GiB if the system does not tell."""
     names = {
-        1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
-        2: ("max", "current", "inactive_file", "active_file", "file_mapped"),
+        1: ("usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
+        2: ("current", "inactive_file", "active_file", "file_mapped"),
     }
     info = root / "proc/meminfo"
     lines = info.read_text().splitlines() if info.is_file() else []
     left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or [4 * 2**30]
     for version, group in _groups("memory", root):
-        limit, usage, *pages = names[version]
-        with contextlib.suppress(OSError, ValueError):
-            most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
-            stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-            idle, active, mapped = (int(stat.get(name, 0)) for name in pages)
-            left.append(max(0, most - used + idle + max(0, active - mapped)))
+        usage, *pages = names[version]
+        for limit in ("limit_in_bytes",) if version == 1 else ("max", "high"):  # above high a process is slowed down
+            with contextlib.suppress(OSError, ValueError):
+                most, used = (int((group / f"memory.{name}").read_text()) for name in (limit, usage))
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                idle, active, mapped = (int(stat.get(name, 0)) for name in pages)
+                left.append(max(0, most - used + idle + max(0, active - mapped)))
     return min(left)
 
 

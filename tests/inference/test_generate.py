@@ -464,7 +464,7 @@ FOLDER_CASES = {  # name: (what is done to a good folder, what the message names
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
 def test_bad_folders(folder, tmp_path, case):
-    """Catches a broken folder that runs with wrong results, an error that does not name the file, key or tensor, and one
+    """Catches a broken folder that runs with wrong results, and an error that does not name the file, key or tensor, or
     that comes only after the prompts were read."""
     model = shutil.copytree(folder, tmp_path / "model")
     damage, parts = FOLDER_CASES[case]

@@ -36,8 +36,9 @@ VERSION_1 = "9:cpu,cpuacct:/docker/abc\n8:cpuset:/cpus\n4:hugetlb,memory:/docker
 
 
 def test_memory(tmp_path, group):
-    """Catches slots planned by the host's memory where a container or a job has less, and is killed for more: both
-    versions of control groups, a limit of the group itself or of one above it, a path that only the host knows."""
+    """Catches slots planned by the host's memory where a container or a job has less, and is killed or throttled for
+    more: both versions of control groups, a limit of the group itself or of one above it, a path that only the host
+    knows."""
 
     def left(groups: str) -> int:
         return limits.available_memory(process(tmp_path, groups))
@@ -52,6 +53,10 @@ def test_memory(tmp_path, group):
     group("job:1", memory__stat="inactive_file 50\nactive_file 35\nfile_mapped 36")
     assert left("0::/job:1/step\n") == 750
     assert left("0::/elsewhere\n") == left("0::/\n") == HOST
+    group("job:1/step", memory__high=600)  # above which it would be slowed down until it gives memory back
+    assert left("0::/job:1/step\n") == 510
+    group("job:1/step", memory__high="max")
+    assert left("0::/job:1/step\n") == 750
     group("job:1/step", memory__max=400, memory__current=500)
     assert left("0::/job:1/step\n") == 0
     group("", memory__max=600, memory__current=100)  # within a container, whose group is all there is

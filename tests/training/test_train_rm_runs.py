@@ -90,8 +90,8 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
 def test_bad_model_folders(name, folder, tmp_path):
-    """Catches a classifier of another shape taken for a reward model, one of two heads chosen for the user, and an error
-    that comes only after the records were read."""
+    """Catches a classifier of another shape taken for a reward model, one of two heads chosen for the user, and an
+    error that comes only after the records were read."""
     changed, parts = BAD_WEIGHTS[name]
     source = with_weights(folder, tmp_path / "in", **changed)
     tiny.assert_refused(tiny.run(SCRIPT, *flags(source, "nowhere.jsonl", tmp_path / "out", max_steps=0)), *parts)

@@ -136,11 +136,14 @@ def main(args: GenerateArgs) -> None:
     stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     unread = settings_not_taken(args.checkpoint_path, args)
+    are_equal = args.num_samples > 1 and args.temperature == 0
     rows = {
         "model": f"{folder}, {scheme}" if scheme else folder,
         "device": runtime,
         "ranks": f"dp {mesh['dp'].size()} x tp {mesh['tp'].size()}",
-        "work": f"{work.total:,} samples to draw" + f", {num_done:,} done before" * bool(num_done),
+        "work": f"{work.total:,} samples to draw"
+        + f", {num_done:,} done before" * bool(num_done)
+        + ", those of a prompt are equal at --temperature 0" * are_equal,
         "stop tokens": folder.stop_tokens(),
         **({"not taken": f"{unread}, of generation_config.json; the flags count"} if unread else {}),
         "batch": plan.note + ", on each dp rank" * (mesh["dp"].size() > 1),

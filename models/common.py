@@ -123,7 +123,9 @@ def refuse_idle(args, why: str, *names: str) -> None:
     """Raises ValueError if one of these flags is given, since it would have no effect; names the first one."""
     for each in flags_of(type(args)):
         if each.name in names and getattr(args, each.name) != each.default:
-            raise ValueError(f"--{each.name} {getattr(args, each.name)} does nothing {why}")
+            value = getattr(args, each.name)
+            shown = f"--{'no-' * (not value)}{each.name}" if isinstance(value, bool) else f"--{each.name} {value}"
+            raise ValueError(f"{shown} does nothing {why}")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -31,6 +31,9 @@ MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; objects 
     .* \} \s* \] \s*""",
     re.DOTALL | re.VERBOSE,
 )
+# The words of generate.py and other engines for how an answer ended, and whether the answer is complete then.
+FINISHED = dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "tool_use"), True)
+FINISHED |= dict.fromkeys(("length", "max_tokens", "max_new_tokens", "abort", "content_filter"), False)
 KINDS = {  # JSON's names for Python's types
     type(None): "null",
     bool: "a boolean",
@@ -76,6 +79,14 @@ def refuse_messages_as_text(name: str, value: object) -> None:
     plain text."""
     if isinstance(value, str) and MESSAGES_AS_TEXT.fullmatch(value):
         raise ValueError(f"{name} is a list of messages as text; give the list itself")
+
+
+def is_finished(reason: object) -> bool:
+    """Whether a sample with this finish_reason is complete, not cut off by a limit. Raises ValueError for an unknown
+    one: no EOS may be learnt behind an answer that was cut off."""
+    if not isinstance(reason, str) or reason.lower() not in FINISHED:
+        raise ValueError(f"finish_reason must be stop or length, or be left out, not {ascii(reason)[:60]}")
+    return FINISHED[reason.lower()]
 
 
 def unreadable(path: Path, reason: str) -> str:

@@ -24,7 +24,7 @@ from models.checkpoint import Folder
 from models.common import short_bar
 from models.packing import groups_of_ranks
 from models.parts import ids_of_parts
-from models.record_files import Record, chunks_of, kind_of, records_of, refuse_messages_as_text
+from models.record_files import Record, chunks_of, is_finished, kind_of, records_of, refuse_messages_as_text
 from models.tokenizer import Tokenizer
 from models.transfer import to_device
 
@@ -357,8 +357,8 @@ def is_drawn(record: Record) -> bool:
 def get_answer(record: Record, *, steps: bool) -> str | list:
     """The answer to the record's prompt: text or a list of messages; with steps, text or a list of steps."""
     if is_sample(record):
-        reason, answer = record.fields["finish_reason"], get_field(record, "output")
-        require(reason in ("stop", "length"), f"finish_reason must be stop or length, not {ascii(reason)[:60]}")
+        is_finished(record.fields["finish_reason"])  # raises ValueError for an unknown one
+        answer = get_field(record, "output")
         require(isinstance(answer, str), f"output must be text, not {kind_of(answer)}")
         return answer
     if steps and "completions" in record.given:
@@ -373,7 +373,7 @@ def encode_sample(record: Record, tokenizer: Tokenizer) -> Encoded:
     out of tokens; counts)"""
     prompt, answer = get_prompt(record), get_answer(record, steps=False)
     example, counts = _answered(prompt, answer, tokenizer)
-    end = ids_at_the_end(prompt, tokenizer) if record.fields["finish_reason"] == "stop" else []
+    end = ids_at_the_end(prompt, tokenizer) if is_finished(record.fields["finish_reason"]) else []
     return example.ended(end), counts
 
 

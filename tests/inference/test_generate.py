@@ -139,7 +139,9 @@ def test_standard_output_is_clean_jsonl(folder):
     """Catches the run's card or progress bars on standard output, among the samples."""
     result = generate(folder, "--prompt", "1 plus 2", "--num_samples", 5)
     assert keys(lines_of(result)) == [(0, s) for s in range(5)]
-    assert "tok/s" in result.stderr and "model" in result.stderr
+    assert "tok/s" in result.stderr and "model" in result.stderr and "are equal" not in result.stderr
+    greedy = generate(folder, "--prompt", "1 plus 2", "--num_samples", 2, "--temperature", 0)
+    assert len({line["output"] for line in lines_of(greedy)}) == 1 and "are equal at --temperature 0" in greedy.stderr
 
 
 def test_standard_output_of_another_encoding_that_is_closed(folder, tmp_path):

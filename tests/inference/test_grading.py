@@ -137,7 +137,7 @@ GOOD = '{"prompt": "a", "completion": "b", "n": 1}\n'
 BAD = {  # name: (content of the data file, flags, what the message names)
     "no source": (GOOD, ("--grader", None), ("--checkpoint_path", "--grader")),
     "two sources": (GOOD, ("--checkpoint_path", "rm"), ("give either --checkpoint_path",)),
-    "best of n": (GOOD, ("--best_of_n",), ("--best_of_n True does nothing beside a --grader",)),
+    "best of n": (GOOD, ("--best_of_n",), ("--best_of_n does nothing beside a --grader",)),
     "quantize": (GOOD, ("--quantize", "int8"), ("--quantize int8 does nothing beside a --grader",)),
     "overlong": (GOOD, ("--overlong", "skip"), ("--overlong skip does nothing beside a --grader",)),
     "no file": (GOOD, ("--grader", "nowhere.py:one"), ("--grader nowhere.py:one", "no file")),

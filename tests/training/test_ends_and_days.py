@@ -83,6 +83,8 @@ def test_samples_are_learnt_as_they_were_drawn(tmp_path):
         assert learnt == line["output"] + end
         assert encode_pointwise_record(Record("x", line), tokenizer)[0].input_ids == row.input_ids
         assert encode_sft_record(Record("x", {**line, "output": line["output"] + end}), tokenizer)[0] == row
+        theirs = {"stop": "eos_token", "length": "MAX_TOKENS"}[line["finish_reason"]]  # as TGI's and Gemini's have it
+        assert encode_sft_record(Record("x", {**line, "finish_reason": theirs}), tokenizer)[0] == row
     answer = CHAT["messages"][1:]
     for fields in ({**CHAT, "output": "b"}, {"prompt": asked, "output": answer}):
         learnt, _ = encode_sft_record(Record("x", {**fields, "finish_reason": "stop"}), tokenizer)

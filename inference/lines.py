@@ -43,12 +43,16 @@ def refuse_occupied(output_file: Path) -> None:
 
 
 def _check_place(output_file: Path) -> None:
-    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device; OSError for a folder that cannot
-    be written."""
+    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device, the file that standard output or
+    error goes to; OSError for a folder that cannot be written."""
     check_writable(output_file.parent, f"--output_file {output_file}")
     if output_file.exists() and not output_file.is_file():
         kind = "a folder" if output_file.is_dir() else "no regular file, which --resume could go on with"
         raise ValueError(f"--output_file {output_file}: is {kind}; name a file")
+    for number, name in enumerate(("output", "error"), start=1) if output_file.exists() else ():
+        if os.path.samestat(output_file.stat(), os.fstat(number)):  # accept_any_text has opened those that were closed
+            what = f"is where standard {name} goes, with what is said of the run"
+            raise ValueError(f"--output_file {output_file}: {what}; name another file")
 
 
 def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:

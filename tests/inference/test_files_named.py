@@ -8,6 +8,8 @@ import pytest
 from inference.lines import LineWriter, read_begun, refuse_occupied, write_lines
 from models.checkpoint import open_folder
 from models.model import ModelConfig
+from tests import tiny
+from tests.forked import Forked
 
 
 def test_a_full_disk_names_the_file(tmp_path):
@@ -35,6 +37,20 @@ def test_an_output_that_cannot_be_written(tmp_path):
     denied = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError(errno.EACCES, "Permission denied"))
     with denied, pytest.raises(OSError, match=r"out\.jsonl: .* cannot be written: Permission denied$"):
         refuse_occupied(tmp_path / "out.jsonl")
+
+
+def test_lines_where_standard_output_goes(folder, tmp_path):
+    """Catches lines in the file to which a shell has sent what is said of the run, which are refused when the model is
+    loaded, as another run's, or written over each other."""
+    process = Forked(
+        "inference/generate.py", "--checkpoint_path", folder, "--prompt", "a", "--output_file", "/dev/stdout"
+    )
+    printed, errors = process.communicate()
+    result = tiny.Result(process.returncode, printed, errors)
+    tiny.assert_refused(
+        result, "--output_file /dev/stdout: is where standard output goes, with what is said of the run"
+    )
+    assert printed == ""
 
 
 def test_what_is_no_folder(folder, tmp_path, monkeypatch):

@@ -92,8 +92,8 @@ class ParallelArgs(TensorParallelArgs):
     )
     cpu_offload: bool = flag(
         False,
-        help="on GPUs: keep weights, gradients and optimizer state in CPU memory, and run the optimizer step there; the "
-        "frozen models and the inference copy of PPO and GRPO stay on the GPU",
+        help="on GPUs: keep weights, gradients and optimizer state in CPU memory, and run the optimizer step there; "
+        "the frozen models and the inference copy of PPO and GRPO stay on the GPU",
         may_change=True,
     )
     param_dtype: str = flag(

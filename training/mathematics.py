@@ -150,6 +150,8 @@ def _ask(answer: str, gold: str) -> bool:
 
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII to ASCII
 REPLACED = (
+    (r"^\s*\$?\s*\\\$\s*([\d.,!{}\\]*\d)\s*\$?\s*$", r"\1 dollars"),
+    (r"(?<=\d)\s*\u00a2", " cents"),
     (r"(?<![\w'])(?:[nN]egative|[mM]inus)\s+(?=[$\\(]{0,2}\d)", "-"),
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\!|\\displaystyle|\\[bB]igg?[lr]?(?![a-z])|[`\u200b]|\\\$|\$", ""),
     # the power in 2**10; other double stars are Markdown's
@@ -282,7 +284,9 @@ def _read(text: str, depth: int) -> object:
             return Sequence(brackets, tuple(_read(part, depth + 1) for part in parts))
     parts = _parts(text, bracketed=False)
     if len(parts) > 1:
-        return Collection(tuple(_read(part, depth + 1) for part in parts))
+        items = tuple(_read(part, depth + 1) for part in parts)
+        both = len(parts) == 2 and re.search(r"\band\b", text) and all(map(RELATION.search, parts))
+        return (_intersection(*items) if both else None) or Collection(items)
     if RELATION.search(text):
         return _read_inequality(text, depth)
     if "=" in text and not re.search(r"[<>!]|\\(?:le|ge|ne|lt|gt|approx)", text):
@@ -352,6 +356,15 @@ def _read_inequality(text: str, depth: int) -> Named:
     return Named(name, Sequence(("[" if closed[0] else "(") + ("]" if closed[1] else ")"), tuple(bounds)))
 
 
+def _intersection(a: object, b: object) -> Named | None:
+    """x > 2 and x < 3: the interval that is in both; None if there is none, so that both are meant."""
+    if not (isinstance(a, Named) and isinstance(b, Named) and a.name == b.name):
+        return None
+    low = max((x.items[0].values[0], x.brackets[0] == "(", x.items[0]) for x in (a.value, b.value))
+    high = min((x.items[1].values[0], x.brackets[1] == "]", x.items[1]) for x in (a.value, b.value))
+    return Named(a.name, Sequence("[("[low[1]] + ")]"[high[1]], (low[2], high[2]))) if low[0] < high[0] else None
+
+
 def _read_equation(text: str, depth: int) -> object:
     left, _, right = text.rpartition("=")
     name = re.sub(r"[\s{}\\]", "", left)
@@ -374,7 +387,7 @@ def _read_scalar(text: str) -> Scalar:
     if percent:
         return Scalar(_read_scalar(percent[1]).values, percent=True)
     text = re.sub(r"^([-+]?)\s*(?:[\u20ac\u00a3\u00a5\u20b9]|USD\s)", r"\1", text)
-    text = re.sub(r"(?<=\d)\s*[\u20ac\u00a3\u00a5\u20b9\u00a2]$", "", text)
+    text = re.sub(r"(?<=\d)\s*[\u20ac\u00a3\u00a5\u20b9]$", "", text)
     quantity = QUANTITY.fullmatch(text)
     if quantity:
         words = re.findall(r"[A-Za-z]+", quantity[3])

@@ -1,5 +1,5 @@
 r"""training/mathematics.py: right answers written in another form than the record's, and wrong ones that look right.
-The verdicts are math_verify's (0.9) where it reads both; those for degrees and |A| were set by hand. Catches forms
+The verdicts are math_verify's (0.9) where it reads both; those for degrees, |A|, cents and "and" are ours. Catches forms
 compared as text, so that a right answer earns nothing, and parsing so lenient that a wrong one earns a reward."""
 
 import pytest
@@ -50,6 +50,11 @@ RIGHT = [
     (r"9 \text{ m/s}^2", "9"),
     (r"2\sqrt{3} m", r"2\sqrt3"),
     ("1.5e3 m", "1500"),
+    (r"x > 2 \text{ and } x \le 3", "(2,3]"),
+    ("x >= 1 and x > 1", "x > 1"),
+    (r"x<1 \text{ and } x>3", r"(-\infty,1)\cup(3,\infty)"),  # so written by many, and never an empty set
+    (r"\$32,\!348", "32348 dollars"),
+    ("5\u00a2", "5 cents"),
 ]
 WRONG = [
     ("a + d", "b + c"),
@@ -83,6 +88,10 @@ WRONG = [
     (r"\sin 30", "0.5"),
     (r"\sin^{-1} x", r"\frac{1}{\sin x}"),
     (r"{5 \choose 2}", "52"),
+    ("x > 2 and x < 3", "x > 2 or x < 3"),
+    ("x > 2 and x < 3", "[2,3)"),
+    ("5 cents", r"\$5"),
+    ("5\u00a2", r"$\$5$"),
 ]
 
 

@@ -11,7 +11,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from inference.lines import LineWriter, begun_on, encode_line, read_begun, refuse_occupied
+from inference.lines import LineWriter, begun_on, check_begun, encode_line, read_begun, refuse_occupied
 from inference.prompts import PromptArgs, PromptSource, carried_fields
 from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
@@ -100,11 +99,10 @@ def main(args: GenerateArgs) -> None:
     )
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
-    if in_file and not args.resume:
-        on_main(lambda: refuse_occupied(args.output_file))
+    begun = on_main(lambda: begin_file(resolved)) if in_file else {}
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     source = PromptSource(args, folder, args.max_new_tokens)
-    begun, done, num_lines = on_main(lambda: begin_file(resolved, source.num_records))
+    done, num_lines = on_main(lambda: samples_done(args, source.num_records))
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
@@ -161,13 +159,14 @@ def main(args: GenerateArgs) -> None:
     say(end_card(engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
 
 
-def begin_file(args: GenerateArgs, num_records: int) -> tuple[dict, np.ndarray, int]:
-    """(what the output file is begun with; the samples that it has, bool [num_records, num_samples]; its lines): what
-    the main rank finds there."""
-    begun, lines = begun_with(args) if args.output_file is not None else {}, ()
+def begin_file(args: GenerateArgs) -> dict:
+    """What the output file is begun with. Raises ValueError if it has been begun with something else, or is there."""
+    if not args.resume:
+        refuse_occupied(args.output_file)
+    begun = begun_with(args)
     if args.resume:
-        lines = read_begun(args.output_file, args, begun, "generate.py", ("idx", "sample_idx"))
-    return begun, *samples_done(lines, num_records, args.num_samples)
+        check_begun(args.output_file, args, begun)
+    return begun
 
 
 def check_flags(args: GenerateArgs) -> None:
@@ -183,11 +182,12 @@ def check_flags(args: GenerateArgs) -> None:
         raise ValueError("--system is for --chat, which puts prompts through the chat template")
 
 
-def samples_done(lines: Iterable[dict], num_records: int, num_samples: int) -> tuple[np.ndarray, int]:
-    """(which samples these lines are, bool [num_records, num_samples]; how many lines they are). Raises ValueError if
-    one is none of the run's."""
+def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]:
+    """(the samples that the output file has, bool [num_records, num_samples]; its lines). Raises ValueError if one is
+    none of the run's."""
+    num_samples = args.num_samples
     done, num_lines = np.zeros((num_records, num_samples), dtype=bool), 0
-    for line in lines:
+    for line in read_begun(args.output_file, "generate.py", ("idx", "sample_idx")) if args.resume else ():
         idx, sample_idx = line["idx"], line["sample_idx"]
         if idx not in range(num_records) or sample_idx not in range(num_samples):
             raise ValueError(f"--resume: sample {sample_idx} of prompt {idx} is there already, and is none of this run")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, lines_of
+from inference.lines import LineWriter, check_begun, lines_of
 from models.chats import content_of, read_chat
 from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
@@ -28,12 +28,14 @@ AHEAD = 4096  # answers that are with the workers at a time
 def grade_file(args) -> None:
     """Writes the records of --data_file with a `grade` by the function --grader, and says what they are in all; args:
     of score.py. For the main rank alone. Raises ValueError or OSError for what cannot be graded."""
-    grader, records = undisturbed()(load_grader)("--grader", args.grader), read_records(args.data_file)
+    grader, begun = undisturbed()(load_grader)("--grader", args.grader), begun_with(args)
+    if args.resume:
+        check_begun(args.output_file, args, begun)
+    records = read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
-    begun = begun_with(args)
-    lines = lines_of(records, args.output_file, args, begun, ("grade",)) if args.resume else []
+    lines = lines_of(records, args.output_file, ("grade",)) if args.resume else []
     num_done = len(lines)
     pool = Pool([grader], args) if grader.per_answer and num_done < len(records) else None
     rows = {"grader": args.grader, "work": f"{len(records) - num_done:,} answers to grade; {num_done:,} done before"}

@@ -55,10 +55,9 @@ def _check_place(output_file: Path) -> None:
             raise ValueError(f"--output_file {output_file}: {what}; name another file")
 
 
-def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
-    """The lines that an earlier run finished, in turn; a torn last line does not count. now: what this run is begun
-    with (models/identity.py). Raises ValueError if that run had other data, models or flags, or if a line is none that
-    `writer` wrote, with these fields."""
+def check_begun(output_file: Path, args, now: dict) -> None:
+    """Raises ValueError if the run that is to be gone on with had other data, models or flags. now: what this one is
+    begun with (models/identity.py)."""
     _check_place(output_file)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
@@ -70,6 +69,13 @@ def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[st
     if CONTENTS not in earlier:  # an older version wrote a few of the flags; what it does not say cannot differ
         earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
     changed_flags(args, now, earlier, str(output_file))
+
+
+def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
+    """The lines that an earlier run finished, in turn; a torn last line does not count. Raises ValueError if one is
+    none that `writer` wrote, with these fields."""
+    if not output_file.exists():
+        return
     with open(output_file, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
@@ -82,10 +88,10 @@ def read_begun(output_file: Path, args, now: dict, writer: str, fields: tuple[st
                 yield fields_of_line
 
 
-def lines_of(records: list[Record], output_file: Path, args, now: dict, fields: tuple[str, ...] = ()) -> list[dict]:
+def lines_of(records: list[Record], output_file: Path, fields: tuple[str, ...] = ()) -> list[dict]:
     """read_begun's lines of score.py, one for each record from the first on. Raises ValueError where one is of another
     record: what was accepted as changed may have put others in their places."""
-    lines = list(read_begun(output_file, args, now, "score.py", fields))
+    lines = list(read_begun(output_file, "score.py", fields))
     for number, line in enumerate(lines, start=1):
         if number > len(records):
             raise ValueError(f"{output_file}:{number}: this run has {len(records)} records; begin another file")

@@ -30,7 +30,7 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begun_on, lines_of, refuse_occupied, write_lines
+from inference.lines import LineWriter, begun_on, check_begun, lines_of, refuse_occupied, write_lines
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -162,9 +162,6 @@ def main(args: ScoreArgs) -> None:
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size, head="score")
     load, is_given = undisturbed()(load_function), args.answer_fn is not None
     find_answer = undisturbed()(load("--answer_fn", args.answer_fn)) if is_given else final_answer
-    records = read_records(args.data_file)
-    items, counts = encode_items(records, folder, kind, args)
-    answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
     resolved = replace(
         args,
         chat_date=today.isoformat(),
@@ -172,7 +169,13 @@ def main(args: ScoreArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=None if scheme is None else str(scheme),
     )
-    begun, lines = on_main(lambda: begin_file(resolved, [item.record for item in items]))
+    begun = on_main(lambda: begin_file(resolved))
+    records = read_records(args.data_file)
+    items, counts = encode_items(records, folder, kind, args)
+    answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
+    needed = ("reward",) if args.choosing else ()
+    done_before = partial(lines_of, [item.record for item in items], args.scored_file, needed)
+    lines = on_main(done_before) if args.resume else []
     num_done = len(lines)
     # Windows are counted from the beginning of the file: a record meets the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
@@ -226,12 +229,13 @@ def main(args: ScoreArgs) -> None:
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
 
 
-def begin_file(args: ScoreArgs, records: list[Record]) -> tuple[dict, list[dict]]:
-    """(what the output file is begun with, the lines that it has): what the main rank finds there."""
+def begin_file(args: ScoreArgs) -> dict:
+    """What the output file is begun with. Raises ValueError if it has been begun with something else, or is there."""
     check_outputs(args)
     begun = begun_with(args)
-    needed = ("reward",) if args.choosing else ()
-    return begun, lines_of(records, args.scored_file, args, begun, needed) if args.resume else []
+    if args.resume:
+        check_begun(args.scored_file, args, begun)
+    return begun
 
 
 def check_source(args: ScoreArgs) -> None:

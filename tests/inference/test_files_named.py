@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from inference.lines import LineWriter, read_begun, refuse_occupied, write_lines
+from inference.lines import LineWriter, check_begun, refuse_occupied, write_lines
 from models.checkpoint import open_folder
 from models.model import ModelConfig
 from tests import tiny
@@ -31,7 +31,7 @@ def test_an_output_that_cannot_be_written(tmp_path):
     then prints the operating system's bare message."""
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out.jsonl"
-    for begin in (lambda: refuse_occupied(out), lambda: next(read_begun(out, None, {}, "generate.py"))):
+    for begin in (lambda: refuse_occupied(out), lambda: check_begun(out, None, {})):
         with pytest.raises(OSError, match=r"^--output_file .*out\.jsonl: .*file is a file, where a folder is needed$"):
             begin()
     denied = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError(errno.EACCES, "Permission denied"))

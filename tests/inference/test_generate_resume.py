@@ -169,13 +169,14 @@ def half_done(folder, tmp_path_factory):
 
 
 def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_path):
-    """Catches an output file that mixes lines of different prompts or models; a prompt file or folder with the same
-    content that is refused since it has moved; and an accepted change that is refused all the same, or forgotten."""
+    """Catches an output file that mixes lines of different prompts or models, or is refused only after the prompts were
+    read; a prompt file or folder with the same content that is refused since it has moved; and an accepted change that
+    is refused all the same, or forgotten."""
     folder, prompts, begun = half_done
     out = tmp_path / "out.jsonl"
     for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
         shutil.copy(source, target)
-    other = tiny.write_records(tmp_path / "other.jsonl", records(5))
+    (other := tmp_path / "other.jsonl").write_text("{")
     way_on = "go on knowingly with --accept_changed"
     refused = generate(folder, *run_flags(other, out, "--resume"))
     tiny.assert_refused(

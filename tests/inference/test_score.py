@@ -404,12 +404,13 @@ def test_a_torn_line_and_another_batch_size(rm, tmp_path):
 
 
 def test_resume_with_something_else_is_refused(rm, tmp_path):
-    """Catches an output file that mixes scores of different records, models or flags."""
+    """Catches an output file that mixes scores of different records, models or flags, and a refusal only
+    after the records were read."""
     data, out = tiny.write_records(tmp_path / "data.jsonl", ragged(4)), tmp_path / "out.jsonl"
     assert score(rm, data, out).code == 0
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
     before = out.read_bytes()
-    other = tiny.write_records(tmp_path / "other.jsonl", [*ragged(3), {"prompt": "3 plus", "completion": "else"}])
+    (other := tmp_path / "other.jsonl").write_text("{")
     copy = shutil.copytree(rm, tmp_path / "copy")
     edit_config(copy, reward_mean=0.0, reward_std=1.0)
     tiny.assert_refused(score(rm, other, out, "--resume"), str(out), "--data_file: other content")
@@ -418,7 +419,7 @@ def test_resume_with_something_else_is_refused(rm, tmp_path):
     tiny.assert_refused(score(rm, data, out, "--resume", "--dtype", "bfloat16"), "dtype")
     tiny.assert_refused(score(rm, data, out, "--resume", "--max_seq_len", 200), "max_seq_len")
     tiny.assert_refused(score(rm, data, out, "--resume", "--best_of_n"), str(out), "was not begun with --best_of_n")
-    tiny.assert_refused(score(rm, data, out), "--output_file", "--resume")
+    tiny.assert_refused(score(rm, other, out), "--output_file", "--resume")
     assert out.read_bytes() == before
     (tmp_path / "out.jsonl.args.json").unlink()
     tiny.assert_refused(score(rm, data, out, "--resume"), "out.jsonl.args.json", "missing")

@@ -1,5 +1,5 @@
 r"""training/mathematics.py: right answers written in another form than the record's, and wrong ones that look right.
-The verdicts are math_verify's (0.9) where it reads both; those for degrees, |A|, cents and "and" are ours. Catches forms
+The verdicts are math_verify's (0.9) where it reads both; degrees, |A|, cents and "and" are ours. Catches forms
 compared as text, so that a right answer earns nothing, and parsing so lenient that a wrong one earns a reward."""
 
 import pytest

@@ -36,7 +36,7 @@ from models.records import Example, Split
 from models.rows import Rows
 from training.data import DataArgs, PackedRows, check_evaluation, encode_sft_file, load_rows, training_batches
 from training.losses import token_cross_entropy
-from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.optim import OptimArgs, check_optimizer, make_optimizer, set_learning_rate
 from training.run_dir import Run, RunArgs
 from training.samples import EvalSamples, SampleArgs, lesson
 
@@ -52,6 +52,7 @@ class SftArgs(RunArgs, DataArgs, OptimArgs, ParallelArgs, SampleArgs):
 
 def main(args: SftArgs) -> None:
     check_evaluation(args)
+    check_optimizer(args)
     dp_size, micro_batch_size = split_batch(args, args.batch_size)
     run = Run(args)
 

@@ -20,6 +20,7 @@ from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
 from models.records import encode_generated
 from models.reward import RewardKind, read_reward_kind
+from training.optim import check_optimizer
 from training.prompts import Prompts
 
 
@@ -121,6 +122,7 @@ def check_reference_flags(args) -> None:
 def check_rl_flags(args) -> None:
     """Raises ValueError for flags of rollouts, rewards and frozen models that contradict each other."""
     check_reference_flags(args)
+    check_optimizer(args)
     if args.lora_dropout:
         raise ValueError(f"--lora_dropout {args.lora_dropout}: a ratio to the policy that sampled would measure noise")
     if args.rollout_batch_size % args.step_size:

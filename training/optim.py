@@ -68,17 +68,21 @@ def constant_rate(args: OptimArgs) -> bool:
     return args.lr_schedule == "constant" and not args.warmup_ratio
 
 
+def check_optimizer(args) -> None:
+    """Raises ValueError for 8-bit moments with --cpu_offload: the mesh's device, not the CPU, would hold their scales.
+    args: of a trainer, with ParallelArgs."""
+    if args.optim == "adamw_8bit" and args.cpu_offload:
+        raise ValueError("--optim adamw_8bit saves GPU memory, which --cpu_offload does already; take --optim adamw")
+
+
 def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
     """Returns AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay for matrices, not for norms and biases.
 
     seed: of stochastic rounding. compile: torch.compile the update if it is not torch's own. Raises ValueError if
-    tensor parallelism cuts through blocks of 8-bit moments, or --cpu_offload keeps 8-bit moments on the CPU.
+    tensor parallelism cuts through blocks of 8-bit moments.
     """
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    offloaded = any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for _, p in named)
-    if args.optim == "adamw_8bit" and offloaded:  # the mesh's device would hold their scales
-        raise ValueError("--optim adamw_8bit saves GPU memory, which --cpu_offload does already; take --optim adamw")
     groups = [
         {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},

@@ -52,7 +52,7 @@ from models.transfer import to_device
 from training.data import DataArgs, check_evaluation, load_rows, training_batches
 from training.frozen import ReferenceArgs, check_context, check_reader, check_reference_flags, frozen_scheme
 from training.losses import REFERENCE_FREE, SMOOTHED, DpoLossArgs, dpo_loss, sequence_logps, token_logps
-from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.optim import OptimArgs, check_optimizer, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file
 from training.reference import ReferenceCache, precompute, weights_digest
 from training.run_dir import Run, RunArgs
@@ -158,6 +158,7 @@ def main(args: DpoArgs) -> None:
 def check_flags(args: DpoArgs) -> None:
     """Raises ValueError for flags that contradict each other."""
     check_evaluation(args)
+    check_optimizer(args)
     check_reference_flags(args)
     if args.loss not in SMOOTHED:
         refuse_idle(args, f"for --loss {args.loss}; it is for {', '.join(SMOOTHED)}", "label_smoothing")

@@ -47,7 +47,7 @@ from models.tokenizer import Tokenizer
 from models.transfer import index_on, to_device
 from training.data import DataArgs, check_evaluation, epoch_order, load_rows, training_batches
 from training.losses import auc, calibration_error, pairwise_loss, pointwise_loss
-from training.optim import OptimArgs, make_optimizer, set_learning_rate
+from training.optim import OptimArgs, check_optimizer, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
 from training.samples import visible
@@ -170,6 +170,7 @@ def main(args: RmArgs) -> None:
 def check_flags(args: RmArgs) -> None:
     """Raises ValueError for flags that contradict each other."""
     check_evaluation(args)
+    check_optimizer(args)
     if args.loss != "pairwise":
         refuse_idle(args, f"for --loss {args.loss}; it is for pairwise", "center_coef")
     if args.loss != "process":

@@ -451,6 +451,7 @@ BAD_FLAGS = {
         {"cpu_offload": True, "train_file": "nowhere.jsonl"},
         ["--cpu_offload", "this run is on the CPU"],
     ),
+    "offload what is small": ({"cpu_offload": True, "optim": "adamw_8bit"}, ["--optim adamw_8bit", "--cpu_offload"]),
     "device name": ({"device": "abacus"}, ["--device abacus: not a device name"]),
     "dtype": ({"dtype": "float8"}, ["--dtype", "float8"]),
     "schedule": ({"lr_schedule": "magic"}, ["--lr_schedule", "magic"]),

@@ -347,11 +347,15 @@ BAD_FLAGS = {
         ["odd: a reference", "another vocabulary"],
     ),
     "offload to itself": ({"cpu_offload": True, "prompt_file": "nowhere.jsonl"}, ["--cpu_offload", "on the CPU"]),
+    "offload what is small": ({"cpu_offload": True, "optim": "adamw_8bit"}, ["--optim adamw_8bit", "--cpu_offload"]),
     "delta": ({"delta": 0.9}, ["--delta"]),
     "delta of cispo": ({"delta": 2, "loss_type": "cispo"}, ["--delta", "cispo"]),
     "epsilon": ({"epsilon": 0}, ["--epsilon"]),
     "scale of rloo": ({"scale_rewards": "none", "loss_type": "rloo"}, ["--scale_rewards none", "--loss_type rloo"]),
-    "KL's factor without a KL": ({"no-use_bias_correction_kl": True}, ["--use_bias_correction_kl", "without a --beta"]),
+    "KL's factor without a KL": (
+        {"no-use_bias_correction_kl": True},
+        ["--no-use_bias_correction_kl", "without a --beta"],
+    ),
     "weight without a function": (
         {"reward_fn": None, "reward_checkpoint_path": "{world}/lm", "reward_fn_weight": 2},
         ["--reward_fn_weight", "without a --reward_fn"],

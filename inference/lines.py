@@ -21,7 +21,7 @@ from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
 from models.identity import CONTENTS, changed_flags
 from models.record_files import Record
-from models.shared import check_writable, hold
+from models.shared import check_free, check_writable, hold
 from models.sharing import wait_for_all_ranks
 
 
@@ -42,6 +42,10 @@ def refuse_occupied(output_file: Path) -> None:
         raise ValueError(f"--output_file {output_file}: exists; take another, or go on with --resume")
 
 
+def _lock_file(output_file: Path) -> Path:
+    return output_file.with_name(f".{output_file.name}.lock")
+
+
 def _check_place(output_file: Path) -> None:
     """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device, the file that standard output or
     error goes to; OSError for a folder that cannot be written."""
@@ -56,8 +60,8 @@ def _check_place(output_file: Path) -> None:
 
 
 def check_begun(output_file: Path, args, now: dict) -> None:
-    """Raises ValueError if the run that is to be gone on with had other data, models or flags. now: what this one is
-    begun with (models/identity.py)."""
+    """Raises ValueError if the run that is to be gone on with had other data, models or flags, or has not ended. now:
+    what this one is begun with (models/identity.py)."""
     _check_place(output_file)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
@@ -69,6 +73,7 @@ def check_begun(output_file: Path, args, now: dict) -> None:
     if CONTENTS not in earlier:  # an older version wrote a few of the flags; what it does not say cannot differ
         earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
     changed_flags(args, now, earlier, str(output_file))
+    check_free(_lock_file(output_file), f"--output_file {output_file}")
 
 
 def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
@@ -133,7 +138,7 @@ class LineWriter:
 
     def __init__(self, output_file: Path, begun_with: dict, active: bool, num_lines: int):
         self.output_file, self.begun_with, self.active, self.num_lines = output_file, begun_with, active, num_lines
-        self.file, self.lock_file = None, output_file.with_name(f".{output_file.name}.lock")
+        self.file, self.lock_file = None, _lock_file(output_file)
         self.turn = output_file.with_name(f".{output_file.name}.turn")
 
     def write(self, line: dict) -> None:

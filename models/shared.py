@@ -72,6 +72,12 @@ def hold(path: Path, what: str) -> Lock:
         time.sleep(0.1)
 
 
+def check_free(path: Path, what: str) -> None:
+    """Raises what hold() would, which a run may ask before minutes of loading; makes no lock file."""
+    if path.exists():
+        hold(path, what).close()
+
+
 class _Look(NamedTuple):
     """The state of a lock file: the open file, whether its POSIX lock is ours now (None: there are no such locks here),
     who wrote it, and when it was last touched."""

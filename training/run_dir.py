@@ -48,7 +48,7 @@ from models.gpu import peaks
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import Transformer
 from models.pad_token import named_pad_token, pad_changes
-from models.shared import check_shared, check_writable, hold
+from models.shared import check_free, check_shared, check_writable, hold
 from models.tokenizer import chat_day
 from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
@@ -133,6 +133,7 @@ class Run:
         on_main(lambda: check_installed(args.report_to))
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
+        on_main(lambda: check_free(args.output_dir / ".lock", f"--output_dir {args.output_dir}"))
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
     def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:

@@ -11,11 +11,14 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
+from inference import generate as script
 from inference import lines
 from inference.lines import LineWriter
+from models import shared
 from tests import tiny
 from tests.forked import Forked
 from tests.inference.test_generate import SCRIPT, generate, records
+from tests.models.test_shared import answer_of, end, in_child
 
 # -------------------------------------------------------------------------------------------- resume
 
@@ -193,6 +196,23 @@ def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_pa
     assert accepted.code == 0 and len(tiny.read_lines(out)) == 4, accepted
     tiny.assert_refused(generate(folder, *run_flags(moved, out, "--resume")), "--checkpoint_path: other content")
     assert generate(copy, *run_flags(moved, out, "--resume")).code == 0
+
+
+def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):
+    """Catches a second run on the same lines that finds it when it has read the prompts and loaded the model."""
+    folder, prompts, begun = half_done
+    out = tmp_path / "out.jsonl"
+    for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
+        shutil.copy(source, target)
+    child, reads = in_child(lambda: shared.hold(tmp_path / ".out.jsonl.lock", "x"))
+    assert answer_of(reads) == "done"
+    monkeypatch.setattr(shared, "GRACE", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "PromptSource", None)
+        refused = generate(folder, *run_flags(prompts, out, "--resume"))
+    tiny.assert_refused(refused, f"--output_file {out}: another run is writing there (process {child} on ")
+    end(child)
+    assert generate(folder, *run_flags(prompts, out, "--resume")).code == 0 and len(tiny.read_lines(out)) == 4
 
 
 def test_resume_of_an_older_sidecar(half_done, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from models import shared
 from models.common import flag
 from models.files import write_json
 from models.functions import FunctionPlace
@@ -26,6 +27,7 @@ from models.model import ModelConfig
 from models.quantize import rounding_scheme
 from tests import tiny
 from tests.forked import Forked
+from tests.models.test_shared import answer_of, end, in_child
 from training.checkpoints import CheckpointWriter, load_newest_checkpoint
 from training.data import DataArgs
 from training.optim import OptimArgs, make_optimizer
@@ -175,6 +177,18 @@ def test_resume_as_another_run(tmp_path):
         prepare_output_dir(replace(begun, functions=["f.py:h"], factor=[2.0]))
     with pytest.raises(ValueError, match=r"begun with other --strength; "):
         prepare_output_dir(replace(begun, functions=["f.py:g"], strength=2.0))
+
+
+def test_resume_of_a_run_that_has_not_ended(tmp_path, monkeypatch):
+    """Catches a second run in the folder that finds it when it has read its data and loaded its model."""
+    child, reads = in_child(lambda: shared.hold(tmp_path / ".lock", "x"))
+    assert answer_of(reads) == "done"
+    monkeypatch.setattr(shared, "GRACE", 0.1)
+    args = RunArgs(checkpoint_path=tmp_path, output_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"^--output_dir .*: another run is writing there"):
+        Run(args)
+    end(child)
+    Run(args)
 
 
 def test_resume_with_other_content(tmp_path, capsys):

@@ -2,9 +2,9 @@
 
     python inference/chat.py --checkpoint_path DIR --system "You are brief."
 
-Lines can be edited and called back with the arrow keys. Conversations go through the folder's chat template; a folder
-without one continues plain text. Ctrl-C ends an answer; at the prompt, and under torchrun, it ends the chat, as Ctrl-D
-does.
+Lines can be edited and called back with the arrow keys. Conversations go through the folder's chat template; without a
+template the model continues plain text. Ctrl-C cuts an answer short; at the prompt, and under torchrun, it ends the
+chat, as Ctrl-D does.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 
 HELP = (
-    "/reset forgets the conversation, /system TEXT also sets the system message (none without TEXT), /help; Ctrl-D ends"
+    "/reset forgets the conversation, /system TEXT also sets the system message (none without TEXT), /help shows this; "
+    "Ctrl-D ends the chat"
 )
 
 
@@ -48,7 +49,7 @@ class ChatArgs(ModelArgs, AdapterArgs, SamplingArgs, PrefillArgs, QuantizeArgs, 
     max_new_tokens: int = 512
     temperature: float = 0.7
     max_seq_len: int | None = flag(
-        None, bounds=at_least_one, help="most tokens of the conversation; the context, 4096 at most"
+        None, bounds=at_least_one, help="most tokens of the conversation; default: the context, at most 4096"
     )
 
 
@@ -56,7 +57,7 @@ class ChatArgs(ModelArgs, AdapterArgs, SamplingArgs, PrefillArgs, QuantizeArgs, 
 def main(args: ChatArgs) -> None:
     runtime = choose_runtime(args)
     if data_parallel_size(args.tensor_parallel_size) > 1:
-        raise ValueError("a chat has one model: --tensor_parallel_size must be the number of ranks")
+        raise ValueError("a chat runs one copy of the model: --tensor_parallel_size must be the number of ranks")
     folder = open_folder(
         args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=chat_day(args.chat_date)
     )
@@ -71,7 +72,7 @@ def main(args: ChatArgs) -> None:
     options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "prefill_tokens": args.prefill_tokens}
     engine = Engine(model, params, tokenizer=tokenizer, look_every=1, **options)
     unread = settings_not_taken(args.checkpoint_path, args)
-    note = f"\n(not taken from generation_config.json, the flags count: {unread})" if unread else ""
+    note = f"\n(settings of generation_config.json that are ignored, flags apply: {unread})" if unread else ""
     say(f"{args.checkpoint_path} on {device_name(runtime.device)}{note}\n{HELP}")
 
     messages, turn = list(opening), 0
@@ -88,7 +89,7 @@ def main(args: ChatArgs) -> None:
             messages.append({"role": "user", "content": text})
             try:
                 request = request_of(messages, turn, folder, args.max_new_tokens, limit)
-            except ValueError as error:  # of what was typed; the conversation is not lost for that
+            except ValueError as error:  # drop the line that was typed, keep the conversation
                 say(f"({error})")
                 messages.pop()
                 continue
@@ -97,24 +98,24 @@ def main(args: ChatArgs) -> None:
 
 
 def read_line() -> str | None:
-    """What the user types at the main rank, on every rank; None at the end of input, or for Ctrl-C."""
+    """Returns the line typed at the main rank, on every rank; None at the end of input or after Ctrl-C."""
     line = [None]
     if is_main_rank():
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):  # Windows has none
-                import readline  # noqa: F401 (from here on input() edits lines and remembers them)
+                import readline  # noqa: F401 (makes input() edit and remember lines)
         print()
         try:
             line = [input("> ")]
         except (EOFError, KeyboardInterrupt):
             print()
-    wait_for_all_ranks()  # as long as the user takes
+    wait_for_all_ranks()  # without a timeout, since the user may take any time
     dist.broadcast_object_list(line, src=0)
     return line[0]
 
 
 def new_opening(system: str, folder: Folder, opening: list[dict]) -> list[dict]:
-    """The messages that a conversation begins with from here on; what they were, if the template refuses them."""
+    """Returns the messages that conversations begin with from now on: the old ones if the template refuses `system`."""
     try:
         return opening_of(system or None, folder.tokenizer)
     except ValueError as error:
@@ -123,7 +124,8 @@ def new_opening(system: str, folder: Folder, opening: list[dict]) -> list[dict]:
 
 
 def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: int, limit: int) -> Request:
-    """What the engine is asked for. Raises ValueError where the conversation leaves no room, or cannot be tokenised."""
+    """Returns the request for the next answer. Raises ValueError if the conversation leaves no room for one, or cannot
+    be tokenised."""
     tokenizer = folder.tokenizer
     plain = "".join(message["content"] for message in messages)
     prompt_ids = encode_prompt(read_chat(messages) if tokenizer.chat_template is not None else plain, tokenizer)
@@ -136,7 +138,7 @@ def request_of(messages: list[dict], turn: int, folder: Folder, max_new_tokens: 
 
 
 def answer(engine: Engine, request: Request) -> str:
-    """Prints the answer as it comes and returns it; Ctrl-C cuts it short, or under torchrun ends the chat."""
+    """Prints the answer while it is sampled, and returns it. Ctrl-C cuts it short; under torchrun it ends the chat."""
     shown = Shown(engine.params.stop)
     decoder, ending = StreamDecoder(engine.tokenizer, request.prompt_ids), ""
 
@@ -150,7 +152,7 @@ def answer(engine: Engine, request: Request) -> str:
             if completion.finish_reason == "length":
                 ending = " [cut at the token limit]"
     except KeyboardInterrupt:
-        if "RANK" in os.environ:  # torchrun, which has passed it on, waits for the ranks' end
+        if "RANK" in os.environ:  # torchrun got the Ctrl-C too, and waits for all ranks to end
             raise
         shown.end(shown.text + decoder.flush())
     say(ending)
@@ -158,7 +160,7 @@ def answer(engine: Engine, request: Request) -> str:
 
 
 class Shown:
-    """The text of an answer as it is printed, up to a stop string, or to what may be the beginning of one."""
+    """Prints an answer piece by piece, up to a stop string, or up to text that may be the beginning of one."""
 
     def __init__(self, stop: tuple[str, ...]):
         self.stop, self.text, self.num_printed = stop, "", 0
@@ -170,8 +172,7 @@ class Shown:
         self._print(min([place for place in places if place >= 0], default=len(self.text)))
 
     def end(self, text: str) -> None:
-        """text: the whole answer."""
-        self.text = text
+        self.text = text  # the whole answer
         self._print(len(text))
 
     def _print(self, end: int) -> None:

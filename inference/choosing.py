@@ -1,6 +1,6 @@
-"""One of several samples of a prompt, by their rewards: the best, or the best of the answer with the most votes.
+"""Chooses one of several samples of a prompt by their rewards: the best, or the best with the most voted-for answer.
 
-Lines are generate.py's or any records with a prompt, as inference/score.py writes them, with a `reward`.
+Lines have a `reward`, from inference/score.py; they are those of generate.py or any records with a prompt.
 """
 
 import json
@@ -13,14 +13,14 @@ from models.records import Record, get_answer, stated_prompt
 
 
 def group_of(line: dict) -> str:
-    """What the samples of one prompt have in common: the prompt with all that is asked beside it, and generate.py's
-    number of it where there is one."""
+    """Returns a key that the samples of one prompt share: the prompt, the other fields that the model sees, and idx,
+    generate.py's number of the prompt, where there is one."""
     beside = [line.get(name) or None for name in ("system", "tools", "chat_template_kwargs")]
     return json.dumps([line.get("idx"), stated_prompt(Record("line", line)), *beside])
 
 
 def choose_best(lines: list[dict]) -> list[dict]:
-    """The line with the highest reward of each prompt, of equal ones the first; prompts as they come."""
+    """Returns the line with the highest reward of each prompt (the first of equal ones), in the order of prompts."""
     best: dict[str, dict] = {}
     for line in lines:
         group = group_of(line)
@@ -30,11 +30,11 @@ def choose_best(lines: list[dict]) -> list[dict]:
 
 
 def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callable[[float], float]) -> list[dict]:
-    """The best line of each prompt's winning answer, with voted_answer and votes, {answer: sum of its samples' weights}
-    (weighted majority voting, as in Easy-to-Hard Generalization, arXiv 2403.09472).
+    """Returns the best line of each prompt's winning answer, with voted_answer and votes, {answer: sum of its samples'
+    weights}, added (weighted majority voting, as in Easy-to-Hard Generalization, arXiv 2403.09472).
 
-    Of equal answers the first in the file wins. Samples without an answer (None) have no vote; where no sample has one,
-    voted_answer is None and the line is the best of all.
+    Of answers with equal votes the first in the file wins. Samples without an answer (None) have no vote; if no sample
+    has an answer, voted_answer is None and the line is the best of all.
     """
     groups: dict[str, list[tuple[dict, str | None]]] = {}
     for line, answer in zip(lines, answers, strict=True):
@@ -45,7 +45,7 @@ def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callabl
         for line, answer in group:
             if answer is not None:
                 weights.setdefault(answer, []).append(weight(line["reward"]))
-        votes = {answer: math.fsum(cast) for answer, cast in weights.items()}  # equal for equal votes in any order
+        votes = {answer: math.fsum(cast) for answer, cast in weights.items()}  # exact, so independent of the order
         winner = max(votes, key=votes.get, default=None)
         [best] = choose_best([line for line, answer in group if answer == winner])
         chosen.append({**best, "voted_answer": winner, "votes": votes})
@@ -53,7 +53,7 @@ def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callabl
 
 
 def answer_of(record: Record, separator: str | None, find_answer: Callable[[str], str | None]) -> str | None:
-    """The final answer in a record's completion."""
+    """Returns the final answer in a record's completion, or None. Raises ValueError if find_answer fails."""
     text = get_answer(record, steps=separator is not None)
     if isinstance(text, list):  # messages, or steps
         is_chat = separator is None
@@ -68,9 +68,9 @@ def answer_of(record: Record, separator: str | None, find_answer: Callable[[str]
 
 
 def final_answer(text: str) -> str | None:
-    """What the last closed \\boxed{} with content holds, else, where no box is closed, the last line that is not blank;
-    None if there is neither."""
+    """Returns the content of the last closed \\boxed{} that is not empty, None if all are empty; without a closed box,
+    the last line that is not blank, or None."""
     boxes = closed_boxes(text)
-    if boxes:  # of nested ones the inner
+    if boxes:  # (start, content) of each, so the maximum is the last, or the inner one of nested boxes
         return max((box for box in boxes if box[1]), default=(0, None))[1]
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), None)

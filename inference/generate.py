@@ -1,9 +1,9 @@
 """Batched generation from the command line: prompts in, one JSON line for each sample out.
 
-- all slots of the batch stay busy: a finished sample's slot takes the next prompt at once (models/generation.py), and
-  no rank idles while another has samples that it has not begun (models/sharing.py)
-- each line is on disk when its sample is finished; after a kill, --resume goes on with the samples that are missing and
-  draws the very same ones, whatever the batch size
+- all slots of the batch stay busy: when a sample is finished, its slot takes the next prompt at once
+  (models/generation.py), and no rank idles while another still has samples to begin (models/sharing.py)
+- a line is written to disk as soon as its sample is finished; after a kill, --resume draws the missing samples, and
+  they are the same ones as without the kill, whatever the batch size
 
     python inference/generate.py --checkpoint_path DIR --prompt "The capital of France is"
     python inference/generate.py --checkpoint_path DIR --prompt_file prompts.jsonl --output_file out.jsonl
@@ -65,21 +65,21 @@ class GenerateArgs(
     """Generates completions for prompts, in batches, from a Hugging Face folder."""
 
     output_file: Path | None = flag(
-        None, help="JSONL file for the samples; standard output if absent", may_change=True, written=True
+        None, help="JSONL file for the samples; default: standard output", may_change=True, written=True
     )
-    resume: bool = flag(False, help="go on with the samples that --output_file does not have yet", may_change=True)
+    resume: bool = flag(False, help="draw the samples that --output_file does not have yet", may_change=True)
     batch_size: int | None = flag(
         None,
         type=number_or("auto", at_least_one),
         metavar="N|auto",
-        help="slots: most sequences decoded together on each dp rank; auto: as many as memory holds, up to 256 on a "
-        "GPU and 16 on a CPU",
+        help="number of slots: the most sequences decoded together on each data-parallel rank; default: auto, as many "
+        "as memory holds, up to 256 on a GPU and 16 on a CPU",
         may_change=True,
     )
     max_seq_len: int | None = flag(
-        None, bounds=at_least_one, help="most tokens of prompt and completion; what the run needs"
+        None, bounds=at_least_one, help="most tokens of a prompt and its completion; default: as many as the run needs"
     )
-    return_token_ids: bool = flag(False, help="add token_ids to each line")
+    return_token_ids: bool = flag(False, help="add token_ids, the ids of the output, to each line")
 
 
 @torch.inference_mode()
@@ -105,7 +105,7 @@ def main(args: GenerateArgs) -> None:
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
-    active = mesh["tp"].get_local_rank() == 0  # of the ranks that share a model
+    active = mesh["tp"].get_local_rank() == 0  # one rank writes for all ranks that share a model
     if in_file:
         check_shared(args.output_file.parent, f"--output_file {args.output_file}", writes=active)
     model = load_for_inference(args.checkpoint_path, runtime, tp=parallel_of(mesh).tp, scheme=scheme, files=files)
@@ -117,7 +117,7 @@ def main(args: GenerateArgs) -> None:
         num_requests=work.share,
         usual_tokens=source.usual_tokens,
         known_tokens=source.most_tokens if work.total else 1,
-        most_tokens=folder.max_seq_len if source.is_large else 0,  # of a large file not all lengths are known
+        most_tokens=folder.max_seq_len if source.is_large else 0,  # a large file's prompts are not all tokenised yet
         prefill_tokens=args.prefill_tokens,
         compile=runtime.compile,
     )
@@ -131,7 +131,7 @@ def main(args: GenerateArgs) -> None:
         compile=runtime.compile,
         prefill_tokens=args.prefill_tokens,
     )
-    stream = sys.stdout if in_file else sys.stderr  # stdout is for the samples, if nothing else
+    stream = sys.stdout if in_file else sys.stderr  # without an output file, stdout holds only samples
     say = partial(print, file=stream) if is_main_rank() else lambda _: None
     unread = settings_not_taken(args.checkpoint_path, args)
     are_equal = args.num_samples > 1 and args.temperature == 0
@@ -160,7 +160,8 @@ def main(args: GenerateArgs) -> None:
 
 
 def begin_file(args: GenerateArgs) -> dict:
-    """What the output file is begun with. Raises ValueError if it has been begun with something else, or is there."""
+    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or with --resume
+    if it was begun with other settings."""
     if not args.resume:
         refuse_occupied(args.output_file)
     begun = begun_with(args)
@@ -170,33 +171,33 @@ def begin_file(args: GenerateArgs) -> dict:
 
 
 def check_flags(args: GenerateArgs) -> None:
-    """Raises ValueError for flags that do not go together, and for an output file that is there already."""
-    data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
+    """Raises ValueError for flags that contradict each other, or a tp size that does not divide the ranks."""
+    data_parallel_size(args.tensor_parallel_size)
     if (args.prompt is None) == (args.prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
     if args.resume and args.output_file is None:
-        raise ValueError("--resume needs the --output_file to go on with")
+        raise ValueError("--resume needs --output_file, the file to continue")
     if args.accept_changed and not args.resume:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.system is not None and not args.chat:
-        raise ValueError("--system is for --chat, which puts prompts through the chat template")
+        raise ValueError("--system needs --chat, which puts prompts through the chat template")
 
 
 def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]:
-    """(the samples that the output file has, bool [num_records, num_samples]; its lines). Raises ValueError if one is
-    none of the run's."""
+    """Returns (a mask [num_records, num_samples] of the samples that the output file holds, its number of lines).
+    Raises ValueError for a line whose sample is not part of this run."""
     num_samples = args.num_samples
     done, num_lines = np.zeros((num_records, num_samples), dtype=bool), 0
     for line in read_begun(args.output_file, "generate.py", ("idx", "sample_idx")) if args.resume else ():
         idx, sample_idx = line["idx"], line["sample_idx"]
         if idx not in range(num_records) or sample_idx not in range(num_samples):
-            raise ValueError(f"--resume: sample {sample_idx} of prompt {idx} is there already, and is none of this run")
+            raise ValueError(f"--resume: sample {sample_idx} of prompt {idx}, in the file, is not part of this run")
         done[idx, sample_idx], num_lines = True, num_lines + 1
     return done, num_lines
 
 
 class LinePrinter:
-    """Stands where a LineWriter does when there is no output file: for people, if standard output is a terminal."""
+    """Replaces LineWriter when there is no output file: prints readable text to a terminal, JSON lines elsewhere."""
 
     def __init__(self, active: bool):
         self.active = active
@@ -211,7 +212,7 @@ class LinePrinter:
 
 
 def line_of(completion: Completion, prompt: str | list[dict], record: Record, return_token_ids: bool) -> dict:
-    """A sample as it is written, with the prompt as it was asked; the record's other fields follow (carried_fields)."""
+    """Returns a sample's line: the prompt as the model got it, the output, and the record's other fields."""
     line = {
         "idx": completion.request.idx,
         "sample_idx": completion.request.sample_idx,
@@ -252,12 +253,12 @@ class TokenCounter:
 
 
 def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh, note: str) -> str:
-    """Rates of the decode steps, of all data-parallel ranks together. MBU = bytes read a second (weights once a step,
-    and the cache as far as attention reads it) over the memory bandwidth of the datasheet, where that is known."""
+    """Returns the closing card: tokens/s over all dp ranks, and MBU = bytes read per second (the weights once a step,
+    and the part of the cache that attention reads) / the memory bandwidth of the datasheet, where that is known."""
     rows = {}
     decoded = torch.tensor(engine.num_decoded / max(engine.decode_seconds, 1e-9), device=runtime.device)
     prefilled = torch.tensor(engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9), device=runtime.device)
-    for total in (decoded, prefilled) if dp.size() > 1 else ():  # one rank alone never starts NCCL
+    for total in (decoded, prefilled) if dp.size() > 1 else ():  # so that one rank alone never starts NCCL
         dist.all_reduce(total, group=dp.get_group())
     if engine.num_steps:
         seconds = engine.decode_seconds

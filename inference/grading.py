@@ -1,8 +1,8 @@
-"""Grades of answers by a function that checks them, in the place of a reward model's scores, and pass@k.
+"""Grades answers with a function that checks them, in place of a reward model's scores, and computes pass@k.
 
-- a function of the per-answer form runs in worker processes, as in training; one that fails for an answer, or takes too
-  long, gives it 0, and the line says why
-- lines are written in the order of the file, each as soon as it and those before it are graded
+- a function of one answer runs in worker processes, as in training; if it fails or takes too long, the answer's grade
+  is 0, and the line says why
+- lines are written in the order of the file, each as soon as it and all lines before it are graded
 - a sample passes if its grade is at least 1
 """
 
@@ -22,12 +22,12 @@ from models.records import Record, get_answer, naming, read_records, require, st
 from models.reward import pass_at_k
 from models.workers import Pool, grade_of
 
-AHEAD = 4096  # answers that are with the workers at a time
+AHEAD = 4096  # most answers that are submitted to the workers and not yet written
 
 
 def grade_file(args) -> None:
-    """Writes the records of --data_file with a `grade` by the function --grader, and says what they are in all; args:
-    of score.py. For the main rank alone. Raises ValueError or OSError for what cannot be graded."""
+    """Writes the records of --data_file with a `grade` from the function --grader, and prints a summary. args: the
+    ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
     grader, begun = undisturbed()(load_grader)("--grader", args.grader), begun_with(args)
     if args.resume:
         check_begun(args.output_file, args, begun)
@@ -56,7 +56,8 @@ def grade_file(args) -> None:
 
 
 def _answer_of(record: Record) -> tuple[str, str, dict]:
-    """(the prompt's text, the answer's, the record): what a function is given. Of messages, their contents."""
+    """Returns a grader's arguments: (prompt text, answer text, the record's fields). The text of messages is their
+    contents, joined by newlines."""
     with naming(record):
         for name in ("grade", "grade_error"):
             require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
@@ -71,29 +72,29 @@ def _answer_of(record: Record) -> tuple[str, str, dict]:
 
 
 def _grades(grader: Grader, pool: Pool | None, answers: list[tuple[str, str, dict]]) -> Iterator[Grade]:
-    """The grades of (prompt, completion, record)s, in their order."""
+    """Yields the grades of (prompt, completion, record) tuples, in their order."""
     if pool is None and answers:
         yield from call_batch(grader, *map(list, zip(*answers)))
         return
     waiting = iter(answers)
     queue = [pool.submit(0, *answer) for answer in itertools.islice(waiting, AHEAD)] if answers else []
-    for future in queue:  # grows
+    for future in queue:  # the loop itself extends the queue
         yield grade_of(future)
         queue += [pool.submit(0, *answer) for answer in itertools.islice(waiting, 1)]
 
 
 def check_pass_at(pass_at: list[int], records: list[Record], groups: list[str]) -> None:
-    """Raises ValueError if a prompt has too few samples for a k."""
+    """Raises ValueError if a prompt has fewer samples than the largest k."""
     counts, most = Counter(groups), max(pass_at, default=0)
     for record, group in zip(records, groups):
         if counts[group] < most:
             raise ValueError(
-                f"{record.where}: --pass_at {most} needs as many samples, and its prompt has {counts[group]}"
+                f"{record.where}: --pass_at {most} needs as many samples of each prompt, this one has {counts[group]}"
             )
 
 
 def summary(lines: list[dict], groups: list[str], pass_at: list[int]) -> dict[str, str]:
-    """Rows of the card: the mean grade, how many have none, and pass@k, a mean over prompts."""
+    """Rows of the card: the mean grade, the number of failed gradings, and pass@k averaged over prompts."""
     right: dict[str, list[bool]] = {}
     for line, group in zip(lines, groups, strict=True):
         right.setdefault(group, []).append(line["grade"] >= 1)

@@ -1,10 +1,10 @@
 """JSON lines that survive a kill: what inference/generate.py and inference/score.py write.
 
-- each line is one write, flushed: after a kill every line but maybe the last is whole, and that one is cut off and
+- each line is one write, flushed: after a kill every line but maybe the last is whole; a torn last line is cut off and
   written again
-- a small sidecar file beside the output remembers what it was begun with, so that --resume with other data, models or
-  flags is refused
-- ranks, also of several hosts, append to one file in turns, whatever locks its file system has or lacks
+- a small sidecar file beside the output records the flags and the content of the data and models it was begun with, so
+  that --resume with other ones is refused
+- ranks, also on several hosts, append to one file in turns, without relying on the file system's locks
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from models.sharing import wait_for_all_ranks
 
 
 def sidecar(output_file: Path) -> Path:
-    """Remembers what an output file was begun with."""
+    """Path of the file that records the flags, data and models an output file was begun with."""
     return output_file.with_name(output_file.name + ".args.json")
 
 
 def begun_on(output_file: Path) -> str | None:
-    """The day that chat templates were told when an output file was begun, where that is known."""
+    """Returns the date given to chat templates when an output file was begun, or None if it is not known."""
     return read_json_object(sidecar(output_file), missing_ok=True).get("chat_date")
 
 
 def refuse_occupied(output_file: Path) -> None:
-    """Raises ValueError if a new run would write over something, OSError if it could not write there."""
+    """Raises ValueError if a new run would overwrite a file, OSError if its folder cannot be written."""
     _check_place(output_file)
     if output_file.exists() and output_file.stat().st_size:
         raise ValueError(f"--output_file {output_file}: exists; take another, or go on with --resume")
@@ -47,21 +47,21 @@ def _lock_file(output_file: Path) -> Path:
 
 
 def _check_place(output_file: Path) -> None:
-    """Raises ValueError for what cannot be gone on with: a folder, a pipe, a device, the file that standard output or
-    error goes to; OSError for a folder that cannot be written."""
+    """Raises ValueError if output_file is a folder, pipe or device, which --resume cannot continue; OSError if its
+    folder cannot be written."""
     check_writable(output_file.parent, f"--output_file {output_file}")
     if output_file.exists() and not output_file.is_file():
-        kind = "a folder" if output_file.is_dir() else "no regular file, which --resume could go on with"
+        kind = "a folder" if output_file.is_dir() else "not a regular file, which --resume needs"
         raise ValueError(f"--output_file {output_file}: is {kind}; name a file")
     for number, name in enumerate(("output", "error"), start=1) if output_file.exists() else ():
         if os.path.samestat(output_file.stat(), os.fstat(number)):  # accept_any_text has opened those that were closed
-            what = f"is where standard {name} goes, with what is said of the run"
+            what = f"is where standard {name} goes, which has the run's messages too"
             raise ValueError(f"--output_file {output_file}: {what}; name another file")
 
 
 def check_begun(output_file: Path, args, now: dict) -> None:
-    """Raises ValueError if the run that is to be gone on with had other data, models or flags, or has not ended. now:
-    what this one is begun with (models/identity.py)."""
+    """Raises ValueError if the run to be resumed had other data, models or flags, or still writes the file. now: what
+    this run is begun with (models.identity.begun_with)."""
     _check_place(output_file)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
@@ -70,15 +70,15 @@ def check_begun(output_file: Path, args, now: dict) -> None:
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
     earlier = read_json_object(args_file)
-    if CONTENTS not in earlier:  # an older version wrote a few of the flags; what it does not say cannot differ
+    if CONTENTS not in earlier:  # an older version recorded only some flags; the others count as unchanged
         earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
     changed_flags(args, now, earlier, str(output_file))
     check_free(_lock_file(output_file), f"--output_file {output_file}")
 
 
 def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
-    """The lines that an earlier run finished, in turn; a torn last line does not count. Raises ValueError if one is
-    none that `writer` wrote, with these fields."""
+    """Yields the lines that an earlier run finished, without a torn last line. Raises ValueError for a line that was
+    not written by the script `writer` or lacks one of `fields`."""
     if not output_file.exists():
         return
     with open(output_file, "rb") as file:
@@ -93,16 +93,16 @@ def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> 
                 yield fields_of_line
 
 
-def lines_of(records: list[Record], output_file: Path, fields: tuple[str, ...] = ()) -> list[dict]:
-    """read_begun's lines of score.py, one for each record from the first on. Raises ValueError where one is of another
-    record: what was accepted as changed may have put others in their places."""
-    lines = list(read_begun(output_file, "score.py", fields))
+def lines_of(records: list[Record], output_file: Path, args, now: dict, fields: tuple[str, ...] = ()) -> list[dict]:
+    """Returns read_begun's lines of score.py, one for each record from the first on. Raises ValueError if a line is of
+    another record: --accept_changed admits a data file with other records at these places."""
+    lines = list(read_begun(output_file, args, now, "score.py", fields))
     for number, line in enumerate(lines, start=1):
         if number > len(records):
             raise ValueError(f"{output_file}:{number}: this run has {len(records)} records; begin another file")
         where, fields_of_record = records[number - 1]
         kept = dict(islice(line.items(), len(fields_of_record)))
-        if kept != fields_of_record and json.dumps(kept) != json.dumps(fields_of_record):  # NaN is no NaN
+        if kept != fields_of_record and json.dumps(kept) != json.dumps(fields_of_record):  # NaN != NaN
             raise ValueError(f"{output_file}:{number}: is not of the record at its place, {where}; begin another file")
         if not all(_is_score(*each) for each in islice(line.items(), len(fields_of_record), None)):
             raise ValueError(f"{output_file}:{number}: not a line that score.py wrote")
@@ -110,13 +110,13 @@ def lines_of(records: list[Record], output_file: Path, fields: tuple[str, ...] =
 
 
 def _is_score(name: str, value: object) -> bool:
-    """Whether score.py adds such a field to a line: a number, numbers of steps, or why there is no grade."""
+    """Whether score.py adds such a field to a line: a number, a list of step rewards, or the error of a grader."""
     numbers = value if name == "step_rewards" and isinstance(value, list) else [value]
     return isinstance(value, str) if name == "grade_error" else all(type(each) in (int, float) for each in numbers)
 
 
 def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
-    """One JSON line; with JSON's own escapes where the encoding lacks a character (UTF-8: half a surrogate pair)."""
+    """Encodes one JSON line, with JSON's escapes if the encoding lacks a character (for UTF-8 a lone surrogate)."""
     try:
         return (json.dumps(line, ensure_ascii=False) + "\n").encode(encoding)
     except UnicodeEncodeError:
@@ -124,16 +124,15 @@ def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
-    """Writes a whole file of JSON lines at once."""
     write_whole(path, b"".join(map(encode_line, lines)))
 
 
 class LineWriter:
     """Appends lines to a file, each in one write.
 
-    Several ranks append to one file, one at a time; those that are not `active` write nothing. num_lines: that the file
-    has already. Entering is a collective of all ranks; it raises ValueError if another run writes the file, or has
-    written it meanwhile.
+    Several ranks append to one file, one at a time; ranks that are not `active` write nothing. num_lines: the number of
+    lines the file holds already. Entering is a collective of all ranks; it raises ValueError if another run is writing
+    the file, or has written to it since num_lines was counted.
     """
 
     def __init__(self, output_file: Path, begun_with: dict, active: bool, num_lines: int):
@@ -147,7 +146,7 @@ class LineWriter:
                 self.file.write(encode_line(line))
                 self.file.flush()
             elif self.active:
-                with in_turn(self.turn), open(self.output_file, "ab") as file:  # anew: NFS finds the end that is now
+                with in_turn(self.turn), open(self.output_file, "ab") as file:  # opening makes NFS see the current end
                     file.write(encode_line(line))
 
     def __enter__(self) -> "LineWriter":
@@ -159,7 +158,7 @@ class LineWriter:
     def _begin(self) -> None:
         self.output_file.parent.mkdir(parents=True, exist_ok=True)
         self.lock = hold(self.lock_file, f"--output_file {self.output_file}")
-        self.turn.unlink(missing_ok=True)  # of a rank that was killed in its turn
+        self.turn.unlink(missing_ok=True)  # left by a rank that was killed in its turn
         with open(self.output_file, "a+b") as file:
             file.seek(0)
             count = size = 0
@@ -173,10 +172,10 @@ class LineWriter:
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:
-            with naming_file(self.output_file):  # what a full disk did not take is tried again
+            with naming_file(self.output_file):  # closing retries a write that failed on a full disk
                 self.file.close()
         if error is None and _several_ranks():
-            wait_for_all_ranks()  # the others may still write
+            wait_for_all_ranks()  # other ranks may still be writing
         if is_main_rank():
             self.lock_file.unlink()
             self.lock.close()
@@ -188,9 +187,9 @@ def _several_ranks() -> bool:
 
 @contextlib.contextmanager
 def in_turn(path: Path, seconds: float = 60) -> Iterator[None]:
-    """Lets one process at a time in, of all that name this file: it is made exclusively, which every file system does
-    for all its hosts, while flock may be missing there, or hold on one host alone. After a rank that was killed in its
-    turn, and may have left half a line, nobody gets in: OSError after so many seconds."""
+    """A lock: of the processes that use the same path, one at a time runs the block. It creates the file exclusively,
+    which every file system does for all its hosts; flock may be missing, or lock on one host only. A rank that is
+    killed in its turn, maybe amid a line, leaves the file behind: the others get OSError after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:

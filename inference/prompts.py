@@ -1,11 +1,11 @@
-"""The prompts that generate.py answers, read and tokenised when a slot is free for them.
+"""The prompts of generate.py, read and tokenised when slots become free.
 
-- a first look at the whole file refuses what cannot be used before there is any output. It tokenises the prompts of a
-  file of up to BIG_FILE bytes, which are kept; of a larger one it reads the fields in several processes and tokenises
-  the longest prompts, and what is found overlong later ends the run there, to be resumed
-- of a large file no more is in memory than the prompts under way
-- data-parallel replicas take samples when they have room for them, at first whole prompts, whose samples share a
-  prefill, at the end single samples: models/sharing.py
+- a first pass over the whole file refuses unusable records before anything is written. For a file of up to BIG_FILE
+  bytes it tokenises all prompts and keeps their ids; for a larger one it checks the fields in several processes and
+  tokenises only the longest prompts. A prompt found overlong later then ends the run, which --resume continues
+- of a large file only the prompts in progress are in memory
+- data-parallel replicas take work when they have room for it: whole prompts at first, whose samples share a prefill,
+  and single samples at the end (models/sharing.py)
 """
 
 import heapq
@@ -37,12 +37,12 @@ from models.records import (
 )
 from models.tokenizer import Tokenizer
 
-BIG_FILE = 2**23  # in bytes: a few seconds of tokenising
-NUM_LONGEST = 64  # prompts of a large file that are tokenised first: what the cache must have room for
+BIG_FILE = 2**23  # in bytes; tokenising as much takes a few seconds
+NUM_LONGEST = 64  # longest prompts of a large file, tokenised first, since the cache must have room for them
 
-# What a line says of its sample; a record's own field of such a name is carried along as reference_NAME.
+# Fields of an output line; a record's own field of such a name is carried along as reference_NAME.
 WRITTEN = ("idx", "sample_idx", "output", "finish_reason", "num_tokens", "logprob", "token_ids")
-# What may be wrong in a record with a prompt of text.
+# Fields that make a record with a text prompt need the full check.
 LOOKED_AT = {*WRITTEN, *NOT_READ, "system", "tools", "chat_template_kwargs"}
 
 
@@ -53,31 +53,32 @@ class PromptArgs:
     prompt: list[str] | None = flag(None, action="append", help="a prompt; may be given several times")
     prompt_file: Path | None = flag(None, help="JSON or JSONL records with a prompt each")
     num_samples: int = flag(1, bounds=at_least_one, help="samples for each prompt")
-    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="prompts that leave no room")
-    chat: bool = flag(False, help="put text prompts through the chat template, as the user's message")
+    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with too long prompts")
+    chat: bool = flag(False, help="put text prompts through the chat template, as a message of the user")
     system: str | None = flag(None, help="with --chat: a system message before each prompt")
 
 
 class _Look(NamedTuple):
-    """What a first look at a part of a file finds."""
+    """Findings of the first pass in one chunk of the file."""
 
     num_records: int
-    renamed: set[str]  # fields that lines cannot have under their own name
-    longest: list[tuple[int, Record]]  # with their sizes
-    size: int  # bytes of the file
+    renamed: set[str]  # fields that are written as reference_NAME
+    longest: list[tuple[int, Record]]  # (size in bytes, record)
+    size: int  # of the chunk, in bytes
 
 
 class PromptSource:
-    """The prompts of a run. num_records: of the file, also where prompts are skipped.
+    """The prompts of a run. num_records: number of records in the file, skipped ones included.
 
-    max_new_tokens: of a sample; there may be room for fewer. Raises ValueError or OSError for what cannot be used.
+    max_new_tokens: most tokens of a sample; there may be room for fewer. Raises ValueError or OSError for an unusable
+    file or record.
     """
 
     def __init__(self, args: PromptArgs, folder: Folder, max_new_tokens: int):
         self.args, self.folder, self.max_new_tokens = args, folder, max_new_tokens
         self.opening = opening_of(args.system, folder.tokenizer)
-        self.skipped = self.truncated = self.short = 0  # of the prompts tokenised so far
-        # ids of each prompt, None of one skipped; where all are known
+        self.skipped = self.truncated = self.short = 0  # among the prompts tokenised so far
+        # the ids of each prompt, None for a skipped one; not for a large file
         self._encoded: list[list[int] | None] | None = None
         path = args.prompt_file
         self.size = path.stat().st_size if path is not None and path.is_file() else 0
@@ -89,7 +90,7 @@ class PromptSource:
         if self.is_large:
             for record in longest:
                 self._longest = max(self._longest, len(self._encode(record) or ()))
-            self.skipped = self.truncated = self.short = 0  # they are counted when their turn comes
+            self.skipped = self.truncated = self.short = 0  # counted again in requests()
         else:
             self._tokenise_all()
 
@@ -99,7 +100,7 @@ class PromptSource:
         return [Items([Record(f"--prompt {i}", {"prompt": text}) for i, text in enumerate(self.args.prompt, start=1)])]
 
     def _look_at_all(self) -> list[Record]:
-        """The longest prompts of a large file."""
+        """Checks all records. Returns those with the longest prompts of a large file."""
         workers = num_cores(of_rank=True) if self.is_large else 1
         longest: list[tuple[int, Record]] = []
         with bytes_bar(self.size, "reading prompts") as bar:
@@ -115,7 +116,7 @@ class PromptSource:
         for record in records_of([chunk]):
             num_records += 1
             prompt = record.fields.get("prompt")
-            is_text = isinstance(prompt, str) and not prompt.lstrip().startswith("[")  # of messages, maybe
+            is_text = isinstance(prompt, str) and not prompt.lstrip().startswith("[")  # else maybe messages
             if not is_text or not record.fields.keys().isdisjoint(LOOKED_AT):
                 with naming(record):
                     carried_fields(record)
@@ -135,8 +136,8 @@ class PromptSource:
             raise ValueError(f"all {self.skipped} prompts leave no room in {self.folder.max_seq_len} tokens")
 
     def _encode(self, record: Record) -> list[int] | None:
-        """The ids of a record's prompt, None if it is to be skipped. A prompt is overlong if it leaves no room for one
-        token; truncating cuts its beginning, but for the BOS, so that the completion fits or has half of the room."""
+        """Returns the ids of a record's prompt, or None to skip it. A prompt is overlong if it leaves no room for one
+        token; truncating drops its beginning, except the BOS, until the completion fits or has half of the room."""
         limit = self.folder.max_seq_len
         with naming(record):
             ids = encode_prompt(prompt_of(record, self.opening, self.args.chat), self.folder.tokenizer)
@@ -152,39 +153,38 @@ class PromptSource:
                 self.skipped += 1
                 return None
             self.truncated += 1
-            # at least half of the room is the prompt's
             ids = cut_prompt(ids, max(limit - self.max_new_tokens, limit // 2), self.folder.tokenizer)
         self.short += len(ids) + self.max_new_tokens > limit
         return ids
 
     @property
     def most_tokens(self) -> int:
-        """Of a prompt and its answer, as far as is known."""
+        """Most tokens of a prompt with its answer, as far as prompts are tokenised."""
         return min(self._longest + self.max_new_tokens, self.folder.max_seq_len)
 
     @property
     def usual_tokens(self) -> int:
-        """Of a prompt and half of its answer's tokens: the mean, of a large file the longest that is known."""
+        """Tokens of the mean prompt (in a large file, the longest known prompt) and half of the longest answer."""
         lengths = [len(ids) for ids in self._encoded or () if ids is not None]
         mean = sum(lengths) // len(lengths) if lengths else self._longest
         return min(mean + -(-self.max_new_tokens // 2), self.folder.max_seq_len)
 
     def missing(self, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the numbers of the prompts that have samples to draw, how many of each). done: the samples that are drawn,
-        bool [num_records, num_samples]."""
+        """Returns (the numbers of the prompts with missing samples, the number of samples each of them misses). done: a
+        mask of the samples already drawn, bool [num_records, num_samples]."""
         is_kept = True if self._encoded is None else np.array([ids is not None for ids in self._encoded])
         numbers = np.flatnonzero(is_kept & ~done.all(axis=1))
         return numbers, (~done[numbers]).sum(axis=1)
 
     def requests(self, numbers: np.ndarray, done: np.ndarray, taken: Iterable[range]) -> Iterator[Request]:
-        """The samples of these prompts that are not done, of them the ranges that are taken, in ascending order."""
+        """Yields requests for the missing samples of these prompts, in the ascending ranges that this replica takes."""
         deferred = enumerate(chain.from_iterable(chunk.deferred() for chunk in self._chunks()))
         ends, prompt = (~done[numbers]).sum(axis=1).cumsum(), -1
         for samples in taken:
             first, last = np.searchsorted(ends, (samples.start, samples.stop - 1), "right").tolist()
             for place in range(first, last + 1):
                 number = int(numbers[place])
-                if number != prompt:  # else its samples come in several chunks
+                if number != prompt:  # equal if the samples of a prompt are spread over several ranges
                     prompt, record = number, next(read for idx, read in deferred if idx == number)()
                     ids = self._encode(record) if self._encoded is None else self._encoded[number]
                 if ids is None:
@@ -196,22 +196,22 @@ class PromptSource:
                     yield Request(number, sample_idx, ids, most, record)
 
     def asked(self, record: Record) -> str | list[dict]:
-        """The record's prompt as the model got it: messages with --chat and --system, so that whoever reads the line
-        scores, or learns, the answer to the same."""
+        """Returns the record's prompt as the model got it: as messages with --chat and --system, so that scoring and
+        training on the line use the same prompt."""
         prompt = stated_prompt(record)
         if self.args.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return [*self.opening, *prompt] if self.opening else prompt
 
     def notes(self) -> dict[str, str]:
-        """A row of the card, or none."""
+        """Returns the notes for the card: a row, or none."""
         renamed = [name for name in WRITTEN if name in self._renamed]
         kept = f"the records' own {', '.join(renamed)} kept as reference_{', reference_'.join(renamed)}" * bool(renamed)
         notes = [note for note in (self.remarks(), kept) if note]
         return {"note": "; ".join(notes)} if notes else {}
 
     def remarks(self) -> str:
-        """On the prompts tokenised so far, for people."""
+        """Describes the prompts tokenised so far that were skipped, truncated or short of room."""
         remarks = (
             (self.skipped, "prompts skipped as too long"),
             (self.truncated, "prompts truncated"),
@@ -225,8 +225,8 @@ def _longest_of(sized: list[tuple[int, Record]]) -> list[tuple[int, Record]]:
 
 
 def opening_of(system: str | None, tokenizer: Tokenizer) -> list[dict]:
-    """The messages that a conversation begins with: the system message, or none. Raises ValueError where the chat
-    template refuses it, or would leave it out without a word."""
+    """Returns the messages that a conversation begins with: the system message, or none. Raises ValueError if the chat
+    template refuses it or silently drops it."""
     if system is None:
         return []
     opening = [{"role": "system", "content": system}]
@@ -239,12 +239,12 @@ def opening_of(system: str | None, tokenizer: Tokenizer) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{error}; does it take a system message at all? Leave it out") from None
     if text == without:
-        raise ValueError("the chat template would leave the system message out without a word; do without it")
+        raise ValueError("the chat template would silently leave the system message out; do without it")
     return opening
 
 
 def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:
-    """The record's prompt, with --chat as a chat, behind the opening. Raises ValueError for two system messages."""
+    """Returns the record's prompt, after the opening; --chat: as a chat. Raises ValueError for two system messages."""
     prompt = get_prompt(record, as_chat=chat)
     if not opening:
         return prompt
@@ -254,14 +254,14 @@ def prompt_of(record: Record, opening: list[dict], chat: bool) -> str | Chat:
 
 
 def carried_fields(record: Record) -> dict[str, object]:
-    """The fields of a record that its samples' lines carry along, those of the names in WRITTEN as reference_NAME.
-    Raises ValueError where that name is taken as well."""
+    """Returns the fields of a record that the lines of its samples carry along; a name in WRITTEN becomes
+    reference_NAME. Raises ValueError if the record has that name too."""
     read, carried = next((name for name in ("prompt", "instruction", "input") if name in record.fields), None), {}
     for name, value in record.fields.items():
         new = f"reference_{name}" if name in WRITTEN else name
         require(
             new == name or new not in record.fields,
-            f"{name!r} would be written as {new!r}, which is there too; rename one",
+            f"{name!r} would be written as {new!r}, which the record has too; rename one",
         )
         if name != read:
             carried[new] = value

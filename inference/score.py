@@ -1,12 +1,12 @@
-"""Scores from a reward model, or grades from a function that checks answers: records in, the same records with their
-rewards out, in the same order.
+"""Adds scores of a reward model, or grades of a function that checks answers, to records: records in, the same records
+with their rewards out, in the same order.
 
-- outcome models (training/train_rm.py --loss pairwise or pointwise, or any LlamaForSequenceClassification, or Qwen2's
-  or Qwen3's, with one label) give one number, at the last token of BOS + prompt + completion + EOS; process models give
-  one at the end of each step. The ids are those of training: models/records.py and models/reward.py make both
-- a window of records is sorted by length, so that little is padded, and written once it is scored; after a kill,
-  --resume goes on behind the last whole line
-- --best_of_n and --weighted_vote choose among the samples of a prompt once all are scored
+- outcome models (of training/train_rm.py --loss pairwise or pointwise, or any ForSequenceClassification of Llama, Qwen2
+  or Qwen3 with one label) give one score, at the last token of BOS + prompt + completion + EOS; process models give one
+  at the end of each step. Training encodes the same token ids, with models/records.py and models/reward.py
+- windows of records are sorted by length, so that there is little padding, and written once they are scored; after a
+  kill, --resume continues after the last whole line
+- --best_of_n and --weighted_vote choose one sample of each prompt after all samples are scored
 - --grader needs no model: inference/grading.py
 
     python inference/score.py --checkpoint_path RM --data_file samples.jsonl --output_file scored.jsonl
@@ -72,7 +72,7 @@ from models.tokenizer import chat_day
 from models.tp import TensorParallelArgs
 from models.workers import GradingArgs
 
-WINDOW = 16  # batches that are sorted by length together; what a kill loses at most
+WINDOW = 16  # number of batches that are sorted by length together; a kill loses at most one window
 ADDED_FIELDS = ("reward", "step_rewards", "chosen_reward", "rejected_reward", "voted_answer", "votes")
 
 
@@ -83,50 +83,51 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     checkpoint_path: Path | None = None
     grader: FunctionPlace | None = flag(
         None,
-        help="FILE.py:NAME, in the place of --checkpoint_path: a function (prompt, completion, example) -> number that "
-        "gives lines a grade, such as training/graders.py:math_answer",
+        help="FILE.py:NAME of a function (prompt, completion, example) -> number that grades the answers, in place of "
+        "--checkpoint_path; for instance training/graders.py:math_answer",
     )
     pass_at: list[int] | None = flag(
         None,
         bounds=at_least_one,
-        help="with --grader: say how probable it is that one of so many samples of a prompt has a grade of at least 1",
+        help="with --grader: values of k for pass@k, the probability that at least one of k samples of a prompt has a "
+        "grade of at least 1",
         may_change=True,
     )
 
     data_file: Path = flag(
-        help="JSON or JSONL records: prompt + completion; generate.py's lines (no EOS follows an output that ended for "
-        "its length); prompt + chosen + rejected; for process models also prompt + completions, a list of steps. Lines "
-        "get a reward (pairs: chosen_reward, rejected_reward), of process models step_rewards, logits"
+        help="JSON or JSONL records: prompt + completion; lines of generate.py (an output cut at the token limit gets "
+        "no EOS); prompt + chosen + rejected; for process models also prompt + completions, a list of steps. Adds "
+        "reward (to pairs chosen_reward and rejected_reward; with a process model step_rewards, as logits)"
     )
     output_file: Path = flag(
         help="JSONL file for the records, in the order of --data_file", may_change=True, written=True
     )
-    resume: bool = flag(False, help="go on with the records that --output_file does not have yet", may_change=True)
-    batch_size: int = flag(16, bounds=at_least_one, help="rows per forward, on each dp rank", may_change=True)
-    max_seq_len: int | None = flag(None, bounds=at_least_one, help="longest row in tokens; the model's context")
+    resume: bool = flag(False, help="score the records that --output_file does not have yet", may_change=True)
+    batch_size: int = flag(16, bounds=at_least_one, help="rows per forward pass on each dp rank", may_change=True)
+    max_seq_len: int | None = flag(None, bounds=at_least_one, help="most tokens of a row; default: the model's context")
     overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with longer records")
-    normalize: bool = flag(False, help="(score - reward_mean) / reward_std, both from config.json")
+    normalize: bool = flag(False, help="write (score - reward_mean) / reward_std, with both from config.json")
     aggregate: str | None = flag(
         None,
         choices=("min", "prod", "last", "mean"),
-        help="process models: also write reward, from the steps' probabilities, the sigmoids of step_rewards",
+        help="process models: also write reward, aggregated from the steps' probabilities, sigmoid(step_rewards)",
     )
     best_of_n: bool = flag(
         False,
-        help="keep only the sample with the highest reward of each prompt (idx, where records have one); all of them "
-        "go to OUTPUT.scored.jsonl beside --output_file OUTPUT.jsonl",
+        help="keep only the sample with the highest reward of each prompt (samples of one prompt have the same prompt "
+        "and idx); all scored samples go to OUTPUT.scored.jsonl beside --output_file OUTPUT.jsonl",
         may_change=True,
     )
     weighted_vote: bool = flag(
         False,
-        help="keep one sample of each prompt: the best of those with the answer for which the sum of sigmoid(reward), "
-        "or of the aggregated reward of steps, is highest; adds voted_answer and votes; all go beside as above",
+        help="keep the best sample of each prompt's winning answer: samples vote for their answer with sigmoid(reward) "
+        "or the --aggregate of their steps; adds voted_answer and votes; all samples go to OUTPUT.scored.jsonl",
         may_change=True,
     )
     answer_fn: FunctionPlace | None = flag(
         None,
-        help="FILE.py:NAME, a function from a completion's text to its final answer, a string, or None for no answer; "
-        "the last \\boxed{} that is not empty, else the last line that is not blank",
+        help="with --weighted_vote: FILE.py:NAME of a function from a completion's text to its final answer (str, "
+        "or None); default: the last \\boxed{} that is not empty, else the last line that is not blank",
         may_change=True,
     )
 
@@ -136,7 +137,7 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
 
     @property
     def scored_file(self) -> Path:
-        """Where all lines go."""
+        """The file for all scored records, chosen or not."""
         path = self.output_file
         return path.with_name(f"{path.stem}.scored{path.suffix}") if self.choosing else path
 
@@ -147,7 +148,7 @@ def main(args: ScoreArgs) -> None:
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_flags(args)
     if args.grader is not None:
-        if is_main_rank():  # another may come to this when the file has been begun
+        if is_main_rank():  # on a later rank, check_outputs might find the file that the main rank has just begun
             check_outputs(args)
             grade_file(args)
         return
@@ -177,7 +178,7 @@ def main(args: ScoreArgs) -> None:
     done_before = partial(lines_of, [item.record for item in items], args.scored_file, needed)
     lines = on_main(done_before) if args.resume else []
     num_done = len(lines)
-    # Windows are counted from the beginning of the file: a record meets the same neighbours after a resume.
+    # Windows are counted from the beginning of the file, so a record has the same neighbours after a resume.
     size = WINDOW * args.batch_size * dp_size
     first = num_done - num_done % size if num_done < len(items) else len(items)
 
@@ -197,7 +198,7 @@ def main(args: ScoreArgs) -> None:
         tp = parallel_of(mesh).tp
         model = load_for_inference(args.checkpoint_path, runtime, tp=tp, head="score", scheme=scheme, files=files)
         for block in model.layers if runtime.compile else ():
-            block.compile(dynamic=True)  # all share their code; a whole model's would grow with its layers
+            block.compile(dynamic=True)  # blocks share compiled code; that of a whole model would grow with its layers
     split = Split(args.batch_size, mesh["dp"], folder.pad_token_id)
     num_tokens = sum(len(row.input_ids) for item in items[first:] for row in item.rows)
     clock = Stopwatch(runtime.device)
@@ -230,7 +231,8 @@ def main(args: ScoreArgs) -> None:
 
 
 def begin_file(args: ScoreArgs) -> dict:
-    """What the output file is begun with. Raises ValueError if it has been begun with something else, or is there."""
+    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or with --resume
+    if it was begun with other settings."""
     check_outputs(args)
     begun = begun_with(args)
     if args.resume:
@@ -239,11 +241,11 @@ def begin_file(args: ScoreArgs) -> dict:
 
 
 def check_source(args: ScoreArgs) -> None:
-    """Raises ValueError unless one thing gives scores, and has only its own flags."""
+    """Raises ValueError unless either a model or a function gives the scores, and only its own flags are set."""
     if (args.checkpoint_path is None) == (args.grader is None):
         raise ValueError("give either --checkpoint_path, a reward model, or --grader, a function")
     if args.grader is None and args.pass_at is not None:
-        raise ValueError("--pass_at needs a --grader: a score of a reward model is neither right nor wrong")
+        raise ValueError("--pass_at needs a --grader: a reward model's score is neither right nor wrong")
     if args.grader is None:
         refuse_idle(args, "without a --grader", "reward_workers", "reward_timeout", "reward_memory")
     else:
@@ -253,7 +255,7 @@ def check_source(args: ScoreArgs) -> None:
 
 
 def check_flags(args: ScoreArgs) -> None:
-    """Raises ValueError for flags that do not go together."""
+    """Raises ValueError for flags that contradict each other."""
     if args.accept_changed and not args.resume:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if args.best_of_n and args.weighted_vote:
@@ -263,29 +265,29 @@ def check_flags(args: ScoreArgs) -> None:
 
 
 def check_outputs(args: ScoreArgs) -> None:
-    """Raises ValueError for files that are there already."""
+    """Raises ValueError if an output file already exists, or on resume if it was begun without choosing."""
     for path in {args.output_file, args.scored_file} if not args.resume else ():
         refuse_occupied(path)
     if args.resume and args.output_file.exists() and not args.scored_file.exists():
-        raise ValueError(f"{args.output_file}: was not begun with --best_of_n or --weighted_vote, so it is left alone")
+        raise ValueError(f"{args.output_file}: was not begun with --best_of_n or --weighted_vote; name another file")
 
 
 def check_kind(args: ScoreArgs, kind: RewardKind) -> None:
-    """Raises ValueError for flags that this kind of model does not go with."""
+    """Raises ValueError for flags that do not suit this kind of reward model."""
     process, path = kind.separator is not None, args.checkpoint_path
     if args.aggregate is not None and not process:
-        raise ValueError(f"--aggregate {args.aggregate}: {path} is not a process model, it gives one score as it is")
+        raise ValueError(f"--aggregate {args.aggregate}: {path} is not a process model, it gives one score anyway")
     if args.choosing and process and args.aggregate is None:
-        raise ValueError("--best_of_n and --weighted_vote need one reward for each sample; choose --aggregate")
+        raise ValueError("--best_of_n and --weighted_vote need one reward for each sample; choose an --aggregate")
     if args.normalize and process:
-        raise ValueError("--normalize: the scores of steps are logits of probabilities and stay as they are")
+        raise ValueError("--normalize: a process model's scores of steps are logits, which are not normalised")
     if args.normalize and not kind.can_normalize():
         raise ValueError(f"--normalize: {path / 'config.json'} has no reward_mean and positive reward_std")
 
 
 class Item(NamedTuple):
     record: Record
-    rows: list[Scored]  # one; of a pair two, chosen and rejected
+    rows: list[Scored]  # one row, or two for a pair: chosen and rejected
 
     @property
     def sequences(self) -> list[Sequence[int]]:
@@ -295,7 +297,7 @@ class Item(NamedTuple):
 def encode_items(
     records: list[Record], folder: Folder, kind: RewardKind, args: ScoreArgs
 ) -> tuple[list[Item], EncodingCounts]:
-    """Records with their rows."""
+    """Encodes records to rows. Returns (items, without skipped records; counts of what happened while encoding)."""
     limit, pad = folder.max_seq_len, kind.pad_token_id
     shorten = partial(cut_completion, pad_token_id=pad) if kind.separator is None else cut_steps
 
@@ -304,7 +306,7 @@ def encode_items(
             rows, happened = encode_to_score(record, kind.separator, folder.tokenizer, pad)
             for name in ADDED_FIELDS:
                 require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
-            require(len(rows) == 1 or not args.choosing, "a pair, and not one of several samples to choose from")
+            require(len(rows) == 1 or not args.choosing, "is a pair; --best_of_n and --weighted_vote need samples")
         return Item(record, rows), happened
 
     def cut(item: Item) -> Item | None:
@@ -323,10 +325,10 @@ def encode_items(
 
 
 def line_of(item: Item, scores: list[list[float]], kind: RewardKind, args: ScoreArgs) -> dict[str, object]:
-    """The record with its rewards. scores: those of each row."""
+    """Returns the record with its rewards added. scores: a list for each row; ValueError if one is not finite."""
     with naming(item.record):
         for score in chain(*scores):
-            require(math.isfinite(score), f"the score is {score}; are the weights whole?")
+            require(math.isfinite(score), f"the score is {score}; are the weights damaged?")
     if kind.separator is not None:
         added = {"step_rewards": scores[0]}
         if args.aggregate is not None:
@@ -339,7 +341,7 @@ def line_of(item: Item, scores: list[list[float]], kind: RewardKind, args: Score
 
 
 def num_weights(config: ModelConfig) -> int:
-    """Number of parameters of the model with a scalar head in the place of the language model's."""
+    """Number of parameters of the model with a scalar head in place of the language model's head."""
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return config.num_parameters() - head + config.hidden_size
 
@@ -347,8 +349,8 @@ def num_weights(config: ModelConfig) -> int:
 def speed_of(
     config: ModelConfig, runtime: Runtime, num_ranks: int, items: list[Item], num_tokens: int, seconds: float
 ) -> dict[str, str]:
-    """Rows of the card: tokens/s without padding, and MFU: a third of training's FLOPs, over the peak of the
-    datasheet, where that is known."""
+    """Rows of the card: tokens/s without padding, and MFU (a third of training's FLOPs, over the datasheet's peak),
+    where that peak is known."""
     if not num_tokens:
         return {}
     rate = num_tokens / seconds
@@ -362,7 +364,7 @@ def speed_of(
 
 
 def summary(lines: list[dict]) -> dict[str, str]:
-    """Mean, spread and range of each reward, and how often the chosen one of a pair has the higher one."""
+    """Rows of the card: mean, spread and range of each reward, and how often chosen has a higher one than rejected."""
     rows = {}
     for name in ("reward", "step_rewards", "chosen_reward", "rejected_reward"):
         values = [line[name] for line in lines if name in line]

@@ -1,4 +1,4 @@
-"""What a folder's generation_config.json asks of sampling. The flags count here; what differs from them is said."""
+"""Sampling settings of a folder's generation_config.json: the flags apply instead, and differences are named."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from models.files import read_json_object
 from models.sampling import SamplingArgs
 
 FLAGS = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Settings of transformers (5.23) that have no flag here, and the values under which they change nothing.
+# Settings of transformers (5.23) that have no flag here, with the values at which they have no effect.
 OTHERS = {
     "min_p": (0,),
     "typical_p": (1,),
@@ -36,13 +36,11 @@ OTHERS = {
 
 
 def settings_not_taken(folder: Path, args: SamplingArgs) -> str:
-    """The settings of a folder's generation_config.json that the flags do not have, for people; "" if there are none.
-
-    Not lengths, which every caller of a model chooses, nor what ends an answer, which is taken.
-    """
+    """Returns a text that lists the settings of a folder's generation_config.json that differ from the flags; "" if
+    there are none. Lengths are left out, since every caller chooses them, and so are stop tokens, which are applied."""
     asked = read_json_object(folder / "generation_config.json", missing_ok=True)
     differs = {name: asked[name] for name in FLAGS if asked.get(name) not in (None, getattr(args, name))}
-    if asked.get("do_sample") is False:  # so it asks nothing of how to draw
+    if asked.get("do_sample") is False:  # greedy, so temperature, top_k and top_p have no effect
         differs = {name: differs[name] for name in differs if name == "repetition_penalty"}
         differs = ({"do_sample": False} if args.temperature else {}) | differs
     differs |= {name: asked[name] for name, same in OTHERS.items() if asked.get(name) not in (None, *same)}

@@ -120,7 +120,7 @@ def test_fields_of_a_record_are_carried(folder, tmp_path):
     out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
     assert generate(folder, "--prompt_file", prompts, "--output_file", out, "--resume").code == 0
     assert sorted(rounded(tiny.read_lines(out)), key=lambda line: line["idx"]) == lines
-    tiny.assert_refused(generate(folder, "--prompt_file", out), f"{out}:1: ", "'reference_idx', which is there too")
+    tiny.assert_refused(generate(folder, "--prompt_file", out), f"{out}:1: ", "'reference_idx', which the record has")
 
 
 def test_a_json_list_is_jsonl_is_a_flag(folder, tmp_path):

@@ -1,9 +1,9 @@
-"""Fetch a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path.
+"""Downloads a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path.
 
 - huggingface_hub does the work: progress bars, parallel files, a token from --token, HF_TOKEN or `hf auth login`
-- the weights come in one format only: safetensors, and .bin only where there is no safetensors; the shards are those
-  that the index names, so `original/`, `consolidated.*`, GGUF, ONNX and other copies stay where they are
-- the same command again continues an interrupted download: files that have arrived are not fetched twice
+- weights are downloaded in one format: safetensors, or .bin if there is no safetensors; only the shards that the index
+  names, so not `original/`, `consolidated.*`, GGUF, ONNX and other copies
+- the same command again continues an interrupted download; complete files are not fetched twice
 - remote code is neither fetched nor run
 """
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.chat_template import TOOL_USE
 from models.common import flag, run_script
 
-# What a folder needs beside its weights, by lower-case name; only from the top level of the repository.
+# Files that a folder needs beside its weights, by lower-case name; only from the top level of the repository.
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,19 +48,19 @@ SMALL_FILES = (
     "notice*",
     "readme*",
 )
-# In order of preference. Where an index and a single file lie side by side, only the index and its shards are fetched.
+# In order of preference. If there are an index and a single file, only the index and its shards are fetched.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 def small_files(names: Iterable[str]) -> list[str]:
-    """The config, tokenizer, licence and readme files among a repository's file names (top level only, but for a second
-    chat template: fnmatch's * takes slashes too)."""
+    """Returns the config, tokenizer, licence and readme files among a repository's file names: those of the top level
+    (fnmatch's * would match slashes too) and the chat template TOOL_USE."""
     top = [name for name in names if "/" not in name or name == TOOL_USE]
     return [name for name in top if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in SMALL_FILES)]
 
 
 def weight_file(names: Collection[str]) -> str:
-    """The one file through which the weights are read: an index or a single file; ValueError if there is none."""
+    """Returns the file that the weights are read through, an index or a single file. Raises ValueError without one."""
     for name in WEIGHTS:
         if name in names:
             return name
@@ -69,18 +69,18 @@ def weight_file(names: Collection[str]) -> str:
 
 
 def shards(index_path: str) -> list[str]:
-    """The files an index names, in order; ValueError if it names none."""
+    """Returns the files that an index names, in order. Raises ValueError if it names none."""
     try:
         names = {*json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
         names = set()
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{Path(index_path).name} is broken, it has no weight_map of files: ask whom the model is of")
+        raise ValueError(f"{Path(index_path).name} is broken, it has no weight_map of files: ask the model's authors")
     return sorted(names)
 
 
 def check_folder(folder: Path, names: Iterable[str]) -> None:
-    """Refuses a folder that holds anything but an earlier download of this repository: files would get mixed."""
+    """Raises ValueError if the folder holds files that do not come from an earlier download of this repository."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file, not a folder; choose another one")
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.exists() else set()
@@ -96,11 +96,11 @@ def check_folder(folder: Path, names: Iterable[str]) -> None:
 
 
 def fetch(repo: str, folder: Path, revision: str | None, token: str | None) -> tuple[dict[str, int], str]:
-    """Downloads what is needed of `repo` into `folder`; returns ({name: bytes}, commit)."""
+    """Downloads the needed files of `repo` into `folder`. Returns ({name: bytes}, commit)."""
     info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings}
     if "config.json" not in sizes:
-        raise ValueError("no config.json at its top level: not a model folder that transformers would open")
+        raise ValueError("no config.json at its top level: not a model that transformers could open")
     weights = weight_file(sizes)
     check_folder(folder, sizes)
     wanted = [*small_files(sizes), weights]
@@ -110,28 +110,28 @@ def fetch(repo: str, folder: Path, revision: str | None, token: str | None) -> t
     if missing:
         raise ValueError(f"{weights} names {missing[0]}, which the repository does not have")
 
-    # The commit, not the branch's name: a push in between must not mix two versions.
+    # The commit, not the branch's name: a push in the meantime must not mix two versions.
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in wanted]
     snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=patterns, token=token)
 
-    # With a folder already there, snapshot_download only warns when the hub refuses it, and trusts what lies there.
+    # If the folder exists, snapshot_download only warns when the hub refuses access, and trusts the files there.
     for name in wanted:
         path = folder / name
         if not path.is_file() or (sizes[name] is not None and path.stat().st_size != sizes[name]):
             raise OSError(f"{path} is missing or incomplete: delete it if it is there and run the same command again")
-    for leftover in folder.glob(".cache/huggingface/download/*.incomplete"):  # a killed download's, never read again
+    for leftover in folder.glob(".cache/huggingface/download/*.incomplete"):  # of a killed download, never read again
         leftover.unlink(missing_ok=True)
     return {name: (folder / name).stat().st_size for name in wanted}, info.sha
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadArgs:
-    """Fetches a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path."""
+    """Downloads a Hugging Face repository into checkpoints/ORG/NAME, ready for --checkpoint_path."""
 
     repo: str = flag(help="repository on the Hugging Face hub", positional=True, metavar="ORG/NAME")
-    output_dir: Path | None = flag(None, help="folder to write; checkpoints/ORG/NAME")
-    revision: str | None = flag(None, help="branch, tag or commit; the main branch")
-    token: str | None = flag(None, help="access token; HF_TOKEN, or the one of `hf auth login`")
+    output_dir: Path | None = flag(None, help="folder to write; default: checkpoints/ORG/NAME")
+    revision: str | None = flag(None, help="branch, tag or commit; default: the main branch")
+    token: str | None = flag(None, help="access token; default: HF_TOKEN, or the token of `hf auth login`")
 
 
 def main(args: DownloadArgs) -> None:

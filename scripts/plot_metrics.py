@@ -1,4 +1,4 @@
-"""Draws the curves of runs, metrics.jsonl, as one PNG: a panel for each metric, a line for each run.
+"""Draws the metrics.jsonl of runs as one PNG: a panel for each metric, a line for each run.
 
 python scripts/plot_metrics.py runs/toy/sft runs/toy/ppo --output_file curves.png
 python scripts/plot_metrics.py runs/toy/ppo --metrics objective/scores objective/kl --output_file ppo.png
@@ -14,7 +14,7 @@ from models.common import at_least_one, flag, run_script
 from models.files import naming_file
 from training.metrics import logged
 
-# Drawn unless --metrics says otherwise: what tells how a run went; its clock and its counters do not.
+# Metrics drawn by default: those that show how well a run went, without its clock and counters.
 SHOWN = (
     *("loss", "eval_loss", "accuracy", "eval_accuracy", "step_accuracy", "eval_step_accuracy", "eval_auc"),
     *("rewards/accuracies", "eval_rewards/accuracies", "rewards/margins", "eval_rewards/margins"),
@@ -25,8 +25,8 @@ SHOWN = (
 
 
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(step, value), ...]} of a run directory or a metrics.jsonl, whose last line may be torn, if it was
-    killed or its disk full. Raises FileNotFoundError, or ValueError that names the line."""
+    """Returns {metric: [(step, value), ...]} of a run directory or a metrics.jsonl; its last line may be torn, after a
+    kill or on a full disk. Raises FileNotFoundError, or ValueError that names the line."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -41,16 +41,16 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def labels_of(runs: list[Path]) -> list[str]:
-    """What each run is called in the legend: the name of its folder, or of a file that is not called as in a run's, and
-    of equal names as much before it as tells them apart."""
+    """Returns each run's name in the legend: that of its folder, or of a file not called metrics.jsonl; equal names get
+    as many parent folders as tell them apart."""
     places = [(run.parent if run.name == "metrics.jsonl" else run).resolve() for run in runs]
     names = [[Path(*place.parts[-n:]).as_posix() for place in places] for n in range(1, 20)]
     names = next((few for few in names if len(set(few)) == len(set(places))), names[-1])
-    return [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib shows nothing that begins so
+    return [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides labels that begin with _
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """The mean of each value and the window - 1 before it."""
+    """Means of each value and the window - 1 values before it."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / (min(i + 1, window)) for i in range(len(values))]
 
 
@@ -60,8 +60,8 @@ class PlotArgs:
 
     runs: list[Path] = flag(help="run directories, or metrics.jsonl files", positional=True)
     output_file: Path = flag(Path("curves.png"), help="picture to write")
-    metrics: list[str] | None = flag(None, help="metrics to draw; what tells how a run went")
-    window: int = flag(1, bounds=at_least_one, help="draw the mean of so many steps, the single values pale")
+    metrics: list[str] | None = flag(None, help="metrics to draw; default: losses, rewards, accuracies and the like")
+    window: int = flag(1, bounds=at_least_one, help="steps of the running mean to draw; single values are drawn pale")
 
 
 def main(args: PlotArgs) -> None:
@@ -71,7 +71,7 @@ def main(args: PlotArgs) -> None:
     except ImportError:
         raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a name may have two $
+    matplotlib.rcParams["text.parse_math"] = False  # a name with two $ is no formula
     from matplotlib import pyplot
 
     if output_file.suffix.lower() != ".png":
@@ -83,10 +83,10 @@ def main(args: PlotArgs) -> None:
             raise ValueError(f"--metrics {name}: no run has it; there are {', '.join(sorted(known))}")
     drawn = metrics or [name for name in SHOWN if name in known]
     if not drawn:
-        raise ValueError(f"{runs[0]}: nothing to draw; name some with --metrics: {', '.join(sorted(known))}")
+        raise ValueError(f"{runs[0]}: no metric to draw by default; choose with --metrics: {', '.join(sorted(known))}")
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    in_a_line = max(1, int(4.2 * columns / (0.7 + 0.09 * max(map(len, labels)))))  # names, by their width in inches
+    in_a_line = max(1, int(4.2 * columns / (0.7 + 0.09 * max(map(len, labels)))))  # names, by width in inches
     legend = 0.25 * -(-len(set(labels)) // in_a_line)
     height = 2.8 * rows + 0.35 + legend  # inches; the 0.35 for the label of the x-axes
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, height), squeeze=False)
@@ -109,10 +109,10 @@ def main(args: PlotArgs) -> None:
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=in_a_line, frameon=False)
     figure.supxlabel("step", fontsize=9, y=(0.1 + legend) / height)
-    figure.tight_layout(rect=(0, (legend - 0.05) / height, 1, 1))  # which leaves room for the label by itself
+    figure.tight_layout(rect=(0, (legend - 0.05) / height, 1, 1))  # tight_layout leaves room for supxlabel itself
     with naming_file(output_file):
         output_file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output_file, dpi=120, bbox_inches="tight")  # with a name that is wider than the panels
+        figure.savefig(output_file, dpi=120, bbox_inches="tight")  # includes a name that is wider than the panels
     pyplot.close(figure)
     print(f"{output_file}: {', '.join(drawn)}")
 

@@ -1,9 +1,9 @@
-"""Writes a Hugging Face folder with quantised weights, and says what it costs.
+"""Writes a Hugging Face folder with quantised weights, and measures the loss of accuracy.
 
 - the layout is compressed-tensors' "pack-quantized", which transformers opens too
-- int4 is chosen with the help of records, block by block (models/calibration.py); int8, and int4 without records, is
-  rounded to nearest, as --quantize does elsewhere
-- with --eval_file: perplexity and KL as stored, rounded to nearest, and as written
+- int4 weights are calibrated on records, block by block (models/calibration.py); int8 weights, and int4 weights
+  without a calibration file, are rounded to nearest, as with --quantize in the other scripts
+- --eval_file: perplexity of the original weights, and perplexity and KL after rounding to nearest and as written
 
     python scripts/quantize.py --checkpoint_path DIR --output_dir DIR-int4 --calibration_file train.jsonl \\
         --eval_file heldout.jsonl
@@ -46,22 +46,22 @@ class QuantizeScriptArgs(ModelArgs, AdapterArgs):
 
     dtype: str | None = "float32"
     compile: bool | None = False
-    output_dir: Path = flag(help="folder to write; whole or not at all")
-    mode: str = flag("int4", choices=("int8", "int4"), help="what the weights of the blocks become")
+    output_dir: Path = flag(help="folder to write, atomically")
+    mode: str = flag("int4", choices=("int8", "int4"), help="format of the weights of the blocks")
     method: str | None = flag(
         None,
         choices=("rtn", "gptq"),
-        help="rtn: round to nearest, as --quantize does elsewhere; gptq, of int4: choose what keeps the outputs of the "
-        "calibration file's tokens, the default where there is such a file",
+        help="rtn: round to nearest, as --quantize in the other scripts; gptq, int4 only: minimise the change of the "
+        "layers' outputs on the calibration file; default: gptq with a --calibration_file, else rtn",
     )
-    group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; 32")
+    group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; default: 32")
     int8_layers: list[str] = flag(
-        (), nargs="*", choices=ROW_PARALLEL, help="of int4: layers that become int8, which costs little in some models"
+        (), nargs="*", choices=ROW_PARALLEL, help="int4: layers to keep in int8, at little extra size in some models"
     )
-    calibration_file: Path | None = flag(None, help="records as finetune_sft.py's: what the model reads")
-    eval_file: Path | None = flag(None, help="records: print what it costs, beside rounding to nearest")
+    calibration_file: Path | None = flag(None, help="records as for finetune_sft.py, to calibrate int4 with")
+    eval_file: Path | None = flag(None, help="records as for finetune_sft.py, to print perplexity and KL on")
     calibration_tokens: int = flag(65536, bounds=at_least_one, help="tokens to calibrate with, from the file's start")
-    max_seq_len: int = flag(512, bounds=at_least_one, help="longer records are cut into rows of so many tokens")
+    max_seq_len: int = flag(512, bounds=at_least_one, help="most tokens of a row; longer records are cut into rows")
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def main(args: QuantizeScriptArgs) -> None:
     )
     is_fp32 = stored_dtype(args.checkpoint_path) == torch.float32
     costs: list[dict[str, Cost]] = []
-    sizes: list[int] = []  # in bytes, of the tensors that stand for weights
+    sizes: list[int] = []  # bytes of the tensors that hold quantised weights
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         if calibration or evaluation:
@@ -104,7 +104,7 @@ def main(args: QuantizeScriptArgs) -> None:
             quantised = quantize_blocks(files, config, scheme, runtime, **rows, report=costs.append)
         else:
             quantised = rounded_tensors(files, scheme, runtime.device)
-        for name, tensor in quantised:  # who decompresses a weight on loading does so in the dtype of its scales
+        for name, tensor in quantised:  # loaders that decompress a weight use the dtype of its scales
             tensor = tensor.float() if is_fp32 and name.endswith("_scale") else tensor
             if name.endswith(("_packed", "_scale", "_zero_point")):
                 sizes.append(tensor.nbytes)
@@ -125,7 +125,7 @@ def main(args: QuantizeScriptArgs) -> None:
         plain = cost["stored"].perplexity
         rows["perplexity as stored"] = f"{plain:.4f}"
         named = {"rounded": cost["rounded"], "as written": cost["chosen"]}
-        if method == "rtn":  # which is rounding
+        if method == "rtn":  # both are rounded to nearest
             del named["rounded"]
         for name, each in named.items():
             rows[f"perplexity {name}"] = f"{each.perplexity:.4f} ({each.perplexity / plain - 1:+.3%}), KL {each.kl:.3e}"
@@ -133,9 +133,9 @@ def main(args: QuantizeScriptArgs) -> None:
 
 
 def settings_of(folder: Folder, files: WeightFiles) -> tuple[dict, dict[str, dict]]:
-    """(the contents of config.json, but for the quantised weights; what the other files say otherwise than the
-    folder's). Where an adapter has made a reward model of a language model, it is one that transformers opens; a pad
-    that config.json has stays, since it says where scores are read."""
+    """Returns (the contents of config.json without quantization_config, the changes of the other JSON files). If an
+    adapter makes a language model a reward model, config.json is one that transformers opens as such; its pad token
+    stays, if it has one, since scores are read at the last token that is no pad."""
     config, changes = folder_config(folder.path), {"generation_config.json": folder.generation_changes()}
     if "score.weight" in files.names() and not has_score_head(folder.path):
         stated, pad = config.get("pad_token_id"), choose_pad_token(folder)
@@ -147,7 +147,7 @@ def settings_of(folder: Folder, files: WeightFiles) -> tuple[dict, dict[str, dic
 
 
 def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, max_seq_len: int, most: int | None) -> list[Rows]:
-    """The first tokens of a file of records, or all, in batches of rows of like length."""
+    """Reads about the first `most` tokens of a file of records, or all, as batches of rows of similar length."""
     rows, num_tokens, longest = [], 0, min(max_seq_len, config.max_position_embeddings)
     for record in tokenising(path):
         example, _ = encode_sft_record(record, tokenizer)

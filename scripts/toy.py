@@ -1,23 +1,23 @@
-"""A small world to try everything on, without any download: a model folder, a tokenizer and problems to learn from.
+"""Writes a toy world to try everything on, without any download: a small model, a tokenizer, problems to learn from.
 
-The task is to add up a row of digits, keeping the running sum, one step a line, and to end with the answer alone:
+The task is to add up a row of digits: one line for each addition, with the running sum, then the answer alone:
 
-    prompt      7+5+9+4          completion   7+5=12          and by the careless clerk     7+5=2
+    prompt      7+5+9+4          completion   7+5=12          the careless clerk's          7+5=2
                                               12+9=21                                       2+9=11
                                               21+4=25                                       11+4=15
                                               25                                            15
 
-- demonstrations of mixed quality: most of train.jsonl was written by a clerk who hardly ever carries (CARELESS,
-  FORGETS), so a model fine-tuned on it imitates him more often than not, and later stages have something to find out:
-  a reward model learns which answers are right, and best of n, DPO and PPO act on it
-- easy to hard: rows of 2 to 6 digits; the long ones are rare in train.jsonl and common in heldout.jsonl
-- each line can be checked by itself (`step_labels`), and so can the answer (`correct`, a reward function for PPO)
+- demonstrations of mixed quality: most of train.jsonl is by a simulated clerk who hardly ever carries (CARELESS,
+  FORGETS). A model fine-tuned on it mostly imitates him, which leaves room for the later stages: a reward model learns
+  which answers are right, and best of n, DPO and PPO use it
+- easy to hard: rows of 2 to 6 digits; long rows are rare in train.jsonl and common in heldout.jsonl
+- each line can be checked by itself (`step_labels`), and so can the answer (`correct`, a reward function)
 - the same seed writes the same bytes
 
     python scripts/toy.py --output_dir runs/toy               writes model/, train.jsonl, heldout.jsonl, prompts.jsonl
-    python scripts/toy.py --output_dir runs/toy --score F     accuracy of generate.py's output lines F on heldout.jsonl
+    python scripts/toy.py --output_dir runs/toy --score F     prints the accuracy of generate.py's samples F
     python scripts/toy.py --samples F --pairs_file P --steps_file S
-                                                              records for reward models and DPO from such lines
+                                                              writes records for reward models and DPO from samples F
 """
 
 import io
@@ -41,11 +41,11 @@ from models.model import ModelConfig, Transformer
 from models.records import get_field, read_records
 from models.shared import check_writable
 
-# {difficulty: share}; the difficulty is the number of terms.
+# {difficulty: share of the problems}; the difficulty is the number of terms
 TRAIN_MIX = {2: 0.2, 3: 0.25, 4: 0.25, 5: 0.2, 6: 0.1}
 HELDOUT_MIX = {4: 0.3, 5: 0.4, 6: 0.3}
 CARELESS, FORGETS = 0.6, 0.9  # the careless clerk's share of the demonstrations; how often he forgets a carry
-CHARACTERS = "0123456789+="  # beside them the tokenizer has every byte; a newline is the byte <0x0A>, as in LLaMA
+CHARACTERS = "0123456789+="  # the tokenizer also has every byte; a newline is the byte <0x0A>, as in LLaMA
 UNK, BOS, EOS, PAD = range(4)
 
 
@@ -53,7 +53,6 @@ UNK, BOS, EOS, PAD = range(4)
 
 
 def make_problem(rng: random.Random, num_terms: int) -> tuple[int, ...]:
-    """Numbers from 1 to 9."""
     return tuple(rng.randint(1, 9) for _ in range(num_terms))
 
 
@@ -62,14 +61,14 @@ def prompt_of(terms: Sequence[int]) -> str:
 
 
 def terms_of(prompt: str) -> tuple[int, ...]:
-    """The terms of a prompt; ValueError if it is none of ours."""
+    """Returns the terms of a prompt. Raises ValueError if it is not one of this toy's prompts."""
     if not re.fullmatch(r"[1-9](\+[1-9])+\n?", prompt):
         raise ValueError(f"not a problem of this toy: {prompt!r}")
     return tuple(map(int, prompt.split("+")))
 
 
 def solution_steps(terms: Sequence[int]) -> list[str]:
-    """The lines of the worked solution: one for each addition, then the sum."""
+    """Returns the lines of the worked solution: one for each addition, then the sum."""
     sums = list(itertools.accumulate(terms))
     steps = [f"{before}+{term}={after}" for before, term, after in zip(sums, terms[1:], sums[1:], strict=False)]
     return [*steps, str(sums[-1])]
@@ -80,8 +79,8 @@ def solution(terms: Sequence[int]) -> str:
 
 
 def careless_solution(terms: Sequence[int], rng: random.Random) -> str:
-    """A solution by the careless clerk: where a line has a carry he mostly leaves the tens as they are, and goes on
-    from there."""
+    """Returns the careless clerk's solution: he forgets most carries, which leaves the tens unchanged, and continues
+    from the wrong sum."""
     total, steps = terms[0], []
     for term in terms[1:]:
         carries = total % 10 + term >= 10
@@ -92,19 +91,19 @@ def careless_solution(terms: Sequence[int], rng: random.Random) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The number on the last line, as a string without leading zeros; None where that line is not a number."""
+    """Returns the number on the last line, as a string without leading zeros; None if that line is not a number."""
     line = text.strip().split("\n")[-1]
     return str(int(line)) if re.fullmatch(r"[0-9]+", line) else None
 
 
 def is_correct(completion: str, answer: int | str) -> bool:
-    """Whether the final answer is right; the working is not looked at."""
+    """Whether the final answer is right, whatever the lines before it."""
     return final_answer(completion) == str(answer)
 
 
 def step_labels(prompt: str, completion: str) -> list[int]:
-    """One 0/1 for each line of a completion, for process rewards: 1 if the worked solution has this line at this place,
-    whatever stands before it."""
+    """Returns a 0/1 label for each line of a completion, for process rewards: 1 if the worked solution has the line at
+    this place, whatever the lines before it."""
     right = solution_steps(terms_of(prompt))
     lines = completion.rstrip("\n").split("\n")
     return [int(i < len(right) and line == right[i]) for i, line in enumerate(lines)]
@@ -124,16 +123,16 @@ def correct(prompts: list[str], completions: list[str], examples: list[dict]) ->
 def sample_problems(
     rng: random.Random, mix: dict[int, float], number: int, *, taken: set, repeats: bool
 ) -> list[tuple[int, ...]]:
-    """`number` problems in random order with the shares of `mix`, none of them in the set `taken`.
+    """Draws `number` problems in random order with the shares of `mix`, none of them in the set `taken`.
 
-    repeats: whether a problem may come twice; without repeats those drawn are added to `taken`.
+    repeats: whether a problem may be drawn twice; if not, the problems drawn are added to `taken`.
     """
     counts = {num_terms: int(share * number) for num_terms, share in mix.items()}
     counts[max(mix)] += number - sum(counts.values())
     problems = []
     for num_terms, count in counts.items():
         if not repeats and count > 9**num_terms // 2:
-            raise ValueError(f"{number} problems: there are too few with {num_terms} terms for that; ask for fewer")
+            raise ValueError(f"{number} problems: too few have {num_terms} terms; ask for fewer problems")
         while count:
             problem = make_problem(rng, num_terms)
             if problem not in taken:
@@ -160,7 +159,7 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def train_tokenizer() -> bytes:
-    """A sentencepiece model in LLaMA's manner, as bytes: BPE, no normalisation, one token a digit, byte fallback."""
+    """Returns a sentencepiece model like LLaMA's, as bytes: BPE, no normalisation, single digits, byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(CHARACTERS)]),
@@ -183,7 +182,7 @@ def train_tokenizer() -> bytes:
 
 
 def write_model(folder: Path, seed: int) -> Transformer:
-    """A randomly initialised LLaMA of 1.1 M parameters with its tokenizer."""
+    """Writes and returns a randomly initialised LLaMA of 1.1 M parameters, with its tokenizer."""
     tokenizer = train_tokenizer()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -230,7 +229,7 @@ def write_model(folder: Path, seed: int) -> Transformer:
 
 
 def write_world(folder: Path, *, seed: int, num_train: int, num_heldout: int, num_prompts: int) -> None:
-    """model/ and the three files. No problem is in two of them; within train.jsonl a problem may come twice."""
+    """Writes model/ and three files of problems. No problem is in two files; train.jsonl may repeat its own."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output_dir {folder}: exists; take another")
     check_writable(folder, f"--output_dir {folder}")
@@ -255,11 +254,11 @@ def write_world(folder: Path, *, seed: int, num_train: int, num_heldout: int, nu
     print(f"{folder}/model: LLaMA with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M random parameters")
 
 
-# --- scoring what generate.py wrote -----------------------------------------------------------------------------------
+# --- scoring samples of generate.py -----------------------------------------------------------------------------------
 
 
 def score(output_file: Path, heldout_file: Path, *, num_shown: int) -> None:
-    """Prints the accuracy of all samples, overall and by difficulty, and `num_shown` of them."""
+    """Prints the accuracy of all samples, overall and by difficulty, and at most `num_shown` of them."""
     examples = {get_field(record, "prompt"): record.fields for record in read_records(heldout_file)}
     lines = read_records(output_file)
     for line in lines:
@@ -279,12 +278,12 @@ def score(output_file: Path, heldout_file: Path, *, num_shown: int) -> None:
     print(f"accuracy {sum(rewards) / len(rewards):.1%} of {len(rewards)} samples ({parts})")
 
 
-# --- what reward models and DPO learn from ----------------------------------------------------------------------------
+# --- records for reward models and DPO --------------------------------------------------------------------------------
 
 
 def judged_samples(samples_file: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """{prompt: (right outputs, wrong outputs)} of generate.py's output lines, each output once. A sample that ran out
-    of tokens is left out: it has no end to judge."""
+    """Returns {prompt: (right outputs, wrong outputs)} of generate.py's lines, without duplicates. A sample cut at the
+    token limit is left out, since its end is missing."""
     judged = {}
     for line in read_records(samples_file):
         prompt, output = get_field(line, "prompt"), get_field(line, "output")
@@ -296,7 +295,7 @@ def judged_samples(samples_file: Path) -> dict[str, tuple[list[str], list[str]]]
 
 
 def pairs_of(judged: dict[str, tuple[list[str], list[str]]]) -> list[dict]:
-    """Right against wrong samples of the same prompt, each sample in one pair at most."""
+    """Pairs right with wrong samples of the same prompt; a sample is in at most one pair."""
     return [
         {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         for prompt, (right, wrong) in judged.items()
@@ -305,7 +304,7 @@ def pairs_of(judged: dict[str, tuple[list[str], list[str]]]) -> list[dict]:
 
 
 def steps_of(judged: dict[str, tuple[list[str], list[str]]]) -> list[dict]:
-    """The lines of every sample with a 0/1 label each."""
+    """Returns the lines of every sample, each with a 0/1 label."""
     return [
         {"prompt": prompt, "completions": output.rstrip("\n").split("\n"), "labels": step_labels(prompt, output)}
         for prompt, outputs in judged.items()
@@ -327,18 +326,18 @@ def write_judged(samples_file: Path, pairs_file: Path | None, steps_file: Path |
 
 @dataclass(frozen=True, kw_only=True)
 class ToyArgs:
-    """Writes a small world without any download: a model, a tokenizer, problems to learn from."""
+    """Writes a toy world without any download: a model, a tokenizer, problems to learn from."""
 
-    output_dir: Path = flag(Path("runs/toy"), help="folder to write; with --score, the one to score with")
-    seed: int = flag(0, help="decides the weights and the problems")
-    num_train: int = flag(25600, bounds=at_least_one, help="demonstrations to train on")
-    num_heldout: int = flag(300, bounds=at_least_one, help="worked problems to measure with")
-    num_prompts: int = flag(1000, bounds=at_least_one, help="problems without a solution, for rewards, DPO and PPO")
-    score: Path | None = flag(None, help="generate.py's output file to score; writes nothing")
-    samples: Path | None = flag(None, help="generate.py's output file to make --pairs_file or --steps_file of")
-    pairs_file: Path | None = flag(None, help="right against wrong samples, for pairwise rewards and DPO")
-    steps_file: Path | None = flag(None, help="the lines of the samples with labels, for process rewards")
-    num_shown: int = flag(6, bounds=non_negative, help="samples to print with --score")
+    output_dir: Path = flag(Path("runs/toy"), help="folder to write; with --score, folder with heldout.jsonl")
+    seed: int = flag(0, help="seed of the weights and the problems")
+    num_train: int = flag(25600, bounds=at_least_one, help="demonstrations in train.jsonl")
+    num_heldout: int = flag(300, bounds=at_least_one, help="problems with solutions in heldout.jsonl")
+    num_prompts: int = flag(1000, bounds=at_least_one, help="problems without solutions in prompts.jsonl")
+    score: Path | None = flag(None, help="print the accuracy of this output file of generate.py, and write nothing")
+    samples: Path | None = flag(None, help="output file of generate.py to make --pairs_file and --steps_file from")
+    pairs_file: Path | None = flag(None, help="file to write: pairs of right and wrong samples, for train_rm and DPO")
+    steps_file: Path | None = flag(None, help="file to write: lines of the samples with labels, for process models")
+    num_shown: int = flag(6, bounds=non_negative, help="with --score: samples to print")
 
 
 def main(args: ToyArgs) -> None:

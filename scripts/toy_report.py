@@ -1,11 +1,11 @@
-"""REPORT.md: what quickstart.sh's stages reached on the toy, as one table; with several seeds, mean and spread.
+"""Writes REPORT.md: the results of quickstart.sh's stages as one table; with several seeds, mean and deviation.
 
-It reads what the stages left in each world folder and measures one thing itself, the KL:
+Computes the KL to the fine-tuned model, and reads the rest from these files of each world folder:
 
-    samples/STAGE.greedy.jsonl     the most likely answer to every held-out problem
+    samples/STAGE.greedy.jsonl     the greedy answer to every held-out problem
     samples/STAGE.scored.jsonl     answers sampled at temperature 1, with the reward model's rewards and token_ids
-    samples/sft.best.jsonl         of those of the fine-tuned model, the best of each problem
-    rm/metrics.jsonl               held-out pairs in the right order
+    samples/sft.best.jsonl         the best of the fine-tuned model's samples for each problem
+    rm/metrics.jsonl               eval_accuracy: share of held-out pairs in the right order
     seconds.jsonl                  {"stage": ..., "seconds": ...}
 
     python scripts/toy_report.py runs/toy runs/toy-1 --output_file runs/toy/REPORT.md
@@ -42,27 +42,27 @@ correct = load_function("toy_report", f"{Path(__file__).with_name('toy.py')}:cor
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArgs:
-    """Writes what the quickstart's stages reached as one table."""
+    """Writes a report with the results of the quickstart's stages as one table."""
 
-    worlds: list[Path] = flag(help="folders that quickstart.sh filled, one for each seed", positional=True)
+    worlds: list[Path] = flag(help="folders that quickstart.sh wrote, one for each seed", positional=True)
     output_file: Path = flag(Path("runs/toy/REPORT.md"), help="Markdown file to write")
-    picture: str | None = flag(None, help="a PNG to show, as a path from the report's folder")
+    picture: str | None = flag(None, help="PNG to show in the report, as a path relative to the report's folder")
 
 
 def verdicts(lines: list[Record]) -> list[float]:
-    """1.0 for a right answer, else 0.0, of each of generate.py's lines."""
+    """Returns 1.0 for each of generate.py's lines with a right answer, else 0.0."""
     columns = ([get_field(line, name) for line in lines] for name in ("prompt", "output"))
     return correct(*columns, [line.fields for line in lines])
 
 
 def accuracy(path: Path) -> float:
-    """The share of right answers in a file of generate.py's lines, in percent."""
+    """Percentage of right answers in a file of generate.py's lines."""
     return 100 * statistics.fmean(verdicts(read_records(path)))
 
 
 @torch.no_grad()
 def mean_kl(path: Path, reference: Transformer, tokenizer: Tokenizer) -> float:
-    """KL(policy || reference) of an answer in nats: the mean of log policy - log reference over its own samples.
+    """Estimates KL(policy || reference) per answer, in nats: the mean of log policy - log reference over its samples.
 
     path: lines of generate.py at temperature 1 with `logprob` and `token_ids`.
     """
@@ -81,7 +81,7 @@ def mean_kl(path: Path, reference: Transformer, tokenizer: Tokenizer) -> float:
 
 
 def measure(world: Path) -> dict[str, dict[str, float]]:
-    """{stage: {column: value}} of one world."""
+    """Returns {stage: {column: value}} of one world."""
     samples, reference, tokenizer = world / "samples", load_model(world / "sft"), Tokenizer(world / "sft")
     found = {"model": {"greedy": accuracy(samples / "model.greedy.jsonl")}}
     for stage in ("sft", "dpo", "ppo", "grpo"):
@@ -105,7 +105,7 @@ def measure(world: Path) -> dict[str, dict[str, float]]:
 
 
 def spread(values: list[float | None], unit: str = "") -> str:
-    """One value as it is, several as mean ± standard deviation; nothing for what was not measured."""
+    """Formats one value as it is, several as mean ± standard deviation; "" if one was not measured."""
     if None in values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -135,10 +135,10 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
         gains.append(f"{name} {spread(more)}")
     text += [
         "",
-        f"Points above one sample of the fine-tuned model: {', '.join(gains)}. The reward model puts "
+        f"Percentage points above one sample of the fine-tuned model: {', '.join(gains)}. The reward model puts "
         f"{spread(each('rm', 'pairs'), ' %')} of the held-out pairs in the right order and took "
-        f"{spread(each('rm', 'minutes'))} minutes, with the samples it learns from. Samples are drawn at temperature "
-        "1; rewards are the reward model's, with mean 0 and deviation 1 on its held-out pairs; KL: of an answer.",
+        f"{spread(each('rm', 'minutes'))} minutes, drawing its samples included. Samples are drawn at temperature 1; "
+        "rewards are the reward model's, with mean 0 and deviation 1 on its held-out pairs; KL is per answer.",
         "",
     ]
     answers = {
@@ -148,7 +148,7 @@ def report(worlds: list[Path], found: list[dict[str, dict[str, float]]], picture
     prompt = min(verdict, key=lambda prompt: (verdict[prompt], -len(prompt)))
     which = " (SFT gets none wrong)" if verdict[prompt] else " that SFT gets wrong"
     text += [
-        f"A problem{which}, the most likely answer after each stage:",
+        f"A problem{which}, with the most likely answer after each stage:",
         "",
         "```",
         f"{'problem':8s}{prompt.strip()}",

@@ -1,16 +1,17 @@
-"""Speed beside the physical limit, with random weights: scripts/benchmark.py JOB.
+"""Measures speed, next to the machine's limits, with random weights: scripts/benchmark.py JOB.
 
-- the ceilings (a matrix product, a copy) are measured in the same run, so MFU and MBU mean something on any machine
-- generate: tokens/s, time to the first token and MBU of the engine, for a batch size, a sweep of them, or ragged work
-  in few slots; in any precision, over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
-- ppo: the split of an update of training/train_ppo.py, its rollouts beside the engine alone, its memory on paper
-- grpo: a policy update on ragged answers, padded and packed in turns
-- memory: what a training run needs on each rank, on paper for any layout, and with --measure held against this machine
-- data: what tokenising costs for chats of 1, 4 and 16 turns
-- generate, sft and dpo have peers (scripts/benchmark_peers.py): --compare runs --peer on the same shape, precision,
-  sampling and compile mode in alternating processes and prints the ratios; one process's timing alone says little on a
+- the ceilings (rate of a matrix product, bandwidth of a copy) are measured in the same run, so MFU and MBU are
+  meaningful on any machine
+- generate: tokens/s, time to the first token and MBU of the engine, for one batch size, several, or ragged requests in
+  few slots; in any precision, over tensor-parallel ranks. sft, dpo: tokens/s of whole optimizer steps
+- ppo: time of each phase of a train_ppo.py update, its rollouts compared with the engine alone, computed memory
+- grpo: a policy update on ragged answers, alternately padded and packed
+- memory: computed memory of a training run on each rank, for any layout; --measure compares it with this machine
+- data: time and memory of tokenising chats of 1, 4 and 16 turns
+- generate, sft and dpo have peers (scripts/benchmark_peers.py): --compare alternates with --peer, in separate processes
+  with the same shape, precision, sampling and compile mode, and prints ratios, since single timings tell little on a
   shared machine
-- the last line is JSON; each job is a file of its own, with its own flags: benchmark.py JOB --help
+- the last line is JSON; each job is a file with its own flags: benchmark.py JOB --help
 
     python scripts/benchmark.py generate --preset 134m --dtype bfloat16 --batch_size 8 --prompt_len 64 --new_tokens 128
     python scripts/benchmark.py memory --preset 7b --layouts 1x1 8x1 4x2
@@ -48,18 +49,18 @@ JOBS = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkArgs:
-    """Speed beside the physical limit, with random weights. The job comes first; benchmark.py JOB --help shows its
-    flags."""
+    """Measures speed, next to the machine's limits, with random weights. The job is the first argument;
+    benchmark.py JOB --help shows its flags."""
 
     job: str = flag(choices=JOBS, help="what to measure", positional=True)
 
 
 def main(args: BenchmarkArgs) -> None:
-    raise ValueError(f"the job comes first: benchmark.py {args.job} ...")
+    raise ValueError(f"the job must be the first argument: benchmark.py {args.job} ...")
 
 
 def main_of(arguments: Sequence[str]) -> Callable:
-    """The main of the job that a command line names; where it names none, one that can only complain."""
+    """Returns the main function of the job that a command line begins with, else `main`, which raises ValueError."""
     return JOBS.get(arguments[0], main) if arguments else main
 
 

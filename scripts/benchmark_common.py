@@ -1,5 +1,5 @@
-"""What the jobs of scripts/benchmark.py share: the shapes, the clock, the machine's ceilings, and the course of a job
-that measures speed, alone or in turn with a peer."""
+"""Shared by the jobs of scripts/benchmark.py: model shapes, timing, the machine's ceilings, and the run of a speed job,
+alone or alternating with a peer."""
 
 import json
 import operator
@@ -32,7 +32,7 @@ from models.model import ModelConfig
 from models.presets import PRESETS
 
 SIZES = {
-    "tiny": ModelConfig(512, 64, 192, 2, 4, 2, 16, 4096),  # to see that something runs
+    "tiny": ModelConfig(512, 64, 192, 2, 4, 2, 16, 4096),  # for trying out
     "23m": ModelConfig(4000, 512, 1376, 6, 8, 8, 64, 4096),
     "134m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 4096),
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_word_embeddings=True),  # SmolLM2-135M's
@@ -48,7 +48,7 @@ SCRIPT = Path(__file__).resolve().with_name("benchmark.py")
 
 
 def layout(text: str) -> tuple[int, int]:
-    """dp x tp, as 4x2."""
+    """Parses "4x2", dp x tp. Raises ValueError."""
     dp, _, tp = text.partition("x")
     if not (dp.isdigit() and tp.isdigit() and int(dp) and int(tp)):
         raise ValueError(text)
@@ -57,14 +57,14 @@ def layout(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class JobArgs:
-    """Which job."""
+    """The job."""
 
     job: str = flag(help="what to measure", positional=True, metavar="JOB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetArgs:
-    """The model, of random weights."""
+    """The model, with random weights."""
 
     preset: str = flag("134m", choices=SIZES, help="shape of the model")
 
@@ -83,37 +83,35 @@ class AnswerArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutArgs:
-    """On paper."""
+    """Layouts to compute the memory of."""
 
-    layouts: list[layout] = flag((), metavar="DPxTP", help="dp x tp, as 1x1 8x1 4x2; all ranks of this run as dp")
+    layouts: list[layout] = flag((), metavar="DPxTP", help="dp x tp, as 1x1 8x1 4x2; default: all ranks as dp")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatArgs:
-    """How often."""
+    """Repetitions."""
 
-    repeats: int = flag(3, bounds=at_least_one, help="timed runs or steps, after one to warm up")
+    repeats: int = flag(3, bounds=at_least_one, help="timed runs or steps, after a warm-up")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedArgs(JobArgs, PresetArgs, RepeatArgs, RuntimeArgs):
-    """A job that measures speed."""
+    """Profiling."""
 
-    profile: int = flag(
-        0, bounds=non_negative, help="say which so many operations take longest; measuring it takes time"
-    )
+    profile: int = flag(0, bounds=non_negative, help="print the N operations that take longest; slows the run down")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerArgs:
-    """Beside others."""
+    """Comparison with a peer."""
 
-    compare: int | None = flag(None, bounds=at_least_one, help="alternate ours and --peer so many times")
-    peer_python: Path = flag(Path(sys.executable), help="--compare: interpreter that has the peer")
+    compare: int | None = flag(None, bounds=at_least_one, help="alternate this project's engine and --peer N times")
+    peer_python: Path = flag(Path(sys.executable), help="with --compare: Python interpreter that has the peer")
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of a call, after one that does not count."""
+    """Returns the median time of a call, after one warm-up call."""
     watch, times = Stopwatch(device), []
     for _ in short_bar(range(repeats + 1), "measuring", "run"):
         watch.lap()
@@ -123,8 +121,8 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
 
 
 def profiled(function: Callable[[], object], device: torch.device, most: int) -> tuple[object, str]:
-    """(what a call returns, the operations that took longest: the time of one, how many there were, their share of the
-    time of all). A GPU's are its kernels."""
+    """Returns (a call's result, a text that lists the `most` operations that took longest: mean time, number, share of
+    the total time). On a GPU, operations are its kernels."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
@@ -132,7 +130,7 @@ def profiled(function: Callable[[], object], device: torch.device, most: int) ->
         if on_gpu:
             torch.cuda.synchronize(device)
     time_of = operator.attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
-    # the compiler's own marks are no operations
+    # marks of the compiler are not operations
     found = [(time_of(e), e.count, e.key) for e in profile.key_averages() if "dynamo_timed" not in e.key]
     total = sum(microseconds for microseconds, _, _ in found) or 1.0
     longest = sorted(found, reverse=True)[:most]
@@ -140,57 +138,58 @@ def profiled(function: Callable[[], object], device: torch.device, most: int) ->
 
 
 def short(name: str) -> str:
-    """Of a kernel its own name, without the template that it is of; of a long one the beginning."""
+    """Returns an operation's name without "void" and "at::native::", shortened to 60 characters."""
     name = name.removeprefix("void ").replace("at::native::", "")
     return name if len(name) <= 60 else name[:57] + "..."
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """What the device multiplies fastest: bf16, or fp32 on a processor that only emulates bf16."""
+    """Returns the dtype that the device multiplies fastest: bf16, or fp32 on a CPU that only emulates bf16."""
     return torch.bfloat16 if device.type == "cuda" or has_bf16_products() else torch.float32
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes/s of a copy, read and written, measured."""
+    """Measures bytes/s of a copy, read and written ones added."""
     source = torch.randn(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, 7)
 
 
 def product_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product, measured."""
+    """Measures FLOP/s of a matrix product."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device, 7)
 
 
 @cache
 def ceilings(device: torch.device) -> tuple[float, float, torch.dtype]:
-    """(FLOP/s of a matrix product, bytes/s of a copy, read and written, the product's dtype), measured."""
+    """Measures (FLOP/s of a matrix product, bytes/s of a copy, read and written); returns them and the product's
+    dtype."""
     dtype = product_dtype(device)
     size, num_bytes = (8192, 2**32) if device.type == "cuda" else (1024, 2**28)
     return product_rate(device, size, dtype), copy_bandwidth(device, num_bytes), dtype
 
 
-# ---------------------------------------------------------------------------------- the course of a job
+# ------------------------------------------------------------------------------------------ running a job
 
 
 def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[str, Callable] | None = None) -> None:
-    """Prints the card and the JSON line of measure(args, runtime) -> its figures, or of the peer that --engine names;
-    with --compare runs this command with either engine in turn.
+    """Calls measure(args, runtime), or the peer that --engine names, and prints the card and JSON line of its figures;
+    with --compare runs this command with both engines in turn.
 
-    Figures: tokens_per_second; bytes_per_second and flops_per_second where there is a limit to hold them against; rows:
-    more lines for the card; ran: what a peer says that it ran.
+    Figures: tokens_per_second; bytes_per_second and flops_per_second if they can be compared with a ceiling; rows: more
+    lines of the card; ran: a peer's description of what it ran.
     """
     if peers and args.compare:
         if args.profile:
-            raise ValueError("--profile: is of one engine; leave out --compare")
+            raise ValueError("--profile: profiles one engine; leave out --compare")
         compare_engines(args)
         return
     engine = args.engine if peers else "ours"
     runtime = choose_runtime(args)
     torch.manual_seed(args.seed % 2**63)
     flops, bandwidth, dtype = ceilings(runtime.device)
-    if runtime.device.type == "cuda":  # the job is to have the memory, and the peak to be its own
+    if runtime.device.type == "cuda":  # leave the memory to the job, and measure its own peak
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     measure = partial(measure if engine == "ours" else peers[engine], args, runtime)
@@ -221,8 +220,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
 
 
 def compare_engines(args: SpeedArgs) -> None:
-    """Runs this command with either engine in turn, each in a process of its own, and prints the ratios, for each batch
-    size of a sweep."""
+    """Runs this command with both engines in turn, each in its own process, and prints the ratios; for a sweep, of each
+    batch size."""
     if shutil.which(args.peer_python) is None:
         raise ValueError(f"--peer_python {args.peer_python}: there is no such program")
     arguments, words = [], iter(sys.argv[1:])
@@ -240,7 +239,7 @@ def compare_engines(args: SpeedArgs) -> None:
 
 
 def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
-    results = {args.peer: [], "ours": []}  # the peer first, which may be missing
+    results = {args.peer: [], "ours": []}  # the peer first, since its package may be missing
     for i in range(args.compare):
         for engine in results:
             python = sys.executable if engine == "ours" else args.peer_python
@@ -260,7 +259,7 @@ def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
     ran = results[args.peer][-1]["ran"]
     last = [results[engine][-1] for engine in ("ours", args.peer)]
     at = ""
-    if all("bits" in result for result in last):  # of weights that each has as it likes
+    if all("bits" in result for result in last):  # the two store weights in formats of their own
         at = " at {:.1f} / {:.1f} bits a weight".format(*(result["bits"] for result in last))
     print(f"ours / {ran}{at}: speed {shown}")
     print(json.dumps({"speed_ratios": speeds, "memory_ratios": memory, "ran": ran, "ours": results["ours"][-1]}))

@@ -1,4 +1,4 @@
-"""The job `data` of scripts/benchmark.py: what tokenising costs, in time and memory, for chats of 1, 4 and 16 turns."""
+"""The job `data` of scripts/benchmark.py: time and memory of tokenising chats of 1, 4 and 16 turns."""
 
 import json
 import random
@@ -26,13 +26,13 @@ TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class DataArgs(JobArgs, RepeatArgs):
-    """What tokenising chats costs."""
+    """Measures the time and memory of tokenising chats."""
 
-    tokenizer: Path | None = flag(None, help="folder with the tokenizer and its chat template; a small one is made")
+    tokenizer: Path | None = flag(None, help="folder with a tokenizer and its chat template; default: a small one")
 
 
 def main(args: DataArgs) -> None:
-    """Prints microseconds and bytes a token, of one process: CPU seconds from the file to its rows."""
+    """Prints CPU microseconds and bytes per token, from the file to its rows, in one process."""
     limits, result = Limits(2**31, 2**31), {}
     with TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -72,7 +72,7 @@ def _write_chats(path: Path, words: list[str], turns: int, rng: random.Random) -
 
 
 def _write_tokenizer(folder: Path, words: list[str]) -> None:
-    """A byte-level one with GPT-2's words, and a chat template."""
+    """Writes a byte-level tokenizer that splits words as GPT-2 does, and a chat template."""
     file = tokenizers.Tokenizer(tokenizers.models.BPE())
     file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     file.decoder = decoders.ByteLevel()

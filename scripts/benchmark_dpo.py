@@ -18,15 +18,15 @@ from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_logps
 
 @dataclass(frozen=True, kw_only=True)
 class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
-    """Optimizer steps of direct preference optimisation on random weights."""
+    """Measures optimizer steps of DPO, with random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="pairs of a step, on each rank")
-    precompute_ref: bool = flag(True, help="the reference's log-probs once before training, else in each step")
-    engine: str = flag("ours", choices=("ours", *PEERS["dpo"]), help="what to run")
-    peer: str = flag("trl", choices=PEERS["dpo"], help="--compare: the engine to alternate with")
+    batch_size: int = flag(8, bounds=at_least_one, help="pairs per step, on each rank")
+    precompute_ref: bool = flag(True, help="compute the reference's log-probs before training, not in each step")
+    engine: str = flag("ours", choices=("ours", *PEERS["dpo"]), help="engine to run")
+    peer: str = flag("trl", choices=PEERS["dpo"], help="with --compare: engine to alternate with")
 
     def pairs(self) -> list[tuple[list[int], list[list[int]]]]:
-        """(prompt, [chosen, rejected]) of random tokens."""
+        """Draws (prompt, [chosen, rejected]) of random tokens."""
         prompts = random_ids(self.config.vocab_size, self.batch_size, self.prompt_len)
         sides = random_ids(self.config.vocab_size, self.batch_size, 2, self.new_tokens)
         return list(zip(prompts.tolist(), sides.tolist()))

@@ -1,5 +1,5 @@
-"""The job `generate` of scripts/benchmark.py: the engine's rates for one batch size or a sweep of them, with weights in
-any precision, over tensor-parallel ranks."""
+"""The job `generate` of scripts/benchmark.py: speed of the generation engine for one or several batch sizes, in any
+precision of the weights, over tensor-parallel ranks."""
 
 import math
 import statistics
@@ -28,27 +28,29 @@ from scripts.workload import counted, ragged_sizes, random_ids, token_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallelArgs):
-    """The engine's rates on random weights."""
+    """Measures the speed of the generation engine, with random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="slots")
-    sweep: list[int] = flag((), nargs="*", bounds=at_least_one, help="batch sizes to measure in turn")
-    ragged: int | None = flag(None, bounds=at_least_one, help="so many prompts, lengths and ends around the flags'")
+    batch_size: int = flag(8, bounds=at_least_one, help="number of slots")
+    sweep: list[int] = flag((), nargs="*", bounds=at_least_one, help="batch sizes to measure one after the other")
+    ragged: int | None = flag(
+        None, bounds=at_least_one, help="serve N ragged requests, with 1/4 to 7/4 of --prompt_len and --new_tokens"
+    )
     precisions: list[str] = flag(
         (),
         choices=("none", *MODES),
-        help="values of --quantize to measure in turns, with their speeds as ratios to the first's",
+        help="values of --quantize to measure alternately, with speeds as ratios to the first",
     )
-    engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="what to run")
-    peer: str = flag("transformers", choices=PEERS["generate"], help="--compare: the engine to alternate with")
-    llama_cpp_gguf: Path | None = flag(None, help="the peer llama_cpp: the file that it runs")
+    engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="engine to run")
+    peer: str = flag("transformers", choices=PEERS["generate"], help="with --compare: engine to alternate with")
+    llama_cpp_gguf: Path | None = flag(None, help="GGUF file for the peer llama_cpp to run")
     weight_dtype: str | None = flag(
         None,
         choices=("float32", "bfloat16"),
-        help="what the random weights are rounded to, as if a folder held them so; --dtype",
+        help="dtype to round the random weights to, as if a folder stored them in it; default: --dtype",
     )
 
     def work(self) -> list[tuple[int, int]]:
-        """(tokens of the prompt, tokens to generate) of each row: all alike, or --ragged of them."""
+        """Returns (tokens of the prompt, tokens to generate) of each row: equal for all rows, or --ragged rows."""
         if self.ragged:
             return ragged_sizes(self.ragged, self.prompt_len, self.new_tokens)
         return [(self.prompt_len, self.new_tokens)] * self.batch_size
@@ -56,11 +58,11 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
 
 def main(args: GenerateArgs) -> None:
     if args.precisions and (args.compare or args.quantize != "none"):
-        raise ValueError("--precisions: takes the place of --quantize, and of --compare")
+        raise ValueError("--precisions: replaces --quantize and --compare; leave them out")
     if "int4" not in (args.quantize, *args.precisions):
         refuse_idle(args, "without int4", "group_size")
     if args.engine != "ours":
-        sweep = ["sweep"] if args.sweep else []  # --compare gives an empty one, beside each batch size
+        sweep = ["sweep"] if args.sweep else []  # empty where --compare runs one batch size of a sweep
         refuse_idle(args, f"with --engine {args.engine}", "precisions", *sweep)
     run_speed_job(args, generate_setting(args), measure_generate, PEERS["generate"])
 
@@ -82,8 +84,8 @@ def random_inference_model(
     tp: DeviceMesh | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """The inference copy of random weights, or this tp rank's part of it, built block by block. weight_dtype: what they
-    are rounded to, where that is less than the computation's."""
+    """Builds an inference copy with random weights, or this tp rank's part of it, block by block. weight_dtype: rounds
+    the weights to this dtype, if it is not that of the computation."""
     device, dtype, _ = runtime
     with torch.device("meta"):
         model = Transformer(config, dtype, Parallel(tp))
@@ -110,7 +112,7 @@ def random_inference_model(
 
 
 def products_seconds(model: Transformer, batch_size: int, device: torch.device) -> float:
-    """The time of a decode step's matrix products alone, one after the other."""
+    """Measures the seconds of a decode step's matrix products alone, one after the other."""
     config = model.config
     widths = (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size)
     x = {n: torch.randn(batch_size, n, device=device).to(model.compute_dtype) for n in widths}
@@ -164,8 +166,8 @@ def measure_generate(args: GenerateArgs, runtime: Runtime) -> dict:
 
 
 def measure_batch(models: dict[str, Transformer], args: GenerateArgs, runtime: Runtime) -> list[dict]:
-    """The figures of one batch size for each precision, medians over the repeats, after a run that does not count. The
-    precisions take turns, and each run's rate is also given as a ratio to the first precision's of the same round."""
+    """Measures one batch size in each precision: medians over the repeats, after a warm-up. The precisions alternate,
+    and each run's rate is also given as a ratio to the first precision's rate in the same round."""
     sizes, batch_size = args.work(), args.batch_size
     vocab_size = next(iter(models.values())).config.vocab_size
     prompts = [random_ids(vocab_size, prompt_len).tolist() for prompt_len, _ in sizes]
@@ -186,7 +188,7 @@ def measure_batch(models: dict[str, Transformer], args: GenerateArgs, runtime: R
             "ms_per_step": step,
             "first_token_ms": first,
             "bytes_per_second": bandwidth,
-            "mbu": bandwidth / ceilings(runtime.device)[1],  # of this rank
+            "mbu": bandwidth / ceilings(runtime.device)[1],  # on this rank
             "bits": 8 * weight_bytes(model) / num_product_weights(model.config) * size_of(model.parallel.tp),
             "compile_seconds": sum(run.compile_seconds for run in runs),
             "speed_ratios": [round[mode].rate / next(iter(round.values())).rate for round in rounds[1:]],
@@ -198,21 +200,21 @@ def measure_batch(models: dict[str, Transformer], args: GenerateArgs, runtime: R
 
 
 def num_product_weights(config: ModelConfig) -> int:
-    """Weights of the products of a decode step: the blocks' and the head's."""
+    """Number of weights in the matrix products of a decode step: those of the blocks and the head."""
     embedding = config.vocab_size * config.hidden_size
     return config.num_parameters() - (0 if config.tie_word_embeddings else embedding)
 
 
 class Run(NamedTuple):
     rate: float  # tokens/s, prefill and decode
-    bandwidth: float  # bytes/s that decode steps read, weights and cache
+    bandwidth: float  # bytes of weights and cache that decode steps read per second
     step_ms: float
     first_token_ms: float
     compile_seconds: float
 
 
 def run_once(engine: Engine, requests: list[Request]) -> Run:
-    """Serves the requests. Their prompts are computed in every run, though the cache holds those of the run before."""
+    """Serves the requests. Forgets the cached prompts of the run before, so that every run computes them."""
     engine.pool.forget()
     engine.reset_stats()
     first, start = math.inf, time.perf_counter()
@@ -232,8 +234,8 @@ def run_once(engine: Engine, requests: list[Request]) -> Run:
 
 
 def cache_bytes(engine: Engine) -> float:
-    """Bytes of cache that the decode steps had to read: in the dtype of the computation, also where the engine keeps it
-    in a wider one, whose bytes are no achievement."""
+    """Bytes of cache that the decode steps had to read, counted in the dtype of the computation: a cache in a wider
+    dtype must not raise the MBU."""
     model = engine.model
     of_token = token_bytes(model.config, model.dtype.itemsize, size_of(model.parallel.tp))
     return engine.cache_bytes_read / engine.rows.cache.bytes_per_token * of_token

@@ -1,9 +1,9 @@
 """The job `grpo` of scripts/benchmark.py: tokens/s of a policy update on answers of very different lengths.
 
-- a forward and backward of the clipped loss over the answers, as train_ppo.py and train_grpo.py take it, on random
-  weights: rows padded side by side in micro-batches of --micro_batch_size, beside rows packed end to end in
-  micro-batches of as many tokens as those hold at most
-- the two alternate; padded micro-batches are of rows of like length, as in training
+- measures forward and backward of the clipped loss over the answers, as in train_ppo.py and train_grpo.py, with random
+  weights: for padded rows in micro-batches of --micro_batch_size, and for rows packed end to end into micro-batches of
+  --max_tokens_per_micro_batch
+- the two alternate; rows of a padded micro-batch have similar lengths, as in training
 """
 
 import random
@@ -27,18 +27,20 @@ SHORTEST = 16  # tokens of an answer
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoArgs(SpeedArgs, RecomputeArgs):
-    """A policy update on ragged answers of random tokens."""
+    """Measures a policy update on ragged answers of random tokens."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="answers of an update")
+    batch_size: int = flag(8, bounds=at_least_one, help="answers per update")
     prompt_len: int = flag(64, bounds=at_least_one, help="tokens of each prompt")
     seq_len: int = flag(512, bounds=at_least_one, help="tokens of the longest answer")
-    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers of a padded forward; --batch_size")
+    micro_batch_size: int | None = flag(
+        None, bounds=at_least_one, help="rows per padded forward pass; default: --batch_size"
+    )
     max_tokens_per_micro_batch: int | None = flag(
-        None, bounds=at_least_one, help="tokens of a packed forward; those of the longest --micro_batch_size rows"
+        None, bounds=at_least_one, help="tokens per packed forward pass; default: --micro_batch_size longest rows"
     )
 
     def filled(self) -> "GrpoArgs":
-        """With the sizes that the user left open."""
+        """Returns these flags with defaults for the sizes that were not given."""
         size = self.micro_batch_size or self.batch_size
         budget = self.max_tokens_per_micro_batch or size * (self.prompt_len + self.seq_len)
         return replace(self, micro_batch_size=size, max_tokens_per_micro_batch=budget)
@@ -62,13 +64,13 @@ def ragged_rows(args: GrpoArgs) -> list[Example]:
 
 
 def padding_share(rows: list[Example], split: Split) -> float:
-    """The part of the tokens of this rank's padded forwards that are padding."""
+    """Returns the share of padding among the tokens of this rank's padded forward passes."""
     lengths = [[len(rows[i].input_ids) for i in group] for group in split.numbers(rows)]
     return 1 - sum(map(sum, lengths)) / sum(len(group) * max(group) for group in lengths if group)
 
 
 def update(model: Transformer, rows: list[Example], advantages: torch.Tensor, split: Split) -> None:
-    """Forward and backward of the clipped loss, a mean over the tokens of all answers."""
+    """Runs forward and backward of the clipped loss, averaged over the tokens of all answers."""
     width = max(row.num_targets for row in rows)
     mask = torch.arange(width) < torch.tensor([row.num_targets for row in rows])[:, None]
     mask, count = mask.to(advantages.device), int(mask.sum())
@@ -104,12 +106,12 @@ def measure_grpo(args: GrpoArgs, runtime: Runtime) -> dict:
     return {
         "tokens_per_second": rates["packed"],
         "padded_tokens_per_second": rates["padded"],
-        "flops_per_second": rates["packed"] * flops / dp.size(),  # of this rank, whose ceiling is beside it
+        "flops_per_second": rates["packed"] * flops / dp.size(),  # per rank, to compare with the ceiling
         "ratios": ratios,
         "padding_share": padding,
         "rows": {
             "packed": f"{rates['packed']:,.1f} tok/s",
             "padded": f"{rates['padded']:,.1f} tok/s, {padding:.1%} of its tokens are padding",
-            "ratio": f"{shown} packed / padded, in turns",
+            "ratio": f"{shown} packed / padded, alternating",
         },
     }

@@ -1,5 +1,5 @@
-"""The job `memory` of scripts/benchmark.py: what a training run needs on each rank, on paper for any layout, or a
-quantised model; with --measure held against this machine.
+"""The job `memory` of scripts/benchmark.py: computes the memory of a training run on each rank, for any layout, or of a
+quantised model; with --measure compares it with the memory used on this machine.
 """
 
 import gc
@@ -38,20 +38,20 @@ from training.optim import OptimArgs, make_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryArgs(JobArgs, PresetArgs, LayoutArgs, RecomputeArgs, AdapterArgs, AnswerArgs, QuantizeArgs, RuntimeArgs):
-    """The memory of a training run, or of a quantised model."""
+    """Computes the memory of a training run, or of a quantised model."""
 
     dtype: str | None = "bfloat16"
     compile: bool | None = False
-    batch_size: int = flag(8, bounds=at_least_one, help="rows of a micro-batch")
+    batch_size: int = flag(8, bounds=at_least_one, help="rows per micro-batch")
     seq_len: int = flag(512, bounds=at_least_one, help="tokens of each row")
-    slots: int = flag(32, bounds=at_least_one, help="--lora_r: answers that PPO and GRPO draw at a time")
-    measure: bool = flag(False, help="do it with random weights and print the measured bytes beside")
+    slots: int = flag(32, bounds=at_least_one, help="with --lora_r: answers that PPO and GRPO draw at a time")
+    measure: bool = flag(False, help="also run it with random weights, and print the measured bytes")
 
 
 def main(args: MemoryArgs) -> None:
     if args.quantize != "none":
         of_training = ("layouts", "activation_checkpointing", "batch_size", "seq_len", "lora_r", "quantize_base")
-        refuse_idle(args, "beside --quantize, which is of a model that is not trained", *of_training)
+        refuse_idle(args, "beside --quantize, which is for a model that is not trained", *of_training)
     if args.lora_r is None:
         refuse_idle(args, "without --lora_r", "slots", "prompt_len", "new_tokens")
     if args.quantize != "int4":
@@ -69,12 +69,12 @@ def training_memory(
     compute_bytes: int = 2,
     on_cpu: bool = False,
 ) -> dict[str, float]:
-    """Bytes on each rank at the peak of an optimizer step of several micro-batches of `tokens` tokens, by purpose.
+    """Computes bytes on each rank, by purpose, at the peak of a step of several micro-batches of `tokens` tokens.
 
-    fp32 weights, gradients and AdamW moments; embedding and head gathered throughout, a block and the next one at a
-    time; what the eager layers keep (models/products.py), with a fused attention. The peak is in the loss, in the
-    backward of the last block, or where the gradients of embedding and head are reduced. on_cpu: no block's backward
-    overlaps with the reduction of the one before.
+    Counts fp32 weights, gradients and AdamW moments; embedding and head, gathered throughout; two gathered blocks at a
+    time; the activations that eager layers keep (models/products.py), with a fused attention. The peak is in the loss,
+    in the backward of the last block, or in the reduction of the gradients of embedding and head. on_cpu: the backward
+    of a block does not overlap with the reduction of the block before.
     """
     E, F, c = config.hidden_size, config.intermediate_size, compute_bytes
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -86,7 +86,7 @@ def training_memory(
 
     kept, of_loss, widest = activations(config, tp, tokens, recompute, c)
     loss = of_loss + (4 + c) * table  # with the head's gradient
-    reduction = c + (4 if dp > 1 else c) + 4 / dp  # a gradient whole, in fp32 to be reduced, and reduced
+    reduction = c + (4 if dp > 1 else c) + 4 / dp  # a whole gradient, its fp32 copy for the reduction, the result
     overlapping = (widest, reduction * block)
     backward = (max if on_cpu else sum)(overlapping) + 2 * c * block + c * table
     return {
@@ -102,14 +102,14 @@ def training_memory(
 def activations(
     config: ModelConfig, tp: int, tokens: int, recompute: str, c: int, lora_r: int = 0
 ) -> tuple[float, float, float]:
-    """(bytes kept for the backward, more of them in the loss, more of them in the backward of a block) of so many
-    tokens; c: bytes of a number of the computation."""
+    """Returns (bytes of activations kept for the backward, additional bytes in the loss, additional bytes in a block's
+    backward) of `tokens` tokens; c: bytes per element of the compute dtype."""
     if recompute == "selective":
-        raise ValueError("--activation_checkpointing selective: the arithmetic of memory knows none and full")
+        raise ValueError("--activation_checkpointing selective: the formula of memory knows none and full only")
     E, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    norm = c * E + 4  # its input, and 1 / the root of its mean square
-    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 2 * c * F) / tp  # and q, k, v, attention with its log-sums; the MLP
+    norm = c * E + 4  # its input, and the reciprocal of the root mean square
+    whole = 2 * norm + (2 * c * (q + kv) + 4 * H + 2 * c * F) / tp  # norms; q, k, v, attention, its log-sums; the MLP
     whole += config.qk_norm * (c + 4 / config.head_dim) * (q + kv) / tp  # q and k before their norms
     whole += 7 * lora_r * c  # the adapters' projections
     kept = tokens * (config.num_hidden_layers * {"none": whole, "full": c * E}[recompute] + norm)
@@ -121,10 +121,9 @@ def activations(
 def lora_memory(
     config: ModelConfig, lora: Lora, *, dp: int, tp: int, tokens: int, recompute: str = "none", compute_bytes: int = 2
 ) -> dict[str, float]:
-    """training_memory of adapters in all linear layers of the blocks: the base in the dtype of the computation or in
-    integers, which every dp rank has whole; gradients and AdamW's moments of the adapters alone, all fp32. Embedding
-    and head have no gradient; of integers one weight is dequantised at a time, by way of two others of its size. What
-    is frozen is gathered where dp ranks share it."""
+    """training_memory for LoRA adapters in all linear layers of the blocks. The base is sharded in the compute dtype or
+    quantised and whole on every dp rank; only adapters have gradients and AdamW moments, all fp32. One quantised weight
+    is dequantised at a time, with two temporaries of its size. Frozen weights that dp ranks share are gathered."""
     E, F, c, L = config.hidden_size, config.intermediate_size, compute_bytes, config.num_hidden_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     kept, of_loss, widest = activations(config, tp, tokens, recompute, c, lora.r)
@@ -134,7 +133,7 @@ def lora_memory(
     if lora.scheme is None:
         base, gathered, dequantised = c * weights / (dp * tp), (dp > 1) * 2 * c * weights / L / tp, 0
     else:
-        beside = 16 * (1 + lora.scheme.has_minima)  # bits of a scale, or of it and a minimum
+        beside = 16 * (1 + lora.scheme.has_minima)  # bits of a scale, or of a scale and a minimum
         bits = lora.scheme.bits + (beside / lora.scheme.group_size if lora.scheme.group_size else 0)
         base, gathered, dequantised = weights * bits / 8 / tp, 0, 3 * c * E * F / tp
     root = c * ((2 - config.tie_word_embeddings) * config.vocab_size * E / tp + E)
@@ -148,7 +147,7 @@ def lora_memory(
 
 
 def sampling_memory(config: ModelConfig, args: MemoryArgs, tp: int, compute_bytes: int) -> dict[str, float]:
-    """What PPO and GRPO need beside the policy: the copy that draws, merged, and the cache of its slots."""
+    """Bytes that PPO and GRPO need beside the policy: the merged copy that draws answers, and its cache."""
     length = args.prompt_len + args.new_tokens
     return {
         "copy that draws": compute_bytes * config.num_parameters() / tp,
@@ -157,7 +156,7 @@ def sampling_memory(config: ModelConfig, args: MemoryArgs, tp: int, compute_byte
 
 
 def report_memory(args: MemoryArgs) -> None:
-    """Prints training_memory for each layout, and what this run's ranks took."""
+    """Prints training_memory or lora_memory for each layout; with --measure also the bytes that this rank used."""
     config, recompute, runtime = args.config, args.activation_checkpointing, choose_runtime(args)
     world, number_bytes = int(os.environ.get("WORLD_SIZE", 1)), runtime.dtype.itemsize
     layouts, on_cpu = args.layouts or [(world, 1)], args.measure and runtime.device.type == "cpu"
@@ -168,9 +167,9 @@ def report_memory(args: MemoryArgs) -> None:
     for dp, tp in layouts:
         config.check_divisible(tp)
         if args.measure and dp * tp != world:
-            raise ValueError(f"--measure takes one layout, of this run's {counted(world, 'rank')}")
+            raise ValueError(f"--measure takes one layout, that of this run's {counted(world, 'rank')}")
         if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
-            raise ValueError("--measure on the CPU counts right with dp 1 only")
+            raise ValueError("--measure on the CPU counts correctly with dp 1 only")
         sizes = {"dp": dp, "tp": tp, "tokens": args.batch_size * args.seq_len, "recompute": recompute}
         sizes["compute_bytes"] = number_bytes
         table = training_memory(config, **sizes, on_cpu=on_cpu) if lora is None else lora_memory(config, lora, **sizes)
@@ -193,7 +192,7 @@ def report_memory(args: MemoryArgs) -> None:
 def measure_memory(
     config: ModelConfig, runtime: Runtime, parallel: ParallelArgs, shape: tuple[int, int], lora: Lora | None = None
 ) -> int:
-    """The most bytes that were allocated on this rank in two optimizer steps of two micro-batches each."""
+    """Returns the peak of bytes allocated on this rank in two optimizer steps of two micro-batches each."""
 
     def train() -> None:
         model = sharded_model(config, parallel, runtime, lora=lora)
@@ -210,7 +209,7 @@ def measure_memory(
     if runtime.device.type == "cuda":
         train()
         return torch.cuda.max_memory_allocated(runtime.device)
-    gc.collect()  # what is freed meanwhile but was allocated before would count as negative
+    gc.collect()  # garbage freed during the measurement would count as negative
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -218,7 +217,7 @@ def measure_memory(
 
 
 def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of a model with quantised blocks, by purpose: all there is in memory before a cache."""
+    """Computes bytes of a model with quantised blocks, by purpose, without the KV cache."""
     E, q = config.hidden_size, config.num_attention_heads * config.head_dim
     kv, ffn, L = config.num_key_value_heads * config.head_dim, config.intermediate_size, config.num_hidden_layers
     rows, weights = L * (q + 2 * kv + 2 * E + 2 * ffn), L * (2 * E * (q + kv) + 3 * E * ffn)
@@ -233,14 +232,14 @@ def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Transformer:
-    """A model of random weights, each block quantised before the next one is there."""
+    """Returns a model with random weights, each block quantised before the next one is allocated."""
     with torch.device("meta"):
         model = Transformer(config).to(runtime.dtype)
     blocks = progress_bar(iterable=model.layers, desc="quantising", unit="block", leave=False)
     for part in itertools.chain(blocks, (model.embed_tokens, model.norm, model.lm_head)):
         part.to_empty(device=runtime.device)
         for parameter in part.parameters():
-            parameter.uniform_(-0.035, 0.035)  # of deviation 0.02
+            parameter.uniform_(-0.035, 0.035)  # standard deviation 0.02
         if isinstance(part, Block):
             quantize_in_place(part, scheme)
     model.tie_weights()
@@ -249,8 +248,8 @@ def quantized_model(config: ModelConfig, runtime: Runtime, scheme: Scheme) -> Tr
 
 
 def report_quantized_memory(args: MemoryArgs) -> None:
-    """Prints quantized_memory; with --measure also what such a model holds, and by how much making it let this process
-    grow at the peak."""
+    """Prints quantized_memory; with --measure also the bytes of such a model, and the growth of this process's peak
+    memory while building it."""
     config = args.config
     scheme = rounding_scheme(args.quantize, args.group_size, config)
     runtime = choose_runtime(args)
@@ -264,6 +263,6 @@ def report_quantized_memory(args: MemoryArgs) -> None:
         storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
         sizes["measured"], sizes["peak"] = sum(storages.values()), peak_memory(runtime.device) - before
         rows["measured"] = f"{sized(sizes['measured'])}, {sizes['measured'] / sizes['sum'] - 1:+.1%}"
-        rows["peak"] = f"{sized(sizes['peak'])} while it was made"
+        rows["peak"] = f"{sized(sizes['peak'])} while building it"
     say(card(f"memory of {args.preset}, {scheme}, {runtime.dtype}", rows))
     say(json.dumps({"job": "memory", "preset": args.preset, "scheme": str(scheme), "bytes": sizes}))

@@ -1,8 +1,8 @@
-"""Whom scripts/benchmark.py compares with, by job and name.
+"""The peers of scripts/benchmark.py, by job and name.
 
-A peer is a function (args of the job, runtime) -> figures: `tokens_per_second`, and `ran`, what it ran in words:
-package and version, path, precision, sampling, whether it was compiled. It does the job in the same precision, with the
-same sampling and the same --compile, or raises ValueError. Packages are imported when they are asked for.
+A peer is a function (args of the job, runtime) -> figures: `tokens_per_second`, and `ran`, a text that names package,
+version, path, precision, sampling and whether it was compiled. It does the job in the same precision, with the same
+sampling and the same --compile, or raises ValueError. Its package is imported when it is called.
 """
 
 from scripts import peer_llama_cpp, peer_transformers, peer_trl, peer_vllm

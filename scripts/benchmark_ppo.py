@@ -1,9 +1,9 @@
-"""The job `ppo` of scripts/benchmark.py: the split of an update of training/train_ppo.py on random weights.
+"""The job `ppo` of scripts/benchmark.py: time of each phase of an update of training/train_ppo.py, with random weights.
 
-- policy and reward model are written as Hugging Face folders, and the script trains on them as it is, in a
-  process of its own; its first update does not count
-- the generation engine alone draws the same answers before and after, so that what PPO adds to a rollout shows
-- the memory is also given on paper, for one rank: --plan prints that alone, for models that do not fit here
+- writes policy and reward model as Hugging Face folders, and runs the unmodified training script on them in its own
+  process; its first update is a warm-up
+- the generation engine alone draws as many answers before and after, which shows the overhead of PPO's rollouts
+- also computes the memory of one rank; --plan prints only that, for models that do not fit on this machine
 """
 
 import json
@@ -43,17 +43,17 @@ FIRST_CHARACTER = 0x10000  # token i is written as the character FIRST_CHARACTER
 
 @dataclass(frozen=True, kw_only=True)
 class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
-    """An update of PPO on random weights."""
+    """Measures updates of PPO, with random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="answers of an update")
-    reward_preset: str | None = flag(None, choices=SIZES, help="shape of reward model and critic; --preset")
-    slots: int | None = flag(None, bounds=at_least_one, help="answers drawn at a time; --batch_size, up to 128")
-    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers of a forward; --batch_size")
+    batch_size: int = flag(8, bounds=at_least_one, help="answers per update")
+    reward_preset: str | None = flag(None, choices=SIZES, help="shape of reward model and critic; default: --preset")
+    slots: int | None = flag(None, bounds=at_least_one, help="slots to draw in; default: --batch_size, at most 128")
+    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers per forward; default: --batch_size")
     ppo_epochs: int = flag(1, bounds=at_least_one, help="passes over the answers of an update")
-    plan: bool = flag(False, help="print the memory on paper, for --layouts, and run nothing")
+    plan: bool = flag(False, help="print the computed memory, for each of --layouts, and run nothing")
 
     def filled(self) -> "PpoArgs":
-        """With the sizes that the user left open."""
+        """Returns these flags with defaults for the sizes that were not given."""
         batch = self.batch_size
         return replace(self, micro_batch_size=self.micro_batch_size or batch, slots=self.slots or min(128, batch))
 
@@ -61,7 +61,7 @@ class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
 def main(args: PpoArgs) -> None:
     args = args.filled()
     if args.profile:
-        raise ValueError("--profile: an update runs in a process of its own, whose operations are not seen here")
+        raise ValueError("--profile: an update runs in its own process, whose operations cannot be profiled here")
     if args.plan:
         report_plan(args)
     elif args.layouts or os.environ.get("WORLD_SIZE", "1") != "1":
@@ -93,18 +93,18 @@ def measure_ppo(args: PpoArgs, runtime: Runtime) -> dict:
 
 
 def text_of(ids: list[int]) -> str:
-    """What the tokenizer of write_policy encodes as these tokens; none of them may be EOS."""
+    """Returns the text that write_policy's tokenizer encodes as these tokens; none of them may be EOS."""
     return "".join(chr(FIRST_CHARACTER + token) for token in ids)
 
 
 def reward_config(args: PpoArgs) -> ModelConfig:
-    """The reward model's shape, with the policy's vocabulary."""
+    """Returns the shape of the reward model, with the policy's vocabulary."""
     config = args.config
     reward = SIZES[args.reward_preset] if args.reward_preset else config
     return config if reward == config else replace(reward, vocab_size=config.vocab_size, tie_word_embeddings=False)
 
 
-# ---------------------------------------------------------------------------- folders of random weights
+# -------------------------------------------------------------------------- folders with random weights
 
 
 def random_tensors(config: ModelConfig, runtime: Runtime, head: str) -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +125,7 @@ def _hf_config(config: ModelConfig) -> dict:
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A character for each token but EOS, so that every id can be written and no two merge."""
+    """Writes a tokenizer with one character for each token but EOS: every id can be written, and none are merged."""
     pieces = {chr(FIRST_CHARACTER + i): i for i in range(vocab_size) if i != EOS} | {"</s>": EOS}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=pieces, merges=[]))
     backend.decoder = tokenizers.decoders.Replace("\u2581", " ")
@@ -135,7 +135,7 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body: Path | None) -> None:
-    """body: a folder of the same shape whose weights serve, so that the disk holds them once."""
+    """body: a folder of the same shape whose weights are linked, so that the disk holds them once."""
     hf_config = _hf_config(config) | {"num_labels": 1}
     if body is None:
         save_folder(folder, random_tensors(config, runtime, "score"), config=hf_config)
@@ -160,7 +160,7 @@ def write_reward_model(folder: Path, config: ModelConfig, runtime: Runtime, body
 
 
 def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args: PpoArgs) -> list[float]:
-    """Tokens/s of the engine as inference/generate.py runs it, after a run that does not count."""
+    """Measures tokens/s of the engine as inference/generate.py runs it, after a warm-up run."""
     engine = Engine(
         load_for_inference(folder, runtime),
         SamplingParams(stop_token_ids=(EOS,)),
@@ -176,7 +176,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args:
         drawn = sum(len(done.logprobs) for done in engine.generate(requests))
         rates.append(drawn / (time.perf_counter() - start))
     del engine
-    if runtime.device.type == "cuda":  # the training needs it
+    if runtime.device.type == "cuda":  # leave the memory to the training process
         torch.cuda.empty_cache()
     return rates[1:]
 
@@ -184,7 +184,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args:
 def train(
     folders: tuple[Path, Path], prompts: Path, out: Path, runtime: Runtime, args: PpoArgs
 ) -> tuple[list[dict], float]:
-    """(metrics of each update, bytes at the peak) of the script."""
+    """Runs the training script. Returns (metrics of each update, peak memory in bytes)."""
     given = {
         "checkpoint_path": folders[0],
         "reward_checkpoint_path": folders[1],
@@ -214,13 +214,13 @@ def train(
 
 
 def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) -> dict:
-    """The figures of an update, of the medians of its metrics. reward: the shape of reward model and critic."""
+    """Returns the figures of an update, from the medians of its metrics. reward: shape of reward model and critic."""
     seconds = {name: median[f"time/{name}"] for name in ("rollout", "score", "logprobs", "update", "refresh")}
     whole = sum(seconds.values())
     answers, length = args.batch_size, args.prompt_len + median["completion_length"]
     of_policy = args.config.training_flops_per_token(length) / 3
     of_reward = reward.training_flops_per_token(length, has_lm_head=False) / 3
-    flops = {  # of forwards; the critic starts as the reward model
+    flops = {  # per token; the critic has the reward model's shape
         "score": of_reward,
         "logprobs": 2 * of_policy + of_reward,
         "update": 3 * args.ppo_epochs * (of_policy + of_reward),
@@ -248,7 +248,7 @@ def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) 
         "rollout_ratio": ratio,
         "rows": rows,
     }
-    if args.activation_checkpointing != "selective":  # which the arithmetic does not know
+    if args.activation_checkpointing != "selective":  # which memory_plan does not cover
         figures["memory_plan"] = memory_plan(args)
         rows["memory on paper"] = sized(sum(figures["memory_plan"].values()))
     return figures
@@ -258,9 +258,9 @@ def split(median: dict, engine_rate: float, reward: ModelConfig, args: PpoArgs) 
 
 
 def memory_plan(args: PpoArgs, dp: int = 1, tp: int = 1) -> dict[str, float]:
-    """Bytes on each rank at the peak of a step, by purpose; bf16 computation, slots and micro-batches are a rank's. The
-    critic has the reward model's shape; policy and critic step in turn, so gradients are those of one. The inference
-    copy is cut over tp alone, and so are the embedding and head of each model that stay gathered beside its shards."""
+    """Computes bytes on each rank at the peak of a step, by purpose, for bf16 computation; slots and micro-batches are
+    per rank. Policy and critic step in turn, so only one has gradients at a time. The inference copy is sharded over tp
+    only, and so are the embedding and head of each trained model, which stay gathered beside its shards."""
     config, reward = args.config, reward_config(args)
     weights = {"float32": 4, "bfloat16": 2}[args.param_dtype]
     moments = {"adamw": 8, "adamw_8bit": 2}[args.optim]

@@ -1,4 +1,4 @@
-"""The job `sft` of scripts/benchmark.py: tokens/s of whole optimizer steps, on rows of one text or of several."""
+"""The job `sft` of scripts/benchmark.py: tokens/s of whole optimizer steps, on rows of one text or packed rows."""
 
 from dataclasses import dataclass
 
@@ -17,16 +17,16 @@ from training.losses import token_cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class SftArgs(SpeedArgs, TrainedArgs, AdapterArgs, PeerArgs):
-    """Optimizer steps of fine-tuning on random weights."""
+    """Measures optimizer steps of supervised fine-tuning, with random weights."""
 
-    batch_size: int = flag(8, bounds=at_least_one, help="rows of a step, on each rank")
+    batch_size: int = flag(8, bounds=at_least_one, help="rows per step, on each rank")
     seq_len: int = flag(512, bounds=Bounds(least=2), help="tokens of each row")
-    documents: int = flag(1, bounds=at_least_one, help="texts that each row is packed from; they do not see each other")
-    engine: str = flag("ours", choices=("ours", *PEERS["sft"]), help="what to run")
-    peer: str = flag("transformers", choices=PEERS["sft"], help="--compare: the engine to alternate with")
+    documents: int = flag(1, bounds=at_least_one, help="texts packed into each row; attention does not cross texts")
+    engine: str = flag("ours", choices=("ours", *PEERS["sft"]), help="engine to run")
+    peer: str = flag("transformers", choices=PEERS["sft"], help="with --compare: engine to alternate with")
 
     def lengths(self) -> list[int]:
-        """Tokens of the texts of a row, seq_len in all: as 1 to 2 to 3 to 4, and again."""
+        """Returns the lengths of a row's texts, in the ratio 1 : 2 : 3 : 4 : 1 : 2 ..., seq_len tokens in all."""
         weights = [1 + i % 4 for i in range(self.documents)]
         ends = [self.seq_len * sum(weights[: i + 1]) // sum(weights) for i in range(self.documents)]
         return [end - start for start, end in zip([0, *ends], ends)]
@@ -34,7 +34,7 @@ class SftArgs(SpeedArgs, TrainedArgs, AdapterArgs, PeerArgs):
 
 def main(args: SftArgs) -> None:
     if args.seq_len < 4 * args.documents:
-        raise ValueError(f"--documents {args.documents}: each needs 4 of the row's {args.seq_len} tokens")
+        raise ValueError(f"--documents {args.documents}: each text needs 4 tokens, and a row has {args.seq_len}")
     if args.documents > 1 and (args.compare or args.engine != "ours"):
         raise ValueError("--documents: the peers do not pack")
     packed = f" packed from {args.documents} texts" if args.documents > 1 else ""

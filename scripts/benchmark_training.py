@@ -1,4 +1,4 @@
-"""What the jobs of scripts/benchmark.py that train have in common: a model of random weights, and whole steps."""
+"""Shared by the jobs of scripts/benchmark.py that train: a model with random weights, and timed optimizer steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ from training.optim import OptimArgs, make_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeArgs:
-    """Memory of a step."""
+    """Activation checkpointing."""
 
-    activation_checkpointing: str = flag("none", choices=("none", "full", "selective"), help="recompute in steps")
+    activation_checkpointing: str = flag(
+        "none", choices=("none", "full", "selective"), help="activations to recompute in the backward pass"
+    )
 
     def parallel(self) -> ParallelArgs:
-        """How the training scripts would be told."""
         return ParallelArgs(activation_checkpointing=self.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedArgs(RecomputeArgs):
-    """What is trained, and how it is stored."""
+    """Trained weights and optimizer."""
 
-    param_dtype: str = flag("float32", choices=("float32", "bfloat16"), help="of the trained weights")
-    optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="the optimizer")
+    param_dtype: str = flag("float32", choices=("float32", "bfloat16"), help="dtype of the trained weights")
+    optim: str = flag("adamw", choices=("adamw", "adamw_8bit"), help="optimizer")
 
     def parallel(self) -> ParallelArgs:
         return ParallelArgs(activation_checkpointing=self.activation_checkpointing, param_dtype=self.param_dtype)
 
     @property
     def setting(self) -> str:
-        """In words."""
         return f"{self.param_dtype} weights, {self.optim}, recompute {self.activation_checkpointing}"
 
     def optimizer(self) -> OptimArgs:
@@ -51,16 +51,16 @@ class TrainedArgs(RecomputeArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterArgs:
-    """Adapters in all linear layers of the blocks, in the place of all weights."""
+    """LoRA adapters in all linear layers of the blocks, instead of training all weights."""
 
-    lora_r: int | None = flag(None, bounds=at_least_one, help="train adapters of this rank")
-    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="of the base below them")
+    lora_r: int | None = flag(None, bounds=at_least_one, help="rank of the adapters; default: no adapters")
+    quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="format of the adapters' frozen base")
 
     def lora(self, config: ModelConfig) -> Lora | None:
-        """The adapters of --lora_r, of random numbers."""
+        """Returns adapters of rank --lora_r, or None."""
         if self.lora_r is None:
             if self.quantize_base != "none":
-                raise ValueError("--quantize_base: is of the base below adapters; give --lora_r too")
+                raise ValueError("--quantize_base: quantises the base of adapters; give --lora_r too")
             return None
         layers = frozenset(linear_layers(config.num_hidden_layers))
         scheme = base_scheme(self.quantize_base)
@@ -74,7 +74,7 @@ def sharded_model(
     param_dtype: torch.dtype | None = None,
     lora: Lora | None = None,
 ) -> Transformer:
-    """A model of random weights on the ranks of this run, as the training scripts have it."""
+    """Returns a model with random weights, sharded over the ranks of this run as in the training scripts."""
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     with torch.device("meta"):
         model = Transformer(config, runtime.dtype, parallel_of(mesh))
@@ -104,7 +104,7 @@ def figures_of_steps(
     tokens: int,
     flops_per_token: float,
 ) -> dict:
-    """The rate of forward, backward, clipping and update of so many tokens on each rank."""
+    """Measures optimizer steps (forward, backward, clipping, update) of `tokens` tokens on each rank."""
     optimizer = make_optimizer(model, args.optimizer(), compile=runtime.compile)
 
     def step() -> None:

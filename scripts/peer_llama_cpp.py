@@ -1,8 +1,8 @@
-"""llama.cpp as a peer of the job `generate`, where the package xllamacpp, its prebuilt wheel, is installed.
+"""llama.cpp as a peer of the job `generate`, if xllamacpp, a package with a prebuilt wheel of it, is installed.
 
-Runs a GGUF file in a server of this process, without HTTP: the prompts are token ids, sent at once, `slots` of them are
-decoded at a time, and ends are ignored, so that each answer has as many tokens as it is told. What it ran stands beside
-its rate: the file, whose name and size tell the quantisation, threads and slots.
+Runs a GGUF file in a server inside this process, without HTTP. The prompts are token ids, all sent at once, of which
+--batch_size are decoded at a time; EOS is ignored, so that each answer has the length asked for. The report names the
+file with its size, which tell the quantisation, and the numbers of threads and slots.
 """
 
 import struct
@@ -20,7 +20,7 @@ from scripts.workload import counted, random_ids
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-SHAPE = {  # of ModelConfig, by the keys of a GGUF file behind its architecture's name
+SHAPE = {  # fields of ModelConfig, and the keys of a GGUF file after its architecture's name
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -30,7 +30,7 @@ SHAPE = {  # of ModelConfig, by the keys of a GGUF file behind its architecture'
 
 
 def check_shape(gguf: Path, config: ModelConfig) -> None:
-    """Raises ValueError unless a GGUF file holds a model of this shape: else its speed would say nothing."""
+    """Raises ValueError unless a GGUF file holds a model of this shape, since other speeds are not comparable."""
     found = metadata(gguf)
     architecture = found.get("general.architecture")
     sizes = {name: found.get(f"{architecture}.{key}") for name, key in SHAPE.items()}
@@ -38,12 +38,12 @@ def check_shape(gguf: Path, config: ModelConfig) -> None:
     wanted = {name: getattr(config, name) for name in sizes}
     other = [f"{name} {size}, not {wanted[name]}" for name, size in sizes.items() if size != wanted[name]]
     if other:
-        raise ValueError(f"{gguf}: not of the shape of --preset: {'; '.join(other)}")
+        raise ValueError(f"{gguf}: does not have the shape of --preset: {'; '.join(other)}")
 
 
 def metadata(gguf: Path) -> dict[str, str | float | int]:
-    """Keys and values of a GGUF file; of an array its length. Format: github.com/ggml-org/ggml, docs/gguf.md. Raises
-    ValueError for another file, OSError for one that cannot be read."""
+    """Returns keys and values of a GGUF file, with the lengths of arrays. Format: github.com/ggml-org/ggml,
+    docs/gguf.md. Raises ValueError for another kind of file, OSError for one that cannot be read."""
     with open(gguf, "rb") as file:
         try:
             magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
@@ -74,8 +74,8 @@ def _value(file: BinaryIO, kind: int) -> str | float | int:
 
 
 def generate(args, runtime: Runtime) -> dict:
-    """Prefill and decode of --llama_cpp_gguf, a file of the same shape, on as many threads; its bits are the file's, so
-    --quantize is left to who asks and both bits are said. Raises ValueError for a file that xllamacpp does not take."""
+    """Runs prefill and decode of --llama_cpp_gguf, a file of the same shape, on as many threads as torch. Choosing a
+    comparable --quantize is up to the user; the bits of both are reported. Raises ValueError for unusable files."""
     required("xllamacpp")
     gguf, slots, threads = args.llama_cpp_gguf, args.batch_size, torch.get_num_threads()
     if gguf is None:

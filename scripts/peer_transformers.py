@@ -1,4 +1,4 @@
-"""transformers as a peer of scripts/benchmark.py: generate(), its continuous batching, and a plain training loop."""
+"""transformers as a peer of scripts/benchmark.py: generate(), continuous batching, and a plain training loop."""
 
 import importlib.metadata
 import time
@@ -16,15 +16,15 @@ from training.optim import make_optimizer
 
 
 def required(*packages: str) -> str:
-    """Their versions, for people. Raises ValueError if one is missing."""
+    """Returns names and versions of these packages, as text. Raises ValueError if one is missing."""
     try:
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"this peer needs {error.name}: pip install it here or in --peer_python") from None
+        raise ValueError(f"this peer needs {error.name}: pip install it here or for --peer_python") from None
 
 
 def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' model of a shape, random, made on the device."""
+    """Builds transformers' model of this shape on the device, with random weights."""
     import transformers
 
     theirs = transformers.AutoConfig.for_model(**asdict(config))
@@ -33,19 +33,19 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.M
 
 
 def plain_sampling(new_tokens: int) -> dict:
-    """generate()'s settings for what SamplingParams() of ours does: the whole softmax at temperature 1, to the end."""
+    """Settings of generate() that equal our SamplingParams(): the whole softmax at temperature 1, no EOS."""
     whole = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return {"max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0, **whole}
 
 
 def refuse_quantized(args) -> None:
     if args.quantize != "none":
-        raise ValueError("--quantize: this peer runs unquantised weights, and is compared with such")
+        raise ValueError("--quantize: this peer runs unquantised weights, so compare it without")
 
 
 @torch.inference_mode()
 def generate(args, runtime: Runtime) -> dict:
-    """generate() in static batches, sorted by the prompts' lengths; with --compile on a static cache, for which
+    """Runs generate() in static batches, sorted by the lengths of prompts; --compile uses a static cache, with which
     transformers compiles its forward."""
     version = required("transformers")
     refuse_quantized(args)
@@ -66,7 +66,7 @@ def generate(args, runtime: Runtime) -> dict:
             model.generate(**batch)
 
     rate = sum(new_tokens for _, new_tokens in sizes) / seconds_of(run, device, args.repeats)
-    # it compiles, or not, without a word: this is what is left of it
+    # generate() does not say whether it compiled; this attribute shows it
     how = "static cache, compiled" if hasattr(model, "_compiled_call") else "dynamic cache, eager"
     return {"tokens_per_second": rate, "ran": f"{version} generate(), {how}, {dtype_name(runtime.dtype)}"}
 
@@ -75,12 +75,12 @@ def compile_config():
     import transformers
 
     config = transformers.CompileConfig()
-    config._compile_all_devices = True  # else not on a CPU
+    config._compile_all_devices = True  # else it does not compile on a CPU
     return config
 
 
 def generate_batch(args, runtime: Runtime) -> dict:
-    """Continuous batching, as generate_batch() runs it, with a length for each request."""
+    """Runs transformers' continuous batching, as generate_batch() does, with a length for each request."""
     version = required("transformers")
     refuse_quantized(args)
     import transformers
@@ -90,10 +90,10 @@ def generate_batch(args, runtime: Runtime) -> dict:
     most = max(new_tokens for _, new_tokens in args.work())
     settings = transformers.GenerationConfig(**(plain_sampling(most) | {"eos_token_id": -1}))
     batching = transformers.ContinuousBatchingConfig(max_requests_per_batch=args.batch_size)
-    batching.allow_block_sharing = False  # each run has the same prompts
+    batching.allow_block_sharing = False  # runs repeat the same prompts
     if runtime.compile:
         batching.default_compile_level = 1
-    if runtime.device.type == "cpu":  # else it takes most of the machine's memory
+    if runtime.device.type == "cpu":  # else the cache takes most of the machine's memory
         page = getattr(batching, "page_size", None) or batching.block_size  # its name until transformers 5.17
         batching.num_blocks = max(64, sum(-(-sum(sizes) // page) for sizes in args.work()))
         batching.max_batch_tokens = max(512, *(prompt_len for prompt_len, _ in args.work()))
@@ -122,14 +122,14 @@ def generate_batch(args, runtime: Runtime) -> dict:
 
 
 def sft(args, runtime: Runtime) -> dict:
-    """A plain loop: its loss, our optimizer; fp32 weights with autocast, or --param_dtype bfloat16 ones without."""
+    """A plain loop with transformers' loss and our optimizer: fp32 weights with autocast, or bf16 weights without."""
     version = required("transformers")
     device, param_dtype = runtime.device, DTYPES[args.param_dtype]
     model = build(args.config, param_dtype, device).train()
-    if args.lora_r is not None:  # the base in the dtype of the computation, the adapters in fp32, as TRL has it
+    if args.lora_r is not None:  # as in TRL: the base in the compute dtype, adapters in fp32
         version += f", {required('peft')}"
         if args.quantize_base != "none":
-            raise ValueError("--quantize_base: PEFT has other formats")
+            raise ValueError("--quantize_base: PEFT has other formats, so it cannot be compared")
         import peft
 
         settings = peft.LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear")

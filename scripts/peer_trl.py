@@ -1,4 +1,4 @@
-"""TRL as a peer of scripts/benchmark.py: its SFTTrainer, with PEFT's adapters or without, and its DPOTrainer."""
+"""TRL as a peer of scripts/benchmark.py: SFTTrainer, with or without PEFT's adapters, and DPOTrainer."""
 
 import statistics
 import tempfile
@@ -11,7 +11,7 @@ from scripts.workload import random_ids
 
 
 def step_clock(runtime: Runtime):
-    """A callback whose `times` are the seconds of each step, update and all."""
+    """Returns a callback whose `times` are the seconds of each step, including the update."""
     import transformers
 
     class Clock(transformers.TrainerCallback):
@@ -27,7 +27,7 @@ def step_clock(runtime: Runtime):
 
 
 def word_tokenizer(vocab_size: int):
-    """A tokenizer that TRL takes for one of the model's."""
+    """Returns a tokenizer that TRL accepts as the model's."""
     import tokenizers
     import transformers
 
@@ -38,7 +38,7 @@ def word_tokenizer(vocab_size: int):
 
 
 def dataset_of(records: list[dict]):
-    """With a fingerprint of ours, since theirs pickles what dill cannot with some versions of pyarrow."""
+    """Returns a data set with a fixed fingerprint: computing one fails in dill with some versions of pyarrow."""
     import datasets
     import pyarrow
 
@@ -46,7 +46,7 @@ def dataset_of(records: list[dict]):
 
 
 def check_comparable(args) -> None:
-    """Raises ValueError for what TRL does otherwise."""
+    """Raises ValueError for settings that cannot be compared with TRL."""
     if args.param_dtype != "float32" or args.optim != "adamw" or getattr(args, "quantize_base", "none") != "none":
         raise ValueError("--param_dtype, --optim, --quantize_base: TRL is compared on fp32 weights with AdamW")
     if args.activation_checkpointing == "selective":
@@ -54,7 +54,7 @@ def check_comparable(args) -> None:
 
 
 def settings_of(args, runtime: Runtime, folder: str) -> dict:
-    """What its trainers are told alike."""
+    """Settings that both trainers share."""
     return {
         "output_dir": folder,
         "max_steps": args.repeats + 1,
@@ -71,8 +71,8 @@ def settings_of(args, runtime: Runtime, folder: str) -> dict:
 
 
 def sft(args, runtime: Runtime) -> dict:
-    """SFTTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW: rows of ids, all of which are
-    learnt. It recomputes activations unless it is told not to, which --activation_checkpointing none does."""
+    """Runs SFTTrainer on fp32 weights, in the dtype of --dtype, with its own AdamW, on rows of ids that are all learnt.
+    By default it recomputes activations; --activation_checkpointing none turns that off."""
     check_comparable(args)
     version = required("trl", "transformers", "datasets", *["peft"] * (args.lora_r is not None))
     import trl
@@ -85,7 +85,7 @@ def sft(args, runtime: Runtime) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.SFTConfig(
             per_device_train_batch_size=len(ids),
-            dataset_kwargs={"skip_prepare_dataset": True},  # ids already
+            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised already
             **settings_of(args, runtime, folder),
         )
         more |= {"processing_class": word_tokenizer(args.config.vocab_size), "callbacks": [clock]}
@@ -101,7 +101,7 @@ def sft(args, runtime: Runtime) -> dict:
 
 
 def dpo(args, runtime: Runtime) -> dict:
-    """DPOTrainer on fp32 weights, in bf16 where --dtype says so, with its own AdamW."""
+    """Runs DPOTrainer on fp32 weights, in the dtype of --dtype, with its own AdamW."""
     check_comparable(args)
     version = required("trl", "transformers", "datasets")
     import trl
@@ -109,7 +109,7 @@ def dpo(args, runtime: Runtime) -> dict:
     config = args.config
 
     class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):  # tokens already
+        def _prepare_dataset(self, dataset, *args, **kwargs):  # pairs are tokenised already
             return dataset
 
     clock, tokenizer = step_clock(runtime), word_tokenizer(config.vocab_size)

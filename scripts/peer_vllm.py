@@ -1,4 +1,4 @@
-"""vLLM as a peer of scripts/benchmark.py, where it is installed."""
+"""vLLM as a peer of scripts/benchmark.py, if it is installed."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 
 def generate(args, runtime: Runtime) -> dict:
-    """LLM.generate() of its own random weights; with --no-compile its eager mode."""
+    """Runs LLM.generate() with vLLM's own random weights; in eager mode with --no-compile."""
     version = required("vllm")
     refuse_quantized(args)
     import vllm
@@ -32,7 +32,7 @@ def generate(args, runtime: Runtime) -> dict:
             dtype=dtype_name(runtime.dtype),
             enforce_eager=not runtime.compile,
             max_num_seqs=args.batch_size,
-            enable_prefix_caching=False,  # each run has the same prompts
+            enable_prefix_caching=False,  # runs repeat the same prompts
             max_model_len=max(map(sum, sizes)),
         )
         seconds = seconds_of(lambda: llm.generate(prompts, params, use_tqdm=False), runtime.device, args.repeats)
@@ -40,5 +40,5 @@ def generate(args, runtime: Runtime) -> dict:
     return {
         "tokens_per_second": sum(n for _, n in sizes) / seconds,
         "ran": f"{version} LLM.generate(), {how}, {dtype_name(runtime.dtype)}",
-        "peak_memory": 0,  # of a process of its own, which takes all there is
+        "peak_memory": 0,  # unknown: vLLM's own process reserves all memory
     }

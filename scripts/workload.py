@@ -1,9 +1,8 @@
-"""What benchmarks, the report of a GPU and the simulation have in common: how long prompts and answers are, and what is
-said of them.
+"""Workloads of the benchmarks, the GPU report and the simulation: lengths of prompts and answers, and text about them.
 
-- ragged: lengths from a quarter to seven quarters of a mean, each alike likely
-- MATH-shaped: many samples of each prompt, as best-of-n draws them; lengths are log-normal, so most answers are short
-  and a few run into their limit
+- ragged: lengths uniform from a quarter to seven quarters of a mean
+- MATH-shaped: many samples of each prompt, as for best of n; lengths are log-normal, so most answers are short and a
+  few reach their limit
 """
 
 import math
@@ -17,21 +16,21 @@ from models.common import at_least_one, flag, positive
 from models.generation import Request
 from models.model import ModelConfig
 
-FIRST_TOKEN = 3  # prompts of random tokens hold no special ones
+FIRST_TOKEN = 3  # random prompts begin here, after the special tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class MathArgs:
-    """Best of many samples on problems like those of MATH."""
+    """Many samples of each problem, with lengths like those of MATH."""
 
-    num_prompts: int = flag(64, bounds=at_least_one, help="problems")
-    num_samples: int = flag(64, bounds=at_least_one, help="answers to each")
-    prompt_mean: float = flag(110.0, bounds=positive, help="tokens of a prompt, on average")
-    answer_mean: float = flag(429.0, bounds=positive, help="tokens of an answer, on average")
+    num_prompts: int = flag(64, bounds=at_least_one, help="number of problems")
+    num_samples: int = flag(64, bounds=at_least_one, help="answers to each problem")
+    prompt_mean: float = flag(110.0, bounds=positive, help="mean tokens of a prompt")
+    answer_mean: float = flag(429.0, bounds=positive, help="mean tokens of an answer")
     answer_most: int = flag(2048, bounds=at_least_one, help="most tokens of an answer")
 
     def sizes(self) -> list[tuple[int, list[int]]]:
-        """(tokens of the prompt, tokens of each of its answers) of every problem, always the same."""
+        """Returns (tokens of the prompt, tokens of each answer) for every problem, the same in each call."""
         generator = random.Random(0)
         prompts = _log_normal(generator, self.num_prompts, self.prompt_mean, 0.6, 8 * self.prompt_mean)
         count = self.num_prompts * self.num_samples
@@ -41,7 +40,7 @@ class MathArgs:
 
 
 def _log_normal(generator: random.Random, count: int, mean: float, sigma: float, most: float) -> list[int]:
-    """Log-normal lengths between 1 and `most`, scaled so that what is cut off does not lower their mean."""
+    """Draws log-normal lengths, clamped to 1 ... `most`, and scaled so that their mean is `mean` after clamping."""
     shapes = [math.exp(sigma * generator.gauss(0, 1)) for _ in range(count)]
 
     def lengths(scale: float) -> list[int]:
@@ -55,7 +54,7 @@ def _log_normal(generator: random.Random, count: int, mean: float, sigma: float,
 
 
 def math_requests(args: MathArgs, vocab_size: int) -> Iterator[Request]:
-    """The samples of every problem in turn, each to be drawn to its length; prompts are random tokens."""
+    """Yields requests for the samples of every problem in turn, each of its length; prompts are random tokens."""
     generator = torch.Generator().manual_seed(0)
     for idx, (prompt_len, answers) in enumerate(args.sizes()):
         prompt = torch.randint(FIRST_TOKEN, vocab_size, (prompt_len,), generator=generator).tolist()
@@ -64,7 +63,8 @@ def math_requests(args: MathArgs, vocab_size: int) -> Iterator[Request]:
 
 
 def ragged_sizes(count: int, prompt_len: int, new_tokens: int) -> list[tuple[int, int]]:
-    """(tokens of the prompt, tokens to generate): from a quarter to seven quarters of the means, always the same."""
+    """Returns (tokens of the prompt, tokens to generate) of `count` requests, uniform from a quarter to seven quarters
+    of the means; the same in each call."""
     generator = torch.Generator().manual_seed(0)
     drawn = (
         torch.randint(-(-n // 4), 7 * n // 4 + 1, (count,), generator=generator).tolist()
@@ -78,17 +78,17 @@ def random_ids(vocab_size: int, *shape: int) -> torch.Tensor:
 
 
 def counted(number: int, noun: str) -> str:
-    """As "1 slot" and "8 slots"."""
+    """Returns "1 slot" or "8 slots"."""
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def sized(num_bytes: float) -> str:
-    """Bytes for people, in a column."""
+    """Formats bytes with a unit, for a column."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     unit, size = next((each for each in units if num_bytes >= each[1] / 10), units[0])
     return f"{num_bytes / size:9.3f} {unit}"
 
 
 def token_bytes(config: ModelConfig, number_bytes: int, tp: int = 1) -> float:
-    """Bytes of the cache of one token on a rank."""
+    """Bytes of the KV cache per token, on each rank."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number_bytes / tp

@@ -1,10 +1,10 @@
-"""One report of a GPU: is it right, and how fast is it beside its limit. scripts/gpu_report.sh runs it.
+"""Writes a report on a GPU: are results right, and how fast is it beside its limits. scripts/gpu_report.sh runs it.
 
-- sections, the most valuable first: right, ceilings, decode, sft, rl, peers, kernels; each in a process of its own,
-  within its share of the time and what the ones before have left; one that fails is written down, and the next begins
-- report.md and report.json are written anew after every section, so that a run which is ended leaves what it had
-- needs the repository and a Python with torch and transformers, no network and no files; any GPU of torch.cuda, AMD's
-  too. --dry_run does it all with tiny shapes, on a CPU as well
+- sections, the most valuable first: right, ceilings, decode, sft, rl, peers, kernels. Each runs in its own process,
+  within its share of the time and the time that earlier ones left over; a failure is recorded, and the next one begins
+- report.md and report.json are rewritten after every section, so that an aborted run leaves the results it had
+- needs the repository and a Python with torch and transformers, no network and no data; any GPU of torch.cuda,
+  including AMD's. --dry_run runs everything with tiny shapes, also on a CPU
 
     python scripts/gpu_report.py --output_dir runs/gpu
 """
@@ -36,7 +36,7 @@ from scripts.report.record import ROOT, Item, Section, append_row, last_lines, r
 
 
 class Plan(NamedTuple):
-    """A section: what it shows, its share of the time in seconds, and what it does."""
+    """A section: its title, its share of the time in seconds, and its items."""
 
     title: str
     seconds: float
@@ -53,22 +53,22 @@ SECTIONS = {
     "kernels": Plan("Kernels", 30, kernels.ITEMS),
 }
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
-START = 12.0  # seconds in which a section's process begins to work: none is begun with less
+START = 12.0  # seconds that a section's process needs to start; with less time left, none is started
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArgs(RuntimeArgs):
-    """What a GPU makes of this project: is it right, and how fast."""
+    """Checks this project's results on a GPU and measures its speed."""
 
     output_dir: Path = flag(
-        Path("runs/gpu"), help="where report.md, report.json, rows.jsonl and log.txt go", written=True
+        Path("runs/gpu"), help="folder for report.md, report.json, rows.jsonl and log.txt", written=True
     )
-    minutes: float = flag(8.0, bounds=positive, help="the whole may take so long")
-    sections: list[str] = flag((), choices=SECTIONS, help="these alone; all")
-    dry_run: bool = flag(False, help="tiny shapes: does it run, and what does the report look like")
-    section: str | None = flag(None, choices=SECTIONS, help="for its own processes: run one section here")
-    started: float | None = flag(None, help="--section: when its process was, in seconds of the epoch")
-    deadline: float | None = flag(None, help="--section: when its time is up")
+    minutes: float = flag(8.0, bounds=positive, help="time limit for the whole report")
+    sections: list[str] = flag((), choices=SECTIONS, help="sections to run; default: all")
+    dry_run: bool = flag(False, help="run with tiny shapes, to see that it works and what the report looks like")
+    section: str | None = flag(None, choices=SECTIONS, help="internal: run one section in this process")
+    started: float | None = flag(None, help="internal: start of the section's process, in seconds since the epoch")
+    deadline: float | None = flag(None, help="internal: end of the section's time, in seconds since the epoch")
 
 
 def main(args: ReportArgs) -> None:
@@ -76,7 +76,7 @@ def main(args: ReportArgs) -> None:
         run_section(args)
         return
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here; --dry_run --device cpu goes through the same with tiny shapes")
+        raise ValueError("there is no GPU here; --dry_run --device cpu runs the same with tiny shapes")
     begun = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.json", "rows.jsonl", "log.txt"):
@@ -93,7 +93,7 @@ def main(args: ReportArgs) -> None:
 
 
 def run_section(args: ReportArgs) -> None:
-    """The items of --section, in this process."""
+    """Runs the items of --section in this process."""
     plan, runtime = SECTIONS[args.section], choose_runtime(args)
     started = args.started or time.time()
     deadline = args.deadline or started + plan.seconds
@@ -104,7 +104,7 @@ def run_section(args: ReportArgs) -> None:
 
 
 def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
-    """Runs a section in a process of its own, which is ended with all that it started when its time is up."""
+    """Runs a section in its own process; kills it, with all processes that it started, when its time is up."""
     rows_file, row = args.output_dir / "rows.jsonl", {"section": name, "kind": "section"}
     if limit < START:
         append_row(rows_file, {**row, "state": f"skipped: {max(0, limit):.0f} s are left"})
@@ -127,7 +127,7 @@ def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
             state = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             code, state = 1, f"ended after {limit:.0f} s, when its time was up"
-        finally:  # with all that it has started
+        finally:  # also kills the processes that it has started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -142,8 +142,8 @@ def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
 
 
 def header(dry_run: bool) -> dict[str, str]:
-    """Where and with what this is measured, but for the card: the sections name it, so that this process needs none of
-    its memory."""
+    """Returns date, commit, versions and command. The sections report the card, so that this process takes none of its
+    memory."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "commit": commit(),
@@ -169,7 +169,7 @@ def name_and_memory(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of the repository; of a copy without git what COMMIT in the environment says."""
+    """Returns the commit of the repository; in a copy without git, COMMIT from the environment."""
     done = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return (done or os.environ.get("COMMIT", "unknown")) + (", with changes" if changed else "")
@@ -183,7 +183,7 @@ def driver() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """The first line that a program prints; "" where there is no such program, or it fails or hangs."""
+    """Returns the first line that a program prints; "" if it does not exist, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -194,7 +194,7 @@ def _output(command: list[str]) -> str:
 
 
 def parsed(line: str) -> dict | None:
-    """A row; None of one that was torn, since its section was ended while it wrote it."""
+    """Parses a row; None for a torn one, of a section that was killed while it wrote."""
     try:
         return json.loads(line)
     except ValueError:
@@ -215,5 +215,5 @@ def write_report(args: ReportArgs, head: dict[str, str], chosen: list[str]) -> N
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the section that runs is ended with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running section is killed too
     run_script(main, ReportArgs)

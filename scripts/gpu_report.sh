@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Whether this project is right on the GPU of this machine, and how fast: report.md and report.json in $OUT (runs/gpu),
-# in at most 8 minutes. Takes the machine's own Python where it has torch, else .venv; installs nothing, needs no
-# network. Arguments go to scripts/gpu_report.py:
+# Checks this project's results on the GPU of this machine, and measures its speed, in at most 8 minutes. Writes
+# report.md and report.json to $OUT (default: runs/gpu). Uses the machine's own Python if it has torch, else .venv;
+# installs nothing, needs no network. Arguments are passed to scripts/gpu_report.py:
 #     bash scripts/gpu_report.sh --minutes 8 --sections right decode
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,11 +13,11 @@ for python in "${pythons[@]}"; do
         missing=$("$python" -c 'import importlib.util as i, sys; print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' \
             numpy tqdm jinja2 safetensors tokenizers)
         if [ -n "$missing" ]; then
-            echo "gpu_report.sh: $python has torch, but not: $missing; pip install $missing, which transformers needs too" >&2
+            echo "gpu_report.sh: $python has torch, but not: $missing; pip install $missing (as transformers needs)" >&2
             exit 2
         fi
         exec "$python" scripts/gpu_report.py --output_dir "${OUT:-runs/gpu}" "$@"
     fi
 done
-echo "gpu_report.sh: no python3 with torch; name one in PYTHON, or run scripts/test.sh, which makes .venv" >&2
+echo "gpu_report.sh: no python3 with torch; name one in PYTHON, or make .venv with scripts/test.sh" >&2
 exit 2

@@ -1,10 +1,10 @@
-"""The engine's scheduler at work on a GPU that is not here: best of many samples on MATH-like problems.
+"""Simulates generation on a GPU that is not at hand: the engine's scheduler draws many samples of MATH-like problems.
 
-- the engine is the real one (models/generation.py): admission, pages, shared prefixes, prefill, preemption. It runs on
-  a model of a few numbers without attention, whose steps are those of the large model but for what they compute
-- the clock is a roofline: a decode step takes as long as its weights and the cache of its rows take to be read, or its
-  products to be computed, and an overhead; a prefill likewise
-- the shares of the datasheet's peaks that kernels reach are assumed, and printed; what the scheduler does is not
+- the engine is the real one (models/generation.py): admission, pages, shared prefixes, prefill, preemption. It runs a
+  tiny model without attention, which takes the same steps as the large model would
+- the clock is a roofline: a decode step or prefill takes the time to read its weights and cache, or that of its matrix
+  products if longer, plus an overhead
+- the shares of the datasheet's peaks that kernels reach are assumed, and printed; nothing about the scheduler is
 
     python scripts/simulate.py --gpus H100 H200 MI300X
 """
@@ -43,39 +43,37 @@ from scripts.benchmark_common import PresetArgs
 from scripts.benchmark_generate import random_inference_model
 from scripts.workload import MathArgs, counted, math_requests, token_bytes
 
-MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: the 80 GB one's, at 40 GB's speed
-STAND_IN = ModelConfig(16, 8, 8, 1, 1, 1, 8, 2**20)  # what the scheduler runs on
-BYTES = 2  # of a weight and of a number in the cache: bf16
+MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: 80 GB at the 40 GB card's speed
+STAND_IN = ModelConfig(16, 8, 8, 1, 1, 1, 8, 2**20)  # the model that the engine runs
+BYTES = 2  # bytes of a weight and of an element of the cache: bf16
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateArgs(MathArgs, PresetArgs):
-    """The MATH-shaped workload through the real scheduler, on the clock of a GPU's datasheet."""
+    """Runs a MATH-shaped workload through the real scheduler, with a clock made from a GPU's datasheet."""
 
     preset: str = "math-7b"
-    gpus: list[str] = flag(("H100", "H200", "MI300X"), choices=MEMORY, help="whose datasheet is the clock")
-    batch_size: int = flag(512, bounds=at_least_one, help="slots: most sequences decoded together")
-    num_pages: int | None = flag(None, bounds=at_least_one, help=f"pages of {PAGE} tokens; what the memory holds")
-    memory_share: float = flag(0.9, bounds=fraction, help="of the GPU's memory that weights and pages may take")
-    look_every: int = flag(4, bounds=at_least_one, help="decode steps between two looks of the host")
+    gpus: list[str] = flag(("H100", "H200", "MI300X"), choices=MEMORY, help="GPUs to simulate")
+    batch_size: int = flag(512, bounds=at_least_one, help="number of slots: the most sequences decoded together")
+    num_pages: int | None = flag(None, bounds=at_least_one, help=f"pages of {PAGE} tokens; default: as memory allows")
+    memory_share: float = flag(0.9, bounds=fraction, help="share of the GPU's memory for weights and pages")
+    look_every: int = flag(4, bounds=at_least_one, help="decode steps after which the host reads tokens")
     prefill_tokens: int = flag(PREFILL_TOKENS, bounds=at_least_one, help="most tokens of one prefill")
-    bandwidth_share: float = flag(0.7, bounds=Bounds(above=0, most=1), help="of the bandwidth that decode steps reach")
-    flops_share: float = flag(0.5, bounds=Bounds(above=0, most=1), help="of the bf16 rate that products reach")
+    bandwidth_share: float = flag(0.7, bounds=Bounds(above=0, most=1), help="share of peak bandwidth in decode steps")
+    flops_share: float = flag(0.5, bounds=Bounds(above=0, most=1), help="share of the peak bf16 FLOP/s in products")
     host_us: float = flag(
         4.7,
         bounds=non_negative,
-        help="microseconds of the host for each row of a look, while the device runs the last one",
+        help="host time in microseconds for each row whenever it reads tokens, overlapped with the device",
     )
-    step_us: float = flag(
-        100.0, bounds=non_negative, help="microseconds of a step that are neither: launches, the host"
-    )
+    step_us: float = flag(100.0, bounds=non_negative, help="overhead of a step in microseconds, such as launches")
 
 
 class Clock:
-    """Stands in for an engine's cache, and counts what each step of the large model would read and compute.
+    """Replaces an engine's cache, and counts the bytes and FLOPs of each step of the large model.
 
-    A row of a step reads the cache of its context, also where the row has ended and waits for the host to look, or is
-    empty (one token then).
+    Every row of a step reads the cache of its context, also a row that has ended and waits for the host to read its
+    tokens; an empty row reads one token.
     """
 
     def __init__(self, engine: Engine, config: ModelConfig, args: SimulateArgs, gpu: str):
@@ -84,7 +82,7 @@ class Clock:
         self.flops, self.bandwidth = flops * args.flops_share, bandwidth * args.bandwidth_share
         self.overhead = args.step_us / 1e6
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        self.weights = config.num_parameters() - embedding  # of which a step reads a row for each slot
+        self.weights = config.num_parameters() - embedding  # a step reads one row of it for each slot
         self.seconds, self.steps, self.prefills, self.prompt_tokens, self.cached = 0.0, 0, 0, 0, 0
         self.look_began, self.longest_pause, self.host_waits = 0.0, 0.0, 0.0
         self.pages: list[int] = []
@@ -92,7 +90,7 @@ class Clock:
         cache.prefill, cache.decode, cache.copy_pages = self.prefill, self.decode, lambda *pages: None
 
     def _add(self, tokens: int, contexts: float, read: float) -> None:
-        """A step of so many tokens, which see `contexts` tokens in all and read `read` of them from the cache."""
+        """Adds a step of `tokens` tokens that attend to `contexts` tokens in all and read `read` from the cache."""
         config = self.config
         flops = 2 * self.weights * tokens
         flops += 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * contexts
@@ -100,7 +98,7 @@ class Clock:
         self.seconds += seconds + self.overhead
 
     def _look(self) -> None:
-        """A look begins, when the host is through with its own part of the one before."""
+        """Begins the next look_every steps, once the host has processed the tokens of the last ones."""
         host = len(self.engine.scheduler.running) * self.args.host_us / 1e6
         wait = max(0.0, self.look_began + host - self.seconds)
         self.host_waits += wait
@@ -134,14 +132,14 @@ def no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def pages_that_fit(config: ModelConfig, args: SimulateArgs, gpu: str) -> int:
-    """Pages beside the weights."""
+    """Number of pages that fit beside the weights."""
     free = args.memory_share * MEMORY[gpu] - BYTES * config.num_parameters()
     return max(0, int(free // (PAGE * token_bytes(config, BYTES))))
 
 
 def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gpu: str) -> dict:
-    """The figures of one GPU. Every request is drawn to its max_new_tokens; the scheduler sees these numbers at an
-    answer's last page alone. Raises ValueError if the pages do not hold the longest of them."""
+    """Returns the figures of one GPU. Every request runs to its max_new_tokens; the scheduler uses this number only at
+    an answer's last page. Raises ValueError if the pages do not hold the longest request."""
     requests = list(requests)
     runtime = Runtime(torch.device("cpu"), torch.float32, False)
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
@@ -158,13 +156,13 @@ def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gp
         look_every=args.look_every,
         prefill_tokens=args.prefill_tokens,
     )
-    engine.looks_ahead = 1  # as on a GPU, whose host takes the tokens of the last look while the next one runs
+    engine.looks_ahead = 1  # as on a GPU: the host processes tokens while the next steps run
     clock, drawn, full = Clock(engine, args.config, args, gpu), 0, None
 
     def waiting() -> Iterator[Request]:
         nonlocal full
         yield from requests
-        full = (drawn, clock.seconds)  # from here on rows stay empty
+        full = (drawn, clock.seconds)  # from now on rows stay empty
 
     def count(request: Request, token: int) -> None:
         nonlocal drawn
@@ -173,14 +171,14 @@ def simulate(args: SimulateArgs, requests: Iterable[Request], num_pages: int, gp
     answers = progress_bar(iterable=engine.generate(waiting(), count), total=len(requests), desc=gpu, leave=False)
     num_done = sum(1 for _ in answers)
     if num_done != len(requests) or drawn != sum(request.max_new_tokens for request in requests):
-        raise RuntimeError(f"of {len(requests)} answers the scheduler ended {num_done}, with {drawn} tokens")
+        raise RuntimeError(f"of {len(requests)} answers the scheduler finished {num_done}, with {drawn} tokens")
     return figures(args.config, clock, requests, full or (drawn, clock.seconds), engine)
 
 
 def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tuple, engine: Engine) -> dict:
-    """full: (tokens, seconds) by when the last request got its row."""
+    """full: (tokens, seconds) up to the moment when the last request got a row."""
     tokens = sum(request.max_new_tokens for request in requests)
-    steps = tokens - len(requests)  # the first token of an answer comes of its prefill
+    steps = tokens - len(requests)  # the prefill gives the first token of an answer
     needed = sum((n - 1) * len(r.prompt_ids) + n * (n - 1) // 2 for r in requests for n in [r.max_new_tokens])
     weights = BYTES * clock.weights * clock.steps
     read, least = (weights + count * token_bytes(config, BYTES) for count in (clock.cached, needed))
@@ -208,7 +206,7 @@ def figures(config: ModelConfig, clock: Clock, requests: list[Request], full: tu
 
 
 def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
-    """The figures of one GPU for people."""
+    """Formats the figures of one GPU as rows of the card."""
     flops, bandwidth = PEAKS[gpu]
     tokens = found["tokens"] / (args.num_prompts * args.num_samples)
     full = found["tokens_per_second_full"]
@@ -218,15 +216,15 @@ def rows_of(found: dict, args: SimulateArgs, gpu: str) -> dict[str, str]:
         f"tokens, at most {args.answer_most:,}",
         "clock": f"{args.bandwidth_share:.0%} of {bandwidth / 1e12:.2f} TB/s, {args.flops_share:.0%} of "
         f"{flops / 1e12:,.0f} TFLOP/s, {args.step_us:.0f} us a step, {args.host_us:g} us of the host "
-        "for a row of a look",
+        "for each row whose tokens it reads",
         "speed": f"{found['tokens_per_second']:,.0f} tok/s" + waiting,
         "rows": f"{found['mean_rows']:,.0f} of {args.batch_size} on average, {found['steps']:,} steps",
         "pages": f"{found['mean_pages']:,.0f} of {found['num_pages']:,} on average, {found['most_pages']:,} at most",
-        "bytes": f"{found['bytes_read'] / 1e12:,.2f} TB read, {found['read_to_needed']:.3f} of what is needed",
+        "bytes": f"{found['bytes_read'] / 1e12:,.2f} TB read, {found['read_to_needed']:.3f} times the needed bytes",
         "prefill": f"{found['prompt_tokens']:,} tokens in {counted(found['prefills'], 'step')}, "
         f"{counted(found['preempted'], 'answer')} computed again; "
-        f"it holds up those that run for {1e3 * found['longest_pause']:.0f} ms at most",
-        "host": f"{found['host_waits']:.2f} s of {found['seconds']:,.1f} s are the device's wait for it",
+        f"running answers wait for it {1e3 * found['longest_pause']:.0f} ms at most",
+        "host": f"the device waits for it {found['host_waits']:.2f} s of {found['seconds']:,.1f} s",
     }
 
 

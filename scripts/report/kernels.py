@@ -1,5 +1,5 @@
-"""Section `kernels` of scripts/gpu_report.py: kernels beside others for the same work, each with its options, and which
-take the time of a decode step and of a training step."""
+"""Section `kernels` of scripts/gpu_report.py: compares kernels that do the same work, each with its options, and shows
+which operations take the time of a decode step and of a training step."""
 
 import statistics
 import time
@@ -22,15 +22,16 @@ from scripts.report.speed import full_engine, name_of
 from scripts.report.trained import benchmark_sft
 from scripts.workload import counted
 
-CALLS = 24  # of a kernel in a measurement, captured as one graph: launching takes longer than some of them
-CACHE_BYTES = 2**28  # more than the caches of a GPU
+CALLS = 24  # kernel calls in a measurement, captured as one graph, since launching some kernels takes longer than they
+CACHE_BYTES = 2**28  # larger than a GPU's caches
 
 
 def compare_decode_attention(section: Section) -> None:
-    """The Triton kernel by its number of splits, and SDPA over a cache without pages, where all rows are as long."""
+    """Times the Triton kernel for each number of splits, varlen_attn on the same pages, and SDPA over a cache without
+    pages; all rows have the same length."""
     device = section.runtime.device
     if not has_triton(device):
-        section.note("decode attention", "its kernel runs on a GPU alone, with Triton")
+        section.note("decode attention", "its kernel needs a GPU with Triton")
         return
     from models.triton_attention import paged_decode
 
@@ -63,7 +64,7 @@ def paged_varlen(
     table: torch.Tensor,
     longest: int,
 ) -> torch.Tensor:
-    """torch's kernel on the same pages, from torch 2.13 on."""
+    """torch's kernel on the same pages (torch 2.13 or later)."""
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"enable_gqa": q.shape[1] != k.shape[2], "seqused_k": lengths, "block_table": table}
@@ -71,7 +72,7 @@ def paged_varlen(
 
 
 def compare_training_attention(section: Section) -> None:
-    """SDPA's backends, forward and backward of one causal row."""
+    """Times forward and backward of one causal row: packed texts with our attention, and SDPA's backends."""
     device, T = section.runtime.device, 64 if section.small else 4096
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for title, H, K, D in (("7B", 32, 32, 128), ("8B", 32, 8, 128)):
@@ -97,11 +98,11 @@ def packed_and_back(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.T
 
 
 def compare_products(section: Section) -> None:
-    """Products of a 7B layer with int8 and int4 weights by their number of splits, beside bf16's. Weights are read from
-    memory: there are more of them than caches hold."""
+    """Times products of a 7B layer with int8 and int4 weights, for each number of splits, and with bf16 weights. There
+    are more weights than the caches hold, so that they are read from memory."""
     device, config = section.runtime.device, SIZES["math-7b"]
     if not has_triton(device):
-        section.note("products of few rows", "their kernel runs on a GPU alone, with Triton")
+        section.note("products of few rows", "their kernel needs a GPU with Triton")
         return
     width, inner = config.hidden_size, config.intermediate_size
     for N, K in ((3 * width, width), (width, width), (2 * inner, width), (width, inner)):
@@ -119,7 +120,7 @@ def bf16_layer(weight: torch.Tensor) -> Callable:
 
 
 def time_products(section: Section, name: str, make: Callable[[], Callable], K: int, num_bytes: float) -> None:
-    """Of layers that make() makes, of num_bytes each."""
+    """Times products of layers that make() returns, of num_bytes each."""
     layers = [make() for _ in range(1 + int(CACHE_BYTES / num_bytes))]
     for rows in (1, 64):
         x = torch.randn(rows, K, device=section.runtime.device, dtype=torch.bfloat16)
@@ -128,8 +129,8 @@ def time_products(section: Section, name: str, make: Callable[[], Callable], K: 
 
 
 def time_or_say(section: Section, name: str, steps: list[Callable], *, flops: float = 0, num_bytes: float = 0) -> None:
-    """The time of a call, of several that are one graph on a GPU; a backend that does not take the shape is written
-    down as such. flops, num_bytes: of a call."""
+    """Records the time of a call; on a GPU, the calls are one graph. Notes a backend that does not support the shape.
+    flops, num_bytes: of one call."""
     device = section.runtime.device
     try:
         seconds = seconds_of(together(steps, device), device, 2 if section.small else 10) / len(steps)
@@ -141,7 +142,7 @@ def time_or_say(section: Section, name: str, steps: list[Callable], *, flops: fl
 
 
 def together(steps: list[Callable], device: torch.device) -> Callable:
-    """One function of several."""
+    """Combines functions to one; on a GPU, to a graph."""
 
     def run() -> None:
         for step in steps:
@@ -157,7 +158,7 @@ def together(steps: list[Callable], device: torch.device) -> Callable:
 
 
 def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
-    """What a decode step of full slots spends its time in."""
+    """Returns an item that shows which operations take the time of a decode step of full slots."""
 
     @torch.inference_mode()
     def run(section: Section) -> None:
@@ -173,7 +174,7 @@ def profile_decode(slots: int, prompt_len: int, mode: str = "none") -> Callable:
 
 @torch.inference_mode()
 def split_first_token(section: Section) -> None:
-    """How long the host takes for what comes before the first token of a prompt: the device may wait for it."""
+    """Measures the host's time before the first token of a prompt, for which the device may wait."""
     engine, requests = full_engine(section, "none", 1, 8 if section.small else 64, 12)
     run_once(engine, requests)
     seconds = {name: [] for name in ("prefill", "logits", "start", "look")}

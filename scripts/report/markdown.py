@@ -1,10 +1,10 @@
-"""The report of scripts/gpu_report.py for people."""
+"""Formats the report of scripts/gpu_report.py as Markdown."""
 
 from scripts.workload import counted
 
 
 def markdown(header: dict[str, str], sections: dict[str, tuple[str, list[dict]]]) -> str:
-    """header: where it was measured. sections: name -> (title, rows as scripts/report/record.py writes them)."""
+    """header: date, commit, card and so on. sections: name -> (title, rows as scripts/report/record.py writes them)."""
     lines = [
         "# GPU report",
         "",
@@ -20,7 +20,7 @@ def markdown(header: dict[str, str], sections: dict[str, tuple[str, list[dict]]]
 
 
 def verdict(rows: list[dict]) -> str:
-    """The whole in a line."""
+    """Summarises the report in a line."""
     checks = [row for row in rows if row["kind"] == "check"]
     goals = [row for row in rows if row["kind"] == "figure" and row["met"] is not None]
     errors = sum(row["kind"] == "error" or row.get("state", "done").startswith(("failed", "ended")) for row in rows)

@@ -1,6 +1,6 @@
-"""What the sections of scripts/gpu_report.py write, and how they run their items, each within the time that is left.
+"""Runs the items of a section of scripts/gpu_report.py, within the time left, and records their results.
 
-A section writes a line of JSON for each thing it finds, at once, so that one that is killed leaves what it had.
+A section writes each result at once, as a line of JSON, so that a killed section leaves its earlier results.
 """
 
 import gc
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Item(NamedTuple):
-    """A part of a section: it is skipped where less time is left than it takes about."""
+    """A part of a section; `seconds` is about how long it takes. It is skipped if less time is left."""
 
     name: str
     seconds: float
@@ -31,8 +31,8 @@ class Item(NamedTuple):
 
 @dataclass
 class Section:
-    """What the items of a section are given. deadline, started: of time.time(); started: when its process was. kept: of
-    one item for the next ones."""
+    """The state of a section, passed to its items. deadline, started (of its process): as time.time() counts. kept:
+    values that items keep for later items."""
 
     name: str
     runtime: Runtime
@@ -49,12 +49,12 @@ class Section:
         append_row(self.rows_file, {"section": self.name, **row})
 
     def check(self, name: str, distance: float, bound: float, detail: str = "") -> None:
-        """Something that is right where the distance is at most the bound; NaN is not."""
+        """Records a check, which is right if the distance is at most the bound; NaN is wrong."""
         ok = bool(distance <= bound)
         self.write(kind="check", name=name, value=float(distance), bound=bound, ok=ok, detail=detail)
 
     def figure(self, name: str, value: float, unit: str, goal: float | None = None, detail: str = "", **more) -> None:
-        """goal: the least value; a unit of seconds has the most instead."""
+        """Records a measurement. goal: the lowest acceptable value; for the unit s, the highest."""
         met = None if goal is None else bool(value <= goal if unit == "s" else value >= goal)
         self.write(kind="figure", name=name, value=float(value), unit=unit, goal=goal, met=met, detail=detail, **more)
 
@@ -63,7 +63,7 @@ class Section:
 
 
 class TimeIsUp(RuntimeError):
-    """A script took longer than it was given."""
+    """A script exceeded its time limit."""
 
 
 def append_row(rows_file: Path, row: dict) -> None:
@@ -72,24 +72,24 @@ def append_row(rows_file: Path, row: dict) -> None:
 
 
 def run_items(section: Section, items: list[Item]) -> None:
-    """Runs the items that there is time for; what fails is written down and does not stop the others."""
+    """Runs the items that there is time for; a failure is recorded, and the next item runs."""
     for item in items:
         if section.left() < (0 if section.small else item.seconds):
-            about = f"skipped: {max(0, section.left()):.0f} s are left, it takes about {item.seconds:.0f}"
+            about = f"skipped: {max(0, section.left()):.0f} s are left, and it takes about {item.seconds:.0f}"
             section.note(item.name, about)
             continue
         start = time.time()
         try:
             item.run(section)
-        except Exception as error:  # whatever it is, the report says it and goes on; log.txt has it whole
+        except Exception as error:  # of any kind: the report names it and continues; log.txt has the traceback
             traceback.print_exc()
             section.write(kind="error", name=item.name, detail=last_lines(f"{type(error).__name__}: {error}"))
         free_memory(section.runtime.device)
-        print(f"{section.name}, {item.name}: {time.time() - start:.1f} s", flush=True)  # in log.txt, to plan by
+        print(f"{section.name}, {item.name}: {time.time() - start:.1f} s", flush=True)  # in log.txt, for planning
 
 
 def last_lines(text: str) -> str:
-    """The end of what a program said; of a long line its beginning and its end."""
+    """Returns the last lines of a program's output; the middle of a long line is left out."""
     lines = [line for line in text.strip().splitlines() if line.strip()][-6:]
     return "\n".join(line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}" for line in lines)
 
@@ -101,8 +101,8 @@ def free_memory(device: torch.device) -> None:
 
 
 def run_script(script: str, *flags: object, seconds: float) -> str:
-    """Standard output of a script of the project in a process of its own. Raises RuntimeError with its last lines where
-    it fails, or takes longer."""
+    """Runs a script of the project in its own process and returns its standard output. Raises RuntimeError with its
+    last lines if it fails, TimeIsUp if it takes longer."""
     process = start_script(script, *flags)
     return finish_script(process, script, seconds)
 
@@ -110,7 +110,7 @@ def run_script(script: str, *flags: object, seconds: float) -> str:
 def start_script(script: str, *flags: object) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    return subprocess.Popen(command, **options, cwd=ROOT)  # in the section's process group, which is ended as one
+    return subprocess.Popen(command, **options, cwd=ROOT)  # in the section's process group, which is killed as one
 
 
 def finish_script(process: subprocess.Popen, script: str, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Section `right` of scripts/gpu_report.py: whether what the device computes is what it should be."""
+"""Section `right` of scripts/gpu_report.py: checks the device's results."""
 
 import math
 import tempfile
@@ -25,7 +25,7 @@ from scripts.report.trained import check_training, start_training
 from scripts.workload import counted, random_ids
 from training import optim
 
-# shapes in which the kernels differ: head dims, groups, one page or many
+# (dtype, head dim, kv heads, query heads per kv head): shapes in which the kernels differ
 ATTENTION = [
     (torch.bfloat16, 128, 8, 4),
     (torch.bfloat16, 64, 2, 8),
@@ -49,18 +49,18 @@ VOCAB_SIZE = 500
 
 
 def check_triton(section: Section) -> None:
-    """Whether Triton's kernels run: without a C compiler, say, they do not, and all else is slower."""
+    """Checks that Triton's kernels run: they do not without a C compiler, for instance, and then everything is slow."""
     device = section.runtime.device
     if device.type == "cuda":
-        section.check("Triton", 0 if has_triton(device) else 1, 0, "its kernels and torch.compile; why not: log.txt")
+        section.check("Triton", 0 if has_triton(device) else 1, 0, "kernels and torch.compile; log.txt has the reason")
         varlen = varlen_works(device, torch.bfloat16, 128)
-        section.note("variable-length attention", "works" if varlen else "does not work here: SDPA in its place")
+        section.note("variable-length attention", "works" if varlen else "does not work here, SDPA replaces it")
 
 
 def check_attention(section: Section) -> None:
-    """The Triton kernel of a decode step against SDPA in fp32, over pages in any order, NaN in what nobody has."""
+    """Compares the Triton kernel of a decode step with SDPA in fp32, on shuffled pages, with NaN in unused places."""
     if not has_triton(section.runtime.device):
-        section.note("decode attention", "its kernel runs on a GPU alone; tests run it in Triton's interpreter")
+        section.note("decode attention", "its kernel needs a GPU; tests run it in Triton's interpreter")
         return
     from models.triton_attention import paged_decode
 
@@ -85,12 +85,12 @@ def attention_distance(
     for row, n in enumerate(lengths):
         for tensor in (k, v):
             tensor[0] = math.nan
-            tensor[order[row][-1], (n - 1) % page :] = math.nan  # the last place is yet to be written
+            tensor[order[row][-1], (n - 1) % page :] = math.nan  # the kernel writes the last place
     rows = torch.randn(len(lengths), K * (groups + 2), D, generator=generator).to(dtype).to(device)
-    q, new_k, new_v = rows.split([K * groups, K, K], dim=1)  # as one product gives them
+    q, new_k, new_v = rows.split([K * groups, K, K], dim=1)  # views of one tensor, as the fused product gives
     k, v, *of_rows = (t.to(device) for t in (k, v, table, torch.tensor(lengths, dtype=torch.int32)))
     found, wanted = kernel(q, new_k, new_v, k, v, *of_rows, splits).float().cpu(), []
-    q, k, v = (t.cpu() for t in (q, k, v))  # with the new keys and values
+    q, k, v = (t.cpu() for t in (q, k, v))  # k and v now have the new keys and values
     for row, n in enumerate(lengths):
         keys, values = (t[order[row]].flatten(0, 1)[:n].transpose(0, 1).float() for t in (k, v))
         wanted.append(F.scaled_dot_product_attention(q[row, :, None].float(), keys, values, enable_gqa=True)[:, 0])
@@ -101,7 +101,7 @@ def attention_distance(
 
 
 def write_folder(folder: Path, kind: dict):
-    """A random folder, written by transformers; its model."""
+    """Writes a folder with a random model of transformers, and returns the model."""
     import transformers
 
     shape = {
@@ -111,7 +111,7 @@ def write_folder(folder: Path, kind: dict):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 1024,
-        "initializer_range": 0.15,  # wide, so that the likeliest token is clearly so
+        "initializer_range": 0.15,  # wide, so that the likeliest token stands out
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -143,7 +143,8 @@ def drawn_ids(engine: Engine, requests: list[Request]) -> list[list[int]]:
 
 @torch.inference_mode()
 def check_greedy(section: Section) -> None:
-    """Greedy answers of each kind of model against transformers on the CPU, in fp32; prompts longer than a prefill."""
+    """Compares greedy answers of each kind of model with transformers on the CPU, in fp32; some prompts are longer than
+    a prefill."""
     lengths, new_tokens = ([3, 70] if section.small else [1, 3, 70, 200]), 8 if section.small else 24
     torch.manual_seed(1)
     prompts = [random_ids(VOCAB_SIZE, n).tolist() for n in lengths]
@@ -173,8 +174,8 @@ def llama_engine(
 
 @torch.inference_mode()
 def check_compiled(section: Section) -> None:
-    """The step as it runs in earnest: compiled, captured; in fp32, where the ids must be the same. With int4 weights as
-    without the compiler."""
+    """Compares greedy answers of compiled and captured decode steps, in fp32, where the ids must be equal: with
+    transformers, and for int4 weights with the engine without the compiler."""
     _, prompts, wanted, new_tokens = section.kept["llama"]
     limits = {"num_slots": 3, "max_seq_len": max(map(len, prompts)) + new_tokens}
     requests = [Request(i, 0, prompt, new_tokens) for i, prompt in enumerate(prompts)]
@@ -188,7 +189,7 @@ def check_compiled(section: Section) -> None:
 
 @torch.inference_mode()
 def check_slots(section: Section) -> None:
-    """The same samples for 1 and 64 slots: in fp32 all; in bf16 the rounding of other products may turn one."""
+    """Compares samples drawn with 1 and 64 slots: equal in fp32; in bf16, other rounding may change some."""
     num_prompts, num_samples, new_tokens = (2, 3, 6) if section.small else (8, 8, 24)
     torch.manual_seed(2)
     prompts = [random_ids(VOCAB_SIZE, 5 + 9 * i).tolist() for i in range(num_prompts)]
@@ -204,12 +205,12 @@ def check_slots(section: Section) -> None:
         if dtype == torch.float32:
             section.check(name, 1 - equal, 0, "share that differs")
         else:
-            section.figure(name, equal, "equal", None, "products of other shapes are rounded in another order")
+            section.figure(name, equal, "equal", None, "products of other shapes round differently")
 
 
 @torch.inference_mode()
 def check_chunks(section: Section) -> None:
-    """Prompts computed in pieces of 64 tokens and at once, in bf16: the log-probs of the first tokens."""
+    """Compares log-probs of first tokens, in bf16, of prompts computed in pieces of 64 tokens and at once."""
     torch.manual_seed(3)
     prompts = [random_ids(VOCAB_SIZE, n).tolist() for n in (40, 150, 300)]
     found = []
@@ -228,7 +229,7 @@ def check_chunks(section: Section) -> None:
 
 
 def check_products(section: Section) -> None:
-    """Products of quantised weights against those of the dequantised weights in fp32, relative to their size."""
+    """Compares products of quantised weights with products of the dequantised weights in fp32, relatively."""
     runtime, (N, K) = section.runtime, (64, 128) if section.small else (1008, 1024)  # 1008: 7 blocks of 128 and a part
     torch.manual_seed(4)
     weight = torch.randn(N, K, device=runtime.device) * 0.05
@@ -242,7 +243,7 @@ def check_products(section: Section) -> None:
             x = torch.randn(rows, K, device=runtime.device).to(runtime.dtype)
             with torch.inference_mode():
                 distance = product_distance(layer(x), x, dequantize(small))
-            # fp8 rounds the activations too, to 3 bits of mantissa
+            # fp8 also rounds activations, to 3 mantissa bits
             bound = 0.06 if scheme.mode == "fp8" else 0.02
             name = f"product of {scheme}, {counted(rows, 'row')}, {dtype_name(runtime.dtype)}"
             section.check(name, distance, bound, "relative")
@@ -254,7 +255,7 @@ def check_products(section: Section) -> None:
 
 
 def refusal_of(scheme: Scheme, runtime: Runtime) -> str | None:
-    """Why this device does not compute with such weights."""
+    """Returns why this device cannot compute with such weights, or None."""
     if runtime.device.type == "cpu" and scheme.mode == "fp8":
         return "fp8 is for GPUs"
     try:
@@ -273,8 +274,8 @@ def product_distance(found: Tensor, x: Tensor, weight: Tensor) -> float:
 
 
 def check_gradients(section: Section) -> None:
-    """Gradients by the kernels of training, in the dtype of the computation, against those in fp32 on the CPU."""
-    runtime, (H, K, D, T) = section.runtime, (8, 2, 64, 192)  # of T % 128 = 64 cuDNN's have been wrong
+    """Compares gradients of the training kernels, in the compute dtype, with gradients in fp32 on the CPU."""
+    runtime, (H, K, D, T) = section.runtime, (8, 2, 64, 192)  # cuDNN's have been wrong for T % 128 = 64
     torch.manual_seed(6)
     heads, rows = [torch.randn(2, T, n, D) for n in (H, K, K)], [torch.randn(300, D), 0.2 * torch.randn(700, D)]
     targets = torch.randint(700, (300,))
@@ -307,11 +308,11 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Te
 
 
 def check_optimizer(section: Section) -> None:
-    """AdamW's kernel for bf16 weights against plain operations, whose last bit may be another: they divide by a number
-    as they multiply by its inverse."""
+    """Compares AdamW's kernel for bf16 weights with plain operations; the last bit may differ, since these divide by a
+    number where they multiply by its reciprocal."""
     device = section.runtime.device
     if optim.gpu_kernel(device) is None:
-        section.note("AdamW", "its kernel runs on a GPU alone; tests run it in Triton's interpreter")
+        section.note("AdamW", "its kernel needs a GPU; tests run it in Triton's interpreter")
         return
     for kind in ("adamw", "adamw_8bit"):
         ends = []
@@ -330,7 +331,7 @@ def check_optimizer(section: Section) -> None:
 
 
 ITEMS = [
-    Item("training begins", 0, start_training),  # on the side, since it takes longest and waits for little
+    Item("training begins", 0, start_training),  # in the background, since it takes longest
     Item("Triton", 0, check_triton),
     Item("decode attention", 10, check_attention),
     Item("greedy ids", 10, check_greedy),

@@ -1,4 +1,4 @@
-"""Sections `ceilings`, `decode` and `peers` of scripts/gpu_report.py: how fast it is, beside the limit."""
+"""Sections `ceilings`, `decode` and `peers` of scripts/gpu_report.py: speed of decoding, beside its limits."""
 
 import time
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from scripts.benchmark_generate import random_inference_model, run_once
 from scripts.report.record import Item, Section, free_memory, last_json, run_script
 from scripts.workload import MathArgs, counted, math_requests, ragged_sizes, random_ids, sized, token_bytes
 
-RAGGED = 192  # prompts of ragged work
+RAGGED = 192  # number of ragged prompts
 
 # ---------------------------------------------------------------------------------------- ceilings
 
 
 def bandwidth_of(section: Section) -> float:
-    """Bytes/s of a copy, measured once for a section."""
+    """Returns bytes/s of a copy, measured once for a section."""
     if "bandwidth" not in section.kept:
         section.kept["bandwidth"] = copy_bandwidth(section.runtime.device, 2**22 if section.small else 2**32)
     return section.kept["bandwidth"]
@@ -50,7 +50,7 @@ def measure_products(section: Section) -> None:
 
 
 def model_of(section: Section, mode: str = "none") -> Transformer:
-    """The model of a section's items: one at a time."""
+    """Returns the model of a section's items; only one is kept at a time."""
     kept = section.kept
     if kept.get("mode") != mode:
         kept.pop("model", None)
@@ -64,12 +64,11 @@ def model_of(section: Section, mode: str = "none") -> Transformer:
 
 
 def name_of(section: Section, mode: str = "none") -> str:
-    """What is decoded."""
     return f"decode {'tiny' if section.small else '7B'} {dtype_name(section.runtime.dtype) if mode == 'none' else mode}"
 
 
 def full_engine(section: Section, mode: str, slots: int, prompt: int, new: int) -> tuple[Engine, list[Request]]:
-    """An engine, and requests whose prompts are computed at once, so that all rows run in all steps."""
+    """Returns an engine, and requests whose prompts are computed in one prefill, so that all rows run in all steps."""
     model = model_of(section, mode)
     options = {"num_slots": slots, "max_seq_len": prompt + new, "compile": section.runtime.compile}
     engine = Engine(model, SamplingParams(), prefill_tokens=slots * prompt, **options)
@@ -77,8 +76,9 @@ def full_engine(section: Section, mode: str, slots: int, prompt: int, new: int) 
 
 
 def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | None = None) -> Callable:
-    """Decode steps of full slots: tokens/s without prefill, and MBU, the bytes that a step must read (weights, and the
-    cache of its rows) over its time, beside a copy. goals: the least mbu, rate and ratio, the start-up at most."""
+    """Returns an item that measures decode steps of full slots: tokens/s without prefill, and MBU, the bytes per second
+    that steps must read (weights, and the cache of their rows) over a copy's. goals: lowest acceptable mbu, rate and
+    ratio (to the rate of unquantised weights), highest acceptable startup."""
     goals = goals or {}
 
     @torch.inference_mode()
@@ -89,7 +89,7 @@ def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | Non
         if "is_first" not in section.kept:
             section.kept["is_first"] = False
             seconds = time.time() - section.started
-            detail = "from the start of the process to its 9th token, random weights made on the device, all compiled"
+            detail = "from the start of the process to the 9th token, with random weights and all compilation"
             section.figure("start-up", seconds, "s", goals.get("startup"), detail)
         again = run_once(engine, requests)
         name = f"{name_of(section, mode)}, {counted(slots, 'slot')}"
@@ -109,7 +109,7 @@ def decode(slots: int, prompt_len: int, *, mode: str = "none", goals: dict | Non
 
 @torch.inference_mode()
 def decode_ragged(section: Section) -> None:
-    """The work that the section `peers` gives to transformers' generate_batch."""
+    """Measures the same ragged work as the section `peers` gives to transformers' generate_batch."""
     model, slots = model_of(section), 64
     count, *shape = (4, 8, 4) if section.small else (RAGGED, 64, 128)
     sizes = ragged_sizes(count, *shape)
@@ -126,7 +126,7 @@ def decode_ragged(section: Section) -> None:
 
 @torch.inference_mode()
 def decode_math(section: Section) -> None:
-    """Best of 64 on MATH-shaped work, with as many slots and pages as the memory holds."""
+    """Measures 64 samples of each MATH-shaped prompt, with up to 320 slots and as many pages as the memory holds."""
     model, device = model_of(section), section.runtime.device
     args = MathArgs(num_prompts=2, num_samples=2, answer_mean=6.0, answer_most=12, prompt_mean=10.0)
     args = args if section.small else MathArgs(num_prompts=10)
@@ -139,7 +139,7 @@ def decode_math(section: Section) -> None:
         num_pages = min(slots * pages_for(longest), max(pages_for(longest) + 1, int(free // page)))
     options = {"num_slots": slots, "max_seq_len": longest, "num_pages": num_pages, "compile": section.runtime.compile}
     engine = Engine(model, SamplingParams(), **options)
-    # fewer and fewer rows, so that steps of all sizes are captured
+    # warm up with fewer and fewer rows, so that steps of all sizes are captured
     run_once(
         engine, [replace(r, max_new_tokens=min(r.max_new_tokens, 2 + i // 4)) for i, r in enumerate(requests[:slots])]
     )
@@ -164,7 +164,8 @@ def note_weights(section: Section) -> None:
 
 
 def peer(engine: str, batch_size: int, prompt_len: int, ragged: int | None = None) -> Callable:
-    """transformers on the same shape, precision, sampling and compile mode, as scripts/benchmark.py runs it."""
+    """Returns an item that runs transformers through scripts/benchmark.py, with the same shape, precision, sampling and
+    compile mode."""
 
     def run(section: Section) -> None:
         preset, sizes = ("tiny", [8, 4]) if section.small else ("math-7b", [prompt_len, 128])

@@ -1,5 +1,5 @@
-"""Sections `sft` and `rl` of scripts/gpu_report.py, and the training part of `right`: the project's scripts, each in a
-process of its own."""
+"""Sections `sft` and `rl` of scripts/gpu_report.py, and the training part of `right`: runs the project's scripts, each
+in its own process."""
 
 import json
 import math
@@ -22,19 +22,19 @@ SHORT = SIZES["tiny"]
 REWARD = (
     "def score(prompts, completions, examples):\n    return [sum(map(ord, text)) % 7 / 7 for text in completions]\n"
 )
-UNEQUAL = ("time/", "tokens_per_second", "mfu", "memory")  # metrics that say how fast it went
-STEPS = ("rollout", "score", "logprobs", "update", "refresh")  # of an update
+UNEQUAL = ("time/", "tokens_per_second", "mfu", "memory")  # metrics of speed and memory, not compared
+STEPS = ("rollout", "score", "logprobs", "update", "refresh")  # phases of an update
 
 
 def start_together(commands: dict[str, tuple[str, list]]) -> dict[str, subprocess.Popen]:
-    """Scripts that run at the same time."""
+    """Starts scripts that run at the same time."""
     return {name: start_script(script, *flags) for name, (script, flags) in commands.items()}
 
 
 def finish_together(
     processes: dict[str, subprocess.Popen], commands: dict[str, tuple[str, list]], seconds: float
 ) -> None:
-    """Waits for scripts; the first that fails ends all."""
+    """Waits for all scripts. The first that fails raises RuntimeError and ends the others."""
     end = time.time() + seconds
     try:
         for name, process in processes.items():
@@ -47,7 +47,7 @@ def finish_together(
 
 
 def write_work(root: Path, config: ModelConfig, runtime: Runtime, num_prompts: int, prompt_len: int) -> None:
-    """A policy and a reward model of random weights, prompts, records to fine-tune on, and a reward function."""
+    """Writes a policy and a reward model with random weights, prompts, records to fine-tune on, a reward function."""
     write_policy(root / "policy", config, runtime)
     write_reward_model(root / "reward", config, runtime, root / "policy")
     texts = [text_of(row) for row in (random_ids(config.vocab_size, 2, num_prompts, prompt_len)).flatten(0, 1).tolist()]
@@ -60,7 +60,7 @@ def write_work(root: Path, config: ModelConfig, runtime: Runtime, num_prompts: i
 
 
 def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, list]]:
-    """A step or update of each kind in fp32."""
+    """Returns the commands of an SFT step, a PPO update and a GRPO update in fp32."""
     plain = ["--checkpoint_path", root / "policy", "--device", device, "--dtype", "float32", "--no-compile"]
     plain += ["--learning_rate", 1e-3, "--export_dtype", "float32", "--lr_schedule", "constant", "--warmup_ratio", 0]
     rollouts = [*plain, "--prompt_file", root / "prompts.jsonl", "--total_steps", 1, "--rollout_batch_size", 8]
@@ -78,7 +78,7 @@ def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, 
 
 
 def start_training(section: Section) -> None:
-    """One SFT step, one PPO and one GRPO update in fp32, on this device and on the CPU."""
+    """Starts an SFT step, a PPO update and a GRPO update in fp32, on this device and on the CPU."""
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
     torch.manual_seed(5)
@@ -93,7 +93,7 @@ def start_training(section: Section) -> None:
 
 
 def check_training(section: Section) -> None:
-    """What came of start_training, here and on the CPU."""
+    """Compares the results of start_training on this device and on the CPU."""
     folder, on_cpu, here, both, processes = section.kept.pop("training")
     with folder as root:
         finish_together(processes, both, section.left())
@@ -101,11 +101,11 @@ def check_training(section: Section) -> None:
             theirs, ours = (commands[name][1][-1] for commands in (on_cpu, here))
             section.check(f"{name}, metrics", metrics_distance(ours, theirs), 0.01, "against the CPU, fp32, relative")
             moved = weights_distance(ours, theirs, Path(root) / "policy")
-            section.check(f"{name}, weights", moved, 0.02, "difference of the weights, relative to how far they moved")
+            section.check(f"{name}, weights", moved, 0.02, "difference of the weights, relative to their change")
 
 
 def metrics_distance(ours: Path, theirs: Path) -> float:
-    """The largest relative difference of a number that the last step logged."""
+    """Returns the largest relative difference among the metrics of the last step."""
     last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (ours, theirs)]
     a, b = ({k: v for k, v in each.items() if not any(word in k for word in UNEQUAL)} for each in last)
     if a.keys() != b.keys():
@@ -132,7 +132,7 @@ def weights_distance(ours: Path, theirs: Path, begun: Path) -> float:
 
 
 def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
-    """Recomputes whole blocks only where the memory asks for it."""
+    """Returns an item that measures SFT. Recomputes whole blocks only if memory runs out otherwise."""
 
     def run(section: Section) -> None:
         shape = ("tiny", 1, 64) if section.small else (preset, batch_size, seq_len)
@@ -154,7 +154,7 @@ def sft_of(preset: str, batch_size: int, seq_len: int, goal: float | None):
 
 
 def benchmark_sft(section: Section, preset: str, batch_size: int, seq_len: int, recompute: str, *more: object) -> dict:
-    """The last line of scripts/benchmark.py: packed rows, bf16 weights, 8-bit moments."""
+    """Runs scripts/benchmark.py on packed rows with bf16 weights and 8-bit moments, and returns its figures."""
     flags = ["sft", "--preset", preset, "--batch_size", batch_size, "--seq_len", seq_len, "--documents", 8]
     flags += ["--param_dtype", "bfloat16", "--optim", "adamw_8bit", "--activation_checkpointing", recompute]
     flags += ["--device", section.runtime.device, *more]
@@ -165,7 +165,7 @@ def benchmark_sft(section: Section, preset: str, batch_size: int, seq_len: int, 
 
 
 def update_of(script: str, title: str):
-    """The second of two updates: what it took, and of what."""
+    """Returns an item that measures the second of two updates: its time, and that of each phase."""
 
     def run(section: Section) -> None:
         config = SHORT if section.small else SIZES["1b"]
@@ -184,7 +184,7 @@ def update_of(script: str, title: str):
             measured = root / "out" / "metrics.jsonl"
             try:
                 run_script(f"training/{script}.py", *flags, seconds=section.left())
-            except TimeIsUp:  # while it writes its model, say: it has been measured
+            except TimeIsUp:  # all right if the second update is logged, as while the model is being written
                 if not measured.exists() or len(measured.read_text().splitlines()) < 2:
                     raise
             metrics = json.loads(measured.read_text().splitlines()[-1])

@@ -1,12 +1,11 @@
-"""The claim that a run which is killed and resumed is the run that was begun, tried at random.
+"""Stress test: runs that are killed at random and resumed must end like runs that were never interrupted.
 
-- the five trainers, generate.py and score.py are killed, launcher and ranks, again and again, or find the disk full;
-  they are resumed each time, sometimes on another number of ranks, and what they leave in the end is compared with an
-  uninterrupted run of the same command: weights and rewards bit by bit (on another layout to 1e-4, in bf16 to 1e-3),
-  lines one by one
-- a kill waits for a phase that is drawn evenly, and then a few milliseconds; where it landed is read from what it left
-- the full disk is a limit on the size of a file, met at any of the writes
-- one rank is forked from this process, several are started by torchrun (torture_attempt.py). Linux alone
+- kills the five trainers, generate.py and score.py (launcher and ranks) several times each, or lets the disk run full;
+  resumes them each time, sometimes on another number of ranks; and compares the final results with an uninterrupted run
+  of the same command: weights and metrics bit by bit (on another layout to 1e-4, in bf16 to 1e-3), lines one by one
+- a kill waits for a phase, drawn uniformly, and then a few milliseconds; the phase it hit is read from files on disk
+- a full disk is simulated by a limit on file sizes, which any write may reach
+- one rank is forked from this process, several are started by torchrun (torture_attempt.py). Linux only
 
     python scripts/torture.py --kills 200 --output_dir runs/torture
 """
@@ -49,10 +48,10 @@ PRELOADED = (
     "inference.lines",
 )
 OTHER_LAYOUT, FULL_DISK = 0.2, 0.15  # shares of the attempts
-MANY_RANKS = 0.25  # of the runs, where there is a choice
+MANY_RANKS = 0.25  # share of the runs, if --ranks has both numbers
 TIMING = ("tokens_per_second", "mfu", "time/")
-TOLERANCE = 1e-4  # on another layout
-BF16_TOLERANCE = 1e-3  # there, of bf16 parameters: where a sum's last digit tips the rounding, one is off by 2^-8
+TOLERANCE = 1e-4  # after a resume on another layout
+BF16_TOLERANCE = 1e-3  # the same for bf16 parameters: if a sum's last digit changes the rounding, one is off by 2^-8
 DISK_FULL = "full disk"
 
 REWARD = """
@@ -99,19 +98,19 @@ JOBS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TortureArgs:
-    """Kills runs at random, resumes them, and compares them with runs that nobody killed."""
+    """Kills runs at random, resumes them, and compares them with uninterrupted runs."""
 
-    output_dir: Path = flag(Path("runs/torture"), help="folder to work in, and for the table, torture.md")
-    kills: int = flag(200, bounds=at_least_one, help="SIGKILLs to land")
-    seed: int = flag(0, help="of what is killed where")
-    jobs: list[str] = flag(tuple(JOBS), choices=JOBS, help="what to kill")
-    ranks: list[int] = flag((1, 4), choices=(1, 4), help="numbers of ranks; 4 are 2 x 2")
+    output_dir: Path = flag(Path("runs/torture"), help="folder for the runs and the report, torture.md")
+    kills: int = flag(200, bounds=at_least_one, help="number of SIGKILLs")
+    seed: int = flag(0, help="seed of the choice of runs and kills")
+    jobs: list[str] = flag(tuple(JOBS), choices=JOBS, help="jobs to kill")
+    ranks: list[int] = flag((1, 4), choices=(1, 4), help="numbers of ranks; 4 means dp 2 x tp 2")
     keep: bool = flag(False, help="keep the folders of runs that came out equal")
 
 
 @dataclass
 class Row:
-    """A row of the table: what happened to the runs of a job that began on so many ranks."""
+    """A row of the table: counts for the runs of a job that began on the same number of ranks."""
 
     runs: int = 0
     landed: Counter = field(default_factory=Counter)  # kills and full disks by phase
@@ -124,7 +123,7 @@ class Row:
 
 
 def differences(job: Job, out: Path, reference: Path, tolerance: float) -> list[str]:
-    """What a run left otherwise than the one that nobody killed."""
+    """Lists the differences between the results of a run and of the uninterrupted one."""
     found = []
     if job.lines:
         return compare_lines(read_lines(out / job.lines), read_lines(reference / job.lines), tolerance)
@@ -163,7 +162,7 @@ def compare_lines(lines: list[dict], wanted: list[dict], tolerance: float) -> li
         return [f"{(keys[1] - keys[0]).total()} lines lost, {(keys[0] - keys[1]).total()} doubled or foreign"]
     for line, other in zip(sorted(lines, key=key), sorted(wanted, key=key)):
         for name, value in other.items():
-            # the sum over a sample's tokens has another last digit in another batch, as a resumed one is
+            # the last digit of a sum over tokens depends on the batch, which a resume changes
             bound = max(tolerance, 1e-5) if name == "logprob" else tolerance
             if not any(word in name for word in TIMING) and not alike(line.get(name), value, bound):
                 return [f"line {key(line)[:3]}: {name} is {line.get(name)!r}, not {value!r}"]
@@ -180,14 +179,14 @@ def alike(value: object, wanted: object, tolerance: float) -> bool:
 
 
 class Torture:
-    """The state of the whole: runs are drawn, killed and compared until enough kills have landed."""
+    """Draws runs, kills and compares them, until there are enough kills."""
 
     def __init__(self, args: TortureArgs):
         self.args, self.rng, self.rows, self.num_kills = args, random.Random(args.seed), {}, 0
         self.world, self.seconds, self.start_seconds = args.output_dir / "world", [], {}
 
     def run_all(self) -> None:
-        """Writes the world, and then takes the jobs in turns."""
+        """Writes the world, and then runs the jobs in random order, again and again."""
         write_world(self.world, self.args.seed)
         while self.num_kills < self.args.kills:
             for name in self.rng.sample(self.args.jobs, len(self.args.jobs)):
@@ -196,7 +195,7 @@ class Torture:
                     self.one_run(name, 4 if is_many else min(self.args.ranks))
 
     def reference(self, name: str, ranks: int) -> Path:
-        """The folder of a run that nobody kills."""
+        """Returns the folder of an uninterrupted run, which it runs at the first call."""
         out = self.args.output_dir / f"{name}-{ranks}-whole"
         if (name, ranks) not in self.start_seconds:
             attempt, began = Attempt(JOBS[name], out, self.world, ranks, resume=False), time.monotonic()
@@ -204,12 +203,12 @@ class Torture:
                 time.sleep(0.005)
             self.start_seconds[name, ranks] = time.monotonic() - began
             if attempt.wait():
-                raise ValueError(f"{name} on {counted(ranks, 'rank')} cannot be run: {attempt.close()[-1000:]}")
+                raise ValueError(f"{name} on {counted(ranks, 'rank')} fails without a kill: {attempt.close()[-1000:]}")
             attempt.close()
         return out
 
     def one_run(self, name: str, ranks: int) -> None:
-        """Begins a job, kills and resumes it a few times, lets it end, and compares."""
+        """Starts a job, kills and resumes it a few times, lets it finish, and compares the results."""
         row, reference = self.rows.setdefault((name, ranks), Row()), self.reference(name, ranks)
         out, began, kills_before = self.args.output_dir / f"{name}-{ranks}-{row.runs}", time.monotonic(), self.num_kills
         row.runs += 1
@@ -225,8 +224,8 @@ class Torture:
             shutil.rmtree(out, ignore_errors=True)
 
     def attempts(self, name: str, ranks: int, out: Path, row: Row) -> float:
-        """Lets a job come to its end; returns how far it may be from the one that nobody killed. Raises ValueError for
-        an attempt that ends otherwise than it should."""
+        """Kills and resumes a job until it finishes. Returns the tolerance to compare it with. Raises ValueError if an
+        attempt fails for another reason than a kill or a full disk."""
         tolerance, num_kills = 0.0, self.rng.randint(2, 5) if ranks == 1 else 2
         for i in range(num_kills + 1):
             other = i > 0 and len(self.args.ranks) > 1 and self.rng.random() < OTHER_LAYOUT
@@ -252,7 +251,7 @@ class Torture:
         return tolerance
 
     def strike(self, name: str, attempt: Attempt, row: Row) -> bool:
-        """Waits for a random moment of a random phase and kills; False if the attempt has ended before."""
+        """Waits for a random moment in a random phase and kills the attempt. Returns False if it ended before."""
         phase = self.rng.choice(attempt.job.phases)
         start_seconds = self.start_seconds.get((name, attempt.ranks), 1.0)
         wait = self.rng.uniform(0, start_seconds) if phase == "start" else 10 ** self.rng.uniform(-4, -1.5)
@@ -273,7 +272,8 @@ class Torture:
 
 
 def write_world(world: Path, seed: int) -> None:
-    """The toy's model and records, pairs and samples made of them, a reward model and a reward function."""
+    """Writes the toy's records, a smaller model, pairs and samples made from the records, a reward model and a reward
+    function."""
     run_to_end(world, "scripts/toy.py", "--num_train", 160, "--num_heldout", 6, "--num_prompts", 24, "--seed", seed)
     config = json.loads((world / "model/config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}  # saved in milliseconds
@@ -300,11 +300,11 @@ def run_to_end(output_dir: Path, script: str, *flags: object) -> None:
         words = [ROOT / script, "--output_dir", output_dir, *flags]
         _, status = os.waitpid(fork(list(map(str, words)), {"OMP_NUM_THREADS": "1"}, log.fileno(), None), 0)
     if status:
-        raise ValueError(f"{script} cannot be run: {path.read_text()[-1000:]}")
+        raise ValueError(f"{script} failed: {path.read_text()[-1000:]}")
 
 
 def table(torture: Torture) -> str:
-    """What happened, as Markdown."""
+    """Returns the table as Markdown."""
     phases = [*REINFORCED, DISK_FULL]
     titles = ["job", "ranks", "runs", *(f"in {phase}" for phase in phases[:-1]), DISK_FULL, "resumed"]
     titles += ["on another layout", "equal"]
@@ -326,12 +326,12 @@ def report(torture: Torture, seconds: float) -> str:
     for ranks in args.ranks:
         spent = [each[1:] for each in torture.seconds if each[0] == ranks]
         if kills := sum(number for _, number in spent):
-            costs.append(f"{sum(cost for cost, _ in spent) / kills:.1f} s a kill of {counted(ranks, 'rank')}")
+            costs.append(f"{sum(cost for cost, _ in spent) / kills:.1f} s per kill on {counted(ranks, 'rank')}")
     num_runs, unequal = sum(row.runs for row in rows), [text for row in rows for text in row.unequal]
     parts = [
         f"`{command} --ranks {' '.join(map(str, args.ranks))}`, {date.today()}, commit {commit.strip()}, {machine}.",
         f"{torture.num_kills} SIGKILLs and {sum(row.landed[DISK_FULL] for row in rows)} full disks in {num_runs} runs, "
-        f"{seconds / 60:.1f} minutes, with what comes between them {', '.join(costs)}.",
+        f"{seconds / 60:.1f} minutes; {', '.join(costs)}, resuming and comparing included.",
         table(torture),
         "All runs came out equal." if not unequal else "Not equal:\n\n" + "\n".join(f"* {text}" for text in unequal),
     ]
@@ -342,8 +342,8 @@ def main(args: TortureArgs) -> None:
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise ValueError(f"--output_dir {args.output_dir}: is not empty; take another")
     if not Path("/proc/self/stat").exists():
-        raise ValueError("torture.py finds the processes to kill in /proc, which this system does not have")
-    torch.set_num_threads(1)  # a fork of a process that has OpenMP's threads may hang
+        raise ValueError("torture.py needs Linux: it finds the processes to kill in /proc")
+    torch.set_num_threads(1)  # a fork of a process with OpenMP threads may hang
     for name in PRELOADED:
         importlib.import_module(name)
     torture, began = Torture(args), time.monotonic()

@@ -1,8 +1,8 @@
-"""A process of scripts/torture.py that is to be killed: how it is started, what it is doing, and its end.
+"""Processes that scripts/torture.py kills: starting them, finding the phase they are in, killing them.
 
-- one rank is forked from this process, which has imported everything, so that a kill costs a second; several are
-  started by torchrun, 2 x 2
-- what it is doing is read from what is on disk, so it can be told after its death as well
+- one rank is forked from this process, which has imported everything, so that a kill costs a second; four ranks, 2 x 2,
+  are started by torchrun
+- the phase is read from files on disk, so it is also known after a kill
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_SECONDS = 600  # of an attempt; a busy machine takes a minute to start four ranks
+LIMIT_SECONDS = 600  # for an attempt; a busy machine takes a minute to start four ranks
 
 
 class Job(NamedTuple):
     script: str
     phases: tuple[str, ...]
-    flags: str  # with {world}
-    lines: str = ""  # what a file of lines is called; of a trainer nothing
+    flags: str  # {world} stands for the world's folder
+    lines: str = ""  # name of the output file of lines; "" for a trainer
 
     @property
     def title(self) -> bytes:
-        """How the card begins that says a run has started."""
+        """The beginning of the card that a run prints once it has started."""
         return b"%s\n  " % Path(self.script).stem.encode()
 
 
@@ -49,7 +49,7 @@ class Attempt:
         words = [str(word) for word in (ROOT / job.script, *flags)]
         self.began, self.ranks, self.code, self.deadline = time.time_ns(), ranks, None, time.monotonic() + LIMIT_SECONDS
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORTURE_MARK": str(self.mark)}
-        self.reads, writes = os.pipe()  # no file, which a full disk would cut short
+        self.reads, writes = os.pipe()  # a pipe, since a full disk would cut a file short
         os.set_blocking(self.reads, False)
         if ranks == 1:
             self.pid = fork(words, environment, writes, most_bytes)
@@ -60,7 +60,7 @@ class Attempt:
         os.close(writes)
 
     def ended(self) -> bool:
-        """Raises TimeoutError, once it is killed, if it takes far too long."""
+        """Whether the attempt has ended. If it takes more than LIMIT_SECONDS, kills it and raises TimeoutError."""
         if self.code is None and time.monotonic() > self.deadline:
             self.deadline = math.inf
             self.kill()
@@ -77,7 +77,7 @@ class Attempt:
                 self.log += piece
 
     def close(self) -> str:
-        """What it has printed, of an attempt that has ended."""
+        """Returns the output of an attempt that has ended."""
         self._read_log()
         os.close(self.reads)
         return self.log.decode(errors="replace")
@@ -88,9 +88,9 @@ class Attempt:
         return self.code
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and all below it; returns when they are gone."""
+        """Sends SIGKILL to the launcher and all its descendants; returns when they are gone."""
         pids = [self.pid]
-        for pid in pids:  # stopped first, so that none starts another that is not seen
+        for pid in pids:  # stopped first, so that none can start another one unseen
             send(pid, signal.SIGSTOP)
             pids += started_by(pid)
         for pid in pids:
@@ -100,7 +100,7 @@ class Attempt:
             time.sleep(0.002)
 
     def phase(self) -> str:
-        """What it is doing, from what is on disk; also after a kill."""
+        """Returns the phase of the attempt, from its output and files on disk; also after a kill."""
         if self.job.title not in self.log:
             return "start"
         if self._is_new(self.out / "checkpoints", "step-"):
@@ -112,8 +112,8 @@ class Attempt:
         return next(phase for phase in ("step", "rollout", "score") if phase in self.job.phases)
 
     def _is_new(self, folder: Path, name: str = "") -> bool:
-        """Whether something is being written beside its place there; a kill's remains are older than this attempt."""
-        with contextlib.suppress(OSError):  # it has just got its name
+        """Whether this attempt is writing a .partial folder here; those left by kills are older than the attempt."""
+        with contextlib.suppress(OSError):  # the folder has just been renamed
             for entry in os.scandir(folder):
                 is_partial = entry.name.startswith(f".{name}") and entry.name.endswith(".partial") and entry.is_dir()
                 if is_partial and entry.stat().st_mtime_ns > self.began:
@@ -125,17 +125,17 @@ class Attempt:
             mark, marked = self.mark.read_text(), self.mark.stat().st_mtime_ns
             logged = (self.out / "metrics.jsonl").stat().st_mtime_ns
         except OSError:
-            return "rollout"  # the first
+            return "rollout"  # the first one
         return "score" if mark == "begin" else "step" if marked > logged else "rollout"
 
     def progress(self) -> int:
-        """How many lines it has written, of metrics or of results."""
+        """Number of lines written so far, of metrics or results."""
         path = self.out / (self.job.lines or "metrics.jsonl")
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def fork(words: list[str], environment: dict[str, str], log: int, most_bytes: int | None) -> int:
-    """Runs a script as from the command line, in a process of its own, which has imported torch already."""
+    """Runs a script as from the command line, in a fork of this process, which has imported torch. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -144,7 +144,7 @@ def fork(words: list[str], environment: dict[str, str], log: int, most_bytes: in
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout, sys.stderr, sys.argv = *(os.fdopen(stream, "w", buffering=1) for stream in (1, 2)), words
-    tqdm.set_lock(threading.RLock())  # nobody holds it here
+    tqdm.set_lock(threading.RLock())  # a new lock, which no thread of the parent holds
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
@@ -169,5 +169,5 @@ def started_by(pid: int) -> list[int]:
 
 
 def send(pid: int, what: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
+    with contextlib.suppress(ProcessLookupError):  # the process has just ended
         os.kill(pid, what)

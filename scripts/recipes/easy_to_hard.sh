@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A process reward model from easy problems that judges and trains on harder ones, with deepseek-math-7b on 8 GPUs of
-# 80 GB: fine-tuning, process reward, best of n, PPO (Easy-to-Hard Generalization, Sun et al. 2024, arXiv 2403.09472).
+# Trains a process reward model on easy problems and uses it on harder ones: deepseek-math-7b on 8 GPUs of 80 GB,
+# fine-tuning, process reward, best of n, PPO (Easy-to-Hard Generalization, Sun et al. 2024, arXiv 2403.09472).
 #     bash scripts/recipes/easy_to_hard.sh DATA_FOLDER [MODEL] [OUT]
-# DATA_FOLDER holds sft.jsonl (prompt, completion: worked solutions, a step a line, of easy problems), steps.jsonl
+# DATA_FOLDER holds sft.jsonl (prompt, completion: worked solutions of easy problems, a step per line), steps.jsonl
 # (prompt, completions, labels: PRM800K's steps of easy problems), hard.jsonl (prompt, answer) and held_out.jsonl.
-# Expected: not yet run on GPUs. The 7B model of the paper, from Llemma, reaches 34.0 % on MATH500 by PPO.
+# Expected: not yet run on GPUs. The paper's 7B model, trained from Llemma, reaches 34.0 % on MATH500 with PPO.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?DATA_FOLDER is missing}

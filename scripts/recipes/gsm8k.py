@@ -26,11 +26,11 @@ IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."
 class Gsm8kArgs:
     """Turns GSM8K's questions into prompts with answers."""
 
-    input_file: Path = flag(help="JSONL with question and answer as published, or .parquet")
+    input_file: Path = flag(help="JSONL or .parquet file with question and answer, as published")
     output_file: Path = flag(help="JSONL file to write, with prompt and answer")
-    plain: bool = flag(False, help="prompts of text, for a base model, in the place of chat messages")
-    instruction: str = flag(IN_A_BOX, type=with_newlines, help="what follows the question; may be empty")
-    max_records: int | None = flag(None, bounds=at_least_one, help="only the first so many; all")
+    plain: bool = flag(False, help="write prompts as text, for a base model, instead of chat messages")
+    instruction: str = flag(IN_A_BOX, type=with_newlines, help="text after the question; may be empty")
+    max_records: int | None = flag(None, bounds=at_least_one, help="number of records to use; default: all")
 
 
 def main(args: Gsm8kArgs) -> None:
@@ -41,7 +41,7 @@ def main(args: Gsm8kArgs) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with naming_file(args.output_file):
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output_file, text.encode())  # a recipe takes a file that is there for all of it
+    write_whole(args.output_file, text.encode())  # at once: the recipes take an existing file for complete
     print(f"{args.output_file}: {len(lines):,} prompts of {len(records):,} records")
 
 
@@ -58,7 +58,7 @@ def read_parquet(path: Path) -> list[Record]:
 
 
 def to_prompt(record: Record, args: Gsm8kArgs) -> dict:
-    """A question with the number behind #### of its answer. Raises ValueError with the record's place."""
+    """Returns a prompt with the number that follows #### in the answer. Raises ValueError with the record's place."""
     with naming(record):
         question, answer = (get_field(record, name) for name in ("question", "answer"))
         require(isinstance(question, str) and question.strip(), "question must be text")

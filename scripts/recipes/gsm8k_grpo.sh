@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GRPO with checked answers on GSM8K: a Qwen2.5 model on one GPU.
+# GRPO with checked answers on GSM8K, with a Qwen2.5 model on one GPU.
 #     bash scripts/recipes/gsm8k_grpo.sh GSM8K_FOLDER [MODEL] [OUT]
 # GSM8K_FOLDER holds train.jsonl and test.jsonl as published (github.com/openai/grade-school-math); MODEL is a folder or
-# a name on the Hub, Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen2.5-1.5B-Instruct.
+# a name on the Hub: Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen2.5-1.5B-Instruct.
 # Expected: not yet run on a GPU. Memory of training: scripts/benchmark.py memory --preset 1.5b --batch_size 32 --seq_len 512
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

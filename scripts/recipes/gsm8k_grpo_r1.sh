@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K with a model that thinks before it answers: DeepSeek-R1-Distill-Qwen-1.5B on one GPU of 80 GB.
 #     bash scripts/recipes/gsm8k_grpo_r1.sh GSM8K_FOLDER [MODEL] [OUT]
-# Thoughts are long: 4,096 tokens, the last 1,024 of which cost reward (DAPO's soft overlong punishment); answers that
-# run out are not learnt; groups that are all right or all wrong are drawn anew. Expected: not yet run on a GPU.
+# Answers have up to 4,096 tokens, the last 1,024 of which cost reward (DAPO's soft overlong punishment); truncated
+# answers are not learnt; groups that are all right or all wrong are resampled. Expected: not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}

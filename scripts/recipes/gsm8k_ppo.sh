@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# PPO with a critic and checked answers on GSM8K: deepseek-llm-7b-chat on 8 GPUs of 80 GB.
+# PPO with a critic and checked answers on GSM8K, with deepseek-llm-7b-chat on 8 GPUs of 80 GB.
 #     bash scripts/recipes/gsm8k_ppo.sh GSM8K_FOLDER [MODEL] [OUT]
-# Expected: not yet run on GPUs. A published run of this size (verl's baselines) reaches 69.5 to 70.5 % on the test problems.
+# Expected: not yet run on GPUs. A published run of this size (verl's baselines) solves 69.5 to 70.5 % of the test set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${1:?GSM8K_FOLDER is missing}

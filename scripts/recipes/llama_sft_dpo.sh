@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tuning on chats, then DPO on pairs of answers: Llama-3.1-8B on 8 GPUs of 80 GB.
+# Fine-tuning on chats, then DPO on pairs of answers, with Llama-3.1-8B on 8 GPUs of 80 GB.
 #     bash scripts/recipes/llama_sft_dpo.sh DATA_FOLDER [MODEL] [OUT]
 # DATA_FOLDER holds chats.jsonl (messages) and pairs.jsonl (prompt, chosen, rejected), each with a held-out part
 # chats.eval.jsonl and pairs.eval.jsonl; UltraChat 200k and UltraFeedback Binarized on the Hub have these fields.
-# The base model's folder has no chat template: TEMPLATE names a folder that has one, whose tokenizer files are taken
-# instead, in a folder of links to the weights.
+# The base model's folder has no chat template. TEMPLATE names a folder that has one: its tokenizer files are copied
+# to a folder with links to the weights.
 # Expected: not yet run on GPUs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tuning on several nodes of 8 GPUs under Slurm; it goes on by itself after its time, a preemption or a lost node.
+# Fine-tuning on several nodes of 8 GPUs under Slurm; continues by itself after a time limit, preemption or lost node.
 #     sbatch --nodes 2 scripts/recipes/slurm.sh MODEL TRAIN_FILE OUT
-# This folder, MODEL, TRAIN_FILE and OUT are on a file system that all nodes share; OUT is checked for it at the start.
-# 5 minutes before its end the job's processes get SIGTERM: the run saves a checkpoint and ends. KillWait of slurm.conf
-# (30 s after a preemption or scancel, by default) should be as long as a step and a save take, as should the 4 minutes
-# in which torchrun waits for its ranks (--shutdown-timeout, of torch 2.13; leave it out before that).
+# The repository, MODEL, TRAIN_FILE and OUT must be on a file system that all nodes share; the run checks this for OUT.
+# 5 minutes before the time limit the processes get SIGTERM, upon which the run saves a checkpoint and ends. A step and
+# a save must fit into KillWait of slurm.conf (30 s by default, after a preemption or scancel), and into the 4 minutes
+# that torchrun waits for its ranks (--shutdown-timeout needs torch 2.13; leave it out before).
 # Expected: not yet run on a cluster.
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -23,6 +23,6 @@ srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "$SLURM_NN
     --checkpoint_path "$model" --train_file "$train" --dp_replicate "$SLURM_NNODES" --max_seq_len 4096 --pack \
     --batch_size 128 --micro_batch_size 1 --activation_checkpointing selective --learning_rate 1e-5 ${MORE:-}
 
-[ -f "$out/config.json" ] && exit 0              # the export: the run has come to its end
-[ "$SECONDS" -gt 600 ] || exit 1                 # a mistake, which a restart would meet again
+[ -f "$out/config.json" ] && exit 0              # the export is there, so the run has finished
+[ "$SECONDS" -gt 600 ] || exit 1                 # failed early: a mistake, which a restart would repeat
 scontrol requeue "$SLURM_JOB_ID"

@@ -160,8 +160,8 @@ def main(args: GenerateArgs) -> None:
 
 
 def begin_file(args: GenerateArgs) -> dict:
-    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or with --resume
-    if it was begun with other settings."""
+    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or, with
+    --resume, was begun with other settings."""
     if not args.resume:
         refuse_occupied(args.output_file)
     begun = begun_with(args)

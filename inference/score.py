@@ -231,8 +231,8 @@ def main(args: ScoreArgs) -> None:
 
 
 def begin_file(args: ScoreArgs) -> dict:
-    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or with --resume
-    if it was begun with other settings."""
+    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or, with
+    --resume, was begun with other settings."""
     check_outputs(args)
     begun = begun_with(args)
     if args.resume:

@@ -1,4 +1,4 @@
-"""What a Triton kernel that was compiled for a GPU takes of it."""
+"""Resources of Triton kernels that were compiled for a GPU."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import triton
 
 
 def resources_of(compiled, backend: str) -> dict[str, int]:
-    """Shared memory, registers, and what of them is spilled. compiled: of triton.compile; backend: cuda or hip."""
+    """Returns the kernel's shared memory, registers and spills. compiled: from triton.compile; backend: cuda or hip."""
     if backend == "cuda":
         [tool] = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -3,8 +3,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from a second thread, and lose much on a busy machine
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = "-1"  # scripts/gpu_report.sh is for GPUs
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be processes, which import torch
-os.fsync = os.fstat  # nobody pulls the plug here, and a disk takes its time; what is no file is refused all the same
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would start processes that import torch
+os.fsync = os.fstat  # syncing to disk is slow and protects nothing here; os.fstat refuses bad file descriptors too
 
 import pytest
 
@@ -13,9 +13,9 @@ from tests.forked import start_server
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Where tests run in several processes (scripts/test.sh), a file stays in one of them, since its fixtures are dear;
-    and so do all that use ranks, which are started once. They take longest, so they begin; training follows, and the
-    files at the end are short, so that no process waits long for the other."""
+    """Distributes and orders tests that run in several processes (scripts/test.sh). A file stays in one process, since
+    its fixtures are expensive, and so do all files that use ranks, which are started once. These take longest, so they
+    come first; training follows; the last files are short, so that no process waits long for another."""
     for item in items:
         group = "ranks" if hasattr(item.module, "launch") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What has been imported stays, and the collector need not look through a million objects of it again and again."""
+    """Freezes the million objects of imported modules, which the garbage collector would scan again and again, and
+    starts the server of tests/forked.py."""
     gc.collect()
     gc.freeze()
     start_server()
@@ -31,7 +32,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A random GQA LLaMA folder with a sentencepiece tokenizer; read it only."""
+    """A random GQA LLaMA folder with a sentencepiece tokenizer; read-only."""
     from tests import tiny
 
     path = tmp_path_factory.mktemp("model") / "tiny"
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hf_model(folder):
-    """transformers' view of `folder`."""
+    """transformers' model of `folder`."""
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,11 +1,11 @@
-"""What disks, copies and people do to files, for the tests of what proves itself: checkpoints and exports."""
+"""Damages files as disks, copies and people do, for tests of files with checksums: checkpoints and exports."""
 
 import os
 from pathlib import Path
 
 
 def flip(path: Path, share: float = 0.5) -> None:
-    """Another bit somewhere: a share of the file's size tells where."""
+    """Flips a bit, at this share of the file's size."""
     content = bytearray(path.read_bytes())
     at = min(int(share * len(content)), len(content) - 1)
     content[at] ^= 1 << (at % 8)
@@ -40,7 +40,7 @@ DAMAGES = {each.__name__: each for each in (flip, cut, cut_half, empty, zero, gr
 
 
 def swap_files(other: Path, path: Path) -> None:
-    """For a file of the same name from elsewhere; for nothing, where there is none."""
+    """Replaces a file by one of the same name from elsewhere, or deletes it if there is none."""
     path.unlink()
     if other.exists():
         path.write_bytes(other.read_bytes())

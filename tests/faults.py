@@ -71,7 +71,7 @@ def _rows_repeated():
 
 
 def _replicas_not_averaged():
-    real = torch.distributed.all_reduce  # of FSDP's gradients and of the loss, a scalar
+    real = torch.distributed.all_reduce  # called for FSDP's gradients and for the loss, a scalar
 
     def all_reduce(tensor, *args, **kwargs):
         return real(tensor, *args, **kwargs) if tensor.dim() == 0 else None

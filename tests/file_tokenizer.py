@@ -1,4 +1,4 @@
-"""What a folder's own tokenizer file says, as an oracle: sentencepiece, tokenizers; of chats transformers' text."""
+"""An oracle for tokenisation: a folder's tokenizer file, read by sentencepiece or tokenizers; chats by transformers."""
 
 import json
 import re
@@ -10,8 +10,8 @@ from sentencepiece import SentencePieceProcessor
 
 
 class FileTokenizer:
-    """Called as transformers' tokenizers are. tokenizer.model: LLaMA's own code encodes what stands between the special
-    tokens of a chat each by itself, and puts BOS first."""
+    """Is called like transformers' tokenizers. With a tokenizer.model it encodes as LLaMA's own code: BOS first, and
+    texts between the special tokens of a chat separately."""
 
     def __init__(self, folder: Path):
         self.hf = transformers.AutoTokenizer.from_pretrained(folder)

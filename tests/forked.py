@@ -1,6 +1,6 @@
-"""Scripts in processes that can be killed, and ranks. A new interpreter takes four seconds to import what they need, so
-the tests' process makes a copy of itself when it has imported everything and run nothing (conftest.py). That copy,
-the server, has one thread, does nothing else, and forks what Forked asks for.
+"""Runs scripts and ranks in processes that can be killed. A new interpreter needs four seconds for their imports, so
+the tests' process forks a server before it runs anything (conftest.py). The server has one thread, imports the scripts
+once, and forks a process for each request of Forked.
 """
 
 import atexit
@@ -29,8 +29,8 @@ PRELOADED += ("inference.generate", "inference.score", "inference.chat", "tests.
 
 @cache
 def start_server() -> socket.socket:
-    """To be called before there are threads, which a copy would lack and whose locks it would keep (pytest-xdist's has
-    none but those of its pipe). Requests are lines of JSON, answers are numbers or null."""
+    """Forks the server, at the first call. It must be called before there are threads (other than pytest-xdist's own),
+    since a fork lacks them and keeps their locks. Requests are lines of JSON, answers are numbers or null."""
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
@@ -41,7 +41,7 @@ def start_server() -> socket.socket:
 
 @cache
 def scratch() -> Path:
-    """A folder that goes when the session ends."""
+    """Returns a folder that is deleted when the session ends."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -57,9 +57,9 @@ def ask(request: object) -> int | None:
 
 
 class Forked:
-    """A script as from the command line; as much of subprocess.Popen as the tests need.
+    """Runs a script as from the command line; has as much of subprocess.Popen as the tests need.
 
-    environment: what it has beyond this process's. stdin: all that it can read. stdout: a file or a named pipe.
+    environment: variables beyond those of this process. stdin: its whole input. stdout: a file or a named pipe.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
-        """(stdout, stderr) of a process that ends within so many seconds; else it is killed."""
+        """Waits for the process, and kills it after `timeout` seconds. Returns (stdout, stderr)."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -103,7 +103,7 @@ class Forked:
         return self.read("stdout"), self.read("stderr")
 
     def read(self, name: str) -> str:
-        """What it has written so far."""
+        """Returns the output so far; name: stdout or stderr."""
         return (self.folder / name).read_text(encoding="utf-8")
 
 
@@ -116,10 +116,10 @@ def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) ->
         options = {"encoding": environment.get("PYTHONIOENCODING", "utf-8"), "closefd": False}
         sys.stdin, sys.stdout = os.fdopen(0, **options), os.fdopen(1, "w", **options)
         sys.stderr = os.fdopen(2, "w", errors="backslashreplace", buffering=1, **options)
-        warnings.resetwarnings()  # of pytest
+        warnings.resetwarnings()  # drops pytest's filters
         warnings.simplefilter("ignore")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may have been told to ignore, by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may ignore it, under nohup
         sys.argv = words
         os.chdir(cwd)
         runpy.run_path(words[0], run_name="__main__")  # our scripts end the process
@@ -133,8 +133,8 @@ def run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) ->
 
 
 def serve(connection: socket.socket) -> NoReturn:
-    """For each request forks a process that runs it, and answers with its number; asked for such a number, with the
-    exit code of that process, or null while it runs. Ends with the tests' process, and ends what that has left."""
+    """Forks a process for each request and answers with its pid. A request that is a pid is answered with the exit code
+    of that process, or null while it runs. Ends with the tests' process, and kills the processes that still run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests' process
     running, imported = set(), False
     with connection.makefile("r", encoding="utf-8") as requests:
@@ -143,7 +143,7 @@ def serve(connection: socket.socket) -> NoReturn:
             if not imported:
                 for module in PRELOADED:
                     importlib.import_module(module)
-                gc.freeze()  # stays shared
+                gc.freeze()  # keeps the modules' memory shared with the forks
                 imported = True
             if isinstance(request, int):
                 pid, status = os.waitpid(request, os.WNOHANG)

@@ -1,5 +1,5 @@
-"""Ranks for the tests of parallel runs. Starting them costs more than most of what they then do, so those of each size
-serve the whole session: tests/ranks_worker.py."""
+"""Ranks for the tests of parallel runs. Starting ranks takes longer than most of their jobs, so a pool of each size is
+kept for the whole session: tests/ranks_worker.py."""
 
 import json
 import os
@@ -23,15 +23,15 @@ def _free_port() -> int:
 
 
 def start_torchrun(ranks: int, *command: object, **environment: object) -> Forked:
-    """torchrun on gloo, for what needs processes of its own: its ranks are new interpreters."""
+    """Starts torchrun on gloo, for tests that need separate processes: its ranks are new interpreters."""
     flags = ["--standalone", f"--nproc-per-node={ranks}"]
     torchrun = Path(torch.__file__).parent / "distributed/run.py"
     return Forked(torchrun, *flags, *command, **environment)
 
 
 def start_nodes(folders: list[Path], *command: object, stdin: str = "") -> list[Forked]:
-    """Several nodes of a rank each, in folders of their own, with what torchrun gives it in the environment; without
-    torchrun's agents, which would end a rank that does not end by itself. stdin: all that each can read."""
+    """Starts several nodes with a rank each, in separate folders, with torchrun's environment variables but without its
+    agents, which would end a rank that does not end by itself. stdin: the whole input of each."""
     world = {"WORLD_SIZE": len(folders), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_RANK": 0}
     places = enumerate(folders)
     return [Forked(*command, cwd=each, stdin=stdin, **world, RANK=rank, GROUP_RANK=rank) for rank, each in places]
@@ -65,12 +65,12 @@ def _pool(size: int) -> Pool:
     for rank in range(size):
         path = pool.folder / f"requests.{rank}"
         os.mkfifo(path)
-        pool.pipes.append(os.open(path, os.O_RDWR))  # which waits for no reader; this process's end is that of the rank
+        pool.pipes.append(os.open(path, os.O_RDWR))  # O_RDWR waits for no reader; a rank ends with this process
         pool.ranks.append(Forked("tests/ranks_worker.py", pool.folder, **world, RANK=rank, LOCAL_RANK=rank))
     return pool
 
 
 def launch(ranks: int, jobs: list[list[object]], fault: str = "", stdin: str = "") -> str:
-    """Runs jobs on so many ranks, one after the other, and returns what the ranks printed; AssertionError with the end
-    of their stderr if one fails. fault: of tests/faults.py, planted meanwhile. stdin: what the first rank reads."""
+    """Runs jobs on `ranks` ranks, one after the other, and returns their output. Raises AssertionError with the end of
+    their stderr if one fails. fault: name of a fault in tests/faults.py to plant. stdin: input of the first rank."""
     return _pool(ranks).run(jobs, fault, stdin)

@@ -1,15 +1,14 @@
-"""A rank that stays: it runs one list of jobs after the other, as long as tests/ranks.py asks.
+"""A long-lived rank: it runs the lists of jobs that tests/ranks.py sends.
 
-A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). Of a training script the
-gradients of every step are kept in OUT.gradients.pt beside its --output_dir, and checkpoints are asynchronous, as on
-GPUs. Others:
+A job is [MODULE, *arguments], a script's command line (training.finetune_sft, ...). A training script saves the
+gradients of every step to OUT.gradients.pt beside its --output_dir; checkpoints are asynchronous, as on GPUs. Others:
 ["refused", *job] prints the ValueError that a job ends with;
-["elsewhere", FOLDER, *job] runs it on each rank in a folder of its own there, as if that were a node's disk;
-["stopped", RANK, STEP, *job] sends SIGTERM to one rank while it takes that step;
-["broken off", RANK, LOOK, *job] sends it to one rank at a look of its engine;
-["traced", *job] runs what torch.compile traces as it is: to write and compile the code of its graphs takes a minute;
-["rewind", RUN, COPY, STEP] copies a finished run as it was when it had saved that step;
-["sampling"] holds sampling from parts of the vocabulary against sampling from the whole;
+["elsewhere", FOLDER, *job] runs the job with a working folder for each rank inside FOLDER, like the disks of nodes;
+["stopped", RANK, STEP, *job] sends SIGTERM to one rank during that step;
+["broken off", RANK, LOOK, *job] sends SIGTERM to one rank at that look of its engine;
+["traced", *job] traces with torch.compile but runs the graphs eagerly, since generating their code takes a minute;
+["rewind", RUN, COPY, STEP] copies a finished run to its state after the save of that step;
+["sampling"] compares sampling from a sharded vocabulary with sampling from the whole;
 ["recomputing", FOLDER] counts the collectives of a step.
 """
 
@@ -147,8 +146,8 @@ def rewind(run: str, copy: str, step: str) -> None:
 
 
 def check_sampling() -> None:
-    """Every rank draws what one process draws from the whole logits, also where many are equal, where the ranks do not
-    divide the vocabulary, and where some have nothing of it."""
+    """Checks that every rank draws the tokens that one process draws from the whole logits, also if many logits are
+    equal, if the ranks do not divide the vocabulary, and if some ranks hold none of it."""
     tp = init_mesh(torch.device("cpu"), int(os.environ["WORLD_SIZE"]))["tp"]
     generator = torch.Generator().manual_seed(0)
     keys = torch.tensor([noise_key(0, idx, 0) for idx in range(8)])
@@ -172,9 +171,9 @@ def check_sampling() -> None:
 
 
 def check_recomputing(folder: str) -> None:
-    """A step that recomputes selectively sums over the ranks as often as one that does not recompute, with the same
-    gradients to the bit. Only the gathered tokens of sequence parallelism are gathered again, once for each half of a
-    block, and recomputing whole blocks sums again: so the count can tell."""
+    """Checks that a step with selective recomputation sums over the ranks as often as one without, with bitwise equal
+    gradients. Only the tokens of sequence parallelism are gathered again, once for each half of a block. Full
+    recomputation sums again, which shows that the count detects it."""
     tp_size, runtime = int(os.environ["WORLD_SIZE"]), Runtime(torch.device("cpu"), torch.float32, False)
     mesh = init_mesh(runtime.device, tp_size)
     input_ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -202,7 +201,7 @@ def check_recomputing(folder: str) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Until the pipe ends, with the process that asks."""
+    """Runs requests until the pipe closes, when the tests' process ends."""
     rank = int(os.environ["RANK"])
     with open(folder / f"requests.{rank}", encoding="utf-8") as requests:
         for number, line in enumerate(requests):
@@ -210,19 +209,19 @@ def serve(folder: Path) -> None:
             with ExitStack() as stack:
                 if request["fault"]:
                     stack.enter_context(planted(request["fault"]))
-                stdin = None if rank else io.StringIO(request["stdin"])  # none but the first has somebody who types
+                stdin = None if rank else io.StringIO(request["stdin"])  # only the first rank has a terminal
                 stack.enter_context(mock.patch.object(sys, "stdin", stdin))
                 stack.enter_context(redirect_stdout(stack.enter_context(open(folder / f"{number}.{rank}.out", "w"))))
                 for job in request["jobs"]:
                     run_job(*job)
-            for number_of_signal in (signal.SIGTERM, signal.SIGINT):  # whose handler holds the last run, and its lock
+            for number_of_signal in (signal.SIGTERM, signal.SIGINT):  # their handlers hold the last run, and its lock
                 signal.signal(number_of_signal, signal.SIG_DFL)
             gc.collect()
             (folder / f"{number}.{rank}.done").touch()
 
 
 if __name__ == "__main__":
-    # runs share their groups, which are never left: gloo's threads for each wake a hundred times a second
+    # runs share process groups, which are never destroyed: the gloo threads of each wake up 100 times a second
     groups, meshes = cache(dist.new_group), cache(fsdp.init_device_mesh)
     with mock.patch.object(dist, "new_group", groups), mock.patch.object(fsdp, "init_device_mesh", meshes):
         serve(Path(sys.argv[1]))

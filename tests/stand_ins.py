@@ -1,11 +1,11 @@
-"""Stand-ins for what only a GPU has."""
+"""Stand-ins for parts that need a GPU."""
 
 from typing import ClassVar
 
 
 class Graph:
-    """models.graphs.CudaGraph where there is none: capturing runs nothing, a replay runs the function. made and
-    replayed: how often, by the number of rows."""
+    """Replaces models.graphs.CudaGraph: capturing runs nothing, a replay runs the function. made, replayed: the numbers
+    of rows of the captures and replays."""
 
     made: ClassVar[list[int]] = []
     replayed: ClassVar[list[int]] = []

@@ -1,4 +1,4 @@
-"""What the tests share: tiny Hugging Face folders written by transformers, records, and ways to run a script."""
+"""Shared by the tests: tiny Hugging Face folders written by transformers, records, and ways to run a script."""
 
 import importlib
 import io
@@ -28,7 +28,7 @@ VOCAB_SIZE = 384
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A tokenizer.model like LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, of VOCAB_SIZE pieces."""
+    """Returns a tokenizer.model like LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, VOCAB_SIZE pieces."""
     text = [
         f"{a} plus {b} is {a + b}. The answer to question {a} is {b}, or so it seems."
         for a in range(40)
@@ -59,7 +59,7 @@ def write_tokenizer(folder: Path, **config) -> None:
 
 QWEN2 = {"model_type": "qwen2"}
 QWEN3 = {"model_type": "qwen3", "head_dim": 24}
-YARN = {  # with a ramp within the 8 frequencies of 16 dimensions
+YARN = {  # its ramp lies within the 8 frequencies of 16 dimensions
     "rope_type": "yarn",
     "rope_theta": 100.0,
     "factor": 4.0,
@@ -77,7 +77,7 @@ def write_model(
     std: float = 0.15,
     **config,
 ):
-    """Writes a random folder of a model_type with transformers, and a tokenizer; returns transformers' model."""
+    """Writes a folder with a random model, by transformers, and a tokenizer; returns transformers' model."""
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -95,9 +95,9 @@ def write_model(
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)  # transformers starts them at 0, where a dropped bias would not show
+            torch.nn.init.normal_(parameter)  # transformers sets them to 0, which would hide a dropped bias
         elif name.endswith("norm.weight") and model_type != "llama":
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # and these at 1
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # and these to 1
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return model
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def copy_to_edit(source: Path, target: Path) -> Path:
-    """A copy of an export that a test changes: without its checksums, which would tell."""
+    """Copies an export that a test will change, without its checksums, which would reveal the change."""
     return shutil.copytree(source, target, ignore=shutil.ignore_patterns("checksums.json"))
 
 
@@ -124,12 +124,12 @@ class Result(NamedTuple):
 
 
 def main_of(module, arguments: Sequence[str] = ()) -> Callable:
-    """A script's main; where its first argument chooses among several, that one."""
+    """Returns a script's main function, or the one of the job that its first argument names."""
     return module.main_of(arguments) if hasattr(module, "main_of") else module.main
 
 
 def args_of(module, arguments: Sequence[str] = ()) -> type:
-    """The dataclass of a script's flags; of those of the job that its first argument names, where it has jobs."""
+    """Returns the dataclass of a script's flags, or of the flags of the job that its first argument names."""
     return typing.get_type_hints(main_of(module, arguments))["args"]
 
 
@@ -137,7 +137,7 @@ def run(script: str, *args: object) -> Result:
     """Runs a script's command line (`inference/generate.py`) in this process: the same path as from a shell, without
     the seconds of a new interpreter."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    close_bars()  # of a fixture, under which the script's would be the second
+    close_bars()  # a fixture's open bar would put the script's bar on a second line
     out, err, code = io.StringIO(), io.StringIO(), 0
     words = list(map(str, args))
     with mock.patch.object(sys, "argv", [script, *words]), redirect_stdout(out), redirect_stderr(err):
@@ -149,7 +149,7 @@ def run(script: str, *args: object) -> Result:
 
 
 def start(script: str, *args: object) -> subprocess.Popen:
-    """Starts a script in a process of its own, one thread, output captured."""
+    """Starts a script in its own process, with one thread and captured output."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, args)],
         stdout=subprocess.PIPE,
@@ -160,7 +160,7 @@ def start(script: str, *args: object) -> subprocess.Popen:
 
 
 def assert_refused(result: Result, *parts: str) -> None:
-    """A user's mistake: exit code 2, one line on stderr with all `parts` in it, nothing else."""
+    """Asserts that a user's mistake was refused: exit code 2, and one line on stderr that has all `parts`."""
     assert result.code == 2, result
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
     for part in parts:
@@ -168,7 +168,7 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def refused(call, where, complaint):
-    """call() raises a ValueError that begins with the place and says what is wrong."""
+    """Asserts that call() raises a ValueError that begins with `where` and has the complaint."""
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value).startswith(str(where)) and complaint in str(caught.value), caught.value

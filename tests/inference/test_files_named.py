@@ -48,7 +48,7 @@ def test_lines_where_standard_output_goes(folder, tmp_path):
     printed, errors = process.communicate()
     result = tiny.Result(process.returncode, printed, errors)
     tiny.assert_refused(
-        result, "--output_file /dev/stdout: is where standard output goes, with what is said of the run"
+        result, "--output_file /dev/stdout: is where standard output goes, which has the run's messages too"
     )
     assert printed == ""
 

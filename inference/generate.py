@@ -143,7 +143,7 @@ def main(args: GenerateArgs) -> None:
         + f", {num_done:,} done before" * bool(num_done)
         + ", those of a prompt are equal at --temperature 0" * are_equal,
         "stop tokens": folder.stop_tokens(),
-        **({"not taken": f"{unread}, of generation_config.json; the flags count"} if unread else {}),
+        **({"ignored": f"{unread}, from generation_config.json; the flags apply"} if unread else {}),
         "batch": plan.note + ", on each dp rank" * (mesh["dp"].size() > 1),
         **source.notes(),
     }

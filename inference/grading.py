@@ -56,8 +56,7 @@ def grade_file(args) -> None:
 
 
 def _answer_of(record: Record) -> tuple[str, str, dict]:
-    """Returns a grader's arguments: (prompt text, answer text, the record's fields). The text of messages is their
-    contents, joined by newlines."""
+    """Returns a grader's arguments: (prompt text, answer text, the record's fields). Messages become their contents."""
     with naming(record):
         for name in ("grade", "grade_error"):
             require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")

@@ -27,8 +27,7 @@ CACHE_BYTES = 2**28  # larger than a GPU's caches
 
 
 def compare_decode_attention(section: Section) -> None:
-    """Times the Triton kernel for each number of splits, varlen_attn on the same pages, and SDPA over a cache without
-    pages; all rows have the same length."""
+    """Times the Triton kernel by splits, varlen_attn on the same pages, and SDPA without pages, for equal lengths."""
     device = section.runtime.device
     if not has_triton(device):
         section.note("decode attention", "its kernel needs a GPU with Triton")

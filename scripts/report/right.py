@@ -143,8 +143,7 @@ def drawn_ids(engine: Engine, requests: list[Request]) -> list[list[int]]:
 
 @torch.inference_mode()
 def check_greedy(section: Section) -> None:
-    """Compares greedy answers of each kind of model with transformers on the CPU, in fp32; some prompts are longer than
-    a prefill."""
+    """Compares greedy answers with transformers' on the CPU, in fp32; some prompts are longer than a prefill."""
     lengths, new_tokens = ([3, 70] if section.small else [1, 3, 70, 200]), 8 if section.small else 24
     torch.manual_seed(1)
     prompts = [random_ids(VOCAB_SIZE, n).tolist() for n in lengths]

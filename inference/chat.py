@@ -43,7 +43,7 @@ HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class ChatArgs(ModelArgs, AdapterArgs, SamplingArgs, PrefillArgs, QuantizeArgs, TensorParallelArgs):
-    """A chat in the terminal with the model of a Hugging Face folder."""
+    """Chats in the terminal with the model of a Hugging Face folder."""
 
     system: str | None = flag(None, help="system message")
     max_new_tokens: int = 512

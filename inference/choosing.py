@@ -1,4 +1,4 @@
-"""Chooses one of several samples of a prompt by their rewards: the best, or the best with the answer that wins the vote.
+"""Chooses one of several samples of a prompt by their rewards: the best, or the best with the answer that wins a vote.
 
 Lines have a `reward`, from inference/score.py; they are those of generate.py or any records with a prompt.
 """

@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: what inference/generate.py and inference/score.py write.
+"""JSON lines that survive a kill: the output files of inference/generate.py and inference/score.py.
 
 - each line is one write, flushed: after a kill every line but maybe the last is whole; a torn last line is cut off and
   written again

@@ -62,7 +62,7 @@ def main(args: GenerateArgs) -> None:
     if "int4" not in (args.quantize, *args.precisions):
         refuse_idle(args, "without int4", "group_size")
     if args.engine != "ours":
-        sweep = ["sweep"] if args.sweep else []  # empty where --compare runs one batch size of a sweep
+        sweep = ["sweep"] if args.sweep else []  # --compare passes an empty --sweep with each batch size
         refuse_idle(args, f"with --engine {args.engine}", "precisions", *sweep)
     run_speed_job(args, generate_setting(args), measure_generate, PEERS["generate"])
 

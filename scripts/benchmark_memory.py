@@ -168,7 +168,7 @@ def report_memory(args: MemoryArgs) -> None:
         config.check_divisible(tp)
         if args.measure and dp * tp != world:
             raise ValueError(f"--measure takes one layout, that of this run's {counted(world, 'rank')}")
-        if on_cpu and dp > 1:  # gloo frees what it has reduced in a thread that the profiler does not see
+        if on_cpu and dp > 1:  # gloo frees reduced tensors in a thread that the profiler does not see
             raise ValueError("--measure on the CPU counts correctly with dp 1 only")
         sizes = {"dp": dp, "tp": tp, "tokens": args.batch_size * args.seq_len, "recompute": recompute}
         sizes["compute_bytes"] = number_bytes

@@ -67,11 +67,11 @@ class LoraArgs(AdapterArgs):
 
     lora_r: int | None = flag(None, bounds=at_least_one, help="rank of the updates; without it all weights are trained")
     lora_alpha: float | None = flag(
-        None, bounds=positive, help="updates are scaled by lora_alpha / lora_r; twice --lora_r"
+        None, bounds=positive, help="updates are scaled by lora_alpha / lora_r; default: twice --lora_r"
     )
     lora_dropout: float = flag(0.0, bounds=Bounds(least=0, below=1), help="dropout of the inputs of the updates")
     lora_target_modules: list[str] | None = flag(
-        None, help=f"the layers to update: all-linear, or some of {', '.join(LINEARS)}; all-linear"
+        None, help=f"the layers to update: all-linear, or some of {', '.join(LINEARS)}; default: all-linear"
     )
     use_rslora: bool = flag(False, help="scale updates by lora_alpha / sqrt(lora_r) instead")
     quantize_base: str = flag("none", choices=("none", "int8", "int4"), help="quantise the blocks' frozen weights")

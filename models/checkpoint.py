@@ -49,7 +49,8 @@ class ModelArgs(RuntimeArgs):
 
     checkpoint_path: Path = flag(type=model_folder, help="Hugging Face folder with the model")
     chat_date: str | None = flag(
-        None, help="date that chat templates take for today, YYYY-MM-DD; today, with --resume the day the run began"
+        None,
+        help="date that chat templates take for today, YYYY-MM-DD; default: today, with --resume the day the run began",
     )
 
 

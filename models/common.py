@@ -340,13 +340,15 @@ def close_bars() -> None:
 class RuntimeArgs:
     """Device, dtype, seed and compilation."""
 
-    device: str | None = flag(None, help="cpu, cuda, cuda:1, ...; the GPU if there is one", may_change=True)
+    device: str | None = flag(None, help="cpu, cuda, cuda:1, ...; default: the GPU if there is one", may_change=True)
     dtype: str | None = flag(
-        None, choices=("float32", "bfloat16"), help="dtype of the computation; bfloat16 on a GPU, float32 on the CPU"
+        None,
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation; default: bfloat16 on a GPU, float32 on a CPU",
     )
     seed: int = flag(0, help="seed of all random numbers")
     compile: bool | None = flag(
-        None, help="torch.compile; on for a GPU where Triton works, off for the CPU", may_change=True
+        None, help="torch.compile; default: on for a GPU where Triton works, off for a CPU", may_change=True
     )
 
 

@@ -58,13 +58,16 @@ class ParallelArgs(TensorParallelArgs):
     """Parallelism, micro-batches and memory."""
 
     micro_batch_size: int | None = flag(
-        None, bounds=at_least_one, help="rows per forward on one rank; all of its rows of a step", may_change=True
+        None,
+        bounds=at_least_one,
+        help="rows per forward on one rank; default: all of its rows of a step",
+        may_change=True,
     )
     max_tokens_per_micro_batch: int | None = flag(
         None,
         bounds=at_least_one,
         help="in place of --micro_batch_size: most tokens per forward on one rank; rows are packed end to end without "
-        "attending to each other, and a longer row is alone; off",
+        "attending to each other, and a longer row is alone; default: off",
         may_change=True,
     )
     dp_replicate: int = flag(

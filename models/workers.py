@@ -44,7 +44,7 @@ class GradingArgs:
     reward_workers: int | None = flag(
         None,
         bounds=at_least_one,
-        help="processes on each rank that grade answers; unset: 2 to 8, by the number of CPU cores",
+        help="processes on each rank that grade answers; default: 2 to 8, by the number of CPU cores",
         may_change=True,
     )
     reward_memory: float = flag(2.0, bounds=positive, help="most GB of a process that grades", may_change=True)

@@ -132,8 +132,8 @@ def chunks_of(path: str | Path) -> Iterator[Lines | Items]:
     or for a compressed or binary file."""
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "not a regular file, and records are read more than once"
-        raise FileNotFoundError(f"{path}: no such file" + f"; it is {what}" * path.exists())
+        kind = "is a folder" if path.is_dir() else "is not a regular file, and records are read more than once"
+        raise FileNotFoundError(f"{path}: " + (f"{kind}; name a file" if path.exists() else "no such file"))
     with open(path, "rb") as file:
         head = file.read(4096)
         for beginning, kind in PACKED.items():

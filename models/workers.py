@@ -180,6 +180,7 @@ class _Dispatcher(threading.Thread):
     def __init__(self, graders: Sequence[Grader], args: GradingArgs):
         super().__init__(daemon=True, name="grading")
         self.timeout, self.closing, self.queue, self.count = args.reward_timeout, False, deque(), 0
+        self.where = " and ".join(f"{grader.flag} {grader.place}" for grader in graders)
         self.settings = {
             "path": sys.path,
             "graders": [(grader.flag, grader.place, grader.text) for grader in graders],
@@ -220,7 +221,8 @@ class _Dispatcher(threading.Thread):
                 self._wait()
                 for worker in self.workers:
                     if worker.process is not None and worker.due() <= time.monotonic():
-                        self._lost(worker, "timeout" if worker.ready else f"file not imported in {START_SECONDS} s")
+                        slow = f"its import takes over {START_SECONDS:.0f} s; do slow work in the function"
+                        self._lost(worker, "timeout" if worker.ready else f"{self.where}: {slow}")
         finally:  # also after an error in this thread, so that no caller waits for ever
             self.closing = True
             tasks = list(self.queue)
@@ -312,7 +314,7 @@ class _Dispatcher(threading.Thread):
         tasks, ready = list(worker.running.values()), worker.ready
         end = worker.stop(gone=gone)
         if not ready:
-            self._cannot_start(why or f"{self.settings['graders'][0][0]}: {end} while it imported the file")
+            self._cannot_start(why or f"{self.where}: {end} while it imported the file")
             return
         if len(tasks) == 1:
             tasks[0].end(Grade(math.nan, why or end))

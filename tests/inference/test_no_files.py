@@ -27,9 +27,9 @@ def test_outputs(model, tmp_path, place):
 def test_inputs(tmp_path):
     """Catches a folder or a device that is called missing."""
     for place, kind in (
-        (tmp_path, "is a folder"),
-        ("/dev/null", "is not a regular file"),
-        (tmp_path / "x", "no such file$"),
+        (tmp_path, "is a folder; name a file"),
+        ("/dev/null", "is not a regular file, and records are read more than once; name a file"),
+        (tmp_path / "x", "no such file"),
     ):
-        with pytest.raises(FileNotFoundError, match=kind):
+        with pytest.raises(FileNotFoundError, match=f"^{place}: {kind}$"):
             read_records(place)

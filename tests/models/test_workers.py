@@ -238,8 +238,8 @@ def test_a_file_that_is_edited_meanwhile(tmp_path):
 def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     """Catches a run that begins without its graders, or waits for them for ever."""
     monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))
-    for name, there in (("raises", "1 / 0"), ("ends", "os._exit(7)")):
-        code = f"import os\nif os.getpid() != int(os.environ['PID_OF_THIS_TEST']):\n    {there}\n"
+    for name, there in (("raises", "1 / 0"), ("ends", "os._exit(7)"), ("hangs", "time.sleep(999)")):
+        code = f"import os, time\nif os.getpid() != int(os.environ['PID_OF_THIS_TEST']):\n    {there}\n"
         (tmp_path / f"{name}.py").write_text(code + "def f(prompt, completion, example): return 1\n")
     (tmp_path / "beside_it.py").write_text("VALUE = 7")
     (tmp_path / "imports.py").write_text(
@@ -250,8 +250,13 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     pool.close()
     with pytest.raises(ValueError, match=r"raises\.py cannot be imported: ZeroDivisionError"):
         pool_of(tmp_path / "raises.py", "f")
-    with pytest.raises(ValueError, match="--reward_fn: its process ended, exit code 7 while it imported the file"):
+    ended = r"--reward_fn \S*ends\.py:f: its process ended, exit code 7 while it imported the file$"
+    with pytest.raises(ValueError, match=ended):
         pool_of(tmp_path / "ends.py", "f")
+    slow = r"--reward_fn \S*hangs\.py:f: its import takes over 1 s; do slow work in the function$"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=slow):
+        patch.setattr("models.workers.START_SECONDS", 1.0)
+        pool_of(tmp_path / "hangs.py", "f")
     (tmp_path / "later.py").write_text(
         "import os\n"
         "import beside_it\n"

@@ -13,8 +13,8 @@ ROOT = Path("/")
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Bytes that this process can still allocate; in a control group, with its pages of files that the kernel gives up
-    first: inactive ones, and active ones that no process maps. 4 GiB if the system does not tell."""
+    """Bytes that this process can still allocate; in a control group, including cached file pages that the kernel
+    reclaims first: inactive ones, and active ones that no process maps. 4 GiB if the system does not tell."""
     names = {
         1: ("usage_in_bytes", "total_inactive_file", "total_active_file", "total_mapped_file"),
         2: ("current", "inactive_file", "active_file", "file_mapped"),
@@ -34,7 +34,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def num_cores(*, of_rank: bool = False, root: Path = ROOT) -> int:
-    """The number of cores that this process may use at a time; of_rank: divided by the ranks of this node."""
+    """The number of cores that this process may use at a time; of_rank: divided by the number of ranks on this node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for version, group in _groups("cpu", root):
         with contextlib.suppress(OSError, ValueError):
@@ -54,7 +54,7 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # in a container the path may be the host's, and the group itself be the mount; other folders lack the files
+        # in a container the path may be the host's, while the mount is the group itself; other folders lack the files
         group = root / "sys/fs/cgroup" / (controller if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
             yield 1 if controllers else 2, folder

@@ -2,8 +2,8 @@
 
 - y = x W^T + s (x A^T) B^T, with A [r, K] and B [N, r] in fp32; s = alpha / r, or alpha / sqrt(r) (rsLoRA, 2312.03732)
 - one wrapper replaces any Linear, column- or row-parallel, and keeps its parameters: q_proj.weight keeps its name, and
-  has q_proj.lora_A and q_proj.lora_B beside it. As W is sharded, a column-parallel layer shards B, a row-parallel one
-  A; the other factor is whole on every tp rank, and its gradient is summed over the ranks
+  has q_proj.lora_A and q_proj.lora_B beside it. Where W is sharded, a column-parallel layer shards B, a row-parallel
+  one A; the other factor is whole on every tp rank, and its gradient is summed over the ranks
 - W is a frozen parameter, or integers (QLoRA, 2305.14314), dequantised for the forward and again for the backward
 - adapters can be switched off, which makes a policy its own reference; a base may carry more sets of adapters: a
   critic's, and a frozen copy of those that the run began with, if they belong to the reference

@@ -77,7 +77,7 @@ def plan_cache(
         dist.all_reduce(torch.zeros(1, device=device), group=tp.get_group())
     free = max(0, free_memory(device) - reserved)
     room = SHARE[device.type] * free - beside
-    # a longer context needs its pages, too: it is at most as long as memory has room for both
+    # a longer context also takes more pages: it is at most as long as memory has room for both
     contexts = max(contexts, min(most_tokens, int(room / (of_page / PAGE + of_context))))
     beside += of_context * contexts
     fitting = int((SHARE[device.type] * free - beside) // of_page)

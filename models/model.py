@@ -198,14 +198,14 @@ def _number(config: dict, where: str, key: str, kind: type = int, default: float
 
 
 def read_hf_config(source: str | Path) -> tuple[dict, str]:
-    """(contents, path) of a folder's config.json, or of the file itself; ValueError / FileNotFoundError if unusable."""
+    """(contents, path) of a config.json, given as file or folder; ValueError / FileNotFoundError if unusable."""
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file() and path.with_name("adapter_config.json").is_file():
             raise FileNotFoundError(
-                f"{path.parent}: holds an adapter and no merged model; merge it (resume its run with --merge), or give "
-                "its base model, and this folder as --adapter_path"
+                f"{path.parent}: holds an adapter and no merged model; merge it (repeat its run with --resume "
+                "--merge), or give its base model, and this folder as --adapter_path"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")
@@ -215,7 +215,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         fetched = f"; python scripts/download.py {'/'.join(parts)} fetches it, if that is a name on the Hub"
         raise FileNotFoundError(f"{path}: no such file or folder{fetched * is_name}")
     elif path.suffix != ".json":
-        raise ValueError(f"{path}: is a file; give a Hugging Face folder with safetensors, GGUF is not supported")
+        raise ValueError(f"{path}: is a file; give a Hugging Face folder with safetensors (GGUF is not supported)")
     return read_json_object(path), str(path)
 
 
@@ -268,7 +268,7 @@ class RMSNorm(nn.Module):
         return self.keeping(x)[0]
 
     def keeping(self, x: Tensor) -> tuple[Tensor, Kept | None]:
-        """The norm of x, and how products() recompute it in the backward; None if they save it as it is."""
+        """The norm of x, and how products() recomputes it in the backward; None if it is saved as it is."""
         weight = local(self.weight, self.partial_grad).float()
         if keeps_less():
             return norm(x, weight, self.eps)

@@ -1,4 +1,4 @@
-"""Groups rows into forwards of at most so many tokens: pure functions of lengths, the same on every rank."""
+"""Groups rows into forwards of a limited number of tokens: pure functions of lengths, the same on every rank."""
 
 import bisect
 import heapq
@@ -41,8 +41,8 @@ def best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 def groups_of_ranks(sizes: list[int], capacity: int, num_ranks: int) -> list[list[list[int]]]:
     """For each rank, indices of its sizes in groups whose sums are at most `capacity`; a larger size is alone. All
     ranks have the same number of groups, since each runs collectives: as few as best_fit finds, rounded up, so some may
-    be empty. Groups are as even as possible, and each turn's groups are of similar size on all ranks, which wait for
-    each other there; the largest come first, so that running out of memory shows at once."""
+    be empty. Groups are as even as possible. Groups that run at the same time are of similar size, since ranks wait for
+    each other; the largest come first, so that running out of memory shows at once."""
     found = best_fit(sizes, capacity)
     count = -(-len(found) // num_ranks) * num_ranks
     groups = _evenly(sizes, capacity, count) or [*found, *([] for _ in range(count - len(found)))]

@@ -53,7 +53,7 @@ def choose_pad_token(folder: Folder) -> PadToken:
 
 def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
     """The changes, {file name: keys to set}, that make this the pad token of all files of a folder but config.json;
-    files that agree, or that may leave it unnamed and do, are left out."""
+    files that agree, or that name none and need not, are left out."""
     changes: dict[str, dict] = {}
     if _named(path, "pad_token", ("tokenizer_config.json",)) != pad.text:
         changes["tokenizer_config.json"] = {"pad_token": pad.text}

@@ -1,4 +1,4 @@
-"""Attention of a prefill by SDPA, for fp32, and for devices and head dims that the variable-length kernel lacks.
+"""Attention of a prefill by SDPA, for fp32, devices and head dims that the variable-length kernel does not take.
 
 Chunks of similar size are padded to the same size and computed together, so that kernels are launched for each size and
 not for each chunk. Sizes are powers of two from 64 on: on a GPU SDPA makes a plan for each new size, and chooses

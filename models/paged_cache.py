@@ -5,7 +5,7 @@
   tokens of its sequence; decode takes one token for each row
 - prefill is one call of variable-length attention or, where that kernel does not work, models/padded_prefill.py
 - a GPU decodes with the Triton kernel of models/triton_attention.py, each row over its own length; other devices, and
-  compiled steps on a CPU, use plain operations, the kernel's oracle. Eager CPU steps have models/decode_cpu.py
+  compiled steps on a CPU, use plain operations, the kernel's oracle. Eager CPU steps use models/decode_cpu.py
 
 Dimensions: B rows, N packed tokens, P pages, M pages of a row at most, H query heads, K key/value heads, D head dim.
 """
@@ -120,7 +120,7 @@ class PagedCache(Cache):
         cache = self.keys[layer], self.values[layer]
         for pages, values in zip(cache, (k, v)):
             tokens, values = pages.flatten(0, 1), values.to(self.dtype)
-            if self.is_copied_by_words:  # index_copy_ copies element by element: 8 bytes each are the fewest
+            if self.is_copied_by_words:  # index_copy_ copies element by element: here 8 bytes at a time
                 tokens, values = tokens.view(torch.int64), values.view(torch.int64)
             tokens.index_copy_(0, places, values)
         return cache

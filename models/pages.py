@@ -52,7 +52,7 @@ class PagePool:
         return page
 
     def find(self, ids: list[int]) -> list[int]:
-        """Returns pages that hold the beginning of ids, without the last token, whose logits are needed. The caller
+        """Returns pages that hold the beginning of ids, never the last token, whose logits are needed. The caller
         becomes a user of these pages."""
         pages, node = [], 0
         for start in range(0, len(ids) - PAGE, PAGE):

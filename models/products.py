@@ -52,8 +52,8 @@ def keeps_less() -> bool:
 
 
 def products(x: Tensor, layers: Sequence[nn.Module], kept: Kept | None) -> list[Tensor]:
-    """[layer(x) for layer in layers] for x [..., K]. If all layers have a term(), autograd saves `kept` instead of x.
-    In eager mode, layers with adapters compute the same bits without gradients: a policy is its own reference."""
+    """[layer(x) for layer in layers] for x [..., K]. If all have a term(), `kept`, if given, is saved instead of x.
+    In eager mode, layers with adapters compute the same bits with and without gradients: a policy is its reference."""
     is_adapted = any(getattr(layer, "has_adapters", False) for layer in layers)
     if kept is None and is_adapted and not torch.compiler.is_compiling():
         kept = Kept(_itself, (x.detach(),))
@@ -157,7 +157,7 @@ def _input_gradient(grads: list[Tensor], terms: list[Term], low_grad: Tensor | N
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Kept]:
-    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., E], weight fp32 [E]: in fp32, then x's dtype."""
+    """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of x [..., E] in fp32, times weight, fp32 [E]; in x's dtype."""
     y, rstd = _Norm.apply(x, weight, eps)
     return y, Kept(_normed, (x.detach(), rstd, weight.detach()))
 

@@ -135,7 +135,7 @@ def _in_groups(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def int4_scale(weight: Tensor, group_size: int | None) -> Tensor:
-    """The int4 scales, bf16 [N, G], of a weight fp32 [N, K]: the number of largest magnitude in a group is -8 steps, of
+    """The int4 scales, bf16 [N, G], of a weight fp32 [N, K]: the number of largest magnitude in a group becomes -8, in
     the range -8 to 7, so a scale may be negative."""
     low, high = _range(_in_groups(weight, group_size))
     return (torch.where(high > -low, high, low) / -8).bfloat16()
@@ -251,7 +251,7 @@ def scales_and_zeros(weight: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def triton_products(weight: Quantized, scheme: Scheme, splits: int | None = None) -> nn.Module:
-    """A module that multiplies with a weight on its GPU. splits: see models/triton_linear.py, imported only here."""
+    """The module of models/triton_linear.py that multiplies with a weight on its GPU; splits: see there."""
     from models.triton_linear import TritonProducts
 
     return TritonProducts(weight.values, weight.scale, weight.zero, scheme.group_size, splits)

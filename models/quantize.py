@@ -4,7 +4,7 @@
   inference copy on the CPU has an int8 head: models/decode.py)
 - one matrix is in memory at a time, never the whole model
 - such a folder (scripts/quantize.py writes it, in the layout of models/compressed.py) holds the weights that --quantize
-  computes, to the bit, or int4 weights chosen on calibration data (models/gptq.py); other tools' folders serve as well
+  computes, to the bit, or int4 chosen on calibration data (models/gptq.py), or what other tools wrote in that layout
 - with tensor parallelism a rank holds its part of the integers and scales of the whole weight
 """
 
@@ -54,13 +54,13 @@ class QuantizeArgs(GroupSizeArgs):
     quantize: str = flag(
         "none",
         choices=("none", *MODES),
-        help="round the weights of the blocks while loading, and to generate on a CPU in bfloat16 the head to int8; "
-        "fp8 needs a Hopper GPU. A folder with quantised weights is run as it is stored",
+        help="round the weights of the blocks while loading; text generation on a CPU in bfloat16 also rounds the head "
+        "to int8; fp8 needs a Hopper GPU. A folder with quantised weights is run as it is stored",
     )
 
 
 def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
-    """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or computed on this device."""
+    """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or cannot run on this device."""
     if isinstance(scheme, Scheme) and scheme.mode == "fp8":
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
             raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
@@ -79,7 +79,7 @@ def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dty
 
 
 def _inputs(config: ModelConfig, tp_size: int) -> dict[str, tuple[str, int, int]]:
-    """For each kind of layer: (its input size's name in config.json, that size, the number of ranks that share it)."""
+    """For each kind of layer: (its input size's name in config.json, that size, the number of ranks that shard it)."""
     cut = {
         "o_proj": ("heads x head_dim", config.num_attention_heads * config.head_dim, tp_size),
         "down_proj": ("intermediate_size", config.intermediate_size, tp_size),

@@ -1,7 +1,7 @@
-"""Reads files of records (a JSON list or JSONL, told by content) in parts, so that no large JSONL is held in memory.
+"""Reads files of records, JSON lists or JSONL as their content tells, in parts: no large JSONL is held in memory.
 
-Every error names the file and the line or item. A part of a JSONL file is a range of bytes, so that the process that
-works on it, maybe another one, reads it from the file.
+Errors name the file, and the line or item where one is at fault. A part of a JSONL file is a range of bytes: the
+process that works on it, maybe another one, reads them from the file.
 """
 
 import codecs
@@ -24,7 +24,7 @@ PACKED = {
     b"ARROW1": "Arrow",
 }
 LFS_NOTE = b"version https://git-lfs"
-MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; objects of other kinds may have other roles
+MESSAGES_AS_TEXT = re.compile(  # as JSON, Python or numpy prints them; other kinds of objects may have a "role", too
     r"""
     \s* \[ \s* \{ (?= \s* ['"] (role|content) ['"] \s* : )
     (?= .* ['"] role ['"] \s* : \s* ['"] (system|user|assistant|tool) ['"] ) (?= .* ['"] content ['"] \s* : )
@@ -65,7 +65,7 @@ class Record(NamedTuple):
 
     @property
     def given(self) -> dict:
-        """The fields that are not null: where records of several forms share columns, the fields of other forms are."""
+        """The fields that are not null: where records of several forms share columns, those of other forms are null."""
         return {name: value for name, value in self.fields.items() if value is not None}
 
 
@@ -176,7 +176,7 @@ def _parse(path: Path, number: int, line: str) -> Record:
         fields = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        spread = "; write it on one line" * (line.strip() == "{")
+        spread = "; put each object on one line" * (line.strip() == "{")
         raise ValueError(f"{path}:{number}: {unreadable(path, f'not valid JSON: {reason}{spread}')}") from None
     return _checked(Record(f"{path}:{number}", fields))
 

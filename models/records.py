@@ -77,7 +77,7 @@ def has_prompt(record: Record) -> bool:
 
 
 def stated_prompt(record: Record) -> str | list[dict]:
-    """The record's `prompt` (or `input`) as written; of Alpaca's, `instruction` and `input`, joined by a newline."""
+    """The record's `prompt` (or `input`) as written; in Alpaca's form, `instruction`, newline, `input`."""
     given = record.given
     if "instruction" not in given or "prompt" in given:
         return get_field(record, "prompt", "input")
@@ -117,7 +117,7 @@ def encode_prompt(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
 
 
 def cut_prompt(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
-    """Keeps the last `length` ids of a longer prompt; its BOS, if there is one, stays first among them."""
+    """Cuts a longer prompt to `length` ids: its BOS, if it has one, and its end, which an answer continues."""
     bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # also a BOS that only the chat template writes
     return bos + ids[len(ids) - (length - len(bos)) :]
 
@@ -157,7 +157,7 @@ def folder_limits(folder: Folder, overlong: str) -> Limits:
 
 
 class EncodingCounts(NamedTuple):
-    """Counts of records with something to report, from encoding a file or one record."""
+    """Counts to report about the encoding of a file, or of one record."""
 
     truncated: int = 0
     skipped: int = 0
@@ -180,7 +180,7 @@ Row = TypeVar("Row")
 
 class Encoder(NamedTuple):
     """Makes rows of records: encode(record) -> (row, counts); cut(row) -> the row's beginning, of at most max_seq_len
-    tokens, or None if that leaves nothing to learn, which counts as skipped. A row's `sequences` are lists of token
+    tokens, or None if nothing of an answer is left, which counts as skipped. A row's `sequences` are lists of token
     ids, one for each sequence that it puts through a model."""
 
     encode: Callable[[Record], tuple[Row, EncodingCounts]]
@@ -338,7 +338,7 @@ def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, fin
 
 
 def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
-    """The id that training appends to a finished answer: EOS, or in chats the end of the turn; [] if there is none."""
+    """The id that training appends to a finished answer: in chats the end of the turn, else EOS; [] without either."""
     ends = [tokenizer.eos_token_id] if isinstance(prompt, str) else [tokenizer.end_of_turn_id, tokenizer.eos_token_id]
     return [i for i in ends if i is not None][:1]
 

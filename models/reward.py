@@ -107,7 +107,7 @@ def scalar_head_config(hf_config: dict, pad_token_id: int) -> dict:
 
 @dataclass
 class Pair:
-    """Two rows that begin with the same prompt_length ids; the others are learnt. margin: how much better the chosen
+    """Two rows that begin with the same prompt_length ids; later ids are learnt. margin: how much better the chosen
     answer is, in units of the reward; None if the record has none. reference: a frozen model's summed log-probs of the
     two completions; NaN until training/reference.py has computed them."""
 
@@ -170,13 +170,13 @@ def pair_rows(pairs: list[Pair]) -> list[Example]:
 
 
 def sides_are_equal(pairs: list[Pair], device: torch.device) -> Tensor:
-    """Whether chosen and rejected of each pair are the same ids, bool [B]. Their results would differ only by rounding,
-    as it depends on their places in the forward, and the sign of a margin would be noise."""
+    """Whether chosen and rejected of each pair have the same ids, bool [B]. Then their results differ only by rounding,
+    which depends on their places in the forward, and the sign of a margin would be noise."""
     return to_device([pair.nothing_to_learn for pair in pairs], device, torch.bool)
 
 
 def encode_pair_record(record: Record, tokenizer: Tokenizer) -> tuple[Pair, EncodingCounts]:
-    """(pair, counts of both sides together).
+    """(pair, counts, each the larger of the two sides')
 
     The record has `prompt`, `chosen` and `rejected`, each text or a list of chat messages, and maybe `margin`. Where
     chosen and rejected are message lists, `prompt` may be missing, or be the text of a message that both begin with:

@@ -26,7 +26,7 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     rope_theta and rope_scaling at the top, with "type" or "rope_type". An original_max_position_embeddings at the top
     takes precedence over the nested one. Missing or null keys get the defaults of transformers (5.23); yarn's
     attention_factor is computed where it is not given. Raises ValueError that names the key."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # transformers takes the first of both
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # as transformers, given both
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: {key} must be an object, not {settings!r}")

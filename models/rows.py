@@ -4,8 +4,8 @@
   a row is assembled when it is accessed
 - a file of BIG_FILE bytes or more is encoded by several processes into a cache folder, which is memory-mapped. Its name
   is a digest of all that the rows depend on: the data, the tokenizer's files, the limits and the code
-- a cache folder appears at once (written under another name, then renamed) and has checksums, so a damaged one is
-  detected and rebuilt; where it cannot be written, the rows stay in memory
+- a cache folder appears when it is complete (written under another name, then renamed) and has checksums, so a damaged
+  one is detected and rebuilt; where it cannot be written, the rows stay in memory
 """
 
 import fcntl
@@ -247,7 +247,7 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             say("waiting for another process, which is tokenising the same file")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # no locks: each process makes the folder, and the last one stays
+        except OSError:  # no locks: each process makes the folder, and one of them stays
             pass
         yield
 

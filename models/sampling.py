@@ -2,8 +2,8 @@
 
 - noise is a pure function of (seed, prompt index, sample index, position, token id): the same seed gives the same
   samples whatever the number of rows, the order of the prompts, the ranks or a restart, and no two samples share noise
-- ranks that share a model draw from their parts of the vocabulary and agree on a winner; only top-p by itself gathers
-  logits
+- ranks that share a model draw from their parts of the vocabulary and agree on a winner; only top-p without
+  top-k gathers logits
 
 Dimensions: B rows, V vocabulary, V' a rank's part of it.
 """
@@ -69,7 +69,7 @@ def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...
         inside = next((name for name in special if name and name in text), None)
         if inside is not None and text not in special:
             raise ValueError(
-                f"--stop {text!r}: decoded text never has the special token {inside}; give it as a separate --stop"
+                f"--stop {text!r}: decoded text never holds the special token {inside}; give it as a separate --stop"
             )
     return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
 
@@ -103,7 +103,7 @@ def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh 
     else:
         # gathers whole rows: summing the ranks' probabilities would take 32 all-reduces, whose latency costs more
         row = logits if size_of(tp) == 1 else gather_ranks(logits, tp).flatten(1)
-        threshold = top_p_threshold(row, params.top_p)  # its own statement: torch 2.11 cannot resume within a call
+        threshold = top_p_threshold(row, params.top_p)  # a separate statement: torch 2.11 cannot resume within a call
     return logits.masked_fill(logits < threshold, float("-inf")), None
 
 

@@ -5,7 +5,7 @@
 - samples of one prompt share its prefill and its pages; a prompt that begins like an earlier one shares those of its
   pages that are still cached
 - when pages run out, the youngest sample is preempted: it gives its pages back, and is prefilled again later
-- the page table is kept here and updated where something changes, so that a look costs the host little
+- the page table is kept here and updated where something changes, so that each look at results costs the host little
 
 Dimensions: B slots, M pages of a row at most.
 """
@@ -77,7 +77,7 @@ class Scheduler:
         return bool(self.filling or self.ready)
 
     def _begin(self, sample: Sample, leaders: dict[tuple[int, ...], Sample]) -> bool:
-        """Gives a sample its pages; False if there are not enough. leaders: for a prompt, the sample to follow."""
+        """Gives a sample its pages; False if there are not enough. leaders: prompt -> the sample that prefills it."""
         prompt_ids = sample.request.prompt_ids
         leader = None if sample.num_drawn else leaders.get(tuple(prompt_ids))
         is_newest = not sample.num_drawn and self.newest is not None and self.newest.ids == prompt_ids
@@ -98,7 +98,7 @@ class Scheduler:
         return True
 
     def _find_pages(self, sample: Sample, other: Sample | Prompt | None) -> bool:
-        """Takes pages for a sample's tokens and its next look: full pages of `other`, with the same prompt, or cached
+        """Takes pages for a sample's tokens and look_every more: full pages of `other`, with the same prompt, or cached
         ones that hold its beginning, and new pages. False if fewer than one page for each running sample would be left,
         so that none is preempted at once."""
         ids = sample.ids[: sample.num_to_cache]
@@ -177,7 +177,7 @@ class Scheduler:
         return sources, targets
 
     def reserve(self) -> bool:
-        """Gives all running samples the pages of their next look; if there are not enough, gives none: False."""
+        """Gives all running samples pages for look_every more tokens; if there are too few, gives none: False."""
         ahead, short = self.look_every, []
         for sample in self.running:
             target = sample.num_launched + ahead

@@ -69,7 +69,7 @@ class Sample:
         self.num_left, self.has_ended = request.max_new_tokens, False  # tokens that it may still draw
         self.most_tokens = len(request.prompt_ids) + request.max_new_tokens
         self.slot, self.pages, self.num_cached, self.num_launched = -1, [], 0, 0
-        self.published = (0, 0)  # PagePool.publish() of its pages
+        self.published = (0, 0)  # the result of PagePool.publish() of its pages
         self.followers: list[Sample] = []  # samples of the same prompt that wait for its prefill
 
     @property
@@ -122,7 +122,7 @@ class Sample:
             is_last = count == len(tokens) and (stopped or count == self.num_left)
             old, ids = len(self.streamed), [] if stopped and is_last else [token]
             self.streamed += self.decoder.flush(ids) if is_last else self.decoder.push(token)
-            # held-back text counts, such as a newline from a byte token: if it ends the sample, nothing follows it
+            # held-back text counts, such as a byte token's newline: if the sample ends here, nothing can change it
             text = self.streamed if is_last else self.streamed + self.decoder.held_back()
             places = [text.find(stop, max(0, old - longest + 1)) for stop in self.params.stop]
             places = [place for place in places if place >= 0]

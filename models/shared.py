@@ -184,7 +184,7 @@ def _release(file: int, owner: bytes, stop: threading.Event, thread: threading.T
     if os.getpid() != pid:  # a fork of the owner's process
         return
     stop.set()
-    if thread is not threading.current_thread():  # the garbage collector may run this in it
+    if thread is not threading.current_thread():  # the garbage collector may run this in that thread
         thread.join(1)
     with contextlib.suppress(OSError):
         if os.pread(file, 4096, 0) == owner:
@@ -233,7 +233,7 @@ def check_shared(folder: Path, what: str, *, writes: bool = True) -> None:
 
 
 def _leave_token(folder: Path, what: str) -> Path:
-    """Writes a file of random name and content, for which no file of an earlier run or another disk can be taken."""
+    """Writes a file of random name and content, so that no file of an earlier run or another disk is taken for it."""
     place = existing_part(folder)
     token = place / f".rank-0-{secrets.token_hex(8)}"
     try:

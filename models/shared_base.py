@@ -32,7 +32,7 @@ def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def as_reference(model: Transformer) -> AbstractContextManager[None]:
-    """Within the context, a policy is its reference: with the adapters that the run began with, or with none."""
+    """Within the context, a policy with adapters is its reference: those that the run began with are on, or none."""
     return adapter(model, REFERENCE if model.lora is not None and model.lora.with_reference else None)
 
 

@@ -22,7 +22,7 @@ from models.functions import short
 from models.record_files import unreadable
 from models.streaming import StreamDecoder
 
-# files are tokenised by one process for each core instead, which are forked; threads do not survive a fork
+# forked processes, one for each core, tokenise files faster, and threads do not survive a fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -133,7 +133,7 @@ class Tokenizer:
         return self._file.decode([i for i in ids if i not in skipped])
 
     def decode_continuation(self, prompt_ids: list[int], ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text that `ids` add to that of `prompt_ids`, with the whole character that the prompt may end within."""
+        """The text that `ids` add to that of `prompt_ids`, with any character that the prompt holds only a part of."""
         return StreamDecoder(self, prompt_ids, skip_special_tokens).flush(ids)
 
     @property
@@ -259,7 +259,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     settings = {name: token for name, token in defaults.items() if file.token_to_id(token) is not None}
     # transformers reads special_tokens_map.json only without an added_tokens_decoder, and then it takes precedence
     stated = {**older, **config} if "added_tokens_decoder" in config else {**config, **older}
-    settings |= {name: value for name, value in stated.items() if value != ""}  # "" in the first LLaMA folders
+    settings |= {name: value for name, value in stated.items() if value != ""}  # the first LLaMA folders have ""
     for name in NAMED_TOKENS:  # with an EOS token that is not read, no answer would end
         if not isinstance(settings.get(name), str | dict | None):
             raise ValueError(f"{name} must be a string or an object, not {settings[name]!r}")
@@ -275,7 +275,7 @@ def _add_tokens(file: _Fast | _SentencePiece, folder: Path, config: dict) -> dic
     listed |= decoder
     wrong = next((i for i in listed if type(i) is not int or not 0 <= i < 2**31), None)
     if wrong is not None:
-        raise ValueError(f"the id of {listed[wrong].content!r} is {wrong!r}, here or in {files[1].name}: not an id")
+        raise ValueError(f"the id of {listed[wrong].content!r} is {wrong!r}, not an id (here or in {files[1].name})")
     known = {token.content: token for token in file.added_tokens().values()}
     for i, token in (*sorted(listed.items()), *((None, token) for token in (*named.values(), *more))):
         if token.content and token.content not in known:

@@ -31,7 +31,7 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def rounds_alike(args: object) -> bool:
-    """Whether quantised weights are the same for any number of ranks: not int4 whose group size is fitted to a rank."""
+    """Whether quantised weights are the same for any number of ranks: not int4 in groups fitted to a rank's part."""
     modes = [getattr(args, name, None) for name in ("quantize", "quantize_ref", "quantize_reward")]
     return "int4" not in modes or args.group_size is not None
 
@@ -84,7 +84,7 @@ class Parallel(NamedTuple):
 
 
 def local(parameter: Tensor, partial_grad: bool = False) -> Tensor:
-    """The tensor to compute with. partial_grad: each rank has a summand of the gradient of a weight that all hold."""
+    """The tensor to compute with. partial_grad: a whole weight's gradient is the sum of the ranks' gradients."""
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.to_local(grad_placements=[Partial()] if partial_grad else None)
@@ -175,7 +175,7 @@ def sum_parts(y: Tensor, bias: Tensor | None, parallel: Parallel) -> Tensor:
 
 
 def whole_sequence(x: Tensor, parallel: Parallel) -> Tensor:
-    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E], of which all ranks must then compute the same."""
+    """Ends sequence parallelism: [B, T / tp, E] -> [B, T, E], from which all ranks must compute the same."""
     tp, sequence_parallel = parallel
     return _WholeTokens.apply(x, tp) if sequence_parallel and size_of(tp) > 1 else x
 

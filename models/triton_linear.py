@@ -218,9 +218,9 @@ def block_k(group_size: int, num_inputs: int, most: int) -> int:
 
 
 def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
-    """How many programs share a row of a weight: the fewest with which the busiest processor finishes first, if a
-    program alone keeps half a processor busy. At most four for each processor, with two or more steps of 128 input
-    features on average. With earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
+    """How many programs share a row of a weight: the fewest with which the busiest processor finishes soonest, if a
+    program alone keeps half a processor busy. At most four programs for each processor, with two or more steps of 128
+    input features on average. With earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
     blocks, steps = -(-num_outputs // WIDTH), -(-num_inputs // 128)
     most = max(1, min(16, steps // 2, 4 * num_processors // blocks))
 
@@ -232,9 +232,9 @@ def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
 
 
 def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
-    """num_warps: the 4 that pack() assumes; for fp32 twice as many, whose registers suffice. num_stages: blocks in
-    flight. AMD's matrix instructions are set to one size, as NVIDIA's are by themselves, so that sums have the same
-    order for every BLOCK_M."""
+    """num_warps: the 4 that pack() assumes; for fp32 twice as many, since the registers of 4 do not suffice.
+    num_stages: blocks in flight. AMD's matrix instructions are set to one size, as NVIDIA's are by themselves, so that
+    sums have the same order for every BLOCK_M."""
     options = {"num_warps": 8 if element_size == 4 else 4, "num_stages": 2 if element_size == 4 else 3}
     return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
@@ -250,7 +250,7 @@ class Shape(NamedTuple):
     most_inputs: int  # of a step, in 16 bits
 
     def constants(self, zeros: Tensor | None, element_size: int) -> dict[str, int]:
-        """The kernels' constants. BLOCK_K is small for fp32, multiplied without tensor cores, from shared memory."""
+        """The kernels' constants. BLOCK_K: at most 32 for fp32, multiplied without tensor cores, from shared memory."""
         size = block_k(self.group_size, self.num_inputs, 32 if element_size == 4 else self.most_inputs)
         return {"GROUP": self.group_size, "BITS": self.bits, "HAS_ZEROS": zeros is not None, "BLOCK_K": size}
 

@@ -239,7 +239,7 @@ def linear_logprobs(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, entropy of each token's distribution) under softmax(hidden @ weight.T / temperature):
-    nats, fp32 [N] each, the same on all tp ranks. Without `entropy`, do not use the entropies.
+    nats, fp32 [N] each, the same on all tp ranks. Without `entropy`, the entropies are meaningless.
 
     hidden [N, E], the same on all tp ranks; weight: this rank's rows of the [V, E] head; targets int64 [N].
     """

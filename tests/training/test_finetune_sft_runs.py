@@ -322,7 +322,7 @@ BAD_RECORDS = {
         "train.jsonl:2: not valid JSON: Expecting property name",
         "at column 17\n",
     ),
-    "an object in lines": ('{\n"prompt": "a"}\n', "train.jsonl:1: not valid JSON: ", "; write it on one line\n"),
+    "an object in lines": ('{\n"prompt": "a"}\n', "train.jsonl:1: not valid JSON: ", "; put each object on one line\n"),
     "null": (GOOD + '{"prompt": "a", "completion": null}\n', "train.jsonl:2: the field 'completion' is null\n"),
     "not an object": (GOOD + "5\n", "train.jsonl:2: must be an object with named fields, not a number\n"),
     "missing field": (GOOD + '{"prompt": "a"}\n', "train.jsonl:2: the field 'completion' is missing"),

@@ -26,7 +26,7 @@ class CachePlan(NamedTuple):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate: on the GPU, with what its allocator holds unused, or on the host."""
+    """Bytes that this process can still allocate: on a GPU, including its allocator's unused memory, or on the host."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -27,7 +27,7 @@ from models.gpu import has_triton
 from models.tp import Parallel, size_of, sum_parts
 
 MODES = ("int8", "int4", "fp8")
-GROUP_SIZES = (32, 64, 128, 256)  # what the kernels take
+GROUP_SIZES = (32, 64, 128, 256)  # those that the kernels take
 ELEMENTS = 2**21  # quantised, or dequantised, at a time
 FP8_MAX = 448.0  # the largest number of e4m3fn
 

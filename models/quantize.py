@@ -43,7 +43,7 @@ class GroupSizeArgs:
     """The scales of int4."""
 
     group_size: int | None = flag(
-        None, choices=GROUP_SIZES, help="int4: weights that share a scale; default: the largest up to 128 that fits"
+        None, choices=GROUP_SIZES, help="int4: weights that share a scale; unset: the most up to 128 that fit the model"
     )
 
 

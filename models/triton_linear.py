@@ -218,9 +218,9 @@ def block_k(group_size: int, num_inputs: int, most: int) -> int:
 
 
 def num_splits(num_outputs: int, num_inputs: int, num_processors: int) -> int:
-    """How many programs share a row of a weight: the fewest with which the busiest processor finishes soonest, if a
-    program alone keeps half a processor busy. At most four programs for each processor, with two or more steps of 128
-    input features on average. With earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
+    """How many programs share a row of a weight: the fewest with which the busiest processor finishes soonest, assuming
+    that one alone keeps half a processor busy. At most four programs for each processor, with two or more steps of
+    128 input features on average. With earlier kernels on an H200, the best or within 5 % of it for 7B's layers."""
     blocks, steps = -(-num_outputs // WIDTH), -(-num_inputs // 128)
     most = max(1, min(16, steps // 2, 4 * num_processors // blocks))
 

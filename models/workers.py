@@ -175,7 +175,7 @@ class _Worker:
 
 
 class _Dispatcher(threading.Thread):
-    """The thread that hands answers to processes, reads their grades, and replaces what fails."""
+    """The thread that hands answers to processes, reads their grades, and replaces processes that fail."""
 
     def __init__(self, graders: Sequence[Grader], args: GradingArgs):
         super().__init__(daemon=True, name="grading")

@@ -124,6 +124,7 @@ def refuse_idle(args, why: str, *names: str) -> None:
     for each in flags_of(type(args)):
         if each.name in names and getattr(args, each.name) != each.default:
             value = getattr(args, each.name)
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             shown = f"--{'no-' * (not value)}{each.name}" if isinstance(value, bool) else f"--{each.name} {value}"
             raise ValueError(f"{shown} does nothing {why}")
 

@@ -358,7 +358,7 @@ def get_answer(record: Record, *, steps: bool) -> str | list:
     """The answer to the record's prompt: text or a list of messages; with steps, text or a list of steps."""
     if is_sample(record):
         is_finished(record.fields["finish_reason"])  # raises ValueError for an unknown one
-        answer = get_field(record, "output")
+        answer = get_field(record, "output", "completion")  # the latter of another engine
         require(isinstance(answer, str), f"output must be text, not {kind_of(answer)}")
         return answer
     if steps and "completions" in record.given:

@@ -201,18 +201,20 @@ def test_bfloat16_is_near(rm, tmp_path):
 
 
 def test_generated_lines_are_scored_as_they_ended(rm, hf, tmp_path):
-    """Catches an EOS after an answer that ran out of tokens, no EOS after one that stopped, and a reference answer of
-    the data file that is scored instead of the sample."""
+    """Catches an EOS after an answer that ran out of tokens, none after one that stopped, a reference answer of the
+    data file that is scored in the place of the sample, and another engine's sample refused for its name."""
     common = {"idx": 0, "prompt": "3 plus", "output": " 4 is 7", "num_tokens": 4, "logprob": -1.0}
     records = [
         {**common, "sample_idx": 0, "finish_reason": "stop", "completion": "the reference", "chosen": "carried along"},
         {**common, "sample_idx": 1, "finish_reason": "length", "completion": "the reference"},
         {"input": "3 plus", "output": " 4 is 7"},
+        {"prompt": "3 plus", "completion": " 4 is 7", "finish_reason": "max_tokens"},
     ]
     lines = scored(rm, tmp_path, records)
     ids = Tokenizer(rm).encode("3 plus 4 is 7")
     unfinished, finished = hf_scores(hf, [*ids, 2])[-2:]
-    assert [line["reward"] for line in lines] == pytest.approx([finished, unfinished, finished], abs=1e-4)
+    wanted = [finished, unfinished, finished, unfinished]
+    assert [line["reward"] for line in lines] == pytest.approx(wanted, abs=1e-4)
     assert abs(finished - unfinished) > 1e-2
 
 

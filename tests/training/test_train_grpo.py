@@ -358,7 +358,7 @@ BAD_FLAGS = {
     ),
     "weight without a function": (
         {"reward_fn": None, "reward_checkpoint_path": "{world}/lm", "reward_fn_weight": 2},
-        ["--reward_fn_weight", "without a --reward_fn"],
+        ["--reward_fn_weight 2.0 does nothing without a --reward_fn"],
     ),
     "generations without prompts": ({"num_generations_eval": 4}, ["--num_generations_eval 4", "--eval_prompt_file"]),
     "rewards of steps": ({"process_reward": "steps"}, ["--process_reward steps"]),

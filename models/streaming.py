@@ -15,6 +15,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer, prompt_ids: list[int], skip_special_tokens: bool = True):
         self._byte_ids = tokenizer.byte_ids
+        self._left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._go_on_from(list(prompt_ids))
 
@@ -27,6 +28,8 @@ class StreamDecoder:
         self._shown = self._decode(self._ids)
 
     def push(self, token_id: int) -> str:
+        if token_id in self._left_out:  # bytes around it are decoded as one
+            return ""
         self._ids.append(token_id)
         # consecutive byte tokens are decoded together, and an invalid byte undoes the characters before it
         text = NO_CHARACTER if token_id in self._byte_ids else self._decode(self._ids)

@@ -351,6 +351,11 @@ def test_streaming_loses_nothing(folder):
             wholes = {begin + "".join(parts) for begin in (before, before.rstrip("\ufffd"))}
             assert ours.decode(prompt + ids) in wholes
     assert ours.decode_continuation(ours.encode("a"), [ours.vocab_size + 5]) == ""
+    if ours.byte_ids:  # a special token within a run of bytes, of which the second undoes the first
+        letter, wrong = map(ours.vocabulary().get, ("<0x41>", "<0xFF>"))
+        prompt, ids = ours.encode("a"), [letter, ours.eos_token_id, wrong]
+        stream = StreamDecoder(ours, prompt)
+        assert "".join(map(stream.push, ids)) + stream.flush() == ours.decode_continuation(prompt, ids)
 
 
 def test_stream_holds_back_half_characters(folder):

@@ -108,7 +108,7 @@ def _same(a: object, b: object) -> bool:
         )
     if isinstance(a, Equation):
         x, y = a.difference, b.difference
-        return all(x) and all(y) and all(_close(p * y[0], q * x[0]) for p, q in zip(x, y))
+        return all(x) and all(y) and all(_close(p / x[0], q / y[0]) for p, q in zip(x, y))
     return a == b
 
 
@@ -134,7 +134,10 @@ def _same_scalar(a: Scalar, b: Scalar) -> bool:
 def _close(a: Number, b: Number) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    try:
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    except OverflowError:  # a fraction beyond all floats
+        return False
 
 
 def _ask(answer: str, gold: str) -> bool:
@@ -341,7 +344,7 @@ def _read_inequality(text: str, depth: int) -> Named:
     signs = ["<" if re.search(r"<|\u2264|\\l", sign) else ">" for sign in sides[1::2]]
     closed = [re.search(r"=|[\u2264\u2265]|\\[lg]e", sign) is not None for sign in sides[1::2]]
     values = [None if re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\w)?\s*", side) else side for side in sides[::2]]
-    if len({*signs}) > 1 or values.count(None) != 1 or (len(values) == 3 and values[1] is not None):
+    if len({*signs}) > 1 or values.count(None) != 1 or values[1:-1] not in ([], [None]):
         raise ValueError("not the bounds of a variable")
     name = re.sub(r"[\s\\]", "", sides[2 * values.index(None)])
     if len(values) == 2:  # the bound on the variable's side is missing

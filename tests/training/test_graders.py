@@ -12,6 +12,7 @@ import pytest
 
 from tests import tiny
 from training.graders import exact_match, format_reward, last_number, math_answer, multiple_choice
+from training.mathematics import equal
 
 Y, N = True, False
 
@@ -378,8 +379,6 @@ def test_pairs():
 def test_equality_has_no_side():
     """Catches a comparison that depends on which of the two is the gold answer. Whole sentences are not compared here:
     only an answer may be one."""
-    from training.mathematics import equal
-
     for answer, gold, verdict in [*NUMBERS, *STRUCTURES]:
         assert equal(gold, answer) == verdict, (gold, answer)
 
@@ -456,6 +455,10 @@ def test_hostile_texts_have_a_verdict():
     for text in texts:
         for grader in (math_answer, multiple_choice, last_number, exact_match, format_reward):
             assert grader("", text, {"answer": "J" if grader is multiple_choice else "55"}) == 0
+    golds = [r"\pi", r"\infty", r"y = \pi x", r"x + y = \pi", r"(1, \sqrt{2})", r"\pi\%", "0 < x < 2"]
+    large = ["10^{500}", "y = 10^{500} x", "x + y = 10^{500}", "(1, 10^{500})", "10^{500}%", "1 < 2 < x < 10^{500}"]
+    for text in large:  # than any float
+        assert equal(text, text) and not any(equal(text, gold) or equal(gold, text) for gold in golds), text
 
 
 def test_math_verify_is_asked_last(monkeypatch):

@@ -134,8 +134,10 @@ def _same_scalar(a: Scalar, b: Scalar) -> bool:
 def _close(a: Number, b: Number) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
+    # next to 0 floats are what rounding has left; a fraction is what it is, however small
+    is_exact = any(isinstance(x, Fraction) and x for x in (a, b))
     try:
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=0.0 if is_exact else 1e-12)
     except OverflowError:  # a fraction beyond all floats
         return False
 
@@ -175,7 +177,7 @@ REPLACED = (
     (r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
     (r"\\[lr]?vert(?![a-z])", "|"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0|\u00ba", " degrees"),
-    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boldsymbol|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\%|\u066a", "%"),
     (r"\u03c0", r"\\pi "),
     (r"\u221e|\\infty(?![a-z])|\boo\b|\b[iI]nfinity\b", r"\\infty "),

@@ -187,6 +187,7 @@ REPLACED = (
     (r"[\u2080-\u2089]+", lambda match: f"_{{{_compatible(match[0])}}}"),
     (r"[\u00bc-\u00be\u2150-\u215e]", lambda match: " " + _compatible(match[0])),
     (r"\u222a|\\cup(?![a-z])", r"\\cup "),
+    (r"\u2208", r"\\in "),
     (r"\u00b1|\\pm(?![a-z])", r"\\pm "),
     (r"\\(?:emptyset|varnothing)(?![a-z])|\u2205|\\\{\s*\\\}", r"\\emptyset "),
     (r"\\\{", "\x01"),  # braces of a set; plain braces are LaTeX's own

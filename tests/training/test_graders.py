@@ -277,6 +277,7 @@ STRUCTURES = [
     ("[-2, 7]", r"x \in [-2,7]", Y),
     (r"y\in(-2,7)", r"x \in [-2,7]", N),
     ("(0, \\infty)", "(0,\\infty)", Y),
+    ("x \u2208 (0, \\infty)", "(0,\\infty)", Y),
     ("(-\\infty, 0) \\cup (1, \\infty)", "(1, oo) \\cup (-oo, 0)", Y),
     ("(-\\infty, 0) \\cup (1, \\infty)", "(-\\infty, 0) \\cup [1, \\infty)", N),
     ("\\{1, 2, 3\\}", "\\{3,2,1\\}", Y),

@@ -109,14 +109,14 @@ class Adapter(NamedTuple):
 
 
 def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
-    """Reads an adapter's folder and checks it against the folder of its base. again: print no warnings. Raises
-    ValueError or FileNotFoundError that names the file and its missing or unsupported part, or another base."""
+    """Reads an adapter's folder and checks it against its base's. again: its warnings were printed before. Raises
+    ValueError or FileNotFoundError that names the file and what is missing, unsupported or made for another base."""
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
     score = None
     for name, tensor in tensors.items():
-        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # PEFT strips it when it saves
+        ours = our_name(name.removeprefix(PREFIX)).replace(".default.", ".")  # a state_dict's, which PEFT strips
         layer, _, factor = ours.removesuffix(".weight").rpartition(".")
         if ours == SCORE:
             score = tensor.float()
@@ -157,7 +157,7 @@ def _read_config(path: Path) -> dict:
             raise ValueError(f"{where}: {key} {value!r} is not supported")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias {config['bias']!r} is not supported, only 'none'")
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):  # PEFT ignores case, as in OLoRA
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGE_THE_BASE):  # PEFT accepts 'OLoRA', too
         raise ValueError(
             f"{where}: init_lora_weights {config['init_lora_weights']!r} has changed the base beside the adapter; "
             "convert it with PEFT's path_initial_model_for_weight_conversion"
@@ -238,7 +238,7 @@ def _texts_of(folder: Path) -> dict[str, object]:
 
 
 def _names_of(base: Path) -> set[str]:
-    """Returns the names of a base: the folder's own, and in the hub's cache the model's whose snapshot it is."""
+    """Returns the names of a base: its folder's and, if it is a snapshot in the hub's cache, the model's."""
     path = base.resolve()
     of_cache = {part.rpartition("--")[2] for part in path.parts if part.startswith("models--")}
     return {base.absolute().name, path.name} | of_cache
@@ -359,7 +359,7 @@ def _shape(
     asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, frozenset(layers) if kinds else None)
     for name, value, wanted in zip(("lora_r", "lora_alpha", "use_rslora", "lora_target_modules"), found, asked):
         if wanted is not None and wanted != value:
-            raise ValueError(f"--{name}: the adapter of --adapter_path {start.path} is another; leave the flag out")
+            raise ValueError(f"--{name}: the adapter {start.path} has another value; leave the flag out")
     return found
 
 

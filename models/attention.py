@@ -33,8 +33,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     if q.device.type == "cuda":
         if groups > 1 and (mask is not None or q.dtype == torch.float32):  # no fused kernel supports GQA here
             k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        # cuDNN takes 20 to 40 ms to plan each new length: only for training, whose rows have few lengths, and without
-        # a mask, with which its backward is wrong in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
+        # cuDNN takes 20 to 40 ms to plan each new length, so it is for training only, whose rows have few lengths, and
+        # without a mask: with one its backward is wrong in torch 2.11 (https://github.com/pytorch/pytorch/issues/196678)
         if mask is not None or not torch.is_grad_enabled():
             kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with kernels:

@@ -4,7 +4,7 @@ import re
 
 
 def closed_boxes(text: str, names: str = "boxed") -> list[tuple[int, str]]:
-    r"""Returns (start, content, maybe "") of each `\boxed{}` that is closed. An escaped brace belongs to the answer and
+    r"""Returns (start, content) of each closed `\boxed{}`, even if empty. An escaped brace belongs to the answer and
     need not be balanced; `\\{` is a line break and a brace that must be. names: of commands, with | between them."""
     opened, boxes = [], []
     for match in re.finditer(rf"(\\(?:{names})\s*\{{)|(?<!\\)(?:\\\\)*\\[{{}}]|([{{}}])", text):

@@ -1,4 +1,4 @@
-"""The cache folder, in which later processes find compiled code and tokenised data of earlier ones."""
+"""The cache folder: compiled code and tokenised data that later processes reuse, and could make anew."""
 
 import hashlib
 import os
@@ -40,6 +40,6 @@ def keep_compiled_code() -> None:
 
 def _torchs_own() -> str:
     """Returns the default that torch (2.13) itself writes into the environment when it is imported."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds to import
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, unless imported before
 
     return default_cache_dir()

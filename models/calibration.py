@@ -2,9 +2,9 @@
 
 - the stored model and the partly quantised one process the calibration tokens side by side; memory holds one block of
   each at a time, and the tokens' hidden states
-- a layer's weights are chosen for the inputs that it will get, from quantised layers, and for the outputs that the
-  stored layer has in the stored model, so they compensate for errors of earlier layers (as in GPTAQ, Li et al. 2025,
-  arXiv 2504.02692); o_proj and down_proj aim at the stored model's residual stream
+- a layer's weights are chosen to turn the inputs that it will get, from quantised layers, into the outputs of the
+  stored layer in the stored model, so they compensate for errors of earlier layers (as in GPTAQ, Li et al. 2025, arXiv
+  2504.02692); o_proj and down_proj aim at the stored model's residual stream
 - weights of large inputs get a finer grid (as in AWQ, Lin et al. 2023, arXiv 2306.00978): they are multiplied by
   factors, and the source of the inputs, a norm's weight or the scales of v_proj and up_proj, is divided by them
 - on held-out tokens three models run side by side (stored, rounded to nearest, chosen), to measure the gain
@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
 
     moments: Tensor  # of x x^T, fp32 [K, K]
     cross: Tensor  # of y x^T, fp32 [K, K]
-    missing: Tensor | None = None  # of d x^T, fp32 [E, K]; d: the stored model's residual stream less this one's
+    missing: Tensor | None = None  # of d x^T, fp32 [E, K]; d: stored residual stream minus the quantised one
 
     def divided(self, factors: Tensor) -> "Inputs":
         """Returns the sums for x / factors and y / factors."""

@@ -1,7 +1,7 @@
 """Reads the chats of data records, renders them with a folder's chat template, and finds the learnt spans of the text.
 
 - `messages` (or a prompt of messages) with roles of any name; a content is text, parts of type text, or missing beside
-  tool_calls; a record may also have `tools` and `system`. Raises an error if the template has no place for one of them
+  tool_calls; a record may also have `tools` and `system`. An error names those that the template has no place for
 - an assistant's turn runs from the end of its header (which the template writes as the generation prompt) to the first
   end-of-turn token after its content; text after that token, often a newline, is not learnt. If the template marks the
   turns itself, with {% generation %}, its marks decide
@@ -57,7 +57,7 @@ class Chat(NamedTuple):
 
     @property
     def ends_in_silence(self) -> bool:
-        """Whether the last message is an empty one of the assistant: the template would end it, and open another."""
+        """Whether the last message is the assistant's and empty: the template would end it, and open another."""
         last = self.messages[-1]
         return last["role"] == "assistant" and not self.is_open and not last.get("tool_calls")
 
@@ -98,7 +98,7 @@ def read_chat(messages: object, fields: dict | None = None, what: str = "message
         raise ValueError("chat_template_kwargs must be an object, or its JSON text")
     kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None} or None
     for name in OWN_VALUES & (kwargs or {}).keys():
-        raise ValueError(f"chat_template_kwargs: {name!r} cannot be set here, it has a field or flag of its own")
+        raise ValueError(f"chat_template_kwargs: {name!r} cannot be set here; it has a field or a flag of its own")
     return Chat([message for message, _ in read], [learnt for _, learnt in read], tools, kwargs)
 
 
@@ -242,7 +242,7 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
 
 @cache
 def _end_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """Returns the texts of tokens that end a turn: end of turn and EOS; and, if none of these is found, any special."""
+    """Returns two lists of texts that end a turn: end of turn and EOS, and, if none of them is found, any special."""
     known = [i for i in (tokenizer.end_of_turn_id, tokenizer.eos_token_id) if i is not None]
     texts = [[tokenizer.decode([i], skip_special_tokens=False) for i in ids] for ids in (known, tokenizer.special_ids)]
     return tuple([text for text in each if text.strip()] for each in texts)
@@ -333,7 +333,7 @@ def _marked_turns(chat: Chat, rendering: Rendering) -> Turns:
     text, generated = rendering.text, rendering.generated
     assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if len(assistants) != len(generated):
-        raise ValueError("the chat template does not mark one stretch for each message of the assistant")
+        raise ValueError("the chat template does not mark one span per assistant message")
     spans = {i: span for i, span in zip(assistants, generated) if chat.learnt[i]}
     whole = [span for i, span in spans.items() if _holds(text[slice(*span)], chat.messages[i])]
     last = len(chat.messages) - 1

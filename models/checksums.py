@@ -4,8 +4,8 @@
   the bytes of a weight file, so damage is found anywhere, and the error names the damaged tensor or file
 - each rank checks small files and headers when it opens a folder; tensors are checked when weights are loaded, divided
   over threads and over the ranks of a node, since each node may have its own copy
-- a folder without checksums.json, such as a download, is not checked; nor is a file without an entry, which somebody
-  may have edited
+- a folder without checksums.json, such as a download, is not checked; nor is a small file without an entry: whoever
+  edits one knowingly removes its entry
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def bytes_bar(total: int, desc: str = "checking", *, shown: bool | None = None) 
 
 
 def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """Returns, on all ranks, the problem of the first rank that has one, so that all go on or end. A collective."""
+    """Returns, on all ranks, the problem of the first rank that has one: all go on, or all end. A collective."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return problem
     problems = [None] * dist.get_world_size(group)
@@ -70,7 +70,7 @@ def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str |
 
 
 def write_checksums(folder: Path, tensors_of: dict[str, dict[str, str]]) -> None:
-    """Writes checksums.json for the files in a folder. tensors_of: {weight file: {tensor: its digest}}."""
+    """Writes checksums.json of a folder. tensors_of: {weight file: {tensor: its digest, taken while writing}}."""
     weights = {}
     for name, tensors in tensors_of.items():
         header_digest = digest(folder / name, size=header_bytes(folder / name))

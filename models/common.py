@@ -311,7 +311,7 @@ def _reason(error: Exception) -> str | None:
     """Returns the one line that tells the user about an error; None if the error is a bug."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory; take smaller batches or shorter rows ({text})"
+        return f"out of GPU memory; use smaller batches or shorter rows ({text})"
     if isinstance(error, dist.DistError) or "gloo/transport" in text:  # gloo's own errors are plain RuntimeErrors
         why = text.rpartition("Last error: ")[2]  # NCCL's message, without the source location in torch before it
         if "ncclInvalidUsage" in text or "EADDRINUSE" in text:

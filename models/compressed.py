@@ -106,12 +106,12 @@ def read_scheme(stored: dict, num_layers: int, where: str) -> Schemes:
 
 
 def _check_fused(by_layer: dict[str, Scheme], where: str) -> None:
-    """Raises ValueError if layers that share an input differ: they are fused into one product, as in other engines."""
+    """Raises ValueError if layers with a common input differ in scheme: here and in other engines they are fused."""
     first_of = {name: names[0] for _, names, _ in FUSIONS for name in names}
     for layer, scheme in by_layer.items():
         part, _, name = layer.rpartition(".")
         if scheme != by_layer[f"{part}.{first_of[name]}"]:
-            raise ValueError(f"{where}: {hf_name(layer)} is {scheme}, and {first_of[name]} beside it is not")
+            raise ValueError(f"{where}: {hf_name(layer)} is {scheme}, but {first_of[name]} on the same input is not")
 
 
 def _scheme_of(name: str, by_target: dict[str, Scheme], ignored: list[str], where: str) -> Scheme | None:
@@ -172,7 +172,7 @@ def _strings(values: dict, key: str, where: str) -> list[str]:
 
 
 def pack_int32(values: Tensor) -> Tensor:
-    """uint8 [N, K] in 0..15 or int8 [N, K] -> int32 [N, ceil(K * bits / 32)]; the last word is padded."""
+    """uint8 [N, K] in 0..15 or int8 [N, K] -> int32 [N, ceil(K * bits / 32)]; the last word is zero-padded."""
     if values.dtype == torch.uint8:
         values = F.pad(values, (0, -values.shape[1] % 8))
         packed = values[:, ::2] | (values[:, 1::2] << 4)

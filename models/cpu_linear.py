@@ -52,9 +52,9 @@ class HalfMatrix:
 
 
 def half_matrix(weight: Tensor) -> HalfMatrix | None:
-    """Makes a HalfMatrix; None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel. Rows
-    and columns are also checked one by one: small numbers, which fp16 holds in fewer bits, may be a whole row, or a
-    column for large activations. The limit for each is 16 times as large, 1e-6, since their losses vary."""
+    """Makes a HalfMatrix; None if fp16 loses more of a weight [N, K] than fp32's rounding, or there is no kernel. Each
+    row and column is checked, too: small numbers, which fp16 holds in fewer bits, may be all of an output's weights, or
+    meet large activations. The limit for each is 16 times as large, 1e-6, since their losses vary."""
     if not has_fbgemm():
         return None
     weight = weight.float()
@@ -108,7 +108,7 @@ def pack_weight(weight: Tensor) -> PackedMatrix:
 
 
 def block_width(num_outputs: int) -> int:
-    """Returns the output features of a block of Bags: at most as many sums as FBGEMM keeps in registers, evenly cut."""
+    """Returns a block's output features: as many sums as FBGEMM keeps in registers, or fewer if that pads less."""
     most = 384 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 96
     blocks = -(-num_outputs // most)
     return -(-num_outputs // (16 * blocks)) * 16
@@ -226,7 +226,7 @@ class FloatProducts(nn.Module):
     """
 
     def __init__(self, values: Tensor, scale: Tensor, zero: Tensor | None = None):
-        """values, scale: as for Bags; zero [N, G]: zero points, if they differ from those."""
+        """values, scale: as for Bags; zero [N, G]: zero points other than those of Bags."""
         super().__init__()
         self.bags, self.half, self.scale = Bags(values, scale), None, None
         usual = 0 if values.dtype == torch.int8 else 8

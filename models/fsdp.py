@@ -402,8 +402,8 @@ def reducing_gradients(model: nn.Module, micro_batches: Iterable[T], *, every: b
     """Yields the micro-batches of an optimizer step and sets how each one's backward synchronises its gradients.
 
     every: each backward reduce-scatters them over the dp ranks, so that a rank holds only its shard (with hybrid
-    sharding the all-reduce over the replicas, across nodes, waits for the last). Otherwise they accumulate unsharded
-    and are reduced once, with the last micro-batch: 4 bytes per parameter of the tp rank, 28 GB / tp at 7B.
+    sharding the all-reduce over the replicas, across nodes, waits for the last). Otherwise they accumulate unsharded,
+    4 bytes per parameter of the tp rank (28 GB / tp at 7B), and are reduced once, with the last micro-batch.
     """
     set_sync = model.set_requires_all_reduce if every else model.set_requires_gradient_sync
     remaining = iter(micro_batches)

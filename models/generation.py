@@ -34,7 +34,7 @@ from models.sequences import Completion, OnToken, Prompt, Request, Sample
 from models.tokenizer import Tokenizer
 from models.transfer import Download, looks_on
 
-PREFILL_TOKENS = 2048  # on a GPU takes as long as ten decode steps of few rows, two of many
+PREFILL_TOKENS = 2048  # on a GPU about ten decode steps' time with few rows, two with many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ class Engine:
     # ----------------------------------------------------------------------------------- results
 
     def _land(self, keep: int = 0) -> None:
-        """Reads the tokens of all flights but the last `keep`, which waits for the device."""
+        """Waits for all flights but the last `keep`, and takes their tokens."""
         while len(self.flights) > keep:
             flight = self.flights.popleft()
             tokens, logprobs = flight.numbers.wait()

@@ -2,7 +2,7 @@
 
 - GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and later columns compensate
   for the error of each, by the second moments of the layer's inputs; columns with large moments come first (act-order,
-  but groups are of neighbours), and ranges are clipped for the least error of the weights
+  though a group holds neighbouring columns), and ranges are clipped for the least error of the weights
 - then, alternately, the best scales for the integers (least squares over all groups of a row) and the best integers for
   the scales, one column after the other (coordinate descent: Behdin et al. 2023, arXiv 2309.01885)
 
@@ -30,7 +30,7 @@ class Curvature(NamedTuple):
     matrix: Tensor  # H, fp32 [K, K]
     order: Tensor  # int64 [K]: the inputs by moment, largest first
     lower: Tensor  # the Cholesky factor of H in this order
-    spread: Tensor  # the upper Cholesky factor of its inverse: row i distributes column i's error over the later ones
+    spread: Tensor  # the upper Cholesky factor of H^-1, so ordered: row i spreads column i's error over later ones
 
     @classmethod
     def of(cls, moments: Tensor, damping: float = 0.01) -> "Curvature":
@@ -38,9 +38,7 @@ class Curvature(NamedTuple):
         added to the diagonal; multiplied by ten until H has an inverse in fp32. Raises ValueError if moments are not
         finite."""
         if not moments.isfinite().all():
-            raise ValueError(
-                "inputs of a layer are not finite: take --dtype float32, or other records to calibrate with"
-            )
+            raise ValueError("inputs of a layer are not finite; use --dtype float32, or other calibration records")
         order = moments.diagonal().argsort(descending=True)
         mean = moments.diagonal().mean().clamp(min=1e-12)  # without any token: rounding to nearest
         while True:
@@ -58,8 +56,8 @@ class Curvature(NamedTuple):
 
 
 def gptq(weight: Tensor, curvature: Curvature, scheme: Scheme, rounds: int = 2) -> Quantized:
-    """Quantises a weight, fp32 [N, K], to int4 with the least error of the layer's outputs. rounds: how often scales
-    and integers are refitted after GPTQ."""
+    """Quantises a weight, fp32 [N, K], to int4 so that the layer's outputs, rather than its weights, change little.
+    rounds: how often scales and integers are refitted after GPTQ."""
     found = _round_in_order(weight, curvature, clipped_scale(weight, scheme.group_size))
     for _ in range(rounds):
         found = refit_integers(weight, curvature.matrix, refit_scales(weight, curvature.matrix, found))

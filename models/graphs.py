@@ -80,7 +80,7 @@ class Network:
 
 
 def graph_sizes(num_rows: int) -> list[int]:
-    """Returns the numbers of rows that steps are captured for: powers of two, from 32 on also 1.5 of each, and all."""
+    """Returns the numbers of rows that steps are captured for: powers of 2, 1.5 x those from 32 on, and num_rows."""
     powers = [2**i for i in range(num_rows.bit_length())]
     return sorted({*(n for p in powers for n in (p, p + p // 2 if p >= 32 else p) if n < num_rows), num_rows})
 

@@ -250,7 +250,7 @@ REFUSED = {
     "a broken pattern": ({"ignore": ["re:*"]}, "not a regular expression"),
     "unlike neighbours": (
         {"config_groups": {"a": W4, "b": group(["re:.*v_proj"], num_bits=8)}},
-        "model.layers.0.self_attn.v_proj is int8, groups of 32, and q_proj beside it is not",
+        "model.layers.0.self_attn.v_proj is int8, groups of 32, but q_proj on the same input is not",
     ),
     "the former layout": ({"quant_method": None, "format": "gpt-accelera", "mode": "int4"}, "run it again"),
     "another method": ({"quant_method": "gptq"}, "only the layout of compressed-tensors"),

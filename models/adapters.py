@@ -359,7 +359,7 @@ def _shape(
     asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, frozenset(layers) if kinds else None)
     for name, value, wanted in zip(("lora_r", "lora_alpha", "use_rslora", "lora_target_modules"), found, asked):
         if wanted is not None and wanted != value:
-            raise ValueError(f"--{name}: the adapter {start.path} has another value; leave the flag out")
+            raise ValueError(f"--{name}: the adapter of --adapter_path {start.path} has another; leave the flag out")
     return found
 
 

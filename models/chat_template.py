@@ -47,7 +47,7 @@ class ChatTemplate:
 
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
-        self.source = "".join(sources.values())  # to look for a word in
+        self.source = "".join(sources.values())  # of all templates, to search for a word
 
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """Renders a chat. values: "tools", and other variables of the template (see variables()). Raises ValueError if

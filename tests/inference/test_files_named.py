@@ -59,7 +59,7 @@ def test_what_is_no_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\xc3\x28")
     with pytest.raises(ValueError, match=r"model\.gguf: is a file; give a Hugging Face folder"):
         ModelConfig.from_hf(tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match=r"config\.json: is a file; give the folder that it is in$"):
+    with pytest.raises(ValueError, match=r"config\.json: is a file; give its folder$"):
         open_folder(folder / "config.json")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match=r"^org/name: no such file or folder; python scripts/download.py org/name "):

@@ -292,7 +292,7 @@ class _TurnFinder:
             return led_by + len(lead)
         before = self.rendered(i, add_generation_prompt=True)
         start = _common_prefix(before, self.text)
-        if start < behind:  # the template formats the message before differently when others follow
+        if start < behind:  # the template formats the preceding message differently when others follow
             header = before[len(self.rendered(i, add_generation_prompt=False)) :]
             headers, limit = [header, BEGUN_THOUGHT.sub("", header)], self.begins.get(i)
             found = [(self.text.find(each, behind, limit), len(each)) for each in headers if each.strip()]

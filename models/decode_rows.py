@@ -109,7 +109,7 @@ class DecodeRows:
         self.active.zero_()
 
     def forget_graphs(self) -> None:
-        """Drops captured steps, which are captured anew, after the cache or the weights may have moved in memory."""
+        """Drops captured steps, to capture them anew, since the cache or the weights may have moved in memory."""
         if self.runner is not None:
             self.runner.forget()
 

@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores|\nOnline s
 def first_half(
     block: Block, x: Tensor, update: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Adds the block before's update to the residual stream; returns the stream, and attention's inputs (q, k, v)."""
+    """Adds the previous block's update to the residual stream; returns the stream, and attention's inputs (q, k, v)."""
     x = x + update
     return x, block.before_attention(x, cos, sin)
 

@@ -49,11 +49,26 @@ def hold(path: Path, what: str) -> Lock:
     """Creates a lock file, and takes its lock against other processes, also on other hosts. Raises ValueError, which
     begins with `what`, if another process holds it: after a few seconds' grace if that is on this host, at its next
     sign of life if on another. Raises OSError if the file cannot be created."""
+    look = _free(path, what)
+    if not look.is_free():
+        say(f"{what}: taken over from {look}, which has shown no sign of life for {STALE:.0f} s")
+    return _take(look, path, what)
+
+
+def check_free(path: Path, what: str) -> None:
+    """Raises the errors of hold() early, before minutes of loading; neither creates nor changes a lock file."""
+    if path.exists():
+        os.close(_free(path, what).file)
+
+
+def _free(path: Path, what: str) -> "_Look":
+    """Waits until a lock file has no owner, or its owner counts as dead, and returns what it shows then; this process
+    holds its lock, as far as locks work. Raises as hold()."""
     start, first_beat, told = time.monotonic(), None, False
     while True:
         look = _look(path)
         if look.is_free():
-            return _take(look, path, what)
+            return look
         waited = time.monotonic() - start
         if first_beat is None:
             first_beat = look.beat
@@ -61,8 +76,7 @@ def hold(path: Path, what: str) -> Lock:
         is_alive = not look.here and look.beat != first_beat
         may_be_dead = look.locked is not False and not look.here and not is_alive
         if may_be_dead and silence + waited >= STALE:
-            say(f"{what}: taken over from {look}, which has shown no sign of life for {STALE:.0f} s")
-            return _take(look, path, what)
+            return look
         os.close(look.file)
         if is_alive or waited > (GRACE if look.here else 2 * STALE):
             raise ValueError(f"{what}: another run is writing there ({look}); wait for its end, or take another")
@@ -70,12 +84,6 @@ def hold(path: Path, what: str) -> Lock:
             told = True
             say(f"{what}: {look} has written there; waiting up to {STALE:.0f} s for a sign of life from it")
         time.sleep(0.1)
-
-
-def check_free(path: Path, what: str) -> None:
-    """Raises what hold() would, which a run may ask before minutes of loading; makes no lock file."""
-    if path.exists():
-        hold(path, what).close()
 
 
 class _Look(NamedTuple):

@@ -215,7 +215,8 @@ def last_letter_in(text: str) -> str | None:
     if stated:
         return stated[-1]
     for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
-        letters = re.findall(pattern, text, re.M | re.A)  # re.A: in \u7b54\u6848\u662fB, B is a word
+        # "C, not B" chooses C. re.A: in \u7b54\u6848\u662fB, B is a word
+        letters = re.findall(rf"(?<!\bnot )(?<!\bnot \(){pattern}", text, re.M | re.A)
         if letters:
             return letters[-1]
     return None

@@ -337,6 +337,8 @@ CHOICES = [
     ("The answer is B", "(B)", Y),
     ("The correct answer is option B.", "B", Y),
     ("Answer: b", "B", Y),
+    ("So it is C, not B.", "C", Y),
+    ("The answer is not (B)", "B", N),
     ("\\boxed{B}", "B", Y),
     ("\\boxed{\\text{(B)}}", "B", Y),
     ("\\boxed{\\textbf{(B)}\\ 42}", "B", Y),

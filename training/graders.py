@@ -97,7 +97,8 @@ def format_reward(prompt: str, completion: str, example: dict) -> float:
         return 0.0
     answer = text.partition("</think>")[2].strip()
     if tags[2]:
-        return float(answer.startswith("<answer>") and answer.endswith("</answer>") and len(answer) > 17)
+        is_tagged = answer.startswith("<answer>") and answer.endswith("</answer>")
+        return float(is_tagged and bool(answer[len("<answer>") : -len("</answer>")].strip()))
     return float(bool(boxed_answer(answer)))
 
 

@@ -416,6 +416,7 @@ def test_exact_match_and_last_number():
 FORMATS = [  # (prompt, completion, reward)
     ("", "<think>so</think><answer>5</answer>", Y),
     ("", "<think>so</think>\n<answer>5</answer>\n", Y),
+    ("", "<think>so</think><answer> \n</answer>", N),
     ("", "<think>so</think> It is \\boxed{5}.", Y),
     ("Q\n<think>\n", "so</think> \\boxed{5}", Y),
     ("Q", "so</think> \\boxed{5}", N),

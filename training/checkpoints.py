@@ -43,11 +43,11 @@ def all_fit(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
 
 class CheckpointWriter:
     """Writes checkpoints/step-000100, completely or not at all, and keeps the newest `limit` up to it. Checkpoints of
-    later steps are deleted: the run could not read them, so it was resumed from an earlier step.
+    later steps are deleted: the run was resumed from an earlier step because it could not read them.
 
     asynchronous: save returns when the state is copied to the CPU's memory, and a thread writes it while training
-    continues. The checkpoint gets its final name when all ranks have written. The next save, or finish at the end of
-    the run, raises a failure; a run that ends with an error drops a checkpoint that is still being written.
+    continues. The checkpoint gets its final name when all ranks have written. If writing fails, the next save raises,
+    or finish at the end of the run; a run that ends with an error drops a checkpoint that is still being written.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class CheckpointWriter:
         try:
             dcp.save(state, checkpoint_id=staging, process_group=self._group, no_dist=not dist.is_initialized())
             write_manifest(staging, int(path.name[5:]), self._group)
-        except (CheckpointException, OSError) as error:  # the first is a BaseException, raised on all ranks
+        except (CheckpointException, OSError) as error:  # the first is a BaseException, raised when all ranks are done
             if is_main_rank():
                 shutil.rmtree(staging, ignore_errors=True)  # it may have filled the disk
             failures = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
@@ -159,8 +159,8 @@ def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimi
         reasons.append(reason)
         say(f"{path}: broken, trying the one before ({reason})")
     raise ValueError(
-        f"{output_dir / 'checkpoints'}: no checkpoint can be read by this run, the newest since {reasons[0]}; give the "
-        "flags that they were written with, or take another --output_dir to start from the beginning"
+        f"{output_dir / 'checkpoints'}: no checkpoint can be read by this run, the newest because {reasons[0]}; give "
+        "the flags that they were written with, or take another --output_dir to start from the beginning"
     )
 
 

@@ -22,7 +22,7 @@ class CriticArgs:
     """Critic."""
 
     value_checkpoint_path: Path | None = flag(
-        None, type=model_folder, help="initial critic; default: the reward model, or the policy with a zero head"
+        None, type=model_folder, help="initial critic; default: the reward model, else the policy with a zero head"
     )
     shared_base: bool = flag(False, help="with LoRA: the critic is its own adapters and head on the policy's base")
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
@@ -36,9 +36,9 @@ def check_critic_flags(args) -> None:
         raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
 
 
-def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None) -> Path:
-    """Returns the critic's initial folder. Raises ValueError if critic or policy cannot be trained from their folders,
-    or if the critic cannot read the policy's tokens."""
+def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: int) -> Path:
+    """Returns the folder of the initial critic. Raises ValueError if it cannot be trained or cannot read the policy's
+    rows. longest: most tokens of a prompt and its answer."""
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
     if is_quantized(read_hf_config(path)[0]):

@@ -59,12 +59,12 @@ class DataArgs:
     shuffle: bool = flag(True, help="shuffle the rows anew in each epoch; else keep the file's order")
     data_cache: str | None = flag(
         None,
-        help="folder that caches the tokens of files of 8 MiB and more, for all ranks of a node and later runs; off: "
-        "no cache; default: gpt-accelera in $XDG_CACHE_HOME or ~/.cache",
+        help="folder that caches the tokens of files of 8 MiB and more, for all ranks of a node and later runs, or "
+        "off for none; default: gpt-accelera in $XDG_CACHE_HOME or ~/.cache",
         may_change=True,
     )
     data_workers: int | None = flag(
-        None, bounds=at_least_one, help="processes that tokenise such files; default: one per core", may_change=True
+        None, bounds=at_least_one, help="processes that tokenise a large file; default: one per core", may_change=True
     )
 
     @property
@@ -180,7 +180,7 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> list[
 def training_batches(
     num_rows: int, batch_size: int, *, seed: int, shuffle: bool, first_step: int, last_step: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (step, row indices) for first_step..last_step, from 1; the last batch of an epoch may be smaller."""
+    """Yields (optimizer step, row indices) of first_step..last_step, from 1; an epoch's last batch may be smaller."""
     per_epoch = -(-num_rows // batch_size)
     for step in range(first_step, last_step + 1):
         epoch, batch = divmod(step - 1, per_epoch)

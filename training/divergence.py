@@ -28,8 +28,8 @@ class Divergence:
         self.most_entropy, self.said = 0.8 * math.log(vocab_size), set()
 
     def look(self, step: int, *, kl: float, tokens: float = 1.0, entropy: float, approx_kl: float = 0.0) -> None:
-        """Warns, once each, of values far above the usual. With --stop_kl saves the state and raises ValueError. A
-        collective; the values must be the same on all ranks.
+        """Warns of values far above the usual, once per quantity. If kl exceeds --stop_kl, saves the state and raises
+        ValueError. A collective; the values must be the same on all ranks.
 
         kl: to the reference, as logged, a sum over `tokens` tokens; 0 without a reference. entropy: per token.
         approx_kl: per token, between the policy that sampled and the one that trains."""

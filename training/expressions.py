@@ -13,7 +13,7 @@ LETTER = re.compile(
     "ell|(?:var)?(?:[Gg]amma|[Dd]elta|epsilon|[Tt]heta|[Ll]ambda|[Xx]i|rho|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega)|alpha|beta|"
     "zeta|eta|iota|kappa|mu|nu|tau|[Uu]psilon|chi"
 )
-WORDS = ("sqrt", "pi", *FUNCTIONS)  # names that have their meaning in plain text, too
+WORDS = ("sqrt", "pi", *FUNCTIONS)  # names that are read without a backslash, too
 FACTOR = re.compile(rf"\\(?:pi|{LETTER.pattern})(?![A-Za-z])|(?!{'|'.join({*WORDS} - {'pi'})})[A-Za-z]")  # of 2 \pi x
 FUNCTIONS |= {  # only in LaTeX: in plain text sec is a second
     "arcsin": math.asin,
@@ -34,7 +34,7 @@ def bounded(value: Number) -> Number:
 
 def value_of(text: str, point: int) -> Number:
     """Returns the value of an expression with its variables at one of three points, 0 to 2. Raises ValueError or
-    ArithmeticError if text is not an expression."""
+    ArithmeticError if text cannot be evaluated."""
     return _Expression(text, point).value()
 
 
@@ -109,7 +109,7 @@ class _Expression:
         return _raise(base, self._signed()) if self._take("^") else base
 
     def _argument(self) -> Number:
-        """Parses the argument of a LaTeX command: in braces, or one character."""
+        """Parses the argument of a LaTeX command: in braces, one digit, or one symbol."""
         if self._take("{"):
             result = self._sum()
             self._expect("}")
@@ -118,7 +118,7 @@ class _Expression:
         return Fraction(int(digit[0])) if digit else self._atom()
 
     def _of_function(self) -> Number:
-        """Parses the argument of a function such as sin: in brackets, or the factors up to a bracket or function."""
+        """Parses the argument of a function such as sin: in brackets, or all factors before a bracket or function."""
         is_product = self._next() not in ("(", "[", "{", "|")
         result = self._power()
         while is_product and self._next() and FACTOR.match(self.text, self.i):

@@ -1,6 +1,5 @@
 """The frozen models beside a policy, its reference and in reinforcement learning a reward model: selects their folders
-and quantisation, checks that they can read the policy's rows, and loads them.
-"""
+and quantisation, checks that they can read the policy's rows, and loads them."""
 
 import json
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ class ReferenceArgs(GroupSizeArgs):
         None, type=model_folder, help="folder of the frozen reference; default: the policy's initial model"
     )
     quantize_ref: str = flag(
-        "none", choices=("none", "int8", "int4"), help="quantise the reference; its weights are replicated over dp"
+        "none", choices=("none", "int8", "int4"), help="quantise the reference, which is then replicated over dp"
     )
 
     @property
@@ -124,7 +123,9 @@ def check_rl_flags(args) -> None:
     check_reference_flags(args)
     check_optimizer(args)
     if args.lora_dropout:
-        raise ValueError(f"--lora_dropout {args.lora_dropout}: a ratio to the policy that sampled would measure noise")
+        raise ValueError(
+            f"--lora_dropout {args.lora_dropout}: a ratio to the policy that sampled would measure noise; leave it out"
+        )
     if args.rollout_batch_size % args.step_size:
         raise ValueError(
             f"--minibatch_size {args.minibatch_size} does not divide --rollout_batch_size {args.rollout_batch_size}"
@@ -190,7 +191,7 @@ def _text_to_ids(folder: Path) -> dict[str, object]:
 
 def check_chats(reward: RewardFolder, data: Prompts) -> None:
     """Raises ValueError if the reward model's folder has no chat template for the prompts, or one that rejects a chat.
-    Tries one chat of each sequence of roles; a model that reads the policy's ids needs no template."""
+    Tries one chat per sequence of roles and options; a model that reads the policy's ids needs no template."""
     if reward.same_tokenizer and reward.kind.separator is None:
         return
     kinds = {}
@@ -216,8 +217,8 @@ def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | No
     return scheme
 
 
-def check_reader(name: str, path: Path, policy: Folder, args) -> None:
-    """Raises ValueError unless the model in a folder can read the policy's tokens."""
+def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, lower: str) -> None:
+    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag that shortens them."""
     check_files(path)
     config = ModelConfig.from_hf(path)
     config.check_divisible(args.tensor_parallel_size)

@@ -118,7 +118,7 @@ def raw_golds(example: dict) -> list:
 
 
 def gold_answers(example: dict) -> list[str]:
-    """Returns the record's right answers. 18.0 also gives 18: pandas makes floats of integers beside missing values."""
+    """Returns the record's right answers; of 18.0 also 18: pandas writes integers of a column with gaps as floats."""
     golds = raw_golds(example)
     whole = [int(gold) for gold in golds if isinstance(gold, float) and gold.is_integer()]
     return [final_part(str(gold)) for gold in golds + whole]
@@ -208,15 +208,15 @@ def letter_of(answer: str) -> str | None:
 
 
 def last_letter_in(text: str) -> str | None:
-    """Returns the last choice that a text calls correct, or else names: "(B)", a line that begins with "B", or a "B"
-    that is not a word. The whole text may also be the letter, upper or lower case."""
+    """Returns the last choice that a text calls correct, or else names: "(B)", a line that begins with "B", or a
+    "B" by itself, but not the words "A" and "I". The whole text may also be the letter, upper or lower case."""
     if re.fullmatch(r"\W*[A-Ja-j]\W*", text, re.A):
         return re.sub(r"\W", "", text, flags=re.A).upper()
     stated = [first or second for first, second in STATED_CHOICE.findall(text)]
     if stated:
         return stated[-1]
     for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
-        # "C, not B" chooses C. re.A: in \u7b54\u6848\u662fB, B is a word
+        # "C, not B" chooses C. re.A: B is by itself in \u7b54\u6848\u662fB
         letters = re.findall(rf"(?<!\bnot )(?<!\bnot \(){pattern}", text, re.M | re.A)
         if letters:
             return letters[-1]

@@ -136,7 +136,7 @@ class GrpoStats(NamedTuple):
     low_clipped: Tensor  # number of ratios below 1 - epsilon with a negative advantage
     high_clipped: Tensor  # number of ratios above 1 + epsilon_high (cispo: epsilon_high) with a positive advantage
     num_ratios: Tensor  # one for each learnt token, or one for the answer
-    kl: Tensor  # KL term of the loss, summed over the learnt tokens: k3 in nats; 0 without a reference
+    kl: Tensor  # KL as in the loss, without beta, summed over the learnt tokens: k3 in nats; 0 without a reference
 
 
 def grpo_losses(
@@ -151,10 +151,10 @@ def grpo_losses(
 ) -> tuple[Tensor, GrpoStats]:
     """Returns (the loss of each answer, fp32 [n], to be summed over a step and divided by loss_divisor; stats).
 
-    logps, old_logps [n, R] in nats: of the policy now and when it sampled. ref_logps: of the reference, which adds
-    beta k3 to each token's loss unless the KL is in the reward. engine_logps: needed by tis_cap. Only logps has a
-    gradient. advantages [n]. mask bool [n, R]: the tokens to train on, including the EOS that ended an answer; values
-    outside it are ignored.
+    logps, old_logps, ref_logps, engine_logps [n, R] in nats: of the policy now, of the policy when it sampled, of the
+    reference, which adds beta k3 to each token's loss unless the KL is in the reward, and of the engine, which tis_cap
+    needs. Only logps has a gradient. advantages [n]. mask bool [n, R]: the tokens to train on, including the EOS that
+    ended an answer; values outside it are ignored.
 
     Sources: grpo arXiv 2402.03300, dr_grpo 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo
     2402.14740; the KL's factor: DeepSeek-V3.2, 2512.02556.

@@ -328,10 +328,10 @@ def sequence_kl_loss(log_ratios: Tensor) -> Tensor:
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Returns k3 of each token, fp32: exp(-d) - 1 + d with d = logp - ref_logp, which is never negative.
+    """Returns k3 = exp(-d) - 1 + d of each token, fp32, with d = logp - ref_logp; k3 is never negative.
 
     On samples of the policy the mean of k3, as that of d, is the KL to the reference in nats (Schulman 2020,
-    joschu.net/blog/kl-approx.html). Outside GRPO's loss use it in metrics only: as reward or loss its optimum differs.
+    joschu.net/blog/kl-approx.html). Outside GRPO's loss, only for metrics: as a reward or loss, k3 has another optimum.
     """
     log_ratios = logps.float() - ref_logps.float()
     return torch.expm1(-log_ratios) + log_ratios

@@ -183,7 +183,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Reads the .metadata of a checkpoint. Raises ValueError if it is not what torch writes there."""
+    """Reads a checkpoint's .metadata. Raises ValueError that names the file if it is not what torch writes there."""
     try:
         with open(folder / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()

@@ -5,7 +5,7 @@ r"""Compares two answers mathematically.
 - brackets and order matter in tuples, intervals and matrices; sets and lists of solutions have no order
 - x > 5 is the interval (5, \infty); equations are equal if one is a multiple of the other
 - a name in front (x = 5), currency and units are ignored, but two known units that differ are not equal: 5 cm, 5 m
-- answers that cannot be parsed are compared as words; if both are formulas, with the package math_verify, if installed
+- answers that cannot be parsed are compared as words, and if both are formulas, also with math_verify, if installed
 - Python never evaluates an answer, and powers are bounded: 9^{9^{9}} merely fails to parse
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from training.expressions import WORDS, Number, bounded, value_of
 
-LONGEST = 1000  # longer answers are compared as text
+LONGEST = 1000  # characters; longer answers are compared as text
 OTHER_SCRIPTS = "\u0400-\u0e7f\u2e80-\uffef"  # scripts other than Latin and Greek, whose letters may be variables
 # No Latin letter before a number, which would make both one word; Chinese characters may stand there.
 NO_WORD = r"(?<![0-9A-Za-z_\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u0dff.])"
@@ -211,7 +211,7 @@ PROSE = re.compile(
     r"(?<![\\A-Za-z])(?!sqrt|log|sin|cos|tan|exp)[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}"
 )
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-ALIKE = (  # words for the same unit: units of at most two letters, and units that differ from them
+ALIKE = (  # one unit per line: those of at most two letters, and others that must not equal them
     "mm millimeter millimeters",
     "cm centimeter centimeters",
     "m meter meters",
@@ -246,7 +246,7 @@ def _compatible(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Normalises an answer: removes or replaces LaTeX markup and notations of languages."""
+    """Normalises an answer: replaces LaTeX markup, Unicode characters and notations of other languages."""
     text = text.translate(WIDE)
     for pattern, new in REPLACED:
         text = pattern.sub(new, text)

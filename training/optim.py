@@ -314,7 +314,7 @@ def set_learning_rate(
 ) -> float:
     """Sets and returns the learning rate of a step, counted from 1. It rises linearly over the first
     ceil(warmup_ratio * total_steps) steps, reaches the peak in the last of them, then stays, or falls such that it
-    would be 0 one step after the last. peak: default args.learning_rate."""
+    would be 0 one step after the last. peak: args.learning_rate by default."""
     rate = args.learning_rate if peak is None else peak
     warmup_steps = math.ceil(args.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 in floats is above 7
     if step <= warmup_steps:

@@ -53,8 +53,8 @@ class RolloutArgs(StopArgs, PrefillArgs):
         None,
         type=number_or("auto", at_least_one),
         metavar="N|auto",
-        help="answers generated at a time on a rank; default: auto, on a GPU as many as memory beside training allows, "
-        "up to 256, on a CPU up to 128",
+        help="answers generated at a time on a rank; default: auto, up to 256 on a GPU, as memory beside training "
+        "allows, and up to 128 on a CPU",
         may_change=True,
     )
     sleep: int = flag(

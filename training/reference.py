@@ -1,7 +1,7 @@
 """The frozen reference's log-probs of pairs, computed once before training and cached in the run directory.
 
 - the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; with
-  another key the log-probs are computed anew, with the same key they are read and a random batch of them is rechecked
+  another key all is computed anew; with the same key the file is read, and a random batch is recomputed and compared
 - a bf16 matrix product may give a row other bits in another batch. So pairs are batched as in the first epoch, and a
   policy that starts as its reference has an initial loss of ln 2, on a CPU to the last bit (a GPU's kernels and
   compiler may round otherwise when gradients are needed)

@@ -73,8 +73,8 @@ class RewardArgs(GradingArgs):
     process_reward: str = flag(
         "min",
         choices=("min", "prod", "last", "mean", "steps"),
-        help="with a process reward model: how step probabilities become a reward at the answer's end; or steps: each "
-        "is the reward of its step's last token",
+        help="with a process reward model: how to combine the steps' probabilities into a reward at the answer's end; "
+        "steps: reward each step's last token with its own",
     )
     reward_error: str | None = flag(
         None,
@@ -86,7 +86,7 @@ class RewardArgs(GradingArgs):
     missing_eos_penalty: float | None = flag(None, bounds=positive, help="penalty of unfinished answers; default: none")
     length_penalty: float = flag(0.0, bounds=non_negative, help="penalty per token of an answer")
     quantize_reward: str = flag(
-        "none", choices=("none", "int8", "int4"), help="quantise the reward model; its weights are replicated over dp"
+        "none", choices=("none", "int8", "int4"), help="quantise the reward model, which is then replicated over dp"
     )
 
 
@@ -240,7 +240,7 @@ class Scorer:
         elif several and self.args.reward_error is None and self.weights[name]:
             self.stop.fail(
                 f"--reward_fn: {name} gave none of {len(grades)} answers a grade, the first: {grades[0].failure}; "
-                "--reward_error skip or zero continues nevertheless"
+                "--reward_error skip or zero lets the run go on"
             )
 
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
@@ -252,7 +252,7 @@ class Scorer:
         if failure is not None:
             failure = f"--reward_fn: {name} gave an answer no grade: {failure}" if per_answer else failure
             if how == "refuse":
-                self.stop.fail(f"{failure}; --reward_error zero or skip continues nevertheless")
+                self.stop.fail(f"{failure}; --reward_error zero or skip lets the run go on")
             if name not in self.warned:
                 self.warned.add(name)
                 say(f"{failure}; later failures are only counted")

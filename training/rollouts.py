@@ -124,7 +124,7 @@ def rows_at(part: list[int], device: torch.device) -> Callable[[Tensor], Tensor]
 
 
 def over_ranks(rows: list[Example], function: Callable[[list[Example]], Tensor], split: Split) -> Tensor:
-    """Applies function(n rows, maybe 0) -> [n, R] to rows shared by the ranks; all get fp32 [A, R]. A collective."""
+    """Applies function(n rows, maybe 0) -> [n, R] to all rows, split over ranks; all get fp32 [A, R]. A collective."""
     result = None
     for part in split.numbers(rows):
         values = function([rows[i] for i in part])

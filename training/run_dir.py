@@ -55,7 +55,7 @@ from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
 # Time between checkpoints without --save_steps. Not a number of steps, since a step takes from milliseconds to minutes:
-# whatever the model, a failure costs at most a quarter of an hour, and writing a 7B model's 80 GB takes less than 5 %.
+# whatever the model, a failure costs at most 15 minutes, and writing a 7B model's 80 GB takes under 5 % of that time.
 SAVE_SECONDS = 15 * 60
 # Flags that determine which records a step takes.
 ORDER = {"batch_size", "rollout_batch_size", "train_file", "prompt_file", "seed", "shuffle"}
@@ -78,7 +78,7 @@ class RunArgs(ModelArgs, AcceptArgs, LoraArgs):
     save_steps: int | None = flag(
         None,
         bounds=non_negative,
-        help="save every N steps and after the last, 0: never; default: every 15 minutes and after the last",
+        help="save every N steps and after the last, or never if 0; default: every 15 minutes and after the last",
         may_change=True,
     )
     save_total_limit: int = flag(2, bounds=at_least_one, help="number of checkpoints to keep", may_change=True)
@@ -104,12 +104,12 @@ class Run:
     """Everything around the steps of a training run. A script calls it in this order:
 
     run = Run(args)                                 refuses flags and folders that cannot work, before loading anything
-    run.begin(model, optimizer, ...)                restores both from the newest checkpoint; first_step, total_steps
+    run.begin(model, optimizer, ...)                with --resume restores both; sets first_step, total_steps
     if run.first_step == 1:
         run.log_start(metrics)
     if run.unfinished:                              the metrics of a step whose evaluation a signal interrupted
         ...                                         evaluate, log and export as below
-    for step, numbers in run.steps(batches, ...):   saves, or stops after a signal, behind the loop's body;
+    for step, numbers in run.steps(batches, ...):   saves, or stops after a signal, after the loop's body;
         run.check_finite(...)                       in reinforcement learning: for step in run.updates()
         run.begin_update()                          before the optimizer's first step
         if run.eval_due:
@@ -120,9 +120,9 @@ class Run:
     run.export(model)
 
     A signal, or an error that all ranks raise, ends the run at one of these calls or in run.stop.check, which save the
-    state first. step, numbers: the current step and its records; first_step: counted from 1. last_line: the step up to
-    which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it. changed: the flags in which
-    a resumed run differs from its checkpoint, as --accept_changed allows.
+    state first. step, numbers: the current step and its records; first_step: the one to start with, counted from 1.
+    last_line: the step up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it.
+    changed: the flags in which a resumed run differs from its checkpoint, as --accept_changed allows.
     """
 
     def __init__(self, args: RunArgs):
@@ -239,7 +239,7 @@ class Run:
 
     def _keep(self, failed: bool) -> str:
         """Saves the state, unless it is mid-update or saved already, and the metrics of an interrupted evaluation.
-        Returns where the run ended ("after step 3"). failed: because of an error; keeps one checkpoint more."""
+        Returns where the run ended ("after step 3"). failed: after an error; then no older checkpoint is deleted."""
         if self._evaluated is not None and is_main_rank():
             write_json(self.args.output_dir / UNFINISHED, {"step": self.step, **self._evaluated})
         done = self.stop.state_of
@@ -299,7 +299,7 @@ class Run:
     def check_weights(self, model: nn.Module) -> None:
         """Raises ValueError if weights are not finite, before they are saved over finite ones. A collective."""
         if not all_fit(model):
-            advice = "take a lower --learning_rate and --resume from the checkpoint before with --accept_changed"
+            advice = "take a lower --learning_rate and --resume from the last checkpoint with --accept_changed"
             self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
 
     def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:

@@ -88,8 +88,8 @@ class EvalPrompt(NamedTuple):
 
 def prompts_of(examples: Iterable[Example], count: int) -> list[EvalPrompt]:
     """Returns the prompts of the first `count` rows with target tokens. A row's last span of targets (the completion,
-    or the assistant's last turn) is the reference, the tokens before it are the prompt; a row that consists of targets
-    alone is split in the middle."""
+    or the assistant's last turn) is the reference, the tokens before it are the prompt; if there are none, the span is
+    split in the middle."""
     prompts = []
     for example in islice((example for example in examples if example.num_targets), count):
         learnt, ids = [label != IGNORE_INDEX for label in example.labels], list(map(int, example.input_ids))

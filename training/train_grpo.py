@@ -97,7 +97,7 @@ class GrpoArgs(RunArgs, RolloutArgs, RewardArgs, ReferenceArgs, GrpoLossArgs, Di
         0, bounds=non_negative, help="how many times groups with equal rewards are resampled in an update"
     )
     soft_punish_cache: int | None = flag(
-        None, bounds=at_least_one, help="penalty of up to 1 for using the last N of --max_new_tokens; default: none"
+        None, bounds=at_least_one, help="penalty of up to 1 for the last N tokens of --max_new_tokens; default: none"
     )
 
 
@@ -281,7 +281,7 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
     rewards = scores.total
     if args.soft_punish_cache:
         punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
-        if args.mask_truncated_completions:  # lowering a masked answer would only raise the others' advantages
+        if args.mask_truncated_completions:  # punishing a masked answer would only raise the others' advantages
             punishment = punishment * torch.tensor(finished, device=punishment.device)
         rewards = rewards + punishment
     seconds["score"] = watch.lap()
@@ -310,7 +310,7 @@ class Groups(NamedTuple):
 def groups_of(
     sampled: list[Sampled], policy: Transformer, reference: Transformer | None, args: GrpoArgs, split: Split
 ) -> Groups:
-    """Collects groups whose rewards differ, from the last round all; computes log-probs, advantages. A collective."""
+    """Collects groups whose rewards differ and all of the last round, with log-probs and advantages. A collective."""
     kept = [~all_alike(part.rewards, args.num_generations) | (part is sampled[-1]) for part in sampled]
     kept = [mask.repeat_interleave(args.num_generations) for mask in kept]
     chosen = [(part, i) for part, mask in zip(sampled, kept) for i in mask.nonzero()[:, 0].tolist()]

@@ -281,8 +281,8 @@ def reward_metrics(loss: str, rewards: Tensor, targets: Tensor) -> dict[str, flo
 
 
 def eval_metrics(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, float]:
-    """Returns the metrics of an evaluation. For pairs, the calibration error is that of the prediction which answer is
-    better, made with the probability sigmoid(|difference|); for labels, that of sigmoid(reward)."""
+    """Returns evaluation metrics, without AUC if all labels are of one class. The calibration error of pairs is that of
+    predicting the better answer, with probability sigmoid(|difference|); of labels, that of sigmoid(reward)."""
     loss = losses_of(args, rewards, targets).double().mean().item()
     metrics = {"loss": loss, **reward_metrics(args.loss, rewards, targets)}
     if args.loss == "pairwise":
@@ -292,7 +292,7 @@ def eval_metrics(args: RmArgs, rewards: Tensor, targets: Tensor) -> dict[str, fl
     else:
         metrics["calibration_error"] = calibration_error(rewards.sigmoid(), targets)
         metrics["auc"] = auc(rewards, targets)
-    return {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}  # AUC: one class
+    return {f"eval_{name}": value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:

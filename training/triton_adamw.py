@@ -56,7 +56,7 @@ def adamw_kernel(
     exp_avg_sq,
     exp_avg_scale,  # fp32 [R, C / block], as exp_avg_sq_scale
     exp_avg_sq_scale,
-    signed_levels,  # fp32, as levels and the midpoints below
+    signed_levels,  # fp32, like the next three; middles are midpoints between levels
     levels,
     signed_middles,
     middles,

@@ -93,10 +93,10 @@ def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> 
                 yield fields_of_line
 
 
-def lines_of(records: list[Record], output_file: Path, args, now: dict, fields: tuple[str, ...] = ()) -> list[dict]:
+def lines_of(records: list[Record], output_file: Path, fields: tuple[str, ...] = ()) -> list[dict]:
     """Returns read_begun's lines of score.py, one for each record from the first on. Raises ValueError if a line is of
     another record: --accept_changed admits a data file with other records at these places."""
-    lines = list(read_begun(output_file, args, now, "score.py", fields))
+    lines = list(read_begun(output_file, "score.py", fields))
     for number, line in enumerate(lines, start=1):
         if number > len(records):
             raise ValueError(f"{output_file}:{number}: this run has {len(records)} records; begin another file")

@@ -36,9 +36,9 @@ def check_critic_flags(args) -> None:
         raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
 
 
-def choose_critic(args, policy: Folder, reward: RewardFolder | None, longest: int) -> Path:
-    """Returns the folder of the initial critic. Raises ValueError if it cannot be trained or cannot read the policy's
-    rows. longest: most tokens of a prompt and its answer."""
+def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None) -> Path:
+    """Returns the folder of the initial critic. Raises ValueError if critic or policy cannot be trained from their
+    folders, or if the critic cannot read the policy's tokens."""
     start = args.reward_checkpoint_path if reward and reward.same_tokenizer else args.checkpoint_path
     path = args.checkpoint_path if args.shared_base else args.value_checkpoint_path or start
     if is_quantized(read_hf_config(path)[0]):

@@ -217,8 +217,8 @@ def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | No
     return scheme
 
 
-def check_reader(name: str, path: Path, policy: Folder, longest: int, args, *, lower: str) -> None:
-    """Raises ValueError unless the model in a folder can read the policy's rows. lower: the flag that shortens them."""
+def check_reader(name: str, path: Path, policy: Folder, args) -> None:
+    """Raises ValueError unless the model in a folder can read the policy's tokens."""
     check_files(path)
     config = ModelConfig.from_hf(path)
     config.check_divisible(args.tensor_parallel_size)

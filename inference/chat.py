@@ -72,7 +72,7 @@ def main(args: ChatArgs) -> None:
     options = {"num_slots": 1, "max_seq_len": limit, "compile": runtime.compile, "prefill_tokens": args.prefill_tokens}
     engine = Engine(model, params, tokenizer=tokenizer, look_every=1, **options)
     unread = settings_not_taken(args.checkpoint_path, args)
-    note = f"\n(ignored settings of generation_config.json, the flags apply: {unread})" if unread else ""
+    note = f"\n(ignored, from generation_config.json: {unread}; the flags apply)" if unread else ""
     say(f"{args.checkpoint_path} on {device_name(runtime.device)}{note}\n{HELP}")
 
     messages, turn = list(opening), 0

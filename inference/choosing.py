@@ -30,8 +30,8 @@ def choose_best(lines: list[dict]) -> list[dict]:
 
 
 def choose_by_vote(lines: list[dict], answers: list[str | None], weight: Callable[[float], float]) -> list[dict]:
-    """Returns the best line of each prompt's winning answer, with voted_answer and votes, {answer: sum of its samples'
-    weights}, added (weighted majority voting, as in Easy-to-Hard Generalization, arXiv 2403.09472).
+    """Returns the best line of each prompt's winning answer. Adds voted_answer and votes, {answer: sum of its samples'
+    weights} (weighted majority voting, as in Easy-to-Hard Generalization, arXiv 2403.09472).
 
     Of answers with equal votes the first in the file wins. Samples without an answer (None) have no vote; if no sample
     has an answer, voted_answer is None and the line is the best of all.

@@ -53,7 +53,7 @@ class PromptArgs:
     prompt: list[str] | None = flag(None, action="append", help="a prompt; may be given several times")
     prompt_file: Path | None = flag(None, help="JSON or JSONL records with a prompt each")
     num_samples: int = flag(1, bounds=at_least_one, help="samples for each prompt")
-    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="what to do with overlong prompts")
+    overlong: str = flag("refuse", choices=("refuse", "skip", "truncate"), help="for prompts that leave no room")
     chat: bool = flag(False, help="put text prompts through the chat template, as a message of the user")
     system: str | None = flag(None, help="with --chat: a system message before each prompt")
 

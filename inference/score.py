@@ -114,8 +114,8 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     )
     best_of_n: bool = flag(
         False,
-        help="keep only the sample with the highest reward of each prompt (samples of one prompt have the same prompt "
-        "and idx); all scored samples go to OUTPUT.scored.jsonl beside --output_file OUTPUT.jsonl",
+        help="keep only the sample with the highest reward of each prompt (same prompt, and same idx where "
+        "records have one); all scored samples go to OUTPUT.scored.jsonl beside --output_file OUTPUT.jsonl",
         may_change=True,
     )
     weighted_vote: bool = flag(
@@ -265,7 +265,7 @@ def check_flags(args: ScoreArgs) -> None:
 
 
 def check_outputs(args: ScoreArgs) -> None:
-    """Raises ValueError if an output file already exists, or on resume if it was begun without choosing."""
+    """Raises ValueError if an output file already exists, or on resume if it was begun without a choice of samples."""
     for path in {args.output_file, args.scored_file} if not args.resume else ():
         refuse_occupied(path)
     if args.resume and args.output_file.exists() and not args.scored_file.exists():

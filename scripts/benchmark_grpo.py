@@ -32,7 +32,7 @@ class GrpoArgs(SpeedArgs, RecomputeArgs):
     batch_size: int = flag(8, bounds=at_least_one, help="answers per update")
     prompt_len: int = flag(64, bounds=at_least_one, help="tokens of each prompt")
     seq_len: int = flag(512, bounds=at_least_one, help="tokens of the longest answer")
-    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="rows per forward; default: --batch_size")
+    micro_batch_size: int | None = flag(None, bounds=at_least_one, help="rows per padded batch; default: --batch_size")
     max_tokens_per_micro_batch: int | None = flag(
         None, bounds=at_least_one, help="tokens per packed forward; default: those of --micro_batch_size longest rows"
     )

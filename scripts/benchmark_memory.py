@@ -105,7 +105,7 @@ def activations(
     """Returns (bytes of activations kept for the backward, additional bytes in the loss, additional bytes in a block's
     backward) of `tokens` tokens; c: bytes per element of the compute dtype."""
     if recompute == "selective":
-        raise ValueError("--activation_checkpointing selective: the formula of memory knows none and full only")
+        raise ValueError("--activation_checkpointing selective: memory is computed for none and full only; choose one")
     E, F, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, kv = H * config.head_dim, config.num_key_value_heads * config.head_dim
     norm = c * E + 4  # its input, and the reciprocal of the root mean square

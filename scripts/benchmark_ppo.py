@@ -2,7 +2,7 @@
 
 - writes policy and reward model as Hugging Face folders, and runs the unmodified training script on them in its own
   process; its first update is a warm-up
-- the generation engine alone draws as many answers before and after, which shows the overhead of PPO's rollouts
+- the generation engine alone answers the same prompts before and after, which shows the overhead of PPO's rollouts
 - also computes the memory of one rank; --plan prints only that, for models that do not fit on this machine
 """
 
@@ -47,7 +47,7 @@ class PpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, LayoutArgs):
 
     batch_size: int = flag(8, bounds=at_least_one, help="answers per update")
     reward_preset: str | None = flag(None, choices=SIZES, help="shape of reward model and critic; default: --preset")
-    slots: int | None = flag(None, bounds=at_least_one, help="slots to draw in; default: --batch_size, at most 128")
+    slots: int | None = flag(None, bounds=at_least_one, help="answers drawn at once; default: --batch_size, up to 128")
     micro_batch_size: int | None = flag(None, bounds=at_least_one, help="answers per forward; default: --batch_size")
     ppo_epochs: int = flag(1, bounds=at_least_one, help="passes over the answers of an update")
     plan: bool = flag(False, help="print the computed memory, for each of --layouts, and run nothing")

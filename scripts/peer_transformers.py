@@ -122,7 +122,7 @@ def generate_batch(args, runtime: Runtime) -> dict:
 
 
 def sft(args, runtime: Runtime) -> dict:
-    """A plain loop with transformers' loss and our optimizer: fp32 weights with autocast, or bf16 weights without."""
+    """Plain loop, transformers' loss, our optimizer: fp32 weights with autocast, or --param_dtype bfloat16 without."""
     version = required("transformers")
     device, param_dtype = runtime.device, DTYPES[args.param_dtype]
     model = build(args.config, param_dtype, device).train()

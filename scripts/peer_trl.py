@@ -71,7 +71,7 @@ def settings_of(args, runtime: Runtime, folder: str) -> dict:
 
 
 def sft(args, runtime: Runtime) -> dict:
-    """Runs SFTTrainer on fp32 weights, in the dtype of --dtype, with its own AdamW, on rows of ids that are all learnt.
+    """Runs SFTTrainer on fp32 weights, in bf16 if --dtype says so, with its own AdamW, on rows of ids, all learnt.
     By default it recomputes activations; --activation_checkpointing none turns that off."""
     check_comparable(args)
     version = required("trl", "transformers", "datasets", *["peft"] * (args.lora_r is not None))
@@ -101,7 +101,7 @@ def sft(args, runtime: Runtime) -> dict:
 
 
 def dpo(args, runtime: Runtime) -> dict:
-    """Runs DPOTrainer on fp32 weights, in the dtype of --dtype, with its own AdamW."""
+    """Runs DPOTrainer on fp32 weights, in bf16 if --dtype says so, with its own AdamW."""
     check_comparable(args)
     version = required("trl", "transformers", "datasets")
     import trl

@@ -56,7 +56,7 @@ class QuantizeScriptArgs(ModelArgs, AdapterArgs):
     )
     group_size: int | None = flag(None, choices=GROUP_SIZES, help="int4: weights that share a scale; default: 32")
     int8_layers: list[str] = flag(
-        (), nargs="*", choices=ROW_PARALLEL, help="int4: layers to keep in int8, at little extra size in some models"
+        (), nargs="*", choices=ROW_PARALLEL, help="int4: layers to store in int8, which costs little in some models"
     )
     calibration_file: Path | None = flag(None, help="records as for finetune_sft.py, to calibrate int4 with")
     eval_file: Path | None = flag(None, help="records as for finetune_sft.py, to print perplexity and KL on")

@@ -1,8 +1,8 @@
 """Stress test: runs that are killed at random and resumed must end like runs that were never interrupted.
 
 - kills the five trainers, generate.py and score.py (launcher and ranks) several times each, or lets the disk run full;
-  resumes them each time, sometimes on another number of ranks; and compares the final results with an uninterrupted run
-  of the same command: weights and metrics bit by bit (on another layout to 1e-4, in bf16 to 1e-3), lines one by one
+  resumes them each time, sometimes on another number of ranks; and compares the results with an uninterrupted run of
+  the same command: weights, rewards, metrics bit by bit (on another layout to 1e-4, in bf16 to 1e-3), lines one by one
 - a kill waits for a phase, drawn uniformly, and then a few milliseconds; the phase it hit is read from files on disk
 - a full disk is simulated by a limit on file sizes, which any write may reach
 - one rank is forked from this process, several are started by torchrun (torture_attempt.py). Linux only

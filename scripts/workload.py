@@ -16,7 +16,7 @@ from models.common import at_least_one, flag, positive
 from models.generation import Request
 from models.model import ModelConfig
 
-FIRST_TOKEN = 3  # random prompts begin here, after the special tokens
+FIRST_TOKEN = 3  # lowest id in random prompts: those below are special tokens
 
 
 @dataclass(frozen=True, kw_only=True)

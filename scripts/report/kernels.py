@@ -22,7 +22,7 @@ from scripts.report.speed import full_engine, name_of
 from scripts.report.trained import benchmark_sft
 from scripts.workload import counted
 
-CALLS = 24  # kernel calls in a measurement, captured as one graph, since launching some kernels takes longer than they
+CALLS = 24  # calls per measurement, captured as one graph: to launch some kernels takes longer than to run them
 CACHE_BYTES = 2**28  # larger than a GPU's caches
 
 

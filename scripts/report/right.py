@@ -49,7 +49,7 @@ VOCAB_SIZE = 500
 
 
 def check_triton(section: Section) -> None:
-    """Checks that Triton's kernels run: they do not without a C compiler, for instance, and then everything is slow."""
+    """Checks that Triton's kernels run: they do not without a C compiler, for instance, and then all else is slower."""
     device = section.runtime.device
     if device.type == "cuda":
         section.check("Triton", 0 if has_triton(device) else 1, 0, "kernels and torch.compile; log.txt has the reason")
@@ -307,8 +307,8 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Te
 
 
 def check_optimizer(section: Section) -> None:
-    """Compares AdamW's kernel for bf16 weights with plain operations; the last bit may differ, since these divide by a
-    number where they multiply by its reciprocal."""
+    """Compares AdamW's kernel for bf16 weights with plain operations; the last bit may differ, since plain operations
+    divide by a number by multiplying by its reciprocal."""
     device = section.runtime.device
     if optim.gpu_kernel(device) is None:
         section.note("AdamW", "its kernel needs a GPU; tests run it in Triton's interpreter")

@@ -184,7 +184,7 @@ def update_of(script: str, title: str):
             measured = root / "out" / "metrics.jsonl"
             try:
                 run_script(f"training/{script}.py", *flags, seconds=section.left())
-            except TimeIsUp:  # all right if the second update is logged, as while the model is being written
+            except TimeIsUp:  # fine once the second update is logged, say while the model is being written
                 if not measured.exists() or len(measured.read_text().splitlines()) < 2:
                     raise
             metrics = json.loads(measured.read_text().splitlines()[-1])

@@ -140,7 +140,7 @@ WAITS = {
 
 @pytest.mark.parametrize("fault", WAITS)
 def test_waiting_is_seen(gpu, fault):
-    """Shows that NobodyWaits bites."""
+    """Catches a NobodyWaits that does not notice a wait."""
     with NobodyWaits(), pytest.raises((AssertionError, DataDependentOutputException)):
         WAITS[fault](torch.ones(3, device=GPU))
 

@@ -455,7 +455,7 @@ def test_weight_of_a_token_on_policy():
 
 def test_kl_gradient_on_policy():
     """Catches the estimator's own gradient instead of the KL's: multiplied by the ratio it is log pi / pi_ref for each
-    token, without the ratio 1 - pi_ref / pi."""
+    token; without the factor it would be 1 - pi_ref / pi."""
     logps = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
     ref = torch.tensor([[-1.5, -1.0, -0.5]])
     mask, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1)

@@ -127,7 +127,7 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     answer_fn: FunctionPlace | None = flag(
         None,
         help="with --weighted_vote: FILE.py:NAME of a function from a completion's text to its final answer (str, "
-        "or None); default: the last \\boxed{} that is not empty, else the last line that is not blank",
+        "or None if it has none); default: the last \\boxed{} that is not empty, else the last line that is not blank",
         may_change=True,
     )
 

@@ -13,7 +13,7 @@ for python in "${pythons[@]}"; do
         missing=$("$python" -c 'import importlib.util as i, sys; print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' \
             numpy tqdm jinja2 safetensors tokenizers)
         if [ -n "$missing" ]; then
-            echo "gpu_report.sh: $python has torch, but not: $missing; pip install $missing (as transformers needs)" >&2
+            echo "gpu_report.sh: $python has torch, but lacks $missing, which transformers needs too; pip install them" >&2
             exit 2
         fi
         exec "$python" scripts/gpu_report.py --output_dir "${OUT:-runs/gpu}" "$@"

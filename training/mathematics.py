@@ -346,7 +346,8 @@ def _read_inequality(text: str, depth: int) -> Named:
     sides = RELATION.split(text)
     signs = ["<" if re.search(r"<|\u2264|\\l", sign) else ">" for sign in sides[1::2]]
     closed = [re.search(r"=|[\u2264\u2265]|\\[lg]e", sign) is not None for sign in sides[1::2]]
-    values = [None if re.fullmatch(r"\s*\\?[A-Za-z]+(?:_\w)?\s*", side) else side for side in sides[::2]]
+    variable = re.compile(r"\s*(?!\\?(?:pi|infty)\b)\\?[A-Za-z]+(?:_\w)?\s*")
+    values = [None if variable.fullmatch(side) else side for side in sides[::2]]
     if len({*signs}) > 1 or values.count(None) != 1 or values[1:-1] not in ([], [None]):
         raise ValueError("not the bounds of a variable")
     name = re.sub(r"[\s\\]", "", sides[2 * values.index(None)])

@@ -52,6 +52,7 @@ RIGHT = [
     ("1.5e3 m", "1500"),
     (r"x > 2 \text{ and } x \le 3", "(2,3]"),
     ("x >= 1 and x > 1", "x > 1"),
+    (r"0 \le x < \pi", r"[0,\pi)"),
     (r"x<1 \text{ and } x>3", r"(-\infty,1)\cup(3,\infty)"),  # so written by many, and never an empty set
     (r"\$32,\!348", "32348 dollars"),
     ("5\u00a2", "5 cents"),

@@ -156,7 +156,7 @@ def test_jobs_and_peers():
         (["memory", "--quantize", "int4", "--lora_r", 8], ["--lora_r 8", "--quantize"]),
         (["memory", "--slots", 3], ["--slots 3", "--lora_r"]),
         (["memory", "--group_size", 32], ["--group_size 32", "int4"]),
-        (["memory", "--lora_r", 8, "--activation_checkpointing", "selective"], ["knows none and full"]),
+        (["memory", "--lora_r", 8, "--activation_checkpointing", "selective"], ["for none and full only"]),
         (["dpo", "--engine", "trl", "--activation_checkpointing", "selective"], ["knows none and full"]),
         (["ppo", "--preset", "tiny", "--profile", 3], ["--profile"]),
         (["sft", "--documents", 3, "--engine", "transformers"], ["--documents"]),
@@ -277,7 +277,7 @@ def test_memory_of_ppo_on_paper():
     assert sum(plan.values()) < 130e9
     tiny.assert_refused(tiny.run("scripts/benchmark.py", "ppo", "--layouts", "4x2"), "--plan")
     refused = tiny.run("scripts/benchmark.py", "memory", "--activation_checkpointing", "selective")
-    tiny.assert_refused(refused, "knows none and full")
+    tiny.assert_refused(refused, "for none and full only")
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 128)], ids=str)

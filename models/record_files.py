@@ -85,7 +85,8 @@ def is_finished(reason: object) -> bool:
     """Whether a sample with this finish_reason is complete, not cut off by a limit. Raises ValueError for an unknown
     one: no EOS may be learnt behind an answer that was cut off."""
     if not isinstance(reason, str) or reason.lower() not in FINISHED:
-        raise ValueError(f"finish_reason must be stop or length, or be left out, not {ascii(reason)[:60]}")
+        known = "stop, length or another engine's word for these, or be left out"
+        raise ValueError(f"finish_reason must be {known}, not {ascii(reason)[:60]}")
     return FINISHED[reason.lower()]
 
 

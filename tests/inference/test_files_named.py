@@ -40,8 +40,8 @@ def test_an_output_that_cannot_be_written(tmp_path):
 
 
 def test_lines_where_standard_output_goes(folder, tmp_path):
-    """Catches lines in the file to which a shell has sent what is said of the run, which are refused when the model is
-    loaded, as another run's, or written over each other."""
+    """Catches an output file that also receives standard output: lines that overwrite the run's messages, or a refusal
+    only after the model is loaded, which blames another run."""
     process = Forked(
         "inference/generate.py", "--checkpoint_path", folder, "--prompt", "a", "--output_file", "/dev/stdout"
     )

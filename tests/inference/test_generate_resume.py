@@ -199,7 +199,7 @@ def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_pa
 
 
 def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):
-    """Catches a second run on the same lines that finds it when it has read the prompts and loaded the model."""
+    """Catches a second run on an output file that is refused only after it has read prompts and loaded the model."""
     folder, prompts, begun = half_done
     out = tmp_path / "out.jsonl"
     for source, target in ((begun, out), (sidecar(begun), sidecar(out))):

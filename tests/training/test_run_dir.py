@@ -180,7 +180,7 @@ def test_resume_as_another_run(tmp_path):
 
 
 def test_resume_of_a_run_that_has_not_ended(tmp_path, monkeypatch):
-    """Catches a second run in the folder that finds it when it has read its data and loaded its model."""
+    """Catches a second run in a folder that is refused only after it has read its data and loaded its model."""
     child, reads = in_child(lambda: shared.hold(tmp_path / ".lock", "x"))
     assert answer_of(reads) == "done"
     monkeypatch.setattr(shared, "GRACE", 0.1)

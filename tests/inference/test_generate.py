@@ -326,7 +326,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "no prompt": ((), ("--prompt", "--prompt_file")),
     "two prompts": (("--prompt", "a", "--prompt_file", "b"), ("--prompt", "--prompt_file")),
     "missing file": (("--prompt_file", "nowhere.jsonl"), ("nowhere.jsonl",)),
-    "a folder as file": (("--prompt_file", "."), (".: no such file",)),
+    "a folder as file": (("--prompt_file", "."), (".: is a folder; name a file",)),
     "no GPU": (("--prompt", "a", "--device", "cuda:9"), ("--device cuda:9",)),
     "no device": (("--prompt", "a", "--device", "abacus"), ("abacus",)),
     "temperature": (("--prompt", "a", "--temperature", "-1"), ("--temperature", "-1")),

@@ -31,7 +31,7 @@ def test_the_peer_has_our_shape(tmp_path):
     assert metadata(path)["llama.rope.freq_base"] == 1e5
     check_shape(path, SIZES["135m"])
     with pytest.raises(
-        ValueError, match=r"not of the shape of --preset: num_hidden_layers 30, not 12; hidden_size 576"
+        ValueError, match=r"does not have the shape of --preset: num_hidden_layers 30, not 12; hidden_size 576"
     ):
         check_shape(path, SIZES["134m"])
     path.write_bytes(gguf(layers=29))

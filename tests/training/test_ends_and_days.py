@@ -44,7 +44,7 @@ def test_answers_end_where_they_were_trained_to(tmp_path):
     given = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", tmp_path / "out", "--save_steps", 0]
     flags = ["--num_epochs", 40, "--batch_size", 4, "--learning_rate", 1e-2, "--lr_schedule", "constant"]
     result = run(SCRIPT, *given, *flags)
-    assert f"stop tokens   </s> (2), <|im_end|> ({END}) (generation_config.json lists not all" in result.stdout
+    assert f"stop tokens   </s> (2), <|im_end|> ({END}) (generation_config.json does not list all" in result.stdout
     assert "first target  the answer is 7<|im_end|>" in result.stdout
     assert open_folder(tmp_path / "out").eos_token_ids == (2, END)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, END]

@@ -411,7 +411,7 @@ BAD_WEIGHTS = {
     ),
     "a reward model's": (
         lambda w: w.update({"score.weight": w.pop("lm_head.weight")[:1]}),
-        ["a reward model (score.weight), and here goes a language model's folder"],
+        ["a reward model (it has score.weight); give a language model's folder"],
     ),
 }
 

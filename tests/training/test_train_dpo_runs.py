@@ -194,10 +194,6 @@ BAD_FLAGS = {
         {"quantize_ref": "int8", "loss": "simpo"},
         ["--quantize_ref int8 does nothing", "simpo, which has no reference"],
     ),
-    "nothing to compute": (
-        {"no-precompute_ref": True, "loss": "simpo"},
-        ["--no-precompute_ref does nothing for --loss simpo"],
-    ),
     "fp8": ({"quantize_ref": "fp8"}, ["--quantize_ref", "fp8"]),
     "no reference there": ({"ref_checkpoint_path": "nowhere"}, ["nowhere: no such file or folder"]),
     "micro batch": ({"micro_batch_size": 5, "batch_size": 4}, ["--micro_batch_size 5", "--batch_size 4"]),

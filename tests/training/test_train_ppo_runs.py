@@ -184,7 +184,7 @@ BAD_FLAGS = {
         {"max_prompt_len": 251},
         ["--max_prompt_len 251 and --max_new_tokens 6 are more"],
     ),
-    "two sizes": ({"max_tokens_per_micro_batch": 9}, ["--max_tokens_per_micro_batch", "place of --micro_batch_size"]),
+    "two sizes": ({"max_tokens_per_micro_batch": 9}, ["--max_tokens_per_micro_batch replaces --micro_batch_size"]),
     "leaves at once": ({"reward_fn": "{world}/leaves.py:reward"}, ["leaves.py cannot be imported: SystemExit"]),
     "no weight": ({"reward_fn_weight": "nan"}, ["--reward_fn_weight", "'nan' is not a float"]),
     "temperature 0": ({"temperature": 0}, ["--temperature"]),
@@ -193,7 +193,10 @@ BAD_FLAGS = {
     "whitened beside the KL": ({"kl_in": "loss", "whiten_rewards": True}, ["--whiten_rewards", "--kl_in loss"]),
     "other reference": ({"ref_checkpoint_path": "{world}/odd", **UNREAD}, ["odd: a reference", "another vocabulary"]),
     "other critic": ({"value_checkpoint_path": "{world}/odd", **UNREAD}, ["odd: a critic", "another vocabulary"]),
-    "reference with a score": ({"ref_checkpoint_path": "{world}/rm", **UNREAD}, ["rm: a reward model (score.weight)"]),
+    "reference with a score": (
+        {"ref_checkpoint_path": "{world}/rm", **UNREAD},
+        ["rm: a reward model (it has score.weight)"],
+    ),
     "offload to itself": ({"cpu_offload": True, **UNREAD}, ["--cpu_offload", "this run is on the CPU"]),
     "short critic": ({"value_checkpoint_path": "{world}/short"}, ["short: a critic reads rows of", "context is 16"]),
     "short reward model": (

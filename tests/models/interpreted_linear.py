@@ -25,7 +25,10 @@ CASES = [
 def product(a, b, dtype):
     """What the interpreter calls for tl.dot, [M, K] x [K, N], summed in the order of K whatever the shape. The BLAS of
     numpy.matmul chooses the order by the shape on some CPUs, so that a row would depend on the number of rows."""
-    return numpy.add.reduce(a[:, :, None].astype(dtype) * b[None].astype(dtype), axis=1)
+    total = numpy.zeros((len(a), b.shape[1]), dtype)
+    for column, row in zip(a.astype(dtype).T, b.astype(dtype)):
+        total += column[:, None] * row
+    return total
 
 
 def case(M, N, K, mode, group_size, has_zeros, splits, dtype) -> dict[str, float]:

@@ -104,3 +104,9 @@ def test_flags_are_fields(name):
             fields = [vars(c)["__dataclass_fields__"].get(each.name) for c in Args.__mro__[:-1]]
             assert len({id(field) for field in fields if field and field.metadata}) == 1, each.name
     assert "add_argument" not in Path(module.__file__).read_text(encoding="utf-8")
+
+
+def test_the_tests_of_a_file_share_a_process(request):
+    """Catches a pytest-xdist that ignores the groups of conftest.py without a word, as 3.8 does under pytest 9.2: both
+    processes then build the fixtures of most files, and start ranks."""
+    assert "@" in request.node.nodeid or not request.config.getoption("loadgroup", False)

@@ -28,26 +28,10 @@ from huggingface_hub.errors import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.chat_template import TOOL_USE
 from models.common import flag, run_script
+from models.export import COPIED_FILES
 
 # Files that a folder needs beside its weights, by lower-case name; only from the top level of the repository.
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    TOOL_USE,
-    "licen[cs]e*",
-    "use_policy*",
-    "notice*",
-    "readme*",
-)
+SMALL_FILES = ("config.json", *COPIED_FILES, "licen[cs]e*", "use_policy*", "notice*", "readme*")
 # In order of preference. If there are an index and a single file, only the index and its shards are fetched.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 

@@ -104,19 +104,14 @@ def run_section(args: ReportArgs) -> None:
 
 
 def start_and_wait(args: ReportArgs, name: str, limit: float) -> None:
-    """Runs a section in its own process; kills it, with all processes that it started, when its time is up."""
+    """Runs a section in its own process, with the flags of this one; kills it, with all processes that it started, when
+    its time is up."""
     rows_file, row = args.output_dir / "rows.jsonl", {"section": name, "kind": "section"}
     if limit < START:
         append_row(rows_file, {**row, "state": f"skipped: {max(0, limit):.0f} s are left"})
         return
     start, log = time.time(), args.output_dir / "log.txt"
-    flags = ["--section", name, "--started", start, "--deadline", start + limit - 3]
-    flags += ["--output_dir", args.output_dir, "--seed", args.seed]
-    for flag_name in ("device", "dtype"):
-        if getattr(args, flag_name) is not None:
-            flags += [f"--{flag_name}", getattr(args, flag_name)]
-    flags += [] if args.compile is None else ["--compile" if args.compile else "--no-compile"]
-    flags += ["--dry_run"] if args.dry_run else []
+    flags = [*sys.argv[1:], "--section", name, "--started", start, "--deadline", start + limit - 3]
     say(f"{name}: at most {limit:.0f} s")
     size = log.stat().st_size if log.exists() else 0
     with open(log, "a", encoding="utf-8") as file:

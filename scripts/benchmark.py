@@ -8,7 +8,7 @@
 - grpo: a policy update on ragged answers, alternately padded and packed
 - memory: computed memory of a training run on each rank, for any layout; --measure compares it with this machine
 - data: time and memory of tokenising chats of 1, 4 and 16 turns
-- generate, sft and dpo have peers (scripts/benchmark_peers.py): --compare alternates with --peer, in separate processes
+- generate, sft and dpo have peers (scripts/peer_*.py): --compare alternates with --peer, in separate processes
   with the same shape, precision, sampling and compile mode, and prints ratios, since single timings tell little on a
   shared machine
 - the last line is JSON; each job is a file with its own flags: benchmark.py JOB --help

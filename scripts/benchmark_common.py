@@ -178,7 +178,10 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     with --compare runs this command with both engines in turn.
 
     Figures: tokens_per_second; bytes_per_second and flops_per_second if they can be compared with a ceiling; rows: more
-    lines of the card; ran: a peer's description of what it ran.
+    lines of the card; ran: a peer's description of what it ran: package, version, path, precision, compiled or not.
+
+    peers: {name: function as measure}. A peer does the job in the same precision, with the same sampling and the same
+    --compile, or raises ValueError, and imports its package when it is called.
     """
     if peers and args.compare:
         if args.profile:

@@ -9,11 +9,13 @@ from models.fsdp import ParallelArgs
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, collate
 from models.reward import Pair, pair_rows
+from scripts import peer_trl
 from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, run_speed_job
-from scripts.benchmark_peers import PEERS
 from scripts.benchmark_training import TrainedArgs, figures_of_steps, sharded_model
 from scripts.workload import random_ids
 from training.losses import DpoLossArgs, dpo_loss, sequence_logps, token_logps
+
+PEERS = {"trl": peer_trl.dpo}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
 
     batch_size: int = flag(8, bounds=at_least_one, help="pairs per step, on each rank")
     precompute_ref: bool = flag(True, help="compute the reference's log-probs before training, not in each step")
-    engine: str = flag("ours", choices=("ours", *PEERS["dpo"]), help="engine to run")
-    peer: str = flag("trl", choices=PEERS["dpo"], help="with --compare: engine to alternate with")
+    engine: str = flag("ours", choices=("ours", *PEERS), help="engine to run")
+    peer: str = flag("trl", choices=PEERS, help="with --compare: engine to alternate with")
 
     def pairs(self) -> list[tuple[list[int], list[list[int]]]]:
         """Draws (prompt, [chosen, rejected]) of random tokens."""
@@ -35,7 +37,7 @@ class DpoArgs(SpeedArgs, AnswerArgs, TrainedArgs, PeerArgs):
 def main(args: DpoArgs) -> None:
     when = "before training" if args.precompute_ref else "in each step"
     rows = f"{args.batch_size} x 2 x ({args.prompt_len} + {args.new_tokens}) tokens"
-    run_speed_job(args, f"{rows}, reference {when}, {args.setting}", measure_dpo, PEERS["dpo"])
+    run_speed_job(args, f"{rows}, reference {when}, {args.setting}", measure_dpo, PEERS)
 
 
 def measure_dpo(args: DpoArgs, runtime: Runtime) -> dict:

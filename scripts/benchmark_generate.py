@@ -21,9 +21,16 @@ from models.qlinear import MODES, Scheme
 from models.quantize import QuantizeArgs, check_scheme, quantize_in_place, rounding_scheme
 from models.sampling import SamplingParams
 from models.tp import Parallel, TensorParallelArgs, size_of, tensor_parallel_part
+from scripts import peer_llama_cpp, peer_transformers, peer_vllm
 from scripts.benchmark_common import AnswerArgs, PeerArgs, SpeedArgs, ceilings, run_speed_job, seconds_of
-from scripts.benchmark_peers import PEERS
 from scripts.workload import counted, ragged_sizes, random_ids, token_bytes
+
+PEERS = {
+    "transformers": peer_transformers.generate,
+    "generate_batch": peer_transformers.generate_batch,
+    "vllm": peer_vllm.generate,
+    "llama_cpp": peer_llama_cpp.generate,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,8 @@ class GenerateArgs(SpeedArgs, AnswerArgs, PeerArgs, QuantizeArgs, TensorParallel
         choices=("none", *MODES),
         help="values of --quantize to measure alternately, with speeds as ratios to the first",
     )
-    engine: str = flag("ours", choices=("ours", *PEERS["generate"]), help="engine to run")
-    peer: str = flag("transformers", choices=PEERS["generate"], help="with --compare: engine to alternate with")
+    engine: str = flag("ours", choices=("ours", *PEERS), help="engine to run")
+    peer: str = flag("transformers", choices=PEERS, help="with --compare: engine to alternate with")
     llama_cpp_gguf: Path | None = flag(None, help="GGUF file for the peer llama_cpp to run")
     weight_dtype: str | None = flag(
         None,
@@ -64,7 +71,7 @@ def main(args: GenerateArgs) -> None:
     if args.engine != "ours":
         sweep = ["sweep"] if args.sweep else []  # --compare passes an empty --sweep with each batch size
         refuse_idle(args, f"with --engine {args.engine}", "precisions", *sweep)
-    run_speed_job(args, generate_setting(args), measure_generate, PEERS["generate"])
+    run_speed_job(args, generate_setting(args), measure_generate, PEERS)
 
 
 def generate_setting(args: GenerateArgs) -> str:

@@ -8,11 +8,13 @@ from models.common import Bounds, Runtime, at_least_one, flag
 from models.forward import forward_rows
 from models.fsdp import init_mesh
 from models.records import Example, Split, pack_row
+from scripts import peer_transformers, peer_trl
 from scripts.benchmark_common import PeerArgs, SpeedArgs, run_speed_job
-from scripts.benchmark_peers import PEERS
 from scripts.benchmark_training import AdapterArgs, TrainedArgs, figures_of_steps, sharded_model
 from scripts.workload import random_ids
 from training.losses import token_cross_entropy
+
+PEERS = {"transformers": peer_transformers.sft, "trl": peer_trl.sft}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class SftArgs(SpeedArgs, TrainedArgs, AdapterArgs, PeerArgs):
     batch_size: int = flag(8, bounds=at_least_one, help="rows per step, on each rank")
     seq_len: int = flag(512, bounds=Bounds(least=2), help="tokens of each row")
     documents: int = flag(1, bounds=at_least_one, help="texts packed into each row; attention does not cross texts")
-    engine: str = flag("ours", choices=("ours", *PEERS["sft"]), help="engine to run")
-    peer: str = flag("transformers", choices=PEERS["sft"], help="with --compare: engine to alternate with")
+    engine: str = flag("ours", choices=("ours", *PEERS), help="engine to run")
+    peer: str = flag("transformers", choices=PEERS, help="with --compare: engine to alternate with")
 
     def lengths(self) -> list[int]:
         """Returns the lengths of a row's texts, in the ratio 1 : 2 : 3 : 4 : 1 : 2 ..., seq_len tokens in all."""
@@ -40,7 +42,7 @@ def main(args: SftArgs) -> None:
     packed = f" packed from {args.documents} texts" if args.documents > 1 else ""
     adapters = "" if args.lora_r is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
     setting = f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.setting}{adapters}"
-    run_speed_job(args, setting, measure_sft, PEERS["sft"])
+    run_speed_job(args, setting, measure_sft, PEERS)
 
 
 def measure_sft(args: SftArgs, runtime: Runtime) -> dict:

@@ -23,6 +23,11 @@ def required(*packages: str) -> str:
         raise ValueError(f"this peer needs {error.name}: pip install it here or for --peer_python") from None
 
 
+def mode(runtime: Runtime) -> str:
+    """Returns "compiled, bfloat16" or the like, for a peer's description of what it ran."""
+    return f"{'compiled' if runtime.compile else 'eager'}, {dtype_name(runtime.dtype)}"
+
+
 def build(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Builds transformers' model of this shape on the device, with random weights."""
     import transformers
@@ -114,11 +119,7 @@ def generate_batch(args, runtime: Runtime) -> dict:
                 drawn += result is not None and result.is_finished()
 
         rate = sum(n for _, n in requests) / seconds_of(run, runtime.device, args.repeats)
-    how = "compiled" if runtime.compile else "eager"
-    return {
-        "tokens_per_second": rate,
-        "ran": f"{version} continuous batching (generate_batch), {how}, {dtype_name(runtime.dtype)}",
-    }
+    return {"tokens_per_second": rate, "ran": f"{version} continuous batching (generate_batch), {mode(runtime)}"}
 
 
 def sft(args, runtime: Runtime) -> dict:
@@ -152,9 +153,8 @@ def sft(args, runtime: Runtime) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    how = "compiled" if runtime.compile else "eager"
-    precision = f"{dtype_name(runtime.dtype)}{' autocast' if casting else ''} on {args.param_dtype} weights"
+    precision = f"{mode(runtime)}{' autocast' if casting else ''} on {args.param_dtype} weights"
     return {
         "tokens_per_second": ids.numel() / seconds_of(step, device, args.repeats),
-        "ran": f"{version} model in a plain loop with our {args.optim}, {how}, {precision}",
+        "ran": f"{version} model in a plain loop with our {args.optim}, {precision}",
     }

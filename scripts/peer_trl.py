@@ -5,8 +5,8 @@ import tempfile
 
 import torch
 
-from models.common import Runtime, Stopwatch, dtype_name
-from scripts.peer_transformers import build, required
+from models.common import Runtime, Stopwatch
+from scripts.peer_transformers import build, mode, required
 from scripts.workload import random_ids
 
 
@@ -92,11 +92,10 @@ def sft(args, runtime: Runtime) -> dict:
         rows = dataset_of([{"input_ids": row, "labels": row} for row in ids.tolist()])
         model = build(args.config, torch.float32, runtime.device)
         trl.SFTTrainer(model, args=settings, train_dataset=rows, **more).train()
-    how = "compiled" if runtime.compile else "eager"
     recompute = "activations recomputed" if settings.gradient_checkpointing else "activations kept"
     return {
         "tokens_per_second": ids.numel() / statistics.median(clock.times[1:]),
-        "ran": f"{version} SFTTrainer, {how}, {dtype_name(runtime.dtype)} on fp32 weights, {recompute}",
+        "ran": f"{version} SFTTrainer, {mode(runtime)} on fp32 weights, {recompute}",
     }
 
 
@@ -129,8 +128,7 @@ def dpo(args, runtime: Runtime) -> dict:
             more["ref_model"] = build(config, torch.float32, runtime.device)
         Trainer(model, args=settings, processing_class=tokenizer, **more).train()
     tokens = 2 * len(pairs) * (args.prompt_len + args.new_tokens)
-    how = "compiled" if runtime.compile else "eager"
     return {
         "tokens_per_second": tokens / statistics.median(clock.times[1:]),
-        "ran": f"{version} DPOTrainer, {how}, {dtype_name(runtime.dtype)} on fp32 weights",
+        "ran": f"{version} DPOTrainer, {mode(runtime)} on fp32 weights",
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.common import Runtime, dtype_name
 from scripts.benchmark_common import seconds_of
-from scripts.peer_transformers import refuse_quantized, required
+from scripts.peer_transformers import mode, refuse_quantized, required
 from scripts.workload import random_ids
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -36,9 +36,8 @@ def generate(args, runtime: Runtime) -> dict:
             max_model_len=max(map(sum, sizes)),
         )
         seconds = seconds_of(lambda: llm.generate(prompts, params, use_tqdm=False), runtime.device, args.repeats)
-    how = "compiled" if runtime.compile else "eager"
     return {
         "tokens_per_second": sum(n for _, n in sizes) / seconds,
-        "ran": f"{version} LLM.generate(), {how}, {dtype_name(runtime.dtype)}",
+        "ran": f"{version} LLM.generate(), {mode(runtime)}",
         "peak_memory": 0,  # unknown: vLLM's own process reserves all memory
     }

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from inference.lines import LineWriter, begun_on, check_begun, encode_line, read_begun, refuse_occupied
+from inference.lines import LineWriter, begin, begun_on, encode_line, read_begun
 from inference.prompts import PromptArgs, PromptSource, carried_fields
 from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
@@ -47,7 +47,7 @@ from models.decode import load_for_inference, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Completion, Engine, PrefillArgs, Request
 from models.gpu import peaks
-from models.identity import AcceptArgs, begun_with
+from models.identity import AcceptArgs
 from models.memory import plan_cache
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.record_files import Record
@@ -99,7 +99,7 @@ def main(args: GenerateArgs) -> None:
     )
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
-    begun = on_main(lambda: begin_file(resolved)) if in_file else {}
+    begun = on_main(lambda: begin(args.output_file, resolved)) if in_file else {}
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     source = PromptSource(args, folder, args.max_new_tokens)
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))
@@ -157,17 +157,6 @@ def main(args: GenerateArgs) -> None:
         work.close()
         counter.bar.update(work.num_done - counter.bar.n)
     say(end_card(engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
-
-
-def begin_file(args: GenerateArgs) -> dict:
-    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or, with
-    --resume, was begun with other settings."""
-    if not args.resume:
-        refuse_occupied(args.output_file)
-    begun = begun_with(args)
-    if args.resume:
-        check_begun(args.output_file, args, begun)
-    return begun
 
 
 def check_flags(args: GenerateArgs) -> None:

@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, check_begun, lines_of
+from inference.lines import LineWriter, begin, lines_of
 from models.chats import content_of, read_chat
 from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
-from models.identity import begun_with
 from models.record_files import kind_of
 from models.records import Record, get_answer, naming, read_records, require, stated_prompt
 from models.reward import pass_at_k
@@ -28,9 +27,7 @@ AHEAD = 4096  # most answers that are submitted to the workers and not yet writt
 def grade_file(args) -> None:
     """Writes the records of --data_file with a `grade` from the function --grader, and prints a summary. args: the
     ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
-    grader, begun = undisturbed()(load_grader)("--grader", args.grader), begun_with(args)
-    if args.resume:
-        check_begun(args.output_file, args, begun)
+    begun, grader = begin(args.output_file, args), undisturbed()(load_grader)("--grader", args.grader)
     records = read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
-from models.identity import CONTENTS, changed_flags
+from models.identity import CONTENTS, begun_with, changed_flags
 from models.record_files import Record
 from models.shared import check_free, check_writable, hold
 from models.sharing import wait_for_all_ranks
@@ -59,13 +59,17 @@ def _check_place(output_file: Path) -> None:
             raise ValueError(f"--output_file {output_file}: {what}; name another file")
 
 
-def check_begun(output_file: Path, args, now: dict) -> None:
-    """Raises ValueError if the run to be resumed had other data, models or flags, or still writes the file. now: what
-    this run is begun with (models.identity.begun_with)."""
+def begin(output_file: Path, args) -> dict:
+    """Returns the data, models and flags that a file is begun with. Raises ValueError if the file exists already or,
+    with --resume, was begun with others or is still being written."""
+    if not args.resume:
+        refuse_occupied(output_file)
+        return begun_with(args)
     _check_place(output_file)
+    now = begun_with(args)
     if not output_file.exists() or not output_file.stat().st_size:
         print(f"{output_file}: nothing to resume, starting from the beginning")
-        return
+        return now
     args_file = sidecar(output_file)
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
@@ -74,6 +78,7 @@ def check_begun(output_file: Path, args, now: dict) -> None:
         earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
     changed_flags(args, now, earlier, str(output_file))
     check_free(_lock_file(output_file), f"--output_file {output_file}")
+    return now
 
 
 def read_begun(output_file: Path, writer: str, fields: tuple[str, ...] = ()) -> Iterator[dict]:
@@ -135,8 +140,8 @@ class LineWriter:
     the file, or has written to it since num_lines was counted.
     """
 
-    def __init__(self, output_file: Path, begun_with: dict, active: bool, num_lines: int):
-        self.output_file, self.begun_with, self.active, self.num_lines = output_file, begun_with, active, num_lines
+    def __init__(self, output_file: Path, begun: dict, active: bool, num_lines: int):
+        self.output_file, self.begun, self.active, self.num_lines = output_file, begun, active, num_lines
         self.file, self.lock_file = None, _lock_file(output_file)
         self.turn = output_file.with_name(f".{output_file.name}.turn")
 
@@ -168,7 +173,7 @@ class LineWriter:
             if count != self.num_lines:
                 raise ValueError(f"--output_file {self.output_file}: another run has written it since this one began")
             file.truncate(size)  # a line torn by a kill
-        write_json(sidecar(self.output_file), self.begun_with)
+        write_json(sidecar(self.output_file), self.begun)
 
     def __exit__(self, error: type | None, *_) -> None:
         if self.file is not None:

@@ -30,7 +30,7 @@ import torch
 
 from inference.choosing import answer_of, choose_best, choose_by_vote, final_answer
 from inference.grading import grade_file
-from inference.lines import LineWriter, begun_on, check_begun, lines_of, refuse_occupied, write_lines
+from inference.lines import LineWriter, begin, begun_on, lines_of, refuse_occupied, write_lines
 from models.adapters import AdapterArgs, weight_files
 from models.checkpoint import Folder, ModelArgs, open_folder
 from models.common import (
@@ -53,7 +53,7 @@ from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import peaks
-from models.identity import AcceptArgs, begun_with
+from models.identity import AcceptArgs
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, read_records, require
@@ -148,8 +148,7 @@ def main(args: ScoreArgs) -> None:
     dp_size = data_parallel_size(args.tensor_parallel_size)  # raises if it does not divide the ranks
     check_flags(args)
     if args.grader is not None:
-        if is_main_rank():  # on a later rank, check_outputs might find the file that the main rank has just begun
-            check_outputs(args)
+        if is_main_rank():
             grade_file(args)
         return
     runtime = choose_runtime(args)
@@ -170,7 +169,8 @@ def main(args: ScoreArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=None if scheme is None else str(scheme),
     )
-    begun = on_main(lambda: begin_file(resolved))
+    on_main(lambda: check_outputs(args))
+    begun = on_main(lambda: begin(args.scored_file, resolved))
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
@@ -228,16 +228,6 @@ def main(args: ScoreArgs) -> None:
     if args.choosing:
         prompts = f"{len(chosen):,}, {len(lines) / len(chosen):.1f} samples each"
         say(card("chosen", {"prompts": prompts, **summary(chosen)}))
-
-
-def begin_file(args: ScoreArgs) -> dict:
-    """Returns the settings to record for the output file. Raises ValueError if the file exists already, or, with
-    --resume, was begun with other settings."""
-    check_outputs(args)
-    begun = begun_with(args)
-    if args.resume:
-        check_begun(args.scored_file, args, begun)
-    return begun
 
 
 def check_source(args: ScoreArgs) -> None:

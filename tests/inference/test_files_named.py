@@ -1,11 +1,12 @@
 """Messages about files that cannot be read or written name the file and say what is wrong with it."""
 
 import errno
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from inference.lines import LineWriter, check_begun, refuse_occupied, write_lines
+from inference.lines import LineWriter, begin, write_lines
 from models.checkpoint import open_folder
 from models.model import ModelConfig
 from tests import tiny
@@ -31,12 +32,12 @@ def test_an_output_that_cannot_be_written(tmp_path):
     then prints the operating system's bare message."""
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out.jsonl"
-    for begin in (lambda: refuse_occupied(out), lambda: check_begun(out, None, {})):
+    for resume in (False, True):
         with pytest.raises(OSError, match=r"^--output_file .*out\.jsonl: .*file is a file, where a folder is needed$"):
-            begin()
+            begin(out, SimpleNamespace(resume=resume))
     denied = mock.patch("tempfile.TemporaryFile", side_effect=PermissionError(errno.EACCES, "Permission denied"))
     with denied, pytest.raises(OSError, match=r"out\.jsonl: .* cannot be written: Permission denied$"):
-        refuse_occupied(tmp_path / "out.jsonl")
+        begin(tmp_path / "out.jsonl", SimpleNamespace(resume=False))
 
 
 def test_lines_where_standard_output_goes(folder, tmp_path):

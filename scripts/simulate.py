@@ -40,7 +40,7 @@ from models.paged_cache import Chunk
 from models.pages import PAGE, pages_for
 from models.sampling import SamplingParams
 from scripts.benchmark_common import PresetArgs
-from scripts.benchmark_generate import random_inference_model
+from scripts.benchmark_generate import num_product_weights, random_inference_model
 from scripts.workload import MathArgs, counted, math_requests, token_bytes
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "MI300X": 192e9, "A100": 80e9}  # bytes; A100: 80 GB at the 40 GB card's speed
@@ -81,8 +81,7 @@ class Clock:
         flops, bandwidth = PEAKS[gpu]
         self.flops, self.bandwidth = flops * args.flops_share, bandwidth * args.bandwidth_share
         self.overhead = args.step_us / 1e6
-        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        self.weights = config.num_parameters() - embedding  # a step reads one row of it for each slot
+        self.weights = num_product_weights(config)  # of the embedding, a step reads one row for each slot
         self.seconds, self.steps, self.prefills, self.prompt_tokens, self.cached = 0.0, 0, 0, 0, 0
         self.look_began, self.longest_pause, self.host_waits = 0.0, 0.0, 0.0
         self.pages: list[int] = []

@@ -50,7 +50,7 @@ from training.losses import auc, calibration_error, pairwise_loss, pointwise_los
 from training.optim import OptimArgs, check_optimizer, make_optimizer, set_learning_rate
 from training.preferences import encode_pair_file, encode_scored_file
 from training.run_dir import Run, RunArgs
-from training.samples import visible
+from training.samples import end_of, start_of, visible
 
 SomeRows = Rows | list[Pair] | list[Scored]
 # the fields that a record needs for each --loss
@@ -299,14 +299,13 @@ def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
     """Formats rows with their rewards for printing. rewards: of these rows; more may follow."""
 
     def text(ids: list[int], start: int, end: int | None) -> str:
-        shown = visible(tokenizer.decode_continuation(ids[:start], ids[start:end]))
-        return shown if len(shown) <= 100 else f"{shown[:100]} ..."
+        return start_of(visible(tokenizer.decode_continuation(ids[:start], ids[start:end])), 100)
 
     lines = []
     for row, places in zip(rows, reward_places(rows)):
         ids, start = row.chosen.input_ids if isinstance(row, Pair) else row.input_ids, row.prompt_length
         prompt = visible(tokenizer.decode(ids[:start], skip_special_tokens=False))
-        lines.append(f"  prompt    {prompt if len(prompt) <= 100 else f'... {prompt[-100:]}'}")
+        lines.append(f"  prompt    {end_of(prompt, 100)}")
         if isinstance(row, Pair):
             parts = [("chosen", text(ids, start, None)), ("rejected", text(row.rejected.input_ids, start, None))]
         else:

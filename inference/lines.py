@@ -129,6 +129,7 @@ def encode_line(line: dict, encoding: str = "utf-8") -> bytes:
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes a whole file, atomically."""
     write_whole(path, b"".join(map(encode_line, lines)))
 
 

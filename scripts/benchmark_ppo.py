@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inference.lines import write_lines
 from models.common import Runtime, at_least_one, card, dtype_name, flag, say, short_bar
 from models.decode import load_for_inference
 from models.export import save_folder
@@ -82,9 +83,8 @@ def measure_ppo(args: PpoArgs, runtime: Runtime) -> dict:
         write_policy(folders[0], config, runtime)
         write_reward_model(folders[1], reward, runtime, None if reward != config else folders[0])
         ids = random_ids(config.vocab_size, args.batch_size, args.prompt_len).tolist()
-        texts = [text_of(row) for row in ids]
         prompts = Path(root) / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+        write_lines(prompts, [{"prompt": text_of(row)} for row in ids])
         alone = engine_rates(folders[0], ids, runtime, args)
         lines, memory = train(folders, prompts, Path(root) / "out", runtime, args)
         alone += engine_rates(folders[0], ids, runtime, args)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import load_file
 
+from inference.lines import write_lines
 from models.common import at_least_one, flag, run_script
 from models.export import save_folder
 from models.model import ModelConfig, Transformer
@@ -45,7 +46,6 @@ PRELOADED = (
     "training.run_dir",
     "training.samples",
     "training.frozen",
-    "inference.lines",
 )
 OTHER_LAYOUT, FULL_DISK = 0.2, 0.15  # shares of the attempts
 MANY_RANKS = 0.25  # share of the runs, if --ranks has both numbers
@@ -286,8 +286,7 @@ def write_world(world: Path, seed: int) -> None:
         for record, other in itertools.pairwise(records)
     ]
     for name, lines in (("pairs", pairs), ("samples", records)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (world / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(world / f"{name}.jsonl", lines)
     (world / "reward.py").write_text(REWARD)
     flags = JOBS["rm"].flags.format(world=world).split()
     run_to_end(world / "rm", JOBS["rm"].script, *flags, "--device", "cpu")

@@ -7,7 +7,6 @@ with --reward_fn training/graders.py:math_answer, and for generate.py with score
     python scripts/recipes/gsm8k.py --input_file train.jsonl --output_file runs/gsm8k/train.jsonl
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from inference.lines import write_lines
 from models.common import at_least_one, flag, run_script, with_newlines
-from models.files import naming_file, write_whole
+from models.files import naming_file
 from models.records import Record, get_field, naming, read_records, require
 
 IN_A_BOX = r"Reason step by step, and put your final answer within \boxed{}."
@@ -38,10 +38,9 @@ def main(args: Gsm8kArgs) -> None:
     lines = [to_prompt(record, args) for record in records[: args.max_records]]
     if args.output_file.exists():
         raise ValueError(f"--output_file {args.output_file}: exists; take another")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with naming_file(args.output_file):
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output_file, text.encode())  # at once: the recipes take an existing file for complete
+    write_lines(args.output_file, lines)  # at once: the recipes take an existing file for complete
     print(f"{args.output_file}: {len(lines):,} prompts of {len(records):,} records")
 
 

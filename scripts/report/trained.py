@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from inference.lines import write_lines
 from models.common import Runtime
 from models.model import ModelConfig
 from scripts.benchmark_common import SIZES
@@ -52,10 +53,9 @@ def write_work(root: Path, config: ModelConfig, runtime: Runtime, num_prompts: i
     write_reward_model(root / "reward", config, runtime, root / "policy")
     texts = [text_of(row) for row in (random_ids(config.vocab_size, 2, num_prompts, prompt_len)).flatten(0, 1).tolist()]
     prompts, answers = texts[:num_prompts], texts[num_prompts:]
-    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
-    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in zip(prompts, answers)]
-    (root / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(root / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    records = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, answers)]
+    write_lines(root / "records.jsonl", records)
     (root / "reward.py").write_text(REWARD)
 
 

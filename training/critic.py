@@ -28,14 +28,6 @@ class CriticArgs:
     value_learning_rate: float = flag(1e-5, bounds=non_negative, help="peak learning rate of the critic")
 
 
-def check_critic_flags(args) -> None:
-    """Raises ValueError for flags that contradict each other."""
-    if args.shared_base and not args.uses_lora:
-        raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
-    if args.shared_base and args.value_checkpoint_path is not None:
-        raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
-
-
 def choose_critic(args, policy: Folder, runtime: Runtime, lora: Lora | None, reward: RewardFolder | None) -> Path:
     """Returns the folder of the initial critic. Raises ValueError if critic or policy cannot be trained from their
     folders, or if the critic cannot read the policy's tokens."""

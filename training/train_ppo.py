@@ -49,7 +49,7 @@ from models.records import Example, Split
 from models.resting import resting
 from models.reward import scalar_head_config
 from models.shared_base import as_reference
-from training.critic import CriticArgs, check_critic_flags, choose_critic, critic_note, load_with_critic
+from training.critic import CriticArgs, choose_critic, critic_note, load_with_critic
 from training.divergence import Divergence, DivergenceArgs
 from training.frozen import ReferenceArgs, check_context, check_rl_flags, open_frozen
 from training.losses import (
@@ -236,7 +236,10 @@ def main(args: PpoArgs) -> None:
 def check_flags(args: PpoArgs) -> None:
     """Raises ValueError for flags that contradict each other."""
     check_rl_flags(args)
-    check_critic_flags(args)
+    if args.shared_base and not args.uses_lora:
+        raise ValueError("--shared_base is for LoRA: give --lora_r or --adapter_path")
+    if args.shared_base and args.value_checkpoint_path is not None:
+        raise ValueError("--shared_base: the critic uses the policy's base; leave --value_checkpoint_path out")
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
             f"--kl_target {args.kl_target} scales --kl_coef, and a --kl_coef of 0 would stay 0; take a positive one"

@@ -59,8 +59,8 @@ def write_work(root: Path, config: ModelConfig, runtime: Runtime, num_prompts: i
     (root / "reward.py").write_text(REWARD)
 
 
-def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, list]]:
-    """Returns the commands of an SFT step, a PPO update and a GRPO update in fp32."""
+def training_commands(root: Path, device: torch.device, out: Path) -> dict[str, tuple[str, list]]:
+    """Returns the commands of an SFT step, a PPO update and a GRPO update in fp32, each with its own folder in out."""
     plain = ["--checkpoint_path", root / "policy", "--device", device, "--dtype", "float32", "--no-compile"]
     plain += ["--learning_rate", 1e-3, "--export_dtype", "float32", "--lr_schedule", "constant", "--warmup_ratio", 0]
     rollouts = [*plain, "--prompt_file", root / "prompts.jsonl", "--total_steps", 1, "--rollout_batch_size", 8]
@@ -72,7 +72,7 @@ def training_commands(root: Path, device: torch.device) -> dict[str, tuple[str, 
     }
     flags["SFT step"] += ["--batch_size", 8, "--micro_batch_size", 2]
     return {
-        name: (f"training/{script}.py", [*rest, "--output_dir", root / f"{device.type}-{script}"])
+        name: (f"training/{script}.py", [*rest, "--output_dir", out / script])
         for name, (script, *rest) in flags.items()
     }
 
@@ -83,11 +83,8 @@ def start_training(section: Section) -> None:
     root = Path(folder.name)
     torch.manual_seed(5)
     write_work(root, SHORT, Runtime(torch.device("cpu"), torch.float32, False), 8, 12)
-    (root / "here").mkdir()
-    on_cpu = training_commands(root, torch.device("cpu"))
-    here = training_commands(root, section.runtime.device)
-    if section.runtime.device.type == "cpu":  # a dry run: the same twice, in other folders
-        here = {name: (script, [*flags[:-1], root / "here" / script[9:-3]]) for name, (script, flags) in here.items()}
+    on_cpu = training_commands(root, torch.device("cpu"), root / "cpu")
+    here = training_commands(root, section.runtime.device, root / "here")
     both = {**{f"{name}, CPU": c for name, c in on_cpu.items()}, **{f"{name}, here": c for name, c in here.items()}}
     section.kept["training"] = folder, on_cpu, here, both, start_together(both)
 

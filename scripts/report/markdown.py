@@ -46,28 +46,23 @@ def _state(row: dict) -> str:
 
 
 def _row(row: dict) -> str:
-    cells = {
-        "check": lambda: (f"{row['value']:.2g}", f"at most {row['bound']:g}", "right" if row["ok"] else "**WRONG**"),
-        "figure": lambda: (
-            f"{_number(row)} {row['unit']}",
-            _goal(row),
-            {True: "met", False: "not met"}.get(row["met"], ""),
-        ),
-        "note": lambda: ("", "", ""),
-        "error": lambda: ("", "", "**failed**"),
-    }[row["kind"]]()
+    cells = ("", "", "**failed**" if row["kind"] == "error" else "")
+    if row["kind"] == "check":
+        cells = (f"{row['value']:.2g}", f"at most {row['bound']:g}", "right" if row["ok"] else "**WRONG**")
+    elif row["kind"] == "figure":
+        met = {True: "met", False: "not met", None: ""}[row["met"]]
+        cells = (f"{_number(row['value'])} {row['unit']}", _goal(row), met)
     return "| " + " | ".join(map(_cell, (row["name"], *cells, row["detail"]))) + " |"
 
 
-def _number(row: dict, key: str = "value") -> str:
-    value = row[key]
+def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _goal(row: dict) -> str:
     if row["goal"] is None:
         return ""
-    return f"{'at most' if row['unit'] == 's' else 'at least'} {_number(row, 'goal')}"
+    return f"{'at most' if row['unit'] == 's' else 'at least'} {_number(row['goal'])}"
 
 
 def _cell(text: str) -> str:

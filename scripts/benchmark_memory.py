@@ -1,13 +1,11 @@
 """The job `memory` of scripts/benchmark.py: computes the memory of a training run on each rank, for any layout, or of a
-quantised model; with --measure compares it with the memory used on this machine.
-"""
+quantised model; with --measure compares it with the memory used on this machine."""
 
 import gc
 import itertools
 import json
 import os
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -213,7 +211,7 @@ def measure_memory(
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def quantized_memory(config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> dict[str, float]:

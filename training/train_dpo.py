@@ -59,7 +59,8 @@ from training.run_dir import Run, RunArgs
 from training.samples import EvalSamples, SampleArgs, lesson
 
 # metrics averaged over pairs, under TRL's names
-MEANS = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
+MEANS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+MEANS += ("logps/chosen", "logps/rejected")
 Splits = dict[str, tuple[Rows, list[list[int]]]]  # {"train" or "eval": (pairs, the batches that the run will use)}
 
 
@@ -135,12 +136,12 @@ def main(args: DpoArgs) -> None:
     for step, numbers in run.steps(batches, train.lengths):
         new_dropout(model, step)
         batch = [train[i] for i in numbers]
-        scale, sums = loss_scale(len(batch), dp_size), torch.zeros(1 + len(MEANS), device=runtime.device)
+        scale, sums = loss_scale(len(batch), dp_size), torch.zeros(len(MEANS), device=runtime.device)
         for pairs in reducing_gradients(model, split.shares(batch), every=args.sync_every_micro_batch):
             loss, micro_sums = summed_loss(model, reference, pairs, args, split)
             (loss * scale.loss).backward()
             sums += micro_sums
-        means = dict(zip(("loss", *MEANS), (split.sum(sums) / len(batch)).tolist()))
+        means = dict(zip(MEANS, (split.sum(sums) / len(batch)).tolist()))
         grad_norm = clip_grad_norm(model, args.max_grad_norm, scale.gradients)
         run.check_finite(loss=means["loss"], grad_norm=grad_norm)
         run.begin_update()
@@ -240,7 +241,7 @@ def pair_logps(model: Transformer, pairs: list[Pair], split: Split) -> tuple[Ten
 def summed_loss(
     model: Transformer, reference: Transformer | None, pairs: list[Pair], args: DpoArgs, split: Split
 ) -> tuple[Tensor, Tensor]:
-    """Returns (the summed loss of this rank's pairs; the sums of the loss and of MEANS over them, without gradient).
+    """Returns (the summed loss of this rank's pairs; the sums of MEANS over them, without gradient).
 
     reference: None if the pairs hold its log-probs, or if the loss needs none."""
     if reference is not None:  # first: with LoRA both may be one model, and backward needs the policy's state
@@ -265,12 +266,12 @@ def eval_batches(pairs: Rows, batch_size: int) -> list[list[int]]:
 def evaluate(
     model: Transformer, reference: Transformer | None, pairs: Rows, args: DpoArgs, split: Split
 ) -> dict[str, float]:
-    """Returns the mean loss and MEANS over all pairs, on all ranks. A collective."""
-    sums = torch.zeros(1 + len(MEANS), device=model.inv_freq.device)
+    """Returns MEANS over all pairs, on all ranks. A collective."""
+    sums = torch.zeros(len(MEANS), device=model.inv_freq.device)
     for numbers in eval_batches(pairs, args.batch_size):
         for rows in split.shares([pairs[i] for i in numbers]):
             sums += summed_loss(model, reference, rows, args, split)[1]
-    return dict(zip(("loss", *MEANS), (split.sum(sums) / len(pairs)).tolist()))
+    return dict(zip(MEANS, (split.sum(sums) / len(pairs)).tolist()))
 
 
 def describe(pairs: Rows) -> str:

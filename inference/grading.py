@@ -27,7 +27,8 @@ AHEAD = 4096  # most answers that are submitted to the workers and not yet writt
 def grade_file(args) -> None:
     """Writes the records of --data_file with a `grade` from the function --grader, and prints a summary. args: the
     ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
-    begun, grader = begin(args.output_file, args), undisturbed()(load_grader)("--grader", args.grader)
+    begun = begin(args.output_file, args)
+    grader = undisturbed()(load_grader)("--grader", args.grader)
     records = read_records(args.data_file)
     answers = [_answer_of(record) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []

@@ -35,7 +35,7 @@ class Start(NamedTuple):
     key: int  # of its noise
     position: int  # of the next token to draw, or of `token`; not in the cache yet
     remaining: int  # tokens that it may still draw
-    token: int = 0  # the last one that was drawn
+    token: int  # the sample's last one, which the next step reads; start() draws another first
 
 
 def advance(

@@ -174,13 +174,7 @@ class Engine:
     def _computed(self, batch: Prefill, hidden: Tensor) -> list[tuple[Sample, Prompt]]:
         """Handles samples whose prefill is complete: gives rows to those that were preempted, and returns those of new
         prompts with their prompts. hidden [N, E]"""
-        scheduler, starts = self.scheduler, []
-        for sample in batch.done:
-            if sample.num_drawn:
-                scheduler.place(sample)
-                self.rows.remember(sample.slot, sample.ids)
-                key, left = self._key(sample), sample.num_left
-                starts.append(Start(sample.slot, key, sample.num_cached, left, sample.ids[-1]))
+        starts = [self._start(sample) for sample in batch.done if sample.num_drawn]
         if starts:
             self.rows.resume(starts)
         leaders = [(sample, place) for sample, place in zip(batch.done, batch.last) if not sample.num_drawn]
@@ -191,7 +185,7 @@ class Engine:
             prompt = Prompt(leader.request.prompt_ids, leader.pages[: pages_for(leader.num_cached)], row)
             begun += [(sample, prompt) for sample in (leader, *leader.followers)]
             leader.followers = []
-        scheduler.remember(prompt)
+        self.scheduler.remember(prompt)
         return begun
 
     def _first_tokens(self, begun: list[tuple[Sample, Prompt]]) -> Download:
@@ -203,13 +197,15 @@ class Engine:
             if rest and sample.pages[full] != prompt.pages[full]:
                 copies.append((prompt.pages[full], sample.pages[full]))
             sample.num_cached = len(prompt.ids)
-            self.scheduler.place(sample)
-            self.rows.remember(sample.slot, sample.ids)
-            starts.append(Start(sample.slot, self._key(sample), len(prompt.ids), sample.request.max_new_tokens))
+            starts.append(self._start(sample))
         return self.rows.start(starts, [prompt.logits for _, prompt in begun], copies)
 
-    def _key(self, sample: Sample) -> int:
-        return noise_key(self.params.seed, sample.request.idx, sample.request.sample_idx)
+    def _start(self, sample: Sample) -> Start:
+        """Gives a row to a sample whose tokens are in the cache; returns the row's initial state."""
+        self.scheduler.place(sample)
+        self.rows.remember(sample.slot, sample.ids)
+        key = noise_key(self.params.seed, sample.request.idx, sample.request.sample_idx)
+        return Start(sample.slot, key, sample.num_cached, sample.num_left, sample.ids[-1])
 
     # ------------------------------------------------------------------------------------- decode
 

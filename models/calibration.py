@@ -113,10 +113,8 @@ class BlockPair:
 
     def _put(self, name: str, weight: Quantized) -> None:
         self.weights[name] = weight
-        self._parameter(f"{name}.weight").copy_(dequantize(weight))  # in the block's dtype, in which the layer computes
-
-    def _parameter(self, name: str) -> Tensor:
-        return self.small.get_parameter(name)
+        parameter = self.small.get_parameter(f"{name}.weight")
+        parameter.copy_(dequantize(weight))  # in the block's dtype, in which the layer computes
 
     def _rope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -185,7 +183,7 @@ class BlockPair:
         name = f"{norm}.weight"
         weight = self.read(name)
         self.changed[name] = (weight / factors).to(weight.dtype)
-        self._parameter(name).copy_(self.changed[name])
+        self.small.get_parameter(name).copy_(self.changed[name])
         left = self.changed[name].float()
         return torch.where(left == 0, 1.0, weight.float() / left)
 
@@ -197,7 +195,7 @@ class BlockPair:
         if self.stored.get_submodule(layer).bias is not None:
             stored = self.read(bias)
             self.changed[bias] = (stored / rows).to(stored.dtype)
-            self._parameter(bias).copy_(self.changed[bias])
+            self.small.get_parameter(bias).copy_(self.changed[bias])
         return factors
 
 

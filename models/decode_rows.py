@@ -108,11 +108,6 @@ class DecodeRows:
         self.layers.take_weights()
         self.active.zero_()
 
-    def forget_graphs(self) -> None:
-        """Drops captured steps, to capture them anew, since the cache or the weights may have moved in memory."""
-        if self.runner is not None:
-            self.runner.forget()
-
     # ------------------------------------------------------------------------------------ prefill
 
     def prefill(self, batch: Prefill) -> Tensor:

@@ -25,7 +25,8 @@ def resting(engine: Engine, level: int) -> Iterator[None]:
     sizes = [(storage, storage.nbytes()) for storage in storages.values()]
     if level:
         engine.pool.forget()
-        engine.rows.forget_graphs()
+        if engine.rows.runner is not None:
+            engine.rows.runner.forget()
     for storage, _ in sizes:
         storage.resize_(0)
     try:

@@ -53,13 +53,6 @@ class Place(NamedTuple):
     tp_rank: int
 
 
-def place_in(dp: DeviceMesh) -> Place:
-    """This rank's place; tensor-parallel ranks are adjacent."""
-    tp_size = dist.get_world_size() // dp.size()
-    replica, tp_rank = divmod(dist.get_rank(), tp_size)
-    return Place(dp.size(), replica, tp_size, tp_rank)
-
-
 class SharedWork:
     """A list of sum(counts) items that all replicas take from. Iterating takes chunks for this replica, as ranges of
     item indices; the ranks of a replica get the same ranges.
@@ -67,9 +60,7 @@ class SharedWork:
     All ranks must create, iterate over and close lists of a name in the same order. counts, most: see chunks_of.
     """
 
-    def __init__(
-        self, name: str, counts: Sequence[int], place: Place, store: dist.Store | None, most: int = MOST_OF_A_CHUNK
-    ):
+    def __init__(self, name: str, counts: Sequence[int], place: Place, store: dist.Store, most: int = MOST_OF_A_CHUNK):
         self.place, self.total, self.num_done = place, int(sum(counts)), 0
         self._chunks, self._num_taken = enumerate(chunks_of(counts, place.num_replicas, most)), 0
         self._keys: set[str] = set()  # that this rank has written
@@ -139,8 +130,9 @@ class SharedWork:
 
 def shared_work(name: str, counts: Sequence[int], dp: DeviceMesh, most: int = MOST_OF_A_CHUNK) -> SharedWork:
     """SharedWork of this run's replicas."""
-    place = place_in(dp)
-    return SharedWork(name, counts, place, _get_default_store() if place.num_replicas > 1 else None, most)
+    tp_size = dist.get_world_size() // dp.size()
+    replica, tp_rank = divmod(dist.get_rank(), tp_size)  # tensor-parallel ranks are adjacent
+    return SharedWork(name, counts, Place(dp.size(), replica, tp_size, tp_rank), _get_default_store(), most)
 
 
 # ----------------------------------------------------------------------------------------- waiting

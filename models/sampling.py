@@ -35,6 +35,23 @@ class StopArgs:
         help=r"a text or a special token that ends an answer; \n is a newline; may be given several times",
     )
 
+    def stops(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """(stop tokens, stop strings): decoded text leaves special tokens out, so a --stop that is one is found by its
+        id. Raises ValueError for a --stop that could never match."""
+        special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
+        texts = self.stop or ()
+        for text in texts:
+            if not text:
+                raise ValueError("--stop must not be empty")
+            inside = next((name for name in special if name and name in text), None)
+            if inside is not None and text not in special:
+                raise ValueError(
+                    f"--stop {text!r}: decoded text never holds the special token {inside}; "
+                    "give it as a separate --stop"
+                )
+        stop_ids = (*eos_token_ids, *(special[text] for text in texts if text in special))
+        return tuple(dict.fromkeys(stop_ids)), tuple(text for text in texts if text not in special)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingArgs(StopArgs):
@@ -55,23 +72,8 @@ class SamplingArgs(StopArgs):
 
     def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
         """These flags as the engine takes them. Raises ValueError for a --stop that could never match."""
-        stop_ids, stop = stops_of(self.stop or (), tokenizer)
-        stop_ids, filters = tuple(dict.fromkeys((*eos_token_ids, *stop_ids))), (self.top_k, self.top_p)
-        return SamplingParams(self.temperature, *filters, seed, stop_ids, stop, self.repetition_penalty)
-
-
-def stops_of(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(ids of the texts that are special tokens, the other texts): decoded text leaves special tokens out."""
-    special = {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
-    for text in texts:
-        if not text:
-            raise ValueError("--stop must not be empty")
-        inside = next((name for name in special if name and name in text), None)
-        if inside is not None and text not in special:
-            raise ValueError(
-                f"--stop {text!r}: decoded text never holds the special token {inside}; give it as a separate --stop"
-            )
-    return tuple(special[text] for text in texts if text in special), tuple(t for t in texts if t not in special)
+        stops = self.stops(tokenizer, eos_token_ids)
+        return SamplingParams(self.temperature, self.top_k, self.top_p, seed, *stops, self.repetition_penalty)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from models.records import (
     require,
     tokenising,
 )
-from models.sampling import StopArgs, stops_of
+from models.sampling import StopArgs
 from models.tokenizer import Tokenizer
 from training.data import epoch_order
 from training.optim import constant_rate
@@ -91,7 +91,7 @@ class Prompts(NamedTuple):
 
 def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
     """Loads the prompts of both files. Raises ValueError if answers could not end, or do not fit into the context."""
-    stops_of(args.stop or (), folder.tokenizer)
+    args.stops(folder.tokenizer, folder.eos_token_ids)  # raises for a --stop that could never match
     if not folder.eos_token_ids:
         raise ValueError(f"{folder.path}: no EOS token, so no answer would ever end")
     limits, found, notes = prompt_limits(args, folder.config), {}, {"prompts": ""}

@@ -19,7 +19,7 @@ from models.memory import free_memory, plan_cache
 from models.model import Transformer
 from models.records import IGNORE_INDEX, Example, Split
 from models.reward import pass_at_k
-from models.sampling import SamplingParams, stops_of
+from models.sampling import SamplingParams
 from models.tp import local
 from models.transfer import index_on
 from training.data import epoch_order
@@ -37,8 +37,7 @@ def make_engine(
     """Returns an engine on an inference copy of the policy (`engine.model`, to be refreshed after updates). A dp rank
     generates its share of an update's answers, --rollout_slots at a time. Raises ValueError if not even one answer fits
     in memory. A collective."""
-    stop_ids, stop = stops_of(args.stop or (), folder.tokenizer)
-    stop_ids = tuple(dict.fromkeys((*folder.eos_token_ids, *stop_ids)))
+    stop_ids, stop = args.stops(folder.tokenizer, folder.eos_token_ids)
     model, share = copy_for_inference(policy, pack=can_pack(runtime)), -(-args.rollout_batch_size // dp_size)
     num_slots, num_pages = args.rollout_slots or min(128, share), None
     if runtime.device.type == "cuda":

@@ -58,14 +58,11 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from models import triton_attention as kernels, triton_sampling
+from models import triton_attention as kernels
 from tests.compiled import resources_of
 
 backend, arch, warp, dtype, D, splits = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
-types = {"logits": "*fp32", "thresholds": "*fp32", "top_p": "fp32", "num_columns": "i32", "row_stride": "i32"}
-source = ASTSource(triton_sampling.find_thresholds, types | {"BLOCK": "constexpr"}, {"BLOCK": triton_sampling.BLOCK})
-triton.compile(source, target=target, options={"num_warps": triton_sampling.NUM_WARPS})
 size = 4 if dtype == "fp32" else 2
 splits = int(splits)
 constants = kernels.shape_of(G=4, K=8, D=int(D), N=64, splits=splits, element_size=size)

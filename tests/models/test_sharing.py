@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -89,6 +90,16 @@ def test_ragged_tail():
     assert shared < dealt / 2
 
 
+def in_threads(rank: Callable[[int], None], count: int) -> None:
+    """Runs rank(0) to rank(count - 1), each in a thread of its own."""
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int, int], body) -> list:
     """Returns body(work, rank) of each rank, run in a thread of its own. layout: (replicas, tp ranks)."""
     replicas, tp_size = layout
@@ -99,12 +110,7 @@ def run_ranks(store: dist.Store, name: str, counts: list[int], layout: tuple[int
         results[number] = body(work, number)
         work.close()
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(results))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    in_threads(rank, len(results))
     return results
 
 
@@ -159,12 +165,8 @@ def test_waiting():
             wait_for_ranks(store, 3)
             seen.append(late.count(turn))
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert seen == [3] * 9 and not any(thread.is_alive() for thread in threads)
+    in_threads(rank, 3)
+    assert seen == [3] * 9
 
 
 def test_the_store_leaves_last():
@@ -184,11 +186,7 @@ def test_the_store_leaves_last():
         leave(Slow() if number else store, number, 3)
         left.extend(["first"] * (number == 0))
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(rank, 3)
     assert left == ["another", "another", "first"]
 
 

@@ -117,7 +117,6 @@ def test_a_frozen_weight_is_kept_as_it_is_stored(kind):
     dropout, which has a path of its own."""
     config, adapted, scheme, *dtype = KINDS[kind]
     model = random_model(config, adapted, scheme, *dtype or [None], dropout=0.1)
-    model.dropout.positions = torch.arange(T).expand(B, T)
     _, kept = kept_by(model)
     assert kept and not [t.shape for t in kept if {*t.shape[-2:]} <= {E, FFN, 2 * 8}]
 

@@ -60,17 +60,20 @@ def logits_of(model: Transformer, input_ids: torch.Tensor, **more) -> torch.Tens
         return model.lm_head(model(input_ids, **more))
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_equal_transformers(tmp_path, config):
-    """Catches: a wrong head order, a bias left out or made up, RoPE halves swapped, a wrong frequency, norm or
-    residual; q and k normed after the rotation, over all heads at once or with another eps; yarn's factor dropped."""
-    theirs = tiny.write_model(tmp_path, **config)
-    ours = load_model(tmp_path)
+def assert_same_logits(folder, theirs) -> None:
+    """theirs: transformers' model of the folder."""
     input_ids = torch.randint(tiny.VOCAB_SIZE, (3, 200))
     with torch.no_grad():
         expected = theirs(input_ids).logits
     assert expected.std() > 0.3  # else the comparison would say little
-    torch.testing.assert_close(logits_of(ours, input_ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(load_model(folder), input_ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_transformers(tmp_path, config):
+    """Catches: a wrong head order, a bias left out or made up, RoPE halves swapped, a wrong frequency, norm or
+    residual; q and k normed after the rotation, over all heads at once or with another eps; yarn's factor dropped."""
+    assert_same_logits(tmp_path, tiny.write_model(tmp_path, **config))
 
 
 def test_both_spellings_at_once(tmp_path):
@@ -78,11 +81,7 @@ def test_both_spellings_at_once(tmp_path):
     tiny.write_model(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": {"type": "linear", "factor": 4.0}}))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 90))
-    with torch.no_grad():
-        expected = theirs(input_ids).logits
-    torch.testing.assert_close(logits_of(load_model(tmp_path), input_ids), expected, atol=1e-4, rtol=0)
+    assert_same_logits(tmp_path, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 def test_parameter_count():
@@ -108,10 +107,7 @@ def test_older_spelling_of_rope_settings(tmp_path, name):
     config["rope_scaling"] = nested if nested.get("rope_type") != "default" else None
     del config["head_dim"]
     path.write_text(json.dumps(config))
-    input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 150))
-    with torch.no_grad():
-        expected = theirs(input_ids).logits
-    torch.testing.assert_close(logits_of(load_model(tmp_path), input_ids), expected, atol=1e-4, rtol=0)
+    assert_same_logits(tmp_path, theirs)
 
 
 @pytest.mark.parametrize("nested", [16, None])

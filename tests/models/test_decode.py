@@ -210,13 +210,3 @@ def test_cpu_cache_in_bf16_keeps_its_scores(folder):
     found = cache.decode(torch.tensor([0, 39]), 1)(0, *(t[:, -1:].expand(2, -1, -1, -1) for t in (q, k, v)))[1:]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
-
-
-def test_copied_prefix_decodes_like_its_source(folder):
-    """Catches a shared prefix that is a position short, or that lacks a layer."""
-    model = to_inference(load_model(folder), pack=False)
-    prompt = [1, *range(9, 79)]  # two pages
-    engine = Engine(model, SamplingParams(0.0), num_slots=3, max_seq_len=96)
-    found = [c.token_ids for c in engine.generate([Request(i, 0, prompt, 8) for i in range(3)])]
-    assert engine.num_prompt_tokens == len(prompt)
-    assert found == [found[0]] * 3

@@ -242,13 +242,13 @@ def test_a_prefill_that_is_broken_off_is_not_found(folder, hf_model):
 @pytest.mark.parametrize("num_slots", [1, 4, 16])
 def test_samples_of_a_prompt_share_one_prefill(folder, num_slots):
     """Catches a prefill repeated for each sample, also when there are more samples than slots and when prompts repeat;
-    and a shared prefill that is another prompt's, too short, or overwritten."""
-    prompts = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [1, 5, 6, 8, 9], [1, 5], [1, 5, 6, 7]]
+    and a shared prefill that is another prompt's, too short, overwritten, or lacks a layer."""
+    prompts = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [1, 5, 6, 8, 9], [1, 5], [1, 5, 6, 7], [1, *range(9, 79)]]
     requests = [Request(idx, s, prompt, 3 + (idx + s) % 5) for idx, prompt in enumerate(prompts) for s in range(7)]
     params = SamplingParams(1.0, stop_token_ids=tuple(range(60, 100)))
-    engine = make_engine(folder, params, num_slots=num_slots)
+    engine = make_engine(folder, params, num_slots=num_slots, num_pages=40)  # which keep a prompt beside its samples
     shared = outcome(engine, requests)
-    assert engine.num_prompt_tokens == 4 + 5 + 2 + 4
+    assert engine.num_prompt_tokens == 4 + 5 + 2 + 4 + 71  # the last prompt has two pages
     alone = {}
     for request in requests:
         alone |= outcome(engine, [request])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from models.checkpoint import WeightFiles, check_tensors, load_weights, model_config, refuse_quantized
 from models.common import DTYPES, Runtime, at_least_one, flag, is_main_rank, short_bar
@@ -359,16 +359,11 @@ def _store(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
                 in_fp32 = name == "score.weight" or attribute.startswith("lora_")
                 tensor = parameter.detach().to(torch.float32 if in_fp32 else dtype)
                 if tp.size() > 1:
-                    tensor = _part_over(tp, name, tensor)
+                    dim = shard_dim(name)
+                    placement = Replicate() if dim is None else Shard(dim)
+                    tensor = distribute_tensor(tensor, tp, [placement], src_data_rank=None)  # no communication
                 replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, attribute, replaced[id(parameter)])
-
-
-def _part_over(tp: DeviceMesh, name: str, whole: Tensor) -> DTensor:
-    shape, stride, dim = whole.shape, whole.stride(), shard_dim(name)
-    part = whole[tensor_parallel_part(name, tuple(shape), tp)].contiguous()
-    placement = Replicate() if dim is None else Shard(dim)
-    return DTensor.from_local(part, tp, [placement], run_check=False, shape=shape, stride=stride)
 
 
 def full_tensors(model: nn.Module, adapter_name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -158,14 +158,13 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(model: Transformer, lora: Lora) -> None:
-    """Freezes a model that is built on meta, except a scalar head, and adds adapters, in place."""
+    """Freezes a model that is being built on meta, except a scalar head, and adds adapters, in place."""
     model.requires_grad_(False)
     model.lora = lora
     model.dropout = TokenDropout(lora.dropout, lora.seed) if lora.dropout else None
     for number, name in enumerate(linear_layers(len(model.layers))):
         model.set_submodule(name, LoraLinear(model, name, number))
     if lora.with_critic:
-        with torch.device("meta"):
-            model.score = ScoreHead(model.config.hidden_size)
+        model.score = ScoreHead(model.config.hidden_size)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)

@@ -43,7 +43,6 @@ class CPUCache(Cache):
         B, H, K = num_rows, config.num_attention_heads // tp, config.num_key_value_heads // tp
         D, P = config.head_dim, num_pages + 1  # page 0 belongs to no sequence
         self.shape, self.dtype = (B, H, K, D), model.dtype
-        # zeros, because a masked position still enters the sums with weight 0, and 0 * NaN is NaN
         layers = range(config.num_hidden_layers)
         keys = [torch.zeros(P, K, D, PAGE) for _ in layers]
         values = [torch.zeros(P, K, PAGE, D, dtype=self.dtype) for _ in layers]

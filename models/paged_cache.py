@@ -71,7 +71,8 @@ def num_splits(num_pairs: int, most_keys: int, device: torch.device) -> int:
 
 class Cache:
     """Pages of keys and of values, one tensor of each for every layer, whose first dimension is the page; and `table`,
-    int32 [B, M]: the pages of each row, at a fixed address."""
+    int32 [B, M]: the pages of each row, at a fixed address. New pages hold zeros, since a masked position still enters
+    sums with weight 0, and 0 * NaN is NaN."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], num_rows: int, max_seq_len: int):
         self.keys, self.values = keys, values
@@ -107,7 +108,6 @@ class PagedCache(Cache):
         self.dtype = torch.float32 if device.type == "cpu" else model.dtype
         K, layers = config.num_key_value_heads // size_of(model.parallel.tp), range(config.num_hidden_layers)
         shape = (num_pages + 1, PAGE, K, config.head_dim)  # page 0 belongs to no sequence
-        # zeros, because a masked position still enters the plain sum with weight 0, and 0 * NaN is NaN
         pages = ([torch.zeros(shape, dtype=self.dtype, device=device) for _ in layers] for _ in ("keys", "values"))
         super().__init__(*pages, num_rows, max_seq_len)
         self.heads, self.max_seq_len = (K, config.head_dim), max_seq_len
@@ -126,8 +126,7 @@ class PagedCache(Cache):
         return cache
 
     def prefill(self, chunks: list[Chunk]) -> Attend:
-        """Attention for chunks packed end to end in one row, whose keys and values it writes to their pages. A
-        variable-length kernel, if there is one, takes all chunks at once."""
+        """Attention for chunks packed end to end in one row, whose keys and values it writes to their pages."""
         device, places = self.table.device, places_of(chunks, self.table.device)
         has_kernel = varlen_works(device, self.dtype, self.heads[1])
         return self._varlen_prefill(chunks, places) if has_kernel else self._padded_prefill(chunks, places)

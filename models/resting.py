@@ -35,4 +35,4 @@ def resting(engine: Engine, level: int) -> Iterator[None]:
         for storage, size in sizes:
             storage.resize_(size)
         for tensor in engine.rows.cache.tensors() if level else ():
-            tensor.zero_()  # a masked position still enters sums with weight 0, and 0 * NaN is NaN
+            tensor.zero_()  # as in a new Cache

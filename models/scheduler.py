@@ -42,7 +42,6 @@ class Scheduler:
         self.pool, self.num_slots = pool, num_slots
         self.look_every, self.prefill_tokens = look_every, prefill_tokens
         self.table = np.zeros((num_slots, pages_for(max_seq_len)), dtype=np.int32)  # [B, M]
-        self.newest: Prompt | None = None
         self.num_preempted = 0
         self.begin()
 
@@ -56,7 +55,7 @@ class Scheduler:
         self.free_slots = list(range(self.num_slots))  # a heap
         self.stale_slots = set(self.free_slots)  # free slots that the device does not know to be free yet
         self.table[:] = 0
-        self.newest = None
+        self.newest: Prompt | None = None
 
     # -------------------------------------------------------------------------------- admission
 

@@ -25,7 +25,7 @@ from models.paged_cache import PagedCache
 from models.repetition import SeenTokens
 from models.sampling import SamplingParams, sample
 from models.scheduler import Prefill
-from models.transfer import Download, to_device
+from models.transfer import Download, index_on, to_device
 
 
 class Start(NamedTuple):
@@ -113,19 +113,19 @@ class DecodeRows:
     def prefill(self, batch: Prefill) -> Tensor:
         """Computes the tokens of a batch and caches their keys and values; returns their final hidden states [N, E]."""
         # positions come first, at offset 0: code that is compiled for them depends on the storage offset
-        positions, ids = to_device(torch.tensor([batch.positions, batch.ids]), self.device)
+        positions, ids = to_device([batch.positions, batch.ids], self.device)
         return self.network.hidden(ids[None], positions[None], self.cache.prefill(batch.chunks))[0]
 
     def logits(self, hidden: Tensor, places: list[int]) -> Tensor:
         """Returns next-token logits at these indices of hidden [N, E]: [len(places), V']"""
-        return self.model.lm_head(hidden[to_device(torch.tensor(places), self.device)])
+        return self.model.lm_head(hidden[index_on(places, self.device)])
 
     def start(self, starts: Sequence[Start], logits: list[Tensor], copies: list[tuple[int, int]]) -> Download:
         """Starts rows for new samples: each draws its first token from its logits [V']. copies: pages (from, to) that
         are copied first. Returns the tokens and their log-probs, [len(starts), 1] each."""
         if copies:
-            self.cache.copy_pages(*to_device(torch.tensor(copies), self.device).unbind(1))
-        slots, keys, positions, remaining, _ = to_device(torch.tensor(starts).T.contiguous(), self.device)
+            self.cache.copy_pages(*to_device(copies, self.device).unbind(1))
+        slots, keys, positions, remaining, _ = to_device(list(zip(*starts)), self.device)
         seen = [] if self.seen is None else [self.seen.table[slots]]
         logits, keys, positions, *seen = self.network.any_number(0, torch.stack(logits), keys, positions, *seen)
         tokens, logprobs = self.sample(logits, keys, positions, self.hashes, self.params, self.tp, *seen)
@@ -137,7 +137,7 @@ class DecodeRows:
 
     def resume(self, starts: Sequence[Start]) -> None:
         """Starts rows for preempted samples that are in the cache again."""
-        slots, keys, positions, remaining, tokens = to_device(torch.tensor(starts).T.contiguous(), self.device)
+        slots, keys, positions, remaining, tokens = to_device(list(zip(*starts)), self.device)
         self._put(slots, tokens, positions, keys, remaining, torch.ones_like(slots, dtype=torch.bool))
 
     def _put(self, slots: Tensor, *columns: Tensor) -> None:
@@ -151,13 +151,13 @@ class DecodeRows:
 
     def clear(self, slots: Sequence[int]) -> None:
         """Deactivates rows that belong to no sample."""
-        slots = to_device(torch.tensor(slots), self.device)
+        slots = index_on(slots, self.device)
         self.active.index_fill_(0, slots, False)
         self.positions.index_fill_(0, slots, 0)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copies the state of rows `sources` to rows `targets`."""
-        sources, targets = to_device(torch.tensor([sources, targets]), self.device)
+        sources, targets = to_device([sources, targets], self.device)
         for buffer in self.all_state:
             buffer.index_copy_(0, targets, buffer[sources])
 

@@ -49,7 +49,7 @@ def batches_of(
         for i in chunks:
             back[first[i] : first[i + 1]] = end + np.arange(lengths[i])
             end += T
-    numbers = to_device(torch.from_numpy(np.concatenate([*arrays, back])), device)  # all in one copy
+    numbers = to_device(np.concatenate([*arrays, back]), device)  # all in one copy
     *parts, back = numbers.split([*map(len, arrays), len(back)])
     batches = []
     for (T, S), queries, keys, begin in zip(by_size, parts[::3], parts[1::3], parts[2::3]):

@@ -45,8 +45,7 @@ def token_places(pages: list[int], start: int, end: int) -> np.ndarray:
 
 def places_of(chunks: list[Chunk], device: torch.device) -> Tensor:
     """The places in the flattened pages to which packed tokens are written, int64 [N]."""
-    places = np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks])
-    return to_device(torch.from_numpy(places), device)
+    return to_device(np.concatenate([token_places(c.pages, c.start, c.start + c.length) for c in chunks]), device)
 
 
 def gpu_kernel(device: torch.device) -> Callable | None:
@@ -134,11 +133,11 @@ class PagedCache(Cache):
     def _varlen_prefill(self, chunks: list[Chunk], places: Tensor) -> Attend:
         device, contexts = places.device, [chunk.start + chunk.length for chunk in chunks]
         lengths, before = [chunk.length for chunk in chunks], None
-        ends = [[0, *accumulate(lengths)], [0, *accumulate(contexts)]]
-        ends, longest = to_device(torch.tensor(ends, dtype=torch.int32), device), (max(lengths), max(contexts))
+        ends = to_device([[0, *accumulate(lengths)], [0, *accumulate(contexts)]], device, torch.int32)
+        longest = max(lengths), max(contexts)
         if lengths != contexts:  # reads cached and new tokens from the pages
             before = np.concatenate([token_places(c.pages, 0, context) for c, context in zip(chunks, contexts)])
-            before = to_device(torch.from_numpy(before), device)
+            before = to_device(before, device)
         kernel = varlen_kernel()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.tp import own_chunk
-from models.transfer import to_device
+from models.transfer import index_on
 from models.vocab_parallel import most_columns
 
 
@@ -34,7 +34,7 @@ class SeenTokens:
         """Resets a slot to the tokens of its new prompt."""
         own = [token - self.first for token in prompt_ids if 0 <= token - self.first < self.width]
         self.table[slot] = False
-        self.table[slot, to_device(torch.tensor(own, dtype=torch.int64), self.table.device)] = True
+        self.table[slot, index_on(own, self.table.device)] = True
 
     def add(self, tokens: Tensor, slots: Tensor) -> None:
         """Marks the token that each of these slots has drawn as seen; int64 [B] each."""

@@ -69,8 +69,8 @@ def addresses(engine):
     return {name: tensor.data_ptr() for name, tensor in state if isinstance(tensor, torch.Tensor)}
 
 
-def ragged_requests(count=24, *, num_samples=1, longest=60, most_new=20, seed=0):
-    rng = random.Random(seed)
+def ragged_requests(count=24, *, num_samples=1, longest=60, most_new=20):
+    rng = random.Random(0)
     requests = []
     for idx in range(count):
         length = (1, longest)[idx] if idx < 2 else rng.randint(1, longest)
@@ -90,10 +90,10 @@ def outcome(engine, requests):
     return {key: (c.token_ids, c.finish_reason) for key, c in by_key(completions).items()}
 
 
-def hf_greedy(model, request):
+def hf_greedy(model, request, **more):
     """transformers' greedy ids for one prompt alone, with no EOS to stop at."""
     ids = torch.tensor([request.prompt_ids])
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, **settings)
     return out[0, ids.shape[1] :].tolist()
 

@@ -63,12 +63,12 @@ def made_by_peft(root, model, settings, seed=0):
     return base, out, adapted
 
 
-def trainable(folder, dtype=torch.float32, **flags):
+def trainable(folder, **flags):
     """Loads the model of the flags, as a trainer does."""
-    args, runtime = Args(folder, **flags), CPU._replace(dtype=dtype)
-    lora = choose_lora(args, folder, runtime)
+    args = Args(folder, **flags)
+    lora = choose_lora(args, folder, CPU)
     head = {"head": "score", "new_score": torch.zeros(1, 64)} if "score.weight" in lora.values else {}
-    return load_for_training(folder, init_mesh(CPU.device, 1), args, runtime, lora=lora, **head)
+    return load_for_training(folder, init_mesh(CPU.device, 1), args, CPU, lora=lora, **head)
 
 
 def output_of(model):

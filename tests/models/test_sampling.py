@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -72,14 +73,8 @@ def test_repetition_penalty_equals_transformers(tmp_path, variant, penalty):
     sample, counts a token twice, is a factor of the wrong kind for negative logits, or enters the log-probs."""
     model = tiny.write_model(tmp_path, **VARIANTS[variant])
     requests = ragged_requests(16, num_samples=2)
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": penalty}
-    expected = {}
-    for request in requests:
-        ids = torch.tensor([request.prompt_ids])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, **settings
-        )
-        expected[request.idx, request.sample_idx] = (out[0, ids.shape[1] :].tolist(), "length")
+    of_hf = partial(hf_greedy, model, repetition_penalty=penalty)
+    expected = {(r.idx, r.sample_idx): (of_hf(r), "length") for r in requests}
     assert sum(expected[r.idx, 0][0] != hf_greedy(model, r) for r in requests if not r.sample_idx) > 12
     params = SamplingParams(0.0, repetition_penalty=penalty)
     for num_slots, look_every in ((5, 1), (3, 8), (32, 2)):

@@ -30,9 +30,7 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: {key} must be an object, not {settings!r}")
-    theta = settings.get("rope_theta", config.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"{where}: rope_theta must be a positive number, not {theta!r}")
+    theta = _positive(settings.get("rope_theta", config.get("rope_theta", 10000.0)), f"{where}: rope_theta")
     nested = next((name for name, value in settings.items() if isinstance(value, dict)), None)
     if nested is not None:
         raise ValueError(f"{where}: {key}.{nested} is not supported, only one setting for all layers")
@@ -57,9 +55,10 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     return float(theta), scaling
 
 
-def _positive(value: object, name: str, rope_type: str) -> float:
+def _positive(value: object, name: str, rope_type: str | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number for type {rope_type!r}, not {value!r}")
+        of_type = "" if rope_type is None else f" for type {rope_type!r}"
+        raise ValueError(f"{name} must be a positive number{of_type}, not {value!r}")
     return value
 
 

@@ -382,6 +382,7 @@ GOOD = {
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_theta": "big"}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": 18}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

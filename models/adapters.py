@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -108,9 +109,9 @@ class Adapter(NamedTuple):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
-    """Reads an adapter's folder and checks it against its base's. again: its warnings were printed before. Raises
-    ValueError or FileNotFoundError that names the file and what is missing, unsupported or made for another base."""
+def open_adapter(path: Path, base: Path) -> Adapter:
+    """Reads an adapter's folder and checks it against its base's. Raises ValueError or FileNotFoundError that names the
+    file and what is missing, unsupported or made for another base."""
     config = _read_config(path)
     tensors, metadata = _read_tensors(path)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -133,7 +134,7 @@ def open_adapter(path: Path, base: Path, *, again: bool = False) -> Adapter:
     pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
     adapter = Adapter(path, config, pairs, score, metadata)
     warnings = on_main(lambda: _check_base(adapter, base))
-    for warning in warnings if is_main_rank() and not again else ():
+    for warning in warnings if is_main_rank() else ():
         print(warning, file=sys.stderr)  # stdout may be for samples
     return adapter
 
@@ -289,13 +290,14 @@ def choose_lora(
     *,
     with_critic: bool = False,
     with_reference: bool = False,
-    is_critic: bool = False,
+    policy: Lora | None = None,
 ) -> Lora | None:
     """Returns the adapters that the flags of LoraArgs describe for the model in a folder; None without LoRA.
     with_critic: the model carries a critic's adapters, too. with_reference: it also serves as its own reference, and so
-    keeps a frozen copy of the adapters of --adapter_path. is_critic: it is a critic on a base of its own; its adapters
-    are always new. Raises ValueError for flags that do not fit the model or each other. A collective."""
-    if args.adapter_path is None and not is_critic:
+    keeps a frozen copy of the adapters of --adapter_path. policy: the model is this policy's critic, on a base of its
+    own; its adapters are new ones for the same layers. Raises ValueError for flags that do not fit the model or each
+    other. A collective."""
+    if args.adapter_path is None and policy is None:
         say_what_is_not_taken(base)
     if not args.uses_lora:
         for each in flags_of(LoraArgs):
@@ -304,21 +306,23 @@ def choose_lora(
                 raise ValueError(f"{shown} is for LoRA, and does nothing without --lora_r or --adapter_path")
         return None
     config, tp_size = ModelConfig.from_hf(base), args.tensor_parallel_size
-    start = (
-        None if args.adapter_path is None else open_adapter(args.adapter_path, args.checkpoint_path, again=is_critic)
-    )
-    r, alpha, use_rslora, layers = _shape(args, start, config, is_other=is_critic)
+    if policy is None:
+        start = None if args.adapter_path is None else open_adapter(args.adapter_path, base)
+        r, alpha, use_rslora, layers = _shape(args, start, config)
+    else:
+        start, r, alpha, use_rslora = None, policy.r, policy.alpha, policy.use_rslora
+        layers = _of_kinds({layer.rpartition(".")[2] for layer in policy.layers}, config)
     scheme = base_scheme(args.quantize_base)
     if scheme is not None:
         try:
             check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
         except ValueError as error:  # names the base: a critic may have another
             raise ValueError(f"{base}: --quantize_base {error}") from None
-    streams = {"": int(is_critic)} | ({CRITIC: 1} if with_critic else {})
+    streams = {"": 0 if policy is None else 1} | ({CRITIC: 1} if with_critic else {})
     values = _new_values(config, layers, r, args.seed, streams)
     base_fingerprint = on_main(lambda: fingerprint(base))
     with_reference = with_reference and start is not None
-    if start is not None and not is_critic:
+    if start is not None:
         for layer, (A, B) in start.factors.items():
             for suffix in ("", REFERENCE) if with_reference else ("",):
                 values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
@@ -337,26 +341,26 @@ def base_scheme(mode: str) -> Scheme | None:
     return Scheme(mode, BASE_GROUP, has_minima=True) if mode == "int4" else Scheme(mode)
 
 
-def _shape(
-    args, start: Adapter | None, config: ModelConfig, *, is_other: bool
-) -> tuple[int, float, bool, frozenset[str]]:
-    """Returns (rank, alpha, use_rslora, layers). is_other: the model is not the one that the adapter `start` is for."""
-    kinds, layers = args.lora_target_modules, linear_layers(config.num_hidden_layers)
-    unknown = sorted(set(kinds or ()) - {*LINEARS, "all-linear"})
+def _of_kinds(kinds: Collection[str], config: ModelConfig) -> frozenset[str]:
+    """Returns a model's linear layers of these kinds, such as q_proj."""
+    layers = linear_layers(config.num_hidden_layers)
+    return frozenset(layer for layer in layers if layer.rpartition(".")[2] in kinds)
+
+
+def _shape(args, start: Adapter | None, config: ModelConfig) -> tuple[int, float, bool, frozenset[str]]:
+    """Returns (rank, alpha, use_rslora, layers)."""
+    kinds = args.lora_target_modules or ("all-linear",)
+    unknown = sorted(set(kinds) - {*LINEARS, "all-linear"})
     if unknown:
         names = ", ".join(LINEARS)
         raise ValueError(
             f"--lora_target_modules {' '.join(unknown)}: choose from {names}, or all-linear for all of them"
         )
-    if kinds and "all-linear" not in kinds:
-        layers = [layer for layer in layers if layer.rpartition(".")[2] in kinds]
+    layers = _of_kinds(LINEARS if "all-linear" in kinds else kinds, config)
     if start is None:
-        return args.lora_r, args.lora_alpha or 2.0 * args.lora_r, args.use_rslora, frozenset(layers)
-    kinds_found = {layer.rpartition(".")[2] for layer in start.factors}
+        return args.lora_r, args.lora_alpha or 2.0 * args.lora_r, args.use_rslora, layers
     found = (start.r, float(start.config["lora_alpha"]), bool(start.config.get("use_rslora")), frozenset(start.factors))
-    if is_other:
-        return *found[:3], frozenset(layer for layer in layers if layer.rpartition(".")[2] in kinds_found)
-    asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, frozenset(layers) if kinds else None)
+    asked = (args.lora_r, args.lora_alpha, args.use_rslora or None, layers if args.lora_target_modules else None)
     for name, value, wanted in zip(("lora_r", "lora_alpha", "use_rslora", "lora_target_modules"), found, asked):
         if wanted is not None and wanted != value:
             raise ValueError(f"--{name}: the adapter of --adapter_path {start.path} has another; leave the flag out")
@@ -397,8 +401,7 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
     kinds = sorted({layer.rpartition(".")[2] for layer in lora.layers})
-    every = linear_layers(ModelConfig.from_hf(lora.base).num_hidden_layers)
-    is_whole = all(layer in lora.layers for layer in every if layer.rpartition(".")[2] in kinds)
+    is_whole = lora.layers == _of_kinds(kinds, ModelConfig.from_hf(lora.base))
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar_head else "CAUSAL_LM",

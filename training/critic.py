@@ -69,7 +69,7 @@ def load_with_critic(
         policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
     else:
         policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-        own = None if lora is None else choose_lora(args, value_path, runtime, is_critic=True)
+        own = None if lora is None else choose_lora(args, value_path, runtime, policy=lora)
         options = {"head": "score", "new_score": zero_head, "lora": own}
         critic = load_for_training(value_path, mesh, args, runtime, **options)
     with torch.no_grad():

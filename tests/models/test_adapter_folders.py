@@ -149,8 +149,8 @@ def test_what_lies_beside_an_adapter(tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     ends = ("its chat template differs from that of", "its eos_token differs from that of")
     assert all(end in line for end, line in zip(ends, said(), strict=True))
-    for is_critic in (False, True):
-        choose_lora(Args(base, adapter_path=folder), base, CPU, is_critic=is_critic)
+    policy = choose_lora(Args(base, adapter_path=folder), base, CPU)
+    choose_lora(Args(base, adapter_path=folder), base, CPU, policy=policy)
     assert capsys.readouterr().err.count(ends[1]) == 1
     tokenizer.save_pretrained(base)  # changes the base, as the adapter notices if its file has a fingerprint
     path = folder / NAME

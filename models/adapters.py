@@ -31,6 +31,7 @@ from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER,
 from models.lora import CRITIC, REFERENCE, Lora, LoraLinear
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.noise import noise_key
+from models.pad_token import stated_token
 from models.qlinear import Scheme
 from models.quantize import check_scheme
 from models.record_files import unreadable
@@ -48,7 +49,6 @@ KNOWN = {
     *("fan_in_fan_out", "target_modules", "task_type", "use_rslora"),
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
-TOKENIZER_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits per weight in all
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
@@ -232,10 +232,8 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
 
 def _texts_of(folder: Path) -> dict[str, object]:
     """Returns the chat template and EOS of a folder's tokenizer files, which are often saved beside an adapter, too."""
-    older, config = (read_json_object(folder / name, missing_ok=True) for name in TOKENIZER_CONFIGS)
-    eos = {**older, **config}.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    return {"chat template": read_chat_template(folder, config), "eos_token": eos}
+    config = read_json_object(folder / "tokenizer_config.json", missing_ok=True)
+    return {"chat template": read_chat_template(folder, config), "eos_token": stated_token(folder, "eos_token")}
 
 
 def _names_of(base: Path) -> set[str]:

@@ -23,7 +23,7 @@ class PadToken(NamedTuple):
 
 def named_pad_token(folder: Folder) -> PadToken | None:
     """The pad token that a folder's tokenizer files name; None if they name none, or one not in the vocabulary."""
-    text = _named(folder.path, "pad_token")
+    text = stated_token(folder.path, "pad_token")
     token_id = folder.tokenizer.vocabulary().get(text)
     return None if token_id is None else PadToken(text, token_id)
 
@@ -40,7 +40,7 @@ def choose_pad_token(folder: Folder) -> PadToken:
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *folder.eos_token_ids}
     usable = {text: i for text, i in ids.items() if i not in ends and i < folder.config.vocab_size}
     unknown = ("<unk>",) if "<unk>" in added_texts else ()
-    for text in (_named(path, "pad_token"), _named(path, "unk_token"), *unknown):
+    for text in (stated_token(path, "pad_token"), stated_token(path, "unk_token"), *unknown):
         if text in usable:
             return PadToken(text, usable[text])
     added = [text for text in added_texts if text in usable and text not in template]
@@ -55,9 +55,9 @@ def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
     """The changes, {file name: keys to set}, that make this the pad token of all files of a folder but config.json;
     files that agree, or that name none and need not, are left out."""
     changes: dict[str, dict] = {}
-    if _named(path, "pad_token", ("tokenizer_config.json",)) != pad.text:
+    if stated_token(path, "pad_token", ("tokenizer_config.json",)) != pad.text:
         changes["tokenizer_config.json"] = {"pad_token": pad.text}
-    if _named(path, "pad_token", ("special_tokens_map.json",)) not in (None, pad.text):
+    if stated_token(path, "pad_token", ("special_tokens_map.json",)) not in (None, pad.text):
         changes["special_tokens_map.json"] = {"pad_token": pad.text}
     padding = _read(path / "tokenizer.json").get("padding")
     if isinstance(padding, dict) and (padding.get("pad_token"), padding.get("pad_id")) != pad:
@@ -67,8 +67,8 @@ def pad_changes(path: Path, pad: PadToken) -> dict[str, dict]:
     return changes
 
 
-def _named(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.json", "special_tokens_map.json")):
-    """The text of a token that a file names, as such or as an object with its content."""
+def stated_token(path: Path, key: str, files: tuple[str, ...] = ("tokenizer_config.json", "special_tokens_map.json")):
+    """The text of a token that the first of these files names, as such or as an object with its content, or None."""
     for file in files:
         value = _read(path / file).get(key)
         value = value.get("content") if isinstance(value, dict) else value

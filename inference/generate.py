@@ -35,9 +35,9 @@ from models.common import (
     at_least_one,
     card,
     choose_runtime,
+    count_or_auto,
     flag,
     is_main_rank,
-    number_or,
     on_main,
     peak_memory,
     progress_bar,
@@ -70,7 +70,7 @@ class GenerateArgs(
     resume: bool = flag(False, help="draw the samples that --output_file does not have yet", may_change=True)
     batch_size: int | None = flag(
         None,
-        type=number_or("auto", at_least_one),
+        type=count_or_auto,
         metavar="N|auto",
         help="number of slots: the most sequences decoded together on each data-parallel rank; default: auto, as many "
         "as memory holds, up to 256 on a GPU and 16 on a CPU",

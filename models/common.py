@@ -16,6 +16,7 @@ import io
 import math
 import os
 import re
+import resource
 import sys
 import threading
 import time
@@ -210,10 +211,9 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
     return parse
 
 
-def number_or(word: str, bounds: Bounds) -> Callable[[str], int | None]:
-    """Returns the argparse type of a flag that takes an int within bounds, or this word, which is parsed as None."""
-    parse = _number(int, bounds)
-    return lambda text: None if text == word else parse(text)
+def count_or_auto(text: str) -> int | None:
+    """The type of a flag that takes a number of at least 1, or auto, which is parsed as None."""
+    return None if text == "auto" else _number(int, at_least_one)(text)
 
 
 def parse_args(Args: type, arguments: list[str] | None = None):
@@ -402,8 +402,6 @@ def peak_memory(device: torch.device) -> int:
     """Returns the peak number of bytes in use so far, of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -392,14 +392,11 @@ def get_steps(record: Record) -> list[str]:
 
 
 def micro_batches(
-    rows: list[Row], size: int, dp_rank: int = 0, dp_size: int = 1, key: Callable[[Row], int] | None = None
+    rows: list[Row], size: int, length: Callable[[Row], int], dp_rank: int = 0, dp_size: int = 1
 ) -> Iterator[list[Row]]:
     """One rank's share of a batch in groups of at most `size` rows, of similar length to keep padding small. Every rank
-    yields the same number of groups, since each runs collectives; a group may be empty.
-
-    key: the length of a row; by default that of its input_ids.
-    """
-    share = sorted(rows, key=key or (lambda row: len(row.input_ids)))[dp_rank::dp_size]
+    yields the same number of groups, since each runs collectives; a group may be empty."""
+    share = sorted(rows, key=length)[dp_rank::dp_size]
     for start in range(0, -(-len(rows) // dp_size), size):
         yield share[start : start + size]
 
@@ -425,7 +422,7 @@ class Split(NamedTuple):
         lengths = {i: list(map(len, rows[i].sequences)) for i in chosen}
         rank, size = self.dp.get_local_rank(), self.dp.size()
         if self.max_tokens is None:
-            shares = micro_batches(chosen, self.micro_batch_size, rank, size, lambda i: max(lengths[i]))
+            shares = micro_batches(chosen, self.micro_batch_size, lambda i: max(lengths[i]), rank, size)
         else:
             groups = groups_of_ranks([sum(lengths[i]) for i in chosen], self.max_tokens, size)[rank]
             shares = ([chosen[j] for j in group] for group in groups)

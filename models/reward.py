@@ -371,7 +371,7 @@ def step_scores(
 
 def _taken(numbers: list[int], length: Callable[[int], int], split: Split) -> Iterator[list[int]]:
     """Batches of rows of similar length that this replica takes, the longest first."""
-    batches = list(micro_batches(numbers, split.micro_batch_size, key=length))[::-1]
+    batches = list(micro_batches(numbers, split.micro_batch_size, length))[::-1]
     work = shared_work("scores", [1] * len(batches), split.dp, most=1)
     for taken in work:
         for i in taken:

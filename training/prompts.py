@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from models.chats import Chat
 from models.checkpoint import Folder
-from models.common import Bounds, at_least_one, flag, non_negative, number_or
+from models.common import Bounds, at_least_one, count_or_auto, flag, non_negative
 from models.generation import PrefillArgs
 from models.model import ModelConfig
 from models.records import (
@@ -51,7 +51,7 @@ class RolloutArgs(StopArgs, PrefillArgs):
     )
     rollout_slots: int | None = flag(
         None,
-        type=number_or("auto", at_least_one),
+        type=count_or_auto,
         metavar="N|auto",
         help="answers generated at a time on a rank; default: auto, up to 256 on a GPU, as memory beside training "
         "allows, and up to 128 on a CPU",

@@ -463,7 +463,7 @@ def test_micro_batches():
     """Catches a row lost or used twice, a micro-batch larger than asked for, and long rows batched with short ones."""
     rows = [row(n) for n in (3, 9, 4, 8, 5)]
     for size in range(1, 7):
-        groups = list(micro_batches(rows, size))
+        groups = list(micro_batches(rows, size, lambda row: len(row.input_ids)))
         assert all(1 <= len(group) <= size for group in groups) and len(groups) == -(-len(rows) // size)
         assert [len(r.input_ids) for group in groups for r in group] == [3, 4, 5, 8, 9]
         assert all(any(r is other for other in rows) for group in groups for r in group)

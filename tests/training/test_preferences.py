@@ -296,7 +296,7 @@ def test_micro_batches_of_pairs(dp_size, tokenizer):
     pairs = made_pairs(tokenizer)
     for size in (1, 2, 4, 8):
         ranks = [
-            list(micro_batches(pairs, size, rank, dp_size, key=lambda pair: max(map(len, pair.sequences))))
+            list(micro_batches(pairs, size, lambda pair: max(map(len, pair.sequences)), rank, dp_size))
             for rank in range(dp_size)
         ]
         assert len({len(groups) for groups in ranks}) == 1

@@ -24,6 +24,7 @@ from models.records import (
 from models.rows import Rows, flatten
 from models.tokenizer import Tokenizer
 from tests import tiny
+from tests.models.test_chat_templates import LLAMA2_CHAT, LLAMA3_CHAT
 from training.data import PackedRows, encode_sft_file, encode_sft_record, epoch_order, training_batches
 
 BOS, EOS = 1, 2  # of tiny's sentencepiece tokenizer
@@ -206,20 +207,6 @@ def test_records_that_cannot_be_used(fields, complaint, tokenizer):
 
 # ------------------------------------------------------------------------------------------- chats
 
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
-    "{% else %}{% set loop_messages = messages %}{% set system_message = '' %}{% endif %}"
-    "{% for message in loop_messages %}"
-    "{% set content = system_message + message['content'] if loop.index0 == 0 else message['content'] %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-LLAMA3 = (
-    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -230,7 +217,7 @@ REWRITES = CHATML.replace(
 )
 PLAIN = "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] + '\n' }}{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
-TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "chatml_added": CHATML, "rewrites": REWRITES, "plain": PLAIN}
+TEMPLATES = {"llama3": LLAMA3_CHAT, "chatml": CHATML, "chatml_added": CHATML, "rewrites": REWRITES, "plain": PLAIN}
 END_OF_TURN = {
     "llama2": " </s>",
     "llama3": "<|eot_id|>",
@@ -243,7 +230,7 @@ END_OF_TURN = {
 def write_chat_tokenizer(folder, kind):
     """Writes a tokenizer: sentencepiece for Llama 2, else byte-level with the special tokens of its kind."""
     if kind.startswith("llama2"):
-        tiny.write_tokenizer(folder, chat_template=LLAMA2)
+        tiny.write_tokenizer(folder, chat_template=LLAMA2_CHAT)
         return
     special = ["<|begin|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     special += ["<|im_start|>", "<|im_end|>"]

@@ -8,7 +8,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -355,23 +355,22 @@ def step_scores(
     device = model.inv_freq.device
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
     scores = torch.zeros(first[-1], device=device)
-    length = lambda i: len(rows[i].input_ids)  # noqa: E731
+    lengths = [len(row.input_ids) for row in rows]
     with torch.no_grad():
-        shares = _taken(list(range(len(rows))), length, split) if taken else split.numbers(rows)
-        for group in shares:
+        for group in _taken(lengths, split) if taken else split.numbers(rows):
             examples, places = rows_to_score([rows[i] for i in group])
             found = model.score(forward_rows(model, examples, split).at(places))
             places_of_scores = [first[i] + j for i in group for j in range(len(rows[i].positions))]
             scores.index_copy_(0, index_on(places_of_scores, device), found)
             if bar is not None:
-                bar.update(min(bar.total - bar.n, split.dp.size() * sum(map(length, group))))
+                bar.update(min(bar.total - bar.n, split.dp.size() * sum(lengths[i] for i in group)))
     values = split.sum(scores).tolist()  # one rank computed each score; the others have 0 there
     return [values[a:b] for a, b in itertools.pairwise(first)]
 
 
-def _taken(numbers: list[int], length: Callable[[int], int], split: Split) -> Iterator[list[int]]:
-    """Batches of rows of similar length that this replica takes, the longest first."""
-    batches = list(micro_batches(numbers, split.micro_batch_size, length))[::-1]
+def _taken(lengths: list[int], split: Split) -> Iterator[list[int]]:
+    """The numbers of rows of similar length in batches that this replica takes, the longest first."""
+    batches = list(micro_batches(list(range(len(lengths))), split.micro_batch_size, lengths.__getitem__))[::-1]
     work = shared_work("scores", [1] * len(batches), split.dp, most=1)
     for taken in work:
         for i in taken:

@@ -171,8 +171,7 @@ def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> I
     size = path.stat().st_size if path.is_file() else 0
     empty, num_workers = True, num_workers if size >= BIG_FILE else 1
     with bytes_bar(size, "tokenising", shown=shown) as bar:
-        encode = lambda chunk: _encode_chunk(encoder, chunk)  # noqa: E731 (a forked process need not pickle it)
-        for block in map_in_processes(encode, chunks_of(path), num_workers):
+        for block in map_in_processes(partial(_encode_chunk, encoder), chunks_of(path), num_workers):
             empty = empty and not block.num_records
             bar.update(block.size)
             yield block

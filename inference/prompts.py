@@ -233,9 +233,9 @@ def opening_of(system: str | None, tokenizer: Tokenizer) -> list[dict]:
     if tokenizer.chat_template is None:
         return opening
     question = [{"role": "user", "content": "?"}]
-    without = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    without = tokenizer.chat_template.render(question, add_generation_prompt=True)
     try:
-        text = tokenizer.apply_chat_template(opening + question, add_generation_prompt=True)
+        text = tokenizer.chat_template.render(opening + question, add_generation_prompt=True)
     except ValueError as error:
         raise ValueError(f"{error}; does it take a system message at all? Leave it out") from None
     if text == without:

@@ -189,7 +189,7 @@ def text_of_chat(chat: Chat, tokenizer: Tokenizer) -> str:
     message begins. Raises ValueError if the template leaves out a part."""
     _checked_rendering(chat, tokenizer)
     if not chat.is_open:
-        return tokenizer.apply_chat_template(chat.messages, add_generation_prompt=True, **chat.values)
+        return tokenizer.chat_template.render(chat.messages, add_generation_prompt=True, **chat.values)
     begun = tokenizer.chat_template.render_open(chat.messages, **chat.values)
     if not _holds(begun, chat.messages[-1]):
         raise ValueError("the chat template leaves out a part of the last message, which the answer continues")

@@ -143,10 +143,6 @@ class Tokenizer:
             raise ValueError(f"{self.config_path.parent}: no chat template; add chat_template.jinja, or use plain text")
         return self.chat_template
 
-    def apply_chat_template(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
-        """The text of a chat by the folder's template; ValueError if it has none."""
-        return self.needed_chat_template.render(messages, add_generation_prompt=add_generation_prompt, **values)
-
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The id of the token that the chat template puts at the end of an assistant's turn; None if there is none."""

@@ -50,7 +50,7 @@ def expected_answer(folder, messages, num_tokens):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = Tokenizer(folder)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    text = tokenizer.chat_template.render(messages, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)

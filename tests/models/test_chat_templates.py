@@ -86,7 +86,7 @@ def test_chat_templates(name, place, tmp_path):
     for messages in (CHAT, CHAT[:2], CHAT[1:]):
         for prompt in (True, False):
             wanted = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == wanted
+            assert ours.chat_template.render(messages, add_generation_prompt=prompt) == wanted
             ids = ours.encode(wanted, add_special_tokens=False)
             if name != "chatml":
                 assert ids == FileTokenizer(tmp_path)(wanted, add_special_tokens=False)["input_ids"]
@@ -133,10 +133,10 @@ def test_bad_texts_and_chats(tmp_path):
     error_of(lambda: ours.encode(None), "string")
     for messages in ("hi", [], {}, ["hi"], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": 5}]):
         error_of(lambda m=messages: read_chat(m), "messages")
-    error_of(lambda: ours.apply_chat_template(CHAT[2:], add_generation_prompt=True), folder, "roles must alternate")
+    error_of(lambda: ours.chat_template.render(CHAT[2:], add_generation_prompt=True), folder, "roles must alternate")
     plain = Tokenizer(sentencepiece_folder(tmp_path / "b", {}))
     assert plain.chat_template is None
-    error_of(lambda: plain.apply_chat_template(CHAT, add_generation_prompt=True), tmp_path / "b", "no chat template")
+    error_of(lambda: plain.needed_chat_template, tmp_path / "b", "no chat template")
     for template in (
         "{% for %}",
         "{{ messages[0]['role'] + 1 }}",
@@ -151,7 +151,7 @@ def test_bad_texts_and_chats(tmp_path):
     ):
         hostile = Tokenizer(sentencepiece_folder(tmp_path / "c", {"chat_template": template}))
         error_of(
-            lambda h=hostile: h.apply_chat_template(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template"
+            lambda h=hostile: h.chat_template.render(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template"
         )
 
 

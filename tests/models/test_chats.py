@@ -333,7 +333,7 @@ def test_the_date_is_the_runs(tmp_path):
     """Catches a date read from the clock at each rendering."""
     byte_level_folder(tmp_path, "llama3")
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama33"], encoding="utf-8")
-    text = Tokenizer(tmp_path, date(2024, 7, 26)).apply_chat_template([user("a")], add_generation_prompt=True)
+    text = Tokenizer(tmp_path, date(2024, 7, 26)).chat_template.render([user("a")], add_generation_prompt=True)
     assert "Today Date: 26 Jul 2024\n" in text
 
 

@@ -38,7 +38,7 @@ class Tokenizer:
     bos_token_id, eos_token_id: int, or None where the folder names no such token.
     pad_token_id: int, never EOS: the folder's own pad token, else `<unk>`, else the first id that is neither EOS nor
         BOS. It fills masked positions; no mask is ever derived from it.
-    base_vocab_size: the largest id of the vocabulary + 1; vocab_size: the same with added tokens.
+    base_vocab_size: the largest id of the vocabulary, without added tokens, + 1.
     special_ids: ids that decoding leaves out; added_texts: id -> text of all added tokens; byte_ids: tokens of single
         bytes, which the decoder joins.
     adds_bos: whether encode() puts a BOS first; chat_template: a ChatTemplate, or None; today: the day it is told.
@@ -72,7 +72,6 @@ class Tokenizer:
         self.pad_token_id = next(i for i in fillers if i not in (None, self.eos_token_id))
 
         self.base_vocab_size, added = self._file.size, self._file.added_tokens()
-        self.vocab_size = max([self.base_vocab_size - 1, *added]) + 1
         self.added_texts, self.byte_ids = {i: token.content for i, token in added.items()}, self._file.byte_ids
         named = names.values()
         self.special_ids = frozenset(i for i, token in added.items() if token.special or token.content in named)

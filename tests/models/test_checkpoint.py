@@ -135,17 +135,12 @@ def test_damaged_files_are_named(tmp_path):
         load_model(tmp_path)
 
 
-def with_own_head(folder):
-    """Says in config.json that head and embedding are one, which the files contradict."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
-
-
 def test_the_files_decide_about_the_head(tmp_path):
     """Catches a stored head silently left out because config.json says tied: in the loader, beside a quantised body or
     in an export; and a head equal to the embedding that is kept apart from it."""
     tiny.write_model(tmp_path / "in")
-    with_own_head(tmp_path / "in")
+    path = tmp_path / "in/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
     input_ids = torch.randint(tiny.VOCAB_SIZE, (2, 20))
     with torch.no_grad():

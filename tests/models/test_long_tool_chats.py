@@ -4,12 +4,11 @@ than earlier ones, as Qwen3's does."""
 from unittest import mock
 
 import pytest
-from transformers import AutoTokenizer
 
 from models.chat_template import ChatTemplate
 from models.chats import learnt_turns, read_chat
 from models.tokenizer import Tokenizer
-from tests.models.test_tokenizer import byte_level_folder
+from tests.models import test_chat_corners
 
 TEMPLATE = "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
 TEMPLATE += (
@@ -24,9 +23,7 @@ USER = {"role": "user", "content": "w?"}
 
 @pytest.fixture
 def opened(tmp_path):
-    byte_level_folder(tmp_path, "llama3", eos_token="<|eot_id|>")
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    return test_chat_corners.opened(tmp_path, TEMPLATE)
 
 
 def calling(name, arguments, content=""):

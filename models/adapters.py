@@ -179,7 +179,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
         if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True), {}
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+                raise ValueError(f"{pickled}: holds something else, not a dict of tensors")
+            return tensors, {}
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         found = file if file.is_file() else pickled
         reason = f"its weights cannot be read: {str(error).splitlines()[0]}"

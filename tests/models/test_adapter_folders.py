@@ -117,8 +117,12 @@ def test_what_is_not_computed_is_named(tmp_path):
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     pickled = broken(folder, tmp_path / "pickled")
     (pickled / NAME).unlink()
-    torch.save({"a": Code()}, pickled / "adapter_model.bin")
-    refused(lambda: open_adapter(pickled, base), pickled, "its weights cannot be read")
+    for content, complaint in (
+        ({"a": Code()}, "its weights cannot be read"),
+        ([torch.ones(2)], "not a dict of tensors"),
+    ):
+        torch.save(content, pickled / "adapter_model.bin")
+        refused(lambda: open_adapter(pickled, base), pickled, complaint)
     head = "base_model.model.lm_head.lora_{}.weight"
     more = {head.format("A"): torch.ones(2, 64), head.format("B"): torch.ones(tiny.VOCAB_SIZE, 2)}
     with_head = broken(folder, tmp_path / "head", tensors=lambda found: found | more)

@@ -21,11 +21,11 @@ import jinja2.meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from models.files import TOOL_USE
 from models.functions import short
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT, CALL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"
-TOOL_USE = "additional_chat_templates/tool_use.jinja"  # path in a folder
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
 
 

@@ -221,8 +221,8 @@ class WeightFiles:
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
             tensor = handle.get_slice(name) if path.suffix == ".safetensors" else handle[name]
             shape = tensor.get_shape() if path.suffix == ".safetensors" else getattr(tensor, "shape", None)
-            if shape is None:
-                raise ValueError(f"{path}: the entry {name!r} is not a tensor")
+            if shape is None or not isinstance(name, str):
+                raise ValueError(f"{path}: the entry {name!r} is not a tensor with a name")
             yield name, tuple(shape)
 
     def names(self) -> list[str]:

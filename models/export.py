@@ -20,30 +20,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.chat_template import TOOL_USE
 from models.checkpoint import hf_name
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank
-from models.files import naming_file, read_json_object
+from models.files import COPIED_FILES, naming_file, read_json_object
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Staged for the switch only: the config.json that names the staged weights, their index, a hard link before its rename.
 SWITCH_CONFIG, SWITCH_INDEX, LINK = "switch.json", "switch.safetensors.index.json", "link"
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    TOOL_USE,
-)
 
 
 def save_folder(

@@ -10,6 +10,22 @@ from safetensors import SafetensorError
 
 from models.record_files import kind_of, unreadable
 
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
+# Files of a model folder, beside config.json and the weights, that an export copies and a download fetches.
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    TOOL_USE,
+)
+
 
 def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
     """Reads a small JSON file that holds an object. Raises ValueError that names the file if it does not. missing_ok:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from models import checksums
 from models.checkpoint import WeightFiles
-from models.export import COPIED_FILES
+from models.files import COPIED_FILES
 
 WHOLE = 64 << 20  # files of up to so many bytes are hashed whole
 BLOCK = 4096

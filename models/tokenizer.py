@@ -16,8 +16,8 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.models import WordLevel
 
-from models.chat_template import TOOL_USE, ChatTemplate, read_chat_template
-from models.files import read_json_object
+from models.chat_template import ChatTemplate, read_chat_template
+from models.files import TOOL_USE, read_json_object
 from models.functions import short
 from models.record_files import unreadable
 from models.streaming import StreamDecoder

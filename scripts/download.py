@@ -26,9 +26,8 @@ from huggingface_hub.errors import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.chat_template import TOOL_USE
 from models.common import flag, run_script
-from models.export import COPIED_FILES
+from models.files import COPIED_FILES, TOOL_USE
 
 # Files that a folder needs beside its weights, by lower-case name; only from the top level of the repository.
 SMALL_FILES = ("config.json", *COPIED_FILES, "licen[cs]e*", "use_policy*", "notice*", "readme*")

@@ -318,7 +318,8 @@ def table(torture: Torture) -> str:
 def report(torture: Torture, seconds: float) -> str:
     args, rows = torture.args, torture.rows.values()
     git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else "unknown"
+    found = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = found or "unknown"
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, torch {torch.__version__}"
     command = f"python scripts/torture.py --kills {args.kills} --seed {args.seed} --jobs {' '.join(args.jobs)}"
     costs = []
@@ -328,7 +329,7 @@ def report(torture: Torture, seconds: float) -> str:
             costs.append(f"{sum(cost for cost, _ in spent) / kills:.1f} s per kill on {counted(ranks, 'rank')}")
     num_runs, unequal = sum(row.runs for row in rows), [text for row in rows for text in row.unequal]
     parts = [
-        f"`{command} --ranks {' '.join(map(str, args.ranks))}`, {date.today()}, commit {commit.strip()}, {machine}.",
+        f"`{command} --ranks {' '.join(map(str, args.ranks))}`, {date.today()}, commit {commit}, {machine}.",
         f"{torture.num_kills} SIGKILLs and {sum(row.landed[DISK_FULL] for row in rows)} full disks in {num_runs} runs, "
         f"{seconds / 60:.1f} minutes; {', '.join(costs)}, resuming and comparing included.",
         table(torture),

@@ -40,8 +40,8 @@ from models.common import (
     refuse_idle,
     say,
 )
-from models.export import COPIED_FILES, INDEX, WEIGHTS, complete_export, save_folder
-from models.files import read_json_object, write_json
+from models.export import INDEX, WEIGHTS, complete_export, save_folder
+from models.files import COPIED_FILES, read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import peaks

@@ -130,9 +130,10 @@ def test_damaged_files_are_named(tmp_path):
         load_model(tmp_path)
     for file in tmp_path.glob("model*"):
         file.unlink()
-    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
-        load_model(tmp_path)
+    for content in ({"model.norm.weight": print}, {"model.norm.weight": 1}, {0: torch.ones(2)}, [torch.ones(2)]):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+            load_model(tmp_path)
 
 
 def test_the_files_decide_about_the_head(tmp_path):

@@ -71,7 +71,9 @@ class SamplingArgs(StopArgs):
     )
 
     def params(self, seed: int, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> "SamplingParams":
-        """These flags as the engine takes them. Raises ValueError for a --stop that could never match."""
+        """These flags as the engine takes them. Raises ValueError for a --stop that could never match, or a
+        --temperature that is too low."""
+        check_temperature(self.temperature, "--temperature")
         stops = self.stops(tokenizer, eos_token_ids)
         return SamplingParams(self.temperature, self.top_k, self.top_p, seed, *stops, self.repetition_penalty)
 
@@ -91,8 +93,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if 0 < self.temperature < 1e-4:  # logits / temperature must stay finite
-            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or at least 0.0001")
+        check_temperature(self.temperature, "temperature")
+
+
+def check_temperature(temperature: float, name: str) -> None:
+    """Raises ValueError, with the setting's name, if logits / temperature might not be finite."""
+    if 0 < temperature < 1e-4:
+        raise ValueError(f"{name} {temperature}: must be 0 (greedy) or at least 0.0001")
 
 
 def all_filtered(logits: Tensor, params: SamplingParams, V: int, tp: DeviceMesh | None) -> tuple[Tensor, None]:

@@ -35,6 +35,7 @@ from models.records import (
     require,
 )
 from models.rows import IN_MEMORY, Rows, Store, encode_file
+from models.sampling import check_temperature
 from models.sharing import wait_for_all_ranks
 from models.tokenizer import Tokenizer
 from training.optim import constant_rate
@@ -77,7 +78,8 @@ class DataArgs:
 
 
 def check_evaluation(args: DataArgs) -> None:
-    """Raises ValueError if evaluation flags are given without an --eval_file."""
+    """Raises ValueError if evaluation flags are given without an --eval_file, or --eval_temperature is too low."""
+    check_temperature(getattr(args, "eval_temperature", 0.0), "--eval_temperature")  # train_rm.py has none
     if args.eval_file is None:
         if args.eval_steps is not None:
             raise ValueError("--eval_steps needs an --eval_file")

@@ -330,7 +330,7 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "no GPU": (("--prompt", "a", "--device", "cuda:9"), ("--device cuda:9",)),
     "no device": (("--prompt", "a", "--device", "abacus"), ("abacus",)),
     "temperature": (("--prompt", "a", "--temperature", "-1"), ("--temperature", "-1")),
-    "temperature too small": (("--prompt", "a", "--temperature", "1e-40"), ("temperature 1e-40",)),
+    "temperature too small": (("--prompt", "a", "--temperature", "1e-40"), ("--temperature 1e-40",)),
     "temperature NaN": (("--prompt", "a", "--temperature", "nan"), ("--temperature", "nan")),
     "top_p": (("--prompt", "a", "--top_p", "2"), ("--top_p", "2")),
     "top_k": (("--prompt", "a", "--top_k", "-5"), ("--top_k", "-5")),

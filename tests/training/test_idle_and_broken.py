@@ -83,6 +83,15 @@ def test_idle_flags(script, flags, folder, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["finetune_sft", "train_dpo"])
+def test_temperature_too_low(script, folder, world, tmp_path):
+    """Catches a temperature of sample answers that is refused only after data and model are loaded."""
+    flags = ["--eval_temperature", 1e-5, "--eval_file", world / "missing.jsonl"]
+    result = run(script, folder, world, tmp_path / "out", *flags)
+    tiny.assert_refused(result, "error: --eval_temperature 1e-05: must be 0 (greedy) or at least 0.0001")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_time_out(folder, world, tmp_path):
     """Catches --reward_timeout accepted silently for a batch function, which is called once and has no timeout."""
     result = run("train_ppo", folder, world, tmp_path / "out", "--reward_fn", "fn.py:whole", "--reward_timeout", 5)

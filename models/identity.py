@@ -11,10 +11,13 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from models.common import Flag, flag, flags_of, say
-from models.fingerprint import digest, fingerprint
+from models.fingerprint import ADAPTER_CONFIG, digest, fingerprint
 from models.functions import FunctionPlace
 
 CONTENTS = "content_digests"  # key beside the flags: {flag: digest, or a list of digests for a list of paths}
+# Flags with these endings name a data file, a model or an adapter. Another folder is a mistake that is reported later;
+# it may be a whole disk, and is not hashed.
+NO_OTHER_FOLDER = ("_file", "checkpoint_path", "adapter_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +99,22 @@ def _contents(args) -> dict[str, object]:
     found = {}
     for each in flags_of(type(args)):
         value = getattr(args, each.name)
-        contents = [_content(place) for place in (value if isinstance(value, list) else [value])]
+        other = not each.name.endswith(NO_OTHER_FOLDER)
+        contents = [_content(place, other) for place in (value if isinstance(value, list) else [value])]
         if contents and None not in contents and not each.metadata["written"]:
             found[each.name] = contents if isinstance(value, list) else contents[0]
     return found
 
 
-def _content(place: object) -> str | None:
-    """Returns the digest of a file, folder or function; None otherwise, or if reading fails (reported later)."""
+def _content(place: object, other: bool) -> str | None:
+    """Returns the digest of a file, folder or function; None otherwise, or if reading fails (reported later). other:
+    whether also of a folder that holds neither a model nor an adapter."""
     try:
         if isinstance(place, FunctionPlace):
-            return f"{digest(place.path)}:{place.name}"
+            return f"{digest(place.path)}:{place.name}" if place.path.is_file() else None  # a pipe would never end
         if isinstance(place, Path) and place.is_dir():
-            return fingerprint(place)
+            held = any((place / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+            return fingerprint(place) if held or other else None
         return digest(place) if isinstance(place, Path) and place.is_file() else None
     except (OSError, ValueError):
         return None

@@ -239,6 +239,15 @@ def test_resume_with_other_content(tmp_path, capsys):
     assert "begun before contents were recorded; --functions, --mine, --checkpoint_path" in capsys.readouterr().out
 
 
+def test_what_is_not_hashed(tmp_path):
+    """Catches a folder given for a data file, a model or an adapter that is read whole before it is refused, and a
+    function's file that is a pipe or a device, which would never end; and a forker's own folder that is left out."""
+    (tmp_path / "file").write_text("of many")
+    places = dict.fromkeys(("train_file", "eval_file", "checkpoint_path", "adapter_path", "mine"), tmp_path)
+    args = args_of(tmp_path, **places, functions=[FunctionPlace("/dev/null:f")])
+    assert begun_with(args)["content_digests"].keys() == {"mine"}
+
+
 def test_other_ranks_round_in_other_groups(tmp_path):
     """Catches a reference that changes when a run resumes, since int4's groups are as large as fits a rank's shard:
     11,008 inputs are 128 times 86, and a quarter of them 64 times 43."""

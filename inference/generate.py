@@ -176,7 +176,10 @@ def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]
     """Returns (a mask [num_records, num_samples] of the samples that the output file holds, its number of lines).
     Raises ValueError for a line whose sample is not part of this run."""
     num_samples = args.num_samples
-    done, num_lines = np.zeros((num_records, num_samples), dtype=bool), 0
+    try:
+        done, num_lines = np.zeros((num_records, num_samples), dtype=bool), 0
+    except (MemoryError, ValueError):  # more than memory holds, or numpy can address
+        raise ValueError(f"--num_samples {num_samples}: too many for {num_records} prompts; lower it") from None
     for line in read_begun(args.output_file, "generate.py", ("idx", "sample_idx")) if args.resume else ():
         idx, sample_idx = line["idx"], line["sample_idx"]
         if idx not in range(num_records) or sample_idx not in range(num_samples):

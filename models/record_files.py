@@ -176,7 +176,9 @@ def _parse(path: Path, number: int, line: str) -> Record:
     try:
         fields = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):  # some of whose messages end with "at" themselves
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         spread = "; put each object on one line" * (line.strip() == "{")
         raise ValueError(f"{path}:{number}: {unreadable(path, f'not valid JSON: {reason}{spread}')}") from None
     return _checked(Record(f"{path}:{number}", fields))

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.common import at_least_one, flag, positive
+from models.common import Bounds, at_least_one, flag, positive
 from models.functions import Grade, Grader
 from models.limits import num_cores
 
@@ -47,7 +47,9 @@ class GradingArgs:
         help="processes on each rank that grade answers; default: 2 to 8, by the number of CPU cores",
         may_change=True,
     )
-    reward_memory: float = flag(2.0, bounds=positive, help="most GB of a process that grades", may_change=True)
+    reward_memory: float = flag(
+        2.0, bounds=Bounds(above=0, most=10**9), help="most GB of a process that grades", may_change=True
+    )
 
     def num_workers(self) -> int:
         """The flag; unset, half of this rank's share of the machine's cores, within 2 to 8."""

@@ -293,6 +293,7 @@ def test_a_prompt_may_leave_room_for_less(folder):
 # ----------------------------------------------------------------------------------------- bad input
 
 FILE_CASES = {  # name: (content of the prompt file, what the message names)
+    "a tab in a text": (b'{"prompt": "a\tb"}\n', ("p.jsonl:1", "Invalid control character at column 14")),
     "empty": (b"", ("p.jsonl", "no records")),
     "blank": (b"\n \n", ("p.jsonl", "no records")),
     "empty list": (b"[]", ("p.jsonl", "no records")),
@@ -337,6 +338,8 @@ FLAG_CASES = {  # name: (flags, what the message names)
     "no new tokens": (("--prompt", "a", "--max_new_tokens", "0"), ("--max_new_tokens",)),
     "no slots": (("--prompt", "a", "--batch_size", "0"), ("--batch_size",)),
     "no samples": (("--prompt", "a", "--num_samples", "0"), ("--num_samples",)),
+    "more samples than memory": (("--prompt", "a", "--num_samples", "1" + "0" * 15), ("--num_samples", "too many")),
+    "more samples than numpy": (("--prompt", "a", "--num_samples", "1" + "0" * 20), ("--num_samples", "too many")),
     "max_seq_len": (("--prompt", "a", "--max_seq_len", "257"), ("--max_seq_len 257", "256")),
     "no room at all": (("--prompt", "a", "--max_seq_len", "1", "--overlong", "truncate"), ("no room",)),
     "nothing left": (("--prompt", "a", "--max_seq_len", "1", "--overlong", "skip"), ("no room",)),

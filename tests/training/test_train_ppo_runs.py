@@ -153,6 +153,7 @@ BAD_FLAGS = {
     "no time": ({"reward_timeout": 0}, ["--reward_timeout", "> 0"]),
     "no workers": ({"reward_workers": 0}, ["--reward_workers", ">= 1"]),
     "no memory": ({"reward_memory": 0}, ["--reward_memory", "> 0"]),
+    "more memory than a limit can name": ({"reward_memory": 1e11}, ["--reward_memory", "<= 1000000000"]),
     "no score head": ({"reward_checkpoint_path": "{world}/lm", **UNREAD}, ["not a reward model", "no score.weight"]),
     "no statistics": ({"normalize_reward": True}, ["--normalize_reward needs a reward model"]),
     "minibatch": ({"minibatch_size": 4}, ["--minibatch_size 4 does not divide --rollout_batch_size 6"]),

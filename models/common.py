@@ -50,6 +50,8 @@ def is_main_rank() -> bool:
 
 # ------------------------------------------------------------------------------------------- flags
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 class Bounds(NamedTuple):
     above: float = -math.inf
@@ -58,7 +60,8 @@ class Bounds(NamedTuple):
     below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        is_finite = -math.inf < value < math.inf  # math.isfinite fails for integers that no float can hold
+        # an integer counts as finite whatever its size, unlike by math.isfinite; a float as in the fp32 it is used in
+        is_finite = abs(value) <= (FLOAT32_MAX if isinstance(value, float) else math.inf)
         return is_finite and self.above < value < self.below and self.least <= value <= self.most
 
     def __str__(self) -> str:
@@ -79,10 +82,11 @@ def flag(
 ):
     """Declares a flag as a dataclass field; the flag has the field's name and type. Without a default it is required.
 
-    bounds: of a number; infinities and NaN are always refused. may_change: whether a resumed run may have another
-    value, because the flag cannot alter what the run computes; or a function of all flags that returns this. written:
-    the run writes to this Path; every other Path is an input, whose content --resume compares (models/identity.py).
-    formerly: the value that older runs recorded for today's default. argparse_options: passed to add_argument.
+    bounds: of a number; NaN and what is infinite in fp32 are always refused. may_change: whether a resumed run may have
+    another value, because the flag cannot alter what the run computes; or a function of all flags that returns this.
+    written: the run writes to this Path; every other Path is an input, whose content --resume compares
+    (models/identity.py). formerly: the value that older runs recorded for today's default. argparse_options: passed to
+    add_argument.
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
     held = {"may_change": may_change, "written": written, "formerly": formerly}
@@ -205,7 +209,8 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if value not in bounds:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {kind.__name__} {bounds}".rstrip())
+            limits = "that fp32 can hold" if kind is float and FLOAT32_MAX < abs(value) < math.inf else bounds
+            raise argparse.ArgumentTypeError(f"{text!r} is not {article} {kind.__name__} {limits}".rstrip())
         return value
 
     return parse

@@ -108,6 +108,7 @@ def parse(capsys, *args):
         ("--rate", "-1"),
         ("--rate", "nan"),
         ("--rate", "inf"),
+        ("--rate", "1e39"),  # infinite in fp32, where it would be computed with
         ("--cou", "3"),
         ("--ratio",),
         ("--kind", "other"),

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from unittest import mock
 
@@ -202,13 +201,13 @@ def test_a_chat_on_a_terminal(chat_folder):
         while shown.count(b"\n> ") == prompts and time.monotonic() < deadline:
             if select.select([ours], [], [], 0.1)[0]:
                 shown += os.read(ours, 4096)
-        os.write(ours, typed) if typed else process.send_signal(signal.SIGINT)
-    while process.poll() is None and time.monotonic() < deadline:  # readline may miss a SIGINT after the prompt
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-            break
+        if typed:
+            os.write(ours, typed)
+    while time.monotonic() < deadline:  # readline may miss a SIGINT right after the prompt: then no line ends
         process.send_signal(signal.SIGINT)
-    code = process.wait(timeout=10)
+        if select.select([ours], [], [], 1)[0]:
+            break
+    code = process.wait(timeout=60)
     os.close(ours)
     assert code == 0 and not any(word in shown for word in (b"Traceback", b"error", b"Warning")), shown
     assert shown.count(b" 2!") == 1 and shown.count(b"\n> ") == 3, shown

@@ -61,18 +61,16 @@ def test_compilations_do_not_grow(monkeypatch):
     """Catches code compiled anew for each layer, length, number of rows or prompts, or engine. What is compiled, for
     one token and for any number: tables of positions, blocks before and after attention, the last norm, sampling of
     first tokens, and the end of a step."""
-    compiled, found = Compiled(monkeypatch), []
-    for num_layers, num_engines in ((2, 2), (12, 1)):  # torch gives up at 8 versions of a function
-        torch._dynamo.reset()
-        for _ in range(num_engines):
-            options = {"num_slots": 5, "max_seq_len": 200, "look_every": 3}
-            engine = Engine(on_cpu(num_layers), PARAMS["temperature"], **options, compile=True)
-            for lengths in ([10, 20, 30], [7], [1], [150, 3, 2, 1, 77, 9]):
-                prompts = ([(3 * i + j) % 490 + 3 for j in range(length)] for i, length in enumerate(lengths))
-                requests = [Request(i, 0, prompt, 3 + i) for i, prompt in enumerate(prompts)]
-                assert len(list(engine.generate(requests))) == len(requests)
-        found.append(compiled.count)
-    assert found == [11, 22]
+    compiled = Compiled(monkeypatch)
+    torch._dynamo.reset()
+    for num_layers in (9, 2):  # torch gives up at 8 versions of a function
+        options = {"num_slots": 5, "max_seq_len": 200, "look_every": 3}
+        engine = Engine(on_cpu(num_layers), PARAMS["temperature"], **options, compile=True)
+        for lengths in ([10, 20, 30], [7], [1], [150, 3, 2, 1, 77, 9]):
+            prompts = ([(3 * i + j) % 490 + 3 for j in range(length)] for i, length in enumerate(lengths))
+            requests = [Request(i, 0, prompt, 3 + i) for i, prompt in enumerate(prompts)]
+            assert len(list(engine.generate(requests))) == len(requests)
+        assert compiled.count == 11
 
 
 @pytest.fixture

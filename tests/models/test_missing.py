@@ -82,15 +82,21 @@ def test_no_home_to_write_to(tmp_path, monkeypatch):
 def test_compiled_code_is_kept(tmp_path):
     """Catches compiled code that stays in torch's default folder, and is lost with /tmp: importing torch writes that
     folder into the environment, where it looks like a user's choice."""
-    code = "import os, inference.generate; from models.common import *; choose_runtime(RuntimeArgs(device='cpu'))"
-    code += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
     mine = tmp_path / "torchinductor_of_mine"
-    for given in ({}, {"TORCHINDUCTOR_CACHE_DIR": str(mine)}):
-        others = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-        others |= {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-        options = {"env": others | given, "cwd": tiny.ROOT, "text": True}
-        found = Path(subprocess.check_output([sys.executable, "-c", code], **options).strip())
-        assert found == mine if given else found.parent == tmp_path / "gpt-accelera"
+    code = f"""
+import os, inference.generate
+from models.common import *
+
+for given in ("", {str(mine)!r}):
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = given or os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    choose_runtime(RuntimeArgs(device="cpu"))
+    print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    options = {"env": env, "cwd": tiny.ROOT, "text": True}
+    found = subprocess.check_output([sys.executable, "-c", code], **options).splitlines()
+    assert Path(found[0]).parent == tmp_path / "gpt-accelera" and found[1:] == [str(mine)]
 
 
 def test_no_sentencepiece(folder, monkeypatch):

@@ -25,7 +25,7 @@ from training.metrics import Metrics
 
 # ---------------------------------------------------------------------------------- kill and resume
 
-RUN = {"total_steps": 6, "kl_target": 0.01, "kl_horizon": 20, "save_steps": 3, "kl_coef": 0.2}
+RUN = {"total_steps": 6, "kl_target": 0.01, "kl_horizon": 20, "save_steps": 3, "kl_coef": 0.2, "ppo_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,7 @@ def test_infinite_reward_later(folder, world, tmp_path):
     or the checkpoint before those; and one that cannot resume with another --reward_error, or then trains on answers
     without a reward."""
     given = {"reward_fn": f"{world / 'fn.py'}:nan_later", "save_total_limit": 1, "total_steps": 6}
+    given |= {"ppo_epochs": 1, "micro_batch_size": 3}
     for more, kept in (({}, ["step-000002"]), ({"resume": True}, ["step-000002", "step-000004"])):
         result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given, **more))
         tiny.assert_refused(result, "--reward_fn: nan_later returned inf for the completion", "--reward_error zero or")

@@ -287,24 +287,21 @@ def test_a_process_leaves_nothing_behind():
     assert done.returncode == 0 and "shown" in done.stderr and "resource_tracker" not in done.stderr, done.stderr
 
 
-def test_an_error_is_written_at_once():
+def test_an_error_is_written_at_once(monkeypatch):
     """Catches a newline written by a call of its own: under torchrun, whose processes do not buffer, the messages of
     two ranks ended up in one line. The socket receives each write as one datagram."""
-    code = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from tests.models.test_common import OtherArgs, run_main
-def main(args):
-    raise ValueError("broken")
-sys.argv[1:] = []
-run_main(main, OtherArgs)
-"""
+
+    def main(args):
+        raise ValueError("broken")
+
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
     ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
-    with ours, theirs:
-        environment = {name: value for name, value in os.environ.items() if name != "TRACEBACK"}
-        root = str(Path(__file__).parents[2])
-        subprocess.run([sys.executable, "-u", "-c", code, root], stderr=theirs, env=environment, check=True)
-        assert ours.recv(4096) == b"-c: error: broken\n"
+    with ours, theirs, open(theirs.fileno(), "wb", buffering=0, closefd=False) as raw:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))  # as python -u has it
+            assert run_main(main, OtherArgs) == 2
+        assert ours.recv(4096) == b"script.py: error: broken\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

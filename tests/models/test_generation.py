@@ -177,20 +177,28 @@ def test_capturing_changes_nothing(folder):
     assert graph_sizes(256) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256] and graph_sizes(1) == [1]
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_few_pages_and_short_prefills_give_the_same(folder, hf_model, on_gpu):
-    """Catches a page given away while a row reads it, or found for tokens that it does not hold, a chunk that does not
-    attend to the chunks before it, a preempted sample that differs when it is computed again, and lost pages."""
+@pytest.fixture(scope="module")
+def ample(folder):
+    """Requests that share beginnings, and what an engine with pages for all of them answers."""
     generator = random.Random(0)
     words = [[generator.randrange(3, 300) for _ in range(length)] for length in (64, 65, 100, 130, 190)]
     words += [[*words[3][:128], 7, 8, 9], words[3][:70] + words[2], words[4][:64]]  # share their beginnings
     requests = [Request(i % 8, i // 8, words[i % 8], 110 - 4 * (i % 8)) for i in range(16)]
-    engine = make_engine(folder, SamplingParams(1.0, stop_token_ids=(11,)), num_slots=6, max_seq_len=320, look_every=3)
+    params = SamplingParams(1.0, stop_token_ids=(11,))
+    engine = make_engine(folder, params, num_slots=6, max_seq_len=320, look_every=3)
     wanted = outcome(engine, requests)
     assert not engine.scheduler.num_preempted
     whole = engine.num_prompt_tokens
     assert sum(map(len, words)) - 500 < whole < sum(map(len, words)) + 64 * 16
-    few = make_engine(folder, engine.params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
+    return params, requests, wanted
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_few_pages_and_short_prefills_give_the_same(folder, ample, on_gpu):
+    """Catches a page given away while a row reads it, or found for tokens that it does not hold, a chunk that does not
+    attend to the chunks before it, a preempted sample that differs when it is computed again, and lost pages."""
+    params, requests, wanted = ample
+    few = make_engine(folder, params, num_slots=6, max_seq_len=320, num_pages=9, prefill_tokens=50, look_every=3)
     if on_gpu:
         as_on_gpus(few)
     assert outcome(few, requests) == wanted

@@ -15,6 +15,7 @@ from training import run_dir
 REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
 LEAN = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"]
 PPO = ["--rollout_batch_size", 4, "--minibatch_size", 2, "--total_steps", 3, "--max_new_tokens", 4]
+PPO += ["--ppo_epochs", 1]
 PPO += ["--critic_warmup_steps", 2, "--value_learning_rate", 1e-2]  # at first, the policy's optimizer has not stepped
 GRPO = ["--rollout_batch_size", 4, "--num_generations", 2, "--minibatch_size", 4, "--total_steps", 2]
 GRPO += ["--max_new_tokens", 4]

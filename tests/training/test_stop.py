@@ -75,6 +75,7 @@ def flags(world, script, out, **more):
         given |= {"train_file": data, "eval_file": data, "max_steps": 4, "batch_size": 4, "num_eval_samples": 2}
         given |= {} if "rm" in script else {"eval_max_new_tokens": 3}
     given |= {"num_iterations": 2, "beta": 0.1, "num_generations": 2} if "grpo" in script else {}
+    given |= {"ppo_epochs": 1} if "ppo" in script else {}
     words = []
     for name, value in (given | more).items():
         for each in value if isinstance(value, list) else [value]:

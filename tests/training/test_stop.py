@@ -247,7 +247,7 @@ def test_nobody_reads(at_once, world, tmp_path):
     """Catches a run that ends early, or writes no model, after the reader of its output has gone (`| head`)."""
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=60, eval_steps=20)
+    flagged = flags(world, "finetune_sft.py", tmp_path / "out", max_steps=30, eval_steps=10)
     process = Forked("training/finetune_sft.py", *flagged, stdout=tmp_path / "pipe")
     lines = tmp_path / "out/metrics.jsonl"
     while not (has_writer(reader) if at_once else lines.exists() and tiny.read_lines(lines)):

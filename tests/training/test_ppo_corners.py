@@ -83,6 +83,7 @@ def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):
     records = [{"prompt": "Question 1:", "bonus": 1}] * 3
     prompts = tiny.write_records(tmp_path / "prompts.jsonl", records)
     more = {"prompt_file": prompts, "eval_prompt_file": prompts, "eval_steps": 1, "learning_rate": 0, "total_steps": 2}
+    more |= {"ppo_epochs": 1}
     lines = [ppo(folder, world, tmp_path / f"slots-{n}", **more, rollout_slots=n) for n in (6, 2)]
     first, second = drawn[:5], drawn[5:]
     assert [[a.ids for a in answers] for answers in first] == [[a.ids for a in answers] for answers in second]
@@ -96,7 +97,8 @@ def test_equal_prompts_and_few_slots(folder, world, tmp_path, drawn):
 
 def test_stored_in_bf16(folder, world, tmp_path):
     """Catches a reference with other weights than the policy starts with, which are rounded to be stored."""
-    lines = ppo(folder, world, tmp_path / "out", param_dtype="bfloat16", dtype="float32", debug_checks=True)
+    more = {"param_dtype": "bfloat16", "dtype": "float32", "debug_checks": True, "total_steps": 2}
+    lines = ppo(folder, world, tmp_path / "out", **more)
     assert lines[0]["objective/kl"] == 0 and lines[-1]["objective/kl"] != 0
 
 

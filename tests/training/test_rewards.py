@@ -157,6 +157,7 @@ def test_the_scale_of_the_reward_model(normalize, folder, world, tmp_path):
     other, lines = scaled(world / "rm", tmp_path / "rm", 10), []
     for path, weight in ((world / "rm", 1), (other, 1 if normalize else 0.1)):
         given = {"reward_fn": None, "reward_checkpoint_path": path, "normalize_reward": normalize or None}
+        given |= {"total_steps": 2}
         lines.append(ppo(folder, world, tmp_path / str(path.parent.name + "-out"), reward_model_weight=weight, **given))
     for ours, theirs in zip(*lines, strict=True):
         for name in theirs:

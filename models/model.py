@@ -205,7 +205,7 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         if not path.is_file() and path.with_name("adapter_config.json").is_file():
             raise FileNotFoundError(
                 f"{path.parent}: holds an adapter and no merged model; merge it (repeat its run with --resume "
-                "--merge), or give its base model, and this folder as --adapter_path"
+                "--merge), or give its base model as --checkpoint_path and this folder as --adapter_path"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")

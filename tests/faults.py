@@ -66,7 +66,7 @@ def _input_gradient_not_summed():
 def _rows_repeated():
     real = records.micro_batches
     return mock.patch.object(
-        records, "micro_batches", lambda rows, size, rank, dp_size, key: real(rows, size, 0, dp_size, key)
+        records, "micro_batches", lambda rows, size, length, rank, dp_size: real(rows, size, length, 0, dp_size)
     )
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
-from models.identity import CONTENTS, begun_with, changed_flags
+from models.identity import begun_with, changed_flags
 from models.record_files import Record
 from models.shared import check_free, check_writable, hold
 from models.sharing import wait_for_all_ranks
@@ -73,10 +73,7 @@ def begin(output_file: Path, args) -> dict:
     args_file = sidecar(output_file)
     if not args_file.is_file():
         raise ValueError(f"{args_file}: missing, so --resume cannot tell what {output_file.name} was begun with")
-    earlier = read_json_object(args_file)
-    if CONTENTS not in earlier:  # an older version recorded only some flags; the others count as unchanged
-        earlier = {**{name: value for name, value in now.items() if name != CONTENTS}, **earlier}
-    changed_flags(args, now, earlier, str(output_file))
+    changed_flags(args, now, read_json_object(args_file), str(output_file))
     check_free(_lock_file(output_file), f"--output_file {output_file}")
     return now
 

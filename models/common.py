@@ -77,7 +77,6 @@ def flag(
     choices: typing.Iterable | None = None,
     may_change: bool | Callable[[object], bool] = False,
     written: bool = False,
-    formerly: object = dataclasses.MISSING,
     **argparse_options,
 ):
     """Declares a flag as a dataclass field; the flag has the field's name and type. Without a default it is required.
@@ -85,11 +84,10 @@ def flag(
     bounds: of a number; NaN and what is infinite in fp32 are always refused. may_change: whether a resumed run may have
     another value, because the flag cannot alter what the run computes; or a function of all flags that returns this.
     written: the run writes to this Path; every other Path is an input, whose content --resume compares
-    (models/identity.py). formerly: the value that older runs recorded for today's default. argparse_options: passed to
-    add_argument.
+    (models/identity.py). argparse_options: passed to add_argument.
     """
     options = {"help": help, "choices": None if choices is None else tuple(choices), **argparse_options}
-    held = {"may_change": may_change, "written": written, "formerly": formerly}
+    held = {"may_change": may_change, "written": written}
     return dataclasses.field(default=default, metadata={"options": options, "bounds": bounds, **held})
 
 

@@ -57,9 +57,6 @@ def changed_flags(args, now: dict, earlier: dict, who: str) -> frozenset[str]:
     if unknown:
         raise ValueError(f"--accept_changed {' '.join(sorted(unknown))}: no flag of this script; give names without --")
     held = [each for each in flags if not _may_change(each, args)]
-    if CONTENTS not in earlier and now[CONTENTS]:
-        names = ", ".join(f"--{each.name}" for each in held if each.name in now[CONTENTS])
-        say(f"{who}: begun before contents were recorded; {names}: compared by path alone, this once")
     differences = [(each.name, _difference(each, now, earlier)) for each in held]
     content, value = ([name for name, what in differences if what == kind] for kind in ("content", "value"))
     changed = {*content, *value}
@@ -86,13 +83,7 @@ def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
     if None not in contents:
         return "content" if contents[0] != contents[1] else None
     default = None if each.default is MISSING else recorded(each.default)
-    formerly = each.metadata["formerly"]
-    values = []
-    for value in (now[each.name], earlier.get(each.name, default)):
-        several = isinstance(now[each.name], list) and not isinstance(value, list) and value is not None
-        value = [value] if several else value  # the flag took a single value when the run was begun
-        values.append(default if value in ([], formerly, [formerly]) else value)
-    return "value" if values[0] != values[1] else None
+    return "value" if now[each.name] != earlier.get(each.name, default) else None
 
 
 def _contents(args) -> dict[str, object]:

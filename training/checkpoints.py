@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from models.checksums import agreed
 from models.common import is_main_rank, on_main, say
 from models.tp import local
-from training.manifest import HAS_MANIFEST, Reader, TensorPlanner, open_checkpoint, write_manifest
+from training.manifest import Reader, TensorPlanner, open_checkpoint, write_manifest
 from training.stop import any_rank
 
 Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
@@ -67,7 +67,7 @@ class CheckpointWriter:
             shutil.rmtree(left_over)
         if dist.is_initialized():
             dist.barrier()
-        state = {**_state(self.model, self.optimizer), HAS_MANIFEST: torch.ones(())}
+        state = _state(self.model, self.optimizer)
         if self._thread is None:
             self._write(state, path)
         else:

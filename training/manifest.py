@@ -5,8 +5,6 @@
 - before loading, the ranks share the pieces to verify, however many ranks wrote them
 - .metadata is a pickle: only the classes that torch writes there are allowed, so a foreign checkpoint can call nothing
 - only tensors are read from the tensor files, which torch loads with weights_only=True
-- a checkpoint from before manifests existed is loaded unverified, with a message. One that has lost its manifest is
-  broken: an entry in its .metadata says that there was one
 """
 
 import hashlib
@@ -22,12 +20,11 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from models.checksums import THREADS, agreed, bytes_bar, digest
-from models.common import is_main_rank, say
+from models.common import is_main_rank
 from models.files import read_json_object
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 PIECE_BYTES = 1 << 28
-HAS_MANIFEST = "has_manifest"  # entry in .metadata
 
 
 def _rank(group: dist.ProcessGroup | None = None) -> int:
@@ -94,11 +91,7 @@ def open_checkpoint(folder: Path, step: int) -> Metadata:
     """Verifies this rank's share of the folder and returns the checkpoint's metadata. Raises ValueError or OSError that
     names a bad file; other ranks may not raise, so the ranks must then agree on the result."""
     if not (folder / MANIFEST).is_file():
-        metadata = read_metadata(folder)
-        if HAS_MANIFEST in metadata.state_dict_metadata:
-            raise ValueError(f"{MANIFEST} is missing")
-        say(f"{folder}: written before checkpoints had a manifest; its content cannot be verified")
-        return metadata
+        raise ValueError(f"{MANIFEST} is missing")
     files = _read_manifest(folder, step)
     if is_main_rank():
         _check_sizes(folder, files)

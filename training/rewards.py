@@ -66,7 +66,6 @@ class RewardArgs(GradingArgs):
         None,
         action="append",
         bounds=finite,
-        formerly=1.0,
         help="factor of a function's numbers: one for all, or repeat the flag for each in their order; default: 1",
     )
     normalize_reward: bool = flag(False, help="standardise the reward model's scores by its reward_mean and reward_std")

@@ -416,8 +416,6 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     if not earlier:
         return today, now, frozenset()
     now |= {CHANGED_AFTER: earlier[CHANGED_AFTER]} if CHANGED_AFTER in earlier else {}
-    for name, default in (("chat_date", args.chat_date), ("dtype", dtype)):  # older runs did not record them
-        earlier[name] = earlier.get(name) or default
     return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
 
 

@@ -215,21 +215,6 @@ def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):
     assert generate(folder, *run_flags(prompts, out, "--resume")).code == 0 and len(tiny.read_lines(out)) == 4
 
 
-def test_resume_of_an_older_sidecar(half_done, tmp_path):
-    """Catches an older version's file that is refused for entries its sidecar lacks, or resumed though one differs."""
-    folder, prompts, begun = half_done
-    out = tmp_path / "out.jsonl"
-    shutil.copy(begun, out)
-    older = {"checkpoint_path": str(folder.resolve()), "chat_date": "2024-02-29", "prompts": "0" * 64, "stop": []}
-    older |= {"max_new_tokens": 8, "max_seq_len": 256, "num_samples": 1, "return_token_ids": False, "seed": 3}
-    older |= {"dtype": "torch.float32", "quantize": None, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
-    sidecar(out).write_text(json.dumps(older))
-    tiny.assert_refused(generate(folder, *run_flags(prompts, out, "--resume"), "--top_k", 5), "other --top_k;")
-    result = generate(folder, *run_flags(prompts, out, "--resume"))
-    assert result.code == 0 and "begun before contents were recorded" in result.stdout, result
-    assert len(tiny.read_lines(out)) == 4
-
-
 def test_resume_of_a_strange_file_is_refused(half_done, tmp_path):
     """Catches a foreign file that is taken for samples: without a sidecar, with a broken one, or beside a valid one."""
     folder, prompts, begun = half_done

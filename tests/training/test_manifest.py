@@ -18,7 +18,7 @@ from tests.damage import DAMAGES, flip
 from tests.training.test_run_dir import save, train_step, trained, weights
 from training import manifest
 from training.checkpoints import load_newest_checkpoint
-from training.manifest import MANIFEST, METADATA, open_checkpoint, read_metadata
+from training.manifest import MANIFEST, METADATA, open_checkpoint, read_metadata, write_manifest
 
 DATA = "__0_0.distcp"
 FILES = (METADATA, DATA, MANIFEST)
@@ -91,21 +91,21 @@ def test_what_a_folder_may_hold(copy):
         open_checkpoint(newest, 2)
 
 
-def without_manifest(out, step, state):
+def saved_by_torch(out, step, state):
     folder = out / f"checkpoints/step-{step:06d}"
     dcp.save(state, checkpoint_id=folder, no_dist=True)
+    write_manifest(folder, step)
     return folder
 
 
-def test_from_before_the_manifest(tmp_path, capsys):
-    """Catches a run from before manifests existed that cannot resume, or that resumes without a message or with other
-    moments. The checkpoint is torch's own, with its names and everything that torch stores."""
+def test_torchs_own_checkpoint(tmp_path):
+    """Catches names or a layout other than torch's, and moments that are lost: its checkpoint, with everything that it
+    stores, is resumed."""
     model, optimizer = trained(3)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    folder = without_manifest(tmp_path, 3, {"model": model_state, "optimizer": optimizer_state})
+    saved_by_torch(tmp_path, 3, {"model": model_state, "optimizer": optimizer_state})
     fresh, fresh_optimizer = trained(0, seed=1)
     assert load_newest_checkpoint(tmp_path, fresh, fresh_optimizer) == 3
-    assert f"{folder}: written before checkpoints had a manifest" in capsys.readouterr().out
     for step in (4, 5):
         train_step(model, optimizer, step)
         train_step(fresh, fresh_optimizer, step)
@@ -151,9 +151,9 @@ def test_metadata_runs_no_code(copy, tmp_path, capsys):
     out, newest = copy
     target = tmp_path / "was_run"
     shutil.rmtree(out / "checkpoints/step-000001")
-    (newest / MANIFEST).unlink()
     for named, payload in payloads(target):
         (newest / METADATA).write_bytes(payload)
+        write_manifest(newest, 2)
         with pytest.raises(ValueError, match="no checkpoint can be read"):
             load_newest_checkpoint(out, *trained(0))
         printed = capsys.readouterr().out
@@ -170,12 +170,12 @@ def test_tensor_files_run_no_code(tmp_path, capsys):
     model, optimizer = trained(1)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     bad = {**model_state, "norm.weight": Call(os.system, f"touch {target}")}
-    without_manifest(tmp_path / "bytes", 1, {"model": bad, "optimizer": optimizer_state})
+    saved_by_torch(tmp_path / "bytes", 1, {"model": bad, "optimizer": optimizer_state})
     with pytest.raises(ValueError, match="no checkpoint can be read"):
         load_newest_checkpoint(tmp_path / "bytes", *trained(0))
     assert "model.norm.weight is a pickle where a tensor should be" in capsys.readouterr().out
 
-    folder = without_manifest(tmp_path / "data", 1, {"model": model_state, "optimizer": optimizer_state})
+    folder = saved_by_torch(tmp_path / "data", 1, {"model": model_state, "optimizer": optimizer_state})
     stored = read_metadata(folder).storage_data
     info = next(info for index, info in stored.items() if index.fqn == "model.norm.weight")
     content = bytearray((folder / DATA).read_bytes())
@@ -184,6 +184,7 @@ def test_tensor_files_run_no_code(tmp_path, capsys):
     )
     content[info.offset : info.offset + info.length] = replaced
     (folder / DATA).write_bytes(content)
+    write_manifest(folder, 1)
     with pytest.raises(ValueError, match="no checkpoint can be read"):
         load_newest_checkpoint(tmp_path / "data", *trained(0))
     assert "broken, trying the one before" in capsys.readouterr().out

@@ -169,8 +169,7 @@ def main(args: ScoreArgs) -> None:
         dtype=str(runtime.dtype),
         quantize=None if scheme is None else str(scheme),
     )
-    on_main(lambda: check_outputs(args))
-    begun = on_main(lambda: begin(args.scored_file, resolved))
+    begun = on_main(lambda: begin_outputs(resolved))
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []
@@ -254,12 +253,14 @@ def check_flags(args: ScoreArgs) -> None:
         raise ValueError("--answer_fn is for --weighted_vote")
 
 
-def check_outputs(args: ScoreArgs) -> None:
-    """Raises ValueError if an output file already exists, or on resume if it was begun without a choice of samples."""
-    for path in {args.output_file, args.scored_file} if not args.resume else ():
-        refuse_occupied(path)
+def begin_outputs(args: ScoreArgs) -> dict:
+    """Returns what the file of scores is begun with (inference.lines.begin). Raises ValueError if the file of chosen
+    samples already exists, or on resume if it was begun without a choice of samples."""
+    if args.choosing and not args.resume:
+        refuse_occupied(args.output_file)
     if args.resume and args.output_file.exists() and not args.scored_file.exists():
         raise ValueError(f"{args.output_file}: was not begun with --best_of_n or --weighted_vote; name another file")
+    return begin(args.scored_file, args)
 
 
 def check_kind(args: ScoreArgs, kind: RewardKind) -> None:

@@ -82,7 +82,7 @@ def varlen_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (2, 4)]
     try:
         return varlen_kernel()(q, k, v, *ends, 2, 4)[:, 0, 0].tolist() == [1.0, 1.5]
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False
 
 

@@ -140,7 +140,7 @@ def test_what_is_compiled_computes_the_same(schemes, dtype, monkeypatch):
     before = addresses(engine)
     try:
         found, wanted = ({c.request.idx: c for c in e.generate(requests)} for e in (engine, plain))
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if schemes == [Scheme("fp8")] and "scaled_mm" in str(error):
             pytest.skip(f"no fp8 product here: {error}")  # torch 2.11 on the CPU
         raise

@@ -226,7 +226,7 @@ def test_fp8_product(dtype):
     layer = QuantizedLinear([small], None, Scheme("fp8"), dtype)
     try:
         found = layer(x)
-    except (RuntimeError, NotImplementedError) as error:  # torch 2.11 on the CPU
+    except RuntimeError as error:  # torch 2.11 on the CPU
         pytest.skip(f"no fp8 product here: {error}")
     error = (found.float() - wanted).norm(dim=0) / wanted.norm(dim=0)
     assert found.dtype == dtype and error.max() < 0.01

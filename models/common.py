@@ -50,7 +50,7 @@ def is_main_rank() -> bool:
 
 # ------------------------------------------------------------------------------------------- flags
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX, INT64_MAX = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max
 
 
 class Bounds(NamedTuple):
@@ -206,8 +206,9 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if value not in bounds:
-            limits = "that fp32 can hold" if kind is float and FLOAT32_MAX < abs(value) < math.inf else bounds
+        held = FLOAT32_MAX if kind is float else INT64_MAX
+        if value not in bounds or abs(value) > held:
+            limits = f"that {'fp32' if kind is float else 'int64'} can hold" if held < abs(value) < math.inf else bounds
             raise argparse.ArgumentTypeError(f"{text!r} is not {article} {kind.__name__} {limits}".rstrip())
         return value
 
@@ -297,7 +298,7 @@ def run_main(main: Callable, Args: type) -> int:
             close_bars()
             print(f"{script}: error: the reader of its output has gone{hint}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = _reason(error)
         if os.environ.get("TRACEBACK") or reason is None:
             raise
@@ -315,6 +316,8 @@ def _reason(error: Exception) -> str | None:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory; use smaller batches or shorter rows ({text})"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:  # torch's is a plain RuntimeError
+        return f"out of memory ({text.rpartition('DefaultCPUAllocator: ')[2]})"
     if isinstance(error, dist.DistError) or "gloo/transport" in text:  # gloo's own errors are plain RuntimeErrors
         why = text.rpartition("Last error: ")[2]  # NCCL's message, without the source location in torch before it
         if "ncclInvalidUsage" in text or "EADDRINUSE" in text:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def parse(capsys, *args):
         ("--count", "1.5"),
         ("--count", "many"),
         ("--steps", "-1"),
+        ("--steps", str(2**63)),  # no tensor can have it as a size or an index
         ("--ratio", "1.01"),
         ("--ratio", "nan"),
         ("--rate", "-1"),
@@ -210,10 +212,16 @@ def outcome(error, monkeypatch, capsys, Args=OtherArgs):
     return run_main(main, Args), capsys.readouterr().err
 
 
+def raised_by(function) -> Exception:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        function()
+    return caught.value
+
+
 def test_run_main(monkeypatch, capsys):
-    """Catches a user's mistake shown as a traceback or on a progress bar's line, a bug shown as a mere message, the
-    last line of NCCL's error, which gives the reason, cut off; and exit code 0 where the reader of stdout has gone
-    before a run with outputs or several ranks is done."""
+    """Catches a user's mistake or a lack of memory shown as a traceback or on a progress bar's line, a bug shown as a
+    mere message, the last line of NCCL's error, which gives the reason, cut off; and exit code 0 where the reader of
+    stdout has gone before a run with outputs or several ranks is done."""
     monkeypatch.delenv("TRACEBACK", raising=False)
     for error in (ValueError("data.jsonl:3:\n  broken"), FileNotFoundError("data.jsonl:3: broken")):
         code, message = outcome(error, monkeypatch, capsys)
@@ -235,6 +243,9 @@ def test_run_main(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", os.fdopen(broken_pipe(), "w", buffering=1))
         assert run_main(interrupted, OtherArgs) == 130
+    for allocate in (partial(torch.empty, 10**15), partial(bytearray, 10**18)):
+        code, message = outcome(raised_by(allocate), monkeypatch, capsys)
+        assert code == 2 and "error: out of memory (" in message and message.count("\n") == 1, message
     for bug in (RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
         with pytest.raises(type(bug)):
             outcome(bug, monkeypatch, capsys)

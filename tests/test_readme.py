@@ -80,6 +80,20 @@ def test_recipes_are_of_the_code():
     assert num_lines > 50
 
 
+def test_a_model_of_another_size(tmp_path):
+    """Catches a program in models/README.md that no longer writes a folder which opens with its weights."""
+    section = text_of(Path("models/README.md")).split("## A model of another size")[1]
+    program = section.split("python - <<'PY'\n")[1].split("\nPY\n")[0]
+    tiny.write_model(tmp_path / "source")
+    for place, folder in (("runs/toy/model", "source"), ("runs/my-size", "made")):
+        assert f'"{place}"' in program
+        program = program.replace(f'"{place}"', repr(str(tmp_path / folder)))
+    exec(compile(program, "models/README.md", "exec"), {})
+    asked = ("--checkpoint_path", tmp_path / "made", "--prompt", "3 plus", "--max_new_tokens", 4, "--device", "cpu")
+    result = tiny.run("inference/generate.py", *asked)
+    assert result.code == 0 and '"output"' in result.stdout, result.stderr
+
+
 def test_all_scripts_have_a_command():
     """Catches a script without a command in a README, and commands that are no longer found here."""
     assert len(list(commands())) > 30

@@ -31,4 +31,5 @@ run training/train_ppo.py --checkpoint_path "$out/sft" --output_dir "$out/ppo" -
     --eval_prompt_file "$data/held_out.jsonl" --eval_steps 10 --reward_checkpoint_path "$out/prm" --process_reward steps \
     --value_checkpoint_path "$out/prm" --reward_fn training/graders.py:math_answer --missing_eos_penalty 1 \
     --kl_coef 0.01 --rollout_batch_size 512 --minibatch_size 128 --ppo_epochs 2 --max_new_tokens 768 \
-    --max_tokens_per_micro_batch 16384 --activation_checkpointing selective --learning_rate 1e-6 --total_steps 100
+    --max_tokens_per_micro_batch 16384 --activation_checkpointing selective --learning_rate 1e-6 \
+    --total_steps "${STEPS:-100}" ${MORE:-}

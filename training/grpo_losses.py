@@ -82,10 +82,17 @@ class GrpoLossArgs:
 
 def group_spread(rewards: Tensor, num_generations: int) -> Tensor:
     """Returns the unbiased standard deviation of each group's rewards, fp32 [A / G]; 0 if G is 1. rewards [A]."""
-    groups = rewards.float().view(-1, num_generations)
-    others = (~groups.isnan()).sum(dim=1) - 1
-    squares = (groups - groups.nanmean(dim=1, keepdim=True)).square().nansum(dim=1)
-    return (squares / others.clamp(min=1)).sqrt()
+    centred = _centred(rewards, num_generations)
+    others = (~centred.isnan()).sum(dim=1) - 1
+    return (centred.square().nansum(dim=1) / others.clamp(min=1)).sqrt().float()
+
+
+def _centred(rewards: Tensor, num_generations: int) -> Tensor:
+    """Returns each reward minus the mean of its group, fp64 [A / G, G]. fp32 would round the mean of equal rewards to
+    another number: eight times 0.7 had advantages of 6e-4, which AdamW makes a whole step where no group differs. In
+    fp64 the sum of equal fp32 numbers is exact."""
+    groups = rewards.float().double().view(-1, num_generations)
+    return groups - groups.nanmean(dim=1, keepdim=True)
 
 
 def all_alike(rewards: Tensor, num_generations: int) -> Tensor:
@@ -102,23 +109,21 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str) 
 
     Shao et al. 2024 (arXiv 2402.03300, section 4.1.2); without the division Liu et al. 2025 (2503.20783).
     """
-    groups = rewards.float().view(-1, num_generations)
-    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    advantages = _centred(rewards, num_generations)
     if scale_rewards == "group":
         advantages = advantages / (group_spread(rewards, num_generations)[:, None] + 1e-4)
     elif scale_rewards == "batch":
         advantages = advantages / (group_spread(rewards, rewards.numel()) + 1e-4)
-    return advantages.flatten().nan_to_num(nan=0.0)
+    return advantages.flatten().nan_to_num(nan=0.0).float()
 
 
 @torch.no_grad()
 def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     """Returns each reward minus the mean of the others in its group, G / (G - 1) (r - mean), fp32 [A]: Ahmadian et al.
     2024 (arXiv 2402.14740, eq. 6); its policy gradient is unbiased. 0 if no other answer is graded. rewards [A]."""
-    groups = rewards.float().view(-1, num_generations)
-    graded = (~groups.isnan()).sum(dim=1, keepdim=True)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    return (centred * graded / (graded - 1).clamp(min=1)).flatten().nan_to_num(nan=0.0)
+    centred = _centred(rewards, num_generations)
+    graded = (~centred.isnan()).sum(dim=1, keepdim=True)
+    return (centred * graded / (graded - 1).clamp(min=1)).flatten().nan_to_num(nan=0.0).float()
 
 
 def soft_overlong_punishment(lengths: Tensor, max_new_tokens: int, cache: int) -> Tensor:

@@ -15,13 +15,16 @@ from tests.forked import Forked
 from tests.training.optimum import LETTERS, write_letters
 from training import samples, train_grpo
 from training.data import epoch_order
-from training.grpo_losses import LOSS_TYPES
+from training.grpo_losses import LOSS_TYPES, group_advantages, group_spread, leave_one_out_advantages
 from training.metrics import Metrics
 
 SCRIPT = "training/train_grpo.py"
 REWARDS = """
 def length(prompts, completions, examples):
     return [len(c) + example["bonus"] for c, example in zip(completions, examples)]
+
+def tenth(prompts, completions, examples):
+    return [0.1 for _ in completions]
 
 def odd(prompts, completions, examples):
     return [float(len(c) % 2) for c in completions]
@@ -159,6 +162,22 @@ def test_micro_batches(loss_type, world, tmp_path):
     weights, wanted = (load_file(tmp_path / size / "model.safetensors") for size in ("6", "1"))
     for name in wanted:
         assert (weights[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
+def test_equal_rewards_move_nothing(scale, world, tmp_path):
+    """Catches a mean of equal rewards that is rounded to another number: the advantages' sign would then be that of the
+    rounding, and AdamW takes a whole step for a gradient of any size. Where no group has a spread, weights stay."""
+    loss = {"loss_type": "rloo"} if scale == "rloo" else {"scale_rewards": scale}
+    more = {"reward_fn": f"{world / 'fn.py'}:tenth", "num_generations": 7, "rollout_batch_size": 14, **loss}
+    lines = grpo(world, tmp_path / "out", **more)
+    assert [line["grad_norm"] for line in lines] == [0.0, 0.0] and [line["reward_std"] for line in lines] == [0.0, 0.0]
+    weights, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", world / "lm"))
+    assert all(weights[name].equal(start[name]) for name in start)
+    for count in range(2, 30):
+        rewards = torch.arange(-20, 21).div(10).repeat_interleave(count)
+        advantages = (leave_one_out_advantages(rewards, count), group_advantages(rewards, count, "group"))
+        assert not any(each.any() for each in advantages) and not group_spread(rewards, count).any(), count
 
 
 # ---------------------------------------------------------------------------------- resampled groups

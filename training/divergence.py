@@ -1,4 +1,4 @@
-"""Detects a policy that diverges: warns once per quantity, and ends the run at --stop_kl."""
+"""Detects a policy that diverges, or that learns nothing: warns once of each, and ends the run at --stop_kl."""
 
 import math
 from dataclasses import dataclass
@@ -27,17 +27,33 @@ class Divergence:
         self.stop_kl, self.flags, self.stop = args.stop_kl, flags, stop
         self.most_entropy, self.said = 0.8 * math.log(vocab_size), set()
 
-    def look(self, step: int, *, kl: float, tokens: float = 1.0, entropy: float, approx_kl: float = 0.0) -> None:
+    def look(
+        self,
+        step: int,
+        *,
+        kl: float,
+        tokens: float = 1.0,
+        entropy: float,
+        approx_kl: float = 0.0,
+        all_alike: bool = False,
+    ) -> None:
         """Warns of values far above the usual, once per quantity. If kl exceeds --stop_kl, saves the state and raises
         ValueError. A collective; the values must be the same on all ranks.
 
         kl: to the reference, as logged, a sum over `tokens` tokens; 0 without a reference. entropy: per token.
-        approx_kl: per token, between the policy that sampled and the one that trains."""
+        approx_kl: per token, between the policy that sampled and the one that trains. all_alike: whether the rewards
+        of each group of GRPO are equal."""
         slower = "a lower --learning_rate"
         self._warn(step, "KL of a token", kl / tokens, 1.0, f"{slower}, {self.flags}, --stop_kl")
         self._warn(step, "approxkl of a token", approx_kl, 0.3, f"{slower}, fewer --ppo_epochs, --cliprange")
         advice = f"{slower}, {self.flags}, --temperature: near log V the policy samples at random"
         self._warn(step, "entropy of a token", entropy, self.most_entropy, advice)
+        if all_alike and "rewards" not in self.said:
+            self.said.add("rewards")
+            say(
+                f"update {step}: the rewards of each group are equal, so they teach nothing; if this goes on, check "
+                "how answers are rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
+            )
         if self.stop_kl is not None and kl > self.stop_kl:
             self.stop.fail(
                 f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "

@@ -202,7 +202,8 @@ def main(args: GrpoArgs) -> None:
         metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         finish(metrics)
-        divergence.look(step, kl=metrics.get("kl", 0.0), entropy=metrics["entropy"])
+        all_alike = metrics["frac_reward_zero_std"] == 1
+        divergence.look(step, kl=metrics.get("kl", 0.0), entropy=metrics["entropy"], all_alike=all_alike)
 
     scorer.close()
     run.export(policy, what="policy")

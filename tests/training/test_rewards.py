@@ -219,15 +219,17 @@ def test_stop_kl(folder, world, tmp_path):
 
 
 def test_what_is_said_of_a_diverging_policy(capsys):
-    """Catches a warning at every update, a warning about usual values, and flags that the script does not have."""
+    """Catches a warning at every update, about usual values, or with flags that the script does not have, and a run
+    whose rewards teach nothing without a word."""
     divergence = Divergence(DivergenceArgs(), 1000, "a higher --kl_coef", Stop())
     for step in (1, 2):
         divergence.look(step, kl=3.0, tokens=60, entropy=2.0, approx_kl=0.01)
     assert capsys.readouterr().out == ""
-    for step in (3, 4):
-        divergence.look(step, kl=300.0, tokens=100, entropy=6.0, approx_kl=2.0)
+    for step in (3, 4, 5):
+        divergence.look(step, kl=300.0, tokens=100, entropy=6.0, approx_kl=2.0, all_alike=step > 3)
     said = capsys.readouterr().out.splitlines()
-    assert [line.partition(" is ")[0] for line in said] == [
+    assert [line.partition(" is ")[0] for line in said[:3]] == [
         f"update 3: the {what} of a token" for what in ("KL", "approxkl", "entropy")
     ]
     assert "--kl_coef" in said[0] and "--ppo_epochs" in said[1]
+    assert said[3].startswith("update 4: the rewards of each group are equal, so they teach nothing")

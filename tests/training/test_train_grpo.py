@@ -170,7 +170,9 @@ def test_equal_rewards_move_nothing(scale, world, tmp_path):
     rounding, and AdamW takes a whole step for a gradient of any size. Where no group has a spread, weights stay."""
     loss = {"loss_type": "rloo"} if scale == "rloo" else {"scale_rewards": scale}
     more = {"reward_fn": f"{world / 'fn.py'}:tenth", "num_generations": 7, "rollout_batch_size": 14, **loss}
-    lines = grpo(world, tmp_path / "out", **more)
+    result = tiny.run(SCRIPT, *flags(world, tmp_path / "out", **more))
+    assert result.code == 0 and result.stdout.count("the rewards of each group are equal") == 1, result.stderr
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0] and [line["reward_std"] for line in lines] == [0.0, 0.0]
     weights, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", world / "lm"))
     assert all(weights[name].equal(start[name]) for name in start)

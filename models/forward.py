@@ -42,8 +42,7 @@ def forward_rows(model: Transformer, rows: list[Example], split: Split) -> Forwa
     batch = collate([pack_row(rows)] if packed else rows, split.pad_token_id, device, multiple)
     width, attend = batch.input_ids.shape[1], causal_attention
     if batch.lengths is not None:
-        compiled = model.layers[0]._compiled_call_impl is not None  # set by nn.Module.compile
-        options = {"head_dim": model.config.head_dim, "compiled": compiled}
+        options = {"head_dim": model.config.head_dim, "compiled": model.layers[0].compiled}
         attend = document_attention(batch.lengths, width, device, dtype, **options)
     hidden = model(batch.input_ids, batch.position_ids, attend)
     if not packed:

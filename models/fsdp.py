@@ -310,6 +310,7 @@ def _compile(block: Block) -> None:
     """Compiles a block. All blocks of all models of a process share one function, of which torch makes versions: with
     gradients or without, for policy and reference, one row and several, ... More than 8 of them would run eagerly."""
     torch._dynamo.config.recompile_limit = 64
+    block.compiled = True
     if block.recompute == "full":  # torch 2.13 cannot compile checkpoint() with DTensors' local parts
         block._forward = torch.compile(block._forward)
     else:

@@ -349,6 +349,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, parallel: Parallel):
         super().__init__()
         self.recompute = "none"  # activation checkpointing: none, full or selective
+        self.compiled = False
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, partial_grad=parallel.sequence_parallel)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, parallel)

@@ -13,6 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from models.common import Runtime
 from models.compressed import linear_layers
 from models.decode import load_for_inference, to_inference
+from models.forward import forward_rows
 from models.fsdp import ParallelArgs, init_mesh, parallel_of, shard_model
 from models.generation import Engine, Request
 from models.lora import Lora, add_adapters
@@ -20,6 +21,7 @@ from models.model import Transformer
 from models.paged_cache import PagedCache
 from models.qlinear import Scheme
 from models.quantize import quantize_in_place
+from models.records import Example, Split
 from models.sampling import SamplingParams
 from models.tp import local
 from tests import tiny
@@ -79,22 +81,37 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
+def in_training(mesh, head: str = "lm", lora: Lora | None = None, recompute: str = "none") -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(replace(CONFIG, num_hidden_layers=3), torch.bfloat16, parallel_of(mesh), head)
+        if lora is not None:
+            add_adapters(model, lora)
+    args, runtime = ParallelArgs(activation_checkpointing=recompute), Runtime(CPU, torch.bfloat16, True)
+    shard_model(model, mesh, args, runtime, torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(local(parameter), std=0.02)
+    model.reset_buffers(CPU)
+    return model
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_packed_rows_share_code(recompute, monkeypatch, mesh):
+    """Catches blocks in training that are compiled for each number or each length of packed documents."""
+    compiled, counts = Compiled(monkeypatch), []
+    torch._dynamo.reset()
+    model, split = in_training(mesh, recompute=recompute), Split(9, mesh["dp"], 0, 100)
+    for lengths in ([20, 10, 3], [9, 8, 7, 6], [30, 2], [5, 4, 3, 2, 1], [17, 18, 1], [2] * 9):
+        rows = [Example([7] * length, [7] * length) for length in lengths]
+        forward_rows(model, rows, split).hidden.float().sum().backward()
+        counts.append(compiled.count)
+    assert counts[1] == counts[-1] <= 2, counts  # the first row's length, then any
+
+
 def test_models_of_a_run_share_code(monkeypatch, mesh):
     """Catches training blocks compiled for each layer, model or length, and more versions than torch's limit of 8,
     beyond which it runs eagerly: PPO's four models with batches of several shapes, then a model with adapters."""
     compiled = Compiled(monkeypatch)
     torch._dynamo.reset()
-
-    def model_of(head: str, lora: Lora | None = None) -> Transformer:
-        with torch.device("meta"):
-            model = Transformer(replace(CONFIG, num_hidden_layers=3), torch.bfloat16, parallel_of(mesh), head)
-            if lora is not None:
-                add_adapters(model, lora)
-        shard_model(model, mesh, ParallelArgs(), Runtime(CPU, torch.bfloat16, True), torch.bfloat16)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(local(parameter), std=0.02)
-        model.reset_buffers(CPU)
-        return model
 
     def run(model: Transformer, *, learns: bool) -> int:
         for shape in ((4, 8), (4, 16), (3, 24), (1, 8)):
@@ -105,13 +122,13 @@ def test_models_of_a_run_share_code(monkeypatch, mesh):
                 model.zero_grad(set_to_none=True)
         return compiled.count
 
-    policy, critic = model_of("lm"), model_of("score")
-    frozen = [model_of(head).requires_grad_(False) for head in ("lm", "score")]
+    policy, critic = in_training(mesh, "lm"), in_training(mesh, "score")
+    frozen = [in_training(mesh, head).requires_grad_(False) for head in ("lm", "score")]
     counts = [run(model, learns=False) for model in (*frozen, policy, critic)]
     counts += [run(model, learns=True) for model in (policy, critic)]
     # the first model: T, B, both, and one row; two more for trainable weights, and two more with gradients
     assert counts == [4, 4, 6, 6, 8, 8]
-    adapted = model_of("lm", Lora(4, 8.0, False, 0.0, frozenset(linear_layers(3)), None, {}, Path(), "", 0))
+    adapted = in_training(mesh, "lm", Lora(4, 8.0, False, 0.0, frozenset(linear_layers(3)), None, {}, Path(), "", 0))
     counts = [run(adapted, learns=False) for _ in range(2)]
     assert counts[0] > 8 and counts[1] == counts[0], counts  # the second run compiles nothing
 

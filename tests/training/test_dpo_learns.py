@@ -93,11 +93,14 @@ def test_it_reaches_the_optimum(world, tmp_path):
 
 
 def test_eos_must_be_in_the_sum(world, tmp_path, monkeypatch):
-    """Catches a regret that does not show the classic mistake, EOS left out of the sums (the loss looks as good)."""
+    """Catches a regret that does not show the classic mistake, EOS left out of the sums (the loss looks as good): after
+    one epoch of half of the pairs it is 0.84, and 0.21 without the mistake."""
+    folder, pieces, train_file, *more = world
+    half = tiny.write_records(tmp_path / "pairs.jsonl", tiny.read_lines(train_file)[: NUM_PAIRS // 2])
     real = train_dpo.pair_rows
     without_eos = lambda pairs: [Example(row.input_ids, [*row.labels[:-1], -100]) for row in real(pairs)]  # noqa: E731
     monkeypatch.setattr(train_dpo, "pair_rows", without_eos)
-    assert regret_of_training(world, tmp_path / "out", "--num_epochs", 1) > 0.3
+    assert regret_of_training((folder, pieces, half, *more), tmp_path / "out", "--num_epochs", 1) > 0.3
 
 
 def test_adapters_reach_the_optimum(world, tmp_path):

@@ -50,7 +50,7 @@ def is_main_rank() -> bool:
 
 # ------------------------------------------------------------------------------------------- flags
 
-FLOAT32_MAX, INT64_MAX = torch.finfo(torch.float32).max, torch.iinfo(torch.int64).max
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Bounds(NamedTuple):
@@ -206,9 +206,8 @@ def _number(kind: type, bounds: Bounds) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        held = FLOAT32_MAX if kind is float else INT64_MAX
-        if value not in bounds or abs(value) > held:
-            limits = f"that {'fp32' if kind is float else 'int64'} can hold" if held < abs(value) < math.inf else bounds
+        if value not in bounds:
+            limits = "that fp32 can hold" if kind is float and FLOAT32_MAX < abs(value) < math.inf else bounds
             raise argparse.ArgumentTypeError(f"{text!r} is not {article} {kind.__name__} {limits}".rstrip())
         return value
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from models.common import Runtime
-from models.fsdp import LossScale, ParallelArgs, clip_grad_norm, init_mesh, load_for_training
+from models.fsdp import (
+    LossScale,
+    ParallelArgs,
+    clip_grad_norm,
+    init_mesh,
+    load_for_training,
+    reducing_gradients,
+)
 from tests import tiny
 from tests.training.test_train_ppo import flags, world  # noqa: F401 (a fixture)
 from tests.training.test_train_rm import make_records
@@ -74,4 +81,20 @@ def test_the_norm_and_the_clipped_gradients_are_scaled(folder):
                 gradient = gradient * min(1, max_norm / total)
                 found = model.get_parameter(name).grad.full_tensor().double()
                 torch.testing.assert_close(found, gradient, rtol=tolerance, atol=1e-12)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["each", "once"])
+def test_micro_batches_add_up_in_fp32(every, folder):
+    """Catches gradients of bf16 micro-batches that are summed in bf16, where a sum of 200 equal ones is percents off,
+    on a single data-parallel rank, which reduces nothing."""
+    runtime, norms = Runtime(torch.device("cpu"), torch.bfloat16, False), []
+    args = ParallelArgs(sync_every_micro_batch=every)
+    model = load_for_training(folder, init_mesh(runtime.device, 1), args, runtime)
+    for count in (1, 200):
+        model.zero_grad()
+        for row in reducing_gradients(model, [torch.tensor([[1, 5, 9, 7]])] * count, every=every):
+            model(row).float().square().sum().backward()
+        norms.append(clip_grad_norm(model, 1e9, 1 / count))
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
     torch.distributed.destroy_process_group()

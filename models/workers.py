@@ -273,24 +273,26 @@ class _Dispatcher(threading.Thread):
         for worker in self.workers:
             if worker.process is not None:
                 poll.register(worker.replies, select.POLLIN)
-                owners[worker.replies] = worker
+                owners[worker.replies] = worker, worker.process
                 if worker.outgoing:
                     poll.register(worker.requests, select.POLLOUT)
-                    owners[worker.requests] = worker
-        due = min((worker.due() for worker in owners.values()), default=math.inf)
+                    owners[worker.requests] = worker, worker.process
+        due = min((worker.due() for worker, _ in owners.values()), default=math.inf)
         # in milliseconds; poll takes no more than 2^31 of them, and run() waits again
         patience = None if due == math.inf else math.ceil(1000 * min(60.0, max(0.0, due - time.monotonic())))
         for descriptor, _ in poll.poll(patience):
             if descriptor == self.woken:
                 os.read(self.woken, 65536)
-            elif owners[descriptor].process is not None:
-                self._attend(owners[descriptor], descriptor)
+                continue
+            worker, process = owners[descriptor]
+            if worker.process is process:  # else the other pipe's end replaced it, and a new pipe may have this number
+                self._attend(worker, descriptor)
 
     def _attend(self, worker: _Worker, descriptor: int) -> None:
         try:
             if descriptor == worker.requests:
                 worker.write()
-            elif descriptor == worker.replies:  # else the process has been replaced meanwhile
+            else:
                 for reply in worker.read():
                     self._take(worker, reply)
         except (EOFError, BrokenPipeError):

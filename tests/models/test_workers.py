@@ -2,15 +2,18 @@
 
 import contextlib
 import gc
+import math
 import os
+import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from models.functions import call_batch, load_grader
-from models.workers import GradingArgs, Pool
+from models.workers import GradingArgs, Pool, _Dispatcher
 from tests import tiny
 
 EVIL = """
@@ -296,3 +299,20 @@ def test_nothing_outlives_a_kill(file, mark):
         run.kill()
         run.wait()
     assert gone(mark)
+
+
+def test_two_events_of_one_process(monkeypatch):
+    """Catches a pool that waits for ever: a dead process closes both pipes, the first event replaces it, and the second
+    is taken for one of the new process, whose pipe has the lost one's number."""
+    worker = SimpleNamespace(process="old", requests=7, replies=8, outgoing=b"more", due=lambda: math.inf)
+    attended = []
+
+    def attend(worker, descriptor):
+        attended.append(descriptor)
+        worker.process, worker.requests, worker.replies = "new", 6, 7
+
+    events = [(8, select.POLLHUP), (7, select.POLLERR)]
+    poll = SimpleNamespace(register=lambda descriptor, mask: None, poll=lambda patience: events)
+    monkeypatch.setattr(select, "poll", lambda: poll)
+    _Dispatcher._wait(SimpleNamespace(workers=[worker], woken=3, _attend=attend))
+    assert attended == [8]

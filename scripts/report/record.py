@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,11 @@ class Section:
 
     def note(self, name: str, text: str) -> None:
         self.write(kind="note", name=name, detail=text)
+
+
+def largest(distances: Iterable[float]) -> float:
+    """The largest distance, NaN if one is: Python's max drops a NaN that does not come first."""
+    return torch.tensor(list(distances), dtype=torch.float64).max().item()
 
 
 class TimeIsUp(RuntimeError):

@@ -20,7 +20,7 @@ from models.quantize import check_scheme
 from models.sampling import SamplingParams
 from models.vocab_parallel import linear_cross_entropy, linear_logprobs
 from scripts.benchmark_common import SIZES
-from scripts.report.record import Item, Section
+from scripts.report.record import Item, Section, largest
 from scripts.report.trained import check_training, start_training
 from scripts.workload import counted, random_ids
 from training import optim
@@ -249,7 +249,7 @@ def check_products(section: Section) -> None:
         if layer.kernel == "triton":
             x = torch.randn(64, K, device=runtime.device).to(runtime.dtype)
             with torch.inference_mode():
-                apart = max((layer(x[:rows])[0] - layer(x[:1])[0]).abs().max().item() for rows in (5, 17, 33, 64))
+                apart = largest((layer(x[:rows])[0] - layer(x[:1])[0]).abs().max().item() for rows in (5, 17, 33, 64))
             section.check(f"product of {scheme}, a row alone and among others", apart, 0, "largest difference")
 
 
@@ -297,7 +297,7 @@ def check_gradients(section: Section) -> None:
         inputs = [x.to(runtime.dtype) for x in inputs]
         found = gradients(function, [x.to(runtime.device) for x in inputs])
         wanted = gradients(function, [x.float() for x in inputs])
-        distance = max(((a.float().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, wanted))
+        distance = largest(((a.float().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, wanted))
         section.check(f"gradients of {name}, {dtype_name(runtime.dtype)}", distance, 0.03, "relative")
 
 

@@ -53,7 +53,8 @@ def model_of(section: Section, mode: str = "none") -> Transformer:
     """Returns the model of a section's items; only one is kept at a time."""
     kept = section.kept
     if kept.get("mode") != mode:
-        kept.pop("model", None)
+        for name in ("model", "mode"):  # neither is left if the other one cannot be built
+            kept.pop(name, None)
         free_memory(section.runtime.device)
         config = SIZES["tiny" if section.small else "math-7b"]
         scheme = None if mode == "none" else rounding_scheme(mode, None, config)

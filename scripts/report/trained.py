@@ -16,7 +16,16 @@ from models.common import Runtime
 from models.model import ModelConfig
 from scripts.benchmark_common import SIZES
 from scripts.benchmark_ppo import text_of, write_policy, write_reward_model
-from scripts.report.record import Item, Section, TimeIsUp, finish_script, last_json, run_script, start_script
+from scripts.report.record import (
+    Item,
+    Section,
+    TimeIsUp,
+    finish_script,
+    largest,
+    last_json,
+    run_script,
+    start_script,
+)
 from scripts.workload import random_ids
 
 SHORT = SIZES["tiny"]
@@ -108,7 +117,7 @@ def metrics_distance(ours: Path, theirs: Path) -> float:
     if a.keys() != b.keys():
         return math.inf
     numbers = [(float(a[k]), float(b[k])) for k in a if isinstance(a[k], int | float) and math.isfinite(b[k])]
-    return max(abs(x - y) / (abs(y) + 1e-3) for x, y in numbers)
+    return largest(abs(x - y) / (abs(y) + 1e-3) for x, y in numbers)
 
 
 def weights_distance(ours: Path, theirs: Path, begun: Path) -> float:

@@ -1,6 +1,7 @@
 """scripts/gpu_report.py on a CPU: what its report says, also when a check fails, an item raises or a section hangs."""
 
 import json
+import math
 import os
 import stat
 import subprocess
@@ -17,7 +18,7 @@ from models.common import Runtime
 from scripts import gpu_report
 from scripts.gpu_report import SECTIONS, ReportArgs
 from scripts.report import right, speed, trained
-from scripts.report.record import Item, Section, run_items
+from scripts.report.record import Item, Section, largest, run_items
 from tests import tiny
 
 ON_CPU = Runtime(torch.device("cpu"), torch.float32, False)
@@ -120,6 +121,7 @@ def test_faults_are_found(section, tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("ours", "theirs", "start")]
     assert trained.weights_distance(*folders) == pytest.approx(0.1)
     assert trained.metrics_distance(*folders[:2]) == pytest.approx(0.1 / 2.001)
+    assert math.isnan(largest([0.1, math.nan, 0.2]))  # max gives 0.2
     section.check("NaN", float("nan"), 1.0)
     assert not rows_of(section)[-1]["ok"]
 

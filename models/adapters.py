@@ -432,10 +432,11 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
     write_json(folder / ADAPTER_CONFIG, adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors))
 
 
-def check_base_is_the_same(lora: Lora) -> None:
+def check_base_is_the_same(lora: Lora, folder: Path) -> None:
     """Raises ValueError if the content of the base's folder has changed since the run began: a merged model would be
-    made from other weights than the adapters were trained on."""
+    made from other weights than the adapters were trained on. Then the merged model of an earlier end goes, too."""
     if fingerprint(lora.base) != lora.base_fingerprint:
+        remove_merged(folder)
         raise ValueError(
             f"{lora.base}: other content than when the run began, so the adapters are written but not merged with it; "
             "restore it and --resume, or --resume with --accept_changed to merge them with the new content"

@@ -376,7 +376,7 @@ class Run:
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
                 return
-            on_main(lambda: check_base_is_the_same(model.lora))
+            on_main(lambda: check_base_is_the_same(model.lora, folder))
             folder = folder / MERGED
         changes = dict(json_changes or {})
         if config is None:

@@ -155,6 +155,10 @@ def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
     assert tiny.run("training/train_grpo.py", *flags, "--resume").code == 0
     stored, exported = load_file(weights), load_file(out / MODEL)
     assert torch.equal(stored["model.embed_tokens.weight"], exported["model.embed_tokens.weight"])
+    flags[flags.index("--total_steps") + 1] = 2
+    result = tiny.run("training/train_grpo.py", *flags, "--resume", "--accept_changed", "total_steps")
+    assert result.code == 2 and "other content than when the run began" in result.stderr, result
+    assert not (out / MODEL).exists()  # merged with earlier adapters: --checkpoint_path would take it for these
 
 
 def test_stages(world, tmp_path):

@@ -175,7 +175,7 @@ def main(args: GrpoArgs) -> None:
         seconds = {name: sum(part.seconds[name] for part in sampled) for name in ("rollout", "score")}
         watch = Stopwatch(runtime.device)
         groups = groups_of(sampled, policy, reference, args, split)
-        run.check_finite(advantages=groups.advantages.sum())
+        run.check_finite(advantages=groups.advantages.sum(), kl=groups.kl)  # a NaN KL has advantages of 0
         seconds["logprobs"] = watch.lap()
 
         learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)

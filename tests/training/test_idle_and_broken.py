@@ -92,6 +92,13 @@ def test_temperature_too_low(script, folder, world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_horizon_within_one_update(folder, world, tmp_path):
+    """Catches a --kl_horizon so short that one update makes --kl_coef negative, and the policy is paid for its KL."""
+    flags = ["--reward_fn", "fn.py:each", "--kl_target", 6]
+    result = run("train_ppo", folder, world, tmp_path / "out", *flags, "--kl_horizon", 0.5)
+    tiny.assert_refused(result, "error: --kl_horizon 0.5 counts answers: one update of ")
+
+
 def test_no_time_out(folder, world, tmp_path):
     """Catches --reward_timeout accepted silently for a batch function, which is called once and has no timeout."""
     result = run("train_ppo", folder, world, tmp_path / "out", "--reward_fn", "fn.py:whole", "--reward_timeout", 5)

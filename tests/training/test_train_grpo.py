@@ -2,13 +2,14 @@
 learns is in test_grpo_optimum.py, its losses in test_losses_grpo.py, several ranks in test_parallel_grpo.py."""
 
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.forked import Forked
@@ -259,6 +260,18 @@ def test_gradient_not_finite(world, tmp_path, monkeypatch):
     numbers = train_grpo.prompt_numbers(6, 3, 3, seed=0)
     tiny.assert_refused(result, "step 2: grad_norm is nan", ", ".join(map(str, numbers)) + "\n")
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_reference_that_is_not_finite(world, tmp_path):
+    """Catches a NaN that rloo's KL puts into the rewards and that is taken for the mark of skipped answers: all
+    advantages were 0, and a policy that had learnt nothing was written."""
+    broken = shutil.copytree(world / "lm", tmp_path / "ref")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    more = {"loss_type": "rloo", "beta": 0.1, "ref_checkpoint_path": broken}
+    result = tiny.run(SCRIPT, *flags(world, tmp_path / "out", **more))
+    tiny.assert_refused(result, "step 1: kl is nan; records of the step (from 0): ")
 
 
 def test_soft_overlong(world, tmp_path, seen):

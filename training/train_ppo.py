@@ -199,7 +199,7 @@ def main(args: PpoArgs) -> None:
             for i, minibatch in enumerate(minibatches(args, step, args.ppo_epochs)):
                 if step > args.critic_warmup_steps:
                     scale = policy_backward(policy, update, minibatch, args, split, sums)
-                    if args.debug_checks and i == 0:
+                    if args.debug_checks and i == 0 and any(update.num_learnt[j] for j in minibatch):
                         is_reference = step == args.critic_warmup_steps + 1 and frozen.ref_is_start(args)
                         check_first_minibatch(sums.means(split), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
@@ -243,6 +243,11 @@ def check_flags(args: PpoArgs) -> None:
     if args.kl_target is not None and not args.kl_coef:
         raise ValueError(
             f"--kl_target {args.kl_target} scales --kl_coef, and a --kl_coef of 0 would stay 0; take a positive one"
+        )
+    if args.kl_target is not None and args.kl_horizon <= 0.2 * args.rollout_batch_size:
+        raise ValueError(
+            f"--kl_horizon {args.kl_horizon} counts answers: one update of {args.rollout_batch_size} could take "
+            "--kl_coef to 0 or below it; take more than a fifth of --rollout_batch_size"
         )
     if args.kl_target is None:
         refuse_idle(args, "without a --kl_target, to which --kl_coef adapts", "kl_horizon")

@@ -125,9 +125,11 @@ def main(args: RmArgs) -> None:
                 metrics |= found
                 run.show(f"step {run.step}: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items()))
                 run.show(samples(evaluation[: args.num_eval_samples], eval_rewards.tolist(), folder.tokenizer))
+        if run.export_due and eval_rewards is None:
+            with run.evaluating(metrics):  # a run that a signal ends here computes and exports them when it goes on
+                eval_rewards = all_rewards(model, statistics_rows, split)
         run.log(metrics)
         if run.export_due:
-            eval_rewards = all_rewards(model, statistics_rows, split) if eval_rewards is None else eval_rewards
             export(run, model, folder, eval_rewards, run.step_folder)
         return eval_rewards
 

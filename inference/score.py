@@ -348,7 +348,8 @@ def speed_of(
     rows = {"speed": f"{rate:,.1f} tok/s", "memory": f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"}
     peak = peaks(runtime.device)
     if peak:
-        mean_length = num_tokens / sum(len(item.rows) for item in items)
+        lengths = [len(ids) for item in items for ids in item.sequences]
+        mean_length = sum(n * n for n in lengths) / sum(lengths)  # sequence length of the average token
         flops = config.training_flops_per_token(mean_length, has_lm_head=False) / 3
         rows["speed"] += f", MFU {rate * flops / peak[0] / num_ranks:.1%}"
     return rows

@@ -58,6 +58,7 @@ class Flight(NamedTuple):
     tokens_read: int  # from the KV cache
     launched: float  # time.perf_counter() at launch
     compile_seconds: float  # spent compiling at launch; None counts the whole flight as compiling
+    num_prefilled: int = 0  # prompt tokens that a prefill computes
 
 
 class Engine:
@@ -100,7 +101,7 @@ class Engine:
         self.reset_stats()
 
     def reset_stats(self) -> None:
-        self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
+        self.num_prompt_tokens = self.num_prefilled = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
         self.scheduler.num_preempted = 0
 
@@ -169,7 +170,7 @@ class Engine:
             numbers = self._first_tokens(begun)
         if numbers is not None:
             samples = [(sample, i) for i, (sample, _) in enumerate(begun)]
-            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, 0.0))
+            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, 0.0, len(batch.ids)))
 
     def _computed(self, batch: Prefill, hidden: Tensor) -> list[tuple[Sample, Prompt]]:
         """Handles samples whose prefill is complete: gives rows to those that were preempted, and returns those of new
@@ -279,6 +280,7 @@ class Engine:
         seconds = max(0.0, seconds - flight.compile_seconds)
         if not flight.num_steps:
             self.prefill_seconds += seconds
+            self.num_prefilled += flight.num_prefilled
             return
         self.decode_seconds += seconds
         self.num_steps += flight.num_steps

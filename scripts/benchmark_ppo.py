@@ -172,6 +172,7 @@ def engine_rates(folder: Path, prompts: list[list[int]], runtime: Runtime, args:
     rates = []
     for _ in short_bar(range(args.repeats + 1), "generating", "round"):
         requests = [Request(i, 0, prompt, args.new_tokens) for i, prompt in enumerate(prompts)]
+        engine.pool.forget()  # prompts are computed anew in each round, as after each update
         start = time.perf_counter()
         drawn = sum(len(done.logprobs) for done in engine.generate(requests))
         rates.append(drawn / (time.perf_counter() - start))

@@ -23,9 +23,9 @@ from inference.settings import settings_not_taken
 from models.adapters import AdapterArgs, weight_files
 from models.chats import read_chat
 from models.checkpoint import Folder, ModelArgs, open_folder
-from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, run_script, say
+from models.common import at_least_one, choose_runtime, device_name, flag, is_main_rank, on_main, run_script, say
 from models.decode import load_for_inference
-from models.fsdp import data_parallel_size, init_mesh, parallel_of
+from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Engine, PrefillArgs, Request
 from models.quantize import QuantizeArgs, choose_scheme
 from models.records import check_ids, encode_prompt
@@ -58,9 +58,9 @@ def main(args: ChatArgs) -> None:
     runtime = choose_runtime(args)
     if data_parallel_size(args.tensor_parallel_size) > 1:
         raise ValueError("a chat runs one copy of the model: --tensor_parallel_size must be the number of ranks")
-    folder = open_folder(
-        args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=chat_day(args.chat_date)
-    )
+    start_ranks(runtime.device)
+    today = on_main(lambda: chat_day(args.chat_date))
+    folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
     files = weight_files(args.checkpoint_path, args.adapter_path)
     tokenizer = folder.tokenizer

@@ -89,10 +89,12 @@ def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
 def _contents(args) -> dict[str, object]:
     found = {}
     for each in flags_of(type(args)):
+        if each.metadata["written"]:  # maybe 50 GB, and the caller's own
+            continue
         value = getattr(args, each.name)
         other = not each.name.endswith(NO_OTHER_FOLDER)
         contents = [_content(place, other) for place in (value if isinstance(value, list) else [value])]
-        if contents and None not in contents and not each.metadata["written"]:
+        if contents and None not in contents:
             found[each.name] = contents if isinstance(value, list) else contents[0]
     return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from models import shared
+from models import identity, shared
 from models.common import flag
 from models.files import write_json
 from models.functions import FunctionPlace
@@ -231,13 +231,18 @@ def test_resume_with_other_content(tmp_path):
         assert prepare_output_dir(accepting)[2] == frozenset()  # the same command after the next kill
 
 
-def test_what_is_not_hashed(tmp_path):
-    """Catches a folder given for a data file, a model or an adapter that is read whole before it is refused, and a
-    function's file that is a pipe or a device, which would never end; and a forker's own folder that is left out."""
+def test_what_is_not_hashed(tmp_path, monkeypatch):
+    """Catches a folder given for a data file, a model or an adapter that is read whole before it is refused, what the
+    run itself writes, and a function's file that is a pipe or a device, which would never end; and a forker's own
+    folder that is left out."""
     (tmp_path / "file").write_text("of many")
     places = dict.fromkeys(("train_file", "eval_file", "checkpoint_path", "adapter_path", "mine"), tmp_path)
-    args = args_of(tmp_path, **places, functions=[FunctionPlace("/dev/null:f")])
-    assert begun_with(args)["content_digests"].keys() == {"mine"}
+    args = args_of(tmp_path / "out", **places, functions=[FunctionPlace("/dev/null:f")])
+    hashed, real = [], identity.fingerprint
+    monkeypatch.setattr(identity, "fingerprint", lambda folder: hashed.append(folder) or real(folder))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    assert begun_with(args)["content_digests"].keys() == {"mine"} and hashed == [tmp_path]
 
 
 def test_other_ranks_round_in_other_groups(tmp_path):

@@ -177,6 +177,19 @@ def test_stop_while_samples_are_drawn(world, tmp_path, monkeypatch):
     assert_same_run(out, whole)
 
 
+def test_statistics_of_an_export(world, tmp_path, monkeypatch):
+    """Catches a reward model of --export_steps that is never written because a signal came while the rewards that it is
+    normalised by were computed."""
+    more = {"export_steps": 2, "eval_steps": 3}
+    run(world, "train_rm.py", tmp_path / "whole", **more)
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, "train_rm.py", "all_rewards", 1)
+        result = run(world, "train_rm.py", tmp_path / "out", **more)
+    assert "stopped by a signal after step 2" in result.stdout and len(calls) == 1
+    run(world, "train_rm.py", tmp_path / "out", resume=True, **more)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
 RUDE = """
 import os, signal, torch
 

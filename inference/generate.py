@@ -249,7 +249,7 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh,
     and the part of the cache that attention reads) / the memory bandwidth of the datasheet, where that is known."""
     rows = {}
     decoded = torch.tensor(engine.num_decoded / max(engine.decode_seconds, 1e-9), device=runtime.device)
-    prefilled = torch.tensor(engine.num_prefilled / max(engine.prefill_seconds, 1e-9), device=runtime.device)
+    prefilled = torch.tensor(engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9), device=runtime.device)
     for total in (decoded, prefilled) if dp.size() > 1 else ():  # so that one rank alone never starts NCCL
         dist.all_reduce(total, group=dp.get_group())
     if engine.num_steps:

@@ -52,7 +52,7 @@ from models.common import (
 from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.functions import FunctionPlace, load_function, undisturbed
-from models.gpu import peaks
+from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
@@ -348,9 +348,8 @@ def speed_of(
     rows = {"speed": f"{rate:,.1f} tok/s", "memory": f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"}
     peak = peaks(runtime.device)
     if peak:
-        lengths = [len(ids) for item in items for ids in item.sequences]
-        mean_length = sum(n * n for n in lengths) / sum(lengths)  # sequence length of the average token
-        flops = config.training_flops_per_token(mean_length, has_lm_head=False) / 3
+        mean_len = mean_length([len(ids) for item in items for ids in item.sequences])
+        flops = config.training_flops_per_token(mean_len, has_lm_head=False) / 3
         rows["speed"] += f", MFU {rate * flops / peak[0] / num_ranks:.1%}"
     return rows
 

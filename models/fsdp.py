@@ -331,10 +331,10 @@ def shard_model(
         if runtime.compile:
             _compile(block)
     # a single rank reduces nothing and needs no cast, but gradients that accumulate unsharded do so in this dtype, too
-    reduces = mesh["dp"].size() > 1 or not args.sync_every_micro_batch
+    in_fp32 = mesh["dp"].size() > 1 or not args.sync_every_micro_batch
     policy = MixedPrecisionPolicy(
         param_dtype=runtime.dtype,
-        reduce_dtype=torch.float32 if reduces else None,
+        reduce_dtype=torch.float32 if in_fp32 else None,
         cast_forward_inputs=False,  # the RoPE tables stay fp32
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()

@@ -58,7 +58,7 @@ class Flight(NamedTuple):
     tokens_read: int  # from the KV cache
     launched: float  # time.perf_counter() at launch
     compile_seconds: float  # spent compiling at launch; None counts the whole flight as compiling
-    num_prefilled: int = 0  # prompt tokens that a prefill computes
+    num_prompt_tokens: int = 0  # that a prefill computes
 
 
 class Engine:
@@ -101,7 +101,7 @@ class Engine:
         self.reset_stats()
 
     def reset_stats(self) -> None:
-        self.num_prompt_tokens = self.num_prefilled = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
+        self.num_prompt_tokens = self.num_decoded = self.num_steps = self.cache_bytes_read = 0
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
         self.scheduler.num_preempted = 0
 
@@ -161,7 +161,6 @@ class Engine:
         begun, scheduler.ready = [(sample, scheduler.newest) for sample in scheduler.ready], []
         batch, numbers = scheduler.next_prefill(), None
         if batch.chunks:
-            self.num_prompt_tokens += len(batch.ids)
             hidden = self.rows.prefill(batch)
             scheduler.publish(batch)
             begun += self._computed(batch, hidden)
@@ -280,7 +279,7 @@ class Engine:
         seconds = max(0.0, seconds - flight.compile_seconds)
         if not flight.num_steps:
             self.prefill_seconds += seconds
-            self.num_prefilled += flight.num_prefilled
+            self.num_prompt_tokens += flight.num_prompt_tokens
             return
         self.decode_seconds += seconds
         self.num_steps += flight.num_steps

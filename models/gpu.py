@@ -1,9 +1,10 @@
-"""Peak rates and features of NVIDIA's and AMD's GPUs, and whether Triton works on one."""
+"""Peak rates and features of NVIDIA's and AMD's GPUs, what MFU needs beside them, and whether Triton works on one."""
 
 import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -50,3 +51,8 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def mean_length(lengths: Sequence[int]) -> float:
+    """Returns the sequence length of the average token, to which attention's FLOPs per token are proportional."""
+    return sum(n * n for n in lengths) / sum(lengths)

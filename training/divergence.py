@@ -48,12 +48,12 @@ class Divergence:
         self._warn(step, "approxkl of a token", approx_kl, 0.3, f"{slower}, fewer --ppo_epochs, --cliprange")
         advice = f"{slower}, {self.flags}, --temperature: near log V the policy samples at random"
         self._warn(step, "entropy of a token", entropy, self.most_entropy, advice)
-        if all_alike and "rewards" not in self.said:
-            self.said.add("rewards")
-            say(
-                f"update {step}: the rewards of each group are equal, so they teach nothing; if this goes on, check "
-                "how answers are rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
+        if all_alike:
+            equal = (
+                "the rewards of each group are equal, so they teach nothing; if this goes on, check how answers are "
             )
+            equal += "rewarded, or try a higher --temperature, more --num_generations, --max_resamples"
+            self._say_once(step, "rewards", equal)
         if self.stop_kl is not None and kl > self.stop_kl:
             self.stop.fail(
                 f"--stop_kl {self.stop_kl}: the KL of update {step} is {kl:.4g}; take an earlier model of "
@@ -61,6 +61,11 @@ class Divergence:
             )
 
     def _warn(self, step: int, what: str, value: float, most: float, advice: str) -> None:
-        if value > most and what not in self.said:
+        if value > most:
+            usual = f"far above what is usual ({most:.3g})"
+            self._say_once(step, what, f"the {what} is {value:.4g} nats, {usual}; try {advice}")
+
+    def _say_once(self, step: int, what: str, text: str) -> None:
+        if what not in self.said:
             self.said.add(what)
-            say(f"update {step}: the {what} is {value:.4g} nats, far above what is usual ({most:.3g}); try {advice}")
+            say(f"update {step}: {text}")

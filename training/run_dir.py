@@ -44,7 +44,7 @@ from models.export import INDEX, WEIGHTS, complete_export, save_folder
 from models.files import COPIED_FILES, read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
-from models.gpu import peaks
+from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, begun_with, changed_flags
 from models.model import Transformer
 from models.pad_token import named_pad_token, pad_changes
@@ -311,7 +311,7 @@ class Run:
         metrics = {"num_tokens": self.num_tokens, "tokens_per_second": rate}
         peak = peaks(self.device)
         if peak is not None:
-            mean_len = sum(n * n for n in lengths) / sum(lengths)  # sequence length of the average token
+            mean_len = mean_length(lengths)
             kind = {"frozen": model.lora is not None, "has_lm_head": hasattr(model, "lm_head")}
             flops = model.config.training_flops_per_token(mean_len, **kind)
             flops += beside * model.config.training_flops_per_token(mean_len) / 3

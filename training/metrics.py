@@ -67,7 +67,7 @@ def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, 
     line = next((line for line, _ in logged(output_dir / "metrics.jsonl") if line["step"] == step), {"step": step})
     if any(name.startswith("eval_") for name in line):
         return {}
-    write_json(path, line)  # kept until log() has written the line again
+    write_json(path, line)  # kept until the line is written again and the model exported
     return line
 
 

@@ -193,6 +193,7 @@ class Run:
         yield from (step for step, _ in self._loop(batches, "update"))
 
     def _loop(self, batches: Batches, unit: str) -> Batches:
+        self._forget_unfinished()
         self._watch, self._unit = Stopwatch(self.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
@@ -259,8 +260,14 @@ class Run:
         self._close()
         return when
 
+    def _forget_unfinished(self) -> None:
+        """Removes the metrics of an interrupted evaluation once the step's line is written and its model exported."""
+        if is_main_rank() and not self.unfinished and self._evaluated is None:
+            (self.args.output_dir / UNFINISHED).unlink(missing_ok=True)
+
     def _close(self) -> None:
         self._checkpoints.finish()
+        self._forget_unfinished()
         if self._bar is not None:
             self._bar.close()
         self._metrics.close()
@@ -324,8 +331,6 @@ class Run:
         self._end_update()
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
-        if self.unfinished and is_main_rank():
-            (self.args.output_dir / UNFINISHED).unlink(missing_ok=True)
         self.unfinished = {}
         if self._bar is None:  # before the first step of a resumed run
             return

@@ -160,6 +160,8 @@ def main(args: GrpoArgs) -> None:
         run.log(metrics, "reward")
         if run.export_due:
             run.export(policy, what="policy", subfolder=run.step_folder)
+        of_token = {"kl": metrics.get("kl", 0.0), "entropy": metrics.get("entropy", 0.0)}
+        divergence.look(run.step, **of_token, all_alike=metrics.get("frac_reward_zero_std") == 1)
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
@@ -202,8 +204,6 @@ def main(args: GrpoArgs) -> None:
         metrics |= {"tokens_per_second": num_tokens / sum(seconds.values())}
         metrics |= {f"time/{name}": value for name, value in seconds.items()}
         finish(metrics)
-        all_alike = metrics["frac_reward_zero_std"] == 1
-        divergence.look(step, kl=metrics.get("kl", 0.0), entropy=metrics["entropy"], all_alike=all_alike)
 
     scorer.close()
     run.export(policy, what="policy")

@@ -177,6 +177,9 @@ def main(args: PpoArgs) -> None:
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
             export(run, policy, critic, folder, value_path, Path(run.step_folder))
+        kl, tokens = metrics.get("objective/kl", 0.0), metrics.get("completion_length", 1.0)
+        of_token = {"entropy": "policy/entropy_avg", "approx_kl": "policy/approxkl_avg"}
+        divergence.look(run.step, kl=kl, tokens=tokens, **{key: metrics.get(x, 0.0) for key, x in of_token.items()})
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
@@ -226,8 +229,6 @@ def main(args: PpoArgs) -> None:
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
         finish(metrics)
-        of_token = {"entropy": metrics["policy/entropy_avg"], "approx_kl": metrics["policy/approxkl_avg"]}
-        divergence.look(step, kl=metrics["objective/kl"], tokens=metrics["completion_length"], **of_token)
 
     scorer.close()
     export(run, policy, critic, folder, value_path)

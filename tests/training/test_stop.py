@@ -179,15 +179,32 @@ def test_stop_while_samples_are_drawn(world, tmp_path, monkeypatch):
 
 def test_statistics_of_an_export(world, tmp_path, monkeypatch):
     """Catches a reward model of --export_steps that is never written because a signal came while the rewards that it is
-    normalised by were computed."""
+    normalised by were computed, or because the resumed run was killed before it had written it."""
     more = {"export_steps": 2, "eval_steps": 3}
     run(world, "train_rm.py", tmp_path / "whole", **more)
     with monkeypatch.context() as patch:
         calls = stop_at(patch, "train_rm.py", "all_rewards", 1)
         result = run(world, "train_rm.py", tmp_path / "out", **more)
     assert "stopped by a signal after step 2" in result.stdout and len(calls) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run_dir.save_folder", lambda *args, **options: os.read(-1, 1))
+        run(world, "train_rm.py", tmp_path / "out", code=2, resume=True, **more)
     run(world, "train_rm.py", tmp_path / "out", resume=True, **more)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("script", "update"), [("train_ppo.py", 2), ("train_grpo.py", 1)])
+def test_stop_kl_after_a_signal(script, update, world, tmp_path, monkeypatch):
+    """Catches a bound on the KL that is not looked at for the update whose evaluation a signal interrupted."""
+    more = {"stop_kl": 1e-6, "eval_steps": 1}
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, "draw", 1 + 2 * update)  # the one before the first update, and two in each
+        result = run(world, script, tmp_path / "out", **more)
+    assert f"stopped by a signal after update {update};" in result.stdout
+    result = run(world, script, tmp_path / "out", code=2, resume=True, **more)
+    assert f"--stop_kl 1e-06: the KL of update {update} is " in result.stderr
+    run(world, script, tmp_path / "out", resume=True, **more | {"stop_kl": 1e6})
+    assert not (tmp_path / "out/unfinished.json").exists()
 
 
 RUDE = """

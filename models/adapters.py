@@ -102,7 +102,8 @@ class Adapter(NamedTuple):
 
     @property
     def config_changes(self) -> dict:
-        """Keys to set in the base's config.json for the merged model; they say how a reward is read."""
+        """Keys to set in the base's config.json for the merged model, or to remove (None); they say how a reward is
+        read."""
         return json.loads(self.metadata.get("config_changes", "{}"))
 
 
@@ -422,7 +423,7 @@ def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_changes: dict) -> None:
     """Writes both files, each atomically; the config last, since it makes the folder an adapter's. config_changes: keys
-    to set in the base's config.json for the merged model. Only the main rank writes."""
+    to set in the base's config.json for the merged model, or to remove if None. Only the main rank writes."""
     if not is_main_rank():
         return
     metadata = {"format": "pt", "base_fingerprint": lora.base_fingerprint, "config_changes": json.dumps(config_changes)}

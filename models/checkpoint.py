@@ -141,7 +141,7 @@ class WeightFiles:
     Raises FileNotFoundError for a missing file or shard, ValueError for a truncated or malformed one.
     """
 
-    config_changes: Mapping[str, object] = {}  # keys of config.json to set for these tensors (models/adapters.py)
+    config_changes: Mapping[str, object] = {}  # keys of config.json for these tensors; None: to remove (adapters.py)
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -224,6 +224,11 @@ class WeightFiles:
             if shape is None or not isinstance(name, str):
                 raise ValueError(f"{path}: the entry {name!r} is not a tensor with a name")
             yield name, tuple(shape)
+
+    def config_of(self, config: dict) -> dict:
+        """The folder's config.json as these tensors need it."""
+        removed = {name for name, value in self.config_changes.items() if value is None}
+        return {name: value for name, value in {**config, **self.config_changes}.items() if name not in removed}
 
     def names(self) -> list[str]:
         return list(self._shapes)

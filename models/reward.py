@@ -67,7 +67,7 @@ def read_reward_kind(folder: Path, files: WeightFiles | None = None) -> RewardKi
     folder's, if an adapter is combined with them."""
     files = files or WeightFiles(folder)
     config, where = read_hf_config(folder)
-    config |= files.config_changes
+    config = files.config_of(config)
     if "score.weight" not in files.names():
         raise ValueError(
             f"{folder}: not a reward model, it has no score head (no score.weight); training/train_rm.py makes one"

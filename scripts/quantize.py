@@ -140,10 +140,10 @@ def settings_of(folder: Folder, files: WeightFiles) -> tuple[dict, dict[str, dic
     if "score.weight" in files.names() and not has_score_head(folder.path):
         stated, pad = config.get("pad_token_id"), choose_pad_token(folder)
         has_pad = isinstance(stated, int) and stated >= 0
-        config = {**scalar_head_config(config, stated if has_pad else pad.id), **files.config_changes}
+        config = files.config_of(scalar_head_config(config, stated if has_pad else pad.id))
         for name, values in pad_changes(folder.path, pad).items() if config["pad_token_id"] == pad.id else ():
             changes[name] = {**changes.get(name, {}), **values}
-    return {**config, **files.config_changes}, changes
+    return files.config_of(config), changes
 
 
 def load_rows(path: Path, tokenizer: Tokenizer, config: ModelConfig, max_seq_len: int, most: int | None) -> list[Rows]:

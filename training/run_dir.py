@@ -374,7 +374,8 @@ class Run:
             raise ValueError(f"{folder}: {why}; --resume with --export_dtype float32")
         if model.lora is not None:
             base = folder_config(model.lora.base)
-            told = {name: value for name, value in (config or base).items() if base.get(name) != value}
+            merged = config or base
+            told = {name: merged.get(name) for name in base | merged if base.get(name) != merged.get(name)}
             if not self.args.merge:
                 on_main(lambda: remove_merged(folder))
             write_adapter(folder, adapter_tensors(model), model.lora, told)

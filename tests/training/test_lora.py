@@ -7,12 +7,14 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models import decode, generation
-from models.adapters import base_scheme
+from models.adapters import base_scheme, weight_files
+from models.checkpoint import folder_config
 from models.qlinear import dequantize, quantize
 from models.records import collate, tokenising
+from models.reward import read_reward_kind, scalar_head_config
 from models.tokenizer import Tokenizer
 from models.tp import local
 from tests import tiny
@@ -284,6 +286,27 @@ def test_critic_on_the_policys_base(task):
     for name in (ADAPTER, f"critic/{ADAPTER}"):
         wanted, found = load_file(out / name), load_file(again / name)
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+
+
+def test_a_critic_is_no_longer_the_reward_model(task):
+    """Catches a critic whose adapter, on the reward model that it started from, is read with that model's separator,
+    mean and deviation, unlike the merged folder."""
+    start = task / "process"
+    model = transformers.AutoModelForCausalLM.from_pretrained(task / "ref")
+    shutil.copytree(task / "ref", start)
+    weights = model.model.state_dict(prefix="model.") | {"score.weight": torch.ones(1, model.config.hidden_size)}
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    config = json.loads((start / "config.json").read_text())
+    config = scalar_head_config(config, config["eos_token_id"])
+    told = {"reward_model_type": "process", "step_separator": "\n", "reward_mean": 1.0, "reward_std": 2.0}
+    (start / "config.json").write_text(json.dumps(config | told))
+    settings = {**PPO, "total_steps": 1, "value_checkpoint_path": start}
+    optimum.train("training/train_ppo.py", task, task / "from-rm", **settings)
+    merged = task / "from-rm/critic/merged"
+    adapted = weight_files(start, task / "from-rm/critic")
+    assert read_reward_kind(start, adapted) == read_reward_kind(merged)
+    assert adapted.config_of(folder_config(start)) == folder_config(merged)
+    assert told.keys().isdisjoint(folder_config(merged)) and read_reward_kind(start).mean == 1
 
 
 def test_adapters_reach_the_sampler(task, monkeypatch):

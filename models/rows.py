@@ -16,10 +16,11 @@ import os
 import shutil
 import socket
 import sys
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -228,6 +229,8 @@ def _read_or_make(
     with _alone(folder):
         found = _read(folder)
         if found is None:
+            with _keeping():
+                _remove_left(folder)
             is_first_node = os.environ.get("GROUP_RANK", "0") == "0"  # any of its ranks may come here first
             _write(folder, path, _blocks(path, encoder, num_workers, shown=is_first_node), name)
             found = _read(folder)
@@ -259,12 +262,32 @@ def _keeping() -> Iterator[None]:
         raise _NotKept(f"{error.strerror or error}") from None
 
 
+def _remove_left(folder: Path) -> None:
+    """Removes the folder if it is damaged, and what killed processes have left unfinished. Where the file system has no
+    locks, or each host its own, other processes may be at work: theirs stay, unless nothing was written for a day."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        host, _, pid = left.name.removeprefix(f".{folder.name}.").rpartition(".")
+        with suppress(OSError):  # it ends meanwhile
+            at_work = host != socket.gethostname() or _runs(int(pid))
+            if not at_work or time.time() - max(file.stat().st_mtime for file in (left, *left.iterdir())) > 86_400:
+                shutil.rmtree(left)
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this host has this id."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # of another user
+    return pid != os.getpid()
+
+
 def _write(folder: Path, path: Path, blocks: Iterator[_Block], name: Callable[[], str]) -> None:
     """Writes the arrays block by block, and at the end rows.json, which describes them. Raises ValueError if the data
     have changed by then: their rows would be found under the digest of the old data."""
     staging = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
-    for left in folder.parent.glob(f".{folder.name}.*.*"):  # left by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
     counts, checksums = EncodingCounts(), [0] * len(Columns._fields)
     try:
         with _keeping():
@@ -283,9 +306,11 @@ def _write(folder: Path, path: Path, blocks: Iterator[_Block], name: Callable[[]
                 file.close()
             about = {"file": str(path), "counts": counts, "checksums": checksums}
             (staging / "rows.json").write_text(json.dumps({**about, "checksum": _checksum(about)}))
-            if folder.exists():  # damaged
-                shutil.rmtree(folder)
-            os.rename(staging, folder)
+            try:
+                os.rename(staging, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process has made it meanwhile, where there are no locks
+                    raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import socket
+import subprocess
 import threading
 import time
 from datetime import date
@@ -204,8 +206,7 @@ def test_a_damaged_cache_is_made_anew(damage, big, files, tmp_path, capsys):
 
 
 def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsys):
-    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only; and
-    leftovers of a killed writer that stay."""
+    """Catches a run that ends, or goes on with a part of the rows, where the cache's disk is full or read-only."""
     encode, wanted, _ = files["sft"]
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
@@ -219,11 +220,42 @@ def test_a_cache_that_cannot_be_written(big, files, tmp_path, monkeypatch, capsy
         patch.setattr(rows.os, "rename", full)
         found, _ = encode(Store(tmp_path / "full", 1))
     assert list(found) == [row for row, _ in wanted] and "No space left on device" in capsys.readouterr().out
-    [lock] = (tmp_path / "full").iterdir()
-    left = lock.with_name(f"{lock.stem}.host.1")
-    left.mkdir()
-    encode(Store(tmp_path / "full", 1))
-    assert not left.exists()
+    assert len(list((tmp_path / "full").iterdir())) == 1  # the lock, and nothing unfinished
+
+
+def test_processes_without_locks(big, files, tmp_path, monkeypatch):
+    """Catches processes that delete each other's unfinished cache, or the finished one, where the file system has no
+    locks or each host its own, and leftovers of a killed writer that stay."""
+    encode, wanted, _ = files["sft"]
+    store, real = Store(tmp_path / "cache", 1), rows._encode_chunk
+    encode(store)
+    [folder] = [path for path in store.folder.iterdir() if path.is_dir()]
+    made = folder.rename(tmp_path / "made")
+    ended = subprocess.Popen("true")
+    ended.wait()
+    here, yesterday = socket.gethostname(), time.time() - 90_000
+    names = (f"{here}.{ended.pid}", f"{here}.{os.getpid()}", "old.host.1", f"{here}.{os.getppid()}", "a.host.1")
+    unfinished = [folder.with_name(f".{folder.name}.{name}") for name in names]
+    for each in unfinished:
+        each.mkdir()
+        (each / "ids").write_bytes(b"1")
+    for path in (unfinished[2] / "ids", unfinished[2]):
+        os.utime(path, (yesterday, yesterday))
+
+    def encode_while_another_ends(encoder, chunk):
+        if made.exists():
+            made.rename(folder)
+        return real(encoder, chunk)
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(rows, "_encode_chunk", encode_while_another_ends)
+    monkeypatch.setattr(rows.fcntl, "flock", no_locks)
+    written = (made / "rows.json").stat().st_ino
+    assert list(encode(store)[0]) == [row for row, _ in wanted]
+    assert (folder / "rows.json").stat().st_ino == written
+    assert [each.exists() for each in unfinished] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -156,7 +156,7 @@ def main(args: GenerateArgs) -> None:
             counter.bar.update(work.done() - counter.bar.n)
         work.close()
         counter.bar.update(work.num_done - counter.bar.n)
-    say(end_card(engine, model, runtime, mesh["dp"], source.remarks() if source.is_large else ""))
+    say(end_card(engine, model, runtime, mesh["dp"], source))
 
 
 def check_flags(args: GenerateArgs) -> None:
@@ -244,27 +244,33 @@ class TokenCounter:
         self.bar.close()
 
 
-def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh, note: str) -> str:
-    """Returns the closing card: tokens/s over all dp ranks, and MBU = bytes read per second (the weights once a step,
+def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh, source: PromptSource) -> str:
+    """Returns the closing card: tokens/s and counts over all dp ranks, and MBU of this one = bytes read per second (the weights once a step,
     and the part of the cache that attention reads) / the memory bandwidth of the datasheet, where that is known."""
     rows = {}
-    decoded = torch.tensor(engine.num_decoded / max(engine.decode_seconds, 1e-9), device=runtime.device)
-    prefilled = torch.tensor(engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9), device=runtime.device)
-    for total in (decoded, prefilled) if dp.size() > 1 else ():  # so that one rank alone never starts NCCL
-        dist.all_reduce(total, group=dp.get_group())
-    if engine.num_steps:
+    decoded = engine.num_decoded / max(engine.decode_seconds, 1e-9)
+    prefilled = engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9)
+    if dp.size() > 1:  # so that one rank alone never starts NCCL
+        totals = [decoded, prefilled, *(source.counts.values() if source.is_large else ())]
+        totals = torch.tensor(totals, dtype=torch.float64, device=runtime.device)
+        dist.all_reduce(totals, group=dp.get_group())
+        decoded, prefilled, *counts = totals.tolist()
+        source.counts.update(zip(source.counts, map(int, counts)))
+    if decoded:
+        rows["decoding"] = f"{decoded:,.1f} tok/s"
+    if engine.num_steps:  # other ranks may have drawn all samples
         seconds = engine.decode_seconds
-        step = 1e3 * seconds / engine.num_steps
         slots = f"{engine.num_slots} slot{'s' * (engine.num_slots > 1)}"
-        rows["decoding"] = f"{decoded.item():,.1f} tok/s, {step:.2f} ms a step of {slots}"
+        rows["decoding"] += f", {1e3 * seconds / engine.num_steps:.2f} ms a step of {slots}"
         bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")
     if engine.compile_seconds:
         rows["compiling"] = f"{engine.compile_seconds:,.1f} s, not counted above"
-    if engine.prefill_seconds:
-        rows["prefill"] = f"{prefilled.item():,.1f} tok/s"
-    rows.update({"note": note} if note else {})
+    if prefilled:
+        rows["prefill"] = f"{prefilled:,.1f} tok/s"
+    if source.is_large and source.remarks():  # those of a smaller file are in the first card
+        rows["note"] = source.remarks()
     rows["memory"] = f"{peak_memory(runtime.device) / 1e9:,.2f} GB peak"
     return card("done", rows)
 

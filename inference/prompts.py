@@ -77,7 +77,7 @@ class PromptSource:
     def __init__(self, args: PromptArgs, folder: Folder, max_new_tokens: int):
         self.args, self.folder, self.max_new_tokens = args, folder, max_new_tokens
         self.opening = opening_of(args.system, folder.tokenizer)
-        self.skipped = self.truncated = self.short = 0  # among the prompts tokenised so far
+        self.counts = dict.fromkeys(("skipped", "truncated", "short"), 0)  # of the prompts tokenised so far
         # the ids of each prompt, None for a skipped one; not for a large file
         self._encoded: list[list[int] | None] | None = None
         path = args.prompt_file
@@ -89,8 +89,7 @@ class PromptSource:
             raise ValueError(f"{path}: holds no records")
         if self.is_large:
             for record in longest:
-                self._longest = max(self._longest, len(self._encode(record) or ()))
-            self.skipped = self.truncated = self.short = 0  # counted again in requests()
+                self._longest = max(self._longest, len(self._encode(record, counted=False) or ()))
         else:
             self._tokenise_all()
 
@@ -132,10 +131,10 @@ class PromptSource:
         for record in short_bar(records_of(self._chunks()), "tokenising", "prompt"):
             self._encoded.append(ids := self._encode(record))
             self._longest = max(self._longest, len(ids or ()))
-        if self.skipped == self.num_records:
-            raise ValueError(f"all {self.skipped} prompts leave no room in {self.folder.max_seq_len} tokens")
+        if self.counts["skipped"] == self.num_records:
+            raise ValueError(f"all {self.num_records} prompts leave no room in {self.folder.max_seq_len} tokens")
 
-    def _encode(self, record: Record) -> list[int] | None:
+    def _encode(self, record: Record, *, counted: bool = True) -> list[int] | None:
         """Returns the ids of a record's prompt, or None to skip it. A prompt is overlong if it leaves no room for one
         token; truncating drops its beginning, except the BOS, until the completion fits or has half of the room."""
         limit = self.folder.max_seq_len
@@ -150,11 +149,11 @@ class PromptSource:
                     f"{record.where}: the prompt has {len(ids)} tokens, which leaves no room in {limit}; {advice}"
                 )
             if self.args.overlong == "skip":
-                self.skipped += 1
+                self.counts["skipped"] += counted
                 return None
-            self.truncated += 1
+            self.counts["truncated"] += counted
             ids = cut_prompt(ids, max(limit - self.max_new_tokens, limit // 2), self.folder.tokenizer)
-        self.short += len(ids) + self.max_new_tokens > limit
+        self.counts["short"] += counted and len(ids) + self.max_new_tokens > limit
         return ids
 
     @property
@@ -186,11 +185,12 @@ class PromptSource:
                 number = int(numbers[place])
                 if number != prompt:  # equal if the samples of a prompt are spread over several ranges
                     prompt, record = number, next(read for idx, read in deferred if idx == number)()
-                    ids = self._encode(record) if self._encoded is None else self._encoded[number]
+                    missing = np.flatnonzero(~done[number]).tolist()
+                    begin = int(ends[place]) - len(missing)  # counted by the replica that takes the first sample
+                    is_large = self._encoded is None
+                    ids = self._encode(record, counted=begin in samples) if is_large else self._encoded[number]
                 if ids is None:
                     continue
-                missing = np.flatnonzero(~done[number]).tolist()
-                begin = int(ends[place]) - len(missing)
                 most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))
                 for sample_idx in missing[max(0, samples.start - begin) : samples.stop - begin]:
                     yield Request(number, sample_idx, ids, most, record)
@@ -213,11 +213,11 @@ class PromptSource:
     def remarks(self) -> str:
         """Describes the prompts tokenised so far that were skipped, truncated or short of room."""
         remarks = (
-            (self.skipped, "prompts skipped as too long"),
-            (self.truncated, "prompts truncated"),
-            (self.short, f"prompts with room for fewer than {self.max_new_tokens} new tokens"),
+            ("skipped", "prompts skipped as too long"),
+            ("truncated", "prompts truncated"),
+            ("short", f"prompts with room for fewer than {self.max_new_tokens} new tokens"),
         )
-        return "; ".join(f"{count} {what}" for count, what in remarks if count)
+        return "; ".join(f"{self.counts[name]} {what}" for name, what in remarks if self.counts[name])
 
 
 def _longest_of(sized: list[tuple[int, Record]]) -> list[tuple[int, Record]]:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.ranks import launch
 
@@ -83,6 +84,25 @@ def test_layouts_agree(world, wanted, layout):
         out.write_bytes(b"".join(lines[5:20]) + lines[20][:30])
         launch(ranks, [[*jobs["top-p"], "--resume"]])
         check("top-p")
+
+
+def test_counts_of_a_large_file(world, tmp_path):
+    """Catches a closing card with the skipped and shortened prompts of the main rank alone, with those of a prompt whose
+    samples two ranks draw counted twice, and one without speeds where the other rank has drawn everything."""
+    lines = [json.dumps({"prompt": "#" * n}).replace(":", ":" + " " * 2**18) for n in [*range(9, 41), 40]]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(lines))
+    flags = ["--checkpoint_path", world[0] / "model", "--prompt_file", prompts, "--overlong", "skip"]
+    flags += ["--max_seq_len", 36, "--max_new_tokens", 8, "--num_samples", 5, "--output_file", tmp_path / "out.jsonl"]
+    printed = launch(2, [["inference.generate", *flags, "--batch_size", 2]])
+    _, card = printed.split("done\n")
+    lengths = [len(Tokenizer(world[0] / "model").encode("#" * n)) for n in [*range(9, 41), 40]]
+    skipped, short = sum(n >= 36 for n in lengths), sum(36 > n > 28 for n in lengths)
+    assert skipped > 3 and short > 3 and f"{skipped} prompts skipped as too long; {short} prompts with room" in card
+    assert len(by_sample(tmp_path / "out.jsonl")) == 5 * (33 - skipped)
+    (tmp_path / "out.jsonl").write_bytes((tmp_path / "out.jsonl").read_bytes().rpartition(b"\n{")[0] + b"\n")
+    printed = launch(2, [["inference.generate", *flags, "--resume"]])
+    assert re.search(r"decoding +\d.* tok/s", printed) and re.search(r"prefill +\d.* tok/s", printed)
 
 
 def test_chat_on_two_ranks(world):

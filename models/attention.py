@@ -99,7 +99,7 @@ def length_multiple(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     128 is 64 (torch 2.11 on, https://github.com/pytorch/pytorch/issues/196678)."""
     if device.type == "cpu":
         return 1
-    return 64 if has_varlen(device, dtype, head_dim) else 128
+    return 64 if varlen_works(device, dtype, head_dim) else 128
 
 
 def document_attention(
@@ -113,13 +113,13 @@ def document_attention(
     """Returns causal attention within the documents of packed rows. lengths[b]: of the documents of row b, end to end;
     the rest of its num_tokens is padding. dtype: of the activations. compiled: whether the caller is compiled.
 
-    CUDA in 16 bits uses the variable-length kernel. A CPU computes document by document, since a mask costs the square
+    CUDA in 16 bits uses the variable-length kernel, where it works. A CPU computes document by document, since a mask costs the square
     of the row's length. Others use a mask; so do compiled callers on a CPU, which would be recompiled for each length.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]
 
-    if has_varlen(device, dtype, head_dim):
+    if varlen_works(device, dtype, head_dim):
         ends, longest = to_device([0, *accumulate(flat)], device, torch.int32), max(flat)
         kernel = varlen_kernel()
 

@@ -85,7 +85,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(qlinear, "triton_products", TritonProducts)
     monkeypatch.setattr(paged_cache, "gpu_kernel", lambda device: paged_decode)
     monkeypatch.setattr(paged_cache, "num_splits", lambda *sizes: 4)
-    monkeypatch.setattr(paged_cache, "varlen_works", attention.has_varlen)
+    for module in (attention, paged_cache):
+        monkeypatch.setattr(module, "varlen_works", attention.has_varlen)
     monkeypatch.setattr(sampling, "has_triton", lambda device: False)  # its kernel needs values
     monkeypatch.setattr(decode_rows, "StepRunner", partial(StepRunner, graph=OnGPUGraph))
     monkeypatch.setattr(torch, "compile", lambda function: function)

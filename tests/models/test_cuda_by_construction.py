@@ -234,6 +234,13 @@ def test_packed_rows(gpu, dtype):
     assert largest == (6 if attend.__name__ == "variable_length" else 2 * 10 * 10)
 
 
+def test_a_kernel_that_cannot_run(gpu, monkeypatch):
+    """Catches packed rows given to a variable-length kernel that torch has and this GPU cannot run."""
+    monkeypatch.setattr(attention, "varlen_works", lambda *about: False)
+    assert document_attention([[5, 3], [8]], 10, GPU, torch.bfloat16, 32).__name__ == "masked"
+    assert attention.length_multiple(GPU, torch.bfloat16, 32) == 128
+
+
 def test_preferences_and_ppo(gpu):
     """Catches a CPU tensor in the losses of DPO, reward models and PPO, or in their inputs."""
     with MostSelected():

@@ -245,8 +245,9 @@ class TokenCounter:
 
 
 def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh, source: PromptSource) -> str:
-    """Returns the closing card: tokens/s and counts over all dp ranks, and MBU of this one = bytes read per second (the weights once a step,
-    and the part of the cache that attention reads) / the memory bandwidth of the datasheet, where that is known."""
+    """Returns the closing card: tokens/s and counts over all dp ranks, and this one's MBU = bytes read per second (the
+    weights once a step, and the part of the cache that attention reads) / the memory bandwidth of the datasheet, where
+    that is known."""
     rows = {}
     decoded = engine.num_decoded / max(engine.decode_seconds, 1e-9)
     prefilled = engine.num_prompt_tokens / max(engine.prefill_seconds, 1e-9)

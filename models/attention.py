@@ -113,8 +113,9 @@ def document_attention(
     """Returns causal attention within the documents of packed rows. lengths[b]: of the documents of row b, end to end;
     the rest of its num_tokens is padding. dtype: of the activations. compiled: whether the caller is compiled.
 
-    CUDA in 16 bits uses the variable-length kernel, where it works. A CPU computes document by document, since a mask costs the square
-    of the row's length. Others use a mask; so do compiled callers on a CPU, which would be recompiled for each length.
+    CUDA in 16 bits uses the variable-length kernel, where it works. A CPU computes document by document, since a mask
+    costs the square of the row's length. Others use a mask; so do compiled callers on a CPU, which would be recompiled
+    for each length.
     """
     lengths = [[*row, num_tokens - sum(row)] if sum(row) < num_tokens else row for row in lengths]
     flat = [length for row in lengths for length in row]

@@ -3,6 +3,7 @@ alone or alternating with a peer."""
 
 import json
 import operator
+import os
 import shutil
 import statistics
 import subprocess
@@ -184,6 +185,8 @@ def run_speed_job(args: SpeedArgs, title: str, measure: Callable, peers: dict[st
     --compile, or raises ValueError, and imports its package when it is called.
     """
     if peers and args.compare:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--compare: alternates two engines on one rank; start it without torchrun")
         if args.profile:
             raise ValueError("--profile: profiles one engine; leave out --compare")
         compare_engines(args)
@@ -241,6 +244,11 @@ def compare_engines(args: SpeedArgs) -> None:
         compare_once(args, [*arguments, *one_size])
 
 
+def why_it_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Returns the last line of its stderr, which a killed process may have left empty."""
+    return next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+
+
 def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
     results = {args.peer: [], "ours": []}  # the peer first, since its package may be missing
     for i in range(args.compare):
@@ -249,7 +257,7 @@ def compare_once(args: SpeedArgs, arguments: list[str]) -> None:
             command = [python, SCRIPT, *arguments, "--engine", engine]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                why = done.stderr.strip().splitlines()[-1].removeprefix(f"{SCRIPT.name}: error: ")
+                why = why_it_failed(done).removeprefix(f"{SCRIPT.name}: error: ")
                 raise ValueError(f"--engine {engine} failed: {why}")
             result = json.loads(done.stdout.strip().splitlines()[-1])
             results[engine].append(result)

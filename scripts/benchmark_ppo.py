@@ -32,7 +32,7 @@ from models.generation import Engine, Request
 from models.model import ModelConfig, Transformer
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job
+from scripts.benchmark_common import SIZES, AnswerArgs, LayoutArgs, SpeedArgs, run_speed_job, why_it_failed
 from scripts.benchmark_memory import training_memory
 from scripts.benchmark_training import TrainedArgs
 from scripts.workload import counted, random_ids, sized, token_bytes
@@ -209,7 +209,7 @@ def train(
     command = [sys.executable, str(SCRIPT), *flags, "--compile" if runtime.compile else "--no-compile"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"training/train_ppo.py failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"training/train_ppo.py failed: {why_it_failed(done)}")
     peak = float(re.search(r"peak memory ([\d,.]+) GB", done.stdout)[1].replace(",", "")) * 1e9
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], peak
 

@@ -39,6 +39,7 @@ def main(args: SftArgs) -> None:
         raise ValueError(f"--documents {args.documents}: each text needs 4 tokens, and a row has {args.seq_len}")
     if args.documents > 1 and (args.compare or args.engine != "ours"):
         raise ValueError("--documents: the peers do not pack")
+    args.lora(args.config)  # refuses flags that do not go together before a peer has run
     packed = f" packed from {args.documents} texts" if args.documents > 1 else ""
     adapters = "" if args.lora_r is None else f", LoRA of rank {args.lora_r}, base {args.quantize_base}"
     setting = f"{args.batch_size} x {args.seq_len} tokens{packed}, {args.setting}{adapters}"

@@ -161,6 +161,8 @@ def compare_lines(lines: list[dict], wanted: list[dict], tolerance: float) -> li
     if keys[0] != keys[1]:
         return [f"{(keys[1] - keys[0]).total()} lines lost, {(keys[0] - keys[1]).total()} doubled or foreign"]
     for line, other in zip(sorted(lines, key=key), sorted(wanted, key=key)):
+        if line.keys() != other.keys():
+            return [f"line {key(line)[:3]}: {', '.join(sorted(line.keys() ^ other.keys()))} on one side alone"]
         for name, value in other.items():
             # the last digit of a sum over tokens depends on the batch, which a resume changes
             bound = max(tolerance, 1e-5) if name == "logprob" else tolerance

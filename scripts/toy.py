@@ -341,6 +341,10 @@ class ToyArgs:
 
 
 def main(args: ToyArgs) -> None:
+    if args.score is None:
+        refuse_idle(args, "without --score", "num_shown")
+    if args.score is not None or args.samples is not None:
+        refuse_idle(args, "with --score or --samples", "seed", "num_train", "num_heldout", "num_prompts")
     if args.samples is None:
         refuse_idle(args, "without --samples", "pairs_file", "steps_file")
     elif args.score is not None:

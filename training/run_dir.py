@@ -414,7 +414,8 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
         raise ValueError("--accept_changed is for a run that goes on with --resume")
     if not args.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder}: is not empty; take another, or go on with --resume")
-    if (folder / "config.json").exists() and not (folder / "args.json").exists():
+    models = ("config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    if any((folder / name).exists() for name in models) and not (folder / "args.json").exists():
         raise ValueError(f"--output_dir {folder}: holds a model, which would be overwritten, and no run to --resume")
     dtype = dtype_name(choose_runtime(replace(args, dtype=None)).dtype)  # of this device
     args = replace(args, chat_date=today.isoformat(), dtype=args.dtype or dtype)

@@ -17,12 +17,15 @@ cd "${SLURM_SUBMIT_DIR:-$PWD}"
 model=${1:?MODEL is missing} train=${2:?TRAIN_FILE is missing} out=${3:?OUT is missing} python=${PYTHON:-.venv/bin/python}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+mkdir -p "$(dirname "$out")" && touch "${out%/}.begun"
 srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" --shutdown-timeout 240 \
     --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" training/finetune_sft.py --resume --output_dir "$out" \
     --checkpoint_path "$model" --train_file "$train" --dp_replicate "$SLURM_NNODES" --max_seq_len 4096 --pack \
     --batch_size 128 --micro_batch_size 1 --activation_checkpointing selective --learning_rate 1e-5 ${MORE:-}
 
-[ -f "$out/config.json" ] && exit 0              # the export is there, so the run has finished
+for export in config.json adapter_config.json; do # a model's, or adapters'; written now: the run has finished
+    [ "$out/$export" -nt "${out%/}.begun" ] && exit 0
+done
 [ "$SECONDS" -gt 600 ] || exit 1                 # failed early: a mistake, which a restart would repeat
 scontrol requeue "$SLURM_JOB_ID"

@@ -87,8 +87,8 @@ def test_layouts_agree(world, wanted, layout):
 
 
 def test_counts_of_a_large_file(world, tmp_path):
-    """Catches a closing card with the skipped and shortened prompts of the main rank alone, with those of a prompt whose
-    samples two ranks draw counted twice, and one without speeds where the other rank has drawn everything."""
+    """Catches a closing card with the skipped and shortened prompts of the main rank alone, with those of a prompt
+    whose samples two ranks draw counted twice, and one without speeds where the other rank has drawn everything."""
     lines = [json.dumps({"prompt": "#" * n}).replace(":", ":" + " " * 2**18) for n in [*range(9, 41), 40]]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(lines))

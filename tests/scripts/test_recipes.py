@@ -16,7 +16,7 @@ RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.s
 DATA = ("sft", "steps", "hard", "held_out", "chats", "chats.eval", "pairs", "pairs.eval")
 STUBS = {
     "python": '#!/bin/sh\nprintf "%s\\037" "$@" >>"$LOG"\necho >>"$LOG"\n',
-    "srun": '#!/bin/sh\nshift\nexec "$@"\n',
+    "srun": '#!/bin/sh\nshift\n"$@"\n[ -z "$EXPORT" ] || touch "$EXPORT"\n',
     "scontrol": "#!/bin/sh\necho first\n",
 }
 
@@ -46,9 +46,7 @@ def test_commands(recipe, tmp_path, monkeypatch):
     for part in ("train", "test"):
         (out / f"{part}.jsonl").touch()
     places = (model, "train.jsonl", out) if recipe == "slurm.sh" else (tmp_path, model, out)
-    if recipe == "slurm.sh":
-        (out / "config.json").touch()  # marks a finished run
-    done, commands = run(recipe, tmp_path, *places)
+    done, commands = run(recipe, tmp_path, *places, EXPORT=out / "config.json")
     assert done.returncode == 0 and commands, done.stderr
     for words in commands:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -66,6 +64,18 @@ def test_commands(recipe, tmp_path, monkeypatch):
         (tmp_path / "log").unlink()
         done, commands = run(recipe, tmp_path / "model", tmp_path / "nowhere", tmp_path / "more")
         assert not commands or not commands[0][0].endswith("download.py"), commands
+
+
+def test_what_a_finished_job_leaves(tmp_path):
+    """Catches a job that starts anew, or fails, after a finished run with adapters, and one that takes the model of an
+    earlier run for its own."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for export, code in (("adapter_config.json", 0), ("config.json", 0), ("", 1)):
+        where = {"EXPORT": out / export} if export else {}
+        done, _ = run("slurm.sh", tmp_path, tmp_path, "train.jsonl", f"{out}/", **where)
+        assert done.returncode == code, (export, done.stderr)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "config.json"]
 
 
 def test_a_chat_template_from_another_folder(tmp_path):

@@ -65,6 +65,9 @@ def test_differences_are_seen(tortured, tmp_path):
     assert compare_lines(lines[1:], lines, 0.0) == ["1 lines lost, 0 doubled or foreign"]
     assert compare_lines([*lines, lines[-1]], lines, 0.0) == ["0 lines lost, 1 doubled or foreign"]
     assert "loss is" in compare_lines([{**lines[0], "loss": lines[0]["loss"] + 1e-6}, *lines[1:]], lines, 0.0)[0]
+    assert compare_lines([{**lines[0], "eval_loss": 1.0}, *lines[1:]], lines, 0.0)[0].endswith(
+        "eval_loss on one side alone"
+    )
     samples = read_lines(out / "generate-1-whole/lines.jsonl")
     assert compare_lines(samples[::-1], samples, 0.0) == []
     assert compare_lines([{**samples[0], "output": "x"}, *samples[1:]], samples, 0.0)[0].endswith(

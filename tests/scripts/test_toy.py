@@ -230,6 +230,8 @@ def test_bad_input(world, tmp_path):
         (world, {}, str(world)),
         (broken, {}, str(broken)),
         (new, {"num_heldout": 1_000_000}, "1000000"),
+        (new, {"num_shown": 1}, "--num_shown 1 does nothing without --score"),
+        (new, {"score": foreign, "num_train": 1}, "--num_train 1 does nothing with --score or --samples"),
         (new, {"score": foreign}, "heldout.jsonl"),
         (world, {"score": tmp_path / "none.jsonl"}, "none.jsonl"),
         (world, {"score": broken}, "broken.jsonl:2"),
@@ -239,19 +241,8 @@ def test_bad_input(world, tmp_path):
         (new, {"samples": foreign, "score": foreign}, "either --score or --samples"),
         (world / "train.jsonl" / "new", {}, "train.jsonl is a file"),
     ):
-        arguments = {
-            "seed": 0,
-            "num_train": 10,
-            "num_heldout": 10,
-            "num_prompts": 10,
-            "score": None,
-            "num_shown": 1,
-            "samples": None,
-            "pairs_file": None,
-            "steps_file": None,
-        }
         with pytest.raises((ValueError, OSError), match=re.escape(word)):
-            toy.main(toy.ToyArgs(output_dir=folder, **{**arguments, **change}))
+            toy.main(toy.ToyArgs(output_dir=folder, **change))
     assert (world / "train.jsonl").read_bytes() == before and not new.exists()
 
     full = OSError(errno.ENOSPC, "No space left on device")

@@ -24,18 +24,24 @@ def stub(path: Path, script: str) -> str:
 )
 def test_venv(there, made, tmp_path):
     """Catches a .venv that is used though its creation was interrupted before pip, or though its Python is gone; a
-    complete one that is created again; and a Python too old or too new, on which the packages would fail later."""
+    complete one that is created again; pip for another Python than that of the .venv; and a Python too old or too new,
+    on which the packages would fail later."""
     home = tmp_path / "a house"
     (home / "scripts").mkdir(parents=True)
     script = shutil.copy(tiny.ROOT / "scripts/venv.sh", home / "scripts")
-    if there in ("all", "no pip"):
-        stub(home / ".venv/bin/python", "exit 1" if there == "no pip" else "exit 0")
 
     def of(version: str) -> str:
         """Returns a stub that takes itself for a Python of this version, and prints what else it is asked to do."""
         asked = f'exec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"'
-        return stub(tmp_path / f"python {version}", f'[ "$1" = -c ] || exec echo "$@"\n{asked}')
+        pip = "exit 1" if there == "no pip" else "exit 0"
+        return stub(
+            tmp_path / f"python {version}",
+            f'[ "$1" = -c ] || exec echo "$@"\n[ "$2" != "import pip" ] || {pip}\n{asked}',
+        )
 
+    if there in ("all", "no pip"):
+        (home / ".venv/bin").mkdir(parents=True)
+        shutil.copy(of("3, 12, 0"), home / ".venv/bin/python")
     if there == "gone":
         (home / ".venv/bin").mkdir(parents=True)
         (home / ".venv/bin/python").symlink_to("/nowhere/python")
@@ -48,10 +54,10 @@ def test_venv(there, made, tmp_path):
         assert (done.returncode, done.stdout.strip(), done.stderr) == (0, made, "")
     for bad in (of("3, 10, 20"), of("3, 15, 0"), str(tmp_path / "missing")):
         refused = run(bad)
-        if made:
+        if there in ("nothing", "gone"):
             assert refused.returncode == 2 and not refused.stdout
             assert refused.stderr.count("\n") == 1 and "needs Python 3.11 to 3.14" in refused.stderr
-    if there == "all":
+    if there in ("all", "no pip"):
         shutil.copy(of("3, 15, 0"), home / ".venv/bin/python")
         refused = run("python3")
         assert refused.returncode == 2 and ".venv/bin/python is not" in refused.stderr

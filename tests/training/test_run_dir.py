@@ -91,6 +91,9 @@ def test_output_dir(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="no run to --resume"):
         prepare_output_dir(args_of(tmp_path))
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(ValueError, match="no run to --resume"):
+        prepare_output_dir(args_of(tmp_path))
     write_args(args_of(tmp_path, report_to="é"))
     prepare_output_dir(args_of(tmp_path))
     written = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))

@@ -163,6 +163,10 @@ class DecodeRows:
 
     # ------------------------------------------------------------------------------------- decode
 
+    @property
+    def capture_seconds(self) -> float:
+        return 0.0 if self.runner is None else self.runner.seconds
+
     def size_for(self, num_rows: int) -> int:
         """Returns the number of rows that a step computes if the first num_rows are in use."""
         return self.num_rows if self.runner is None else self.runner.size_for(num_rows)

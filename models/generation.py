@@ -56,9 +56,9 @@ class Flight(NamedTuple):
     numbers: Download  # tokens and log-probs, a list for each sample
     num_steps: int  # decode steps; 0 for a prefill
     tokens_read: int  # from the KV cache
-    launched: float  # time.perf_counter() at launch
-    compile_seconds: float  # spent compiling at launch; None counts the whole flight as compiling
+    launched: float  # Engine._clock() at launch
     num_prompt_tokens: int = 0  # that a prefill computes
+    is_cold: bool = False  # the first of its kind, which counts as compiling
 
 
 class Engine:
@@ -97,7 +97,7 @@ class Engine:
         limits = {"max_seq_len": self.cache_len, "look_every": look_every}
         self.rows = DecodeRows(model, params, num_rows=num_slots, num_pages=num_pages, compile=compile, **limits)
         self.scheduler = Scheduler(self.pool, num_slots=num_slots, prefill_tokens=prefill_tokens, **limits)
-        self._is_cold = {"prefill": compile, "look": compile}
+        self._is_cold, self._stood_still = {"prefill": compile, "look": compile}, 0.0
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -157,7 +157,7 @@ class Engine:
     def _prefill(self) -> None:
         """Prefills at most prefill_tokens tokens of samples that have pages, resumes preempted samples that are in the
         cache again, and draws the first token of samples whose prompt is complete."""
-        scheduler, launched = self.scheduler, time.perf_counter()
+        scheduler, launched, entered = self.scheduler, self._clock(), time.perf_counter()
         begun, scheduler.ready = [(sample, scheduler.newest) for sample in scheduler.ready], []
         batch, numbers = scheduler.next_prefill(), None
         if batch.chunks:
@@ -169,7 +169,7 @@ class Engine:
             numbers = self._first_tokens(begun)
         if numbers is not None:
             samples = [(sample, i) for i, (sample, _) in enumerate(begun)]
-            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, 0.0, len(batch.ids)))
+            self._launched("prefill", Flight(samples, numbers, 0, 0, launched, len(batch.ids)), entered)
 
     def _computed(self, batch: Prefill, hidden: Tensor) -> list[tuple[Sample, Prompt]]:
         """Handles samples whose prefill is complete: gives rows to those that were preempted, and returns those of new
@@ -218,7 +218,7 @@ class Engine:
             scheduler.make_room()
         if all(sample.is_exhausted for sample in scheduler.running):
             return False
-        launched, captured = time.perf_counter(), 0.0 if rows.runner is None else rows.runner.seconds
+        launched, entered, captured = self._clock(), time.perf_counter(), rows.capture_seconds
         size = rows.size_for(len(scheduler.running))
         sources, targets = scheduler.compact(size)
         if sources:
@@ -233,14 +233,21 @@ class Engine:
         most_pages = pages_for(min(max(lengths) + steps, self.cache_len))
         numbers = rows.look(size, torch.from_numpy(scheduler.table[:size, :most_pages].copy()))
         tokens_read = steps * sum(lengths) + len(samples) * steps * (steps + 1) // 2
-        seconds = 0.0 if rows.runner is None else rows.runner.seconds - captured
-        self._launched("look", Flight(samples, numbers, steps, tokens_read, launched, seconds))
+        flight = Flight(samples, numbers, steps, tokens_read, launched)
+        self._launched("look", flight, entered, rows.capture_seconds - captured)
         return True
 
-    def _launched(self, kind: str, flight: Flight) -> None:
-        """Queues a flight. The time of each kind's first one counts as compiling."""
-        self.flights.append(flight._replace(compile_seconds=None) if self._is_cold[kind] else flight)
-        self._is_cold[kind] = False
+    def _launched(self, kind: str, flight: Flight, entered: float, captured: float = 0.0) -> None:
+        """Queues a flight. Capturing counts as compiling, and so does the whole launch of each kind's first flight."""
+        is_cold, self._is_cold[kind] = self._is_cold[kind], False
+        seconds = time.perf_counter() - entered if is_cold else captured
+        self._stood_still += seconds
+        self.compile_seconds += seconds
+        self.flights.append(flight._replace(is_cold=is_cold))
+
+    def _clock(self) -> float:
+        """Seconds on a clock that stands still while the host compiles: flights ahead of a new one end meanwhile."""
+        return time.perf_counter() - self._stood_still
 
     # ----------------------------------------------------------------------------------- results
 
@@ -263,20 +270,18 @@ class Engine:
                     total += count
                 if sample.has_ended:
                     ended.append((count, order, sample))
-            self.num_decoded += total if flight.compile_seconds is not None else 0
+            self.num_decoded += 0 if flight.is_cold else total
             for *_, sample in sorted(ended):  # by the step in which they ended
                 self.scheduler.release(sample)
                 self.finished.append(sample.completion)
 
     def _count(self, flight: Flight) -> None:
         """Adds a flight to the statistics; the device began it at its launch, or when the flight before it ended."""
-        now = time.perf_counter()
+        now = self._clock()
         seconds, self.landed_at = now - max(flight.launched, self.landed_at), now
-        if flight.compile_seconds is None:
+        if flight.is_cold:
             self.compile_seconds += seconds
             return
-        self.compile_seconds += flight.compile_seconds
-        seconds = max(0.0, seconds - flight.compile_seconds)
         if not flight.num_steps:
             self.prefill_seconds += seconds
             self.num_prompt_tokens += flight.num_prompt_tokens

@@ -111,11 +111,11 @@ def join_splits(sums, maxima, out, D: tl.constexpr, S: tl.constexpr, BLOCK_S: tl
 
 def shape_of(*, G: int, K: int, D: int, N: int, splits: int, element_size: int, upcast: bool = False) -> dict[str, int]:
     """The constants that attend_splits is compiled for. element_size: bytes of a number of the cache."""
-    block_d = triton.next_power_of_2(D)
+    block_d = max(16, triton.next_power_of_2(D))  # tl.dot needs 16
     shape = {"N": N, "K": K, "G": G, "D": D, "S": splits, "BLOCK_D": block_d, "UPCAST": upcast}
     # two blocks of keys and of values fit into 64 KiB of shared memory
     shape["BLOCK"] = max(16, min(64, 2**13 // block_d * 2 // element_size))
-    # tl.dot needs 16 rows; the kernel is memory-bound
+    # and 16 rows; the kernel is memory-bound
     return shape | {"BLOCK_G": max(16, triton.next_power_of_2(G))}
 
 

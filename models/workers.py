@@ -242,11 +242,12 @@ class _Dispatcher(threading.Thread):
             self._cannot_start(f"a process to grade answers cannot be started: {error}")
 
     def _cannot_start(self, why: str) -> None:
-        """At the beginning, ends the run; later, fails the next queued answer, so that the queue comes to an end."""
+        """At the beginning, ends the run; later, fails the next queued answer if no process is left to grade it, so that
+        the queue comes to an end."""
         if not self.ready.done():
             self.closing = True
             self.ready.set_exception(ValueError(why))
-        elif self.queue:
+        elif self.queue and not any(worker.process is not None and worker.ready for worker in self.workers):
             self.queue.popleft().end(Grade(math.nan, why))
 
     def _hand_out(self) -> None:

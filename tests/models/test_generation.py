@@ -1,6 +1,7 @@
 """The engine against transformers' greedy ids, shared prefills, stops. Sampling: test_sampling.py."""
 
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -175,6 +176,30 @@ def test_capturing_changes_nothing(folder):
     as_on_gpus(engine)
     assert outcome(engine, requests) == expected
     assert graph_sizes(256) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256] and graph_sizes(1) == [1]
+
+
+def test_compiling_is_counted_once(folder, monkeypatch):
+    """Catches the seconds of a capture that are counted as decoding too, or as the prefill of the flight ahead."""
+    prepare = StepRunner.prepare
+
+    def slowly(runner, size):
+        start = time.perf_counter()
+        prepare(runner, size)
+        time.sleep(0.2)
+        runner.seconds += 0.2
+        assert time.perf_counter() - start >= 0.2
+
+    monkeypatch.setattr(StepRunner, "prepare", slowly)
+    engine = make_engine(folder, num_slots=3, look_every=2, prefill_tokens=16)
+    as_on_gpus(engine)
+    engine._is_cold = dict.fromkeys(engine._is_cold, True)  # as with compile=True
+    start = time.perf_counter()
+    completions = list(engine.generate(ragged_requests(3)))
+    whole, captured = time.perf_counter() - start, 0.2 * len(Graph.made)
+    counted = engine.compile_seconds + engine.prefill_seconds + engine.decode_seconds
+    assert captured > 0.5 and captured <= engine.compile_seconds <= counted <= whole
+    later = sum(len(each.token_ids) - 1 for each in completions)  # the first token is the prefill's
+    assert later - 2 * 3 <= engine.num_decoded < later
 
 
 @pytest.fixture(scope="module")

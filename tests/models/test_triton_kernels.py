@@ -78,7 +78,8 @@ print(json.dumps(resources_of(compiled, backend)))
 
 
 @pytest.mark.parametrize(
-    "target, dtype, D, splits", [("sm_80", "fp32", 128, 8), ("sm_90", "bf16", 128, 1), ("gfx942", "bf16", 256, 8)]
+    "target, dtype, D, splits",
+    [("sm_80", "fp32", 128, 8), ("sm_90", "bf16", 128, 1), ("gfx942", "bf16", 256, 8), ("sm_90", "bf16", 4, 2)],
 )
 def test_compiles_for_gpus(target, dtype, D, splits, tmp_path):
     """Catches code that only the compiler refuses, more shared memory than a processor has (MI300: 64 KiB), and spilled

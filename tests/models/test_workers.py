@@ -238,6 +238,22 @@ def test_a_file_that_is_edited_meanwhile(tmp_path):
             assert pool.submit(0, "", "a", {}).result() == (233, None)
 
 
+def test_a_process_that_cannot_be_replaced(file, monkeypatch):
+    """Catches answers that lose their grades because another's process cannot be started again while others grade, and
+    answers that wait for ever once none is left."""
+    with contextlib.closing(pool_of(file, "evil", reward_workers=2)) as pool:
+
+        def at_the_limit(*args, **options):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(subprocess, "Popen", at_the_limit)
+        names = ["leave_at_once", *["truth"] * 20]
+        grades = [each.result() for each in [pool.submit(0, "p", name, {}) for name in names]]
+        assert [grade.failure for grade in grades if grade.failure] == ["its process ended, exit code 0"]
+        grades = [each.result() for each in [pool.submit(0, "p", name, {}) for name in ("leave_at_once", "truth")]]
+        assert "cannot be started: [Errno 11] Resource temporarily unavailable" in grades[1].failure
+
+
 def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     """Catches a run that begins without its graders, or waits for them for ever."""
     monkeypatch.setenv("PID_OF_THIS_TEST", str(os.getpid()))

@@ -161,7 +161,9 @@ def main(args: GenerateArgs) -> None:
 
 def check_flags(args: GenerateArgs) -> None:
     """Raises ValueError for flags that contradict each other, or a tp size that does not divide the ranks."""
-    data_parallel_size(args.tensor_parallel_size)
+    num_replicas = data_parallel_size(args.tensor_parallel_size)
+    if num_replicas > 1 and args.output_file is None and not sys.stdout.isatty():
+        raise ValueError(f"{num_replicas} replicas would write into each other's lines; give an --output_file")
     if (args.prompt is None) == (args.prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
     if args.resume and args.output_file is None:

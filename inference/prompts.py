@@ -103,7 +103,8 @@ class PromptSource:
         workers = num_cores(of_rank=True) if self.is_large else 1
         longest: list[tuple[int, Record]] = []
         with bytes_bar(self.size, "reading prompts") as bar:
-            for look in map_in_processes(self._look, self._chunks(), workers):
+            fewer = "run it on fewer cores (taskset)"
+            for look in map_in_processes(self._look, self._chunks(), workers, fewer=fewer):
                 self.num_records += look.num_records
                 self._renamed |= look.renamed
                 longest = _longest_of(longest + look.longest)

@@ -22,10 +22,11 @@ Thing, Result = TypeVar("Thing"), TypeVar("Result")
 
 
 def map_in_processes(
-    function: Callable[[Thing], Result], things: Iterable[Thing], num_workers: int
+    function: Callable[[Thing], Result], things: Iterable[Thing], num_workers: int, *, fewer: str
 ) -> Iterator[Result]:
     """Yields function(thing) of each thing, in order; in this process with fewer than 2 workers, or outside Linux,
-    where forking is not safe. Raises the function's exceptions in their turn, and ValueError if a process is killed."""
+    where forking is not safe. Raises the function's exceptions in their turn, and ValueError if a process is killed.
+    fewer: what a user does to have fewer processes."""
     if num_workers < 2 or sys.platform != "linux":
         yield from map(function, things)
         return
@@ -39,7 +40,7 @@ def map_in_processes(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ValueError("a worker process was killed, maybe for lack of memory; lower --data_workers") from None
+        raise ValueError(f"a worker process was killed, maybe for lack of memory; {fewer}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -14,8 +14,9 @@ import torch
 PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
     "H100": (989e12, 3.35e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
+    "A100-SXM4?-80GB": (312e12, 2.04e12),
     "A100 80GB PCIe": (312e12, 1.94e12),
     "A100": (312e12, 1.56e12),
     "MI300X": (1307e12, 5.3e12),
@@ -49,8 +50,8 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
     """Returns the peak (FLOP/s in bf16, bytes/s) of a known GPU, else None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
+    name, other = torch.cuda.get_device_name(device), r"(?! (Ti|SUPER|D|Laptop)\b)"  # cards of their own
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b{other}", name)), None)
 
 
 def mean_length(lengths: Sequence[int]) -> float:

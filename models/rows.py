@@ -172,7 +172,8 @@ def _blocks(path: Path, encoder: Encoder, num_workers: int, *, shown: bool) -> I
     size = path.stat().st_size if path.is_file() else 0
     empty, num_workers = True, num_workers if size >= BIG_FILE else 1
     with bytes_bar(size, "tokenising", shown=shown) as bar:
-        for block in map_in_processes(partial(_encode_chunk, encoder), chunks_of(path), num_workers):
+        encode, fewer = partial(_encode_chunk, encoder), "lower --data_workers"
+        for block in map_in_processes(encode, chunks_of(path), num_workers, fewer=fewer):
             empty = empty and not block.num_records
             bar.update(block.size)
             yield block

@@ -242,8 +242,8 @@ class _Dispatcher(threading.Thread):
             self._cannot_start(f"a process to grade answers cannot be started: {error}")
 
     def _cannot_start(self, why: str) -> None:
-        """At the beginning, ends the run; later, fails the next queued answer if no process is left to grade it, so that
-        the queue comes to an end."""
+        """At the beginning, ends the run; later, fails the next queued answer, if no process is left to grade it, so
+        that the queue comes to an end."""
         if not self.ready.done():
             self.closing = True
             self.ready.set_exception(ValueError(why))

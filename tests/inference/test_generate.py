@@ -374,6 +374,12 @@ def test_bad_flags(folder, tmp_path, case):
     assert not any(tmp_path.iterdir())
 
 
+def test_replicas_without_an_output_file(folder, monkeypatch):
+    """Catches long lines of several processes that are written into each other on one pipe."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny.assert_refused(generate(folder, "--prompt", "a"), "2 replicas would write into each other's lines")
+
+
 def test_an_occupied_output_file_is_left_alone(folder, tmp_path):
     """Catches a second run that appends to, or overwrites, the first one's samples."""
     out = tmp_path / "out.jsonl"

@@ -331,8 +331,9 @@ def test_any_text_is_printed_and_read(encoding, monkeypatch):
     assert ("字" if encoding == "utf-8" else "\\u5b57") in text
 
 
-def test_runtime():
-    """Catches a device that is not there accepted, or refused in torch's words rather than ours."""
+def test_runtime(monkeypatch):
+    """Catches a device that is not there accepted, or refused in torch's words rather than ours, and a GPU that is
+    named but not taken under torchrun."""
     assert choose_runtime(RuntimeArgs(device="cpu")) == (torch.device("cpu"), torch.float32, False)
     assert choose_runtime(RuntimeArgs(device="cpu", dtype="bfloat16", compile=True)) == (
         torch.device("cpu"),
@@ -342,6 +343,9 @@ def test_runtime():
     for device in ("meta", "gpu", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {device}: "):
             choose_runtime(RuntimeArgs(device=device))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="--device cuda:1: each rank takes a GPU of its own"):
+        choose_runtime(RuntimeArgs(device="cuda:1"))
 
 
 def test_bounds_of_an_integer_that_no_float_holds():

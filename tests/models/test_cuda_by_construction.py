@@ -176,6 +176,12 @@ def test_peaks(monkeypatch):
         ("AMD Instinct MI250X", (191.5e12, 1.64e12)),
         ("AMD Instinct MI250X / MI250", (191.5e12, 1.64e12)),
         ("NVIDIA A10G", None),
+        ("NVIDIA H100 NVL", (835e12, 3.9e12)),
+        ("NVIDIA A100-SXM-80GB", (312e12, 2.04e12)),
+        ("NVIDIA GeForce RTX 4090", (165e12, 1.01e12)),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peaks(GPU) == expected, name

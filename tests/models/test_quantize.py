@@ -311,7 +311,8 @@ def test_bytes(biased):
 @pytest.mark.parametrize("vocab_size", [100, 1000])
 def test_quantized_head(vocab_size):
     """Catches bags that read other rows or scales, a partly filled last bag misread, a packed form with other weights,
-    sums that it rounds to bf16, and two forms kept at once: few rows, many and few again, against torch's product of the dequantised weights."""
+    sums rounded to bf16, and two forms kept at once: few rows, many and few again, against torch's product of the
+    dequantised weights."""
     weight = random_weight(vocab_size, 64).bfloat16()
     whole = dequantize(quantize(weight, Scheme("int8")))
     head = QuantizedHead(weight)

@@ -321,9 +321,10 @@ def test_the_first_bad_line_is_named(workers, big, chat_folder, tmp_path):
 
 def test_a_worker_that_is_killed(monkeypatch):
     """Catches an endless wait for a process that the system killed for its memory, and results out of order."""
-    assert list(map_in_processes(lambda x: (time.sleep(0.02 * (x == 0)), x)[1], range(20), 3)) == list(range(20))
-    with pytest.raises(ValueError, match=r"killed.*--data_workers"):
-        list(map_in_processes(lambda x: os.kill(os.getpid(), 9), range(3), 2))
+    found = map_in_processes(lambda x: (time.sleep(0.02 * (x == 0)), x)[1], range(20), 3, fewer="")
+    assert list(found) == list(range(20))
+    with pytest.raises(ValueError, match=r"killed.*lower --flag$"):
+        list(map_in_processes(lambda x: os.kill(os.getpid(), 9), range(3), 2, fewer="lower --flag"))
 
 
 def test_parts_of_a_text_are_the_whole(chat_folder):

@@ -216,7 +216,8 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
     text, spans, cut, last = rendering.text, [], 0, len(chat.messages) - 1
     if rendering.generated:
         before = finder.rendered(last, add_generation_prompt=True) if as_generated else ""
-        if text.startswith(before) or _thinks_anew(chat.messages[last], before):
+        own = text.startswith(before) and not (as_generated and finder.is_led(text[len(before) :], chat.messages[last]))
+        if own or _thinks_anew(chat.messages[last], before):
             return _marked_turns(chat, rendering)
         return _as_it_stands(finder, before, spans, cut, tokenizer)
     for i, learnt in enumerate(chat.learnt):
@@ -230,8 +231,9 @@ def learnt_turns(chat: Chat, tokenizer: Tokenizer, *, as_generated: bool = False
         complete = _holds(text[start:end], chat.messages[i])
         if i == last and (as_generated or not complete):
             before = finder.rendered(i, add_generation_prompt=True)
-            # keep the template's text if it has the same prompt, or if a thought would follow the prompt's empty one
-            if not complete or not (text[:start] == before or _thinks_anew(chat.messages[i], before)):
+            # keep the template's text if only white space differs, or if a thought would follow the prompt's empty one
+            own = text[:start] == before and not (as_generated and finder.is_led(text[start:end], chat.messages[i]))
+            if not complete or not (own or _thinks_anew(chat.messages[i], before)):
                 spans = [span for span in spans if before.startswith(text[: span[1]])]
                 return _as_it_stands(finder, before, spans, cut, tokenizer)
         if complete:
@@ -270,6 +272,11 @@ class _TurnFinder:
             end = max(start, self.text.find(content, start, self._block_end(i)) + len(content))
         self.last_end = self._end(i, end)
         return start, self.last_end
+
+    def is_led(self, turn: str, message: dict) -> bool:
+        """Whether the template puts anything but white space before a turn's content, such as Qwen3's empty thought."""
+        content = "".join(content_of(message).split())
+        return not "".join(turn.split()).startswith(content or tuple(self.end_tokens[0]))
 
     def _shown_before(self, i: int) -> int:
         """Returns the end of the located text of the messages before message i. An empty one, such as a tool's empty

@@ -161,18 +161,17 @@ def test_a_thought_where_the_prompt_has_closed_one(tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_as_text_follows_the_generation_prompt(name, opened):
     """Catches an answer encoded as no generation would give it, where the template writes a message otherwise than the
-    model generates it: in pairs, and in a line of generate.py, which is scored as it was drawn."""
+    model generates it (Qwen3's empty thought in front of it): in pairs, and in a line of generate.py, which is scored
+    as it was drawn."""
     tokenizer, oracle = opened(name)
     prompt_text = oracle.apply_chat_template([user("2+2?")], tokenize=False, add_generation_prompt=True)
-    record = {"prompt": [user("2+2?")], "chosen": "so\n</think>\n\n4", "rejected": "5"}
-    pair, _ = encode_pair_record(Record("x:1", record), tokenizer)
-    prompt_ids = encode_prompt(read_chat(record["prompt"]), tokenizer)
-    for side in (pair.chosen, pair.rejected):
-        assert side.input_ids[: len(prompt_ids)] == prompt_ids == tokenizer.encode(prompt_text, False)
-        assert tokenizer.decode(side.input_ids[-1:], False) == "<|eot_id|>"
-        assert pair.prompt_length == len(prompt_ids)
-    drawn = encode_generated(read_chat(record["prompt"]), "4", tokenizer, finished=True)
-    assert tokenizer.decode(drawn, False) == prompt_text + "4<|eot_id|>"
+    for chosen, rejected in (("so\n</think>\n\n4", "5"), ("4", "")):
+        record = {"prompt": [user("2+2?")], "chosen": chosen, "rejected": rejected}
+        pair, _ = encode_pair_record(Record("x:1", record), tokenizer)
+        assert pair.prompt_length == len(encode_prompt(read_chat(record["prompt"]), tokenizer))
+        for side, answer in ((pair.chosen, chosen), (pair.rejected, rejected)):
+            drawn = encode_generated(read_chat(record["prompt"]), answer, tokenizer, finished=True)
+            assert side.input_ids == drawn == tokenizer.encode(f"{prompt_text}{answer}<|eot_id|>", False)
 
 
 def test_a_mark_that_ends_behind_the_turn(tmp_path):
@@ -200,6 +199,11 @@ def test_a_marked_answer_as_text_follows_the_generation_prompt(tmp_path):
     assert (text, learnt) == (prompt + "so\n</think>\n\n4<|eot_id|>", ["so\n</think>\n\n4<|eot_id|>"])
     messages = [user("2+2?"), said("4")]
     assert row_of(tokenizer, messages=messages)[0] == oracle.apply_chat_template(messages, tokenize=False)
+    thinks = TEMPLATES["marked"].replace("{% generation %}", "{% generation %}<think>\n\n</think>\n\n")
+    (tmp_path / "chat_template.jinja").write_text(thinks)
+    tokenizer = Tokenizer(tmp_path)
+    assert row_of(tokenizer, prompt=[user("2+2?")], completion="4")[1] == ["4<|eot_id|>"]
+    assert row_of(tokenizer, messages=messages)[1] == ["<think>\n\n</think>\n\n4<|eot_id|>"]
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

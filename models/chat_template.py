@@ -88,6 +88,8 @@ class ChatTemplate:
             if mark[0] == LEARN:
                 generated.append((length, length))
             elif mark[0] == LEARNT:
+                if not generated:  # the character stands in the chat
+                    return Rendering(text, {}, {}, {}, [])
                 generated[-1] = (generated[-1][0], length)
             elif mark[2] == CALL:
                 calls[int(mark[1])] = length

@@ -155,6 +155,16 @@ def test_bad_texts_and_chats(tmp_path):
         )
 
 
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd00\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"])
+def test_marks_in_the_chat(mark, tmp_path):
+    """Catches a traceback, and another text, for a chat that holds the characters that mark places in renderings."""
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    for source in (template, template.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        chat = [{"role": "user", "content": f"hi{mark}"}, {"role": "assistant", "content": f"so{mark} it is"}]
+        found = ChatTemplate({"default": source}, tmp_path, {}, date(2026, 1, 1)).locate(chat)
+        assert found.text == f"hi{mark};so{mark} it is;"
+
+
 def test_marks_that_change_what_is_written(tmp_path):
     """Catches positions reported though the template writes other text around marks, and positions of contents lost
     because it does so for the marks of calls alone."""

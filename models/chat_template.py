@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime, time
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from models.files import TOOL_USE
 from models.functions import short
 
+SAFE_JINJA = (3, 1, 6)  # older ones: CVE-2024-56326, CVE-2025-27516
 REASONING = ("reasoning_content", "thinking", "reasoning")  # an assistant's thoughts, beside its content
 OPEN, BEGIN, END, LEARN, LEARNT, CALL = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"
 MARK = re.compile(f"{OPEN}(\\d+)([{BEGIN}{END}{CALL}])|[{LEARN}{LEARNT}]")
@@ -46,6 +48,11 @@ class ChatTemplate:
     messages; tokens: {"bos_token": ...}; today: the date for strftime_now."""
 
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
+        found = version("jinja2")
+        if tuple(map(int, re.findall(r"\d+", found)[:3])) < SAFE_JINJA:
+            raise ValueError(
+                f"{folder}: a chat template can leave the sandbox of jinja2 {found}; install jinja2>=3.1.6"
+            )
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
         self.source = "".join(sources.values())  # of all templates, to search for a word
 

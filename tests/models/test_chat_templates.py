@@ -8,6 +8,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoTokenizer
 
+import models.chat_template
 from models.chat_template import ChatTemplate
 from models.chats import read_chat
 from models.tokenizer import Tokenizer
@@ -153,6 +154,17 @@ def test_bad_texts_and_chats(tmp_path):
         error_of(
             lambda h=hostile: h.chat_template.render(CHAT, add_generation_prompt=True), tmp_path / "c", "chat template"
         )
+
+
+@pytest.mark.parametrize("version", ["3.0.3", "3.1.5", "3.1.6", "3.2.0", "3.2.dev0", "4"])
+def test_jinja_whose_sandbox_has_holes(version, tmp_path, monkeypatch):
+    """Catches a template that runs in a sandbox with known holes, and a newer version taken for an older one."""
+    monkeypatch.setattr(models.chat_template, "version", lambda package: {"jinja2": version}[package])
+    folder = sentencepiece_folder(tmp_path, {"chat_template": LLAMA2_CHAT})
+    if version in ("3.0.3", "3.1.5"):
+        error_of(lambda: Tokenizer(folder), folder, f"jinja2 {version}", "install jinja2>=3.1.6")
+    else:
+        assert Tokenizer(folder).chat_template is not None
 
 
 @pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd00\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"])

@@ -41,12 +41,13 @@ BATCH, ANSWER = ("prompts", "completions", "examples"), ("prompt", "completion",
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Context manager or decorator that restores what a user's code may change for the whole process: the directory
-    (flags' paths are relative to it), signal handlers, and torch's grad mode, defaults, threads and precision."""
+    (flags' paths are relative to it), signal handlers, and torch's grad mode, defaults, threads, precision and GPU."""
     directory, torch = os.getcwd(), sys.modules.get("torch")
     handlers = {number: signal.getsignal(number) for number in ASK_TO_END}
     if torch is not None:
         learns, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
         precision = torch.get_float32_matmul_precision()
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
@@ -61,6 +62,8 @@ def undisturbed() -> Iterator[None]:
             torch.set_default_device(None)  # we never set one
             if torch.get_float32_matmul_precision() != precision:
                 torch.set_float32_matmul_precision(precision)
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
 
 
 class _Source(SourceFileLoader):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.common import Stopped
+from models.functions import undisturbed
 from models.generation import Engine
 from tests import tiny
 from tests.forked import Forked
@@ -250,6 +251,17 @@ def test_functions_that_disturb(world, tmp_path, monkeypatch):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     assert "stopped by a signal after update" in process.communicate()[0] and process.returncode == 0
+
+
+def test_functions_that_take_another_gpu(monkeypatch):
+    """Catches a run that goes on, on the GPU that a reward function has made the current one."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with undisturbed():
+        torch.cuda.set_device(1)
+    assert current == [0, 1, 0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

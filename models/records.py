@@ -344,22 +344,20 @@ def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:
 
 
 def is_sample(record: Record) -> bool:
-    """Whether generate.py wrote the record: then `output` is the answer, whatever fields the prompt's record had."""
-    return "finish_reason" in record.given
-
-
-def is_drawn(record: Record) -> bool:
-    """is_sample() for training records: other tools write a finish_reason, too, beside answers under other names, or
-    beside conversations without a prompt."""
-    return is_sample(record) and has_prompt(record) and isinstance(record.given.get("output"), str)
+    """Whether generate.py wrote the record, or another engine: a prompt, a finish_reason, and an `output` (or else a
+    `completion`) that is text. It is read as it was drawn, whatever fields the prompt's record had. Other tools write a
+    finish_reason, too, beside pairs, labelled steps and conversations."""
+    answer = record.given.get("output", record.given.get("completion"))
+    return "finish_reason" in record.given and has_prompt(record) and isinstance(answer, str)
 
 
 def get_answer(record: Record, *, steps: bool) -> str | list:
     """The answer to the record's prompt: text or a list of messages; with steps, text or a list of steps."""
     if is_sample(record):
         is_finished(record.fields["finish_reason"])  # raises ValueError for an unknown one
-        answer = get_field(record, "output", "completion")  # the latter of another engine
-        require(isinstance(answer, str), f"output must be text, not {kind_of(answer)}")
+        answer = get_field(record, "output", "completion")
+        if "output" not in record.given:
+            refuse_messages_as_text("completion", answer)
         return answer
     if steps and "completions" in record.given:
         return get_steps(record)

@@ -296,7 +296,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 def is_pair(record: Record) -> bool:
-    answered = is_sample(record) or record.given.keys() & {"completion", "completions", "output"}
+    answered = record.given.keys() & {"completion", "completions", "output"}
     return not answered and not record.given.keys().isdisjoint({"chosen", "rejected"})
 
 

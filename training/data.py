@@ -29,7 +29,7 @@ from models.records import (
     folder_limits,
     get_field,
     get_prompt,
-    is_drawn,
+    is_sample,
     naming,
     pack_row,
     require,
@@ -156,7 +156,7 @@ def encode_sft_record(record: Record, tokenizer: Tokenizer) -> tuple[Example, En
     """
     given = record.given or record.fields
     with naming(record):
-        if is_drawn(record):
+        if is_sample(record):
             return encode_sample(record, tokenizer)
         if "messages" in given:
             return encode_chat(read_chat(given["messages"], given), tokenizer)

@@ -25,7 +25,7 @@ from models.records import (
     get_field,
     get_prompt,
     get_steps,
-    is_drawn,
+    is_sample,
     naming,
     require,
 )
@@ -109,7 +109,7 @@ def encode_pointwise_record(record: Record, tokenizer: Tokenizer) -> tuple[Score
     the label on its last token, EOS or the end of the turn; counts)."""
     with naming(record):
         label = _label("label", get_field(record, "label"))
-        if is_drawn(record):
+        if is_sample(record):
             row, counts = encode_sample(record, tokenizer)
         else:
             completion = get_field(record, "completion", "output")

@@ -24,7 +24,7 @@ OUTCOME_CASES = {  # name: (content of the data file, flags, what the message na
     "pair of a wrong type": ('{"prompt": "a", "chosen": "b", "rejected": 1}\n', (), ("data.jsonl:1", "rejected")),
     "finish_reason": ('{"prompt": "a", "output": "b", "finish_reason": 1}\n', (), ("data.jsonl:1", "finish_reason")),
     "another": ('{"prompt": "a", "output": "b", "finish_reason": "done"}\n', (), ("be left out, not 'done'",)),
-    "sample without output": ('{"prompt": "a", "finish_reason": "stop"}\n', (), ("data.jsonl:1", "'output'")),
+    "sample without output": ('{"prompt": "a", "finish_reason": "stop"}\n', (), ("data.jsonl:1", "'completion'")),
     "scored already": ('{"prompt": "a", "completion": "b", "reward": 1}\n', (), ("data.jsonl:1", "'reward'")),
     "no template": ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}\n', (), ("template",)),
     "surrogate": ('{"prompt": "a", "completion": "\\ud800"}\n', (), ("data.jsonl:1", "surrogate")),

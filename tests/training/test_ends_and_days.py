@@ -4,15 +4,17 @@ import json
 from datetime import date
 from itertools import product
 
+import pytest
 import torch
 import transformers
 
 from models.checkpoint import open_folder
 from models.records import Record
+from models.reward import encode_pair_record, encode_to_score
 from models.tokenizer import chat_day
 from tests import tiny
 from training.data import encode_sft_record
-from training.preferences import encode_pointwise_record
+from training.preferences import encode_pointwise_record, encode_process_record
 
 SCRIPT = "training/finetune_sft.py"
 END = tiny.VOCAB_SIZE  # the end-of-turn token: neither the tokenizer's EOS nor in generation_config.json
@@ -89,6 +91,32 @@ def test_samples_are_learnt_as_they_were_drawn(tmp_path):
     for fields in ({**CHAT, "output": "b"}, {"prompt": asked, "output": answer}):
         learnt, _ = encode_sft_record(Record("x", {**fields, "finish_reason": "stop"}), tokenizer)
         assert learnt == encode_sft_record(Record("x", CHAT), tokenizer)[0]
+
+
+def test_a_finish_reason_means_the_same_in_training_and_scoring(tmp_path):
+    """Catches a record that training reads and score.py refuses, or reads as another row, since another tool wrote a
+    finish_reason beside a pair, labelled steps, an answer in messages, or a completion that is text."""
+    tokenizer, (question, answer) = open_folder(chat_folder(tmp_path)).tokenizer, CHAT["messages"]
+    point, text = {"prompt": [question], "completion": [answer], "label": 1}, {"prompt": "hello", "label": 1}
+    steps = {"prompt": "hello", "completions": ["7", "hello"], "labels": [0, 1]}
+    pair = {"prompt": [question], "chosen": "7", "rejected": "no"}
+    cut = {**text, "completion": " the", "messages": None, "finish_reason": "length"}
+    for fields in ({**point, "finish_reason": "stop"}, {**steps, "finish_reason": "stop"}, cut):
+        record, separator = Record("x", fields), "\n" if "labels" in fields else None
+        row, _ = (
+            encode_process_record(record, "\n", tokenizer) if separator else encode_pointwise_record(record, tokenizer)
+        )
+        [scored], _ = encode_to_score(record, separator, tokenizer)
+        assert (scored.input_ids, scored.positions) == (row.input_ids, row.positions)
+    assert row.input_ids == encode_sft_record(Record("x", cut), tokenizer)[0].input_ids
+    assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == "<s>hello the"
+    record = Record("x", {**pair, "finish_reason": "stop"})
+    sides, (trained, _) = encode_to_score(record, None, tokenizer)[0], encode_pair_record(record, tokenizer)
+    assert [side.input_ids for side in sides] == [trained.chosen.input_ids, trained.rejected.input_ids]
+    quoted = {**text, "completion": str([answer]), "finish_reason": "stop"}
+    for encode in (encode_sft_record, encode_pointwise_record, lambda r, t: encode_to_score(r, None, t)):
+        with pytest.raises(ValueError, match="completion is a list of messages as text"):
+            encode(Record("x", quoted), tokenizer)
 
 
 def test_a_template_without_an_end(tmp_path):

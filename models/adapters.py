@@ -199,7 +199,8 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
             "that it was quantised from, and --quantize"
         )
     files, recorded = WeightFiles(base), adapter.config.get("base_model_name_or_path")
-    known = linear_layers(ModelConfig.from_hf(base).num_hidden_layers)
+    config = ModelConfig.from_hf(base)
+    known = linear_layers(config.num_hidden_layers)
     for layer, (A, B) in adapter.factors.items():
         if layer.rpartition(".")[2] not in LINEARS:
             raise ValueError(f"{adapter.path}: {hf_name(layer)} has an adapter; supported are {', '.join(LINEARS)}")
@@ -215,6 +216,11 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
                 f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
                 f"{list(shape)}"
             )
+    shape = [1, config.hidden_size]
+    if adapter.score is not None and list(adapter.score.shape) != shape:
+        raise ValueError(
+            f"{adapter.path}: {SCORE} is {list(adapter.score.shape)}, should be {shape}: a reward model has one score"
+        )
     theirs, ours = _texts_of(adapter.path), _texts_of(base)
     others = [name for name in theirs if theirs[name] and theirs[name] != ours[name]]
     if not ours["eos_token"]:  # not named: the base uses its tokenizer's default, such as </s>

@@ -360,6 +360,10 @@ def check_tensors(
     no_head = model.config.tie_word_embeddings or new_score
     expected = {name: tuple(p.shape) for name, p in parameters.items() if name not in without_file}
     files.check(expected | (elsewhere or {}), allowed=["lm_head.weight"] * bool(no_head) + new_score)
+    for name, given in without_file.items():
+        if name in parameters and given.shape != parameters[name].shape:
+            shapes = f"{list(given.shape)}, should be {list(parameters[name].shape)}"
+            raise ValueError(f"{files.folder}: the given {hf_name(name)} is {shapes}")
 
 
 @torch.no_grad()

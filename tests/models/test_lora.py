@@ -155,6 +155,13 @@ def test_what_is_refused(tmp_path):
         refused(lambda other=other: open_adapter(good, tmp_path / other), good, complaint)
     refused(lambda: open_adapter(good, tmp_path / "elsewhere/base"), good, "an adapter for another base")
     open_adapter(broken(good, tmp_path / "moved", config={"base_model_name_or_path": "hub/base"}), base)
+    two_scores = {"base_model.model.score.weight": torch.ones(2, 64)}  # PEFT's, where num_labels is left out
+    folder = broken(good, tmp_path / "labels", tensors=lambda found: found | two_scores)
+    refused(
+        lambda: open_adapter(folder, base), folder, "score.weight is [2, 64], should be [1, 64]: a reward model has"
+    )
+    with pytest.raises(ValueError, match=r"the given score.weight is \[2, 64\], should be \[1, 64\]"):
+        load_for_training(base, init_mesh(CPU.device, 1), Args(base), CPU, head="score", new_score=torch.zeros(2, 64))
     for folder, complaint in (
         ("none", "no such folder"),
         ("empty", "no adapter_config.json"),

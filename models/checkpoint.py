@@ -138,7 +138,8 @@ class WeightFiles:
     """The tensors of a Hugging Face folder under our names; reads only headers until read() is called.
 
     Where config.json ties head and embedding and the files hold only the head, the head serves as the embedding too.
-    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated or malformed one.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated or malformed one, and for one that
+    changes before its last tensor is read.
     """
 
     config_changes: Mapping[str, object] = {}  # keys of config.json for these tensors; None: to remove (adapters.py)
@@ -149,6 +150,7 @@ class WeightFiles:
         self._file_of: dict[str, tuple[Path, str]] = {}  # our name -> (file, name in the file)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, dict[str, Tensor]] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         files, listed = self._files(config.get(WEIGHTS_KEY))
         for path in files:
             for name, shape in self._headers(path):
@@ -203,18 +205,35 @@ class WeightFiles:
         mapped; a `.bin` is one pickle and is opened once."""
         if path in self._open:
             return self._open[path]
+        self._check_unchanged(path)
         try:
             if path.suffix == ".safetensors":
-                return safe_open(path, framework="pt")
-            zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files, which cannot be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+                handle = safe_open(path, framework="pt")
+            else:
+                zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files, which cannot be mapped
+                handle = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+            self._check_unchanged(path)
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{path}: {unreadable(path, f'truncated or not a weight file: {reason}')}") from None
-        if not isinstance(tensors, dict):
-            raise ValueError(f"{path}: holds a {type(tensors).__name__}, not a dict of tensors")
-        self._open[path] = tensors
-        return tensors
+        self._check_unchanged(path)
+        if path.suffix == ".safetensors":
+            return handle
+        if not isinstance(handle, dict):
+            raise ValueError(f"{path}: holds a {type(handle).__name__}, not a dict of tensors")
+        self._open[path] = handle
+        return handle
+
+    def _check_unchanged(self, path: Path) -> None:
+        """Raises ValueError if a file is not the one that was opened first: the model would be a mixture of two. Not by
+        its inode, which some network mounts choose anew at any time."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise ValueError(f"{path}: was removed while it was being read; run it again") from None
+        stamp = (status.st_size, status.st_mtime_ns)
+        if self._stamps.setdefault(path, stamp) != stamp:
+            raise ValueError(f"{path}: was replaced while it was being read; run it again")
 
     def _headers(self, path: Path) -> Iterable[tuple[str, tuple[int, ...]]]:
         handle = self._handle(path)

@@ -211,6 +211,27 @@ def state(folder: Path, staged: bool = True) -> str:
     return hashlib.sha256(repr([(str(f), f.read_bytes()) for f in files]).encode()).hexdigest()
 
 
+def is_quiet(reader) -> bool:
+    """Whether all tensors are still those whose headers the reader has read."""
+    try:
+        return [reader.read(name).shape for name in reader.names()] and True
+    except ValueError as error:
+        assert "while it was being read; run it again" in str(error)
+        return False
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSITIONS if TRANSITIONS[name][0]])
+def test_replaced_while_it_is_read(name, models, tmp_path):
+    """Catches a model of two exports: the rest of its tensors read from the one that replaced the first."""
+    (old, new), (old_bytes, new_bytes) = models, TRANSITIONS[name]
+    save(tmp_path, old, old_bytes)
+    for _ in range(2):  # the second time by files of the same size
+        reader = WeightFiles(tmp_path)
+        assert is_quiet(reader)
+        save(tmp_path, new, new_bytes)
+        assert not is_quiet(reader)
+
+
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
     """Catches an old export removed before the new one is complete, weights beside the config.json or the shards of
@@ -240,7 +261,9 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
         has_model = (out / "config.json").exists()
         is_new[now] = has_model and opened(now, new)
         assert is_new[now] or (opened(now, old) if old_bytes else not has_model)
+        reader = WeightFiles(out) if has_model else None
         complete_export(out)  # as a resumed run does
+        assert not has_model or is_quiet(reader) == (export.STAGING not in str(reader.paths()))
         assert not list(out.glob(".*")) and (not has_model or opened(state(out), new) == is_new[now])
         if len(is_new) % 2:
             continue

@@ -114,7 +114,7 @@ def open_folder(
     generation_eos_ids(path)  # raises ValueError for invalid ids
     context = config.max_position_embeddings
     if max_seq_len is not None and max_seq_len > context:
-        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {context} tokens")
+        raise ValueError(f"--max_seq_len {max_seq_len}: the model's context is {config.describe_context()}")
     tokenizer = Tokenizer(path, today)
     # Added tokens may lie beyond the vocabulary, since many folders name a pad token that has no embedding; check_ids
     # raises an error where they occur.

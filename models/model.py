@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from models.attention import Attend, causal_attention
 from models.files import read_json_object
 from models.products import Kept, Term, gated, keeps_less, norm, product, products
-from models.rope import apply_rope, rope_inv_freq, rope_settings, rope_tables
+from models.rope import apply_rope, describe_context, rope_inv_freq, rope_settings, rope_tables, scaled_context
 from models.tp import Parallel, enter_parallel, leave_parallel, local, size_of, sum_parts, whole_sequence
 from models.vocab_parallel import embed
 
@@ -112,7 +112,7 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=number("max_position_embeddings"),
+            max_position_embeddings=scaled_context(number("max_position_embeddings"), rope_scaling),
             rms_norm_eps=number("rms_norm_eps", kind=float, default=1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -133,6 +133,10 @@ class ModelConfig:
     def attention_factor(self) -> float:
         """The factor of the rotary embedding's cos and sin, with which yarn sharpens the attention."""
         return (self.rope_scaling or {}).get("attention_factor", 1.0)
+
+    def describe_context(self) -> str:
+        """Describes the context, for an error about a longer row."""
+        return describe_context(self.max_position_embeddings, self.rope_scaling)
 
     def check_divisible(self, tensor_parallel_size: int) -> None:
         """Raises ValueError, naming the key, if the model cannot be sharded over this many ranks."""

@@ -55,6 +55,22 @@ def rope_settings(config: dict, where: str) -> tuple[float, dict | None]:
     return float(theta), scaling
 
 
+def scaled_context(stated: int, scaling: dict | None) -> int:
+    """Returns a model's context. stated: config.json's max_position_embeddings. With yarn it is at least the original
+    context times the factor, as in vLLM, since Qwen's model cards add yarn and leave max_position_embeddings."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return stated
+    return max(stated, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+
+
+def describe_context(context: int, scaling: dict | None) -> str:
+    """Describes a model's context. Folders with linear scaling state either the scaled context or the one before."""
+    if scaling is None or scaling["rope_type"] != "linear":
+        return f"{context} tokens"
+    advice = f"raise it {scaling['factor']:g} times if it leaves out the linear RoPE scaling"
+    return f"{context} tokens (max_position_embeddings in config.json; {advice})"
+
+
 def _positive(value: object, name: str, rope_type: str | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         of_type = "" if rope_type is None else f" for type {rope_type!r}"

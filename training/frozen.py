@@ -235,6 +235,6 @@ def check_context(name: str, path: Path, longest: int, *, lower: str) -> None:
     config = ModelConfig.from_hf(path)
     if config.max_position_embeddings < longest:
         raise ValueError(
-            f"{path}: a {name} reads rows of {longest} tokens, and this one's context is "
-            f"{config.max_position_embeddings} tokens; lower {lower} or take another folder"
+            f"{path}: a {name} reads rows of {longest} tokens, and this one's context is {config.describe_context()}; "
+            f"lower {lower} or take another folder"
         )

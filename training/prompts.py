@@ -104,16 +104,16 @@ def load_prompt_files(args: RolloutArgs, folder: Folder) -> Prompts:
 
 def prompt_limits(args: RolloutArgs, config: ModelConfig) -> Limits:
     """Returns the limits of a prompt. Raises ValueError unless the context has room for a prompt and its answer."""
-    context = config.max_position_embeddings
-    room = context - args.max_new_tokens
+    room = config.max_position_embeddings - args.max_new_tokens
     if room < 1:
+        context = config.describe_context()
         raise ValueError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context} tokens"
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context is {context}"
         )
     if args.max_prompt_len is not None and args.max_prompt_len > room:
         raise ValueError(
             f"--max_prompt_len {args.max_prompt_len} and --max_new_tokens {args.max_new_tokens} are more than the "
-            f"context of {context} tokens; lower one of them"
+            f"context of {config.describe_context()}; lower one of them"
         )
     limit = args.max_prompt_len or room
     more = "raise --max_prompt_len" if limit < room else "lower --max_new_tokens"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from models.checkpoint import load_model
+from models.checkpoint import load_model, open_folder
 from models.model import ModelConfig, Transformer
 from models.presets import PRESETS
 from tests import tiny
@@ -329,6 +329,30 @@ def test_yarn_equals_transformers(settings):
         rotary = LlamaRotaryEmbedding(transformers.LlamaConfig(**hf_config))
         torch.testing.assert_close(ours.inv_freq(), rotary.inv_freq, atol=0, rtol=1e-6)
         assert ours.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+CONTEXTS = {  # (max_position_embeddings, rope_scaling): the context
+    (32768, (("type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 32768))): 131072,  # Qwen2.5's card
+    (40960, (("type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 32768))): 131072,  # Qwen3's
+    (163840, (("type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 4096))): 163840,
+    (4096, (("type", "linear"), ("factor", 4.0))): 4096,  # vicuna-16k; deepseek-coder's 16384 includes the factor
+}
+
+
+@pytest.mark.parametrize("given", CONTEXTS, ids=str)
+def test_context(given, tmp_path):
+    """Catches rows refused that yarn makes room for, and an error that calls linear scaling's unscaled context the
+    model's."""
+    (unscaled, rope), context = given, CONTEXTS[given]
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tiny.write_model(tmp_path, **shape, num_key_value_heads=1)
+    path = tmp_path / "config.json"
+    changes = {"max_position_embeddings": unscaled, "rope_scaling": dict(rope)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert open_folder(tmp_path).max_seq_len == open_folder(tmp_path, context).max_seq_len == context
+    advice = r" \(max_position_embeddings in config.json; raise it 4 times if .*\)" if rope[0][1] == "linear" else ""
+    with pytest.raises(ValueError, match=f"the model's context is {context} tokens{advice}$"):
+        open_folder(tmp_path, context + 1)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])

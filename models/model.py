@@ -183,6 +183,9 @@ def _refuse_unsupported(config: dict, where: str) -> None:
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(f"{where}: layer_types {layer_types!r} is not supported, only 'full_attention' in all layers")
+    if layer_types and len(layer_types) != config.get("num_hidden_layers"):  # transformers does not open such a folder
+        layers = f"num_hidden_layers is {config.get('num_hidden_layers')}"
+        raise ValueError(f"{where}: layer_types lists {len(layer_types)} layers, {layers}; remove the key")
     if config.get("quantization_config") is not None and not is_quantized(config):
         raise ValueError(
             f"{where}: quantization_config {config['quantization_config']!r} is not supported, only the layout of "

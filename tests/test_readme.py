@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import transformers
 
 from models.common import flags_of, parse_args
 from models.fsdp import split_batch
@@ -81,10 +82,12 @@ def test_recipes_are_of_the_code():
 
 
 def test_a_model_of_another_size(tmp_path):
-    """Catches a program in models/README.md that no longer writes a folder which opens with its weights."""
+    """Catches a program in models/README.md that no longer writes a folder which opens with its weights, here and in
+    transformers, which refuses one with another number of layer_types than layers."""
     section = text_of(Path("models/README.md")).split("## A model of another size")[1]
     program = section.split("python - <<'PY'\n")[1].split("\nPY\n")[0]
-    tiny.write_model(tmp_path / "source")
+    tiny.write_model(tmp_path / "source", **tiny.QWEN2)
+    assert "layer_types" in (tmp_path / "source/config.json").read_text()
     for place, folder in (("runs/toy/model", "source"), ("runs/my-size", "made")):
         assert f'"{place}"' in program
         program = program.replace(f'"{place}"', repr(str(tmp_path / folder)))
@@ -92,6 +95,7 @@ def test_a_model_of_another_size(tmp_path):
     asked = ("--checkpoint_path", tmp_path / "made", "--prompt", "3 plus", "--max_new_tokens", 4, "--device", "cpu")
     result = tiny.run("inference/generate.py", *asked)
     assert result.code == 0 and '"output"' in result.stdout, result.stderr
+    assert len(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made").model.layers) == 6
 
 
 def test_all_scripts_have_a_command():

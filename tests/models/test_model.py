@@ -399,6 +399,7 @@ GOOD = {
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"model_type": "qwen2"}, "num_key_value_heads 32"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types lists 2 layers, num_hidden_layers is 1"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": [], "factor": 2.0}}, "rope_scaling"),

@@ -299,12 +299,13 @@ def choose_lora(
     with_critic: bool = False,
     with_reference: bool = False,
     policy: Lora | None = None,
+    starts_as_policy: bool = False,
 ) -> Lora | None:
     """Returns the adapters that the flags of LoraArgs describe for the model in a folder; None without LoRA.
     with_critic: the model carries a critic's adapters, too. with_reference: it also serves as its own reference, and so
     keeps a frozen copy of the adapters of --adapter_path. policy: the model is this policy's critic, on a base of its
-    own; its adapters are new ones for the same layers. Raises ValueError for flags that do not fit the model or each
-    other. A collective."""
+    own; its adapters are for the same layers, and new ones unless it starts_as_policy. Raises ValueError for flags that
+    do not fit the model or each other. A collective."""
     if args.adapter_path is None and policy is None:
         say_what_is_not_taken(base)
     if not args.uses_lora:
@@ -330,9 +331,11 @@ def choose_lora(
     values = _new_values(config, layers, r, args.seed, streams)
     base_fingerprint = on_main(lambda: fingerprint(base))
     with_reference = with_reference and start is not None
+    if starts_as_policy and args.adapter_path is not None:
+        values |= {name: value for name, value in policy.values.items() if name in values}
     if start is not None:
         for layer, (A, B) in start.factors.items():
-            for suffix in ("", REFERENCE) if with_reference else ("",):
+            for suffix in ("", *[CRITIC] * with_critic, *[REFERENCE] * with_reference):
                 values |= {f"{layer}.lora_A{suffix}": A, f"{layer}.lora_B{suffix}": B}
         if start.score is not None:
             values[SCORE] = start.score

@@ -53,10 +53,18 @@ def _zero_head(path: Path) -> Tensor | None:
     return None if has_score_head(path) else torch.zeros(1, ModelConfig.from_hf(path).hidden_size)
 
 
+def _starts_as_policy(args, value_path: Path) -> bool:
+    """Whether the critic starts from the policy, the adapter of --adapter_path included: not if that folder is given
+    as --value_checkpoint_path."""
+    return args.value_checkpoint_path is None and value_path == args.checkpoint_path
+
+
 def critic_note(args, value_path: Path) -> str:
     """Returns a printable description of the initial critic."""
+    adapter = args.adapter_path if _starts_as_policy(args, value_path) else None
+    start = f"{value_path}" if adapter is None else f"{value_path} with the adapter {adapter}"
     head = "" if has_score_head(value_path) else ", with a zero head"
-    return f"{value_path}{head}" + ", adapters on the policy's base" * args.shared_base
+    return start + head + ", adapters on the policy's base" * args.shared_base
 
 
 def load_with_critic(
@@ -69,7 +77,8 @@ def load_with_critic(
         policy, critic = OnSharedBase(base, ""), OnSharedBase(base, CRITIC)
     else:
         policy = base = load_for_training(args.checkpoint_path, mesh, args, runtime, lora=lora)
-        own = None if lora is None else choose_lora(args, value_path, runtime, policy=lora)
+        as_policy = _starts_as_policy(args, value_path)
+        own = None if lora is None else choose_lora(args, value_path, runtime, policy=lora, starts_as_policy=as_policy)
         options = {"head": "score", "new_score": zero_head, "lora": own}
         critic = load_for_training(value_path, mesh, args, runtime, **options)
     with torch.no_grad():

@@ -76,6 +76,21 @@ def test_answers_are_held_near_the_start(task, name):
         assert lines[0][kl] > 1e-2
 
 
+def test_the_critic_starts_from_the_policy(task, tmp_path):
+    """Catches a critic, on the policy's base or on its own, that starts without the policy's adapter; or with it from a
+    folder that --value_checkpoint_path names."""
+    root, start, merged = task
+    critics = {"shared": {"shared_base": True}, "own": {}, "named": {"value_checkpoint_path": root / "ref"}}
+    for name, more in critics.items():
+        settings = {"total_steps": 0, "adapter_path": start, **more}
+        optimum.train("training/train_ppo.py", root, tmp_path / name, **settings)
+        found = load_file(tmp_path / name / "critic/merged/model.safetensors")
+        wanted = load_file((root / "ref" if name == "named" else merged) / "model.safetensors")
+        assert not found.pop("score.weight").any() and found.keys() == wanted.keys() - {"lm_head.weight"}
+        for key, value in found.items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("flag", ["--precompute_ref", "--no-precompute_ref"])
 def test_pairs_are_held_near_the_start(task, tmp_path, flag):
     """Catches the same mistakes in DPO, with log-probs computed before training or in each step, and a file of

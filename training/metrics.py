@@ -12,7 +12,7 @@ from models.common import is_main_rank, on_main
 from models.files import naming_file, read_json_object, write_json, write_whole
 from models.functions import short
 
-UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal interrupted
+UNFINISHED = "unfinished.json"  # the metrics of a step whose evaluation a signal interrupted, or whose export failed
 
 
 def check_installed(report_to: str) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ class Run:
     run.begin(model, optimizer, ...)                with --resume restores both; sets first_step, total_steps
     if run.first_step == 1:
         run.log_start(metrics)
-    if run.unfinished:                              the metrics of a step whose evaluation a signal interrupted
-        ...                                         evaluate, log and export as below
+    if run.unfinished:                              the metrics of a step whose evaluation a signal interrupted, or
+        ...                                         whose export failed: evaluate, log and export as below
     for step, numbers in run.steps(batches, ...):   saves, or stops after a signal, after the loop's body;
         run.check_finite(...)                       in reinforcement learning: for step in run.updates()
         run.begin_update()                          before the optimizer's first step
@@ -163,7 +164,8 @@ class Run:
             args.output_dir, model, optimizer, limit=args.save_total_limit, asynchronous=in_background
         )
         self._export_dtype = DTYPES[args.export_dtype] if args.export_dtype else stored_dtype(args.checkpoint_path)
-        self._saved, self._saved_at, self._evaluated = done, time.monotonic(), None
+        self._saved, self._saved_at = done, time.monotonic()
+        self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.stop.state_of, self.stop.keep = done, self._keep
         self.stop.check()
         drop_what_nobody_reads()
@@ -194,12 +196,14 @@ class Run:
 
     def _loop(self, batches: Batches, unit: str) -> Batches:
         self._forget_unfinished()
+        self._line = None
         self._watch, self._unit = Stopwatch(self.device), unit
         self._bar = progress_bar(total=self.total_steps, initial=self.first_step - 1, desc="training", unit=unit)
         for self.step, self.numbers in batches:
             drop_what_nobody_reads()
             self._watch.lap()
             yield self.step, self.numbers
+            self._line = None
             self._bar.update(1)
             self._end_update()
             stopped, save_due = any_rank([self.stop.received, self._save_due()])
@@ -309,6 +313,12 @@ class Run:
             advice = "take a lower --learning_rate and --resume from the last checkpoint with --accept_changed"
             self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
 
+    def fail_export(self, message: str) -> NoReturn:
+        """Ends the run with a ValueError. The state is saved; if a step's model was to be exported, the resumed run
+        evaluates, logs and exports that step first. A collective: all ranks must call it."""
+        self._evaluated = self._line
+        self.stop.fail(message)
+
     def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:
         """Returns num_tokens, tokens_per_second, and mfu if the device's peak is known, over all ranks and the time
         since the step began. model: the one that trains; lengths: of the step's sequences; beside: whether another
@@ -331,7 +341,7 @@ class Run:
         self._end_update()
         if self.eval_due or self.step % self.args.log_steps == 0:
             self._metrics.write({"step": self.step, **metrics})
-        self.unfinished = {}
+        self.unfinished, self._line = {}, dict(metrics)
         if self._bar is None:  # before the first step of a resumed run
             return
         parts = [f"{name.split('/')[-1]} {metrics[name]:.4f}" for name in shown or ("loss",) if name in metrics]
@@ -371,7 +381,7 @@ class Run:
         self.check_weights(model)
         if model.lora is None and not all_fit(model, self._export_dtype):
             why = f"{self._export_dtype} cannot hold weights of the {what}"
-            raise ValueError(f"{folder}: {why}; --resume with --export_dtype float32")
+            self.fail_export(f"{folder}: {why}; --resume with --export_dtype float32")
         if model.lora is not None:
             base = folder_config(model.lora.base)
             merged = config or base
@@ -382,7 +392,10 @@ class Run:
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
                 return
-            on_main(lambda: check_base_is_the_same(model.lora, folder))
+            try:
+                on_main(lambda: check_base_is_the_same(model.lora, folder))
+            except ValueError as error:
+                self.fail_export(str(error))
             folder = folder / MERGED
         changes = dict(json_changes or {})
         if config is None:

@@ -321,15 +321,17 @@ def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
 def export(run: Run, model: Transformer, folder: Folder, rewards: Tensor, subfolder: str = "") -> None:
     """Writes the reward model, with a pad token that no row ends in. rewards: those that give reward_mean and _std."""
     pad = choose_pad_token(folder)
-    config, changes = reward_config(run.args, rewards, pad.id), pad_changes(folder.path, pad)
+    config, changes = reward_config(run, rewards, pad.id), pad_changes(folder.path, pad)
     run.export(model, config, json_changes=changes, what="reward model", subfolder=subfolder)
 
 
-def reward_config(args: RmArgs, rewards: Tensor, pad_token_id: int) -> dict:
-    """Returns a config.json that says where the reward is read, with its mean and std. ValueError if not finite."""
+def reward_config(run: Run, rewards: Tensor, pad_token_id: int) -> dict:
+    """Returns a config.json that says where the reward is read, with its mean and std. Ends the run if they are not
+    finite."""
+    args = run.args
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
-        raise ValueError(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
+        run.fail_export(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
     config = scalar_head_config(folder_config(args.checkpoint_path), pad_token_id)
     config.update(reward_model_type=args.loss, reward_position="last_token")
     if args.loss == "process":

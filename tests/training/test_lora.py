@@ -137,7 +137,8 @@ def test_resumed(world, kind):
 
 
 def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
-    """Catches adapters merged at the end with another model that has replaced the base in its folder."""
+    """Catches adapters merged at the end with another model that has replaced the base in its folder, and a run that is
+    lost when it is not merged."""
     base, out = shutil.copytree(world[1], tmp_path / "base"), tmp_path / "out"
     tiny.write_model(tmp_path / "other", **QWEN2, seed=1)
     weights, kept = base / "model.safetensors", (base / "model.safetensors").read_bytes()
@@ -149,12 +150,13 @@ def test_a_base_that_is_replaced_meanwhile(world, tmp_path):
     )
     flags = ["--checkpoint_path", base, "--prompt_file", world[2], "--reward_fn", f"{tmp_path / 'fn.py'}:reward"]
     flags += ["--output_dir", out, "--rollout_batch_size", 4, "--num_generations", 2, "--max_new_tokens", 4]
-    flags += ["--total_steps", 1, "--lora_r", 4]
+    flags += ["--total_steps", 1, "--lora_r", 4, "--save_steps", 0]
     result = tiny.run("training/train_grpo.py", *flags)
     assert result.code == 2 and f"error: {base}: other content than when the run began" in result.stderr, result
     assert (out / ADAPTER).exists() and not (out / MODEL).exists()
     weights.write_bytes(kept)
-    assert tiny.run("training/train_grpo.py", *flags, "--resume").code == 0
+    result = tiny.run("training/train_grpo.py", *flags, "--resume")
+    assert result.code == 0 and "resuming after step 1" in result.stdout, result
     stored, exported = load_file(weights), load_file(out / MODEL)
     assert torch.equal(stored["model.embed_tokens.weight"], exported["model.embed_tokens.weight"])
     flags[flags.index("--total_steps") + 1] = 2

@@ -98,12 +98,15 @@ def test_bad_model_folders(name, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_rewards_that_are_not_finite(folder, files, tmp_path):
-    """Catches NaN written into config.json."""
+def test_rewards_that_are_not_finite(folder, files, tmp_path, monkeypatch):
+    """Catches NaN written into config.json, and a run that is lost with its export."""
     source = with_weights(folder, tmp_path / "in", **{"model.norm.weight": torch.full((64,), math.inf)})
     result = tiny.run(SCRIPT, *flags(source, files["pairwise"], tmp_path / "out", max_steps=0))
     assert result.code == 2 and "error: the model's rewards are not finite" in result.stderr.split("\n")[-2]
     assert not (tmp_path / "out/config.json").exists()
+    monkeypatch.setattr(train_rm, "all_rewards", lambda *args: torch.full((4,), math.inf))
+    result = tiny.run(SCRIPT, *flags(folder, files["pairwise"], tmp_path / "step", max_steps=1, save_steps=0))
+    assert result.code == 2 and (tmp_path / "step/checkpoints/step-000001").exists()
 
 
 PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}

@@ -128,6 +128,8 @@ def main(args: GrpoArgs) -> None:
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
     run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device)
+    if run.first_step > 1:  # without grades no update is completed
+        scorer.graded.update(scorer.pooled)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)
     about = {

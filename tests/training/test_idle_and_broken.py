@@ -19,6 +19,7 @@ from tests import tiny
 from training.graders import exact_match, math_answer, multiple_choice
 from training.metrics import Metrics
 from training.preferences import encode_process_record
+from training.prompts import prompt_numbers
 
 REWARDS = """
 def each(prompt, completion, example): return float(len(completion))
@@ -136,6 +137,20 @@ def test_a_function_that_grades_nothing(script, name, flags, code, folder, world
     assert result.code == code, result.stderr
     if code:
         assert_ended(result, "none gave none of 4 answers a grade", "NoneType", "--reward_error skip")
+
+
+@pytest.mark.parametrize("script", ["train_ppo", "train_grpo"])
+def test_a_record_that_cannot_be_graded(script, folder, world, tmp_path):
+    """Catches a resumed run that ends at an update of one prompt without a grade, as a run does whose function has not
+    graded anything yet, where an uninterrupted run goes on."""
+    seed = next(seed for seed in range(9) if prompt_numbers(2, 0, 1, seed=seed) == [1])  # the one with a grade is first
+    flags = ["--reward_fn", "fn.py:no_so", "--reward_workers", 1, "--lr_schedule", "constant", "--warmup_ratio", 0]
+    flags += ["--rollout_batch_size", 2 if script == "train_grpo" else 1, "--seed", seed]
+    assert run(script, folder, world, tmp_path / "out", *flags).code == 0
+    result = run(script, folder, world, tmp_path / "out", *flags, "--total_steps", 2, "--resume")
+    assert result.code == 0, result.stderr
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
+    assert [line["rewards/num_skipped"] for line in lines] == [0, flags[flags.index("--rollout_batch_size") + 1]]
 
 
 def test_weights_that_are_not_finite(folder, world, tmp_path):

@@ -49,9 +49,15 @@ class RewardFolder(NamedTuple):
     """The folder of a reward model that scores a policy's answers."""
 
     folder: Folder
-    same_tokenizer: bool  # as the policy: the reward model can read the policy's ids
+    same_tokenizer: bool  # as the policy: its ids mean the same text
+    same_bos: bool  # as the policy, in front of texts
+    same_template: bool  # as the policy, or none of its own
     kind: RewardKind
     policy_ends: tuple[int, ...]  # the policy's own stop token ids
+
+    def reads_ids_of(self, prompt: str | Chat) -> bool:
+        """Whether the policy's ids of a prompt are the reward model's own, in the format it was trained on."""
+        return self.same_tokenizer and (self.same_template if isinstance(prompt, Chat) else self.same_bos)
 
 
 class Frozen(NamedTuple):
@@ -177,7 +183,11 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     folder = open_folder(path, None, tensor_parallel_size, frozen=True, today=today)
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
     same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
-    return RewardFolder(folder, same_tokenizer, read_reward_kind(path), policy.eos_token_ids)
+    ours, theirs = folder.tokenizer, policy.tokenizer
+    same_bos = ours.encode_prefix("") == theirs.encode_prefix("")
+    templates = [tokenizer.chat_template and tokenizer.chat_template.sources for tokenizer in (ours, theirs)]
+    same_template = templates[0] in (None, templates[1])
+    return RewardFolder(folder, same_tokenizer, same_bos, same_template, read_reward_kind(path), policy.eos_token_ids)
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:
@@ -192,11 +202,10 @@ def _text_to_ids(folder: Path) -> dict[str, object]:
 def check_chats(reward: RewardFolder, data: Prompts) -> None:
     """Raises ValueError if the reward model's folder has no chat template for the prompts, or one that rejects a chat.
     Tries one chat per sequence of roles and options; a model that reads the policy's ids needs no template."""
-    if reward.same_tokenizer and reward.kind.separator is None:
-        return
     kinds = {}
     for prompt in (*data.train, *data.held_out):
-        if isinstance(prompt.asked, Chat):
+        reads_ids = reward.kind.separator is None and reward.reads_ids_of(prompt.asked)
+        if isinstance(prompt.asked, Chat) and not reads_ids:
             roles = tuple(message["role"] for message in prompt.asked.messages)
             kinds.setdefault((roles, prompt.asked.tools is None, repr(prompt.asked.kwargs)), prompt)
     for prompt in kinds.values():

@@ -118,7 +118,7 @@ def rows_it_reads(
         ends_of_steps = []
         if separator is not None:
             ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
-        elif reward.same_tokenizer:
+        elif reward.reads_ids_of(prompt):
             ids = row.input_ids
             if ended and ids[-1] not in reward.policy_ends:
                 ids = ids[: row.prompt_length]

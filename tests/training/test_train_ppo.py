@@ -3,16 +3,18 @@ what it learns in test_ppo_optimum.py, the parts of its losses in test_losses_pp
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from models.chats import read_chat
 from models.checkpoint import open_folder
 from models.common import Runtime
 from models.fsdp import ParallelArgs, init_mesh, load_frozen
-from models.records import IGNORE_INDEX, Example, Split, encode_prompt
+from models.records import IGNORE_INDEX, Example, Split, encode_generated, encode_prompt
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_train_rm import make_records
@@ -332,6 +334,36 @@ def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
     for text, ended, score in zip(TEXTS, FINISHED, scores.tolist()):
         ids = hf.encode("Question 1:" + text) + [hf.eos_token_id] * ended
         assert score == pytest.approx(hf_scores(other, ids)[-1].item(), abs=1e-5)
+
+
+def test_another_format_gets_the_text(folder, world, tmp_path):
+    """Catches the policy's ids given to a reward model that was trained on another chat template, or on texts with
+    another beginning, though its tokenizer is the same; and a model without a template that no chat can reach."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
+    other = template.replace(": ", "> ")
+    policy = tiny.copy_to_edit(folder, tmp_path / "lm")
+    tiny.write_tokenizer(policy, chat_template=template)
+    prompts, texts = ["Question 1:", read_chat([{"role": "user", "content": "1"}])], [" it is 3"] * 2
+    rows = [encode_generated(prompt, " it is 3", Tokenizer(policy), finished=True) for prompt in prompts]
+    rows = [Example(ids, [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:]) for ids in rows]
+    formats = {"same": {"chat_template": template}, "none": {}, "other": {"chat_template": other}}
+    formats["no_bos"] = {"chat_template": template, "add_bos_token": False}
+    for name, config in formats.items():
+        tiny.write_tokenizer(tiny.copy_to_edit(world / "rm", tmp_path / name), **config)
+        reward = frozen.open_reward_folder(tmp_path / name, open_folder(policy), 1)
+        found, _ = rewards.rows_it_reads(reward, prompts, rows, texts, [True, True])
+        wanted, own = [row.input_ids for row in rows], Tokenizer(tmp_path / name)
+        if name == "other":
+            wanted[1] = [*own.encode("user> 1\nassistant: it is 3", False), own.eos_token_id]
+        if name == "no_bos":
+            wanted[0] = wanted[0][1:]
+        assert [row.input_ids for row in found] == wanted, name
+        data = SimpleNamespace(train=[SimpleNamespace(asked=prompt, where="x:1") for prompt in prompts], held_out=())
+        frozen.check_chats(reward, data)
+        if name == "other":
+            data.train[1].asked = read_chat([{"role": "user", "content": "1"}], {"chat_template_kwargs": {"a": 1}})
+            with pytest.raises(ValueError, match="the reward model cannot read the chat of x:1: chat_template_kwargs"):
+                frozen.check_chats(reward, data)
 
 
 @pytest.mark.parametrize("how", ["min", "prod", "last", "mean", "steps"])

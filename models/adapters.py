@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -263,6 +263,13 @@ class AdaptedFiles(WeightFiles):
             self._shapes.pop("lm_head.weight", None)
             self._file_of.pop("lm_head.weight", None)
             self._shapes[SCORE] = tuple(adapter.score.shape)
+
+    def check(self, expected: dict[str, tuple[int, ...]], allowed: Iterable[str] = ()) -> None:
+        if self.adapter.score is not None and SCORE not in expected:
+            raise ValueError(
+                f"--adapter_path {self.adapter.path}: the adapter of a reward model, whose head would be lost"
+            )
+        super().check(expected, allowed)
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         if name == SCORE and self.adapter.score is not None:

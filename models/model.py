@@ -211,8 +211,8 @@ def read_hf_config(source: str | Path) -> tuple[dict, str]:
         path = path / "config.json"
         if not path.is_file() and path.with_name("adapter_config.json").is_file():
             raise FileNotFoundError(
-                f"{path.parent}: holds an adapter and no merged model; merge it (repeat its run with --resume "
-                "--merge), or give its base model as --checkpoint_path and this folder as --adapter_path"
+                f"{path.parent}: holds an adapter and no merged model; merge it (its run with --resume --merge, or "
+                "PEFT's merge_and_unload) or, for --checkpoint_path only, give its base there and it as --adapter_path"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent}: no config.json here, so this is not a Hugging Face model folder")

@@ -87,7 +87,8 @@ def main(args: QuantizeScriptArgs) -> None:
     files = weight_files(args.checkpoint_path, args.adapter_path)
     head = "score" if "score.weight" in files.names() else "lm"
     if args.eval_file is not None and head == "score":
-        raise ValueError(f"--eval_file: {args.checkpoint_path} is a reward model, which has no perplexity")
+        source = args.checkpoint_path if has_score_head(args.checkpoint_path) else args.adapter_path
+        raise ValueError(f"--eval_file: {source} is of a reward model, which has no perplexity")
     shapes = check_runnable(files, config, scheme, runtime, 1, head)
     check_weights(files.folder, files.paths())
     calibration, evaluation = (

@@ -91,6 +91,10 @@ def test_a_quantised_reward_model(pad, tmp_path):
     adapted, quantised = ["--checkpoint_path", base, "--adapter_path", folder], tmp_path / "quantised"
     result = tiny.run("scripts/quantize.py", *adapted, "--mode", "int8", "--output_dir", quantised)
     assert result.code == 0, result
+    found = tiny.run("inference/generate.py", *adapted, "--prompt", "3")  # naming the adapter, which brings the head
+    tiny.assert_refused(found, f"--adapter_path {folder}: the adapter of a reward model")
+    found = tiny.run("scripts/quantize.py", *adapted, "--eval_file", "x", "--output_dir", tmp_path / "x")
+    tiny.assert_refused(found, f"--eval_file: {folder} is of a reward model")
     texts = ["3 plus 4 is 7", "so it seems", "3"]
     data = tiny.write_records(tmp_path / "data.jsonl", [{"prompt": "", "completion": text} for text in texts])
     rewards = []

@@ -163,7 +163,7 @@ def test_no_stale_merged_model(folder, tmp_path):
     assert model_folder(out) == out / "merged"
     later = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2, "--resume", "--no-merge")
     assert f"{out / 'merged'}: removed" in later.stdout and model_folder(out) == out
-    with pytest.raises(FileNotFoundError, match="holds an adapter and no merged model"):
+    with pytest.raises(FileNotFoundError, match=r"no merged model; merge it .* for --checkpoint_path only"):
         open_folder(model_folder(out), None, 1)
 
 

@@ -50,6 +50,7 @@ KNOWN = {
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
 }
 BASE_GROUP = 32  # weights of --quantize_base int4 that share a scale and a minimum: 5 bits per weight in all
+NOT_WHOLE = "the file is not whole"
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
@@ -131,7 +132,7 @@ def open_adapter(path: Path, base: Path) -> Adapter:
     for layer, pair in factors.items():
         for factor in ("lora_A", "lora_B"):
             if factor not in pair:
-                raise ValueError(f"{path}: {hf_name(layer)} has no {factor}; the file is not whole")
+                raise ValueError(f"{path}: {hf_name(layer)} has no {factor}; {NOT_WHOLE}")
     pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
     adapter = Adapter(path, config, pairs, score, metadata)
     warnings = on_main(lambda: _check_base(adapter, base))
@@ -216,6 +217,10 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
                 f"{adapter.path}: an adapter for another base: {hf_name(layer)} is {list(of_adapter)}, of {base} "
                 f"{list(shape)}"
             )
+    missing = sorted(_selected(adapter.config, known) - adapter.factors.keys())
+    if missing:
+        where = f"{adapter.path}: {hf_name(missing[0])} has no adapter"
+        raise ValueError(f"{where}, and target_modules in {ADAPTER_CONFIG} selects it; {NOT_WHOLE}")
     shape = [1, config.hidden_size]
     if adapter.score is not None and list(adapter.score.shape) != shape:
         raise ValueError(
@@ -238,6 +243,18 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
         f"{adapter.path}: an adapter for another base, {recorded}, not for {base}; to go on knowingly, set "
         f"base_model_name_or_path in {adapter.path / ADAPTER_CONFIG} to {base.resolve()}"
     )
+
+
+def _selected(config: dict, layers: Iterable[str]) -> set[str]:
+    """Returns the layers that an adapter's config selects by their names, as PEFT does; none if it also selects by
+    number or by a regular expression."""
+    targets = config.get("target_modules")
+    if config.get("layers_to_transform") not in (None, []) or config.get("exclude_modules"):
+        return set()
+    if targets == "all-linear":
+        return set(layers)
+    names = targets if isinstance(targets, list) else []
+    return {layer for layer in layers if any(f".{hf_name(layer)}".endswith(f".{name}") for name in names)}
 
 
 def _texts_of(folder: Path) -> dict[str, object]:

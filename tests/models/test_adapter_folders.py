@@ -20,6 +20,9 @@ NAME = "adapter_model.safetensors"
 WRITTEN = {  # settings of PEFT
     "a pattern": {"r": 2, "target_modules": r".*\.(q|down)_proj"},
     "some layers": {"r": 2, "target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1]},
+    "the first layer": {"r": 2, "target_modules": ["v_proj"], "layers_to_transform": 0},
+    "all but one": {"r": 2, "target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.1.mlp.up_proj"]},
+    "names of layers": {"r": 2, "target_modules": ["model.layers.1.mlp.up_proj", "0.self_attn.q_proj"]},
 }
 
 
@@ -31,8 +34,12 @@ def same_factors(found, wanted):
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_layers_by_pattern(kind, tmp_path):
-    """Catches layers adapted by the config's target_modules instead of by the tensors in the file; on a tied model."""
+    """Catches layers adapted by the config's target_modules instead of by the tensors in the file, or taken for missing
+    where the config leaves them out; on a tied model."""
     base, folder, oracle = made_by_peft(tmp_path, {**tiny.QWEN2, "tie_word_embeddings": True}, WRITTEN[kind])
+    torn = broken(folder, tmp_path / "torn", tensors=lambda found: dict(sorted(found.items())[2:]))
+    if kind == "names of layers":  # PEFT warns: "Found missing adapter keys"
+        refused(lambda: open_adapter(torn, base), torn, "has no adapter, and target_modules")
     merged = load_model(base, files=weight_files(base, folder), param_dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(merged.lm_head(merged(IDS)), oracle(IDS).logits, atol=1e-5, rtol=1e-5)

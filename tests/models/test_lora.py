@@ -146,6 +146,9 @@ def test_what_is_refused(tmp_path):
     renamed = {"r": 4, "base_model_name_or_path": str(base)}
     tensors = {
         "has no lora_A": lambda found: {name: t for name, t in found.items() if name != first},
+        "layers.1.self_attn.q_proj has no adapter": lambda found: {
+            n: t for n, t in found.items() if "layers.1" not in n
+        },
         "embed.weight is no low-rank factor": lambda found: {**found, "embed.weight": torch.ones(1)},
     }
     for i, (complaint, change) in enumerate(tensors.items()):

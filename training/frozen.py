@@ -38,6 +38,16 @@ class ReferenceArgs(GroupSizeArgs):
     def ref_path(self) -> Path:
         return self.ref_checkpoint_path or self.checkpoint_path
 
+    def ref_is_base(self, scheme: Schemes | None) -> bool:
+        """Whether the reference is the unchanged model of --checkpoint_path. With LoRA the policy then serves as the
+        reference, see as_reference in models/shared_base.py. scheme: how the reference is quantised."""
+        return scheme is None and self.ref_path.samefile(self.checkpoint_path)
+
+    def ref_is_start(self, scheme: Schemes | None) -> bool:
+        """Whether the reference has the policy's initial weights, those of --adapter_path included: a folder that
+        --ref_checkpoint_path names is meant without them."""
+        return self.ref_is_base(scheme) and (self.adapter_path is None or self.ref_checkpoint_path is None)
+
     @property
     def reference_name(self) -> str:
         """The reference's folder and adapter, for printing."""
@@ -68,15 +78,6 @@ class Frozen(NamedTuple):
     reward: RewardFolder | None
     reward_scheme: Schemes | None
 
-    def ref_is_start(self, args) -> bool:
-        """Whether the reference has the policy's initial weights."""
-        return self.is_base(args) and (args.adapter_path is None or args.ref_checkpoint_path is None)
-
-    def is_base(self, args) -> bool:
-        """Whether the reference is the unchanged model of --checkpoint_path. With LoRA the policy then serves as the
-        reference, see as_reference in models/shared_base.py."""
-        return self.reference is not None and self.ref_scheme is None and self.reference.samefile(args.checkpoint_path)
-
     def notes(self, args) -> dict[str, str]:
         """Returns printable descriptions of the frozen models."""
         notes = {}
@@ -103,7 +104,7 @@ class Frozen(NamedTuple):
         """Returns (the reference, the reward model). If the reference is the base of the policy's adapters, returns the
         policy as the reference, to be used within as_reference()."""
         load = partial(load_frozen, mesh=mesh, args=replace(args, cpu_offload=False), runtime=runtime)
-        if policy.lora is not None and self.is_base(args):
+        if self.reference and policy.lora is not None and args.ref_is_base(self.ref_scheme):
             reference = policy
         else:
             reference = load(self.reference, scheme=self.ref_scheme) if self.reference else None

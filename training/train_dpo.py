@@ -12,6 +12,7 @@ Dimensions: B pairs.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,28 +186,29 @@ def load_models(
     split: Split,
 ) -> tuple[Transformer, Transformer | None]:
     """Returns (policy, reference), with reference None unless it runs in each step. Otherwise this writes its log-probs
-    into the pairs. If policy and reference start from the same weights, one model serves as both before training, and
+    into the pairs. If the reference is the model of --checkpoint_path, one model serves as both before training, and
     with adapters also during it (see as_reference). splits: empty if no step is taken."""
     load_policy = partial(load_for_training, args.checkpoint_path, mesh, args, runtime, lora=lora)
     load_reference = partial(load_frozen, args.ref_path, mesh, ref_scheme, args, runtime)
-    begin_alike = args.ref_checkpoint_path is None and ref_scheme is None
+    on_base, begin_alike = lora is not None and args.ref_is_base(ref_scheme), args.ref_is_start(ref_scheme)
     if args.loss in REFERENCE_FREE or not splits:
         return load_policy(), None
     if not args.precompute_ref:
         policy = load_policy()
-        return policy, policy if begin_alike and lora is not None else load_reference()
+        return policy, policy if on_base else load_reference()
     dtypes = (frozen_dtype(args, runtime), runtime.dtype)
     weights = weights_digest(args.ref_path, args.adapter_path if begin_alike else None)
     key = {"weights": weights, "dtypes": f"{dtypes[0]}, {dtypes[1]}"}
-    scheme = lora.scheme if begin_alike and lora is not None else ref_scheme
+    scheme = lora.scheme if on_base else ref_scheme
     if scheme is not None:
         key["quantised"] = str(scheme)
     cache = ReferenceCache(args.output_dir, key, tolerance=2e-2 if torch.bfloat16 in dtypes else 1e-4)
-    if not begin_alike:
+    if not on_base and not begin_alike:
         precompute_with(load_reference(), splits, cache, split)
         return load_policy(), None
-    policy = load_policy()  # equals the reference until its first step, or until a checkpoint is loaded
-    precompute_with(policy, splits, cache, split)
+    policy = load_policy()  # equals its start until its first step, or until a checkpoint is loaded
+    with nullcontext() if begin_alike else as_reference(policy):
+        precompute_with(policy, splits, cache, split)
     return policy, None
 
 

@@ -205,7 +205,7 @@ def main(args: PpoArgs) -> None:
                 if step > args.critic_warmup_steps:
                     scale = policy_backward(policy, update, minibatch, args, split, sums)
                     if args.debug_checks and i == 0 and any(update.num_learnt[j] for j in minibatch):
-                        is_reference = step == args.critic_warmup_steps + 1 and frozen.ref_is_start(args)
+                        is_reference = step == args.critic_warmup_steps + 1 and args.ref_is_start(frozen.ref_scheme)
                         check_first_minibatch(sums.means(split), rollout, runtime.dtype, is_reference=is_reference)
                     grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
                     run.check_finite(grad_norm=grad_norm)

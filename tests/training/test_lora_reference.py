@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from models.shared_base import adapter
 from tests import tiny
 from tests.training import optimum
-from training import train_grpo
+from training import train_dpo, train_grpo
 
 ADAPTER = "adapter_model.safetensors"
 COMMON = {"temperature": optimum.TEMPERATURE, "total_steps": 2, "rollout_batch_size": 32}
@@ -92,9 +92,10 @@ def test_the_critic_starts_from_the_policy(task, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--precompute_ref", "--no-precompute_ref"])
-def test_pairs_are_held_near_the_start(task, tmp_path, flag):
-    """Catches the same mistakes in DPO, with log-probs computed before training or in each step, and a file of
-    log-probs that is reused for another adapter."""
+def test_pairs_are_held_near_the_start(task, tmp_path, flag, monkeypatch):
+    """Catches the same mistakes in DPO, with log-probs computed before training or in each step; a file of log-probs
+    that is reused for another adapter; and a second model in memory where the base serves, or a second adapter that
+    nobody reads."""
     root, start, merged = task
     letters = optimum.LETTERS
     pairs = [{"prompt": "bca", "chosen": letters[i], "rejected": letters[3 * i % 8] * (i % 3)} for i in range(8)]
@@ -107,9 +108,16 @@ def test_pairs_are_held_near_the_start(task, tmp_path, flag):
         assert result.code == 0, result.stderr
         return tiny.read_lines(tmp_path / name / "metrics.jsonl")
 
+    loaded, copied, load, choose = [], [], train_dpo.load_frozen, train_dpo.choose_lora
+    monkeypatch.setattr(train_dpo, "load_frozen", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    monkeypatch.setattr(train_dpo, "choose_lora", lambda *a, **k: copied.append(choose(*a, **k)) or copied[-1])
     lines = train("own")
     assert lines[0]["rewards/chosen"] == lines[0]["rewards/rejected"] == 0 and lines[2]["rewards/margins"] > 1e-6
     agree(lines, train("merged", "--ref_checkpoint_path", merged))
+    lines = train("base", "--ref_checkpoint_path", root / "ref")  # which means the base without the adapter
+    assert loaded == [merged] and abs(lines[0]["rewards/chosen"]) > 1e-3
+    agree(lines, train("copy", "--ref_checkpoint_path", shutil.copytree(root / "ref", tmp_path / "ref")))
+    assert [lora.with_reference for lora in copied] == [flag == "--no-precompute_ref", False, False, False]
     if flag == "--precompute_ref":
         other = shutil.copytree(start, tmp_path / "twice")
         weights = other / "adapter_model.safetensors"

@@ -64,7 +64,7 @@ class CheckpointWriter:
         self.finish()
         path = self.output_dir / "checkpoints" / f"step-{step:06d}"
         for left_over in path.parent.glob(".step-*.partial") if is_main_rank() else ():  # of a run killed while saving
-            shutil.rmtree(left_over)
+            _remove(left_over)
         if dist.is_initialized():
             dist.barrier()
         state = _state(self.model, self.optimizer)
@@ -98,7 +98,14 @@ class CheckpointWriter:
         kept = present[: present.index(path) + 1][-self.limit :]
         for other in present:
             if other not in kept:
-                shutil.rmtree(other)
+                _remove(other)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, which a user may be removing, too; one that cannot be removed does not end the run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        say(f"{folder}: cannot be removed, at least not yet")
 
 
 def _reason(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """training/run_dir.py and training/checkpoints.py: checks, records and checkpoints of a run, and refused resumes."""
 
+import errno
 import json
 import math
 import os
@@ -421,6 +422,29 @@ def test_checkpoint_limit(tmp_path):
     assert load_newest_checkpoint(tmp_path, model, optimizer) == 1_000_000
     save(tmp_path, 7, model, optimizer, limit=1)  # resumed from an earlier one
     assert names(tmp_path) == ["step-000007"]
+
+
+def test_old_folders_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    """Catches a run that ends because a user removes an old checkpoint at the same moment, or because a file of it, or of
+    a save that was killed, cannot be removed: on an NFS, say, while another process has it open."""
+    model, optimizer = trained(1)
+    save(tmp_path, 1, model, optimizer, limit=1)
+    (tmp_path / "checkpoints/.step-000002.partial").mkdir()
+
+    def remove(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove)
+        save(tmp_path, 3, model, optimizer, limit=1)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{tmp_path}/checkpoints/{x}: cannot be removed, at least not yet"
+        for x in (".step-000002.partial", "step-000001")
+    ]
+    save(tmp_path, 4, model, optimizer, limit=1)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000004"]
 
 
 def damage(path, how):

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from tests.training.optimum import write_letters
 from tests.training.test_ppo_optimum import LETTERS, SETTINGS, train, write_task
-from training import train_ppo
+from training import divergence, train_ppo
 from training.losses import adapted_kl_coef
 
 ONCE = {"total_steps": 1, "ppo_epochs": 1, "rollout_batch_size": 64, "learning_rate": 0, "value_learning_rate": 0}
@@ -42,31 +43,89 @@ def test_tis_cap(shift, cap, weight, root, monkeypatch):
     assert line["objective/rlhf_reward"] == pytest.approx(plain["objective/rlhf_reward"], abs=1e-6)
 
 
-def test_dual_clip(root, monkeypatch):
-    """Catches a bound that does not reach the loss, or that also holds for positive advantages: steps are so long that
-    bad tokens become several times as likely, with and without the flag."""
-    seen, real = [], train_ppo.ppo_policy_loss
+def spy(patch, name, seen):
+    """Makes a loss of train_ppo.py append its three tensors and its losses to `seen`, at the tokens of answers."""
+    real = getattr(train_ppo, name)
 
-    def ppo_policy_loss(logps, old_logps, advantages, **more):
-        losses, stats = real(logps, old_logps, advantages, **more)
-        tokens = advantages != 0  # 0 outside the answers
-        seen.append(torch.stack((advantages, losses.detach(), stats.ratio))[:, tokens])
+    def loss(*tensors, **more):
+        losses, stats = real(*tensors, **more)
+        tokens = tensors[2] != 0  # advantages and returns are 0 outside the answers
+        seen.append(torch.stack((*tensors, losses)).detach()[:, tokens])
         return losses, stats
 
-    monkeypatch.setattr(train_ppo, "ppo_policy_loss", ppo_policy_loss)
+    patch.setattr(train_ppo, name, loss)
+
+
+def test_clipped_losses(root, monkeypatch):
+    """Catches a range or bound that does not reach the loss, a bound that also holds for positive advantages, and a
+    metric under another one's name: steps are so long that bad tokens become several times as likely, with and without
+    the bound."""
+    seen, seen_values = [], []
+    spy(monkeypatch, "ppo_policy_loss", seen)
+    spy(monkeypatch, "ppo_value_loss", seen_values)
     long = {"total_steps": 1, "ppo_epochs": 2, "rollout_batch_size": 64, "minibatch_size": 8, "learning_rate": 0.03}
+    long |= {"cliprange": 0.4, "cliprange_value": 0.1, "lr_schedule": "constant", "warmup_ratio": 0}
     weights = []
     for more in ({}, {"dual_clip": 1.5}):
         seen.clear()
-        [line] = train(root, root / f"out{len(weights)}", **long, lr_schedule="constant", warmup_ratio=0, **more)
-        advantages, losses, ratios = torch.cat(seen, dim=1)
-        beyond = (advantages < 0) & (ratios > 1.6)
+        seen_values.clear()
+        [line] = train(root, root / f"out{len(weights)}", **long, **more)
+        logps, old_logps, advantages, losses = torch.cat(seen, dim=1)
+        ratios = (logps - old_logps).exp()
+        plain, clipped = -advantages * ratios, -advantages * ratios.clamp(0.6, 1.4)
+        wanted, beyond = torch.maximum(plain, clipped), (advantages < 0) & (ratios > 1.6)
         assert beyond.sum() > 5
-        wanted = torch.where(beyond, -advantages * (1.5 if more else ratios), losses)
+        if more:
+            wanted = torch.where(advantages < 0, torch.minimum(wanted, -1.5 * advantages), wanted)
         torch.testing.assert_close(losses, wanted)
-        assert line["loss/policy_avg"] == pytest.approx(losses.mean().item(), rel=1e-4)
+        values, old_values, returns, _ = torch.cat(seen_values, dim=1)
+        held = values.clamp(old_values - 0.1, old_values + 0.1)
+        errors, held_errors = (values - returns).square(), (held - returns).square()
+        metrics = {
+            "loss/policy_avg": wanted,
+            "policy/clipfrac_avg": (clipped > plain).float(),
+            "policy/approxkl_avg": 0.5 * (logps - old_logps).square(),
+            "val/ratio": ratios,
+            "loss/value_avg": 0.5 * torch.maximum(errors, held_errors),
+            "val/clipfrac_avg": (held_errors > errors).float(),
+        }
+        for name, of_tokens in metrics.items():
+            assert line[name] == pytest.approx(of_tokens.mean().item(), rel=1e-4), name
+        assert line["val/ratio_var"] == pytest.approx(ratios.var(correction=0).item(), rel=1e-3)
+        assert 0.05 < line["policy/clipfrac_avg"] < 0.95 and 0.05 < line["val/clipfrac_avg"] < 0.95
         weights.append(line["grad_norm"])
     assert weights[0] != weights[1]
+
+
+def test_returns_and_objectives(root, monkeypatch):
+    """Catches --gamma or --lam without effect or one for the other, a KL estimate with policy and reference swapped,
+    and a warning of the KL of an answer as if it were that of a token. Everything is recomputed, answer by answer, from
+    the log-probs, values and scores of two updates; the critic's values are 0 in the first."""
+    write_letters(root / "other", 1, head_scale=0.4)
+    seen, said, real = [], [], train_ppo.targets_of
+    monkeypatch.setattr(train_ppo, "targets_of", lambda rollout, *more: seen.append(rollout) or real(rollout, *more))
+    monkeypatch.setattr(divergence, "say", said.append)
+    run = ONCE | {"total_steps": 2, "value_learning_rate": 0.05, "ref_checkpoint_path": root / "other"}
+    gamma, lam, beta = 0.7, 0.4, SETTINGS["kl_coef"]
+    lines = train(root, root / "out", **run, gamma=gamma, lam=lam)
+    for line, rollout in zip(lines, seen, strict=True):
+        kls, k3s, entropies, errors = [], [], [], []
+        for i, mask in enumerate(rollout.mask):
+            logps, ref_logps, values = (t[i][mask].double() for t in (rollout.logps, rollout.ref_logps, rollout.values))
+            rewards = -beta * (logps - ref_logps)
+            rewards[-1] += rollout.scores.total[i]
+            deltas = rewards + gamma * torch.cat((values[1:], values.new_zeros(1))) - values
+            for t in range(len(deltas)):
+                errors.append(sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:].tolist())))
+            kls.append((logps - ref_logps).sum())
+            k3s.append((ref_logps.exp() / logps.exp() - 1 + logps - ref_logps).sum())
+            entropies.append(-logps.sum())
+        for name, found in (("kl", kls), ("k3", k3s), ("entropy", entropies)):
+            assert line[f"objective/{name}"] == pytest.approx(torch.stack(found).mean().item(), rel=1e-4), name
+        assert line["loss/value_avg"] == pytest.approx(torch.tensor(errors).square().mean().item() / 2, rel=1e-4)
+        assert 1 < line["objective/kl"] < line["completion_length"]
+    assert seen[1].values.abs().max() > 0.1
+    assert said and not any("KL of a token" in text for text in said)  # it does warn of the entropy
 
 
 def test_entropy_bonus(root):

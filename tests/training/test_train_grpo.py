@@ -1,6 +1,7 @@
 """training/train_grpo.py: the inputs of its steps, resampled groups, metrics, kills and resumes, refusals. What it
 learns is in test_grpo_optimum.py, its losses in test_losses_grpo.py, several ranks in test_parallel_grpo.py."""
 
+import math
 import os
 import shutil
 import signal
@@ -150,6 +151,23 @@ def test_kl_in_the_reward(world, tmp_path, seen):
     assert line["reward"] == pytest.approx(sampled.rewards.mean().item())
 
 
+def test_tis_cap(world, tmp_path, monkeypatch):
+    """Catches --tis_cap without effect, and engine and trainer swapped in the weight: an engine off by one nat on every
+    token scales the gradient by min(e, cap) or 1 / e."""
+    [plain] = grpo(world, tmp_path / "plain", total_steps=1)
+    real = train_grpo.as_rows
+    for shift, weight in ((-1, 2), (1, math.exp(-1))):
+
+        def as_rows(*args, shift=shift):
+            rows, mask, engine_logps = real(*args)
+            return rows, mask, engine_logps + shift * mask
+
+        monkeypatch.setattr(train_grpo, "as_rows", as_rows)
+        [line] = grpo(world, tmp_path / str(shift), total_steps=1, tis_cap=2)
+        assert line["sampling/sampling_logp_difference/mean"] == pytest.approx(1, abs=1e-4)
+        assert line["grad_norm"] == pytest.approx(weight * plain["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches(loss_type, world, tmp_path):
     """Catches a mean of micro-batches, for every loss type: weights must be those of whole steps."""
@@ -188,7 +206,8 @@ def test_equal_rewards_move_nothing(scale, world, tmp_path):
 
 def test_resamples(world, tmp_path, seen, monkeypatch):
     """Catches training on groups without a spread while others could be drawn, prompts that are skipped or taken twice,
-    answers to one prompt that do not share its prefill, and resampling that never ends."""
+    answers to one prompt that do not share its prefill, resampling that never ends, and a count of resampled groups
+    that has the first ones too."""
     shared, real = [], samples.shared_work
     monkeypatch.setattr(samples, "shared_work", lambda name, sizes, dp: shared.extend(sizes) or real(name, sizes, dp))
     more = {"reward_fn": f"{world / 'fn.py'}:some_same", "max_resamples": 4, "total_steps": 3, "beta": 0}
@@ -202,6 +221,7 @@ def test_resamples(world, tmp_path, seen, monkeypatch):
         assert (found.advantages.view(3, 4).abs().sum(1) > 0).sum() == 3 - missing[-1]
         taken += [prompt.fields["bonus"] for part in sampled for prompt in part.prompts[::4]]
         assert line["frac_reward_zero_std"] == pytest.approx(torch.cat(alike).double().mean().item())
+        assert line["num_resampled_groups"] == sum(len(part.prompts) for part in sampled) / 4 - 3
     wanted = [i for epoch in range(9) for i in epoch_order(6, seed=0, epoch=epoch, shuffle=True)]
     assert taken == wanted[: len(taken)]
     assert sum(shared) == 4 * len(taken) and not any(size % 4 for size in shared)

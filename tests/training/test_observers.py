@@ -1,5 +1,5 @@
 """Observing a run does not change it: each trainer ends with bitwise equal weights whether or not it saves, evaluates,
-exports, draws samples and reports to a dashboard in every step."""
+exports, draws samples and reports to a dashboard in every step, and wherever it caches tokens."""
 
 import shutil
 import sys
@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models import rows
 from tests import tiny
-from training import run_dir
+from training import data, run_dir
 
 REWARDS = "def reward(prompts, completions, examples):\n    return [len(c.split()) / 3 for c in completions]\n"
 LEAN = ["--param_dtype", "bfloat16", "--optim", "adamw_8bit"]
@@ -51,31 +52,44 @@ def board(monkeypatch):
     monkeypatch.setattr(run_dir, "check_installed", lambda _: None)
 
 
+def draws(name):
+    """Whether the run samples its own answers, and so has no tokens to cache."""
+    return "--rollout_batch_size" in RUNS[name][1]
+
+
 def train(world, name, out, *more):
     script, flags = RUNS[name]
     given = ["--checkpoint_path", world / "lm", "--output_dir", out, "--learning_rate", 1e-2, "--warmup_ratio", 0]
-    data = "prompt_file" if "--rollout_batch_size" in flags else "train_file"
-    given += [f"--{data}", world / "records.jsonl", "--lr_schedule", "constant"]
-    given += ["--reward_fn", f"{world / 'fn.py'}:reward"] * (data == "prompt_file")
+    kind = "prompt_file" if draws(name) else "train_file"
+    given += [f"--{kind}", world / "records.jsonl", "--lr_schedule", "constant"]
+    given += ["--reward_fn", f"{world / 'fn.py'}:reward"] * draws(name)
     if "--eval_steps" in more:
-        given += [f"--eval_{data.removeprefix('train_')}", world / "records.jsonl"]
+        given += [f"--eval_{kind.removeprefix('train_')}", world / "records.jsonl"]
         given += ["--eval_max_new_tokens", 4] * (script in ("finetune_sft", "train_dpo"))
     result = tiny.run(f"training/{script}.py", *given, *flags, *more)
     assert result.code == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_observers_do_not_write(name, world, tmp_path):
+def test_observers_do_not_write(name, world, tmp_path, monkeypatch):
     """Catches a save that steps an optimizer which has not stepped yet (as torch's get_state_dict does), an evaluation
-    that uses up the run's random numbers, an export that changes weights, and a resume that differs after any of
-    them."""
-    train(world, name, tmp_path / "quiet", *QUIET)
-    train(world, name, tmp_path / "watched", *WATCHED)
+    that uses up the run's random numbers, an export that changes weights, a resume that differs after any of them, and
+    a --data_cache that does not reach the tokens, or is not off."""
+    monkeypatch.setattr(rows, "BIG_FILE", 1)
+    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    off, given = ([], []) if draws(name) else (["--data_cache", "off"], ["--data_cache", tmp_path / "given"])
+    cached = lambda: {each: any((tmp_path / each).glob("*")) for each in ("off", "given", "home")}  # noqa: E731
+    train(world, name, tmp_path / "quiet", *QUIET, *off)
+    assert cached() == {"off": False, "given": False, "home": False}
+    train(world, name, tmp_path / "watched", *WATCHED, *given)
+    assert cached() == {"off": False, "given": bool(given), "home": False}
     (tmp_path / "resumed/checkpoints").mkdir(parents=True)
     shutil.copyfile(tmp_path / "watched/args.json", tmp_path / "resumed/args.json")
     first = "checkpoints/step-000001"
     shutil.copytree(tmp_path / "watched" / first, tmp_path / "resumed" / first)
     train(world, name, tmp_path / "resumed", *QUIET, "--resume")
+    assert cached() == {"off": False, "given": bool(given), "home": bool(given)}
     parts = ["model.safetensors", *(["critic/model.safetensors"] if "ppo" in name else [])]
     start = load_file(world / "lm/model.safetensors")
     for part in parts:

@@ -18,6 +18,7 @@ import torch
 
 from inference import chat as script
 from inference.chat import Shown
+from models.scheduler import Scheduler
 from models.tokenizer import Tokenizer
 from tests import tiny
 
@@ -57,12 +58,22 @@ def expected_answer(folder, messages, num_tokens):
     return tokenizer.decode_continuation(ids, said)
 
 
-def test_a_conversation_remembers_and_commands_forget(chat_folder):
+def test_a_conversation_remembers_and_commands_forget(chat_folder, monkeypatch):
     """Catches a history that loses a turn or the system message; a /reset that keeps a turn; a /system that keeps the
-    old message or the conversation; and an empty line or an unknown command that goes to the model or ends the chat."""
+    old message or the conversation; an empty line or an unknown command that goes to the model or ends the chat; and
+    --prefill_tokens without effect."""
+    sizes, next_prefill = [], Scheduler.next_prefill
+
+    def measured(self):
+        batch = next_prefill(self)
+        sizes.append(len(batch.ids))
+        return batch
+
+    monkeypatch.setattr(Scheduler, "next_prefill", measured)
     said = ["1 plus 2", "and 3?", "/reset", "and 3?", "", "  ", "/help", "/clear", "/system It is", "and 3?", "/system"]
-    result, answers = chat(chat_folder, *said, "and 3?", system="The answer is", max_new_tokens=9)
-    assert result.code == 0 and not result.stderr.count("Traceback")
+    flags = {"system": "The answer is", "max_new_tokens": 9, "prefill_tokens": 5}
+    result, answers = chat(chat_folder, *said, "and 3?", **flags)
+    assert result.code == 0 and not result.stderr.count("Traceback") and max(sizes) == 5
     said = [answer.removesuffix(CUT) for answer in answers]
     opening = [{"role": "system", "content": "The answer is"}]
     first = [*opening, {"role": "user", "content": "1 plus 2"}]

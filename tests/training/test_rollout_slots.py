@@ -33,12 +33,14 @@ def engine_of(folder, pages, monkeypatch, **flags):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
     options = {"max_seq_len": LONGEST, "dp_size": 1, "runtime": ON_GPU}
     engine = rollouts.make_engine(policy, open_folder(folder, None), args, **options)
+    assert engine.scheduler.prefill_tokens == 64
     return engine.num_slots, engine.pool.num_pages
 
 
 def test_slots_are_what_memory_holds(folder, monkeypatch):
     """Catches more slots than answers or than pages for them, a cache that takes the memory of gradients and
-    activations without releasing it, requested slots that are reduced, and memory too small for one answer."""
+    activations without releasing it, requested slots that are reduced, memory too small for one answer, and
+    --prefill_tokens that do not reach the engine."""
     need = pages_for(LONGEST)
     assert engine_of(folder, 1000, monkeypatch, sleep=1) == (ANSWERS, ANSWERS * need)
     assert engine_of(folder, 5 * need, monkeypatch, sleep=1) == (5, 5 * need)

@@ -1,0 +1,42 @@
+"""The closing cards of inference/generate.py and score.py: their speeds are counted tokens over the seconds of a
+patched clock, so that no time is measured."""
+
+import itertools
+import re
+from types import SimpleNamespace
+
+from inference import score
+from models import generation
+from models.tokenizer import Tokenizer
+from tests import tiny
+from tests.inference.test_generate import generate, lines_of
+from tests.inference.test_score import rm  # noqa: F401 (a fixture)
+
+
+def test_speeds_of_generate(folder, monkeypatch):
+    """Catches tokens counted other than once, a time in place of a rate, and --prefill_tokens that does not reach the
+    engine: each prefill and each decode step takes one second."""
+    clock = itertools.count()
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    flags = ("--prompt", "12 plus 17 is", "--num_samples", 4, "--batch_size", 4, "--prefill_tokens", 3)
+    result = generate(folder, *flags, new=9)
+    lines = lines_of(result)
+    drawn = [line["num_tokens"] + (line["finish_reason"] == "stop") for line in lines]
+    steps = max(drawn) - 1  # the prefill draws the first tokens
+    num_prompt_tokens = len(Tokenizer(folder).encode("12 plus 17 is"))
+    assert num_prompt_tokens % 3 and num_prompt_tokens > 3
+    found = re.search(r"decoding +([\d.]+) tok/s, 1000.00 ms a step of 4 slots\n", result.stderr)
+    assert found[1] == f"{sum(count - 1 for count in drawn) / steps:.1f}"
+    found = re.search(r"prefill +([\d.]+) tok/s\n", result.stderr)
+    assert found[1] == f"{num_prompt_tokens / -(-num_prompt_tokens // 3):.1f}"
+
+
+def test_speed_of_score(rm, tmp_path, monkeypatch):
+    """Catches seconds over tokens, and padding or the tokens of other records in the speed."""
+    monkeypatch.setattr(score, "Stopwatch", lambda device: SimpleNamespace(lap=lambda: 8.0))
+    records = [{"prompt": f"{i} plus", "completion": " so" * i} for i in range(9)]
+    data, tokenizer = tiny.write_records(tmp_path / "data.jsonl", records), Tokenizer(rm)
+    flags = ("--checkpoint_path", rm, "--data_file", data, "--output_file", tmp_path / "out.jsonl")
+    result = tiny.run("inference/score.py", *flags)
+    num_tokens = sum(len(tokenizer.encode(each["prompt"] + each["completion"])) + 1 for each in records)  # EOS
+    assert re.search(r"speed +([\d.]+) tok/s\n", result.stdout)[1] == f"{num_tokens / 8:.1f}", result

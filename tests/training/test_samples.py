@@ -61,8 +61,9 @@ def test_samples_are_those_of_the_current_weights(files, tmp_path, tied):
 
 
 def test_training_does_not_notice(folder, files, tmp_path):
-    """Catches samples that use a global random state, change a weight, or leave FSDP with stale gathered weights."""
-    states = []
+    """Catches samples that use a global random state, change a weight, or leave FSDP with stale gathered weights, and
+    an --eval_temperature without effect."""
+    states, drawn = [], []
     for name, count in (("none", 0), ("greedy", 2), ("sampled", 3)):
         torch.manual_seed(0)
         finetune(folder, files, tmp_path / name, "--num_eval_samples", count, "--eval_temperature", count // 3)
@@ -75,6 +76,10 @@ def test_training_does_not_notice(folder, files, tmp_path):
         weights = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
         assert [line["loss"] for line in tiny.read_lines(tmp_path / name / "metrics.jsonl")] == metrics
+        lines = tiny.read_lines(tmp_path / name / "samples.jsonl")
+        drawn.append({(line["step"], line["prompt"]): line["output"] for line in lines})
+    greedy, sampled = drawn
+    assert len(greedy) == 4 and all(sampled[which] != output for which, output in greedy.items())
 
 
 def test_resume_drops_what_follows_the_checkpoint(folder, files, tmp_path):

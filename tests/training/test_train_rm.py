@@ -387,12 +387,17 @@ def test_one_pad_token(kind, tmp_path):
             torch.testing.assert_close(model(**batch).logits[:, 0], scores, rtol=0, atol=1e-4)
 
 
-def test_statistics_of_the_training_set(folder, files, tmp_path):
-    """Catches reward_mean and reward_std missing if there is no evaluation."""
+@pytest.mark.parametrize("most", [4, 2048])
+def test_statistics_of_the_training_set(most, folder, files, tmp_path, monkeypatch):
+    """Catches reward_mean and reward_std missing if there is no evaluation, and those of a large file's first records,
+    or of all: with most = 4, a step's random records (those of the first step) are enough."""
+    monkeypatch.setattr(train_rm, "MOST_STATISTICS", most)
     train(folder, files["pairwise"], tmp_path / "out", batch_size=4)
-    model = opened(tmp_path / "out").eval()
+    model, records = opened(tmp_path / "out").eval(), judged(folder, "pairwise")
+    _, chosen = next(training_batches(11, min(most, 11), seed=0, shuffle=True, first_step=1, last_step=1))
+    assert len(chosen) == min(most, 11) and chosen != sorted(chosen)
     with torch.no_grad():
-        scores = torch.cat([record.scores(model) for record in judged(folder, "pairwise")])
+        scores = torch.cat([records[i].scores(model) for i in chosen])
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["reward_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert config["reward_std"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)

@@ -1,6 +1,7 @@
 """models/memory.py: how many rows and pages fit into memory."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from models.sampling import SamplingParams
 
 def test_rows_and_pages_fit(folder, monkeypatch):
     """Catches wrong bytes per page, more rows than the pages can serve or than there are requests, a cache that exceeds
-    memory or cannot hold its longest sequence, memory reserved for more prompt tokens than rows can have, and a model
-    refused because its whole context, which no request must have, would take too much memory to gather."""
+    memory or cannot hold its longest sequence, memory reserved for more prompt tokens than rows can have, a model
+    refused because its whole context, which no request must have, would take too much memory to gather, and another
+    limit of rows on a GPU than the 256 of generate.py's help."""
     model = to_inference(load_model(folder), pack=False)
     of_page = page_bytes(model)
     for dtype in (torch.bfloat16, torch.float32):
@@ -54,5 +56,9 @@ def test_rows_and_pages_fit(folder, monkeypatch):
     assert plan_cache(model, prefill_tokens=10**12, **few)[:3] == plan_cache(model, prefill_tokens=8, **few)[:3]
     with pytest.raises(ValueError, match=r"beside \d.*--prefill_tokens"):
         plan_cache(model, prefill_tokens=10**12, **{**few, "known_tokens": 10**12})
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    on_gpu = SimpleNamespace(embed_tokens=on_gpu, config=config, dtype=model.dtype, parallel=model.parallel)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
+    assert plan_cache(on_gpu, prefill_tokens=8, **{**few, "num_requests": 1000}).num_slots == 256
     monkeypatch.undo()
     assert 2**20 < memory.free_memory(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,16 +225,18 @@ def test_exports_of_steps(tied_folder, train_file, tmp_path):
 
 def test_saved_by_the_clock(folder, train_file, tmp_path, monkeypatch):
     """Catches a run that is lost entirely because --save_steps was not given, and one that saves although --save_steps
-    is 0."""
+    is 0; and a checkpoint sooner or later than 15 minutes after the last one."""
     saved = lambda out: sorted(path.name for path in out.glob("checkpoints/*"))  # noqa: E731
-    run = {"max_steps": 3, "batch_size": 4, "save_steps": None}
+    run = {"max_steps": 4, "batch_size": 4, "save_steps": None}
     finetune(folder, train_file, tmp_path / "a", **run)
-    assert saved(tmp_path / "a") == ["step-000003"]
+    assert saved(tmp_path / "a") == ["step-000004"]
     finetune(folder, train_file, tmp_path / "b", **run | {"save_steps": 0})
     assert not saved(tmp_path / "b")
-    monkeypatch.setattr(run_dir, "SAVE_SECONDS", 0)
+    ends, now, write = {1: 899, 2: 901, 3: 1800, 4: 1800}, [0], Metrics.write  # seconds after which the steps end
+    monkeypatch.setattr(Metrics, "write", lambda self, line: write(self, line) or now.append(ends[line["step"]]))
+    monkeypatch.setattr(run_dir, "time", SimpleNamespace(monotonic=lambda: now[-1]))
     finetune(folder, train_file, tmp_path / "c", **run, save_total_limit=5)
-    assert saved(tmp_path / "c") == ["step-000001", "step-000002", "step-000003"]
+    assert saved(tmp_path / "c") == ["step-000002", "step-000004"]
     assert_same_weights(tmp_path / "b", tmp_path / "c")
 
 

@@ -14,9 +14,23 @@ from tests import tiny
 
 RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.sh"))
 DATA = ("sft", "steps", "hard", "held_out", "chats", "chats.eval", "pairs", "pairs.eval")
+# logs its words, and writes the files that recipes look for: a --output_file, and the config.json of an --output_dir (or
+# another EXPORT, or none)
+PYTHON = r"""#!/bin/sh
+printf "%s\037" "$@" >>"$LOG"
+echo >>"$LOG"
+before=
+for word; do
+    case $before in
+        --output_file) touch "$word" ;;
+        --output_dir) mkdir -p "$word" && touch "$word/${EXPORT-config.json}" ;;
+    esac
+    before=$word
+done
+"""
 STUBS = {
-    "python": '#!/bin/sh\nprintf "%s\\037" "$@" >>"$LOG"\necho >>"$LOG"\n',
-    "srun": '#!/bin/sh\nshift\n"$@"\n[ -z "$EXPORT" ] || touch "$EXPORT"\n',
+    "python": PYTHON,
+    "srun": '#!/bin/sh\nshift\nexec "$@"\n',
     "scontrol": "#!/bin/sh\necho first\n",
 }
 
@@ -43,10 +57,8 @@ def test_commands(recipe, tmp_path, monkeypatch):
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     out.mkdir()
-    for part in ("train", "test"):
-        (out / f"{part}.jsonl").touch()
     places = (model, "train.jsonl", out) if recipe == "slurm.sh" else (tmp_path, model, out)
-    done, commands = run(recipe, tmp_path, *places, EXPORT=out / "config.json")
+    done, commands = run(recipe, tmp_path, *places)
     assert done.returncode == 0 and commands, done.stderr
     for words in commands:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -62,7 +74,7 @@ def test_commands(recipe, tmp_path, monkeypatch):
     assert done.returncode and "is missing" in done.stderr and not commands, done
     if recipe != "slurm.sh":  # before a model is fetched
         (tmp_path / "log").unlink()
-        done, commands = run(recipe, tmp_path / "model", tmp_path / "nowhere", tmp_path / "more")
+        done, commands = run(recipe, tmp_path / "model", tmp_path / "nowhere", tmp_path / "more", tmp_path / "other")
         assert not commands or not commands[0][0].endswith("download.py"), commands
 
 
@@ -72,8 +84,7 @@ def test_what_a_finished_job_leaves(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for export, code in (("adapter_config.json", 0), ("config.json", 0), ("", 1)):
-        where = {"EXPORT": out / export} if export else {}
-        done, _ = run("slurm.sh", tmp_path, tmp_path, "train.jsonl", f"{out}/", **where)
+        done, _ = run("slurm.sh", tmp_path, tmp_path, "train.jsonl", f"{out}/", EXPORT=export)
         assert done.returncode == code, (export, done.stderr)
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "config.json"]
 
@@ -100,8 +111,12 @@ def test_a_chat_template_from_another_folder(tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_scores_of_what_was_trained(recipe, tmp_path):
-    """Catches flags of score.py that the recipe's own reward model refuses, after hours of training."""
-    commands = run(recipe, tmp_path, tmp_path, tmp_path, tmp_path)[1]
+    """Catches flags of score.py that the recipe's own reward model refuses, after hours of training, and a recipe that
+    ends before it."""
+    done, commands = run(recipe, tmp_path, tmp_path, tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tiny.ROOT / "scripts/recipes" / recipe).read_text()
+    assert any("inference/score.py" in words for words in commands) == ("inference/score.py" in text)
     kinds = {}
     for words in commands:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))

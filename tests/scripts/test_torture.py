@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def tortured(tmp_path_factory):
 
 
 def test_a_round(tortured):
-    """Catches a kill that is not counted or not resumed, a table that differs from what happened, and a trainer or
-    generate.py whose results differ after a kill."""
+    """Catches a kill that is not counted or not resumed, a table that differs from what happened or lacks a job, and a
+    trainer or generate.py whose results differ after a kill."""
     out, printed = tortured
     text = (out / "torture.md").read_text()
     assert "All runs came out equal." in text and text in printed
@@ -33,11 +34,15 @@ def test_a_round(tortured):
     kills = re.findall(r"^kill (\d) of 4: (\w+) on 1, (\w+)$", printed, re.MULTILINE)
     assert [number for number, _, _ in kills] == ["1", "2", "3", "4"] and "4 SIGKILLs" in text
     head = next(line for line in text.splitlines() if line.startswith("| job")).strip("| ").split(" | ")
-    for cells in rows:
-        row = dict(zip(head, cells))
+    table = [dict(zip(head, cells, strict=True)) for cells in rows]
+    runs = Counter(re.findall(r"^(\w+)-1-\d: equal$", printed, re.MULTILINE))
+    assert runs and {row["job"]: int(row["runs"]) for row in table} == runs
+    for row in table:
         for phase in ("start", "step", "save", "export", "rollout"):
             assert int(row[f"in {phase}"] or 0) == sum(each[1:] == (row["job"], phase) for each in kills)
-        assert row["runs"] == row["equal"]
+        killed = sum(job == row["job"] for _, job, _ in kills)
+        assert int(row["resumed"]) == killed + int(row["full disk"] or 0)  # after each of them
+        assert (row["ranks"], row["on another layout"], row["equal"]) == ("1", "0", row["runs"])
 
 
 def test_differences_are_seen(tortured, tmp_path):

@@ -76,8 +76,11 @@ def equal(answer: str, gold: str) -> bool:
     ours, theirs = read(answer), read(gold)
     if _same(ours, theirs):
         return True
+    bare = [UNIT_OF_LETTERS.sub("", text) for text in (answer, gold)]
+    if (bare[0] == answer) != (bare[1] == gold) and _same(*map(read, bare)):
+        return True
     plain = _plain(answer)
-    if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(r"[<>=\\^_:]", plain):
+    if isinstance(ours, str) and isinstance(theirs, Scalar) and not re.search(NOT_THE_NUMBER, plain):
         numbers = [match[0] for match in NUMBER.finditer(plain)]  # a sentence around a number
         in_words = re.search(rf"[A-Za-z]{{2}}|[{OTHER_SCRIPTS}]", plain) is not None
         return len(numbers) == 1 and in_words and _same(read(numbers[0]), theirs)
@@ -108,6 +111,8 @@ def _same(a: object, b: object) -> bool:
         )
     if isinstance(a, Equation):
         x, y = a.difference, b.difference
+        if not any(x) or not any(y):  # 2 x = 2 x, true everywhere
+            return not any(x) and not any(y)
         return all(x) and all(y) and all(_close(p / x[0], q / y[0]) for p, q in zip(x, y))
     return a == b
 
@@ -168,7 +173,7 @@ REPLACED = (
     (r"[\u2212\u2013\u2014]", "-"),
     (r"\\(?:cdot|times|ast)(?![a-z])|[\u00d7\u00b7\u22c5]|(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
     (r"\\div(?![a-z])|\u00f7", "/"),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\[dtc](frac|binom)(?![a-z])", r"\\\1"),
     (
         r"\\(sin|cos|tan)\s*[({]?\s*(\d+)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0)\s*[)}]?",
         r"\\\1(\2\\pi/180)",
@@ -178,6 +183,8 @@ REPLACED = (
     (r"\\[lr]?vert(?![a-z])", "|"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|\u00b0|\u00ba", " degrees"),
     (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boldsymbol|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?<=\d)\s+an?\s+(?=[a-z]{3,}\s*$)", " per "),  # 12 a day
+    (r"\\mathbb\s*\{?\s*R\b\s*\}?(?!\s*[\^_])|\u211d(?!\s*[\^_])|\b[aA]ll real numbers\b", r"(-\\infty,\\infty)"),
     (r"\\%|\u066a", "%"),
     (r"\u03c0", r"\\pi "),
     (r"\u221e|\\infty(?![a-z])|\boo\b|\b[iI]nfinity\b", r"\\infty "),
@@ -210,6 +217,10 @@ NAME = re.compile(  # name of the quantity asked for: x, x_1, f(2), f^{-1}(x), |
 PROSE = re.compile(
     r"(?<![\\A-Za-z])(?!sqrt|log|sin|cos|tan|exp)[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}"
 )
+PARTS = ("half", "halves", "third", "thirds", "fourth", "fourths", "fifths", "tenths", "squared", "cubed", "factorial")
+NOT_THE_NUMBER = re.compile(  # a formula; 3 fourths; 3 and a half; at least 3
+    rf"[<>=\\^_:]|\d[\s-]+(?:and an? )?(?:{'|'.join(PARTS)})\b|\b(?:than|at least|at most|not)\b\W*\d", re.I
+)
 MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ALIKE = (  # one unit per line: those of at most two letters, and others that must not equal them
     "mm millimeter millimeters",
@@ -225,6 +236,8 @@ ALIKE = (  # one unit per line: those of at most two letters, and others that mu
     "kg kilogram kilograms",
     "lb lbs pound pounds",
     "oz ounce ounces",
+    "pt pint pints",
+    "qt quart quarts",
     "ml mL",
     "L l liter liters",
     "s sec second seconds",
@@ -238,6 +251,11 @@ ALIKE = (  # one unit per line: those of at most two letters, and others that mu
     "dollar dollars USD",
 )
 UNITS = {word: group for group in ALIKE for word in group.split()}
+UNIT_OF_LETTERS = re.compile(  # 10\text{ N} or 18^{\text{th}}; but not an i, e or d, nor "or"
+    r"(?<=[\d}])(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{\s*"
+    rf"(?!(?:[ied]|or|{'|'.join(UNITS)})\s*\}})[A-Za-z]{{1,2}}\s*\}}"
+    r"|\^\s*\{\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\})(?=\s*(?:[,;.)\]}]|$))"
+)
 
 
 def _compatible(text: str) -> str:
@@ -393,7 +411,7 @@ def _read_scalar(text: str) -> Scalar:
     percent = re.fullmatch(r"(.*[\d)}])\s*(?:%|percent\b|per cent\b).*", text, re.S)
     if percent:
         return Scalar(_read_scalar(percent[1]).values, percent=True)
-    text = re.sub(r"^([-+]?)\s*(?:[\u20ac\u00a3\u00a5\u20b9]|USD\s)", r"\1", text)
+    text = re.sub(r"^([-+]?)\s*(?:[\u20ac\u00a3\u00a5\u20b9]|USD\s|Rs\.?\s*(?=\d))", r"\1", text)
     text = re.sub(r"(?<=\d)\s*[\u20ac\u00a3\u00a5\u20b9]$", "", text)
     quantity = QUANTITY.fullmatch(text)
     if quantity:
@@ -402,7 +420,7 @@ def _read_scalar(text: str) -> Scalar:
         is_unit = all(known or (i and len(word) < 3) for i, (word, known) in enumerate(zip(words, known)))
         alone = len(words) == 1 or ("/" in quantity[3] and all(word in UNITS for word in words))  # m or m/s, not m x
         is_variable = len(words[0]) == 1 and (not alone or EXPRESSION.search(quantity[1]))
-        if is_unit and not is_variable and not set(words) & {*WORDS, "or", "and"}:
+        if is_unit and not is_variable and not set(words) & {*WORDS, *PARTS, "or", "and"}:
             power = MULTIPLES.get(words[0].lower(), 0)
             values = tuple(value * 10**power for value in _read_scalar(quantity[1]).values)
             return Scalar(values, unit=words[0] if words[0] in UNITS and len(words) == 1 else "")

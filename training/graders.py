@@ -5,8 +5,8 @@ r"""Verifiable rewards: functions (prompt, completion, example) -> number that c
 - the right answer is the record's `answer`, or else its `solution`, `label`, `gold` or `target`; in a worked solution,
   the marked answer (GSM8K's `#### 42`, MATH's `\boxed{}`). A list holds several right answers
 - only the text after `</think>` counts, if there is one. The answer is the last `\boxed{}` in it, else the text after
-  the last `####` (unless that is a heading), in the last `<answer>`, or after the last "answer is", else the last
-  number. If a text has boxes and all are unclosed or empty, there is no answer
+  the last `####` (unless that is a heading), in the last `<answer>`, which may mark its answer in these ways, or after
+  the last "answer is", else the last number. If a text has boxes and all are unclosed or empty, there is no answer
 - training/mathematics.py decides which answers are mathematically equal
 - worker processes import this file, so it imports neither torch nor anything else that is slow to import
 """
@@ -22,17 +22,28 @@ ANSWER_IS = re.compile(  # in English and Chinese
     r"|\u7b54\u6848\W{0,3}[\u662f\u4e3a\u70ba:\uff1a]",
     re.I,
 )
+# Behind "the answer is": words in front of the answer; how it was found; and what states none: "I hope it is correct".
+HOW = "(?:calculated|computed|obtained|found|given|expressed)"
+LEAD = re.compile(
+    r"(?:[\s,:]*(?:\b(?:therefore|thus|then|hence|clearly|obviously|indeed|simply|just|exactly|equal to|as follows|"
+    rf"the following)\b|\b{HOW}(?:\s+(?:as|by|to be)\b(?!\s+\w+ing\b)|\s*:)))+[\s,:]*",
+    re.I,
+)
+ITS_WAY = re.compile(rf"{HOW}\b", re.I)
+NO_ANSWER = re.compile(
+    r"(?:correct|right|verified|helpful|useful|clear|complete|below|above|based|depends|in\s+\w+$)\b(?!.*\d)", re.I
+)
 SENTENCE_END = re.compile(
-    r"[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|[\s(](?:because|since|as|so|which)\s"
+    r"(?<!\bRs)[.!?](?:\s|$)|\n|;|,\s+(?!and\b|or\b)(?=[a-z]{2})|[\s(](?:because|since|as|so|which)\s"
     r"|[\u3002\uff01\uff1b]|\uff0c(?=[\u2e80-\uffef])"
 )
 STATED_CHOICE = re.compile(  # "the correct option is (C)"; in "C is correct, not A": C
-    r"\b(?:correct|right|best)\s+(?:option|choice)\b[^.\n]{0,20}?(?:\bis|:)\W{0,6}([A-J])(?![\w'])"
-    r"|(?<![\w'])([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
+    r"\b(?:correct|right|best)\s+(?:option|choice)\b[^.\n]{0,20}?(?:\bis|:)\W{0,6}([A-J])(?!'?\w)"
+    r"|(?<!\w)(?<!\w')([A-J])\W{0,4}\s+is\s+(?:the\s+)?(?:correct|right|best)\b(?!\s*\?)",
     re.A,
 )
 SEVERAL_CHOICES = re.compile(  # "(A) and (B)", "A, B or C"; but not "B, I think" or "B, A is wrong"
-    r"\W*[A-J]\W*?(?:[,/&]|\band\b|\bor\b)\W*(?:(?:and|or)\W+)?[A-J](?![\w'])(?!(?<=[AI])\s+[a-z])(?!\s+is\b)", re.A
+    r"\W*[A-J]\W*?(?:[,/&]|\band\b|\bor\b)\W*(?:(?:and|or)\W+)?[A-J](?!'?\w)(?!(?<=[AI])\s+[a-z])(?!\s+is\b)", re.A
 )
 AND = re.compile(r"\s*[,;]?\s*(?:and|or)\s+(?:\w+\s*=\s*)?|\s*,\s*")  # between the formulas of a list
 MEASURE = re.compile(rf"\s*(?:\\?%|(?:percent|{'|'.join([*MULTIPLES, *UNITS])})(?![\w'^]))")
@@ -57,8 +68,10 @@ def math_answer(prompt: str, completion: str, example: dict) -> float:
     """Returns 1 if the final answer equals a right one mathematically."""
     text, golds = after_thinking(completion), gold_answers(example)  # a record without one raises for every answer
     answer = marked_answer(text)
-    answer = last_number_in(text) if answer is None else answer
-    return float(bool(answer) and any(equal(answer, gold) for gold in golds))
+    answers = [answer]
+    if answer is None or (NO_ANSWER.match(answer) and answer == _stated(text)):  # "18. I hope the answer is right"
+        answers.append(last_number_in(text))
+    return float(any(equal(each, gold) for each in answers if each for gold in golds))
 
 
 def last_number(prompt: str, completion: str, example: dict) -> float:
@@ -140,17 +153,30 @@ def marked_answer(text: str) -> str | None:
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
-    last = text.rpartition("####")[2].strip() if "####" in text else None
+    start, end, sign = text.rfind("<answer>"), text.rfind("</answer>"), text.rfind("####")
+    tagged = text[start + len("<answer>") : end].strip() if 0 <= start < end else None
+    if tagged is not None and (sign < 0 or start < sign < end):
+        return _within(tagged)
+    last = text[sign + len("####") :].strip() if sign >= 0 else None
     if last is not None and HEADING.match(last) is None:
         line = last.partition("\n")[0]
         return line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
-    start, end = text.rfind("<answer>"), text.rfind("</answer>")
-    if 0 <= start < end:
-        return text[start + len("<answer>") : end].strip()
+    return _stated(text) if tagged is None else _within(tagged)
+
+
+def _within(tagged: str) -> str:
+    """Returns the answer that the content of `<answer>` marks, or the whole content."""
+    answer = marked_answer(tagged)
+    return tagged if answer is None or NO_ANSWER.match(answer) else answer
+
+
+def _stated(text: str) -> str | None:
+    """Returns what a text states with "the answer is": rather a number than words, and rather the last."""
     ends = [match.end() for match in ANSWER_IS.finditer(text)][-10:]
-    clauses = [_clause(text[end : end + 500]) for end in ends]
-    with_number = [clause for clause in clauses if re.search(r"\d", clause)]  # skips "I hope the answer is right"
-    return (with_number or clauses or [None])[-1]
+    clauses = [clause for end in ends if not ITS_WAY.match(clause := _clause(text[end : end + 500]))]
+    stated = [clause for clause in clauses if NO_ANSWER.match(clause) is None]
+    with_number = [clause for clause in stated if re.search(r"\d", clause)]
+    return (with_number or stated or clauses or [None])[-1]
 
 
 def boxed_answer(text: str) -> str | None:
@@ -166,9 +192,11 @@ def boxed_answer(text: str) -> str | None:
 def _clause(text: str) -> str:
     """Returns the statement at the start of a text, without the rest of the sentence or line."""
     text = text.strip().lstrip("*_`: ")
+    if lead := LEAD.match(text):
+        text = text[lead.end() :].lstrip("*_`: ")
     formula, rest = _formula(text)
     if formula is None:
-        return SENTENCE_END.split(text)[0]
+        return SENTENCE_END.split(text)[0].rstrip("*_`")
     while listed := AND.match(rest):  # "$3$ and $4$", but not "$5$, and $x$ is odd"
         following, behind = _formula(rest[listed.end() :])
         if following is None or not re.search(r"\d", following):
@@ -203,7 +231,7 @@ def _letter_of_record(gold: str) -> str | None:
 def letter_of(answer: str) -> str | None:
     """Returns the letter that a marked answer begins with: "B", "(b)", "B. Paris"; None if there is none."""
     answer = _bare(answer)
-    match = re.match(r"([A-J])(?![\w'])(?!(?<=I)\s+[a-z])|([a-j])(?=[\s)\]}.*$]*$)", answer)
+    match = re.match(r"([A-J])(?!'?\w)(?!(?<=I)\s+[a-z])|([a-j])(?=[\s)\]}.*$'\"]*$|[).:\]]\s)", answer)
     return None if match is None else match[0].upper()
 
 
@@ -215,7 +243,11 @@ def last_letter_in(text: str) -> str | None:
     stated = [first or second for first, second in STATED_CHOICE.findall(text)]
     if stated:
         return stated[-1]
-    for pattern in (r"\(([A-J])\)", r"^[\s*]*([A-J])(?=[.):*]|\s*$)", r"(?<![\w'])([B-HJ]|[AI](?!\s+[a-z]))(?![\w'])"):
+    for pattern in (
+        r"\(([A-J])\)",
+        r"^[\s*]*([A-J])(?=[.):*]|\s*$)",
+        r"(?<!\w)(?<!\w')([B-HJ]|[AI](?!\s+[a-z]))(?!'?\w)",
+    ):
         # "C, not B" chooses C. re.A: B is by itself in \u7b54\u6848\u662fB
         letters = re.findall(rf"(?<!\bnot )(?<!\bnot \(){pattern}", text, re.M | re.A)
         if letters:

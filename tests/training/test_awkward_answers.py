@@ -133,12 +133,54 @@ WRONG = [
     (r"\mathbb{R} \setminus \{2\}", r"(-\infty,\infty)"),
     ("2x = 2x", "x = 3y"),
 ]
+STATED = [  # (whole text, gold, whether its answer is right)
+    ("So she makes $18. I hope the answer is correct.", "18", 1),
+    ("She makes 9 * 2 = $18 every day. I hope this answer is helpful!", "18", 1),
+    ("9*2 = 18\n\nThis answer is in dollars.", "18", 1),
+    ("9*2 = 18\n\nThis answer is in dollars.", "9", 0),
+    ("The answer is Friday. I hope this answer is helpful.", "Friday", 1),
+    ("Since 2 + 2 = 4, the answer is correct.", "correct", 1),
+    ("It is 18. No, that answer is wrong.", "18", 0),
+    ("I have 18. The answer is six.", "18", 0),
+    ("I have 18, so the answer is clear: 20", "18", 0),
+    (r"18? The answer is correct: \boxed{correct}", "18", 0),
+    ("The answer is calculated as 9*2 = 18.", "18", 1),
+    ("The answer is calculated as 9*2 = 18. That is for 2 days.", "18", 1),
+    ("The answer is found by multiplying 9 by 2, which equals 18.", "18", 1),
+    ("The answer is given in 18 parts. So it is 20.", "18", 0),
+    ("The answer is as follows:\n\n18", "18", 1),
+    (r"The answer is given by $9 \times 2 = 18$.", "18", 1),
+    (r"The answer is given by $9 \times 2 = 19$. Or 18", "18", 0),
+    (r"The answer is therefore $\frac{1}{2}$.", "0.5", 1),
+    (r"The answer is, clearly, $\frac{1}{2}$.", "0.5", 1),
+    (r"The final answer is thus: $\frac{1}{2}$", "0.5", 1),
+    (r"The answer is equal to $\frac{1}{2}$ of $x$.", "0.5", 1),
+    (r"The answer is therefore $\frac{1}{3}$.", "0.5", 0),
+    ("The answer is *18*.", "18", 1),
+    ("The answer is Rs. 450.", "450", 1),
+    ("The answer is Rs. 450.", "45", 0),
+    ("<answer>9*2=18\n#### 18</answer>", "18", 1),
+    ("<answer>9*2=18\n#### 17</answer>", "18", 0),
+    ("<answer>Answer: 18</answer>", "18", 1),
+    ("<answer>\nThe answer is: 18\n</answer>", "18", 1),
+    ("<answer>**Answer:** 18</answer>", "18", 1),
+    ("<answer>18. I hope this answer is right.</answer>", "18", 1),
+    ("#### 17\n<answer>18</answer>", "18", 0),
+    ("<answer>17</answer>\n#### 18", "18", 1),
+    ("#### Final answer\n<answer>Answer: 18</answer>", "18", 1),
+]
 
 
 @pytest.mark.parametrize(("answer", "gold", "verdict"), [(*p, 1.0) for p in RIGHT] + [(*p, 0.0) for p in WRONG])
 def test_forms(answer, gold, verdict):
     assert math_answer("", f"So \\boxed{{{answer}}}.", {"answer": gold}) == verdict
     assert math_answer("", f"So \\boxed{{{gold}}}.", {"answer": answer}) == verdict
+
+
+def test_what_is_stated():
+    """Catches an answer read from a sentence that says something about it, words in front of it that hide it, and the
+    content of <answer> that is not read like a text; and, through them, a wrong answer that becomes right."""
+    assert [each for each in STATED if math_answer("", each[0], {"answer": each[1]}) != each[2]] == []
 
 
 @pytest.mark.parametrize(
@@ -152,6 +194,10 @@ def test_forms(answer, gold, verdict):
         ("\u56e0\u6b64\u9009B\u3002", "B"),
         ("d", "D"),
         ("(d).", "D"),
+        ("The answer is 'C'", "C"),
+        ("I take 'C', since A's is wrong", "C"),
+        ("answer: c) a city", "C"),
+        ("I hope the answer is correct: (C)", "C"),
     ],
 )
 def test_choices(text, letter):

@@ -23,7 +23,7 @@ from torch import Tensor
 from models.checkpoint import hf_name
 from models.checksums import THREADS, WEIGHTS_KEY, tensor_digest, write_checksums
 from models.common import dtype_name, is_main_rank
-from models.files import COPIED_FILES, naming_file, read_json_object
+from models.files import COPIED_FILES, naming_file, read_json_object, sync
 
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
@@ -75,8 +75,8 @@ def save_folder(
             _write_switch(staging, config)
             for path in _files_in(staging):
                 shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
-                _sync(path)
-            _sync(staging)
+                sync(path)
+            sync(staging)
     except BaseException:  # also errors of the generator that gathers or quantises the tensors
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -175,11 +175,11 @@ def _publish(staging: Path, folder: Path) -> None:
         for name in (SWITCH_CONFIG, SWITCH_INDEX):
             (staging / name).unlink(missing_ok=True)
         os.rename(staging, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         return
     if (folder / "config.json").exists():
         os.replace(staging / SWITCH_CONFIG, folder / "config.json")
-        _sync(folder)
+        sync(folder)
     _take_names(folder)
 
 
@@ -198,9 +198,9 @@ def _take_names(folder: Path) -> None:
         target = folder / path.relative_to(staging)
         target.parent.mkdir(exist_ok=True)
         _link(path, target)
-    _sync(folder)
+    sync(folder)
     _link(staging / "config.json", folder / "config.json")
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(staging)
 
 
@@ -216,16 +216,5 @@ def _link(path: Path, target: Path) -> None:
         os.link(path, beside)
     except OSError:  # FAT and some network mounts have no hard links
         shutil.copyfile(path, beside)
-        _sync(beside)
+        sync(beside)
     os.replace(beside, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some network mounts cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)

@@ -42,11 +42,27 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file atomically, by a rename. Raises OSError that names the file if it cannot be written."""
+    """Writes a file atomically, by a rename, and synced: a power loss leaves the old content or the new. Raises OSError
+    that names the file if it cannot be written."""
     staging = path.with_name(f".{path.name}.partial")
     with naming_file(path):
         staging.write_bytes(content)
+        sync(staging)
         os.replace(staging, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Writes a file, or the names in a folder, through to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network mounts cannot sync a folder
+            raise
 
 
 def write_json(path: Path, value: object) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from models import export
 from models.checkpoint import WeightFiles, folder_config, load_model, stored_dtype
 from models.export import complete_export, save_folder
+from models.files import write_whole
 from models.fsdp import start_ranks
 from models.model import read_hf_config
 from tests import tiny
@@ -333,6 +334,15 @@ def test_without_hard_links(models, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
     save(tmp_path / "out", new, WHOLE)
     assert holds(tmp_path / "out", new) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_small_file_is_synced(tmp_path, monkeypatch):
+    """Catches an adapter that is empty after a power loss: renamed before its bytes are on the disk."""
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), replace(*paths)))
+    write_whole(tmp_path / "file", b"content")
+    assert events == [(tmp_path / "file").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
 def test_tensors_that_end_in_an_error(tmp_path, folder):

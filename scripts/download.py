@@ -31,8 +31,8 @@ from models.files import COPIED_FILES, TOOL_USE
 
 # Files that a folder needs beside its weights, by lower-case name; only from the top level of the repository.
 SMALL_FILES = ("config.json", *COPIED_FILES, "licen[cs]e*", "use_policy*", "notice*", "readme*")
-# In order of preference. If there are an index and a single file, only the index and its shards are fetched.
-WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+# In order of preference: a single file before an index, as models/checkpoint.py and transformers read a folder.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def small_files(names: Iterable[str]) -> list[str]:
@@ -68,13 +68,14 @@ def check_folder(folder: Path, names: Iterable[str]) -> None:
         raise ValueError(f"--output_dir {folder} is a file, not a folder; choose another one")
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if folder.exists() else set()
     present = {name for name in present if not name.startswith(".cache/")}
-    foreign = sorted(present - set(names))
-    if not foreign and present and not (folder / ".cache" / "huggingface").is_dir():
-        foreign = sorted(present)
+    if (folder / ".cache" / "huggingface").is_dir():
+        foreign, reason = sorted(present - set(names)), "is not in this revision of the repository"
+    else:
+        foreign, reason = sorted(present), "did not come from this repository"
     if foreign:
         raise ValueError(
-            f"--output_dir {folder} already holds {foreign[0]}, which did not come from this repository; "
-            "choose another --output_dir or remove the folder"
+            f"--output_dir {folder} already holds {foreign[0]}, which {reason}; choose another --output_dir or remove "
+            "the folder"
         )
 
 

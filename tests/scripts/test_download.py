@@ -225,7 +225,7 @@ def test_sharded_safetensors_without_copies(hub, tmp_path):
 @pytest.mark.parametrize(
     "weights, copies, revision",
     [
-        ({"model.safetensors": b"single"}, {"pytorch_model.bin": b"bin", "consolidated.safetensors": b"x"}, "main"),
+        ({"model.safetensors": b"single"}, {"pytorch_model.bin": b"bin", "model.safetensors.index.json": b"x"}, "main"),
         ({"pytorch_model.bin": b"only"}, {"tf_model.h5": b"h5", "pytorch_model.pth": b"x"}, COMMIT),
         (
             {
@@ -239,7 +239,8 @@ def test_sharded_safetensors_without_copies(hub, tmp_path):
     ],
 )
 def test_other_formats(hub, download, tmp_path, weights, copies, revision):
-    """Catches a missing .bin fallback, .bin files that are no weights, and an ignored --output_dir or --revision."""
+    """Catches a missing .bin fallback, .bin files that are no weights, shards where transformers reads the single file,
+    and an ignored --output_dir or --revision."""
     hub.repos["org/other"] = {**TEXTS, **weights, **copies}
     result = download(tmp_path, "org/other", "--output_dir", "there", "--revision", revision)
     assert result.returncode == 0, result.stderr
@@ -247,7 +248,8 @@ def test_other_formats(hub, download, tmp_path, weights, copies, revision):
 
 
 def test_resume(hub, download, tmp_path):
-    """Catches a download that starts over: files that arrived before a failure are kept, the others completed."""
+    """Catches a download that starts over: files that arrived before a failure are kept, the others completed; and a
+    file that has left the repository called one that never was in it."""
     large = "model-00001-of-00002.safetensors"
     hub.broken = {large}
     folder = tmp_path / "checkpoints/org/sharded"
@@ -268,6 +270,8 @@ def test_resume(hub, download, tmp_path):
     hub.fetched = []
     assert download(tmp_path, "org/sharded").returncode == 0
     assert hub.fetched == []
+    del hub.repos["org/sharded"]["LICENSE.txt"]
+    refused(download(tmp_path, "org/sharded"), "holds LICENSE.txt, which is not in this revision of the repository")
 
 
 def test_gated_and_token(hub, download, tmp_path):
@@ -337,7 +341,8 @@ def test_occupied_folder(hub, download, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("my own")
-    refused(download(tmp_path, "org/sharded", "--output_dir", "mine"), "mine", "config.json")
+    words = ("mine already holds config.json, which did not come from this repository",)
+    refused(download(tmp_path, "org/sharded", "--output_dir", "mine"), *words)
     (tmp_path / "file").write_text("x")
     refused(download(tmp_path, "org/sharded", "--output_dir", "file"), "file")
     assert landed(mine) == {"config.json": b"my own"}

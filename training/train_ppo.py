@@ -227,7 +227,7 @@ def main(args: PpoArgs) -> None:
         metrics = update_metrics(rollout, update, sums.means(split), args, seconds)
         metrics.update(learning_rate=learning_rate, grad_norm=grad_norm.item(), value_grad_norm=value_grad_norm.item())
         metrics.update(episode=first + args.rollout_batch_size, num_tokens=int(trained.num_tokens))
-        if args.kl_target is not None:
+        if args.kl_target is not None and step > args.critic_warmup_steps:  # before, the KL is 0
             kl, answers = metrics["objective/kl"], args.rollout_batch_size
             trained.kl_coef.fill_(adapted_kl_coef(update.kl_coef, kl, args.kl_target, answers, args.kl_horizon))
         finish(metrics)

@@ -161,13 +161,15 @@ def test_whiten_rewards(root, monkeypatch):
 
 
 def test_kl_target(root):
-    """Catches a controller with the wrong sign, another number of answers or the KL of tokens instead of answers, an
-    update weighted with the coefficient of the next one, and an evaluation weighted with that of the first."""
+    """Catches a controller with the wrong sign, another number of answers or the KL of tokens instead of answers, one
+    that adapts to the KL of 0 while only the critic learns, an update weighted with the coefficient of the next one,
+    and an evaluation weighted with that of the first."""
     evaluated = {"eval_prompt_file": root / "prompts.jsonl", "eval_steps": 3, "num_eval_samples": 0}
+    evaluated["critic_warmup_steps"] = 1
     start, *lines = train(root, root / "out", total_steps=6, kl_target=0.05, kl_horizon=2000, **evaluated)
     coefs, kls = ([line[key] for line in lines] for key in ("kl_coef", "objective/kl"))
-    assert coefs[0] == 0.5 and max(kls) > 0.06
-    for before, after, kl in zip(coefs, coefs[1:], kls):
+    assert coefs[:2] == [0.5, 0.5] and max(kls) > 0.06
+    for before, after, kl in zip(coefs[1:], coefs[2:], kls[1:]):
         assert after == pytest.approx(adapted_kl_coef(before, kl, 0.05, SETTINGS["rollout_batch_size"], 2000), rel=1e-6)
     for line in lines:
         wanted = line["objective/scores"] - line["kl_coef"] * line["objective/kl"]

@@ -425,8 +425,8 @@ def test_checkpoint_limit(tmp_path):
 
 
 def test_old_folders_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
-    """Catches a run that ends because a user removes an old checkpoint at the same moment, or because a file of it, or of
-    a save that was killed, cannot be removed: on an NFS, say, while another process has it open."""
+    """Catches a run that ends because a user removes an old checkpoint at the same moment, or because a file of it, or
+    of a save that was killed, cannot be removed: on an NFS, say, while another process has it open."""
     model, optimizer = trained(1)
     save(tmp_path, 1, model, optimizer, limit=1)
     (tmp_path / "checkpoints/.step-000002.partial").mkdir()

@@ -14,8 +14,8 @@ from tests import tiny
 
 RECIPES = sorted(path.name for path in (tiny.ROOT / "scripts/recipes").glob("*.sh"))
 DATA = ("sft", "steps", "hard", "held_out", "chats", "chats.eval", "pairs", "pairs.eval")
-# logs its words, and writes the files that recipes look for: a --output_file, and the config.json of an --output_dir, or
-# another EXPORT, or none
+# logs its words, and writes the files that recipes look for: a --output_file, and the config.json of an
+# --output_dir (or another EXPORT, or none)
 PYTHON = r"""#!/bin/sh
 printf "%s\037" "$@" >>"$LOG"
 echo >>"$LOG"

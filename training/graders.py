@@ -160,7 +160,8 @@ def marked_answer(text: str) -> str | None:
     last = text[sign + len("####") :].strip() if sign >= 0 else None
     if last is not None and HEADING.match(last) is None:
         line = last.partition("\n")[0]
-        return line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
+        stated = line[max((match.end() for match in ANSWER_IS.finditer(line)), default=0) :].strip()
+        return line.strip() if NO_ANSWER.match(stated) else stated
     return _stated(text) if tagged is None else _within(tagged)
 
 

@@ -166,6 +166,7 @@ STATED = [  # (whole text, gold, whether its answer is right)
     ("<answer>**Answer:** 18</answer>", "18", 1),
     ("<answer>18. I hope this answer is right.</answer>", "18", 1),
     ("#### 17\n<answer>18</answer>", "18", 0),
+    ("#### 18. I hope this answer is right.", "18", 1),
     ("<answer>17</answer>\n#### 18", "18", 1),
     ("#### Final answer\n<answer>Answer: 18</answer>", "18", 1),
 ]

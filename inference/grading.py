@@ -4,21 +4,34 @@
   is 0, and the line says why
 - lines are written in the order of the file, each as soon as it and all lines before it are graded
 - a sample passes if its grade is at least 1
+- a function gets a chat as the folder of the model that answered renders it, as in training; without a folder, the
+  contents of the messages
 """
 
 import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from inference.choosing import group_of
-from inference.lines import LineWriter, begin, lines_of
+from inference.lines import LineWriter, begin, begun_on, lines_of
 from models.chats import content_of, read_chat
 from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
 from models.record_files import kind_of
-from models.records import Record, get_answer, naming, read_records, require, stated_prompt
+from models.records import (
+    Record,
+    encode_prompt,
+    get_answer,
+    get_prompt,
+    naming,
+    read_records,
+    require,
+    stated_prompt,
+)
 from models.reward import pass_at_k
+from models.tokenizer import Tokenizer, chat_day
 from models.workers import Pool, grade_of
 
 AHEAD = 4096  # most answers that are submitted to the workers and not yet written
@@ -27,10 +40,15 @@ AHEAD = 4096  # most answers that are submitted to the workers and not yet writt
 def grade_file(args) -> None:
     """Writes the records of --data_file with a `grade` from the function --grader, and prints a summary. args: the
     ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
+    tokenizer = None
+    if args.checkpoint_path is not None:
+        today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
+        args = replace(args, chat_date=today.isoformat())
+        tokenizer = Tokenizer(args.checkpoint_path, today)
     begun = begin(args.output_file, args)
     grader = undisturbed()(load_grader)("--grader", args.grader)
     records = read_records(args.data_file)
-    answers = [_answer_of(record) for record in records]
+    answers = [_answer_of(record, tokenizer) for record in records]
     groups, pass_at = [group_of(record.fields) for record in records], args.pass_at or []
     check_pass_at(pass_at, records, groups)
     lines = lines_of(records, args.output_file, ("grade",)) if args.resume else []
@@ -53,12 +71,15 @@ def grade_file(args) -> None:
     say(card("done", summary(lines, groups, pass_at)))
 
 
-def _answer_of(record: Record) -> tuple[str, str, dict]:
-    """Returns a grader's arguments: (prompt text, answer text, the record's fields). Messages become their contents."""
+def _answer_of(record: Record, tokenizer: Tokenizer | None) -> tuple[str, str, dict]:
+    """Returns a grader's arguments: (prompt text, answer text, the record's fields). Messages become their contents, a
+    prompt of messages what the tokenizer's chat template makes of it."""
     with naming(record):
         for name in ("grade", "grade_error"):
             require(name not in record.fields, f"has a field {name!r} already, which this run would add; rename it")
         prompt, answer = stated_prompt(record), get_answer(record, steps=False)
+        if isinstance(prompt, list) and tokenizer is not None:
+            prompt = tokenizer.decode(encode_prompt(get_prompt(record), tokenizer))
         texts = []
         for name, text in (("prompt", prompt), ("completion", answer)):
             if isinstance(text, list):

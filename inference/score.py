@@ -7,7 +7,7 @@ with their rewards out, in the same order.
 - windows of records are sorted by length, so that there is little padding, and written once they are scored; after a
   kill, --resume continues after the last whole line
 - --best_of_n and --weighted_vote choose one sample of each prompt after all samples are scored
-- --grader needs no model: inference/grading.py
+- --grader runs no model: inference/grading.py
 
     python inference/score.py --checkpoint_path RM --data_file samples.jsonl --output_file scored.jsonl
     python inference/score.py --checkpoint_path RM --data_file samples.jsonl --output_file best.jsonl --best_of_n
@@ -84,7 +84,8 @@ class ScoreArgs(ModelArgs, AdapterArgs, QuantizeArgs, TensorParallelArgs, Gradin
     grader: FunctionPlace | None = flag(
         None,
         help="FILE.py:NAME of a function (prompt, completion, example) -> number that grades the answers, in place of "
-        "--checkpoint_path; for instance training/graders.py:math_answer",
+        "a reward model; for instance training/graders.py:math_answer. Beside it, --checkpoint_path is the model that "
+        "answered, whose chat template renders the prompts",
     )
     pass_at: list[int] | None = flag(
         None,
@@ -230,9 +231,9 @@ def main(args: ScoreArgs) -> None:
 
 
 def check_source(args: ScoreArgs) -> None:
-    """Raises ValueError unless either a model or a function gives the scores, and only its own flags are set."""
-    if (args.checkpoint_path is None) == (args.grader is None):
-        raise ValueError("give either --checkpoint_path, a reward model, or --grader, a function")
+    """Raises ValueError unless a model or a function gives the scores, and only its own flags are set."""
+    if args.checkpoint_path is None and args.grader is None:
+        raise ValueError("give a --checkpoint_path, a reward model, or a --grader, a function")
     if args.grader is None and args.pass_at is not None:
         raise ValueError("--pass_at needs a --grader: a reward model's score is neither right nor wrong")
     if args.grader is None:
@@ -240,7 +241,7 @@ def check_source(args: ScoreArgs) -> None:
     else:
         scores = ("normalize", "aggregate", "best_of_n", "weighted_vote", "answer_fn", "adapter_path", "quantize")
         limits = ("group_size", "batch_size", "max_seq_len", "overlong")
-        refuse_idle(args, "beside a --grader, which gives grades and reads no model", *scores, *limits)
+        refuse_idle(args, "beside a --grader, which gives grades and runs no model", *scores, *limits)
 
 
 def check_flags(args: ScoreArgs) -> None:

@@ -101,7 +101,8 @@ def multiple_choice(prompt: str, completion: str, example: dict) -> float:
 
 def format_reward(prompt: str, completion: str, example: dict) -> float:
     r"""Returns 1 for `<think>...</think>` followed by the answer: one non-empty `<answer>...</answer>` and no more, or
-    text with a closed, non-empty `\boxed{}`. Each tag occurs once; `<think>` may be the end of the prompt."""
+    text with a closed, non-empty `\boxed{}`. Each tag occurs once; `<think>` may be the end of the prompt: score.py
+    sees it there with a --checkpoint_path, the folder of the model that answered."""
     text = completion.strip()
     if not text.startswith("<think>") and prompt.rstrip().endswith("<think>"):
         text = "<think>" + text

@@ -7,9 +7,12 @@ import time
 
 import pytest
 
+from models.checkpoint import open_folder
+from models.records import Limits
 from models.reward import pass_at_k
 from tests import tiny
 from tests.forked import Forked
+from training.prompts import load_prompts
 
 SCRIPT = "inference/score.py"
 MATH = tiny.ROOT / "training/graders.py:math_answer"
@@ -113,6 +116,28 @@ def test_failures_and_forms(file, tmp_path):
     assert [line["grade"] for line in tiny.read_lines(tmp_path / "batch.jsonl")] == [1, 4, 5, 4, 3]
 
 
+def test_prompts_are_those_of_training(tmp_path):
+    """Catches a chat that a function gets otherwise than in training, so that a thought which the template opens has no
+    beginning; and a text prompt that is rendered."""
+    folder, out = tmp_path / "lm", tmp_path / "out.jsonl"
+    tiny.write_model(folder)
+    tiny.write_tokenizer(folder, chat_template="{{ bos_token }}{{ messages[0].content }} assistant:<think>\n")
+    lines = [{"prompt": [{"role": "user", "content": "2+2?"}]}, {"prompt": "2+2? <think>\n"}, {"prompt": "2+2?"}]
+    lines = [{**line, "output": "so\n</think>\n\\boxed{4}", "finish_reason": "stop"} for line in lines]
+    data, opened = tiny.write_records(tmp_path / "data.jsonl", lines), open_folder(folder)
+    prompts, _ = load_prompts(data, opened.tokenizer, Limits(opened.config.vocab_size, 50))
+    (tmp_path / "g.py").write_text("def same(prompt, completion, example): return prompt == example['seen']")
+    seen = [{**line, "seen": prompt.text} for line, prompt in zip(lines, prompts)]
+    seen = tiny.write_records(tmp_path / "seen.jsonl", seen)
+    given, form = ("--checkpoint_path", folder), tiny.ROOT / "training/graders.py:format_reward"
+    result = grade(f"{tmp_path}/g.py:same", seen, out, *given)
+    assert result.code == 0 and [line["grade"] for line in tiny.read_lines(out)] == [1, 1, 1], result.stderr
+    for name, flags, wanted in (("with", given, [1, 1, 0]), ("without", (), [0, 1, 0])):
+        assert grade(form, data, tmp_path / name, *flags).code == 0
+        assert [line["grade"] for line in tiny.read_lines(tmp_path / name)] == wanted
+    assert grade(form, data, tmp_path / "with", *given, "--resume").code == 0
+
+
 def test_a_kill_then_resume(file, tmp_path):
     """Catches lines held back until the end, workers that outlive a killed run, and a resume with another grader."""
     records = [{"prompt": "ab", "completion": str(i)} for i in range(60)]
@@ -136,7 +161,7 @@ def test_a_kill_then_resume(file, tmp_path):
 GOOD = '{"prompt": "a", "completion": "b", "n": 1}\n'
 BAD = {  # name: (content of the data file, flags, what the message names)
     "no source": (GOOD, ("--grader", None), ("--checkpoint_path", "--grader")),
-    "two sources": (GOOD, ("--checkpoint_path", "rm"), ("give either --checkpoint_path",)),
+    "no folder": (GOOD, ("--checkpoint_path", "nowhere"), ("nowhere",)),
     "best of n": (GOOD, ("--best_of_n",), ("--best_of_n does nothing beside a --grader",)),
     "quantize": (GOOD, ("--quantize", "int8"), ("--quantize int8 does nothing beside a --grader",)),
     "overlong": (GOOD, ("--overlong", "skip"), ("--overlong skip does nothing beside a --grader",)),

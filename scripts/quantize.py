@@ -24,9 +24,9 @@ from models.adapters import AdapterArgs, weight_files
 from models.calibration import Cost, Rows, quantize_blocks
 from models.checkpoint import Folder, ModelArgs, WeightFiles, folder_config, has_score_head, open_folder, stored_dtype
 from models.checksums import check_weights
-from models.common import at_least_one, card, choose_runtime, flag, run_script, say
+from models.common import at_least_one, card, choose_runtime, flag, refuse_idle, run_script, say
 from models.compressed import is_linear_weight, quantization_config
-from models.export import save_folder
+from models.export import STAGING, save_folder
 from models.model import ModelConfig, is_quantized, read_hf_config
 from models.pad_token import choose_pad_token, pad_changes
 from models.qlinear import GROUP_SIZES
@@ -73,8 +73,14 @@ def main(args: QuantizeScriptArgs) -> None:
         raise ValueError("--int8_layers is for --mode int4")
     if (method == "gptq") != (args.calibration_file is not None):
         raise ValueError("--method gptq and --calibration_file go together")
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        raise ValueError(f"--output_dir {args.output_dir}: exists; take another")
+    refuse_idle(args, "here, where each block runs a few times", "compile")
+    if args.calibration_file is None:
+        refuse_idle(args, "without a --calibration_file", "calibration_tokens")
+    if args.calibration_file is None and args.eval_file is None:
+        refuse_idle(args, "without a --calibration_file or an --eval_file", "max_seq_len")
+    out = args.output_dir
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {STAGING}):  # left by a kill
+        raise ValueError(f"--output_dir {out}: exists; take another")
     runtime = choose_runtime(args)
     folder = open_folder(args.checkpoint_path, frozen=True, today=chat_day(args.chat_date))
     if is_quantized(read_hf_config(args.checkpoint_path)[0]):

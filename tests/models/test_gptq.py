@@ -332,10 +332,10 @@ def test_cost_of_quantisation(toy, tmp_path):
     for method, bits, flags in (
         ("int8", 8, ["--mode", "int8"]),
         ("rtn", 4, ["--group_size", 128]),
-        ("gptq", 4, ["--group_size", 128, "--calibration_file", calibration]),
+        ("gptq", 4, ["--group_size", 128, "--calibration_file", calibration, "--calibration_tokens", 4096]),
     ):
         flags += ["--checkpoint_path", folder, "--output_dir", tmp_path / method, "--eval_file", held_out]
-        result = tiny.run("scripts/quantize.py", *flags, "--calibration_tokens", 4096, "--max_seq_len", 64)
+        result = tiny.run("scripts/quantize.py", *flags, "--max_seq_len", 64)
         assert result.code == 0, result.stderr
         [(rise, kl)] = re.findall(r"as written .*\(([-+.\d]+)%\), KL (\S+)", result.stdout)
         rises[method], divergences[method] = float(rise), float(kl)

@@ -4,12 +4,24 @@ from tests import tiny
 
 
 def test_a_quantised_folder(tmp_path):
-    """Catches a refusal to quantise a quantised folder again that speaks of training."""
+    """Catches a refusal to quantise a quantised folder again that speaks of training, one to repeat the command
+    after a kill, and flags without effect."""
     tiny.write_model(tmp_path / "model")
     flags = ("--mode", "int8", "--output_dir")
+    (tmp_path / "int8/.export.partial").mkdir(parents=True)  # of a run that was killed
     first = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "int8")
     assert first.code == 0, first
     again = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "int8", *flags, tmp_path / "again")
     tiny.assert_refused(again, f"{tmp_path / 'int8'}: its quantised weights are frozen, and cannot be quantised again")
     onto = tiny.run("scripts/quantize.py", "--checkpoint_path", tmp_path / "model", *flags, tmp_path / "model")
     tiny.assert_refused(onto, f"--output_dir {tmp_path / 'model'}: exists; take another\n")  # not "or remove it"
+    for given, complaint in (
+        (
+            ("--eval_file", "x", "--calibration_tokens", 9),
+            "--calibration_tokens 9 does nothing without a --calibration_",
+        ),
+        (("--max_seq_len", 64), "--max_seq_len 64 does nothing without a --calibration_file or an --eval_file"),
+        (("--compile",), "--compile does nothing here"),
+    ):
+        flags = ("--checkpoint_path", tmp_path / "model", "--output_dir", tmp_path / "idle", *given)
+        tiny.assert_refused(tiny.run("scripts/quantize.py", *flags), complaint)

@@ -59,8 +59,17 @@ class QuantizeArgs(GroupSizeArgs):
     )
 
 
-def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dtype: torch.dtype, tp_size: int) -> None:
-    """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or cannot run on this device."""
+def check_scheme(
+    scheme: Schemes,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    tp_size: int,
+    *,
+    is_stored: bool = False,
+) -> None:
+    """Raises ValueError if a model sharded over tp_size ranks cannot be quantised so, or cannot run on this device.
+    is_stored: a folder holds the model in this scheme."""
     if isinstance(scheme, Scheme) and scheme.mode == "fp8":
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
             raise ValueError("fp8 needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later; take int8 or int4")
@@ -73,6 +82,9 @@ def check_scheme(scheme: Schemes, config: ModelConfig, device: torch.device, dty
         if size % (parts * each.group_size):
             fitting = [group for group in GROUP_SIZES if all(n % (cut * group) == 0 for _, (_, n, cut) in grouped)]
             advice = f"groups of {fitting[-1]} are possible" if fitting else "take int8"
+            if is_stored:
+                smaller = f" or quantise the original again in groups of {fitting[-1]}" if fitting else ""
+                advice = f"take fewer ranks{smaller}"
             raise ValueError(
                 f"{each.mode}: {_share(key, size, parts)} is not divisible by groups of {each.group_size}; {advice}"
             )
@@ -199,13 +211,13 @@ def check_runnable(
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a model's parameters. Raises the errors of load_model, or with a scheme of load_quantized,
     early, before data are tokenised: ValueError for an unsupported scheme, and for files that do not hold the model."""
+    is_stored = is_quantized(read_hf_config(files.folder)[0])
     if scheme is not None:
-        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size)
+        check_scheme(scheme, config, runtime.device, runtime.dtype, tp_size, is_stored=is_stored)
     if "lm_head.weight_packed" in files.names():
         raise ValueError(f"{files.folder}: its lm_head is quantised; only the layers of the blocks may be")
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config, head=head).named_parameters()}
-    is_stored = is_quantized(read_hf_config(files.folder)[0])
     expected = stored_shapes(shapes, scheme) if is_stored else shapes
     files.check(expected, allowed=["lm_head.weight"] if config.tie_word_embeddings else [])
     return shapes

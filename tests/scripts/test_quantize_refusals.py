@@ -1,5 +1,12 @@
 """scripts/quantize.py: what it refuses."""
 
+import pytest
+import torch
+
+from models.checkpoint import WeightFiles
+from models.common import Runtime
+from models.model import ModelConfig
+from models.quantize import check_runnable, choose_scheme
 from tests import tiny
 
 
@@ -25,3 +32,19 @@ def test_a_quantised_folder(tmp_path):
     ):
         flags = ("--checkpoint_path", tmp_path / "model", "--output_dir", tmp_path / "idle", *given)
         tiny.assert_refused(tiny.run("scripts/quantize.py", *flags), complaint)
+
+
+def test_groups_that_ranks_would_divide(tmp_path):
+    """Catches advice to read a quantised folder in smaller groups, which --group_size then refuses."""
+    tiny.write_model(tmp_path / "model", intermediate_size=128)
+    flags = ("--checkpoint_path", tmp_path / "model", "--output_dir", tmp_path / "int4", "--group_size", 64)
+    assert tiny.run("scripts/quantize.py", *flags).code == 0
+    runtime = Runtime(torch.device("cpu"), torch.float32, False)
+    for name, mode, group_size, advice in (
+        ("int4", "none", None, "take fewer ranks or quantise the original again in groups of 32"),
+        ("model", "int4", 64, "groups of 32 are possible"),
+    ):
+        folder = tmp_path / name
+        scheme = choose_scheme(folder, mode, group_size)
+        with pytest.raises(ValueError, match=f"/ 2 ranks is not divisible by groups of 64; {advice}"):
+            check_runnable(WeightFiles(folder), ModelConfig.from_hf(folder), scheme, runtime, 2)

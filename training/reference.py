@@ -2,6 +2,7 @@
 
 - the file is keyed by the pairs' tokens, the bytes of the reference's weights and the dtypes of the computation; with
   another key all is computed anew; with the same key the file is read, and a random batch is recomputed and compared
+- what is computed is written every few minutes and before a signal ends the run, so a resumed run computes the rest
 - a bf16 matrix product may give a row other bits in another batch. So pairs are batched as in the first epoch, and a
   policy that starts as its reference has an initial loss of ln 2, on a CPU to the last bit (a GPU's kernels and
   compiler may round otherwise when gradients are needed)
@@ -9,6 +10,7 @@
 
 import hashlib
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +25,15 @@ from torch import Tensor
 
 from models.checkpoint import WeightFiles
 from models.checksums import digest
-from models.common import on_main, progress_bar, say
+from models.common import Stopped, on_main, say, short_bar
 from models.files import write_whole
 from models.fingerprint import adapter_files
 from models.records import Split
 from models.rows import Rows
 from models.transfer import index_on
+from training.stop import any_rank
+
+WRITE_SECONDS = 5 * 60  # a job that is killed loses at most what these computed
 
 
 def weights_digest(folder: Path, adapter: Path | None) -> str:
@@ -65,7 +70,7 @@ def precompute(
     logps_of: Callable, name: str, pairs: Rows, batches: list[list[int]], cache: ReferenceCache, split: Split
 ) -> None:
     """Sets `pairs.reference`, NaN outside `batches`: reads log-probs from the cache file of this name, and computes and
-    adds missing ones. A collective.
+    adds missing ones, every WRITE_SECONDS and before a signal ends the run. A collective.
 
     logps_of(pairs): returns the reference's log-probs of some pairs, [2, B]; called for micro-batches of the batches,
     which should be those of training. Raises ValueError if a recomputed batch differs from the file, if the file cannot
@@ -73,14 +78,15 @@ def precompute(
     """
     path, device = cache.folder / f"ref_logps_{name}.safetensors", torch.device(split.dp.device_type)
     key = {**cache.key, "pairs": pairs_digest(pairs)}
+    own = torch.zeros(len(pairs), 2, device=device)  # those that this rank computed
 
-    def compute(batches: list[list[int]]) -> Tensor:
-        """Returns [pairs, 2] on the CPU, 0 outside the batches."""
-        logps = torch.zeros(len(pairs), 2, device=device)
-        for numbers in progress_bar(iterable=batches, desc="reference log-probs", unit="batch", delay=1, leave=False):
-            for rows in split.numbers(pairs, numbers):
-                logps.index_copy_(0, index_on(rows, device), logps_of([pairs[i] for i in rows]).T)
-        return split.sum(logps).cpu()
+    def compute(numbers: list[int]) -> None:
+        for rows in split.numbers(pairs, numbers):
+            own.index_copy_(0, index_on(rows, device), logps_of([pairs[i] for i in rows]).T)
+
+    def computed(numbers: list[int]) -> Tensor:
+        """Returns those of all ranks, [numbers, 2] on the CPU."""
+        return split.sum(own.clone()).cpu()[numbers]
 
     logps = on_main(lambda: _read(path, key, len(pairs)))
     missing = [numbers for numbers in batches if logps[numbers].isnan().any()]
@@ -90,23 +96,43 @@ def precompute(
         if dist.get_world_size() > 1:
             dist.broadcast(draw, src=0)
         numbers = known[int(draw) % len(known)]
-        again = compute([numbers])[numbers]
-        gap = ((again - logps[numbers]).abs() / (1 + again.abs())).amax(dim=1)
-        if not (gap <= cache.tolerance).all():
-            worst = numbers[int(gap.argmax())]
-            raise ValueError(
-                f"{path}: record {worst} (from 0) has log-probabilities {_shown(logps[worst])} there, and "
-                f"{_shown(again[numbers.index(worst)])} when computed again; remove the file to compute all anew"
-            )
+        compute(numbers)
+        _check_equal(path, numbers, computed(numbers), logps[numbers], cache.tolerance)
         say(f"{path}: log-probs of the reference read, a batch of {len(numbers)} recomputed and found equal")
-    if missing:
-        numbers = [i for batch in missing for i in batch]
-        logps[numbers] = compute(missing)[numbers]
+
+    def write(done: list[list[int]]) -> None:
+        numbers = [i for batch in done for i in batch]
+        if not numbers:
+            return
+        logps[numbers] = computed(numbers)
         for i, is_finite in zip(numbers, logps[numbers].isfinite().all(dim=1).tolist()):
             if not is_finite:
                 raise ValueError(f"the reference gives record {i} (from 0) {_shown(logps[i])}, not finite")
         on_main(lambda: _write(path, logps, key))
+
+    done, written_at = [], time.monotonic()
+    try:
+        for numbers in short_bar(missing, "reference log-probs", "batch"):
+            compute(numbers)
+            done.append(numbers)
+            if any_rank([time.monotonic() - written_at >= WRITE_SECONDS])[0]:
+                write(done)
+                done, written_at = [], time.monotonic()
+    except Stopped:  # on all ranks, before the same micro-batch
+        write(done)
+        raise
+    write(done)
     pairs.reference = logps.numpy()
+
+
+def _check_equal(path: Path, numbers: list[int], again: Tensor, stored: Tensor, tolerance: float) -> None:
+    gap = ((again - stored).abs() / (1 + again.abs())).amax(dim=1)
+    if not (gap <= tolerance).all():
+        worst = int(gap.argmax())
+        raise ValueError(
+            f"{path}: record {numbers[worst]} (from 0) has log-probabilities {_shown(stored[worst])} there, and "
+            f"{_shown(again[worst])} when computed again; remove the file to compute all anew"
+        )
 
 
 def _shown(logps: Tensor) -> str:

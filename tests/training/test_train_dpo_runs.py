@@ -19,7 +19,7 @@ from tests.forked import Forked
 from tests.training.test_finetune_sft import assert_same_weights, weights_of
 from tests.training.test_finetune_sft_runs import copy_with, deterministic, stop_after
 from tests.training.test_train_dpo import RECORDS, SCRIPT, flags, metrics_of, train
-from training import train_dpo
+from training import reference, train_dpo
 from training.data import training_batches
 from training.frozen import check_reader
 
@@ -91,6 +91,38 @@ def test_resume_without_the_cache(dtype, more, run_flags, tmp_path, monkeypatch)
     (out / "ref_logps_train.safetensors").unlink(missing_ok=True)
     assert READ not in train(*run_flags, out, **run, resume=True).stdout
     assert_same_run(out, tmp_path / "whole", last_step=9)
+
+
+def test_stop_while_the_reference_runs(whole, run_flags, tmp_path, monkeypatch):
+    """Catches log-probs of the reference that a signal or a kill discards: a job whose time is over before they are all
+    computed would never get past them. The batches are of 3, 3, 3 and 1 pairs, in micro-batches of 2 and 1."""
+    run, out, cache = {**RUN, "save_steps": 6}, tmp_path / "out", tmp_path / "out/ref_logps_train.safetensors"
+    pair_logps, calls = train_dpo.pair_logps, []
+
+    def at_call(number, event):
+        def counted(*args):
+            calls.append(number)
+            if len(calls) == number:
+                event()
+            return pair_logps(*args)
+
+        calls.clear()
+        monkeypatch.setattr(train_dpo, "pair_logps", counted)
+
+    def known():
+        return int(load_file(cache)["logps"].isfinite().all(dim=1).sum())
+
+    at_call(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # within the second batch
+    assert "stopped by a signal while it loaded; go on with --resume" in train(*run_flags, out, **run).stdout
+    assert len(calls) == 3 and known() == 3
+    monkeypatch.setattr(reference, "WRITE_SECONDS", 0)
+    at_call(2 + 2 + 1, lambda: os.read(-1, 1))  # the first batch again, the second, and half of the third
+    assert tiny.run(SCRIPT, *flags(*run_flags, out, **run, resume=True)).code == 2
+    assert known() == 6
+    at_call(0, None)
+    assert READ in train(*run_flags, out, **run, resume=True).stdout
+    assert calls and known() == 10
+    assert_same_run(out, whole)
 
 
 def change_cache(path, change):

@@ -6,6 +6,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import inspect
 import math
@@ -176,11 +177,7 @@ def call_batch(grader: Grader, prompts: list[str], completions: list[str], examp
     columns, pid = (list(prompts), list(completions), own), os.getpid()
     try:
         with undisturbed():
-            rewards = grader.function(**dict(zip(BATCH, columns)))
-            if inspect.isawaitable(rewards):
-                import asyncio  # takes longer than all other imports of a worker process
-
-                rewards = asyncio.run(_awaited(rewards))
+            rewards = awaited(grader.function(**dict(zip(BATCH, columns))))
             rewards = list(rewards) if isinstance(rewards, Iterator) else rewards
     except KeyboardInterrupt:  # from Ctrl-C, or raised for a signal
         raise
@@ -212,5 +209,19 @@ def _grade_in_batch(reward: object, where: str, completion: str) -> Grade:
     return Grade(math.nan, f"{where} {why} for the completion {completion[:80]!r}")
 
 
-async def _awaited(value: object) -> object:
+def awaited(result: object) -> object:
+    """Returns a function's result, awaited if it is awaitable."""
+    return _event_loop().run_until_complete(_wait_for(result)) if inspect.isawaitable(result) else result
+
+
+@functools.cache
+def _event_loop():
+    """Returns the loop of all calls, since locks and clients of a user's module belong to the loop in which they began.
+    It is never closed, which would wait for the threads that a function has started."""
+    import asyncio  # takes longer than all other imports of a worker process
+
+    return asyncio.new_event_loop()
+
+
+async def _wait_for(value: object) -> object:
     return await value

@@ -8,6 +8,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,11 +349,16 @@ def step_scores(
     model: Transformer, rows: list[Scored], split: Split, bar: tqdm | None = None, *, taken: bool = False
 ) -> list[list[float]]:
     """The scores at each row's positions, the same on all ranks, which share the rows. A collective. bar: shows tokens.
+    Equal rows are computed once: beside other rows the scores may differ in their last bits, of which GRPO makes whole
+    advantages, since it divides by the group's deviation.
 
     taken: a replica takes the next batch when it has finished one. Not for a model sharded by FSDP, whose replicas must
     all have the same number of batches.
     """
-    device = model.inv_freq.device
+    device, places_of = model.inv_freq.device, {}
+    keys = [(np.asarray(row.input_ids, dtype=np.int64).tobytes(), *row.positions) for row in rows]
+    which = [places_of.setdefault(key, len(places_of)) for key in keys]
+    rows, counts = list(dict(zip(which, rows)).values()), Counter(which)
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))
     scores = torch.zeros(first[-1], device=device)
     lengths = [len(row.input_ids) for row in rows]
@@ -363,9 +369,10 @@ def step_scores(
             places_of_scores = [first[i] + j for i in group for j in range(len(rows[i].positions))]
             scores.index_copy_(0, index_on(places_of_scores, device), found)
             if bar is not None:
-                bar.update(min(bar.total - bar.n, split.dp.size() * sum(lengths[i] for i in group)))
+                num_tokens = sum(counts[i] * lengths[i] for i in group)
+                bar.update(min(bar.total - bar.n, split.dp.size() * num_tokens))
     values = split.sum(scores).tolist()  # one rank computed each score; the others have 0 there
-    return [values[a:b] for a, b in itertools.pairwise(first)]
+    return [values[first[i] : first[i + 1]] for i in which]
 
 
 def _taken(lengths: list[int], split: Split) -> Iterator[list[int]]:

@@ -16,9 +16,11 @@ import resource
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
+AT_A_TIME = 64  # answers that a process grades at once with an async function
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -121,6 +123,7 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
     """_serve() with `async def` functions among others: their answers are graded concurrently. The event loop stops
     while a plain function is called, which may use asyncio itself."""
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
     from models.functions import ANSWER, number, short
 
@@ -130,16 +133,22 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # SystemExit would end the loop
-            return {"failure": short(error)}
+            return {"failure": short(error), "last": isinstance(error, MemoryError)}
 
     async def grade_soon(request: dict) -> None:
         task = asyncio.ensure_future(graded(graders[request["grader"]], request["arguments"]))
         done, _ = await asyncio.wait({task}, timeout=timeout)
         reply = task.result() if done and not task.cancelled() else {"failure": "timeout" if not done else "cancelled"}
         task.cancel()
+        if (_children() or set()) - children:  # maybe another answer's, unless this one is late or the only one
+            reply["last"] = reply.get("last") or not done or len(under_way) == 1
         send(id=request["id"], **reply)
+        if reply.get("last"):
+            os._exit(0)
 
-    loop, under_way = asyncio.new_event_loop(), set()
+    loop, under_way, children = asyncio.new_event_loop(), set(), _children() or set()
+    loop.set_default_executor(ThreadPoolExecutor(AT_A_TIME))  # for asyncio.to_thread: nobody waits for a thread
+    threading.stack_size(2**21)  # counts as memory, and is usually four times as large
     reader = asyncio.StreamReader(limit=2**31, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     loop.run_until_complete(loop.connect_read_pipe(lambda: protocol, file))
@@ -154,13 +163,13 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
 
 def _grade_now(request: dict, graders: list, send: Callable[..., None]) -> None:
     """Grades one answer. Afterwards this process ends, to be replaced, if it ran out of memory, or the function left
-    processes behind."""
-    from models.functions import ANSWER, number, short
+    processes behind. (A function with a decorator may be async without being known as such.)"""
+    from models.functions import ANSWER, awaited, number, short
 
     function, arguments = graders[request["grader"]].function, dict(zip(ANSWER, request["arguments"]))
     pid, children, last = os.getpid(), _children() or set(), False
     try:
-        reply = {"value": number(function(**arguments))}
+        reply = {"value": number(awaited(function(**arguments)))}
     except BaseException as error:
         reply, last = {"failure": short(error)}, isinstance(error, MemoryError)
     if os.getpid() != pid:  # the function forked, and returned in both processes

@@ -28,9 +28,9 @@ from pathlib import Path
 from models.common import Bounds, at_least_one, flag, positive
 from models.functions import Grade, Grader
 from models.limits import num_cores
+from models.worker_process import AT_A_TIME
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_A_TIME = 64  # answers that a process grades at once with an async function
 START_SECONDS = 300.0  # for the imports of the user's file
 GRACE_SECONDS = 0.5  # a process enforces the deadlines of async functions itself; it is killed this much later
 PROGRAM = "import sys; sys.path[0] = sys.argv.pop(1); from models.worker_process import main; main()"

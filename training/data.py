@@ -83,7 +83,8 @@ def check_evaluation(args: DataArgs) -> None:
     if args.eval_file is None:
         if args.eval_steps is not None:
             raise ValueError("--eval_steps needs an --eval_file")
-        names = ["eval_max_new_tokens", "eval_temperature", *["num_eval_samples"] * bool(args.num_eval_samples)]
+        samples = ["num_eval_samples"] * bool(vars(args).get("num_eval_samples"))
+        names = ["eval_max_new_tokens", "eval_temperature", *samples]
         refuse_idle(args, "without an --eval_file", *names)
 
 

@@ -304,8 +304,10 @@ class Run:
             if not math.isfinite(value):
                 numbers = ", ".join(map(str, self.numbers[:64])) + (", ..." if len(self.numbers) > 64 else "")
                 numbers += "; skipped records are not counted" * (vars(self.args).get("overlong") == "skip")
-                message = f"{name} is {float(value)}; records of the step (from 0): {numbers}"
-                self.stop.fail(f"step {self.step}: {message}")
+                where = f"records of the step (from 0): {numbers}"
+                if self._evaluated is not None:
+                    where = "in its evaluation, with which --resume begins"
+                self.stop.fail(f"step {self.step}: {name} is {float(value)}; {where}")
 
     def check_weights(self, model: nn.Module) -> None:
         """Raises ValueError if weights are not finite, before they are saved over finite ones. A collective."""

@@ -384,6 +384,7 @@ def group_metrics(sampled: list[Sampled], num_generations: int) -> dict[str, flo
         "reward": graded.mean().item() if len(graded) else 0.0,
         "reward_std": group_spread(rewards, len(rewards)).item(),
         "rewards/num_skipped": len(rewards) - len(graded),
+        "rewards/num_cut": sum(part.scores.num_cut for part in sampled),
         "frac_reward_zero_std": all_alike(rewards, num_generations).double().mean().item(),
         "num_resampled_groups": sum(len(part.rewards) for part in sampled[1:]) // num_generations,
         **source_metrics([part.scores for part in sampled]),

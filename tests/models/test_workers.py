@@ -78,18 +78,27 @@ async def judge(prompt, completion, example):
     await asyncio.sleep(0.05)
     if completion in globals(): globals()[completion]()
     if completion == "slow": await asyncio.sleep(1000)
+    if completion == "thread": await asyncio.to_thread(time.sleep, 0.3)
+    if completion == "program": await (await asyncio.create_subprocess_exec("sleep", "1000.25")).wait()
     if completion == "stubborn":
         while True:
             try: await asyncio.sleep(1000)
             except asyncio.CancelledError: pass
     return under_way
 
+gate = asyncio.Semaphore(1)
+
 async def batch(prompts, completions, examples):
-    await asyncio.sleep(0)
+    async def pass_it():
+        async with gate: await asyncio.sleep(0)
+    await asyncio.gather(pass_it(), pass_it())
     return [len(c) for c in completions]
 
 def loops(prompt, completion, example):
     return asyncio.run(judge(prompt, completion, example))
+
+def decorated(prompt, completion, example):
+    return judge(prompt, completion, example)
 """
 OUTCOMES = {  # of the functions above: the value, or what the failure says
     "hang": "timeout",
@@ -202,6 +211,23 @@ def test_async_functions_run_side_by_side(file):
     pool.close()
 
 
+def test_what_async_functions_start(file, mark):
+    """Catches answers that wait for a thread until they are late, a program that outlives the answer that started it,
+    and an async function that is not seen to be one."""
+    with contextlib.closing(
+        pool_of(file, "judge", "decorated", reward_workers=1, reward_memory=1, reward_timeout=2)
+    ) as pool:
+        futures = [pool.submit(0, "p", "thread", {}) for _ in range(60)]
+        assert all(future.result().failure is None for future in futures)
+        futures = [pool.submit(0, "p", name, {}) for name in ("program", "a")]
+        assert [isinstance(outcome(future.result()), float) for future in futures] == [False, True]
+        deadline = time.monotonic() + 20
+        while any("sleep 1000.25" in line for line in processes(mark)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any("sleep 1000.25" in line for line in processes(mark))
+        assert pool.submit(1, "p", "a", {}).result().failure is None
+
+
 def test_forms(file, tmp_path, monkeypatch):
     """Catches a form (batch or single answer) guessed from the number of parameters, an async batch that is not
     awaited, and code that does not know where its file is once a function has changed the directory."""
@@ -218,7 +244,9 @@ def test_forms(file, tmp_path, monkeypatch):
         ):
             load_grader("--reward_fn", f"{tmp_path / 'f.py'}:{name}")
     assert call_batch(load_grader("--reward_fn", f"{tmp_path / 'f.py'}:turned"), ["abc"], ["d"], [{}]) == [(6, None)]
-    assert call_batch(load_grader("--reward_fn", f"{file}:batch"), ["a"], ["bcd"], [{}]) == [(3, None)]
+    batch = load_grader("--reward_fn", f"{file}:batch")
+    for _ in range(2):  # what it awaits belongs to one event loop
+        assert call_batch(batch, ["a"], ["bcd"], [{}]) == [(3, None)]
     monkeypatch.chdir(tmp_path)
     assert load_grader("--reward_fn", "f.py:turned").function.__code__.co_filename == str(tmp_path / "f.py")
     graders = [load_grader("--reward_fn", f"{file}:{name}") for name in ("judge", "batch", "evil")]

@@ -71,7 +71,7 @@ def test_non_finite_rewards_of_an_evaluation(loss, folder, files, tmp_path, monk
     monkeypatch.setattr(train_rm, "all_rewards", lambda *args: real(*args).index_fill(0, torch.tensor([1]), math.nan))
     more = {"loss": loss, "eval_file": files[loss], "eval_steps": 1, "max_steps": 2}
     result = tiny.run(SCRIPT, *flags(folder, files[loss], tmp_path / "out", **more))
-    tiny.assert_refused(result, "step 1: eval_rewards is nan; records of the step")
+    tiny.assert_refused(result, "step 1: eval_rewards is nan; in its evaluation")
 
 
 def with_weights(folder, target, **changed):

@@ -2,8 +2,9 @@
 
 - w = (q - zero) * scale: an integer q, the integer that stands for 0 (none in a symmetric grid), and a scale; each
   output feature, or each group of its input features, has its own zero and scale. Scales are bf16 numbers and the
-  integers are chosen for these, so every dtype and every device computes with the same weights; but torch's int4
-  kernels add the value of q = 8 as a bf16 number, which moves a group with a zero point by at most 1/64 of a step
+  integers are chosen for these, so every dtype and every device computes with the same weights; but torch's CPU kernels
+  for bf16 round the scales of other tools (fp16 or fp32) to bf16, and its int4 kernel adds the value of q = 8 as a bf16
+  number, which moves a group with a zero point by at most 1/64 of a step
 - or w = q * scale + minimum, both bf16, in int4 of a base under adapters (models/lora.py): half a bit more per weight,
   a sixth less squared error for normally distributed weights, and none for weights that lie on such a grid
 - a layer stores the integers in the order in which the device's kernel reads them; where there is no kernel, or for
@@ -158,16 +159,21 @@ def _round_from_minima(groups: Tensor) -> Quantized:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of a quantised weight, [N, K], computed in dtype: in bf16 each is rounded once."""
+    """The values of a quantised weight, [N, K], each rounded once to dtype."""
     if weight.minimum is not None:
         return _from_minima(weight, dtype)
-    scale, zero = weight.scale.to(dtype), weight.zero
+    scale, zero = weight.scale.to(_exact(weight.scale, dtype)), weight.zero
     groups = weight.values.to(dtype).view(len(scale), scale.shape[1], -1)
     if zero is not None:
         groups.sub_(zero.to(dtype)[..., None])  # 8-bit integers and their differences are exact in bf16
     elif weight.values.dtype == torch.uint8:
         groups.sub_(8)
     return groups.mul_(scale[..., None]).view(weight.values.shape)
+
+
+def _exact(numbers: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which to multiply with these numbers for a result in dtype: fp32 unless dtype holds them."""
+    return torch.promote_types(numbers.dtype, dtype)
 
 
 def _from_minima(weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -215,7 +221,7 @@ def unpack_int4(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) ->
     """The dequantised weight, transposed: [K, N]. packed: see pack_int4; scales_and_zeros [G, N, 2]."""
     blocks, K, half = packed.shape
     weight = torch.empty(K, blocks, 2 * half, dtype=dtype, device=packed.device)
-    scales_and_zeros = scales_and_zeros.to(dtype).view(-1, blocks, 2 * half, 2)
+    scales_and_zeros = scales_and_zeros.to(_exact(scales_and_zeros, dtype)).view(-1, blocks, 2 * half, 2)
     few = max(1, ELEMENTS // (K * 2 * half))
     for part, *numbers in zip(weight.split(few, dim=1), packed.split(few), scales_and_zeros.split(few, dim=1)):
         part.copy_(_unpack_blocks(*numbers).transpose(0, 1))
@@ -324,17 +330,20 @@ class QuantizedLinear(nn.Module):
     def _keep(self, weight: Quantized, dtype: torch.dtype) -> None:
         """Registers the tensors that torch's kernels or dequantisation read."""
         scheme = self.scheme
+        kept = (
+            dtype if self.kernel == "torch" else _exact(weight.scale, dtype)
+        )  # torch's kernels take the input's dtype
         if scheme.mode == "fp8":
             values, scale = weight.values, weight.scale
         elif scheme.mode == "int8":
-            values, scale = weight.values, weight.scale.to(dtype)
+            values, scale = weight.values, weight.scale.to(kept)
             scale = scale[:, 0] if scheme.group_size is None else scale
         else:
             width = cpu_int4_width() if self.kernel == "torch" else 64
             blocks = (0, 0, 0, -self.num_rows % width)  # padding to whole blocks
             padded = Quantized(*(None if part is None else F.pad(part, blocks) for part in weight))
             values = pack_int4(padded.values, width).view(len(padded.values), -1)  # [N, K / 2], as the kernel takes it
-            scale, self.half_width = scales_and_zeros(padded, dtype), width // 2
+            scale, self.half_width = scales_and_zeros(padded, kept), width // 2
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", weight.zero if scheme.mode == "int8" else None)
@@ -385,7 +394,7 @@ class QuantizedLinear(nn.Module):
             if self.scale.dim() == 2 or self.zero is not None:
                 scale = self.scale.view(len(self.weight), -1)
                 return F.linear(x, dequantize(Quantized(self.weight, scale, self.zero), x.dtype))
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+            return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
         if few:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.scheme.group_size, self.scale)
         else:

@@ -14,12 +14,12 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from transformers import CompressedTensorsConfig
 
-from models import compressed
+from models import compressed, qlinear
 from models.checkpoint import WeightFiles
 from models.common import Runtime
 from models.compressed import linear_layers, pack_int32, packed_tensors, read_packed, read_scheme, unpack_int32
 from models.decode import load_for_inference
-from models.qlinear import MixedScheme, Quantized, Scheme, dequantize
+from models.qlinear import MixedScheme, Quantized, QuantizedLinear, Scheme, dequantize
 from models.quantize import choose_scheme
 from tests import tiny
 from tests.inference.test_score import write_reward_model
@@ -289,3 +289,21 @@ def test_broken_tensors(tmp_path):
         save_file({key: x for key, x in (tensors | changed).items() if x is not None}, path)
         result = tiny.run("inference/generate.py", "--checkpoint_path", tmp_path / "out", "--prompt", "3 plus")
         tiny.assert_refused(result, str(tmp_path / "out"), complaint)
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int8", 32, False), Scheme("int4", 32)], ids=str)
+def test_scales_that_bf16_does_not_hold(scheme, scales, monkeypatch):
+    """Catches the scales of other tools rounded to bf16 before they multiply, where no kernel asks for it: each weight
+    in bf16 is the exact one, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    low, high, dtype = (0, 16, torch.uint8) if scheme.mode == "int4" else (-127, 128, torch.int8)
+    values = torch.randint(low, high, (64, 128), dtype=dtype, generator=generator)
+    scale = torch.rand(64, scheme.num_groups(128), generator=generator).to(scales)
+    zero = None if scheme.symmetric else torch.full(scale.shape, 3, dtype=dtype)
+    weight = Quantized(values, scale, zero)
+    wanted = dequantize(weight).bfloat16()
+    assert torch.equal(dequantize(weight, torch.bfloat16), wanted)
+    monkeypatch.setattr(qlinear, "kernel_for", lambda *_: None)
+    layer = QuantizedLinear([weight], None, scheme, torch.bfloat16)
+    assert torch.equal(layer(torch.eye(128, dtype=torch.bfloat16)).T, wanted)

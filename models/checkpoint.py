@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.checksums import WEIGHTS_KEY, check_files, check_weights
-from models.common import RuntimeArgs, flag, short_bar
+from models.common import RuntimeArgs, flag, say, short_bar
 from models.files import read_json_object
 from models.model import ModelConfig, Transformer, is_quantized, read_hf_config
 from models.record_files import unreadable
@@ -110,6 +110,9 @@ def open_folder(
     config = model_config(path)
     if not frozen:
         refuse_quantized(path)
+        dropout = read_hf_config(path)[0].get("attention_dropout")
+        if dropout:
+            say(f"{path}: its attention_dropout {dropout} is not applied: attention is trained without dropout")
     config.check_divisible(tensor_parallel_size)
     generation_eos_ids(path)  # raises ValueError for invalid ids
     context = config.max_position_embeddings

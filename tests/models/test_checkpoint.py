@@ -189,6 +189,16 @@ def test_named_weight_file(tmp_path):
                 load_model(tmp_path)
 
 
+def test_attention_dropout(tmp_path, capsys):
+    """Catches no notice that training has no dropout where transformers' has it, and one without reason."""
+    for rate in (0.0, 0.1):
+        tiny.write_model(tmp_path, attention_dropout=rate)
+        open_folder(tmp_path, frozen=True)
+        assert not capsys.readouterr().out
+        open_folder(tmp_path)
+        assert ("its attention_dropout 0.1 is not applied" in capsys.readouterr().out) == (rate > 0)
+
+
 def test_eos_ids(tmp_path, folder):
     """Catches: a list of EOS ids cut to one, an id listed twice that makes it another list, and generation_config.json
     overlooked."""

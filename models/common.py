@@ -387,6 +387,8 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
         if device.index >= count:
             raise ValueError(f"--device {args.device or device}: there is no such GPU here ({count} found)")
         torch.cuda.set_device(device)
+    if on_gpu and args.compile and not has_triton(device):
+        raise ValueError("--compile: Triton, which compiles for GPUs, does not work here; leave the flag out")
     keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()

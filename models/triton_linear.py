@@ -140,6 +140,7 @@ def multiply_few_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    ARRIVALS: tl.constexpr,  # num_arrivals()
 ):
     """One program: all rows of a block of output features, from its share of the input features. The weights are the
     left factor, the rows the right one."""
@@ -172,9 +173,12 @@ def multiply_few_rows(
     else:
         tl.store(parts + split * M * N + places, total, mask=mask)
         tl.debug_barrier()  # all of this program's part is written before it counts as arrived
-        arrived = tl.atomic_add(arrivals + block, 1)
+        if ARRIVALS == 1:
+            arrived = tl.atomic_add(arrivals + block, 1)
+        else:
+            arrived = tl.max(tl.atomic_add(arrivals + block + tl.zeros((ARRIVALS,), tl.int32), 1), axis=0)
         tl.debug_barrier()  # the other programs' parts are read only after that
-        if arrived == splits - 1:
+        if arrived == splits * ARRIVALS - 1:
             total = tl.zeros((128, BLOCK_M), tl.float32)
             for s in range(splits):  # .cg: past NVIDIA's first cache, which other programs' parts do not reach
                 total += tl.load(parts + s * M * N + places, mask=mask, other=0.0, cache_modifier=".cg")
@@ -239,6 +243,13 @@ def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
     return options | ({"matrix_instr_nonkdim": 16} if on_amd else {})
 
 
+def num_arrivals(num_warps: int, on_amd: bool = ON_AMD) -> int:
+    """How often a program arrives. On AMD a barrier does not wait for the stores of other wavefronts, and an atomic waits
+    for those of its own only, so each of them arrives, with all its threads, of which the compiler makes one atomic. On
+    NVIDIA a barrier and one atomic after it order the stores of all threads (PTX's memory model, causality order)."""
+    return 64 * num_warps if on_amd else 1
+
+
 class Shape(NamedTuple):
     """The shape of a quantised weight, and of its products."""
 
@@ -274,10 +285,11 @@ def few_rows(
     share = -(-steps // shape.splits)
     S = -(-steps // share)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    parts = out if S == 1 else torch.empty(S, M, N, dtype=torch.float32, device=x.device)
+    parts = torch.empty(S if S > 1 else 0, M, N, dtype=torch.float32, device=x.device)  # one dtype: one kernel
     magic = BF16_MAGIC if x.dtype == torch.bfloat16 and not upcast else FP16_MAGIC
     numbers = (M, N, K, columns, steps, share, magic)
-    options = {"BLOCK_M": block_m, "UPCAST": upcast, **launch_options(element_size)}
+    options = launch_options(element_size)
+    options |= {"BLOCK_M": block_m, "UPCAST": upcast, "ARRIVALS": num_arrivals(options["num_warps"])}
     tensors = (x, weight, scales, scales if zeros is None else zeros, out, parts, arrivals)
     multiply_few_rows[(columns // WIDTH, S)](*tensors, *numbers, **constants, **options)
     return out

@@ -17,16 +17,25 @@ def used_by(target: GPUTarget, dtype: str, bits: int, group_size: int, rows: int
     element_size, on_amd = 4 if dtype == "fp32" else 2, target.backend == "hip"
     most = 32 if element_size == 4 else 128 if target.arch == 90 and bits == 4 else 64
     size = kernels.block_k(group_size, 4096, most)
+    options = kernels.launch_options(element_size, on_amd)
     constants |= {"BLOCK_M": rows, "BLOCK_K": size, "UPCAST": False}
+    constants |= {"ARRIVALS": kernels.num_arrivals(options["num_warps"], on_amd)}
     types = {"x": "*" + dtype, "weight": "*i32", "scales": "*bf16", "zeros": "*u8"}
     types |= {"out": "*" + dtype, "parts": "*fp32", "arrivals": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "num_columns", "steps", "share", "magic"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10)}
-    options = kernels.launch_options(element_size, on_amd)
     source = ASTSource(kernels.multiply_few_rows, types, constants, aligned)
     compiled = triton.compile(source, target=target, options=options)
-    return resources_of(compiled, target.backend)
+    used = resources_of(compiled, target.backend)
+    return used | {"arrives": all_arrive(compiled.asm["amdgcn"])} if on_amd else used
+
+
+def all_arrive(code: str) -> bool:
+    """Whether all wavefronts wait for their own stores before the first atomic: behind the barrier one mask, that of a
+    wavefront's first thread; if one thread of all arrived, there would be another around it."""
+    arriving = code[: code.index("_atomic_add")].rpartition("s_barrier")[2]
+    return arriving.count("saveexec") == 1 and "s_waitcnt vmcnt(0)" in arriving.partition("saveexec")[2]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ COMPILED = [  # target, dtype, bits, group size, rows
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_gpus(target, tmp_path):
     """Catches code that only the compiler refuses, more shared memory than a processor has (MI300 64 KiB, the smallest
-    of NVIDIA's 99), and spilled registers."""
+    of NVIDIA's 99), spilled registers, and parts of a product that AMD's processors add before they are written."""
     cases = [each for each in COMPILED if each[0] == target]
     arguments = [*map(str, TARGETS[target]), json.dumps([each[1:] for each in cases])]
     code = (ROOT / "tests/models/compiled_linear.py").read_text()
@@ -46,3 +46,4 @@ def test_compiles_for_gpus(target, tmp_path):
         assert used["shared"] <= (64 if target == "gfx942" else 99) * 1024
         spilled = [name for name in used if name == "STACK" or name.endswith("spill_count")]
         assert spilled and not any(used[name] for name in spilled), (case, used)
+        assert used.get("arrives", True), case

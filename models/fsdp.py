@@ -351,6 +351,12 @@ def shard_model(
     model.tie_weights()  # to_empty untied the parameters that are not sharded
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward leaves gathered: the embedding and the head."""
+    if hasattr(model, "reshard"):  # FSDP's method, which a model on a shared base has too
+        model.reshard()
+
+
 def _store(model: nn.Module, tp: DeviceMesh, dtype: torch.dtype) -> None:
     """Casts each parameter to dtype (scalar head and adapters: fp32) and, if there are several tp ranks, makes it a
     DTensor of this rank's part; tied parameters stay tied."""

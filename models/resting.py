@@ -1,4 +1,4 @@
-"""Releases the KV cache, and the weights, of an engine while the model that it samples from trains."""
+"""Releases the KV cache, and the weights, of an engine while its answers are scored and its model trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

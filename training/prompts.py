@@ -60,7 +60,8 @@ class RolloutArgs(StopArgs, PrefillArgs):
     sleep: int = flag(
         0,
         choices=(0, 1, 2),
-        help="memory that the engine releases while the policy trains: 0 none, 1 its KV cache, 2 its weights too",
+        help="memory that the engine releases while answers are scored and the policy trains: 0 none, 1 its KV cache, "
+        "2 in an update its weights too",
         may_change=True,
     )
     max_new_tokens: int = flag(256, bounds=at_least_one, help="most tokens of an answer")

@@ -25,6 +25,7 @@ from torch import Tensor
 from models.chats import Chat
 from models.checkpoint import model_folder
 from models.common import Bounds, flag, is_main_rank, non_negative, positive, say
+from models.fsdp import reshard
 from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grader, undisturbed
 from models.model import Transformer
 from models.packing import own_share
@@ -275,7 +276,9 @@ class Scorer:
             say(f"{num_cut} answers are longer than the reward model's context: it scores {read}; see the metrics")
         split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
         mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
-        for i, values in enumerate(step_scores(self.model, to_score, split)):
+        scores = step_scores(self.model, to_score, split)
+        reshard(self.model)
+        for i, values in enumerate(scores):
             if not all(map(math.isfinite, values)):
                 place = prompts[i].where or f"answer {i}"
                 why = "the reward model's score is not finite; its weights are broken, or it overflows in this dtype"

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.checkpoint import Folder
 from models.common import Runtime
 from models.decode import can_pack, copy_for_inference
 from models.forward import forward_rows
+from models.fsdp import reshard
 from models.generation import Completion, Engine, Request
 from models.memory import free_memory, plan_cache
 from models.model import Transformer
@@ -32,7 +33,14 @@ from training.samples import draw_together
 
 
 def make_engine(
-    policy: Transformer, folder: Folder, args: RolloutArgs, *, max_seq_len: int, dp_size: int, runtime: Runtime
+    policy: Transformer,
+    folder: Folder,
+    args: RolloutArgs,
+    *,
+    max_seq_len: int,
+    dp_size: int,
+    runtime: Runtime,
+    critic: Transformer | None = None,
 ) -> Engine:
     """Returns an engine on an inference copy of the policy (`engine.model`, to be refreshed after updates). A dp rank
     generates its share of an update's answers, --rollout_slots at a time. Raises ValueError if not even one answer fits
@@ -49,7 +57,7 @@ def make_engine(
             known_tokens=max_seq_len,
             most_tokens=max_seq_len,
             prefill_tokens=args.prefill_tokens,
-            reserved=0 if args.sleep else memory_of_training(policy, free_memory(runtime.device)),
+            reserved=0 if args.sleep else memory_of_training([policy, critic], free_memory(runtime.device)),
         )
     return Engine(
         model,
@@ -63,12 +71,14 @@ def make_engine(
     )
 
 
-def memory_of_training(model: Transformer, free: int) -> int:
-    """Estimates how many of the `free` bytes, left beside weights and optimizer state, an update needs: the gradients,
-    and half of the remainder for activations, whose size is not known in advance. (With --sleep nothing is reserved:
-    the engine releases its cache during the update.)"""
-    parts = [local(p) for p in model.parameters() if p.requires_grad]
-    gradients = sum(part.nbytes for part in parts if part.device.type == "cuda")
+def memory_of_training(models: list[nn.Module | None], free: int) -> int:
+    """Estimates how many of the `free` bytes, left beside weights and optimizer state, an update needs: the gradients
+    of the largest of the models, which learn one after the other, and half of the remainder for activations, whose size
+    is not known in advance. (With --sleep nothing is reserved: the engine releases its cache during all of that.)"""
+    gradients = 0
+    for model in filter(None, models):
+        parts = [local(p) for p in model.parameters() if p.requires_grad]
+        gradients = max(gradients, sum(part.nbytes for part in parts if part.device.type == "cuda"))
     return gradients + max(0, free - gradients) // 2
 
 
@@ -153,7 +163,9 @@ def answer_logps(
 @torch.no_grad()
 def all_logps(model: Transformer, rows: list[Example], width: int, split: Split, temperature: float) -> Tensor:
     """Returns answer_logps of all rows, which the ranks share, without gradient: fp32 [A, width]. A collective."""
-    return over_ranks(rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
+    logps = over_ranks(rows, lambda part: answer_logps(model, part, width, split, temperature)[0], split)
+    reshard(model)
+    return logps
 
 
 def answer_values(model: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
@@ -161,6 +173,14 @@ def answer_values(model: Transformer, rows: list[Example], width: int, split: Sp
     forward = forward_rows(model, rows, split)
     values = model.score(forward.hidden).flatten().index_select(0, forward.learnt)
     return _left_aligned(values, forward.row_labels, width)
+
+
+@torch.no_grad()
+def all_values(critic: Transformer, rows: list[Example], width: int, split: Split) -> Tensor:
+    """Returns answer_values of all rows, as all_logps."""
+    values = over_ranks(rows, lambda part: answer_values(critic, part, width, split), split)
+    reshard(critic)
+    return values
 
 
 # ----------------------------------------------------------------------------------------- metrics

@@ -178,13 +178,12 @@ def main(args: GrpoArgs) -> None:
         run.numbers = prompt_numbers(len(data.train), first, num_asked, seed=args.seed)
         seconds = {name: sum(part.seconds[name] for part in sampled) for name in ("rollout", "score")}
         watch = Stopwatch(runtime.device)
-        groups = groups_of(sampled, policy, reference, args, split)
-        run.check_finite(advantages=groups.advantages.sum(), kl=groups.kl)  # a NaN KL has advantages of 0
-        seconds["logprobs"] = watch.lap()
-
         learning_rate = set_learning_rate(optimizer, args, step, args.total_steps)
         sums, loss, num_steps = TokenSums(runtime.device), torch.zeros((), device=runtime.device), 0
         with resting(engine, args.sleep):
+            groups = groups_of(sampled, policy, reference, args, split)
+            run.check_finite(advantages=groups.advantages.sum(), kl=groups.kl)  # a NaN KL has advantages of 0
+            seconds["logprobs"] = watch.lap()
             for minibatch in minibatches(args, step, args.num_iterations):
                 scale, step_loss = backward(policy, groups, minibatch, args, split, sums)
                 grad_norm = clip_grad_norm(policy, args.max_grad_norm, scale)
@@ -280,7 +279,8 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
     rows, mask, _ = as_rows(prompts, answers, engine.device)
     seconds = {"rollout": watch.lap()}
     texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
-    scores = scorer.score(prompts, rows, texts, finished)
+    with resting(engine, min(args.sleep, 1)):  # not its weights, which no refresh may follow
+        scores = scorer.score(prompts, rows, texts, finished)
     rewards = scores.total
     if args.soft_punish_cache:
         punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)

@@ -69,13 +69,13 @@ from training.rewards import RewardArgs, Scorer, Scores, load_reward_functions, 
 from training.rollouts import (
     TokenSums,
     all_logps,
+    all_values,
     answer_logps,
     answer_values,
     as_rows,
     draw,
     make_engine,
     minibatches,
-    over_ranks,
     pass_rates,
     rows_at,
 )
@@ -146,7 +146,8 @@ def main(args: PpoArgs) -> None:
         trained.kl_coef.fill_(args.kl_coef)
     if run.first_step > 1:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
-    engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
+    sizes = {"max_seq_len": data.longest, "dp_size": dp_size}
+    engine = make_engine(policy, folder, args, **sizes, runtime=runtime, critic=critic)
     sample_log = SampleLog(args, run, folder.tokenizer)
     about = {
         "policy": folder if lora is None else f"{folder}; {lora}",
@@ -310,15 +311,14 @@ def collect(
     rows, mask, engine_logps = as_rows(prompts, answers, device)
     texts, finished, width = [a.text for a in answers], [a.finished for a in answers], mask.shape[1]
     seconds = {"rollout": watch.lap()}
-    scores = scorer.score(prompts, rows, texts, finished)
-    seconds["score"] = watch.lap()
-
-    logps = all_logps(models.policy, rows, width, split, args.temperature)
-    with as_reference(models.reference):
-        ref_logps = all_logps(models.reference, rows, width, split, args.temperature)
-    with torch.no_grad():
-        values = over_ranks(rows, lambda part: answer_values(models.critic, part, width, split), split)
-    seconds["logprobs"] = watch.lap()
+    with resting(engine, min(args.sleep, 1)):  # not its weights, which no refresh may follow
+        scores = scorer.score(prompts, rows, texts, finished)
+        seconds["score"] = watch.lap()
+        logps = all_logps(models.policy, rows, width, split, args.temperature)
+        with as_reference(models.reference):
+            ref_logps = all_logps(models.reference, rows, width, split, args.temperature)
+        values = all_values(models.critic, rows, width, split)
+        seconds["logprobs"] = watch.lap()
     return Rollout(rows, texts, finished, mask, engine_logps, logps, ref_logps, scores, seconds, values)
 
 

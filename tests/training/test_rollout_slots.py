@@ -1,17 +1,21 @@
 """How many answers a rank draws at once on a GPU: as many as memory holds beside the training."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 from models import memory
 from models.checkpoint import load_model, open_folder
 from models.common import Runtime
 from models.memory import page_bytes
 from models.pages import pages_for
-from training import rollouts
+from tests import tiny
+from tests.training.test_train_ppo import TIMED, flags, world  # noqa: F401 (fixtures)
+from training import frozen, rewards, rollouts
 from training.train_grpo import GrpoArgs
 
 LONGEST, ANSWERS = 200, 12
@@ -52,11 +56,62 @@ def test_slots_are_what_memory_holds(folder, monkeypatch):
 
 
 def test_memory_of_training():
-    """Catches gradients that are not counted, and gradients of frozen weights, or in the CPU's memory, that are."""
+    """Catches gradients that are not counted, those of a critic that is larger than the policy, say, or counted twice;
+    and gradients of frozen weights, or in the CPU's memory, that are counted."""
     with FakeTensorMode():
-        model = torch.nn.Module()
+        model, critic = torch.nn.Module(), torch.nn.Module()
         for name, device, learns in (("a", "cuda", True), ("b", "cuda", False), ("c", "cpu", True)):
             tensor = torch.empty(100, dtype=torch.bfloat16, device=device)
             model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=learns))
-        assert rollouts.memory_of_training(model, 1000) == 200 + 400
-        assert rollouts.memory_of_training(model, 100) == 200
+        critic.register_parameter("a", torch.nn.Parameter(torch.empty(60, device="cuda")))
+        assert rollouts.memory_of_training([model, None], 1000) == 200 + 400
+        assert rollouts.memory_of_training([model, None], 100) == 200
+        assert rollouts.memory_of_training([model, critic], 1000) == 240 + 380
+
+
+WHILE_ASLEEP = ("score", "all_logps", "all_values", "policy_backward", "value_backward", "backward")
+
+
+@pytest.mark.parametrize("script", ["train_ppo", "train_grpo"])
+def test_the_cache_is_released(script, folder, world, tmp_path, monkeypatch):
+    """Catches a cache that takes memory while answers are scored, or while log-probs and values are computed, and an
+    embedding or a head that stays gathered beside it; and answers or metrics that --sleep changes."""
+    module, engines, real = importlib.import_module(f"training.{script}"), [], rollouts.draw
+    loaded, load = [], frozen.load_frozen
+    monkeypatch.setattr(frozen, "load_frozen", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+
+    def draw(engine, *rest):
+        engines.append(engine)
+        assert len(loaded) == 2 and all(isinstance(model.embed_tokens.weight, DTensor) for model in loaded)
+        return real(engine, *rest)
+
+    def asleep(function):
+        def checked(*args, **options):
+            sizes = {tensor.untyped_storage().nbytes() for tensor in engines[-1].rows.cache.tensors()}
+            assert (sizes == {0}) == (sleep > 0)
+            seen.add(function.__name__)
+            return function(*args, **options)
+
+        return checked
+
+    seen, lines = set(), {}
+    monkeypatch.setattr(module, "draw", draw)
+    monkeypatch.setattr(rewards.Scorer, "score", asleep(rewards.Scorer.score))
+    for name in set(WHILE_ASLEEP) & vars(module).keys():
+        monkeypatch.setattr(module, name, asleep(vars(module)[name]))
+    more = {"reward_checkpoint_path": world / "rm", "ref_checkpoint_path": folder, "total_steps": 2}
+    more |= {"eval_prompt_file": world / "held_out.jsonl", "num_eval_samples": 0}
+    if script == "train_grpo":
+        more |= {"ppo_epochs": None, "value_learning_rate": None, "beta": 0.1, "num_generations": 3}
+        more |= {"num_iterations": 2}
+    for sleep in (0, 1):
+        loaded.clear()
+        words = flags(folder, world, tmp_path / f"{sleep}", **more, sleep=sleep)
+        result = tiny.run(f"training/{script}.py", *words)
+        assert result.code == 0, result.stderr
+        lines[sleep] = tiny.read_lines(tmp_path / f"{sleep}/metrics.jsonl")
+    assert len(seen) == (3 if script == "train_grpo" else 5)
+    for one, other in zip(lines[0], lines[1], strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(TIMED)} == {
+            k: v for k, v in other.items() if not k.startswith(TIMED)
+        }

@@ -90,13 +90,14 @@ class Stop:
 
     def call(self, function: Callable, *args):
         """Returns function(*args), or None if a signal has come before or interrupts it; C code is not interrupted."""
-        self._interruptible = True
-        try:
-            return None if self.received else function(*args)
+        try:  # the signal may come just before or after the call, too
+            self._interruptible = True
+            try:
+                return None if self.received else function(*args)
+            finally:
+                self._interruptible = False
         except _Interrupted:
             return None
-        finally:
-            self._interruptible = False
 
 
 def drop_what_nobody_reads() -> None:

@@ -445,6 +445,23 @@ def test_a_terminal_that_has_gone(monkeypatch):
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_beside_a_call(when, monkeypatch):
+    """Catches a signal that ends the run without a save because it comes when the user's function is not running yet,
+    or has just returned, but may be interrupted."""
+
+    def interruptible(stop, value):
+        if when == "after" and not value and not stop.received:
+            stop._receive(signal.SIGTERM, None)
+        vars(stop)["_interruptible"] = value
+        if when == "before" and value:
+            stop._receive(signal.SIGTERM, None)
+
+    stop, place = Stop(), property(lambda self: vars(self)["_interruptible"], interruptible)
+    monkeypatch.setattr(Stop, "_interruptible", place, raising=False)
+    assert stop.call(lambda: 5) is None and stop.received
+
+
 @pytest.mark.parametrize("launched", [False, True])
 def test_two_signals(launched, monkeypatch):
     """Catches one Ctrl-C counted as two because torchrun passes on a signal that its ranks have already had, torchrun's

@@ -137,10 +137,19 @@ class Run:
         on_main(lambda: check_free(args.output_dir / ".lock", f"--output_dir {args.output_dir}"))
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
-    def begin(self, model: nn.Module, optimizer, *, total_steps: int, device: torch.device) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer,
+        *,
+        total_steps: int,
+        device: torch.device,
+        order: set[str] = ORDER,
+    ) -> None:
         """With --resume restores model and optimizer (or a list of optimizers) from the newest checkpoint, except for
-        settings such as the learning rate, which come from the flags. Writes args.json. Raises ValueError if the run
-        has already taken more than total_steps. A collective."""
+        settings such as the learning rate, which come from the flags. Writes args.json. order: the flags that determine
+        which records a step takes. Raises ValueError if the run has already taken more than total_steps. A
+        collective."""
         args = self.args
         on_main(self._take_output_dir)
         done = load_newest_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
@@ -150,7 +159,7 @@ class Run:
         if changed_after:  # kept until there is a later checkpoint: the next --resume starts from this one, too
             self._begun_with[CHANGED_AFTER] = changed_after
         self.changed = frozenset(name for name, step in changed_after.items() if step >= done)
-        for name in sorted(self.changed & ORDER) if done else ():  # a step's number determines its records
+        for name in sorted(self.changed & order) if done else ():
             say(f"--{name} changed which records a step takes: some of this epoch are repeated or left out")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None

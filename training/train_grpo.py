@@ -81,7 +81,7 @@ from training.rollouts import (
     pass_rates,
     rows_at,
 )
-from training.run_dir import Run, RunArgs
+from training.run_dir import ORDER, Run, RunArgs
 from training.samples import SampleLog
 
 
@@ -127,7 +127,8 @@ def main(args: GrpoArgs) -> None:
     trained = nn.ModuleDict({"policy": policy})  # one checkpoint holds the policy and two counters
     for name in ("num_prompts", "num_tokens"):
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
-    run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device)
+    order = ORDER - {"rollout_batch_size"}  # of any size, an update goes on after num_prompts
+    run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device, order=order)
     if run.first_step > 1:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)

@@ -356,8 +356,8 @@ def test_kill_and_resume(whole, world, tmp_path):
 
 
 def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
-    """Catches a SIGTERM that saves nothing, a resume as another run, and a baseline written twice when a run starts
-    again."""
+    """Catches a SIGTERM that saves nothing, a resume as another run, a baseline written twice when a run starts again,
+    and a warning of repeated prompts where none are."""
     out, write, run, begins = tmp_path / "out", Metrics.write, resumable(world), []
 
     def write_and_stop(self, values):
@@ -377,6 +377,10 @@ def test_stop_and_resume(whole, world, tmp_path, monkeypatch):
     for name, value in (("beta", 0.2), ("loss_type", "grpo"), ("num_generations", 6), ("epsilon_high", 0.3)):
         other = tiny.run(SCRIPT, *flags(world, out, **{**run, name: value}, resume=True))
         tiny.assert_refused(other, f"--resume {out}: the run was begun with other --{name}")
+    shutil.copytree(out, tmp_path / "larger")
+    more = {"rollout_batch_size": 24, "accept_changed": "rollout_batch_size", "resume": True}
+    result = tiny.run(SCRIPT, *flags(world, tmp_path / "larger", **{**run, **more}))
+    assert result.code == 0 and "some of this epoch are repeated" not in result.stdout
     grpo(world, out, **run, resume=True)
     assert_same_run(out, whole)
 

@@ -35,7 +35,7 @@ from models.records import (
     require,
     stated_prompt,
 )
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, not_encodable
 
 BIG_FILE = 2**23  # in bytes; tokenising as much takes a few seconds
 NUM_LONGEST = 64  # longest prompts of a large file, tokenised first, since the cache must have room for them
@@ -124,7 +124,8 @@ class PromptSource:
                 renamed.update(name for name in WRITTEN if name in record.fields)
             if self.is_large:
                 texts = [prompt] if isinstance(prompt, str) else map(content_of, prompt.messages)
-                sized.append((sum(len(text) if text.isascii() else len(text.encode()) for text in texts), record))
+                with naming(record):
+                    sized.append((sum(map(num_bytes, texts)), record))
         return _Look(num_records, renamed, _longest_of(sized), chunk.size)
 
     def _tokenise_all(self) -> None:
@@ -219,6 +220,14 @@ class PromptSource:
             ("short", f"prompts with room for fewer than {self.max_new_tokens} new tokens"),
         )
         return "; ".join(f"{self.counts[name]} {what}" for name, what in remarks if self.counts[name])
+
+
+def num_bytes(text: str) -> int:
+    """Returns the size of a text in UTF-8. Raises ValueError for a text that cannot be tokenised."""
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:
+        raise not_encodable(text) from error
 
 
 def _longest_of(sized: list[tuple[int, Record]]) -> list[tuple[int, Record]]:

@@ -334,7 +334,7 @@ def encode_generated(prompt: str | Chat, text: str, tokenizer: Tokenizer, *, fin
     """The ids of the prompt and of a generated text, which no chat template rewrites; if finished, followed by the
     token that ended it: EOS, or the end of the turn."""
     end = ids_at_the_end(prompt, tokenizer) if finished else []
-    return _answered(prompt, text, tokenizer)[0].input_ids + end
+    return list(_answered(prompt, text, tokenizer)[0].ended(end).input_ids)
 
 
 def ids_at_the_end(prompt: str | Chat, tokenizer: Tokenizer) -> list[int]:

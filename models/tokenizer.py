@@ -32,6 +32,13 @@ FILES = ("tokenizer.json", "tokenizer.model", *SETTINGS)
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
+def not_encodable(text: object) -> ValueError:
+    """Returns the error of a text that is not a string, or has no UTF-8 encoding."""
+    place = next((i for i, letter in enumerate(str(text)) if "\ud800" <= letter < "\ue000"), 0)
+    found = ascii(text[max(0, place - 40) : place + 1]) if isinstance(text, str) else ascii(text)[:60]
+    return ValueError(f"must be a string without lone surrogates: {found}")
+
+
 class Tokenizer:
     """The tokenizer of a Hugging Face folder.
 
@@ -89,9 +96,7 @@ class Tokenizer:
         try:
             ids = self._file.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
-            place = next((i for i, letter in enumerate(str(text)) if "\ud800" <= letter < "\ue000"), 0)
-            found = ascii(text[max(0, place - 40) : place + 1]) if isinstance(text, str) else ascii(text)[:60]
-            raise ValueError(f"must be a string without lone surrogates: {found}") from error
+            raise not_encodable(text) from error
         return [*self._before, *ids, *self._behind] if add_special_tokens else ids
 
     def encode_plain(self, text: str) -> list[int]:

@@ -244,8 +244,8 @@ def launch_options(element_size: int, on_amd: bool = ON_AMD) -> dict[str, int]:
 
 
 def num_arrivals(num_warps: int, on_amd: bool = ON_AMD) -> int:
-    """How often a program arrives. On AMD a barrier does not wait for the stores of other wavefronts, and an atomic waits
-    for those of its own only, so each of them arrives, with all its threads, of which the compiler makes one atomic. On
+    """How often a program arrives. On AMD a barrier does not wait for other wavefronts' stores, and an atomic waits for
+    those of its own only, so each of them arrives, with all its threads, of which the compiler makes one atomic. On
     NVIDIA a barrier and one atomic after it order the stores of all threads (PTX's memory model, causality order)."""
     return 64 * num_warps if on_amd else 1
 

@@ -76,7 +76,8 @@ def precompute(
     which should be those of training. Raises ValueError if a recomputed batch differs from the file, if the file cannot
     be read, or if a value is not finite.
     """
-    path, device = cache.folder / f"ref_logps_{name}.safetensors", torch.device(split.dp.device_type)
+    # not beside the weights: vLLM, for one, takes each .safetensors file of a folder without an index for weights
+    path, device = cache.folder / "reference" / f"{name}.safetensors", torch.device(split.dp.device_type)
     key = {**cache.key, "pairs": pairs_digest(pairs)}
     own = torch.zeros(len(pairs), 2, device=device)  # those that this rank computed
 

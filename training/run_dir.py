@@ -135,6 +135,7 @@ class Run:
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
         on_main(lambda: check_free(args.output_dir / ".lock", f"--output_dir {args.output_dir}"))
+        self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
     def begin(
@@ -174,7 +175,6 @@ class Run:
         )
         self._export_dtype = DTYPES[args.export_dtype] if args.export_dtype else stored_dtype(args.checkpoint_path)
         self._saved, self._saved_at = done, time.monotonic()
-        self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.stop.state_of, self.stop.keep = done, self._keep
         self.stop.check()
         drop_what_nobody_reads()
@@ -460,7 +460,7 @@ def check_output_dir(folder: Path) -> None:
     for name in ("args.json", "metrics.jsonl", "samples.jsonl", *exported):
         if (folder / name).is_dir():
             raise ValueError(f"--output_dir {folder}: {name} is a folder, where the run writes a file")
-    subfolders = [folder / name for name in ("checkpoints", "critic", MERGED, f"critic/{MERGED}")]
+    subfolders = [folder / name for name in ("checkpoints", "critic", "reference", MERGED, f"critic/{MERGED}")]
     subfolders += folder.glob("step-*")
     for path in (folder, *subfolders):
         check_writable(path, f"--output_dir {folder}")

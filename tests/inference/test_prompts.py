@@ -70,7 +70,12 @@ def test_what_is_wrong_is_found_first_or_in_its_turn(folder, tmp_path, large):
     records = ragged(50)
     unread = {"prompt": "a", "history": [["b", "c"]]}
     as_text = {"prompt": ' [{"role": "user", "content": "a"}]'}
-    wrong = [({"prompt": 5}, "prompt must be text"), (unread, '"history" is not read'), (as_text, "messages as text")]
+    wrong = [
+        ({"prompt": 5}, "prompt must be text"),
+        ({"prompt": "a\ud800"}, "lone surrogates"),
+        (unread, '"history" is not read'),
+        (as_text, "messages as text"),
+    ]
     for broken, why in wrong:
         records[47] = broken
         result, lines = run(folder, tmp_path, "a", records=records)

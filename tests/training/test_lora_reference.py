@@ -123,8 +123,7 @@ def test_pairs_are_held_near_the_start(task, tmp_path, flag, monkeypatch):
         weights = other / "adapter_model.safetensors"
         tensors = load_file(weights)
         save_file({key: 2 * tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}, weights)
-        (tmp_path / "other").mkdir()
-        shutil.copy(tmp_path / "own/ref_logps_train.safetensors", tmp_path / "other")
+        shutil.copytree(tmp_path / "own/reference", tmp_path / "other/reference")
         assert abs(train("other", "--resume", "--adapter_path", other)[0]["rewards/chosen"]) < 1e-6
 
 

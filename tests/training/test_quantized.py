@@ -113,7 +113,7 @@ def test_dpo_reference(world, tmp_path, when, mode):
         flags = dpo_flags(world, tmp_path / f"{name}-flag", when, *own, *by_flag)
         assert_alike(lines_of("train_dpo", flags)[0], found, tolerance=0)
         if when == "--precompute_ref":
-            with safe_open(tmp_path / f"{name}-flag/ref_logps_train.safetensors", framework="pt") as file:
+            with safe_open(tmp_path / f"{name}-flag/reference/train.safetensors", framework="pt") as file:
                 assert file.metadata()["quantised"] == str(SCHEMES[mode])
         (tmp_path / f"{name}-flag/config.json").unlink()
         flags[flags.index("--quantize_ref") :] = ["--resume"]

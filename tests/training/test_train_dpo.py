@@ -282,10 +282,9 @@ def test_both_ways_agree_over_epochs(folder, other_folder, train_file, tmp_path)
         for ours, theirs in zip(before, step):
             for key in ours.keys() - {"tokens_per_second"}:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (name, key)
-        assert sorted(p.name for p in outs[0].glob("ref_*")) == [
-            f"ref_logps_{s}.safetensors" for s in ("eval", "train")
-        ]
-        assert not list(outs[1].glob("ref_*"))
+        assert sorted(p.name for p in outs[0].glob("reference/*")) == ["eval.safetensors", "train.safetensors"]
+        assert [p.name for p in outs[0].glob("*.safetensors")] == ["model.safetensors"]  # vLLM reads all as weights
+        assert not (outs[1] / "reference").exists()
 
 
 def test_no_reference_where_none_is_wanted(folder, train_file, tmp_path, monkeypatch):
@@ -305,7 +304,7 @@ def test_a_short_run_computes_what_it_needs(folder, other_folder, train_file, tm
     run resumes with more steps."""
     more = {"batch_size": 2, "ref_checkpoint_path": other_folder, "save_steps": 2, "warmup_ratio": 0}
     train(folder, train_file, tmp_path / "out", max_steps=2, **more)
-    known = load_file(tmp_path / "out/ref_logps_train.safetensors")["logps"]
+    known = load_file(tmp_path / "out/reference/train.safetensors")["logps"]
     assert known.shape == (10, 2) and known.isfinite().all(dim=1).sum() == 4
     train(folder, train_file, tmp_path / "out", max_steps=7, resume=True, **more)
     train(folder, train_file, tmp_path / "whole", max_steps=7, **more)

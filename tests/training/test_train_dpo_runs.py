@@ -73,7 +73,7 @@ def test_kill_and_resume(whole, run_flags, tmp_path):
     done = (out / "config.json").exists()  # it may have finished before the signal
     assert process.returncode in ({0, -signal.SIGKILL} if done else {-signal.SIGKILL}), errors
     result = train(*run_flags, out, **run, resume=True)
-    assert "resuming after step" in result.stdout and f"ref_logps_train.safetensors: {READ}" in result.stdout
+    assert "resuming after step" in result.stdout and f"reference/train.safetensors: {READ}" in result.stdout
     assert_same_run(out, whole)
 
 
@@ -88,7 +88,7 @@ def test_resume_without_the_cache(dtype, more, run_flags, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         assert "stopped by a signal after step 7;" in train(*run_flags, out, **run).stdout
-    (out / "ref_logps_train.safetensors").unlink(missing_ok=True)
+    (out / "reference/train.safetensors").unlink(missing_ok=True)
     assert READ not in train(*run_flags, out, **run, resume=True).stdout
     assert_same_run(out, tmp_path / "whole", last_step=9)
 
@@ -96,7 +96,7 @@ def test_resume_without_the_cache(dtype, more, run_flags, tmp_path, monkeypatch)
 def test_stop_while_the_reference_runs(whole, run_flags, tmp_path, monkeypatch):
     """Catches log-probs of the reference that a signal or a kill discards: a job whose time is over before they are all
     computed would never get past them. The batches are of 3, 3, 3 and 1 pairs, in micro-batches of 2 and 1."""
-    run, out, cache = {**RUN, "save_steps": 6}, tmp_path / "out", tmp_path / "out/ref_logps_train.safetensors"
+    run, out, cache = {**RUN, "save_steps": 6}, tmp_path / "out", tmp_path / "out/reference/train.safetensors"
     pair_logps, calls = train_dpo.pair_logps, []
 
     def at_call(number, event):
@@ -135,7 +135,7 @@ def change_cache(path, change):
 def test_a_cache_that_is_wrong(whole, run_flags, tmp_path):
     """Catches log-probs of another reference, a broken file or other pairs' values used silently."""
     out = shutil.copytree(whole, tmp_path / "out")
-    cache = out / "ref_logps_train.safetensors"
+    cache = out / "reference/train.safetensors"
     shutil.rmtree(out / "checkpoints/step-000016")
     change_cache(cache, lambda logps: logps + 0.05)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -321,8 +321,12 @@ class Run:
     def check_weights(self, model: nn.Module) -> None:
         """Raises ValueError if weights are not finite, before they are saved over finite ones. A collective."""
         if not all_fit(model):
-            advice = "take a lower --learning_rate and --resume from the last checkpoint with --accept_changed"
-            self.stop.fail(f"{self._unit} {self.step}: the weights are not finite; {advice} learning_rate")
+            names = [name for name in ("learning_rate", "value_learning_rate") if hasattr(self.args, name)]
+            lower = " or ".join(f"--{name}" for name in names)
+            self.stop.fail(
+                f"{self._unit} {self.step}: the weights are not finite; take a lower {lower} and --resume from the "
+                f"last checkpoint with --accept_changed {' '.join(names)}"
+            )
 
     def fail_export(self, message: str) -> NoReturn:
         """Ends the run with a ValueError. The state is saved; if a step's model was to be exported, the resumed run

@@ -172,6 +172,10 @@ def test_weights_that_are_not_finite(folder, world, tmp_path):
     never_saved = [*broken, "--save_steps", 0, "--max_steps", 1, "--weight_decay", 100]
     assert_ended(run("finetune_sft", folder, world, tmp_path / "c", *never_saved), "the weights are not finite")
     assert not (tmp_path / "c/model.safetensors").exists()
+    critic = ["--reward_fn", "fn.py:whole", "--value_learning_rate", 1e38, "--weight_decay", 100, "--ppo_epochs", 1]
+    critic += FIRST_STEPS[:4]
+    result = run("train_ppo", folder, world, tmp_path / "d", *critic)
+    assert_ended(result, "weights are not finite; take a lower --learning_rate or --value_learning_rate and --resume")
 
 
 def test_weights_that_the_export_cannot_hold(folder, world, tmp_path):

@@ -113,3 +113,14 @@ def test_answers_that_are_hard_to_find():
     assert final_answer(r"\boxed{\{1, 2\}}") == r"\{1, 2\}" and final_answer(r"\boxed{a\\\}b}") == r"a\\\}b"
     assert final_answer(r"\\boxed{5}") == "5"  # written as in JSON
     assert final_answer(r"\boxed{1}. Or \boxed{\frac{1}") == "1" and final_answer(r"\boxed{2\boxed{3}}") == "3"
+
+
+def test_equal_answers_have_equal_scores(rm, tmp_path):
+    """Catches scores that depend on the rows beside them: their last bits would decide which of two equal answers is
+    better, and are advantages of full size in GRPO."""
+    texts = ["so " * (i * 7 % 23) for i in range(25)]
+    records = [{"prompt": f"{i} plus", "chosen": text, "rejected": text} for i, text in enumerate(texts)]
+    for flags in (["--batch_size", 3], ["--batch_size", 7, "--dtype", "bfloat16"]):
+        lines = scored(rm, tmp_path, records, *flags, name=f"{len(flags)}.jsonl")
+        assert all(line["chosen_reward"] == line["rejected_reward"] for line in lines)
+        assert len({line["chosen_reward"] for line in lines}) > 20

@@ -259,13 +259,13 @@ def end_card(engine: Engine, model: nn.Module, runtime: Runtime, dp: DeviceMesh,
         dist.all_reduce(totals, group=dp.get_group())
         decoded, prefilled, *counts = totals.tolist()
         source.counts.update(zip(source.counts, map(int, counts)))
-    if decoded:
+    if decoded or engine.num_steps:
         rows["decoding"] = f"{decoded:,.1f} tok/s"
     if engine.num_steps:  # other ranks may have drawn all samples
         seconds = engine.decode_seconds
         slots = f"{engine.num_slots} slot{'s' * (engine.num_slots > 1)}"
         rows["decoding"] += f", {1e3 * seconds / engine.num_steps:.2f} ms a step of {slots}"
-        bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / seconds
+        bandwidth = (engine.num_steps * weight_bytes(model) + engine.cache_bytes_read) / max(seconds, 1e-9)
         peak = peaks(runtime.device)
         rows["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s" + (f", MBU {bandwidth / peak[1]:.1%}" if peak else "")
     if engine.compile_seconds:

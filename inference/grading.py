@@ -17,6 +17,7 @@ from dataclasses import replace
 from inference.choosing import group_of
 from inference.lines import LineWriter, begin, begun_on, lines_of
 from models.chats import content_of, read_chat
+from models.checkpoint import has_score_head
 from models.common import card, progress_bar, say
 from models.functions import Grade, Grader, call_batch, load_grader, undisturbed
 from models.record_files import kind_of
@@ -42,6 +43,9 @@ def grade_file(args) -> None:
     ScoreArgs of score.py. Only the main rank calls this. Raises ValueError or OSError for unusable files or records."""
     tokenizer = None
     if args.checkpoint_path is not None:
+        if has_score_head(args.checkpoint_path):
+            why = "beside a --grader it is the model that answered; a reward model scores in a run of its own"
+            raise ValueError(f"--checkpoint_path {args.checkpoint_path}: {why}")
         today = chat_day(args.chat_date, begun_on(args.output_file) if args.resume else None)
         args = replace(args, chat_date=today.isoformat())
         tokenizer = Tokenizer(args.checkpoint_path, today)

@@ -43,16 +43,18 @@ class Rendering(NamedTuple):
     generated: list[tuple[int, int]]
 
 
+@cache
+def _unsafe_jinja() -> str | None:
+    """The version of jinja2, if its sandbox has known holes."""
+    found = version("jinja2")
+    return found if tuple(map(int, re.findall(r"\d+", found)[:3])) < SAFE_JINJA else None
+
+
 class ChatTemplate:
     """sources: Jinja source of the "default" template, and maybe of "tool_use", for chats with tools; folder: for error
     messages; tokens: {"bos_token": ...}; today: the date for strftime_now."""
 
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
-        found = version("jinja2")
-        if tuple(map(int, re.findall(r"\d+", found)[:3])) < SAFE_JINJA:
-            raise ValueError(
-                f"{folder}: a chat template can leave the sandbox of jinja2 {found}; install jinja2>=3.1.6"
-            )
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
         self.source = "".join(sources.values())  # of all templates, to search for a word
 
@@ -117,6 +119,9 @@ class ChatTemplate:
         return found.text[found.ends[1] :] if 1 in found.ends else ""
 
     def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
+        if found := _unsafe_jinja():
+            why = f"a chat template can leave the sandbox of jinja2 {found}; install jinja2>=3.1.6"
+            raise ValueError(f"{self.folder}: {why}")
         usual = {"tools": None, "documents": None, **self._tokens}
         values = {**usual, **values, "add_generation_prompt": add_generation_prompt, "_generation": marks}
         failure = None

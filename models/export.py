@@ -49,7 +49,7 @@ def save_folder(
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte except for json_changes, {file
     name: keys to set}, which creates a missing file. dtype: of the tensors, None keeps theirs; a scalar head is stored
     in fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, ValueError that
-    names a tensor that fp16 cannot hold; the old export then stays as it was.
+    names a tensor that fp16 cannot hold, once all are consumed; the old export then stays as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -104,7 +104,7 @@ def _write_shards(
     """Streams the tensors into model-0000x-of-0000y.safetensors (one file: model.safetensors). Returns the embedding's
     dtype, which config.json names, and {file: {tensor: its digest}}. target: the folder that errors name."""
     shards: list[dict[str, str]] = []
-    total, pending, saved_dtype = 0, {}, None
+    total, pending, saved_dtype, lost = 0, {}, None, None
 
     def flush():
         with ThreadPoolExecutor(THREADS) as pool:
@@ -119,7 +119,9 @@ def _write_shards(
         own_dtype = torch.float32 if name == "score.weight" else dtype
         whole, tensor = tensor, tensor.detach().to(device="cpu", dtype=own_dtype).contiguous()
         if tensor.dtype == torch.float16 != whole.dtype and not tensor.isfinite().all():
-            raise ValueError(f"{target}: float16 cannot hold {hf_name(name)}; --resume with --export_dtype float32")
+            lost = lost or name
+        if lost:  # the other ranks still take part in gathering what follows
+            continue
         if saved_dtype is None or name == "embed_tokens.weight":
             saved_dtype = tensor.dtype
         if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > max_bytes:
@@ -127,6 +129,8 @@ def _write_shards(
             pending = {}
         pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         total += tensor.nbytes
+    if lost:
+        raise ValueError(f"{target}: float16 cannot hold {hf_name(lost)}; --resume with --export_dtype float32")
     flush()
     if len(shards) == 1:
         os.rename(folder / "shard-0", folder / WEIGHTS)

@@ -6,6 +6,7 @@
   training and scoring find the positions with the same function, encode_steps
 """
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -356,7 +357,7 @@ def step_scores(
     all have the same number of batches.
     """
     device, places_of = model.inv_freq.device, {}
-    keys = [(np.asarray(row.input_ids, dtype=np.int64).tobytes(), *row.positions) for row in rows]
+    keys = [(hashlib.sha256(np.asarray(row.input_ids, np.int64)).digest(), *row.positions) for row in rows]
     which = [places_of.setdefault(key, len(places_of)) for key in keys]
     rows, counts = list(dict(zip(which, rows)).values()), Counter(which)
     first = list(itertools.accumulate((len(row.positions) for row in rows), initial=0))

@@ -270,7 +270,7 @@ def _remove_left(folder: Path) -> None:
         shutil.rmtree(folder)
     for left in folder.parent.glob(f".{folder.name}.*.*"):
         host, _, pid = left.name.removeprefix(f".{folder.name}.").rpartition(".")
-        with suppress(OSError):  # it ends meanwhile
+        with suppress(OSError, ValueError):  # it ends meanwhile; another program's name
             at_work = host != socket.gethostname() or _runs(int(pid))
             if not at_work or time.time() - max(file.stat().st_mtime for file in (left, *left.iterdir())) > 86_400:
                 shutil.rmtree(left)

@@ -312,19 +312,20 @@ class _Dispatcher(threading.Thread):
             task = worker.running.pop(reply["id"])
             task.end(Grade(float(reply.get("value", math.nan)), reply.get("failure")))
             if reply.get("last"):
-                self._lost(worker)
+                self._lost(worker, found=True)
 
-    def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False) -> None:
-        """Ends a process and replaces it. why: the failure of its answer, if it had only one; gone: see stop."""
+    def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False, found: bool = False) -> None:
+        """Ends a process and replaces it. why: the failure of its answer, if it had only one; gone: see stop; found:
+        whether the answer at fault has been taken, so that the others are graded again as before."""
         tasks, ready = list(worker.running.values()), worker.ready
         end = worker.stop(gone=gone)
         if not ready:
             self._cannot_start(why or f"{self.where}: {end} while it imported the file")
             return
-        if len(tasks) == 1:
+        if len(tasks) == 1 and not found:
             tasks[0].end(Grade(math.nan, why or end))
         else:
             for task in reversed(tasks):
-                task.alone = True
+                task.alone |= not found
                 self.queue.appendleft(task)
         self._start(worker)

@@ -71,7 +71,7 @@ def main(args: GenerateArgs) -> None:
     if args.engine != "ours":
         sweep = ["sweep"] if args.sweep else []  # --compare passes an empty --sweep with each batch size
         refuse_idle(args, f"with --engine {args.engine}", "precisions", "tensor_parallel_size", *sweep)
-    if "llama_cpp" not in (args.engine, args.compare and args.peer):
+    if "llama_cpp" not in (args.engine, args.peer):
         refuse_idle(args, "without the peer llama_cpp", "llama_cpp_gguf")
     run_speed_job(args, generate_setting(args), measure_generate, PEERS)
 

@@ -253,7 +253,7 @@ ALIKE = (  # one unit per line: those of at most two letters, and others that mu
 UNITS = {word: group for group in ALIKE for word in group.split()}
 UNIT_OF_LETTERS = re.compile(  # 10\text{ N} or 18^{\text{th}}; but not an i, e or d, nor "or"
     r"(?<=[\d}])(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{\s*"
-    rf"(?!(?:[ied]|or|{'|'.join(UNITS)})\s*\}})[A-Za-z]{{1,2}}\s*\}}"
+    r"(?:[NJWVACFKT]|Pa|Hz|k[NJWVg]|m[AV]|M[WJ]|eV|[ap]m|st|nd|rd|th|Rs)\s*\}"
     r"|\^\s*\{\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\})(?=\s*(?:[,;.)\]}]|$))"
 )
 

@@ -54,21 +54,21 @@ class Log:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def read_unfinished(output_dir: Path, step: int, total_steps: int) -> dict[str, float]:
-    """Returns the metrics of this step if its evaluation is missing: a signal interrupted it, or the run ends here now
-    although it was to take more steps. Otherwise returns {}. Deletes the file if it is of another step."""
+def read_unfinished(output_dir: Path, step: int, total_steps: int) -> tuple[dict[str, float], bool]:
+    """Returns (the metrics of this step if its evaluation is missing, else {}; whether a signal interrupted it, rather
+    than that the run ends here now although it was to take more steps). Deletes the file if it is of another step."""
     path = output_dir / UNFINISHED
     line = read_json_object(path, missing_ok=True)
     if line.get("step", step) != step:
         path.unlink()
         line = {}
     if line or not 0 < step == total_steps:
-        return line
+        return line, bool(line)
     line = next((line for line, _ in logged(output_dir / "metrics.jsonl") if line["step"] == step), {"step": step})
     if any(name.startswith("eval_") for name in line):
-        return {}
+        return {}, False
     write_json(path, line)  # kept until the line is written again and the model exported
-    return line
+    return line, False
 
 
 class Metrics:

@@ -122,7 +122,8 @@ class Run:
 
     A signal, or an error that all ranks raise, ends the run at one of these calls or in run.stop.check, which save the
     state first. step, numbers: the current step and its records; first_step: the one to start with, counted from 1.
-    last_line: the step up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it.
+    interrupted: whether the unfinished step has no line yet, rather than one without an evaluation. last_line: the step
+    up to which logs are kept, -1 for a new run. num_tokens: processed so far; speed() adds to it.
     changed: the flags in which a resumed run differs from its checkpoint, as --accept_changed allows.
     """
 
@@ -164,7 +165,7 @@ class Run:
             say(f"--{name} changed which records a step takes: some of this epoch are repeated or left out")
         self.first_step, self.total_steps, self.device = done + 1, total_steps, device
         self.step, self.numbers, self._unit, self._bar = done, [], "step", None
-        self.unfinished = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
+        self.unfinished, self.interrupted = on_main(lambda: read_unfinished(args.output_dir, done, total_steps))
         self.last_line = done - bool(self.unfinished) if done else -1
         on_main(self._write_args)
         self._metrics = Metrics(args.output_dir, after_step=self.last_line, report_to=args.report_to)
@@ -420,9 +421,13 @@ class Run:
                 config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
                 changes |= pad_changes(start, pad)
             changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
-        save_folder(
-            folder, full_tensors(model), config=config, copy_from=start, json_changes=changes, dtype=self._export_dtype
-        )
+        files, failure = {"config": config, "copy_from": start, "json_changes": changes}, None
+        try:
+            save_folder(folder, full_tensors(model), **files, dtype=self._export_dtype)
+        except ValueError as error:  # on the main rank: a merged weight that the dtype cannot hold
+            failure = str(error)
+        if failure := on_main(lambda: failure):
+            self.fail_export(failure)
         say(f"{folder}: {what} written; {size}")
 
 

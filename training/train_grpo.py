@@ -163,8 +163,9 @@ def main(args: GrpoArgs) -> None:
         run.log(metrics, "reward")
         if run.export_due:
             run.export(policy, what="policy", subfolder=run.step_folder)
-        of_token = {"kl": metrics.get("kl", 0.0), "entropy": metrics.get("entropy", 0.0)}
-        divergence.look(run.step, **of_token, all_alike=metrics.get("frac_reward_zero_std") == 1)
+        if run.step >= run.first_step or run.interrupted:
+            of_token = {"kl": metrics.get("kl", 0.0), "entropy": metrics.get("entropy", 0.0)}
+            divergence.look(run.step, **of_token, all_alike=metrics.get("frac_reward_zero_std") == 1)
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())
@@ -280,7 +281,7 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
     rows, mask, _ = as_rows(prompts, answers, engine.device)
     seconds = {"rollout": watch.lap()}
     texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
-    with resting(engine, min(args.sleep, 1)):  # not its weights, which no refresh may follow
+    with resting(engine, min(args.sleep, 1) if scorer.model else 0):  # not its weights, which no refresh may follow
         scores = scorer.score(prompts, rows, texts, finished)
     rewards = scores.total
     if args.soft_punish_cache:

@@ -180,9 +180,10 @@ def main(args: PpoArgs) -> None:
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
             export(run, policy, critic, folder, value_path, Path(run.step_folder))
-        kl, tokens = metrics.get("objective/kl", 0.0), metrics.get("completion_length", 1.0)
-        of_token = {"entropy": "policy/entropy_avg", "approx_kl": "policy/approxkl_avg"}
-        divergence.look(run.step, kl=kl, tokens=tokens, **{key: metrics.get(x, 0.0) for key, x in of_token.items()})
+        if run.step >= run.first_step or run.interrupted:
+            kl, tokens = metrics.get("objective/kl", 0.0), metrics.get("completion_length", 1.0)
+            of_token = {"entropy": "policy/entropy_avg", "approx_kl": "policy/approxkl_avg"}
+            divergence.look(run.step, kl=kl, tokens=tokens, **{key: metrics.get(x, 0.0) for key, x in of_token.items()})
 
     if data.held_out and run.first_step == 1 and args.total_steps:
         run.log_start(evaluate())

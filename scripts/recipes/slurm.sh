@@ -24,7 +24,8 @@ srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "$SLURM_NN
     --checkpoint_path "$model" --train_file "$train" --dp_replicate "$SLURM_NNODES" --max_seq_len 4096 --pack \
     --batch_size 128 --micro_batch_size 1 --activation_checkpointing selective --learning_rate 1e-5 ${MORE:-}
 
-for export in config.json adapter_config.json; do # a model's, or adapters'; written now: the run has finished
+case " ${MORE:-} " in *" --no-merge "*) exports=adapter_config.json ;; *) exports="config.json merged/config.json" ;; esac
+for export in $exports; do # the last file of a model, of LoRA's, of adapters alone; written now: the run has finished
     [ "$out/$export" -nt "${out%/}.begun" ] && exit 0
 done
 [ "$SECONDS" -gt 600 ] || exit 1                 # failed early: a mistake, which a restart would repeat

@@ -1,13 +1,15 @@
 """The closing cards of inference/generate.py and score.py: their speeds are counted tokens over the seconds of a
 patched clock, so that no time is measured."""
 
-import itertools
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 from inference import score
 from models import generation
 from models.tokenizer import Tokenizer
+from models.transfer import Download
 from tests import tiny
 from tests.inference.test_generate import generate, lines_of
 from tests.inference.test_score import rm  # noqa: F401 (a fixture)
@@ -16,8 +18,9 @@ from tests.inference.test_score import rm  # noqa: F401 (a fixture)
 def test_speeds_of_generate(folder, monkeypatch):
     """Catches tokens counted other than once, a time in place of a rate, and --prefill_tokens that does not reach the
     engine: each prefill and each decode step takes one second."""
-    clock = itertools.count()
-    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    seconds, wait = [], Download.wait
+    monkeypatch.setattr(Download, "wait", lambda numbers: seconds.append(1) or wait(numbers))
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: len(seconds)))
     flags = ("--prompt", "12 plus 17 is", "--num_samples", 4, "--batch_size", 4, "--prefill_tokens", 3)
     result = generate(folder, *flags, new=9)
     lines = lines_of(result)
@@ -29,6 +32,19 @@ def test_speeds_of_generate(folder, monkeypatch):
     assert found[1] == f"{sum(count - 1 for count in drawn) / steps:.1f}"
     found = re.search(r"prefill +([\d.]+) tok/s\n", result.stderr)
     assert found[1] == f"{num_prompt_tokens / -(-num_prompt_tokens // 3):.1f}"
+
+
+def test_a_card_without_decoded_tokens(folder, tmp_path, monkeypatch):
+    """Catches a traceback after the answers are written, where a look was launched behind the last answer: on a GPU the
+    host is one look behind."""
+    monkeypatch.setattr(generation, "looks_on", lambda device: (4, 1))
+    flags = ("--prompt", "12 plus 17 is", "--temperature", 0, "--return_token_ids")
+    first = lines_of(generate(folder, *flags))[0]["token_ids"][0]
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
+    result = generate(other, *flags)
+    assert lines_of(result)[0]["finish_reason"] == "stop"
+    assert re.search(r"decoding +0\.0 tok/s, ", result.stderr)
 
 
 def test_speed_of_score(rm, tmp_path, monkeypatch):

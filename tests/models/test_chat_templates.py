@@ -2,6 +2,7 @@
 
 import json
 from datetime import date
+from functools import partial
 
 import pytest
 import transformers
@@ -160,11 +161,13 @@ def test_bad_texts_and_chats(tmp_path):
 def test_jinja_whose_sandbox_has_holes(version, tmp_path, monkeypatch):
     """Catches a template that runs in a sandbox with known holes, and a newer version taken for an older one."""
     monkeypatch.setattr(models.chat_template, "version", lambda package: {"jinja2": version}[package])
+    monkeypatch.setattr(models.chat_template, "_unsafe_jinja", models.chat_template._unsafe_jinja.__wrapped__)
     folder = sentencepiece_folder(tmp_path, {"chat_template": LLAMA2_CHAT})
+    render = partial(Tokenizer(folder).chat_template.render, CHAT, add_generation_prompt=True)
     if version in ("3.0.3", "3.1.5"):
-        error_of(lambda: Tokenizer(folder), folder, f"jinja2 {version}", "install jinja2>=3.1.6")
+        error_of(render, folder, f"jinja2 {version}", "install jinja2>=3.1.6")
     else:
-        assert Tokenizer(folder).chat_template is not None
+        assert render()
 
 
 @pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd00\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4", "\ufdd5"])

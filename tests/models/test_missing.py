@@ -20,8 +20,8 @@ from tests import tiny
 
 def test_triton_that_does_not_work(capsys, monkeypatch):
     """Catches Triton taken for working because it is installed (here there is no GPU; elsewhere no compiler), no
-    message about it, a second try, and torch.compile, which needs Triton, as the default nevertheless; and a GPU chosen
-    without its index, or not made the current one."""
+    message about it, a second try, and torch.compile, which needs Triton, as the default or as asked for nevertheless;
+    and a GPU chosen without its index, or not made the current one."""
     has_triton.cache_clear()
     current = []
     assert not has_triton(torch.device("cpu")) and not has_triton(torch.device("cuda", 0))
@@ -36,9 +36,11 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
     for works in (True, False):
         monkeypatch.setattr(common, "has_triton", lambda device, works=works: works)
         assert choose_runtime(RuntimeArgs(device="cuda")).compile == works
-        assert choose_runtime(RuntimeArgs(device="cuda:1", compile=not works)).compile != works
+        assert not choose_runtime(RuntimeArgs(device="cuda:1", compile=False)).compile
+    with pytest.raises(ValueError, match="--compile: Triton"):
+        choose_runtime(RuntimeArgs(device="cuda", compile=True))
     # by index, as torch requires; and Triton runs its kernels on the current GPU
-    assert current == 2 * [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert current[:4] == 2 * [torch.device("cuda", 0), torch.device("cuda", 1)]
     has_triton.cache_clear()
 
 

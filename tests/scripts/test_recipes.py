@@ -23,7 +23,7 @@ before=
 for word; do
     case $before in
         --output_file) touch "$word" ;;
-        --output_dir) mkdir -p "$word" && touch "$word/${EXPORT-config.json}" ;;
+        --output_dir) file="$word/${EXPORT-config.json}" && mkdir -p "$(dirname "$file")" && touch "$file" ;;
     esac
     before=$word
 done
@@ -83,10 +83,11 @@ def test_what_a_finished_job_leaves(tmp_path):
     earlier run for its own."""
     out = tmp_path / "out"
     out.mkdir()
-    for export, code in (("adapter_config.json", 0), ("config.json", 0), ("", 1)):
-        done, _ = run("slurm.sh", tmp_path, tmp_path, "train.jsonl", f"{out}/", EXPORT=export)
+    adapter, lora = "adapter_config.json", "--lora_r 8"
+    cases = [("config.json", "", 0), ("merged/config.json", lora, 0), (adapter, f"{lora} --no-merge", 0)]
+    for export, more, code in (*cases, (adapter, lora, 1), ("", "", 1)):
+        done, _ = run("slurm.sh", tmp_path, tmp_path, "train.jsonl", f"{out}/", EXPORT=export, MORE=more)
         assert done.returncode == code, (export, done.stderr)
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "config.json"]
 
 
 def test_a_chat_template_from_another_folder(tmp_path):

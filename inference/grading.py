@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from inference.choosing import group_of
 from inference.lines import LineWriter, begin, begun_on, lines_of
 from models.chats import content_of, read_chat
@@ -119,7 +121,7 @@ def summary(lines: list[dict], groups: list[str], pass_at: list[int]) -> dict[st
     """Rows of the card: the mean grade, the number of failed gradings, and pass@k averaged over prompts."""
     right: dict[str, list[bool]] = {}
     for line, group in zip(lines, groups, strict=True):
-        right.setdefault(group, []).append(line["grade"] >= 1)
+        right.setdefault(group, []).append(bool(np.float32(line["grade"]) >= 1))  # 0.7 + 0.2 + 0.1, too, as in training
     errors = [line["grade_error"] for line in lines if "grade_error" in line]
     rows = {
         "answers": f"{len(lines):,} to {len(right):,} prompts",

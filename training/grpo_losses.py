@@ -127,9 +127,9 @@ def leave_one_out_advantages(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def soft_overlong_punishment(lengths: Tensor, max_new_tokens: int, cache: int) -> Tensor:
-    """Returns 0 for answers that leave at least `cache` tokens unused, falling to -1 for those that use all, fp32 [A]:
+    """Returns 0 for answers that leave at least `cache` tokens unused, falling to -1 for those that use all, fp64 [A]:
     Yu et al. 2025 (DAPO, arXiv 2503.14476, eq. 13). lengths [A], at most max_new_tokens."""
-    return ((max_new_tokens - cache - lengths.float()) / cache).clamp(-1.0, 0.0)
+    return ((max_new_tokens - cache - lengths.double()) / cache).clamp(-1.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------ losses

@@ -225,6 +225,7 @@ class Scorer:
         total = sum(self._part_of_total(name, grades[name]) for name in order)
         total = total - args.length_penalty * num_tokens
         total = total - (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
+        total = total.float()  # rounded once, so that other parts of the same sum are equal rewards
         device = torch.device(self.split.dp.device_type)
         sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
         failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
@@ -244,7 +245,7 @@ class Scorer:
             )
 
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:
-        """Returns a source's weighted contribution to the rewards, fp32 [A]; NaN for an answer to be skipped. Ends the
+        """Returns a source's weighted contribution to the rewards, fp64 [A]; NaN for an answer to be skipped. Ends the
         run if a grade is missing and must not be."""
         weight, per_answer = self.weights[name], name in self.pooled
         how = self.args.reward_error or ("skip" if per_answer else "refuse")
@@ -256,7 +257,7 @@ class Scorer:
             if name not in self.warned:
                 self.warned.add(name)
                 say(f"{failure}; later failures are only counted")
-        values = torch.tensor([grade.value for grade in grades])
+        values = torch.tensor([grade.value for grade in grades], dtype=torch.float64)
         of_steps = name == "reward_model" and self.folder.kind.separator is not None
         in_steps = of_steps and self.args.process_reward == "steps"
         part = values.new_zeros(len(values)) if in_steps else weight * values.nan_to_num(nan=0.0)

@@ -92,6 +92,7 @@ class Answer(NamedTuple):
 def draw(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int, sample_idx: int) -> list[Answer]:
     """Samples an answer to each prompt and returns them on all ranks; the rank that sampled an answer submits it to the
     scorer. A collective. first: number of the first answer; with sample_idx it determines the sampling noise."""
+    engine.pool.forget()  # an evaluation's pages differ in their last bits from those that a resumed run computes
     length = scorer.args.max_new_tokens
     requests = [Request(first + i, sample_idx, each.ids, length, each.where) for i, each in enumerate(prompts)]
 

@@ -288,7 +288,7 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
         punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
         if args.mask_truncated_completions:  # punishing a masked answer would only raise the others' advantages
             punishment = punishment * torch.tensor(finished, device=punishment.device)
-        rewards = rewards + punishment
+        rewards = (rewards.double() + punishment).float()
     seconds["score"] = watch.lap()
     return Sampled(prompts, answers, mask, scores, rewards, seconds)
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from inference.grading import summary
 from models.checkpoint import open_folder
 from models.records import Limits
 from models.reward import pass_at_k
@@ -68,6 +69,12 @@ def test_pass_at_k_is_the_share_of_all_choices():
     for n, c, k in ((3, 4, 1), (3, 1, 4), (3, -1, 1), (3, 1, 0)):
         with pytest.raises(ValueError, match="is not defined"):
             pass_at_k(n, c, k)
+
+
+def test_a_grade_of_parts():
+    """Catches a full grade that its function has added up, here to 0.9999999999999999, and that passes in training."""
+    rows = summary([{"grade": 0.7 + 0.2 + 0.1}, {"grade": 0.9}], ["a", "b"], [1])
+    assert rows["pass@1"] == "50.00%"
 
 
 def test_grades_and_pass_at(tmp_path):

@@ -203,7 +203,7 @@ def test_defaults_are_trls():
 def test_soft_overlong_punishment_equals_trl(setting):
     """Catches a ramp that starts or ends one token early, and a punishment beyond -1."""
     ours = soft_overlong_punishment(torch.tensor(setting["lengths"]), setting["max_length"], setting["cache"])
-    torch.testing.assert_close(ours, torch.tensor(setting["rewards"]), **CLOSE)
+    torch.testing.assert_close(ours.float(), torch.tensor(setting["rewards"]), **CLOSE)
 
 
 # ---------------------------------------------------------------------------------------- planted faults

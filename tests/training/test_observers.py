@@ -27,6 +27,7 @@ RUNS = {  # name: (script, flags)
     "ppo": ("train_ppo", PPO),
     "ppo, lean": ("train_ppo", [*PPO, *LEAN]),
     "grpo, lean": ("train_grpo", [*GRPO, *LEAN]),
+    "grpo, one beginning": ("train_grpo", [*GRPO, "--tis_cap", 1]),  # whose pages an evaluation could leave
 }
 QUIET = ["--save_steps", 0, "--log_steps", 100]
 WATCHED = ["--save_steps", 1, "--save_total_limit", 9, "--eval_steps", 1, "--export_steps", 1]
@@ -39,6 +40,9 @@ def world(tmp_path_factory):
     tiny.write_model(root / "lm", hidden_size=64, num_hidden_layers=1)
     records = [{"prompt": f"{i} plus", "completion": f" {i} is", "chosen": " so", "rejected": " or"} for i in range(9)]
     tiny.write_records(root / "records.jsonl", records)
+    begin = " ".join(f"{a} plus {a + 1} is {2 * a + 1}." for a in range(40))[:560]
+    more = [{"prompt": begin + f" {i} plus 3 is" * (i + 1)} for i in range(9)]
+    tiny.write_records(root / "beginning.jsonl", more)
     (root / "fn.py").write_text(REWARDS)
     return root
 
@@ -61,10 +65,11 @@ def train(world, name, out, *more):
     script, flags = RUNS[name]
     given = ["--checkpoint_path", world / "lm", "--output_dir", out, "--learning_rate", 1e-2, "--warmup_ratio", 0]
     kind = "prompt_file" if draws(name) else "train_file"
-    given += [f"--{kind}", world / "records.jsonl", "--lr_schedule", "constant"]
+    records = world / ("beginning.jsonl" if "beginning" in name else "records.jsonl")
+    given += [f"--{kind}", records, "--lr_schedule", "constant"]
     given += ["--reward_fn", f"{world / 'fn.py'}:reward"] * draws(name)
     if "--eval_steps" in more:
-        given += [f"--eval_{kind.removeprefix('train_')}", world / "records.jsonl"]
+        given += [f"--eval_{kind.removeprefix('train_')}", records]
         given += ["--eval_max_new_tokens", 4] * (script in ("finetune_sft", "train_dpo"))
     result = tiny.run(f"training/{script}.py", *given, *flags, *more)
     assert result.code == 0, result.stderr

@@ -4,13 +4,14 @@ policies that diverge. The world is that of test_train_ppo.py."""
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.functions import call_batch, load_grader
+from models.functions import Grade, call_batch, load_grader
 from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
 from tests import tiny
@@ -24,6 +25,7 @@ from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
 )
 from training import train_grpo, train_ppo
 from training.divergence import Divergence, DivergenceArgs
+from training.rewards import Scorer
 from training.stop import Stop
 
 SOME_FAIL = """
@@ -199,6 +201,15 @@ def test_a_broken_policy_names_the_record(folder, world, tmp_path):
     model.save_pretrained(policy)
     result = tiny.run("training/train_ppo.py", *flags(policy, world, tmp_path / "out"))
     tiny.assert_refused(result, "prompts.jsonl:", ": the log-probability of a token is nan")
+
+
+def test_equal_sums_are_equal_rewards():
+    """Catches a total rounded part by part: two answers of 0.7 would differ, and GRPO take them for better and worse."""
+    scorer = SimpleNamespace(weights=dict(zip("abcd", (0.1, 0.2, 0.3, 0.4))), pooled=[])
+    scorer.args = SimpleNamespace(reward_error=None)
+    grades = {"a": (0, 0), "b": (0, 1), "c": (1, 1), "d": (1, 0.5)}
+    parts = [Scorer._part_of_total(scorer, name, [Grade(x) for x in values]) for name, values in grades.items()]
+    assert len(set(sum(parts).float().tolist())) == 1
 
 
 def test_stop_kl(folder, world, tmp_path):

@@ -204,7 +204,7 @@ def test_a_broken_policy_names_the_record(folder, world, tmp_path):
 
 
 def test_equal_sums_are_equal_rewards():
-    """Catches a total rounded part by part: two answers of 0.7 would differ, and GRPO take them for better and worse."""
+    """Catches a total rounded part by part: two answers of 0.7 would differ, one better than the other for GRPO."""
     scorer = SimpleNamespace(weights=dict(zip("abcd", (0.1, 0.2, 0.3, 0.4))), pooled=[])
     scorer.args = SimpleNamespace(reward_error=None)
     grades = {"a": (0, 0), "b": (0, 1), "c": (1, 1), "d": (1, 0.5)}

@@ -78,6 +78,7 @@ async def judge(prompt, completion, example):
     await asyncio.sleep(0.05)
     if completion in globals(): globals()[completion]()
     if completion == "slow": await asyncio.sleep(1000)
+    if completion == "later": await asyncio.sleep(0.5)
     if completion == "thread": await asyncio.to_thread(time.sleep, 0.3)
     if completion == "program": await (await asyncio.create_subprocess_exec("sleep", "1000.25")).wait()
     if completion == "stubborn":
@@ -213,14 +214,15 @@ def test_async_functions_run_side_by_side(file):
 
 def test_what_async_functions_start(file, mark):
     """Catches answers that wait for a thread until they are late, a program that outlives the answer that started it,
-    and an async function that is not seen to be one."""
+    an answer that loses its grade to one beside it that runs out of memory, and an async function not seen to be one."""
     with contextlib.closing(
         pool_of(file, "judge", "decorated", reward_workers=1, reward_memory=1, reward_timeout=2)
     ) as pool:
         futures = [pool.submit(0, "p", "thread", {}) for _ in range(60)]
         assert all(future.result().failure is None for future in futures)
-        futures = [pool.submit(0, "p", name, {}) for name in ("program", "a")]
-        assert [isinstance(outcome(future.result()), float) for future in futures] == [False, True]
+        for beside in (("program", "a"), ("eat", "later")):
+            futures = [pool.submit(0, "p", name, {}) for name in beside]
+            assert [isinstance(outcome(future.result()), float) for future in futures] == [False, True]
         deadline = time.monotonic() + 20
         while any("sleep 1000.25" in line for line in processes(mark)) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -214,12 +214,15 @@ def test_equal_sums_are_equal_rewards():
 
 def test_stop_kl(folder, world, tmp_path):
     """Catches a run that goes on with a diverged policy or loses its state, a bound on another number than the logged
-    KL, and a bound without a KL to measure."""
+    KL, one that forbids the export of a run that is ended there, and a bound without a KL to measure."""
     result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, total_steps=9))
     lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     kls = [line["objective/kl"] for line in lines]
     tiny.assert_refused(result, f"--stop_kl 1e-06: the KL of update {len(lines)} is {kls[-1]:.4g}; ")
     assert kls[-1] > 1e-6 and max(kls[:-1]) <= 1e-6
+    last = {"total_steps": len(lines), "accept_changed": "total_steps", "resume": True}
+    result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", stop_kl=1e-6, **last))
+    assert result.code == 0 and (tmp_path / "out/config.json").exists(), result.stderr
     groups = {"value_learning_rate": None, "ppo_epochs": None, "num_generations": 2}
     words = flags(folder, world, tmp_path / "groups", stop_kl=1e-6, beta=0.1, total_steps=9, **groups)
     result = tiny.run("training/train_grpo.py", *words)

@@ -194,20 +194,22 @@ def test_statistics_of_an_export(world, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
-def test_an_export_that_cannot_be_written(world, tmp_path):
-    """Catches a run that loses its training because --export_dtype cannot hold its weights, and the model of
-    --export_steps that is never written because the export failed."""
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 2}], ids=["all weights", "LoRA"])
+def test_an_export_that_cannot_be_written(lora, world, tmp_path):
+    """Catches a run that loses its training because --export_dtype cannot hold its weights, those of a merged model
+    too, and the model of --export_steps that is never written because the export failed."""
     large = tiny.copy_to_edit(world / "lm", tmp_path / "lm")
     weights = load_file(large / "model.safetensors")
     weights["model.embed_tokens.weight"][tiny.VOCAB_SIZE - 1, 0] = 1e6
     save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
-    more = {"checkpoint_path": large, "export_steps": 2, "eval_steps": 3, "max_steps": 3}
+    more = {"checkpoint_path": large, "export_steps": 2, "eval_steps": 3, "max_steps": 3, **lora}
     run(world, "finetune_sft.py", tmp_path / "whole", **more)
     out, more["export_dtype"] = tmp_path / "out", "float16"
     for resume in ({}, {"resume": True}):
         result = run(world, "finetune_sft.py", out, code=2, **more, **resume)
-        assert "float16 cannot hold weights of the model; --resume with --export_dtype float32" in result.stderr
-        assert os.listdir(out / "checkpoints") == ["step-000002"] and not (out / "step-000002").exists()
+        what = "model.embed_tokens.weight" if lora else "weights of the model"
+        assert f"float16 cannot hold {what}; --resume with --export_dtype float32" in result.stderr
+        assert os.listdir(out / "checkpoints") == ["step-000002"] and not list(out.rglob("model.safetensors"))
     more["export_dtype"] = "float32"
     assert "resuming after step 2" in run(world, "finetune_sft.py", out, resume=True, **more).stdout
     assert_same_run(out, tmp_path / "whole")

@@ -214,7 +214,7 @@ def test_async_functions_run_side_by_side(file):
 
 def test_what_async_functions_start(file, mark):
     """Catches answers that wait for a thread until they are late, a program that outlives the answer that started it,
-    an answer that loses its grade to one beside it that runs out of memory, and an async function not seen to be one."""
+    an answer that loses its grade to one beside it that takes all memory, and an async function not seen to be one."""
     with contextlib.closing(
         pool_of(file, "judge", "decorated", reward_workers=1, reward_memory=1, reward_timeout=2)
     ) as pool:

@@ -189,8 +189,8 @@ class PromptSource:
                     prompt, record = number, next(read for idx, read in deferred if idx == number)()
                     missing = np.flatnonzero(~done[number]).tolist()
                     begin = int(ends[place]) - len(missing)  # counted by the replica that takes the first sample
-                    is_large = self._encoded is None
-                    ids = self._encode(record, counted=begin in samples) if is_large else self._encoded[number]
+                    counted = begin in samples
+                    ids = self._encode(record, counted=counted) if self.is_large else self._encoded[number]
                 if ids is None:
                     continue
                 most = min(self.max_new_tokens, self.folder.max_seq_len - len(ids))

@@ -330,9 +330,8 @@ class QuantizedLinear(nn.Module):
     def _keep(self, weight: Quantized, dtype: torch.dtype) -> None:
         """Registers the tensors that torch's kernels or dequantisation read."""
         scheme = self.scheme
-        kept = (
-            dtype if self.kernel == "torch" else _exact(weight.scale, dtype)
-        )  # torch's kernels take the input's dtype
+        # torch's kernels take scales of the input's dtype only
+        kept = dtype if self.kernel == "torch" else _exact(weight.scale, dtype)
         if scheme.mode == "fp8":
             values, scale = weight.values, weight.scale
         elif scheme.mode == "int8":

@@ -140,7 +140,8 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
         done, _ = await asyncio.wait({task}, timeout=timeout)
         reply = task.result() if done and not task.cancelled() else {"failure": "timeout" if not done else "cancelled"}
         task.cancel()
-        late.extend([None] * (not done))
+        if not done:
+            late.append(request["id"])
         if (_children() or set()) - children:  # maybe another answer's, unless this one is late or the only one
             reply["last"] = reply.get("last") or not done or len(under_way) == 1
         elif len(late) >= AT_A_TIME // 4:  # each may hold a thread for ever

@@ -3,16 +3,18 @@
 - a forked process shares everything that its parent has loaded, such as a tokenizer, without copying or importing
 - results are awaited in order, so the error that is raised is that of the first failing item
 - forked processes use neither torch.distributed nor a GPU, which do not survive a fork; they exit without cleanup of
-  either
+  either, and do not finalise what their parent has left to the garbage collector: the destructor of an earlier run's
+  process group joins threads that a fork does not have, and crashes or waits without end
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
@@ -34,7 +36,7 @@ def map_in_processes(
     waiting: deque = deque()
     try:
         for thing in things:
-            waiting.append(pool.submit(_call, thing))
+            waiting.append(_submit(pool, thing))
             if len(waiting) > 2 * num_workers:  # limits the results held in memory
                 yield waiting.popleft().result()
         while waiting:
@@ -45,8 +47,22 @@ def map_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, thing) -> Future:
+    """Submits a call. The first one forks all processes, which must not collect their parent's garbage (_begin)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return pool.submit(_call, thing)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _begin(function: Callable, parent: int) -> None:
-    """Initialises a forked process: it ends when its parent does, ignores Ctrl-C, and keeps the function."""
+    """Initialises a forked process: it leaves alone what its parent has created, ends when its parent does, ignores
+    Ctrl-C, and keeps the function."""
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -2,6 +2,7 @@
 each record encoded by itself, and the whole text encoded by transformers."""
 
 import fcntl
+import gc
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from datetime import date
 from functools import partial
 from itertools import chain
@@ -325,6 +327,26 @@ def test_a_worker_that_is_killed(monkeypatch):
     assert list(found) == list(range(20))
     with pytest.raises(ValueError, match=r"killed.*lower --flag$"):
         list(map_in_processes(lambda x: os.kill(os.getpid(), 9), range(3), 2, fewer="lower --flag"))
+
+
+def test_forks_leave_garbage_to_their_parent(tmp_path):
+    """Catches a forked process that finalises garbage of its parent, such as a process group, whose destructor joins
+    threads that the fork does not have."""
+    log, enabled = tmp_path / "finalised", gc.isenabled()
+    log.touch()
+    gc.disable()  # else the garbage might be gone before the fork
+    try:
+        thing = type("Thing", (), {})()
+        thing.itself = thing
+        weakref.finalize(thing, lambda: log.write_text(str(os.getpid())))
+        del thing
+        assert list(map_in_processes(lambda x: (gc.collect(), gc.isenabled())[1], range(4), 2, fewer="")) == 4 * [True]
+        assert log.read_text() == ""
+        gc.collect()
+        assert log.read_text() == str(os.getpid())
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def test_parts_of_a_text_are_the_whole(chat_folder):

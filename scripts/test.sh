@@ -9,4 +9,6 @@ bash scripts/venv.sh
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r tests/requirements.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+# A test process that is gone (a crash, or a test of 10 minutes) ends the run: with a new one, xdist waits without end.
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadgroup \
+  --no-loadscope-reorder "$@"

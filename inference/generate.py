@@ -43,7 +43,7 @@ from models.common import (
     progress_bar,
     run_script,
 )
-from models.decode import load_for_inference, weight_bytes
+from models.decode import load_for_inference, rounding_of, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Completion, Engine, PrefillArgs, Request
 from models.gpu import peaks
@@ -95,7 +95,7 @@ def main(args: GenerateArgs) -> None:
         chat_date=today.isoformat(),
         max_seq_len=folder.max_seq_len,
         dtype=str(runtime.dtype),
-        quantize=None if scheme is None else str(scheme),
+        quantize=rounding_of(scheme, runtime),
     )
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)

@@ -138,6 +138,13 @@ def load_for_inference(
     return to_inference(model, pack=can_pack(runtime))
 
 
+def rounding_of(scheme: Schemes | None, runtime: Runtime) -> str | None:
+    """What load_for_inference rounds a language model's weights to, in words; None: it does not round them."""
+    if scheme is None:
+        return None
+    return str(scheme) + ", int8 head" * (can_pack(runtime) and decode_cpu.quantizes_head(runtime.dtype))
+
+
 def _say_what_is_slow(model: Transformer) -> None:
     """Warns on stderr, since stdout may be for samples only."""
     layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))

@@ -221,8 +221,12 @@ class QuantizedHead(nn.Module):
 
 
 def quantized_head(model: Transformer) -> QuantizedHead | None:
-    """Quantises the head of a model whose blocks are quantised, if the head is in bf16 and FBGEMM is available; else
-    returns None. Raises ValueError if the head is not finite."""
+    """Quantises the head of a model whose blocks are quantised, if quantizes_head says so; else returns None. Raises
+    ValueError if the head is not finite."""
     is_quantized = isinstance(model.layers[0].self_attn.qkv_proj, QuantizedLinear)
-    is_served = is_quantized and model.lm_head.weight.dtype == torch.bfloat16 and has_fbgemm()
-    return QuantizedHead(model.lm_head.weight) if is_served else None
+    return QuantizedHead(model.lm_head.weight) if is_quantized and quantizes_head(model.lm_head.weight.dtype) else None
+
+
+def quantizes_head(dtype: torch.dtype) -> bool:
+    """Whether the head of a model whose blocks are quantised, and which is not compiled, is quantised on this CPU."""
+    return dtype == torch.bfloat16 and has_fbgemm()

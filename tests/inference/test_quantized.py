@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from models import decode_cpu
+from models.cpu_linear import has_fbgemm
 from models.qlinear import Scheme, dequantize, quantize
 from tests import tiny
 from tests.forked import Forked
@@ -94,6 +96,19 @@ def test_slots_and_resume(world, wanted, tmp_path, mode, slots):
     result = tiny.run("inference/generate.py", *flags, "--resume")
     assert result.code == 0, result
     assert_same(by_sample(out), wanted[mode])
+
+
+@pytest.mark.skipif(not has_fbgemm(), reason="no int8 head on this CPU")
+def test_resume_where_the_head_is_not_int8(world, tmp_path, monkeypatch):
+    """Catches a file whose first samples are drawn with an int8 head, and the others, on another machine, without."""
+    out = tmp_path / "out.jsonl"
+    flags = flags_for(world, "int8", out, "--dtype", "bfloat16")
+    assert tiny.run("inference/generate.py", *flags).code == 0
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:3]))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_cpu, "has_fbgemm", lambda: False)
+        tiny.assert_refused(tiny.run("inference/generate.py", *flags, "--resume"), str(out), "quantize")
+    assert tiny.run("inference/generate.py", *flags, "--resume").code == 0 and len(tiny.read_lines(out)) == 26
 
 
 def test_two_ranks(world, wanted, tmp_path):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from models.caches import keep_compiled_code
 from models.cpu_linear import has_bf16_products
-from models.gpu import has_triton
+from models.gpu import compiles_for_cpu, has_triton
 from models.limits import num_cores
 from models.malloc import keep_freed_memory
 from models.sharing import leave_together
@@ -389,6 +389,8 @@ def choose_runtime(args: RuntimeArgs) -> Runtime:
         torch.cuda.set_device(device)
     if on_gpu and args.compile and not has_triton(device):
         raise ValueError("--compile: Triton, which compiles for GPUs, does not work here; leave the flag out")
+    if not on_gpu and args.compile and not compiles_for_cpu():
+        raise ValueError("--compile: g++ (or what CXX names), which compiles for CPUs, is missing; leave the flag out")
     keep_compiled_code()
     if not on_gpu:
         keep_freed_memory()

@@ -1,8 +1,9 @@
-"""Peak rates and features of NVIDIA's and AMD's GPUs, what MFU needs beside them, and whether Triton works on one."""
+"""Peak rates and features of NVIDIA's and AMD's GPUs, what MFU needs beside them, and which compilers work."""
 
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -39,6 +40,11 @@ def has_triton(device: torch.device) -> bool:
     if fault is not None and os.environ.get("RANK", "0") == "0":
         print(f"Triton does not work here, so its kernels and torch.compile are not used: {fault}", file=sys.stderr)
     return fault is None
+
+
+def compiles_for_cpu() -> bool:
+    """Whether torch.compile finds its compiler for CPUs."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def has_bf16_cores(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from models.common import Bounds, flag, fraction, non_negative, positive
 from models.fsdp import sharded_part, sharding_meshes
-from models.gpu import has_triton
+from models.gpu import compiles_for_cpu, has_triton
 from models.noise import column_hashes, noise_key, random_bits
 from models.tp import local
 
@@ -78,8 +78,8 @@ def check_optimizer(args) -> None:
 def make_optimizer(model: nn.Module, args: OptimArgs, *, seed: int = 0, compile: bool = False) -> torch.optim.Optimizer:
     """Returns AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay for matrices, not for norms and biases.
 
-    seed: of stochastic rounding. compile: torch.compile the update if it is not torch's own. Raises ValueError if
-    tensor parallelism cuts through blocks of 8-bit moments.
+    seed: of stochastic rounding. compile: torch.compile the update if it is not torch's own, where that works. Raises
+    ValueError if tensor parallelism cuts through blocks of 8-bit moments.
     """
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_eps}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -195,7 +195,8 @@ class AdamW(torch.optim.Optimizer):
         self.places, self.seed = places, seed
         device = next(iter(places)).device
         self.kernel = gpu_kernel(device)
-        self.update = torch.compile(_update, dynamic=True) if compile and self.kernel is None else _update
+        compile = compile and self.kernel is None and (device.type != "cpu" or compiles_for_cpu())  # --cpu_offload
+        self.update = torch.compile(_update, dynamic=True) if compile else _update
         self.levels = {name: dynamic_levels(name == "exp_avg").to(device) for name in ("exp_avg", "exp_avg_sq")}
         self.middles = {name: middles_of(levels) for name, levels in self.levels.items()}
         self.hashes = cache(lambda start, end: column_hashes(end, device)[start:])

@@ -16,6 +16,8 @@ from models.common import RuntimeArgs, choose_runtime
 from models.gpu import has_triton
 from models.tokenizer import Tokenizer
 from tests import tiny
+from training import optim
+from training.optim import OptimArgs, make_optimizer
 
 
 def test_triton_that_does_not_work(capsys, monkeypatch):
@@ -42,6 +44,17 @@ def test_triton_that_does_not_work(capsys, monkeypatch):
     # by index, as torch requires; and Triton runs its kernels on the current GPU
     assert current[:4] == 2 * [torch.device("cuda", 0), torch.device("cuda", 1)]
     has_triton.cache_clear()
+
+
+def test_no_compiler_for_cpus(monkeypatch):
+    """Catches a traceback of torch.compile, in a run or in the first update of weights that --cpu_offload keeps."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--compile: .*g\+\+"):
+        choose_runtime(RuntimeArgs(device="cpu", compile=True))
+    weight = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    assert make_optimizer(weight, OptimArgs(), compile=True).update is optim._update
+    monkeypatch.setattr(optim, "compiles_for_cpu", lambda: True)
+    assert make_optimizer(weight, OptimArgs(), compile=True).update is not optim._update
 
 
 def test_no_home_to_write_to(tmp_path, monkeypatch):

@@ -202,11 +202,19 @@ class Scorer:
         if self.pool is not None:
             self.pool.close()
 
-    def score(self, prompts: list[Prompt], rows: list[Example], texts: list[str], finished: list[bool]) -> Scores:
+    def score(
+        self,
+        prompts: list[Prompt],
+        rows: list[Example],
+        texts: list[str],
+        finished: list[bool],
+        punishment: Tensor | float = 0.0,
+    ) -> Scores:
         """Returns the scores of the answers; some may have been submitted already. A collective. Ends the run if a
         source fails and --reward_error does not allow it, or after a signal.
 
-        rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers.
+        rows: the policy's, prompt and answer with labels on the answer; texts, finished: of the answers. punishment:
+        a term of their rewards, fp64 [A] on the CPU.
         """
         args, num_cut, grades = self.args, 0, {}
         num_tokens = torch.tensor([row.num_targets for row in rows])
@@ -222,9 +230,11 @@ class Scorer:
         order = [name for name in ("reward_model", *self.functions) if name in grades]
         for name in self.pooled:
             self._check_some_graded(name, grades[name], prompts)
-        total = sum(self._part_of_total(name, grades[name]) for name in order)
-        total = total - args.length_penalty * num_tokens
-        total = total - (args.missing_eos_penalty or 0.0) * ~torch.tensor(finished)
+        parts = [self._part_of_total(name, grades[name]) for name in order]
+        parts += [-args.length_penalty * num_tokens.double(), punishment]
+        parts.append(-(args.missing_eos_penalty or 0.0) * (~torch.tensor(finished)).double())
+        total = sum(parts)
+        total = total.masked_fill(total.abs() < 1e-12 * sum(map(abs, parts)), 0.0)  # 0.3 - 3 * 0.1 is -6e-17
         total = total.float()  # rounded once, so that other parts of the same sum are equal rewards
         device = torch.device(self.split.dp.device_type)
         sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}

@@ -249,8 +249,12 @@ class Sampled(NamedTuple):
     answers: list[Answer]
     mask: Tensor  # bool [A, R]: the tokens of the answers, EOS included
     scores: Scores
-    rewards: Tensor  # fp32 [A], with all penalties, without the KL; NaN for an answer to be skipped
     seconds: dict[str, float]  # time of sampling and of scoring
+
+    @property
+    def rewards(self) -> Tensor:
+        """With all penalties, without the KL, fp32 [A]; NaN for an answer to be skipped."""
+        return self.scores.total
 
     @property
     def finished(self) -> list[bool]:
@@ -281,16 +285,15 @@ def answers_to(engine: Engine, scorer: Scorer, prompts: list[Prompt], first: int
     rows, mask, _ = as_rows(prompts, answers, engine.device)
     seconds = {"rollout": watch.lap()}
     texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
-    with resting(engine, min(args.sleep, 1) if scorer.model else 0):  # not its weights, which no refresh may follow
-        scores = scorer.score(prompts, rows, texts, finished)
-    rewards = scores.total
+    punishment = 0.0
     if args.soft_punish_cache:
-        punishment = soft_overlong_punishment(mask.sum(1), args.max_new_tokens, args.soft_punish_cache)
+        punishment = soft_overlong_punishment(mask.sum(1).cpu(), args.max_new_tokens, args.soft_punish_cache)
         if args.mask_truncated_completions:  # punishing a masked answer would only raise the others' advantages
-            punishment = punishment * torch.tensor(finished, device=punishment.device)
-        rewards = (rewards.double() + punishment).float()
+            punishment = punishment * torch.tensor(finished)
+    with resting(engine, min(args.sleep, 1) if scorer.model else 0):  # not its weights, which no refresh may follow
+        scores = scorer.score(prompts, rows, texts, finished, punishment)
     seconds["score"] = watch.lap()
-    return Sampled(prompts, answers, mask, scores, rewards, seconds)
+    return Sampled(prompts, answers, mask, scores, seconds)
 
 
 # ------------------------------------------------------------------------------------------ an update

@@ -4,6 +4,7 @@ policies that diverge. The world is that of test_train_ppo.py."""
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.functions import Grade, call_batch, load_grader
+from models.fsdp import init_mesh
+from models.functions import call_batch, load_grader
+from models.records import Split
 from models.tokenizer import Tokenizer
 from models.workers import GradingArgs, Pool, grade_of
 from tests import tiny
@@ -25,7 +28,9 @@ from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
 )
 from training import train_grpo, train_ppo
 from training.divergence import Divergence, DivergenceArgs
-from training.rewards import Scorer
+from training.prompts import Prompt
+from training.rewards import Scorer, load_reward_functions
+from training.rollouts import Answer
 from training.stop import Stop
 
 SOME_FAIL = """
@@ -203,13 +208,35 @@ def test_a_broken_policy_names_the_record(folder, world, tmp_path):
     tiny.assert_refused(result, "prompts.jsonl:", ": the log-probability of a token is nan")
 
 
-def test_equal_sums_are_equal_rewards():
-    """Catches a total rounded part by part: two answers of 0.7 would differ, one better than the other for GRPO."""
-    scorer = SimpleNamespace(weights=dict(zip("abcd", (0.1, 0.2, 0.3, 0.4))), pooled=[])
-    scorer.args = SimpleNamespace(reward_error=None)
-    grades = {"a": (0, 0), "b": (0, 1), "c": (1, 1), "d": (1, 0.5)}
-    parts = [Scorer._part_of_total(scorer, name, [Grade(x) for x in values]) for name, values in grades.items()]
-    assert len(set(sum(parts).float().tolist())) == 1
+@pytest.mark.parametrize(
+    "grades, num_tokens, given, wanted",
+    [
+        (["0 0 1 1", "0 1 1 .5"], [3, 3], {"reward_fn_weight": [0.1, 0.2, 0.3, 0.4]}, 0.7),
+        (["1", "0"], [12, 2], {"length_penalty": 0.1}, -0.2),
+        (["0.1", "0.4"], [3, 16], {"missing_eos_penalty": 0.3}, 0.1),
+        (["0.1", "0.35"], [16, 17], {"soft_punish_cache": 4}, 0.1),
+        (["0.3", "0.2"], [3, 2], {"length_penalty": 0.1}, 0.0),
+        (["nan", "0.3"], [3, 3], {"length_penalty": 0.1, "reward_error": "skip"}, 0.0),
+    ],
+)
+def test_equal_sums_are_equal_rewards(grades, num_tokens, given, wanted, folder, tmp_path, monkeypatch):
+    """Catches a total with a part in fp32, or rounded part by part: of two answers with the same reward one would be
+    better than the other for GRPO, by a whole step where no group differs. And a 0 beside which a residue of the sum is
+    better, unless it is the answer without a reward."""
+    words = "def f{}(prompts, completions, examples): return [float(c.split()[{}]) for c in completions]\n"
+    numbers = range(len(grades[0].split()))
+    (tmp_path / "f.py").write_text("".join(words.format(i, i) for i in numbers))
+    given |= {"reward_fn": [f"{tmp_path}/f.py:f{i}" for i in numbers], "max_new_tokens": 20}
+    args = train_grpo.GrpoArgs(checkpoint_path=folder, prompt_file=None, output_dir=None, **given)
+    split = Split(2, init_mesh(torch.device("cpu"), 1)["dp"], 0)
+    scorer = Scorer(args, None, None, None, load_reward_functions(args), split, Stop())
+    answers = [Answer([5] * n, [0.0] * n, text, n < 16) for text, n in zip(grades, num_tokens)]
+    monkeypatch.setattr(train_grpo, "draw", lambda *args: answers)
+    monkeypatch.setattr(train_grpo, "resting", lambda *args: nullcontext())
+    engine, prompt = SimpleNamespace(device=torch.device("cpu")), Prompt([1], {}, "", "")
+    rewards = train_grpo.answers_to(engine, scorer, [prompt] * 2, 0, 0).rewards
+    assert rewards.dtype == torch.float32 and rewards.isnan().tolist() == ["nan" in text for text in grades]
+    assert set(rewards[~rewards.isnan()].tolist()) == {torch.tensor(wanted).item()}
 
 
 def test_stop_kl(folder, world, tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from models.chat_template import read_chat_template
-from models.checkpoint import MERGED, WeightFiles, hf_name, our_name
+from models.checkpoint import MERGED, WeightFiles, folder_config, hf_name, our_name
 from models.common import Bounds, Runtime, at_least_one, flag, flags_of, is_main_rank, on_main, positive, say
 from models.compressed import LINEARS, linear_layers
 from models.files import naming_file, read_json_object, write_json, write_whole
@@ -366,7 +366,8 @@ def choose_lora(
         if start.config.get("lora_dropout") and not args.lora_dropout:
             say(f"{start.path}: its lora_dropout {start.config['lora_dropout']} is not used; set it by --lora_dropout")
     held = (layers, scheme, values, base, base_fingerprint)
-    return Lora(r, alpha, use_rslora, args.lora_dropout, *held, args.seed, with_critic, with_reference)
+    sets = (with_critic, with_reference)
+    return Lora(r, alpha, use_rslora, args.lora_dropout, *held, args.seed, *sets, folder_config(base))
 
 
 def base_scheme(mode: str) -> Scheme | None:
@@ -436,7 +437,7 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def adapter_config(lora: Lora, *, scalar_head: bool) -> dict:
     kinds = sorted({layer.rpartition(".")[2] for layer in lora.layers})
-    is_whole = lora.layers == _of_kinds(kinds, ModelConfig.from_hf(lora.base))
+    is_whole = lora.layers == _of_kinds(kinds, ModelConfig.from_hf(lora.base_config))
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar_head else "CAUSAL_LM",
@@ -466,11 +467,10 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: Lora, config_c
     write_json(folder / ADAPTER_CONFIG, adapter_config(lora, scalar_head=f"{PREFIX}{SCORE}" in tensors))
 
 
-def check_base_is_the_same(lora: Lora, folder: Path) -> None:
+def check_base_is_the_same(lora: Lora) -> None:
     """Raises ValueError if the content of the base's folder has changed since the run began: a merged model would be
-    made from other weights than the adapters were trained on. Then the merged model of an earlier end goes, too."""
+    made from other weights than the adapters were trained on."""
     if fingerprint(lora.base) != lora.base_fingerprint:
-        remove_merged(folder)
         raise ValueError(
             f"{lora.base}: other content than when the run began, so the adapters are written but not merged with it; "
             "restore it and --resume, or --resume with --accept_changed to merge them with the new content"

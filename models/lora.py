@@ -48,6 +48,7 @@ class Lora(NamedTuple):
     seed: int
     with_critic: bool = False  # a second set of adapters, with a scalar head
     with_reference: bool = False  # a frozen copy of the adapters that the run begins with
+    base_config: dict | None = None  # the contents of the base's config.json, see folder_config
 
     @property
     def names(self) -> list[str]:

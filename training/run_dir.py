@@ -399,7 +399,7 @@ class Run:
             why = f"{self._export_dtype} cannot hold weights of the {what}"
             self.fail_export(f"{folder}: {why}; --resume with --export_dtype float32")
         if model.lora is not None:
-            base = folder_config(model.lora.base)
+            base = model.lora.base_config  # not read again: the adapter is written whatever became of the folder
             merged = config or base
             told = {name: merged.get(name) for name in base | merged if base.get(name) != merged.get(name)}
             if not self.args.merge:
@@ -408,20 +408,15 @@ class Run:
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
                 return
-            try:
-                on_main(lambda: check_base_is_the_same(model.lora, folder))
-            except ValueError as error:
-                self.fail_export(str(error))
-            folder = folder / MERGED
-        changes = dict(json_changes or {})
-        if config is None:
-            config, began = folder_config(start), open_folder(start, frozen=True)
-            pad = named_pad_token(began)
-            if pad is not None and pad.id < config["vocab_size"]:  # many folders' pad token has no embedding
-                config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
-                changes |= pad_changes(start, pad)
-            changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
-        files, failure = {"config": config, "copy_from": start, "json_changes": changes}, None
+        try:
+            if model.lora is not None:
+                on_main(lambda: check_base_is_the_same(model.lora))
+            files = on_main(lambda: files_of_export(start, config, json_changes or {}))
+        except (ValueError, OSError) as error:
+            if model.lora is not None:
+                on_main(lambda: remove_merged(folder))
+            self.fail_export(str(error))
+        folder, failure = folder / MERGED if model.lora is not None else folder, None
         try:
             save_folder(folder, full_tensors(model), **files, dtype=self._export_dtype)
         except ValueError as error:  # on the main rank: a merged weight that the dtype cannot hold
@@ -429,6 +424,19 @@ class Run:
         if failure := on_main(lambda: failure):
             self.fail_export(failure)
         say(f"{folder}: {what} written; {size}")
+
+
+def files_of_export(start: Path, config: dict | None, json_changes: dict[str, dict]) -> dict:
+    """Returns what save_folder writes beside the weights of a model that began in the folder `start`; see Run.export.
+    Raises ValueError or OSError if the folder has lost its files since."""
+    changes, began = dict(json_changes), open_folder(start, frozen=True)
+    if config is None:
+        config, pad = folder_config(start), named_pad_token(began)
+        if pad is not None and pad.id < config["vocab_size"]:  # many folders' pad token has no embedding
+            config |= {} if config.get("pad_token_id") is None else {"pad_token_id": pad.id}
+            changes |= pad_changes(start, pad)
+        changes["generation_config.json"] = changes.get("generation_config.json", {}) | began.generation_changes()
+    return {"config": config, "copy_from": start, "json_changes": changes}
 
 
 # ------------------------------------------------------------------------------------------- flags

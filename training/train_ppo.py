@@ -125,6 +125,7 @@ def main(args: PpoArgs) -> None:
     functions = load_reward_functions(args)
     frozen = open_frozen(args, folder, runtime)
     value_path = choose_critic(args, folder, runtime, lora, frozen.reward)
+    critic_files = files_of_critic(folder, value_path)
     data = load_prompt_files(args, folder)
     frozen.check_prompts(data)
     check_context("critic", value_path, data.longest, lower="--max_new_tokens")
@@ -179,7 +180,7 @@ def main(args: PpoArgs) -> None:
                 metrics |= evaluate()
         run.log(metrics, "objective/scores", "objective/kl")
         if run.export_due:
-            export(run, policy, critic, folder, value_path, Path(run.step_folder))
+            export(run, policy, critic, critic_files, Path(run.step_folder))
         if run.step >= run.first_step or run.interrupted:
             kl, tokens = metrics.get("objective/kl", 0.0), metrics.get("completion_length", 1.0)
             of_token = {"entropy": "policy/entropy_avg", "approx_kl": "policy/approxkl_avg"}
@@ -235,7 +236,7 @@ def main(args: PpoArgs) -> None:
         finish(metrics)
 
     scorer.close()
-    export(run, policy, critic, folder, value_path)
+    export(run, policy, critic, critic_files)
 
 
 def check_flags(args: PpoArgs) -> None:
@@ -260,12 +261,22 @@ def check_flags(args: PpoArgs) -> None:
         raise ValueError("--whiten_rewards would not scale the KL of --kl_in loss; take --kl_in reward")
 
 
-def export(
-    run: Run, policy: Transformer, critic: Transformer, folder: Folder, value_path: Path, subfolder: Path = Path()
-) -> None:
-    """Writes the policy, and the critic with a pad token that no row ends in. value_path: the critic's start folder."""
+def files_of_critic(folder: Folder, value_path: Path) -> tuple[dict, dict[str, dict]]:
+    """Returns (the critic's config.json, changes to the other files), with a pad token that no row ends in. Read before
+    the run begins, since the folders may be gone at its end. value_path: the critic's start folder."""
     pad = choose_pad_token(folder)
-    config, changes = scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
+    return scalar_head_config(folder_config(value_path), pad.id), pad_changes(folder.path, pad)
+
+
+def export(
+    run: Run,
+    policy: Transformer,
+    critic: Transformer,
+    critic_files: tuple[dict, dict[str, dict]],
+    subfolder: Path = Path(),
+) -> None:
+    """Writes the policy and the critic. critic_files: see files_of_critic."""
+    config, changes = critic_files
     run.export(critic, config, json_changes=changes, what="critic", subfolder=str(subfolder / "critic"))
     run.export(policy, what="policy", subfolder=str(subfolder))
 

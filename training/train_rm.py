@@ -90,6 +90,8 @@ def main(args: RmArgs) -> None:
     has_head = has_score_head(args.checkpoint_path) or (lora is not None and SCORE in lora.values)
     new_score = None if has_head else initial_score(folder.config.hidden_size, args.seed)
     check_loadable(args.checkpoint_path, args, runtime, head="score", new_score=new_score, lora=lora)
+    pad = choose_pad_token(folder)  # read now: the folder may be gone at the end
+    config, changes = scalar_head_config(folder_config(args.checkpoint_path), pad.id), pad_changes(folder.path, pad)
     train, evaluation, notes = load_rows(args, folder, partial(encode_file, args), describe)
     total_steps = args.total_steps(len(train))
     batches = partial(training_batches, len(train), args.batch_size, seed=args.seed, shuffle=args.shuffle)
@@ -130,7 +132,7 @@ def main(args: RmArgs) -> None:
                 eval_rewards = all_rewards(model, statistics_rows, split)
         run.log(metrics)
         if run.export_due:
-            export(run, model, folder, eval_rewards, run.step_folder)
+            export(run, model, config, changes, eval_rewards, run.step_folder)
         return eval_rewards
 
     eval_rewards = finish(run.unfinished) if run.unfinished else None
@@ -166,7 +168,7 @@ def main(args: RmArgs) -> None:
 
     if eval_rewards is None:  # no --eval_file, or no step was taken
         eval_rewards = all_rewards(model, statistics_rows, split)
-    export(run, model, folder, eval_rewards)
+    export(run, model, config, changes, eval_rewards)
 
 
 def check_flags(args: RmArgs) -> None:
@@ -318,25 +320,20 @@ def samples(rows: SomeRows, rewards: list[float], tokenizer: Tokenizer) -> str:
     return "\n".join(lines) + "\n"
 
 
-def export(run: Run, model: Transformer, folder: Folder, rewards: Tensor, subfolder: str = "") -> None:
-    """Writes the reward model, with a pad token that no row ends in. rewards: those that give reward_mean and _std."""
-    pad = choose_pad_token(folder)
-    config, changes = reward_config(run, rewards, pad.id), pad_changes(folder.path, pad)
-    run.export(model, config, json_changes=changes, what="reward model", subfolder=subfolder)
-
-
-def reward_config(run: Run, rewards: Tensor, pad_token_id: int) -> dict:
-    """Returns a config.json that says where the reward is read, with its mean and std. Ends the run if they are not
-    finite."""
+def export(
+    run: Run, model: Transformer, config: dict, changes: dict[str, dict], rewards: Tensor, subfolder: str = ""
+) -> None:
+    """Writes the reward model, with a config.json that says where the reward is read, with its mean and std. Ends the
+    run if they are not finite. config, changes: with a pad token that no row ends in; rewards: of the statistics."""
     args = run.args
     mean, std = rewards.double().mean().item(), rewards.double().std(correction=0).item()
     if not math.isfinite(mean + std):
         run.fail_export(f"the model's rewards are not finite: mean {mean}, standard deviation {std}")
-    config = scalar_head_config(folder_config(args.checkpoint_path), pad_token_id)
-    config.update(reward_model_type=args.loss, reward_position="last_token")
+    config = config | {"reward_model_type": args.loss, "reward_position": "last_token"}
     if args.loss == "process":
-        config.update(reward_position="last_token_of_step_and_separator", step_separator=args.step_separator)
-    return {**config, "reward_mean": mean, "reward_std": std}
+        config |= {"reward_position": "last_token_of_step_and_separator", "step_separator": args.step_separator}
+    config |= {"reward_mean": mean, "reward_std": std}
+    run.export(model, config, json_changes=changes, what="reward model", subfolder=subfolder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Each ends with one line on stderr and exit code 2."""
 import asyncio
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -185,6 +186,31 @@ def test_weights_that_the_export_cannot_hold(folder, world, tmp_path):
     assert_ended(result, "float16 cannot hold weights of the model", "--export_dtype")
     assert run("finetune_sft", folder, world, out, *flags, "--export_dtype", "float32", "--resume").code == 0
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("finetune_sft", ["--max_steps", 1]),
+        ("train_rm", ["--max_steps", 1, "--lora_r", 1]),
+        ("train_ppo", ["--reward_fn", "fn.py:whole", "--ppo_epochs", 1]),
+    ],
+    ids=["all weights", "LoRA", "PPO"],
+)
+def test_a_folder_that_is_gone_at_the_end(script, flags, folder, world, tmp_path, monkeypatch):
+    """Catches a run that loses its training, the adapters too, because the folder it began with has been moved away or
+    cannot be read when the model is exported."""
+    base, away, out, write = tmp_path / "base", tmp_path / "away", tmp_path / "out", Metrics.write
+    shutil.copytree(folder, base)
+    flags = [*flags, "--checkpoint_path", base, "--save_steps", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", lambda self, line: write(self, line) or base.rename(away))
+        assert_ended(run(script, folder, world, out, *flags), str(base))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert (out / "adapter_model.safetensors").exists() == ("--lora_r" in flags)
+    away.rename(base)
+    result = run(script, folder, world, out, *flags, "--resume")
+    assert result.code == 0 and next(out.rglob("tokenizer.model")), result.stderr
 
 
 NAN = float("nan")

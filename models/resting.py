@@ -29,10 +29,9 @@ def resting(engine: Engine, level: int) -> Iterator[None]:
             engine.rows.runner.forget()
     for storage, _ in sizes:
         storage.resize_(0)
-    try:
-        yield
-    finally:
-        for storage, size in sizes:
-            storage.resize_(size)
-        for tensor in engine.rows.cache.tensors() if level else ():
-            tensor.zero_()  # as in a new Cache
+    yield
+    # not after an error, which ends the run: without room for the cache, another error would take its place
+    for storage, size in sizes:
+        storage.resize_(size)
+    for tensor in engine.rows.cache.tensors() if level else ():
+        tensor.zero_()  # as in a new Cache

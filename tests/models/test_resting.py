@@ -17,7 +17,8 @@ from tests.stand_ins import Graph
 @pytest.mark.parametrize("compiled", [False, True], ids=["bags", "pages"])
 def test_resting(level, compiled, monkeypatch):
     """Catches memory that is kept, a released weight that no refresh writes (RoPE's frequencies, say), a prefix found
-    in a released cache, a CUDA graph with old addresses, and a cache that is not as it was when new."""
+    in a released cache, a CUDA graph with old addresses, and a cache that is not as it was when new; and after an error
+    memory that is taken again, for which there may be no room: that would be the error which the user sees."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     policy = Transformer(CONFIG)
     policy.init_weights(torch.Generator().manual_seed(0))
@@ -53,3 +54,6 @@ def test_resting(level, compiled, monkeypatch):
         with resting(engine, level):
             pass
         assert drawn() == wanted
+    with pytest.raises(KeyError), resting(engine, level):
+        raise KeyError
+    assert all((tensor.untyped_storage().nbytes() == 0) == (level >= 1) for tensor in rows.cache.tensors())

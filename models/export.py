@@ -32,6 +32,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SWITCH_CONFIG, SWITCH_INDEX, LINK = "switch.json", "switch.safetensors.index.json", "link"
 
 
+class CannotHold(ValueError):
+    """A tensor that does not fit the dtype it is written in; raised once all tensors are consumed."""
+
+
 def save_folder(
     folder: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -48,7 +52,7 @@ def save_folder(
     config.json; its dtype is updated, and its torch_dtype, which transformers 4 reads, if it has one.
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte except for json_changes, {file
     name: keys to set}, which creates a missing file. dtype: of the tensors, None keeps theirs; a scalar head is stored
-    in fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, ValueError that
+    in fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, CannotHold that
     names a tensor that fp16 cannot hold, once all are consumed; the old export then stays as it was.
     """
     if not is_main_rank():
@@ -130,7 +134,7 @@ def _write_shards(
         pending[hf_name(name)] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
         total += tensor.nbytes
     if lost:
-        raise ValueError(f"{target}: float16 cannot hold {hf_name(lost)}; --resume with --export_dtype float32")
+        raise CannotHold(f"{target}: float16 cannot hold {hf_name(lost)}; --resume with --export_dtype float32")
     flush()
     if len(shards) == 1:
         os.rename(folder / "shard-0", folder / WEIGHTS)

@@ -41,7 +41,7 @@ from models.common import (
     refuse_idle,
     say,
 )
-from models.export import INDEX, WEIGHTS, complete_export, save_folder
+from models.export import INDEX, WEIGHTS, CannotHold, complete_export, save_folder
 from models.files import COPIED_FILES, read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
@@ -419,7 +419,7 @@ class Run:
         folder, failure = folder / MERGED if model.lora is not None else folder, None
         try:
             save_folder(folder, full_tensors(model), **files, dtype=self._export_dtype)
-        except ValueError as error:  # on the main rank: a merged weight that the dtype cannot hold
+        except CannotHold as error:  # on the main rank; after another error the other ranks still gather tensors
             failure = str(error)
         if failure := on_main(lambda: failure):
             self.fail_export(failure)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.fsdp import full_tensors
 from models.functions import Grade, Grader, call_batch
 from models.record_files import Record
 from models.reward import encode_steps, split_steps
@@ -211,6 +212,21 @@ def test_a_folder_that_is_gone_at_the_end(script, flags, folder, world, tmp_path
     away.rename(base)
     result = run(script, folder, world, out, *flags, "--resume")
     assert result.code == 0 and next(out.rglob("tokenizer.model")), result.stderr
+
+
+def test_a_base_that_cannot_be_read_while_it_is_merged(folder, world, tmp_path, monkeypatch):
+    """Catches a main rank that saves the state after an error in the middle of the tensors: a collective, in which it
+    is alone, since the other ranks gather the tensors that follow. They would wait for half an hour."""
+
+    def cut(model):
+        yield next(full_tensors(model))
+        raise ValueError("the base's file is cut")
+
+    monkeypatch.setattr("training.run_dir.full_tensors", cut)
+    flags = ["--max_steps", 1, "--lora_r", 1, "--save_steps", 0]
+    result = run("finetune_sft", folder, world, tmp_path / "out", *flags)
+    assert_ended(result, "the base's file is cut")
+    assert (tmp_path / "out/adapter_config.json").exists() and not (tmp_path / "out/checkpoints").exists()
 
 
 NAN = float("nan")

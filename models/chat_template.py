@@ -57,6 +57,8 @@ class ChatTemplate:
     def __init__(self, sources: dict[str, str], folder: Path, tokens: dict[str, str], today: date):
         self.sources, self.folder, self._tokens, self.today = sources, folder, tokens, today
         self.source = "".join(sources.values())  # of all templates, to search for a word
+        # templates of equal format write equal texts
+        self.format = sources, {name: token for name, token in tokens.items() if name in self.source}
 
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """Renders a chat. values: "tools", and other variables of the template (see variables()). Raises ValueError if

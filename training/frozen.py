@@ -17,7 +17,7 @@ from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
-from models.records import encode_generated
+from models.records import encode_generated, ids_at_the_end
 from models.reward import RewardKind, read_reward_kind
 from training.optim import check_optimizer
 from training.prompts import Prompts
@@ -63,11 +63,19 @@ class RewardFolder(NamedTuple):
     same_bos: bool  # as the policy, in front of texts
     same_template: bool  # as the policy, or none of its own
     kind: RewardKind
-    policy_ends: tuple[int, ...]  # the policy's own stop token ids
+    policy: Folder
 
     def reads_ids_of(self, prompt: str | Chat) -> bool:
         """Whether the policy's ids of a prompt are the reward model's own, in the format it was trained on."""
         return self.same_tokenizer and (self.same_template if isinstance(prompt, Chat) else self.same_bos)
+
+    def end_of(self, prompt: str | Chat) -> list[int]:
+        """Returns the id that ends a finished answer in a row of the policy's ids: the one of the model's training; the
+        policy's where it has none, as in chats without a template of its own."""
+        ours, theirs = self.folder.tokenizer, self.policy.tokenizer
+        borrows = isinstance(prompt, Chat) and ours.chat_template is None
+        own = [] if borrows else ids_at_the_end(prompt, ours)
+        return own or ids_at_the_end(prompt, theirs) or list(self.policy.eos_token_ids[:1])
 
 
 class Frozen(NamedTuple):
@@ -186,9 +194,9 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
     ours, theirs = folder.tokenizer, policy.tokenizer
     same_bos = ours.encode_prefix("") == theirs.encode_prefix("")
-    templates = [tokenizer.chat_template and tokenizer.chat_template.sources for tokenizer in (ours, theirs)]
-    same_template = templates[0] in (None, templates[1])
-    return RewardFolder(folder, same_tokenizer, same_bos, same_template, read_reward_kind(path), policy.eos_token_ids)
+    formats = [tokenizer.chat_template and tokenizer.chat_template.format for tokenizer in (ours, theirs)]
+    same_template = formats[0] in (None, formats[1])
+    return RewardFolder(folder, same_tokenizer, same_bos, same_template, read_reward_kind(path), policy)
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:

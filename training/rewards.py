@@ -30,7 +30,7 @@ from models.functions import FunctionPlace, Grade, Grader, call_batch, load_grad
 from models.model import Transformer
 from models.packing import own_share
 from models.parts import encode_continuation
-from models.records import Example, Split, encode_generated, ids_at_the_end
+from models.records import Example, Split, encode_generated
 from models.reward import (
     Scored,
     aggregate,
@@ -108,8 +108,8 @@ def rows_it_reads(
     reward: RewardFolder, prompts: list[str | Chat], rows: list[Example], texts: list[str], finished: list[bool]
 ) -> tuple[list[Scored], int]:
     """Returns (each answer's row for the reward model, with the positions of its scores; how many rows were cut to the
-    model's context). An answer that ran out of tokens gets no EOS. One that a --stop ended gets EOS in place of the
-    stop, and its text is encoded again, since its last token may hold a part of the stop.
+    model's context). An answer that ran out of tokens gets no EOS. Others end as in the model's training, whichever
+    token or --stop ended them; after a --stop the text is encoded again: its last token may hold a part of the stop.
 
     prompts: as in the records; rows: the policy's, prompt and answer; texts: of the answers alone.
     """
@@ -121,9 +121,11 @@ def rows_it_reads(
             ids, ends_of_steps = encode_steps(prompt, split_steps(text, separator), separator, tokenizer)
         elif reward.reads_ids_of(prompt):
             ids = row.input_ids
-            if ended and ids[-1] not in reward.policy_ends:
+            if ended and ids[-1] in reward.policy.eos_token_ids:
+                ids = ids[:-1] + reward.end_of(prompt)
+            elif ended:
                 ids = ids[: row.prompt_length]
-                ids = ids + encode_continuation(text, ids, tokenizer) + ids_at_the_end(prompt, tokenizer)
+                ids = ids + encode_continuation(text, ids, tokenizer) + reward.end_of(prompt)
         else:
             ids = encode_generated(prompt, text, tokenizer, finished=ended)
         num_cut += len(ids) > max_seq_len

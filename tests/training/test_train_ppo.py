@@ -14,7 +14,9 @@ from models.chats import read_chat
 from models.checkpoint import open_folder
 from models.common import Runtime
 from models.fsdp import ParallelArgs, init_mesh, load_frozen
+from models.record_files import Record
 from models.records import IGNORE_INDEX, Example, Split, encode_generated, encode_prompt
+from models.reward import encode_to_score
 from models.tokenizer import Tokenizer
 from tests import tiny
 from tests.training.test_train_rm import make_records
@@ -364,6 +366,35 @@ def test_another_format_gets_the_text(folder, world, tmp_path):
             data.train[1].asked = read_chat([{"role": "user", "content": "1"}], {"chat_template_kwargs": {"a": 1}})
             with pytest.raises(ValueError, match="the reward model cannot read the chat of x:1: chat_template_kwargs"):
                 frozen.check_chats(reward, data)
+
+
+def test_the_end_that_a_reward_model_reads(folder, world, tmp_path):
+    """Catches a reward model that reads the policy's end in place of the token that ended the answers of its training,
+    two rows for one text because two tokens, or a --stop, ended it, and equal templates taken for one format though
+    they write different tokens. score.py's rows decide; in a chat without own template those of the policy."""
+    turn = "{% for m in messages %}{{ m.role + ': ' + m.content }}END{% endfor %}"
+    turn += "{% if add_generation_prompt %}assistant:{% endif %}"
+    policy, text = tiny.copy_to_edit(folder, tmp_path / "lm"), " it is 3"
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
+    chat = [{"role": "user", "content": "1"}]
+    cases = {"own": ("</s>", True), "none": ("</s>", False), "mentioned": ("{{ eos_token }}", True)}
+    for name, (end, has_own) in cases.items():
+        template = {"chat_template": turn.replace("END", end)}
+        tiny.write_tokenizer(policy, **template)
+        rm = tiny.copy_to_edit(world / "rm", tmp_path / name)
+        tiny.write_tokenizer(rm, eos_token="<s>", **(template if has_own else {}))
+        reward = frozen.open_reward_folder(rm, open_folder(policy), 1)
+        assert reward.same_tokenizer and reward.same_bos and reward.same_template == (name != "mentioned")
+        for asked in ("Question 1:", chat):
+            prompt, theirs = asked if isinstance(asked, str) else read_chat(asked), reward.policy.tokenizer
+            ids = encode_prompt(prompt, theirs)
+            drawn = [[*encode_generated(prompt, text, theirs, finished=False), i] for i in (2, 300)]
+            drawn.append(encode_generated(prompt, text + " so", theirs, finished=False))  # --stop " so"
+            rows = [Example(row, [IGNORE_INDEX] * len(ids) + row[len(ids) :]) for row in drawn]
+            found, _ = rewards.rows_it_reads(reward, [prompt] * 3, rows, [text] * 3, [True] * 3)
+            record = Record("", {"prompt": asked, "output": text, "finish_reason": "stop"})
+            [wanted], _ = encode_to_score(record, None, Tokenizer(rm if has_own or asked != chat else policy))
+            assert [row.input_ids for row in found] == [wanted.input_ids] * 3, (name, asked)
 
 
 @pytest.mark.parametrize("how", ["min", "prod", "last", "mean", "steps"])

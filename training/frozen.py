@@ -17,7 +17,7 @@ from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
-from models.records import encode_generated, ids_at_the_end
+from models.records import check_ids, encode_generated, ids_at_the_end
 from models.reward import RewardKind, read_reward_kind
 from training.optim import check_optimizer
 from training.prompts import Prompts
@@ -98,13 +98,13 @@ class Frozen(NamedTuple):
 
     def check_prompts(self, data: Prompts) -> None:
         """Raises ValueError if a model's context is too short for the policy's rows, or if the reward model cannot read
-        a chat."""
+        a prompt."""
         if self.reference is not None:
             check_context("reference", self.reference, data.longest, lower="--max_new_tokens")
         if self.reward and self.reward.same_tokenizer:
             check_context("reward model", self.reward.folder.path, data.longest, lower="--max_new_tokens")
         if self.reward:
-            check_chats(self.reward, data)
+            check_readable(self.reward, data)
 
     def load(
         self, args, mesh: DeviceMesh, runtime: Runtime, policy: Transformer
@@ -208,21 +208,29 @@ def _text_to_ids(folder: Path) -> dict[str, object]:
     return files
 
 
-def check_chats(reward: RewardFolder, data: Prompts) -> None:
-    """Raises ValueError if the reward model's folder has no chat template for the prompts, or one that rejects a chat.
-    Tries one chat per sequence of roles and options; a model that reads the policy's ids needs no template."""
-    kinds = {}
+def check_readable(reward: RewardFolder, data: Prompts) -> None:
+    """Raises ValueError if the reward model's folder has no chat template for the prompts, or one that rejects a chat,
+    or if a prompt holds a token that the model lacks. Tries one prompt per sequence of roles and options, all if the
+    tokenizer has such tokens; a model that reads the policy's ids needs no template."""
+    path, tokenizer, vocab_size = reward.folder.path, reward.folder.tokenizer, reward.folder.config.vocab_size
+    is_process, kinds = reward.kind.separator is not None, {}
+    lacks_tokens = max(tokenizer.added_texts, default=0) >= vocab_size
     for prompt in (*data.train, *data.held_out):
-        reads_ids = reward.kind.separator is None and reward.reads_ids_of(prompt.asked)
-        if isinstance(prompt.asked, Chat) and not reads_ids:
-            roles = tuple(message["role"] for message in prompt.asked.messages)
-            kinds.setdefault((roles, prompt.asked.tools is None, repr(prompt.asked.kwargs)), prompt)
+        if is_process or not reward.reads_ids_of(prompt.asked):
+            kinds.setdefault(len(kinds) if lacks_tokens else _kind_of(prompt.asked), prompt)
     for prompt in kinds.values():
         try:
-            encode_generated(prompt.asked, "", reward.folder.tokenizer, finished=True)
+            ids = encode_generated(prompt.asked, "", tokenizer, finished=not is_process)
         except ValueError as error:
-            path = reward.folder.path
             raise ValueError(f"{path}: the reward model cannot read the chat of {prompt.where}: {error}") from None
+        check_ids(ids, vocab_size, f"{path}: the prompt of {prompt.where}")
+
+
+def _kind_of(asked: str | Chat) -> tuple:
+    """Returns what decides whether a chat template accepts a prompt; () for texts."""
+    if isinstance(asked, str):
+        return ()
+    return tuple(message["role"] for message in asked.messages), asked.tools is None, repr(asked.kwargs)
 
 
 def frozen_scheme(path: Path, name: str, args, runtime: Runtime) -> Schemes | None:

@@ -289,12 +289,18 @@ class Scorer:
             say(f"{num_cut} answers are longer than the reward model's context: it scores {read}; see the metrics")
         split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)
         mean, std = (kind.mean, kind.std) if args.normalize_reward else (0.0, 1.0)
-        scores = step_scores(self.model, to_score, split)
+        highest, vocab_size = [max(row.input_ids) for row in to_score], self.folder.folder.config.vocab_size
+        known = [i < vocab_size for i in highest]  # an answer can write an added token that has no embedding
+        readable = [row if is_known else Scored([0], [0], []) for row, is_known in zip(to_score, known)]
+        scores = step_scores(self.model, readable, split)
         reshard(self.model)
         for i, values in enumerate(scores):
-            if not all(map(math.isfinite, values)):
+            if not (known[i] and all(map(math.isfinite, values))):
                 place = prompts[i].where or f"answer {i}"
                 why = "the reward model's score is not finite; its weights are broken, or it overflows in this dtype"
+                why = (
+                    why if known[i] else f"the answer holds token id {highest[i]}, which the reward model does not have"
+                )
                 grades.append(Grade(math.nan, f"--reward_checkpoint_path: {place}: {why}"))
             elif kind.separator is None:
                 grades.append(Grade((values[0] - mean) / std))

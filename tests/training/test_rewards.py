@@ -20,6 +20,7 @@ from models.workers import GradingArgs, Pool, grade_of
 from tests import tiny
 from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
     TIMED,
+    Scores,
     flags,
     hf_scores,
     ppo,
@@ -195,6 +196,31 @@ def test_a_reward_model_without_a_template(folder, world, tmp_path):
         tiny.assert_refused(result, f"{other}: the reward model cannot read", "chats.jsonl:1")
         assert not (tmp_path / "out").exists()
     ppo(policy, world, tmp_path / "same", **given, prompt_file=prompts, reward_checkpoint_path=world / "rm")
+
+
+@pytest.mark.parametrize("separator", [None, "\n"])
+def test_a_token_that_the_reward_model_lacks(separator, folder, world, tmp_path):
+    """Catches an answer or a prompt that spells an added token without an embedding, such as many folders' [PAD]: an
+    index error hours into a run, or with tensor parallelism the score of another text; and other answers' scores that
+    it changes."""
+    rm, other = tiny.copy_to_edit(world / "rm", tmp_path / "rm"), tmp_path / "other"
+    tiny.write_tokenizer(rm, pad_token="[PAD]", added_tokens_decoder={"384": {"content": "[PAD]", "special": True}})
+    with_another_tokenizer(rm, other)
+    config = json.loads((rm / "config.json").read_text())
+    kind = {} if separator is None else {"reward_model_type": "process", "step_separator": separator}
+    (other / "config.json").write_text(json.dumps(config | kind))
+    scores_of, texts = Scores(folder, other), [" it is 3", " is it [PAD] 4", " so"]
+    _, scores, _ = scores_of(texts, [True] * 3, reward_error="skip")
+    _, others, _ = scores_of(texts[::2], [True] * 2)
+    assert scores.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(scores[::2], others, rtol=1e-5, atol=1e-5)
+    why = "--reward_checkpoint_path: answer 1: the answer holds token id 384, which the reward model does not have"
+    with pytest.raises(ValueError, match=f"{why}; --reward_error zero or skip lets the run go on"):
+        scores_of(texts, [True] * 3)
+    prompts = tiny.write_records(tmp_path / "prompts.jsonl", [{"prompt": "So", "bonus": 1}, {"prompt": "[PAD]?"}])
+    given = {"prompt_file": prompts, "reward_fn": None, "reward_checkpoint_path": other}
+    result = tiny.run("training/train_ppo.py", *flags(folder, world, tmp_path / "out", **given))
+    tiny.assert_refused(result, f"{other}: the prompt of {prompts}:2: holds token id 384, which the model")
 
 
 def test_a_broken_policy_names_the_record(folder, world, tmp_path):

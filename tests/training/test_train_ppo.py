@@ -361,11 +361,11 @@ def test_another_format_gets_the_text(folder, world, tmp_path):
             wanted[0] = wanted[0][1:]
         assert [row.input_ids for row in found] == wanted, name
         data = SimpleNamespace(train=[SimpleNamespace(asked=prompt, where="x:1") for prompt in prompts], held_out=())
-        frozen.check_chats(reward, data)
+        frozen.check_readable(reward, data)
         if name == "other":
             data.train[1].asked = read_chat([{"role": "user", "content": "1"}], {"chat_template_kwargs": {"a": 1}})
             with pytest.raises(ValueError, match="the reward model cannot read the chat of x:1: chat_template_kwargs"):
-                frozen.check_chats(reward, data)
+                frozen.check_readable(reward, data)
 
 
 def test_the_end_that_a_reward_model_reads(folder, world, tmp_path):

@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.chats import Chat
 from models.checkpoint import Folder, WeightFiles, model_config, model_folder, open_folder
 from models.checksums import check_files
-from models.common import Runtime, flag, refuse_idle
+from models.common import Runtime, flag, refuse_idle, say
 from models.fsdp import load_frozen
 from models.model import ModelConfig, Transformer
 from models.qlinear import Schemes
 from models.quantize import GroupSizeArgs, check_runnable, choose_scheme
 from models.records import check_ids, encode_generated, ids_at_the_end
 from models.reward import RewardKind, read_reward_kind
+from models.tokenizer import Tokenizer
 from training.optim import check_optimizer
 from training.prompts import Prompts
 
@@ -253,6 +254,23 @@ def check_reader(name: str, path: Path, policy: Folder, args) -> None:
             f"{path}: a {name} reads the policy's tokens, and this one has another vocabulary: {config.vocab_size} "
             f"tokens instead of {policy.config.vocab_size}"
         )
+    files = _text_to_ids(path)
+    if files and files != _text_to_ids(policy.path):
+        _check_vocabulary(name, path, policy)
+
+
+def _check_vocabulary(name: str, path: Path, policy: Folder) -> None:
+    """Raises ValueError if ids stand for other pieces of text in a folder than in the policy's; says so if only added
+    tokens differ, since many models rename reserved ones."""
+    tokenizers = Tokenizer(path, policy.tokenizer.today), policy.tokenizer
+    theirs, ours = ({i: piece for piece, i in each.vocabulary().items()} for each in tokenizers)
+    differ = [i for i in range(policy.config.vocab_size) if theirs.get(i) != ours.get(i)]
+    ordinary = [i for i in differ if not any(i in each.added_texts for each in tokenizers)]
+    for i in (ordinary or differ)[:1]:
+        other = f"this one's token {i} is {theirs.get(i)!r} instead of {ours.get(i)!r}"
+        if ordinary:
+            raise ValueError(f"{path}: a {name} reads the policy's tokens, and {other}: it has another vocabulary")
+        say(f"{path}: a {name} reads the policy's tokens, and {other}; only added tokens differ")
 
 
 def check_context(name: str, path: Path, longest: int, *, lower: str) -> None:

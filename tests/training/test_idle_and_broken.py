@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from models.checkpoint import open_folder
 from models.fsdp import full_tensors
 from models.functions import Grade, Grader, call_batch
 from models.record_files import Record
 from models.reward import encode_steps, split_steps
+from models.tokenizer import Tokenizer
 from tests import tiny
+from training.frozen import check_reader
 from training.graders import exact_match, math_answer, multiple_choice
 from training.metrics import Metrics
 from training.preferences import encode_process_record
@@ -84,6 +87,26 @@ def test_idle_flags(script, flags, folder, world, tmp_path):
     result = run(script, folder, world, tmp_path / "out", *flags)
     tiny.assert_refused(result, f"error: {flags[-2]} {flags[-1]}", " does nothing ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("train_dpo", ["--ref_checkpoint_path"]), ("train_ppo", ["--reward_fn", "fn.py:each", "--value_checkpoint_path"])],
+)
+def test_another_vocabulary_of_the_same_size(script, flags, folder, world, tmp_path, capsys):
+    """Catches a reference or critic whose ids stand for other text, as those of Llama-2 and OpenLLaMA do, which both
+    have 32,000; and one refused for the name of a reserved token, or since its tokenizer has another file."""
+    other = tiny.copy_to_edit(folder, tmp_path / "other")
+    model = tiny.sentencepiece_model()
+    (other / "tokenizer.model").write_bytes(model.replace(b"question", b"noitseuq"))
+    result = run(script, folder, world, tmp_path / "out", *flags, other)
+    number = Tokenizer(folder).vocabulary()["▁question"]
+    tiny.assert_refused(result, f"error: {other}: a ", f"token {number} is '▁noitseuq' instead of '▁question'")
+    for same, said in ((model + b"\x1a\x00", ""), (model.replace(b"<s>", b"<b>"), "token 1 is '<b>' instead of '<s>'")):
+        (other / "tokenizer.model").write_bytes(same)
+        check_reader("critic", other, open_folder(folder), types.SimpleNamespace(tensor_parallel_size=1))
+        found = capsys.readouterr().out
+        assert said in found and bool(found) == bool(said)
 
 
 @pytest.mark.parametrize("script", ["finetune_sft", "train_dpo"])

@@ -4,6 +4,7 @@
 - nothing here imports torch, so a worker process that grades answers starts in a tenth of a second
 """
 
+import ast
 import contextlib
 import copy
 import functools
@@ -92,6 +93,7 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
         spec.loader.text = text
     beside = str(Path(path).resolve().parent)  # so that the file can import its neighbours, as a script can
     sys.path += [beside] * (beside not in sys.path)
+    _check_neighbours(f"{flag} {place}", _source(Path(path)) if text is None else text, Path(beside))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look it up
     try:
@@ -102,6 +104,42 @@ def load_function(flag: str, place: str, text: str | None = None) -> Callable:
     if not callable(function):
         raise ValueError(f"{flag} {place}: {path} has no function {name}")
     return function
+
+
+def _source(path: Path) -> str:
+    """Returns a file's text; "" if it cannot be read as Python's: importing it will report the error."""
+    with contextlib.suppress(OSError, SyntaxError, UnicodeDecodeError):
+        return importlib.util.decode_source(path.read_bytes())
+    return ""
+
+
+def _imported(source: str) -> set[str]:
+    """Returns the top-level names that a file imports, also within its functions."""
+    names = set()
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+def _check_neighbours(where: str, source: str, folder: Path) -> None:
+    """Raises ValueError, which begins with `where`, if a file imports a module beside it, or such a module another one,
+    and Python would take another module of that name: of a package, of the project, or beside another function."""
+    sources, seen = [source], set()
+    for each in sources:  # grows
+        for name in sorted(_imported(each) - seen):
+            seen.add(name)
+            paths = (folder / name / "__init__.py", folder / f"{name}.py")
+            own, spec = next((path for path in paths if path.is_file()), None), None
+            with contextlib.suppress(ImportError, ValueError):
+                spec = importlib.util.find_spec(name) if own else None
+            if spec is not None and (spec.origin is None or Path(spec.origin).resolve() != own.resolve()):
+                other = spec.origin or f"a folder {name}"
+                raise ValueError(f"{where}: imports {name}, which would be {other}, not {own}; rename the latter")
+            sources += [_source(own)] if own else []
 
 
 def short(error: BaseException) -> str:

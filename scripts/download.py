@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 from models.common import flag, run_script
 from models.files import COPIED_FILES, TOOL_USE
 

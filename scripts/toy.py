@@ -33,7 +33,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 from models.common import at_least_one, flag, non_negative, refuse_idle, run_script
 from models.export import save_folder
 from models.files import naming_file

@@ -110,3 +110,17 @@ def test_the_tests_of_a_file_share_a_process(request):
     """Catches a pytest-xdist that ignores the groups of conftest.py without a word, as 3.8 does under pytest 9.2: both
     processes then build the fixtures of most files, and start ranks."""
     assert "@" in request.node.nodeid or not request.config.getoption("loadgroup", False)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_folder_of_a_script_is_not_searched(name, monkeypatch):
+    """Catches a script in whose process `import graders` finds training/graders.py, in place of a user's own module."""
+    lines = FILES[name].read_text(encoding="utf-8").split("\n")
+    end = next((number for number, line in enumerate(lines, start=1) if line.startswith("sys.path")), None)
+    if end is None:
+        assert not IMPORTS[name]  # it runs without the repository
+        return
+    found = [str(FILES[name].parent), "", "/elsewhere"]
+    monkeypatch.setattr("sys.path", found)
+    exec("\n".join(lines[:end]), {"__file__": str(FILES[name])})
+    assert found == [str(tiny.ROOT), "", "/elsewhere"]

@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent.parent), *(path for path in sys.path if path != str(HERE))]
 
 from inference.lines import write_lines
 from models.common import at_least_one, flag, run_script, with_newlines

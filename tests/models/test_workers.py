@@ -320,6 +320,31 @@ def test_files_that_cannot_be_imported(tmp_path, monkeypatch):
     pool.close()
 
 
+def test_modules_beside_functions(tmp_path):
+    """Catches a module beside a function's file that is silently replaced by one of that name from elsewhere, imported
+    by the file, by a module beside it, or within a function."""
+    files = {
+        "one/near_one.py": "value = 1\n",
+        "one/reward.py": "import near_one\ndef f(prompt, completion, example): return near_one.value\n",
+        "two/near_one.py": "value = 2\n",
+        "two/near_two.py": "from near_one import value\n",
+        "two/reward.py": "def f(prompt, completion, example):\n    import near_two\n    return near_two.value\n",
+        "three/models.py": "",
+        "three/reward.py": "from models.rows import value\n",
+        "four/models.py": "",  # nothing imports it
+        "four/reward.py": "def f(prompt, completion, example): return 4\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    graders = [load_grader("--reward_fn", f"{folders[i]}/reward.py:f") for i in (0, 3)]
+    assert [grader.function("", "", {}) for grader in graders] == [1, 4]
+    for folder, name, other in ((folders[1], "near_one", folders[0] / "near_one.py"), (folders[2], "models", "models")):
+        what = f"imports {name}, which would be {tiny.ROOT / other}"
+        tiny.refused(lambda: load_grader("--reward_fn", f"{folder}/reward.py:f"), f"--reward_fn {folder}", what)  # noqa: B023
+
+
 def test_nothing_outlives_a_kill(file, mark):
     """Catches worker processes, and processes that functions started in them, that go on after the run is killed."""
     names = ("hang", "spin", "fork_and_hang", "hang_beside_a_daemon", "leave_the_group", "deaf")

@@ -48,7 +48,7 @@ from models.decode import load_for_inference, rounding_of, weight_bytes
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.generation import Completion, Engine, PrefillArgs, Request
 from models.gpu import peaks
-from models.identity import AcceptArgs
+from models.identity import AcceptArgs, check_ranks_agree
 from models.memory import plan_cache
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.record_files import Record
@@ -101,6 +101,7 @@ def main(args: GenerateArgs) -> None:
     files = weight_files(args.checkpoint_path, args.adapter_path)
     check_runnable(files, folder.config, scheme, runtime, args.tensor_parallel_size)
     begun = on_main(lambda: begin(args.output_file, resolved)) if in_file else {}
+    check_ranks_agree(resolved, begun)
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     source = PromptSource(args, folder, args.max_new_tokens)
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))

@@ -54,7 +54,7 @@ from models.decode import load_for_inference
 from models.fsdp import data_parallel_size, init_mesh, parallel_of, start_ranks
 from models.functions import FunctionPlace, load_function, undisturbed
 from models.gpu import mean_length, peaks
-from models.identity import AcceptArgs
+from models.identity import AcceptArgs, check_ranks_agree
 from models.model import ModelConfig
 from models.quantize import QuantizeArgs, check_runnable, choose_scheme
 from models.records import Encoder, EncodingCounts, Record, Split, folder_limits, naming, read_records, require
@@ -172,6 +172,7 @@ def main(args: ScoreArgs) -> None:
         quantize=None if scheme is None else str(scheme),
     )
     begun = on_main(lambda: begin_outputs(resolved))
+    check_ranks_agree(resolved, begun)
     records = read_records(args.data_file)
     items, counts = encode_items(records, folder, kind, args)
     answers = [answer_of(item.record, kind.separator, find_answer) for item in items] if args.weighted_vote else []

@@ -1,14 +1,19 @@
-"""Records a run's flags and the content of its inputs, and refuses a --resume with different ones.
+"""Records a run's flags and the content of its inputs, and refuses a --resume, or ranks, with different ones.
 
 - all flags are compared, whichever script or group declares them, except those declared with may_change
 - so is the content of every input file and folder: of all flags of type Path, unless declared `written`, and the file
   of a function, FILE.py:NAME. Paths are not compared, so data may move. New flags are included automatically
 - a difference is an error that names the flag; --accept_changed NAME accepts it, and the run then has the new value
+- ranks are compared in the same way at the start: nodes may be given other commands, or hold other files at a path
 """
 
 import json
+import os
+import socket
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from models.common import Flag, flag, flags_of, say
 from models.fingerprint import ADAPTER_CONFIG, digest, fingerprint
@@ -84,6 +89,27 @@ def _difference(each: Flag, now: dict, earlier: dict) -> str | None:
         return "content" if contents[0] != contents[1] else None
     default = None if each.default is MISSING else recorded(each.default)
     return "value" if now[each.name] != earlier.get(each.name, default) else None
+
+
+def check_ranks_agree(args, begun: dict) -> None:
+    """Raises ValueError, on all ranks, if one has another flag than rank 0, or other content in its files. begun:
+    begun_with() of rank 0, or {} to compare no content. A collective. Of ranks that were given the same flags on one
+    node, only the first reads files; paths may differ where the content is the same."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own, theirs = (socket.gethostname(), os.environ.get("GROUP_RANK"), vars(args)), begun.get(CONTENTS, {})
+    ranks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    reads = bool(theirs) and 0 < dist.get_rank() == ranks.index(own)
+    now, earlier = vars(args) | {CONTENTS: _contents(args) if reads else theirs}, ranks[0][2] | {CONTENTS: theirs}
+    kinds = {each.name: _difference(each, now, earlier) for each in flags_of(type(args))}
+    names = [f"other content of --{name}" for name, kind in kinds.items() if kind == "content"]
+    names = names or [f"another --{name}" for name, kind in kinds.items() if kind == "value"]
+    found: list = [None] * len(ranks)
+    dist.all_gather_object(found, ", ".join(names))
+    for rank, names in enumerate(found):
+        if names:
+            raise ValueError(f"rank {rank} on {ranks[rank][0]} has {names} than rank 0 on {ranks[0][0]}")
 
 
 def _contents(args) -> dict[str, object]:

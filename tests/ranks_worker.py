@@ -106,9 +106,11 @@ def print_refusal(*job: str) -> None:
 
 
 def run_elsewhere(folder: str, *job: str) -> None:
-    own = Path(folder, f"node-{os.environ['RANK']}")
-    own.mkdir()
-    with contextlib.chdir(own), mock.patch.object(shared, "SEEN_WITHIN", 0.5):  # one host's files show at once
+    rank = os.environ["RANK"]
+    own, job = Path(folder, f"node-{rank}"), [word.replace("{rank}", rank) for word in job]
+    own.mkdir(exist_ok=True)
+    node = mock.patch.dict(os.environ, GROUP_RANK=rank)
+    with node, contextlib.chdir(own), mock.patch.object(shared, "SEEN_WITHIN", 0.5):  # one host's files show at once
         run_job(*job)
 
 

@@ -46,7 +46,7 @@ from models.files import COPIED_FILES, read_json_object, write_json
 from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import mean_length, peaks
-from models.identity import AcceptArgs, begun_with, changed_flags
+from models.identity import AcceptArgs, begun_with, changed_flags, check_ranks_agree
 from models.model import Transformer
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_free, check_shared, check_writable, hold
@@ -128,13 +128,15 @@ class Run:
     """
 
     def __init__(self, args: RunArgs):
-        """Raises ValueError if the output folder holds another run, or a resumed run has other flags. A collective."""
+        """Raises ValueError if the output folder holds another run, a resumed run has other flags, or a rank has others
+        than rank 0. A collective."""
         self.stop = Stop()
         self.stop.listen()
         start_ranks(choose_runtime(args).device)
         on_main(lambda: check_installed(args.report_to))
         check_shared(args.output_dir, f"--output_dir {args.output_dir}")
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
+        check_ranks_agree(args, self._begun_with)
         on_main(lambda: check_free(args.output_dir / ".lock", f"--output_dir {args.output_dir}"))
         self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0

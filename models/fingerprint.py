@@ -7,6 +7,7 @@
   detected. A change of a few bytes of a large weight file, by hand or by a failing disk, is not
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,13 +39,25 @@ def adapter_files(folder: Path) -> list[Path]:
     return [path for name in names if (path := folder / name).is_file()]
 
 
+def small_files(folder: Path) -> list[Path]:
+    """Returns the files of a model's folder beside its weights: config, tokenizer, templates, generation settings."""
+    return [path for name in ("config.json", *COPIED_FILES) if (path := folder / name).is_file()]
+
+
+def small_fingerprint(folder: Path) -> str | None:
+    """Returns a SHA-256 of small_files(); None if they cannot be read."""
+    with contextlib.suppress(OSError):
+        listing = [(path.name, checksums.digest(path)) for path in small_files(folder)]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return None
+
+
 def fingerprint(folder: Path) -> str:
     """Returns a SHA-256 of a folder's content: of a model's files as described above, of an adapter's config and
     weights, or of all files in any other folder; large ones are sampled. Raises OSError or ValueError if they cannot be
     read."""
     if (folder / "config.json").is_file():
-        paths = [path for name in ("config.json", *COPIED_FILES) if (path := folder / name).is_file()]
-        paths += WeightFiles(folder).paths()
+        paths = small_files(folder) + WeightFiles(folder).paths()
     elif (folder / ADAPTER_CONFIG).is_file():
         paths = adapter_files(folder)
     else:

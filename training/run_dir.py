@@ -43,7 +43,7 @@ from models.common import (
 )
 from models.export import INDEX, WEIGHTS, CannotHold, complete_export, save_folder
 from models.files import COPIED_FILES, read_json_object, write_json
-from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from models.fingerprint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, small_fingerprint
 from models.fsdp import full_tensors, start_ranks
 from models.gpu import mean_length, peaks
 from models.identity import AcceptArgs, begun_with, changed_flags, check_ranks_agree
@@ -138,6 +138,7 @@ class Run:
         self.today, self._begun_with, self.changed = on_main(lambda: prepare_output_dir(args))
         check_ranks_agree(args, self._begun_with)
         on_main(lambda: check_free(args.output_dir / ".lock", f"--output_dir {args.output_dir}"))
+        self._copied = on_main(lambda: small_fingerprint(args.checkpoint_path))  # exports copy these files from there
         self._evaluated, self._line = None, None  # metrics of a step in evaluation, and of one that may export
         self.args, self.num_tokens = replace(args, chat_date=self.today.isoformat()), 0
 
@@ -337,6 +338,13 @@ class Run:
         self._evaluated = self._line
         self.stop.fail(message)
 
+    def _check_start(self, model: nn.Module) -> None:
+        """Ends the run if the files that an export takes from --checkpoint_path are not those that it began with. For a
+        LoRA base check_base_is_the_same does this, once the adapter is written. A collective."""
+        start = self.args.checkpoint_path
+        if model.lora is None and on_main(lambda: small_fingerprint(start) != self._copied):
+            self.fail_export(f"{start}: other content than when the run began; restore it and --resume")
+
     def speed(self, model: Transformer, lengths: list[int], *, beside: bool = False) -> dict[str, float]:
         """Returns num_tokens, tokens_per_second, and mfu if the device's peak is known, over all ranks and the time
         since the step began. model: the one that trains; lengths: of the step's sequences; beside: whether another
@@ -397,6 +405,7 @@ class Run:
         size = f"peak memory {peak_memory(self.device) / 1e9:,.2f} GB"
         drop_what_nobody_reads()
         self.check_weights(model)
+        self._check_start(model)
         if model.lora is None and not all_fit(model, self._export_dtype):
             why = f"{self._export_dtype} cannot hold weights of the {what}"
             self.fail_export(f"{folder}: {why}; --resume with --export_dtype float32")

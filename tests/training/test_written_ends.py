@@ -167,6 +167,37 @@ def test_no_stale_merged_model(folder, tmp_path):
         open_folder(model_folder(out), None, 1)
 
 
+def test_a_folder_that_changes_during_the_run(folder, tmp_path, monkeypatch):
+    """Catches trained weights exported with the config, tokenizer or template of another model, which has come to the
+    path of --checkpoint_path in the meantime: a link to the latest version."""
+    out, data, write = tmp_path / "out", tmp_path / "train.jsonl", Metrics.write
+    data.write_text('{"prompt": "a", "completion": " b"}\n')
+    for name in ("one", "two"):
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "two" / "chat_template.jinja").write_text(TEMPLATE)
+    latest = tmp_path / "latest"
+    latest.symlink_to("one")
+    flags = ["--checkpoint_path", latest, "--train_file", data, "--output_dir", out, "--max_steps", 1]
+
+    def write_and_publish(self, line):
+        latest.unlink()
+        latest.symlink_to("two")
+        write(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "write", write_and_publish)
+        ended = tiny.run("training/finetune_sft.py", *flags, "--save_steps", 0)
+    assert (
+        ended.code == 2 and f"{latest}: other content than when the run began; restore it and --resume" in ended.stderr
+    )
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (out / "config.json").exists()
+    latest.unlink()
+    latest.symlink_to("one")
+    assert tiny.run("training/finetune_sft.py", *flags, "--resume").code == 0
+    assert (out / "config.json").exists() and not (out / "chat_template.jinja").exists()
+
+
 def test_answers_of_other_prompts(chat_folder, tmp_path):
     """Catches a traceback if a template renders the prompt by what follows it, so that a pair has two prompts."""
     path = shutil.copytree(chat_folder, tmp_path / "model")

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import io
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -262,12 +263,20 @@ def accept_any_text() -> None:
                 stream.reconfigure(errors="replace" if mode == "r" else "backslashreplace")
 
 
-def end_process(code: int) -> None:
+def end_process(code: int) -> NoReturn:
     """Exits without the interpreter's shutdown: a gloo thread may still hold the last collective's tensors, and aborts
     the process if it drops them during shutdown (torch 2.13, https://github.com/pytorch/pytorch/issues/190489)."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
+    exit_now(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Exits without any cleanup, and kills the processes that a user's file has started: they would live on, and keep
+    whoever reads this process's output (`| tee`) waiting for its end."""
+    for process in multiprocessing.active_children():
+        process.kill()
     os._exit(code)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from models.common import is_main_rank, on_main, say
+from models.common import exit_now, is_main_rank, on_main, say
 from models.files import naming_file
 
 BEAT = 5.0  # seconds between two touches
@@ -176,7 +176,7 @@ def _keep_touching(file: int, owner: bytes, stop: threading.Event, what: str) ->
             now = os.pread(file, 4096, 0)
             if now and _process_of(now) != _process_of(owner):  # this process may take it again before releasing it
                 print(f"{what}: another run has taken it over; this one ends", file=sys.stderr, flush=True)
-                os._exit(2)
+                exit_now(2)
 
 
 def _process_of(content: bytes) -> tuple:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.common import Stopped, is_main_rank, say
+from models.common import Stopped, exit_now, is_main_rank, say
 from models.functions import ASK_TO_END
 
 # Under torchrun two signals within this time count as one: Slurm signals the ranks and torchrun, which passes it on. A
@@ -55,7 +55,7 @@ class Stop:
         now, launched = time.monotonic(), "TORCHELASTIC_RUN_ID" in os.environ
         if self._ctrl_c_at is not None and (number == signal.SIGINT or launched):
             if now - self._ctrl_c_at >= (AGAIN_SECONDS if launched else 0.0):
-                os._exit(130)
+                exit_now(130)
         elif number == signal.SIGINT:
             self._ctrl_c_at = now
         if number == signal.SIGHUP:  # the terminal was closed

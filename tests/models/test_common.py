@@ -286,14 +286,17 @@ def test_ranks_end_without_nccl_s_end(monkeypatch, capsys):
 
 def test_a_process_leaves_nothing_behind():
     """Catches a warning about a progress bar's semaphore at the end of every run where processes are not forked (the
-    default of Python 3.14, and of macOS)."""
+    default of Python 3.14, and of macOS), and processes of a user's file that outlive the run, whose output `tee`
+    would go on waiting for."""
     lines = (
-        "import multiprocessing, sys",
+        "import multiprocessing, time",
         "from models.common import RuntimeArgs, progress_bar, run_script",
         "multiprocessing.set_start_method('forkserver')",
+        "multiprocessing.Process(target=time.sleep, args=(100,)).start()",
         "run_script(lambda args: progress_bar(total=1, desc='shown').update(), RuntimeArgs)",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tiny.ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "shown" in done.stderr and "resource_tracker" not in done.stderr, done.stderr
 
 

@@ -4,6 +4,7 @@ equals one that is not interrupted: weights bitwise, and all lines."""
 import importlib
 import os
 import re
+import select
 import shutil
 import signal
 import time
@@ -390,10 +391,16 @@ def test_through_torchrun(world, tmp_path):
 
 
 def test_ctrl_c(world, tmp_path):
-    """Catches a first Ctrl-C that breaks off a step, a second one that does not end it at once, and a traceback."""
+    """Catches a first Ctrl-C that breaks off a step, a second one that does not end it at once, a traceback, and a
+    process of the user's function that goes on."""
     script, out = "train_grpo.py", tmp_path / "out"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     (tmp_path / "deaf.py").write_text(
-        "import time\ndef deaf(prompts, completions, examples):\n"
+        "import multiprocessing, os, time\n"
+        "def deaf(prompts, completions, examples):\n"
+        f"    os.open({str(tmp_path / 'pipe')!r}, os.O_WRONLY)\n"
+        "    multiprocessing.Process(target=time.sleep, args=(100,)).start()\n"
         "    try: print('asked', flush=True); time.sleep(1000)\n"
         "    except BaseException: print('again', flush=True); time.sleep(1000)\n"
     )
@@ -406,6 +413,7 @@ def test_ctrl_c(world, tmp_path):
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
+    assert select.select([reader], [], [], 20)[0]  # the end of the pipe: nobody holds it any more
     assert re.sub(r"\x1b.*|.*\r", "", errors).strip().startswith("stopping at the next place"), errors
 
 

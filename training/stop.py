@@ -42,6 +42,7 @@ class Stop:
         self.received, self.state_of = False, 0
         self.keep: Callable[[bool], str] = lambda failed: "while it loaded"
         self._ctrl_c_at: float | None = None
+        self._pid = os.getpid()
         self._interruptible = False
 
     def listen(self) -> None:
@@ -52,6 +53,10 @@ class Stop:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: object) -> None:
+        if os.getpid() != self._pid:  # a process that a user's function has forked: nothing in it would ever stop
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
         now, launched = time.monotonic(), "TORCHELASTIC_RUN_ID" in os.environ
         if self._ctrl_c_at is not None and (number == signal.SIGINT or launched):
             if now - self._ctrl_c_at >= (AGAIN_SECONDS if launched else 0.0):

@@ -391,8 +391,8 @@ def test_through_torchrun(world, tmp_path):
 
 
 def test_ctrl_c(world, tmp_path):
-    """Catches a first Ctrl-C that breaks off a step, a second one that does not end it at once, a traceback, and a
-    process of the user's function that goes on."""
+    """Catches a first Ctrl-C that breaks off a step, a second one that does not end it at once, a traceback, a
+    process of the user's function that goes on, and one that is deaf to its own end."""
     script, out = "train_grpo.py", tmp_path / "out"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -400,7 +400,9 @@ def test_ctrl_c(world, tmp_path):
         "import multiprocessing, os, time\n"
         "def deaf(prompts, completions, examples):\n"
         f"    os.open({str(tmp_path / 'pipe')!r}, os.O_WRONLY)\n"
-        "    multiprocessing.Process(target=time.sleep, args=(100,)).start()\n"
+        "    ended, kept = [multiprocessing.Process(target=time.sleep, args=(100,)) for _ in range(2)]\n"
+        "    ended.start(), kept.start(), ended.terminate(), ended.join(20)\n"
+        "    assert ended.exitcode == -15, ended.exitcode\n"
         "    try: print('asked', flush=True); time.sleep(1000)\n"
         "    except BaseException: print('again', flush=True); time.sleep(1000)\n"
     )

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
 AT_A_TIME = 64  # answers that a process grades at once with an async function
+MOST_LATE = 16  # late answers, each of which may hold a thread for ever, after which a process is replaced
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -121,7 +122,8 @@ def _serve(requests: int, replies: int) -> None:
 
 def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Callable[..., None]) -> None:
     """_serve() with `async def` functions among others: their answers are graded concurrently. The event loop stops
-    while a plain function is called, which may use asyncio itself."""
+    while a plain function is called, which may use asyncio itself. A reply with "drain" asks for this process to be
+    ended once the answers under way are graded: a function has left processes behind, or threads."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -140,18 +142,20 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
         done, _ = await asyncio.wait({task}, timeout=timeout)
         reply = task.result() if done and not task.cancelled() else {"failure": "timeout" if not done else "cancelled"}
         task.cancel()
+        del under_way[request["id"]]
+        left = (_children() or set()) - children
         if not done:
             late.append(request["id"])
-        if (_children() or set()) - children:  # maybe another answer's, unless this one is late or the only one
-            reply["last"] = reply.get("last") or not done or len(under_way) == 1
-        elif len(late) >= AT_A_TIME // 4:  # each may hold a thread for ever
-            reply["last"] = True
+        else:  # a process that is younger than an answer under way may be that one's
+            left.intersection_update(*(before for _, before in under_way.values()))
+        reply["drain"] = bool(left) or len(late) >= MOST_LATE
         send(id=request["id"], **reply)
         if reply.get("last"):
             os._exit(0)
 
-    loop, under_way, late, children = asyncio.new_event_loop(), set(), [], _children() or set()
-    loop.set_default_executor(ThreadPoolExecutor(AT_A_TIME))  # for asyncio.to_thread: nobody waits for a thread
+    loop, late, children = asyncio.new_event_loop(), [], _children() or set()
+    under_way = {}  # (task, the children when it began) by answer; the loop has only weak references to tasks
+    loop.set_default_executor(ThreadPoolExecutor(AT_A_TIME + MOST_LATE))  # for asyncio.to_thread: nobody waits for one
     threading.stack_size(2**21)  # counts as memory, and is usually four times as large
     reader = asyncio.StreamReader(limit=2**31, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -159,8 +163,7 @@ def _serve_side_by_side(file: BinaryIO, graders: list, timeout: float, send: Cal
     while line := loop.run_until_complete(reader.readline()):
         request = json.loads(line)
         if graders[request["grader"]].is_async:
-            under_way.add(task := loop.create_task(grade_soon(request)))  # the loop has only weak references to tasks
-            task.add_done_callback(under_way.discard)
+            under_way[request["id"]] = loop.create_task(grade_soon(request)), _children() or set()
         else:
             _grade_now(request, graders, send)
 

@@ -126,7 +126,7 @@ class _Worker:
             os.close(theirs)
             os.close(their_replies)
         os.set_blocking(self.requests, False)
-        self.ready, self.running, self.started = False, {}, time.monotonic()
+        self.ready, self.draining, self.running, self.started = False, False, {}, time.monotonic()
         self.outgoing, self.incoming = bytearray(), bytearray()
         self.send(settings)
 
@@ -147,7 +147,7 @@ class _Worker:
         return f"its process ended, exit code {code}" if code <= 128 else f"its process died of signal {code - 128}"
 
     def takes(self, task: _Task) -> bool:
-        if self.process is None or not self.ready:
+        if self.process is None or not self.ready or self.draining:
             return False
         alone = task.alone or any(other.alone for other in self.running.values())
         return len(self.running) < (1 if alone else AT_A_TIME)
@@ -311,7 +311,8 @@ class _Dispatcher(threading.Thread):
         else:
             task = worker.running.pop(reply["id"])
             task.end(Grade(float(reply.get("value", math.nan)), reply.get("failure")))
-            if reply.get("last"):
+            worker.draining |= reply.get("drain", False)
+            if reply.get("last") or (worker.draining and not worker.running):
                 self._lost(worker, found=True)
 
     def _lost(self, worker: _Worker, why: str | None = None, *, gone: bool = False, found: bool = False) -> None:

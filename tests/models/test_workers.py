@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from models.functions import call_batch, load_grader
-from models.workers import GradingArgs, Pool, _Dispatcher
+from models.workers import GradingArgs, Pool, _Dispatcher, _Worker
 from tests import tiny
 
 EVIL = """
@@ -212,22 +212,29 @@ def test_async_functions_run_side_by_side(file):
     pool.close()
 
 
-def test_what_async_functions_start(file, mark):
-    """Catches answers that wait for a thread until they are late, a program that outlives the answer that started it,
-    an answer that loses its grade to one beside it that takes all memory, and an async function not seen to be one."""
+def test_what_async_functions_start(file, mark, monkeypatch):
+    """Catches answers that wait for a thread until they are late, programs that hang for a whole deadline one after the
+    other, a program that outlives its answer, also while others are graded without a pause, an answer that loses its
+    grade to one beside it that takes all memory, and an async function not seen to be one."""
+    starts, start = [], _Worker.start
+    monkeypatch.setattr(_Worker, "start", lambda self, settings: (starts.append(self), start(self, settings)))
     with contextlib.closing(
         pool_of(file, "judge", "decorated", reward_workers=1, reward_memory=1, reward_timeout=2)
     ) as pool:
         futures = [pool.submit(0, "p", "thread", {}) for _ in range(60)]
         assert all(future.result().failure is None for future in futures)
-        for beside in (("program", "a"), ("eat", "later")):
-            futures = [pool.submit(0, "p", name, {}) for name in beside]
-            assert [isinstance(outcome(future.result()), float) for future in futures] == [False, True]
+        for *hanging, fine in (("program", "program", "program", "later"), ("eat", "later")):
+            futures = [pool.submit(0, "p", name, {}) for name in (*hanging, fine)]
+            *others, last = [outcome(future.result()) for future in futures]
+            assert not any(isinstance(each, float) for each in others) and isinstance(last, float)
+            assert pool.submit(1, "p", "a", {}).result().failure is None
+            assert len(starts) == 2 or "eat" in hanging  # a process has taken the place of the one with programs
+        futures = [pool.submit(0, "p", name, {}) for name in ("start", *["a"] * 300)]
+        assert max(outcome(future.result()) for future in futures) < 301  # one process has not graded all
         deadline = time.monotonic() + 20
         while any("sleep 1000.25" in line for line in processes(mark)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not any("sleep 1000.25" in line for line in processes(mark))
-        assert pool.submit(1, "p", "a", {}).result().failure is None
 
 
 def test_forms(file, tmp_path, monkeypatch):

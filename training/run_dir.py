@@ -419,22 +419,30 @@ class Run:
             say(f"{folder}: adapter of the {what} written; {size}")
             if not self.args.merge:
                 return
+
+        def fail(message: str) -> NoReturn:
+            if model.lora is not None:
+                on_main(lambda: remove_merged(folder))
+            self.fail_export(message)
+
         try:
             if model.lora is not None:
                 on_main(lambda: check_base_is_the_same(model.lora))
             files = on_main(lambda: files_of_export(start, config, json_changes or {}))
         except (ValueError, OSError) as error:
-            if model.lora is not None:
-                on_main(lambda: remove_merged(folder))
-            self.fail_export(str(error))
-        folder, failure = folder / MERGED if model.lora is not None else folder, None
+            fail(str(error))
+        target, failure = folder if model.lora is None else folder / MERGED, None
         try:
-            save_folder(folder, full_tensors(model), **files, dtype=self._export_dtype)
-        except CannotHold as error:  # on the main rank; after another error the other ranks still gather tensors
+            save_folder(target, full_tensors(model), **files, dtype=self._export_dtype)
+        except CannotHold as error:  # on the main rank, like other errors
             failure = str(error)
+        except (ValueError, OSError):  # the other ranks still gather tensors, and would not join a collective
+            if model.lora is not None:
+                remove_merged(folder)
+            raise
         if failure := on_main(lambda: failure):
-            self.fail_export(failure)
-        say(f"{folder}: {what} written; {size}")
+            fail(failure)
+        say(f"{target}: {what} written; {size}")
 
 
 def files_of_export(start: Path, config: dict | None, json_changes: dict[str, dict]) -> dict:

@@ -239,17 +239,19 @@ def test_a_folder_that_is_gone_at_the_end(script, flags, folder, world, tmp_path
 
 def test_a_base_that_cannot_be_read_while_it_is_merged(folder, world, tmp_path, monkeypatch):
     """Catches a main rank that saves the state after an error in the middle of the tensors: a collective, in which it
-    is alone, since the other ranks gather the tensors that follow. They would wait for half an hour."""
+    is alone, since the other ranks gather the tensors that follow: they would wait for half an hour. And an earlier
+    merged model left beside the new adapter."""
+    out = tmp_path / "out"
 
     def cut(model):
+        (out / "merged").mkdir()
         yield next(full_tensors(model))
         raise ValueError("the base's file is cut")
 
     monkeypatch.setattr("training.run_dir.full_tensors", cut)
     flags = ["--max_steps", 1, "--lora_r", 1, "--save_steps", 0]
-    result = run("finetune_sft", folder, world, tmp_path / "out", *flags)
-    assert_ended(result, "the base's file is cut")
-    assert (tmp_path / "out/adapter_config.json").exists() and not (tmp_path / "out/checkpoints").exists()
+    assert_ended(run("finetune_sft", folder, world, out, *flags), "the base's file is cut")
+    assert (out / "adapter_config.json").exists() and not any((out / x).exists() for x in ("checkpoints", "merged"))
 
 
 NAN = float("nan")

@@ -153,15 +153,22 @@ def test_checkpoints_of_other_flags(tmp_path):
 
 
 def test_no_stale_merged_model(folder, tmp_path):
-    """Catches the merged model of a run's earlier end left beside a later adapter by --no-merge: the run's folder as
-    --checkpoint_path would read it; and an error that does not say what such a folder lacks."""
+    """Catches the merged model of a run's earlier end left beside a later adapter by an --export_dtype that cannot hold
+    the later model, or by --no-merge: the run's folder as --checkpoint_path would read it; and an error that does not
+    say what such a folder lacks."""
     out, data = tmp_path / "out", tmp_path / "train.jsonl"
     data.write_text('{"prompt": "a", "completion": " b"}\n')
     flags = ["--checkpoint_path", folder, "--train_file", data, "--output_dir", out, "--lora_r", 1, "--batch_size", 1]
     flags += ["--lr_schedule", "constant", "--warmup_ratio", 0]
     tiny.run("training/finetune_sft.py", *flags, "--max_steps", 1)
     assert model_folder(out) == out / "merged"
-    later = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2, "--resume", "--no-merge")
+    flags += ["--learning_rate", 1e6, "--accept_changed", "learning_rate", "--resume"]
+    large = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2, "--export_dtype", "float16")
+    assert large.code == 2 and f"error: {out / 'merged'}: float16 cannot hold" in large.stderr
+    assert f"{out / 'merged'}: removed" in large.stdout and model_folder(out) == out
+    tiny.run("training/finetune_sft.py", *flags, "--max_steps", 2)
+    assert model_folder(out) == out / "merged"
+    later = tiny.run("training/finetune_sft.py", *flags, "--max_steps", 3, "--no-merge")
     assert f"{out / 'merged'}: removed" in later.stdout and model_folder(out) == out
     with pytest.raises(FileNotFoundError, match=r"no merged model; merge it .* for --checkpoint_path only"):
         open_folder(model_folder(out), None, 1)

@@ -130,7 +130,7 @@ def main(args: GrpoArgs) -> None:
         trained.register_buffer(name, torch.zeros((), dtype=torch.int64))
     order = ORDER - {"rollout_batch_size"}  # of any size, an update goes on after num_prompts
     run.begin(trained, optimizer, total_steps=args.total_steps, device=runtime.device, order=order)
-    if run.first_step > 1:  # without grades no update is completed
+    if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
     engine = make_engine(policy, folder, args, max_seq_len=data.longest, dp_size=dp_size, runtime=runtime)
     sample_log = SampleLog(args, run, folder.tokenizer)

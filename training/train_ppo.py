@@ -146,7 +146,7 @@ def main(args: PpoArgs) -> None:
     run.begin(trained, [optimizer, value_optimizer], total_steps=args.total_steps, device=runtime.device)
     if args.kl_target is None or "kl_coef" in run.changed:
         trained.kl_coef.fill_(args.kl_coef)
-    if run.first_step > 1:  # without grades no update is completed
+    if run.first_step > 1 and "reward_fn" not in run.changed:  # without grades no update is completed
         scorer.graded.update(scorer.pooled)
     sizes = {"max_seq_len": data.longest, "dp_size": dp_size}
     engine = make_engine(policy, folder, args, **sizes, runtime=runtime, critic=critic)

@@ -167,12 +167,17 @@ def test_a_function_that_grades_nothing(script, name, flags, code, folder, world
 @pytest.mark.parametrize("script", ["train_ppo", "train_grpo"])
 def test_a_record_that_cannot_be_graded(script, folder, world, tmp_path):
     """Catches a resumed run that ends at an update of one prompt without a grade, as a run does whose function has not
-    graded anything yet, where an uninterrupted run goes on."""
+    graded anything yet, where an uninterrupted run goes on; and one that goes on with another function, whose every
+    update might be skipped."""
     seed = next(seed for seed in range(9) if prompt_numbers(2, 0, 1, seed=seed) == [1])  # the one with a grade is first
     flags = ["--reward_fn", "fn.py:no_so", "--reward_workers", 1, "--lr_schedule", "constant", "--warmup_ratio", 0]
     flags += ["--rollout_batch_size", 2 if script == "train_grpo" else 1, "--seed", seed]
     assert run(script, folder, world, tmp_path / "out", *flags).code == 0
-    result = run(script, folder, world, tmp_path / "out", *flags, "--total_steps", 2, "--resume")
+    flags += ["--total_steps", 2, "--resume"]
+    other = [*flags[2:], "--reward_fn", "fn.py:none", "--accept_changed", "reward_fn"]
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    assert_ended(run(script, folder, world, tmp_path / "other", *other), "none gave none of ")
+    result = run(script, folder, world, tmp_path / "out", *flags)
     assert result.code == 0, result.stderr
     lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     assert [line["rewards/num_skipped"] for line in lines] == [0, flags[flags.index("--rollout_batch_size") + 1]]

@@ -283,8 +283,8 @@ class Scorer:
         args, kind = self.args, self.folder.kind
         grades, step_rewards = [], torch.zeros(len(rows), max(row.num_targets for row in rows))
         to_score, num_cut = rows_it_reads(self.folder, [prompt.asked for prompt in prompts], rows, texts, finished)
-        if num_cut and "cut" not in self.warned:
-            self.warned.add("cut")
+        if num_cut and "rows cut" not in self.warned:  # no function's name
+            self.warned.add("rows cut")
             read = f"the first {self.folder.folder.max_seq_len} tokens"
             say(f"{num_cut} answers are longer than the reward model's context: it scores {read}; see the metrics")
         split = self.split._replace(pad_token_id=self.folder.folder.pad_token_id)

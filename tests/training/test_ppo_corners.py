@@ -10,7 +10,9 @@ import transformers
 
 from tests import tiny
 from tests.training.test_train_ppo import (  # noqa: F401 (fixtures)
+    SCRIPT,
     TIMED,
+    flags,
     ppo,
     shorten,
     with_another_tokenizer,
@@ -103,9 +105,14 @@ def test_stored_in_bf16(folder, world, tmp_path):
 
 
 def test_rows_too_long_for_the_reward_model(folder, world, tmp_path):
-    """Catches answers that are truncated to be scored, but not counted."""
+    """Catches answers that are truncated to be scored, but not counted; and the warning of them taken for that of a
+    function called "cut"."""
     other = shorten(with_another_tokenizer(world / "rm", tmp_path / "rm"))
-    lines = ppo(folder, world, tmp_path / "out", reward_checkpoint_path=other, total_steps=2)
+    (tmp_path / "fn.py").write_text("def cut(prompts, completions, examples): return [None] * len(prompts)")
+    given = {"reward_checkpoint_path": other, "reward_fn": f"{tmp_path / 'fn.py'}:cut", "reward_error": "zero"}
+    result = tiny.run(SCRIPT, *flags(folder, world, tmp_path / "out", **given, total_steps=2))
+    assert "longer than the reward model's context" in result.stdout and "cut returned None for" in result.stdout
+    lines = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     assert all(0 < line["val/num_cut_for_reward"] <= 6 for line in lines)
     lines = ppo(folder, world, tmp_path / "whole", reward_checkpoint_path=world / "rm", total_steps=2)
     assert all(line["val/num_cut_for_reward"] == 0 for line in lines)

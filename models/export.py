@@ -28,8 +28,9 @@ from models.files import COPIED_FILES, naming_file, read_json_object, sync
 MAX_SHARD_BYTES = 5_000_000_000
 STAGING = ".export.partial"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Staged for the switch only: the config.json that names the staged weights, their index, a hard link before its rename.
-SWITCH_CONFIG, SWITCH_INDEX, LINK = "switch.json", "switch.safetensors.index.json", "link"
+# Staged for the switch only: the config.json that names the staged weights, their index, an empty file if small files
+# of an older export are to go, a hard link before its rename.
+SWITCH_CONFIG, SWITCH_INDEX, ALL_SMALL, LINK = "switch.json", "switch.safetensors.index.json", "all_small", "link"
 
 
 class CannotHold(ValueError):
@@ -46,14 +47,15 @@ def save_folder(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face folder that transformers opens; an existing folder keeps its other files.
+    """Writes a Hugging Face folder that transformers opens; an existing folder keeps files that no export has.
 
     tensors: (our name, tensor) pairs, consumed one by one; a tied lm_head is left out. config: the contents of
     config.json; its dtype is updated, and its torch_dtype, which transformers 4 reads, if it has one.
     copy_from: a folder whose tokenizer and generation files are copied, byte for byte except for json_changes, {file
-    name: keys to set}, which creates a missing file. dtype: of the tensors, None keeps theirs; a scalar head is stored
-    in fp32. Only the main rank writes. Raises OSError that names the folder if it cannot be written, CannotHold that
-    names a tensor that fp16 cannot hold, once all are consumed; the old export then stays as it was.
+    name: keys to set}, which creates a missing file; an older export's that are not among them are removed. dtype: of
+    the tensors, None keeps theirs; a scalar head is stored in fp32. Only the main rank writes. Raises OSError that
+    names the folder if it cannot be written, CannotHold that names a tensor that fp16 cannot hold, once all are
+    consumed; the old export then stays as it was.
     """
     if not is_main_rank():
         for _ in tensors:  # gathering them is a collective
@@ -77,6 +79,8 @@ def save_folder(
             _write_json(staging / "config.json", config)
             write_checksums(staging, digests)
             _write_switch(staging, config)
+            if copy_from is not None:
+                (staging / ALL_SMALL).touch()
             for path in _files_in(staging):
                 shutil.copymode(staging / "config.json", path)  # safetensors makes its files private
                 sync(path)
@@ -180,7 +184,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _publish(staging: Path, folder: Path) -> None:
     if staging.parent != folder:  # the folder did not exist
-        for name in (SWITCH_CONFIG, SWITCH_INDEX):
+        for name in (SWITCH_CONFIG, SWITCH_INDEX, ALL_SMALL):
             (staging / name).unlink(missing_ok=True)
         os.rename(staging, folder)
         sync(folder.parent)
@@ -195,7 +199,7 @@ def _take_names(folder: Path) -> None:
     """Gives the staged files their usual names, config.json last. They keep their staged names until then, so after a
     kill this can be repeated from the start."""
     staging = folder / STAGING
-    others = ("config.json", SWITCH_CONFIG, SWITCH_INDEX, LINK)
+    others = ("config.json", SWITCH_CONFIG, SWITCH_INDEX, ALL_SMALL, LINK)
     paths = [path for path in _files_in(staging) if path.name not in others]
     paths.sort(key=lambda path: path.name == INDEX)  # after the shards that it lists
     (folder / INDEX).unlink(missing_ok=True)
@@ -206,6 +210,9 @@ def _take_names(folder: Path) -> None:
         target = folder / path.relative_to(staging)
         target.parent.mkdir(exist_ok=True)
         _link(path, target)
+    for name in COPIED_FILES if (staging / ALL_SMALL).exists() else ():
+        if not (staging / name).exists():  # an old chat_template.jinja would take precedence over the new template
+            (folder / name).unlink(missing_ok=True)
     sync(folder)
     _link(staging / "config.json", folder / "config.json")
     sync(folder)

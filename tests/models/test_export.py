@@ -236,14 +236,17 @@ def test_replaced_while_it_is_read(name, models, tmp_path):
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
     """Catches an old export removed before the new one is complete, weights beside the config.json or the shards of
-    another export, a folder that cannot be opened for a moment, and leftovers of a kill that stay or spoil the next
-    save. Every state that a kill can leave is opened with transformers and with our loader."""
+    another export, a chat template that no longer is the model's, a folder that cannot be opened for a moment, and
+    leftovers of a kill that stay or spoil the next save. Every state that a kill can leave is opened with transformers
+    and with our loader."""
     (old, new), (old_bytes, new_bytes) = models, TRANSITIONS[name]
     begin, out = tmp_path / "begin", tmp_path / "out"
     begin.mkdir()
     (begin / "metrics.jsonl").write_text("{}\n")
     if old_bytes:
         save(begin, old, old_bytes)
+    stale = "chat_template.jinja"  # of an older base
+    (begin / stale).write_text("{{ 'x' }}")
     tensors = list(load_model(new).state_dict().items())
     theirs, ours = cache(lambda _, model: theirs_holds(out, model)), cache(lambda _, model: ours_holds(out, model))
 
@@ -266,6 +269,7 @@ def test_killed_before_every_change(name, models, tmp_path, monkeypatch):
         complete_export(out)  # as a resumed run does
         assert not has_model or is_quiet(reader) == (export.STAGING not in str(reader.paths()))
         assert not list(out.glob(".*")) and (not has_model or opened(state(out), new) == is_new[now])
+        assert not has_model or (out / stale).exists() == (not is_new[now])
         if len(is_new) % 2:
             continue
         save(out, new, new_bytes, tensors)

@@ -207,6 +207,8 @@ def _check_base(adapter: Adapter, base: Path) -> list[str]:
             raise ValueError(f"{adapter.path}: {hf_name(layer)} has an adapter; supported are {', '.join(LINEARS)}")
         if layer not in known:
             raise ValueError(f"{adapter.path}: an adapter for another base: {base} has no layer {hf_name(layer)}")
+        if f"{layer}.weight" not in files.names():
+            raise ValueError(f"{base}: its weights have no tensor {hf_name(layer)}.weight, which {adapter.path} adapts")
         shape, of_adapter = files.shape(f"{layer}.weight"), (B.shape[0], A.shape[1])
         if not A.shape[0] == B.shape[1] == adapter.r:
             raise ValueError(

@@ -124,7 +124,8 @@ class Code:
 
 
 def test_what_is_not_computed_is_named(tmp_path):
-    """Catches a pickle that runs code or ends in a traceback, and an adapter of lm_head called one for another base."""
+    """Catches a pickle that runs code or ends in a traceback, an adapter of lm_head called one for another base, and a
+    traceback where the base lacks the adapted tensor, such as one saved from a compiled model."""
     base, folder, _ = made_by_peft(tmp_path, {}, {"r": 2, "target_modules": ["q_proj"]})
     pickled = broken(folder, tmp_path / "pickled")
     (pickled / NAME).unlink()
@@ -138,6 +139,9 @@ def test_what_is_not_computed_is_named(tmp_path):
     more = {head.format("A"): torch.ones(2, 64), head.format("B"): torch.ones(tiny.VOCAB_SIZE, 2)}
     with_head = broken(folder, tmp_path / "head", tensors=lambda found: found | more)
     refused(lambda: open_adapter(with_head, base), with_head, "lm_head has an adapter; supported are q_proj")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(renamed, base / "model.safetensors")
+    refused(lambda: open_adapter(folder, base), base, "have no tensor model.layers.0.self_attn.q_proj.weight, which")
 
 
 def test_what_lies_beside_an_adapter(tmp_path, capsys):

@@ -296,18 +296,21 @@ def _between_marks(i: int, content: str) -> str:
 def read_chat_template(folder: Path, config: dict) -> dict[str, str]:
     """Returns the sources of the folder's templates by name, {} if there is no "default". chat_template.jinja, and
     tool_use.jinja in additional_chat_templates, take precedence over tokenizer_config.json."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if not isinstance(template, dict):
-        template = {} if template is None else {"default": template}
     paths = {"default": folder / "chat_template.jinja", "tool_use": folder / TOOL_USE}
-    if paths["default"].is_file():
+    template, where = config.get("chat_template"), folder / "tokenizer_config.json"
+    if template is None or paths["default"].is_file():
         template = {}
+    if isinstance(template, list):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, dict)]
+        if not all(isinstance(name, str) for name, _ in pairs):
+            raise ValueError(f"{where}: a template in the list chat_template has no name, or one that is no string")
+        template = dict(pairs)
+    if not isinstance(template, dict):
+        template = {"default": template}
     try:
         template |= {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: cannot read its chat templates: {short(error)}") from error
     if not all(isinstance(source, str) for source in template.values()):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a string nor a list of them")
+        raise ValueError(f"{where}: chat_template is neither a string nor a list of them")
     return template if "default" in template else {}

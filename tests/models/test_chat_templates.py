@@ -117,6 +117,7 @@ def test_broken_folders(tmp_path):
         (folder / "tokenizer_config.json").write_bytes(content.encode(errors="surrogateescape"))
         error_of(lambda: Tokenizer(folder), folder / "tokenizer_config.json")
     wrong = [("extra_special_tokens", 5), ("chat_template", 5), ("eos_token", ["</s>"])]
+    wrong += [("chat_template", [{"name": name, "template": "x"}]) for name in (["default"], 5)]
     for name, value in (*wrong, ("bos_token", {}), ("bos_token", {"content": 5})):
         config = {name: value}
         error_of(lambda c=config: Tokenizer(sentencepiece_folder(folder, c)), folder / "tokenizer_config.json")

@@ -157,6 +157,8 @@ def main(args: ScoreArgs) -> None:
     start_ranks(runtime.device)
     today = on_main(lambda: chat_day(args.chat_date, begun_on(args.scored_file) if args.resume else None))
     folder = open_folder(args.checkpoint_path, args.max_seq_len, args.tensor_parallel_size, frozen=True, today=today)
+    if folder.tokenizer.chat_template is not None:
+        folder.tokenizer.chat_template.ignore_unread()
     scheme = choose_scheme(args.checkpoint_path, args.quantize, args.group_size, tp_size=args.tensor_parallel_size)
     files = weight_files(args.checkpoint_path, args.adapter_path)
     kind = read_reward_kind(args.checkpoint_path, files)

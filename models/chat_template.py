@@ -22,6 +22,7 @@ import jinja2.meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from models.common import say
 from models.files import TOOL_USE
 from models.functions import short
 
@@ -59,6 +60,7 @@ class ChatTemplate:
         self.source = "".join(sources.values())  # of all templates, to search for a word
         # templates of equal format write equal texts
         self.format = sources, {name: token for name, token in tokens.items() if name in self.source}
+        self.ignored: set[str] | None = None  # see ignore_unread
 
     def render(self, messages: list[dict], /, *, add_generation_prompt: bool, **values) -> str:
         """Renders a chat. values: "tools", and other variables of the template (see variables()). Raises ValueError if
@@ -119,6 +121,21 @@ class ChatTemplate:
         except ValueError:
             return ""
         return found.text[found.ends[1] :] if 1 in found.ends else ""
+
+    def ignore_unread(self) -> None:
+        """For a reward model: lets check_read ignore variables, since those of a record are meant for the policy's
+        template."""
+        self.ignored = set()
+
+    def check_read(self, name: str, has_tools: bool) -> None:
+        """Raises ValueError for a variable that the template does not read, or says once that it is ignored."""
+        if name in self.variables(has_tools):
+            return
+        if self.ignored is None:
+            raise ValueError(f"chat_template_kwargs: the chat template does not read {name!r}")
+        if name not in self.ignored:
+            self.ignored.add(name)
+            say(f"{self.folder}: {name!r} of chat_template_kwargs is ignored, which the reward model's template lacks")
 
     def _render(self, messages, add_generation_prompt: bool, values: dict, marks: tuple[str, str]) -> str:
         if found := _unsafe_jinja():

@@ -402,8 +402,7 @@ def _checked_rendering(chat: Chat, tokenizer: Tokenizer) -> Rendering:
     if chat.tools and same(chat.messages, tools=None):
         raise ValueError("tools: the chat template has no place for them")
     for name in chat.kwargs or ():
-        if name not in template.variables(bool(chat.tools)):
-            raise ValueError(f"chat_template_kwargs: the chat template does not read {name!r}")
+        template.check_read(name, bool(chat.tools))
     for i, message in enumerate(chat.messages):
         seen = i in rendering.ends and (i in rendering.begins or message["role"] == "assistant")
         content = content_of(message)

@@ -194,6 +194,8 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
     same_size = folder.config.vocab_size == policy.config.vocab_size  # any id can be drawn
     same_tokenizer = same_size and _text_to_ids(path) == _text_to_ids(policy.path)
     ours, theirs = folder.tokenizer, policy.tokenizer
+    if ours.chat_template is not None:
+        ours.chat_template.ignore_unread()
     same_bos = ours.encode_prefix("") == theirs.encode_prefix("")
     formats = [tokenizer.chat_template and tokenizer.chat_template.format for tokenizer in (ours, theirs)]
     same_template = formats[0] in (None, formats[1])

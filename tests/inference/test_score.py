@@ -220,12 +220,12 @@ def test_generated_lines_are_scored_as_they_ended(rm, hf, tmp_path):
 
 def test_chats_are_scored_as_trained(chat_rm, hf, tmp_path):
     """Catches a chat template that is not applied, an end of turn that is missing or not the scored token, and an end
-    of turn after an answer that ran out of tokens."""
+    of turn after an answer that ran out of tokens, and a record refused for a setting of the policy's template."""
     prompt = [{"role": "user", "content": "3 plus 4"}]
     answer = [{"role": "assistant", "content": "is 7"}]
     sample = {"prompt": prompt, "output": "is 7", "idx": 0, "sample_idx": 0}
     records = [
-        {"prompt": prompt, "completion": answer},
+        {"prompt": prompt, "completion": answer, "chat_template_kwargs": {"enable_thinking": False}},
         {**sample, "finish_reason": "stop"},
         {**sample, "finish_reason": "length"},
     ]

@@ -338,9 +338,10 @@ def test_another_tokenizer_gets_the_text(folder, world, tmp_path):
         assert score == pytest.approx(hf_scores(other, ids)[-1].item(), abs=1e-5)
 
 
-def test_another_format_gets_the_text(folder, world, tmp_path):
+def test_another_format_gets_the_text(folder, world, tmp_path, capsys):
     """Catches the policy's ids given to a reward model that was trained on another chat template, or on texts with
-    another beginning, though its tokenizer is the same; and a model without a template that no chat can reach."""
+    another beginning, though its tokenizer is the same; a model without a template that no chat can reach; and one
+    refused for settings that are meant for the policy's template, or settings dropped without a word."""
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
     other = template.replace(": ", "> ")
     policy = tiny.copy_to_edit(folder, tmp_path / "lm")
@@ -363,8 +364,19 @@ def test_another_format_gets_the_text(folder, world, tmp_path):
         data = SimpleNamespace(train=[SimpleNamespace(asked=prompt, where="x:1") for prompt in prompts], held_out=())
         frozen.check_readable(reward, data)
         if name == "other":
-            data.train[1].asked = read_chat([{"role": "user", "content": "1"}], {"chat_template_kwargs": {"a": 1}})
-            with pytest.raises(ValueError, match="the reward model cannot read the chat of x:1: chat_template_kwargs"):
+            chat = prompts[1].messages
+            data.train[1].asked = read_chat(chat, {"chat_template_kwargs": {"a": 1}})
+            for _ in range(2):
+                frozen.check_readable(reward, data)
+            assert (
+                capsys.readouterr().out.count("'a' of chat_template_kwargs is ignored, which the reward model's") == 1
+            )
+            again, _ = rewards.rows_it_reads(reward, [data.train[1].asked], rows[1:], texts[1:], [True])
+            assert again[0].input_ids == wanted[1]
+            with pytest.raises(ValueError, match="does not read 'a'"):  # the policy
+                encode_prompt(data.train[1].asked, Tokenizer(policy))
+            data.train[1].asked = read_chat(chat, {"tools": [{"name": "f"}]})
+            with pytest.raises(ValueError, match="the reward model cannot read the chat of x:1: tools: the chat"):
                 frozen.check_readable(reward, data)
 
 

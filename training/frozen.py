@@ -203,11 +203,12 @@ def open_reward_folder(path: Path, policy: Folder, tensor_parallel_size: int) ->
 
 
 def _text_to_ids(folder: Path) -> dict[str, object]:
-    """Returns the tokenizer files that determine how text becomes ids, without padding: pad tokens may differ."""
+    """Returns the tokenizer files that determine how text becomes ids, without padding and truncation, which Tokenizer
+    switches off: pad tokens and lengths may differ."""
     names = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-    if b'"padding"' in files.get("tokenizer.json", b""):
-        files["tokenizer.json"] = {**json.loads(files["tokenizer.json"]), "padding": None}
+    if any(key in files.get("tokenizer.json", b"") for key in (b'"padding"', b'"truncation"')):
+        files["tokenizer.json"] = {**json.loads(files["tokenizer.json"]), "padding": None, "truncation": None}
     return files
 
 

@@ -6,9 +6,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers.models import WordLevel
 
 from models.chats import read_chat
 from models.checkpoint import open_folder
@@ -317,6 +319,22 @@ def with_another_tokenizer(folder, copy):
     path = copy / "tokenizer.model"  # the same pieces, another file: only the comparison tells
     path.write_bytes(path.read_bytes() + b"\x1a\x00")  # an empty trainer_spec more
     return copy
+
+
+def test_tokenizers_with_other_lengths(folder, world, tmp_path):
+    """Catches a reward model that reads the text, and no critic made of it, only since its tokenizer.json was saved
+    after training on padded, truncated rows; and another vocabulary taken for the policy's."""
+    policy, rm = (tiny.copy_to_edit(path, tmp_path / path.name) for path in (folder, world / "rm"))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "it": 3, "is": 4}
+    tokenizer = tokenizers.Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.save(str(policy / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    for _ in range(2):
+        tokenizer.save(str(rm / "tokenizer.json"))
+        assert frozen.open_reward_folder(rm, open_folder(policy), 1).same_tokenizer
+        tokenizer.enable_padding(pad_token="</s>", pad_id=2)
+    tokenizers.Tokenizer(WordLevel({**vocab, "is": 5}, unk_token="<unk>")).save(str(rm / "tokenizer.json"))
+    assert not frozen.open_reward_folder(rm, open_folder(policy), 1).same_tokenizer
 
 
 def shorten(folder):

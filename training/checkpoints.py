@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models.checksums import agreed
 from models.common import is_main_rank, on_main, say
+from models.fingerprint import ADAPTER_CONFIG
 from models.tp import local
 from training.manifest import Reader, TensorPlanner, open_checkpoint, write_manifest
 from training.stop import any_rank
@@ -147,6 +148,18 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints' folders, from the oldest to the newest."""
     paths = [path for path in (output_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     return sorted(paths, key=lambda path: int(path.name[5:]))
+
+
+def check_checkpoints_are_there(output_dir: Path, save_steps: int | None) -> None:
+    """Raises ValueError if the folder holds the model of a finished run that has saved checkpoints, and none of them: a
+    --resume would train again from the beginning. save_steps: the run's."""
+    names = {"--adapter_path": ADAPTER_CONFIG, "--checkpoint_path": "config.json"}
+    model = next((flag for flag, name in names.items() if (output_dir / name).is_file()), None)
+    if model and save_steps != 0 and not _checkpoints(output_dir):
+        raise ValueError(
+            f"--resume {output_dir}: holds the model of a finished run, and its checkpoints are gone; go on from the "
+            f"model with {model} {output_dir} and another --output_dir"
+        )
 
 
 def load_newest_checkpoint(output_dir: Path, model: nn.Module, optimizer: Optimizers) -> int:

@@ -51,7 +51,7 @@ from models.model import Transformer
 from models.pad_token import named_pad_token, pad_changes
 from models.shared import check_free, check_shared, check_writable, hold
 from models.tokenizer import chat_day
-from training.checkpoints import CheckpointWriter, all_fit, load_newest_checkpoint
+from training.checkpoints import CheckpointWriter, all_fit, check_checkpoints_are_there, load_newest_checkpoint
 from training.metrics import UNFINISHED, Metrics, check_installed, logged, read_unfinished
 from training.stop import Stop, any_rank, drop_what_nobody_reads
 
@@ -482,6 +482,7 @@ def prepare_output_dir(args: RunArgs) -> tuple[date, dict, frozenset[str]]:
     now = begun_with(args)
     if not earlier:
         return today, now, frozenset()
+    check_checkpoints_are_there(folder, earlier.get("save_steps"))
     now |= {CHANGED_AFTER: earlier[CHANGED_AFTER]} if CHANGED_AFTER in earlier else {}
     return today, now, changed_flags(args, now, earlier, f"--resume {folder}")
 

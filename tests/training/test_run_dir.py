@@ -77,7 +77,8 @@ def write_args(args):
 
 
 def test_output_dir(tmp_path):
-    """Catches a run mixed with another one, and a user's model overwritten by a run with --resume."""
+    """Catches a run mixed with another one, a user's model overwritten by a run with --resume, and a finished run that
+    begins again because its checkpoints were deleted."""
     new = args_of(tmp_path, output_dir=tmp_path / "new")
     prepare_output_dir(replace(new, resume=False))
     prepare_output_dir(new)
@@ -95,7 +96,14 @@ def test_output_dir(tmp_path):
     (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(ValueError, match="no run to --resume"):
         prepare_output_dir(args_of(tmp_path))
+    write_args(args_of(tmp_path, save_steps=0))  # it saves no checkpoints, and so begins again
+    prepare_output_dir(args_of(tmp_path))
     write_args(args_of(tmp_path, report_to="é"))
+    with pytest.raises(
+        ValueError, match=r"its checkpoints are gone; go on from the model with --adapter_path .*/test_"
+    ):
+        prepare_output_dir(args_of(tmp_path))
+    (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
     prepare_output_dir(args_of(tmp_path))
     written = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert written["train_file"] == str(tmp_path / "a") and written["report_to"] == "é"

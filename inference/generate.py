@@ -10,6 +10,8 @@
 """
 
 import dataclasses
+import hashlib
+import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,6 +107,7 @@ def main(args: GenerateArgs) -> None:
     params = args.params(args.seed, folder.tokenizer, folder.eos_token_ids)
     source = PromptSource(args, folder, args.max_new_tokens)
     done, num_lines = on_main(lambda: samples_done(args, source.num_records))
+    on_main(lambda: check_prompts_of_samples(args, source))
 
     mesh = init_mesh(runtime.device, args.tensor_parallel_size)
     active = mesh["tp"].get_local_rank() == 0  # one rank writes for all ranks that share a model
@@ -190,6 +193,25 @@ def samples_done(args: GenerateArgs, num_records: int) -> tuple[np.ndarray, int]
             raise ValueError(f"--resume: sample {sample_idx} of prompt {idx}, in the file, is not part of this run")
         done[idx, sample_idx], num_lines = True, num_lines + 1
     return done, num_lines
+
+
+def check_prompts_of_samples(args: GenerateArgs, source: PromptSource) -> None:
+    """Raises ValueError if a sample in the output file is of another prompt than the one at its place, which
+    --accept_changed admits: other prompts would have no sample, or those of a neighbour."""
+    if not args.resume or {"prompt", "prompt_file"}.isdisjoint(args.accept_changed or ()):
+        return
+    of_idx: dict[int, dict[str, int]] = {}  # {idx: {digest of its prompt: number of a line}}
+    for number, line in enumerate(read_begun(args.output_file, "generate.py", ("idx", "prompt")), start=1):
+        of_idx.setdefault(line["idx"], {})[text_digest(line["prompt"])] = number
+    for idx, (where, prompt) in enumerate(source.all_asked()):
+        for digest, number in of_idx.get(idx, {}).items():
+            if digest != text_digest(prompt):
+                place = f"{args.output_file}:{number}"
+                raise ValueError(f"{place}: is not of the prompt at its place, {where}; begin another file")
+
+
+def text_digest(prompt: str | list[dict]) -> str:
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
 
 
 class LinePrinter:

@@ -205,6 +205,11 @@ class PromptSource:
             prompt = [{"role": "user", "content": prompt}]
         return [*self.opening, *prompt] if self.opening else prompt
 
+    def all_asked(self) -> Iterator[tuple[str, str | list[dict]]]:
+        """Yields (where, asked()) of each record in the file, from the first on."""
+        for record in records_of(self._chunks()):
+            yield record.where, self.asked(record)
+
     def notes(self) -> dict[str, str]:
         """Returns the notes for the card: a row, or none."""
         renamed = [name for name in WRITTEN if name in self._renamed]

@@ -198,6 +198,26 @@ def test_resume_with_other_prompts_or_another_model_is_refused(half_done, tmp_pa
     assert generate(copy, *run_flags(moved, out, "--resume")).code == 0
 
 
+def test_resume_with_a_prompt_inserted(half_done, tmp_path):
+    """Catches a prompt without a sample, and one with a neighbour's, after an accepted edit of the prompt file; and a
+    correction of prompts that have no sample yet refused."""
+    folder, _, begun = half_done
+    out, corrected, inserted = (tmp_path / name for name in ("out.jsonl", "corrected.jsonl", "inserted.jsonl"))
+    for source, target in ((begun, out), (sidecar(begun), sidecar(out))):
+        shutil.copy(source, target)
+    done = [line["idx"] for line in tiny.read_lines(out)]
+    tiny.write_records(inserted, [{"prompt": "new"}, *records(4)])
+    other = [{"prompt": f"{i}: "} if i not in done else record for i, record in enumerate(records(4, level=2))]
+    tiny.write_records(corrected, [*other, {"prompt": "last"}])
+    accept = ("--resume", "--accept_changed", "prompt_file")
+    refused = generate(folder, *run_flags(inserted, out, *accept))
+    tiny.assert_refused(refused, "is not of the prompt at its place, ", f"{out}:", f"{inserted}:", "begin another file")
+    assert out.read_bytes() == begun.read_bytes()
+    assert generate(folder, *run_flags(corrected, out, *accept)).code == 0
+    prompts_of = {line["idx"]: line["prompt"] for line in tiny.read_lines(out)}
+    assert [prompts_of[i] for i in range(5)] == [*(record["prompt"] for record in other), "last"]
+
+
 def test_resume_of_a_run_that_has_not_ended(half_done, tmp_path, monkeypatch):
     """Catches a second run on an output file that is refused only after it has read prompts and loaded the model."""
     folder, prompts, begun = half_done

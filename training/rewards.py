@@ -241,6 +241,7 @@ class Scorer:
         device = torch.device(self.split.dp.device_type)
         sources = {name: torch.tensor([grade.value for grade in grades[name]]).to(device) for name in order}
         failures = {name: [grade.failure for grade in grades[name] if grade.failure] for name in order}
+        self._check_some_rewarded(total, prompts)
         return Scores(total.to(device), step_rewards.to(device), num_cut, sources, failures)
 
     def _check_some_graded(self, name: str, grades: list[Grade], prompts: list[Prompt]) -> None:
@@ -254,6 +255,14 @@ class Scorer:
             self.stop.fail(
                 f"--reward_fn: {name} gave none of {len(grades)} answers a grade, the first: {grades[0].failure}; "
                 "--reward_error skip or zero lets the run go on"
+            )
+
+    def _check_some_rewarded(self, total: Tensor, prompts: list[Prompt]) -> None:
+        """As _check_some_graded, for functions that each grade other answers and none of them all, as TRL allows."""
+        if self.args.reward_error is None and total.isnan().all() and len({id(prompt) for prompt in prompts}) > 1:
+            self.stop.fail(
+                f"none of {len(prompts)} answers has a grade from every --reward_fn; return 0 where a function does "
+                "not apply, or give --reward_error zero; --reward_error skip lets the run go on"
             )
 
     def _part_of_total(self, name: str, grades: list[Grade]) -> Tensor:

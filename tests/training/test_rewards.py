@@ -42,6 +42,12 @@ def some(prompt, completion, example):
 def some_none(prompts, completions, examples):
     return [None if "so" in p else len(c) % 3 - 1.0 for p, c in zip(prompts, completions)]
 
+def of_even(prompt, completion, example):
+    return None if example["bonus"] % 2 else float(len(completion))
+
+def of_odd(prompt, completion, example):
+    return float(len(completion)) if example["bonus"] % 2 else None
+
 def odd(prompt, completion, example):
     if len(completion) % 2: raise KeyError("odd")
     return len(completion) - 1.0
@@ -101,6 +107,22 @@ def test_skipped_answers_of_grpo(folder, world, fails, tmp_path, monkeypatch):
     [line] = tiny.read_lines(tmp_path / "out/metrics.jsonl")
     assert line["rewards/num_skipped"] == failed.sum()
     assert line["reward"] == pytest.approx(sampled.rewards[~failed].mean().item())
+
+
+def test_functions_of_other_answers_each(folder, world, fails, tmp_path):
+    """Catches a run in which each function has no grade for another part of the answers, as TRL allows, that goes on
+    without a reward for any, or without the state saved; and such answers taken for groups of equal rewards."""
+    given = {"reward_fn": [f"{fails}:of_even", f"{fails}:of_odd"], "total_steps": 1, "num_generations": 2}
+    given |= {"value_learning_rate": None, "ppo_epochs": None}
+    words = flags(folder, world, tmp_path / "out", **given)
+    ended = tiny.run("training/train_grpo.py", *words)
+    assert ended.code == 2 and "none of 6 answers has a grade from every --reward_fn; return 0" in ended.stderr
+    for how, skipped in (("skip", 6), ("zero", 0)):
+        words = flags(folder, world, tmp_path / how, **given, reward_error=how)
+        result = tiny.run("training/train_grpo.py", *words)
+        assert result.code == 0 and "rewards of each group are equal" not in result.stdout, result
+        [line] = tiny.read_lines(tmp_path / how / "metrics.jsonl")
+        assert line["rewards/num_skipped"] == skipped and (line["reward"] > 0) == (how == "zero")
 
 
 def test_numbers_that_are_none(fails, tmp_path):
